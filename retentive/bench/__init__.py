@@ -1,0 +1,1 @@
+"""Measurements of whole models, each a ratio against the alternative in one run, with its hardware."""

@@ -1,0 +1,5 @@
+"""Models on disk: our own folders, and those of torchscale and flash-linear-attention in both directions."""
+
+from retentive.checkpoint.io import load, load_config, read_tensors, replace_folder, save_model, write_json
+
+__all__ = ["load", "load_config", "read_tensors", "replace_folder", "save_model", "write_json"]

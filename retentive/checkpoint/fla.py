@@ -1,0 +1,101 @@
+"""flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): its config fields and tensor names, old and new."""
+
+from torch import Tensor
+
+from retentive.checkpoint.keys import flip, refuse, rename, require
+from retentive.models import RetNetConfig
+
+TABLE = [
+    ("embed.weight", "model.embeddings.weight"),
+    ("norm.weight", "model.norm.weight"),
+    ("head.weight", "lm_head.weight"),
+    ("blocks.{i}.retention_norm.weight", "model.layers.{i}.attn_norm.weight"),
+    ("blocks.{i}.ffn_norm.weight", "model.layers.{i}.mlp_norm.weight"),
+    ("blocks.{i}.retention.q_proj.weight", "model.layers.{i}.attn.q_proj.weight"),
+    ("blocks.{i}.retention.k_proj.weight", "model.layers.{i}.attn.k_proj.weight"),
+    ("blocks.{i}.retention.v_proj.weight", "model.layers.{i}.attn.v_proj.weight"),
+    ("blocks.{i}.retention.g_proj.weight", "model.layers.{i}.attn.g_proj.weight"),
+    ("blocks.{i}.retention.out_proj.weight", "model.layers.{i}.attn.o_proj.weight"),
+    ("blocks.{i}.retention.head_norm.weight", "model.layers.{i}.attn.g_norm_swish_gate.weight"),
+    ("blocks.{i}.ffn.gate_proj.weight", "model.layers.{i}.mlp.gate_proj.weight"),
+    ("blocks.{i}.ffn.up_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
+    ("blocks.{i}.ffn.down_proj.weight", "model.layers.{i}.mlp.down_proj.weight"),
+]
+# the head norm's name where fla does not fuse it with the gate (fuse_norm false, or no gate)
+UNFUSED = ("blocks.{i}.retention.head_norm.weight", "model.layers.{i}.attn.g_norm.weight")
+
+
+def recognises(config: dict) -> bool:
+    return config.get("model_type") == "retnet" and "hidden_size" in config
+
+
+def read_config(config: dict) -> RetNetConfig:
+    """Ours from its RetNetConfig fields, its defaults where they are left out."""
+    # use_short_conv and conv_size are fields that its model never passes on to its layers
+    refuse(config, "fla", attn=None, feature_map=None, attnres_block_size=None)
+    dim = config.get("hidden_size", 2048)
+    ffn = config.get("intermediate_size")
+    if ffn is None:
+        ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)
+    activation = config.get("hidden_act", "swish")
+    return RetNetConfig(
+        vocab_size=config.get("vocab_size", 32000),
+        dim=dim,
+        layers=config.get("num_hidden_layers", 24),
+        heads=config.get("num_heads", 8),
+        kv_heads=config.get("num_kv_heads"),
+        key_dim=int(dim * config.get("expand_k", 1)),
+        value_dim=int(dim * config.get("expand_v", 2)),
+        ffn_dim=ffn,
+        activation="swish" if activation == "silu" else activation,
+        decay="paper",
+        rotary="half",
+        score_norm=False,
+        head_norm_affine=config.get("elementwise_affine", True),
+        gate=config.get("use_output_gate", True),
+        norm_eps=config.get("norm_eps", config.get("rms_norm_eps", 1e-6)),  # its name before 2024-04-28
+        tie_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def write_config(config: RetNetConfig) -> dict:
+    """Its fields for a config of ours that its architecture can express."""
+    require(config, "fla", decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True)
+    require(config, "fla", embed_scale=False, embed_norm=False, final_norm=True, activation="swish")
+    return {
+        "architectures": ["RetNetForCausalLM"],
+        "model_type": "retnet",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_heads": config.heads,
+        "num_kv_heads": None if config.kv_heads == config.heads else config.kv_heads,
+        "expand_k": config.key_dim / config.dim,
+        "expand_v": config.value_dim / config.dim,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": config.activation,
+        "elementwise_affine": config.head_norm_affine,
+        "use_output_gate": config.gate,
+        "norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+    """Our names. Files from before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
+    out = {}
+    for name, x in tensors.items():
+        if name.endswith("rotary.inv_freq"):
+            continue  # a buffer of angles, rebuilt here
+        if name.endswith("mlp.gate_proj.weight") and x.shape[0] == 2 * config.ffn_dim:
+            out[name], out[name.replace("gate_proj", "up_proj")] = (y.contiguous() for y in x.chunk(2))
+        else:
+            out[name] = x
+    if config.tie_embeddings:
+        out.pop("lm_head.weight", None)
+    return rename(out, flip([*TABLE, UNFUSED]))
+
+
+def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+    """Its names."""
+    return rename(tensors, TABLE if config.gate else [UNFUSED, *TABLE])

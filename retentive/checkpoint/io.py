@@ -1,0 +1,198 @@
+"""Model folders: config.json, model.safetensors, tokenizer.json. `load` reads ours, torchscale's and fla's.
+
+Weights are only ever read from safetensors. What is written appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from retentive.checkpoint import fla, torchscale
+from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.models import RetNetConfig, TransformerConfig, build
+
+FORMAT = "retentive-model-1"
+KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig}
+FOREIGN = {"torchscale": torchscale, "fla": fla}
+
+
+def load(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Tokenizer | None]:
+    """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or a hub's name.
+
+    Args:
+        path: a run directory or model folder; or `owner/name` of a Hugging Face repository, which is downloaded.
+        dtype: of the weights; as stored if not given.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no model.
+        ValueError: a layout that is not known, tensors that do not fit the config, or a truncated file.
+    """
+    folder = find(path)
+    config, layout = load_config(folder)
+    tensors = read_tensors(folder)
+    if layout in FOREIGN:
+        tensors = FOREIGN[layout].read_tensors(tensors, config)
+    with torch.device("meta"):
+        model = build(config)
+    _check_fit(tensors, dict(model.named_parameters()), folder)
+    model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return model.eval(), tokenizer
+
+
+def find(path: str | Path) -> Path:
+    """The local folder of a model; a name of the form owner/name that is no folder here is fetched from the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; expected a model folder with config.json and model.safetensors")
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
+        raise FileNotFoundError(f"no model folder at {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no folder {path} here, and the hub does not give {path}: {reason}") from None
+
+
+def load_config(folder: Path) -> tuple[RetNetConfig | TransformerConfig, str]:
+    """The config of a model folder, and whose layout it has: "retentive", "torchscale" or "fla"."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: expected a run directory or a model folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): the folder is damaged or not a model") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is not a model's config: expected a JSON object, got {type(raw).__name__}")
+    try:
+        if raw.get("format") == FORMAT:
+            return KINDS[raw["kind"]](**raw["config"]), "retentive"
+        for name, layout in FOREIGN.items():
+            if layout.recognises(raw):
+                return layout.read_config(raw), name
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a model of this version: {error}") from None
+    found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
+    raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / Path(name).name for name in sorted(set(shards))]
+    else:
+        files = [folder / "model.safetensors"]
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+            hint = f" (it has {other[0]}, but pickled weights are never loaded: convert them)" if other else ""
+            raise FileNotFoundError(f"{folder} holds no {file.name}{hint}")
+        tensors |= read_file(file)
+    return tensors
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}): copy or save it again") from None
+
+
+def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder: Path) -> None:
+    missing = sorted(set(parameters) - set(tensors))
+    extra = sorted(set(tensors) - set(parameters))
+    wrong = [n for n in parameters if n in tensors and parameters[n].shape != tensors[n].shape]
+    if missing or extra:
+        raise ValueError(
+            f"weights in {folder} do not fit its config: {len(missing)} tensors missing {missing[:2]}, "
+            f"{len(extra)} unexpected {extra[:2]}"
+        )
+    if wrong:
+        n = wrong[0]
+        got, expected = list(tensors[n].shape), list(parameters[n].shape)
+        raise ValueError(f"weights in {folder} do not fit its config: {n} is {got}, expected {expected}")
+
+
+def save_model(
+    folder: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
+) -> None:
+    """Write a model folder in our layout, "torchscale" or "fla"; files of that name in it are replaced.
+
+    Raises:
+        ValueError: an architecture that the other project cannot express (the field is named).
+    """
+    folder = Path(folder)
+    config = model.config
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.named_parameters()}
+    if layout == "retentive":
+        kind = next(k for k, cls in KINDS.items() if isinstance(config, cls))
+        raw = {"format": FORMAT, "kind": kind, "config": asdict(config)}
+    else:
+        if not isinstance(config, RetNetConfig):
+            raise ValueError(f"{layout} has RetNets only, this is a {type(model).__name__}")
+        raw = FOREIGN[layout].write_config(config)
+        tensors = FOREIGN[layout].write_tensors(tensors, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    write_json(folder / "config.json", raw)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` to a file beside `path`, then move it there: a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` into a folder beside `path`, then move it there in place of what was: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        partial.chmod(0o755)
+        write(partial)
+        for file in partial.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""torchscale's RetNetDecoder (microsoft/torchscale, architecture/retnet.py): its config fields and tensor names.
+
+Ours computes what its recurrent mode does. Its parallel mode divides scores besides by max(1, sum of their magnitudes),
+which has no recurrent form; where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
+"""
+
+import torch
+from torch import Tensor
+
+from retentive.checkpoint.keys import flip, refuse, rename, require
+from retentive.models import RetNetConfig
+from retentive.ops import decay
+
+TABLE = [
+    ("embed.weight", "embed_tokens.weight"),
+    ("embed_norm.weight", "layernorm_embedding.weight"),
+    ("norm.weight", "layer_norm.weight"),
+    ("head.weight", "output_projection.weight"),
+    ("blocks.{i}.retention_norm.weight", "layers.{i}.retention_layer_norm.weight"),
+    ("blocks.{i}.ffn_norm.weight", "layers.{i}.final_layer_norm.weight"),
+    ("blocks.{i}.retention.q_proj.weight", "layers.{i}.retention.q_proj.weight"),
+    ("blocks.{i}.retention.k_proj.weight", "layers.{i}.retention.k_proj.weight"),
+    ("blocks.{i}.retention.v_proj.weight", "layers.{i}.retention.v_proj.weight"),
+    ("blocks.{i}.retention.g_proj.weight", "layers.{i}.retention.g_proj.weight"),
+    ("blocks.{i}.retention.out_proj.weight", "layers.{i}.retention.out_proj.weight"),
+    ("blocks.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.fc1.weight"),
+    ("blocks.{i}.ffn.up_proj.weight", "layers.{i}.ffn.gate.weight"),
+    ("blocks.{i}.ffn.down_proj.weight", "layers.{i}.ffn.fc2.weight"),
+]
+BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
+
+
+def recognises(config: dict) -> bool:
+    return "decoder_retention_heads" in config
+
+
+def read_config(config: dict) -> RetNetConfig:
+    """Ours from its RetNetConfig fields, its defaults where they are left out."""
+    refuse(config, "torchscale", moe_freq=0, deepnorm=False, multiway=False, no_output_layer=False, xpos_rel_pos=False)
+    return RetNetConfig(
+        vocab_size=config["vocab_size"],
+        dim=config.get("decoder_embed_dim", 768),
+        layers=config.get("decoder_layers", 12),
+        heads=config["decoder_retention_heads"],
+        value_dim=config.get("decoder_value_embed_dim", 1280),
+        ffn_dim=config.get("decoder_ffn_embed_dim", 1280),
+        activation=config.get("activation_fn", "gelu"),
+        decay="paper",
+        norm_eps=config.get("layernorm_eps", 1e-6),
+        embed_scale=not config.get("no_scale_embedding", True),
+        embed_norm=config.get("layernorm_embedding", False),
+        final_norm=config.get("decoder_normalize_before", True),
+        tie_embeddings=config.get("share_decoder_input_output_embed", False),
+        dropout=config.get("dropout", 0.0),
+    )
+
+
+def write_config(config: RetNetConfig) -> dict:
+    """Its fields for a config of ours that its architecture can express."""
+    require(config, "torchscale", decay="paper", rotary="interleaved", score_norm=True, head_norm=True)
+    require(config, "torchscale", head_norm_affine=False, gate=True, ffn_gate=True, kv_heads=config.heads)
+    require(config, "torchscale", key_dim=config.dim)
+    return {
+        "vocab_size": config.vocab_size,
+        "decoder_embed_dim": config.dim,
+        "decoder_layers": config.layers,
+        "decoder_retention_heads": config.heads,
+        "decoder_value_embed_dim": config.value_dim,
+        "decoder_ffn_embed_dim": config.ffn_dim,
+        "activation_fn": config.activation,
+        "layernorm_eps": config.norm_eps,
+        "no_scale_embedding": not config.embed_scale,
+        "layernorm_embedding": config.embed_norm,
+        "decoder_normalize_before": config.final_norm,
+        "share_decoder_input_output_embed": config.tie_embeddings,
+        "dropout": config.dropout,
+    }
+
+
+def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+    """Our names. Its buffers of angles and decays are left out: ours are rebuilt from float64."""
+    tensors = {name: x for name, x in tensors.items() if name not in BUFFERS}
+    if config.tie_embeddings:
+        tensors.pop("output_projection.weight", None)
+    return rename(tensors, flip(TABLE))
+
+
+def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+    """Its names, with the buffers that its strict loading expects."""
+    out = rename(tensors, TABLE)
+    if config.tie_embeddings:
+        out["output_projection.weight"] = out["embed_tokens.weight"].clone()
+    half = config.key_dim // config.heads // 2
+    angle = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
+    out["retnet_rel_pos.angle"] = angle.repeat_interleave(2).float()
+    out["retnet_rel_pos.decay"] = decay.log_decay("paper", config.heads)
+    return out

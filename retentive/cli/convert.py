@@ -1,0 +1,31 @@
+"""`retentive convert`: a model folder in another layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import retentive
+from retentive.checkpoint.io import replace_folder, save_model
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Read a model in any known layout (ours, torchscale's, fla's; recognised by itself) and write it in another."""
+
+    source: tyro.conf.Positional[str]
+    """Run directory or model folder, or owner/name on the hub."""
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+    to: Literal["retentive", "torchscale", "fla"] = "retentive"
+    """Layout of the new folder. Its architecture must be able to express the model."""
+
+
+def main(argv: list[str]) -> None:
+    command = tyro.cli(ConvertCommand, prog="retentive convert", args=argv)
+    if command.out.exists():
+        raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
+    model, tokenizer = retentive.load(command.source)
+    replace_folder(command.out, lambda folder: save_model(folder, model, tokenizer, layout=command.to))
+    print(f"{command.source} -> {command.out} ({command.to} layout)")

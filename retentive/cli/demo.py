@@ -1,0 +1,209 @@
+"""`retentive demo`: in a few minutes, from the Python library's own source to a RetNet that writes Python.
+
+It trains on what every machine has, holds whole modules out, and then shows: held-out bits per byte beside two
+yardsticks, the three forms of the trained model agreeing, what the model writes, and what its memory costs beside a
+Transformer's.
+"""
+
+import lzma
+import math
+import shutil
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+import retentive
+from retentive.bench import memory
+from retentive.checkpoint import write_json
+from retentive.cli import train as training
+from retentive.data.loader import Batches, held_out
+from retentive.data.pack import load_meta, pack
+from retentive.data.sources import Document
+from retentive.data.tokenizer import train_bpe
+from retentive.models import RetNet, build, preset, twin
+from retentive.train import TrainConfig
+from retentive.train.evaluate import evaluate
+from retentive.train.loop import accumulate_gradients, pick_device, pick_precision
+
+# Held out whole, with their tests: packages and modules that most readers know.
+HELD_OUT = ("asyncio", "email", "http", "json", "unittest", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
+SKIPPED = (
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "__pycache__",
+    "idlelib",
+    "pydoc_data",
+    "bad_coding",
+    "badsyntax",
+)
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Train on the Python standard library's source, then see what a RetNet is and what it costs."""
+
+    out: Path = Path("runs/demo")
+    """Run directory to make; its data go beside it."""
+    minutes: float = 4.0
+    """Time for training; the number of steps is chosen for this machine's speed."""
+    size: str = "5m"
+    """Size of the model."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    overwrite: bool = False
+    """Replace what an earlier demo left."""
+
+
+def main(argv: list[str]) -> None:
+    run(tyro.cli(DemoCommand, prog="retentive demo", args=argv))
+
+
+def run(command: DemoCommand) -> None:
+    """The whole demo, step by step."""
+    console, began = Console(highlight=False), time.monotonic()
+    data = command.out.with_name(command.out.name + "-data")
+    if (command.out / "train.json").exists() or data.exists():
+        if not command.overwrite:
+            raise FileExistsError(
+                f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out"
+            )
+        for folder in (command.out, data):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    console.rule("1. Text: the Python standard library")
+    prepare(console, data, command.vocab_size)
+    console.rule("2. Training")
+    batch, length = 8, 512
+    steps = steps_for(command, data, batch, length)
+    console.print(f"{steps} steps of {batch} x {length} tokens fit {command.minutes:g} minutes on this machine.")
+    options = TrainConfig(
+        steps=steps,
+        lr=2e-3,
+        warmup=min(50, steps // 10 + 1),
+        eval_every=max(steps // 4, 1),
+        save_every=max(steps // 2, 1),
+        sample_every=max(steps // 4, 1),
+        sample_prompt="def ",
+    )
+    training.run(
+        training.TrainCommand(data=data, out=command.out, size=command.size, batch=batch, length=length, train=options)
+    )
+    model, tokenizer = retentive.load(command.out)
+    console.rule("3. How good is it? Held-out modules, bits per byte")
+    yardsticks(console, model, tokenizer, data, length, command.out)
+    console.rule("4. One model, three forms")
+    forms(console, model, data)
+    console.rule("5. What it writes")
+    for prompt in ("def ", "class ", '"""Return '):
+        console.print(training.sample_text(model, tokenizer, prompt, tokens=90), markup=False)
+        console.print("[dim]" + "·" * 40 + "[/dim]")
+    console.rule("6. What its memory costs")
+    costs(console, model, command.out)
+    console.rule(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Go on with")
+    console.print(
+        f"  retentive generate {command.out} --prompt 'import '      let it write\n"
+        f"  retentive info {command.out}                           what it is made of\n"
+        f"  retentive data MY_TEXTS --out data/mine              pack text of your own\n"
+        f"  retentive train --data data/mine --out runs/mine     train on it\n"
+        f"  retentive --help                                     all there is",
+        markup=False,
+    )
+
+
+def library() -> Iterator[tuple[Document, bool]]:
+    """(module's source, whether it is held out), in the order of the names; tests of held-out modules are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    tests = {f"test_{Path(name).stem}" for name in HELD_OUT}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if any(part in str(name) for part in SKIPPED):
+            continue
+        held = name.parts[0] in HELD_OUT
+        if not held and any(Path(part).stem in tests for part in name.parts):
+            continue
+        try:
+            yield Document(name.as_posix(), path.read_text(encoding="utf-8")), held
+        except UnicodeDecodeError:  # a few test files are in other encodings on purpose
+            continue
+
+
+def prepare(console: Console, data: Path, vocab_size: int) -> None:
+    """Train a tokenizer on the training modules and pack both splits."""
+    documents = list(library())
+    train = [d for d, held in documents if not held]
+    valid = [d for d, held in documents if held]
+    tokenizer = train_bpe((d.text for d in train[::2]), vocab_size)
+    meta = pack(data, tokenizer, train, valid)
+    for name, split in meta.splits.items():
+        console.print(
+            f"{name}: {split.documents:,} modules, {split.bytes / 1e6:.1f} MB, {split.tokens / 1e6:.2f} M tokens "
+            f"({split.bytes / split.tokens:.2f} bytes a token)"
+        )
+    console.print(f"held out, with their tests: {', '.join(HELD_OUT)}")
+
+
+def steps_for(command: DemoCommand, data: Path, batch: int, length: int) -> int:
+    """Training steps for the minutes given, from the time of three steps on this machine."""
+    device = pick_device("auto")
+    config = TrainConfig(precision=pick_precision("auto", device))
+    batches = Batches(data, batch=batch, length=length)
+    model = build(preset(command.size, vocab_size=load_meta(data).vocab_size)).to(device)
+    times = []
+    for step in range(4):
+        began = time.perf_counter()
+        accumulate_gradients(model, batches, step, None, config, device)
+        times.append(time.perf_counter() - began)
+    overhead = 1.12  # optimiser, evaluations, samples
+    return max(20, min(5000, int(command.minutes * 60 / (overhead * sorted(times)[1]))))
+
+
+def yardsticks(console: Console, model: RetNet, tokenizer, data: Path, length: int, out: Path) -> None:
+    """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
+    result = evaluate(model, data, tokenizer, length=4 * length)
+    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
+    counts = Counter(raw)
+    entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
+    xz = 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+    figures = {"order-0 entropy of bytes": entropy, "xz -9": xz, "this model": result.bits_per_byte}
+    for name, value in figures.items():
+        console.print(f"  {name:<26}{value:6.3f}")
+    write_json(out / "held_out.json", {**figures, "bytes": result.bytes})
+
+
+@torch.inference_mode()
+def forms(console: Console, model: RetNet, data: Path) -> None:
+    """Logits of the trained model on held-out text in all forms, and handed over between them, against float64."""
+    ids = next(iter(held_out(data, length=1024))).ids
+    exact, _ = model.double()(ids, form="recurrent")
+    model.float()
+    results = {form: model(ids, form=form)[0] for form in ("parallel", "recurrent", "chunkwise")}
+    first, state = model(ids[:, :777], form="parallel")
+    rest = []
+    for t in range(777, ids.shape[1]):
+        logits, state = model(ids[:, t : t + 1], state)
+        rest.append(logits)
+    results["parallel, then token by token"] = torch.cat((first, *rest), 1)
+    console.print(f"largest logit {float(exact.abs().max()):.1f}; in float32, the largest difference from float64:")
+    for name, logits in results.items():
+        console.print(f"  {name:<32}{float((logits - exact).abs().max()):.1e}")
+
+
+def costs(console: Console, model: RetNet, out: Path) -> None:
+    """State against KV cache: table, JSON and picture in the run directory."""
+    rows = memory.measure({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
+    console.print(Markdown(memory.table(rows)))
+    write_json(out / "memory.json", memory.report(rows))
+    try:
+        memory.plot(rows, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
+        console.print(f"the picture: {out / 'memory.png'}")
+    except ModuleNotFoundError as missing:
+        console.print(str(missing), markup=False)

@@ -1,0 +1,99 @@
+"""`retentive info`: what a model is made of, and what it costs."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from retentive.checkpoint.io import find, load_config
+from retentive.models import PRESETS, RetNetConfig, TransformerConfig, cost, preset, twin
+
+CONTEXTS = (512, 2048, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
+
+    run: tyro.conf.Positional[str] = ""
+    """Run directory or model folder, or a size such as 5m or paper-1.3b."""
+    sizes: bool = False
+    """List the named sizes."""
+    vocab_size: int = 32000
+    """Vocabulary, where a named size is asked for."""
+
+
+def main(argv: list[str]) -> None:
+    command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
+    console = Console(highlight=False)
+    if command.sizes:
+        console.print(sizes(command.vocab_size))
+    elif not command.run:
+        raise ValueError("info needs a run, a model folder or a size (retentive info --sizes lists them)")
+    elif command.run in PRESETS and not Path(command.run).exists():
+        describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
+    else:
+        folder = find(command.run)
+        config, layout = load_config(folder)
+        describe(console, config, f"{command.run} ({layout} layout)")
+        progress(console, folder)
+
+
+def describe(console: Console, config: RetNetConfig | TransformerConfig, title: str) -> None:
+    """Print the config and what it costs."""
+    kind = "RetNet" if isinstance(config, RetNetConfig) else "Transformer"
+    console.print(f"[bold]{kind}[/bold], {title}")
+    console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
+    console.print(
+        f"\n  {cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks\n"
+        f"  {megabytes(cost.weight_bytes(config))} of weights in float32, "
+        f"{cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
+    )
+    retnet = config if isinstance(config, RetNetConfig) else None
+    other = twin(config) if retnet else config
+    table = Table(title="memory of one sequence, float32", title_justify="left")
+    table.add_column("context")
+    for n in CONTEXTS:
+        table.add_column(f"{n:,}", justify="right")
+    if retnet:
+        table.add_row("RetNet's state", *[megabytes(cost.state_bytes(retnet))] * len(CONTEXTS))
+    table.add_row(
+        "the twin's KV cache" if retnet else "KV cache", *[megabytes(cost.cache_bytes(other, n)) for n in CONTEXTS]
+    )
+    console.print(table)
+    if retnet:
+        console.print(f"  The state is the smaller one from {cost.break_even(retnet, other):,} tokens of context on.")
+
+
+def progress(console: Console, folder: Path) -> None:
+    """Print how far a run has come, if the folder is one."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [r for r in records if "loss" in r]
+    held = [r for r in records if "bits_per_byte" in r]
+    if steps:
+        console.print(f"  trained {steps[-1]['step']:,} steps, loss {steps[-1]['loss']:.3f} nats per token")
+    if held:
+        console.print(f"  held-out text: {held[-1]['bits_per_byte']:.3f} bits per byte at step {held[-1]['step']:,}")
+
+
+def sizes(vocab_size: int) -> Table:
+    """The named sizes with what they cost."""
+    table = Table(title=f"sizes, with a vocabulary of {vocab_size:,}", title_justify="left")
+    for name in ("size", "dim", "layers", "heads", "K", "V", "parameters", "in blocks", "state"):
+        table.add_column(name, justify="left" if name == "size" else "right")
+    for name in PRESETS:
+        c = preset(name, vocab_size=vocab_size)
+        shape = (c.dim, c.layers, c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
+        counts = (f"{cost.parameters(c) / 1e6:,.1f} M", f"{cost.block_parameters(c) / 1e6:,.1f} M")
+        table.add_row(name, *map(str, shape), *counts, megabytes(cost.state_bytes(c)))
+    return table
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,192 @@
+"""`retentive train`: a model from packed data, in a run directory that is enough to go on from."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from retentive.data.loader import Batches
+from retentive.data.pack import load_meta
+from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.infer.generate import generate, stream_text
+from retentive.infer.sample import SamplingParams
+from retentive.models import RetNetConfig, TransformerConfig, build, cost, preset, twin
+from retentive.train import TrainConfig, train
+from retentive.train.evaluate import evaluate
+from retentive.train.loop import Interrupted, pick_device
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
+
+    data: Path
+    """Folder of packed tokens."""
+    out: Path
+    """Run directory to make."""
+    size: str = "5m"
+    """Size of the model, the one dial: 1m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one
+    (retentive info --sizes)."""
+    model: Literal["retnet", "transformer"] = "retnet"
+    """A RetNet, or the Transformer of the same width, depth and parameters."""
+    set: tuple[str, ...] = ()
+    """Changes to the RetNet's config, such as decay=paper heads=2 dropout=0.1."""
+    mode: Literal["reset", "packed", "carry"] = "reset"
+    """reset: no state passes a document's end. packed: documents run into each other. carry: every row reads one
+    long stream, its state handed from step to step."""
+    batch: int = 8
+    """Rows of a batch."""
+    length: int = 512
+    """Tokens of a row."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run at --out, if there is one; its own options hold."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+TEXT_FIELDS = ("activation", "decay", "rotary")  # of RetNetConfig; the others are numbers, true or false
+# what a run that goes on may change: none of these alters what is computed
+FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
+
+
+def main(argv: list[str]) -> None:
+    default, argv = read_recipe(argv)
+    command = tyro.cli(TrainCommand, prog="retentive train", args=argv, default=default, description=HELP)
+    try:
+        run(command)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+
+
+HELP = """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed.
+
+--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."""
+
+
+def read_recipe(argv: list[str]) -> tuple[TrainCommand | None, list[str]]:
+    """The TrainCommand of --recipe FILE.py, and the arguments without it."""
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
+    if "--recipe" not in argv:
+        return None, argv
+    at = argv.index("--recipe")
+    if at + 1 == len(argv):
+        raise ValueError("--recipe needs a file: a Python file whose function recipe() returns a TrainCommand")
+    path = Path(argv[at + 1])
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, "recipe", None)
+    command = recipe() if callable(recipe) else None
+    if not isinstance(command, TrainCommand):
+        raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a TrainCommand")
+    return command, argv[:at] + argv[at + 2 :]
+
+
+def run(command: TrainCommand, *, quiet: bool = False) -> Path:
+    """Carry the command out and return the run directory."""
+    command = stored(command) if command.resume else command
+    meta = load_meta(command.data)
+    tokenizer = load_tokenizer(command.data)
+    batches = Batches(
+        command.data, mode=command.mode, batch=command.batch, length=command.length, seed=command.train.seed
+    )
+    if command.mode == "carry" and command.model == "transformer":
+        raise ValueError("mode carry hands on a state of constant size, which a Transformer has not: use another mode")
+    torch.manual_seed(command.train.seed)
+    config = model_config(command, meta.vocab_size)
+    model = build(config)
+    if not quiet and not (command.out / "train.json").exists():
+        print(
+            f"{command.model} {command.size}: {cost.parameters(config) / 1e6:.1f} M parameters, "
+            f"{meta.splits['train'].tokens / 1e6:.1f} M tokens, {command.batch} x {command.length} a batch, "
+            f"{command.train.steps} steps on {pick_device(command.train.device)}",
+            file=sys.stderr,
+        )
+
+    def held_out(model, tokens):
+        return evaluate(model, command.data, tokenizer, length=command.length, tokens=tokens)
+
+    has_valid = meta.splits["valid"].tokens > command.length
+    record = asdict(replace(command, train=TrainConfig()))
+    del record["train"], record["resume"]
+    return train(
+        model,
+        batches,
+        command.train,
+        out=command.out,
+        tokenizer=tokenizer,
+        evaluate=held_out if has_valid else None,
+        sample=lambda model: sample_text(model, tokenizer, command.train.sample_prompt),
+        record={"command": json.loads(json.dumps(record, default=str))},
+        resume=command.resume,
+        quiet=quiet,
+    )
+
+
+def sample_text(model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
+    """What the model writes after `prompt` now, always with the same seed."""
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    model.eval()
+    made = generate(model, ids, SamplingParams(temperature=0.8, top_p=0.95, seed=0), max_tokens=tokens)
+    text = prompt + "".join(stream_text(made, tokenizer))
+    model.train()
+    return text
+
+
+def model_config(command: TrainCommand, vocab_size: int) -> RetNetConfig | TransformerConfig:
+    """The config of --size with the changes of --set, for this vocabulary."""
+    types = {f.name: f.type for f in fields(RetNetConfig)}
+    changes = {}
+    for item in command.set:
+        name, _, value = item.partition("=")
+        if name not in types or name == "vocab_size":
+            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(n for n in types)}")
+        try:
+            changes[name] = (
+                value if isinstance(RetNetConfig.__dataclass_fields__[name].default, str) else json.loads(value)
+            )
+        except ValueError:
+            raise ValueError(f"--set {item}: {value!r} is no number, true or false") from None
+    config = preset(command.size, vocab_size=vocab_size, **changes)
+    return twin(config) if command.model == "transformer" else config
+
+
+def stored(command: TrainCommand) -> TrainCommand:
+    """The run's own options where it exists; the command may repeat them, but not contradict them."""
+    file = command.out / "train.json"
+    if not file.exists():
+        return command
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    was = TrainCommand(
+        **{
+            **raw["command"],
+            "data": Path(raw["command"]["data"]),
+            "out": command.out,
+            "set": tuple(raw["command"]["set"]),
+            "train": TrainConfig(**raw["train"]),
+        }
+    )
+    for given, before, blank in (
+        (command, was, TrainCommand(data=Path(), out=Path())),
+        (command.train, was.train, TrainConfig()),
+    ):
+        for f in fields(given):
+            if f.name in FREE or f.name in ("train", "out", "resume"):
+                continue
+            new, old = getattr(given, f.name), getattr(before, f.name)
+            same = Path(new).resolve() == Path(old).resolve() if f.name == "data" else new == old
+            if not same and new != getattr(blank, f.name):
+                flag = f.name.replace("_", "-")
+                raise ValueError(f"--{flag} {new} contradicts the run at {command.out}, which has {old}: leave it out")
+    free = {
+        name: getattr(command.train, name)
+        for name in FREE
+        if getattr(command.train, name) != getattr(TrainConfig(), name)
+    }
+    return replace(was, resume=True, train=replace(was.train, **free))

@@ -1,0 +1,351 @@
+"""Documents to a folder of token shards that can be memory-mapped: what every run reads its data from.
+
+    train-00000.bin   token ids, an end-of-text id after every document; little-endian uint16, or uint32 where
+                      the vocabulary is larger
+    train-00000.idx   uint64: where documents end, just after that id, counted from the shard's start
+    valid-00000.*     the same for the held-out text
+    meta.json         what is in them, and the hash of the tokenizer that made them
+    tokenizer.json    that tokenizer
+
+Shards end at document ends. The folder appears whole or not at all.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from retentive.data.sources import Document
+from retentive.data.tokenizer import Tokenizer
+
+FORMAT, VERSION = "retentive-pack", 1
+SPLITS = ("train", "valid")
+PIECE = 1 << 16  # characters that are encoded at a time: larger ones are slower with HF tokenizers
+BATCH = 1 << 22  # characters that are encoded together, on all cores
+_OURS = re.compile(r"meta\.json|tokenizer\.json|tokenizer_config\.json|(train|valid)-\d{5,}\.(bin|idx)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin with its .idx."""
+
+    tokens: int
+    """Ids in the .bin, end-of-text ids included."""
+    documents: int
+    """Document ends in the .idx."""
+    sha256: str
+    """Hash of the .bin."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """All that is held of `train` or of `valid`."""
+
+    documents: int
+    """How many documents."""
+    tokens: int
+    """How many ids, end-of-text ids included."""
+    bytes: int
+    """UTF-8 bytes of the text, for bits per byte."""
+    shards: tuple[Shard, ...]
+    """The files, in order."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What meta.json says."""
+
+    dtype: str
+    """"uint16" or "uint32": the type of the ids, little-endian."""
+    vocab_size: int
+    """The rows that a model's embedding needs."""
+    eos_id: int
+    """The id after every document."""
+    tokenizer_sha256: str
+    """`Tokenizer.sha256` of the tokenizer beside the data."""
+    splits: dict[str, Split]
+    """"train" and "valid"."""
+
+
+def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
+    return Path(folder) / f"{split}-{number:05d}{suffix}"
+
+
+def pack(
+    out: str | Path,
+    tokenizer: Tokenizer,
+    train: Iterable[Document],
+    valid: Iterable[Document],
+    *,
+    shard_tokens: int = 100_000_000,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Meta:
+    """The meta of the folder `out`, once written. `train` is read to its end before `valid`, maybe empty.
+
+    A shard ends with the document that takes it to `shard_tokens`. `progress` is told the bytes of text done.
+    ValueError where there is nothing to train on, FileExistsError where `out` is taken: see `check_free`.
+    """
+    out = Path(out)
+    check_free(out, overwrite=overwrite)
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        splits = {}
+        for name, documents in zip(SPLITS, (train, valid), strict=True):
+            splits[name] = _write_split(partial, name, documents, tokenizer, dtype, shard_tokens, progress)
+            if not splits["train"].tokens:
+                raise ValueError("no training text: every document was empty or held out for validation")
+        meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
+        tokenizer.save(partial)
+        form = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
+        with open(partial / "meta.json", "wb") as file:
+            _write(file, json.dumps(form, indent=1).encode())
+        _move(partial, out)
+        return meta
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(out: str | Path, *, overwrite: bool = False) -> None:
+    """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) an earlier pack and no more."""
+    out = Path(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose a new folder for the packed data")
+    others = sorted(entry.name for entry in out.iterdir() if not _OURS.fullmatch(entry.name))
+    if others:
+        raise FileExistsError(f"{out} holds other things ({others[0]}): choose a new or an empty folder")
+    if any(out.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{out} holds packed data: choose another folder, or replace it with overwrite (--overwrite)"
+        )
+
+
+def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
+    """The meta of a packed folder, its files all there in full length; `verify` compares their hashes too."""
+    path = Path(path)
+    file = path / "meta.json"
+    if not file.is_file():
+        what = "holds no meta.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: expected a folder that `retentive data` wrote")
+    try:
+        form = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{file} is not JSON: the folder is damaged, pack the data again") from None
+    if not isinstance(form, dict) or form.pop("format", None) != FORMAT:
+        raise ValueError(f"{file} is of another program: expected a folder that `retentive data` wrote")
+    if (version := form.pop("version", None)) != VERSION:
+        raise ValueError(f"{file} has format version {version}, this program reads {VERSION}: pack the data again")
+    try:
+        splits = form.pop("splits")
+        for name, split in splits.items():
+            splits[name] = Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
+        meta = Meta(**form, splits=splits)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): pack the data again") from None
+    _check_shards(path, meta, verify)
+    return meta
+
+
+def split_documents(
+    docs: Iterable[Document], valid_fraction: float, seed: int = 0
+) -> tuple[Iterator[Document], Iterator[Document]]:
+    """The documents to train on, and those held out: about `valid_fraction`, by a hash of name and seed.
+
+    One pass: read the first to its end before the second; held-out documents wait in memory meanwhile.
+    With a positive fraction both get something: of few documents one is held out, a single one is cut.
+    """
+    if not 0 <= valid_fraction < 1:
+        raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
+    held: deque[Document] = deque()
+    done = False
+
+    def share(document: Document) -> float:
+        name = document.name.encode("utf-8", "backslashreplace")
+        return int.from_bytes(hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest(), "little") / 2**64
+
+    def training() -> Iterator[Document]:
+        nonlocal done
+        trained = 0
+        spare: Document | None = None  # what is held out if nothing else is: the smallest share so far
+        for document in docs:
+            ready: Document | None = document
+            if share(document) < valid_fraction:
+                held.append(document)
+                ready, spare = spare, None
+            elif valid_fraction and not held and (spare is None or share(document) < share(spare)):
+                ready, spare = spare, document
+            if ready is not None:
+                trained += 1
+                yield ready
+        if spare is not None:
+            held.append(spare)
+        if held and not trained:
+            last = held.pop()
+            if not held:
+                last, tail = _cut(last, valid_fraction)
+                held.append(tail)
+            yield last
+        done = True
+
+    def validation() -> Iterator[Document]:
+        if not done:
+            raise RuntimeError(
+                "read the documents to train on to their end first: until then it is open what is held out"
+            )
+        while held:
+            yield held.popleft()
+
+    return training(), validation()
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """The text in pieces of at most `size` characters that end at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
+    text = document.text
+    place = max(1, round(len(text) * (1 - valid_fraction)))
+    place = text.rfind("\n", place // 2, place) + 1 or place
+    return document._replace(text=text[:place]), document._replace(text=text[place:])
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
+    """(ids, UTF-8 bytes, whether the document ends here) of piece after piece."""
+    batch: list[tuple[str, bool]] = []
+    waiting = 0
+
+    def flush() -> Iterator[tuple[list[int], int, bool]]:
+        texts = [piece for piece, _ in batch]
+        for ids, (piece, last) in zip(tokenizer.encode_batch(texts), batch, strict=True):
+            yield ids, len(piece.encode()), last
+        batch.clear()
+
+    for document in documents:
+        left = len(document.text)
+        for piece in pieces(document.text):
+            left -= len(piece)
+            waiting += len(piece)
+            batch.append((piece, not left))
+            if waiting >= BATCH:
+                yield from flush()
+                waiting = 0
+    yield from flush()
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    dtype: str,
+    shard_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> Split:
+    text_bytes = 0
+    shards: list[Shard] = []
+
+    def counted() -> Iterator[tuple[list[int], bool]]:
+        nonlocal text_bytes
+        for ids, size, last in _encoded(documents, tokenizer):
+            yield ([*ids, tokenizer.eos_id] if last else ids), last
+            text_bytes += size
+            if progress:
+                progress(size)
+
+    encoded = counted()
+    for first in encoded:  # each turn takes one shard's worth
+        target = shard_path(folder, split, len(shards), ".bin")
+        shards.append(_write_shard(target, itertools.chain([first], encoded), np.dtype(dtype), shard_tokens))
+    count = sum(shard.documents for shard in shards)
+    return Split(count, sum(shard.tokens for shard in shards), text_bytes, tuple(shards))
+
+
+def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype: np.dtype, shard_tokens: int) -> Shard:
+    tokens = 0
+    ends: list[int] = []
+    digest = hashlib.sha256()
+    with open(target, "wb") as file:
+        for ids, last in encoded:
+            data = np.array(ids, dtype.newbyteorder("<")).tobytes()
+            _write(file, data)
+            digest.update(data)
+            tokens += len(ids)
+            if last:
+                ends.append(tokens)
+                if tokens >= shard_tokens:
+                    break
+    with open(target.with_suffix(".idx"), "wb") as file:
+        _write(file, np.array(ends, "<u8").tobytes())
+    return Shard(tokens, len(ends), digest.hexdigest())
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    try:
+        file.write(data)
+        file.flush()  # so that a full disk shows here and not at close
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the packed data ({error.strerror}): nothing was kept") from None
+
+
+def _move(partial: Path, out: Path) -> None:
+    """Puts the finished folder in its place; what was there goes last, and comes back if that fails."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    former = partial.with_suffix(".former")
+    out.rename(former)
+    try:
+        partial.rename(out)
+    except OSError:
+        former.rename(out)
+        raise
+    shutil.rmtree(former)
+
+
+def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
+    item = np.dtype(meta.dtype).itemsize
+    for split, held in meta.splits.items():
+        if sum(shard.tokens for shard in held.shards) != held.tokens:
+            raise ValueError(f"{path}/meta.json is damaged: its {split} shards do not add up, pack the data again")
+        for number, shard in enumerate(held.shards):
+            for suffix, size in ((".bin", shard.tokens * item), (".idx", shard.documents * 8)):
+                file = shard_path(path, split, number, suffix)
+                got = file.stat().st_size if file.is_file() else None
+                if got != size:
+                    found = "is missing" if got is None else f"has {got:,} bytes, expected {size:,}"
+                    raise ValueError(f"{file} {found}: the copy is incomplete, copy the folder or pack the data again")
+            file = shard_path(path, split, number, ".bin")
+            if verify and _file_hash(file) != shard.sha256:
+                raise ValueError(f"{file} is damaged: its hash differs from that in meta.json, pack the data again")
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

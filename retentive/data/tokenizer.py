@@ -1,0 +1,335 @@
+"""Text to token ids and back: built-in bytes, any Hugging Face tokenizer.json, or tiktoken ranks.
+
+Text stays text: `<|endoftext|>` in a document is encoded as the characters that it is, never as the special
+token, and special tokens decode to nothing. Every tokenizer has a `sha256`, kept beside the data and the
+weights made with it, and saves itself as a `tokenizer.json` that `load_tokenizer` reads back to that hash.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+END_OF_TEXT = "<|endoftext|>"
+# What tokenizers call the end of a document, the likeliest first.
+END_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "[EOS]",
+    "[SEP]",
+)
+
+# How OpenAI's vocabularies cut text before merging: the regular expressions of tiktoken_ext/openai_public.py.
+TIKTOKEN_PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "cl100k": (
+        r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+        r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+    ),
+}
+
+
+class TextStream:
+    """Text out of ids that come one by one, never half a character; the pieces join to `decode` of all ids.
+
+    Decodes the ids since the last piece together with those of that piece, the context that tokenizers with a
+    mark at word starts need. Exact for byte-level ones; others may differ where the ids are not valid UTF-8.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._start([])
+
+    def _start(self, given: list[int]) -> None:
+        self._ids = given  # the ids of the last piece, to which those that follow are added
+        self._given = len(given)
+        self._text = self._decode(given)
+
+    def push(self, id: int) -> str:
+        """The text that became complete with this id, often empty."""
+        self._ids.append(id)
+        text = self._decode(self._ids)
+        # An unfinished character decodes to U+FFFD: wait for the rest of it.
+        if text.endswith("\ufffd") or len(text) <= len(self._text):
+            return ""
+        piece = text[len(self._text) :]
+        self._start(self._ids[self._given :])
+        return piece
+
+    def flush(self) -> str:
+        """What is left: an unfinished character comes out as U+FFFD. The stream can then be used anew."""
+        piece = self._decode(self._ids)[len(self._text) :]
+        self._start([])
+        return piece
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer here has; nothing else may be relied on."""
+
+    vocab_size: int
+    """The highest id plus one: the rows that an embedding table needs."""
+    eos_id: int
+    """The id that ends a document."""
+    sha256: str
+    """Hash of the canonical form: the same before and after `save`."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def stream(self) -> TextStream: ...
+
+    def save(self, folder: str | Path) -> None: ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 and an end of text: no dependency, no training, lossless."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    def __init__(self) -> None:
+        self._form = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        self.sha256 = _hash(self._form)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(id for id in ids if id < 256).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        return TextStream(self.decode)
+
+    def save(self, folder: str | Path) -> None:
+        _write(Path(folder) / "tokenizer.json", json.dumps(self._form))
+
+
+class BPETokenizer:
+    """Any Hugging Face tokenizer (BPE, unigram, word pieces), made of the text of its tokenizer.json.
+
+    `eos` names the token that ends a document; by default the first of END_NAMES in the vocabulary.
+    """
+
+    def __init__(self, text: str, *, eos: str | None = None):
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._tokenizer = HFTokenizer.from_str(text)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {error}") from None
+        self._text = text  # saved as it came, so that the hash outlives versions of the library
+        self.eos, self.eos_id = _end_token(self._tokenizer.token_to_id, eos)
+        self._tokenizer.add_special_tokens([self.eos])  # where the file holds it as an ordinary token
+        self._tokenizer.encode_special_tokens = True  # text stays text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
+        form = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
+        self.sha256 = _hash({"eos": self.eos, **form})
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        return TextStream(self.decode)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        _write(folder / "tokenizer.json", self._text)
+        found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
+        if self.eos != (_configured_end(folder) or found):
+            # tokenizer.json has no place for it; this is where transformers looks as well.
+            config = folder / "tokenizer_config.json"
+            kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
+            _write(
+                config,
+                json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, "eos_token": self.eos}),
+            )
+
+
+class TiktokenTokenizer:
+    """tiktoken's byte-level BPE over a table of ranks, several times faster; needs the package tiktoken."""
+
+    def __init__(self, ranks: dict[bytes, int], *, pattern: str = "cl100k", eos_id: int | None = None):
+        if pattern not in TIKTOKEN_PATTERNS:
+            raise ValueError(f"unknown tiktoken pattern {pattern!r}: expected one of {', '.join(TIKTOKEN_PATTERNS)}")
+        try:
+            import tiktoken
+        except ImportError:
+            raise ImportError("a .tiktoken vocabulary needs tiktoken: pip install 'retentive[tiktoken]'") from None
+        after = max(ranks.values()) + 1
+        # cl100k_base leaves 100256 unused; elsewhere the end of text follows the last rank.
+        self.eos_id = eos_id if eos_id is not None else 100257 if after == 100256 else after
+        self.vocab_size = max(after, self.eos_id + 1)
+        self._form = {
+            "type": "tiktoken",
+            "pattern": pattern,
+            "eos_id": self.eos_id,
+            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()},
+        }
+        self.sha256 = _hash(self._form)
+        self._ids = frozenset(ranks.values())
+        self._encoding = tiktoken.Encoding(
+            self.sha256,
+            pat_str=TIKTOKEN_PATTERNS[pattern],
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eos_id},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode_bytes([id for id in ids if id in self._ids]).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        return TextStream(self.decode)
+
+    def save(self, folder: str | Path) -> None:
+        _write(Path(folder) / "tokenizer.json", json.dumps(self._form))
+
+
+def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
+    """The tokenizer that `spec` names: "bytes", a tokenizer.json, a folder with one, or a .tiktoken file.
+
+    `eos` overrides the end-of-text token of a tokenizer.json; `pattern` says how a .tiktoken file cuts words.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'no tokenizer at {path}: expected "bytes", a tokenizer.json or its folder, or a .tiktoken file'
+        )
+    if path.suffix == ".tiktoken":
+        return TiktokenTokenizer(_read_ranks(path), pattern=pattern)
+    try:
+        text = path.read_text("utf-8")
+        form = json.loads(text)
+    except ValueError:
+        raise ValueError(f"{path} is not JSON: expected a tokenizer.json or a file named *.tiktoken") from None
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "tiktoken":
+        ranks = {base64.b64decode(token): rank for token, rank in form["ranks"].items()}
+        return TiktokenTokenizer(ranks, pattern=form["pattern"], eos_id=form["eos_id"])
+    if not isinstance(form, dict) or "model" not in form:
+        raise ValueError(
+            f'{path} is not a tokenizer.json: it has no "model"; expected the file that HF tokenizers saves'
+        )
+    try:
+        return BPETokenizer(text, eos=eos or _configured_end(path.parent))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE learnt from `texts`: lossless, GPT-2's word boundaries, every digit by itself.
+
+    May hold fewer than `vocab_size` tokens where there is little text: a pair seen once is not merged.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not characters:
+        raise ValueError("no text to train a tokenizer on: every text was empty")
+    return BPETokenizer(tokenizer.to_str())
+
+
+def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> tuple[str, int]:
+    names = END_NAMES if wanted is None else (wanted,)
+    for name in names:
+        if (id := token_to_id(name)) is not None:
+            return name, id
+    raise ValueError(f"no end-of-text token in the vocabulary: looked for {', '.join(names)}; name yours with eos=")
+
+
+def _configured_end(folder: Path) -> str | None:
+    """The end-of-text token that tokenizer_config.json in `folder` names, as a string or as an object."""
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    token = json.loads(config.read_text("utf-8")).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}:{number} is not a line of a .tiktoken file: expected base64, space, rank"
+            ) from None
+    if not ranks:
+        raise ValueError(f"{path} is empty: expected lines of base64, space, rank")
+    return ranks
+
+
+def _hash(form: dict) -> str:
+    return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes all of the file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

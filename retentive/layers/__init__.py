@@ -1,0 +1,12 @@
+"""nn.Modules that models are stacked from: retention, attention for the twin, feed-forward, norm.
+
+Letters of the shape suffixes: as in `retentive.ops`, and D model width, F feed-forward width, S slots of a cache.
+"""
+
+from retentive.layers.attention import Attention
+from retentive.layers.ffn import FeedForward
+from retentive.layers.norm import RMSNorm
+from retentive.layers.place import Place, locate
+from retentive.layers.retention import MultiScaleRetention
+
+__all__ = ["Attention", "FeedForward", "MultiScaleRetention", "Place", "RMSNorm", "locate"]

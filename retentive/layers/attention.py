@@ -1,0 +1,126 @@
+"""Softmax attention for the Transformer twin: rotary positions, grouped heads, a cache of keys and values.
+
+A strong modern baseline: PyTorch's scaled_dot_product_attention does the work. Source: Vaswani et al.,
+arXiv 1706.03762; rotation as in Llama (`half`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retentive.layers.place import Place
+from retentive.ops import rotary
+
+
+class Shared(NamedTuple):
+    """Phases of these positions, the same in every layer."""
+
+    cos: Tensor  # [T, K/2] or [B, T, K/2]
+    sin: Tensor
+
+
+class Attention(nn.Module):
+    """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is (keys, values), each `[N,S,kv_heads,K]`, S slots.
+
+    The token at position p lies in slot p. A cache handed in is written in place and must have the slots for it.
+    """
+
+    def __init__(self, D: int, *, heads: int, kv_heads: int):
+        super().__init__()
+        self.H, self.kv_heads, self.K = heads, kv_heads, D // heads
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, self.K * kv_heads, bias=False)
+        self.v_proj = nn.Linear(D, self.K * kv_heads, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def shared(self, place: Place, dtype: torch.dtype) -> Shared:
+        """Phases for these positions, once for all layers."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return Shared(*rotary.phases(place.index, self.K, "half", dtype=wide))
+
+    def forward(
+        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, place: Place, shared: Shared, starts: list[int]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """`starts`: position of each sequence's first token, N Python integers."""
+        q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
+        k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
+        v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
+        q_BTHK = rotary.rotate(q_BTHK, shared.cos, shared.sin, "half").to(v_BTHK.dtype)
+        k_BTHK = rotary.rotate(k_BTHK, shared.cos, shared.sin, "half").to(v_BTHK.dtype)
+        if place.cu_seqlens is not None:
+            o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, place.cu_seqlens.tolist(), starts)
+        elif cache is None and place.valid is None:
+            o, cache = self._attend(q_BTHK, k_BTHK, v_BTHK, causal=True), (k_BTHK, v_BTHK)
+        else:
+            o, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, place, starts)
+        return self.out_proj(o.flatten(-2)), cache
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask_BTS: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        grouped = self.kv_heads != self.H
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return o.transpose(1, 2)
+
+    def _cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        place: Place,
+        starts: list[int],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Write k and v to their slots, attend to all slots up to each token's own."""
+        B, T = k.shape[:2]
+        if cache is None:
+            cache = (torch.zeros_like(k), torch.zeros_like(v))
+        keys, values = cache
+        S = max(starts) + T
+        same = min(starts) == max(starts)
+        if same and place.valid is None:
+            keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
+        else:
+            index = place.index.expand(B, T)
+            rows, columns = torch.ones_like(index, dtype=torch.bool).nonzero(as_tuple=True)
+            if place.valid is not None:
+                rows, columns = place.valid.nonzero(as_tuple=True)
+            slots = index[rows, columns]
+            keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
+        mask_BTS = None
+        if not (same and T == 1):
+            mask_BTS = torch.arange(S, device=k.device) <= place.index.expand(B, T)[..., None]
+        return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
+
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None, cu: list[int], starts: list[int]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Sequence after sequence: on CPU, SDPA has no packed form, and one masked call would be quadratic in all of T.
+
+        While training no cache is kept: padded to the longest sequence, it would outweigh the batch.
+        """
+        spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
+        if cache is None and not self.training:
+            S = max(b - a + start for a, b, start in spans)
+            cache = tuple(y.new_zeros(len(spans), S, *y.shape[2:]) for y in (k, v))
+        out = []
+        for n, (a, b, start) in enumerate(spans):
+            if start == 0:
+                out.append(self._attend(q[:, a:b], k[:, a:b], v[:, a:b], causal=True))
+                if cache is not None:
+                    cache[0][n, : b - a], cache[1][n, : b - a] = k[0, a:b], v[0, a:b]
+                continue
+            here = Place(torch.arange(start, start + b - a, device=k.device), None, None)
+            one = tuple(y[n : n + 1] for y in cache)
+            out.append(self._cached(q[:, a:b], k[:, a:b], v[:, a:b], one, here, [start])[0])
+        return torch.cat(out, 1), cache
+
+    def reset_parameters(self) -> None:
+        """Xavier with the gains of the retention layer, so that the twins start alike."""
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)

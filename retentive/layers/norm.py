@@ -1,0 +1,20 @@
+"""RMSNorm: x / sqrt(mean(x^2) + eps), with or without a gain per feature.
+
+Source: Zhang and Sennrich, arXiv 1910.07467. Used before each sublayer, and over V as the head norm of retention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last dimension; computed in float32 or wider, returned in the dtype of x."""
+
+    def __init__(self, width: int, *, eps: float, affine: bool = True):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)

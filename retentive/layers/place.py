@@ -1,0 +1,57 @@
+"""Where the tokens of a call stand: their positions, which of them are padding, where packed sequences begin."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Positions of B x T tokens. Padding neither writes, decays nor counts, on whichever side it stands."""
+
+    index: Tensor
+    """int64 `[T]` where all rows agree, else `[B,T]`: tokens of its sequence before this one (pads: any value >= 0)."""
+    valid: Tensor | None
+    """bool `[B,T]`, False on padding; None where there is none."""
+    cu_seqlens: Tensor | None
+    """`[N+1]`, where the N sequences packed into one row begin and end; None for one sequence a row."""
+
+
+def locate(
+    B: int, T: int, start: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Place, Tensor]:
+    """The place of each token, and int64 `[N]`, the position after each sequence's last token.
+
+    Args:
+        start: int64 `[N]`, tokens that each sequence has had before; None for none.
+        lengths: `[B]` valid tokens of each row, padding on the right; or `[B,2]`, (begin, end) of the valid tokens,
+            so that left padding is (T - n, T).
+        cu_seqlens: `[N+1]`, with B = 1.
+    """
+    t = torch.arange(T, device=device)
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise ValueError("cu_seqlens and lengths exclude each other: packed sequences have no padding")
+        if B != 1:
+            raise ValueError(f"cu_seqlens packs all sequences into one row, got {B} rows")
+        cu = cu_seqlens.to(device=device, dtype=torch.int64)
+        count = cu.diff()
+        start = torch.zeros_like(count) if start is None else start
+        index = t - (cu[:-1] - start).repeat_interleave(count, output_size=T)
+        return Place(index[None], None, cu_seqlens), start + count
+    if lengths is None:
+        end = torch.full((B,), T, device=device) if start is None else start + T
+        return Place(t if start is None else start[:, None] + t, None, None), end
+    lengths = lengths.to(device=device, dtype=torch.int64)
+    if lengths.shape == (B,):
+        begin, end = torch.zeros_like(lengths), lengths
+    elif lengths.shape == (B, 2):
+        begin, end = lengths.unbind(1)
+    else:
+        raise ValueError(f"lengths must be [{B}] or [{B}, 2], one row's valid tokens each, got {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and not bool(((begin >= 0) & (begin <= end) & (end <= T)).all()):
+        raise ValueError(f"lengths must lie within the {T} tokens of a row, got {lengths.tolist()}")
+    valid = (t >= begin[:, None]) & (t < end[:, None])
+    start = torch.zeros_like(begin) if start is None else start
+    index = start[:, None] + (t - begin[:, None]).clamp(min=0)
+    return Place(index, valid, None), start + end - begin

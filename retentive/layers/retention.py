@@ -1,0 +1,137 @@
+"""Gated multi-scale retention, the layer that takes attention's place.
+
+    q, k = rotate(x Wq), rotate(x Wk)      v, g = x Wv, x Wg
+    y = head_norm(retention(q / sqrt(K) * row_norm, k, v))
+    out = (swish(g) * y) Wo
+
+Source: arXiv 2307.08621 equation 8; torchscale's multiscale_retention.py for the details that the paper leaves open.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retentive.layers.norm import RMSNorm
+from retentive.layers.place import Place
+from retentive.ops import decay as decays
+from retentive.ops import retention, retention_step, rotary
+
+
+class Shared(NamedTuple):
+    """What depends on positions alone and so is the same in every layer; float32, or float64 in a float64 model."""
+
+    cos: Tensor  # [T, K/2] or [B, T, K/2]
+    sin: Tensor
+    q_scale: Tensor  # [T or 1, H] or [B, T, H]: K^-1/2, times the row norm
+    log_decay: Tensor | None  # [H]; None where the layer computes it from x
+
+
+class MultiScaleRetention(nn.Module):
+    """`(x [B,T,D], state [N,H,K,V])` -> `(out [B,T,D], state)`, a different decay for each head.
+
+    Decays and phases are no buffers: they are computed when needed, and no cast of the module reaches them.
+    """
+
+    def __init__(
+        self,
+        D: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        decay: str | tuple[float, ...],
+        rotary: str,
+        score_norm: bool,
+        head_norm: bool,
+        head_norm_affine: bool,
+        gate: bool,
+        eps: float,
+    ):
+        super().__init__()
+        self.H, self.kv_heads, self.K, self.V = heads, kv_heads, key_dim // heads, value_dim // heads
+        self.decay, self.rotary, self.score_norm = decay, rotary, score_norm
+        self.q_proj = nn.Linear(D, key_dim, bias=False)
+        self.k_proj = nn.Linear(D, self.K * kv_heads, bias=False)
+        self.v_proj = nn.Linear(D, self.V * kv_heads, bias=False)
+        self.g_proj = nn.Linear(D, value_dim, bias=False) if gate else None
+        self.decay_proj = nn.Linear(D, heads, bias=False) if decay == "gated" else None
+        self.head_norm = RMSNorm(self.V, eps=eps, affine=head_norm_affine) if head_norm else None
+        self.out_proj = nn.Linear(value_dim, D, bias=False)
+
+    def shared(self, place: Place, dtype: torch.dtype) -> Shared:
+        """Phases, scales and decays for these positions, once for all layers."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        device = place.index.device
+        cos, sin = rotary.phases(place.index, self.K, self.rotary, dtype=wide)
+        q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
+        if self.decay == "gated":
+            return Shared(cos, sin, q_scale, None)
+        log_decay = decays.log_decay(self.decay, self.H, device=device, dtype=wide)
+        if self.score_norm:
+            q_scale = q_scale * decays.row_norm(log_decay, place.index + 1)
+        return Shared(cos, sin, q_scale, log_decay)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        place: Place,
+        shared: Shared,
+        form: str = "auto",
+        chunk_size: int | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
+        k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
+        v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
+        q_BTHK = (rotary.rotate(q_BTHK, shared.cos, shared.sin, self.rotary) * shared.q_scale[..., None]).to(
+            v_BTHV.dtype
+        )
+        k_BTHK = rotary.rotate(k_BTHK, shared.cos, shared.sin, self.rotary).to(v_BTHV.dtype)
+        log_decay = shared.log_decay if self.decay_proj is None else self._gated_log_decay(x)
+        if place.valid is not None:  # padding writes nothing and does not decay
+            k_BTHK = k_BTHK * place.valid[..., None, None]
+            log_decay = log_decay * place.valid[..., None]
+        if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
+            k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
+
+        if x.shape[1] == 1 and form == "auto" and place.cu_seqlens is None:
+            q_BHK, k_BHK, v_BHV = q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0]
+            log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
+            o, state = retention_step(q_BHK, k_BHK, v_BHV, log_decay, scale=1.0, state=state)
+            o = o[:, None]
+        else:
+            o, state = retention(
+                q_BTHK,
+                k_BTHK,
+                v_BTHV,
+                log_decay,
+                scale=1.0,
+                state=state,
+                form=form,
+                chunk_size=chunk_size,
+                backend=backend,
+                cu_seqlens=place.cu_seqlens,
+            )
+        if self.head_norm is not None:
+            o = self.head_norm(o)
+        o = o.flatten(-2)
+        if self.g_proj is not None:
+            o = F.silu(self.g_proj(x)) * o
+        return self.out_proj(o), state
+
+    def _gated_log_decay(self, x: Tensor) -> Tensor:
+        """Log decay `[B,T,H]` of the token, log sigmoid(x W) / 16: gated retention, arXiv 2405.05254 (YOCO)."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.logsigmoid(self.decay_proj(x).to(wide)) / 16
+
+    def reset_parameters(self) -> None:
+        """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves."""
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.decay_proj):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, gain=math.pow(2, -2.5))
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)

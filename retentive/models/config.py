@@ -1,0 +1,234 @@
+"""What a model is made of: RetNetConfig, TransformerConfig, the named sizes, and the twin of a RetNet.
+
+Every variant of the architecture that published weights use is a field here, so that torchscale's and fla's models
+are this one with other values.
+"""
+
+from dataclasses import dataclass
+
+from retentive.layers.ffn import ACTIVATIONS
+from retentive.ops import decay as decays
+from retentive.ops import rotary as rotaries
+
+
+@dataclass(frozen=True)
+class RetNetConfig:
+    """A Retentive Network. Defaults: torchscale's current architecture with the paper's language-model decay."""
+
+    vocab_size: int = 257
+    """Rows of the embedding."""
+    dim: int = 256
+    """Model width D."""
+    layers: int = 6
+    """Blocks of retention and feed-forward."""
+    heads: int = 4
+    """Retention heads H; the key head dim K = key_dim / heads must be even."""
+    kv_heads: int | None = None
+    """Heads of k and v, each shared by heads / kv_heads query heads; all heads have their own if not given."""
+    key_dim: int | None = None
+    """Width of q and k over all heads; dim if not given."""
+    value_dim: int | None = None
+    """Width of v, g and the head norm over all heads; 5/3 dim if not given, rounded to 8 a head."""
+    ffn_dim: int | None = None
+    """Width of the feed-forward layer; value_dim if not given."""
+    activation: str = "swish"
+    """Activation of the feed-forward layer: swish or gelu."""
+    ffn_gate: bool = True
+    """A gated feed-forward layer of three matrices; if not, the paper's first one, of two."""
+    decay: str | tuple[float, ...] = "lm"
+    """How heads forget: lm, paper, none, gated (from the token itself), or log(gamma) of each head."""
+    rotary: str = "interleaved"
+    """Pairs and angles of the rotation: interleaved (torchscale) or half (fla)."""
+    score_norm: bool = True
+    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser)."""
+    head_norm: bool = True
+    """RMSNorm over each head's output (the paper's group norm)."""
+    head_norm_affine: bool = False
+    """A gain, shared by the heads, in the head norm (fla)."""
+    gate: bool = True
+    """Swish gate on the head outputs."""
+    norm_eps: float = 1e-6
+    """Epsilon of every norm."""
+    embed_scale: bool = False
+    """Multiply embeddings by sqrt(dim) (torchscale's fairseq models)."""
+    embed_norm: bool = False
+    """RMSNorm right after the embedding."""
+    final_norm: bool = True
+    """RMSNorm before the output matrix."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output matrix."""
+    dropout: float = 0.0
+    """Dropout of embeddings and of each sublayer's output while training."""
+
+    def __post_init__(self):
+        fill = object.__setattr__  # the one place where a frozen config sets its own derived defaults
+        _positive(self, "vocab_size", "dim", "layers", "heads")
+        fill(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
+        fill(self, "key_dim", self.dim if self.key_dim is None else self.key_dim)
+        unit = 8 * self.heads
+        fill(self, "value_dim", unit * -(-self.dim * 5 // (3 * unit)) if self.value_dim is None else self.value_dim)
+        fill(self, "ffn_dim", self.value_dim if self.ffn_dim is None else self.ffn_dim)
+        _positive(self, "kv_heads", "key_dim", "value_dim", "ffn_dim")
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) % self.heads:
+                raise ValueError(f"{name} {getattr(self, name)} is not divisible by heads {self.heads}: change either")
+        if self.key_dim // self.heads % 2:
+            raise ValueError(f"the key head dim must be even for the rotation, got {self.key_dim} / {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("rotary", self.rotary, rotaries.VARIANTS)
+        if not isinstance(self.decay, str):
+            fill(self, "decay", tuple(float(x) for x in self.decay))
+        if self.decay != "gated":
+            decays.values(self.decay, self.heads)
+        elif self.score_norm:
+            raise ValueError(
+                "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
+            )
+        _check_dropout(self.dropout)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The twin: a modern Transformer (rotary positions, RMSNorm, SwiGLU, grouped heads where wanted)."""
+
+    vocab_size: int = 257
+    """Rows of the embedding."""
+    dim: int = 256
+    """Model width D."""
+    layers: int = 6
+    """Blocks of attention and feed-forward."""
+    heads: int = 4
+    """Attention heads; the head dim dim / heads must be even."""
+    kv_heads: int | None = None
+    """Heads of k and v (grouped-query attention); all heads have their own if not given."""
+    ffn_dim: int | None = None
+    """Width of the feed-forward layer; 8/3 dim if not given, rounded to 8."""
+    norm_eps: float = 1e-6
+    """Epsilon of every norm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output matrix."""
+    dropout: float = 0.0
+    """Dropout of embeddings and of each sublayer's output while training."""
+
+    def __post_init__(self):
+        fill = object.__setattr__
+        _positive(self, "vocab_size", "dim", "layers", "heads")
+        fill(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
+        fill(self, "ffn_dim", 8 * -(-self.dim // 3) if self.ffn_dim is None else self.ffn_dim)
+        _positive(self, "kv_heads", "ffn_dim")
+        if self.dim % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"dim {self.dim} must divide by heads {self.heads}, and heads by kv_heads {self.kv_heads}: change one"
+            )
+        if self.dim // self.heads % 2:
+            raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
+        _check_dropout(self.dropout)
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _one_of(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def twin(config: RetNetConfig) -> TransformerConfig:
+    """The Transformer of the same width, depth, heads and parameters as a RetNet.
+
+    Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
+    with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
+    """
+    retention = 2 * config.key_dim + (3 if config.gate else 2) * config.value_dim
+    feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
+    ffn = round((feed_forward + retention - 4 * config.dim) / 3)
+    return TransformerConfig(
+        vocab_size=config.vocab_size,
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        ffn_dim=ffn,
+        norm_eps=config.norm_eps,
+        tie_embeddings=config.tie_embeddings,
+        dropout=config.dropout,
+    )
+
+
+def _small(dim: int, layers: int, heads: int) -> dict:
+    return dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True)
+
+
+def _paper(dim: int, layers: int, heads: int) -> dict:
+    """arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 parameters a block."""
+    plain = dict(ffn_dim=2 * dim, ffn_gate=False, activation="gelu")
+    return dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain)
+
+
+def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> dict:
+    """The architectures that torchscale registers with fairseq."""
+    return dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn, decay="paper", embed_scale=True)
+
+
+def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> dict:
+    """The configs behind fla-hub's checkpoints."""
+    return dict(
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        value_dim=2 * dim,
+        ffn_dim=ffn,
+        decay="paper",
+        rotary="half",
+        score_norm=False,
+        head_norm_affine=True,
+        tie_embeddings=tie,
+    )
+
+
+PRESETS: dict[str, dict] = {
+    # one dial for small machines, named by the parameters of their blocks
+    "1m": _small(128, 5, 2),
+    "5m": _small(256, 6, 4),
+    "10m": _small(320, 8, 5),
+    "25m": _small(512, 8, 8),
+    "60m": _small(640, 12, 10),
+    "130m": _small(896, 13, 7),
+    "350m": _small(1280, 18, 10),
+    "paper-1.3b": _paper(2048, 24, 8),
+    "paper-2.7b": _paper(2560, 32, 10),
+    "paper-6.7b": _paper(4096, 32, 16),
+    "torchscale-base": _torchscale(512, 6, 2, 864),
+    "torchscale-medium": _torchscale(1024, 16, 4, 1728),
+    "torchscale-xl": _torchscale(2048, 24, 8, 3456),
+    "torchscale-3b": _torchscale(2560, 32, 10, 4280),
+    "torchscale-7b": _torchscale(4096, 32, 16, 6912),
+    "torchscale-13b": _torchscale(5120, 40, 20, 8560),
+    "torchscale-65b": _torchscale(8192, 64, 32, 13824),
+    "fla-340m": _fla(1024, 24, 4, 1536, tie=True),
+    "fla-1.3b": _fla(2048, 24, 8, 2816),
+    "fla-2.7b": _fla(2560, 32, 10, 3584),
+}
+
+
+def preset(size: str, *, vocab_size: int, **changes) -> RetNetConfig:
+    """The RetNet of a named size, fields changed as given.
+
+    Raises:
+        ValueError: an unknown size (the known ones are named) or an unknown field.
+    """
+    if size not in PRESETS:
+        raise ValueError(f"unknown size {size!r}, expected one of {', '.join(PRESETS)}")
+    unknown = set(changes) - set(RetNetConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"RetNetConfig has no field {', '.join(sorted(unknown))}")
+    return RetNetConfig(vocab_size=vocab_size, **{**PRESETS[size], **changes})

@@ -1,0 +1,85 @@
+"""What a model costs, as formulas of its config: parameters, FLOPs per token, bytes of weights, state and cache.
+
+A multiply-add counts as two FLOPs. Retention counts as its recurrent form, whatever form computes it: one K x V state
+written and one read, per head and token. Elementwise work (norms, gates, rotations) is left out.
+"""
+
+from retentive.models.config import RetNetConfig, TransformerConfig
+
+Config = RetNetConfig | TransformerConfig
+
+
+def block_parameters(config: Config) -> int:
+    """Parameters of the blocks, without embedding, output and last norm."""
+    c = config
+    if isinstance(c, TransformerConfig):
+        kv = c.dim // c.heads * c.kv_heads
+        matrices = 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.ffn_dim
+        return c.layers * (matrices + 2 * c.dim)
+    K, V = c.key_dim // c.heads, c.value_dim // c.heads
+    matrices = c.dim * (c.key_dim + (K + V) * c.kv_heads + (2 if c.gate else 1) * c.value_dim)
+    matrices += c.dim * c.ffn_dim * (3 if c.ffn_gate else 2)
+    matrices += c.dim * c.heads if c.decay == "gated" else 0
+    return c.layers * (matrices + 2 * c.dim + (V if c.head_norm and c.head_norm_affine else 0))
+
+
+def parameters(config: Config) -> int:
+    """All parameters; tied embeddings count once."""
+    c = config
+    embeddings = c.vocab_size * c.dim * (1 if c.tie_embeddings else 2)
+    retnet = isinstance(c, RetNetConfig)
+    norms = (1 + c.embed_norm if c.final_norm else int(c.embed_norm)) if retnet else 1
+    return block_parameters(c) + embeddings + norms * c.dim
+
+
+def matrix_parameters(config: Config) -> int:
+    """Parameters that every token is multiplied with: the blocks' matrices and the output."""
+    c = config
+    vectors = 2 * c.dim
+    if isinstance(c, RetNetConfig) and c.head_norm and c.head_norm_affine:
+        vectors += c.value_dim // c.heads
+    return block_parameters(c) - c.layers * vectors + c.vocab_size * c.dim
+
+
+def flops_per_token(config: Config, context: int) -> int:
+    """Forward FLOPs of one token at context `context`, itself included. Training takes three times as many."""
+    c = config
+    if isinstance(c, RetNetConfig):
+        mixing = 4 * (c.key_dim // c.heads) * c.value_dim
+    else:
+        mixing = 4 * c.dim * context
+    return 2 * matrix_parameters(c) + c.layers * mixing
+
+
+def training_flops_per_token(config: Config, length: int) -> int:
+    """Forward and backward FLOPs of a token, averaged over a sequence of `length` (attention sees half of it)."""
+    return 3 * flops_per_token(config, (length + 1) // 2)
+
+
+def weight_bytes(config: Config, *, bytes_per_value: int = 4) -> int:
+    """Bytes of all weights; 4 for float32, 2 for bfloat16."""
+    return parameters(config) * bytes_per_value
+
+
+def state_bytes(config: RetNetConfig, *, sequences: int = 1) -> int:
+    """Bytes of the float32 retention states, at any context length."""
+    c = config
+    return sequences * c.layers * (c.key_dim // c.heads) * c.value_dim * 4
+
+
+def cache_bytes(config: TransformerConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
+    """Bytes of the keys and values of `context` tokens."""
+    c = config
+    return sequences * c.layers * 2 * (c.dim // c.heads) * c.kv_heads * context * bytes_per_value
+
+
+def memory_bytes(config: Config, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
+    """What a model remembers `context` tokens in: the constant state, or the growing cache."""
+    if isinstance(config, RetNetConfig):
+        return state_bytes(config, sequences=sequences)
+    return cache_bytes(config, context, sequences=sequences, bytes_per_value=bytes_per_value)
+
+
+def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:
+    """Context from which the state is smaller than the other's cache."""
+    return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1

@@ -1,0 +1,168 @@
+"""What a model remembers between calls: RetentionState of constant size, KVCache that grows. One protocol for both.
+
+A state is handed to the model and a new one comes back. The one handed in is used up (a cache is written in place):
+`clone()` it to go on from the same point twice.
+
+    position         int64 [N], tokens each sequence has had (padding does not count)
+    nbytes           bytes its tensors hold
+    select(rows)     the sequences `rows` (indices; repeated or reordered as for beam search)
+    cat(states)      sequences of several states in one
+    clone() to(device) detach()
+    save(path)       one safetensors file;  load_state(path) reads it
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "retentive-state-1"
+
+
+@dataclass
+class RetentionState:
+    """The states of all retention layers: the same size after 10 tokens and after 10 million."""
+
+    layers: list[Tensor]
+    """`[N,H,K,V]` of each layer; float32, or float64 in a float64 model."""
+    position: Tensor
+    """int64 `[N]`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.layers) + self.position.nbytes
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "RetentionState":
+        return RetentionState([f(x) for x in self.layers], f(self.position))
+
+    def select(self, rows: Tensor) -> "RetentionState":
+        """The sequences `rows`, int64 `[n]`."""
+        return self._map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    @staticmethod
+    def cat(states: Sequence["RetentionState"]) -> "RetentionState":
+        """All sequences of `states`, in order."""
+        columns = zip(*(s.layers for s in states), strict=True)
+        return RetentionState([torch.cat(c) for c in columns], torch.cat([s.position for s in states]))
+
+    def clone(self) -> "RetentionState":
+        return self._map(torch.clone)
+
+    def detach(self) -> "RetentionState":
+        return self._map(torch.detach)
+
+    def to(self, device: torch.device | str) -> "RetentionState":
+        return self._map(lambda x: x.to(device))
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write it as one safetensors file, with `metadata` beside the format's own."""
+        tensors = {f"layers.{i}": x for i, x in enumerate(self.layers)} | {"position": self.position}
+        _save(tensors, path, "retention", metadata)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of all attention layers; the token at position p lies in slot p."""
+
+    keys: list[Tensor]
+    """`[N,S,kv_heads,K]` of each layer; empty before the first token."""
+    values: list[Tensor]
+    position: Tensor
+    """int64 `[N]`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, free slots included."""
+        return sum(x.nbytes for x in (*self.keys, *self.values)) + self.position.nbytes
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "KVCache":
+        return KVCache([f(x) for x in self.keys], [f(x) for x in self.values], f(self.position))
+
+    def reserve(self, slots: int) -> "KVCache":
+        """A cache with at least `slots` slots. Grows by half, so that n steps copy O(n) slots in all."""
+        if not self.keys or self.keys[0].shape[1] >= slots:
+            return self
+        have = self.keys[0].shape[1]
+        extra = max(slots, have * 3 // 2) - have
+
+        def grow(x: Tensor) -> Tensor:
+            return torch.cat((x, x.new_zeros(x.shape[0], extra, *x.shape[2:])), 1)
+
+        return KVCache([grow(x) for x in self.keys], [grow(x) for x in self.values], self.position)
+
+    def select(self, rows: Tensor) -> "KVCache":
+        return self._map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    @staticmethod
+    def cat(states: Sequence["KVCache"]) -> "KVCache":
+        slots = max((s.keys[0].shape[1] for s in states if s.keys), default=0)
+        states = [s.reserve(slots) for s in states]
+        slots = max((s.keys[0].shape[1] for s in states if s.keys), default=0)
+
+        def join(columns) -> list[Tensor]:
+            return [
+                torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, 0, slots - x.shape[1])) for x in c]) for c in columns
+            ]
+
+        keys, values = (join(zip(*(getattr(s, n) for s in states), strict=True)) for n in ("keys", "values"))
+        return KVCache(keys, values, torch.cat([s.position for s in states]))
+
+    def clone(self) -> "KVCache":
+        return self._map(torch.clone)
+
+    def detach(self) -> "KVCache":
+        return self._map(torch.detach)
+
+    def to(self, device: torch.device | str) -> "KVCache":
+        return self._map(lambda x: x.to(device))
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        used = int(self.position.max()) if len(self.position) else 0
+        tensors = {f"keys.{i}": x[:, :used].contiguous() for i, x in enumerate(self.keys)}
+        tensors |= {f"values.{i}": x[:, :used].contiguous() for i, x in enumerate(self.values)}
+        _save(tensors | {"position": self.position}, path, "kv", metadata)
+
+
+State = RetentionState | KVCache
+
+
+def _save(tensors: dict[str, Tensor], path: str | Path, kind: str, metadata: dict[str, str] | None) -> None:
+    """Written beside its place and then moved there: a reader never sees half a file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={**(metadata or {}), "format": FORMAT, "kind": kind})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> State:
+    """The state that `save` wrote to `path`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a state file, or one that is cut short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no state file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): save the state again") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
+
+    def numbered(name: str) -> list[Tensor]:
+        return [tensors[f"{name}.{i}"] for i in range(sum(key.startswith(name + ".") for key in tensors))]
+
+    if metadata["kind"] == "retention":
+        return RetentionState(numbered("layers"), tensors["position"])
+    return KVCache(numbered("keys"), numbered("values"), tensors["position"])

@@ -1,0 +1,9 @@
+"""What retention is: arithmetic on tensors, no nn.Module, no config.
+
+Letters of the shape suffixes: B batch, T tokens, H heads, K query and key head dim, V value head dim,
+C chunk length, M chunks of the whole batch, N sequences.
+"""
+
+from retentive.ops.retention import retention, retention_step
+
+__all__ = ["retention", "retention_step"]

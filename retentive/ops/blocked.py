@@ -1,0 +1,261 @@
+"""Chunkwise retention (equation 7) on whole tensors: every chunk at once, then one scan over the chunks.
+
+    inside a chunk    o_i = sum_{j<=i} exp(G_i - G_j) (q_i k_j) v_j          G_i = log decay from the chunk's start
+    from the past     o_i += exp(G_i) q_i S                                  S = state at the chunk's start
+    chunk to chunk    S' = exp(G_C) S + sum_j exp(G_C - G_j) k_j v_j^T
+
+The backward pass keeps q, k, v and recomputes the rest, so that training memory is linear in T; the T x T
+scores of a chunk live only while they are used. States, decays and their sums are float32 (float64 for float64).
+
+Tokens are laid out as M chunks of C, no chunk crossing a sequence. A chunk that is not full is filled with tokens that
+write nothing (k = 0) and do not decay (log decay 0): its state is that of its true length, exactly.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """How tokens map to chunks, and in which order the chunks hand on their states."""
+
+    B: int
+    T: int
+    C: int
+    length_M: Tensor | None  # tokens of each chunk, None where all are full
+    token_MC: (
+        Tensor | None
+    )  # for packed sequences: index of each token in the flattened batch, B * T where there is none
+    order: list[tuple]  # per step of the scan: (its chunks, their sequences), as indices into M and N
+
+
+def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    """The chunks of B rows of T tokens, or of the sequences cu_seqlens [N+1] cuts one row of T tokens into."""
+    if cu_seqlens is None:
+        C = min(C, T)
+        per_row = -(-T // C)
+        order = [(slice(n, None, per_row), slice(None)) for n in range(per_row)]
+        length_M = None
+        if T % C:
+            length_M = torch.full((per_row,), C, device=device)
+            length_M[-1] = T % C
+            length_M = length_M.repeat(B)
+        return Layout(B, T, C, length_M, None, order)
+    starts = cu_seqlens[:-1].to(device=device, dtype=torch.int64)
+    lengths = cu_seqlens[1:].to(device=device, dtype=torch.int64) - starts
+    chunks = -(-lengths // C)
+    sequence_M = torch.repeat_interleave(torch.arange(len(lengths), device=device), chunks)
+    first_N = chunks.cumsum(0) - chunks
+    rank_M = torch.arange(len(sequence_M), device=device) - first_N[sequence_M]
+    length_M = (lengths[sequence_M] - rank_M * C).clamp(max=C)
+    offset_C = torch.arange(C, device=device)
+    token_MC = starts[sequence_M, None] + rank_M[:, None] * C + offset_C
+    token_MC = token_MC.masked_fill(offset_C >= length_M[:, None], T)
+    order = []
+    for n in range(int(chunks.max())):
+        rows = (chunks > n).nonzero().squeeze(1)
+        order.append((first_N[rows] + n, rows))
+    return Layout(1, T, C, length_M, token_MC, order)
+
+
+def to_chunks(x: Tensor, at: Layout) -> Tensor:
+    """[B, T, H, ...] -> [M, H, C, ...], contiguous, zeros where a chunk has no token."""
+    if at.token_MC is None:
+        tail = -at.T % at.C
+        if tail:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, tail))
+        x = x.reshape(-1, at.C, *x.shape[2:])
+    else:
+        x = x.flatten(0, 1)
+        x = torch.cat((x, x.new_zeros(1, *x.shape[1:])))[at.token_MC]
+    return x.transpose(1, 2).contiguous()
+
+
+def from_chunks(x_MHC: Tensor, at: Layout) -> Tensor:
+    """[M, H, C, ...] -> [B, T, H, ...], contiguous: the inverse of to_chunks."""
+    x = x_MHC.transpose(1, 2)
+    if at.token_MC is None:
+        x = x.reshape(at.B, -1, *x.shape[2:])[:, : at.T]
+        return x.contiguous()
+    out = x.new_empty(at.T + 1, *x.shape[2:])
+    out[at.token_MC] = x  # row T takes what the fillers hold
+    return out[: at.T].unsqueeze(0).contiguous()
+
+
+class Decays(NamedTuple):
+    """The four decay factors of a chunk; leading size 1 where they are the same for all chunks."""
+
+    inside_MHCC: Tensor  # exp(G_i - G_j) for i >= j, else 0
+    start_MHC1: Tensor  # exp(G_i)
+    end_MHC1: Tensor  # exp(G_C - G_j)
+    total_MH11: Tensor  # exp(G_C)
+
+
+def decays(log_decay: Tensor, at: Layout) -> Decays:
+    """Decay factors from `[H]` or `[B,T,H]` log decays. Exponents are differences of falling sums: none is > 0."""
+    C, device = at.C, log_decay.device
+    position = torch.arange(C, device=device)
+    if log_decay.ndim == 1:
+        since_MHC = log_decay[None, :, None] * (position + 1)
+        whole_MH1 = since_MHC[..., -1:]
+        end_MHC = since_MHC.flip(-1) - log_decay[:, None]
+        if at.length_M is not None:
+            whole_MH1 = log_decay[None, :, None] * at.length_M[:, None, None]
+            rest_MC = (at.length_M[:, None] - 1 - position).clamp(min=0)
+            end_MHC = log_decay[None, :, None] * rest_MC[:, None, :]
+        lag_MHCC = log_decay[None, :, None, None] * (position[:, None] - position)
+    else:
+        since_MHC = to_chunks(log_decay, at).cumsum(-1)
+        whole_MH1 = since_MHC[..., -1:]
+        end_MHC = whole_MH1 - since_MHC
+        lag_MHCC = since_MHC[..., :, None] - since_MHC[..., None, :]
+    future_CC = position[:, None] < position
+    inside_MHCC = lag_MHCC.masked_fill(future_CC, -torch.inf).exp_()
+    return Decays(inside_MHCC, since_MHC.exp()[..., None], end_MHC.exp()[..., None], whole_MH1.exp()[..., None])
+
+
+def scan(local_MHKV: Tensor, total_MH11: Tensor, state_NHKV: Tensor, order: list[tuple]) -> tuple[Tensor, Tensor]:
+    """States before each chunk `[M,H,K,V]` in the dtype of `local`, and after the last one of each sequence.
+
+    state' = total * state + local, along `order`. Given the order reversed it is also its own backward pass.
+    """
+    before_MHKV = torch.empty_like(local_MHKV)
+    state_NHKV = state_NHKV.clone()
+    varies = total_MH11.shape[0] > 1
+    for chunks, rows in order:
+        state = state_NHKV[rows]
+        before_MHKV[chunks] = state.to(local_MHKV.dtype)
+        state_NHKV[rows] = state.mul_(total_MH11[chunks] if varies else total_MH11).add_(local_MHKV[chunks])
+    return before_MHKV, state_NHKV
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """[M,H,x,y] @ [M,H,y,z] as one batch of products."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_mm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """c += a @ b, in place."""
+    c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return c
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, at: Layout, scale: float
+) -> tuple[Tensor, ...]:
+    """What both passes start from: q, k, v in chunks, decay factors, the states before each chunk and at the end."""
+    q_MHCK, k_MHCK, v_MHCV = (to_chunks(x, at) for x in (q, k, v))
+    inside, start, end, total = decays(log_decay, at)
+    # factors of k and q stay float32 until their product is rounded; those of the scores are rounded as the scores are
+    local_MHKV = _mm((k_MHCK * end).to(k.dtype).mT, v_MHCV)
+    before_MHKV, state = scan(local_MHKV, total, state, at.order)
+    return q_MHCK, k_MHCK, v_MHCV, (inside * scale).to(q.dtype), start * scale, end, total, before_MHKV, state
+
+
+@torch.library.custom_op("retentive::blocked", mutates_args=())
+def blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """(o `[B,T,H,V]`, state `[N,H,K,V]`); the arguments are those of `retention`, checked by it and none left out."""
+    with torch.autocast(q.device.type, enabled=False):
+        at = layout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
+        q_MHCK, k_MHCK, v_MHCV, inside, start, _, _, before_MHKV, state = _prepare(q, k, v, log_decay, state, at, scale)
+        score_MHCC = _mm(q_MHCK, k_MHCK.mT).mul_(inside)
+        o_MHCV = _mm(score_MHCC, v_MHCV)
+        _add_mm(o_MHCV, (q_MHCK * start).to(q.dtype), before_MHKV)
+        return from_chunks(o_MHCV, at), state
+
+
+@torch.library.custom_op("retentive::blocked_backward", mutates_args=())
+def blocked_backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    with torch.autocast(q.device.type, enabled=False):
+        at = layout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
+        q_MHCK, k_MHCK, v_MHCV, inside, start, end, total, before_MHKV, last_NHKV = _prepare(
+            q, k, v, log_decay, state, at, scale
+        )
+        do_MHCV = to_chunks(do, at)
+        score_MHCC = _mm(q_MHCK, k_MHCK.mT).mul_(inside)
+        dscore_MHCC = _mm(do_MHCV, v_MHCV.mT).mul_(inside)
+        dlocal_MHKV = _mm((q_MHCK * start).to(q.dtype).mT, do_MHCV)
+        after_MHKV, dinitial = scan(
+            dlocal_MHKV, total, dstate, at.order[::-1]
+        )  # gradient of the state after each chunk
+
+        dv_MHCV = _mm(score_MHCC.mT, do_MHCV)
+        _add_mm(dv_MHCV, (k_MHCK * end).to(k.dtype), after_MHKV)
+        dq_MHCK = _mm(do_MHCV, before_MHKV.mT).mul_(start)
+        _add_mm(dq_MHCK, dscore_MHCC, k_MHCK)
+        dk_MHCK = _mm(v_MHCV, after_MHKV.mT).mul_(end)
+        _add_mm(dk_MHCK, dscore_MHCC.mT, q_MHCK)
+        dq, dk, dv = (from_chunks(x, at) for x in (dq_MHCK, dk_MHCK, dv_MHCV))
+        dlog_decay = log_decay.new_empty(0)
+        if log_decay.ndim == 3:
+            dlog_decay = _decay_gradient(q, k, dq, dk, (last_NHKV * dstate).sum((-1, -2)), cu_seqlens, log_decay.dtype)
+        return dq, dk, dv, dlog_decay, dinitial
+
+
+def _decay_gradient(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, end_NH: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of a per-token log decay, `[B,T,H]`.
+
+    o_t holds exp(G_t) beside q_t, and k_s comes with exp(-G_s), so dL/dG_t = q_t . dq_t - k_t . dk_t, and at the end of
+    a sequence <S, dL/dS> besides. G is a running sum, so its gradient is summed from the end, within each sequence.
+    """
+    dG_BTH = torch.einsum("bthk,bthk->bth", q.to(dtype), dq.to(dtype))
+    dG_BTH -= torch.einsum("bthk,bthk->bth", k.to(dtype), dk.to(dtype))
+    if cu_seqlens is None:
+        dG_BTH[:, -1] += end_NH
+        return dG_BTH.flip(1).cumsum(1).flip(1)
+    cu_seqlens = cu_seqlens.to(device=q.device, dtype=torch.int64)
+    dG_BTH[0, cu_seqlens[1:] - 1] += end_NH
+    sums_TH = dG_BTH[0].double().flip(0).cumsum(0).flip(0)  # float64: a later sequence's sum is taken off again
+    sums_TH = torch.cat((sums_TH, sums_TH.new_zeros(1, sums_TH.shape[1])))
+    later_TH = sums_TH[cu_seqlens[1:]].repeat_interleave(cu_seqlens.diff(), 0)
+    return (sums_TH[:-1] - later_TH).to(dtype)[None]
+
+
+@blocked.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
+
+
+@blocked_backward.register_fake
+def _(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dlog_decay = log_decay.new_empty(0) if log_decay.ndim == 1 else torch.empty_like(log_decay)
+    return dq, dk, dv, dlog_decay, torch.empty_like(state)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, do, dstate):
+    dq, dk, dv, dlog_decay, dinitial = blocked_backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
+    return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None
+
+
+blocked.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,57 @@
+"""Decay schedules: how fast each head forgets, as log(gamma) per head, and the row norm that goes with it.
+
+`paper`   gamma_h = 1 - 2^(-5-h), h = 0 … H-1 (equation 8; torchscale and fla)
+`lm`      gamma_h = 1 - exp(linspace(log 1/32, log 1/512, H)) (section 3.1: the paper's language models)
+`none`    gamma_h = 1: linear attention without decay (the paper's ablation)
+
+Everything is built from float64 with log1p: in float32, 1 - 2^-25 is 1, and heads 20 and up would never forget.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("paper", "lm", "none")
+
+
+def values(schedule: str | Sequence[float], heads: int) -> list[float]:
+    """log(gamma) of each head as Python floats; a sequence of H log decays is checked and returned as it is."""
+    if not isinstance(schedule, str):
+        if len(schedule) != heads or not all(x <= 0 for x in schedule):
+            raise ValueError(f"decay needs {heads} log decays <= 0, one for each head, got {tuple(schedule)}")
+        return [float(x) for x in schedule]
+    if schedule == "paper":
+        return [math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
+    if schedule == "lm":
+        first, last = math.log(1 / 32), math.log(1 / 512)
+        steps = [first + (last - first) * h / max(heads - 1, 1) for h in range(heads)]
+        return [math.log1p(-math.exp(x)) for x in steps]
+    if schedule == "none":
+        return [0.0] * heads
+    raise ValueError(f"unknown decay schedule {schedule!r}, expected one of {', '.join(SCHEDULES)} or {heads} numbers")
+
+
+def log_decay(
+    schedule: str | Sequence[float],
+    heads: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """log(gamma), `[H]`, for `retention(..., log_decay=...)`. Built when called, so no cast of a model reaches it."""
+    return torch.tensor(values(schedule, heads), dtype=dtype, device=device)
+
+
+def row_norm(log_decay_H: Tensor, count: Tensor) -> Tensor:
+    """1 / sqrt(1 + gamma + … + gamma^(n-1)), `[..., H]`, for n = `count` `[...]` tokens so far, this one included.
+
+    The paper's second stabiliser, D / sqrt(row sum of D), as a factor of q: being a function of the position
+    alone it is the same in every form.
+    """
+    n = count.to(log_decay_H.dtype).clamp(min=1)[..., None]
+    forgets = log_decay_H < 0
+    safe = torch.where(forgets, log_decay_H, -1.0)  # where() evaluates both sides: keep 0/0 out of the one not taken
+    total = torch.where(forgets, torch.expm1(n * safe) / torch.expm1(safe), n)
+    return total.rsqrt()

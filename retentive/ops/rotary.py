@@ -1,0 +1,43 @@
+"""Rotation of q and k by angle * position, so that q_n . k_m depends on n - m (the paper's Theta, equation 5).
+
+Two variants, named for which features make a pair; they differ in their angles too, so weights do not carry over:
+
+`interleaved`   pairs (0,1), (2,3), …; angles 10000^-linspace(0, 1, K/2), both ends included (torchscale)
+`half`          pairs (i, i + K/2); angles 10000^(-2i/K) (fla, NeoX, Llama)
+"""
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("interleaved", "half")
+
+
+def phases(
+    position: Tensor, K: int, variant: str, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each `[..., K/2]`, for integer `position` `[...]`.
+
+    The products angle * position are float64 and only the results are rounded to `dtype`: at position 10^6 a float32
+    product would be off by 0.06 radians.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown rotary variant {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if K % 2:
+        raise ValueError(f"rotation pairs up features: the key head dim must be even, got {K}")
+    half = K // 2
+    if variant == "interleaved":
+        power = torch.linspace(0, 1, half, dtype=torch.float64, device=position.device)
+    else:
+        power = torch.arange(half, dtype=torch.float64, device=position.device) / half
+    angle = position.to(torch.float64)[..., None] * base**-power
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str) -> Tensor:
+    """x rotated, same shape; cos and sin `[T, K/2]` or `[B, T, K/2]`. The result has the dtype of `cos` or wider."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if variant == "interleaved":
+        a, b = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x_BTHK.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -1,0 +1,69 @@
+"""What training does, apart from the model and the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of `train`; the command line is derived from the text under each field."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: int = 50
+    """Steps over which it first rises from 0."""
+    final_lr: float = 0.1
+    """What it falls to, as a fraction of the peak."""
+    weight_decay: float = 0.05
+    """Decay of matrices; vectors (norm gains) are not decayed."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.98
+    """AdamW's decay of the mean squared gradient."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast of matrix products; auto takes bf16 where a product is faster in it on this machine."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each block (needs a C++ compiler)."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    seed: int = 0
+    """Of initialisation, data order, dropout and samples."""
+    eval_every: int = 250
+    """Steps between evaluations on held-out text; 0 for none but the last."""
+    eval_tokens: int = 65536
+    """Held-out tokens of those; the last evaluation takes all, up to ten times as many."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+    sample_every: int = 250
+    """Steps between samples of text; 0 for none."""
+    sample_prompt: str = ""
+    """What samples begin with; the start of a document if empty."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory as well."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "save_every", "keep", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

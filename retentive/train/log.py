@@ -1,0 +1,138 @@
+"""What training says: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from retentive.train.config import TrainConfig
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 4) -> float:
+    """FLOP/s of a large matrix product, measured now: what a step is compared with (MFU)."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Log:
+    """One line of metrics.jsonl a step, and the same to the progress bar and the optional writers."""
+
+    def __init__(self, run: Path, config: TrainConfig, *, start: int, quiet: bool = False):
+        self.path = run / "metrics.jsonl"
+        self._keep_until(start)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=config.steps, completed=start)
+        self._steps, self._start, self._began = config.steps, start, time.monotonic()
+        self._last_print = time.monotonic()
+        self._held_out = ""
+        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._wandb = _wandb(run, config) if config.wandb else None
+
+    def __enter__(self) -> "Log":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record a step's metrics; `step` among them counts finished steps."""
+        self._write(metrics)
+        text = (
+            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {metrics['mfu']:.0%}  {metrics['memory'] / 2**30:.1f} GB{self._held_out}"
+        )
+        self._bar.update(self._task, completed=metrics["step"], description=text)
+        if not self._console.is_terminal and time.monotonic() - self._last_print > 15:
+            self._last_print = time.monotonic()
+            rate = (time.monotonic() - self._began) / max(metrics["step"] - self._start, 1)
+            left = rate * (self._steps - metrics["step"])
+            self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
+
+    def held_out(self, metrics: dict[str, Any]) -> None:
+        """Record an evaluation."""
+        self._write(metrics)
+        self._held_out = f"  held-out {metrics['bits_per_byte']:.3f} bits/byte"
+        self.say(f"step {metrics['step']}: held-out {metrics['bits_per_byte']:.3f} bits per byte")
+
+    def sample(self, step: int, text: str) -> None:
+        """Show a sample of what the model writes, and record it."""
+        self._write({"step": step, "sample": text})
+        shown = "\n    ".join(text.strip("\n").splitlines()[:6])
+        self.say(f"step {step}, a sample:\n    {shown}")
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb and numbers:
+            self._wandb.log(numbers, step=record["step"])
+
+    def _keep_until(self, step: int) -> None:
+        """Drop what an interrupted run wrote after the checkpoint that this one goes on from."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # the line that was being written when the run was killed
+                break
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(run: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ModuleNotFoundError("--tensorboard needs an extra: pip install 'retentive[log]'") from None
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def _wandb(run: Path, config: TrainConfig):
+    try:
+        import wandb
+    except ImportError:
+        raise ModuleNotFoundError("--wandb needs an extra: pip install 'retentive[log]'") from None
+    return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")

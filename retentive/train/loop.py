@@ -1,0 +1,225 @@
+"""The training loop: batches in, a run directory out.
+
+    RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
+    RUN/train.json                                      the options, for the record and for --resume
+    RUN/metrics.jsonl                                   a line per step, evaluation and sample
+    RUN/checkpoints/                                    what --resume goes on from
+
+Everything is a function of the config, the data and the step: a run that was killed and resumed ends, on CPU, in the
+same bits as one that was not. Techniques (autocast, compile, recomputation) are put on from outside the model.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retentive.checkpoint.io import save_model, write_json
+from retentive.data.loader import Batch, Batches, Lanes
+from retentive.data.tokenizer import Tokenizer
+from retentive.models import cost
+from retentive.models.state import State
+from retentive.train import checkpoints
+from retentive.train.config import TrainConfig
+from retentive.train.evaluate import HeldOut
+from retentive.train.log import Log, memory_bytes, peak_flops
+from retentive.train.loss import IGNORE, cross_entropy
+from retentive.train.optim import adamw, learning_rate
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived; a checkpoint was saved."""
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    out: str | Path,
+    tokenizer: Tokenizer | None = None,
+    evaluate: Callable[[nn.Module, int | None], HeldOut] | None = None,
+    sample: Callable[[nn.Module], str] | None = None,
+    record: dict[str, Any] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Train `model` in place and return its run directory.
+
+    Args:
+        batches: `batches[i]` for step i (step * accumulate + j with accumulation), see `retentive.data.loader`.
+        evaluate: (model, tokens or None for all) -> held-out loss, called every `eval_every` steps and at the end.
+        sample: model -> text, called every `sample_every` steps.
+        record: what else to keep in train.json, for the record.
+        resume: go on from the run's newest checkpoint, if it has one.
+
+    Raises:
+        FileExistsError: `out` holds a run and `resume` is not set.
+        FloatingPointError: the loss or the gradient is no longer finite; the last good checkpoint is kept.
+        Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
+        OSError: a checkpoint could not be written; older ones remain.
+    """
+    run = Path(out)
+    if (run / "train.json").exists() and not resume:
+        raise FileExistsError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
+    device = pick_device(config.device)
+    if (run / "train.json").exists():  # what "auto" meant then, it means now
+        stored = json.loads((run / "train.json").read_text(encoding="utf-8"))["train"]["precision"]
+        config = replace(config, precision=stored if config.precision == "auto" else config.precision)
+    config = replace(config, precision=pick_precision(config.precision, device))
+    model.to(device).train()
+    optimizer = adamw(model, config)
+    done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
+    run.mkdir(parents=True, exist_ok=True)
+    save_model(run, model, tokenizer)  # from its first minute the run can be loaded
+    write_json(run / "train.json", {"train": asdict(config), **(record or {})})
+    wrap_blocks(model, config)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    flops, peak = cost.training_flops_per_token(model.config, batches.length), peak_flops(device, dtype)
+
+    with Log(run, config, start=done, quiet=quiet) as log, stop_signals() as stopped:
+        for step in range(done, config.steps):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout is a function of the step too
+            loss, tokens, carried = accumulate_gradients(model, batches, step, carried, config, device)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            check_finite(loss, float(norm), step, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate = tokens / (time.perf_counter() - began)
+            log.step(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": float(norm),
+                    "tokens_per_second": rate,
+                    "mfu": rate * flops / peak,
+                    "memory": memory_bytes(device),
+                }
+            )
+            last = step + 1 == config.steps
+            if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                result = evaluate(model, config.eval_tokens * (10 if last else 1))
+                log.held_out({"step": step + 1, "held_out_loss": result.loss, "bits_per_byte": result.bits_per_byte})
+            if sample and config.sample_every and (last or (step + 1) % config.sample_every == 0):
+                log.sample(step + 1, sample(model))
+            if last or stopped.is_set() or (step + 1) % config.save_every == 0:
+                checkpoints.save(run, model, optimizer, step=step + 1, state=carried, keep=config.keep)
+            if stopped.is_set() and not last:
+                raise Interrupted(f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume")
+    return run
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Batches, step: int, carried: State | None, config: TrainConfig, device: torch.device
+) -> tuple[float, int, State | None]:
+    """(mean loss, tokens, state of the lanes) of one step; its gradients are left in the parameters."""
+    total, tokens = 0.0, 0
+    for micro in range(config.accumulate):
+        batch = to_device(batches[step * config.accumulate + micro], device)
+        state = None if batch.lanes is None else lanes_in(model, carried, batch.lanes, len(batch.cu_seqlens) - 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            x, state = model.hidden(batch.ids, state, cu_seqlens=batch.cu_seqlens)
+            targets = int((batch.targets != IGNORE).sum())
+            loss = cross_entropy(x, model.head.weight, batch.targets) / max(targets, 1)
+        (loss / config.accumulate).backward()
+        if batch.lanes is not None:
+            carried = state.detach().select(batch.lanes.last)
+        total += loss.item() / config.accumulate
+        tokens += batch.ids.numel()
+    return total, tokens, carried
+
+
+def lanes_in(model: nn.Module, carried: State | None, lanes: Lanes, sequences: int) -> State:
+    """The states that a batch's N sequences begin with: those of lanes that go on, and fresh ones."""
+    fresh = model.init_state(1)
+    if carried is None:
+        return fresh.select(torch.zeros(sequences, dtype=torch.int64))
+    B = len(lanes.first)
+    source = torch.full((sequences,), B, device=lanes.first.device)  # row B of what follows is the fresh one
+    source[lanes.first] = torch.where(lanes.continues, torch.arange(B, device=source.device), B)
+    return type(fresh).cat([carried.to(source.device), fresh]).select(source)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device. cu_seqlens goes too, lanes included."""
+    if device.type == "cpu":
+        return batch
+
+    def move(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device, non_blocking=True)
+
+    lanes = None if batch.lanes is None else Lanes(*map(move, batch.lanes))
+    return Batch(move(batch.ids), move(batch.targets), move(batch.cu_seqlens), lanes)
+
+
+def check_finite(loss: float, norm: float, step: int, run: Path) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = checkpoints.folders(run)
+    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
+    raise FloatingPointError(
+        f"loss {loss} and gradient norm {norm} at step {step + 1}: training stopped, {where}; try a lower --lr"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; "auto" is bf16 where a matrix product is 1.3 times as fast in it or more, measured now."""
+    if name != "auto":
+        return name
+    if device.type == "mps":
+        return "fp32"
+    return "bf16" if peak_flops(device, torch.bfloat16) > 1.3 * peak_flops(device, torch.float32) else "fp32"
+
+
+def wrap_blocks(model: nn.Module, config: TrainConfig) -> None:
+    """Compile the blocks or recompute them in the backward pass, from outside: the model does not know."""
+    for block in model.blocks:
+        if config.compile:
+            block.compile()
+        if config.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once. Only the main thread can listen."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def handle(number, frame):
+        if stopped.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
