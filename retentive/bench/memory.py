@@ -5,21 +5,21 @@ Both read the same tokens up to each context for real, then decode; the state's 
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from retentive.bench import hardware
+from retentive.models import Model
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @torch.inference_mode()
 def measure(
-    models: dict[str, nn.Module], *, contexts: Sequence[int] = CONTEXTS, batch: int = 1, steps: int = 16, seed: int = 0
+    models: Mapping[str, Model], *, contexts: Sequence[int] = CONTEXTS, batch: int = 1, steps: int = 16, seed: int = 0
 ) -> list[dict[str, Any]]:
     """A row per context: for each model the bytes of its memory and the median milliseconds of a decoding step.
 
@@ -28,7 +28,8 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     vocab = next(iter(models.values())).config.vocab_size
     ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=generator)
-    states, read, rows = dict.fromkeys(models), 0, []
+    states: dict[str, Any] = dict.fromkeys(models)
+    read, rows = 0, []
     for context in sorted(contexts):
         row: dict[str, Any] = {"context": context}
         for name, model in models.items():

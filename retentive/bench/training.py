@@ -9,10 +9,9 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
 from retentive.bench import hardware
-from retentive.models import RetNetConfig, build, cost, twin
+from retentive.models import Model, RetNet, RetNetConfig, Transformer, cost, twin
 from retentive.train.config import TrainConfig
 from retentive.train.log import peak_flops
 from retentive.train.loss import cross_entropy
@@ -30,8 +29,9 @@ def measure(
     rows = []
     for length in lengths:
         batch = max(tokens // length, 1)
-        models = {"retnet": build(config), "transformer": build(twin(config))}
-        check_forms(models["retnet"], min(length, 1024))
+        retnet = RetNet(config)
+        check_forms(retnet, min(length, 1024))
+        models: dict[str, Model] = {"retnet": retnet, "transformer": Transformer(twin(config))}
         ids = torch.randint(config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
         optimizers = {name: adamw(model, TrainConfig()) for name, model in models.items()}
         best = dict.fromkeys(models, float("inf"))
@@ -51,12 +51,12 @@ def measure(
             }
         row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
         rows.append(row)
-        del models, optimizers
+        del retnet, model, models, optimizers
         gc.collect()
     return {"what": "training step", "precision": precision, "hardware": hardware.describe(), "rows": rows}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: str) -> float:
+def step(model: Model, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: str) -> float:
     """Seconds of one whole step: forward, loss, backward, optimiser."""
     began = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -69,7 +69,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, 
 
 
 @torch.inference_mode()
-def check_forms(model: nn.Module, length: int) -> float:
+def check_forms(model: RetNet, length: int) -> float:
     """The largest difference of float32 logits between the parallel and the other forms.
 
     Raises:

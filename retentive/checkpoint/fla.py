@@ -43,7 +43,7 @@ def read_config(config: dict) -> RetNetConfig:
         dim=dim,
         layers=config.get("num_hidden_layers", 24),
         heads=config.get("num_heads", 8),
-        kv_heads=config.get("num_kv_heads"),
+        kv_heads=config.get("num_kv_heads") or 0,
         key_dim=int(dim * config.get("expand_k", 1)),
         value_dim=int(dim * config.get("expand_v", 2)),
         ffn_dim=ffn,

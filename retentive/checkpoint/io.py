@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.models import RetNetConfig, TransformerConfig, build
+from retentive.models import Model, RetNetConfig, TransformerConfig, build
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig}
@@ -27,7 +28,7 @@ FOREIGN = {"torchscale": torchscale, "fla": fla}
 
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Tokenizer | None]:
+) -> tuple[Model, Tokenizer | None]:
     """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or a hub's name.
 
     Args:
@@ -104,7 +105,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         files = [folder / Path(name).name for name in sorted(set(shards))]
     else:
         files = [folder / "model.safetensors"]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
             other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
@@ -139,7 +140,7 @@ def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder
 
 
 def save_model(
-    folder: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
+    folder: str | Path, model: Model, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
 ) -> None:
     """Write a model folder in our layout, "torchscale" or "fla"; files of that name in it are replaced.
 
@@ -164,7 +165,7 @@ def save_model(
         tokenizer.save(folder)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """`write` to a file beside `path`, then move it there: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     try:

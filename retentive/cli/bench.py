@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown bench {argv[0]!r}, expected one of {', '.join(VERBS)}")
-    command = tyro.cli(VERBS[argv[0]], prog=f"retentive bench {argv[0]}", args=argv[1:])
+    command: TrainBench | MemoryBench = tyro.cli(VERBS[argv[0]], prog=f"retentive bench {argv[0]}", args=argv[1:])
     config = preset(command.size, vocab_size=command.vocab_size)
     if isinstance(command, TrainBench):
         if command.precision not in ("bf16", "fp32"):

@@ -139,7 +139,7 @@ def _progress(console: Console) -> Progress:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _summary(console: Console, config: DataConfig, meta: Meta, origin: str) -> None:

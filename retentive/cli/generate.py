@@ -1,7 +1,6 @@
 """`retentive generate`: a model writes on from a prompt, character by character as it thinks."""
 
 import sys
-import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -9,8 +8,8 @@ import torch
 import tyro
 
 import retentive
-from retentive.infer import SamplingParams, generate
-from retentive.infer.generate import stream_text
+from retentive.data.tokenizer import load_tokenizer
+from retentive.infer import SamplingParams, write_on
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,6 @@ class GenerateCommand:
     """cpu, cuda or mps."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights; the state is float32 in any case."""
-    stats: bool = False
-    """Tell speed and state size on stderr at the end."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamplingParams(temperature=0.8, top_p=0.95)
     )
@@ -49,8 +46,6 @@ def run(command: GenerateCommand) -> None:
     dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
     model, tokenizer = retentive.load(command.run, device=command.device, dtype=dtype)
     if command.tokenizer:
-        from retentive.data.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(command.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{command.run} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
@@ -58,20 +53,7 @@ def run(command: GenerateCommand) -> None:
         have, need = tokenizer.vocab_size, model.config.vocab_size
         raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # documents begin after an end, as in training
-    began, count = time.perf_counter(), 0
-
-    def counted():
-        nonlocal count
-        for token in generate(model, ids, command.sampling, max_tokens=command.max_tokens, stop_ids=[tokenizer.eos_id]):
-            count += 1
-            yield token
-
-    sys.stdout.write(prompt)
-    for text in stream_text(counted(), tokenizer, stop=command.stop):
+    for text in write_on(model, tokenizer, prompt, command.sampling, max_tokens=command.max_tokens, stop=command.stop):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    if command.stats:
-        seconds = time.perf_counter() - began
-        print(f"{len(ids)} tokens read, {count} written, {count / seconds:.0f} tokens/s in all", file=sys.stderr)

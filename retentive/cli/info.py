@@ -53,7 +53,7 @@ def describe(console: Console, config: RetNetConfig | TransformerConfig, title: 
         f"{cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
     retnet = config if isinstance(config, RetNetConfig) else None
-    other = twin(config) if retnet else config
+    other = twin(config) if isinstance(config, RetNetConfig) else config
     table = Table(title="memory of one sequence, float32", title_justify="left")
     table.add_column("context")
     for n in CONTEXTS:
@@ -75,11 +75,15 @@ def progress(console: Console, folder: Path) -> None:
         return
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [r for r in records if "loss" in r]
-    held = [r for r in records if "bits_per_byte" in r]
+    held = [r for r in records if "bits_per_byte" in r or "final_bits_per_byte" in r]
     if steps:
         console.print(f"  trained {steps[-1]['step']:,} steps, loss {steps[-1]['loss']:.3f} nats per token")
     if held:
-        console.print(f"  held-out text: {held[-1]['bits_per_byte']:.3f} bits per byte at step {held[-1]['step']:,}")
+        last = held[-1]
+        bits = last.get("final_bits_per_byte", last.get("bits_per_byte"))
+        console.print(
+            f"  held-out text ({last['bytes'] / 1e6:.2f} MB): {bits:.3f} bits per byte at step {last['step']:,}"
+        )
 
 
 def sizes(vocab_size: int) -> Table:

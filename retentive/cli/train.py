@@ -1,7 +1,7 @@
 """`retentive train`: a model from packed data, in a run directory that is enough to go on from."""
 
-import importlib.util
 import json
+import runpy
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from retentive.data.loader import Batches
+from retentive.data.loader import Batches, check_tokenizer
 from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.infer.generate import generate, stream_text
-from retentive.infer.sample import SamplingParams
+from retentive.infer import SamplingParams, write_on
 from retentive.models import RetNetConfig, TransformerConfig, build, cost, preset, twin
 from retentive.train import TrainConfig, train
 from retentive.train.evaluate import evaluate
@@ -55,7 +54,13 @@ FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_pr
 
 def main(argv: list[str]) -> None:
     default, argv = read_recipe(argv)
-    command = tyro.cli(TrainCommand, prog="retentive train", args=argv, default=default, description=HELP)
+    command = tyro.cli(
+        TrainCommand,
+        prog="retentive train",
+        args=argv,
+        description=HELP,
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )
     try:
         run(command)
     except Interrupted as stop:
@@ -78,10 +83,7 @@ def read_recipe(argv: list[str]) -> tuple[TrainCommand | None, list[str]]:
     path = Path(argv[at + 1])
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    recipe = getattr(module, "recipe", None)
+    recipe = runpy.run_path(str(path)).get("recipe")
     command = recipe() if callable(recipe) else None
     if not isinstance(command, TrainCommand):
         raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a TrainCommand")
@@ -93,6 +95,7 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
     command = stored(command) if command.resume else command
     meta = load_meta(command.data)
     tokenizer = load_tokenizer(command.data)
+    check_tokenizer(meta, tokenizer)
     batches = Batches(
         command.data, mode=command.mode, batch=command.batch, length=command.length, seed=command.train.seed
     )
@@ -110,7 +113,8 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
         )
 
     def held_out(model, tokens):
-        return evaluate(model, command.data, tokenizer, length=command.length, tokens=tokens)
+        carry = command.mode == "carry"
+        return evaluate(model, command.data, tokenizer, length=command.length, tokens=tokens, carry=carry)
 
     has_valid = meta.splits["valid"].tokens > command.length
     record = asdict(replace(command, train=TrainConfig()))
@@ -131,11 +135,10 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
 
 def sample_text(model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
     """What the model writes after `prompt` now, always with the same seed."""
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    model.eval()
-    made = generate(model, ids, SamplingParams(temperature=0.8, top_p=0.95, seed=0), max_tokens=tokens)
-    text = prompt + "".join(stream_text(made, tokenizer))
-    model.train()
+    training = model.training
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
+    text = "".join(write_on(model.eval(), tokenizer, prompt, params, max_tokens=tokens))
+    model.train(training)
     return text
 
 

@@ -252,9 +252,11 @@ class _Stream:
 
 def _joined(rows: list[np.ndarray], ends: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Rows of T+1 tokens with document ends in (0, T] flattened; each row's first sequence, and their count."""
-    starts, first, place = [], [], 0
+    starts: list[np.ndarray] = []
+    first: list[int] = []
+    place = 0
     for row, end in zip(rows, ends, strict=True):
-        first.append(sum(map(len, starts)))
+        first.append(sum(len(s) for s in starts))
         marks = end - 1  # where the end-of-text tokens stand
         starts.append(place + np.concatenate([[0], marks[marks > 0]]))
         place += len(row) - 1

@@ -4,13 +4,14 @@ This is the plain loop; whatever is faster must give the same tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.sample import Sampler, SamplingParams
+from retentive.models import Model
 from retentive.models.state import State
 
 
@@ -21,7 +22,7 @@ class Token(NamedTuple):
 
 
 @torch.inference_mode()
-def prefill(model: nn.Module, ids: Tensor, state: State | None = None, *, stretch: int = 4096) -> tuple[Tensor, State]:
+def prefill(model: Model, ids: Tensor, state: Any = None, *, stretch: int = 4096) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `stretch` tokens at a time.
 
     Only the last token's logits are computed, and memory does not grow with the prompt beyond the stretch (and, for the
@@ -33,12 +34,13 @@ def prefill(model: nn.Module, ids: Tensor, state: State | None = None, *, stretc
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     ids: Sequence[int] | Tensor,
     params: SamplingParams | None = None,
     *,
     max_tokens: int | None = None,
     stop_ids: Sequence[int] = (),
+    first_ids: Sequence[int] | None = None,
     state: State | None = None,
 ) -> Iterator[Token]:
     """Tokens after `ids`, as they come, until one of `stop_ids` (which is not given out) or `max_tokens`.
@@ -46,6 +48,7 @@ def generate(
     Args:
         ids: the prompt, at least one token.
         params: how to pick; the defaults sample from the model's own distribution.
+        first_ids: what the first token must be one of; anything if not given.
         state: what the model has read before the prompt; used up.
 
     Raises:
@@ -58,12 +61,17 @@ def generate(
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
         raise ValueError(f"token ids must be in [0, {vocab}), got {int(prompt.min())} to {int(prompt.max())}")
-    return _tokens(model, prompt.to(device), params or SamplingParams(), max_tokens, frozenset(stop_ids), state)
+    params = params or SamplingParams()
+    return _tokens(model, prompt.to(device), params, max_tokens, frozenset(stop_ids), first_ids, state)
 
 
-def _tokens(model, prompt, params, max_tokens, stop_ids, state) -> Iterator[Token]:
+def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
     sampler = Sampler(params, prompt, model.config.vocab_size)
     logits, state = prefill(model, prompt, state)
+    if first_ids is not None:
+        allowed = torch.zeros_like(logits, dtype=torch.bool)
+        allowed[:, list(first_ids)] = True
+        logits = logits.masked_fill(~allowed, -torch.inf)
     made = 0
     while max_tokens is None or made < max_tokens:
         token, logprob = sampler(logits[0])
@@ -97,3 +105,30 @@ def stream_text(tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence
     cut = min((held.find(s) for s in stop if s in held), default=len(held))
     if held[:cut]:
         yield held[:cut]
+
+
+def write_on(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    params: SamplingParams | None = None,
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The prompt and what the model makes of it, in pieces, until its document ends or `max_tokens` or `stop` is met.
+
+    The document begins after an end-of-text token, as documents did in training. The prompt's last token is taken back
+    and chosen anew among those that begin with its text: "def " ends in a token for the space, but the model has learnt
+    the space as part of the next word's token.
+    """
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    tail = tokenizer.decode(ids[-1:]) if len(ids) > 1 else ""
+    first_ids = None
+    if tail and "\ufffd" not in tail and prompt.endswith(tail):
+        texts = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
+        first_ids = [i for i, text in texts if text.startswith(tail)]
+        ids, prompt = ids[:-1], prompt[: len(prompt) - len(tail)]
+    yield prompt
+    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id], first_ids=first_ids)
+    yield from stream_text(tokens, tokenizer, stop=stop)

@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def shared(self, place: Place, dtype: torch.dtype) -> Shared:
         """Phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return Shared(*rotary.phases(place.index, self.K, "half", dtype=wide))
+        return Shared(*rotary.phases(place.position, self.K, "half", dtype=wide))
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None, place: Place, shared: Shared, starts: list[int]
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         if same and place.valid is None:
             keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
         else:
-            index = place.index.expand(B, T)
+            index = place.position.expand(B, T)
             rows, columns = torch.ones_like(index, dtype=torch.bool).nonzero(as_tuple=True)
             if place.valid is not None:
                 rows, columns = place.valid.nonzero(as_tuple=True)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
             keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
         mask_BTS = None
         if not (same and T == 1):
-            mask_BTS = torch.arange(S, device=k.device) <= place.index.expand(B, T)[..., None]
+            mask_BTS = torch.arange(S, device=k.device) <= place.position.expand(B, T)[..., None]
         return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
 
     def _packed(
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and not self.training:
             S = max(b - a + start for a, b, start in spans)
-            cache = tuple(y.new_zeros(len(spans), S, *y.shape[2:]) for y in (k, v))
+            cache = (k.new_zeros(len(spans), S, *k.shape[2:]), v.new_zeros(len(spans), S, *v.shape[2:]))
         out = []
         for n, (a, b, start) in enumerate(spans):
             if start == 0:
@@ -114,8 +114,9 @@ class Attention(nn.Module):
                 if cache is not None:
                     cache[0][n, : b - a], cache[1][n, : b - a] = k[0, a:b], v[0, a:b]
                 continue
+            assert cache is not None  # a sequence that has a past comes with its cache
             here = Place(torch.arange(start, start + b - a, device=k.device), None, None)
-            one = tuple(y[n : n + 1] for y in cache)
+            one = (cache[0][n : n + 1], cache[1][n : n + 1])
             out.append(self._cached(q[:, a:b], k[:, a:b], v[:, a:b], one, here, [start])[0])
         return torch.cat(out, 1), cache
 

@@ -9,7 +9,7 @@ from torch import Tensor
 class Place(NamedTuple):
     """Positions of B x T tokens. Padding neither writes, decays nor counts, on whichever side it stands."""
 
-    index: Tensor
+    position: Tensor
     """int64 `[T]` where all rows agree, else `[B,T]`: tokens of its sequence before this one (pads: any value >= 0)."""
     valid: Tensor | None
     """bool `[B,T]`, False on padding; None where there is none."""

@@ -26,7 +26,7 @@ class Shared(NamedTuple):
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     q_scale: Tensor  # [T or 1, H] or [B, T, H]: K^-1/2, times the row norm
-    log_decay: Tensor | None  # [H]; None where the layer computes it from x
+    log_decay: Tensor  # [H]; empty where each layer computes it from x
 
 
 class MultiScaleRetention(nn.Module):
@@ -65,14 +65,14 @@ class MultiScaleRetention(nn.Module):
     def shared(self, place: Place, dtype: torch.dtype) -> Shared:
         """Phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        device = place.index.device
-        cos, sin = rotary.phases(place.index, self.K, self.rotary, dtype=wide)
+        device = place.position.device
+        cos, sin = rotary.phases(place.position, self.K, self.rotary, dtype=wide)
         q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
         if self.decay == "gated":
-            return Shared(cos, sin, q_scale, None)
+            return Shared(cos, sin, q_scale, q_scale.new_empty(0))
         log_decay = decays.log_decay(self.decay, self.H, device=device, dtype=wide)
         if self.score_norm:
-            q_scale = q_scale * decays.row_norm(log_decay, place.index + 1)
+            q_scale = q_scale * decays.row_norm(log_decay, place.position + 1)
         return Shared(cos, sin, q_scale, log_decay)
 
     def forward(
@@ -92,7 +92,9 @@ class MultiScaleRetention(nn.Module):
             v_BTHV.dtype
         )
         k_BTHK = rotary.rotate(k_BTHK, shared.cos, shared.sin, self.rotary).to(v_BTHV.dtype)
-        log_decay = shared.log_decay if self.decay_proj is None else self._gated_log_decay(x)
+        log_decay = shared.log_decay
+        if self.decay_proj is not None:  # a decay per token, gated retention (YOCO, arXiv 2405.05254)
+            log_decay = F.logsigmoid(self.decay_proj(x).to(shared.cos.dtype)) / 16
         if place.valid is not None:  # padding writes nothing and does not decay
             k_BTHK = k_BTHK * place.valid[..., None, None]
             log_decay = log_decay * place.valid[..., None]
@@ -123,11 +125,6 @@ class MultiScaleRetention(nn.Module):
         if self.g_proj is not None:
             o = F.silu(self.g_proj(x)) * o
         return self.out_proj(o), state
-
-    def _gated_log_decay(self, x: Tensor) -> Tensor:
-        """Log decay `[B,T,H]` of the token, log sigmoid(x W) / 16: gated retention, arXiv 2405.05254 (YOCO)."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.logsigmoid(self.decay_proj(x).to(wide)) / 16
 
     def reset_parameters(self) -> None:
         """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves."""

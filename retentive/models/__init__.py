@@ -8,6 +8,7 @@ from retentive.models.transformer import Transformer
 __all__ = [
     "PRESETS",
     "KVCache",
+    "Model",
     "RetNet",
     "RetNetConfig",
     "RetentionState",
@@ -20,6 +21,10 @@ __all__ = [
 ]
 
 
-def build(config: RetNetConfig | TransformerConfig) -> RetNet | Transformer:
+Model = RetNet | Transformer
+"""Either model: the same calls, a state each."""
+
+
+def build(config: RetNetConfig | TransformerConfig) -> Model:
     """The model of a config, freshly initialised."""
     return RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)

@@ -23,14 +23,14 @@ class RetNetConfig:
     """Blocks of retention and feed-forward."""
     heads: int = 4
     """Retention heads H; the key head dim K = key_dim / heads must be even."""
-    kv_heads: int | None = None
-    """Heads of k and v, each shared by heads / kv_heads query heads; all heads have their own if not given."""
-    key_dim: int | None = None
-    """Width of q and k over all heads; dim if not given."""
-    value_dim: int | None = None
-    """Width of v, g and the head norm over all heads; 5/3 dim if not given, rounded to 8 a head."""
-    ffn_dim: int | None = None
-    """Width of the feed-forward layer; value_dim if not given."""
+    kv_heads: int = 0
+    """Heads of k and v, each shared by heads / kv_heads query heads; 0: every head has its own."""
+    key_dim: int = 0
+    """Width of q and k over all heads; 0: dim."""
+    value_dim: int = 0
+    """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 a head."""
+    ffn_dim: int = 0
+    """Width of the feed-forward layer; 0: value_dim."""
     activation: str = "swish"
     """Activation of the feed-forward layer: swish or gelu."""
     ffn_gate: bool = True
@@ -63,11 +63,11 @@ class RetNetConfig:
     def __post_init__(self):
         fill = object.__setattr__  # the one place where a frozen config sets its own derived defaults
         _positive(self, "vocab_size", "dim", "layers", "heads")
-        fill(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
-        fill(self, "key_dim", self.dim if self.key_dim is None else self.key_dim)
+        fill(self, "kv_heads", self.kv_heads or self.heads)
+        fill(self, "key_dim", self.key_dim or self.dim)
         unit = 8 * self.heads
-        fill(self, "value_dim", unit * -(-self.dim * 5 // (3 * unit)) if self.value_dim is None else self.value_dim)
-        fill(self, "ffn_dim", self.value_dim if self.ffn_dim is None else self.ffn_dim)
+        fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))
+        fill(self, "ffn_dim", self.ffn_dim or self.value_dim)
         _positive(self, "kv_heads", "key_dim", "value_dim", "ffn_dim")
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.heads:
@@ -101,10 +101,10 @@ class TransformerConfig:
     """Blocks of attention and feed-forward."""
     heads: int = 4
     """Attention heads; the head dim dim / heads must be even."""
-    kv_heads: int | None = None
-    """Heads of k and v (grouped-query attention); all heads have their own if not given."""
-    ffn_dim: int | None = None
-    """Width of the feed-forward layer; 8/3 dim if not given, rounded to 8."""
+    kv_heads: int = 0
+    """Heads of k and v (grouped-query attention); 0: every head has its own."""
+    ffn_dim: int = 0
+    """Width of the feed-forward layer; 0: 8/3 dim, rounded up to 8."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
     tie_embeddings: bool = False
@@ -115,8 +115,8 @@ class TransformerConfig:
     def __post_init__(self):
         fill = object.__setattr__
         _positive(self, "vocab_size", "dim", "layers", "heads")
-        fill(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
-        fill(self, "ffn_dim", 8 * -(-self.dim // 3) if self.ffn_dim is None else self.ffn_dim)
+        fill(self, "kv_heads", self.kv_heads or self.heads)
+        fill(self, "ffn_dim", self.ffn_dim or 8 * -(-self.dim // 3))
         _positive(self, "kv_heads", "ffn_dim")
         if self.dim % self.heads or self.heads % self.kv_heads:
             raise ValueError(

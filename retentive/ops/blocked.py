@@ -36,7 +36,7 @@ def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.devi
     if cu_seqlens is None:
         C = min(C, T)
         per_row = -(-T // C)
-        order = [(slice(n, None, per_row), slice(None)) for n in range(per_row)]
+        order: list[tuple] = [(slice(n, None, per_row), slice(None)) for n in range(per_row)]
         length_M = None
         if T % C:
             length_M = torch.full((per_row,), C, device=device)

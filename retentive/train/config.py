@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -28,7 +30,7 @@ class TrainConfig:
     """Largest norm of the gradient; 0 for no clipping."""
     accumulate: int = 1
     """Batches whose gradients make one step."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Autocast of matrix products; auto takes bf16 where a product is faster in it on this machine."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
@@ -41,7 +43,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations on held-out text; 0 for none but the last."""
     eval_tokens: int = 65536
-    """Held-out tokens of those; the last evaluation takes all, up to ten times as many."""
+    """Held-out tokens of those, the same every time; at the end, up to ten times as many are read once."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep: int = 2

@@ -2,14 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from retentive.data.loader import held_out, held_out_bytes
+from retentive.data.loader import Lanes, held_out, held_out_bytes
 from retentive.data.tokenizer import Tokenizer
-from retentive.train.loss import IGNORE, cross_entropy
+from retentive.models import Model
+from retentive.train.lanes import lanes_in, lanes_out
+from retentive.train.loss import cross_entropy
 
 
 class HeldOut(NamedTuple):
@@ -22,23 +23,38 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module, data: str | Path, tokenizer: Tokenizer, *, length: int, tokens: int | None = None
+    model: Model,
+    data: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    tokens: int | None = None,
+    carry: bool = False,
 ) -> HeldOut:
     """The loss on the first `tokens` held-out tokens (all by default), in windows of `length`.
 
-    A window knows nothing of the one before it, and no document of the one before. A document's first token is never
-    predicted but counts with its bytes, so the figure is a little too good by about one token a document.
+    A window knows nothing of the one before it unless `carry` hands the state on (which needs one of constant size),
+    and no document of the one before. All tokens but the very first are predicted.
     """
-    device = next(model.parameters()).device
+    device = model.embed.weight.device
     training = model.training
     model.eval()
     total, count = 0.0, 0
+    carried: Any = None
     with torch.no_grad():
         for batch in held_out(data, length=length, tokens=tokens):
-            cu = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-            x, _ = model.hidden(batch.ids.to(device), cu_seqlens=cu)
-            total += float(cross_entropy(x, model.head.weight, batch.targets.to(device)))
-            count += int((batch.targets != IGNORE).sum())
+            ids, targets, cu_seqlens = batch.ids.to(device), batch.targets.to(device), batch.cu_seqlens.to(device)
+            N = len(cu_seqlens) - 1
+            state: Any = None
+            if carry:
+                goes_on = carried is not None and int(ids[0, 0]) != tokenizer.eos_id
+                lanes = Lanes(torch.tensor([0]), torch.tensor([N - 1]), torch.tensor([goes_on]))
+                state = lanes_in(model, carried, lanes, N)
+            x, state = model.hidden(ids, state, cu_seqlens=cu_seqlens)
+            if carry:
+                carried = lanes_out(state, lanes)
+            total += float(cross_entropy(x, model.head.weight, targets))
+            count += targets.numel()
     model.train(training)
     size = held_out_bytes(data, tokenizer, tokens)
     return HeldOut(total / max(count, 1), total / math.log(2) / max(size, 1), count, size)

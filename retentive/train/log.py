@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from retentive.train.config import TrainConfig
+from retentive.train.evaluate import HeldOut
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 4) -> float:
@@ -61,7 +62,8 @@ class Log:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -82,11 +84,13 @@ class Log:
             left = rate * (self._steps - metrics["step"])
             self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
 
-    def held_out(self, metrics: dict[str, Any]) -> None:
-        """Record an evaluation."""
-        self._write(metrics)
-        self._held_out = f"  held-out {metrics['bits_per_byte']:.3f} bits/byte"
-        self.say(f"step {metrics['step']}: held-out {metrics['bits_per_byte']:.3f} bits per byte")
+    def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
+        """Record an evaluation: on the same stretch of text every time, and in the end (`last`) on a longer one."""
+        key = "final_bits_per_byte" if last else "bits_per_byte"
+        self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
+        if not last:
+            self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
+        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {result.bytes / 1e6:.2f} MB")
 
     def sample(self, step: int, text: str) -> None:
         """Show a sample of what the model writes, and record it."""

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retentive.checkpoint.io import save_model, write_json
 from retentive.data.loader import Batch, Batches, Lanes
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import cost
-from retentive.models.state import State
+from retentive.models import Model, cost
 from retentive.train import checkpoints
-from retentive.train.config import TrainConfig
+from retentive.train.config import Precision, TrainConfig
 from retentive.train.evaluate import HeldOut
+from retentive.train.lanes import lanes_in, lanes_out
 from retentive.train.log import Log, memory_bytes, peak_flops
 from retentive.train.loss import IGNORE, cross_entropy
 from retentive.train.optim import adamw, learning_rate
@@ -43,14 +43,14 @@ class Interrupted(Exception):
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     batches: Batches,
     config: TrainConfig,
     *,
     out: str | Path,
     tokenizer: Tokenizer | None = None,
-    evaluate: Callable[[nn.Module, int | None], HeldOut] | None = None,
-    sample: Callable[[nn.Module], str] | None = None,
+    evaluate: Callable[[Model, int], HeldOut] | None = None,
+    sample: Callable[[Model], str] | None = None,
     record: dict[str, Any] | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -59,7 +59,7 @@ def train(
 
     Args:
         batches: `batches[i]` for step i (step * accumulate + j with accumulation), see `retentive.data.loader`.
-        evaluate: (model, tokens or None for all) -> held-out loss, called every `eval_every` steps and at the end.
+        evaluate: (model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end.
         sample: model -> text, called every `sample_every` steps.
         record: what else to keep in train.json, for the record.
         resume: go on from the run's newest checkpoint, if it has one.
@@ -113,8 +113,9 @@ def train(
             )
             last = step + 1 == config.steps
             if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                result = evaluate(model, config.eval_tokens * (10 if last else 1))
-                log.held_out({"step": step + 1, "held_out_loss": result.loss, "bits_per_byte": result.bits_per_byte})
+                log.held_out(step + 1, evaluate(model, config.eval_tokens))
+            if evaluate and last:
+                log.held_out(step + 1, evaluate(model, 10 * config.eval_tokens), last=True)
             if sample and config.sample_every and (last or (step + 1) % config.sample_every == 0):
                 log.sample(step + 1, sample(model))
             if last or stopped.is_set() or (step + 1) % config.save_every == 0:
@@ -125,46 +126,35 @@ def train(
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Batches, step: int, carried: State | None, config: TrainConfig, device: torch.device
-) -> tuple[float, int, State | None]:
+    model: Model, batches: Batches, step: int, carried: Any, config: TrainConfig, device: torch.device
+) -> tuple[float, int, Any]:
     """(mean loss, tokens, state of the lanes) of one step; its gradients are left in the parameters."""
     total, tokens = 0.0, 0
     for micro in range(config.accumulate):
         batch = to_device(batches[step * config.accumulate + micro], device)
-        state = None if batch.lanes is None else lanes_in(model, carried, batch.lanes, len(batch.cu_seqlens) - 1)
+        state: Any = None
+        if batch.lanes is not None and batch.cu_seqlens is not None:
+            state = lanes_in(model, carried, batch.lanes, len(batch.cu_seqlens) - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             x, state = model.hidden(batch.ids, state, cu_seqlens=batch.cu_seqlens)
             targets = int((batch.targets != IGNORE).sum())
             loss = cross_entropy(x, model.head.weight, batch.targets) / max(targets, 1)
         (loss / config.accumulate).backward()
         if batch.lanes is not None:
-            carried = state.detach().select(batch.lanes.last)
+            carried = lanes_out(state, batch.lanes)
         total += loss.item() / config.accumulate
         tokens += batch.ids.numel()
     return total, tokens, carried
 
 
-def lanes_in(model: nn.Module, carried: State | None, lanes: Lanes, sequences: int) -> State:
-    """The states that a batch's N sequences begin with: those of lanes that go on, and fresh ones."""
-    fresh = model.init_state(1)
-    if carried is None:
-        return fresh.select(torch.zeros(sequences, dtype=torch.int64))
-    B = len(lanes.first)
-    source = torch.full((sequences,), B, device=lanes.first.device)  # row B of what follows is the fresh one
-    source[lanes.first] = torch.where(lanes.continues, torch.arange(B, device=source.device), B)
-    return type(fresh).cat([carried.to(source.device), fresh]).select(source)
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device. cu_seqlens goes too, lanes included."""
+    """The batch with all its tensors on the device."""
     if device.type == "cpu":
         return batch
 
-    def move(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device, non_blocking=True)
-
-    lanes = None if batch.lanes is None else Lanes(*map(move, batch.lanes))
-    return Batch(move(batch.ids), move(batch.targets), move(batch.cu_seqlens), lanes)
+    lanes = None if batch.lanes is None else Lanes(*(x.to(device) for x in batch.lanes))
+    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
+    return Batch(batch.ids.to(device), batch.targets.to(device), cu_seqlens, lanes)
 
 
 def check_finite(loss: float, norm: float, step: int, run: Path) -> None:
@@ -186,7 +176,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_precision(name: str, device: torch.device) -> str:
+def pick_precision(name: Precision, device: torch.device) -> Precision:
     """fp32 or bf16; "auto" is bf16 where a matrix product is 1.3 times as fast in it or more, measured now."""
     if name != "auto":
         return name
@@ -195,7 +185,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if peak_flops(device, torch.bfloat16) > 1.3 * peak_flops(device, torch.float32) else "fp32"
 
 
-def wrap_blocks(model: nn.Module, config: TrainConfig) -> None:
+def wrap_blocks(model: Model, config: TrainConfig) -> None:
     """Compile the blocks or recompute them in the backward pass, from outside: the model does not know."""
     for block in model.blocks:
         if config.compile:

@@ -1,0 +1,20 @@
+"""The first model on a text of your own: a few minutes on a laptop.
+
+retentive data MY_TEXTS --out data/mine
+retentive train --recipe recipes/quickstart.py
+retentive generate runs/mine --prompt "Once"
+"""
+
+from pathlib import Path
+
+from retentive.cli.train import TrainCommand
+from retentive.train import TrainConfig
+
+
+def recipe() -> TrainCommand:
+    return TrainCommand(
+        data=Path("data/mine"),
+        out=Path("runs/mine"),
+        size="1m",
+        train=TrainConfig(steps=500, lr=3e-3, warmup=50, eval_every=100, save_every=100, sample_every=100),
+    )

@@ -1,0 +1,100 @@
+"""What tests of all rooms share: one seed, poisoned memory, and three ways of asserting."""
+
+import re
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> Counter:
+    """Uninitialised floating memory holds NaN: who reads what nobody wrote, shows it. Counts tensors by function."""
+    counts = Counter()
+
+    def poison(function, name):
+        def call(*args, **kwargs):
+            x = function(*args, **kwargs)
+            if x.dtype.is_floating_point:
+                x.fill_(float("nan"))
+                counts[name] += 1
+            return x
+
+        return call
+
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, poison(getattr(owner, name), name))
+    return counts
+
+
+@pytest.fixture
+def same():
+    """`same(a, b, tol)`: tensors or sequences of them, equal to `tol` of the norm of b (0, integers: exactly)."""
+
+    def check(a, b, tol: float, what: str = ""):
+        if not isinstance(a, torch.Tensor):
+            assert len(a) == len(b)
+            for n, (x, y) in enumerate(zip(a, b, strict=True)):
+                check(x, y, tol, f"{what}[{n}]")
+            return
+        assert a.shape == b.shape and a.dtype == b.dtype, f"{what} {a.dtype} {a.shape} against {b.dtype} {b.shape}"
+        if tol == 0 or not b.dtype.is_floating_point:
+            assert torch.equal(a, b), what
+        else:
+            error, size = float((a - b).detach().norm()), float(b.detach().norm())
+            assert error <= tol * size, f"{what} is off by {error:.2e} of {size:.2e}, more than {tol:.0e} of it"
+
+    return check
+
+
+@pytest.fixture
+def gold_rule():
+    """`gold_rule(gold, test, plain, tol)`: |gold - test| <= (1 + tol) |gold - plain torch in the dtype of the test|.
+
+    In norms over whole tensors: single elements may be rounded luckily in one of the two.
+    """
+
+    def check(gold, test, plain, tol: float, what: str = ""):
+        assert test.isfinite().all(), f"{what} is not finite"
+        gold, test, plain = (x.detach().double() for x in (gold, test, plain))
+        size, off, allowed = (float(x.norm()) for x in (gold, gold - test, gold - plain))
+        assert off <= (1 + tol) * allowed, f"{what} is off by {off:.2e} of {size:.2e}, plain torch by {allowed:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def refuses():
+    """`with refuses(words, kind)`: raises `kind` (ValueError) with a message of one line that holds `words`."""
+
+    @contextmanager
+    def check(words: str, kind: type[Exception] = ValueError):
+        with pytest.raises(kind, match=re.escape(words)) as info:
+            yield
+        assert "\n" not in str(info.value)
+
+    return check
+
+
+@pytest.fixture
+def plain_retention():
+    """The parallel form as one would first write it, all but the decays in the dtype of q: the gold rule's measure."""
+
+    def parallel(q, k, v, log_decay, *, scale, state):
+        since = log_decay.expand(q.shape[:3]).cumsum(1).transpose(1, 2)  # [B,H,T]
+        future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        decay = (since[..., :, None] - since[..., None, :]).masked_fill(future, -torch.inf).exp().to(q.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = scale * ((q @ k.mT * decay) @ v + (q * since.exp()[..., None].to(q.dtype)) @ state.to(q.dtype))
+        ends = (since[..., -1:] - since).exp()[..., None].to(q.dtype)
+        new = since[..., -1].exp()[..., None, None] * state + (k * ends).mT @ v
+        return o.transpose(1, 2), new
+
+    return parallel

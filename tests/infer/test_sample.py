@@ -1,0 +1,155 @@
+"""Picking tokens against hand-made distributions: what each filter leaves, and how often it comes."""
+
+import math
+
+import pytest
+import torch
+
+from retentive.infer import SamplingParams
+from retentive.infer.sample import Sampler, filtered
+
+# six tokens, not in order, and their probabilities
+P = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.15, 0.05])
+# float32 has 24 bits, 6e-8: a softmax of six numbers and a division cost some of them
+CLOSE = 1e-6
+
+
+def of(**kept: float) -> list[float]:
+    """Probabilities of the tokens named t0 … t5, scaled to a sum of 1; the others have none."""
+    return [kept.get(f"t{n}", 0.0) / sum(kept.values()) for n in range(6)]
+
+
+FILTERS = {
+    "none": (dict(), of(t0=0.1, t1=0.4, t2=0.05, t3=0.25, t4=0.15, t5=0.05)),
+    "top-k-1": (dict(top_k=1), of(t1=1)),
+    "top-k-3": (dict(top_k=3), of(t1=0.4, t3=0.25, t4=0.15)),
+    "top-k-all": (dict(top_k=6), P.tolist()),
+    "top-k-more": (dict(top_k=99), P.tolist()),
+    # the token that crosses the sum is in, so the likeliest always is
+    "top-p-least": (dict(top_p=1e-6), of(t1=1)),
+    "top-p-0.39": (dict(top_p=0.39), of(t1=1)),
+    "top-p-0.41": (dict(top_p=0.41), of(t1=0.4, t3=0.25)),
+    "top-p-0.79": (dict(top_p=0.79), of(t1=0.4, t3=0.25, t4=0.15)),
+    "top-p-0.81": (dict(top_p=0.81), of(t1=0.4, t3=0.25, t4=0.15, t0=0.1)),
+    "top-p-1": (dict(top_p=1.0), P.tolist()),
+    "min-p-0.3": (dict(min_p=0.3), of(t1=0.4, t3=0.25, t4=0.15)),
+    "min-p-0.24": (dict(min_p=0.24), of(t1=0.4, t3=0.25, t4=0.15, t0=0.1)),
+    "min-p-1": (dict(min_p=1.0), of(t1=1)),
+    # at temperature 1/2 probabilities go as their squares, at 2 as their roots
+    "temperature-0.5": (dict(temperature=0.5), of(**{f"t{n}": p**2 for n, p in enumerate(P.tolist())})),
+    "temperature-2": (dict(temperature=2.0), of(**{f"t{n}": p**0.5 for n, p in enumerate(P.tolist())})),
+    # one after the other, each on what the one before left: after top-k 3, t1 and t3 have 0.65 / 0.8 = 0.81
+    "top-k-then-top-p": (dict(top_k=3, top_p=0.8), of(t1=0.4, t3=0.25)),
+    # squares: t1 0.16, t3 0.0625 (0.39 of it), t4 0.0225 (0.14), of 0.26 in all (0.62, 0.24, 0.09)
+    "temperature-then-min-p": (dict(temperature=0.5, min_p=0.3), of(t1=0.16, t3=0.0625)),
+    "temperature-then-top-p": (dict(temperature=0.5, top_p=0.7), of(t1=0.16, t3=0.0625)),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_what_a_filter_leaves(name):
+    options, want = FILTERS[name]
+    p = filtered(P.log(), SamplingParams(**options))
+    assert (p / p.sum()).tolist() == pytest.approx(want, rel=CLOSE)
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_logits_need_no_normalising(shift):
+    """Adding a constant changes no probability; 1000 in float32 leaves 6e-5 of each logit."""
+    got, want = (filtered(x, SamplingParams(top_p=0.85)) for x in (P.log() + shift, P.log()))
+    assert (got / got.sum()).tolist() == pytest.approx((want / want.sum()).tolist(), rel=1e-3)
+
+
+def pick(logits, *, prompt=(), **options) -> tuple[int, float]:
+    return Sampler(SamplingParams(**options), torch.tensor(prompt, dtype=torch.int64), len(logits))(logits)
+
+
+def test_greedy_takes_the_likeliest_and_of_equals_the_first():
+    assert pick(P.log(), temperature=0)[0] == 1
+    assert pick(torch.tensor([1.0, 3.0, 3.0]), temperature=0)[0] == 1
+
+
+def test_greedy_looks_at_no_filter_and_no_seed():
+    for seed in range(5):
+        assert pick(P.log(), temperature=0, top_k=5, top_p=0.9, seed=seed)[0] == 1
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=3.0, top_k=2), dict(min_p=0.3)], ids=str)
+def test_the_logprob_is_the_models_own(options):
+    """Before temperature, filters and penalty."""
+    for prompt in ((), (1,)):
+        token, logprob = pick(P.log() + 5, prompt=prompt, **options, repetition_penalty=1.5)
+        assert logprob == pytest.approx(math.log(P[token]), rel=CLOSE)
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.2])
+    greedy = dict(temperature=0, repetition_penalty=2.0)
+    assert pick(logits, **greedy)[0] == 0
+    assert pick(logits, prompt=[0], **greedy)[0] == 1  # 2.0 / 2 < 1.5
+    assert pick(logits, prompt=[0, 1, 1], **greedy)[0] == 0  # seen twice counts once: 1.0 > 0.75
+    assert pick(logits[2:], prompt=[0], **greedy)[0] == 1  # -1.0 * 2 < -1.2
+    assert pick(logits, prompt=[1], temperature=0, repetition_penalty=0.5)[0] == 1  # below 1 it rewards: 3.0 > 2.0
+
+
+def test_what_was_picked_is_penalised_from_then_on():
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=4.0), torch.tensor([], dtype=torch.int64), 3)
+    # 3, then 2 > 0.75, then 1 > 0.75 > 0.5, then all are seen: 0.75 is the largest
+    assert [sampler(logits)[0] for _ in range(5)] == [0, 1, 2, 0, 0]
+    assert logits.tolist() == [3.0, 2.0, 1.0], "the model's logits are left alone"
+
+
+def draws(count: int, seed: int | None, **options) -> list[int]:
+    sampler = Sampler(SamplingParams(seed=seed, **options), torch.tensor([0]), 6)
+    return [sampler(P.log())[0] for _ in range(count)]
+
+
+def test_a_seed_reproduces_and_no_seed_does_not():
+    assert draws(50, 7) == draws(50, 7) != draws(50, 8)
+    state = torch.get_rng_state()
+    assert draws(50, None) != draws(50, None), "0.27^50 is the chance of their being the same"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not drawn from"
+
+
+# sum (seen - expected)^2 / expected exceeds these in one of a thousand seeds; the seed is fixed
+QUANTILES = {1: 10.83, 2: 13.82, 3: 16.27, 5: 20.52}
+
+
+@pytest.mark.parametrize("name", ["none", "top-k-3", "top-p-0.81", "min-p-0.3", "temperature-2", "top-k-then-top-p"])
+def test_tokens_come_as_often_as_they_should(name):
+    options, want = FILTERS[name]
+    count = 4000
+    seen = torch.tensor(draws(count, 3, **options)).bincount(minlength=6)
+    expected = count * torch.tensor(want)
+    kept = expected > 0
+    assert not seen[~kept].any()
+    assert ((seen - expected)[kept] ** 2 / expected[kept]).sum() < QUANTILES[int(kept.sum()) - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_logits_of_any_dtype(dtype):
+    assert pick(P.log().to(dtype), temperature=0)[0] == 1
+
+
+BAD = {
+    "temperature": (dict(temperature=-0.1), "temperature must be at least 0, got -0.1"),
+    "temperature-nan": (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
+    "top-k": (dict(top_k=-1), "top_k must be at least 0, got -1"),
+    "top-p-0": (dict(top_p=0.0), "top_p must be in (0, 1], got 0.0"),
+    "top-p-2": (dict(top_p=2.0), "top_p must be in (0, 1], got 2.0"),
+    "min-p": (dict(min_p=-0.1), "min_p must be in [0, 1], got -0.1"),
+    "min-p-2": (dict(min_p=1.1), "min_p must be in [0, 1], got 1.1"),
+    "penalty": (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_parameters_that_cannot_be(case, refuses):
+    options, message = BAD[case]
+    with refuses(message):
+        SamplingParams(**options)
+
+
+def test_a_temperature_near_0_is_greedy():
+    assert pick(10 * P.log(), temperature=1e-40, seed=0)[0] == 1

@@ -1,0 +1,155 @@
+"""Cost formulas against PyTorch's counts: parameters of built models, bytes of real states, FLOPs of real products."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from retentive.models import PRESETS, RetNetConfig, TransformerConfig, build, cost, preset, twin
+
+SMALL = dict(vocab_size=61, dim=24, layers=3, heads=2)
+CONFIGS = {
+    "retnet": RetNetConfig(**SMALL),
+    "retnet-tied": RetNetConfig(**SMALL, tie_embeddings=True),
+    "retnet-kv-heads": RetNetConfig(**SMALL | dict(heads=4), kv_heads=2),
+    "retnet-widths": RetNetConfig(**SMALL, key_dim=12, value_dim=56, ffn_dim=17),
+    "retnet-no-gate": RetNetConfig(**SMALL, gate=False),
+    "retnet-plain-ffn": RetNetConfig(**SMALL, ffn_gate=False),
+    "retnet-affine": RetNetConfig(**SMALL, head_norm_affine=True),
+    "retnet-no-head-norm": RetNetConfig(**SMALL, head_norm=False, head_norm_affine=True),
+    "retnet-embed-norm": RetNetConfig(**SMALL, embed_norm=True),
+    "retnet-embed-norm-only": RetNetConfig(**SMALL, embed_norm=True, final_norm=False),
+    "retnet-no-final-norm": RetNetConfig(**SMALL, final_norm=False),
+    "retnet-gated-decay": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "transformer": TransformerConfig(**SMALL),
+    "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
+    "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1, ffn_dim=31),
+}
+RETNETS = [name for name in CONFIGS if name.startswith("retnet")]
+TRANSFORMERS = [name for name in CONFIGS if name.startswith("transformer")]
+
+
+def meta(config):
+    with torch.device("meta"):
+        return build(config)
+
+
+def check_parameters(config) -> None:
+    model = meta(config)
+    assert cost.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert cost.block_parameters(config) == sum(p.numel() for p in model.blocks.parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert cost.matrix_parameters(config) == matrices + model.head.weight.numel()
+    stored = cost.weight_bytes(config), cost.weight_bytes(config, bytes_per_value=2)
+    assert stored == (sum(p.nbytes for p in model.parameters()), sum(p.nbytes for p in model.half().parameters()))
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_parameters_of_every_size(size):
+    check_parameters(preset(size, vocab_size=32001))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_of_variants_and_their_twins(name):
+    check_parameters(CONFIGS[name])
+    if name in RETNETS:
+        check_parameters(twin(CONFIGS[name]))
+
+
+def held(state) -> int:
+    """Bytes of a state without its position, which is 8 a sequence."""
+    return state.nbytes - state.position.nbytes
+
+
+@pytest.mark.parametrize("sequences", [1, 3], ids=lambda n: f"{n}-sequences")
+@pytest.mark.parametrize("name", RETNETS)
+@torch.no_grad()
+def test_state_bytes_are_those_of_a_state(name, sequences):
+    config = CONFIGS[name]
+    model = build(config).eval()
+    want = cost.state_bytes(config, sequences=sequences)
+    for T in (1, 5, 40):
+        _, state = model(torch.zeros(sequences, T, dtype=torch.int64))
+        assert held(state) == want == cost.memory_bytes(config, T, sequences=sequences)
+    assert held(model.init_state(sequences)) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_cache_bytes_are_those_of_a_cache(name, dtype):
+    """Of one that a whole text filled: token by token it grows by half at a time, ahead of its need."""
+    config = CONFIGS[name]
+    model, size = build(config).to(dtype).eval(), dtype.itemsize
+    for T in (1, 5, 40):
+        _, state = model(torch.zeros(3, T, dtype=torch.int64))
+        assert held(state) == cost.cache_bytes(config, T, sequences=3, bytes_per_value=size)
+        assert held(state) == cost.memory_bytes(config, T, sequences=3, bytes_per_value=size)
+
+
+def counted(model, ids, state=None) -> dict[str, int]:
+    """FLOPs by operation, as torch counts them; attention as two plain products, the only way that it counts on CPU."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(ids, state)
+    return {str(function).removeprefix("aten."): n for function, n in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_of_the_matrices_are_torchs(name):
+    """Compared: all products of tokens and weights (aten.mm) in one forward pass over 2 x 7 tokens. Left out on both
+    sides: retention and attention, which the next two tests look at.
+    """
+    config = CONFIGS[name]
+    flops = counted(build(config).eval(), torch.zeros(2, 7, dtype=torch.int64))
+    assert flops["mm"] == 2 * 7 * 2 * cost.matrix_parameters(config)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("context", [1, 9, 64], ids=lambda n: f"context{n}")
+def test_flops_of_attention_are_torchs(name, context):
+    """One token decoded from a cache: everything that torch counts is the whole formula."""
+    config = CONFIGS[name]
+    model = build(config).eval()
+    state = None
+    if context > 1:
+        with torch.no_grad():
+            _, state = model(torch.zeros(1, context - 1, dtype=torch.int64))
+    flops = counted(model, torch.zeros(1, 1, dtype=torch.int64), state)
+    assert sum(flops.values()) == cost.flops_per_token(config, context)
+
+
+@pytest.mark.parametrize("name", RETNETS)
+def test_flops_of_retention_are_torchs(name):
+    """One token decoded: the state's reading is a product that torch counts (bmm), its writing as large an elementwise
+    one that it does not: half of the formula's retention.
+    """
+    config = CONFIGS[name]
+    flops = counted(build(config).eval(), torch.zeros(1, 1, dtype=torch.int64))
+    mixing = cost.flops_per_token(config, 1) - 2 * cost.matrix_parameters(config)
+    assert flops["bmm"] * 2 == mixing == cost.flops_per_token(config, 10**6) - 2 * cost.matrix_parameters(config)
+
+
+@pytest.mark.parametrize("name", ["retnet", "transformer"])
+def test_training_takes_three_forward_passes_at_the_mean_context(name):
+    config = CONFIGS[name]
+    forward = [cost.flops_per_token(config, context) for context in range(1, 10)]
+    assert cost.training_flops_per_token(config, 9) == 3 * sum(forward) / 9
+
+
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("bytes_per_value", [2, 4], ids=["bf16-cache", "fp32-cache"])
+def test_break_even_is_the_first_context_where_the_state_is_smaller(size, bytes_per_value):
+    config = preset(size, vocab_size=1000)
+    other = twin(config)
+    n = cost.break_even(config, other, bytes_per_value=bytes_per_value)
+    before, at = (cost.cache_bytes(other, c, bytes_per_value=bytes_per_value) for c in (n - 1, n))
+    assert before <= cost.state_bytes(config) < at
+
+
+def test_break_even_by_hand():
+    """4 layers; a state of 2 heads x 8 x 24 values; a cache of 2 x 16 values a token: 384 / 32 = 12 tokens are even."""
+    config = RetNetConfig(dim=16, layers=4, heads=2, value_dim=48)
+    assert cost.break_even(config, TransformerConfig(dim=16, layers=4, heads=2)) == 13
+    assert cost.break_even(replace(config, value_dim=32), TransformerConfig(dim=16, layers=4, heads=2)) == 9

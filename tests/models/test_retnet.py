@@ -1,0 +1,147 @@
+"""RetNet's forms, backends, compilation and checkpointing against its plain eager call."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from retentive.models import RetNet, RetNetConfig, Transformer, TransformerConfig
+
+SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
+CONFIG = RetNetConfig(**SMALL)
+FORMS = ["parallel", "recurrent", "chunkwise"]
+EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
+
+
+def ids_of(B: int, T: int) -> torch.Tensor:
+    return torch.randint(31, (B, T))
+
+
+@pytest.mark.parametrize("second", FORMS)
+@pytest.mark.parametrize("first", FORMS)
+@torch.no_grad()
+def test_any_form_goes_on_where_any_other_stopped(first, second, make, same):
+    model, ids = make(CONFIG), ids_of(2, 12)
+    want, end = model(ids)
+    for split in range(1, 12):
+        one, state = model(ids[:, :split], form=first, chunk_size=5)
+        two, state = model(ids[:, split:], state, form=second, chunk_size=4)
+        same(torch.cat((one, two), 1), want, EXACT, f"split at {split}")
+        same(state.layers, end.layers, EXACT, f"split at {split}")
+
+
+@pytest.mark.parametrize("lengths", [[9, 4, 1], [[0, 9], [5, 9], [8, 9]]], ids=["right", "left"])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_padding_is_exact_in_every_form(form, lengths, make, same):
+    model, ids, lengths = make(CONFIG), ids_of(3, 9), torch.tensor(lengths)
+    logits, state = model(ids, lengths=lengths, form=form, chunk_size=4)
+    more, _ = model(ids, state, form=form, chunk_size=4)  # rows at different positions
+    for row in range(3):
+        a, b = lengths[row].tolist() if lengths.ndim == 2 else (0, int(lengths[row]))
+        want, _ = model(torch.cat((ids[row, a:b], ids[row]))[None])
+        same(torch.cat((logits[row, a:b], more[row]))[None], want, EXACT, f"row {row}")
+
+
+# torchscale's forms differ by 0.2 in the logits at its default eps; ours by float32's 24 bits, 6e-8, some hundred-fold
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, EXACT), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("changes", [{}, dict(decay="paper"), dict(decay="gated", score_norm=False)], ids=str)
+@torch.no_grad()
+def test_any_form_and_any_chunk_size_give_the_same_logits(changes, dtype, tol, make, same):
+    model, ids = make(RetNetConfig(**SMALL, **changes), dtype), ids_of(2, 70)
+    want, end = model(ids, form="recurrent")
+    hows = [dict(form="parallel"), dict(backend="reference"), dict(form="auto")]
+    hows += [dict(form="chunkwise", chunk_size=C) for C in (1, 7, 16, 64, 70, 1000)]
+    for how in hows:
+        logits, state = model(ids, **how)
+        same([logits, *state.layers], [want, *end.layers], tol, str(how))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_compiles_as_one_graph(packed, make, same):
+    model = make(RetNetConfig(**SMALL | dict(layers=1)))
+    ids, more = ids_of(1 if packed else 2, 9), dict(cu_seqlens=torch.tensor([0, 4, 9])) if packed else {}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def run(f):
+        logits, state = f(ids, **more)
+        loss = logits.square().sum() + state.layers[0].sum()
+        return logits, state.layers[0], *torch.autograd.grad(loss, list(model.parameters()))
+
+    same(run(compiled), run(model), EXACT)
+
+
+def test_decoding_compiles_as_one_graph(make, same):
+    model, ids = make(RetNetConfig(**SMALL | dict(layers=1))), ids_of(2, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want, state = model(ids)
+        _, start = model(ids[:, :3])
+        logits, after = compiled(ids[:, 3:], start)
+    same([logits, after.layers[0], after.position], [want[:, 3:], state.layers[0], state.position], EXACT)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(make, same):
+    model, ids = make(CONFIG), ids_of(2, 9)
+
+    def gradients():
+        return torch.autograd.grad(model(ids)[0].square().sum(), list(model.parameters()))
+
+    want = gradients()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    same(gradients(), want, EXACT)
+
+
+def test_gradients_flow_through_many_states(make, same):
+    model, ids = make(CONFIG), ids_of(2, 12)
+    want = torch.autograd.grad(model(ids)[0][:, -1].square().sum(), list(model.parameters()))
+    state = None
+    for part in ids.split(3, 1):
+        logits, state = model(part, state)
+    got = torch.autograd.grad(logits[:, -1].square().sum(), list(model.parameters()))
+    same(got, want, EXACT)
+
+
+@pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
+def test_choices_that_cannot_be_met_are_refused(T, make, refuses):
+    """A backend that is named never falls back, one token or many."""
+    model, ids = make(CONFIG), ids_of(2, T)
+    with refuses("unknown backend 'nonsense'"):
+        model(ids, backend="nonsense")
+    with refuses("unknown form 'nonsense'"):
+        model(ids, form="nonsense")
+    with refuses("chunk_size must be at least 1, got -1"):
+        model(ids, chunk_size=-1)
+    with refuses("backend 'blocked' cannot do form='recurrent'"):
+        model(ids, form="recurrent", backend="blocked")
+
+
+def test_the_twin_has_one_form(make, refuses):
+    with refuses("attention has one form only, got form='parallel'"):
+        make(TransformerConfig(**SMALL))(ids_of(1, 3), form="parallel")
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+def test_runs_on_the_meta_device(form):
+    with torch.device("meta"):
+        model, ids = RetNet(CONFIG), torch.zeros(2, 5, dtype=torch.int64)
+        logits, state = model(ids, form=form)
+        logits, state = model(ids[:, :1], state, form=form)
+    assert logits.shape == (2, 1, 31) and state.layers[0].device.type == "meta"
+
+
+def test_initialisation_is_torchscales_and_the_twins_alike():
+    """Xavier uniform: bound gain sqrt(6 / (in + out)), gain 2^-2.5 for what enters and 2^-1 for what leaves."""
+    for model, name in ((RetNet(CONFIG), "retention"), (Transformer(TransformerConfig(**SMALL)), "attention")):
+        layer = getattr(model.blocks[0], name)
+        for proj, gain in ((layer.q_proj, 2**-2.5), (layer.v_proj, 2**-2.5), (layer.out_proj, 0.5)):
+            bound = gain * (6 / sum(proj.weight.shape)) ** 0.5
+            # 576 and more uniform draws: that the largest is below 0.97 of the bound has probability 0.97^576, 2e-8
+            assert 0.97 * bound < proj.weight.abs().max().item() <= bound
+        # 744 draws of N(0, 1/D): the standard error of their deviation is 1 / sqrt(2 * 744), 2.6 %; four of those
+        for matrix in (model.embed.weight, model.head.weight):
+            assert matrix.std().item() == pytest.approx(24**-0.5, rel=0.11)

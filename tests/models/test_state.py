@@ -1,0 +1,222 @@
+"""One protocol for RetentionState and KVCache: whatever is done to a state, each row goes on as it would alone.
+
+The oracle is the model on each row's whole text (test_decoding.py).
+"""
+
+import errno
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from retentive.models import RetNetConfig, TransformerConfig, load_state
+from retentive.models import state as module
+
+SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
+CONFIGS = {
+    "retnet": RetNetConfig(**SMALL),
+    "retnet-gated": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "transformer": TransformerConfig(**SMALL),
+    "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1),
+}
+EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
+
+kinds = pytest.mark.parametrize("kind", CONFIGS)
+both = pytest.mark.parametrize("kind", ["retnet", "transformer"])
+
+
+def ids_of(B: int, T: int) -> torch.Tensor:
+    return torch.randint(31, (B, T))
+
+
+@pytest.fixture
+def goes_on(same):
+    """`goes_on(model, texts, state)`: row n of the state continues as texts[n] `[T]` would, for two calls."""
+
+    def check(model, texts, state):
+        assert state.position.tolist() == [len(text) for text in texts]
+        more = ids_of(len(texts), 5)
+        one, state = model(more[:, :3], state)
+        two, state = model(more[:, 3:], state)
+        got = torch.cat((one, two), 1)
+        for n, text in enumerate(texts):
+            want, _ = model(torch.cat((text, more[n]))[None])
+            same(got[n], want[0, len(text) :], EXACT, f"row {n}")
+
+    return check
+
+
+@kinds
+@torch.no_grad()
+def test_rows_selected_reordered_and_repeated(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(3, 7)
+    _, state = model(ids)
+    for rows in ([2, 0, 1], [1], [0, 0, 2, 2, 2]):
+        goes_on(model, [ids[n] for n in rows], state.select(torch.tensor(rows)))
+    goes_on(model, list(ids), state)  # and what was selected from is as it was
+
+
+@kinds
+@torch.no_grad()
+def test_states_at_different_positions_joined(kind, make, goes_on):
+    model = make(CONFIGS[kind])
+    texts = [ids_of(2, 3), ids_of(1, 9), ids_of(1, 5)]
+    states = [model(ids)[1] for ids in texts]
+    _, grown = model(texts[2][:, :2])  # one with free slots: reached in several calls
+    for t in range(2, 5):
+        _, grown = model(texts[2][:, t : t + 1], grown)
+    states[2] = grown
+    joined = type(states[0]).cat(states)
+    goes_on(model, [row for ids in texts for row in ids], joined.clone())
+    # and taken apart again
+    goes_on(model, [texts[1][0], texts[0][1]], joined.select(torch.tensor([2, 1])))
+
+
+@kinds
+@torch.no_grad()
+def test_a_state_before_the_first_token_joins_others(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(1, 4)
+    state = model(ids)[1]
+    joined = type(state).cat([model.init_state(1), state])
+    goes_on(model, [ids[0, :0], ids[0]], joined)
+
+
+@kinds
+@torch.no_grad()
+def test_a_clone_is_a_branch_of_its_own(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(2, 9)
+    _, state = model(ids[:, :8])
+    _, state = model(ids[:, 8:], state)  # a cache has free slots now, and is written in place
+    texts = ids_of(2, 2), ids_of(2, 3)
+    branches = [model(text, state.clone())[1] for text in texts]  # both grown before either is looked at
+    for text, branch in zip(texts, branches, strict=True):
+        goes_on(model, list(torch.cat((ids, text), 1)), branch)
+    goes_on(model, list(ids), state)
+
+
+@kinds
+@torch.no_grad()
+def test_saved_and_loaded_it_goes_on_bit_for_bit(kind, make, tmp_path, same):
+    model, ids, more = make(CONFIGS[kind], torch.float32), ids_of(3, 6), ids_of(3, 4)
+    _, state = model(ids, lengths=torch.tensor([6, 2, 4]))
+    state.save(tmp_path / "state.safetensors", {"model": "small"})
+    loaded = load_state(tmp_path / "state.safetensors")
+    assert type(loaded) is type(state) and [x.name for x in tmp_path.iterdir()] == ["state.safetensors"]
+    same(loaded.position, state.position, 0)
+    for _ in range(2):
+        (want, state), (got, loaded) = model(more, state), model(more, loaded)
+        same(got, want, 0)
+    state.save(tmp_path / "state.safetensors")  # over the old one, from another number of slots
+    assert load_state(tmp_path / "state.safetensors").position.tolist() == [14, 10, 12]
+
+
+@pytest.mark.parametrize("how", ["parallel", "recurrent", "chunkwise", "one token", "with gradients"])
+def test_the_state_of_every_form_can_be_saved(how, make, tmp_path, same):
+    model, ids = make(CONFIGS["retnet"], torch.float32), ids_of(2, 1 if how == "one token" else 5)
+    with torch.set_grad_enabled(how == "with gradients"):
+        form = how if how in ("parallel", "recurrent", "chunkwise") else "auto"
+        _, state = model(ids, form=form, backend="reference" if form != "auto" else "auto")
+    state.save(tmp_path / "state.safetensors")
+    same(load_state(tmp_path / "state.safetensors").layers, [x.detach() for x in state.layers], 0)
+
+
+@both
+@torch.no_grad()
+def test_a_state_before_the_first_token_can_be_saved(kind, make, tmp_path, goes_on):
+    model = make(CONFIGS[kind])
+    model.init_state(2).save(tmp_path / "state.safetensors")
+    goes_on(model, [ids_of(1, 0)[0]] * 2, load_state(tmp_path / "state.safetensors"))
+
+
+@both
+def test_detach_cuts_the_graph_and_keeps_the_values(kind, make, same):
+    model, ids = make(CONFIGS[kind]), ids_of(2, 4)
+    _, state = model(ids)
+    tensors = state.layers if kind == "retnet" else state.keys
+    cut = state.detach()
+    kept = cut.layers if kind == "retnet" else cut.keys
+    assert all(x.requires_grad for x in tensors) and not any(x.requires_grad for x in kept)
+    same(kept, tensors, 0)
+
+
+@both
+@torch.no_grad()
+def test_moves_to_another_device_whole(kind, make):
+    _, state = make(CONFIGS[kind])(ids_of(2, 4))
+    moved = state.to("meta")
+    tensors = moved.layers if kind == "retnet" else [*moved.keys, *moved.values]
+    assert {x.device.type for x in (*tensors, moved.position)} == {"meta"}
+    assert moved.nbytes == state.nbytes
+
+
+@torch.no_grad()
+def test_a_retention_state_has_the_size_of_its_formula_whatever_the_length(make):
+    config = RetNetConfig(**SMALL | dict(layers=3), key_dim=12, value_dim=20)
+    model = make(config, torch.bfloat16)  # of a bf16 model too it is float32
+    N, H, K, V = 2, 2, 6, 10
+    want = 4 * N * 3 * H * K * V + 8 * N
+    assert model.init_state(N).nbytes == want
+    for T in (1, 10, 300):
+        assert model(ids_of(N, T))[1].nbytes == want
+
+
+@torch.no_grad()
+def test_a_cache_grows_with_the_text_by_less_than_half_too_much(make):
+    model = make(CONFIGS["transformer-kv-heads"], torch.float32)
+    N, layers, kv_heads, K = 2, 2, 1, 6
+    slot = 4 * 2 * N * layers * kv_heads * K
+    assert model.init_state(N).nbytes == 8 * N
+    _, state = model(ids_of(N, 10))
+    assert state.nbytes == 10 * slot + 8 * N
+    sizes = set()
+    for t in range(11, 61):
+        _, state = model(ids_of(N, 1), state)
+        sizes.add(state.nbytes)
+        assert t * slot <= state.nbytes - 8 * N <= 1.5 * t * slot
+    assert len(sizes) <= 6  # from 10 to 60 slots by halves: copies stay linear in the length
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+    """A good state file, and its bytes."""
+    path = tmp_path / "state.safetensors"
+    make(CONFIGS["retnet"])(ids_of(2, 4))[1].save(path)
+    return path, path.read_bytes()
+
+
+def test_nothing_there_is_said_in_one_line(tmp_path, refuses):
+    with refuses("no state file at", FileNotFoundError):
+        load_state(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1], ids=["empty", "5-bytes", "in-header", "one-byte-short"])
+def test_a_file_cut_short_is_refused(keep, saved, refuses):
+    path, data = saved
+    path.write_bytes(data[:keep])
+    with refuses("is not a complete safetensors file"):
+        load_state(path)
+
+
+def test_a_file_that_holds_no_state_is_refused(tmp_path, refuses):
+    for metadata in (None, {"format": "pt"}):
+        save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata=metadata)
+        with refuses("holds no saved state"):
+            load_state(tmp_path / "model.safetensors")
+
+
+@both
+@pytest.mark.parametrize("written", [0, 40], ids=["nothing-written", "half-written"])
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make, tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    _, state = make(CONFIGS[kind])(ids_of(2, 4))
+    state.save(path)
+    before = path.read_bytes()
+
+    def full(tensors, filename, metadata=None):
+        filename.write_bytes(b"x" * written)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        state.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,75 @@
+"""What a light installation loads: the operator with torch and numpy alone, every room without the optional packages.
+
+Each in a fresh interpreter: in this one pytest and other tests have imported much already.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import retentive
+
+ROOT = Path(retentive.__file__).parents[1]
+
+
+def fresh(code: str):
+    """What `code`, run in a new interpreter, prints as JSON; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_operator_needs_torch_and_numpy_alone():
+    code = """
+import json, sys
+import numpy, torch
+before = set(sys.modules)
+from retentive.ops import retention
+roots = {name.split(".")[0] for name in set(sys.modules) - before}
+q = torch.randn(1, 5, 2, 4, requires_grad=True)
+o, state = retention(q, q, q, torch.full((2,), -0.1))
+o.sum().backward()
+print(json.dumps(sorted(roots - set(sys.stdlib_module_names))))
+"""
+    assert fresh(code) == ["retentive"]
+
+
+OPTIONAL = ["matplotlib", "pyarrow", "zstandard", "datasets", "tiktoken", "tensorboard", "wandb", "pandas"]
+OPTIONAL += ["transformers", "triton"]  # of hf, of the GPU's kernels
+
+WALK = """
+import importlib, json, pkgutil, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the block does not block")
+import retentive
+names, failed = [], []
+for module in pkgutil.walk_packages(retentive.__path__, "retentive.", onerror=lambda name: None):
+    if module.name.startswith("retentive.ops.triton") or module.name.endswith("__main__"):
+        continue
+    names.append(module.name)
+    try:
+        importlib.import_module(module.name)
+    except Exception as error:
+        failed.append(f"{{module.name}}: {{type(error).__name__}} {{error}}")
+print(json.dumps([names, failed]))
+"""
+
+
+def test_every_module_can_be_imported_without_the_optional_packages():
+    """Left out: ops/triton, reached through backends.py where a GPU is, and __main__, which runs when imported."""
+    names, failed = fresh(WALK.format(blocked=set(OPTIONAL)))
+    assert failed == []
+    assert {"retentive.ops.blocked", "retentive.checkpoint.io", "retentive.data.sources"} <= set(names)

@@ -1,0 +1,307 @@
+"""Runs that were stopped against those that were not: resumed, they end in the same bits; nothing good is ever lost."""
+
+import errno
+import json
+import math
+import shutil
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import retentive
+from retentive.checkpoint import save_model
+from retentive.models import RetNetConfig, build, twin
+from retentive.train.checkpoints import folders
+from retentive.train.evaluate import HeldOut
+from retentive.train.loop import Interrupted
+
+TINY = RetNetConfig(dim=32, layers=2, heads=2, dropout=0.1)
+
+
+class Crash(Exception):
+    """What no code of the package catches."""
+
+
+def crash(model):
+    raise Crash
+
+
+def files(folder) -> dict:
+    """Name -> content of all below a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def steps(folder) -> list[str]:
+    return [f.name for f in folders(folder)]
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [(TINY, "reset"), (TINY, "packed"), (TINY, "carry"), (twin(TINY), "reset"), (twin(TINY), "packed")],
+    ids=["reset", "packed", "carry", "twin-reset", "twin-packed"],
+)
+def test_crashed_and_resumed_ends_in_the_bits_of_never_stopped(model, mode, run, same_end):
+    """With dropout and two batches a step; the crash comes two steps and a half after a checkpoint."""
+    how = dict(model=model, mode=mode, accumulate=2, init=0)
+    whole = run("whole", **how)
+    with pytest.raises(Crash):
+        run("stopped", **how, at=2 * 5 + 1, act=crash)
+    assert steps(run.folder("stopped")) == ["step-00000003"]
+    stopped = run("stopped", **how | dict(init=1), resume=True)
+    assert (folders(stopped)[-1] / "state.safetensors").exists() == (mode == "carry")
+    same_end(stopped, whole)
+
+
+def test_crashed_before_its_first_checkpoint_it_begins_anew(run, same_end):
+    with pytest.raises(Crash):
+        run("stopped", model=TINY, at=2, act=crash)
+    same_end(run("stopped", model=TINY, resume=True), run("whole", model=TINY))
+
+
+def test_crashed_many_times(run, same_end):
+    how = dict(model=TINY, steps=7, save_every=1, mode="carry")
+    for at in (0, 2, 4, 4, 6):
+        with pytest.raises(Crash):
+            run("stopped", **how, at=at, act=crash, resume=at > 0)
+    same_end(run("stopped", **how, init=9, resume=True), run("whole", **how))
+
+
+def test_resuming_what_is_not_there_begins(run, same_end):
+    same_end(run("new", resume=True), run("whole"))
+
+
+def test_a_finished_run_is_left_as_it_is(run, same_end):
+    whole = run("whole")
+    shutil.copytree(whole, whole.with_name("copy"))
+    same_end(run("copy", init=1, resume=True), whole)
+
+
+def test_the_carried_state_is_what_it_goes_on_from(run, metrics):
+    with pytest.raises(Crash):
+        run("stopped", mode="carry", at=4, act=crash)
+    folder = run.folder("stopped")
+    shutil.copytree(folder, folder.with_name("robbed"))
+    (folders(folder.with_name("robbed"))[-1] / "state.safetensors").unlink()
+    with_, without = (metrics(run(name, mode="carry", resume=True)) for name in ("stopped", "robbed"))
+    assert with_[:3] == without[:3] and with_[3]["loss"] != without[3]["loss"]
+
+
+def test_frozen_parameters_stay_and_the_run_goes_on(run, same_end):
+    def frozen(init):
+        torch.manual_seed(init)
+        model = build(TINY)
+        model.embed.weight.requires_grad_(False)
+        return model
+
+    whole = run("whole", model=frozen(0))
+    torch.testing.assert_close(
+        load_file(whole / "model.safetensors")["embed.weight"], frozen(0).embed.weight, rtol=0, atol=0
+    )
+    with pytest.raises(Crash):
+        run("stopped", model=frozen(0), at=5, act=crash)
+    same_end(run("stopped", model=frozen(1), resume=True), whole)
+
+
+def test_metrics_go_on_where_the_checkpoint_was(run, metrics, same_end):
+    """What came after it was written too, evaluations as well, and a line that the crash cut short."""
+
+    def evaluate(model, tokens):
+        return HeldOut(model.head.weight.sum().item(), 1.0, tokens, 1000)
+
+    how = dict(eval_every=1, evaluate=evaluate)
+    whole = run("whole", **how)
+    with pytest.raises(Crash):
+        run("stopped", **how, at=5, act=crash)
+    file = run.folder("stopped") / "metrics.jsonl"
+    assert metrics(file.parent)[-1]["step"] == 5
+    with file.open("a") as f:
+        f.write('{"step": 6, "loss": 4.')
+    same_end(run("stopped", **how, resume=True), whole)
+
+
+@pytest.mark.parametrize("keep", [1, 3], ids=lambda n: f"keep{n}")
+def test_the_newest_checkpoints_are_kept(keep, run):
+    folder = run("a", keep=keep, steps=7, save_every=2)
+    assert steps(folder) == ["step-00000002", "step-00000004", "step-00000006", "step-00000007"][-keep:]
+    newest = folders(folder)[-1]
+    assert (folder / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == steps(folder)
+
+
+def test_a_run_is_not_begun_over(run, refuses):
+    before = files(run("a"))
+    with refuses("already holds a run: add --resume to go on with it, or choose another --out", FileExistsError):
+        run("a", init=1)
+    assert files(run.folder("a")) == before
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clipped", "not-clipped"])
+def test_at_the_first_nan_it_stops_and_the_good_checkpoint_stays(clip, run, refuses):
+    def spoil(model):
+        with torch.no_grad():
+            model.blocks[0].ffn.up_proj.weight[0, 0] = math.nan
+
+    with refuses("step-00000003; try a lower --lr", FloatingPointError):
+        run("a", clip=clip, at=5, act=spoil)
+    folder = run.folder("a")
+    assert steps(folder) == ["step-00000003"]
+    assert all(p.isfinite().all() for p in retentive.load(folder)[0].parameters())
+    assert all(x.isfinite().all() for x in load_file(folders(folder)[-1] / "optimizer.safetensors").values())
+
+
+def test_at_a_nan_before_any_checkpoint_that_is_said(run, refuses):
+    with refuses("no checkpoint had been saved yet; try a lower --lr", FloatingPointError):
+        run("a", at=1, act=lambda model: model.embed.weight.data.fill_(math.inf))
+
+
+def full_disk(allowed: int):
+    """A save_file that fills the disk in the middle of file number `allowed` + 1, as the system would: half a file."""
+    calls = 0
+
+    def save(tensors, path, metadata=None):
+        nonlocal calls
+        calls += 1
+        if calls > allowed:
+            with open(path, "wb") as file:
+                file.write(b"\0" * 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    from safetensors.torch import save_file as real
+
+    return save
+
+
+# of its second checkpoint: the weights, the moments, the carried state
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [("retentive.train.checkpoints", 2), ("retentive.train.checkpoints", 3), ("retentive.models.state", 1)],
+    ids=["weights", "moments", "state"],
+)
+def test_a_full_disk_costs_the_new_checkpoint_only(place, allowed, run, same_end, monkeypatch):
+    whole = run("whole", mode="carry")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{place}.save_file", full_disk(allowed))
+        with pytest.raises(OSError, match="No space left"):
+            run("full", mode="carry")
+    folder = run.folder("full")
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert {f.name for f in folder.iterdir()} == {f.name for f in whole.iterdir()}
+    assert (folder / "model.safetensors").read_bytes() == (folders(folder)[0] / "model.safetensors").read_bytes()
+    same_end(run("full", mode="carry", init=1, resume=True), whole)
+
+
+def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
+    """The run's model is a link to the checkpoint's: writing one must not go through to the other."""
+    whole = run("whole")
+    with pytest.raises(Crash):
+        run("stopped", at=5, act=crash)
+    with monkeypatch.context() as patch:
+        patch.setattr("retentive.checkpoint.io.save_file", full_disk(0))
+        with pytest.raises(OSError, match="No space left"):
+            run("stopped", resume=True)
+    same_end(run("stopped", init=1, resume=True), whole)
+
+
+def test_a_full_disk_while_metrics_are_cut_keeps_them(run, same_end, monkeypatch):
+    whole = run("whole")
+    with pytest.raises(Crash):
+        run("stopped", at=5, act=crash)
+    real = Path.write_text
+
+    def write(path, text, **how):
+        if "metrics" in path.name:
+            real(path, "")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, text, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write)
+        with pytest.raises(OSError, match="No space left"):
+            run("stopped", resume=True)
+    same_end(run("stopped", init=1, resume=True), whole)
+
+
+def test_what_a_killed_save_left_is_cleared_away(run, same_end):
+    """It is as large as a checkpoint, and no later save would take its name."""
+    whole = run("whole")
+    with pytest.raises(Crash):
+        run("stopped", at=5, act=crash)
+    rest = run.folder("stopped") / "checkpoints" / ".step-00000006.x1y2z3"
+    rest.mkdir()
+    (rest / "model.safetensors").write_bytes(b"half of it")
+    stopped = run("stopped", resume=True)
+    same_end(stopped, whole)
+    assert sorted(f.name for f in (stopped / "checkpoints").iterdir()) == steps(whole)
+
+
+def test_a_model_that_is_no_run_is_not_trained_over(run):
+    """A converted or downloaded model has no train.json."""
+    torch.manual_seed(1)
+    save_model(run.folder("mine"), build(TINY))
+    before = files(run.folder("mine"))
+    with pytest.raises(FileExistsError):
+        run("mine")
+    assert files(run.folder("mine")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_and_saves(number, run, same_end):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"stopped at step 5 of 8, saved; go on with --resume"):
+        run("stopped", at=4, act=lambda model: signal.raise_signal(number))
+    assert signal.getsignal(number) is before
+    assert steps(run.folder("stopped")) == ["step-00000003", "step-00000005"]
+    same_end(run("stopped", keep=2, init=1, resume=True), run("whole"))
+
+
+def test_a_second_interrupt_stops_at_once(run):
+    def twice(model):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", at=4, act=twice)
+    assert steps(run.folder("stopped")) == ["step-00000003"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(run, same_end):
+    whole = run("whole")
+    same_end(run("late", at=7, act=lambda model: signal.raise_signal(signal.SIGTERM)), whole)
+
+
+def test_in_a_thread_it_trains_without_listening(run, same_end):
+    """Only the main thread may set handlers; a notebook or a server trains in another."""
+
+    def work():
+        torch.set_num_threads(1)  # as in the main thread
+        run("threaded")
+
+    whole = run("whole")
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    same_end(run.folder("threaded"), whole)
+
+
+def test_train_json_keeps_the_options_of_the_run(run):
+    with pytest.raises(Crash):
+        run("a", at=5, act=crash, lr=0.001)
+    options = json.loads((run.folder("a") / "train.json").read_text(encoding="utf-8"))["train"]
+    run("a", resume=True, lr=0.001, keep=1)
+    again = json.loads((run.folder("a") / "train.json").read_text(encoding="utf-8"))["train"]
+    assert again == {**options, "keep": 1}
+
+
+def test_weights_of_another_shape_are_refused(run):
+    with pytest.raises(Crash):
+        run("a", at=5, act=crash)
+    before = files(run.folder("a"))
+    with pytest.raises((RuntimeError, ValueError)):
+        run("a", model=replace(TINY, dim=48), resume=True)
+    assert files(run.folder("a")) == before
