@@ -85,7 +85,10 @@ def plot(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
             axis.plot(contexts, values, color=colour, marker=marker, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts])
-        axis.set_ylim(bottom=0)
+        if key == "bytes":
+            axis.set_yscale("log")  # on a linear axis the state is a line on the floor
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("context (tokens)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

@@ -1,5 +1,7 @@
 """flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): its config fields and tensor names, old and new."""
 
+import math
+
 from torch import Tensor
 
 from retentive.checkpoint.keys import flip, refuse, rename, require
@@ -58,6 +60,12 @@ def read_config(config: dict) -> RetNetConfig:
     )
 
 
+def _ratio(width: int, dim: int) -> float:
+    """width / dim, as much above as fla's int(dim * ratio) needs to be width again."""
+    ratio = width / dim
+    return ratio if int(dim * ratio) == width else math.nextafter(ratio, math.inf)
+
+
 def write_config(config: RetNetConfig) -> dict:
     """Its fields for a config of ours that its architecture can express."""
     require(config, "fla", decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True)
@@ -70,8 +78,8 @@ def write_config(config: RetNetConfig) -> dict:
         "num_hidden_layers": config.layers,
         "num_heads": config.heads,
         "num_kv_heads": None if config.kv_heads == config.heads else config.kv_heads,
-        "expand_k": config.key_dim / config.dim,
-        "expand_v": config.value_dim / config.dim,
+        "expand_k": _ratio(config.key_dim, config.dim),
+        "expand_v": _ratio(config.value_dim, config.dim),
         "intermediate_size": config.ffn_dim,
         "hidden_act": config.activation,
         "elementwise_affine": config.head_norm_affine,

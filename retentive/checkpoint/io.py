@@ -65,12 +65,12 @@ def find(path: str | Path) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
         raise FileNotFoundError(f"no model folder at {path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"no folder {path} here, and the hub does not give {path}: {reason}") from None
 
 
@@ -101,7 +101,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} lists no shards: the folder is damaged, copy it again") from None
         files = [folder / Path(name).name for name in sorted(set(shards))]
     else:
         files = [folder / "model.safetensors"]
@@ -119,7 +122,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            return {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}): copy or save it again") from None
 
@@ -159,27 +162,39 @@ def save_model(
         raw = FOREIGN[layout].write_config(config)
         tensors = FOREIGN[layout].write_tensors(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-    write_json(folder / "config.json", raw)
+    write_together(
+        {
+            folder / "model.safetensors": lambda p: save_file(tensors, p, metadata={"format": "pt"}),
+            folder / "config.json": lambda p: _write_text(p, raw),
+        }
+    )
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # it would point to other weights
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` to a file beside `path`, then move it there: a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_together(files: dict[Path, Callable[[Path], Any]]) -> None:
+    """Write each file beside its place, then move all there: a full disk leaves the old ones as they are."""
+    partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        for path, write in files.items():
+            write(partial[path])
+            with open(partial[path], "rb") as file:
+                os.fsync(file.fileno())
+        for path in files:
+            partial[path].replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for path in files:
+            partial[path].unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """`value` as an indented JSON file, whole or not at all."""
+    write_together({path: lambda p: _write_text(p, value)})
+
+
+def _write_text(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

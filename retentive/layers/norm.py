@@ -42,6 +42,6 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if weight is not None:
             grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
-            grad = grad * weight
+            grad = grad.to(scale.dtype) * weight
         along = (grad * y).mean(-1, keepdim=True)  # what of the gradient only changes the length of x
         return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None

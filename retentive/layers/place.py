@@ -28,6 +28,9 @@ def locate(
             so that left padding is (T - n, T).
         cu_seqlens: `[N+1]`, with B = 1.
     """
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if start is not None and len(start) != N:
+        raise ValueError(f"the state holds {len(start)} sequences, the call has {N}")
     t = torch.arange(T, device=device)
     if cu_seqlens is not None:
         if lengths is not None:
@@ -36,6 +39,8 @@ def locate(
             raise ValueError(f"cu_seqlens packs all sequences into one row, got {B} rows")
         cu = cu_seqlens.to(device=device, dtype=torch.int64)
         count = cu.diff()
+        if visible(cu) and not (cu[0] == 0 and cu[-1] == T and bool((count > 0).all())):
+            raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu.tolist()[:8]}…")
         start = torch.zeros_like(count) if start is None else start
         index = t - (cu[:-1] - start).repeat_interleave(count, output_size=T)
         return Place(index[None], None, cu_seqlens), start + count
@@ -49,9 +54,14 @@ def locate(
         begin, end = lengths.unbind(1)
     else:
         raise ValueError(f"lengths must be [{B}] or [{B}, 2], one row's valid tokens each, got {list(lengths.shape)}")
-    if lengths.device.type == "cpu" and not bool(((begin >= 0) & (begin <= end) & (end <= T)).all()):
+    if visible(lengths) and not bool(((begin >= 0) & (begin <= end) & (end <= T)).all()):
         raise ValueError(f"lengths must lie within the {T} tokens of a row, got {lengths.tolist()}")
     valid = (t >= begin[:, None]) & (t < end[:, None])
     start = torch.zeros_like(begin) if start is None else start
     index = start[:, None] + (t - begin[:, None]).clamp(min=0)
     return Place(index, valid, None), start + end - begin
+
+
+def visible(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without a wait for a device, or a break in a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

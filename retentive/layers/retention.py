@@ -101,7 +101,7 @@ class MultiScaleRetention(nn.Module):
         if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
             k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
 
-        if x.shape[1] == 1 and form == "auto" and place.cu_seqlens is None:
+        if x.shape[1] == 1 and form == backend == "auto" and place.cu_seqlens is None:
             q_BHK, k_BHK, v_BHV = q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0]
             log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
             o, state = retention_step(q_BHK, k_BHK, v_BHV, log_decay, scale=1.0, state=state)

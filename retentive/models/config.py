@@ -149,7 +149,8 @@ def twin(config: RetNetConfig) -> TransformerConfig:
     Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
     with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
     """
-    retention = 2 * config.key_dim + (3 if config.gate else 2) * config.value_dim
+    shared = config.kv_heads / config.heads
+    retention = (1 + shared) * config.key_dim + (shared + (2 if config.gate else 1)) * config.value_dim
     feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
     ffn = round((feed_forward + retention - 4 * config.dim) / 3)
     return TransformerConfig(

@@ -105,8 +105,6 @@ class RetNet(nn.Module):
         x = F.dropout(self.embed_norm(x), self.config.dropout, self.training)
         start = None if state is None else state.position
         place, position = locate(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
-        if start is not None and start.shape != position.shape:
-            raise ValueError(f"the state holds {len(start)} sequences, the call has {len(position)}")
         shared = self.blocks[0].retention.shared(place, x.dtype)
         layers = []
         for i, block in enumerate(self.blocks):

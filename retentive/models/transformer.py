@@ -84,8 +84,6 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         start = None if state is None else state.position
         place, position = locate(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
-        if start is not None and start.shape != position.shape:
-            raise ValueError(f"the state holds {len(start)} sequences, the call has {len(position)}")
         starts = [0] * len(position) if start is None else start.tolist()
         if state is not None:
             state = state.reserve(max(starts) + x.shape[1])

@@ -5,6 +5,7 @@ function itself. A backend named by the caller never falls back; only "auto" cho
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,6 +35,12 @@ class Backend(NamedTuple):
     run: Callable[[Call], tuple[Tensor, Tensor]]
 
 
+def exactly(device: torch.device) -> AbstractContextManager:
+    """No autocast; devices that have none, such as meta, are left alone."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def chunk_size(call: Call) -> int:
     """The chunk length where the caller names none: short for the C x C scores, long for the K x V states."""
     if call.form == "parallel":
@@ -51,9 +58,10 @@ def run_reference(call: Call) -> tuple[Tensor, Tensor]:
 
     def one(q, k, v, log_decay, state):
         q, k, v = (x.to(state.dtype) for x in (q, k, v))
+        log_decay = log_decay.clamp(min=blocked_module.FORGOTTEN)
         return function(q, k, v, log_decay, scale=call.scale, state=state, **extra)
 
-    with torch.autocast(call.q.device.type, enabled=False):
+    with exactly(call.q.device):
         if call.cu_seqlens is None:
             o, state = one(call.q, call.k, call.v, call.log_decay, call.state)
             return o.to(call.v.dtype), state

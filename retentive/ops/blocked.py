@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FORGOTTEN = -100.0
+"""Log decays below it are taken as it: e^-100 is nothing, and differences of sums of -inf would be nan."""
+
 
 class Layout(NamedTuple):
     """How tokens map to chunks, and in which order the chunks hand on their states."""
@@ -45,6 +48,7 @@ def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.devi
         return Layout(B, T, C, length_M, None, order)
     starts = cu_seqlens[:-1].to(device=device, dtype=torch.int64)
     lengths = cu_seqlens[1:].to(device=device, dtype=torch.int64) - starts
+    C = min(C, int(lengths.max()))
     chunks = -(-lengths // C)
     sequence_M = torch.repeat_interleave(torch.arange(len(lengths), device=device), chunks)
     first_N = chunks.cumsum(0) - chunks
@@ -96,6 +100,7 @@ class Decays(NamedTuple):
 def decays(log_decay: Tensor, at: Layout) -> Decays:
     """Decay factors from `[H]` or `[B,T,H]` log decays. Exponents are differences of falling sums: none is > 0."""
     C, device = at.C, log_decay.device
+    log_decay = log_decay.clamp(min=FORGOTTEN)
     position = torch.arange(C, device=device)
     if log_decay.ndim == 1:
         since_MHC = log_decay[None, :, None] * (position + 1)
@@ -191,12 +196,16 @@ def blocked_backward(
     """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
     with torch.autocast(q.device.type, enabled=False):
         at = layout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
-        q_MHCK, k_MHCK, v_MHCV, inside, start, end, total, before_MHKV, last_NHKV = _prepare(
+        q_MHCK, k_MHCK, v_MHCV, inside, start, end, total, before_MHKV, _ = _prepare(
             q, k, v, log_decay, state, at, scale
         )
         do_MHCV = to_chunks(do, at)
         score_MHCC = _mm(q_MHCK, k_MHCK.mT).mul_(inside)
-        dscore_MHCC = _mm(do_MHCV, v_MHCV.mT).mul_(inside)
+        dscore_MHCC = _mm(do_MHCV, v_MHCV.mT)
+        if log_decay.ndim == 3:
+            product_MHCC = score_MHCC.to(log_decay.dtype) * dscore_MHCC
+            dG_MHC = product_MHCC.sum(-1) - product_MHCC.sum(-2)
+        dscore_MHCC.mul_(inside)
         dlocal_MHKV = _mm((q_MHCK * start).to(q.dtype).mT, do_MHCV)
         after_MHKV, dinitial = scan(
             dlocal_MHKV, total, dstate, at.order[::-1]
@@ -205,35 +214,33 @@ def blocked_backward(
         dv_MHCV = _mm(score_MHCC.mT, do_MHCV)
         _add_mm(dv_MHCV, (k_MHCK * end).to(k.dtype), after_MHKV)
         dq_MHCK = _mm(do_MHCV, before_MHKV.mT).mul_(start)
-        _add_mm(dq_MHCK, dscore_MHCC, k_MHCK)
         dk_MHCK = _mm(v_MHCV, after_MHKV.mT).mul_(end)
-        _add_mm(dk_MHCK, dscore_MHCC.mT, q_MHCK)
-        dq, dk, dv = (from_chunks(x, at) for x in (dq_MHCK, dk_MHCK, dv_MHCV))
         dlog_decay = log_decay.new_empty(0)
         if log_decay.ndim == 3:
-            dlog_decay = _decay_gradient(q, k, dq, dk, (last_NHKV * dstate).sum((-1, -2)), cu_seqlens, log_decay.dtype)
+            kept_MH = (before_MHKV.to(log_decay.dtype) * after_MHKV).sum((-1, -2)) * total[..., 0, 0]
+            dlog_decay = _decay_gradient(dG_MHC, q_MHCK, dq_MHCK, k_MHCK, dk_MHCK, kept_MH, at)
+        _add_mm(dq_MHCK, dscore_MHCC, k_MHCK)
+        _add_mm(dk_MHCK, dscore_MHCC.mT, q_MHCK)
+        dq, dk, dv = (from_chunks(x, at) for x in (dq_MHCK, dk_MHCK, dv_MHCV))
         return dq, dk, dv, dlog_decay, dinitial
 
 
 def _decay_gradient(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, end_NH: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+    dG_MHC: Tensor, q_MHCK: Tensor, dq_MHCK: Tensor, k_MHCK: Tensor, dk_MHCK: Tensor, kept_MH: Tensor, at: Layout
 ) -> Tensor:
-    """Gradient of a per-token log decay, `[B,T,H]`.
+    """Gradient of a per-token log decay, `[B,T,H]`, from dL/dG inside the chunks and the shares of the states.
 
-    o_t holds exp(G_t) beside q_t, and k_s comes with exp(-G_s), so dL/dG_t = q_t . dq_t - k_t . dk_t, and at the end of
-    a sequence <S, dL/dS> besides. G is a running sum, so its gradient is summed from the end, within each sequence.
+    o_i holds exp(G_i) beside q_i, and k_j comes with exp(-G_j): inside a chunk, dL/dG is the row sums minus the column
+    sums of score * dscore, the same rounded numbers in both, so that what cancels cancels exactly. To that come
+    q_i . dq_i from the state before, -k_j . dk_j to the state after, and at the chunk's end <S, dL/dS> of that state.
+    G is a running sum from the chunk's start, so its gradient is summed from the chunk's end: errors do not grow with
+    T.
     """
-    dG_BTH = torch.einsum("bthk,bthk->bth", q.to(dtype), dq.to(dtype))
-    dG_BTH -= torch.einsum("bthk,bthk->bth", k.to(dtype), dk.to(dtype))
-    if cu_seqlens is None:
-        dG_BTH[:, -1] += end_NH
-        return dG_BTH.flip(1).cumsum(1).flip(1)
-    cu_seqlens = cu_seqlens.to(device=q.device, dtype=torch.int64)
-    dG_BTH[0, cu_seqlens[1:] - 1] += end_NH
-    sums_TH = dG_BTH[0].double().flip(0).cumsum(0).flip(0)  # float64: a later sequence's sum is taken off again
-    sums_TH = torch.cat((sums_TH, sums_TH.new_zeros(1, sums_TH.shape[1])))
-    later_TH = sums_TH[cu_seqlens[1:]].repeat_interleave(cu_seqlens.diff(), 0)
-    return (sums_TH[:-1] - later_TH).to(dtype)[None]
+    wide = dG_MHC.dtype
+    k_dk_MHC = (k_MHCK.to(wide) * dk_MHCK).sum(-1)
+    dG_MHC += (q_MHCK.to(wide) * dq_MHCK).sum(-1) - k_dk_MHC
+    dG_MHC[..., -1] += kept_MH + k_dk_MHC.sum(-1)
+    return from_chunks(dG_MHC.flip(-1).cumsum(-1).flip(-1), at)
 
 
 @blocked.register_fake

@@ -8,7 +8,7 @@ One docstring, the checks, the choice of a backend. The idea itself is in `refer
 import torch
 from torch import Tensor
 
-from retentive.ops.backends import Call, choose
+from retentive.ops.backends import Call, choose, exactly
 
 FORMS = ("auto", "parallel", "recurrent", "chunkwise")
 
@@ -79,7 +79,7 @@ def retention_step(
     _check_qkv(q, k, v, ndim=3)
     log_decay, state = _check_decay_and_state(q, v, log_decay, q.shape[:2], state, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q.device):
         q_BH1K, k_BHK1, v_BH1V = (scale * q.to(state.dtype))[:, :, None], k[..., None].to(state.dtype), v[:, :, None]
         state = torch.addcmul(log_decay.exp()[..., None, None] * state, k_BHK1, v_BH1V.to(state.dtype))
         o = torch.matmul(q_BH1K, state).squeeze(2)

@@ -34,7 +34,9 @@ def test_rows_of_both_models(precision):
             rate, flops = row[name]["tokens_per_second"], cost.training_flops_per_token(config, row["length"])
             assert row[name]["parameters"] == cost.parameters(config)
             assert row[name]["fraction_of_gemm_rate"] == pytest.approx(rate * flops / 1e12)
-        assert row["ratio"] == pytest.approx(row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"])
+        assert row["ratio"] == pytest.approx(
+            row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
+        )
 
 
 def test_a_length_beyond_the_tokens_is_one_row():

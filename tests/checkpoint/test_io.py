@@ -366,7 +366,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_other_file(failing, saved
     def full(*args, **_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(io, "save_file" if failing == "weights" else "write_json", full)
+    monkeypatch.setattr(*((io, "save_file", full) if failing == "weights" else (io.json, "dumps", full)))
     with pytest.raises(OSError, match="No space left"):
         save_model(folder, build(replace(OURS["retnet"], layers=3)))
     monkeypatch.undo()

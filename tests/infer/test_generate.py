@@ -1,7 +1,5 @@
 """Generation against the naive loop that reads the whole text anew for every token; its text against the tokens'."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 

@@ -16,9 +16,22 @@ from retentive.models import Model, RetNetConfig, TransformerConfig, build
 from retentive.train import TrainConfig, train
 from retentive.train.checkpoints import folders
 
-NOUNS = "river stone garden letter window engine captain morning shadow violin café naïveté".split()
-VERBS = "follows remembers paints forgets carries answers repairs crosses".split()
-ADJECTIVES = "old quiet bright narrow heavy distant".split()
+NOUNS = [
+    "river",
+    "stone",
+    "garden",
+    "letter",
+    "window",
+    "engine",
+    "captain",
+    "morning",
+    "shadow",
+    "violin",
+    "café",
+    "naïveté",
+]
+VERBS = ["follows", "remembers", "paints", "forgets", "carries", "answers", "repairs", "crosses"]
+ADJECTIVES = ["old", "quiet", "bright", "narrow", "heavy", "distant"]
 
 
 def story(number: int) -> str:
