@@ -30,7 +30,8 @@ def measure(
     for length in lengths:
         batch = max(tokens // length, 1)
         retnet = RetNet(config)
-        check_forms(retnet, min(length, 1024))
+        check_forms(retnet.eval(), min(length, 1024))
+        retnet.train()
         models: dict[str, Model] = {"retnet": retnet, "transformer": Transformer(twin(config))}
         ids = torch.randint(config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
         optimizers = {name: adamw(model, TrainConfig()) for name, model in models.items()}

@@ -178,6 +178,7 @@ def write_together(files: dict[Path, Callable[[Path], Any]]) -> None:
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, write in files.items():
+            partial[path].unlink(missing_ok=True)
             write(partial[path])
             with open(partial[path], "rb") as file:
                 os.fsync(file.fileno())

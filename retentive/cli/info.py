@@ -89,13 +89,12 @@ def progress(console: Console, folder: Path) -> None:
 def sizes(vocab_size: int) -> Table:
     """The named sizes with what they cost."""
     table = Table(title=f"sizes, with a vocabulary of {vocab_size:,}", title_justify="left")
-    for name in ("size", "dim", "layers", "heads", "K", "V", "parameters", "in blocks", "state"):
-        table.add_column(name, justify="left" if name == "size" else "right")
+    for name in ("size", "dim", "layers", "heads", "K", "V", "parameters", "state"):
+        table.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
     for name in PRESETS:
         c = preset(name, vocab_size=vocab_size)
         shape = (c.dim, c.layers, c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
-        counts = (f"{cost.parameters(c) / 1e6:,.1f} M", f"{cost.block_parameters(c) / 1e6:,.1f} M")
-        table.add_row(name, *map(str, shape), *counts, megabytes(cost.state_bytes(c)))
+        table.add_row(name, *map(str, shape), f"{cost.parameters(c) / 1e6:,.1f} M", megabytes(cost.state_bytes(c)))
     return table
 
 

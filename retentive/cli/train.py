@@ -1,5 +1,6 @@
 """`retentive train`: a model from packed data, in a run directory that is enough to go on from."""
 
+import hashlib
 import json
 import runpy
 import sys
@@ -92,8 +93,9 @@ def read_recipe(argv: list[str]) -> tuple[TrainCommand | None, list[str]]:
 
 def run(command: TrainCommand, *, quiet: bool = False) -> Path:
     """Carry the command out and return the run directory."""
-    command = stored(command) if command.resume else command
     meta = load_meta(command.data)
+    fingerprint = hashlib.sha256((command.data / "meta.json").read_bytes()).hexdigest()
+    command = stored(command, fingerprint) if command.resume else command
     tokenizer = load_tokenizer(command.data)
     check_tokenizer(meta, tokenizer)
     batches = Batches(
@@ -127,7 +129,7 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
         tokenizer=tokenizer,
         evaluate=held_out if has_valid else None,
         sample=lambda model: sample_text(model, tokenizer, command.train.sample_prompt),
-        record={"command": json.loads(json.dumps(record, default=str))},
+        record={"command": json.loads(json.dumps(record, default=str)), "data_sha256": fingerprint},
         resume=command.resume,
         quiet=quiet,
     )
@@ -160,16 +162,21 @@ def model_config(command: TrainCommand, vocab_size: int) -> RetNetConfig | Trans
     return twin(config) if command.model == "transformer" else config
 
 
-def stored(command: TrainCommand) -> TrainCommand:
-    """The run's own options where it exists; the command may repeat them, but not contradict them."""
+def stored(command: TrainCommand, data: str) -> TrainCommand:
+    """The run's own options where it exists; the command may repeat them, but not contradict them.
+
+    `data` is the hash of the data's description: the folder may have been moved, but must be the same.
+    """
     file = command.out / "train.json"
     if not file.exists():
         return command
     raw = json.loads(file.read_text(encoding="utf-8"))
+    if raw["data_sha256"] != data:
+        raise ValueError(f"{command.data} holds other data than the run at {command.out} was trained on: name those")
     was = TrainCommand(
         **{
             **raw["command"],
-            "data": Path(raw["command"]["data"]),
+            "data": command.data,
             "out": command.out,
             "set": tuple(raw["command"]["set"]),
             "train": TrainConfig(**raw["train"]),
@@ -183,8 +190,7 @@ def stored(command: TrainCommand) -> TrainCommand:
             if f.name in FREE or f.name in ("train", "out", "resume"):
                 continue
             new, old = getattr(given, f.name), getattr(before, f.name)
-            same = Path(new).resolve() == Path(old).resolve() if f.name == "data" else new == old
-            if not same and new != getattr(blank, f.name):
+            if new != old and new != getattr(blank, f.name):
                 flag = f.name.replace("_", "-")
                 raise ValueError(f"--{flag} {new} contradicts the run at {command.out}, which has {old}: leave it out")
     free = {

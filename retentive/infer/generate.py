@@ -21,7 +21,7 @@ class Token(NamedTuple):
     """Natural log of its probability under the model, before temperature and filters."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: Model, ids: Tensor, state: Any = None, *, stretch: int = 4096) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `stretch` tokens at a time.
 

@@ -74,7 +74,7 @@ class Sampler:
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities `[vocab]` after temperature, top-k, top-p and min-p; the likeliest token always stays."""
-    ordered, order = torch.sort(logits / params.temperature, descending=True, stable=True)
+    ordered, order = torch.sort((logits - logits.max()) / params.temperature, descending=True, stable=True)
     p = ordered.softmax(-1)
     keep = torch.ones_like(p, dtype=torch.bool)
     if params.top_k:

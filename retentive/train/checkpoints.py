@@ -48,13 +48,15 @@ def save(
 
 def publish(run: Path, folder: Path) -> None:
     """Make the checkpoint's weights the run's: a hard link where the file system has them, else a copy."""
-    partial = run / ".model.safetensors.partial"
+    partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
     partial.unlink(missing_ok=True)
+    if target.exists() and target.samefile(folder / "model.safetensors"):
+        return  # a rename between two links to one file does nothing, and would leave the other link there
     try:
         os.link(folder / "model.safetensors", partial)
     except OSError:
         shutil.copyfile(folder / "model.safetensors", partial)
-    partial.replace(run / "model.safetensors")
+    partial.replace(target)
 
 
 def folders(run: Path) -> list[Path]:
@@ -64,6 +66,8 @@ def folders(run: Path) -> list[Path]:
 
 def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
     """Load the newest checkpoint into model and optimiser: (finished steps, carried state); (0, None) without one."""
+    for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
+        shutil.rmtree(rest)
     found = folders(run)
     if not found:
         return 0, None
@@ -73,9 +77,9 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            # fused AdamW keeps its step count beside the moments, on their device
-            optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
+            if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
     state = load_state(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else None
     publish(run, folder)
     return step, state

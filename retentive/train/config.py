@@ -58,10 +58,10 @@ class TrainConfig:
     """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "save_every", "keep", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip"):
+        for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("warmup", "final_lr", "eval_every", "sample_every", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:

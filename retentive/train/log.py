@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from retentive.checkpoint.io import write_together
 from retentive.train.config import TrainConfig
 from retentive.train.evaluate import HeldOut
 
@@ -123,7 +124,7 @@ class Log:
                     kept.append(line + "\n")
             except ValueError:  # the line that was being written when the run was killed
                 break
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_together({self.path: lambda p: p.write_text("".join(kept), encoding="utf-8")})
 
 
 def _tensorboard(run: Path):

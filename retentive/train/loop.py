@@ -71,8 +71,11 @@ def train(
         OSError: a checkpoint could not be written; older ones remain.
     """
     run = Path(out)
-    if (run / "train.json").exists() and not resume:
-        raise FileExistsError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
+    if (run / "train.json").exists():
+        if not resume:
+            raise FileExistsError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
+    elif (run / "model.safetensors").exists() or (run / "config.json").exists():
+        raise FileExistsError(f"{run} holds a model that is no run: choose another --out")
     device = pick_device(config.device)
     if (run / "train.json").exists():  # what "auto" meant then, it means now
         stored = json.loads((run / "train.json").read_text(encoding="utf-8"))["train"]["precision"]
@@ -82,7 +85,8 @@ def train(
     optimizer = adamw(model, config)
     done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
     run.mkdir(parents=True, exist_ok=True)
-    save_model(run, model, tokenizer)  # from its first minute the run can be loaded
+    if done == 0:
+        save_model(run, model, tokenizer)  # from its first minute the run can be loaded
     write_json(run / "train.json", {"train": asdict(config), **(record or {})})
     wrap_blocks(model, config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = RetNetConfig(dim=32, layers=2, heads=2)
 CPU = torch.device("cpu")
 EOS = 256
-# float64 has 53 bits, 1e-16: two layers, losses of 128 tokens and their gradients summed in another order cost thousands
+# float64 has 53 bits, 1e-16: two layers, losses of 128 tokens and their gradients summed in another order cost a lot
 EXACT = 1e-12
 
 

@@ -1,6 +1,7 @@
 """The optimiser's groups against the model's own parameters, and the learning rate at the places that define it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_the_rate_rises_to_the_peak_and_falls_to_its_end(schedule):
     assert rate[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
     assert rate[55] == pytest.approx(middle)
     assert rate[-1] == pytest.approx(end)
-    assert all(a >= b for a, b in zip(rate[10:], rate[11:], strict=False)), "never up again"
+    assert all(a >= b for a, b in pairwise(rate[10:])), "never up again"
 
 
 def test_cosine_is_a_cosine_and_linear_a_line():

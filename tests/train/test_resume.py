@@ -202,7 +202,7 @@ def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)
     with monkeypatch.context() as patch:
-        patch.setattr("retentive.checkpoint.io.save_file", full_disk(0))
+        patch.setattr("retentive.train.checkpoints.save_file", full_disk(0))
         with pytest.raises(OSError, match="No space left"):
             run("stopped", resume=True)
     same_end(run("stopped", init=1, resume=True), whole)
