@@ -208,8 +208,10 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         for file in partial.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
+        old = partial.with_name(partial.name + ".old")
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         partial.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -88,13 +89,19 @@ def progress(console: Console, folder: Path) -> None:
 
 def sizes(vocab_size: int) -> Table:
     """The named sizes with what they cost."""
-    table = Table(title=f"sizes, with a vocabulary of {vocab_size:,}", title_justify="left")
-    for name in ("size", "dim", "layers", "heads", "K", "V", "parameters", "state"):
+    table = Table(title=f"sizes, with a vocabulary of {vocab_size:,}", title_justify="left", box=box.SIMPLE)
+    for name in ("size", "dim", "layers", "heads", "K x V", "parameters", "state"):
         table.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
     for name in PRESETS:
         c = preset(name, vocab_size=vocab_size)
-        shape = (c.dim, c.layers, c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
-        table.add_row(name, *map(str, shape), f"{cost.parameters(c) / 1e6:,.1f} M", megabytes(cost.state_bytes(c)))
+        head = f"{c.key_dim // c.heads} x {c.value_dim // c.heads}"
+        table.add_row(
+            name,
+            *map(str, (c.dim, c.layers, c.heads)),
+            head,
+            f"{cost.parameters(c) / 1e6:,.1f} M",
+            megabytes(cost.state_bytes(c)),
+        )
     return table
 
 
