@@ -20,6 +20,7 @@ from torch import Tensor
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.models import Model, RetNetConfig, TransformerConfig, build
+from retentive.models.device import pick_device
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig}
@@ -40,6 +41,7 @@ def load(
         ValueError: a layout that is not known, tensors that do not fit the config, or a truncated file.
     """
     folder = find(path)
+    device = pick_device(device) if isinstance(device, str) else device
     config, layout = load_config(folder)
     tensors = read_tensors(folder)
     if layout in FOREIGN:

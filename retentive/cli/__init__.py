@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from retentive import __version__
+
 VERBS = {
     "demo": ("retentive.cli.demo", "train a RetNet on this machine's Python library and see what it can do"),
     "data": ("retentive.cli.data", "turn text into packed tokens to train on"),
@@ -18,37 +20,34 @@ VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one verb. Bad input ends in one line on stderr and exit code 2 (RETENTIVE_DEBUG=1: in a traceback)."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return
-    if argv[0] in ("-V", "--version"):
-        from retentive import __version__
-
-        print(f"retentive {__version__}")
-        return
-    verb, *rest = argv
-    if verb not in VERBS:
-        fail(f"unknown verb {verb!r}, expected one of {', '.join(VERBS)} (retentive --help)")
     try:
-        importlib.import_module(VERBS[verb][0]).main(rest)
+        run(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if os.environ.get("RETENTIVE_DEBUG"):
             raise
-        fail(" ".join(str(error).split()))
+        print("retentive:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)  # what argument parsers use for bad input
+
+
+def run(argv: list[str]) -> None:
+    """Print the usage or the version, or call the verb's own main."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+    elif argv[0] in ("-V", "--version"):
+        print(f"retentive {__version__}")
+    elif argv[0] in VERBS:
+        importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    else:
+        raise ValueError(f"unknown verb {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
 
 
 def usage() -> str:
     lines = ["usage: retentive VERB [OPTIONS]    (retentive VERB --help tells each verb's options)", ""]
     lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)
-
-
-def fail(message: str) -> None:
-    """Say what is wrong and leave with exit code 2, what argument parsers use for bad input."""
-    print(f"retentive: {message}", file=sys.stderr)
-    sys.exit(2)

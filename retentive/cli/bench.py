@@ -17,6 +17,7 @@ class TrainBench:
     size: str = "5m"
     """Size of the RetNet; the twin has its parameters."""
     vocab_size: int = 4096
+    """Tokens of the vocabulary."""
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
     tokens: int = 8192
@@ -34,7 +35,9 @@ class MemoryBench:
     """Memory and time per token against context: a RetNet's state beside its twin's KV cache."""
 
     size: str = "5m"
+    """Size of the RetNet; the twin has its parameters."""
     vocab_size: int = 4096
+    """Tokens of the vocabulary."""
     contexts: tuple[int, ...] = memory.CONTEXTS
     """Context lengths."""
     batch: int = 1

@@ -30,8 +30,9 @@ from retentive.data.pack import load_meta, pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer, train_bpe
 from retentive.models import RetNet, build, preset, twin
+from retentive.models.device import pick_device
 from retentive.train import TrainConfig
-from retentive.train.loop import accumulate_gradients, pick_device, pick_precision
+from retentive.train.loop import accumulate_gradients, pick_precision
 
 # Held out whole, with their tests: packages and modules that most readers know.
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")

@@ -27,7 +27,7 @@ class GenerateCommand:
     tokenizer: str | None = None
     """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
     device: str = "cpu"
-    """cpu, cuda or mps."""
+    """cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights; the state is float32 in any case."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(

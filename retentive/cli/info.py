@@ -30,6 +30,13 @@ class InfoCommand:
 def main(argv: list[str]) -> None:
     command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
     console = Console(highlight=False)
+    with console.capture() as shown:
+        show(console, command)
+    print(shown.get(), end="")
+
+
+def show(console: Console, command: InfoCommand) -> None:
+    """Print what is asked for."""
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif not command.run:
@@ -74,7 +81,8 @@ def progress(console: Console, folder: Path) -> None:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be in the making
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "bits_per_byte" in r or "final_bits_per_byte" in r]
     if steps:

@@ -4,9 +4,10 @@ import hashlib
 import json
 import runpy
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -16,9 +17,10 @@ from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.infer import SamplingParams, write_on
 from retentive.models import RetNetConfig, TransformerConfig, build, cost, preset, twin
+from retentive.models.device import pick_device
 from retentive.train import TrainConfig, train
 from retentive.train.evaluate import evaluate
-from retentive.train.loop import Interrupted, pick_device
+from retentive.train.loop import Interrupted
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class TrainCommand:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
-TEXT_FIELDS = ("activation", "decay", "rotary")  # of RetNetConfig; the others are numbers, true or false
 # what a run that goes on may change: none of these alters what is computed
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
 
@@ -62,8 +63,11 @@ def main(argv: list[str]) -> None:
         description=HELP,
         default=tyro.MISSING_NONPROP if default is None else default,
     )
+    typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
+    if default is not None:
+        typed |= {f.name for f in (*fields(TrainCommand), *fields(TrainConfig))}
     try:
-        run(command)
+        run(command, typed=typed)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
 
@@ -91,11 +95,11 @@ def read_recipe(argv: list[str]) -> tuple[TrainCommand | None, list[str]]:
     return command, argv[:at] + argv[at + 2 :]
 
 
-def run(command: TrainCommand, *, quiet: bool = False) -> Path:
-    """Carry the command out and return the run directory."""
+def run(command: TrainCommand, *, typed: Collection[str] = (), quiet: bool = False) -> Path:
+    """Carry the command out and return the run directory; `typed` are the options that were given and not defaults."""
     meta = load_meta(command.data)
     fingerprint = hashlib.sha256((command.data / "meta.json").read_bytes()).hexdigest()
-    command = stored(command, fingerprint) if command.resume else command
+    command = stored(command, fingerprint, typed) if command.resume else command
     tokenizer = load_tokenizer(command.data)
     check_tokenizer(meta, tokenizer)
     batches = Batches(
@@ -106,13 +110,11 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
     torch.manual_seed(command.train.seed)
     config = model_config(command, meta.vocab_size)
     model = build(config)
-    if not quiet and not (command.out / "train.json").exists():
-        print(
-            f"{command.model} {command.size}: {cost.parameters(config) / 1e6:.1f} M parameters, "
-            f"{meta.splits['train'].tokens / 1e6:.1f} M tokens, {command.batch} x {command.length} a batch, "
-            f"{command.train.steps} steps on {pick_device(command.train.device)}",
-            file=sys.stderr,
-        )
+    title = (
+        f"{command.model} {command.size}: {cost.parameters(config) / 1e6:.1f} M parameters, "
+        f"{meta.splits['train'].tokens / 1e6:.1f} M tokens, {command.batch} x {command.length} a batch, "
+        f"{command.train.steps} steps on {pick_device(command.train.device)}"
+    )
 
     def held_out(model, tokens):
         carry = command.mode == "carry"
@@ -129,6 +131,7 @@ def run(command: TrainCommand, *, quiet: bool = False) -> Path:
         tokenizer=tokenizer,
         evaluate=held_out if has_valid else None,
         sample=lambda model: sample_text(model, tokenizer, command.train.sample_prompt),
+        title=title,
         record={"command": json.loads(json.dumps(record, default=str)), "data_sha256": fingerprint},
         resume=command.resume,
         quiet=quiet,
@@ -146,56 +149,54 @@ def sample_text(model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -
 
 def model_config(command: TrainCommand, vocab_size: int) -> RetNetConfig | TransformerConfig:
     """The config of --size with the changes of --set, for this vocabulary."""
-    types = {f.name: f.type for f in fields(RetNetConfig)}
+    defaults = {f.name: f.default for f in fields(RetNetConfig)}
     changes = {}
     for item in command.set:
-        name, _, value = item.partition("=")
-        if name not in types or name == "vocab_size":
-            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(n for n in types)}")
-        try:
-            changes[name] = (
-                value if isinstance(RetNetConfig.__dataclass_fields__[name].default, str) else json.loads(value)
-            )
-        except ValueError:
-            raise ValueError(f"--set {item}: {value!r} is no number, true or false") from None
+        name, _, text = item.partition("=")
+        if name not in defaults or name == "vocab_size":
+            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(defaults)}")
+        changes[name] = read_value(item, text, type(defaults[name]))
     config = preset(command.size, vocab_size=vocab_size, **changes)
     return twin(config) if command.model == "transformer" else config
 
 
-def stored(command: TrainCommand, data: str) -> TrainCommand:
-    """The run's own options where it exists; the command may repeat them, but not contradict them.
+def read_value(item: str, text: str, kind: type) -> Any:
+    """The value of --set FIELD=text for a field whose default is of this kind; a list of numbers may be a decay."""
+    if kind is str and not text.startswith("["):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ValueError(f"--set {item}: {text!r} is no number, true or false") from None
+    fits = {str: type(value) is list, bool: type(value) is bool, int: type(value) is int}
+    if not fits.get(kind, type(value) in (int, float)):
+        wanted = {str: "numbers", bool: "true or false", int: "a whole number"}.get(kind, "a number")
+        raise ValueError(f"--set {item}: expected {wanted}, got {text}")
+    return tuple(value) if kind is str else value
+
+
+def stored(command: TrainCommand, data: str, typed: Collection[str]) -> TrainCommand:
+    """The run's own options where it exists; what was `typed` may repeat them, but not contradict them.
 
     `data` is the hash of the data's description: the folder may have been moved, but must be the same.
     """
     file = command.out / "train.json"
     if not file.exists():
         return command
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    if raw["data_sha256"] != data:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        was_data, options = raw["data_sha256"], raw["command"]
+        options |= {"data": command.data, "out": command.out, "set": tuple(options["set"])}
+        was = TrainCommand(**options, train=TrainConfig(**raw["train"]), resume=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a run's options ({error}): the run cannot go on") from None
+    if was_data != data:
         raise ValueError(f"{command.data} holds other data than the run at {command.out} was trained on: name those")
-    was = TrainCommand(
-        **{
-            **raw["command"],
-            "data": command.data,
-            "out": command.out,
-            "set": tuple(raw["command"]["set"]),
-            "train": TrainConfig(**raw["train"]),
-        }
-    )
-    for given, before, blank in (
-        (command, was, TrainCommand(data=Path(), out=Path())),
-        (command.train, was.train, TrainConfig()),
-    ):
-        for f in fields(given):
-            if f.name in FREE or f.name in ("train", "out", "resume"):
-                continue
-            new, old = getattr(given, f.name), getattr(before, f.name)
-            if new != old and new != getattr(blank, f.name):
-                flag = f.name.replace("_", "-")
+    free = {name: getattr(command.train, name) for name in FREE if name in typed}
+    for given, before in ((command, was), (command.train, was.train)):
+        for name in {f.name for f in fields(given)} & set(typed) - FREE - {"data", "out", "resume", "train"}:
+            new, old = getattr(given, name), getattr(before, name)
+            if new != old:
+                flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {new} contradicts the run at {command.out}, which has {old}: leave it out")
-    free = {
-        name: getattr(command.train, name)
-        for name in FREE
-        if getattr(command.train, name) != getattr(TrainConfig(), name)
-    }
-    return replace(was, resume=True, train=replace(was.train, **free))
+    return replace(was, train=replace(was.train, **free))

@@ -1,5 +1,6 @@
 """What training says: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for."""
 
+import importlib
 import json
 import resource
 import sys
@@ -127,17 +128,25 @@ class Log:
         write_together({self.path: lambda p: p.write_text("".join(kept), encoding="utf-8")})
 
 
-def _tensorboard(run: Path):
+def check_extras(config: TrainConfig) -> None:
+    """ModuleNotFoundError if a writer that is asked for is not installed; before anything is written."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        if config.tensorboard:
+            importlib.import_module("torch.utils.tensorboard")
+        if config.wandb:
+            importlib.import_module("wandb")
     except ImportError:
-        raise ModuleNotFoundError("--tensorboard needs an extra: pip install 'retentive[log]'") from None
+        flag = "--wandb" if config.wandb and not config.tensorboard else "--tensorboard"
+        raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
+
+
+def _tensorboard(run: Path):
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"))
 
 
 def _wandb(run: Path, config: TrainConfig):
-    try:
-        import wandb
-    except ImportError:
-        raise ModuleNotFoundError("--wandb needs an extra: pip install 'retentive[log]'") from None
+    import wandb
+
     return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")

@@ -29,11 +29,12 @@ from retentive.checkpoint.io import save_model, write_json
 from retentive.data.loader import Batch, Batches, Lanes
 from retentive.data.tokenizer import Tokenizer
 from retentive.models import Model, cost
+from retentive.models.device import pick_device
 from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
 from retentive.train.evaluate import HeldOut
 from retentive.train.lanes import lanes_in, lanes_out
-from retentive.train.log import Log, memory_bytes, peak_flops
+from retentive.train.log import Log, check_extras, memory_bytes, peak_flops
 from retentive.train.loss import IGNORE, cross_entropy
 from retentive.train.optim import adamw, learning_rate
 
@@ -51,6 +52,7 @@ def train(
     tokenizer: Tokenizer | None = None,
     evaluate: Callable[[Model, int], HeldOut] | None = None,
     sample: Callable[[Model], str] | None = None,
+    title: str = "",
     record: dict[str, Any] | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -61,6 +63,7 @@ def train(
         batches: `batches[i]` for step i (step * accumulate + j with accumulation), see `retentive.data.loader`.
         evaluate: (model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end.
         sample: model -> text, called every `sample_every` steps.
+        title: a line to begin the log with.
         record: what else to keep in train.json, for the record.
         resume: go on from the run's newest checkpoint, if it has one.
 
@@ -71,6 +74,7 @@ def train(
         OSError: a checkpoint could not be written; older ones remain.
     """
     run = Path(out)
+    check_extras(config)
     if (run / "train.json").exists():
         if not resume:
             raise FileExistsError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
@@ -85,14 +89,16 @@ def train(
     optimizer = adamw(model, config)
     done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
     run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "train.json", {"train": asdict(config), **(record or {})})
     if done == 0:
         save_model(run, model, tokenizer)  # from its first minute the run can be loaded
-    write_json(run / "train.json", {"train": asdict(config), **(record or {})})
     wrap_blocks(model, config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     flops, peak = cost.training_flops_per_token(model.config, batches.length), peak_flops(device, dtype)
 
     with Log(run, config, start=done, quiet=quiet) as log, stop_signals() as stopped:
+        if title and done == 0:
+            log.say(title)
         for step in range(done, config.steps):
             began = time.perf_counter()
             for group in optimizer.param_groups:
@@ -169,15 +175,6 @@ def check_finite(loss: float, norm: float, step: int, run: Path) -> None:
     raise FloatingPointError(
         f"loss {loss} and gradient norm {norm} at step {step + 1}: training stopped, {where}; try a lower --lr"
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_precision(name: Precision, device: torch.device) -> Precision:

@@ -5,7 +5,7 @@ import torch
 
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.infer import SamplingParams, Token, generate
-from retentive.infer.generate import prefill, stream_text
+from retentive.infer.generate import prefill, stream_text, write_on
 from retentive.infer.sample import Sampler
 from retentive.models import RetNetConfig, TransformerConfig, build
 
@@ -247,3 +247,57 @@ def test_the_end_of_text_and_an_empty_stream_are_no_text():
 def test_an_empty_stop_string_is_refused(refuses):
     with refuses("a stop string must not be empty"):
         stream(encoded("abc"), stop=["x", ""])
+
+
+def text_model(vocab_size: int):
+    """Small, and in the dtype that makes choices plain."""
+    return build(RetNetConfig(vocab_size=vocab_size, dim=24, layers=1, heads=2)).double().eval()
+
+
+LEARNT = train_bpe(["the fox then saw the other fox over there " * 9], 280)
+PROMPTS = ["", "t", "the ", "the fox ", "th", "ov", "The fox\n", "naïve", "猫", "🙂 "]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("tokenizer", [BYTES, LEARNT], ids=["bytes", "bpe"])
+def test_what_is_written_begins_with_the_prompt(tokenizer, prompt):
+    for seed in range(5):
+        params = SamplingParams(seed=seed)
+        text = "".join(write_on(text_model(tokenizer.vocab_size), tokenizer, prompt, params, max_tokens=6))
+        assert text.startswith(prompt)
+
+
+def test_the_last_token_of_a_prompt_may_become_a_longer_one():
+    """ "the " ends in a space, and the tokenizer has learnt spaces as the beginnings of words."""
+    ids = LEARNT.encode("the ")
+    longer = [i for i in range(LEARNT.vocab_size) if LEARNT.decode([i]).startswith(" ")]
+    assert LEARNT.decode(ids[-1:]) == " " and len(longer) > 1
+    model, first = text_model(LEARNT.vocab_size), [LEARNT.eos_id, *ids[:-1]]
+    want = list(generate(model, first, GREEDY, max_tokens=5, stop_ids=[LEARNT.eos_id], first_ids=longer))
+    assert want[0].id in longer
+    text = "".join(write_on(model, LEARNT, "the ", GREEDY, max_tokens=5))
+    assert text == "the" + LEARNT.decode(ids_of(want))
+
+
+def test_first_ids_bind_the_first_token_only():
+    model = make("retnet")
+    free = ids_of(generate(model, PROMPT, GREEDY, max_tokens=10))
+    other = next(id for id in range(31) if id != free[0])
+    got = ids_of(generate(model, PROMPT, GREEDY, max_tokens=10, first_ids=[other]))
+    assert got == [other, *naive(model, [*PROMPT, other], GREEDY, 9)]
+    assert ids_of(generate(model, PROMPT, GREEDY, max_tokens=10, first_ids=range(31))) == free
+    rescored = model(torch.tensor([PROMPT]))[0][0, -1].float().log_softmax(-1)
+    (token,) = generate(model, PROMPT, GREEDY, max_tokens=1, first_ids=[other])
+    # float32 logprobs
+    assert token.logprob == pytest.approx(rescored[other].item(), rel=1e-6), "the model's own, before any filter"
+
+
+def test_a_stop_string_is_looked_for_in_what_is_new():
+    """The prompt's end is written anew, but it is still the prompt's."""
+    text = "".join(write_on(text_model(257), BYTES, "one line\n", GREEDY, max_tokens=4, stop=["\n"]))
+    assert text.startswith("one line\n")
+
+
+def test_max_tokens_counts_what_is_new():
+    texts = ["".join(write_on(text_model(257), BYTES, "abc", SamplingParams(seed=0), max_tokens=n)) for n in (1, 2)]
+    assert texts[0].startswith("abc") and len(texts[0]) > 3 and len(texts[1]) > len(texts[0])

@@ -305,3 +305,14 @@ def test_weights_of_another_shape_are_refused(run):
     with pytest.raises((RuntimeError, ValueError)):
         run("a", model=replace(TINY, dim=48), resume=True)
     assert files(run.folder("a")) == before
+
+
+def test_killed_before_its_options_were_written_it_begins_anew(run, same_end, monkeypatch):
+    def killed(path, value):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retentive.train.loop.write_json", killed)
+        with pytest.raises(Crash):
+            run("stopped")
+    same_end(run("stopped", resume=True), run("whole"))

@@ -1,0 +1,269 @@
+"""More bad input, beside that of test_cli.py: exit code 2, one line that says what is wrong, every file as it was."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from retentive.checkpoint import save_model
+from retentive.cli import main
+from retentive.data.pack import pack
+from retentive.data.sources import Document
+from retentive.data.tokenizer import train_bpe
+from retentive.models import RetNetConfig, build, twin
+
+
+def files() -> dict[str, bytes]:
+    """Everything below the working directory, folders too."""
+    return {str(f): f.read_bytes() if f.is_file() else b"" for f in Path().rglob("*")}
+
+
+@pytest.fixture
+def refused(place, capsys):
+    """`refused(argv, words)`: it is, in one line on stderr that holds `words`, and all files are as they were."""
+
+    def check(argv: list[str], words: str) -> None:
+        before = files()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        line = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert line.startswith("retentive: ") and line.endswith("\n") and line.count("\n") == 1, line
+        assert words in line
+        assert files() == before
+
+    return check
+
+
+def write(path: str, content: str | bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cut(path: str, size: int) -> None:
+    Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def other_tokenizer(folder: str) -> None:
+    """The tokenizer.json of a BPE of 300 tokens."""
+    Path(folder, "tokenizer.json").unlink()
+    train_bpe([Path("corpus/0.txt").read_text(encoding="utf-8")], 300).save(folder)
+
+
+SOURCES = {
+    "missing-hub-name": (lambda: None, ["no/where"], "for the Hugging Face data set write hf:no/where"),
+    "only-bad-text": (
+        lambda: write("latin.txt", "café".encode("latin-1")),
+        ["latin.txt", "--on-bad-text", "skip"],
+        "every document is empty or was skipped",
+    ),
+    "unknown-kind": (lambda: write("a.pdf", "%PDF"), ["a.pdf"], "cannot read a.pdf: expected .txt"),
+    "no-tokenizer": (lambda: None, ["corpus", "--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
+    "small-vocabulary": (
+        lambda: None,
+        ["corpus", "--tokenizer", "train", "--vocab-size", "9"],
+        "vocab_size 9 is too small",
+    ),
+    "fraction": (lambda: None, ["corpus", "--valid-fraction", "1.5"], "valid_fraction is 1.5"),
+    "taken-by-others": (lambda: None, ["corpus", "--out", "corpus"], "corpus holds other things (0.txt)"),
+    "no-tiktoken": (
+        lambda: write("v.tiktoken", "YQ== 0\n"),
+        ["corpus", "--tokenizer", "v.tiktoken"],
+        "pip install 'retentive[tiktoken]'",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped 1 documents")  # told of beside the error
+@pytest.mark.parametrize("case", SOURCES)
+def test_data(case, refused, monkeypatch):
+    prepare, argv, words = SOURCES[case]
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    prepare()
+    refused(["data", "--out", "new", "--tokenizer", "bytes", *argv], words)
+
+
+TRAINING = {
+    "field-without-value": (["--set", "heads"], "--set heads: '' is no number, true or false"),
+    "field-with-a-fraction": (["--set", "layers=2.5"], "--set layers=2.5"),
+    "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),
+    "field-with-a-list": (["--set", "dim=[32]"], "--set dim=[32]"),
+    "number-with-a-flag": (["--set", "dropout=true"], "--set dropout=true: expected a number, got true"),
+    "no-steps": (["--steps", "0"], "steps must be at least 1, got 0"),
+    "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "eval_tokens must be at least 2, got 1"),
+    "no-batch": (["--batch", "0"], "batch is 0"),
+    "unknown-device": (["--device", "nonsense"], "nonsense"),
+    "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
+    "no-wandb": (["--wandb", "project"], "--wandb needs an extra: pip install 'retentive[log]'"),
+    "out-is-a-file": (["--out", "corpus/0.txt"], "corpus/0.txt"),
+    "recipe-of-something-else": (["--recipe", "wrong.py"], "wrong.py is no recipe"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_train(case, refused, train, monkeypatch):
+    argv, words = TRAINING[case]
+    write("wrong.py", "def recipe():\n    return 3\n")
+    for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    refused(train("new", *argv), words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("argv", [["train"], ["generate", "run"]], ids=["train", "generate"])
+def test_a_device_that_is_not_there(argv, refused, train):
+    refused([*(train("new") if argv == ["train"] else argv), "--device", "cuda"], "cuda")
+
+
+DATA = {
+    "cut-short": (lambda: cut("data/train-00000.bin", 100), "has 100 bytes, expected"),
+    "damaged-meta": (lambda: write("data/meta.json", '{"a"'), "is not JSON: the folder is damaged"),
+    "no-tokenizer": (lambda: Path("data/tokenizer.json").unlink(), "no tokenizer at data/tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_train_on_data(case, refused, train):
+    prepare, words = DATA[case]
+    prepare()
+    refused(train("new"), words)
+
+
+RESUMING = {
+    "steps": (["--steps", "9"], "--steps 9 contradicts the run at run, which has 4"),
+    "steps-of-the-default": (["--steps", "1000"], "--steps 1000 contradicts the run at run, which has 4"),
+    "size": (["--size", "10m"], "--size 10m contradicts the run at run, which has 1m"),
+    "size-of-the-default": (["--size", "5m"], "--size 5m contradicts the run at run, which has 1m"),
+    "set": (["--set", "dim=64"], "--set ('dim=64',) contradicts the run at run"),
+    "mode": (["--mode", "carry"], "--mode carry contradicts the run at run, which has reset"),
+    "precision": (["--precision", "bf16"], "--precision bf16 contradicts the run at run, which has fp32"),
+    "other-data": (["--data", "other"], "other holds other data than the run at run was trained on"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMING)
+def test_resuming_with_options_that_contradict(case, refused, train):
+    argv, words = RESUMING[case]
+    pack("other", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
+    refused(train("run", "--resume", *argv), words)
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"train": ', "{}", '{"train": {}}', '{"train": {"x": 1}, "command": {}}', "[]"]
+)
+def test_resuming_a_run_whose_options_are_damaged(content, refused, train):
+    write("run/train.json", content)
+    refused(train("run", "--resume"), "run/train.json")
+
+
+def test_resuming_from_a_damaged_checkpoint(refused, train):
+    cut("run/checkpoints/step-00000004/optimizer.safetensors", 300)
+    refused(train("run", "--resume"), "optimizer.safetensors is not a complete safetensors file")
+
+
+def foreign_folder() -> None:
+    write("run/config.json", json.dumps({"model_type": "bert", "hidden_size": 32}))
+
+
+def pickled_folder() -> None:
+    Path("run/model.safetensors").rename("run/pytorch_model.bin")
+
+
+MODELS = {
+    "missing": (lambda: shutil.rmtree("run"), "no model folder at"),
+    "no-config": (lambda: Path("run/config.json").unlink(), "holds no config.json: expected a run directory"),
+    "config-that-is-no-json": (lambda: write("run/config.json", "{"), "is not JSON"),
+    "foreign": (foreign_folder, "describes 'bert'; expected a retentive, torchscale RetNet or fla RetNet model"),
+    "truncated": (lambda: cut("run/model.safetensors", 5000), "is not a complete safetensors file"),
+    "empty": (lambda: cut("run/model.safetensors", 0), "is not a complete safetensors file"),
+    "pickled": (pickled_folder, "it has pytorch_model.bin, but pickled weights are never loaded"),
+    "no-weights": (lambda: Path("run/model.safetensors").unlink(), "holds no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models_that_cannot_be_converted(case, refused, place):
+    prepare, words = MODELS[case]
+    prepare()
+    refused(["convert", str(place / "run"), "new"], words)
+
+
+@pytest.mark.parametrize("case", ["missing", "no-config", "config-that-is-no-json", "foreign"])
+def test_info_of_what_is_no_model(case, refused, place):
+    prepare, words = MODELS[case]
+    prepare()
+    refused(["info", str(place / "run")], words)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(["generate", "runs/none"], "no folder runs/none here, and the hub does not give runs/none")
+
+
+GENERATING = {
+    "top-p": (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+    "empty-stop": (["--stop", ""], "a stop string must not be empty"),
+    "unknown-device": (["--device", "nonsense"], "nonsense"),
+    "no-tokenizer": (["--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
+    "larger-tokenizer": (["--tokenizer", "larger"], "tokens, the model 257: they do not belong together"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_generate(case, refused):
+    argv, words = GENERATING[case]
+    shutil.copytree("data", "larger")
+    other_tokenizer("larger")
+    refused(["generate", "run", "--max-tokens", "2", *argv], words)
+
+
+CONVERTING = {
+    "twin": (["twin", "new", "--to", "torchscale"], "torchscale has RetNets only, this is a Transformer"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTING)
+def test_convert(case, refused):
+    argv, words = CONVERTING[case]
+    save_model("twin", build(twin(RetNetConfig(dim=16, layers=1, heads=2))))
+    refused(["convert", *argv], words)
+
+
+OTHERS = {
+    "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
+    "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "--precision must be bf16 or fp32, got 'fp64'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_others(case, refused):
+    refused(*OTHERS[case])
+
+
+@pytest.mark.parametrize("argv", ["generate run --temperature warm", "convert run", "info --no-such", "data"])
+def test_what_the_parser_refuses(argv, place, capsys):
+    """In its own words, several lines in a box."""
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        main(argv.split())
+    assert stop.value.code == 2 and files() == before
+    errors = capsys.readouterr().err
+    assert errors and "Traceback" not in errors
+
+
+def test_a_full_disk_is_told_in_a_line(place, train, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("retentive.train.checkpoints.save_file", full)
+    with pytest.raises(SystemExit) as stop:
+        main(train("new"))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert [line for line in lines if line.startswith("retentive: ")] == lines[-1:] and "No space left" in lines[-1]
+    assert not list(Path("new/checkpoints").iterdir())

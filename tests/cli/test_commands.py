@@ -1,0 +1,281 @@
+"""What each verb prints and makes against the library underneath it, and its --help against its fields."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import retentive
+from retentive.cli import VERBS, bench, convert, data, demo, generate, info, main
+from retentive.cli import train as training
+from retentive.infer import SamplingParams
+from retentive.infer import generate as generated
+from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.train import TrainConfig
+
+COMMANDS = {
+    "demo": demo.DemoCommand,
+    "data": data.DataConfig,
+    "train": training.TrainCommand,
+    "generate": generate.GenerateCommand,
+    "info": info.InfoCommand,
+    "convert": convert.ConvertCommand,
+    "bench train": bench.TrainBench,
+    "bench memory": bench.MemoryBench,
+}
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]], ids=str)
+def test_usage_names_every_verb(argv, capsys):
+    main(argv)
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: retentive VERB")
+    assert all(re.search(rf"^  {verb} +{re.escape(text)}$", shown, re.MULTILINE) for verb, (_, text) in VERBS.items())
+
+
+def test_every_verb_has_its_module():
+    assert all(callable(importlib.import_module(module).main) for module, _ in VERBS.values())
+    assert {name.split()[0] for name in COMMANDS} == set(VERBS)
+
+
+def texts(cls) -> dict[str, str]:
+    """The line of text under each field of a dataclass, those of a dataclass among its fields too; "" where none is."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    found = {}
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign):
+            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[statement.target.id] = inspect.cleandoc(after.value.value) if said else ""
+    for field, inner in (("train", TrainConfig), ("sampling", SamplingParams)):
+        if field in found and cls is not inner:
+            found.pop(field)
+            found |= texts(inner)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    shown, errors = capsys.readouterr()
+    assert not errors
+
+    def bare(text: str) -> str:
+        return re.sub(r"[\s│]", "", text)
+
+    cls = COMMANDS[command]
+    assert is_dataclass(cls) and bare(cls.__doc__) in bare(shown)
+    said = texts(cls)
+    assert said.keys() >= {f.name for f in fields(cls)} - {"train", "sampling"}
+    for name, text in said.items():
+        assert text, f"{cls.__name__}.{name} has no line of text under it"
+        assert bare(text) in bare(shown), f"{cls.__name__}.{name}"
+
+
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "--help"]], ids=" ".join)
+def test_bench_names_its_measurements(argv, capsys):
+    main(argv)
+    shown = capsys.readouterr().out
+    assert all(name in shown and cls.__doc__ in shown for name, cls in bench.VERBS.items())
+
+
+def test_from_text_to_a_model_in_another_layout(place, train, capsys):
+    """data, train, generate, info, convert, and generate again from what was converted."""
+    main(["data", "corpus", "--out", "mine", "--tokenizer", "bytes", "--valid-fraction", "0.3", "--seed", "1"])
+    main(train("new", "--data", "mine"))
+    model, tokenizer = retentive.load("new")
+    lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    capsys.readouterr()
+
+    greedy = ["--prompt", "The ", "--max-tokens", "12", "--temperature", "0"]
+    main(["generate", "new", *greedy])
+    text = capsys.readouterr().out
+    assert text.startswith("The ") and text.endswith("\n")
+
+    main(["info", "new"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{cost.parameters(model.config):,} parameters" in shown and "RetNet, new (retentive layout)" in shown
+    assert "trained 4 steps" in shown and "decay=paper" in shown
+    assert f"smaller one from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens" in shown
+
+    main(["convert", "new", "theirs", "--to", "torchscale"])
+    assert "decoder_retention_heads" in Path("theirs/config.json").read_text(encoding="utf-8")
+    main(["convert", "theirs", "ours"])
+    capsys.readouterr()
+    for folder in ("theirs", "ours"):
+        again, _ = retentive.load(folder)
+        assert all(map(torch.equal, again.parameters(), model.parameters()))
+        main(["generate", folder, *greedy])
+        assert capsys.readouterr().out == text
+    main(["info", "theirs"])
+    assert "theirs (torchscale layout)" in " ".join(capsys.readouterr().out.split())
+    assert tokenizer.vocab_size == 257
+
+
+def test_generate_is_the_librarys(place, capsys):
+    """Up to the last character of the prompt, which `write_on` chooses anew among the tokens that begin with it."""
+    model, tokenizer = retentive.load("run")
+    ids = [tokenizer.eos_id, *b"The"]
+    params = SamplingParams(temperature=0.9, top_k=40, seed=3)
+    made = list(generated(model, ids, params, max_tokens=21, stop_ids=[256], first_ids=[ord(" ")]))
+    main(
+        [
+            "generate",
+            "run",
+            "--prompt",
+            "The ",
+            "--max-tokens",
+            "21",
+            "--temperature",
+            "0.9",
+            "--top-k",
+            "40",
+            "--top-p",
+            "1",
+            "--seed",
+            "3",
+        ]
+    )
+    assert capsys.readouterr().out == "The" + tokenizer.decode([t.id for t in made]) + "\n"
+
+
+def test_generate_reads_standard_input_and_stops_where_told(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", open("corpus/0.txt", encoding="utf-8"))  # noqa: SIM115 (closed below)
+    with sys.stdin:
+        main(["generate", "run", "--prompt", "-", "--max-tokens", "5", "--seed", "1"])
+    text = capsys.readouterr().out
+    assert text.startswith(Path("corpus/0.txt").read_text(encoding="utf-8"))
+    again = ["generate", "run", "--prompt", "The ", "--max-tokens", "30", "--seed", "1"]
+    main(again)
+    whole = capsys.readouterr().out
+    stop = whole[12:14]
+    main([*again, "--stop", stop, "never there"])
+    assert capsys.readouterr().out == whole[: whole.index(stop, 4)] + "\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_in_a_dtype(dtype, place, capsys):
+    main(["generate", "run", "--max-tokens", "3", "--dtype", dtype])
+    assert capsys.readouterr().out
+
+
+def test_a_recipe_may_be_named_with_an_equals_sign(place):
+    Path("recipe.py").write_text(
+        "from pathlib import Path\n"
+        "from retentive.cli.train import TrainCommand\n"
+        "def recipe():\n"
+        "    return TrainCommand(data=Path('data'), out=Path('new'), batch=3)\n",
+        encoding="utf-8",
+    )
+    command, rest = training.read_recipe(["--recipe=recipe.py", "--steps", "1"])
+    assert command.batch == 3 and rest == ["--steps", "1"]
+    assert training.read_recipe(["--steps", "1", "--recipe", "recipe.py"]) == (command, rest)
+
+
+SETS = {
+    "ints": (["dim=64", "heads=4", "layers=1"], dict(dim=64, heads=4, layers=1)),
+    "floats": (["dropout=0.25", "norm_eps=1e-5"], dict(dropout=0.25, norm_eps=1e-5)),
+    "flags": (["gate=false", "tie_embeddings=false"], dict(gate=False, tie_embeddings=False)),
+    "names": (["decay=none", "rotary=half", "activation=gelu"], dict(decay="none", rotary="half", activation="gelu")),
+    "own-decays": (["decay=[-0.5,-0.1]", "heads=2"], dict(decay=(-0.5, -0.1), heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_set_changes_the_config(name):
+    given, want = SETS[name]
+    command = training.TrainCommand(data=Path("d"), out=Path("o"), size="1m", set=tuple(given))
+    config = training.model_config(command, 99)
+    assert {key: getattr(config, key) for key in want} == want
+    assert config.vocab_size == 99 and isinstance(config, RetNetConfig)
+
+
+def test_the_twin_is_that_of_the_changed_retnet():
+    command = training.TrainCommand(data=Path("d"), out=Path("o"), size="1m", set=("dim=64",), model="transformer")
+    retnet = training.model_config(training.replace(command, model="retnet"), 99)
+    assert training.model_config(command, 99) == retentive.models.twin(retnet)
+
+
+def test_training_a_twin_and_telling_of_it(place, train, capsys):
+    main(train("twin", "--model", "transformer"))
+    main(["info", "twin"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Transformer, twin (retentive layout)" in shown and "KV cache" in shown and "state" not in shown
+
+
+@pytest.mark.parametrize("size", ["5m", "paper-1.3b"])
+def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["info", size, "--vocab-size", "1000"])
+    config = retentive.models.preset(size, vocab_size=1000)
+    assert f"{cost.parameters(config):,} parameters" in " ".join(capsys.readouterr().out.split())
+
+
+def test_info_lists_the_sizes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["info", "--sizes"])
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"\b{re.escape(name)}\b", shown) for name in PRESETS)
+
+
+def test_info_of_a_run_that_is_being_written(place, capsys):
+    """Its newest line may not be whole yet."""
+    with open("run/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "lo')
+    main(["info", "run"])
+    assert "trained 4 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_resuming_repeats_and_frees(place, train):
+    """The same command goes on, here from a run cut short; what alters nothing that is computed may change."""
+    lines = Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    for file in Path("run/checkpoints/step-00000004").iterdir():
+        file.unlink()
+    main([*train("run", "--resume"), "--keep", "1"])
+    again = Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    loss = [[json.loads(line)["loss"] for line in text if '"loss"' in line] for text in (lines, again)]
+    assert loss[0] == loss[1] and len(loss[0]) == 4
+    assert json.loads(Path("run/train.json").read_text(encoding="utf-8"))["train"]["keep"] == 1
+    assert [f.name for f in Path("run/checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_run_goes_on_where_its_data_were_moved(place, train):
+    Path("data").rename("elsewhere")
+    main([("elsewhere" if a == "data" else a) for a in train("run", "--resume")])
+    assert json.loads(Path("run/train.json").read_text(encoding="utf-8"))["command"]["data"] == "elsewhere"
+
+
+@pytest.mark.parametrize("argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench memory --contexts 8 16"])
+def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("retentive.bench.training.peak_flops", lambda *_, **__: 1e12)
+    monkeypatch.setitem(PRESETS, "1m", dict(dim=16, layers=1, heads=2))
+    out = tmp_path / "results" / "bench.json"
+    main([*argv.split(), "--size", "1m", "--vocab-size", "31", "--json", str(out)])
+    assert capsys.readouterr().out.startswith("|")
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["size"] == "1m" and result["hardware"]["torch"] == torch.__version__
+    picture = out.with_suffix(".png")
+    assert picture.exists() == ("memory" in argv)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["bench"], ["info", "--sizes"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(argv, tmp_path):
+    """As `retentive info --sizes | head -1` does."""
+    command = [sys.executable, "-m", "retentive", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, b"")
