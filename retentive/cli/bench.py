@@ -1,12 +1,13 @@
 """`retentive bench NAME`: measurements of whole models on this machine, as JSON, a table and a picture."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from retentive.bench import memory, training
+from retentive.bench import memory, run, training
+from retentive.checkpoint import write_json
+from retentive.data.tokenizer import load_tokenizer
 from retentive.models import build, preset, twin
 
 
@@ -46,7 +47,19 @@ class MemoryBench:
     """File for the result; a picture is put beside it."""
 
 
-VERBS = {"train": TrainBench, "memory": MemoryBench}
+@dataclass(frozen=True)
+class RunBench:
+    """A training run: its curve, and held-out bits per byte beside order-0 entropy and xz -9."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    data: Path
+    """The packed data that it was trained on."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
+VERBS = {"train": TrainBench, "memory": MemoryBench, "run": RunBench}
 
 
 def main(argv: list[str]) -> None:
@@ -57,26 +70,55 @@ def main(argv: list[str]) -> None:
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown bench {argv[0]!r}, expected one of {', '.join(VERBS)}")
-    command: TrainBench | MemoryBench = tyro.cli(VERBS[argv[0]], prog=f"retentive bench {argv[0]}", args=argv[1:])
-    config = preset(command.size, vocab_size=command.vocab_size)
+    kind = VERBS[argv[0]]
+    command: TrainBench | MemoryBench | RunBench = tyro.cli(kind, prog=f"retentive bench {argv[0]}", args=argv[1:])
     if isinstance(command, TrainBench):
-        if command.precision not in ("bf16", "fp32"):
-            raise ValueError(f"--precision must be bf16 or fp32, got {command.precision!r}")
-        result = training.measure(
-            config,
-            lengths=command.lengths,
-            tokens=command.tokens,
-            precision=command.precision,
-            repeats=command.repeats,
-        )
-        print(training.table(result))
+        bench_train(command)
+    elif isinstance(command, MemoryBench):
+        bench_memory(command)
     else:
-        models = {"RetNet": build(config).eval(), "Transformer twin": build(twin(config)).eval()}
-        rows = memory.measure(models, contexts=command.contexts, batch=command.batch)
-        result = memory.report(rows)
-        print(memory.table(rows))
+        bench_run(command)
+
+
+def bench_train(command: TrainBench) -> None:
+    if command.precision not in ("bf16", "fp32"):
+        raise ValueError(f"--precision must be bf16 or fp32, got {command.precision!r}")
+    result = training.measure(
+        preset(command.size, vocab_size=command.vocab_size),
+        lengths=command.lengths,
+        tokens=command.tokens,
+        precision=command.precision,
+        repeats=command.repeats,
+    )
+    print(training.table(result))
     if command.json:
-        command.json.parent.mkdir(parents=True, exist_ok=True)
-        command.json.write_text(json.dumps({**result, "size": command.size}, indent=2) + "\n", encoding="utf-8")
-        if isinstance(command, MemoryBench):
-            memory.plot(rows, command.json.with_suffix(".png"), title=f"Remembering with RetNet {command.size}")
+        keep(command.json, {**result, "size": command.size})
+
+
+def bench_memory(command: MemoryBench) -> None:
+    config = preset(command.size, vocab_size=command.vocab_size)
+    models = {"RetNet": build(config).eval(), "Transformer twin": build(twin(config)).eval()}
+    rows = memory.measure(models, contexts=command.contexts, batch=command.batch)
+    print(memory.table(rows))
+    if command.json:
+        keep(command.json, {**memory.report(rows), "size": command.size, "batch": command.batch})
+        title = f"What remembering costs: a RetNet ({command.size}) and a Transformer of its size"
+        memory.plot(rows, command.json.with_suffix(".png"), title=title)
+
+
+def bench_run(command: RunBench) -> None:
+    result = run.report(command.run, command.data, load_tokenizer(command.data))
+    for name in ("order-0 entropy", "xz -9"):
+        print(f"{name:<18}{result['yardsticks'][name]:6.3f} bits per byte")
+    print(f"{'this model':<18}{result['final'][1]:6.3f} bits per byte")
+    if command.json:
+        keep(command.json, result)
+        run.plot(
+            result, command.json.with_suffix(".png"), title=f"{command.run.name}: {result['tokens'] / 1e6:.1f} M tokens"
+        )
+
+
+def keep(path: Path, result: dict) -> None:
+    """Write a result file, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)

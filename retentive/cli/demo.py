@@ -5,13 +5,9 @@ yardsticks, the three forms of the trained model agreeing, what the model writes
 Transformer's.
 """
 
-import json
-import lzma
-import math
 import shutil
 import sysconfig
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +19,7 @@ from rich.markdown import Markdown
 
 import retentive
 from retentive.bench import memory
+from retentive.bench import run as training_run
 from retentive.checkpoint import write_json
 from retentive.cli import train as training
 from retentive.data.loader import Batches, held_out
@@ -169,16 +166,12 @@ def steps_for(command: DemoCommand, data: Path, batch: int, length: int) -> int:
 
 def yardsticks(console: Console, tokenizer: Tokenizer, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
-    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
-    counts = Counter(raw)
-    entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
-    xz = 8 * len(lzma.compress(raw, preset=9)) / len(raw)
-    records = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    model = [r["final_bits_per_byte"] for r in records if "final_bits_per_byte" in r][-1]
-    figures = {"order-0 entropy of bytes": entropy, "xz -9": xz, "this model": model}
+    result = training_run.report(out, data, tokenizer)
+    figures = {name: result["yardsticks"][name] for name in ("order-0 entropy", "xz -9")}
+    figures["this model"] = result["final"][1]
     for name, value in figures.items():
         console.print(f"  {name:<26}{value:6.3f}")
-    write_json(out / "held_out.json", {**figures, "bytes": len(raw)})
+    write_json(out / "held_out.json", {**figures, "bytes": result["yardsticks"]["bytes"]})
 
 
 @torch.inference_mode()

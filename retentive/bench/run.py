@@ -1,0 +1,78 @@
+"""What a training run came to: its curve, held-out bits per byte beside two yardsticks, and what it writes."""
+
+import json
+import lzma
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from retentive.bench import hardware
+from retentive.data.loader import held_out
+from retentive.data.tokenizer import Tokenizer
+
+
+def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of the held-out text by its bytes' frequencies alone, and by xz at its strongest; its size."""
+    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
+    counts = Counter(raw)
+    entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
+    return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}
+
+
+def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The run's metrics in short, with the yardsticks on the same text and the hardware."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [r for r in records if "loss" in r]
+    options = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    command = options["command"]
+    tokens_per_step = command["batch"] * command["length"] * options["train"]["accumulate"]
+    every = max(len(steps) // 200, 1)
+    return {
+        "what": "training run",
+        "hardware": hardware.describe(),
+        "options": options,
+        "tokens": len(steps) * tokens_per_step,
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps),
+        "train_loss": [
+            [r["step"] * tokens_per_step, statistics.mean(x["loss"] for x in steps[max(0, i - every + 1) : i + 1])]
+            for i, r in enumerate(steps)
+            if (i + 1) % every == 0
+        ],
+        "held_out": [[r["step"] * tokens_per_step, r["bits_per_byte"]] for r in records if "bits_per_byte" in r],
+        "final": [[r["bytes"], r["final_bits_per_byte"]] for r in records if "final_bits_per_byte" in r][-1],
+        "yardsticks": yardsticks(data, tokenizer),
+        "samples": {str(r["step"]): r["sample"] for r in records if "sample" in r},
+    }
+
+
+def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
+    """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, points, label in (
+        (left, result["train_loss"], "training loss (nats per token)"),
+        (right, result["held_out"], "held-out bits per byte"),
+    ):
+        x, y = zip(*points, strict=True)
+        axis.plot([t / 1e6 for t in x], y, color="C0", marker="o" if axis is right else "", label="this model")
+        axis.set_xlabel("tokens (millions)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    for (name, value), colour in zip(list(result["yardsticks"].items())[:2], ("C1", "C2"), strict=True):
+        right.axhline(value, color=colour, linestyle="--", label=name)
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
