@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from retentive.bench import hardware
+from retentive.bench.plot import panels
 from retentive.models import Model
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -69,17 +70,10 @@ def plot(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     contexts = [row["context"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
-    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+    figure, axes = panels(title)
+    curves = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
+    for axis, (key, unit, label) in zip(axes, curves, strict=True):
         for name, colour, marker in zip([n for n in rows[0] if n != "context"], ("C0", "C1"), "os", strict=True):
             values = [row[name][key] / unit for row in rows]
             axis.plot(contexts, values, color=colour, marker=marker, label=name)
@@ -93,9 +87,7 @@ def plot(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from retentive.bench import hardware
+from retentive.bench.plot import panels
 from retentive.data.loader import held_out
 from retentive.data.tokenizer import Tokenizer
+from retentive.train.log import read_metrics
 
 
 def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
@@ -23,8 +25,11 @@ def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
 
 def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """The run's metrics in short, with the yardsticks on the same text and the hardware."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(run)
     steps = [r for r in records if "loss" in r]
+    final = [[r["bytes"], r["final_bits_per_byte"]] for r in records if "final_bits_per_byte" in r]
+    if not steps or not final:
+        raise ValueError(f"the run at {run} has no last evaluation yet: let it end (retentive train … --resume)")
     options = json.loads((run / "train.json").read_text(encoding="utf-8"))
     command = options["command"]
     tokens_per_step = command["batch"] * command["length"] * options["train"]["accumulate"]
@@ -41,7 +46,7 @@ def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
             if (i + 1) % every == 0
         ],
         "held_out": [[r["step"] * tokens_per_step, r["bits_per_byte"]] for r in records if "bits_per_byte" in r],
-        "final": [[r["bytes"], r["final_bits_per_byte"]] for r in records if "final_bits_per_byte" in r][-1],
+        "final": final[-1],
         "yardsticks": yardsticks(data, tokenizer),
         "samples": {str(r["step"]): r["sample"] for r in records if "sample" in r},
     }
@@ -53,14 +58,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = panels(title)
     for axis, points, label in (
         (left, result["train_loss"], "training loss (nats per token)"),
         (right, result["held_out"], "held-out bits per byte"),
@@ -73,6 +71,4 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     for (name, value), colour in zip(list(result["yardsticks"].items())[:2], ("C1", "C2"), strict=True):
         right.axhline(value, color=colour, linestyle="--", label=name)
     right.legend()
-    figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,6 +1,5 @@
 """`retentive info`: what a model is made of, and what it costs."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
 from retentive.models import PRESETS, RetNetConfig, TransformerConfig, cost, preset, twin
+from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
 
@@ -78,11 +78,9 @@ def describe(console: Console, config: RetNetConfig | TransformerConfig, title: 
 
 def progress(console: Console, folder: Path) -> None:
     """Print how far a run has come, if the folder is one."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
+    if not (folder / "metrics.jsonl").is_file():
         return
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be in the making
+    records = read_metrics(folder)
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "bits_per_byte" in r or "final_bits_per_byte" in r]
     if steps:

@@ -128,6 +128,12 @@ class Log:
         write_together({self.path: lambda p: p.write_text("".join(kept), encoding="utf-8")})
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line that is still being written is left out."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def check_extras(config: TrainConfig) -> None:
     """ModuleNotFoundError if a writer that is asked for is not installed; before anything is written."""
     try:

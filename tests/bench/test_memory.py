@@ -85,7 +85,7 @@ def test_the_plot_is_a_png_of_the_rows(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, refuses):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with refuses("pip install 'retentive[plot]'", ModuleNotFoundError):
         memory.plot(ROWS, tmp_path / "memory.png", title="")
     assert not list(tmp_path.iterdir())

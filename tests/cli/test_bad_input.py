@@ -1,4 +1,4 @@
-"""More bad input, beside that of test_cli.py: exit code 2, one line that says what is wrong, every file as it was."""
+"""Bad input against the command line's manners: exit code 2, one line that says what is wrong, every file as it was."""
 
 import json
 import shutil
@@ -56,6 +56,15 @@ def other_tokenizer(folder: str) -> None:
 
 
 SOURCES = {
+    "missing": (lambda: None, ["nowhere"], "no such file or folder: nowhere"),
+    "empty-file": (lambda: write("empty.txt", ""), ["empty.txt"], "no text in empty.txt: every document is empty"),
+    "empty-folder": (lambda: Path("nothing").mkdir(), ["nothing"], "no readable text in nothing"),
+    "latin1": (
+        lambda: write("corpus/latin.txt", "café".encode("latin-1")),
+        ["corpus"],
+        "latin.txt is not UTF-8 text (unexpected end of data at 3): convert it",
+    ),
+    "taken": (lambda: None, ["corpus", "--out", "data"], "data holds packed data: choose another folder"),
     "missing-hub-name": (lambda: None, ["no/where"], "for the Hugging Face data set write hf:no/where"),
     "only-bad-text": (
         lambda: write("latin.txt", "café".encode("latin-1")),
@@ -89,6 +98,19 @@ def test_data(case, refused, monkeypatch):
 
 
 TRAINING = {
+    "unknown-size": (["--size", "3m"], "unknown size '3m', expected one of 1m, 5m"),
+    "heads-that-do-not-divide": (["--set", "heads=3"], "key_dim 128 is not divisible by heads 3"),
+    "odd-key-head-dim": (["--set", "heads=2", "key_dim=6"], "must be even for the rotation"),
+    "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: expected FIELD=VALUE, FIELD one of"),
+    "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
+    "unknown-decay": (["--set", "decay=slow"], "unknown decay schedule 'slow'"),
+    "no-rate": (["--lr", "-1"], "lr must be above 0, got -1.0"),
+    "too-long": (["--length", "100000"], "too few for a window of length 100000"),
+    "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
+    "a-run-that-exists": (["--out", "run"], "run already holds a run: add --resume to go on with it"),
+    "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py"),
+    "recipe-not-named": (["--recipe"], "--recipe needs a file"),
+    "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
     "field-without-value": (["--set", "heads"], "--set heads: '' is no number, true or false"),
     "field-with-a-fraction": (["--set", "layers=2.5"], "--set layers=2.5"),
     "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),
@@ -108,6 +130,7 @@ TRAINING = {
 @pytest.mark.parametrize("case", TRAINING)
 def test_train(case, refused, train, monkeypatch):
     argv, words = TRAINING[case]
+    write("other.py", "x = 1\n")
     write("wrong.py", "def recipe():\n    return 3\n")
     for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -121,6 +144,9 @@ def test_a_device_that_is_not_there(argv, refused, train):
 
 
 DATA = {
+    "missing": (lambda: shutil.rmtree("data"), "data does not exist: expected a folder that `retentive data` wrote"),
+    "not-packed": (lambda: Path("data/meta.json").unlink(), "data holds no meta.json"),
+    "other-tokenizer": (lambda: other_tokenizer("data"), "the data were packed with tokenizer"),
     "cut-short": (lambda: cut("data/train-00000.bin", 100), "has 100 bytes, expected"),
     "damaged-meta": (lambda: write("data/meta.json", '{"a"'), "is not JSON: the folder is damaged"),
     "no-tokenizer": (lambda: Path("data/tokenizer.json").unlink(), "no tokenizer at data/tokenizer.json"),
@@ -135,6 +161,7 @@ def test_train_on_data(case, refused, train):
 
 
 RESUMING = {
+    "rate": (["--lr", "0.5"], "--lr 0.5 contradicts the run at run, which has 0.001: leave it out"),
     "steps": (["--steps", "9"], "--steps 9 contradicts the run at run, which has 4"),
     "steps-of-the-default": (["--steps", "1000"], "--steps 1000 contradicts the run at run, which has 4"),
     "size": (["--size", "10m"], "--size 10m contradicts the run at run, which has 1m"),
@@ -186,11 +213,12 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("verb", ["generate", "convert"])
 @pytest.mark.parametrize("case", MODELS)
-def test_models_that_cannot_be_converted(case, refused, place):
+def test_models_that_cannot_be_loaded(case, verb, refused, place):
     prepare, words = MODELS[case]
     prepare()
-    refused(["convert", str(place / "run"), "new"], words)
+    refused([verb, str(place / "run"), *(["new"] if verb == "convert" else [])], words)
 
 
 @pytest.mark.parametrize("case", ["missing", "no-config", "config-that-is-no-json", "foreign"])
@@ -206,6 +234,8 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
 
 
 GENERATING = {
+    "no-tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "temperature": (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
     "top-p": (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
     "empty-stop": (["--stop", ""], "a stop string must not be empty"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
@@ -222,7 +252,14 @@ def test_generate(case, refused):
     refused(["generate", "run", "--max-tokens", "2", *argv], words)
 
 
+def test_generate_without_a_tokenizer(refused):
+    Path("run/tokenizer.json").unlink()
+    refused(["generate", "run"], "run has no tokenizer.json: name one with --tokenizer")
+
+
 CONVERTING = {
+    "taken": (["run", "data"], "data exists: choose another folder, nothing is overwritten"),
+    "fla": (["run", "new", "--to", "fla"], "fla"),
     "twin": (["twin", "new", "--to", "torchscale"], "torchscale has RetNets only, this is a Transformer"),
 }
 
@@ -235,6 +272,9 @@ def test_convert(case, refused):
 
 
 OTHERS = {
+    "unknown-verb": (["trian"], "unknown verb 'trian', expected one of demo, data, train"),
+    "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, memory"),
+    "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
     "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "--precision must be bf16 or fp32, got 'fp64'"),
 }
@@ -245,7 +285,9 @@ def test_others(case, refused):
     refused(*OTHERS[case])
 
 
-@pytest.mark.parametrize("argv", ["generate run --temperature warm", "convert run", "info --no-such", "data"])
+@pytest.mark.parametrize(
+    "argv", ["train --bogus 1", "generate run --temperature warm", "convert run", "info --no-such", "data"]
+)
 def test_what_the_parser_refuses(argv, place, capsys):
     """In its own words, several lines in a box."""
     before = files()

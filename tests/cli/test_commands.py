@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": convert.ConvertCommand,
     "bench train": bench.TrainBench,
     "bench memory": bench.MemoryBench,
+    "bench run": bench.RunBench,
 }
 
 
@@ -182,6 +183,51 @@ def test_a_recipe_may_be_named_with_an_equals_sign(place):
     command, rest = training.read_recipe(["--recipe=recipe.py", "--steps", "1"])
     assert command.batch == 3 and rest == ["--steps", "1"]
     assert training.read_recipe(["--steps", "1", "--recipe", "recipe.py"]) == (command, rest)
+
+
+def test_a_recipe_gives_the_options_and_flags_change_them(place):
+    Path("recipe.py").write_text(
+        "from pathlib import Path\n"
+        "from retentive.cli.train import TrainCommand\n"
+        "from retentive.train import TrainConfig\n"
+        "def recipe():\n"
+        "    options = TrainConfig(steps=2, warmup=1, lr=0.25, precision='fp32', device='cpu', sample_every=0)\n"
+        "    return TrainCommand(data=Path('data'), out=Path('new'), size='1m', batch=2, length=32,\n"
+        "        set=('dim=32', 'layers=1', 'heads=2'), train=options)\n",
+        encoding="utf-8",
+    )
+    main(["train", "--recipe", "recipe.py"])
+    main(["train", "--recipe", "recipe.py", "--out", "other", "--steps", "3", "--set", "dim=16", "layers=1", "heads=2"])
+    first, second = (json.loads(Path(f"{name}/train.json").read_text(encoding="utf-8")) for name in ("new", "other"))
+    assert (first["train"]["steps"], second["train"]["steps"]) == (2, 3)
+    assert first["train"]["lr"] == second["train"]["lr"] == 0.25
+    assert [retentive.load(name)[0].config.dim for name in ("new", "other")] == [32, 16]
+
+
+def test_fla_gets_and_gives_back_what_it_can_express(place, train):
+    widths = ["value_dim=32", "ffn_dim=32", "dim=32", "layers=1", "heads=2"]
+    main(train("new", "--set", "decay=paper", "rotary=half", "score_norm=false", *widths))
+    main(["convert", "new", "theirs", "--to", "fla"])
+    assert json.loads(Path("theirs/config.json").read_text(encoding="utf-8"))["model_type"] == "retnet"
+    main(["convert", "theirs", "back"])
+    ids = torch.arange(20)[None]
+    logits, again = (retentive.load(name)[0](ids)[0] for name in ("new", "back"))
+    assert torch.equal(logits, again)
+
+
+def test_a_loss_that_is_no_number_is_told_of_with_the_checkpoint_that_is_good(place, train, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(train("new", "--steps", "40", "--lr", "1e6", "--clip", "0", "--save-every", "1"))
+    assert stop.value.code == 2
+    assert "the last good checkpoint is new/checkpoints/step-" in capsys.readouterr().err.splitlines()[-1]
+    assert all(p.isfinite().all() for p in retentive.load("new")[0].parameters())
+
+
+def test_skipped_documents_are_told_of(place):
+    Path("corpus/latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"skipped 1 documents that are not UTF-8, the first is latin\.txt"):
+        main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
+    assert sum(split["documents"] for split in json.loads(Path("new/meta.json").read_text())["splits"].values()) == 6
 
 
 SETS = {

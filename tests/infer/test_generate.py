@@ -299,5 +299,5 @@ def test_a_stop_string_is_looked_for_in_what_is_new():
 
 
 def test_max_tokens_counts_what_is_new():
-    texts = ["".join(write_on(text_model(257), BYTES, "abc", SamplingParams(seed=0), max_tokens=n)) for n in (1, 2)]
-    assert texts[0].startswith("abc") and len(texts[0]) > 3 and len(texts[1]) > len(texts[0])
+    text = "".join(write_on(text_model(257), BYTES, "abc", SamplingParams(seed=0), max_tokens=1))
+    assert text.startswith("abc") and len(text) == 4

@@ -154,6 +154,17 @@ def test_at_the_first_nan_it_stops_and_the_good_checkpoint_stays(clip, run, refu
     assert all(x.isfinite().all() for x in load_file(folders(folder)[-1] / "optimizer.safetensors").values())
 
 
+def test_at_a_gradient_that_overflows_it_stops_as_well(run, refuses):
+    """The loss is still finite then; a step would spoil every weight."""
+
+    def overflow(model):
+        model.head.weight.register_hook(lambda gradient: math.inf * gradient)
+
+    with refuses("step-00000003; try a lower --lr", FloatingPointError):
+        run("a", at=5, act=overflow)
+    assert all(p.isfinite().all() for p in retentive.load(run.folder("a"))[0].parameters())
+
+
 def test_at_a_nan_before_any_checkpoint_that_is_said(run, refuses):
     with refuses("no checkpoint had been saved yet; try a lower --lr", FloatingPointError):
         run("a", at=1, act=lambda model: model.embed.weight.data.fill_(math.inf))

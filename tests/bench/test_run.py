@@ -1,0 +1,94 @@
+"""The report of a training run against hand-made metrics, and its yardsticks against what is known of the text."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from retentive.bench import run as training_run
+from retentive.data.pack import pack
+from retentive.data.sources import Document
+from retentive.data.tokenizer import ByteTokenizer
+
+HELD_OUT = "abcdefgh" * 100  # 3 bits a byte by their frequencies, next to nothing by their order
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    pack(tmp_path / "data", ByteTokenizer(), [Document("a", "text")], [Document("b", HELD_OUT), Document("c", "é")])
+    return tmp_path / "data"
+
+
+def step(n: int) -> dict:
+    return {"step": n, "loss": 4.0 / n, "tokens_per_second": 100.0 + n}
+
+
+def evaluation(n: int, bits: float) -> dict:
+    return {"step": n, "bits_per_byte": bits, "held_out_loss": 1.0, "bytes": 50}
+
+
+FINAL = {"step": 3, "final_bits_per_byte": 2.25, "held_out_loss": 1.0, "bytes": 802}
+LINES = [step(1), step(2), evaluation(2, 2.5), {"step": 2, "sample": "some é"}, step(3), evaluation(3, 2.0), FINAL]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """`made(lines)`: the folder of a run of two batches a step, 4 x 8 tokens each, that wrote those metrics."""
+
+    def make(lines) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        options = {"train": {"accumulate": 2}, "command": {"batch": 4, "length": 8}}
+        (folder / "train.json").write_text(json.dumps(options), encoding="utf-8")
+        text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return folder
+
+    return make
+
+
+def test_the_report_is_the_metrics_against_tokens(made, data):
+    result = training_run.report(made(LINES), data, ByteTokenizer())
+    assert json.loads(json.dumps(result)) == result
+    assert (result["tokens"], result["tokens_per_second"]) == (3 * 64, 102.0)
+    assert result["train_loss"] == [[64, 4.0], [128, 2.0], [192, pytest.approx(4 / 3)]]
+    assert result["held_out"] == [[128, 2.5], [192, 2.0]] and result["final"] == [802, 2.25]
+    assert result["samples"] == {"2": "some é"} and result["hardware"]["cores"] >= 1
+
+
+def test_long_runs_are_thinned_to_means(made, data):
+    result = training_run.report(made([*map(step, range(1, 1001)), FINAL]), data, ByteTokenizer())
+    points = result["train_loss"]
+    assert len(points) == 200 and points[-1][0] == 1000 * 64
+    assert points[0][1] == pytest.approx(sum(4.0 / n for n in range(1, 6)) / 5)
+
+
+def test_yardsticks_of_a_text_that_is_known(data):
+    """800 bytes of eight kinds, 100 each, and the two bytes of an é."""
+    got = training_run.yardsticks(data, ByteTokenizer())
+    p = [100 / 802] * 8 + [1 / 802] * 2
+    assert got["bytes"] == 802
+    assert got["order-0 entropy"] == pytest.approx(-sum(x * math.log2(x) for x in p))
+    assert 0 < got["xz -9"] < 1.5, "xz sees the order; its own header is 60 bytes, 0.6 bits a byte here"
+
+
+UNFINISHED = {
+    "no-steps": [],
+    "no-last-evaluation": LINES[:-1],
+    "nothing-held-out": [step(1), step(2)],
+    "a-line-half-written": [*LINES[:3], '{"step": 3, "lo'],
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_a_run_that_is_not_finished_is_refused(case, made, data):
+    with pytest.raises(ValueError, match=r"^[^\n]*run[^\n]*$"):
+        training_run.report(made(UNFINISHED[case]), data, ByteTokenizer())
+
+
+def test_the_plot_is_a_png(made, data, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = training_run.report(made(LINES), data, ByteTokenizer())
+    training_run.plot(result, tmp_path / "run.png", title="a run")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n")
