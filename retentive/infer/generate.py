@@ -68,13 +68,9 @@ def generate(
 def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
     sampler = Sampler(params, prompt, model.config.vocab_size)
     logits, state = prefill(model, prompt, state)
-    if first_ids is not None:
-        allowed = torch.zeros_like(logits, dtype=torch.bool)
-        allowed[:, list(first_ids)] = True
-        logits = logits.masked_fill(~allowed, -torch.inf)
     made = 0
     while max_tokens is None or made < max_tokens:
-        token, logprob = sampler(logits[0])
+        token, logprob = sampler(logits[0], first_ids if made == 0 else None)
         if token in stop_ids:
             return
         yield Token(token, logprob)
@@ -83,8 +79,12 @@ def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> It
             logits, state = prefill(model, torch.tensor([[token]], device=prompt.device), state)
 
 
-def stream_text(tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> Iterator[str]:
+def stream_text(
+    tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip: int = 0
+) -> Iterator[str]:
     """The text of `tokens` in whole characters, up to the first of the `stop` strings, which is left out.
+
+    `stop` is not looked for in the first `skip` characters.
 
     Text that could be the beginning of a stop string is held back until it is known not to be.
     """
@@ -93,6 +93,9 @@ def stream_text(tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence
     decoder, held = tokenizer.stream(), ""
     for token in tokens:
         held += decoder.push(token.id)
+        if skip and held:
+            yield held[:skip]
+            held, skip = held[skip:], max(skip - len(held), 0)
         cut = min((held.find(s) for s in stop if s in held), default=-1)
         if cut >= 0:
             yield held[:cut]
@@ -128,7 +131,10 @@ def write_on(
     if tail and "\ufffd" not in tail and prompt.endswith(tail):
         texts = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
         first_ids = [i for i, text in texts if text.startswith(tail)]
-        ids, prompt = ids[:-1], prompt[: len(prompt) - len(tail)]
+    if first_ids is None or len(first_ids) < 2:
+        first_ids, tail = None, ""
+    else:
+        ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(tail)], max_tokens + 1
     yield prompt
     tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id], first_ids=first_ids)
-    yield from stream_text(tokens, tokenizer, stop=stop)
+    yield from stream_text(tokens, tokenizer, stop=stop, skip=len(tail))

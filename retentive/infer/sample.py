@@ -3,6 +3,7 @@
 Filters apply in the order of the field: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,16 @@ class Sampler:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[prompt.flatten().cpu()] = True
 
-    def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """(token, its log probability under the model's own distribution) for logits `[vocab]`."""
+    def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
+        """(token, its log probability under the model's own distribution) for logits `[vocab]`; one of `allowed`."""
         logits = logits.float().cpu()
         logprobs = logits.log_softmax(-1)
         if self.seen is not None:
             penalty = self.params.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self.seen, penalised, logits)
+        if allowed is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(allowed), logits[list(allowed)])
         if self.params.temperature == 0:
             token = int(logits.argmax())
         else:

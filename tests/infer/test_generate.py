@@ -273,7 +273,7 @@ def test_the_last_token_of_a_prompt_may_become_a_longer_one():
     longer = [i for i in range(LEARNT.vocab_size) if LEARNT.decode([i]).startswith(" ")]
     assert LEARNT.decode(ids[-1:]) == " " and len(longer) > 1
     model, first = text_model(LEARNT.vocab_size), [LEARNT.eos_id, *ids[:-1]]
-    want = list(generate(model, first, GREEDY, max_tokens=5, stop_ids=[LEARNT.eos_id], first_ids=longer))
+    want = list(generate(model, first, GREEDY, max_tokens=6, stop_ids=[LEARNT.eos_id], first_ids=longer))
     assert want[0].id in longer
     text = "".join(write_on(model, LEARNT, "the ", GREEDY, max_tokens=5))
     assert text == "the" + LEARNT.decode(ids_of(want))
