@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from retentive.layers.norm import RMSNorm
 from retentive.layers.place import Place
 from retentive.ops import decay as decays
-from retentive.ops import retention, retention_step, rotary
+from retentive.ops import Ring, retention, retention_step, rotary
 
 
 class Shared(NamedTuple):
@@ -30,7 +30,7 @@ class Shared(NamedTuple):
 
 
 class MultiScaleRetention(nn.Module):
-    """`(x [B,T,D], state [N,H,K,V])` -> `(out [B,T,D], state)`, a different decay for each head.
+    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, a different decay for each head.
 
     Decays and phases are no buffers: they are computed when needed, and no cast of the module reaches them.
     """
@@ -78,13 +78,13 @@ class MultiScaleRetention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: Tensor | None,
+        state: Tensor | Ring | None,
         place: Place,
         shared: Shared,
         form: str = "auto",
         chunk_size: int | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | Ring]:
         q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
         k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
@@ -104,9 +104,15 @@ class MultiScaleRetention(nn.Module):
         if x.shape[1] == 1 and form == backend == "auto" and place.cu_seqlens is None:
             q_BHK, k_BHK, v_BHV = q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0]
             log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
+            if not torch.is_grad_enabled():  # decoding: the state becomes a ring, which is updated in place
+                state = self.ring(state, q_BHK, v_BHV)
+            elif isinstance(state, Ring):
+                state = state.to_state()
             o, state = retention_step(q_BHK, k_BHK, v_BHV, log_decay, scale=1.0, state=state)
             o = o[:, None]
         else:
+            if isinstance(state, Ring):
+                state = state.to_state()
             o, state = retention(
                 q_BTHK,
                 k_BTHK,
@@ -125,6 +131,17 @@ class MultiScaleRetention(nn.Module):
         if self.g_proj is not None:
             o = F.silu(self.g_proj(x)) * o
         return self.out_proj(o), state
+
+    def ring(self, state: Tensor | Ring | None, q_BHK: Tensor, v_BHV: Tensor) -> Ring:
+        """`state` as a ring for tokens of this dtype."""
+        if isinstance(state, Ring):
+            if state.k.dtype == v_BHV.dtype:
+                return state
+            state = state.to_state()
+        if state is None:
+            wide = torch.promote_types(v_BHV.dtype, torch.float32)
+            state = v_BHV.new_zeros(*q_BHK.shape, self.V, dtype=wide)
+        return Ring.open(state, v_BHV.dtype)
 
     def reset_parameters(self) -> None:
         """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves."""

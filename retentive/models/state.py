@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retentive.ops import Ring
+
 FORMAT = "retentive-state-1"
 
 
@@ -27,8 +29,8 @@ FORMAT = "retentive-state-1"
 class RetentionState:
     """The states of all retention layers: the same size after 10 tokens and after 10 million."""
 
-    layers: list[Tensor]
-    """`[N,H,K,V]` of each layer; float32, or float64 in a float64 model."""
+    layers: Sequence[Tensor | Ring]
+    """`[N,H,K,V]` of each layer; float32, or float64 in a float64 model. While tokens are decoded one by one, a ring."""
     position: Tensor
     """int64 `[N]`."""
 
@@ -37,7 +39,11 @@ class RetentionState:
         return sum(x.nbytes for x in self.layers) + self.position.nbytes
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "RetentionState":
-        return RetentionState([f(x) for x in self.layers], f(self.position))
+        return RetentionState([x.map(f) if isinstance(x, Ring) else f(x) for x in self.layers], f(self.position))
+
+    def tensors(self) -> list[Tensor]:
+        """`[N,H,K,V]` of each layer, all tokens in it."""
+        return [x.to_state() if isinstance(x, Ring) else x for x in self.layers]
 
     def select(self, rows: Tensor) -> "RetentionState":
         """The sequences `rows`, int64 `[n]`."""
@@ -46,7 +52,7 @@ class RetentionState:
     @staticmethod
     def cat(states: Sequence["RetentionState"]) -> "RetentionState":
         """All sequences of `states`, in order."""
-        columns = zip(*(s.layers for s in states), strict=True)
+        columns = zip(*(s.tensors() for s in states), strict=True)
         return RetentionState([torch.cat(c) for c in columns], torch.cat([s.position for s in states]))
 
     def clone(self) -> "RetentionState":
@@ -60,7 +66,7 @@ class RetentionState:
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write it as one safetensors file, with `metadata` beside the format's own."""
-        tensors = {f"layers.{i}": x for i, x in enumerate(self.layers)} | {"position": self.position}
+        tensors = {f"layers.{i}": x for i, x in enumerate(self.tensors())} | {"position": self.position}
         _save(tensors, path, "retention", metadata)
 
 

@@ -5,5 +5,6 @@ C chunk length, M chunks of the whole batch, N sequences.
 """
 
 from retentive.ops.retention import retention, retention_step
+from retentive.ops.step import Ring
 
-__all__ = ["retention", "retention_step"]
+__all__ = ["Ring", "retention", "retention_step"]

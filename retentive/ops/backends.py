@@ -1,4 +1,4 @@
-"""Which code can compute retention, what each can do, and the one that `auto` takes.
+"""Which code can compute retention, what each can do, and the one that `auto` takes; the same for a step in place.
 
 A backend is a row of BACKENDS: a name, a function that says why it cannot take a call (None when it can), and the
 function itself. A backend named by the caller never falls back; only "auto" chooses.
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from retentive.ops import blocked as blocked_module
+from retentive.ops import cpu as cpu_module
 from retentive.ops import reference
+from retentive.ops import step as step_module
+from retentive.ops.step import Ring
 
 
 class Call(NamedTuple):
@@ -73,6 +76,32 @@ def run_reference(call: Call) -> tuple[Tensor, Tensor]:
         return torch.cat([o for o, _ in parts], 1).to(call.v.dtype), torch.cat([s for _, s in parts])
 
 
+def refuses_cpu(call: Call) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"the tensors are on {call.q.device}"
+    if call.q.dtype not in cpu_module.DTYPES:
+        return f"it computes in float32 at most, got {call.q.dtype}"
+    if call.form in ("recurrent", "parallel"):
+        return f"it computes the chunkwise form, not the {call.form} one"
+    if call.chunk_size is not None and (call.chunk_size % 32 or call.chunk_size > 512):
+        return f"its chunks are of 32, 64, … 512 tokens, got {call.chunk_size}"
+    return cpu_module.unavailable()
+
+
+def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
+    """`cpu.c`, keeping states for a backward pass only where there will be one."""
+    tensors = (call.q, call.k, call.v, per_token(call), call.state)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    o, state, _ = cpu_module.cpu(*tensors, call.cu_seqlens, call.scale, chunk_size(call), keep)
+    return o, state
+
+
+def per_token(call: Call) -> Tensor:
+    """The log decay; one per head that is learned becomes one per token, whose gradient autograd sums up."""
+    learned = call.log_decay.ndim == 1 and call.log_decay.requires_grad
+    return call.log_decay.expand(call.q.shape[:3]) if learned else call.log_decay
+
+
 def refuses_blocked(call: Call) -> str | None:
     if call.form == "recurrent":
         return "it computes chunks, not single tokens (retention_step and the reference backend do)"
@@ -81,15 +110,13 @@ def refuses_blocked(call: Call) -> str | None:
 
 def run_blocked(call: Call) -> tuple[Tensor, Tensor]:
     """`blocked.py`; the parallel form is one chunk as long as the sequence."""
-    log_decay = call.log_decay
-    if log_decay.ndim == 1 and log_decay.requires_grad:  # its backward knows per-token decays; autograd sums them up
-        log_decay = log_decay.expand(call.q.shape[:3])
     return blocked_module.blocked(
-        call.q, call.k, call.v, log_decay, call.state, call.cu_seqlens, call.scale, chunk_size(call)
+        call.q, call.k, call.v, per_token(call), call.state, call.cu_seqlens, call.scale, chunk_size(call)
     )
 
 
 BACKENDS = {
+    "cpu": Backend(refuses_cpu, run_cpu),
     "blocked": Backend(refuses_blocked, run_blocked),
     "reference": Backend(lambda call: None, run_reference),
 }
@@ -107,5 +134,42 @@ def choose(name: str, call: Call) -> Backend:
         raise ValueError(f"unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[name].refuses(call)
     if reason:
-        raise ValueError(f"backend {name!r} cannot do form={call.form!r}: {reason}")
+        raise ValueError(f"backend {name!r} cannot do this: {reason}")
     return BACKENDS[name]
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`o` after one more token in the ring, by the fastest code that can."""
+    if torch.compiler.is_compiling():
+        return ring_step(
+            q, k, v, log_decay, scale, ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded
+        )
+    if q.device.type == "cpu" and q.dtype in cpu_module.DTYPES and cpu_module.unavailable() is None:
+        return cpu_module.step(q, k, v, log_decay, scale, ring)
+    with exactly(q.device):
+        return step_module.step(q, k, v, log_decay, scale, ring)
+
+
+@torch.library.custom_op(
+    "retentive::ring_step", mutates_args=("state", "ring_k", "ring_v", "ring_decay", "written", "folded")
+)
+def ring_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_decay: Tensor,
+    written: Tensor,
+    folded: Tensor,
+) -> Tensor:
+    """`step` as one node of a compiled graph."""
+    return step(q, k, v, log_decay, scale, Ring(state, ring_k, ring_v, ring_decay, written, folded))
+
+
+@ring_step.register_fake
+def _(q, k, v, log_decay, scale, state, ring_k, ring_v, ring_decay, written, folded):
+    return v.new_empty(v.shape)

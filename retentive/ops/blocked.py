@@ -266,3 +266,17 @@ def _backward(ctx, do, dstate):
 
 
 blocked.register_autograd(_backward, setup_context=_setup_context)
+
+
+def refuse_second_derivative(backward) -> None:
+    """Lets a derivative of the custom op `backward` fail with a word on what to do instead."""
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            "retention has no second derivative here (create_graph=True): backend='reference' has, at the cost of memory"
+        )
+
+    backward.register_autograd(refuse)
+
+
+refuse_second_derivative(blocked_backward)

@@ -8,7 +8,9 @@ One docstring, the checks, the choice of a backend. The idea itself is in `refer
 import torch
 from torch import Tensor
 
+from retentive.ops import backends
 from retentive.ops.backends import Call, choose, exactly
+from retentive.ops.step import Ring
 
 FORMS = ("auto", "parallel", "recurrent", "chunkwise")
 
@@ -37,8 +39,8 @@ def retention(
         form: "parallel" (one T x T product), "recurrent" (token by token), "chunkwise" (parallel inside chunks,
             recurrent between them), or "auto". They return the same numbers.
         chunk_size: tokens in a chunk of the chunkwise form; by default chosen from K.
-        backend: "reference" (one page, any form), "blocked" (vectorised, with its own backward pass) or "auto". One
-            that is named and cannot do the job raises; only "auto" chooses.
+        backend: "cpu" (compiled at first use), "blocked" (vectorised torch, any device), "reference" (one page, any
+            form), or "auto", the first of them that can. One that is named and cannot do the job raises.
         cu_seqlens: `[N+1]` integers from 0 to T, ascending: with B = 1, where the N sequences packed into the row begin
             and end. Each has its own state.
 
@@ -46,7 +48,8 @@ def retention(
         o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens), float32, or float64 if q is.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown form or backend.
+        ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown form or backend, a log decay above 0 or
+            NaN (looked for on the CPU only, where it costs no wait for a device).
 
     Source: arXiv 2307.08621, equations 5 to 7; per-token decays as in YOCO's gated retention, arXiv 2405.05254.
     """
@@ -66,19 +69,37 @@ def retention(
 
 
 def retention_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The recurrent form for one token: `o` `[B,H,V]` and the new state `[B,H,K,V]`.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | Ring | None = None,
+) -> tuple[Tensor, Tensor | Ring]:
+    """The recurrent form for one token: `o` `[B,H,V]` and the state after it.
 
     Args:
         q, k: `[B,H,K]`.
         v: `[B,H,V]`.
         log_decay: `[H]` or `[B,H]`.
-        scale, state: as for `retention`.
+        scale: as for `retention`.
+        state: `[B,H,K,V]`, and a new one comes back; or a `Ring`, which is updated in place and comes back itself: half
+            the memory traffic, no gradients.
+
+    Raises:
+        ValueError: as for `retention`; a ring where gradients are asked for.
     """
     _check_qkv(q, k, v, ndim=3)
-    log_decay, state = _check_decay_and_state(q, v, log_decay, q.shape[:2], state, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if isinstance(state, Ring):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay)):
+            raise ValueError("a ring is updated in place and has no gradients: use torch.no_grad(), or ring.to_state()")
+        if state.k.dtype != k.dtype:
+            raise ValueError(f"the ring was opened for {state.k.dtype}, got {k.dtype}")
+        log_decay, _ = _check_decay_and_state(q, v, log_decay, q.shape[:2], state.state, q.shape[0])
+        return backends.step(q, k, v, log_decay, scale, state), state
+    log_decay, state = _check_decay_and_state(q, v, log_decay, q.shape[:2], state, q.shape[0])
     with exactly(q.device):
         q_BH1K, k_BHK1, v_BH1V = (scale * q.to(state.dtype))[:, :, None], k[..., None].to(state.dtype), v[:, :, None]
         state = torch.addcmul(log_decay.exp()[..., None, None] * state, k_BHK1, v_BH1V.to(state.dtype))
@@ -87,10 +108,12 @@ def retention_step(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, ndim: int) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != ndim or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
         letters = "[B,T,H," if ndim == 4 else "[B,H,"
-        raise ValueError(f"retention needs q and k {letters}K] and v {letters}V], got {shapes}")
+        raise ValueError(
+            f"retention needs q and k {letters}K] and v {letters}V], "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
     if not q.dtype.is_floating_point or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.device != k.device or q.device != v.device:
@@ -113,6 +136,9 @@ def _check_decay_and_state(
         raise ValueError(f"state must be {wide} {list(expected)}, got {state.dtype} {list(state.shape)}")
     if log_decay.device != q.device or state.device != q.device:
         raise ValueError(f"q is on {q.device}, but log_decay on {log_decay.device} and state on {state.device}")
+    if log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((log_decay <= 0).all()):
+        worst = float(log_decay.detach().max())  # max of a tensor with NaN is NaN
+        raise ValueError(f"log_decay must be at most 0 everywhere (gamma <= 1), got {worst:g}")
     return log_decay.to(wide), state
 
 

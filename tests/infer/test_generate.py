@@ -119,7 +119,7 @@ def test_memory_is_flat_for_retnet_and_grows_for_the_twin(monkeypatch):
 
     for name in ("retnet", "retnet-gated"):
         held = sizes(name)
-        assert held[10] == held[-1] and len(set(held)) == 1
+        assert len(held) >= 300 and len(set(held[1:])) == 1  # after the prompt, the state opens a ring once and for all
     held = sizes("twin")
     assert held[-1] > 20 * held[0]
 

@@ -45,7 +45,7 @@ def ids_of(B: int, T: int) -> torch.Tensor:
 def tensors(state) -> list[torch.Tensor]:
     """All that a state holds, a cache's up to what has been written."""
     if isinstance(state, RetentionState):
-        return [*state.layers, state.position]
+        return [*state.tensors(), state.position]
     used = int(state.position.max())
     return [*(x[:, :used] for x in (*state.keys, *state.values)), state.position]
 
@@ -208,7 +208,7 @@ def test_in_bf16_all_ways_are_as_close_to_the_truth_as_plain_torch(
     got, state = decode(model, ids)
     rescored, end = model(ids)
     if isinstance(model, RetNet):
-        assert {x.dtype for x in (*state.layers, *end.layers)} == {torch.float32}
+        assert {x.dtype for x in (*state.tensors(), *end.tensors())} == {torch.float32}
 
     def plain(q, k, v, log_decay, *, scale, state, **how):
         zeros = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])

@@ -81,7 +81,7 @@ def test_decoding_compiles_as_one_graph(make, same):
         want, state = model(ids)
         _, start = model(ids[:, :3])
         logits, after = compiled(ids[:, 3:], start)
-    same([logits, after.layers[0], after.position], [want[:, 3:], state.layers[0], state.position], EXACT)
+    same([logits, after.tensors()[0], after.position], [want[:, 3:], state.tensors()[0], state.position], EXACT)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(make, same):
@@ -117,7 +117,7 @@ def test_choices_that_cannot_be_met_are_refused(T, make, refuses):
     if T > 1:  # one token is no chunk, whatever its size
         with refuses("chunk_size must be at least 1, got -1"):
             model(ids, chunk_size=-1)
-    with refuses("backend 'blocked' cannot do form='recurrent'"):
+    with refuses("backend 'blocked' cannot do this"):
         model(ids, form="recurrent", backend="blocked")
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from retentive.models import RetNetConfig, TransformerConfig, load_state
 from retentive.models import state as module
+from retentive.ops.step import slots
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -117,7 +118,7 @@ def test_the_state_of_every_form_can_be_saved(how, make, tmp_path, same):
         form = how if how in ("parallel", "recurrent", "chunkwise") else "auto"
         _, state = model(ids, form=form, backend="reference" if form != "auto" else "auto")
     state.save(tmp_path / "state.safetensors")
-    same(load_state(tmp_path / "state.safetensors").layers, [x.detach() for x in state.layers], 0)
+    same(load_state(tmp_path / "state.safetensors").layers, [x.detach() for x in state.tensors()], 0)
 
 
 @both
@@ -156,8 +157,14 @@ def test_a_retention_state_has_the_size_of_its_formula_whatever_the_length(make)
     N, H, K, V = 2, 2, 6, 10
     want = 4 * N * 3 * H * K * V + 8 * N
     assert model.init_state(N).nbytes == want
-    for T in (1, 10, 300):
+    for T in (2, 10, 300):
         assert model(ids_of(N, T))[1].nbytes == want
+    R = slots(K, V)  # of a bf16 model the ring is bfloat16; its decays are float32, its two counts int64
+    want += N * 3 * (H * R * (2 * (K + V) + 4) + 2 * 8)
+    _, state = model(ids_of(N, 1), model.init_state(N))
+    for _ in range(20):
+        assert state.nbytes == want
+        _, state = model(ids_of(N, 1), state)
 
 
 @torch.no_grad()

@@ -1,0 +1,757 @@
+/* Chunkwise retention and the decode step for CPUs; the formulas are those of blocked.py and step.py.
+
+Built by cpu.py with the machine's own compiler at first use. One task is one head of one sequence: it goes through its
+chunks in order, with its state in the cache, and tasks share nothing, so results do not depend on the threads.
+
+    forward     P  = scale * (q k^T) * D                        D_ij = exp(G_i - G_j), i >= j;  G = running log decay
+                o  = scale * exp(G) * (q S) + P v               S  = state before the chunk
+                S' = exp(G_C) S + (exp(G_C - G) k)^T v
+    backward    dP = scale * (do v^T) * D
+                dq = scale * exp(G) * (do S^T) + dP k
+                dk = exp(G_C - G) * (v dS'^T) + dP^T q          dS' = gradient of the state after the chunk
+                dv = P^T do + (exp(G_C - G) k) dS'
+                dS = exp(G_C) dS' + (scale * exp(G) q)^T do
+
+The backward pass goes from the last chunk to the first. It needs S before each of them: forward leaves one state for
+every GROUP chunks, and the others of a group are computed again when it is entered.
+
+Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products are made of 32-bit units along the
+dimension that is summed: one float, or a pair of bfloat16 (`pair`, where the inputs are bfloat16 and the CPU multiplies
+pairs). An operand is laid out as
+    rows      [m][r]                 unit r of row m: the left operand
+    panels    [n / NC][r][n % NC]    the right operand, or the left one transposed
+Sums are float32, and so are S, dS, decays and all that is not an operand.
+*/
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, MR = 8 };
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+enum { LANES = 8, MR = 4 }; /* 16 registers */
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+enum { LANES = 4, MR = 8 };
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#endif
+enum { NC = 2 * LANES, DEPTH = 256 }; /* columns of a panel; units summed at once: a panel of them stays in L1 */
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int64_t i64;
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load(const float *p) { return *(const vf *)p; }
+INLINE void store(float *p, vf x) { *(vf *)p = x; }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf splat_unit(const float *p) { return (vf)(*(const int32_t *)p + (vi){0}); } /* bits, not a number */
+INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 round_up(i64 a, i64 b) { return (a + b - 1) / b * b; }
+
+/* ---- what Python hands over (struct Call of cpu.py) ---- */
+
+typedef struct {
+    i64 N, H, K, V, C, group, dtype, pair, per_token, threads; /* dtype 0 float32, 1 bfloat16, 2 float16 */
+    i64 q_stride, k_stride, v_stride, do_stride;               /* elements from token to token */
+    double scale;
+    const i64 *begin;            /* [N+1] first token of each sequence, of all tokens in a row */
+    const i64 *first_checkpoint; /* [N] */
+    const void *q, *k, *v, *dout;
+    const float *log_decay, *state, *dstate; /* [H] or [tokens,H]; [N,H,K,V] */
+    float *checkpoints;                      /* [checkpoints,H,K,V], or NULL */
+    void *o, *dq, *dk, *dv;                  /* contiguous */
+    float *final, *dlog_decay, *dinitial;
+} Call;
+
+/* ---- numbers in and out ---- */
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return x != x ? 0x7fc0 : (uint16_t)rounded;
+}
+
+#ifdef __FLT16_MAX__
+typedef _Float16 half;
+#else /* a compiler without it: cpu.py does not offer float16 then */
+typedef uint16_t half;
+#endif
+
+/* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row */
+static void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, i64 n, float *to, i64 width, i64 all_rows) {
+    for (i64 i = 0; i < rows; i++, to += width) {
+        if (dtype == 0) memcpy(to, (const float *)from + i * stride, n * 4);
+        else if (dtype == 1) {
+            const uint16_t *x = (const uint16_t *)from + i * stride;
+            for (i64 j = 0; j < n; j++) to[j] = from_bf16(x[j]);
+        } else {
+            const half *x = (const half *)from + i * stride;
+            for (i64 j = 0; j < n; j++) to[j] = (float)x[j];
+        }
+        for (i64 j = n; j < width; j++) to[j] = 0;
+    }
+    memset(to, 0, (all_rows - rows) * width * 4);
+}
+
+static void write_rows(i64 dtype, const float *from, i64 width, i64 rows, i64 n, void *to, i64 stride) {
+    for (i64 i = 0; i < rows; i++, from += width) {
+        if (dtype == 0) memcpy((float *)to + i * stride, from, n * 4);
+        else if (dtype == 1) {
+            uint16_t *y = (uint16_t *)to + i * stride;
+            for (i64 j = 0; j < n; j++) y[j] = to_bf16(from[j]);
+        } else {
+            half *y = (half *)to + i * stride;
+            for (i64 j = 0; j < n; j++) y[j] = (half)from[j];
+        }
+    }
+}
+
+INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
+
+/* ---- operands ---- */
+
+/* one row's neighbours in pairs: [cols] -> units [cols / 2]; cols a multiple of LANES */
+INLINE void pair_row(const float *x, i64 cols, float *to) {
+#ifdef __AVX512BF16__
+    for (i64 j = 0; j < cols; j += 16) _mm256_storeu_si256((__m256i *)(to + j / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+#else
+    for (i64 j = 0; j < cols; j++) ((uint16_t *)to)[j] = to_bf16(x[j]);
+#endif
+}
+
+/* two rows element by element in pairs: 2 x [n] -> units [n] */
+INLINE void pair_rows(const float *a, const float *b, i64 n, float *to) {
+    i64 j = 0;
+#ifdef __AVX512BF16__
+    for (; j + 16 <= n; j += 16) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j)));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j)));
+        _mm512_storeu_si512(to + j, low | _mm512_slli_epi32(high, 16));
+    }
+#endif
+    for (; j < n; j++) ((uint32_t *)to)[j] = to_bf16(a[j]) | (uint32_t)to_bf16(b[j]) << 16;
+}
+
+/* `rows` operand of x [rows][cols]: x itself, or its pairs in `to` */
+static const float *as_rows(int pair, const float *x, i64 rows, i64 cols, float *to) {
+    if (!pair) return x;
+    for (i64 i = 0; i < rows; i++) pair_row(x + i * cols, cols, to + i * cols / 2);
+    return to;
+}
+
+/* `panels` operand of x [rows][cols], width `ld`, the rows being summed */
+static void as_panels(int pair, const float *x, i64 ld, i64 rows, i64 cols, float *to) {
+    for (i64 c = 0; c < cols; c += NC)
+        for (i64 r = 0, n = smaller(NC, cols - c); r < rows; r += pair ? 2 : 1, to += NC) {
+            if (pair) pair_rows(x + r * ld + c, x + (r + 1) * ld + c, n, to);
+            else if (n == NC) store(to, load(x + r * ld + c)), store(to + LANES, load(x + r * ld + c + LANES));
+            else memcpy(to, x + r * ld + c, n * 4);
+        }
+}
+
+/* LANES rows of x to the columns of `to`, by perfect shuffles: row i meets row i + LANES / 2, log2(LANES) times */
+INLINE void transpose_square(const float *x, i64 ld, float *to) {
+    vf a[LANES], b[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) a[i] = load(x + i * ld);
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + LANES / 2], LOW_HALVES);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + LANES / 2], HIGH_HALVES);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) a[i] = b[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * NC, a[i]);
+}
+
+/* `panels` operand of the transpose of x, given in `rows` units [n][units], width `ld`; its panels are `depth` deep */
+static void as_panels_of_transpose(const float *x, i64 ld, i64 n, i64 units, float *to, i64 depth) {
+    for (i64 c = 0; c < n; c += LANES) {
+        float *y = to + c / NC * NC * depth + c % NC;
+        i64 r = 0, width = smaller(LANES, n - c);
+        if (width == LANES)
+            for (; r + LANES <= units; r += LANES) transpose_square(x + c * ld + r, ld, y + r * NC);
+        for (; r < units; r++)
+            for (i64 j = 0; j < width; j++) y[r * NC + j] = x[(c + j) * ld + r];
+    }
+}
+
+/* ---- products ---- */
+
+INLINE vf multiply_add(int pair, vf a, vf b, vf c) {
+#ifdef __AVX512BF16__
+    if (pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+    (void)pair;
+    return a * b + c;
+}
+
+/* MR rows and nv vectors of `to` = from * beta + A B, with A's unit (i, r) at a[i * am + r * ar] */
+INLINE void tile(int pair, int nv, i64 units, const float *a, i64 am, i64 ar, const float *b, const float *from,
+                 const float *beta, float *to, i64 ld) {
+    vf sum[MR][2];
+    for (int i = 0; i < MR; i++)
+        for (int n = 0; n < nv; n++)
+            sum[i][n] = from ? load(from + i * ld + n * LANES) * splat(beta[i]) : (vf){0};
+    for (i64 r = 0; r < units; r++) {
+        vf b0 = load(b + r * NC), b1 = nv == 2 ? load(b + r * NC + LANES) : b0;
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            vf x = splat_unit(a + i * am + r * ar);
+            sum[i][0] = multiply_add(pair, x, b0, sum[i][0]);
+            if (nv == 2) sum[i][1] = multiply_add(pair, x, b1, sum[i][1]);
+        }
+    }
+    for (int i = 0; i < MR; i++)
+        for (int n = 0; n < nv; n++) store(to + i * ld + n * LANES, sum[i][n]);
+}
+
+typedef enum { FULL, LOWER, UP_TO_ROW, FROM_ROW } Shape; /* what of a product is not zero */
+typedef struct { const float *p; i64 depth; } Operand;   /* depth: units of a row, or of a panel */
+typedef struct { float *p; i64 ld, panel; } Result;      /* floats from row to row, from panel to panel of columns */
+
+INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
+                     const float *from, const float *beta, Result to) {
+    static const float one[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    for (i64 begin = 0; begin < units; begin += DEPTH)
+        for (i64 n = 0; n < N; n += NC)
+            for (i64 m = 0; m < M; m += MR) {
+                if (shape == LOWER && n >= m + MR) continue;
+                i64 row = pair ? m / 2 : m, row_end = pair ? (m + MR) / 2 : m + MR;
+                i64 first = begin, last = smaller(begin + DEPTH, units), at = n / NC * to.panel + m * to.ld;
+                if (shape == UP_TO_ROW) last = smaller(last, row_end);
+                if (shape == FROM_ROW && first < row) first = row;
+                if (last < first) last = first;
+                const float *a = transposed ? A.p + m / NC * NC * A.depth + m % NC + first * NC : A.p + m * A.depth + first;
+                i64 am = transposed ? 1 : A.depth, ar = transposed ? NC : 1;
+                const float *b = B.p + n * B.depth + first * NC;
+                const float *init = begin ? to.p + at : from ? from + at : NULL, *factor = begin || !beta ? one : beta + m;
+                if (N - n > LANES) tile(pair, 2, last - first, a, am, ar, b, init, factor, to.p + at, to.ld);
+                else tile(pair, 1, last - first, a, am, ar, b, init, factor, to.p + at, to.ld);
+            }
+}
+
+/* to [M][N] = beta (row by row, 1 if NULL) * from (0 if NULL) + A B; without what `shape` says is zero:
+   LOWER columns past the rows, UP_TO_ROW and FROM_ROW units past and before them */
+#define PRODUCT(name, pair, transposed)                                                                             \
+    static void name(Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,                 \
+                     const float *beta, Result to) {                                                                \
+        products(pair, transposed, shape, M, N, units, A, B, from, beta, to);                                       \
+    }
+PRODUCT(product_floats, 0, 0)
+PRODUCT(product_floats_transposed, 0, 1)
+PRODUCT(product_pairs, 1, 0)
+PRODUCT(product_pairs_transposed, 1, 1)
+
+/* ---- decays ---- */
+
+INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops of it become vectors */
+    float y = x < -87.0f ? -87.0f : x;
+    float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+typedef struct {
+    float *start, *end, *total, *lag, *since; /* [C] scale * exp(G); [C] exp(G_C - G); [wide] exp(G_C), repeated */
+    i64 wide, count;                          /* [2C] scale * gamma^(C-1-x), then zeros; [C] G; tokens it is for */
+} Decays;
+
+/* for `count` tokens of head h from token t on */
+static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
+    if (!c->per_token && d->count == count) return; /* the same in every full chunk */
+    double G = 0;
+    for (i64 i = 0; i < c->C; i++) {
+        if (i < count) G += fmax(c->log_decay[c->per_token ? (t + i) * c->H + h : h], -100.0); /* blocked.FORGOTTEN */
+        d->since[i] = (float)G;
+    }
+    for (i64 i = 0; i < c->C; i++) {
+        d->start[i] = i < count ? (float)(c->scale * exp(d->since[i])) : 0;
+        d->end[i] = i < count ? (float)exp(G - d->since[i]) : 0;
+    }
+    for (i64 i = 0; i < d->wide; i++) d->total[i] = (float)exp(G);
+    if (!c->per_token && d->count == 0)
+        for (i64 x = 0; x < c->C; x++) {
+            double lag = (c->C - 1 - x) * fmax(c->log_decay[h], -100.0);
+            d->lag[x] = (float)(c->scale * exp(lag)), d->lag[c->C + x] = 0;
+        }
+    d->count = count;
+}
+
+/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, so that a NaN stays in its future */
+static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
+    for (i64 i = 0; i < rows; i++, score += c->C) {
+        i64 width = round_up(i / MR * MR + MR, NC);
+        const float *lag = d->lag + c->C - 1 - i, since = d->since[i], scale = (float)c->scale;
+        if (c->per_token)
+            for (i64 j = 0; j < width; j++) {
+                float D = exp_of(j <= i ? since - d->since[j] : 0) * scale;
+                score[j] = j <= i ? score[j] * D : 0;
+            }
+        else
+            for (i64 j = 0; j < width; j++) score[j] = j <= i ? score[j] * lag[j] : 0;
+    }
+}
+
+static void scale_rows(float *x, i64 rows, i64 width, const float *factor) {
+    for (i64 i = 0; i < rows; i++, x += width)
+        for (i64 j = 0; j < width; j++) x[j] *= factor[i];
+}
+
+/* ---- the work space of a thread ---- */
+
+typedef struct {
+    i64 K, V; /* padded */
+    Decays decays;
+    float *q, *k, *v, *dout, *out, *score, *dscore;                        /* rows */
+    float *q_rows, *k_rows, *v_rows, *dout_rows, *score_rows, *dscore_rows; /* operands */
+    float *q_panels, *k_panels, *v_panels, *dout_panels, *score_panels, *dscore_panels, *kT_panels, *vT_panels;
+    float *kend_rows, *kend_panels, *qstart_panels, *S_panels, *dS_panels, *dST_panels;
+    float *S, *dS, *dST, *dG; /* S, dS: panels of [K][V]; dST: of [V][K] */
+    float **ST, **ST_panels;  /* before each chunk of a group, panels of [V][K] */
+} Space;
+
+static float *take(char **at, i64 floats) {
+    float *p = (float *)*at;
+    *at += round_up(floats * 4, 64) + 64; /* the gap keeps arrays of 2^n floats from falling on the same cache lines */
+    return p;
+}
+
+/* lays out a space from `at` on, returns its end */
+static char *arrange(const Call *c, int backward, Space *s, char *at) {
+    i64 C = c->C, K = s->K = round_up(c->K, LANES > MR ? LANES : MR), V = s->V = round_up(c->V, LANES > MR ? LANES : MR);
+    i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), KV = round_up(K, NC) * round_up(V, NC), wide = K > V ? K : V;
+    Decays *d = &s->decays;
+    d->wide = wide, d->count = 0;
+    d->start = take(&at, C), d->end = take(&at, C), d->total = take(&at, wide), d->lag = take(&at, 2 * C), d->since = take(&at, C);
+    float **of_CK[] = {&s->q, &s->k, &s->q_rows, &s->k_rows, &s->kT_panels, &s->kend_panels};
+    float **of_CV[] = {&s->v, &s->v_panels};
+    float **of_CK2[] = {&s->q_panels, &s->k_panels, &s->kend_rows, &s->qstart_panels};
+    float **of_CV2[] = {&s->dout, &s->v_rows, &s->dout_rows, &s->dout_panels, &s->vT_panels};
+    for (int i = 0; i < 6; i++) *of_CK[i] = take(&at, CK);
+    for (int i = 0; i < 2; i++) *of_CV[i] = take(&at, CV);
+    s->out = take(&at, CK > CV ? CK : CV), s->score = take(&at, C * C), s->score_rows = take(&at, C * C);
+    s->S = take(&at, KV), s->S_panels = c->pair ? take(&at, KV / 2) : s->S;
+    if (!backward) return at;
+    for (int i = 0; i < 4; i++) *of_CK2[i] = take(&at, CK);
+    for (int i = 0; i < 5; i++) *of_CV2[i] = take(&at, CV);
+    s->dscore = take(&at, C * C), s->dscore_rows = take(&at, C * C);
+    s->score_panels = take(&at, C * C), s->dscore_panels = take(&at, C * C), s->dG = take(&at, C);
+    s->dS = take(&at, KV), s->dS_panels = c->pair ? take(&at, KV / 2) : s->dS;
+    s->dST = c->pair && !c->per_token ? NULL : take(&at, KV), s->dST_panels = c->pair ? take(&at, KV / 2) : s->dST;
+    s->ST = (float **)take(&at, 2 * c->group), s->ST_panels = (float **)take(&at, 2 * c->group);
+    return at; /* ST themselves follow: see arrange_group */
+}
+
+static char *arrange_group(const Call *c, Space *s, char *at, int write) {
+    i64 KV = round_up(s->K, NC) * round_up(s->V, NC);
+    for (i64 g = 0; g < c->group; g++) {
+        float *whole = take(&at, KV), *pairs = c->pair ? take(&at, KV / 2) : whole;
+        if (write) s->ST[g] = whole, s->ST_panels[g] = pairs;
+    }
+    return at;
+}
+
+/* kept from call to call: fresh pages cost more than the work of a short call */
+static void *space_of_thread_with(i64 bytes) {
+    static _Thread_local void *space;
+    static _Thread_local i64 size;
+    if (bytes > size) {
+        free(space);
+        space = aligned_alloc(64, round_up(bytes, 64));
+        size = space ? bytes : 0;
+    }
+    return space;
+}
+
+static int get_space(const Call *c, int backward, Space *s) {
+    char *end = arrange(c, backward, s, NULL);
+    if (backward) end = arrange_group(c, s, end, 0);
+    char *at = space_of_thread_with((intptr_t)end);
+    if (!at) return 0;
+    at = arrange(c, backward, s, at);
+    if (backward) arrange_group(c, s, at, 1);
+    return 1;
+}
+
+/* ---- states ---- */
+
+static void read_state(const Call *c, const Space *s, const float *from, float *panels) { /* [K][V] -> panels */
+    memset(panels, 0, round_up(s->V, NC) * s->K * 4);
+    for (i64 n = 0; n < c->V; n += NC)
+        for (i64 k = 0; k < c->K; k++) memcpy(panels + n * s->K + k * NC, from + k * c->V + n, smaller(NC, c->V - n) * 4);
+}
+
+static void write_state(const Call *c, const Space *s, const float *panels, float *to) {
+    for (i64 n = 0; n < c->V; n += NC)
+        for (i64 k = 0; k < c->K; k++) memcpy(to + k * c->V + n, panels + n * s->K + k * NC, smaller(NC, c->V - n) * 4);
+}
+
+/* pairs of rows of float panels [cols / NC][rows][NC] */
+static void pair_panels(const float *from, i64 rows, i64 cols, float *to) {
+    for (i64 n = 0; n < cols; n += NC) as_panels(1, from + n * rows, NC, rows, NC, to + n * rows / 2);
+}
+
+INLINE void multiply(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
+                     const float *beta, Result to) {
+    (c->pair ? product_pairs : product_floats)(shape, M, N, units, A, B, from, beta, to);
+}
+
+INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
+                                const float *from, const float *beta, Result to) {
+    (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
+}
+
+#define AT(x, stride, t, h, n) element(c->x, c->dtype, (t) * c->stride + (h) * (n))
+
+static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
+    i64 C = c->C, K = s->K, V = s->V, begin = c->begin[n], end = c->begin[n + 1], Ku = c->pair ? K / 2 : K;
+    i64 KV = c->K * c->V;
+    s->decays.count = 0;
+    read_state(c, s, c->state + (n * c->H + h) * KV, s->S);
+    if (c->pair) pair_panels(s->S, K, V, s->S_panels);
+    for (i64 t = begin, chunk = 0; t < end; t += C, chunk++) {
+        i64 count = smaller(C, end - t), rows = round_up(count, MR), units = c->pair ? rows / 2 : rows;
+        if (c->checkpoints && chunk % c->group == 0)
+            write_state(c, s, s->S, c->checkpoints + ((c->first_checkpoint[n] + chunk / c->group) * c->H + h) * KV);
+        set_decays(c, &s->decays, t, h, count);
+        read_rows(c->dtype, AT(q, q_stride, t, h, c->K), c->q_stride, count, c->K, s->q, K, rows);
+        read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, count, c->K, s->k, K, rows);
+        read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, count, c->V, s->v, V, rows);
+        Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
+        as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
+        as_panels(c->pair, s->v, V, rows, V, s->v_panels);
+        Operand v_panels = {s->v_panels, units};
+
+        multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
+        decay_scores(c, &s->decays, rows, s->score);
+        Operand score_rows = {as_rows(c->pair, s->score, rows, C, s->score_rows), c->pair ? C / 2 : C};
+        Result o = {s->out, V, NC};
+        multiply(c, FULL, rows, V, Ku, q_rows, (Operand){s->S_panels, Ku}, NULL, NULL, o);
+        multiply(c, UP_TO_ROW, rows, V, units, score_rows, v_panels, s->out, s->decays.start, o);
+        write_rows(c->dtype, s->out, V, count, c->V, (void *)element(c->o, c->dtype, (t * c->H + h) * c->V), c->H * c->V);
+
+        scale_rows(s->k, rows, K, s->decays.end);
+        as_panels(c->pair, s->k, K, rows, K, s->kend_panels);
+        multiply_transposed(c, FULL, K, V, units, (Operand){s->kend_panels, units}, v_panels, s->S, s->decays.total,
+                            (Result){s->S, NC, K * NC});
+        if (c->pair) pair_panels(s->S, K, V, s->S_panels);
+    }
+    write_state(c, s, s->S, c->final + (n * c->H + h) * KV);
+}
+
+/* S^T before each of the chunks of a group that begins at token t */
+static void states_of_group(const Call *c, Space *s, i64 n, i64 h, i64 t, i64 end, i64 checkpoint) {
+    i64 K = s->K, V = s->V, C = c->C;
+    memset(s->ST[0], 0, round_up(K, NC) * V * 4);
+    as_panels_of_transpose(c->checkpoints + (checkpoint * c->H + h) * c->K * c->V, c->V, c->K, c->V, s->ST[0], V);
+    for (i64 g = 0; g < c->group && t < end; g++, t += C) {
+        if (c->pair) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
+        if (g + 1 == c->group || t + C >= end) break;
+        set_decays(c, &s->decays, t, h, C);
+        read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, C, c->K, s->k, K, C);
+        read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, C, c->V, s->v, V, C);
+        scale_rows(s->k, C, K, s->decays.end);
+        as_panels(c->pair, s->k, K, C, K, s->kend_panels);
+        as_panels(c->pair, s->v, V, C, V, s->v_panels);
+        i64 units = c->pair ? C / 2 : C;
+        multiply_transposed(c, FULL, V, K, units, (Operand){s->v_panels, units}, (Operand){s->kend_panels, units}, s->ST[g],
+                            s->decays.total, (Result){s->ST[g + 1], NC, V * NC});
+    }
+    (void)n;
+}
+
+/* the operands that are made of dS: its panels, and those of its transpose */
+static void operands_of_dS(const Call *c, Space *s) {
+    i64 K = s->K, V = s->V;
+    if (!c->pair || c->per_token)
+        for (i64 n = 0; n < V; n += NC) as_panels_of_transpose(s->dS + n * K, NC, K, smaller(NC, V - n), s->dST + n * NC, V);
+    if (!c->pair) return;
+    pair_panels(s->dS, K, V, s->dS_panels);
+    for (i64 n = 0; n < V; n += NC) {
+        const float *rows = as_rows(1, s->dS + n * K, K, NC, s->out);
+        as_panels_of_transpose(rows, NC / 2, K, smaller(NC, V - n) / 2, s->dST_panels + n / 2 * NC, V / 2);
+    }
+}
+
+static float dot(const float *a, const float *b, i64 n) {
+    vf sum = {0};
+    i64 j = 0;
+    for (; j + LANES <= n; j += LANES) sum += load(a + j) * load(b + j);
+    float all = 0;
+    for (int i = 0; i < LANES; i++) all += sum[i];
+    for (; j < n; j++) all += a[j] * b[j];
+    return all;
+}
+
+static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
+    i64 C = c->C, K = s->K, V = s->V, rows = round_up(count, MR), units = c->pair ? rows / 2 : rows;
+    i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
+    const Decays *d = &s->decays;
+    set_decays(c, &s->decays, t, h, count);
+    read_rows(c->dtype, AT(q, q_stride, t, h, c->K), c->q_stride, count, c->K, s->q, K, rows);
+    read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, count, c->K, s->k, K, rows);
+    read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, count, c->V, s->v, V, rows);
+    read_rows(c->dtype, AT(dout, do_stride, t, h, c->V), c->do_stride, count, c->V, s->dout, V, rows);
+    Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku}, v_rows = {as_rows(c->pair, s->v, rows, V, s->v_rows), Vu};
+    Operand dout_rows = {as_rows(c->pair, s->dout, rows, V, s->dout_rows), Vu};
+    as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
+    as_panels_of_transpose(v_rows.p, Vu, rows, Vu, s->vT_panels, Vu);
+    as_panels(c->pair, s->q, K, rows, K, s->q_panels);
+    as_panels(c->pair, s->k, K, rows, K, s->k_panels);
+    as_panels(c->pair, s->dout, V, rows, V, s->dout_panels);
+    Operand q_panels = {s->q_panels, units}, k_panels = {s->k_panels, units}, dout_panels = {s->dout_panels, units};
+
+    multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
+    multiply(c, LOWER, rows, rows, Vu, dout_rows, (Operand){s->vT_panels, Vu}, NULL, NULL, (Result){s->dscore, C, NC});
+    decay_scores(c, d, rows, s->score);
+    if (c->per_token) { /* score_ij dscore_ij has exp(G_i - G_j) in it: + for G_i, - for G_j */
+        memset(s->dG, 0, C * 4);
+        for (i64 i = 0; i < count; i++)
+            for (i64 j = 0; j <= i; j++) {
+                float x = s->score[i * C + j] * s->dscore[i * C + j];
+                s->dG[i] += x, s->dG[j] -= x;
+            }
+    }
+    decay_scores(c, d, rows, s->dscore);
+    as_panels(c->pair, s->score, C, rows, rows, s->score_panels);
+    as_panels(c->pair, s->dscore, C, rows, rows, s->dscore_panels);
+    Operand dscore_rows = {as_rows(c->pair, s->dscore, rows, C, s->dscore_rows), Cu};
+
+    Result dq = {s->out, K, NC}, dk = dq, dv = {s->out, V, NC};
+    multiply(c, FULL, rows, K, Vu, dout_rows, (Operand){s->ST_panels[g], Vu}, NULL, NULL, dq);
+    if (c->per_token)
+        for (i64 i = 0; i < count; i++) s->dG[i] += d->start[i] * dot(s->q + i * K, s->out + i * K, K);
+    multiply(c, UP_TO_ROW, rows, K, units, dscore_rows, k_panels, s->out, d->start, dq);
+    write_rows(c->dtype, s->out, K, count, c->K, (void *)element(c->dq, c->dtype, (t * c->H + h) * c->K), c->H * c->K);
+
+    multiply(c, FULL, rows, K, Vu, v_rows, (Operand){s->dST_panels, Vu}, NULL, NULL, dk);
+    if (c->per_token) {
+        float kept = 0;
+        for (i64 i = 0; i < count; i++) {
+            float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
+            s->dG[i] -= x, kept += x;
+        }
+        for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
+            for (i64 r = 0; r < V; r++) kept += d->total[0] * dot(s->ST[g] + n * V + r * NC, s->dST + n * V + r * NC, smaller(NC, K - n));
+        s->dG[count - 1] += kept;
+        float sum = 0;
+        for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];
+    }
+    multiply_transposed(c, FROM_ROW, rows, K, units, (Operand){s->dscore_panels, units}, q_panels, s->out, d->end, dk);
+    write_rows(c->dtype, s->out, K, count, c->K, (void *)element(c->dk, c->dtype, (t * c->H + h) * c->K), c->H * c->K);
+
+    scale_rows(s->k, rows, K, d->end);
+    Operand kend_rows = {as_rows(c->pair, s->k, rows, K, s->kend_rows), Ku};
+    multiply(c, FULL, rows, V, Ku, kend_rows, (Operand){s->dS_panels, Ku}, NULL, NULL, dv);
+    multiply_transposed(c, FROM_ROW, rows, V, units, (Operand){s->score_panels, units}, dout_panels, s->out, NULL, dv);
+    write_rows(c->dtype, s->out, V, count, c->V, (void *)element(c->dv, c->dtype, (t * c->H + h) * c->V), c->H * c->V);
+
+    scale_rows(s->q, rows, K, d->start);
+    as_panels(c->pair, s->q, K, rows, K, s->qstart_panels);
+    multiply_transposed(c, FULL, K, V, units, (Operand){s->qstart_panels, units}, dout_panels, s->dS, d->total,
+                        (Result){s->dS, NC, K * NC});
+    operands_of_dS(c, s);
+}
+
+static void backward_head(const Call *c, Space *s, i64 n, i64 h) {
+    i64 begin = c->begin[n], end = c->begin[n + 1], C = c->C, span = C * c->group;
+    s->decays.count = 0;
+    read_state(c, s, c->dstate + (n * c->H + h) * c->K * c->V, s->dS);
+    operands_of_dS(c, s);
+    for (i64 group = (end - begin - 1) / span; group >= 0; group--) {
+        i64 first = begin + group * span, chunks = smaller(c->group, (end - first + C - 1) / C);
+        states_of_group(c, s, n, h, first, end, c->first_checkpoint[n] + group);
+        for (i64 g = chunks - 1; g >= 0; g--) backward_chunk(c, s, h, first + g * C, smaller(C, end - first - g * C), g);
+    }
+    write_state(c, s, s->dS, c->dinitial + (n * c->H + h) * c->K * c->V);
+}
+
+/* Large results are fresh memory, which the kernel hands out page by page as it is first written to; at 4 KB a page that
+   took as long as the arithmetic (docs/LOG.md). */
+static void in_large_pages(const void *p, i64 bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t page = 1 << 21, first = ((uintptr_t)p + page - 1) & ~(page - 1), end = ((uintptr_t)p + bytes) & ~(page - 1);
+    if (p && end > first) madvise((void *)first, end - first, MADV_HUGEPAGE); /* advice: no harm where it is not taken */
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
+/* 0, or 1 when there was no memory */
+static int for_each_head(const Call *c, int backward) {
+    int failed = 0;
+    i64 elements = c->begin[c->N] * c->H, size = c->dtype == 0 ? 4 : 2;
+    in_large_pages(c->o, elements * c->V * size), in_large_pages(c->dv, elements * c->V * size);
+    in_large_pages(c->dq, elements * c->K * size), in_large_pages(c->dk, elements * c->K * size);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads)
+    for (i64 task = 0; task < c->N * c->H; task++) {
+        Space s;
+        if (!get_space(c, backward, &s)) {
+#pragma omp atomic write
+            failed = 1;
+        } else if (backward) backward_head(c, &s, task / c->H, task % c->H);
+        else forward_head(c, &s, task / c->H, task % c->H);
+    }
+    return failed;
+}
+
+int retention_forward(const Call *c) { return for_each_head(c, 0); }
+int retention_backward(const Call *c) { return for_each_head(c, 1); }
+
+/* ---- one token (step.py) ---- */
+
+typedef struct {
+    i64 B, H, K, V, slots, dtype, threads, decay_stride; /* decay_stride: 0, or H for a decay per row */
+    double scale;
+    const void *q, *k, *v; /* [B,H,K], [B,H,V], contiguous */
+    const float *log_decay;
+    float *state;             /* [B,H,K,V] */
+    void *ring_k, *ring_v, *o; /* [B,H,slots,K], [B,H,slots,V], [B,H,V] */
+    float *ring_decay;        /* [B,H,slots] */
+    i64 *written, *folded;    /* [B] */
+} Step;
+
+typedef struct { /* what a full ring folds into the state: S = kept * S + sum over `tokens` of k v^T */
+    i64 tokens;
+    float *k, *v_panels; /* [tokens][K], weighted; operand of the V columns */
+    float kept[8];       /* the same number */
+} Fold;
+
+/* o += q S, eight rows of S at once, which are folded into while they are in the cache */
+static void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold) {
+    i64 whole = V / LANES * LANES;
+    for (i64 k = 0, rows; k < K; k += rows, S += rows * V) {
+        rows = K - k < 8 ? 1 : 8;
+        if (rows == 8)
+            for (i64 j = 0; j < whole; j += LANES) {
+                vf x = load(o + j);
+                for (int i = 0; i < 8; i++) x += splat(q[k + i]) * load(S + i * V + j);
+                store(o + j, x);
+            }
+        for (i64 i = 0; i < rows; i++)
+            for (i64 j = rows == 8 ? whole : 0; j < V; j++) o[j] += q[k + i] * S[i * V + j];
+        if (!fold->tokens) continue;
+        if (rows == 8)
+            for (i64 j = 0; j < whole; j += NC)
+                for (int i = 0; i < 8; i += MR) {
+                    float *to = S + i * V + j;
+                    const float *v = fold->v_panels + j * fold->tokens;
+                    if (whole - j > LANES) tile(0, 2, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
+                    else tile(0, 1, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
+                }
+        for (i64 i = 0; i < rows; i++)
+            for (i64 j = rows == 8 ? whole : 0; j < V; j++) {
+                float x = S[i * V + j] * fold->kept[0];
+                const float *v = fold->v_panels + j / NC * NC * fold->tokens + j % NC;
+                for (i64 t = 0; t < fold->tokens; t++) x += fold->k[t * K + k + i] * v[t * NC];
+                S[i * V + j] = x;
+            }
+    }
+}
+
+static void step_head(const Step *c, i64 b, i64 h, float *space) {
+    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, bh = b * c->H + h, begin = c->folded[b];
+    i64 slot = c->written[b] % R, held = c->written[b] - begin + 1;
+    char *ring_k = (char *)c->ring_k + bh * R * K * size, *ring_v = (char *)c->ring_v + bh * R * V * size;
+    float *decay = c->ring_decay + bh * R, g = c->log_decay[b * c->decay_stride + h];
+    memcpy(ring_k + slot * K * size, (const char *)c->k + bh * K * size, K * size);
+    memcpy(ring_v + slot * V * size, (const char *)c->v + bh * V * size, V * size);
+    decay[slot] = g < -100 ? -100 : g; /* blocked.FORGOTTEN */
+
+    float *q = space, *o = q + K, *k = o + V, *v = k + R * K, since = 0; /* log decay from token j to the newest */
+    read_rows(c->dtype, (const char *)c->q + bh * K * size, K, 1, K, q, K, 1);
+    memset(o, 0, V * 4);
+    Fold fold = {held == R ? R / 2 : 0, k, v, {0}};
+    for (i64 j = held - 1; j >= 0; j--) {
+        i64 at = (begin + j) % R;
+        const float *kj = (const float *)ring_k + at * K, *vj = (const float *)ring_v + at * V;
+        if (c->dtype != 0) {
+            read_rows(c->dtype, ring_k + at * K * size, K, 1, K, k, K, 1), kj = k;
+            read_rows(c->dtype, ring_v + at * V * size, V, 1, V, v, V, 1), vj = v;
+        }
+        float weight = (float)c->scale * exp_of(since) * dot(q, kj, K);
+        for (i64 n = 0; n < V; n++) o[n] += weight * vj[n];
+        since += decay[at];
+    }
+    float remains = (float)c->scale * exp_of(since), kept = 0;
+    for (i64 n = 0; n < K; n++) q[n] *= remains;
+    for (i64 j = fold.tokens - 1; j >= 0; j--) {
+        i64 at = (begin + j) % R;
+        float weight = exp_of(kept);
+        read_rows(c->dtype, ring_k + at * K * size, K, 1, K, k + j * K, K, 1);
+        for (i64 n = 0; n < K; n++) k[j * K + n] *= weight;
+        for (i64 n = 0; n < V; n += NC) {
+            i64 width = smaller(NC, V - n);
+            read_rows(c->dtype, ring_v + (at * V + n) * size, V, 1, width, v + n * fold.tokens + j * NC, NC, 1);
+        }
+        kept += decay[at];
+    }
+    for (int i = 0; i < 8; i++) fold.kept[i] = exp_of(kept);
+    through_state(c->state + bh * K * V, K, V, q, o, &fold);
+    write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size, V);
+}
+
+/* 0; 1 when there was no memory; 2 for a log decay above 0 or NaN, and then nothing was written */
+int retention_step(const Step *c) {
+    int failed = 0;
+    for (i64 i = 0; i < (c->decay_stride ? c->B * c->H : c->H); i++)
+        if (!(c->log_decay[i] <= 0)) return 2;
+#pragma omp parallel for schedule(static) num_threads(c->threads)
+    for (i64 task = 0; task < c->B * c->H; task++) {
+        float *space = space_of_thread_with((c->K + round_up(c->V, NC)) * (c->slots + 1) * 4);
+        if (space) step_head(c, task / c->H, task % c->H, space);
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+    }
+    for (i64 b = 0; b < c->B && !failed; b++) {
+        c->written[b]++;
+        if (c->written[b] - c->folded[b] == c->slots) c->folded[b] += c->slots / 2;
+    }
+    return failed;
+}
+
+int can_multiply_pairs(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}

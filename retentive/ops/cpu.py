@@ -1,0 +1,260 @@
+"""Retention by `cpu.c`: the same chunkwise computation as `blocked.py`, one head at a time with its state in the cache.
+
+The C file is compiled by the machine's own compiler at first use and kept in the user's cache; `unavailable()` says why
+it cannot be where that is so, and `auto` then takes `blocked`. It is worth it because the vector units reach twice what
+the BLAS behind torch.matmul does on some CPUs, and because nothing but q, k, v and o goes to memory.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retentive.ops.blocked import refuse_second_derivative
+from retentive.ops.step import Ring
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP = 4
+"""Chunks from one state kept for the backward pass to the next."""
+
+
+class Call(ctypes.Structure):
+    """struct Call of cpu.c."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in "N H K V C group dtype pair per_token threads".split()]
+        + [(name, ctypes.c_int64) for name in "q_stride k_stride v_stride do_stride".split()]
+        + [("scale", ctypes.c_double)]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                "begin first_checkpoint q k v dout log_decay state dstate checkpoints "
+                "o dq dk dv final dlog_decay dinitial"
+            ).split()
+        ]
+    )
+
+
+class Step(ctypes.Structure):
+    """struct Step of cpu.c."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in "B H K V slots dtype threads decay_stride".split()]
+        + [("scale", ctypes.c_double)]
+        + [
+            (name, ctypes.c_void_p)
+            for name in "q k v log_decay state ring_k ring_v o ring_decay written folded".split()
+        ]
+    )
+
+
+class NotBuilt(Exception):
+    """The reason why there is no compiled library, in one line."""
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on: a cache in a home directory may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.platform() + platform.processor()
+
+
+def build(compiler: str, folder: Path) -> Path:
+    """The compiled library, from `folder` or built into it.
+
+    Raises:
+        NotBuilt: the compiler failed; with its first line.
+    """
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
+    library = folder / f"cpu-{key}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
+        # threads of a second one would spin against those of the first
+        unit, built = Path(scratch) / "cpu.o", Path(scratch) / "cpu.so"
+        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built), "-lm"]):
+            done = subprocess.run([compiler, *command], capture_output=True, text=True)
+            if done.returncode:
+                complaint = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+                raise NotBuilt(f"{compiler} could not compile cpu.c: {complaint}")
+        built.replace(library)  # whole or not at all: another process may be looking
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | NotBuilt:
+    """The compiled library, or why there is none; asked for once in a process."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        return NotBuilt(f"no C compiler found (looked for {', '.join(names)})")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
+    try:
+        return ctypes.CDLL(str(build(compiler, cache)))
+    except (NotBuilt, OSError) as error:
+        return NotBuilt(str(error))
+
+
+def unavailable() -> str | None:
+    """Why the compiled library cannot be used on this machine, or None."""
+    library = _library()
+    return str(library) if isinstance(library, NotBuilt) else None
+
+
+# what torch.compiler.assume_constant_result does, which would load the whole compiler: asked once while a graph is made
+setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tensor, Tensor, int]:
+    """Begin of each sequence [N+1] and its first checkpoint [N], int64; the number of checkpoints at most."""
+    begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    groups = -(-begin.diff() // span)
+    most = B * -(-T // span) if cu_seqlens is None else T // span + len(begin) - 1
+    return begin, groups.cumsum(0) - groups, most
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B,T,H,n] such that elements and heads are neighbours and all B * T tokens are the same stride apart."""
+    B, T, H, n = x.shape
+    even = x.stride(-1) == 1 and (H == 1 or x.stride(2) == n) and (B == 1 or x.stride(0) == T * x.stride(1))
+    return x if even else x.contiguous()
+
+
+def _check(code: int) -> None:
+    if code == 1:
+        raise MemoryError("retention found no memory for its work space")
+    if code == 2:
+        raise ValueError("log_decay must be at most 0 everywhere, got a larger one or NaN")
+
+
+def _run(function: str, **fields) -> None:
+    tensors = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
+    call = Call(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in fields.items()})
+    _check(getattr(_library(), function)(ctypes.byref(call)))
+    del tensors  # kept alive until here
+
+
+def _common(q, k, v, log_decay, state, scale, chunk_size, begin, first) -> dict:
+    _, _, H, K = q.shape
+    return dict(
+        N=len(begin) - 1, H=H, K=K, V=v.shape[-1], C=chunk_size, group=GROUP, scale=scale,
+        dtype=DTYPES.index(q.dtype), pair=int(q.dtype == torch.bfloat16 and _library().can_multiply_pairs()),
+        per_token=int(log_decay.ndim == 3), threads=torch.get_num_threads(), begin=begin, first_checkpoint=first,
+        q=q, k=k, v=v, q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
+        log_decay=log_decay.contiguous(), state=state.contiguous(),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("retentive::cpu", mutates_args=())
+def cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints); those are empty unless `keep`, which a backward pass needs."""
+    B, T, H, K = q.shape
+    begin, first, most = _chunks(cu_seqlens, B, T, chunk_size * GROUP)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = torch.empty(v.shape, dtype=v.dtype)
+    final, checkpoints = torch.empty(state.shape), torch.empty(most if keep else 0, H, K, v.shape[-1])
+    _run(
+        "retention_forward", **_common(q, k, v, log_decay, state, scale, chunk_size, begin, first),
+        o=o, final=final, checkpoints=checkpoints if keep else None,
+    )  # fmt: skip
+    return o, final, checkpoints
+
+
+@torch.library.custom_op("retentive::cpu_backward", mutates_args=())
+def cpu_backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    checkpoints: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    begin, first, _ = _chunks(cu_seqlens, q.shape[0], q.shape[1], chunk_size * GROUP)
+    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dlog_decay = torch.empty(log_decay.shape if log_decay.ndim == 3 else 0)
+    dinitial = torch.empty(state.shape)
+    _run(
+        "retention_backward", **_common(q, k, v, log_decay, state, scale, chunk_size, begin, first),
+        dout=do, do_stride=do.stride(1), dstate=dstate.contiguous(), checkpoints=checkpoints,
+        dq=dq, dk=dk, dv=dv, dlog_decay=dlog_decay, dinitial=dinitial,
+    )  # fmt: skip
+    return dq, dk, dv, dlog_decay, dinitial
+
+
+@cpu.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size, keep):
+    span, (B, T, H, K) = chunk_size * GROUP, q.shape
+    most = B * -(-T // span) if cu_seqlens is None else T // span + cu_seqlens.shape[0] - 1
+    checkpoints = state.new_empty(most if keep else 0, H, K, v.shape[-1])
+    return v.new_empty(v.shape), state.new_empty(state.shape), checkpoints
+
+
+@cpu_backward.register_fake
+def _(do, dstate, q, k, v, log_decay, state, checkpoints, cu_seqlens, scale, chunk_size):
+    dlog_decay = log_decay.new_empty(0 if log_decay.ndim == 1 else log_decay.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dlog_decay, state.new_empty(state.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, cu_seqlens, ctx.scale, ctx.chunk_size, _ = inputs
+    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, do, dstate, _):
+    dq, dk, dv, dlog_decay, dinitial = cpu_backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
+    return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None, None
+
+
+cpu.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_derivative(cpu_backward)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`step.step` in one pass over the state.
+
+    Raises:
+        ValueError: a log decay above 0, or NaN.
+    """
+    B, H, K = q.shape
+    q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous()
+    o = torch.empty_like(v)
+    call = Step(
+        B, H, K, v.shape[-1], ring.k.shape[2], DTYPES.index(q.dtype), torch.get_num_threads(),
+        H if log_decay.ndim == 2 else 0, scale, q.data_ptr(), k.data_ptr(), v.data_ptr(), log_decay.data_ptr(),
+        ring.state.data_ptr(), ring.k.data_ptr(), ring.v.data_ptr(), o.data_ptr(), ring.log_decay.data_ptr(),
+        ring.written.data_ptr(), ring.folded.data_ptr(),
+    )  # fmt: skip
+    _check(_library().retention_step(ctypes.byref(call)))
+    return o

@@ -1,0 +1,125 @@
+"""One token in place: the state is read once and seldom written, because the last tokens wait in a ring.
+
+    o  = scale * ( exp(G) q S  +  sum_j exp(G - G_j) (q k_j) v_j )      G_j = log decay from the state to token j
+    S' = exp(G_F) S + sum_{j<=F} exp(G_F - G_j) k_j v_j^T               when the ring is full: its older half, F tokens
+
+A decoding step is bound by memory: it reads K x V numbers to do two operations with each. The plain recurrence also
+writes as many. Here they are written once in F steps, for the price of a few rows of k and v. The tokens in the ring
+can be taken back, F of them always (once so many have come), which is what speculative decoding needs.
+
+Token t lies in slot t mod R, R = 2 F. Tokens before `folded` are in the state, the others in the ring.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from retentive.ops.blocked import FORGOTTEN
+
+
+def slots(K: int, V: int) -> int:
+    """Slots R for which the fewest bytes move: a fold writes K V numbers, a step reads 3/4 R rows of K + V."""
+    ideal = (K * V / (1.5 * (K + V))) ** 0.5
+    return 2 * max(2 ** round(math.log2(ideal)), 2)
+
+
+@dataclass
+class Ring:
+    """The state of B sequences while they are decoded: a state, and the tokens that are not yet in it."""
+
+    state: Tensor
+    """`[B,H,K,V]`, float32 or float64: the tokens before `folded`."""
+    k: Tensor
+    """`[B,H,R,K]`, in the dtype of the inputs."""
+    v: Tensor
+    """`[B,H,R,V]`."""
+    log_decay: Tensor
+    """`[B,H,R]`, in the dtype of the state."""
+    written: Tensor
+    """int64 `[B]`: tokens since the ring was opened."""
+    folded: Tensor
+    """int64 `[B]`: how many of them are in the state."""
+
+    @staticmethod
+    def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
+        """A ring over `state` `[B,H,K,V]`, which is its own from now on, for k and v of `dtype`.
+
+        Args:
+            size: slots, even; by default such that the fewest bytes move.
+        """
+        B, H, K, V = state.shape
+        R = slots(K, V) if size is None else size
+        if R < 2 or R % 2:
+            raise ValueError(f"a ring needs an even number of slots, got {R}")
+        zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
+        k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
+        return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
+        """`f` of every tensor; all have the sequences first."""
+        return Ring(*(f(getattr(self, field.name)) for field in fields(self)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens in the ring, oldest first: k `[B,H,R,K]` and v, zeros after the last one; G_j `[B,H,R]`."""
+        R = self.k.shape[2]
+        age_BR = torch.arange(R, device=self.k.device)
+        slot_BHR = ((self.folded[:, None] + age_BR) % R)[:, None].expand(self.log_decay.shape)
+        free_BHR = (age_BR >= (self.written - self.folded)[:, None])[:, None].expand(slot_BHR.shape)
+        k, v = (
+            x.gather(2, slot_BHR[..., None].expand(x.shape)).masked_fill(free_BHR[..., None], 0).to(self.state.dtype)
+            for x in (self.k, self.v)
+        )
+        return k, v, self.log_decay.gather(2, slot_BHR).masked_fill(free_BHR, 0).cumsum(-1)
+
+    def to_state(self) -> Tensor:
+        """The state after all tokens, `[B,H,K,V]`; the ring stays as it is."""
+        return self._fold(self.state, self.written - self.folded)
+
+    def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it."""
+        k_BHRK, v_BHRV, since_BHR = self.held()
+        last_B11 = (tokens - 1)[:, None, None]
+        later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
+        whole_BH1 = since_BHR.gather(2, last_B11.clamp(min=0).expand(*since_BHR.shape[:2], 1))
+        whole_BH1 = torch.where(last_B11 < 0, 0, whole_BH1)
+        weight_BHR = (whole_BH1 - since_BHR).masked_fill(later_BHR, -torch.inf).exp()
+        return whole_BH1.exp()[..., None] * state + (k_BHRK * weight_BHR[..., None]).mT @ v_BHRV
+
+    def rollback(self, tokens: int | Tensor) -> None:
+        """Takes back the last `tokens` tokens (an integer, or `[B]`).
+
+        Raises:
+            ValueError: more than the ring holds, or fewer than none.
+        """
+        held = self.written - self.folded
+        tokens = torch.as_tensor(tokens, device=held.device)
+        if bool(((tokens < 0) | (tokens > held)).any()):
+            raise ValueError(f"the ring holds {held.tolist()} tokens, cannot take back {tokens.tolist()} of them")
+        self.written -= tokens
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`o` `[B,H,V]` after one more token, which is put into the ring; the arguments are those of `retention_step`."""
+    R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
+    slot = ring.written % R
+    ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v
+    ring.log_decay[rows, :, slot] = log_decay.clamp(min=FORGOTTEN).expand(q.shape[:2])
+    ring.written += 1
+    q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
+    k_BHRK, v_BHRV, since_BHR = ring.held()
+    whole_BH1 = since_BHR[..., -1:]
+    score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
+    o = whole_BH1.exp()[..., None] * (q_BH1K @ ring.state) + score_BH1R @ v_BHRV
+    full = (ring.written - ring.folded == R).nonzero().squeeze(1)
+    if len(full):
+        ripe = ring.map(lambda x: x[full])
+        ring.state[full] = ripe._fold(ripe.state, torch.full_like(full, R // 2))
+        ring.folded[full] += R // 2
+    return o.squeeze(2).to(v.dtype)
