@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from retentive.layers.norm import RMSNorm
 from retentive.layers.place import Place
-from retentive.ops import decay as decays
 from retentive.ops import Ring, retention, retention_step, rotary
+from retentive.ops import decay as decays
 
 
 class Shared(NamedTuple):

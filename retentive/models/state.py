@@ -30,7 +30,7 @@ class RetentionState:
     """The states of all retention layers: the same size after 10 tokens and after 10 million."""
 
     layers: Sequence[Tensor | Ring]
-    """`[N,H,K,V]` of each layer; float32, or float64 in a float64 model. While tokens are decoded one by one, a ring."""
+    """`[N,H,K,V]` of each layer, float32 (float64 in a float64 model); a ring while tokens are decoded one by one."""
     position: Tensor
     """int64 `[N]`."""
 

@@ -273,7 +273,7 @@ def refuse_second_derivative(backward) -> None:
 
     def refuse(ctx, *gradients):
         raise RuntimeError(
-            "retention has no second derivative here (create_graph=True): backend='reference' has, at the cost of memory"
+            "retention has no second derivative here (create_graph=True): use backend='reference', which has one"
         )
 
     backward.register_autograd(refuse)

@@ -15,9 +15,9 @@ chunks in order, with its state in the cache, and tasks share nothing, so result
 The backward pass goes from the last chunk to the first. It needs S before each of them: forward leaves one state for
 every GROUP chunks, and the others of a group are computed again when it is entered.
 
-Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products are made of 32-bit units along the
-dimension that is summed: one float, or a pair of bfloat16 (`pair`, where the inputs are bfloat16 and the CPU multiplies
-pairs). An operand is laid out as
+Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products are made of 32-bit units along
+the dimension that is summed: one float, or a pair of bfloat16 (`pair`, where the inputs are bfloat16 and the CPU
+multiplies pairs). An operand is laid out as
     rows      [m][r]                 unit r of row m: the left operand
     panels    [n / NC][r][n % NC]    the right operand, or the left one transposed
 Sums are float32, and so are S, dS, decays and all that is not an operand.
@@ -47,7 +47,12 @@ enum { LANES = 4, MR = 8 };
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
-enum { NC = 2 * LANES, DEPTH = 256 }; /* columns of a panel; units summed at once: a panel of them stays in L1 */
+enum {
+    NC = 2 * LANES,                      /* columns of a panel */
+    WHOLE = LANES > MR ? LANES : MR,     /* K and V are padded to a multiple of it */
+    DEPTH = 256,                         /* units summed at once: a panel of so many stays in the first cache */
+    MOST_GROUP = 16
+};
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -134,7 +139,8 @@ INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char
 /* one row's neighbours in pairs: [cols] -> units [cols / 2]; cols a multiple of LANES */
 INLINE void pair_row(const float *x, i64 cols, float *to) {
 #ifdef __AVX512BF16__
-    for (i64 j = 0; j < cols; j += 16) _mm256_storeu_si256((__m256i *)(to + j / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+    for (i64 j = 0; j < cols; j += 16)
+        _mm256_storeu_si256((__m256i *)(to + j / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
 #else
     for (i64 j = 0; j < cols; j++) ((uint16_t *)to)[j] = to_bf16(x[j]);
 #endif
@@ -247,10 +253,11 @@ INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 un
                 if (shape == UP_TO_ROW) last = smaller(last, row_end);
                 if (shape == FROM_ROW && first < row) first = row;
                 if (last < first) last = first;
-                const float *a = transposed ? A.p + m / NC * NC * A.depth + m % NC + first * NC : A.p + m * A.depth + first;
-                i64 am = transposed ? 1 : A.depth, ar = transposed ? NC : 1;
+                const float *a = A.p + (transposed ? m / NC * NC * A.depth + m % NC + first * NC : m * A.depth + first);
                 const float *b = B.p + n * B.depth + first * NC;
-                const float *init = begin ? to.p + at : from ? from + at : NULL, *factor = begin || !beta ? one : beta + m;
+                const float *init = begin ? to.p + at : from ? from + at : NULL;
+                const float *factor = begin || !beta ? one : beta + m;
+                i64 am = transposed ? 1 : A.depth, ar = transposed ? NC : 1;
                 if (N - n > LANES) tile(pair, 2, last - first, a, am, ar, b, init, factor, to.p + at, to.ld);
                 else tile(pair, 1, last - first, a, am, ar, b, init, factor, to.p + at, to.ld);
             }
@@ -313,7 +320,7 @@ static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     d->count = count;
 }
 
-/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, so that a NaN stays in its future */
+/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, so that a NaN stays in its time */
 static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
     for (i64 i = 0; i < rows; i++, score += c->C) {
         i64 width = round_up(i / MR * MR + MR, NC);
@@ -342,8 +349,8 @@ typedef struct {
     float *q_rows, *k_rows, *v_rows, *dout_rows, *score_rows, *dscore_rows; /* operands */
     float *q_panels, *k_panels, *v_panels, *dout_panels, *score_panels, *dscore_panels, *kT_panels, *vT_panels;
     float *kend_rows, *kend_panels, *qstart_panels, *S_panels, *dS_panels, *dST_panels;
-    float *S, *dS, *dST, *dG; /* S, dS: panels of [K][V]; dST: of [V][K] */
-    float **ST, **ST_panels;  /* before each chunk of a group, panels of [V][K] */
+    float *S, *dS, *dST, *dG;                      /* S, dS: panels of [K][V]; dST: of [V][K] */
+    float *ST[MOST_GROUP], *ST_panels[MOST_GROUP]; /* before each chunk of a group, panels of [V][K] */
 } Space;
 
 static float *take(char **at, i64 floats) {
@@ -354,36 +361,28 @@ static float *take(char **at, i64 floats) {
 
 /* lays out a space from `at` on, returns its end */
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
-    i64 C = c->C, K = s->K = round_up(c->K, LANES > MR ? LANES : MR), V = s->V = round_up(c->V, LANES > MR ? LANES : MR);
-    i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), KV = round_up(K, NC) * round_up(V, NC), wide = K > V ? K : V;
+    i64 C = c->C, K = s->K = round_up(c->K, WHOLE), V = s->V = round_up(c->V, WHOLE), wide = K > V ? K : V;
+    i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), CC = C * C, KV = round_up(K, NC) * round_up(V, NC);
     Decays *d = &s->decays;
     d->wide = wide, d->count = 0;
-    d->start = take(&at, C), d->end = take(&at, C), d->total = take(&at, wide), d->lag = take(&at, 2 * C), d->since = take(&at, C);
-    float **of_CK[] = {&s->q, &s->k, &s->q_rows, &s->k_rows, &s->kT_panels, &s->kend_panels};
-    float **of_CV[] = {&s->v, &s->v_panels};
-    float **of_CK2[] = {&s->q_panels, &s->k_panels, &s->kend_rows, &s->qstart_panels};
-    float **of_CV2[] = {&s->dout, &s->v_rows, &s->dout_rows, &s->dout_panels, &s->vT_panels};
-    for (int i = 0; i < 6; i++) *of_CK[i] = take(&at, CK);
-    for (int i = 0; i < 2; i++) *of_CV[i] = take(&at, CV);
-    s->out = take(&at, CK > CV ? CK : CV), s->score = take(&at, C * C), s->score_rows = take(&at, C * C);
+    d->start = take(&at, C), d->end = take(&at, C), d->since = take(&at, C);
+    d->total = take(&at, wide), d->lag = take(&at, 2 * C);
+    s->q = take(&at, CK), s->q_rows = take(&at, CK);
+    s->k = take(&at, CK), s->k_rows = take(&at, CK), s->kT_panels = take(&at, CK), s->kend_panels = take(&at, CK);
+    s->v = take(&at, CV), s->v_panels = take(&at, CV), s->out = take(&at, CK > CV ? CK : CV);
+    s->score = take(&at, CC), s->score_rows = take(&at, CC);
     s->S = take(&at, KV), s->S_panels = c->pair ? take(&at, KV / 2) : s->S;
     if (!backward) return at;
-    for (int i = 0; i < 4; i++) *of_CK2[i] = take(&at, CK);
-    for (int i = 0; i < 5; i++) *of_CV2[i] = take(&at, CV);
-    s->dscore = take(&at, C * C), s->dscore_rows = take(&at, C * C);
-    s->score_panels = take(&at, C * C), s->dscore_panels = take(&at, C * C), s->dG = take(&at, C);
+    s->q_panels = take(&at, CK), s->qstart_panels = take(&at, CK);
+    s->k_panels = take(&at, CK), s->kend_rows = take(&at, CK);
+    s->v_rows = take(&at, CV), s->vT_panels = take(&at, CV);
+    s->dout = take(&at, CV), s->dout_rows = take(&at, CV), s->dout_panels = take(&at, CV);
+    s->score_panels = take(&at, CC), s->dscore = take(&at, CC);
+    s->dscore_rows = take(&at, CC), s->dscore_panels = take(&at, CC), s->dG = take(&at, C);
     s->dS = take(&at, KV), s->dS_panels = c->pair ? take(&at, KV / 2) : s->dS;
     s->dST = c->pair && !c->per_token ? NULL : take(&at, KV), s->dST_panels = c->pair ? take(&at, KV / 2) : s->dST;
-    s->ST = (float **)take(&at, 2 * c->group), s->ST_panels = (float **)take(&at, 2 * c->group);
-    return at; /* ST themselves follow: see arrange_group */
-}
-
-static char *arrange_group(const Call *c, Space *s, char *at, int write) {
-    i64 KV = round_up(s->K, NC) * round_up(s->V, NC);
-    for (i64 g = 0; g < c->group; g++) {
-        float *whole = take(&at, KV), *pairs = c->pair ? take(&at, KV / 2) : whole;
-        if (write) s->ST[g] = whole, s->ST_panels[g] = pairs;
-    }
+    for (i64 g = 0; g < c->group; g++)
+        s->ST[g] = take(&at, KV), s->ST_panels[g] = c->pair ? take(&at, KV / 2) : s->ST[g];
     return at;
 }
 
@@ -400,13 +399,9 @@ static void *space_of_thread_with(i64 bytes) {
 }
 
 static int get_space(const Call *c, int backward, Space *s) {
-    char *end = arrange(c, backward, s, NULL);
-    if (backward) end = arrange_group(c, s, end, 0);
-    char *at = space_of_thread_with((intptr_t)end);
-    if (!at) return 0;
-    at = arrange(c, backward, s, at);
-    if (backward) arrange_group(c, s, at, 1);
-    return 1;
+    char *at = space_of_thread_with((intptr_t)arrange(c, backward, s, NULL)); /* from 0 on, it ends at its size */
+    if (at) arrange(c, backward, s, at);
+    return at != NULL;
 }
 
 /* ---- states ---- */
@@ -414,12 +409,14 @@ static int get_space(const Call *c, int backward, Space *s) {
 static void read_state(const Call *c, const Space *s, const float *from, float *panels) { /* [K][V] -> panels */
     memset(panels, 0, round_up(s->V, NC) * s->K * 4);
     for (i64 n = 0; n < c->V; n += NC)
-        for (i64 k = 0; k < c->K; k++) memcpy(panels + n * s->K + k * NC, from + k * c->V + n, smaller(NC, c->V - n) * 4);
+        for (i64 k = 0; k < c->K; k++)
+            memcpy(panels + n * s->K + k * NC, from + k * c->V + n, smaller(NC, c->V - n) * 4);
 }
 
 static void write_state(const Call *c, const Space *s, const float *panels, float *to) {
     for (i64 n = 0; n < c->V; n += NC)
-        for (i64 k = 0; k < c->K; k++) memcpy(to + k * c->V + n, panels + n * s->K + k * NC, smaller(NC, c->V - n) * 4);
+        for (i64 k = 0; k < c->K; k++)
+            memcpy(to + k * c->V + n, panels + n * s->K + k * NC, smaller(NC, c->V - n) * 4);
 }
 
 /* pairs of rows of float panels [cols / NC][rows][NC] */
@@ -437,7 +434,11 @@ INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 un
     (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
 }
 
-#define AT(x, stride, t, h, n) element(c->x, c->dtype, (t) * c->stride + (h) * (n))
+/* head h of an input as padded rows from token t on; the same back to a result, which is contiguous [tokens,H,n] */
+#define READ(x, stride, t, count, n, to, width, rows)                                                          \
+    read_rows(c->dtype, element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n, to, width, rows)
+#define WRITE(x, from, width, t, count, n) \
+    write_rows(c->dtype, from, width, count, n, (void *)element(c->x, c->dtype, ((t) * c->H + h) * (n)), c->H * (n))
 
 static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
     i64 C = c->C, K = s->K, V = s->V, begin = c->begin[n], end = c->begin[n + 1], Ku = c->pair ? K / 2 : K;
@@ -450,9 +451,9 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
         if (c->checkpoints && chunk % c->group == 0)
             write_state(c, s, s->S, c->checkpoints + ((c->first_checkpoint[n] + chunk / c->group) * c->H + h) * KV);
         set_decays(c, &s->decays, t, h, count);
-        read_rows(c->dtype, AT(q, q_stride, t, h, c->K), c->q_stride, count, c->K, s->q, K, rows);
-        read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, count, c->K, s->k, K, rows);
-        read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, count, c->V, s->v, V, rows);
+        READ(q, q_stride, t, count, c->K, s->q, K, rows);
+        READ(k, k_stride, t, count, c->K, s->k, K, rows);
+        READ(v, v_stride, t, count, c->V, s->v, V, rows);
         Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
         as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
         as_panels(c->pair, s->v, V, rows, V, s->v_panels);
@@ -464,7 +465,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
         Result o = {s->out, V, NC};
         multiply(c, FULL, rows, V, Ku, q_rows, (Operand){s->S_panels, Ku}, NULL, NULL, o);
         multiply(c, UP_TO_ROW, rows, V, units, score_rows, v_panels, s->out, s->decays.start, o);
-        write_rows(c->dtype, s->out, V, count, c->V, (void *)element(c->o, c->dtype, (t * c->H + h) * c->V), c->H * c->V);
+        WRITE(o, s->out, V, t, count, c->V);
 
         scale_rows(s->k, rows, K, s->decays.end);
         as_panels(c->pair, s->k, K, rows, K, s->kend_panels);
@@ -476,7 +477,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
 }
 
 /* S^T before each of the chunks of a group that begins at token t */
-static void states_of_group(const Call *c, Space *s, i64 n, i64 h, i64 t, i64 end, i64 checkpoint) {
+static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 checkpoint) {
     i64 K = s->K, V = s->V, C = c->C;
     memset(s->ST[0], 0, round_up(K, NC) * V * 4);
     as_panels_of_transpose(c->checkpoints + (checkpoint * c->H + h) * c->K * c->V, c->V, c->K, c->V, s->ST[0], V);
@@ -484,23 +485,24 @@ static void states_of_group(const Call *c, Space *s, i64 n, i64 h, i64 t, i64 en
         if (c->pair) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
         if (g + 1 == c->group || t + C >= end) break;
         set_decays(c, &s->decays, t, h, C);
-        read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, C, c->K, s->k, K, C);
-        read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, C, c->V, s->v, V, C);
+        READ(k, k_stride, t, C, c->K, s->k, K, C);
+        READ(v, v_stride, t, C, c->V, s->v, V, C);
         scale_rows(s->k, C, K, s->decays.end);
         as_panels(c->pair, s->k, K, C, K, s->kend_panels);
         as_panels(c->pair, s->v, V, C, V, s->v_panels);
         i64 units = c->pair ? C / 2 : C;
-        multiply_transposed(c, FULL, V, K, units, (Operand){s->v_panels, units}, (Operand){s->kend_panels, units}, s->ST[g],
-                            s->decays.total, (Result){s->ST[g + 1], NC, V * NC});
+        Operand v_panels = {s->v_panels, units}, kend_panels = {s->kend_panels, units};
+        multiply_transposed(c, FULL, V, K, units, v_panels, kend_panels, s->ST[g], s->decays.total,
+                            (Result){s->ST[g + 1], NC, V * NC});
     }
-    (void)n;
 }
 
 /* the operands that are made of dS: its panels, and those of its transpose */
 static void operands_of_dS(const Call *c, Space *s) {
     i64 K = s->K, V = s->V;
     if (!c->pair || c->per_token)
-        for (i64 n = 0; n < V; n += NC) as_panels_of_transpose(s->dS + n * K, NC, K, smaller(NC, V - n), s->dST + n * NC, V);
+        for (i64 n = 0; n < V; n += NC)
+            as_panels_of_transpose(s->dS + n * K, NC, K, smaller(NC, V - n), s->dST + n * NC, V);
     if (!c->pair) return;
     pair_panels(s->dS, K, V, s->dS_panels);
     for (i64 n = 0; n < V; n += NC) {
@@ -524,11 +526,12 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
     const Decays *d = &s->decays;
     set_decays(c, &s->decays, t, h, count);
-    read_rows(c->dtype, AT(q, q_stride, t, h, c->K), c->q_stride, count, c->K, s->q, K, rows);
-    read_rows(c->dtype, AT(k, k_stride, t, h, c->K), c->k_stride, count, c->K, s->k, K, rows);
-    read_rows(c->dtype, AT(v, v_stride, t, h, c->V), c->v_stride, count, c->V, s->v, V, rows);
-    read_rows(c->dtype, AT(dout, do_stride, t, h, c->V), c->do_stride, count, c->V, s->dout, V, rows);
-    Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku}, v_rows = {as_rows(c->pair, s->v, rows, V, s->v_rows), Vu};
+    READ(q, q_stride, t, count, c->K, s->q, K, rows);
+    READ(k, k_stride, t, count, c->K, s->k, K, rows);
+    READ(v, v_stride, t, count, c->V, s->v, V, rows);
+    READ(dout, do_stride, t, count, c->V, s->dout, V, rows);
+    Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
+    Operand v_rows = {as_rows(c->pair, s->v, rows, V, s->v_rows), Vu};
     Operand dout_rows = {as_rows(c->pair, s->dout, rows, V, s->dout_rows), Vu};
     as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
     as_panels_of_transpose(v_rows.p, Vu, rows, Vu, s->vT_panels, Vu);
@@ -558,7 +561,7 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     if (c->per_token)
         for (i64 i = 0; i < count; i++) s->dG[i] += d->start[i] * dot(s->q + i * K, s->out + i * K, K);
     multiply(c, UP_TO_ROW, rows, K, units, dscore_rows, k_panels, s->out, d->start, dq);
-    write_rows(c->dtype, s->out, K, count, c->K, (void *)element(c->dq, c->dtype, (t * c->H + h) * c->K), c->H * c->K);
+    WRITE(dq, s->out, K, t, count, c->K);
 
     multiply(c, FULL, rows, K, Vu, v_rows, (Operand){s->dST_panels, Vu}, NULL, NULL, dk);
     if (c->per_token) {
@@ -568,19 +571,22 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
             s->dG[i] -= x, kept += x;
         }
         for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
-            for (i64 r = 0; r < V; r++) kept += d->total[0] * dot(s->ST[g] + n * V + r * NC, s->dST + n * V + r * NC, smaller(NC, K - n));
+            for (i64 r = 0; r < V; r++) {
+                i64 at = n * V + r * NC;
+                kept += d->total[0] * dot(s->ST[g] + at, s->dST + at, smaller(NC, K - n));
+            }
         s->dG[count - 1] += kept;
         float sum = 0;
         for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];
     }
     multiply_transposed(c, FROM_ROW, rows, K, units, (Operand){s->dscore_panels, units}, q_panels, s->out, d->end, dk);
-    write_rows(c->dtype, s->out, K, count, c->K, (void *)element(c->dk, c->dtype, (t * c->H + h) * c->K), c->H * c->K);
+    WRITE(dk, s->out, K, t, count, c->K);
 
     scale_rows(s->k, rows, K, d->end);
     Operand kend_rows = {as_rows(c->pair, s->k, rows, K, s->kend_rows), Ku};
     multiply(c, FULL, rows, V, Ku, kend_rows, (Operand){s->dS_panels, Ku}, NULL, NULL, dv);
     multiply_transposed(c, FROM_ROW, rows, V, units, (Operand){s->score_panels, units}, dout_panels, s->out, NULL, dv);
-    write_rows(c->dtype, s->out, V, count, c->V, (void *)element(c->dv, c->dtype, (t * c->H + h) * c->V), c->H * c->V);
+    WRITE(dv, s->out, V, t, count, c->V);
 
     scale_rows(s->q, rows, K, d->start);
     as_panels(c->pair, s->q, K, rows, K, s->qstart_panels);
@@ -596,18 +602,19 @@ static void backward_head(const Call *c, Space *s, i64 n, i64 h) {
     operands_of_dS(c, s);
     for (i64 group = (end - begin - 1) / span; group >= 0; group--) {
         i64 first = begin + group * span, chunks = smaller(c->group, (end - first + C - 1) / C);
-        states_of_group(c, s, n, h, first, end, c->first_checkpoint[n] + group);
-        for (i64 g = chunks - 1; g >= 0; g--) backward_chunk(c, s, h, first + g * C, smaller(C, end - first - g * C), g);
+        states_of_group(c, s, h, first, end, c->first_checkpoint[n] + group);
+        for (i64 g = chunks - 1; g >= 0; g--)
+            backward_chunk(c, s, h, first + g * C, smaller(C, end - first - g * C), g);
     }
     write_state(c, s, s->dS, c->dinitial + (n * c->H + h) * c->K * c->V);
 }
 
-/* Large results are fresh memory, which the kernel hands out page by page as it is first written to; at 4 KB a page that
-   took as long as the arithmetic (docs/LOG.md). */
+/* Large results are fresh memory, which the kernel hands out page by page as it is first written to; with pages of 4 KB
+   that took as long as the arithmetic (docs/LOG.md). Advice: no harm where it is not taken. */
 static void in_large_pages(const void *p, i64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    uintptr_t page = 1 << 21, first = ((uintptr_t)p + page - 1) & ~(page - 1), end = ((uintptr_t)p + bytes) & ~(page - 1);
-    if (p && end > first) madvise((void *)first, end - first, MADV_HUGEPAGE); /* advice: no harm where it is not taken */
+    uintptr_t page = 1 << 21, first = round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
+    if (p && end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
 #else
     (void)p, (void)bytes;
 #endif
@@ -616,9 +623,11 @@ static void in_large_pages(const void *p, i64 bytes) {
 /* 0, or 1 when there was no memory */
 static int for_each_head(const Call *c, int backward) {
     int failed = 0;
-    i64 elements = c->begin[c->N] * c->H, size = c->dtype == 0 ? 4 : 2;
+    i64 elements = c->begin[c->N] * c->H, size = c->dtype == 0 ? 4 : 2, span = c->C * c->group, last = c->N - 1;
+    i64 checkpoints = c->first_checkpoint[last] + (c->begin[c->N] - c->begin[last] + span - 1) / span;
     in_large_pages(c->o, elements * c->V * size), in_large_pages(c->dv, elements * c->V * size);
     in_large_pages(c->dq, elements * c->K * size), in_large_pages(c->dk, elements * c->K * size);
+    if (!backward) in_large_pages(c->checkpoints, checkpoints * c->H * c->K * c->V * 4);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads)
     for (i64 task = 0; task < c->N * c->H; task++) {
         Space s;

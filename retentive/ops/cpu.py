@@ -28,33 +28,30 @@ GROUP = 4
 """Chunks from one state kept for the backward pass to the next."""
 
 
+def _fields(numbers: str, pointers: str) -> list[tuple[str, type]]:
+    """A C struct: numbers (int64), `scale` (double), pointers."""
+    return [
+        *((name, ctypes.c_int64) for name in numbers.split()),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+    ]
+
+
 class Call(ctypes.Structure):
     """struct Call of cpu.c."""
 
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in "N H K V C group dtype pair per_token threads".split()]
-        + [(name, ctypes.c_int64) for name in "q_stride k_stride v_stride do_stride".split()]
-        + [("scale", ctypes.c_double)]
-        + [
-            (name, ctypes.c_void_p)
-            for name in (
-                "begin first_checkpoint q k v dout log_decay state dstate checkpoints "
-                "o dq dk dv final dlog_decay dinitial"
-            ).split()
-        ]
+    _fields_ = _fields(
+        "N H K V C group dtype pair per_token threads q_stride k_stride v_stride do_stride",
+        "begin first_checkpoint q k v dout log_decay state dstate checkpoints o dq dk dv final dlog_decay dinitial",
     )
 
 
 class Step(ctypes.Structure):
     """struct Step of cpu.c."""
 
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in "B H K V slots dtype threads decay_stride".split()]
-        + [("scale", ctypes.c_double)]
-        + [
-            (name, ctypes.c_void_p)
-            for name in "q k v log_decay state ring_k ring_v o ring_decay written folded".split()
-        ]
+    _fields_ = _fields(
+        "B H K V slots dtype threads decay_stride",
+        "q k v log_decay state ring_k ring_v o ring_decay written folded",
     )
 
 
