@@ -6,6 +6,7 @@ function itself. A backend named by the caller never falls back; only "auto" cho
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -76,6 +77,26 @@ def run_reference(call: Call) -> tuple[Tensor, Tensor]:
         return torch.cat([o for o, _ in parts], 1).to(call.v.dtype), torch.cat([s for _, s in parts])
 
 
+def refuses_triton(call: Call) -> str | None:
+    if call.q.device.type != "cuda":
+        return f"it needs an NVIDIA GPU, and the tensors are on {call.q.device}"
+    if call.form in ("recurrent", "parallel"):
+        return f"it computes the chunkwise form, not the {call.form} one"
+    if find_spec("triton") is None:
+        return "it needs an extra: pip install 'retentive[triton]'"
+    from retentive.ops import triton as room
+
+    sequences = 0 if call.cu_seqlens is None else len(call.cu_seqlens) - 1
+    return room.refuses(call.q, call.v, call.chunk_size, sequences)
+
+
+def run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    from retentive.ops import triton as room
+
+    C = call.chunk_size or room.chunk_size(call.q)
+    return room.triton_retention(call.q, call.k, call.v, per_token(call), call.state, call.cu_seqlens, call.scale, C)
+
+
 def refuses_cpu(call: Call) -> str | None:
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device}"
@@ -116,6 +137,7 @@ def run_blocked(call: Call) -> tuple[Tensor, Tensor]:
 
 
 BACKENDS = {
+    "triton": Backend(refuses_triton, run_triton),
     "cpu": Backend(refuses_cpu, run_cpu),
     "blocked": Backend(refuses_blocked, run_blocked),
     "reference": Backend(lambda call: None, run_reference),
@@ -146,6 +168,13 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring:
         )
     if q.device.type == "cpu" and q.dtype in cpu_module.DTYPES and cpu_module.unavailable() is None:
         return cpu_module.step(q, k, v, log_decay, scale, ring)
+    if q.is_cuda and find_spec("triton") is not None:
+        from retentive.ops import triton as room
+
+        if room.refuses(q[:, None], v[:, None]) is None and ring.k.shape[2] <= room.MAX_R:
+            q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous()
+            parts = (ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded)
+            return room.step(q, k, v, log_decay, scale, *parts)
     with exactly(q.device):
         return step_module.step(q, k, v, log_decay, scale, ring)
 

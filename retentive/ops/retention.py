@@ -39,8 +39,9 @@ def retention(
         form: "parallel" (one T x T product), "recurrent" (token by token), "chunkwise" (parallel inside chunks,
             recurrent between them), or "auto". They return the same numbers.
         chunk_size: tokens in a chunk of the chunkwise form; by default chosen from K.
-        backend: "cpu" (compiled at first use), "blocked" (vectorised torch, any device), "reference" (one page, any
-            form), or "auto", the first of them that can. One that is named and cannot do the job raises.
+        backend: "triton" (NVIDIA GPUs), "cpu" (compiled at first use), "blocked" (vectorised torch, any device),
+            "reference" (one page, any form), or "auto", the first of them that can. One that is named and cannot do the
+            job raises.
         cu_seqlens: `[N+1]` integers from 0 to T, ascending: with B = 1, where the N sequences packed into the row begin
             and end. Each has its own state.
 

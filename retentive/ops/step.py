@@ -62,6 +62,15 @@ class Ring:
         """`f` of every tensor; all have the sequences first."""
         return Ring(*(f(getattr(self, field.name)) for field in fields(self)))
 
+    def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
+        """Sequence `source` of another ring, or of a state, over the one at `row`, in place."""
+        if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.k.dtype == self.k.dtype:
+            for field in fields(self):
+                getattr(self, field.name)[row] = getattr(other, field.name)[source]
+            return
+        whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
+        self.state[row], self.written[row], self.folded[row] = whole, 0, 0
+
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, field.name).nbytes for field in fields(self))

@@ -29,7 +29,7 @@ BAD = {
     "no-tokens": ({n: torch.randn(B, 0, H, K) for n in "qkv"}, "at least one row and one token"),
     "no-rows": ({n: torch.randn(0, T, H, K) for n in "qkv"}, "at least one row and one token"),
     "form": (dict(form="serial"), "unknown form 'serial', expected one of auto, parallel, recurrent, chunkwise"),
-    "backend": (dict(backend="cuda"), "unknown backend 'cuda', expected auto, cpu, blocked, reference"),
+    "backend": (dict(backend="cuda"), "unknown backend 'cuda', expected auto, triton, cpu, blocked, reference"),
     "backend-cannot": (dict(backend="blocked", form="recurrent"), "backend 'blocked' cannot do this: it"),
     "chunk-0": (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
     "chunk-negative": (dict(chunk_size=-3), "chunk_size must be at least 1, got -3"),

@@ -1,0 +1,122 @@
+"""Retention on NVIDIA GPUs, in Triton: what `backends.py` needs to know of this room.
+
+`triton_retention` and its backward pass are custom operators with the arguments of `blocked`; `refuses` says which
+calls they cannot take, `chunk_size` which chunk is best, `step` decodes one token (see `step.py`). Triton is an
+optional dependency: import this package only where it is wanted.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from retentive.ops.blocked import refuse_second_derivative
+from retentive.ops.triton import tiles
+from retentive.ops.triton.backward import chunkwise_backward
+from retentive.ops.triton.forward import chunkwise
+from retentive.ops.triton.step import MAX_R, step
+
+__all__ = ["MAX_R", "chunk_size", "refuses", "refuses_shapes", "step", "triton_retention", "triton_retention_backward"]
+
+MAX_K, MAX_V = 256, 512
+SHORTEST = 16
+MAX_INT = 2**31 - 1
+
+
+def chunk_size(q: Tensor) -> int:
+    """The chunk length of the tile table for tensors like q, which is also the longest that it takes."""
+    return tiles.tiles_for(q).chunk
+
+
+def refuses(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int = 0) -> str | None:
+    """Why this backend cannot take q `[B,T,H,K]` and v `[B,T,H,V]`, packed `sequences` in them; None if it can."""
+    if not q.is_cuda or torch.version.hip:
+        return f"it needs an NVIDIA GPU, and the tensors are on {q.device}"
+    if tiles.device_family(q.get_device()) is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        return f"it has no tiles for compute capability {major}.{minor}"
+    return refuses_shapes(q, v, chunk_size, sequences)
+
+
+def refuses_shapes(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int = 0) -> str | None:
+    """`refuses` but for the device."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, bfloat16 and float16, not {q.dtype}"
+    if K > MAX_K or V > MAX_V:
+        return f"its heads have K up to {MAX_K} and V up to {MAX_V}, not {K} and {V}"
+    if q.element_size() == 2 and (K % 2 or V % 2):
+        return f"16-bit heads need even K and V, got {K} and {V}"  # copies of single 16-bit elements have been faulty
+    longest = tiles.tiles_for(q).chunk
+    C = longest if chunk_size is None else chunk_size
+    if not SHORTEST <= C <= longest or C & (C - 1):
+        return f"chunk_size must be a power of two from {SHORTEST} to {longest} here, got {C}"
+    row = tiles.tiles_for(q, C)
+    slots, widest = B * triton.cdiv(T, C) + sequences, triton.cdiv(max(K, V), min(row.read.columns, max(K, V)))
+    programs = H * max(slots * widest, max(B, sequences) * row.scan.within(K, V).needed(K, V))
+    if programs > MAX_INT or B * T > MAX_INT or C * H * max(K, V) > MAX_INT:
+        return f"B {B}, T {T} and H {H} are more than its grids and tiles can count"
+    return None
+
+
+@torch.library.custom_op("retentive::triton", mutates_args=())
+def triton_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """(o `[B,T,H,V]`, state `[N,H,K,V]`); the arguments are those of `blocked`."""
+    with torch.cuda.device_of(q):
+        return chunkwise(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
+
+
+@torch.library.custom_op("retentive::triton_backward", mutates_args=())
+def triton_retention_backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    with torch.cuda.device_of(q):
+        return chunkwise_backward(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
+
+
+@triton_retention.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(
+        state, memory_format=torch.contiguous_format
+    )
+
+
+@triton_retention_backward.register_fake
+def _(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+    dq, dk, dv, dinitial = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, state))
+    dlog_decay = log_decay.new_empty(0 if log_decay.ndim == 1 else log_decay.shape)
+    return dq, dk, dv, dlog_decay, dinitial
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, do, dstate):
+    gradients = triton_retention_backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
+    dq, dk, dv, dlog_decay, dinitial = gradients
+    return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None
+
+
+triton_retention.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_derivative(triton_retention_backward)

@@ -1,0 +1,78 @@
+"""Triton's interpreter, made to round as a GPU does: `enable()` before anything imports `retentive.ops.triton`.
+
+The interpreter of Triton 3.9 keeps bfloat16 as the integers of its bits. It multiplies those, and cuts float32 off
+where a GPU rounds to the nearest. Two of its functions are replaced for what the kernels here do: products and casts.
+Races, layouts, shared memory and TF32 it does not know.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+
+def enable() -> None:
+    """Imports the kernels interpreted. The environment stays as it is: other processes may want to compile."""
+    if "retentive.ops.triton" in sys.modules:
+        raise RuntimeError("the kernels have been imported already, and would be compiled")
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # noqa: F401  a launch imports it, and it looks at the variable too
+
+    _interpret_the_language()
+    import retentive.ops.triton  # noqa: F401
+
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+    _round_bfloat16()
+
+
+def _interpret_the_language() -> None:
+    """`tl.sum` and its like are kernels too, to be compiled if something has imported Triton before (torch does)."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted: dict[int, InterpretedFunction] = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("triton.language"):
+            for key, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    replaced = interpreted.setdefault(id(value), InterpretedFunction(value.fn))
+                    setattr(module, key, replaced)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """float32 of the bits of bfloat16: the upper half of them."""
+    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, of two the even one."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.reshape(x.shape))
+
+
+def _round_bfloat16() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def new_convert(x, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widen(x)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return narrow(x)
+        return convert(x, source, target, rounding)
+
+    def new_dot(self, a, b, *rest):
+        wide = [
+            interpreter.TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        ]
+        return dot(self, *wide, *rest)
+
+    interpreter._convert_float = new_convert
+    interpreter.InterpreterBuilder.create_dot = new_dot

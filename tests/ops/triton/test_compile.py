@@ -1,0 +1,43 @@
+"""Every entry of the tile table compiles for its GPUs, and takes what it was chosen to take. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from retentive.ops.triton.tiles import TABLE
+
+KERNELS = (
+    24  # of an entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
+)
+STEPS = 2
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory) -> list[dict]:
+    """What compile_report.py says, from a process that compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, Path(__file__).with_name("compile_report.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm{}-{}".format(*row))
+def test_the_tiles_fit(row, reports):
+    arch, kind = row
+    found = [one for one in reports if (one["arch"], one["kind"]) == (arch, kind)]
+    assert len(found) == KERNELS + (STEPS if kind != "tf32" else 0)
+    for one in found:
+        assert one["spills"] == 0, one
+        assert one["shared"] <= one["limit"], one
+        assert one["registers"] <= 255, one
+        on_tensor_cores = kind != "ieee" and one["kernel"] != "token_step"
+        assert (one["tensor_core"] > 0) == on_tensor_cores, one
