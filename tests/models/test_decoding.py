@@ -7,7 +7,8 @@ against the other projects' logits (tests/checkpoint).
 import pytest
 import torch
 
-from retentive.models import RetentionState, RetNet, RetNetConfig, TransformerConfig
+from retentive.models import RetentionState, RetNet, RetNetConfig, TransformerConfig, load_state
+from retentive.ops import Ring
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -89,6 +90,41 @@ def test_in_float32_rescoring_and_decoding_agree(name, make, decode, same):
     model, ids = make(CONFIGS[name], torch.float32), ids_of(2, 40)
     want, _ = model(ids)
     same(decode(model, ids)[0], want, CLOSE)
+
+
+# a fresh ring, one about to fold, one that has folded: of heads of 12 it has 4 slots
+@pytest.mark.parametrize("T", [1, 3, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", ["retnet", "retnet-gated-decay", "retnet-key-dim"])
+@torch.no_grad()
+def test_a_state_amid_decoding_goes_on_whatever_is_done_to_it(name, dtype, T, make, decode, same, tmp_path):
+    """Selected, copied, saved or joined with others: each row as on its whole text, by single tokens and by several."""
+    model, ids, other = make(CONFIGS[name], dtype), ids_of(3, T), ids_of(1, 7)
+    state, joined = decode(model, ids)[1], decode(model, other)[1]
+    assert all(isinstance(x, Ring) for x in (*state.layers, *joined.layers))
+    before = [x.clone() for x in tensors(state)]
+    state.save(tmp_path / "state")
+    plain = model(other)[1]
+    branches = {
+        "select": (state.select(torch.tensor([2, 0, 0])), ids[[2, 0, 0]]),
+        "clone": (state.clone(), ids),
+        "detach": (state.clone().detach(), ids),
+        "to": (state.clone().to("cpu"), ids),
+        "load": (load_state(tmp_path / "state"), ids),
+        "cat": (RetentionState.cat([plain, state, joined]), [other[0], *ids, other[0]]),
+        "itself": (state, ids),
+    }
+    for what, (branch, texts) in branches.items():
+        if what != "itself":
+            same(tensors(state), before, 0, what)
+        more = ids_of(len(texts), 12)
+        one, branch = decode(model, more[:, :7], branch)
+        two, branch = model(more[:, 7:], branch)
+        assert branch.position.tolist() == [len(text) + 12 for text in texts]
+        for n, text in enumerate(texts):
+            want = model(torch.cat((text, more[n]))[None])[0][0, len(text) :]
+            got = torch.cat((one[n], two[n]))
+            same(got, want, EXACT if dtype == torch.float64 else CLOSE, f"{what}, row {n}")
 
 
 # spans of valid tokens: [B] pads right, [B,2] pads on any side
