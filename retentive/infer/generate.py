@@ -19,6 +19,8 @@ class Token(NamedTuple):
     id: int
     logprob: float
     """Natural log of its probability under the model, before temperature and filters."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log probabilities, where they were asked for."""
 
 
 @torch.no_grad()

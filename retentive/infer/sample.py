@@ -1,10 +1,11 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, min-p, repetition penalty; seeded.
+"""From logits to tokens: greedy, temperature, top-k, top-p, min-p, repetition penalty, bias; seeded, for many at once.
 
-Filters apply in the order of the field: repetition penalty, temperature, top-k, top-p, min-p.
+They apply in the order of the field: repetition penalty, bias, temperature, top-k, top-p, min-p. A sequence's tokens
+depend on its own logits and its own generator only, whatever else is picked in the same call.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class SamplingParams:
     """Only tokens at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Tokens seen before are made less likely: positive logits divided by it, negative ones multiplied (CTRL, 2019)."""
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens; -100 bans a token."""
     seed: int | None = None
     """The same seed gives the same tokens; None takes a new one."""
 
@@ -41,7 +44,7 @@ class SamplingParams:
 
 
 class Sampler:
-    """Picks tokens for one sequence. What it remembers (which tokens occurred) is bounded by the vocabulary."""
+    """What picking tokens for one sequence remembers: its generator, and which tokens occurred."""
 
     def __init__(self, params: SamplingParams, prompt: Tensor, vocab_size: int):
         self.params = params
@@ -54,30 +57,70 @@ class Sampler:
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[prompt.flatten().cpu()] = True
+        if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
+            raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
         """(token, its log probability under the model's own distribution) for logits `[vocab]`; one of `allowed`."""
-        logits = logits.float().cpu()
-        logprobs = logits.log_softmax(-1)
+        tokens, logprobs = pick(logits[None], [self], [allowed])
+        return tokens[0], float(logprobs[0, tokens[0]])
+
+    def adjusted(self, logits: Tensor, allowed: Sequence[int] | Tensor | None) -> Tensor:
+        """Logits `[vocab]` after penalty and bias, minus infinity where not allowed."""
         if self.seen is not None:
             penalty = self.params.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self.seen, penalised, logits)
-        if allowed is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(allowed), logits[list(allowed)])
-        if self.params.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probabilities = filtered(logits, self.params)
-            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
-        if self.seen is not None:
-            self.seen[token] = True
-        return token, float(logprobs[token])
+        if self.params.bias:
+            ids = torch.tensor(list(self.params.bias))
+            logits = logits.index_add(0, ids, torch.tensor(list(self.params.bias.values())))
+        if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        elif allowed is not None:
+            ids = torch.as_tensor(allowed)
+            logits = torch.full_like(logits, -torch.inf).index_copy_(0, ids, logits[ids])
+        return logits
+
+
+def pick(
+    logits: Tensor, samplers: Sequence[Sampler], allowed: Sequence[Sequence[int] | Tensor | None] | None = None
+) -> tuple[list[int], Tensor]:
+    """One token for each row of logits `[n, vocab]`, and the model's own log probabilities `[n, vocab]`.
+
+    Args:
+        allowed: for each row the tokens that may be picked, as ids or bool `[vocab]`; None for all.
+    """
+    logits = logits.float().cpu()
+    logprobs = logits.log_softmax(-1)
+    allowed = allowed or [None] * len(samplers)
+    rows = [
+        s.adjusted(row, a) if s.seen is not None or s.params.bias or a is not None else row
+        for s, row, a in zip(samplers, logits, allowed, strict=True)
+    ]
+    tokens = [0] * len(samplers)
+    drawn = [n for n, s in enumerate(samplers) if s.params.temperature > 0]
+    for n in set(range(len(samplers))) - set(drawn):
+        tokens[n] = int(rows[n].argmax())
+    if drawn:
+        cdf = torch.stack([filtered(rows[n], samplers[n].params) for n in drawn]).cumsum(-1, dtype=torch.float64)
+        u = torch.cat([torch.rand(1, generator=samplers[n].generator, dtype=torch.float64) for n in drawn])
+        # the first token whose sum exceeds u of the whole: one without probability never does
+        whole = cdf[:, -1]
+        below = torch.minimum(u * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+        for n, token in zip(drawn, torch.searchsorted(cdf, below[:, None], right=True), strict=True):
+            tokens[n] = int(token)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        if sampler.seen is not None:
+            sampler.seen[token] = True
+    return tokens, logprobs
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities `[vocab]` after temperature, top-k, top-p and min-p; the likeliest token always stays."""
-    ordered, order = torch.sort((logits - logits.max()) / params.temperature, descending=True, stable=True)
+    scaled = (logits - logits.max()) / params.temperature
+    if not params.top_k and params.top_p == 1 and not params.min_p:
+        return scaled.softmax(-1)
+    ordered, order = torch.sort(scaled, descending=True, stable=True)
     p = ordered.softmax(-1)
     keep = torch.ones_like(p, dtype=torch.bool)
     if params.top_k:

@@ -6,6 +6,8 @@ A state is handed to the model and a new one comes back. The one handed in is us
     position         int64 [N], tokens each sequence has had (padding does not count)
     nbytes           bytes its tensors hold
     select(rows)     the sequences `rows` (indices; repeated or reordered as for beam search)
+    view(n)          the first n sequences, in the same memory
+    put(row, other)  one sequence of another state over the one at `row`, in place
     cat(states)      sequences of several states in one
     clone() to(device) detach()
     save(path)       one safetensors file;  load_state(path) reads it
@@ -54,6 +56,27 @@ class RetentionState:
         """All sequences of `states`, in order."""
         columns = zip(*(s.tensors() for s in states), strict=True)
         return RetentionState([torch.cat(c) for c in columns], torch.cat([s.position for s in states]))
+
+    def view(self, n: int) -> "RetentionState":
+        """The first n sequences, in the same memory."""
+        return self._map(lambda x: x[:n])
+
+    def for_decoding(self, dtype: torch.dtype) -> "RetentionState":
+        """The same with every layer a ring for k and v of `dtype`: what is decoded then is written in place."""
+        return RetentionState([Ring.open(x, dtype) for x in self.tensors()], self.position)
+
+    def put(self, row: int, other: "RetentionState", source: int = 0) -> None:
+        """Sequence `source` of `other` over the one at `row`, in place."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(mine, Ring):
+                mine.put(row, theirs, source)
+            else:
+                mine[row] = theirs.to_state()[source] if isinstance(theirs, Ring) else theirs[source]
+        self.position[row] = other.position[source]
+
+    def reserve(self, slots: int) -> "RetentionState":
+        """Itself: it has room for any number of tokens."""
+        return self
 
     def clone(self) -> "RetentionState":
         return self._map(torch.clone)
@@ -116,6 +139,19 @@ class KVCache:
 
         keys, values = (join(zip(*(getattr(s, n) for s in states), strict=True)) for n in ("keys", "values"))
         return KVCache(keys, values, torch.cat([s.position for s in states]))
+
+    def view(self, n: int) -> "KVCache":
+        return self._map(lambda x: x[:n])
+
+    def for_decoding(self, dtype: torch.dtype) -> "KVCache":
+        return self
+
+    def put(self, row: int, other: "KVCache", source: int = 0) -> None:
+        """Needs the slots for it: `reserve` them before."""
+        used = int(other.position[source])
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine[row, :used] = theirs[source, :used]
+        self.position[row] = used
 
     def clone(self) -> "KVCache":
         return self._map(torch.clone)
