@@ -1,6 +1,10 @@
 """Pictures of measurements; matplotlib comes with the extra `plot`."""
 
+from collections.abc import Sequence
 from typing import Any
+
+STYLES = {"fp32": "-", "bf16": "--", "fp16": ":"}
+"""Lines of the dtypes."""
 
 
 def panels(title: str) -> tuple[Any, Any]:
@@ -9,10 +13,71 @@ def panels(title: str) -> tuple[Any, Any]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    figure, axes = grid(title, 1, 2)
+    return figure, axes[0]
+
+
+def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
+    """(figure, axes `[rows, columns]`), each of `size` inches.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen and keeps every figure
     except ImportError:
         raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     figure.suptitle(title)
-    return figure, figure.subplots(1, 2)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def tokens(n: int) -> str:
+    """8192 as 8k."""
+    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
+
+
+def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> None:
+    """Logarithmic axes with these ticks along x, and round numbers along y."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, names)
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}" if y < 1 else f"{y:,.0f}"))
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_minor_locator(NullLocator())
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+
+
+def linear(axis: Any) -> None:
+    """A y axis of fractions, from 0, with a line at 1."""
+    from matplotlib.ticker import AutoLocator, PercentFormatter
+
+    axis.set_yscale("linear")
+    axis.yaxis.set_major_locator(AutoLocator())
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.axhline(1, color="0.6", linewidth=1)
+    axis.set_ylim(bottom=0)
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """One legend below all panels, each label once."""
+    handles = {
+        name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    dtypes = [dtype for dtype in STYLES if any(name.endswith(dtype) for name in handles)]
+    order = sorted(handles, key=lambda name: [name.endswith(dtype) for dtype in dtypes], reverse=True)
+    columns = max(len(handles) // max(len(dtypes), 1), 1)
+    figure.legend(
+        [handles[name] for name in _by_columns(order, columns)], _by_columns(order, columns),
+        loc="outside lower center", ncols=columns, fontsize=9,
+    )  # fmt: skip
+
+
+def _by_columns(names: list[str], columns: int) -> list[str]:
+    """Rows of names in the order in which a legend fills its columns."""
+    return [name for n in range(columns) for name in names[n::columns]]

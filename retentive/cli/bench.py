@@ -1,14 +1,21 @@
 """`retentive bench NAME`: measurements of whole models on this machine, as JSON, a table and a picture."""
 
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
 
-from retentive.bench import memory, run, training
+from retentive.bench import memory, retention, retention_report, run, step, training
 from retentive.checkpoint import write_json
+from retentive.checkpoint.io import write_together
 from retentive.data.tokenizer import load_tokenizer
 from retentive.models import build, preset, twin
+from retentive.models.device import pick_device
 
 
 @dataclass(frozen=True)
@@ -59,23 +66,68 @@ class RunBench:
     """File for the result; a picture is put beside it."""
 
 
-VERBS = {"train": TrainBench, "memory": MemoryBench, "run": RunBench}
+@dataclass(frozen=True)
+class RetentionBench:
+    """The operator: time and memory of forward and backward beside its rivals and the machine's limit."""
+
+    shapes: tuple[str, ...] = ("small", "1.3B")
+    """Of 5m, small, 1.3B, 6.7B, long: heads as in our small model, a quarter of the paper's, the paper's."""
+    lengths: tuple[int, ...] = ()
+    """Sequence lengths, in place of each shape's own."""
+    dtypes: tuple[str, ...] = ("fp32",)
+    """Of q, k and v: fp32, bf16, fp16."""
+    rivals: tuple[str, ...] = ("auto",)
+    """Of torchscale, sdpa, fla; auto takes those that are installed, none takes none."""
+    repeats: int = 5
+    """Passes timed of each; the best counts. What takes longer than 20 s runs once."""
+    patience: float = 600
+    """Seconds of one pass beyond which a contestant is left out, with a word."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """The decoding step of one layer beside plain torch and the time that reading its state takes."""
+
+    shapes: tuple[str, ...] = ("small", "1.3B")
+    """Of small, 1.3B, 6.7B."""
+    batches: tuple[int, ...] = step.BATCHES
+    """Sequences decoded together."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Of q, k and v: fp32, bf16, fp16. The state is float32."""
+    repeats: int = 5
+    """Repetitions timed of each; the best counts."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
+VERBS = {"train": TrainBench, "memory": MemoryBench, "run": RunBench, "retention": RetentionBench, "step": StepBench}
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
         for name, cls in VERBS.items():
-            print(f"  {name:<8} {cls.__doc__}")
+            print(f"  {name:<10} {cls.__doc__}")
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown bench {argv[0]!r}, expected one of {', '.join(VERBS)}")
     kind = VERBS[argv[0]]
-    command: TrainBench | MemoryBench | RunBench = tyro.cli(kind, prog=f"retentive bench {argv[0]}", args=argv[1:])
+    command: Any = tyro.cli(kind, prog=f"retentive bench {argv[0]}", args=argv[1:])
+    typed = shlex.join(["retentive", "bench", *argv])
     if isinstance(command, TrainBench):
         bench_train(command)
     elif isinstance(command, MemoryBench):
         bench_memory(command)
+    elif isinstance(command, RetentionBench):
+        bench_retention(command, typed)
+    elif isinstance(command, StepBench):
+        bench_step(command, typed)
     else:
         bench_run(command)
 
@@ -116,6 +168,61 @@ def bench_run(command: RunBench) -> None:
         run.plot(
             result, command.json.with_suffix(".png"), title=f"{command.run.name}: {result['tokens'] / 1e6:.1f} M tokens"
         )
+
+
+def bench_retention(command: RetentionBench, typed: str) -> None:
+    result = retention.measure(
+        words(command.shapes),
+        lengths=command.lengths,
+        dtypes=words(command.dtypes),
+        rivals=words(command.rivals),
+        repeats=command.repeats,
+        patience=command.patience,
+        device=bench_device(command.device),
+        say=progress,
+    )
+    print(retention_report.table(result))
+    keep_with_picture(command.json, {"command": typed, **result}, retention_report.plot, "Retention")
+
+
+def bench_step(command: StepBench, typed: str) -> None:
+    result = step.measure(
+        words(command.shapes),
+        batches=command.batches,
+        dtypes=words(command.dtypes),
+        repeats=command.repeats,
+        device=bench_device(command.device),
+        say=progress,
+    )
+    print(step.table(result))
+    keep_with_picture(command.json, {"command": typed, **result}, step.plot, "A decoding step")
+
+
+def words(names: tuple[str, ...]) -> list[str]:
+    """Names with commas or blanks between them."""
+    return [part for name in names for part in name.split(",") if part]
+
+
+def bench_device(name: str) -> torch.device:
+    """The device of that name; "auto" is an NVIDIA GPU or the CPU, which are what these measure."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return pick_device(name)
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def keep_with_picture(path: Path | None, result: dict[str, Any], plot: Callable[..., None], what: str) -> None:
+    """Write a result and its picture, each whole or not at all."""
+    if path is None:
+        return
+    keep(path, result)
+    hardware = result["hardware"]
+    where = f"{hardware['cpu']}, {hardware['threads']} threads" if result["device"] == "cpu" else hardware["gpu"]
+    title = f"{what} on {where}"
+    write_together({path.with_suffix(".png"): lambda partial: plot(result, partial, title=title)})
 
 
 def keep(path: Path, result: dict) -> None:

@@ -1,0 +1,46 @@
+"""How fast this machine is at the two things that every kernel is made of, and how time is taken on it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from retentive.train.log import peak_flops
+
+READ = 1 << 29
+"""Bytes that are read for the bandwidth: more than any cache holds."""
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a large matrix product in `dtype`, bytes/s of reading and of copying, measured now."""
+    gemm = peak_flops(device, dtype, size=8192 if device.type == "cuda" else 2048, repeats=6)
+    return {"gemm": gemm, **bandwidth(device)}
+
+
+def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
+    """Bytes/s of summing rows (the fastest reader that torch has) and of copying (read and write counted)."""
+    x = torch.ones(size // 4 // 4096, 4096, device=device)
+    y = torch.empty_like(x)
+    read = min(clock(device, lambda: x.sum(-1)) for _ in range(30))
+    copy = min(clock(device, lambda: y.copy_(x)) for _ in range(10))
+    return {"read": x.nbytes / read, "copy": 2 * x.nbytes / copy}
+
+
+def mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The machine's rates around a group of measurements."""
+    return {name: (before[name] + after[name]) / 2 for name in before}
+
+
+def clock(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds that `run` takes, waiting for the GPU by its own events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

@@ -1,0 +1,144 @@
+"""One forward and backward pass of one contestant: its time, and the most memory it holds beyond its inputs.
+
+On a CPU this needs a process of its own: what other passes left in the allocator would be taken for free. A pass over a
+short sequence goes first, for code and threads to be there; then the system's high-water mark is reset, and what it
+rises by counts: o, the three gradients and all that comes and goes between them; not q, k, v and the gradient of o,
+which are there before. A process takes no more memory than is free, so a contestant that needs more ends with a word
+instead of being shot, or the machine with it.
+
+    python -m retentive.bench.peak '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'     one line of JSON
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retentive.bench.contestants import Contestant, contestant
+from retentive.bench.machine import clock
+from retentive.bench.work import Work
+
+STATUS = Path("/proc/self/status")
+NO_MEMORY = "not enough memory"
+
+
+def tensors(one: Contestant, work: Work, share: list[Tensor] | None = None) -> list[Tensor]:
+    """Normal q, k, v and gradient of o for the contestant: views of `share`, flat and long enough, if given."""
+    share = flat(work, [one]) if share is None else share
+    return [x[: _size(shape)].view(shape) for x, shape in zip(share, one.shapes, strict=True)]
+
+
+def flat(work: Work, contestants: list[Contestant]) -> list[Tensor]:
+    """Normal numbers, enough for the q, k, v and gradient of o of any of the contestants."""
+    generator = torch.Generator(work.device).manual_seed(0)
+    sizes = [max(_size(one.shapes[n]) for one in contestants) for n in range(4)]
+    return [torch.randn(n, generator=generator, device=work.device, dtype=work.torch_dtype) for n in sizes]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def forward(one: Contestant, inputs: list[Tensor]) -> Tensor:
+    """o, from fresh leaves: their gradients are None, and a backward pass need not add to any."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    return one.run(q, k, v)
+
+
+def both(one: Contestant, inputs: list[Tensor]) -> None:
+    """Forward and backward pass."""
+    forward(one, inputs).backward(inputs[3])
+
+
+def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
+    """`seconds` of both passes, `forward_seconds` of them, `peak_bytes`; in this process, once."""
+    device = torch.device(work.device)
+    short = replace(work, B=1, T=min(work.T, chunk or 256))
+    one = contestant(name, short, chunk)
+    both(one, tensors(one, short))
+    one = contestant(name, work, chunk)
+    inputs, outputs = tensors(one, work), list[Tensor]()
+    before = _reset_mark(device)
+    ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
+    back = clock(device, lambda: outputs[0].backward(inputs[3]))
+    return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": _mark(device) - before}
+
+
+def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
+    """`measure` in a new process on a CPU, {"skipped": why} where memory does not suffice; in this one on a GPU.
+
+    Raises:
+        RuntimeError: the pass failed, with the last line of why.
+    """
+    if torch.device(work.device).type == "cuda":
+        torch.cuda.empty_cache()
+        measure(name, work, chunk)  # kernels are compiled for each new shape
+        return measure(name, work, chunk)
+    task = {"name": name, "work": asdict(work), "chunk": chunk, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "retentive.bench.peak", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == -9:  # by the system, which had none left
+        return {"skipped": NO_MEMORY}
+    if done.returncode:
+        raise RuntimeError(f"{name} failed at T={work.T}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether an allocator raised it: torch's on a CPU has no class of its own for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _reset_mark(device: torch.device) -> int:
+    """Bytes held now, from which on the high-water mark rises again (where there is no /proc: the mark so far)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _mark(device)
+
+
+def _mark(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _take_no_more_than_is_free() -> None:
+    if not STATUS.exists():
+        return
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free * 9 // 10,) * 2)
+
+
+def main(argument: str) -> None:
+    task = json.loads(argument)
+    torch.set_num_threads(task["threads"])
+    _take_no_more_than_is_free()
+    try:
+        result = measure(task["name"], Work(**task["work"]), task["chunk"])
+    except (MemoryError, RuntimeError) as error:
+        if not is_of_memory(error):
+            raise
+        result = {"skipped": NO_MEMORY}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,248 @@
+"""`retentive bench retention`: the operator against its rivals and against what the machine can do at all.
+
+For each shape and dtype: the gate (`gate.py`); the machine's own rates; then for each length every contestant's memory
+in a process of its own, and forward and backward passes in turns, the best of which counts; the machine's rates again.
+What takes longer than LONG runs once, in the process that its memory is measured in. Nothing is left out silently: who
+is not timed has a reason in its place.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retentive.bench import contestants, gate, hardware, machine, peak
+from retentive.bench.tables import at_least_one, duration, known
+from retentive.bench.work import DTYPES, Work, limit
+from retentive.ops import cpu as cpu_module
+
+LONG = 20.0
+"""Seconds of one forward and backward pass beyond which it is not repeated."""
+TRIAL = 8192
+"""Longest sequence on which torchscale's chunk lengths are compared; its work per token is the same for all lengths."""
+CLOSE = 1.4
+"""Those that are at most so much slower than the best take part in the turns: a trial is not as exact."""
+
+
+class Shape(NamedTuple):
+    B: int
+    H: int
+    K: int
+    V: int
+    lengths: tuple[int, ...]
+
+
+SHAPES = {
+    "5m": Shape(8, 4, 64, 112, (512, 1024)),
+    "small": Shape(1, 8, 64, 128, (2048, 8192, 32768)),
+    "1.3B": Shape(1, 8, 256, 512, (2048, 8192, 32768)),
+    "6.7B": Shape(1, 16, 256, 512, (2048, 8192)),
+    "long": Shape(1, 8, 64, 128, (32768, 65536, 131072)),
+}
+"""5m: a training batch of our own small model. small: heads of a quarter of the paper's. 1.3B, 6.7B: the paper's
+models, 2,048 and 4,096 wide in heads of 256. long: where the square of T is out of reach."""
+
+
+def measure(
+    shapes: Sequence[str],
+    *,
+    lengths: Sequence[int] = (),
+    dtypes: Sequence[str] = ("fp32",),
+    rivals: Sequence[str] = ("auto",),
+    repeats: int = 5,
+    device: torch.device | None = None,
+    patience: float = 600,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Rows of all shapes, dtypes and lengths (each shape's own if none are given), with the machine's rates.
+
+    Raises:
+        ValueError: a name that is unknown, a number below 1, a rival asked for by name that cannot take part.
+        ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
+    """
+    device = device or torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"measured on cpu and cuda only, got device {str(device)!r}")
+    known(shapes, SHAPES, "shape")
+    known(dtypes, DTYPES, "dtype")
+    at_least_one("lengths", lengths or [1])
+    at_least_one("repeats", [repeats])
+    names, absent = invite(rivals, device)
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        for dtype in dtypes:
+            B, H, K, V, own = SHAPES[shape]
+            works = [Work(B, H, K, V, T, dtype, str(device)) for T in lengths or own]
+            rows += group(shape, works, names, repeats, patience, say)
+    return {
+        "what": "retention: time and memory of forward and backward",
+        "hardware": hardware.describe(),
+        "device": str(device),
+        "no_compiled_kernel": cpu_module.unavailable() if device.type == "cpu" else None,
+        "rivals": {name: contestants.version(name) for name in names if name not in contestants.OURS} | absent,
+        "rows": rows,
+    }
+
+
+def invite(rivals: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """All who take part, ours first, and why the others do not. "auto" asks everybody, "none" nobody."""
+    known(rivals, ("auto", "none", *contestants.RIVALS), "rival")
+    asked = contestants.RIVALS if "auto" in rivals else [name for name in rivals if name != "none"]
+    absent = {name: why for name in asked if (why := contestants.missing(name, device))}
+    if absent and "auto" not in rivals:
+        raise ValueError("; ".join(f"rival {name!r}: {why}" for name, why in absent.items()))
+    return [*contestants.OURS, *(name for name in asked if name not in absent)], absent
+
+
+def group(
+    shape: str, works: list[Work], names: list[str], repeats: int, patience: float, say: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """The rows of one shape and dtype."""
+    device = torch.device(works[0].device)
+    errors = {name: gate.check(name, works[0]) for name in names if name not in ("torchscale", "sdpa")}
+    before = machine.rates(device, works[0].torch_dtype)
+    rows = []
+    for work in works:
+        options = {name: prepare(name, work, patience) for name in names}
+        for option in options.get("torchscale", []):
+            if "skipped" not in option:
+                error = gate.check("torchscale", work, option["chunk"])
+                errors["torchscale"] = max(errors.get("torchscale", 0), error)
+        in_turns([(name, option) for name in names for option in options[name]], work, repeats)
+        results = {name: quickest(options[name]) for name in names}
+        rows.append({"shape": shape, **vars(work), "qkvo_bytes": work.qkvo_bytes, "contestants": results})
+        say(line(rows[-1]))
+    after = machine.rates(device, works[0].torch_dtype)
+    for row, work in zip(rows, works, strict=True):
+        finish(row, work, before, after)
+        for name, result in row["contestants"].items():
+            if name in errors and "seconds" in result:
+                result["gate_error"] = errors[name]
+    return rows
+
+
+def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
+    """How the contestant will run, its memory, and its first time; or why it will not run.
+
+    One dictionary, but for torchscale one for each chunk length that may be its best.
+    """
+    try:
+        if name != "torchscale":
+            return [_prepare(name, work, None, patience)]
+        trials = {chunk: trial(work, chunk) for chunk in contestants.CHUNKS if work.T % chunk == 0}
+        if not trials:
+            return [{"skipped": f"needs a multiple of {contestants.CHUNKS[0]} tokens"}]
+        close = [chunk for chunk, seconds in trials.items() if seconds <= CLOSE * min(trials.values())]
+        told = {"T": min(work.T, TRIAL), "seconds": {str(chunk): seconds for chunk, seconds in trials.items()}}
+        return [_prepare(name, work, chunk, patience) | {"trial": told} for chunk in close]
+    except (MemoryError, RuntimeError) as error:
+        if not peak.is_of_memory(error):
+            raise
+        return [{"skipped": peak.NO_MEMORY}]
+
+
+def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[str, Any]:
+    one = contestants.contestant(name, work, chunk)
+    result = {"backend": one.backend, "chunk": one.chunk}
+    expected = foretell(name, work, one)
+    if expected > patience:
+        return result | {"skipped": f"would take {expected:.0f} s"}
+    return result | peak.in_process_of_its_own(name, work, one.chunk)
+
+
+def quickest(options: list[dict[str, Any]]) -> dict[str, Any]:
+    """The option with the best time, and what the others took."""
+    best = min(options, key=lambda option: option.get("seconds", float("inf")))
+    if "trial" in best:
+        best["seconds_by_chunk"] = {str(o["chunk"]): o["seconds"] for o in options if "seconds" in o}
+    return best
+
+
+def trial(work: Work, chunk: int) -> float:
+    """Seconds of torchscale with that chunk length, the better of two after one to warm up."""
+    work = shortened(work, TRIAL)
+    one = contestants.contestant("torchscale", work, chunk)
+    return best_of(one, work, 2)
+
+
+def foretell(name: str, work: Work, one: contestants.Contestant) -> float:
+    """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
+    short = shortened(work, 2048)
+    if short == work:
+        return 0
+    return best_of(contestants.contestant(name, short, one.chunk), short, 1) * one.flops(work) / one.flops(short)
+
+
+def shortened(work: Work, length: int) -> Work:
+    return replace(work, T=min(work.T, length))
+
+
+def best_of(one: contestants.Contestant, work: Work, repeats: int) -> float:
+    device, inputs = torch.device(work.device), peak.tensors(one, work)
+    return min([machine.clock(device, lambda: peak.both(one, inputs)) for _ in range(repeats + 1)][1:])
+
+
+def in_turns(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
+    """Times of all who are quick enough to be repeated, into their dictionaries."""
+    device = torch.device(work.device)
+    ready = [(name, option) for name, option in options if "skipped" not in option]
+    for _, option in ready:
+        option |= {"repeats": 1, "median_seconds": option["seconds"]}
+    quick = [(name, option) for name, option in ready if option["seconds"] <= LONG]
+    if not quick:
+        return
+    ones = [contestants.contestant(name, work, option["chunk"]) for name, option in quick]
+    share = peak.flat(work, ones)
+    times: list[list[tuple[float, float]]] = [[] for _ in ones]
+    for _ in range(repeats + 1):
+        for (_, option), one, measured in zip(quick, ones, times, strict=True):
+            if (len(measured) - 1) * option["seconds"] <= LONG:
+                measured.append(both_and_forward(one, peak.tensors(one, work, share), device))
+    for (_, option), measured in zip(quick, times, strict=True):
+        whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))  # the first one warmed up
+        option |= {
+            "repeats": len(whole),
+            "seconds": min(whole),
+            "median_seconds": statistics.median(whole),
+            "forward_seconds": min(part),
+            "median_forward_seconds": statistics.median(part),
+        }
+
+
+def both_and_forward(one: contestants.Contestant, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
+    """Seconds of both passes, then of a forward pass alone that keeps nothing for another."""
+    seconds = machine.clock(device, lambda: peak.both(one, inputs))
+    with torch.no_grad():
+        return seconds, machine.clock(device, lambda: one.run(*inputs[:3]))
+
+
+def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dict[str, float]) -> None:
+    """Puts the machine's rates and the limit into the row, and everybody's fraction of it.
+
+    The retentions share ours, whose work is that of the chunk length that our backend takes; attention has its own.
+    """
+    rates = machine.mean(before, after)
+    _, chunk = contestants.taken(work, "auto")
+    row["machine"] = {"before": before, "after": after}
+    for backward, key in ((True, "limit"), (False, "forward_limit")):
+        flops, nbytes = work.flops(chunk, backward=backward), work.bytes(backward=backward)
+        least = limit(flops, nbytes, rates["gemm"], rates["read"])
+        row[key] = {"flops": flops, "bytes": nbytes, "seconds": least.seconds, "by": least.by}
+        for name, result in row["contestants"].items():
+            seconds = result.get("seconds" if backward else "forward_seconds")
+            if seconds:
+                own = work.attention_flops(backward=backward) if name == "sdpa" else flops
+                fraction = limit(own, nbytes, rates["gemm"], rates["read"]).seconds / seconds
+                result["fraction" if backward else "forward_fraction"] = fraction
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in short, while others are still measured."""
+    said = []
+    for name, result in row["contestants"].items():
+        how = duration(result["seconds"]) if "seconds" in result else result["skipped"]
+        said.append(f"{name} {how}")
+    return f"{row['shape']} T={row['T']} {row['dtype']}: {', '.join(said)}"

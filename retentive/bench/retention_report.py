@@ -1,0 +1,167 @@
+"""The measurements of `bench retention` as tables to read and as a picture."""
+
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from retentive.bench.plot import STYLES, dress, grid, legend, linear, tokens
+from retentive.bench.tables import duration, markdown, size, span
+
+NAMES = {"retentive": "retentive", "blocked": "blocked", "torchscale": "torchscale", "sdpa": "SDPA", "fla": "fla"}
+COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3", "fla": "C2"}
+MARKERS = {"retentive": "o", "blocked": "v", "torchscale": "s", "sdpa": "^", "fla": "D"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a line a row with every ratio, how time and memory grow with T, dtypes compared, the machine."""
+    parts = [_rows(result), _growth(result["rows"]), _dtypes(result["rows"]), _notes(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(result: dict[str, Any]) -> str:
+    absent = [name for name in result["rivals"] if name not in result["rows"][0]["contestants"]]
+    others = [name for name in result["rows"][0]["contestants"] if name != "retentive"]
+    heads = ["shape", "T", "inputs", "retentive", "forward", "of the limit"]
+    heads += [f"{NAMES[n]}: time" for n in others + absent] + ["memory", "of q, k, v, o"]
+    heads += [f"{NAMES[n]}: memory" for n in others]
+    lines = []
+    for row in result["rows"]:
+        of = row["contestants"]
+        ours = of["retentive"]
+        cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", f"{row['T']:,}", row["dtype"]]
+        if "seconds" in ours:
+            cells += [
+                f"{duration(ours['seconds'])} ({ours['backend']})",
+                duration(ours["forward_seconds"]),
+                f"{ours['fraction']:.0%}",
+            ]
+        else:
+            cells += [ours["skipped"], "", ""]
+        cells += [_ratio(of[n], ours, "seconds") for n in others]
+        cells += [result["rivals"][n] for n in absent]
+        if "seconds" in ours:
+            cells += [size(ours["peak_bytes"]), f"{ours['peak_bytes'] / row['qkvo_bytes']:.2f}"]
+        else:
+            cells += ["", ""]
+        cells += [_ratio(of[n], ours, "peak_bytes") for n in others]
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def _ratio(rival: dict[str, Any], ours: dict[str, Any], key: str) -> str:
+    """`2.9x (C=128)`; the rival's own number where ours is missing, its reason where it is."""
+    if "skipped" in rival:
+        return rival["skipped"]
+    if key not in ours:
+        return duration(rival[key]) if key == "seconds" else size(rival[key])
+    chunk = f" (C={rival['chunk']})" if "seconds_by_chunk" in rival and key == "seconds" else ""
+    return f"{rival[key] / ours[key]:.2f}x{chunk}"
+
+
+def _growth(rows: list[dict[str, Any]]) -> str:
+    """By what time and memory are multiplied from each length to the next."""
+    lines: list[list[str]] = []
+    names = list(rows[0]["contestants"])
+    for a, b in _neighbours(rows):
+        cells = [a["shape"], a["dtype"], f"{tokens(a['T'])} to {tokens(b['T'])}: {b['T'] / a['T']:.3g}x"]
+        for name in names:
+            x, y = (row["contestants"][name] for row in (a, b))
+            both = "seconds" in x and "seconds" in y
+            cells.append(
+                f"{y['seconds'] / x['seconds']:.1f}x, {y['peak_bytes'] / x['peak_bytes']:.1f}x" if both else "–"
+            )
+        lines.append(cells)
+    return markdown(["shape", "inputs", "tokens", *(f"{NAMES[n]}: time, memory" for n in names)], lines)
+
+
+def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of rows that differ by their length only, the shorter one first."""
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for _, same in groupby(rows, lambda row: (row["shape"], row["dtype"])):
+        ordered = sorted(same, key=lambda row: row["T"])
+        pairs += pairwise(ordered)
+    return pairs
+
+
+def _dtypes(rows: list[dict[str, Any]]) -> str:
+    """What narrower inputs bring against float32."""
+    wide = {(row["shape"], row["T"]): row for row in rows if row["dtype"] == "fp32"}
+    lines = []
+    for row in rows:
+        other = wide.get((row["shape"], row["T"]))
+        if row["dtype"] == "fp32" or other is None:
+            continue
+        cells = [row["shape"], f"{row['T']:,}", row["dtype"]]
+        for name, result in row["contestants"].items():
+            full = other["contestants"].get(name, {})
+            both = "seconds" in result and "seconds" in full
+            cells.append(f"{full['seconds'] / result['seconds']:.2f}x faster than fp32" if both else "–")
+        lines.append(cells)
+    return markdown(["shape", "T", "inputs", *(NAMES[n] for n in rows[0]["contestants"])], lines)
+
+
+def _notes(result: dict[str, Any]) -> str:
+    lines = [
+        "Times are of forward and backward; the columns of others are multiples of ours. Memory is what both passes "
+        "hold beyond q, k, v and the gradient of o.",
+        "The limit is the slower of the counted FLOPs at the GEMM rate of torch and the bytes of q, k, v, o and their "
+        "gradients at the rate of reading (retentive/bench/work.py).",
+    ]
+    for dtype, same in groupby(sorted(result["rows"], key=lambda row: row["dtype"]), lambda row: row["dtype"]):
+        rates = [rate for row in same for rate in row["machine"].values()]
+        gemm, read = ([rate[key] / 1e9 for rate in rates] for key in ("gemm", "read"))
+        lines.append(
+            f"This machine meanwhile: {dtype} GEMM {span(gemm)} GFLOP/s, reading {span(read)} GB/s "
+            f"({result['hardware']['cpu'] if result['device'] == 'cpu' else result['hardware']['gpu']})."
+        )
+    if any(one.get("fraction", 0) > 1 for row in result["rows"] for one in row["contestants"].values()):
+        lines.append(
+            "Above 100%: torch's GEMM does not use this machine's widest vectors, and a kernel that does passes it."
+        )
+    if result["no_compiled_kernel"]:
+        lines.append(f"Without our compiled kernel: {result['no_compiled_kernel']}")
+    lines += [f"{NAMES[name]}: {why}." for name, why in result["rivals"].items()]
+    return "\n".join(f"- {text}" for text in lines)
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG, a column a shape: time, memory and fraction of the limit against T.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    figure, axes = grid(title, 3, len(shapes), size=(5.5, 3.4))
+    for column, shape in enumerate(shapes):
+        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["T"])
+        time, memory, fraction = axes[:, column]
+        first = rows[0]
+        time.set_title(f"{shape}: B = {first['B']}, {first['H']} heads, K = {first['K']}, V = {first['V']}")
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            same = [row for row in rows if row["dtype"] == dtype]
+            lengths = [row["T"] for row in same]
+            limit = [1e3 * row["limit"]["seconds"] for row in same]
+            least = [row["qkvo_bytes"] / 1e6 for row in same]
+            grey = {"color": "0.6", "linestyle": STYLES[dtype], "linewidth": 1}
+            time.plot(lengths, limit, label=f"limit, {dtype}", **grey)
+            memory.plot(lengths, least, label=f"size of q, k, v, o, {dtype}", **grey)
+            for name in first["contestants"]:
+                _curves(same, name, dtype, (time, memory, fraction))
+        lengths = sorted({row["T"] for row in rows})
+        for axis, label in ((time, "forward + backward (ms)"), (memory, "memory (MB)"), (fraction, "of the limit")):
+            dress(axis, lengths, [tokens(n) for n in lengths], label)
+        linear(fraction)
+        fraction.set_xlabel("tokens")
+    legend(figure, axes)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _curves(rows: list[dict[str, Any]], name: str, dtype: str, axes: tuple[Any, Any, Any]) -> None:
+    """The contestant's three curves, over the lengths at which it ran."""
+    ran = [row for row in rows if "seconds" in row["contestants"].get(name, {})]
+    if not ran:
+        return
+    how = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": STYLES[dtype], "markersize": 5}
+    for axis, key, unit in zip(axes, ("seconds", "peak_bytes", "fraction"), (1e3, 1e-6, 1), strict=True):
+        values = [(row["T"], unit * row["contestants"][name].get(key, float("nan"))) for row in ran]
+        axis.plot(*zip(*values, strict=True), label=f"{NAMES[name]}, {dtype}", **how)

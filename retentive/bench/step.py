@@ -1,0 +1,255 @@
+"""`retentive bench step`: the decoding step against plain torch and against the memory that it must read.
+
+A step goes through the states of many layers in turn, SPREAD bytes in all, as a model does: no cache holds them. A
+repetition is as many tokens as a ring takes between two writes of its state, F = R / 2, so that each has its share of
+them. First the gate: 3 R steps of every contestant against the recurrence in float64.
+
+    ring     retention_step(..., state=Ring), by the fastest code there is       reads the state, writes it once in F
+    plain    retention_step(..., state=tensor)                                   reads it and writes new ones
+    torch    the recurrence in three operations of torch, in place               reads it three times, writes it twice
+
+New tensors beyond some MB are new memory from the system each time, which costs more than the step (plain, B large).
+
+The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
+on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retentive.bench import hardware, machine
+from retentive.bench.plot import STYLES, dress, grid, legend, linear
+from retentive.bench.tables import at_least_one, duration, known, markdown, size, span
+from retentive.bench.work import DTYPES
+from retentive.ops import Ring, backends, retention_step
+from retentive.ops import cpu as cpu_module
+from retentive.ops.decay import log_decay
+from retentive.ops.step import slots
+
+SPREAD = 1 << 29
+TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}
+"""Of the norm of the gold. fp32: rounding at 6e-8 over some hundred terms. bf16, fp16: o is rounded once, at 2e-3
+(2e-4) of itself at most; states and sums are float32."""
+
+
+class Shape(NamedTuple):
+    H: int
+    K: int
+    V: int
+
+
+SHAPES = {"small": Shape(8, 64, 128), "1.3B": Shape(8, 256, 512), "6.7B": Shape(16, 256, 512)}
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+State = Tensor | Ring
+
+
+class Contestant(NamedTuple):
+    open: Callable[[Tensor, torch.dtype], State]
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
+    """(q, k, v, log_decay, state) -> (o, state)."""
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as one writes it with care for memory."""
+    state.mul_(log_decay_H.exp()[:, None, None])
+    state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
+    return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+
+
+CONTESTANTS = {
+    "ring": Contestant(Ring.open, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "plain": Contestant(lambda state, dtype: state, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "torch": Contestant(lambda state, dtype: state, by_torch),
+}
+
+
+@torch.inference_mode()
+def measure(
+    shapes: Sequence[str] = ("small", "1.3B"),
+    *,
+    batches: Sequence[int] = BATCHES,
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    repeats: int = 5,
+    device: torch.device | None = None,
+    spread: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """A row per shape, dtype of q, k, v and batch: seconds a step of every contestant, and its fraction of the limit.
+
+    Raises:
+        ValueError: an unknown shape or dtype, a number below 1.
+        ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
+    """
+    device = device or torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"measured on cpu and cuda only, got device {str(device)!r}")
+    known(shapes, SHAPES, "shape")
+    known(dtypes, DTYPES, "dtype")
+    at_least_one("batches", batches)
+    at_least_one("repeats", [repeats])
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        for dtype in dtypes:
+            errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
+            before = machine.bandwidth(device)
+            for B in batches:
+                results = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
+                after = machine.bandwidth(device)
+                row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
+                rows.append(finish(row, before, after, errors))
+                told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
+                say(f"{shape} B={B} {dtype}: {told}")
+                before = after
+    return {
+        "what": "decoding step of one layer",
+        "hardware": hardware.describe(),
+        "device": str(device),
+        "ring_backend": backend(device, dtypes[0]),
+        "rows": rows,
+    }
+
+
+def backend(device: torch.device, dtype: str) -> str:
+    """What computes a step with a ring here."""
+    if device.type == "cuda" and "triton" in backends.BACKENDS:
+        return "triton"
+    compiled = device.type == "cpu" and DTYPES[dtype] in cpu_module.DTYPES and cpu_module.unavailable() is None
+    return "cpu" if compiled else "torch"
+
+
+def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
+    """The largest error of the contestant's outputs and last state, of their norm, over 3 R steps from some state.
+
+    Raises:
+        ArithmeticError: it is above the tolerance, or not a number.
+    """
+    H, K, V = shape
+    B, tokens = 3, 3 * slots(K, V)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
+    start = torch.randn(B, H, K, V, generator=generator).to(device)
+    decays, outputs, golds = log_decay("paper", H, device=device), [], []
+    state, gold = CONTESTANTS[name].open(start.clone(), DTYPES[dtype]), start.double()
+    gamma = log_decay("paper", H, device=device, dtype=torch.float64).exp()[:, None, None]
+    for t in range(tokens):
+        o, state = CONTESTANTS[name].step(q[t], k[t], v[t], decays, state)
+        gold = gamma * gold + k[t].double()[..., None] * v[t].double()[..., None, :]
+        outputs.append(o.double())
+        golds.append(K**-0.5 * torch.einsum("bhk,bhkv->bhv", q[t].double(), gold))
+    last = state.to_state() if isinstance(state, Ring) else state
+    pairs = ((torch.stack(outputs), torch.stack(golds)), (last.double(), gold))
+    errors = [float((x - y).norm() / y.norm()) for x, y in pairs]
+    for error, part in zip(errors, ("o", "the state"), strict=True):
+        if not error <= TOLERANCE[dtype]:
+            raise ArithmeticError(
+                f"the step by {name} is wrong at H={H}, K={K}, V={V} in {dtype}: {part} is off by {error:.1e} of its "
+                f"norm, more than {TOLERANCE[dtype]:.0e}: not timed"
+            )
+    return max(errors)
+
+
+def in_turns(
+    shape: Shape, B: int, dtype: str, device: torch.device, repeats: int, spread: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds of one step of one layer, the best and the median of the repetitions, for every contestant."""
+    H, K, V = shape
+    layers, tokens = -(-spread // (4 * B * H * K * V)), slots(K, V) // 2
+    q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
+    decays = log_decay("paper", H, device=device)
+    states: dict[str, list[Any]] = {}
+    for name, one in CONTESTANTS.items():
+        # written, not zeros: pages that nobody has written are all the same one, and in the cache
+        states[name] = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
+    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+
+    def repetition(step: Callable, layer_states: list[Any]) -> None:
+        for _ in range(tokens):
+            for n, state in enumerate(layer_states):
+                _, layer_states[n] = step(q, k, v, decays, state)
+
+    for _ in range(repeats + 1):
+        for name, one in CONTESTANTS.items():
+            seconds = machine.clock(device, lambda one=one, name=name: repetition(one.step, states[name]))  # type: ignore[misc]
+            times[name].append(seconds / (tokens * layers))
+    return {
+        name: {"seconds": min(taken[1:]), "median_seconds": statistics.median(taken[1:]), "repeats": repeats}
+        for name, taken in times.items()
+    }
+
+
+def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
+    """Bytes that a step with a ring moves on average."""
+    fold = slots(K, V) // 2
+    rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
+    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
+
+
+def finish(
+    row: dict[str, Any], before: dict[str, float], after: dict[str, float], errors: dict[str, float]
+) -> dict[str, Any]:
+    """The row with the machine's rates, the limit, and everybody's fraction of it."""
+    B, H, K, V = (row[n] for n in "BHKV")
+    nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
+    seconds = nbytes / machine.mean(before, after)["read"]
+    for name, result in row["contestants"].items():
+        result |= {"fraction": seconds / result["seconds"], "gate_error": errors[name]}
+    return row | {
+        "state_bytes": 4 * B * H * K * V,
+        "slots": slots(K, V),
+        "machine": {"before": before, "after": after},
+        "limit": {"bytes": nbytes, "seconds": seconds, "by": "memory"},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, the machine under it."""
+    heads = ["shape", "B", "inputs", "state", f"ring ({result['ring_backend']})", "of the limit"]
+    heads += ["plain", "torch", "tokens/s of a layer"]
+    lines = []
+    for row in result["rows"]:
+        ring, plain, torch_ = (row["contestants"][name] for name in CONTESTANTS)
+        cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
+        cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
+        lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])
+    read = [rate["read"] / 1e9 for row in result["rows"] for rate in row["machine"].values()]
+    where = result["hardware"]["cpu" if result["device"] == "cpu" else "gpu"]
+    notes = [
+        "Seconds a step and layer; plain and torch as multiples of the ring's. The limit is what a ring must read and "
+        "write, at the rate of reading (retentive/bench/step.py).",
+        f"This machine meanwhile: reading {span(read)} GB/s ({where}).",
+    ]
+    return "\n\n".join([markdown(heads, lines), "\n".join(f"- {note}" for note in notes)])
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG, a column a shape: time of a step and fraction of the limit against the batch.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    figure, axes = grid(title, 2, len(shapes), size=(5.5, 3.6))
+    for (time, fraction), shape in zip(axes.T, shapes, strict=True):
+        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["B"])
+        time.set_title(f"{shape}: {rows[0]['H']} heads, K = {rows[0]['K']}, V = {rows[0]['V']}")
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            same = [row for row in rows if row["dtype"] == dtype]
+            batches, style = [row["B"] for row in same], STYLES[dtype]
+            limit = [1e6 * row["limit"]["seconds"] for row in same]
+            time.plot(batches, limit, color="0.6", linestyle=style, linewidth=1, label=f"limit, {dtype}")
+            for n, name in enumerate(CONTESTANTS):
+                how = {"color": f"C{n}", "marker": "osv"[n], "linestyle": style, "label": f"{name}, {dtype}"}
+                time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
+                fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)
+        for axis, label in ((time, "one step of one layer (us)"), (fraction, "of the limit")):
+            dress(axis, [row["B"] for row in rows], [str(row["B"]) for row in rows], label)
+        linear(fraction)
+        fraction.set_xlabel("sequences decoded together")
+    legend(figure, axes)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,44 @@
+"""What all of bench's tables and options share: names that are checked, numbers to read, Markdown."""
+
+from collections.abc import Collection, Sequence
+
+
+def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
+    """Raises ValueError for a name that is not among `all_names`, or where there is none."""
+    for name in names:
+        if name not in all_names:
+            raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(all_names)}")
+    if not names:
+        raise ValueError(f"no {what} given, expected one of {', '.join(all_names)}")
+
+
+def at_least_one(what: str, numbers: Sequence[int]) -> None:
+    """Raises ValueError for a number below 1, or where there is none."""
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{what} must be at least 1, got {min(numbers) if numbers else 'none'}")
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, all but the first column to the right; nothing where there are no lines."""
+    if not lines:
+        return ""
+    rule = ["---:" if n else "---" for n in range(len(heads))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
+
+
+def span(values: Sequence[float]) -> str:
+    """The lowest and the highest, or the one that both round to."""
+    low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits in s, ms or us."""
+    unit, name = next(u for u in ((1, "s"), (1e-3, "ms"), (1e-6, "us")) if seconds >= u[0] or u[1] == "us")
+    return f"{float(f'{seconds / unit:.3g}'):g} {name}"
+
+
+def size(nbytes: float) -> str:
+    """In GB, MB or kB."""
+    unit, name = next(u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u[0] or u[1] == "kB")
+    return f"{float(f'{nbytes / unit:.3g}'):g} {name}"
