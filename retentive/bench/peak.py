@@ -74,7 +74,7 @@ def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> di
     """`measure` in a new process on a CPU, {"skipped": why} where memory does not suffice; in this one on a GPU.
 
     Raises:
-        RuntimeError: the pass failed, with the last line of why.
+        ChildProcessError: the pass failed, with the last line of why.
     """
     if torch.device(work.device).type == "cuda":
         torch.cuda.empty_cache()
@@ -86,7 +86,7 @@ def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> di
     if done.returncode == -9:  # by the system, which had none left
         return {"skipped": NO_MEMORY}
     if done.returncode:
-        raise RuntimeError(f"{name} failed at T={work.T}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        raise ChildProcessError(f"{name} failed at T={work.T}: {(done.stderr.strip() or '?').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

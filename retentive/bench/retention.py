@@ -21,10 +21,8 @@ from retentive.ops import cpu as cpu_module
 
 LONG = 20.0
 """Seconds of one forward and backward pass beyond which it is not repeated."""
-TRIAL = 8192
-"""Longest sequence on which torchscale's chunk lengths are compared; its work per token is the same for all lengths."""
-CLOSE = 1.4
-"""Those that are at most so much slower than the best take part in the turns: a trial is not as exact."""
+CLOSE = 1.5
+"""Chunk lengths of torchscale whose first pass is at most so much slower than the best one's take part in the turns."""
 
 
 class Shape(NamedTuple):
@@ -129,60 +127,59 @@ def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
 
     One dictionary, but for torchscale one for each chunk length that may be its best.
     """
-    try:
-        if name != "torchscale":
-            return [_prepare(name, work, None, patience)]
-        trials = {chunk: trial(work, chunk) for chunk in contestants.CHUNKS if work.T % chunk == 0}
-        if not trials:
-            return [{"skipped": f"needs a multiple of {contestants.CHUNKS[0]} tokens"}]
-        close = [chunk for chunk, seconds in trials.items() if seconds <= CLOSE * min(trials.values())]
-        told = {"T": min(work.T, TRIAL), "seconds": {str(chunk): seconds for chunk, seconds in trials.items()}}
-        return [_prepare(name, work, chunk, patience) | {"trial": told} for chunk in close]
-    except (MemoryError, RuntimeError) as error:
-        if not peak.is_of_memory(error):
-            raise
-        return [{"skipped": peak.NO_MEMORY}]
+    if name != "torchscale":
+        return [_prepare(name, work, None, patience)]
+    options: list[dict[str, Any]] = []
+    for chunk in sorted(contestants.CHUNKS, reverse=True):
+        if work.T % chunk == 0:
+            options.append(_prepare(name, work, chunk, patience))
+            best = min(_seconds(option) for option in options)
+            if _seconds(options[-1]) > CLOSE * best:
+                break  # shorter chunks have more states to keep, and are slower yet
+    if not options:
+        return [{"skipped": f"needs a multiple of {contestants.CHUNKS[0]} tokens"}]
+    tried = {str(option["chunk"]): option.get("seconds", option.get("skipped")) for option in options}
+    return [option | {"tried": tried} for option in options if _seconds(option) <= CLOSE * best]
+
+
+def _seconds(option: dict[str, Any]) -> float:
+    return option.get("seconds", float("inf"))
 
 
 def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[str, Any]:
     one = contestants.contestant(name, work, chunk)
     result = {"backend": one.backend, "chunk": one.chunk}
-    expected = foretell(name, work, one)
-    if expected > patience:
-        return result | {"skipped": f"would take {expected:.0f} s"}
-    return result | peak.in_process_of_its_own(name, work, one.chunk)
+    try:
+        expected = foretell(name, work, one)
+        if expected > patience:
+            return result | {"skipped": f"would take {expected:.0f} s"}
+        return result | peak.in_process_of_its_own(name, work, one.chunk)
+    except (MemoryError, RuntimeError) as error:
+        if not peak.is_of_memory(error):
+            raise
+        return result | {"skipped": peak.NO_MEMORY}
 
 
 def quickest(options: list[dict[str, Any]]) -> dict[str, Any]:
     """The option with the best time, and what the others took."""
-    best = min(options, key=lambda option: option.get("seconds", float("inf")))
-    if "trial" in best:
+    best = min(options, key=_seconds)
+    if "tried" in best:
         best["seconds_by_chunk"] = {str(o["chunk"]): o["seconds"] for o in options if "seconds" in o}
     return best
 
 
-def trial(work: Work, chunk: int) -> float:
-    """Seconds of torchscale with that chunk length, the better of two after one to warm up."""
-    work = shortened(work, TRIAL)
-    one = contestants.contestant("torchscale", work, chunk)
-    return best_of(one, work, 2)
-
-
 def foretell(name: str, work: Work, one: contestants.Contestant) -> float:
     """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
-    short = shortened(work, 2048)
+    short = replace(work, T=min(work.T, 2048))
     if short == work:
         return 0
-    return best_of(contestants.contestant(name, short, one.chunk), short, 1) * one.flops(work) / one.flops(short)
+    return warm(contestants.contestant(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
 
 
-def shortened(work: Work, length: int) -> Work:
-    return replace(work, T=min(work.T, length))
-
-
-def best_of(one: contestants.Contestant, work: Work, repeats: int) -> float:
-    device, inputs = torch.device(work.device), peak.tensors(one, work)
-    return min([machine.clock(device, lambda: peak.both(one, inputs)) for _ in range(repeats + 1)][1:])
+def warm(one: contestants.Contestant, work: Work) -> float:
+    """Seconds of a forward and backward pass after one that warms up."""
+    inputs = peak.tensors(one, work)
+    return [machine.clock(torch.device(work.device), lambda: peak.both(one, inputs)) for _ in range(2)][1]
 
 
 def in_turns(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:

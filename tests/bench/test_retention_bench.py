@@ -259,10 +259,30 @@ def test_torchscale_comes_with_its_best_chunk_or_a_reason(tiny):
         row["contestants"]["torchscale"] for row in measure(rivals=("torchscale",), lengths=(63, 256))["rows"]
     )
     assert short == {"skipped": "needs a multiple of 64 tokens"}
-    trials, turns = long["trial"]["seconds"], long["seconds_by_chunk"]
-    assert long["trial"]["T"] == 256 and set(trials) == {"64", "128", "256"}
-    assert set(turns) == {c for c in trials if trials[c] <= retention.CLOSE * min(trials.values())}
+    turns = long["seconds_by_chunk"]
+    assert set(long["tried"]) == set(turns) == {"64", "128", "256"}, "all as quick in the made-up first pass"
     assert long["seconds"] == turns[str(long["chunk"])] == min(turns.values())
+
+
+@torchscale
+@pytest.mark.parametrize(
+    ("seconds", "tried", "taken"),
+    [
+        ({512: 3.0, 256: 2.0, 128: 2.5, 64: 9.0}, (512, 256, 128, 64), {512, 256, 128}),
+        ({512: 2.0, 256: 4.0}, (512, 256), {512}),
+        ({512: "not enough memory", 256: 1.0, 128: 1.2, 64: 1.4}, (512, 256, 128, 64), {256, 128, 64}),
+        (dict.fromkeys((512, 256, 128, 64), "would take 9 s"), (512, 256, 128, 64), {512, 256, 128, 64}),
+    ],
+)
+def test_chunks_of_torchscale_are_tried_from_the_longest_on(seconds, tried, taken, tiny, monkeypatch):
+    def one(name, work, chunk):
+        told = seconds[chunk]
+        return {"skipped": told} if isinstance(told, str) else {"seconds": told, "peak_bytes": 1}
+
+    monkeypatch.setattr(peak, "in_process_of_its_own", one)
+    options = retention.prepare("torchscale", replace(WORK, T=512), 600)
+    assert {option["chunk"] for option in options} == taken
+    assert options[0]["tried"] == {str(chunk): seconds[chunk] for chunk in tried}
 
 
 def test_what_takes_long_runs_once_and_what_takes_too_long_does_not(tiny, monkeypatch):
@@ -279,7 +299,7 @@ def test_what_takes_long_runs_once_and_what_takes_too_long_does_not(tiny, monkey
 
 
 def test_times_are_foretold_from_counted_work(monkeypatch):
-    monkeypatch.setattr(retention, "best_of", lambda *_: 0.5)
+    monkeypatch.setattr(retention, "warm", lambda *_: 0.5)
     work = replace(WORK, T=8192)
     one = contestants.contestant("sdpa", work)
     assert retention.foretell("sdpa", work, one) == pytest.approx(0.5 * pairs(8192) / pairs(2048))
@@ -291,7 +311,8 @@ def test_no_memory_is_a_word_in_the_row(tiny, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(peak, "in_process_of_its_own", full)
-    assert {"skipped": peak.NO_MEMORY} in measure(lengths=(64,))["rows"][0]["contestants"].values()
+    results = measure(lengths=(64,))["rows"][0]["contestants"]
+    assert all(result["skipped"] == peak.NO_MEMORY and "seconds" not in result for result in results.values())
 
 
 @pytest.mark.parametrize("name", ["retentive", "sdpa"])
@@ -309,7 +330,7 @@ def test_a_process_that_needs_more_than_there_is_says_so():
 
 
 def test_a_process_that_fails_is_told_in_a_line(refuses):
-    with refuses("torchscale failed at T=64: ", RuntimeError):
+    with refuses("torchscale failed at T=64: ", ChildProcessError):
         peak.in_process_of_its_own("torchscale", WORK, None)
 
 
