@@ -302,14 +302,14 @@ typedef struct {
 /* for `count` tokens of head h from token t on */
 static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     if (!c->per_token && d->count == count) return; /* the same in every full chunk */
-    double G = 0;
+    double G = 0, since[c->C];
     for (i64 i = 0; i < c->C; i++) {
         if (i < count) G += fmax(c->log_decay[c->per_token ? (t + i) * c->H + h : h], -100.0); /* blocked.FORGOTTEN */
-        d->since[i] = (float)G;
+        since[i] = G, d->since[i] = (float)G;
     }
     for (i64 i = 0; i < c->C; i++) {
         d->start[i] = i < count ? (float)(c->scale * exp(d->since[i])) : 0;
-        d->end[i] = i < count ? (float)exp(G - d->since[i]) : 0;
+        d->end[i] = i < count ? (float)exp(G - since[i]) : 0;
     }
     for (i64 i = 0; i < d->wide; i++) d->total[i] = (float)exp(G);
     if (!c->per_token && d->count == 0)

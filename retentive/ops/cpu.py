@@ -84,7 +84,7 @@ def build(compiler: str, folder: Path) -> Path:
         # threads of a second one would spin against those of the first
         unit, built = Path(scratch) / "cpu.o", Path(scratch) / "cpu.so"
         for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built), "-lm"]):
-            done = subprocess.run([compiler, *command], capture_output=True, text=True)
+            done = subprocess.run([compiler, *command], capture_output=True, text=True, errors="replace")
             if done.returncode:
                 complaint = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
                 raise NotBuilt(f"{compiler} could not compile cpu.c: {complaint}")
@@ -99,10 +99,10 @@ def _library() -> ctypes.CDLL | NotBuilt:
     compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:
         return NotBuilt(f"no C compiler found (looked for {', '.join(names)})")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
         return ctypes.CDLL(str(build(compiler, cache)))
-    except (NotBuilt, OSError) as error:
+    except (NotBuilt, OSError, RuntimeError) as error:
         return NotBuilt(str(error))
 
 
@@ -119,6 +119,8 @@ setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
 def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tensor, Tensor, int]:
     """Begin of each sequence [N+1] and its first checkpoint [N], int64; the number of checkpoints at most."""
     begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    if begin[0] != 0 or begin[-1] != B * T or not bool((begin.diff() > 0).all()):  # where a compiled graph looks first
+        raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {begin.tolist()[:8]}…")
     groups = -(-begin.diff() // span)
     most = B * -(-T // span) if cu_seqlens is None else T // span + len(begin) - 1
     return begin, groups.cumsum(0) - groups, most
@@ -127,6 +129,8 @@ def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tenso
 def _rows(x: Tensor) -> Tensor:
     """x [B,T,H,n] such that elements and heads are neighbours and all B * T tokens are the same stride apart."""
     B, T, H, n = x.shape
+    if T == 1:  # the stride of its one token may be anything
+        return x.clone(memory_format=torch.contiguous_format)
     even = x.stride(-1) == 1 and (H == 1 or x.stride(2) == n) and (B == 1 or x.stride(0) == T * x.stride(1))
     return x if even else x.contiguous()
 
@@ -196,6 +200,8 @@ def cpu_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    if not checkpoints.numel():
+        raise ValueError("retentive::cpu kept no states for a backward pass: call it with keep=True")
     begin, first, _ = _chunks(cu_seqlens, q.shape[0], q.shape[1], chunk_size * GROUP)
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))

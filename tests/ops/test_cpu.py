@@ -129,7 +129,7 @@ def case_id(case) -> str:
 def follows_the_gold_rule(check, plain, case, decay, dtype, cu=None, B=2, H=3):
     T, K, V, C = case
     if K * V < 20:  # norms of few numbers say little
-        B, H = (B if cu is None and B == 1 else 4 if cu is None else 1), 8
+        B, H = 4 if cu is None else 1, 8
     tensors = inputs(B, T, H, K, V, decay=decay, dtype=DTYPES[dtype], rows=None if cu is None else len(cu) - 1)
     weights = weights_for(tensors)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
