@@ -11,6 +11,9 @@ NAMES = {"retentive": "retentive", "blocked": "blocked", "torchscale": "torchsca
 COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3", "fla": "C2"}
 MARKERS = {"retentive": "o", "blocked": "v", "torchscale": "s", "sdpa": "^", "fla": "D"}
 
+DISTURBED = 0.15
+"""Relative difference of the GEMM rate around a row beyond which the machine was not its own."""
+
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: a line a row with every ratio, how time and memory grow with T, dtypes compared, the machine."""
@@ -56,6 +59,10 @@ def _ratio(rival: dict[str, Any], ours: dict[str, Any], key: str) -> str:
         return duration(rival[key]) if key == "seconds" else size(rival[key])
     chunk = f" (C={rival['chunk']})" if "seconds_by_chunk" in rival and key == "seconds" else ""
     return f"{rival[key] / ours[key]:.2f}x{chunk}"
+
+
+def _apart(before: dict[str, float], after: dict[str, float]) -> float:
+    return abs(before["gemm"] / after["gemm"] - 1)
 
 
 def _growth(rows: list[dict[str, Any]]) -> str:
@@ -114,11 +121,15 @@ def _notes(result: dict[str, Any]) -> str:
             f"This machine meanwhile: {dtype} GEMM {span(gemm)} GFLOP/s, reading {span(read)} GB/s "
             f"({result['hardware']['cpu'] if result['device'] == 'cpu' else result['hardware']['gpu']})."
         )
+    if any(_apart(*row["machine"].values()) > DISTURBED for row in result["rows"]):
+        lines.append(
+            "The machine did other work too: its GEMM rate before and after some rows differs, and so do they."
+        )
     if any(one.get("fraction", 0) > 1 for row in result["rows"] for one in row["contestants"].values()):
         lines.append(
             "Above 100%: torch's GEMM does not use this machine's widest vectors, and a kernel that does passes it."
         )
-    if result["no_compiled_kernel"]:
+    if result.get("no_compiled_kernel"):
         lines.append(f"Without our compiled kernel: {result['no_compiled_kernel']}")
     lines += [f"{NAMES[name]}: {why}." for name, why in result["rivals"].items()]
     return "\n".join(f"- {text}" for text in lines)

@@ -375,6 +375,12 @@ def test_the_table_holds_times_ratios_growth_and_dtypes():
     assert "fp32 GEMM 100 GFLOP/s, reading 10 GB/s (a CPU)" in "".join(notes) and "torchscale: 0.3.0" in "".join(notes)
 
 
+def test_a_disturbed_machine_is_told():
+    busy = {**RESULT["rows"][0], "machine": {"before": RATES, "after": {**RATES, "gemm": 5e10}}}
+    assert "did other work" in retention_report.table({**RESULT, "rows": [RESULT["rows"][0], busy]})
+    assert "did other work" not in retention_report.table(RESULT)
+
+
 def test_the_plot_shows_every_contestant_at_the_lengths_it_ran(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
