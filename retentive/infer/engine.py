@@ -8,7 +8,8 @@ The running requests are the first rows of one pool of states, decoded in place 
 the last row, so that joining or leaving copies one sequence's state and no more. Prompts are read in pieces between the
 steps, several short ones packed into one call. A request's tokens depend on its own logits and generator alone.
 
-RetNet and the Transformer twin alike: what the engine asks of a state is `view`, `put`, `cat`, `select`, `reserve`.
+RetNet and the Transformer twin alike: the engine asks of a state no more than `for_decoding`, `reserve`, `view`, `put`,
+`cat` and `select`.
 """
 
 import itertools
@@ -52,7 +53,7 @@ class Stream:
     cached: int = 0
     """Tokens of the prompt that a cached state had read."""
     reason: str | None = None
-    """ "stop" (an id of stop_ids, not given out), "length" or "cancelled"; None while it runs."""
+    """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of prompt tokens 1, 2, …, given those before; where asked for."""
     state: State | None = None
@@ -86,7 +87,8 @@ class Request:
     top: int
     constraint: Constraint | None
     keep_state: bool
-    cacheable: bool = True
+    cacheable: bool
+    """Not where it began from a state: what that has read is not in the ids, so its prefixes are nobody else's."""
     made: list[int] = field(default_factory=list)
 
 
@@ -99,7 +101,6 @@ class Prompt:
     state: Any  # State | None
     score: bool
     read: int = 0
-    cacheable: bool = True
 
     def worth_keeping(self, stretch: int) -> bool:
         """Whether others may begin with what has been read."""
@@ -241,8 +242,8 @@ class Engine:
                     return
                 prompt = self.queue.popleft()
                 self.reading.append(prompt)
-            if prompt.state is not None:  # what it has read is not in the ids: its prefixes are nobody else's
-                prompt.state, prompt.cacheable = prompt.state.clone(), False
+            if prompt.state is not None:
+                prompt.state = prompt.state.clone()
             elif self.cache is not None and not prompt.score:
                 prompt.read, prompt.state = self.cache.longest(prompt.ids)
             for request in prompt.requests:
@@ -278,7 +279,7 @@ class Engine:
             if prompt.score:
                 self._score(prompt, part, x[0, end - len(part) : end])
             whole = prompt.read == len(prompt.ids)
-            if self.cache is not None and prompt.cacheable and prompt.worth_keeping(self.cache.stretch):
+            if self.cache is not None and prompt.requests[0].cacheable and prompt.worth_keeping(self.cache.stretch):
                 self.cache.store(prompt.ids[: prompt.read], prompt.state)
             if whole:
                 self.reading.remove(prompt)

@@ -8,6 +8,7 @@ A state is handed to the model and a new one comes back. The one handed in is us
     select(rows)     the sequences `rows` (indices; repeated or reordered as for beam search)
     view(n)          the first n sequences, in the same memory
     put(row, other)  one sequence of another state over the one at `row`, in place
+    for_decoding(dtype), reserve(slots)   a pool for `view` and `put`; room in it for so many tokens a sequence
     cat(states)      sequences of several states in one
     clone() to(device) detach()
     save(path)       one safetensors file;  load_state(path) reads it

@@ -127,7 +127,7 @@ def scan(local_MHKV: Tensor, total_MH11: Tensor, state_NHKV: Tensor, order: list
     state' = total * state + local, along `order`. Given the order reversed it is also its own backward pass.
     """
     before_MHKV = torch.empty_like(local_MHKV)
-    state_NHKV = state_NHKV.clone()
+    state_NHKV = state_NHKV.clone(memory_format=torch.contiguous_format)
     varies = total_MH11.shape[0] > 1
     for chunks, rows in order:
         state = state_NHKV[rows]
@@ -243,29 +243,14 @@ def _decay_gradient(
     return from_chunks(dG_MHC.flip(-1).cumsum(-1).flip(-1), at)
 
 
-@blocked.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
+def check_borders(cu_seqlens: Tensor, T: int) -> None:
+    """Looks at the values of cu_seqlens: packed sequences lie end to end and are not empty.
 
-
-@blocked_backward.register_fake
-def _(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dlog_decay = log_decay.new_empty(0) if log_decay.ndim == 1 else torch.empty_like(log_decay)
-    return dq, dk, dv, dlog_decay, torch.empty_like(state)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, do, dstate):
-    dq, dk, dv, dlog_decay, dinitial = blocked_backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
-    return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None
-
-
-blocked.register_autograd(_backward, setup_context=_setup_context)
+    Raises:
+        ValueError: they do not ascend from 0 to T.
+    """
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or not bool((cu_seqlens.diff() > 0).all()):
+        raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu_seqlens.tolist()[:8]}…")
 
 
 def refuse_second_derivative(backward) -> None:
@@ -279,4 +264,28 @@ def refuse_second_derivative(backward) -> None:
     backward.register_autograd(refuse)
 
 
-refuse_second_derivative(blocked_backward)
+def join_passes(forward, backward) -> None:
+    """Registers shapes and autograd of two custom ops with the arguments of `blocked` and `blocked_backward`."""
+
+    def shapes(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+        return v.new_empty(v.shape), state.new_empty(state.shape)
+
+    def backward_shapes(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
+        dlog_decay = log_decay.new_empty(0 if log_decay.ndim == 1 else log_decay.shape)
+        return *(x.new_empty(x.shape) for x in (q, k, v)), dlog_decay, state.new_empty(state.shape)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+
+    def gradients(ctx, do, dstate):
+        dq, dk, dv, dlog_decay, dinitial = backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
+        return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None
+
+    forward.register_fake(shapes)
+    backward.register_fake(backward_shapes)
+    forward.register_autograd(gradients, setup_context=setup_context)
+    refuse_second_derivative(backward)
+
+
+join_passes(blocked, blocked_backward)

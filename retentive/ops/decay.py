@@ -44,6 +44,17 @@ def log_decay(
     return torch.tensor(values(schedule, heads), dtype=dtype, device=device)
 
 
+def check_values(log_decay: Tensor) -> None:
+    """Looks at log decays where that costs no wait for a device and breaks no compiled graph.
+
+    Raises:
+        ValueError: one is above 0, or NaN.
+    """
+    if log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((log_decay <= 0).all()):
+        worst = float(log_decay.detach().max())  # max of a tensor with NaN is NaN
+        raise ValueError(f"log_decay must be at most 0 everywhere (gamma <= 1), got {worst:g}")
+
+
 def row_norm(log_decay_H: Tensor, count: Tensor) -> Tensor:
     """1 / sqrt(1 + gamma + … + gamma^(n-1)), `[..., H]`, for n = `count` `[...]` tokens so far, this one included.
 

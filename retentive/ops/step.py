@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retentive.ops.blocked import FORGOTTEN
+from retentive.ops.decay import check_values
 
 
 def slots(K: int, V: int) -> int:
@@ -116,6 +117,7 @@ class Ring:
 
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
     """`o` `[B,H,V]` after one more token, which is put into the ring; the arguments are those of `retention_step`."""
+    check_values(log_decay)
     R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
     slot = ring.written % R
     ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v

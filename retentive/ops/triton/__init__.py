@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from retentive.ops.blocked import refuse_second_derivative
+from retentive.ops.blocked import join_passes
 from retentive.ops.triton import tiles
 from retentive.ops.triton.backward import chunkwise_backward
 from retentive.ops.triton.forward import chunkwise
@@ -93,30 +93,4 @@ def triton_retention_backward(
         return chunkwise_backward(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
 
 
-@triton_retention.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(
-        state, memory_format=torch.contiguous_format
-    )
-
-
-@triton_retention_backward.register_fake
-def _(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
-    dq, dk, dv, dinitial = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, state))
-    dlog_decay = log_decay.new_empty(0 if log_decay.ndim == 1 else log_decay.shape)
-    return dq, dk, dv, dlog_decay, dinitial
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, do, dstate):
-    gradients = triton_retention_backward(do, dstate, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
-    dq, dk, dv, dlog_decay, dinitial = gradients
-    return dq, dk, dv, dlog_decay if ctx.needs_input_grad[3] else None, dinitial, None, None, None
-
-
-triton_retention.register_autograd(_backward, setup_context=_setup_context)
-refuse_second_derivative(triton_retention_backward)
+join_passes(triton_retention, triton_retention_backward)
