@@ -64,17 +64,7 @@ def test_the_table_holds_the_rows_and_their_ratios():
     assert cells[3] == ["16,384", "1.00 MB", "4.00 MB", "4.00", "2.00", "9.00", "4.50"]
 
 
-def test_the_plot_is_a_png_of_the_rows(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
-    lines, plot = {}, Axes.plot
-
-    def watched(axis, x, y, **how):
-        lines.setdefault(how["label"], []).append((list(x), list(y)))
-        return plot(axis, x, y, **how)
-
-    monkeypatch.setattr(Axes, "plot", watched)
+def test_the_plot_is_a_png_of_the_rows(tmp_path, lines):
     memory.plot(ROWS, tmp_path / "memory.png", title="what it costs")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG\r\n")
     contexts = [512, 16384]

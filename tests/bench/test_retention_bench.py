@@ -381,17 +381,7 @@ def test_a_disturbed_machine_is_told():
     assert "did other work" not in retention_report.table(RESULT)
 
 
-def test_the_plot_shows_every_contestant_at_the_lengths_it_ran(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
-    lines, plot = {}, Axes.plot
-
-    def watched(axis, x, y, **how):
-        lines.setdefault(how["label"], []).append((list(x), list(y)))
-        return plot(axis, x, y, **how)
-
-    monkeypatch.setattr(Axes, "plot", watched)
+def test_the_plot_shows_every_contestant_at_the_lengths_it_ran(tmp_path, lines):
     retention_report.plot(RESULT, tmp_path / "retention.png", title="a title")
     assert (tmp_path / "retention.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert lines["retentive, fp32"] == [
