@@ -24,6 +24,7 @@ Sums are float32, and so are S, dS, decays and all that is not an operand.
 */
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,7 +52,8 @@ enum {
     NC = 2 * LANES,                      /* columns of a panel */
     WHOLE = LANES > MR ? LANES : MR,     /* K and V are padded to a multiple of it */
     DEPTH = 256,                         /* units summed at once: a panel of so many stays in the first cache */
-    MOST_GROUP = 16
+    MOST_GROUP = 16,
+    AHEAD = 16
 };
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -103,9 +105,14 @@ typedef _Float16 half;
 typedef uint16_t half;
 #endif
 
-/* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row */
+INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
+
+/* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row. They lie far
+   apart, where the hardware's prefetcher does not follow: AHEAD rows are asked for in time. */
 static void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, i64 n, float *to, i64 width, i64 all_rows) {
     for (i64 i = 0; i < rows; i++, to += width) {
+        for (i64 j = 0; j < n; j += dtype == 0 ? 16 : 32)
+            __builtin_prefetch(element(from, dtype, (i + AHEAD) * stride + j));
         if (dtype == 0) memcpy(to, (const float *)from + i * stride, n * 4);
         else if (dtype == 1) {
             const uint16_t *x = (const uint16_t *)from + i * stride;
@@ -131,8 +138,6 @@ static void write_rows(i64 dtype, const float *from, i64 width, i64 rows, i64 n,
         }
     }
 }
-
-INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
 
 /* ---- operands ---- */
 
@@ -277,6 +282,8 @@ PRODUCT(product_pairs_transposed, 1, 1)
 
 /* ---- decays ---- */
 
+INLINE float bounded(float log_decay) { return log_decay < -100 ? -100 : log_decay; } /* blocked.FORGOTTEN; NaN stays */
+
 INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops of it become vectors */
     float y = x < -87.0f ? -87.0f : x;
     float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
@@ -304,7 +311,7 @@ static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     if (!c->per_token && d->count == count) return; /* the same in every full chunk */
     double G = 0, since[c->C];
     for (i64 i = 0; i < c->C; i++) {
-        if (i < count) G += fmax(c->log_decay[c->per_token ? (t + i) * c->H + h : h], -100.0); /* blocked.FORGOTTEN */
+        if (i < count) G += bounded(c->log_decay[c->per_token ? (t + i) * c->H + h : h]);
         since[i] = G, d->since[i] = (float)G;
     }
     for (i64 i = 0; i < c->C; i++) {
@@ -314,13 +321,13 @@ static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     for (i64 i = 0; i < d->wide; i++) d->total[i] = (float)exp(G);
     if (!c->per_token && d->count == 0)
         for (i64 x = 0; x < c->C; x++) {
-            double lag = (c->C - 1 - x) * fmax(c->log_decay[h], -100.0);
+            double lag = (c->C - 1 - x) * bounded(c->log_decay[h]);
             d->lag[x] = (float)(c->scale * exp(lag)), d->lag[c->C + x] = 0;
         }
     d->count = count;
 }
 
-/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, so that a NaN stays in its time */
+/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, since a score there may be NaN */
 static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
     for (i64 i = 0; i < rows; i++, score += c->C) {
         i64 width = round_up(i / MR * MR + MR, NC);
@@ -386,7 +393,11 @@ static char *arrange(const Call *c, int backward, Space *s, char *at) {
     return at;
 }
 
-/* kept from call to call: fresh pages cost more than the work of a short call */
+/* kept from call to call, since fresh pages cost more than the work of a short call, and freed with its thread */
+static pthread_key_t space_key;
+static int have_key;
+__attribute__((constructor)) static void make_space_key(void) { have_key = !pthread_key_create(&space_key, free); }
+
 static void *space_of_thread_with(i64 bytes) {
     static _Thread_local void *space;
     static _Thread_local i64 size;
@@ -394,6 +405,7 @@ static void *space_of_thread_with(i64 bytes) {
         free(space);
         space = aligned_alloc(64, round_up(bytes, 64));
         size = space ? bytes : 0;
+        if (have_key) pthread_setspecific(space_key, space);
     }
     return space;
 }
@@ -565,7 +577,7 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
 
     multiply(c, FULL, rows, K, Vu, v_rows, (Operand){s->dST_panels, Vu}, NULL, NULL, dk);
     if (c->per_token) {
-        float kept = 0;
+        double kept = 0; /* the sum of all products of S and dS */
         for (i64 i = 0; i < count; i++) {
             float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
             s->dG[i] -= x, kept += x;
@@ -575,7 +587,7 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
                 i64 at = n * V + r * NC;
                 kept += d->total[0] * dot(s->ST[g] + at, s->dST + at, smaller(NC, K - n));
             }
-        s->dG[count - 1] += kept;
+        s->dG[count - 1] += (float)kept;
         float sum = 0;
         for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];
     }
@@ -701,7 +713,7 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
     float *decay = c->ring_decay + bh * R, g = c->log_decay[b * c->decay_stride + h];
     memcpy(ring_k + slot * K * size, (const char *)c->k + bh * K * size, K * size);
     memcpy(ring_v + slot * V * size, (const char *)c->v + bh * V * size, V * size);
-    decay[slot] = g < -100 ? -100 : g; /* blocked.FORGOTTEN */
+    decay[slot] = bounded(g);
 
     float *q = space, *o = q + K, *k = o + V, *v = k + R * K, since = 0; /* log decay from token j to the newest */
     read_rows(c->dtype, (const char *)c->q + bh * K * size, K, 1, K, q, K, 1);
@@ -755,6 +767,14 @@ int retention_step(const Step *c) {
         if (c->written[b] - c->folded[b] == c->slots) c->folded[b] += c->slots / 2;
     }
     return failed;
+}
+
+int has_half(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 int can_multiply_pairs(void) {
