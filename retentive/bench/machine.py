@@ -20,11 +20,20 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
     """Bytes/s of summing rows (the fastest reader that torch has) and of copying (read and write counted)."""
-    x = torch.ones(size // 4 // 4096, 4096, device=device)
+    x = numbers(device, size)
     y = torch.empty_like(x)
-    read = min(clock(device, lambda: x.sum(-1)) for _ in range(30))
     copy = min(clock(device, lambda: y.copy_(x)) for _ in range(10))
-    return {"read": x.nbytes / read, "copy": 2 * x.nbytes / copy}
+    return {"read": reading(x, 30), "copy": 2 * x.nbytes / copy}
+
+
+def numbers(device: torch.device, size: int = READ) -> torch.Tensor:
+    """`size` bytes to read, in rows."""
+    return torch.ones(size // 4 // 4096, 4096, device=device)
+
+
+def reading(x: torch.Tensor, repeats: int = 3) -> float:
+    """Bytes/s of summing the rows of `numbers`."""
+    return x.nbytes / min(clock(x.device, lambda: x.sum(-1)) for _ in range(repeats))
 
 
 def mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

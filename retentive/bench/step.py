@@ -11,7 +11,9 @@ them. First the gate: 3 R steps of every contestant against the recurrence in fl
 New tensors beyond some MB are new memory from the system each time, which costs more than the step (plain, B large).
 
 The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
-on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing.
+on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. That
+rate may change from one second to the next where machines are shared, so it is measured around every repetition, and
+the fraction is the median of theirs.
 """
 
 import statistics
@@ -96,15 +98,12 @@ def measure(
     for shape in shapes:
         for dtype in dtypes:
             errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
-            before = machine.bandwidth(device)
             for B in batches:
-                results = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
-                after = machine.bandwidth(device)
+                results, read = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
                 row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
-                rows.append(finish(row, before, after, errors))
+                rows.append(finish(row, read, errors))
                 told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
                 say(f"{shape} B={B} {dtype}: {told}")
-                before = after
     return {
         "what": "decoding step of one layer",
         "hardware": hardware.describe(),
@@ -118,8 +117,7 @@ def backend(device: torch.device, dtype: str) -> str:
     """What computes a step with a ring here."""
     if device.type == "cuda" and "triton" in backends.BACKENDS:
         return "triton"
-    compiled = device.type == "cpu" and DTYPES[dtype] in cpu_module.DTYPES and cpu_module.unavailable() is None
-    return "cpu" if compiled else "torch"
+    return "cpu" if device.type == "cpu" and cpu_module.unavailable(DTYPES[dtype]) is None else "torch"
 
 
 def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
@@ -155,9 +153,10 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
 
 def in_turns(
     shape: Shape, B: int, dtype: str, device: torch.device, repeats: int, spread: int
-) -> dict[str, dict[str, Any]]:
-    """Seconds of one step of one layer, the best and the median of the repetitions, for every contestant."""
+) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """Of every contestant the seconds of one step of one layer and the fraction of the limit; the rates of reading."""
     H, K, V = shape
+    nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
     layers, tokens = -(-spread // (4 * B * H * K * V)), slots(K, V) // 2
     q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
     decays = log_decay("paper", H, device=device)
@@ -166,6 +165,8 @@ def in_turns(
         # written, not zeros: pages that nobody has written are all the same one, and in the cache
         states[name] = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    fractions: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    read = [machine.reading(numbers)]
 
     def repetition(step: Callable, layer_states: list[Any]) -> None:
         for _ in range(tokens):
@@ -175,11 +176,19 @@ def in_turns(
     for _ in range(repeats + 1):
         for name, one in CONTESTANTS.items():
             seconds = machine.clock(device, lambda one=one, name=name: repetition(one.step, states[name]))  # type: ignore[misc]
+            read.append(machine.reading(numbers))
             times[name].append(seconds / (tokens * layers))
-    return {
-        name: {"seconds": min(taken[1:]), "median_seconds": statistics.median(taken[1:]), "repeats": repeats}
+            fractions[name].append(nbytes / times[name][-1] / statistics.mean(read[-2:]))
+    results = {
+        name: {
+            "seconds": min(taken[1:]),
+            "median_seconds": statistics.median(taken[1:]),
+            "fraction": statistics.median(fractions[name][1:]),
+            "repeats": repeats,
+        }
         for name, taken in times.items()
     }
+    return results, read
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
@@ -189,20 +198,17 @@ def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
     return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
-def finish(
-    row: dict[str, Any], before: dict[str, float], after: dict[str, float], errors: dict[str, float]
-) -> dict[str, Any]:
-    """The row with the machine's rates, the limit, and everybody's fraction of it."""
+def finish(row: dict[str, Any], read: list[float], errors: dict[str, float]) -> dict[str, Any]:
+    """The row with the machine's rate, the limit, and everybody's error at the gate."""
     B, H, K, V = (row[n] for n in "BHKV")
     nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
-    seconds = nbytes / machine.mean(before, after)["read"]
     for name, result in row["contestants"].items():
-        result |= {"fraction": seconds / result["seconds"], "gate_error": errors[name]}
+        result["gate_error"] = errors[name]
     return row | {
         "state_bytes": 4 * B * H * K * V,
         "slots": slots(K, V),
-        "machine": {"before": before, "after": after},
-        "limit": {"bytes": nbytes, "seconds": seconds, "by": "memory"},
+        "machine": {"read": {"least": min(read), "median": statistics.median(read), "most": max(read)}},
+        "limit": {"bytes": nbytes, "seconds": nbytes / statistics.median(read), "by": "memory"},
     }
 
 
@@ -217,11 +223,11 @@ def table(result: dict[str, Any]) -> str:
         cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
         lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])
-    read = [rate["read"] / 1e9 for row in result["rows"] for rate in row["machine"].values()]
+    read = [rate / 1e9 for row in result["rows"] for rate in row["machine"]["read"].values()]
     where = result["hardware"]["cpu" if result["device"] == "cpu" else "gpu"]
     notes = [
         "Seconds a step and layer; plain and torch as multiples of the ring's. The limit is what a ring must read and "
-        "write, at the rate of reading (retentive/bench/step.py).",
+        "write, at the rate of reading, in the median of the repetitions (retentive/bench/step.py).",
         f"This machine meanwhile: reading {span(read)} GB/s ({where}).",
     ]
     return "\n\n".join([markdown(heads, lines), "\n".join(f"- {note}" for note in notes)])

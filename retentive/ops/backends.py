@@ -100,13 +100,11 @@ def run_triton(call: Call) -> tuple[Tensor, Tensor]:
 def refuses_cpu(call: Call) -> str | None:
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device}"
-    if call.q.dtype not in cpu_module.DTYPES:
-        return f"it computes in float32 at most, got {call.q.dtype}"
     if call.form in ("recurrent", "parallel"):
         return f"it computes the chunkwise form, not the {call.form} one"
     if call.chunk_size is not None and (call.chunk_size % 32 or call.chunk_size > 512):
         return f"its chunks are of 32, 64, … 512 tokens, got {call.chunk_size}"
-    return cpu_module.unavailable()
+    return cpu_module.unavailable(call.q.dtype)
 
 
 def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
@@ -166,7 +164,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring:
         return ring_step(
             q, k, v, log_decay, scale, ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded
         )
-    if q.device.type == "cpu" and q.dtype in cpu_module.DTYPES and cpu_module.unavailable() is None:
+    if q.device.type == "cpu" and cpu_module.unavailable(q.dtype) is None:
         return cpu_module.step(q, k, v, log_decay, scale, ring)
     if q.is_cuda and find_spec("triton") is not None:
         from retentive.ops import triton as room

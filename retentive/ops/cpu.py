@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from retentive.ops.step import Ring
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
+LINK = ["-lm", "-pthread"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = 4
 """Chunks from one state kept for the backward pass to the next."""
@@ -68,11 +70,11 @@ def _cpu() -> str:
         return platform.platform() + platform.processor()
 
 
-def build(compiler: str, folder: Path) -> Path:
-    """The compiled library, from `folder` or built into it.
+def build(compiler: list[str], folder: Path) -> Path:
+    """The library compiled by `compiler`, a program and what it is always given, from `folder` or built into it.
 
     Raises:
-        NotBuilt: the compiler failed; with its first line.
+        NotBuilt: the compiler failed; with its first line that tells of an error.
     """
     key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
     library = folder / f"cpu-{key}.so"
@@ -83,11 +85,12 @@ def build(compiler: str, folder: Path) -> Path:
         # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
         # threads of a second one would spin against those of the first
         unit, built = Path(scratch) / "cpu.o", Path(scratch) / "cpu.so"
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built), "-lm"]):
-            done = subprocess.run([compiler, *command], capture_output=True, text=True, errors="replace")
+        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built), *LINK]):
+            done = subprocess.run([*compiler, *command], capture_output=True, text=True, errors="replace")
             if done.returncode:
-                complaint = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-                raise NotBuilt(f"{compiler} could not compile cpu.c: {complaint}")
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                complaint = next((line for line in said if "error" in line), said[0])
+                raise NotBuilt(f"{shlex.join(compiler)} could not compile cpu.c: {complaint}")
         built.replace(library)  # whole or not at all: another process may be looking
     return library
 
@@ -95,21 +98,30 @@ def build(compiler: str, folder: Path) -> Path:
 @functools.cache
 def _library() -> ctypes.CDLL | NotBuilt:
     """The compiled library, or why there is none; asked for once in a process."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
-    if compiler is None:
-        return NotBuilt(f"no C compiler found (looked for {', '.join(names)})")
     try:
+        names = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["clang"], ["cc"]]
+        compiler = next(([path, *more] for name, *more in names if (path := shutil.which(name))), None)
+        if compiler is None:
+            return NotBuilt(f"no C compiler found (looked for {', '.join(name for name, *_ in names)})")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
-        return ctypes.CDLL(str(build(compiler, cache)))
-    except (NotBuilt, OSError, RuntimeError) as error:
+        built = build(compiler, cache)
+        try:
+            return ctypes.CDLL(str(built))
+        except OSError:  # an empty file, as a power cut leaves behind
+            built.unlink()
+            return ctypes.CDLL(str(build(compiler, cache)))
+    except (NotBuilt, OSError, RuntimeError, ValueError) as error:
         return NotBuilt(str(error))
 
 
-def unavailable() -> str | None:
-    """Why the compiled library cannot be used on this machine, or None."""
+def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the compiled library cannot be used on this machine, or not for inputs of `dtype`; or None."""
+    if dtype not in DTYPES:
+        return f"it computes in float32 at most, got {dtype}"
     library = _library()
-    return str(library) if isinstance(library, NotBuilt) else None
+    if isinstance(library, NotBuilt):
+        return str(library)
+    return "its compiler has no float16" if dtype == torch.float16 and not library.has_half() else None
 
 
 # what torch.compiler.assume_constant_result does, which would load the whole compiler: asked once while a graph is made

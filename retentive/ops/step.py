@@ -55,12 +55,25 @@ class Ring:
         R = slots(K, V) if size is None else size
         if R < 2 or R % 2:
             raise ValueError(f"a ring needs an even number of slots, got {R}")
+        if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or state.is_inference()):
+            with torch.inference_mode(False):  # what is made in that mode cannot be updated in place after it
+                return Ring.open(state.clone() if state.is_inference() else state, dtype, R)
         zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
 
+    def __post_init__(self):
+        for field in fields(self):
+            x = getattr(self, field.name)
+            if not x.is_contiguous():
+                raise ValueError(f"the tensors of a ring must be contiguous, got {field.name} with strides {x.stride()}")
+
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
-        """`f` of every tensor; all have the sequences first."""
+        """`f` of every tensor; all have the sequences first.
+
+        Raises:
+            ValueError: a tensor that comes back is not contiguous.
+        """
         return Ring(*(f(getattr(self, field.name)) for field in fields(self)))
 
     def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
@@ -93,13 +106,14 @@ class Ring:
         return self._fold(self.state, self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it."""
+        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it, and nothing of the others, be it NaN."""
         k_BHRK, v_BHRV, since_BHR = self.held()
         last_B11 = (tokens - 1)[:, None, None]
         later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
         whole_BH1 = since_BHR.gather(2, last_B11.clamp(min=0).expand(*since_BHR.shape[:2], 1))
         whole_BH1 = torch.where(last_B11 < 0, 0, whole_BH1)
         weight_BHR = (whole_BH1 - since_BHR).masked_fill(later_BHR, -torch.inf).exp()
+        k_BHRK, v_BHRV = (x.masked_fill(later_BHR[..., None], 0) for x in (k_BHRK, v_BHRV))
         return whole_BH1.exp()[..., None] * state + (k_BHRK * weight_BHR[..., None]).mT @ v_BHRV
 
     def rollback(self, tokens: int | Tensor) -> None:

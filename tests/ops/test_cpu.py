@@ -82,7 +82,7 @@ def compiled(tmp_path_factory):
         ours = [flag for flag in module.FLAGS if not flag.startswith("-march")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "FLAGS", [*ours, *flags])
-            return ctypes.CDLL(str(module.build("gcc", folder)))
+            return ctypes.CDLL(str(module.build(["gcc"], folder)))
 
     return build
 
@@ -737,14 +737,14 @@ def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
 
 def test_another_source_other_flags_or_another_compiler_is_another_library(fresh, monkeypatch, tmp_path):
     folder = tmp_path / "libraries"
-    libraries = {module.build("gcc", folder)}
+    libraries = {module.build(["gcc"], folder)}
     monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, "-DX"])
-    libraries.add(module.build("gcc", folder))
-    libraries.add(module.build(script(tmp_path / "cc", 'exec gcc "$@"\n'), folder))
+    libraries.add(module.build(["gcc"], folder))
+    libraries.add(module.build([script(tmp_path / "cc", 'exec gcc "$@"\n')], folder))
     module.SOURCE.write_text("int answer(void) { return 43; }\n", encoding="utf-8")
-    libraries.add(module.build("gcc", folder))
+    libraries.add(module.build(["gcc"], folder))
     monkeypatch.setattr(module, "_cpu", lambda: "another machine on the same home directory")
-    libraries.add(module.build("gcc", folder))
+    libraries.add(module.build(["gcc"], folder))
     assert len(libraries) == 5 and set(folder.iterdir()) == libraries
 
 
@@ -752,6 +752,8 @@ FAILURES = {
     "no-such": ("", "no C compiler found (looked for {cc})"),
     "complains": ("echo 'cpu.c:1: it is Monday' >&2\necho 'and more' >&2\nexit 1\n",
                   "{cc} could not compile cpu.c: cpu.c:1: it is Monday"),
+    "tells-where": ("echo 'cpu.c: In function f:' >&2\necho 'cpu.c:1: error: it is Monday' >&2\nexit 1\n",
+                    "{cc} could not compile cpu.c: cpu.c:1: error: it is Monday"),
     "silent": ("exit 3\n", "{cc} could not compile cpu.c: exit code 3"),
     "killed": ("kill -9 $$\n", "{cc} could not compile cpu.c: exit code -9"),
     "makes-nothing": ("exit 0\n", "No such file or directory"),
@@ -792,22 +794,32 @@ def test_a_read_only_cache(fresh, monkeypatch, tmp_path):
     assert "Permission denied" in module.unavailable()
 
 
-def test_a_library_that_is_broken_is_no_library(fresh, same):
-    library = module.build("gcc", fresh)
-    whole = library.read_bytes()
+def test_a_library_that_is_broken_is_built_anew(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "gcc")
+    library = module.build([shutil.which("gcc")], fresh)
     library.unlink()
-    library.write_bytes(whole[: len(whole) // 2])
-    reason = module.unavailable()
-    assert reason is None or "\n" not in reason  # built anew, or done without
-    q, k, v, log_decay, state = (x.detach() for x in inputs(1, 40, 2, 4, 3, dtype=torch.float32))
-    if reason:
-        got = retention(q, k, v, log_decay, scale=0.3, state=state)
-        same(got, retention(q, k, v, log_decay, scale=0.3, state=state, backend="blocked"), 0)
+    library.touch()  # as after a power cut
+    assert module.unavailable() is None and module._library().answer() == 42
+    assert list(fresh.iterdir()) == [library] and library.stat().st_size > 0
+
+
+def test_the_compiler_may_be_named_with_what_it_is_always_given(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "gcc -DX='a b'")
+    assert module.unavailable() is None and module._library().answer() == 42
+
+
+def test_a_compiler_without_float16_is_left_alone_with_it(monkeypatch, compiled, refuses):
+    other = compiled("-march=x86-64-v3", "-U__FLT16_MAX__")
+    assert module._library().has_half() and not other.has_half()
+    monkeypatch.setattr(module, "_library", lambda: other)
+    assert module.unavailable() is None and module.unavailable(torch.bfloat16) is None
+    with refuses("backend 'cpu' cannot do this: its compiler has no float16"):
+        cpu(*inputs(1, 40, 2, 4, 3, dtype=torch.float16))
 
 
 def test_built_by_several_at_once_it_is_whole_or_not_there(fresh, tmp_path):
     """Threads with a folder in common are to it what processes are: nothing else is shared."""
-    slow = script(tmp_path / "cc", 'sleep 0.1\nexec gcc "$@"\n')
+    slow = [script(tmp_path / "cc", 'sleep 0.1\nexec gcc "$@"\n')]
     with ThreadPoolExecutor(5) as pool:
         builds = [pool.submit(module.build, slow, fresh) for _ in range(4)]
         while not all(x.done() for x in builds):  # whatever can be seen meanwhile can be loaded

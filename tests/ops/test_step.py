@@ -150,6 +150,17 @@ def test_rows_that_are_not_at_the_same_token_go_on_as_each_would_alone(dtype, st
         same(ring.map(lambda x, n=n: x[n : n + 1]).to_state(), alone[n].to_state(), 1e-6)
 
 
+def test_what_is_folded_is_nothing_of_later_tokens(step, same):
+    clean = opened(4)
+    run(step, clean, [token() for _ in range(3)])
+    ring, x = clone(clean), token()
+    step(*x, 0.3, clean)
+    for y in x[:3]:
+        y.fill_(torch.nan)
+    step(*x, 0.3, ring)  # the ring is full: its older half goes into the state, and this token stays
+    same(ring.state, clean.state, 0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_row_and_head(bad, step, same):
     clean, ring = opened(4), None
@@ -378,10 +389,11 @@ def test_a_decay_above_0_is_refused_and_nothing_changed(per, bad, refuses, same)
     same(tensors(ring), before, 0)
 
 
-@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "log_decay"])
+@pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "log_decay", "state"])
 def test_gradients_are_refused(which, refuses):
-    x, ring = token(), opened(4)
-    x[which].requires_grad_()
+    x, start = token(), torch.randn(3, 2, 5, 4)
+    [*x, start][which].requires_grad_()
+    ring = Ring.open(start, torch.float32, 4)
     with refuses("a ring is updated in place and has no gradients: use torch.no_grad(), or ring.to_state()"):
         retention_step(*x, state=ring)
     assert ring.written.tolist() == [0, 0, 0]
@@ -420,17 +432,21 @@ def test_in_inference_mode(step, same):
     same(got, want, 0)
 
 
-def test_a_ring_made_in_inference_mode_goes_on_outside(same):
-    if cpu_module.unavailable():
-        pytest.skip(cpu_module.unavailable())
-    start, tokens = opened(4), [token() for _ in range(9)]
-    want = run(cpu_module.step, clone(start), tokens)
+@pytest.mark.parametrize("state_too", [False, True])
+def test_a_ring_made_in_inference_mode_goes_on_outside(state_too, step, same):
+    start, tokens = torch.randn(3, 2, 5, 4), [token() for _ in range(9)]
+    want = run(step, Ring.open(start.clone(), torch.float32, 4), tokens)
+    outside = start.clone()
     with torch.inference_mode():
-        ring = clone(start)
-        first = run(cpu_module.step, ring, tokens[:3])
-    with torch.no_grad():
-        rest = [retention_step(*x, scale=0.3, state=ring)[0] for x in tokens[3:]]
-    same(first + rest, want, 0)
+        ring = Ring.open(start.clone() if state_too else outside, torch.float32, 4)
+        first = run(step, ring, tokens[:5])
+    ring.rollback(1)
+    same(first[:4] + run(step, ring, tokens[4:]), want, 0)
+
+
+def test_tensors_that_are_not_contiguous_are_refused(refuses):
+    with refuses("the tensors of a ring must be contiguous, got state with strides"):
+        opened(4, B=4).map(lambda x: x[::2])
 
 
 def test_autocast_changes_nothing(same):
