@@ -11,9 +11,9 @@ them. First the gate: 3 R steps of every contestant against the recurrence in fl
 New tensors beyond some MB are new memory from the system each time, which costs more than the step (plain, B large).
 
 The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
-on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. That
-rate may change from one second to the next where machines are shared, so it is measured around every repetition, and
-the fraction is the median of theirs.
+on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. The
+rate of a shared machine changes from one second to the next, so it is measured around every repetition, and the
+fraction is the median of theirs.
 """
 
 import statistics

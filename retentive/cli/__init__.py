@@ -50,8 +50,10 @@ def run(argv: list[str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc use the memory of freed tensors again. By default it gives large blocks back to the system at once, and
-    getting them anew, page by page, costs a training step on a CPU a tenth of its time (docs/LOG.md). Elsewhere: nothing.
+    """Lets glibc use the memory of freed tensors again; where there is another C library, nothing.
+
+    By default large blocks go back to the system at once, and getting them anew, page by page, costs a training step on
+    a CPU a tenth of its time (docs/LOG.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -66,7 +66,9 @@ class Ring:
         for field in fields(self):
             x = getattr(self, field.name)
             if not x.is_contiguous():
-                raise ValueError(f"the tensors of a ring must be contiguous, got {field.name} with strides {x.stride()}")
+                raise ValueError(
+                    f"the tensors of a ring must be contiguous, got {field.name} with strides {x.stride()}"
+                )
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
         """`f` of every tensor; all have the sequences first.
@@ -106,7 +108,7 @@ class Ring:
         return self._fold(self.state, self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it, and nothing of the others, be it NaN."""
+        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it, and nothing of others, be it NaN."""
         k_BHRK, v_BHRV, since_BHR = self.held()
         last_B11 = (tokens - 1)[:, None, None]
         later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
