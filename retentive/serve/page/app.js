@@ -1,0 +1,301 @@
+// The page of `retentive serve`. The server keeps each conversation's state under a session's name, so that a request
+// holds only what the state has not read yet; the number of tokens read grows, the state's bytes do not.
+
+const $ = (id) => document.getElementById(id);
+const count = new Intl.NumberFormat("en");
+const HINTS = {
+  chat: "Ask something. The model keeps what was said in a state of constant size.",
+  write: "Begin a text. The model writes on, and so can you.",
+};
+
+let session; // the name of this conversation in the server
+let unread; // [{role, content}] that the state has not read: what is being sent, and what was stopped
+let read; // tokens in the state
+let running = null; // an AbortController while the model answers
+
+// Talking to the server
+
+async function call(path, { method = "GET", body, signal } = {}) {
+  const headers = { "X-Session-Id": session }; // load balancers send a conversation to the server that has its state
+  const key = sessionStorage.getItem("key");
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");
+  }
+  if (response.ok) return response;
+  throw await refusal(response);
+}
+
+async function refusal(response) {
+  const said = (await response.json().catch(() => ({}))).error?.message;
+  if (response.status === 401) {
+    if (!$("login").open) $("login").showModal();
+    return new Error(sessionStorage.getItem("key") ? "The server refused the API key." : "The server wants an API key.");
+  }
+  const wait = response.headers.get("Retry-After");
+  if (response.status === 429) return new Error(`The server is full: try again in ${wait ?? "a few"} s.`);
+  return new Error(said ?? `The server said ${response.status} ${response.statusText}.`);
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = ""; ; ) {
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("The server went away in the middle of its answer.");
+    });
+    if (done) return;
+    const lines = (held + value).split(/\r?\n/);
+    held = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data:") && line.slice(5).trim() !== "[DONE]") yield JSON.parse(line.slice(5));
+    }
+  }
+}
+
+// One turn
+
+function question() {
+  const body = { session, stream: true, stream_options: { include_usage: true } };
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
+    if ($(name).value !== "") body[name] = Number($(name).value);
+  }
+  const stops = $("stops").value.split("\n").filter(Boolean).map((stop) => stop.replaceAll("\\n", "\n"));
+  if (stops.length) body.stop = stops;
+  if (mode() === "chat") return ["v1/chat/completions", { ...body, messages: unread }];
+  return ["v1/completions", { ...body, prompt: unread.map((part) => part.content).join("") }];
+}
+
+async function send() {
+  const text = $("input").value;
+  if (running || !text.trim() || !$("sampling").reportValidity()) return;
+  say("");
+  const before = unread;
+  unread = [...unread, { role: "user", content: text }];
+  const mine = show("you", text);
+  const answer = show("model", "");
+  $("input").value = "";
+  busy(new AbortController());
+  answer.classList.add("running");
+  try {
+    await listen(answer, performance.now());
+    unread = [];
+  } catch (error) {
+    if (answer.textContent) {
+      unread.push({ role: "assistant", content: answer.textContent }); // the state is as before: it reads this next time
+    } else { // nothing came: as if it had not been sent
+      unread = before;
+      mine.remove();
+      answer.remove();
+      $("input").value = text;
+    }
+    if (error.name !== "AbortError") say(error.message);
+  }
+  answer.classList.remove("running");
+  busy(null);
+  $("input").focus();
+}
+
+async function listen(answer, began) {
+  const [path, body] = question();
+  const response = await call(path, { method: "POST", body, signal: running.signal });
+  const already = read;
+  let pieces = 0, first, finished;
+  for await (const event of events(response)) {
+    if (event.error) throw new Error(event.error.message);
+    const choice = event.choices?.[0];
+    const piece = choice?.delta?.content ?? choice?.text ?? "";
+    finished = choice?.finish_reason ?? finished;
+    if (piece) {
+      first ??= performance.now();
+      pieces += 1; // about a token; the usage at the end is exact
+      append(answer, piece);
+      remembered(already + pieces);
+      speed(first - began, pieces, performance.now() - first);
+    }
+    if (event.usage) {
+      const { prompt_tokens, completion_tokens } = event.usage;
+      remembered(already + prompt_tokens + completion_tokens);
+      if (first) speed(first - began, completion_tokens, performance.now() - first);
+    }
+  }
+  if (!finished) throw new Error("The server went away in the middle of its answer.");
+}
+
+// What is seen
+
+const mode = () => document.querySelector("input[name=mode]:checked").value;
+
+function say(message) {
+  $("error").textContent = message;
+}
+
+function show(kind, text) {
+  const block = document.createElement(kind === "model" ? "div" : "p");
+  block.className = kind;
+  block.textContent = text;
+  $("log").append(block);
+  $("mode").disabled = true; // a conversation has one mode
+  $("log").scrollTop = $("log").scrollHeight;
+  return block;
+}
+
+function append(block, piece) {
+  const log = $("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // else somebody reads further up
+  block.append(piece);
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+function busy(controller) {
+  running = controller;
+  $("log").ariaBusy = String(Boolean(running)); // a screen reader reads the answer when it is whole
+  $("send").hidden = $("stop").hidden = false;
+  (running ? $("send") : $("stop")).hidden = true;
+  for (const button of document.querySelectorAll("#new, #saving button")) button.disabled = Boolean(running);
+}
+
+function bytes(n) {
+  const power = Math.min(Math.floor(Math.log10(Math.max(n, 1)) / 3), 3);
+  return `${(n / 1000 ** power).toPrecision(3)} ${["B", "kB", "MB", "GB"][power]}`;
+}
+
+function remembered(tokens) {
+  $("read").textContent = count.format(tokens);
+  read = tokens;
+}
+
+function speed(wait, tokens, ms) {
+  $("first").textContent = wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`;
+  if (tokens > 1 && ms > 0) $("speed").textContent = `${count.format(Math.round(((tokens - 1) / ms) * 1000))} tok/s`;
+}
+
+// Conversations and their states
+
+function begin() {
+  if (session) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // where nothing was sent: not there
+  session = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  unread = [];
+  $("log").replaceChildren();
+  $("log").dataset.hint = HINTS[mode()];
+  $("log").classList.toggle("write", mode() === "write");
+  $("mode").disabled = false;
+  $("first").textContent = $("speed").textContent = "–";
+  $("send").textContent = mode() === "chat" ? "Send" : "Write on";
+  remembered(0);
+  say("");
+}
+
+async function attempt(action) {
+  say("");
+  try {
+    await action();
+  } catch (error) {
+    say(error.message);
+    leaveSettings(); // where the error is seen
+  }
+}
+
+async function listStates() {
+  const { data } = await (await call("v1/states")).json();
+  $("states").replaceChildren(...data.map(row));
+}
+
+function row(state) {
+  const item = document.createElement("li");
+  const about = document.createElement("small");
+  about.textContent = `${count.format(state.tokens)} tokens in ${bytes(state.bytes)}`;
+  const name = document.createElement("span");
+  name.append(state.name, about);
+  const action = (text, act) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.ariaLabel = `${text} ${state.name}`;
+    button.disabled = Boolean(running);
+    button.onclick = () => attempt(act);
+    return button;
+  };
+  item.append(
+    name,
+    action("Restore", async () => {
+      begin();
+      await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
+      remembered(state.tokens);
+      show("note", `Restored ${state.name}: ${count.format(state.tokens)} tokens read. The model remembers them; their text was not kept.`);
+      leaveSettings();
+      $("input").focus();
+    }),
+    action("Delete", async () => {
+      await call(`v1/states/${state.name}`, { method: "DELETE" });
+      await listStates();
+      $("name").focus();
+    }),
+  );
+  return item;
+}
+
+async function save() {
+  const name = $("name").value;
+  await call("v1/states", { method: "POST", body: { session, name } });
+  show("note", `Saved as ${name}.`);
+  $("name").value = "";
+  await listStates();
+}
+
+// Doors
+
+async function open() {
+  const info = await (await call("v1/info")).json();
+  $("model").textContent = info.model;
+  document.title = `${info.model} – Retentive`;
+  $("bytes").textContent = bytes(info.state_bytes);
+  const constant = document.createElement("small");
+  constant.textContent = " constant";
+  $("bytes").append(constant);
+  if (!$("log").childElementCount) {
+    document.querySelector(`input[value=${info.chat ? "chat" : "write"}]`).checked = true;
+    begin();
+  }
+  await listStates();
+}
+
+function leaveSettings() {
+  if (document.body.classList.contains("settings")) $("more").click();
+}
+
+$("composer").onsubmit = (event) => { event.preventDefault(); send(); };
+$("input").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+};
+document.onkeydown = (event) => { if (event.key === "Escape") running?.abort(); };
+$("stop").onclick = () => running?.abort();
+$("new").onclick = () => { begin(); leaveSettings(); $("input").focus(); };
+$("mode").onchange = begin;
+$("sampling").onsubmit = (event) => event.preventDefault();
+$("saving").onsubmit = (event) => { event.preventDefault(); attempt(save); };
+$("more").onclick = () => {
+  const shown = document.body.classList.toggle("settings");
+  $("more").ariaExpanded = String(shown);
+  $("more").textContent = shown ? "Back" : "Settings";
+};
+$("login").onclose = () => {
+  if (!$("key").value) return;
+  sessionStorage.setItem("key", $("key").value);
+  $("key").value = "";
+  attempt(open);
+};
+$("theme").onclick = () => {
+  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" ||
+    (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+  localStorage.setItem("theme", (document.documentElement.dataset.theme = dark ? "light" : "dark"));
+};
+if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
+
+begin();
+attempt(open);
