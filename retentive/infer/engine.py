@@ -56,6 +56,8 @@ class Stream:
     """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of prompt tokens 1, 2, …, given those before; where asked for."""
+    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest tokens in the place of each of those, where asked for both."""
     state: State | None = None
     """What the model remembers at the end, where asked for: of all tokens but `pending`."""
     pending: list[int] = field(default_factory=list)
@@ -292,6 +294,10 @@ class Engine:
         found = logprobs.gather(1, torch.tensor(following, device=x.device)[:, None]).squeeze(1).tolist()
         for request in prompt.requests:
             request.stream.prompt_logprobs += found
+            if request.top:
+                top = logprobs.topk(request.top)
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                request.stream.prompt_tops += [tuple(zip(*pair, strict=True)) for pair in pairs]
 
     def _join(self, prompt: Prompt, logits: Tensor) -> None:
         """The prompt is read: its requests take rows of the pool and pick their first tokens."""

@@ -81,35 +81,54 @@ def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> It
             logits, state = prefill(model, torch.tensor([[token]], device=prompt.device), state)
 
 
+class Text:
+    """The text of ids that are pushed one by one, in whole characters, up to the first of the `stop` strings.
+
+    Text that could be the beginning of a stop string is held back until it is known not to be. `stopped` says that one
+    was met: it and what follows are left out. None is looked for in the first `skip` characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip: int = 0):
+        if any(not s for s in stop):
+            raise ValueError("a stop string must not be empty")
+        self.decoder, self.stop, self.skip = tokenizer.stream(), tuple(stop), skip
+        self.held, self.stopped = "", False
+
+    def push(self, id: int) -> str:
+        """What is known to belong to the text now, often empty."""
+        return self._release(self.decoder.push(id))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        piece = self._release(self.decoder.flush())
+        piece, self.held = piece + self.held, ""
+        return piece
+
+    def _release(self, piece: str) -> str:
+        skipped, piece = piece[: self.skip], piece[self.skip :]
+        self.skip -= len(skipped)
+        held = self.held + piece
+        cut = min((held.find(s) for s in self.stop if s in held), default=-1)
+        if cut >= 0:
+            self.held, self.stopped = "", True
+            return skipped + held[:cut]
+        keep = max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        self.held = held[len(held) - keep :]
+        return skipped + held[: len(held) - keep]
+
+
 def stream_text(
     tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip: int = 0
 ) -> Iterator[str]:
-    """The text of `tokens` in whole characters, up to the first of the `stop` strings, which is left out.
-
-    `stop` is not looked for in the first `skip` characters.
-
-    Text that could be the beginning of a stop string is held back until it is known not to be.
-    """
-    if any(not s for s in stop):
-        raise ValueError("a stop string must not be empty")
-    decoder, held = tokenizer.stream(), ""
+    """The text of `tokens`, in pieces, up to the first of the `stop` strings: see Text."""
+    text = Text(tokenizer, stop, skip=skip)
     for token in tokens:
-        held += decoder.push(token.id)
-        if skip and held:
-            yield held[:skip]
-            held, skip = held[skip:], max(skip - len(held), 0)
-        cut = min((held.find(s) for s in stop if s in held), default=-1)
-        if cut >= 0:
-            yield held[:cut]
+        if piece := text.push(token.id):
+            yield piece
+        if text.stopped:
             return
-        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    held += decoder.flush()
-    cut = min((held.find(s) for s in stop if s in held), default=len(held))
-    if held[:cut]:
-        yield held[:cut]
+    if piece := text.flush():
+        yield piece
 
 
 def write_on(
