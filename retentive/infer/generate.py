@@ -139,14 +139,18 @@ def write_on(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
+    state: State | None = None,
+    pending: Sequence[int] = (),
 ) -> Iterator[str]:
     """The prompt and what the model makes of it, in pieces, until its document ends or `max_tokens` or `stop` is met.
 
-    The document begins after an end-of-text token, as documents did in training. The prompt's last token is taken back
-    and chosen anew among those that begin with its text: "def " ends in a token for the space, but the model has learnt
-    the space as part of the next word's token.
+    The document begins after an end-of-text token, as documents did in training; with a `state` (used up) the prompt
+    goes on from what that has read and from `pending`, ids that were picked but not read. The prompt's last token is
+    taken back and chosen anew among those that begin with its text: "def " ends in a token for the space, but the model
+    has learnt the space as part of the next word's token.
     """
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    begin = [tokenizer.eos_id] if state is None else pending
+    ids = [*begin, *tokenizer.encode(prompt)]
     tail = tokenizer.decode(ids[-1:]) if len(ids) > 1 else ""
     first_ids = None
     if tail and "\ufffd" not in tail and prompt.endswith(tail):
@@ -157,5 +161,6 @@ def write_on(
     else:
         ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(tail)], max_tokens + 1
     yield prompt
-    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id], first_ids=first_ids)
+    stop_ids = [tokenizer.eos_id]
+    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, first_ids=first_ids, state=state)
     yield from stream_text(tokens, tokenizer, stop=stop, skip=len(tail))

@@ -1,8 +1,8 @@
 """What a model has read, as a file: written once, asked any number of times, whatever its length was.
 
-    read(model, pieces)                                 a Memory after each stretch of tokens
+    read(model, pieces, blank(model))                   a Memory after each stretch of tokens
     save(memory, path), load_memory(path, model), show(path)
-    merge(memories)                                     one of several that were read apart: structured prompting
+    merge(memories), chain(memories)                    one of several that were read apart (docs/memory.md)
 
 The file is that of the state, with what was read, by which model, and a digest in its metadata. The digest finds damage
 and mix-ups; it is no signature: who may write the file may write another one.
@@ -10,7 +10,7 @@ and mix-ups; it is no signature: who may write the file may write another one.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from retentive.models import Model
+from retentive.models import Model, RetNetConfig
 from retentive.models.state import RetentionState, State, load_state
+from retentive.ops import decay as decays
+from retentive.ops import rotary
 
 ABOUT = ("pending", "tokens", "model", "sources", "config", "errors")
 
@@ -42,7 +44,7 @@ class Memory:
     config: dict = field(default_factory=dict)
     """The model's, as a dict; merging needs it."""
     errors: list[float] = field(default_factory=list)
-    """Of a merged memory, a layer each, where it was measured: see `merge_errors`."""
+    """Of a merged memory, one a layer, where they were measured: see `chain_errors`."""
 
     @property
     def nbytes(self) -> int:
@@ -164,17 +166,19 @@ def show(path: str | Path) -> dict[str, Any]:
 # reading
 
 
+def blank(model: Model, name: str | None = None) -> Memory:
+    """The memory of a model that has read nothing; `name` is its fingerprint, where it was computed before."""
+    return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
+
+
 @torch.no_grad()
-def read(
-    model: Model, pieces: Iterable[Sequence[int]], memory: Memory | None = None, *, stretch: int = 4096
-) -> Iterator[Memory]:
+def read(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, stretch: int = 4096) -> Iterator[Memory]:
     """The memory after each stretch of the ids in `pieces`, going on from `memory` (which is used up).
 
-    Reading takes the memory of one stretch, however much there is; sources are the caller's to fill in.
+    Reading takes the memory of one stretch, however much there is; `sources` are the caller's to write.
     """
-    if memory is None:
-        memory = Memory(model.init_state(1), [], 0, fingerprint(model), [], asdict(model.config))
-    state, tokens, device = memory.state, memory.tokens, model.embed.weight.device
+    state: Any = memory.state
+    tokens, device = memory.tokens, model.embed.weight.device
     for ids in _stretches(pieces, memory.pending, stretch):
         _, state = model.hidden(torch.tensor([ids], device=device), state)
         tokens += len(ids)
@@ -190,3 +194,120 @@ def _stretches(pieces: Iterable[Sequence[int]], first: Sequence[int], size: int)
             held = held[size:]
     if held:
         yield held
+
+
+# merging
+
+
+def keep_size(states: Tensor) -> Tensor:
+    """Weight `[H,1,1]` of a sum of states `[M,H,K,V]` that leaves it as large as they are (root mean square), by heads.
+
+    1/M where all are the same and 1/sqrt(M) where they have nothing in common; why, see docs/memory.md.
+    """
+    squares = states.square().sum((-2, -1), keepdim=True).mean(0)
+    total = states.sum(0).square().sum((-2, -1), keepdim=True)
+    return torch.where(total > 0, squares / total, 0).sqrt()
+
+
+def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = keep_size) -> Memory:
+    """Structured prompting (arXiv 2212.06713): one memory, as if each of `memories` stood right before what comes.
+
+    Their states are turned to the same last position and summed, in each layer and head with `weight`. All are equally
+    near, however many there are; merging copies of a memory gives that memory.
+
+    Raises:
+        ValueError: nothing to merge, different models, a Transformer's, or tokens that are still to be read.
+    """
+    config, states = _mergeable(memories)
+    end = max(int(s.position[0]) for s in states)
+    turned = [_turn(s, end - int(s.position[0]), config) for s in states]
+    layers = []
+    for parts in zip(*turned, strict=True):
+        stack = torch.cat(parts)
+        layers.append((weight(stack) * stack.sum(0))[None])
+    return _merged(memories, layers, end)
+
+
+def chain(memories: Sequence[Memory]) -> Memory:
+    """`memories` one after the other, each as old as those behind it are long: a long reading done in parts.
+
+    In the first layer this is what reading on would have given. In those above it is not: there keys and values depend
+    on what came before, and each part was read without.
+
+    Raises:
+        ValueError: as for `merge`, or decays that depend on the tokens.
+    """
+    config, states = _mergeable(memories)
+    if config.decay == "gated":
+        raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
+    log_decay = decays.log_decay(config.decay, config.heads, dtype=torch.float64)[:, None, None]
+    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]
+    end = 0
+    for state in states:
+        length = int(state.position[0])
+        turned = _turn(state, end, config)
+        fade = (length * log_decay).exp().to(turned[0].device, turned[0].dtype)
+        layers = [fade * old + new for old, new in zip(layers, turned, strict=True)]
+        end += length
+    return _merged(memories, layers, end)
+
+
+def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
+    """|chain - whole| / |whole| of each layer: what it did to `memories` that each was read without those before it.
+
+    Raises:
+        ValueError: `whole` has not read the same documents in that order.
+    """
+    chained = chain(memories)
+    _mergeable([chained, whole])
+    position = int(whole.state.position[0])
+    if _hashes(chained) != _hashes(whole) or int(chained.state.position[0]) != position:
+        raise ValueError(
+            f"expected a memory of the same {len(chained.sources)} documents ({chained.tokens} tokens) read in a row, "
+            f"got one of {len(whole.sources)} documents ({whole.tokens} tokens)"
+        )
+    pairs = zip(_tensors(chained.state)[:-1], _tensors(whole.state)[:-1], strict=True)
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+
+def _hashes(memory: Memory) -> list[str]:
+    return [source["sha256"] for source in memory.sources]
+
+
+def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[RetentionState]]:
+    """The config that they share, and their states."""
+    if not memories:
+        raise ValueError("merging needs at least one memory, got none")
+    first, states = memories[0], []
+    for memory in memories:
+        if memory.model != first.model:
+            raise ValueError(
+                f"memories of different models cannot be merged (fingerprints {first.model[:12]} and "
+                f"{memory.model[:12]}): write them with one model"
+            )
+        if not isinstance(memory.state, RetentionState):
+            raise ValueError("memories of a Transformer cannot be merged: a cache holds tokens, not their sum")
+        if memory.pending:
+            raise ValueError(
+                f"a memory with tokens still to be read ({memory.pending}) cannot be merged: read them first"
+            )
+        if not memory.config:
+            raise ValueError("merging needs the model's config in the memory: write it with this version")
+        states.append(memory.state)
+    return RetNetConfig(**first.config), states
+
+
+def _turn(state: RetentionState, by: int, config: RetNetConfig) -> list[Tensor]:
+    """The layers as if all tokens stood `by` positions later: their keys' rotation is the state's, exactly."""
+    layers = state.tensors()
+    cos, sin = rotary.phases(
+        torch.tensor([by], device=layers[0].device), layers[0].shape[-2], config.rotary, dtype=layers[0].dtype
+    )
+    return [rotary.rotate(x.mT, cos, sin, config.rotary).mT.contiguous() for x in layers]
+
+
+def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
+    first = memories[0]
+    state = RetentionState(layers, torch.full_like(first.state.position, end))
+    sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]
+    return Memory(state, [], sum(m.tokens for m in memories), first.model, sources, first.config)
