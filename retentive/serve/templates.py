@@ -1,0 +1,222 @@
+"""Chats as token ids: by the model's own chat template or by a plain one, in jinja's immutable sandbox.
+
+    template = load_template(folder, tokenizer)
+    template.first(messages)    a conversation, up to where the answer begins
+    template.next(messages)     what follows an answer that the model's state holds already
+
+What people say stays text: the name of a special token in a message is encoded as the characters that it is, while
+names in the template itself are tokens. A template comes from whoever made the model: it sees no attribute of Python's, its
+ranges, products and output are bounded, and one that tries more is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
+
+BUILT_IN = """\
+{{- eos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' %}{{ message.content | trim }}
+
+{% else %}{{ 'User' if message.role == 'user' else 'Assistant' }}: {{ message.content | trim }}
+{% endif -%}
+{%- endfor -%}
+Assistant:"""
+
+MOST_CHARACTERS = 16 << 20
+"""Of what a template gives out, and of any product of strings in it."""
+MOST_ROUNDS = 100_000
+"""Of all `range` loops of one rendering together."""
+ANSWER = "\ue000\ue001"
+"""Stands for an answer while its surroundings are looked for; no message holds it (see `_shielded`)."""
+QUESTION = "\ue002"
+"""Stands for a question."""
+SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
+
+Message = Mapping[str, str]
+
+
+class ChatTemplate:
+    """A template that is known to render. `own` says whether it came with the model.
+
+    Raises:
+        ValueError: it does not compile, does not render a plain conversation, or tries to leave the sandbox.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, special: Mapping[str, int], *, own: bool, bos: str = ""):
+        self.tokenizer, self.special, self.own, self.bos = tokenizer, dict(special), own, bos
+        self.eos = next((name for name, id in special.items() if id == tokenizer.eos_id), END_OF_TEXT)
+        self.special[self.eos] = tokenizer.eos_id
+        names = sorted(self.special, key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._to_shield = re.compile("|".join(map(re.escape, ["\ue000", *names])))
+        self._template = _compile(source)
+        self.first([{"role": "user", "content": "."}])
+        self.stop_ids, self.stop = self._ends()
+
+    def first(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a whole conversation.
+
+        Raises:
+            ValueError: the template refuses these messages.
+        """
+        return self._encode(self._render(self._shielded(messages)))
+
+    def next(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of `messages` and of what the template puts after an answer; errors as `first`."""
+        after = self._after_answer(self._shielded(messages))
+        if after is None:
+            raise ValueError("the chat template does not show each message once: a session cannot go on with it")
+        return self._encode(after)
+
+    def _after_answer(self, messages: Sequence[Message]) -> str | None:
+        before = [{"role": "user", "content": "."}, {"role": "assistant", "content": ANSWER}]
+        parts = self._render([*before, *messages]).split(ANSWER)
+        return parts[1] if len(parts) == 2 else None
+
+    def _ends(self) -> tuple[frozenset[int], tuple[str, ...]]:
+        """What ends an answer: the tokens or, where there are none, the text that the template puts after one."""
+        ends, after = {self.tokenizer.eos_id}, self._after_answer([{"role": "user", "content": QUESTION}])
+        between = (after or "").split(QUESTION)[0]
+        if found := self._special.match(between.lstrip()):
+            return frozenset({*ends, self.special[found[0]]}), ()
+        return frozenset(ends), (between.rstrip(),) if between.strip() else ()
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        values = {
+            "messages": list(messages),
+            "add_generation_prompt": True,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+        }
+        pieces, size = [], 0
+        try:
+            for piece in self._template.generate(**values, range=_Ranges()):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MOST_CHARACTERS:
+                    raise ValueError(f"it gives out more than {MOST_CHARACTERS} characters")
+        except Exception as error:  # the template is a program: it may raise anything
+            raise ValueError(f"the chat template fails: {_one_line(error)}") from None
+        return "".join(pieces)
+
+    def _shielded(self, messages: Sequence[Message]) -> list[Message]:
+        """Special tokens' names in what was said in hexadecimal, so that the template's own can be told from them."""
+
+        def shield(content: str) -> str:
+            return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", content)
+
+        return [{**message, "content": shield(message["content"])} for message in messages]
+
+    def _encode(self, rendered: str) -> list[int]:
+        ids: list[int] = []
+        for n, part in enumerate(self._special.split(rendered)):
+            if n % 2:
+                ids.append(self.special[part])
+            elif part:
+                ids += self.tokenizer.encode(SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), part))
+        return ids
+
+
+def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
+    """The template in `file`, or the one that came with the model in `folder`, or the plain one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is refused; see ChatTemplate.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    source, origin = _find(folder, config, file)
+    added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    bos = config.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    try:
+        return ChatTemplate(
+            source or BUILT_IN, tokenizer, special, own=source is not None, bos=bos if bos in special else ""
+        )
+    except ValueError as error:
+        raise ValueError(f"{origin} is refused: {error}") from None
+
+
+def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[str | None, Path | str]:
+    """(source, where it is from); None for the plain one."""
+    if file is None and (folder / "chat_template.jinja").is_file():
+        file = folder / "chat_template.jinja"
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"no chat template at {file}")
+        return file.read_text(encoding="utf-8"), file
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = next((each["template"] for each in source if each.get("name") == "default"), None)
+    return source, folder / "tokenizer_config.json"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        raise ValueError(f"{file} is not JSON: the model folder is damaged") from None
+    return value if isinstance(value, dict) else {}
+
+
+# the sandbox
+
+
+class _Ranges:
+    """`range` of templates: all of one rendering together are bounded."""
+
+    def __init__(self) -> None:
+        self.left = MOST_ROUNDS
+
+    def __call__(self, *bounds: int) -> Iterator[int]:
+        made = range(*bounds)
+        if len(made) > self.left:
+            raise ValueError(f"its ranges have more than {MOST_ROUNDS} rounds")
+        self.left -= len(made)
+        return made  # type: ignore[return-value]
+
+
+def _compile(source: str) -> Any:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ImportError("chat templates need jinja2: pip install 'retentive[serve]'") from None
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator != "*" and (isinstance(left, str) or operator == "**"):
+                raise ValueError(f"the operator {operator} is not allowed here")
+            if operator == "*" and _length(left) * _length(right) > MOST_CHARACTERS:
+                raise ValueError(f"a product in it has more than {MOST_CHARACTERS} characters")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"it does not compile: {_one_line(error)}") from None
+
+
+def _length(x: Any) -> int:
+    return abs(x) if isinstance(x, int) else len(x) if isinstance(x, (str, list, tuple)) else 1
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
