@@ -1,37 +1,47 @@
 """States of prompts that were read before: who begins as another did goes on from there.
 
-A prefix is kept where a reader stops at a multiple of `stretch` tokens, at a prompt's end, and at the end of a reply.
-It is found by a hash of its tokens, longest first, and is exact: the state is the very one. Whoever was used last stays
-longest, within a bound in bytes; what is pushed out goes to `folder`, if there is one, within a bound of its own.
+A prefix is kept where a reader stops at a multiple of `stretch` tokens, before a prompt's last token, and before that
+of a reply. It is found by a hash of its tokens, longest first, and is exact: the state is the very one. Whoever was
+used last stays longest, within a bound in bytes; what is pushed out goes to `folder`, if there is one, as a memory file
+(`memory.py`), within a bound of its own. What cannot be written or read is not kept: it can be computed anew.
 """
 
 import hashlib
 import json
 import threading
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from retentive.models.state import State, load_state
+from retentive.infer.memory import Memory, load_memory, save
+from retentive.models.state import State
 
 
-def digest(ids: Sequence[int]) -> str:
-    """The name of a prefix: 128 bits, so that two that differ do not meet."""
-    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).hexdigest()
+def names(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, str]]:
+    """(length, name) of the prefixes of `ids` of these ascending lengths; 128 bits, so that two that differ never meet.
+
+    The ids are gone through once, however many lengths there are.
+    """
+    raw, digest, before, found = array("q", ids).tobytes(), hashlib.blake2b(digest_size=16), 0, []
+    for length in lengths:
+        digest.update(raw[8 * before : 8 * length])
+        before = length
+        found.append((length, digest.copy().hexdigest()))
+    return found
 
 
 class PrefixCache:
-    """`longest(ids)` and `store(ids, state)`, for states of one sequence of one model.
+    """`longest(ids)` and `store(ids, state)`, for states of one sequence of one model, from any thread.
 
     Args:
         most_bytes: of states in memory.
         stretch: tokens between kept states of a long prompt.
         folder: where states go that memory has no room for; None drops them.
         most_bytes_on_disk: of those; the oldest go first.
-        model: names the model, so that a folder's states are never read by another.
+        model: its fingerprint, so that a folder's states are never read by another; needed with a folder.
     """
 
     def __init__(
@@ -45,11 +55,12 @@ class PrefixCache:
     ):
         if most_bytes < 0 or stretch < 1:
             raise ValueError(f"a prefix cache needs most_bytes >= 0 and stretch >= 1, got {most_bytes} and {stretch}")
+        if folder is not None and not model:
+            raise ValueError("a prefix cache with a folder needs the model's fingerprint: other models may share it")
         self.most_bytes, self.stretch, self.folder = most_bytes, stretch, folder
         self.most_bytes_on_disk, self.model = most_bytes_on_disk, model
         self.states: OrderedDict[str, tuple[int, State]] = OrderedDict()
         self.files: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name: tokens, bytes
-        self.lengths: Counter[int] = Counter()
         self.nbytes = self.nbytes_on_disk = self.hits = self.misses = 0
         self.lock = threading.Lock()
         if folder is not None:
@@ -59,8 +70,8 @@ class PrefixCache:
     def longest(self, ids: Sequence[int]) -> tuple[int, State | None]:
         """(tokens, a copy of the state after them) for the longest prefix known, short of `ids` by a token at least."""
         with self.lock:
-            for length in sorted((n for n in self.lengths if n < len(ids)), reverse=True):
-                name = digest(ids[:length])
+            known = {n for n, _ in (*self.states.values(), *self.files.values()) if n < len(ids)}
+            for length, name in reversed(names(ids, sorted(known))):
                 if name in self.states:
                     self.states.move_to_end(name)
                     self.hits += 1
@@ -74,16 +85,14 @@ class PrefixCache:
 
     def store(self, ids: Sequence[int], state: State) -> None:
         """Keeps a copy of `state`, which has read `ids`."""
-        name = digest(ids)
+        ((length, name),) = names(ids, [len(ids)])
         with self.lock:
             if name in self.states:
                 self.states.move_to_end(name)
             elif state.nbytes <= self.most_bytes:
-                self._keep(name, len(ids), state.clone())
+                self._keep(name, length, state.clone())
 
     def _keep(self, name: str, length: int, state: State) -> None:
-        if name not in self.files:
-            self.lengths[length] += 1
         self.states[name] = (length, state)
         self.nbytes += state.nbytes
         while self.nbytes > self.most_bytes:
@@ -91,13 +100,6 @@ class PrefixCache:
             self.nbytes -= dropped.nbytes
             if self.folder is not None:
                 self._write(old, tokens, dropped)
-            if old not in self.files:
-                self._forget(tokens)
-
-    def _forget(self, tokens: int) -> None:
-        self.lengths[tokens] -= 1
-        if not self.lengths[tokens]:
-            del self.lengths[tokens]
 
     # on disk
 
@@ -110,36 +112,45 @@ class PrefixCache:
             self.files.move_to_end(name)
             return
         path = self._path(name)
-        state.save(path, {"prefix": json.dumps({"tokens": tokens, "model": self.model})})
-        self.files[name] = (tokens, path.stat().st_size)
-        self.nbytes_on_disk += self.files[name][1]
+        try:
+            save(Memory(state, [], tokens, self.model, []), path)
+            size = path.stat().st_size
+        except (OSError, SafetensorError):  # a full disk, a folder taken away
+            return
+        self._found(name, tokens, size)
+
+    def _found(self, name: str, tokens: int, size: int) -> None:
+        self.files[name] = (tokens, size)
+        self.nbytes_on_disk += size
         while self.nbytes_on_disk > self.most_bytes_on_disk:
             self._remove(next(iter(self.files)))
 
     def _read(self, name: str) -> State | None:
+        self.files.move_to_end(name)
         try:
-            self.files.move_to_end(name)
-            return load_state(self._path(name))
+            return load_memory(self._path(name), expected=self.model).state
         except (OSError, ValueError):  # somebody tidied up, or wrote into it
             self._remove(name)
             return None
 
     def _remove(self, name: str) -> None:
-        tokens, size = self.files.pop(name)
-        self.nbytes_on_disk -= size
-        self._path(name).unlink(missing_ok=True)
-        if name not in self.states:
-            self._forget(tokens)
+        self.nbytes_on_disk -= self.files.pop(name)[1]
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except OSError:  # not ours to delete any more
+            return
 
     def _find_files(self, folder: Path) -> None:
         """What an earlier process left there, of this model."""
-        for path in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
+        found = []
+        for path in folder.glob("*.safetensors"):
             try:
+                stat = path.stat()
                 with safe_open(path, framework="pt") as file:
-                    about = json.loads((file.metadata() or {}).get("prefix", "{}"))
-            except (SafetensorError, ValueError):
+                    about = json.loads((file.metadata() or {}).get("memory", "null"))
+            except (OSError, SafetensorError, ValueError):  # taken away meanwhile, or damaged
                 continue
-            if about.get("model") == self.model and isinstance(about.get("tokens"), int):
-                self.files[path.stem] = (about["tokens"], path.stat().st_size)
-                self.nbytes_on_disk += path.stat().st_size
-                self.lengths[about["tokens"]] += 1
+            if isinstance(about, dict) and about.get("model") == self.model and isinstance(about.get("tokens"), int):
+                found.append((stat.st_mtime, path.stem, about["tokens"], stat.st_size))
+        for _, name, tokens, size in sorted(found):
+            self._found(name, tokens, size)

@@ -6,107 +6,31 @@
 
 The running requests are the first rows of one pool of states, decoded in place as one batch; who leaves is replaced by
 the last row, so that joining or leaving copies one sequence's state and no more. Prompts are read in pieces between the
-steps, several short ones packed into one call. A request's tokens depend on its own logits and generator alone.
+steps, several packed into one call, all but their last token: that is decoded with the others' and gives the first of
+the reply. A request's tokens depend on its own logits and generator alone, and its errors are its own: a constraint
+that fails or a listener that is gone ends one stream.
 
 RetNet and the Transformer twin alike: the engine asks of a state no more than `for_decoding`, `reserve`, `view`, `put`,
 `cat` and `select`.
 """
 
 import itertools
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retentive.infer.cache import PrefixCache
 from retentive.infer.generate import Token
+from retentive.infer.requests import Constraint, Full, Prompt, Request, Stream
 from retentive.infer.sample import Sampler, SamplingParams, pick
 from retentive.models import Model
-from retentive.models.state import State
-
-
-class Full(Exception):
-    """The queue has no room: try again later."""
-
-
-class Constraint(Protocol):
-    """What may come next, as for JSON or a regular expression; one object per request."""
-
-    def mask(self) -> Tensor:
-        """Bool `[vocab]`: the tokens allowed now."""
-
-    def accept(self, token: int) -> None:
-        """The token that was picked."""
-
-
-@dataclass
-class Stream:
-    """The tokens of one request, as they come: iterate over it. `reason` says at the end why there are no more."""
-
-    ids: list[int]
-    """The prompt."""
-    cached: int = 0
-    """Tokens of the prompt that a cached state had read."""
-    reason: str | None = None
-    """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
-    prompt_logprobs: list[float] = field(default_factory=list)
-    """Of prompt tokens 1, 2, …, given those before; where asked for."""
-    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """The likeliest tokens in the place of each of those, where asked for both."""
-    state: State | None = None
-    """What the model remembers at the end, where asked for: of all tokens but `pending`."""
-    pending: list[int] = field(default_factory=list)
-    """The last token, which has been picked but not read."""
-    cancelled: bool = False
-    deliver: Callable[[Token | Exception | None], object] | None = None
-    """Called from the engine's thread with each token, an exception, or None at the end; iterate over it otherwise."""
-    inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-
-    def __iter__(self) -> Iterator[Token]:
-        while (item := self.inbox.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def cancel(self) -> None:
-        """No more tokens: its slot is free at the engine's next step."""
-        self.cancelled = True
-
-
-@dataclass
-class Request:
-    """One row to be: what the engine knows of a stream."""
-
-    stream: Stream
-    sampler: Sampler
-    max_tokens: int | None
-    stop_ids: frozenset[int]
-    top: int
-    constraint: Constraint | None
-    keep_state: bool
-    cacheable: bool
-    """Not where it began from a state: what that has read is not in the ids, so its prefixes are nobody else's."""
-    made: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Prompt:
-    """A prompt on its way into one state, and the requests that will go on from there (n > 1 share it)."""
-
-    ids: list[int]
-    requests: list[Request]
-    state: Any  # State | None
-    score: bool
-    read: int = 0
-
-    def worth_keeping(self, stretch: int) -> bool:
-        """Whether others may begin with what has been read."""
-        return self.read % stretch == 0 or self.read == len(self.ids)
+from retentive.models.state import KVCache, State
+from retentive.ops import Ring
 
 
 class Engine:
@@ -137,7 +61,7 @@ class Engine:
         self.pool: Any = None  # a State of `slots` sequences, the running ones first
         self.wake = threading.Condition()
         self.thread: threading.Thread | None = None
-        self.closing = False
+        self.closing = self.abandoned = False
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "tokens": 0, "steps": 0}
 
     def submit(
@@ -167,7 +91,8 @@ class Engine:
             deliver: a callback for each stream, in place of iterating.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1.
+            ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1, top not in
+                0 … vocab, a state that is not of one sequence of this model.
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.model.config.vocab_size, params or SamplingParams()
@@ -179,6 +104,10 @@ class Engine:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if not 0 <= top <= vocab:
+            raise ValueError(f"top must be from 0 to the {vocab} tokens of the vocabulary, got {top}")
+        if state is not None and form(state) != form(self.model.init_state(1)):
+            raise ValueError(f"the state is not that of one sequence of this model: {form(state)}")
         streams, requests = [], []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
             own = params if params.seed is None else replace(params, seed=params.seed + i)
@@ -186,7 +115,7 @@ class Engine:
             streams.append(stream)
             sampler = Sampler(own, torch.tensor(ids), vocab)
             made = constraint() if constraint else None
-            stops = frozenset(stop_ids)
+            stops = frozenset(stop_ids) | ({made.eos_id} if made else set())
             requests.append(Request(stream, sampler, max_tokens, stops, top, made, keep_state, state is None))
         with self.wake:
             if self.closing:
@@ -212,28 +141,26 @@ class Engine:
         self._admit()
         if not self.reading and not self.running:
             return False
-        try:
-            self._read()
-            self._decode()
-        except Exception as error:  # of the model, such as no memory: those concerned hear of it, others may go on
-            for request in [*self.running, *(r for p in self.reading for r in p.requests)]:
-                self._end(request, "error", error)
-            self.running, self.reading, self.pool = [], [], None
+        self._read()
+        self._decode()
         self.counts["steps"] += 1
         return True
 
     def _drop_cancelled(self) -> None:
+        def gone(request: Request) -> bool:
+            return request.stream.cancelled or self.abandoned
+
         with self.wake:
             waiting = list(self.queue)
         for prompt in [*waiting, *self.reading]:
-            for request in [r for r in prompt.requests if r.stream.cancelled]:
+            for request in [r for r in prompt.requests if gone(r)]:
                 prompt.requests.remove(request)
                 self._end(request, "cancelled")
         with self.wake:
             self.queue = deque(p for p in self.queue if p.requests)
         self.reading = [p for p in self.reading if p.requests]
         for row in reversed(range(len(self.running))):
-            if self.running[row].stream.cancelled:
+            if gone(self.running[row]):
                 self._leave(row, "cancelled")
 
     def _admit(self) -> None:
@@ -244,28 +171,42 @@ class Engine:
                     return
                 prompt = self.queue.popleft()
                 self.reading.append(prompt)
-            if prompt.state is not None:
-                prompt.state = prompt.state.clone()
-            elif self.cache is not None and not prompt.score:
-                prompt.read, prompt.state = self.cache.longest(prompt.ids)
+            try:
+                if prompt.state is not None:
+                    prompt.state = prompt.state.clone().to(self._device)
+                elif self.cache is not None and not prompt.score:
+                    prompt.read, state = self.cache.longest(prompt.ids)
+                    prompt.state = None if state is None else state.to(self._device)
+            except Exception as error:  # no memory
+                self._give_up([prompt], error)
             for request in prompt.requests:
                 request.stream.cached = prompt.read
             self.counts["cached_tokens"] += prompt.read
 
     def _read(self) -> None:
-        """One piece of the prompts, in order of arrival, as one packed call."""
-        parts: list[tuple[Prompt, list[int]]] = []
-        budget = self.piece
-        for prompt in self.reading:
-            take = min(budget, len(prompt.ids) - prompt.read)
+        """One piece of the prompts, as one packed call; those that are read then join the batch."""
+        parts = self._pieces()
+        if parts:
+            try:
+                self._read_pieces(parts)
+            except Exception as error:  # of the model, such as no memory
+                self._give_up([prompt for prompt, _ in parts], error)
+        for prompt in [p for p in self.reading if not p.left]:
+            self._join(prompt)
+
+    def _pieces(self) -> list[tuple[Prompt, list[int]]]:
+        """What is read next: equal shares, and what short prompts leave of theirs for the longer ones."""
+        prompts = sorted((p for p in self.reading if p.left), key=lambda p: p.left)
+        budget, parts = max(self.piece, len(prompts)), []
+        for n, prompt in enumerate(prompts):
+            take = min(prompt.left, budget // (len(prompts) - n))
             if self.cache is not None:  # stop where a state is worth keeping
                 take = min(take, self.cache.stretch - prompt.read % self.cache.stretch)
-            if take == 0:
-                break
             parts.append((prompt, prompt.ids[prompt.read : prompt.read + take]))
             budget -= take
-        if not parts:
-            return
+        return parts
+
+    def _read_pieces(self, parts: list[tuple[Prompt, list[int]]]) -> None:
         ids = torch.tensor([[i for _, part in parts for i in part]], device=self._device)
         states: list[Any] = [self.model.init_state(1) if p.state is None else p.state for p, _ in parts]
         ends = list(itertools.accumulate(len(part) for _, part in parts))
@@ -280,83 +221,122 @@ class Engine:
             prompt.read += len(part)
             if prompt.score:
                 self._score(prompt, part, x[0, end - len(part) : end])
-            whole = prompt.read == len(prompt.ids)
             if self.cache is not None and prompt.requests[0].cacheable and prompt.worth_keeping(self.cache.stretch):
                 self.cache.store(prompt.ids[: prompt.read], prompt.state)
-            if whole:
-                self.reading.remove(prompt)
-                self._join(prompt, self.model.head(x[:, end - 1]))
 
     def _score(self, prompt: Prompt, part: list[int], x: Tensor) -> None:
-        """Log probabilities of the tokens after those of the piece, the prompt's next one included."""
+        """Log probabilities of the tokens after those of the piece."""
         following = prompt.ids[prompt.read - len(part) + 1 : prompt.read + 1]
-        logprobs = self.model.head(x[: len(following)]).float().log_softmax(-1)
+        logprobs = self.model.head(x).float().log_softmax(-1)
         found = logprobs.gather(1, torch.tensor(following, device=x.device)[:, None]).squeeze(1).tolist()
         for request in prompt.requests:
             request.stream.prompt_logprobs += found
-            if request.top:
-                top = logprobs.topk(request.top)
-                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                request.stream.prompt_tops += [tuple(zip(*pair, strict=True)) for pair in pairs]
 
-    def _join(self, prompt: Prompt, logits: Tensor) -> None:
-        """The prompt is read: its requests take rows of the pool and pick their first tokens."""
-        first = len(self.running)
-        if self.pool is None:
-            self.pool = self.model.init_state(self.slots).for_decoding(self.model.embed.weight.dtype)
-        self.pool = self.pool.reserve(int(prompt.state.position.max()) + 1)
-        for request in prompt.requests:
-            self.pool.put(len(self.running), prompt.state)
-            self.running.append(request)
-        rows = range(first, len(self.running))
-        self._pick(logits.expand(len(rows), -1), list(rows))
+    def _join(self, prompt: Prompt) -> None:
+        """The prompt is read: its requests take rows of the pool."""
+        try:
+            state = self.model.init_state(1) if prompt.state is None else prompt.state
+            if self.pool is None:
+                self.pool = self.model.init_state(self.slots).for_decoding(self.model.embed.weight.dtype)
+            self.pool = self.pool.reserve(int(state.position) + 1)
+            for row in range(len(self.running), len(self.running) + len(prompt.requests)):
+                self.pool.put(row, state)
+        except Exception as error:  # no memory
+            self._give_up([prompt], error)
+            return
+        self.counts["prompt_tokens"] += 1
+        self.reading.remove(prompt)
+        self.running += prompt.requests
 
     def _decode(self) -> None:
         n = len(self.running)
         if n == 0:
             return
-        self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
-        ids = torch.tensor([[r.made[-1]] for r in self.running], device=self._device)
-        x, state = self.model.hidden(ids, self.pool.view(n))
-        self.pool.position[:n] = state.position
-        self._pick(self.model.head(x[:, -1]), list(range(n)))
+        try:
+            self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
+            ids = [[r.made[-1] if r.made else r.stream.ids[-1]] for r in self.running]
+            x, state = self.model.hidden(torch.tensor(ids, device=self._device), self.pool.view(n))
+            self.pool.position[:n] = state.position
+            logits = self.model.head(x[:, -1]).float().cpu()
+        except Exception as error:  # of the model, such as no memory: the pool may be half written
+            for request in self.running:
+                self._end(request, "error", error)
+            self.running, self.pool = [], None
+            return
+        self._pick(logits)
 
-    def _pick(self, logits: Tensor, rows: list[int]) -> None:
-        """A token for each of these rows; who has come to its end leaves."""
-        requests = [self.running[row] for row in rows]
-        masks = [r.constraint.mask() if r.constraint else None for r in requests]
-        tokens, logprobs = pick(logits, [r.sampler for r in requests], masks)
-        for row, request, token, logprob in reversed(list(zip(rows, requests, tokens, logprobs, strict=True))):
-            request.made.append(token)
-            if token in request.stop_ids:
-                self._leave(row, "stop")
-                continue
-            if request.constraint:
-                request.constraint.accept(token)
-            top = logprob.topk(request.top) if request.top else None
-            likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-            self._deliver(request.stream, Token(token, float(logprob[token]), likeliest))
-            self.counts["tokens"] += 1
-            if request.max_tokens is not None and len(request.made) == request.max_tokens:
-                self._leave(row, "length")
+    def _pick(self, logits: Tensor) -> None:
+        """A token for each row; who has come to its end leaves."""
+        failed: dict[int, Exception] = {}
+        masks: list[Tensor | None] = [None] * len(self.running)
+        for row, (request, fit) in enumerate(zip(self.running, logits.amax(-1).isfinite().tolist(), strict=True)):
+            try:
+                if not fit:
+                    logits[row] = 0
+                    raise ArithmeticError("the model's logits are not finite")
+                if request.constraint:
+                    masks[row] = allowed(request.constraint, logits.shape[1])
+            except Exception as error:
+                failed[row] = error
+        tokens, logprobs = pick(logits, [r.sampler for r in self.running], masks)
+        for row in reversed(range(len(self.running))):
+            try:
+                if row in failed:
+                    raise failed[row]
+                self._take(row, tokens[row], logprobs[row])
+            except Exception as error:  # of its constraint
+                self._leave(row, "error", error)
+
+    def _take(self, row: int, token: int, logprob: Tensor) -> None:
+        request = self.running[row]
+        request.made.append(token)
+        if token in request.stop_ids:
+            self._leave(row, "stop")
+            return
+        if request.constraint:
+            request.constraint.accept(token)
+        top = logprob.topk(request.top) if request.top else None
+        likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
+        self._deliver(request.stream, Token(token, float(logprob[token]), likeliest))
+        self.counts["tokens"] += 1
+        if request.constraint and request.constraint.complete:
+            self._leave(row, "stop")
+        elif request.max_tokens is not None and len(request.made) == request.max_tokens:
+            self._leave(row, "length")
 
     # endings
 
-    def _leave(self, row: int, reason: str) -> None:
+    def _leave(self, row: int, reason: str, error: Exception | None = None) -> None:
         """The request at `row` ends; the last one takes its place."""
         request, last = self.running[row], len(self.running) - 1
-        cacheable = self.cache is not None and request.cacheable
-        if reason != "cancelled" and (request.keep_state or cacheable):
-            state = self.pool.select(torch.tensor([row]))
-            if self.cache is not None and cacheable:
-                self.cache.store([*request.stream.ids, *request.made[:-1]], state)
-            if request.keep_state:
-                request.stream.state, request.stream.pending = state, request.made[-1:]
+        cacheable = self.cache is not None and request.cacheable and reason != "cancelled"
+        if error is None and (request.keep_state or cacheable):
+            try:
+                self._keep(row, request, cacheable)
+            except Exception as no_memory:
+                reason, error = "error", no_memory
         if row != last:
             self.pool.put(row, self.pool, last)
             self.running[row] = self.running[last]
         self.running.pop()
-        self._end(request, reason)
+        self._end(request, reason, error)
+
+    def _keep(self, row: int, request: Request, cacheable: bool) -> None:
+        """The state of all tokens but the last, in the cache and in the stream."""
+        state = self.model.init_state(1).reserve(int(self.pool.position[row]))
+        state.put(0, self.pool, row)
+        if self.cache is not None and cacheable:
+            self.cache.store([*request.stream.ids, *request.made[:-1]], state)
+        if request.keep_state:
+            with torch.inference_mode(False):  # what is made in that mode cannot be written in place after it
+                request.stream.state, request.stream.pending = state.clone(), request.made[-1:]
+
+    def _give_up(self, prompts: list[Prompt], error: Exception) -> None:
+        """Prompts that could not be read."""
+        for prompt in prompts:
+            self.reading.remove(prompt)
+            for request in prompt.requests:
+                self._end(request, "error", error)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         request.stream.reason = reason
@@ -365,7 +345,10 @@ class Engine:
         self._deliver(request.stream, None)
 
     def _deliver(self, stream: Stream, item: Token | Exception | None) -> None:
-        (stream.deliver or stream.inbox.put)(item)
+        try:
+            (stream.deliver or stream.inbox.put)(item)
+        except Exception:  # whoever listened is gone
+            stream.cancel()
 
     @property
     def _device(self) -> torch.device:
@@ -392,12 +375,28 @@ class Engine:
     def close(self, *, drain: bool = True) -> None:
         """No new requests; those at hand are finished, or cancelled if not `drain`; then the thread ends."""
         with self.wake:
-            self.closing = True
-            if not drain:
-                for request in [*self.running, *(r for p in (*self.queue, *self.reading) for r in p.requests)]:
-                    request.stream.cancel()
+            self.closing, self.abandoned = True, self.abandoned or not drain
             self.wake.notify()
         if self.thread is not None:
             self.thread.join()
-        elif not drain:
-            self.step()
+        while self.step():  # where there is no thread
+            continue
+
+
+def form(state: State) -> list[tuple[int, ...]]:
+    """The shapes of a state's tensors, whatever number of tokens it holds."""
+    if isinstance(state, KVCache):
+        return [(x.shape[0], *x.shape[2:]) for x in (*state.keys, *state.values)]
+    return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]
+
+
+def allowed(constraint: Constraint, vocab: int) -> Tensor:
+    """The constraint's mask, as long as the vocabulary.
+
+    Raises:
+        ValueError: a mask that is longer, or allows nothing.
+    """
+    mask = constraint.mask()
+    if mask.dtype != torch.bool or mask.ndim != 1 or len(mask) > vocab or not bool(mask.any()):
+        raise ValueError(f"a constraint must allow some of {vocab} tokens, got {mask.dtype} {list(mask.shape)}")
+    return torch.nn.functional.pad(mask, (0, vocab - len(mask)))

@@ -4,6 +4,7 @@ They apply in the order of the field: repetition penalty, bias, temperature, top
 depend on its own logits and its own generator only, whatever else is picked in the same call.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class SamplingParams:
     """The same seed gives the same tokens; None takes a new one."""
 
     def __post_init__(self):
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
@@ -39,8 +40,10 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not all(math.isfinite(x) for x in self.bias.values()):
+            raise ValueError(f"a bias must be a finite number, got {dict(self.bias)}; -100 bans a token")
 
 
 class Sampler:
@@ -117,7 +120,7 @@ def pick(
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities `[vocab]` after temperature, top-k, top-p and min-p; the likeliest token always stays."""
-    scaled = (logits - logits.max()) / params.temperature
+    scaled = (logits - logits.max()) / max(params.temperature, 1e-6)  # below, float32 may find 0 / 0
     if not params.top_k and params.top_p == 1 and not params.min_p:
         return scaled.softmax(-1)
     ordered, order = torch.sort(scaled, descending=True, stable=True)

@@ -101,15 +101,17 @@ class MultiScaleRetention(nn.Module):
         if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
             k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
 
-        if x.shape[1] == 1 and form == backend == "auto" and place.cu_seqlens is None:
-            q_BHK, k_BHK, v_BHV = q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0]
-            log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
+        if place.cu_seqlens is None and form == backend == "auto" and self.by_steps(x.shape[1], state):
             if not torch.is_grad_enabled():  # decoding: the state becomes a ring, which is updated in place
-                state = self.ring(state, q_BHK, v_BHV)
+                state = self.ring(state, q_BTHK[:, 0], v_BTHV[:, 0])
             elif isinstance(state, Ring):
                 state = state.to_state()
-            o, state = retention_step(q_BHK, k_BHK, v_BHV, log_decay, scale=1.0, state=state)
-            o = o[:, None]
+            outputs = []
+            for t in range(x.shape[1]):
+                decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
+                o, state = retention_step(q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], decay, scale=1.0, state=state)
+                outputs.append(o)
+            o = torch.stack(outputs, 1)
         else:
             if isinstance(state, Ring):
                 state = state.to_state()
@@ -131,6 +133,12 @@ class MultiScaleRetention(nn.Module):
         if self.g_proj is not None:
             o = F.silu(self.g_proj(x)) * o
         return self.out_proj(o), state
+
+    def by_steps(self, T: int, state: Tensor | Ring | None) -> bool:
+        """Whether T tokens go one after the other: one, or a few into a ring, from which they can be taken back."""
+        if isinstance(state, Ring) and not torch.is_grad_enabled():
+            return state.k.shape[2] >= T
+        return T == 1
 
     def ring(self, state: Tensor | Ring | None, q_BHK: Tensor, v_BHV: Tensor) -> Ring:
         """`state` as a ring for tokens of this dtype."""

@@ -9,6 +9,7 @@ A state is handed to the model and a new one comes back. The one handed in is us
     view(n)          the first n sequences, in the same memory
     put(row, other)  one sequence of another state over the one at `row`, in place
     for_decoding(dtype), reserve(slots)   a pool for `view` and `put`; room in it for so many tokens a sequence
+    rollback(tokens)                      takes back the last ones, in place
     cat(states)      sequences of several states in one
     clone() to(device) detach()
     save(path)       one safetensors file;  load_state(path) reads it
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retentive.ops import Ring
+from retentive.ops.step import slots
 
 FORMAT = "retentive-state-1"
 
@@ -62,9 +64,26 @@ class RetentionState:
         """The first n sequences, in the same memory."""
         return self._map(lambda x: x[:n])
 
-    def for_decoding(self, dtype: torch.dtype) -> "RetentionState":
-        """The same with every layer a ring for k and v of `dtype`: what is decoded then is written in place."""
-        return RetentionState([Ring.open(x, dtype) for x in self.tensors()], self.position)
+    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "RetentionState":
+        """The same with every layer a ring for k and v of `dtype`: what is decoded then is written in place.
+
+        The last `rollback` tokens decoded can be taken back, or as many as the ring's best size allows.
+        """
+        rings = [Ring.open(x, dtype, max(slots(*x.shape[2:]), 2 * rollback)) for x in self.tensors()]
+        return RetentionState(rings, self.position)
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens of every sequence, in place.
+
+        Raises:
+            ValueError: more than the rings hold, or no rings (`for_decoding`).
+        """
+        rings = [x for x in self.layers if isinstance(x, Ring)]
+        if tokens and len(rings) < len(self.layers):
+            raise ValueError(f"cannot take back {tokens} tokens: they are in the state, decode with for_decoding()")
+        for ring in rings:
+            ring.rollback(tokens)
+        self.position -= tokens
 
     def put(self, row: int, other: "RetentionState", source: int = 0) -> None:
         """Sequence `source` of `other` over the one at `row`, in place."""
@@ -72,7 +91,11 @@ class RetentionState:
             if isinstance(mine, Ring):
                 mine.put(row, theirs, source)
             else:
-                mine[row] = theirs.to_state()[source] if isinstance(theirs, Ring) else theirs[source]
+                mine[row] = (
+                    theirs.map(lambda x: x[source : source + 1]).to_state()[0]
+                    if isinstance(theirs, Ring)
+                    else theirs[source]
+                )
         self.position[row] = other.position[source]
 
     def reserve(self, slots: int) -> "RetentionState":
@@ -144,8 +167,14 @@ class KVCache:
     def view(self, n: int) -> "KVCache":
         return self._map(lambda x: x[:n])
 
-    def for_decoding(self, dtype: torch.dtype) -> "KVCache":
+    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "KVCache":
         return self
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens of every sequence: their slots are written anew."""
+        if tokens > int(self.position.min()) or tokens < 0:
+            raise ValueError(f"the cache holds {self.position.tolist()} tokens, cannot take back {tokens} of them")
+        self.position -= tokens
 
     def put(self, row: int, other: "KVCache", source: int = 0) -> None:
         """Needs the slots for it: `reserve` them before."""
@@ -171,6 +200,11 @@ class KVCache:
 
 
 State = RetentionState | KVCache
+
+
+def _one(ring: Ring, row: int) -> Tensor:
+    """`[H,K,V]`, the state of one of its sequences."""
+    return ring.map(lambda x: x[row : row + 1]).to_state()[0]
 
 
 def _save(tensors: dict[str, Tensor], path: str | Path, kind: str, metadata: dict[str, str] | None) -> None:

@@ -1,0 +1,101 @@
+"""What goes into the engine and comes out of it: the stream of a request, and what the engine knows of it."""
+
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from retentive.infer.generate import Token
+from retentive.infer.sample import Sampler
+from retentive.models.state import State
+
+
+class Full(Exception):
+    """The queue has no room: try again later."""
+
+
+class Constraint(Protocol):
+    """What may come next, as for JSON or a regular expression; one object per request. Its errors end the request."""
+
+    eos_id: int
+    """The token that ends the text; allowed where the text may end."""
+    complete: bool
+    """Nothing but the end may come: the stream stops, as if that had been picked."""
+
+    def mask(self) -> Tensor:
+        """Bool `[vocab]`, the tokens allowed now; if shorter, none beyond its end."""
+
+    def accept(self, token: int) -> None:
+        """The token that was picked."""
+
+
+@dataclass
+class Stream:
+    """The tokens of one request, as they come: iterate over it. `reason` says at the end why there are no more."""
+
+    ids: list[int]
+    """The prompt."""
+    cached: int = 0
+    """Tokens of the prompt that a cached state had read."""
+    reason: str | None = None
+    """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of prompt tokens 1, 2, …, given those before; where asked for."""
+    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest tokens in the place of each of those, where asked for both."""
+    state: State | None = None
+    """What the model remembers at the end, where asked for: of all tokens but `pending`."""
+    pending: list[int] = field(default_factory=list)
+    """The last token, which has been picked but not read."""
+    cancelled: bool = False
+    deliver: Callable[[Token | Exception | None], object] | None = None
+    """Called from the engine's thread with each token, an exception, or None at the end; iterate over it otherwise."""
+    inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    def __iter__(self) -> Iterator[Token]:
+        while (item := self.inbox.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        """No more tokens: its slot is free at the engine's next step."""
+        self.cancelled = True
+
+
+@dataclass
+class Request:
+    """One row to be: what the engine knows of a stream."""
+
+    stream: Stream
+    sampler: Sampler
+    max_tokens: int | None
+    stop_ids: frozenset[int]
+    top: int
+    constraint: Constraint | None
+    keep_state: bool
+    cacheable: bool
+    """Not where it began from a state: what that has read is not in the ids, so its prefixes are nobody else's."""
+    made: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Prompt:
+    """A prompt on its way into one state, and the requests that will go on from there (n > 1 share it)."""
+
+    ids: list[int]
+    requests: list[Request]
+    state: Any  # State | None
+    score: bool
+    read: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens to read; the last one is for decoding."""
+        return len(self.ids) - 1 - self.read
+
+    def worth_keeping(self, stretch: int) -> bool:
+        """Whether others may begin with what has been read."""
+        return not self.left or self.read % stretch == 0
