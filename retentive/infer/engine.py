@@ -231,6 +231,10 @@ class Engine:
         found = logprobs.gather(1, torch.tensor(following, device=x.device)[:, None]).squeeze(1).tolist()
         for request in prompt.requests:
             request.stream.prompt_logprobs += found
+            if request.top:
+                top = logprobs[: len(following)].topk(request.top)
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                request.stream.prompt_tops += [tuple(zip(*pair, strict=True)) for pair in pairs]
 
     def _join(self, prompt: Prompt) -> None:
         """The prompt is read: its requests take rows of the pool."""
