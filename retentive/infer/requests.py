@@ -45,8 +45,6 @@ class Stream:
     """Of prompt tokens 1, 2, …, given those before; where asked for."""
     prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     """The likeliest tokens in the place of each of those, where asked for both."""
-    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """The likeliest tokens in the place of each of those, where asked for both."""
     state: State | None = None
     """What the model remembers at the end, where asked for: of all tokens but `pending`."""
     pending: list[int] = field(default_factory=list)
