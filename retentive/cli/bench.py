@@ -10,12 +10,16 @@ from typing import Any
 import torch
 import tyro
 
-from retentive.bench import memory, retention, retention_report, run, step, training
+import retentive
+from retentive.bench import ask, memory, prompting, retention, retention_report, run, step, training
 from retentive.checkpoint import write_json
 from retentive.checkpoint.io import write_together
-from retentive.data.tokenizer import load_tokenizer
+from retentive.cli import train as training_run
+from retentive.data.pack import pack
+from retentive.data.tokenizer import load_tokenizer, train_bpe
 from retentive.models import build, preset, twin
 from retentive.models.device import pick_device
+from retentive.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,49 @@ class StepBench:
     """File for the result; a picture is put beside it."""
 
 
-VERBS = {"train": TrainBench, "memory": MemoryBench, "run": RunBench, "retention": RetentionBench, "step": StepBench}
+@dataclass(frozen=True)
+class PromptingBench:
+    """Structured prompting: few-shot accuracy from merged groups, from the same in a row, and from nothing."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder of texts: novels, tinyshakespeare, qmsum, summarization, gov_report, eval and translation."""
+    out: Path = Path("runs/prompting")
+    """Run directory of the model, which is trained first if it is not there; its data go beside it."""
+    size: str = "5m"
+    """Size of the model."""
+    steps: int = 2500
+    """Training steps of 4 x 1024 tokens."""
+    episodes: int = 40
+    """Tasks of each set of texts that are measured."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
+@dataclass(frozen=True)
+class AskBench:
+    """A question to a memory that has read little and to one that has read much: time and bytes."""
+
+    size: str = "5m"
+    """Size of the RetNet, freshly initialised."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    lengths: tuple[int, ...] = ask.LENGTHS
+    """Tokens that each memory has read."""
+    repeats: int = 15
+    """Questions timed of each, in turns; the median counts."""
+    json: Path | None = None
+    """File for the result."""
+
+
+VERBS = {
+    "train": TrainBench,
+    "memory": MemoryBench,
+    "run": RunBench,
+    "retention": RetentionBench,
+    "step": StepBench,
+    "prompting": PromptingBench,
+    "ask": AskBench,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -128,6 +174,10 @@ def main(argv: list[str]) -> None:
         bench_retention(command, typed)
     elif isinstance(command, StepBench):
         bench_step(command, typed)
+    elif isinstance(command, PromptingBench):
+        bench_prompting(command, typed)
+    elif isinstance(command, AskBench):
+        bench_ask(command, typed)
     else:
         bench_run(command)
 
@@ -196,6 +246,41 @@ def bench_step(command: StepBench, typed: str) -> None:
     )
     print(step.table(result))
     keep_with_picture(command.json, {"command": typed, **result}, step.plot, "A decoding step")
+
+
+def bench_prompting(command: PromptingBench, typed: str) -> None:
+    kinds = prompting.split(prompting.kinds(command.data), new=False)
+    activities = prompting.split(prompting.activities(command.data), new=True)
+    if not (command.out / "model.safetensors").exists():
+        learn(command, [kinds[0], activities[0]])
+    model, tokenizer = retentive.load(command.out)
+    sets = {"kinds of text": kinds[1], "activities": activities[1], "activities never seen": activities[2]}
+    result = prompting.measure(model, tokenizer, sets, episodes=command.episodes, say=progress)
+    print(prompting.table(result))
+    keep_with_picture(command.json, {"command": typed, **result}, prompting.plot, "Structured prompting")
+
+
+def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None:
+    """Pack tasks in which each step is another one, and train on them."""
+    data = command.out.with_name(command.out.name + "-data")
+    count = max(command.steps * 4096 // 600, 100)  # a task has 600 tokens or more
+    if not data.exists():
+        tokenizer = train_bpe((d.text for d in prompting.tasks(families, 3000, seed=1)), 4096)
+        pack(data, tokenizer, prompting.tasks(families, count, seed=0), prompting.tasks(families, 50, seed=2))
+    train = TrainConfig(steps=command.steps, lr=3e-3, warmup=100, sample_every=0)
+    options = training_run.TrainCommand(
+        data=data, out=command.out, size=command.size, batch=4, length=1024, resume=command.out.exists(), train=train
+    )
+    training_run.run(options)
+
+
+def bench_ask(command: AskBench, typed: str) -> None:
+    torch.manual_seed(0)
+    model = build(preset(command.size, vocab_size=command.vocab_size)).eval()
+    result = ask.measure(model, lengths=command.lengths, repeats=command.repeats, say=progress)
+    print(ask.table(result))
+    if command.json:
+        keep(command.json, {"command": typed, **result, "size": command.size})
 
 
 def words(names: tuple[str, ...]) -> list[str]:

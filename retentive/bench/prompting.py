@@ -1,0 +1,309 @@
+"""Structured prompting measured: few-shot classification from M groups of demonstrations, merged or in a row.
+
+A task draws four classes of text and gives them the names A to D at random, so that only the demonstrations tell which
+is which; a group is one demonstration of each:
+
+    A man is kneeling on a frozen lake with a rod -> C
+
+Two sorts of classes: what a sentence is from (a novel, a report, …), and the activity in the video that a sentence of
+HellaSwag describes. The model has learnt the game from tasks of its own, and is measured on held-out texts of classes
+that it knows and on activities that it has never seen. Demonstrations in a row grow old, and so do groups that are
+chained; merged groups are all equally near.
+"""
+
+import hashlib
+import json
+import random
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retentive.bench import hardware
+from retentive.bench.plot import grid
+from retentive.bench.tables import markdown
+from retentive.data.sources import Document
+from retentive.data.tokenizer import Tokenizer
+from retentive.infer.memory import Memory, blank, chain, chain_errors, keep_size, merge, read
+from retentive.models import RetNet
+
+NAMES = ("A", "B", "C", "D")
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+WORDS = 10
+"""Of a text, at most."""
+SHOWN, ASKED = max(GROUPS), 24
+"""Texts that a class needs to be measured: to be demonstrated, and to be asked about."""
+EPISODE = 48
+"""Demonstrations of a task in training."""
+
+WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
+    "merged": keep_size,
+    "merged: mean": lambda states: 1 / len(states),
+    "merged: sum / sqrt(M)": lambda states: len(states) ** -0.5,
+    "merged: sum": lambda states: 1,
+}
+WAYS = ("nothing", "in a row", "chained", *WEIGHTS)
+
+Classes = dict[str, dict[str, list[str]]]
+"""{class: {source: texts}}; the texts of a source, such as a video or a book, are held out together."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of each class that are shown as demonstrations, and those that are asked about."""
+
+    shown: dict[str, list[str]]
+    asked: dict[str, list[str]]
+
+
+# texts with classes
+
+
+def rows(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None:
+    """The first words of each text, where it has enough of them and is new."""
+    kept = classes[label][source]
+    for text in texts:
+        words = text.split()[:WORDS]
+        if len(words) > 3 and (short := " ".join(words)) not in kept:
+            kept.append(short)
+
+
+def sentences(text: str, most: int = 20) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)[:most]
+
+
+def activities(data: Path) -> Classes:
+    """The sentences of HellaSwag about videos, by activity; a video a source."""
+    classes: Classes = defaultdict(lambda: defaultdict(list))
+    for row in rows(data / "eval/hellaswag.jsonl"):
+        if row["source_id"].startswith("activitynet"):
+            ending = f"{row['ctx_b']} {row['endings'][int(row['label'])]}"
+            add(classes, row["activity_label"], row["source_id"], (row["ctx_a"], ending))
+    return classes
+
+
+def kinds(data: Path) -> Classes:
+    """Sentences of eight sorts of text, by sort."""
+    classes: Classes = defaultdict(lambda: defaultdict(list))
+    for book in sorted((data / "novels/train").glob("*.txt")):
+        add(classes, "novel", book.stem, book.read_text(encoding="utf-8").split("\n\n")[20:60])
+    play = (data / "tinyshakespeare/input.txt").read_text(encoding="utf-8").split("\n\n")
+    for n, speech in enumerate(play[:2000]):
+        add(classes, "play", f"play {n // 20}", [speech.partition("\n")[2]])
+    for n, meeting in enumerate(rows(data / "qmsum/train.jsonl")):
+        add(classes, "meeting", f"meeting {n}", [turn["content"] for turn in meeting["meeting_transcripts"][:40]])
+    for n, paper in enumerate(rows(data / "summarization/scitldr/train.jsonl")):
+        add(classes, "paper", f"paper {n}", paper["source"][:3])
+    for report in rows(data / "gov_report/gov_report.jsonl"):
+        add(classes, "report", report["id"], sentences(report["document"], 200))
+    for n, row in enumerate(rows(data / "eval/boolq.jsonl")):
+        add(classes, "encyclopedia", f"passage {n}", sentences(row["passage"], 3))
+    for language in ("en", "ja"):
+        with open(data / f"translation/enja/train.{language}", encoding="utf-8") as file:
+            for n, line in zip(range(3000), file, strict=False):
+                add(classes, f"phrase {language}", f"phrase {n}", [line])
+    return classes
+
+
+def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, Texts]:
+    """(texts to train on, texts of known classes, texts of new ones).
+
+    A fifth of the sources is asked about, and never shown. Classes are measured where they have texts enough; with
+    `new`, about half of those are kept from training.
+    """
+    train: dict[str, list[str]] = {}
+    measured = Texts({}, {}), Texts({}, {})
+    for label, sources in sorted(classes.items()):
+        shown = [text for source, texts in sources.items() if bucket(source) for text in texts]
+        asked = [text for source, texts in sources.items() if not bucket(source) for text in texts]
+        large = len(shown) >= SHOWN and len(asked) >= ASKED
+        unseen = new and large and bucket(label) < 2
+        if large:
+            measured[unseen].shown[label], measured[unseen].asked[label] = shown, asked
+        if shown and not unseen:
+            train[label] = shown
+    return train, *measured
+
+
+def bucket(name: str) -> int:
+    """0 to 4, the same for ever."""
+    return hashlib.sha256(name.encode()).digest()[0] % 5
+
+
+def line(text: str, name: str = "") -> str:
+    """A demonstration, or a question."""
+    return f"{text} -> {name}\n" if name else f"{text} ->"
+
+
+def tasks(families: Sequence[Mapping[str, Sequence[str]]], count: int, seed: int) -> Iterator[Document]:
+    """`count` tasks to learn the game from, a document each; they are drawn from each family in turn."""
+    rng = random.Random(seed)
+    for n in range(count):
+        texts = families[n % len(families)]
+        classes = rng.sample(sorted(texts), len(NAMES))
+        drawn = (rng.randrange(len(NAMES)) for _ in range(EPISODE))
+        yield Document(f"task {n}", "".join(line(rng.choice(texts[classes[i]]), NAMES[i]) for i in drawn))
+
+
+# measuring
+
+
+@torch.inference_mode()
+def measure(
+    model: RetNet,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, Texts],
+    *,
+    groups: Sequence[int] = GROUPS,
+    episodes: int = 40,
+    queries: int = 6,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Accuracy of each way of remembering, for each set of texts and number of groups, over `episodes` tasks.
+
+    All ways see the same demonstrations and answer the same `queries` of each class.
+    """
+    found: dict[str, Any] = {}
+    for name, texts in sets.items():
+        runs = []
+        for n in range(episodes):
+            runs.append(episode(model, tokenizer, texts, groups, queries, random.Random(f"{name} {n}")))
+            say(f"{name}: task {n + 1} of {episodes}")
+        accuracy = {w: {str(m): interval([run[0][w, m] for run in runs]) for m in groups} for w in WAYS}
+        found[name] = {
+            "classes": sorted(texts.asked),
+            "accuracy": accuracy,
+            "merged - in a row": {
+                str(m): interval([run[0]["merged", m] - run[0]["in a row", m] for run in runs]) for m in groups
+            },
+            "chain errors": [statistics.mean(errors) for errors in zip(*(run[1] for run in runs), strict=True)],
+        }
+    return {
+        "what": "few-shot accuracy from M groups of four demonstrations, mean and half a 95% interval over tasks",
+        "hardware": hardware.describe(),
+        "device": "cpu",
+        "chance": 1 / len(NAMES),
+        "groups": list(groups),
+        "episodes": episodes,
+        "queries": queries * len(NAMES),
+        "sets": found,
+    }
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """[mean, half of its 95% confidence interval]."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return [round(statistics.mean(values), 5), round(1.96 * spread / len(values) ** 0.5, 5)]
+
+
+def episode(
+    model: RetNet, tokenizer: Tokenizer, texts: Texts, groups: Sequence[int], queries: int, rng: random.Random
+) -> tuple[dict[tuple[str, int], float], list[float]]:
+    """({(way, groups): accuracy}, error of each layer of all groups chained) for one task."""
+    classes = rng.sample(sorted(texts.asked), len(NAMES))
+    shown = [rng.sample(texts.shown[c], max(groups)) for c in classes]
+    parts = []
+    for n in range(max(groups)):
+        order = rng.sample(range(len(NAMES)), len(NAMES))
+        parts.append("".join(line(shown[i][n], NAMES[i]) for i in order))
+    asked = [(line(text), i) for i, c in enumerate(classes) for text in rng.sample(texts.asked[c], queries)]
+    batch = questions(tokenizer, [question for question, _ in asked])
+    answers = torch.tensor([i for _, i in asked])
+    empty, begin = blank(model, "bench"), [tokenizer.eos_id]
+
+    def remember(ids: Sequence[int]) -> Memory:
+        return last(read(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
+
+    ids = [tokenizer.encode(part) for part in parts]
+    apart = [remember(begin + part) for part in ids]
+    accuracy: dict[tuple[str, int], float] = {}
+    nothing = score(model, tokenizer, remember(begin), batch, answers)
+    for m in groups:
+        states = {"in a row": remember([*begin, *(i for part in ids[:m] for i in part)]), "chained": chain(apart[:m])}
+        states |= {name: merge(apart[:m], weight=weight) for name, weight in WEIGHTS.items()}
+        accuracy["nothing", m] = nothing
+        for way, memory in states.items():
+            accuracy[way, m] = score(model, tokenizer, memory, batch, answers)
+    whole = remember([i for part in ids for i in begin + part])
+    return accuracy, chain_errors(apart, whole)
+
+
+def last(memories: Iterable[Memory]) -> Memory:
+    *_, memory = memories
+    return memory
+
+
+def questions(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """(ids `[N,T]`, padded on the right, and the lengths `[N]`)."""
+    ids = tokenizer.encode_batch(texts)
+    lengths = torch.tensor([len(row) for row in ids])
+    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+    for row, into in zip(ids, padded, strict=True):
+        into[: len(row)] = torch.tensor(row)
+    return padded, lengths
+
+
+def score(model: RetNet, tokenizer: Tokenizer, memory: Memory, batch: tuple[Tensor, Tensor], answers: Tensor) -> float:
+    """The part of the questions after which the right one of the four names is the likeliest."""
+    ids, lengths = batch
+    state: Any = memory.state.select(torch.zeros(len(ids), dtype=torch.int64))
+    x, _ = model.hidden(ids, state, lengths=lengths)
+    logits = model.head(x[torch.arange(len(ids)), lengths - 1])
+    names = [tokenizer.encode(f" {name}") for name in NAMES]
+    if any(len(name) != 1 for name in names):
+        raise ValueError(f"the names {' '.join(NAMES)} must be one token each: learn a larger vocabulary")
+    return float((logits[:, [name[0] for name in names]].argmax(-1) == answers).float().mean())
+
+
+# telling
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table for each set: a row for each number of groups, accuracies in percent."""
+    parts = []
+    for name, found in result["sets"].items():
+        lines = []
+        for m in result["groups"]:
+            cells = [found["accuracy"][way][str(m)] for way in WAYS]
+            lines.append([str(m), *(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in cells)])
+        parts.append(f"{name}\n\n{markdown(['groups', *WAYS], lines)}")
+    return "\n\n".join(parts)
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """Accuracy against groups as a PNG, a panel for each set.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    figure, axes = grid(title, 1, len(result["sets"]), size=(4.6, 4.4))
+    groups = result["groups"]
+    styles = dict(zip(WAYS, ("0.6", "C0", "C4", "C3", "C1", "C2", "C5"), strict=True))
+    for axis, (name, found) in zip(axes[0], result["sets"].items(), strict=True):
+        for way, colour in styles.items():
+            means, halves = zip(*(found["accuracy"][way][str(m)] for m in groups), strict=True)
+            strong = way in ("in a row", "merged")
+            axis.plot(groups, means, color=colour, marker="o" if strong else "", lw=2 if strong else 1.2, label=way)
+            if strong:
+                low, high = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
+                axis.fill_between(groups, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(groups, [str(m) for m in groups])
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("groups of four demonstrations")
+        axis.set_ylabel("accuracy")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=120)
