@@ -1,0 +1,207 @@
+"""Chatting in the terminal: turn by turn from a state gives what reading the whole conversation anew gives."""
+
+import io
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+import torch
+
+pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
+
+from retentive.cli import main
+from retentive.cli.chat import Conversation
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, generate
+from retentive.infer.engine import Engine
+from retentive.infer.memory import blank, load_memory
+from retentive.models import RetNetConfig, build, twin
+from retentive.serve.templates import BUILT_IN, ChatTemplate
+
+CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(params=["retnet", "transformer"])
+def conversation(request):
+    model = build(CONFIG if request.param == "retnet" else twin(CONFIG)).eval()
+    for p in model.parameters():  # peaked enough that greedy choices are no ties
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    ascii = {i: -100.0 for i in range(257) if not 32 <= i < 127}  # so that its text encodes to its own ids
+    engine = Engine(model, slots=1).start()
+    template = ChatTemplate(BUILT_IN, TOKENIZER, {}, own=False)
+    yield Conversation(engine, TOKENIZER, template, SamplingParams(temperature=0, bias=ascii), 12, blank(model))
+    engine.close(drain=False)
+
+
+def anew(conversation, ids: list[int]) -> str:
+    """The answer after `ids` by the plain loop."""
+    tokens = generate(conversation.engine.model, ids, conversation.sampling, max_tokens=conversation.max_tokens)
+    return TOKENIZER.decode([t.id for t in tokens])
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_three_turns_from_a_state_are_those_of_the_whole_text(conversation):
+    template, ids = conversation.template, []
+    for n, message in enumerate(["Hello", "And then?", "Why"]):
+        ids += template.next(user(message)) if n else template.first(user(message))
+        want = anew(conversation, ids)
+        assert "".join(conversation.say(message)) == want
+        ids += TOKENIZER.encode(want)
+        assert conversation.memory.tokens + len(conversation.memory.pending) == len(ids)
+    assert conversation.tokens == 12 and conversation.first > 0
+
+
+def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(conversation):
+    with closing(conversation.say("Hello")) as pieces:
+        part = next(pieces) + next(pieces)
+    ids = [*conversation.template.first(user("Hello")), *TOKENIZER.encode(part)]
+    assert conversation.memory.pending == ids and conversation.engine.taken == 0
+    ids += conversation.template.next(user("Go on"))
+    assert "".join(conversation.say("Go on")) == anew(conversation, ids)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_remembered(conversation):
+    ids = conversation.template.first(user("Hello"))
+    whole = anew(conversation, ids)
+    conversation.template.stop = (whole[5:8],)
+    cut = whole[: whole.find(whole[5:8])]
+    assert "".join(conversation.say("Hello")) == cut
+    ids += TOKENIZER.encode(cut)
+    assert conversation.memory.pending == ids
+    conversation.template.stop = ()
+    ids += conversation.template.next(user("More"))
+    assert "".join(conversation.say("More")) == anew(conversation, ids)
+
+
+def test_the_end_of_text_is_left_to_the_template(conversation):
+    first = next(iter(generate(conversation.engine.model, conversation.template.first(user("Hello")),
+                               conversation.sampling, max_tokens=1))).id  # fmt: skip
+    conversation.template.stop_ids = frozenset({first})
+    assert "".join(conversation.say("Hello")) == ""
+    assert conversation.memory.pending == [] and conversation.memory.tokens > 0
+
+
+@pytest.fixture
+def chat(place, monkeypatch, capsys):
+    """`chat(lines, *options)`: what is printed when they are piped in."""
+
+    def run(lines: str, *options: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        main(["chat", "run", "--max-tokens", "8", "--temperature", "0", *options])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_saved_conversation_goes_on_in_another_process(chat, place):
+    both = chat("Hello\nAnd then?\n")
+    chat("Hello\n/save tea.1\n")
+    after = chat("/load tea.1\nAnd then?\n")
+    said, _, answer = after.partition("\n")
+    assert said.startswith("going on after ") and both.endswith(answer) and answer.strip()
+    assert chat("And then?\n", "--memory", "states/tea.1.safetensors") == answer
+    assert not list((place / "states").glob("*.partial"))
+
+
+def test_what_is_remembered_grows_and_its_bytes_do_not(chat):
+    lines = chat("/stats\nHello\n/stats\n" + "Tell me more of it.\n" * 3 + "/stats\n/forget\n/stats\n").split("\n")
+    stats = [line for line in lines if "tokens read, remembered in" in line]
+    read = [int(line.split()[0].replace(",", "")) for line in stats]
+    assert read[0] == read[3] == 0 < read[1] < read[2]
+    assert len({line.split("remembered in ")[1].split(";")[0] for line in stats}) == 1
+
+
+def test_a_memory_of_documents_can_be_talked_with(chat):
+    main(["memory", "write", "run", "corpus", "--out", "corpus.safetensors"])
+    said = chat("Hello\n/stats\n", "--memory", "corpus.safetensors")
+    read = load_memory("corpus.safetensors").tokens
+    assert int(said.split("\n")[-2].split()[0].replace(",", "")) > read > 1000
+
+
+def test_help_names_every_command(chat):
+    told = chat("/help\n")
+    assert all(f"/{name}" in told for name in ("save", "load", "forget", "stats"))
+
+
+REFUSED = {
+    "no-such-state": ("/load other\n", [], "no state file at states/other.safetensors"),
+    "path": ("/save ../x\n", [], "/save needs a name of up to 64 letters, digits"),
+    "no-name": ("/load\n", [], "/load needs a name"),
+    "unknown-command": ("/quit\n", [], "unknown command /quit: /help tells them"),
+    "no-tokens": ("", ["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "no-template": ("", ["--template", "none.jinja"], "no chat template at none.jinja"),
+    "no-memory": ("", ["--memory", "none.safetensors"], "no state file at none.safetensors"),
+    "another-models": ("/load twin\n", [], "is the memory of another model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_told_in_a_line(case, chat, place, capsys):
+    lines, options, words = REFUSED[case]
+    if case == "another-models":
+        from retentive.infer.memory import save
+
+        (place / "states").mkdir()
+        save(blank(build(CONFIG)), place / "states" / "twin.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        chat(lines, *options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+ON_ITS_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C there is for this process
+from retentive.cli import main
+main(sys.argv[1:])
+"""
+
+
+class Terminal:
+    """`retentive chat` in a terminal of its own."""
+
+    def __init__(self, *options: str):
+        self.ours, theirs = os.openpty()
+        command = [sys.executable, "-c", ON_ITS_TERMINAL, "chat", "run", *options]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+
+    def type(self, keys: str) -> None:
+        os.write(self.ours, keys.encode())
+
+    def until(self, words: str, seconds: float = 60) -> str:
+        """What is shown up to `words`."""
+        shown, end = "", time.monotonic() + seconds
+        while words not in shown:
+            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], f"no {words!r} in {shown!r}"
+            shown += os.read(self.ours, 4096).decode("utf-8", "replace")
+        return shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_control_c_stops_an_answer_and_control_d_leaves(place, chat):
+    begins = chat("Hello\n").strip()[:4]  # greedily, this model goes on for ever
+    terminal = Terminal("--max-tokens", "1000000", "--temperature", "0")
+    terminal.until("> ")
+    terminal.type("Hello\n")
+    terminal.until("Hello\r\n")
+    terminal.until(begins)
+    terminal.type("\x03")
+    terminal.until("> ")
+    terminal.type("/nonsense\n")
+    assert "unknown command /nonsense" in terminal.until("> ")
+    terminal.type("/save half\n")
+    terminal.until("half.safetensors")
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
+    os.close(terminal.ours)
+    memory = load_memory(place / "states" / "half.safetensors")
+    assert TOKENIZER.decode(memory.pending).startswith("User: Hello\nAssistant:")
