@@ -24,7 +24,8 @@ from retentive.models.state import RetentionState, State, load_state
 from retentive.ops import decay as decays
 from retentive.ops import rotary
 
-ABOUT = ("pending", "tokens", "model", "sources", "config", "errors")
+ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
+"""What is kept beside the state."""
 
 
 @dataclass
@@ -87,6 +88,7 @@ def _digest(state: State, about: str) -> str:
 def save(memory: Memory, path: str | Path) -> None:
     """Write it as one safetensors file, whole or not at all."""
     about = json.dumps({name: getattr(memory, name) for name in ABOUT})
+    about = about.ljust(-(-len(about) // 1024) * 1024)  # else the file would grow by a digit now and then
     state = memory.state.detach().to("cpu")
     state.save(path, {"memory": about, "digest": _digest(state, about)})
 
@@ -113,7 +115,9 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
     if metadata.get("digest") != _digest(state, metadata["memory"]):
         raise ValueError(f"{path} was changed after it was written (its digest does not fit): write it again")
     about = json.loads(metadata["memory"])
-    memory = Memory(state, **{name: about[name] for name in ABOUT})
+    if not _well_formed(about):
+        raise ValueError(f"{path} does not say what was read as this version does: write it again")
+    memory = Memory(state, **about)
     if model is not None and expected is None:
         expected = fingerprint(model)
     if expected is not None and memory.model != expected:
@@ -125,6 +129,17 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
         _check_fit(memory, model, path)
         memory.state = memory.state.to(model.embed.weight.device)
     return memory
+
+
+def _well_formed(about: Any) -> bool:
+    """Whether it is what `save` writes."""
+    if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != ABOUT:
+        return False
+    wanted = {"name": str, "tokens": int, "sha256": str}
+    return all(type(i) is int for i in about["pending"]) and all(
+        isinstance(source, dict) and all(type(source.get(key)) is kind for key, kind in wanted.items())
+        for source in about["sources"]
+    )
 
 
 def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
@@ -142,7 +157,7 @@ def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
             f"{path} does not fit the model: its state is not that of one sequence of {type(model).__name__}"
         )
     vocab = model.config.vocab_size
-    if not all(isinstance(i, int) and 0 <= i < vocab for i in memory.pending):
+    if not all(0 <= i < vocab for i in memory.pending):
         raise ValueError(f"{path} does not fit the model: pending tokens must be in [0, {vocab})")
 
 
