@@ -56,15 +56,23 @@ def generate(
     Raises:
         ValueError: an empty prompt, or ids outside the vocabulary.
     """
-    device = model.embed.weight.device
+    prompt, params = checked(model, ids), params or SamplingParams()
+    return _tokens(model, prompt, params, max_tokens, frozenset(stop_ids), first_ids, state)
+
+
+def checked(model: Model, ids: Sequence[int] | Tensor) -> Tensor:
+    """The prompt, `[1,T]` on the model's device.
+
+    Raises:
+        ValueError: an empty prompt, or ids outside the vocabulary.
+    """
     vocab = model.config.vocab_size
     prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
     if prompt.numel() == 0:
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
         raise ValueError(f"token ids must be in [0, {vocab}), got {int(prompt.min())} to {int(prompt.max())}")
-    params = params or SamplingParams()
-    return _tokens(model, prompt.to(device), params, max_tokens, frozenset(stop_ids), first_ids, state)
+    return prompt.to(model.embed.weight.device)
 
 
 def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:

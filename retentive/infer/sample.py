@@ -68,6 +68,23 @@ class Sampler:
         tokens, logprobs = pick(logits[None], [self], [allowed])
         return tokens[0], float(logprobs[0, tokens[0]])
 
+    def uniform(self) -> Tensor:
+        """A number `[1]` in [0, 1) of its generator, float64."""
+        return torch.rand(1, generator=self.generator, dtype=torch.float64)
+
+    def note(self, token: int) -> None:
+        """The token occurs."""
+        if self.seen is not None:
+            self.seen[token] = True
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities `[vocab]`, float32, with which it picks from logits `[vocab]`; a single one if greedy."""
+        logits = self.adjusted(logits.float().cpu(), None)
+        if self.params.temperature == 0:
+            return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
+        p = filtered(logits, self.params)
+        return p / p.sum()
+
     def adjusted(self, logits: Tensor, allowed: Sequence[int] | Tensor | None) -> Tensor:
         """Logits `[vocab]` after penalty and bias, minus infinity where not allowed."""
         if self.seen is not None:
@@ -105,17 +122,22 @@ def pick(
     for n in set(range(len(samplers))) - set(drawn):
         tokens[n] = int(rows[n].argmax())
     if drawn:
-        cdf = torch.stack([filtered(rows[n], samplers[n].params) for n in drawn]).cumsum(-1, dtype=torch.float64)
-        u = torch.cat([torch.rand(1, generator=samplers[n].generator, dtype=torch.float64) for n in drawn])
-        # the first token whose sum exceeds u of the whole: one without probability never does
-        whole = cdf[:, -1]
-        below = torch.minimum(u * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-        for n, token in zip(drawn, torch.searchsorted(cdf, below[:, None], right=True), strict=True):
-            tokens[n] = int(token)
+        weights = torch.stack([filtered(rows[n], samplers[n].params) for n in drawn])
+        u = torch.cat([samplers[n].uniform() for n in drawn])
+        for n, token in zip(drawn, draw(weights, u).tolist(), strict=True):
+            tokens[n] = token
     for sampler, token in zip(samplers, tokens, strict=True):
-        if sampler.seen is not None:
-            sampler.seen[token] = True
+        sampler.note(token)
     return tokens, logprobs
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Token ids `[n]`, as likely as `weights` `[n, vocab]` say, by numbers u `[n]` in [0, 1), float64."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    # the first token whose sum exceeds u of the whole: one without probability never does
+    whole = cdf[:, -1]
+    below = torch.minimum(u * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(cdf, below[:, None], right=True).squeeze(1)
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:

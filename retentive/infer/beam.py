@@ -1,0 +1,88 @@
+"""Beam search: the likeliest continuations that keeping a few at a time can find.
+
+    score = log p(tokens, stop) / length ^ length_penalty           length: tokens, the stop among them
+
+A beam that ends in a stop is kept with its score, and the others go on with one beam less (Sutskever et al., arXiv
+1409.3215). One beam is greedy decoding; as many beams as there are continuations find the likeliest of all.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retentive.infer.generate import checked, prefill
+from retentive.models import Model
+from retentive.models.state import State
+
+
+@torch.no_grad()
+def beam_search(
+    model: Model,
+    ids: Sequence[int] | Tensor,
+    *,
+    beams: int,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
+    first_ids: Sequence[int] | None = None,
+    length_penalty: float = 1.0,
+    state: State | None = None,
+) -> list[tuple[list[int], float]]:
+    """(tokens, score) of up to `beams` continuations of `ids`, the best first, stops left out.
+
+    Args:
+        beams: continuations kept.
+        max_tokens: of each.
+        first_ids: what the first token must be one of; anything if not given.
+        length_penalty: 0 compares log probabilities, 1 their mean; more prefers long ones.
+        state: what the model has read before the prompt; used up.
+
+    Raises:
+        ValueError: an empty prompt, ids outside the vocabulary, beams or max_tokens below 1.
+    """
+    prompt = checked(model, ids)
+    if min(beams, max_tokens) < 1:
+        raise ValueError(f"beams and max_tokens must be at least 1, got {beams} and {max_tokens}")
+    logits, state = prefill(model, prompt, state)
+    live: list[list[int]] = [[]]
+    sums = torch.zeros(1, dtype=torch.float64)
+    done: list[tuple[list[int], float]] = []
+    for length in itertools.count(1):
+        totals = sums[:, None] + logits.double().log_softmax(-1).cpu()
+        if length == 1 and first_ids is not None:
+            totals = torch.full_like(totals, -torch.inf).index_copy_(1, torch.tensor(first_ids), totals[:, first_ids])
+        best, rows, tokens = _best(totals, beams - len(done))
+        ended = [token in set(stop_ids) for token in tokens]
+        done += [
+            (live[row], float(total) / length**length_penalty)
+            for total, row, end in zip(best, rows, ended, strict=True)
+            if end
+        ]
+        kept = [n for n, end in enumerate(ended) if not end]
+        live = [[*live[rows[n]], tokens[n]] for n in kept]
+        if not kept or length == max_tokens:
+            break
+        sums, parents = best[kept], torch.tensor([rows[n] for n in kept])
+        logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, parents))
+    done += [(beam, float(best[n]) / max_tokens**length_penalty) for n, beam in zip(kept, live, strict=True)]
+    return sorted(done, key=lambda pair: -pair[1])
+
+
+def _best(totals: Tensor, count: int) -> tuple[Tensor, list[int], list[int]]:
+    """The highest of `totals` `[n, vocab]`, which row they are of and which token; none that is impossible."""
+    best, where = totals.flatten().topk(min(count, totals.numel()))
+    where = where[best > -torch.inf]
+    return best[: len(where)], (where // totals.shape[1]).tolist(), (where % totals.shape[1]).tolist()
+
+
+def _reordered(state: Any, parents: Tensor) -> Any:
+    """Each beam with the state of the one that it grew from."""
+    same = torch.equal(parents, torch.arange(len(state.position)))
+    return state if same else state.select(parents)
+
+
+def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
+    x, state = model.hidden(torch.tensor(tokens, device=model.embed.weight.device)[:, None], state)
+    return model.head(x[:, -1]), state

@@ -1,0 +1,77 @@
+"""Beam search against all continuations there are, and against greedy decoding."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from retentive.infer import SamplingParams, generate
+from retentive.infer.beam import beam_search
+from retentive.models import RetNetConfig, build, twin
+
+V, DEPTH, STOP = 4, 4, 3
+CONFIG = RetNetConfig(vocab_size=V, dim=16, layers=2, heads=2)
+MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
+PROMPT = [0, 1, 2, 2, 1]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    out = build(MODELS[request.param]).double().eval()
+    for p in out.parameters():
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    return out
+
+
+@torch.no_grad()
+def everything(model, length_penalty: float) -> list[tuple[list[int], float]]:
+    """All continuations of the prompt, each with its score, read by the model one by one; the best first."""
+    found = {}
+    for tokens in product(range(V), repeat=DEPTH):
+        tokens = list(tokens)
+        if STOP in tokens:
+            tokens = tokens[: tokens.index(STOP) + 1]
+        logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        total = float(logits.gather(1, torch.tensor(tokens)[:, None]).sum())
+        found[tuple(t for t in tokens if t != STOP), len(tokens)] = total / len(tokens) ** length_penalty
+    return sorted(((list(tokens), score) for (tokens, _), score in found.items()), key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.7])
+def test_enough_beams_find_everything_in_order(model, length_penalty):
+    got = beam_search(model, PROMPT, beams=V**DEPTH, max_tokens=DEPTH, stop_ids=[STOP], length_penalty=length_penalty)
+    want = everything(model, length_penalty)
+    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in want]
+    torch.testing.assert_close([score for _, score in got], [score for _, score in want], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stop_ids", [[], [STOP]], ids=["no-stop", "stop"])
+def test_one_beam_is_greedy(model, stop_ids):
+    want = [t.id for t in generate(model, PROMPT, SamplingParams(temperature=0), max_tokens=30, stop_ids=stop_ids)]
+    ((tokens, _),) = beam_search(model, PROMPT, beams=1, max_tokens=30, stop_ids=stop_ids)
+    assert tokens == want
+
+
+@torch.no_grad()
+def test_more_beams_find_what_is_at_least_as_likely(model):
+    """Not in general, but from one to three in this model; all scores are those that the model itself gives."""
+    found = [beam_search(model, PROMPT, beams=n, max_tokens=8, length_penalty=0) for n in (1, 3)]
+    assert found[1][0][1] >= found[0][0][1] and len(found[1]) == 3
+    for tokens, score in found[1]:
+        logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        assert float(logits.gather(1, torch.tensor(tokens)[:, None]).sum()) == pytest.approx(score, abs=1e-9)
+    assert [score for _, score in found[1]] == sorted((score for _, score in found[1]), reverse=True)
+
+
+def test_a_past_and_first_tokens(model):
+    whole = beam_search(model, PROMPT, beams=3, max_tokens=5)
+    with torch.no_grad():
+        state = model.hidden(torch.tensor([PROMPT[:3]]))[1]
+    assert [t for t, _ in beam_search(model, PROMPT[3:], beams=3, max_tokens=5, state=state)] == [t for t, _ in whole]
+    assert all(tokens[0] == 2 for tokens, _ in beam_search(model, PROMPT, beams=3, max_tokens=2, first_ids=[2]))
+
+
+@pytest.mark.parametrize("bad", [dict(beams=0, max_tokens=1), dict(beams=1, max_tokens=0)])
+def test_bad_arguments(model, bad, refuses):
+    with refuses("beams and max_tokens must be at least 1"):
+        beam_search(model, PROMPT, **bad)
