@@ -173,17 +173,20 @@ class Terminal:
         command = [sys.executable, "-c", ON_ITS_TERMINAL, "chat", "run", *options]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
         os.close(theirs)
+        self.shown = ""
 
     def type(self, keys: str) -> None:
         os.write(self.ours, keys.encode())
 
     def until(self, words: str, seconds: float = 60) -> str:
-        """What is shown up to `words`."""
-        shown, end = "", time.monotonic() + seconds
-        while words not in shown:
-            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], f"no {words!r} in {shown!r}"
-            shown += os.read(self.ours, 4096).decode("utf-8", "replace")
-        return shown
+        """What is shown up to `words`; the next look begins after them."""
+        end = time.monotonic() + seconds
+        while words not in self.shown:
+            left = max(0, end - time.monotonic())
+            assert select.select([self.ours], [], [], left)[0], f"no {words!r} in {self.shown!r}"
+            self.shown += os.read(self.ours, 4096).decode("utf-8", "replace")
+        seen, _, self.shown = self.shown.partition(words)
+        return seen
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
@@ -200,6 +203,7 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat):
     assert "unknown command /nonsense" in terminal.until("> ")
     terminal.type("/save half\n")
     terminal.until("half.safetensors")
+    terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
     os.close(terminal.ours)
