@@ -5,8 +5,8 @@
     template.next(messages)     what follows an answer that the model's state holds already
 
 What people say stays text: the name of a special token in a message is encoded as the characters that it is, while
-names in the template itself are tokens. A template comes from whoever made the model: it sees no attribute of Python's, its
-ranges, products and output are bounded, and one that tries more is refused.
+names in the template itself are tokens. A template comes from whoever made the model: it sees no attribute of Python's,
+its ranges, products and output are bounded, and one that tries more is refused.
 """
 
 import json
@@ -138,7 +138,11 @@ def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) 
     bos = bos.get("content") if isinstance(bos, dict) else bos
     try:
         return ChatTemplate(
-            source or BUILT_IN, tokenizer, special, own=source is not None, bos=bos if bos in special else ""
+            source or BUILT_IN,
+            tokenizer,
+            special,
+            own=source is not None,
+            bos=bos if isinstance(bos, str) and bos in special else "",
         )
     except ValueError as error:
         raise ValueError(f"{origin} is refused: {error}") from None

@@ -1,0 +1,50 @@
+"""The options of a server; the command line is made from them, so this needs no package of the extra."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bounds of a server, who may use it, and where it keeps things."""
+
+    slots: int = 16
+    """Requests answered at once; each takes the memory of one state."""
+    queue: int = 64
+    """Requests that may wait for a slot; more are told to come again (429)."""
+    max_tokens: int = 4096
+    """Tokens of an answer at most."""
+    max_prompt: int = 131072
+    """Tokens of a prompt at most. The model itself has no such bound: reading takes time, not memory."""
+    timeout: float = 600
+    """Seconds for a request."""
+    cache: int = 1 << 28
+    """Bytes of states of prompts read before; 0 for none."""
+    cache_folder: Path | None = None
+    """Where those go that memory has no room for."""
+    sessions: int = 1 << 30
+    """Bytes of conversations' states in memory; who was silent longest goes first."""
+    states: Path | None = None
+    """Folder of saved states; by default states in the run's folder."""
+    template: Path | None = None
+    """A chat template (jinja) in place of the model's own."""
+    api_key: tuple[str, ...] = ()
+    """Keys that are let in; everybody if there are none. Others see them in the list of processes: better put them,
+    with commas between, in the environment's RETENTIVE_API_KEY."""
+    cors: tuple[str, ...] = ()
+    """Origins whose pages may ask, such as https://example.org."""
+
+    def __post_init__(self):
+        for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        for name in ("cache", "sessions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_key):
+            raise ValueError("an API key must be printable ASCII and not empty")
+
+    @property
+    def most_body(self) -> int:
+        """Bytes of a request: a prompt of max_prompt ids in JSON, with room to spare."""
+        return 65536 + 16 * self.max_prompt
