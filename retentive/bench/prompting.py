@@ -35,7 +35,7 @@ from retentive.models import RetNet
 
 NAMES = ("A", "B", "C", "D")
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
-WORDS = 10
+WORDS = 8
 """Of a text, at most."""
 SHOWN, ASKED = max(GROUPS), 24
 """Texts that a class needs to be measured: to be demonstrated, and to be asked about."""
@@ -147,13 +147,14 @@ def line(text: str, name: str = "") -> str:
 
 
 def tasks(families: Sequence[Mapping[str, Sequence[str]]], count: int, seed: int) -> Iterator[Document]:
-    """`count` tasks to learn the game from, a document each; they are drawn from each family in turn."""
+    """`count` tasks to learn the game from, a document each, of 2, 3 or 4 classes; from each family in turn."""
     rng = random.Random(seed)
     for n in range(count):
         texts = families[n % len(families)]
-        classes = rng.sample(sorted(texts), len(NAMES))
-        drawn = (rng.randrange(len(NAMES)) for _ in range(EPISODE))
-        yield Document(f"task {n}", "".join(line(rng.choice(texts[classes[i]]), NAMES[i]) for i in drawn))
+        names = rng.sample(NAMES, rng.randint(2, len(NAMES)))
+        named = list(zip(rng.sample(sorted(texts), len(names)), names, strict=True))
+        drawn = (rng.choice(named) for _ in range(EPISODE))
+        yield Document(f"task {n}", "".join(line(rng.choice(texts[label]), name) for label, name in drawn))
 
 
 # measuring

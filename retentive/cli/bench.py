@@ -121,7 +121,7 @@ class PromptingBench:
     size: str = "5m"
     """Size of the model."""
     steps: int = 2500
-    """Training steps of 4 x 1024 tokens."""
+    """Training steps of 2 x 2048 tokens."""
     episodes: int = 40
     """Tasks of each set of texts that are measured."""
     json: Path | None = None
@@ -263,13 +263,13 @@ def bench_prompting(command: PromptingBench, typed: str) -> None:
 def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None:
     """Pack tasks in which each step is another one, and train on them."""
     data = command.out.with_name(command.out.name + "-data")
-    count = max(command.steps * 4096 // 600, 100)  # a task has 600 tokens or more
+    count = max(command.steps * 4096 // 500, 100)  # a task has 500 tokens or more
     if not data.exists():
         tokenizer = train_bpe((d.text for d in prompting.tasks(families, 3000, seed=1)), 4096)
         pack(data, tokenizer, prompting.tasks(families, count, seed=0), prompting.tasks(families, 50, seed=2))
     train = TrainConfig(steps=command.steps, lr=3e-3, warmup=100, sample_every=0)
     options = training_run.TrainCommand(
-        data=data, out=command.out, size=command.size, batch=4, length=1024, resume=command.out.exists(), train=train
+        data=data, out=command.out, size=command.size, batch=2, length=2048, resume=command.out.exists(), train=train
     )
     training_run.run(options)
 
