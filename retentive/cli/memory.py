@@ -25,7 +25,7 @@ SHOWN = 20
 """Documents that are listed by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loading:
     """Which model, and how."""
 
@@ -39,11 +39,10 @@ class Loading:
     """Of the weights; a memory belongs to the weights in the dtype that wrote it."""
 
 
-@dataclass(frozen=True)
-class WriteCommand:
+@dataclass(frozen=True, kw_only=True)
+class WriteCommand(Loading):
     """Read documents of any length into one memory file. Ctrl-C keeps what was read: the same command goes on."""
 
-    model: Annotated[Loading, tyro.conf.arg(name="")]
     files: tyro.conf.Positional[tuple[str, ...]]
     """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order."""
     out: Path
@@ -51,14 +50,14 @@ class WriteCommand:
     memory: Path | None = None
     """A memory to go on from; --out may be the same file."""
     separate: bool = False
-    """Read each document for itself and merge them, so that all are equally near: structured prompting."""
+    """Read each document for itself and merge them, so that all are equally near: structured prompting. Ctrl-C then keeps
+    nothing."""
 
 
-@dataclass(frozen=True)
-class AskCommand:
+@dataclass(frozen=True, kw_only=True)
+class AskCommand(Loading):
     """Write on from a prompt after all that a memory has read. What that takes does not depend on how much it was."""
 
-    model: Annotated[Loading, tyro.conf.arg(name="")]
     memory: Path
     """The memory file."""
     prompt: str
@@ -144,7 +143,7 @@ def write(command: WriteCommand) -> None:
     for file in command.files:
         if not file.startswith("hf:"):
             source_files(file)  # what is missing is said before anything is read
-    model, tokenizer = loaded(command.model)
+    model, tokenizer = loaded(command)
     before = blank(model)
     if command.memory:
         before = load_memory(command.memory, model, before.model)
@@ -260,7 +259,7 @@ def ask(command: AskCommand) -> None:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     if not prompt:
         raise ValueError("ask needs a prompt: --prompt TEXT, or --prompt - to read standard input")
-    model, tokenizer = loaded(command.model)
+    model, tokenizer = loaded(command)
     memory = load_memory(command.memory, model)
     for text in write_on(
         model,
@@ -296,7 +295,7 @@ def described(about: dict[str, Any], path: Path) -> str:
     """What `show` found, for reading."""
     config, sources = about["config"], about["sources"]
     lines = [
-        f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, the next one is number {about['position']:,}",
+        f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",
         f"  {about['state_bytes'] / 1e6:.2f} MB of state ({about['kind']}), {about['file_bytes'] / 1e6:.2f} MB of file",
         f"  model {about['model']}" + (f", {config['layers']} layers, width {config['dim']}" if config else ""),
     ]
