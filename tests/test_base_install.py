@@ -38,6 +38,7 @@ print(json.dumps(sorted(roots - set(sys.stdlib_module_names))))
 
 OPTIONAL = ["matplotlib", "pyarrow", "zstandard", "datasets", "tiktoken", "tensorboard", "wandb", "pandas"]
 OPTIONAL += ["transformers", "triton"]  # of hf, of the GPU's kernels
+OPTIONAL += ["llguidance"]  # of structured output
 
 WALK = """
 import importlib, json, pkgutil, sys

@@ -21,8 +21,10 @@ class Constraint(Protocol):
 
     eos_id: int
     """The token that ends the text; allowed where the text may end."""
-    complete: bool
-    """Nothing but the end may come: the stream stops, as if that had been picked."""
+
+    @property
+    def complete(self) -> bool:
+        """Nothing but the end may come: the stream stops, as if that had been picked."""
 
     def mask(self) -> Tensor:
         """Bool `[vocab]`, the tokens allowed now; if shorter, none beyond its end."""

@@ -1,0 +1,139 @@
+"""Structured output: a model may pick only tokens that keep its text within a JSON schema or a regular expression.
+
+    engine.submit(ids, constraint=json_schema({"type": "object", …}, tokenizer))
+
+llguidance (Rust, no dependencies, extra `structured`) parses what was written and says which tokens may follow. JSON
+comes as `json.dumps` writes it, a blank after each comma and colon and no other: where blanks are free, a weak model
+may write nothing else. The text is complete where max_tokens leaves room for it; bound strings (maxLength), arrays
+(maxItems) and numbers in the schema where that matters.
+"""
+
+import base64
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.infer.requests import Constraint
+
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def json_schema(schema: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[], Constraint]:
+    """Makes constraints to JSON that is valid under `schema`; {"type": "object"} allows any object.
+
+    Raises:
+        ValueError: not a schema, or a keyword of it that is not supported (such as "not").
+        ImportError: the extra is missing.
+    """
+    library = _library()
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"a JSON schema must be an object, got {type(schema).__name__}")
+    try:
+        text = json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the JSON schema is no JSON: {error}") from None
+    grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=STYLE)
+    return _compiled(grammar, tokenizer, "JSON schema")
+
+
+def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
+    """Makes constraints to text that `pattern` matches from beginning to end (Rust's syntax: no look-around).
+
+    Raises:
+        ValueError: not a pattern.
+        ImportError: the extra is missing.
+    """
+    return _compiled(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, "regular expression")
+
+
+def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
+    """Compiled once; a constraint is a copy of its first state."""
+    library, table = _library(), _table(tokenizer)
+    if problem := library.LLMatcher.validate_grammar(grammar, table):
+        raise ValueError(f"the {what} cannot be used: {_one_line(problem)}")
+    first = library.LLMatcher(table, grammar, log_level=0)
+    if first.is_error():
+        raise ValueError(f"the {what} cannot be used: {_one_line(first.get_error())}")
+    return lambda: Matcher(first.deep_copy(), tokenizer)
+
+
+class Matcher:
+    """The `Constraint` of one stream."""
+
+    def __init__(self, matcher: Any, tokenizer: Tokenizer):
+        self.matcher, self.eos_id, self.vocab_size = matcher, tokenizer.eos_id, tokenizer.vocab_size
+
+    @property
+    def complete(self) -> bool:
+        return self.matcher.is_stopped()
+
+    def mask(self) -> Tensor:
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        mask = np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
+        mask[self.eos_id] = self.matcher.is_accepting()  # not as part of a text, where it is an ordinary token
+        self._check()
+        return torch.from_numpy(mask)
+
+    def accept(self, token: int) -> None:
+        self.matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise ValueError(f"structured output failed: {_one_line(self.matcher.get_error())}")
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ImportError("structured output needs llguidance: pip install 'retentive[structured]'") from None
+    return llguidance
+
+
+@functools.lru_cache(maxsize=8)
+def _table(tokenizer: Tokenizer) -> Any:
+    """The tokenizer as the library sees it: the bytes of every token. Made from the file that every tokenizer saves."""
+    library = _library()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+    form = json.loads(text)
+    try:
+        if "model" in form:
+            return library.LLTokenizer(text, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
+        return library.LLTokenizer(library.TokenizerWrapper(_Bytes(form, tokenizer)), n_vocab=tokenizer.vocab_size)
+    except Exception as error:  # the Rust side raises what it likes
+        raise ValueError(f"structured output cannot use this tokenizer: {_one_line(str(error))}") from None
+
+
+class _Bytes:
+    """The built-in bytes, or tiktoken's ranks, with the names that the library asks for."""
+
+    def __init__(self, form: dict[str, Any], tokenizer: Tokenizer):
+        ranks = (
+            {base64.b64encode(bytes([i])).decode(): i for i in range(256)} if form["type"] == "bytes" else form["ranks"]
+        )
+        self.tokens = [f"<unused {i}>".encode() for i in range(tokenizer.vocab_size)]
+        for token, rank in ranks.items():
+            self.tokens[rank] = base64.b64decode(token)
+        self.special_token_ids = sorted(set(range(tokenizer.vocab_size)) - set(ranks.values()))
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
+        self.encode = tokenizer.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def _one_line(message: str) -> str:
+    """What it is about: parsers draw pictures around it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    return next((line for line in lines if line.startswith("error:")), lines[0])
