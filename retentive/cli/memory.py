@@ -50,8 +50,8 @@ class WriteCommand(Loading):
     memory: Path | None = None
     """A memory to go on from; --out may be the same file."""
     separate: bool = False
-    """Read each document for itself and merge them, so that all are equally near: structured prompting. Ctrl-C then keeps
-    nothing."""
+    """Read each document for itself and merge them, so that all are equally near: structured prompting. Ctrl-C
+    then keeps nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,8 @@ def write(command: WriteCommand) -> None:
     before = blank(model)
     if command.memory:
         before = load_memory(command.memory, model, before.model)
+    if command.separate:
+        merge([before])  # a model whose memories cannot be merged is refused before anything is read
     texts = (document for file in command.files for document in documents(file))
     command.out.parent.mkdir(parents=True, exist_ok=True)
     place = command.out.with_name(command.out.name + ".unfinished")
@@ -203,7 +205,8 @@ def apart(model: Model, tokenizer: Tokenizer, name: str, texts: Iterable[Documen
                 whole = read_on
             tell(whole.tokens)
     memory = merge(parts)
-    memory.errors = chain_errors(parts, whole)
+    if whole.config["decay"] != "gated":  # there is no chain then
+        memory.errors = chain_errors(parts, whole)
     return memory
 
 

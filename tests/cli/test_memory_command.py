@@ -12,7 +12,7 @@ from retentive.cli import main
 from retentive.cli import memory as command
 from retentive.infer import SamplingParams, generate
 from retentive.infer.memory import load_memory, show
-from retentive.models import RetNetConfig, build
+from retentive.models import RetNetConfig, build, twin
 
 STORIES = [f"corpus/{n}.txt" for n in range(3)]
 GREEDY = ["--temperature", "0", "--max-tokens", "12"]
@@ -161,6 +161,14 @@ def test_separate_documents_are_merged_as_the_files_of_each_are(place, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("The")
 
 
+def test_gated_memories_are_merged_without_errors_of_a_chain(place, capsys):
+    config = RetNetConfig(dim=16, layers=2, heads=2, decay="gated", score_norm=False)
+    save_model("gated", build(config), retentive.load("run")[1])
+    main(["memory", "write", "gated", *STORIES, "--separate", "--out", "apart.mem"])
+    about = show("apart.mem")
+    assert about["errors"] == [] and len(about["sources"]) == 3 and about["position"] < about["tokens"]
+
+
 def test_standard_input_is_a_prompt(place, monkeypatch, capsys):
     import io
 
@@ -190,6 +198,10 @@ def other_run() -> None:
     main(["memory", "write", "other", STORIES[0], "--out", "other.mem"])
 
 
+def twin_run() -> None:
+    save_model("twin", build(twin(RetNetConfig(dim=16, layers=1, heads=2))), retentive.load("run")[1])
+
+
 def damage(cut: int) -> None:
     raw = bytearray(Path("lib.mem").read_bytes())
     raw[-9] ^= 4
@@ -216,6 +228,11 @@ BAD = {
     "on-from-nothing": (lambda: None, [*WRITE, STORIES[0], "--memory", "none"], "no state file at none"),
     "on-from-another": (other_run, [*WRITE, STORIES[0], "--memory", "other.mem"], "the memory of another model"),
     "separate-and-on": (lambda: None, [*WRITE, STORIES[0], "--memory", "lib.mem", "--separate"], "exclude each other"),
+    "separate-for-a-transformer": (
+        twin_run,
+        ["write", "twin", STORIES[0], "--out", "new.mem", "--separate"],
+        "memories of a Transformer cannot be merged",
+    ),
     "ask-nothing": (lambda: None, [*ASK[:-1], ""], "ask needs a prompt"),
     "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
     "ask-a-missing-one": (lambda: Path("lib.mem").unlink(), ASK, "no state file at lib.mem"),
