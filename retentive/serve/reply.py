@@ -104,8 +104,6 @@ class Choice:
         if self.text.stopped:
             self.finish = "stop"
             self.stream.cancel()
-            end = len(self.echo or "") + self.given
-            self.new_entries = [e for e in self.new_entries if e.offset < end]
 
     def _give(self, piece: str) -> None:
         self.new_text += piece
@@ -127,9 +125,12 @@ class Choice:
     def news(self) -> Piece | None:
         """What there is to give out, once."""
         if not self.new_text and self.finish is None:
-            return None  # log probabilities of text that is held back wait with it
-        piece = Piece(self.index, self.new_text, self.new_entries, self.finish)
-        self.new_text, self.new_entries = "", []
+            return None
+        end, entries = len(self.echo or "") + self.given, self.new_entries
+        if self.text.stopped or self.finish is None:  # tokens of text that is held back, or cut off
+            entries = [e for e in entries if e.offset < end]
+        piece = Piece(self.index, self.new_text, entries, self.finish)
+        self.new_text, self.new_entries = "", self.new_entries[len(entries) :]
         return piece
 
     def kept(self) -> list[int]:
