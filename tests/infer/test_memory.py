@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from retentive.infer import SamplingParams, generate
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, generate, write_on
 from retentive.infer.memory import (
     Memory,
     blank,
@@ -80,6 +81,16 @@ def test_pending_tokens_are_read_first(model, same):
     more = remember(model, [9], memory)
     assert more.tokens == 23 and more.pending == []
     same(after(model, more, [1]), after(model, remember(model, [*ids(20), 7, 8, 9]), [1]), 1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["", "or two "])
+def test_writing_on_from_a_memory_is_writing_on_from_its_text(prompt):
+    model, tokenizer = build(replace(CONFIG, vocab_size=257)).eval(), ByteTokenizer()
+    how = dict(max_tokens=9, params=SamplingParams(temperature=0))
+    memory = remember(model, [256, *tokenizer.encode("one ")])
+    memory.pending = tokenizer.encode("f")
+    got = "".join(write_on(model, tokenizer, prompt, state=memory.state.clone(), pending=memory.pending, **how))
+    assert "one f" + got == "".join(write_on(model, tokenizer, "one f" + prompt, **how))
 
 
 def test_a_file_holds_all_of_it(model, tmp_path, same):
