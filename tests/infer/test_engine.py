@@ -1,6 +1,7 @@
 """The engine against `generate`, one request at a time: the same tokens, whatever else is in the batch."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import KVCache, RetNetConfig, build, twin
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
 MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
@@ -128,3 +129,245 @@ def test_a_full_queue_and_bad_requests_are_refused(model, refuses):
     ):
         with refuses(words):
             engine.submit(**arguments)
+
+
+def run(engine) -> None:
+    while engine.step():
+        pass
+
+
+def greedy(model, ids, n) -> list[int]:
+    return one_by_one(model, [(ids, SamplingParams(temperature=0), n)])[0]
+
+
+class Only:
+    """Allows one token; fails as told."""
+
+    eos_id, complete = 60, False
+
+    def __init__(self, token=7, **fails):
+        self.token, self.fails, self.accepted = token, fails, 0
+
+    def mask(self):
+        if "mask" in self.fails:
+            raise self.fails["mask"]
+        return self.fails.get("returns", torch.arange(61) == self.token)
+
+    def accept(self, token):
+        self.accepted += 1
+        if self.accepted == self.fails.get("accept"):
+            raise RuntimeError("no more")
+
+
+BROKEN = {
+    "mask-raises": (dict(mask=KeyError("x")), KeyError, 0),
+    "accept-raises": (dict(accept=3), RuntimeError, 2),
+    "nothing-allowed": (dict(returns=torch.zeros(61, dtype=torch.bool)), ValueError, 0),
+    "mask-too-long": (dict(returns=torch.ones(62, dtype=torch.bool)), ValueError, 0),
+    "mask-of-floats": (dict(returns=torch.ones(61)), ValueError, 0),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_constraint_that_fails_ends_its_own_request_alone(case, model):
+    fails, kind, before = BROKEN[case]
+    engine, wanted = Engine(model, slots=3), SamplingParams(temperature=0)
+    (first,) = engine.submit([1, 2], wanted, max_tokens=9)
+    (broken,) = engine.submit([3], constraint=lambda: Only(**fails), max_tokens=9)
+    (last,) = engine.submit([5, 6], wanted, max_tokens=9)
+    run(engine)
+    tokens = iter(broken)
+    assert [next(tokens).id for _ in range(before)] == [7] * before
+    with pytest.raises(kind):
+        next(tokens)
+    assert broken.reason == "error" and engine.taken == 0
+    assert [[t.id for t in s] for s in (first, last)] == [greedy(model, [1, 2], 9), greedy(model, [5, 6], 9)]
+
+
+def test_a_constraint_says_what_comes_and_when_it_is_over(model):
+    class Three(Only):
+        @property
+        def complete(self):
+            return self.accepted == 3
+
+    engine = Engine(model, slots=4)
+    streams = engine.submit([1], SamplingParams(seed=1), constraint=Three, n=2)
+    (ended,) = engine.submit([1], constraint=lambda: Only(60))  # its end: not given out
+    (short,) = engine.submit([1], constraint=lambda: Only(returns=torch.arange(9) == 8), max_tokens=2)
+    run(engine)
+    assert [[t.id for t in s] for s in streams] == [[7] * 3] * 2 and {s.reason for s in streams} == {"stop"}
+    assert list(ended) == [] and ended.reason == "stop"
+    assert [t.id for t in short] == [8, 8]
+
+
+def test_a_listener_that_fails_is_cancelled_and_the_others_hear_all(model):
+    heard = []
+
+    def gone(item):
+        heard.append(item)
+        if len(heard) == 2:
+            raise RuntimeError("event loop is closed")
+
+    engine = Engine(model, slots=2)
+    (bad,) = engine.submit([1], deliver=[gone])
+    (good,) = engine.submit([2], SamplingParams(temperature=0), max_tokens=8)
+    run(engine)
+    assert bad.reason == "cancelled" and len(heard) == 3 and heard[-1] is None
+    assert [t.id for t in good] == greedy(model, [2], 8)
+
+
+def test_a_state_full_of_nan_ends_its_own_request_alone(model):
+    engine = Engine(model, slots=2)
+    (first,) = engine.submit([1, 2], keep_state=True, max_tokens=3)
+    run(engine)
+    state = first.state
+    for x in (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers:
+        x.fill_(float("nan"))
+    (bad,) = engine.submit([1], state=first.state)
+    (good,) = engine.submit([2], SamplingParams(temperature=0), max_tokens=8)
+    run(engine)
+    with pytest.raises(ArithmeticError, match="not finite"):
+        list(bad)
+    assert [t.id for t in good] == greedy(model, [2], 8)
+
+
+@pytest.mark.parametrize("where", ["read", "decode", "join"])
+def test_errors_of_the_model_reach_those_concerned_and_the_engine_goes_on(where, model, monkeypatch):
+    engine, hidden = Engine(model, slots=4), model.hidden
+    (running,) = engine.submit([1], SamplingParams(temperature=0), max_tokens=20)
+    engine.step()
+
+    def fails(ids, state=None, **how):
+        if (where == "read") == (ids.shape[1] > 2) and where != "join":
+            raise RuntimeError("no memory")
+        return hidden(ids, state, **how)
+
+    def put(*args):
+        raise MemoryError("no memory")
+
+    (reading,) = engine.submit([1, 2, 3, 4], max_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", fails)
+        if where == "join":
+            patch.setattr(type(engine.pool), "put", put)
+        engine.step()
+    concerned, free = (running, reading) if where == "decode" else (reading, running)
+    with pytest.raises((RuntimeError, MemoryError), match="no memory"):
+        list(concerned)
+    assert concerned.reason == "error"
+    (after,) = engine.submit([2], SamplingParams(temperature=0), max_tokens=8)
+    run(engine)
+    assert [t.id for t in after] == greedy(model, [2], 8) and engine.taken == 0
+    if where != "decode":
+        assert [t.id for t in free] == greedy(model, [1], 20)
+
+
+def test_cancelling_one_of_n_leaves_the_others(model):
+    for when in (0, 1, 4):  # waiting, reading, running
+        engine = Engine(model, slots=3, piece=1)
+        streams = engine.submit([5, 6, 7], SamplingParams(seed=3), max_tokens=9, n=3)
+        for _ in range(when):
+            engine.step()
+        streams[1].cancel()
+        run(engine)
+        want = one_by_one(model, [([5, 6, 7], SamplingParams(seed=3 + i), 9) for i in range(3)])
+        assert [[t.id for t in streams[i]] for i in (0, 2)] == [want[0], want[2]]
+        assert streams[1].reason == "cancelled" and engine.taken == 0
+
+
+def test_a_cancelled_stream_leaves_its_state_where_asked_for(model):
+    """A reply that is cut at a stop string goes on from there."""
+    engine, params = Engine(model, slots=2), SamplingParams(temperature=0)
+    (first,) = engine.submit([4, 5, 6], params, keep_state=True)
+    for _ in range(5):
+        engine.step()
+    first.cancel()
+    run(engine)
+    said = [t.id for t in first]
+    (second,) = engine.submit(first.pending, params, max_tokens=6, state=first.state)
+    run(engine)
+    assert said + [t.id for t in second] == greedy(model, [4, 5, 6], len(said) + 6)
+    assert [t.id for t in generate(model, first.pending, params, max_tokens=6, state=first.state)] == [
+        *greedy(model, [4, 5, 6], len(said) + 6)[len(said) :]
+    ]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(model):
+    engine = Engine(model, slots=3, piece=10)
+    engine.submit([1] * 500, max_tokens=1)
+    engine.step()
+    (short,) = engine.submit([2, 3, 4], SamplingParams(temperature=0), max_tokens=2)
+    for _ in range(3):
+        engine.step()
+    assert short.reason == "length" and engine.taken == 1
+    for n in range(40):  # nor does the long one wait for ever for short ones
+        engine.submit([3, n], max_tokens=1)
+        engine.submit([4, n] * 20, max_tokens=1)
+    for _ in range(150):
+        engine.step()
+    assert all(len(p.ids) != 500 for p in engine.reading)
+    run(engine)
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_finishes_or_cancels_what_is_at_hand(model, drain, threaded):
+    engine = Engine(model, slots=2, piece=4)
+    if threaded:
+        engine.start()
+    streams = [engine.submit([n + 1] * 30, max_tokens=20 if drain else None)[0] for n in range(6)]
+    engine.close(drain=drain)
+    assert {s.reason for s in streams} <= ({"length"} if drain else {"cancelled"})
+    assert engine.taken == 0 and not engine.queue
+    if drain:
+        assert [len(list(s)) for s in streams] == [20] * 6
+
+
+def test_many_threads_submit_and_cancel(model):
+    todo, engine, wrong = requests(48), Engine(model, slots=6, piece=16, cache=PrefixCache(1 << 18)).start(), []
+
+    def work(part):
+        for n, (ids, params, length) in enumerate(part):
+            (stream,) = engine.submit(ids, params, max_tokens=None if n % 3 == 1 else length)
+            if n % 3 == 1:
+                next(iter(stream))
+                stream.cancel()
+                list(stream)
+            elif [t.id for t in stream] != one_by_one(model, [(ids, params, length)])[0]:
+                wrong.append(ids)
+
+    threads = [threading.Thread(target=work, args=(todo[n::6],)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    assert not wrong and engine.taken == 0
+
+
+def test_a_state_of_something_else_is_refused(model, refuses):
+    engine = Engine(model)
+    other = build(RetNetConfig(vocab_size=61, dim=16, layers=1, heads=1)).init_state(1)
+    for state in (other, build(twin(other_config())).init_state(1), model.init_state(2)):
+        with refuses("not that of one sequence of this model"):
+            engine.submit([1], state=state)
+    with refuses("top must be from 0 to the 61 tokens"):
+        engine.submit([1], top=62)
+
+
+def other_config() -> RetNetConfig:
+    return RetNetConfig(vocab_size=61, dim=48, layers=2, heads=2)
+
+
+@pytest.mark.slow
+def test_two_hundred_mixed_requests_are_token_exact(model):
+    todo, rng = requests(200), random.Random(2)
+    engine, streams = Engine(model, slots=16, piece=64, cache=PrefixCache(1 << 22, stretch=16)), []
+    waiting = list(todo)
+    while waiting or engine.taken or engine.queue:
+        for _ in range(rng.randrange(5)):
+            if waiting:
+                ids, params, n = waiting.pop(0)
+                streams += engine.submit(ids, params, max_tokens=n)
+        engine.step()
+    assert [[t.id for t in s] for s in streams] == one_by_one(model, todo)
