@@ -17,7 +17,7 @@ let running = null; // an AbortController while the model answers
 
 async function call(path, { method = "GET", body, signal } = {}) {
   const headers = { "X-Session-Id": session }; // load balancers send a conversation to the server that has its state
-  const key = sessionStorage.getItem("key");
+  const key = sessionStorage.getItem("api-key");
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   let response;
@@ -34,7 +34,7 @@ async function refusal(response) {
   const said = (await response.json().catch(() => ({}))).error?.message;
   if (response.status === 401) {
     if (!$("login").open) $("login").showModal();
-    return new Error(sessionStorage.getItem("key") ? "The server refused the API key." : "The server wants an API key.");
+    return new Error(sessionStorage.getItem("api-key") ? "The server refused the API key." : "The server wants an API key.");
   }
   const wait = response.headers.get("Retry-After");
   if (response.status === 429) return new Error(`The server is full: try again in ${wait ?? "a few"} s.`);
@@ -103,26 +103,30 @@ async function listen(answer, began) {
   const [path, body] = question();
   const response = await call(path, { method: "POST", body, signal: running.signal });
   const already = read;
-  let pieces = 0, first, finished;
+  let pieces = 0, forgotten = false, first, last, finished;
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices?.[0];
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     finished = choice?.finish_reason ?? finished;
     if (piece) {
-      first ??= performance.now();
-      pieces += 1; // about a token; the usage at the end is exact
+      last = performance.now();
+      first ??= last;
+      pieces += 1; // about a token; what the server says at the end is exact
       append(answer, piece);
       remembered(already + pieces);
-      speed(first - began, pieces, performance.now() - first);
+      speed(first - began, pieces, last - first);
     }
-    if (event.usage) {
+    if (event.usage && first) speed(first - began, event.usage.completion_tokens, last - first);
+    if (event.session) {
       const { prompt_tokens, completion_tokens } = event.usage;
-      remembered(already + prompt_tokens + completion_tokens);
-      if (first) speed(first - began, completion_tokens, performance.now() - first);
+      // those of a stop string were made and are not kept; more than that is missing where the session is a new one
+      forgotten = event.session.tokens + 64 < already + prompt_tokens + completion_tokens;
+      remembered(event.session.tokens, event.session.bytes);
     }
   }
   if (!finished) throw new Error("The server went away in the middle of its answer.");
+  if (forgotten) say("The server had lost this conversation's state, and began anew with your last message.");
 }
 
 // What is seen
@@ -163,8 +167,9 @@ function bytes(n) {
   return `${(n / 1000 ** power).toPrecision(3)} ${["B", "kB", "MB", "GB"][power]}`;
 }
 
-function remembered(tokens) {
+function remembered(tokens, size) {
   $("read").textContent = count.format(tokens);
+  if (size) $("bytes").textContent = bytes(size);
   read = tokens;
 }
 
@@ -176,7 +181,7 @@ function speed(wait, tokens, ms) {
 // Conversations and their states
 
 function begin() {
-  if (session) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // where nothing was sent: not there
+  if (read) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // the server drops it in time anyway
   session = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   unread = [];
   $("log").replaceChildren();
@@ -223,9 +228,10 @@ function row(state) {
     name,
     action("Restore", async () => {
       begin();
-      await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
-      remembered(state.tokens);
-      show("note", `Restored ${state.name}: ${count.format(state.tokens)} tokens read. The model remembers them; their text was not kept.`);
+      const restored = await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
+      const { tokens, bytes } = await restored.json();
+      remembered(tokens, bytes);
+      show("note", `Restored ${state.name}. The model remembers the ${count.format(tokens)} tokens it had read; their text was not kept.`);
       leaveSettings();
       $("input").focus();
     }),
@@ -252,10 +258,9 @@ async function open() {
   const info = await (await call("v1/info")).json();
   $("model").textContent = info.model;
   document.title = `${info.model} – Retentive`;
+  $("kind").textContent = info.kind === "RetNet" ? "State, constant" : "Cache, growing";
   $("bytes").textContent = bytes(info.state_bytes);
-  const constant = document.createElement("small");
-  constant.textContent = " constant";
-  $("bytes").append(constant);
+  $("max_tokens").max = info.max_tokens;
   if (!$("log").childElementCount) {
     document.querySelector(`input[value=${info.chat ? "chat" : "write"}]`).checked = true;
     begin();
@@ -286,7 +291,7 @@ $("more").onclick = () => {
 };
 $("login").onclose = () => {
   if (!$("key").value) return;
-  sessionStorage.setItem("key", $("key").value);
+  sessionStorage.setItem("api-key", $("key").value);
   $("key").value = "";
   attempt(open);
 };

@@ -1,0 +1,351 @@
+"""The page in a real headless Chromium, on a real server with a tiny random model.
+
+The oracle is the server's API: the page shows what it says to the same question. Nothing but loopback is asked.
+"""
+
+import json
+import re
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import pytest
+
+pytest.importorskip("playwright", reason="a browser is driven by pip install playwright")
+
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from retentive.serve.templates import BUILT_IN
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if BROWSER is None:
+    pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
+# It looks nothing up by itself. No sandbox: CI is root, and it sees these pages only.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
+GREEDY = {"temperature": 0, "max_tokens": 40}
+
+
+@pytest.fixture
+def server(serve, tmp_path):
+    """A server of a model that came with a chat template, so that it is one to chat with."""
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(BUILT_IN)
+    return serve("retnet", template=file)
+
+
+def ask(server, path: str, body: dict) -> dict:
+    """The first choice of what the API says."""
+    return server.http().post(path, json=body).json()["choices"][0]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """A page, and what a person does there."""
+
+    page: Page
+    sent: list[dict] = field(default_factory=list)
+    """Bodies of the completions that it asked for."""
+
+    def __getitem__(self, id: str) -> Locator:
+        return self.page.locator(f"#{id}")
+
+    def settings(self, **values) -> None:
+        narrow = self["more"].is_visible()
+        if narrow:
+            self["more"].click()
+        for id, value in values.items():
+            self[id].fill(str(value))
+        if narrow:
+            self["more"].click()
+
+    def say(self, text: str) -> str:
+        """The whole answer."""
+        self["input"].fill(text)
+        self.page.keyboard.press("Enter")
+        expect(self["log"]).to_have_attribute("aria-busy", "false")
+        return self.page.locator(".model").last.text_content()
+
+    def read(self) -> int:
+        return int(self["read"].text_content().replace(",", ""))
+
+
+@pytest.fixture
+def visit(chromium):
+    """`visit(server, …)` opens the page; at the end it has asked nobody else, and nothing in it has failed."""
+    with ExitStack() as stack:
+
+        def open_page(server, viewport=DESK, model: str | None = "retnet", **options) -> Visit:
+            context = chromium.new_context(viewport=viewport, **options)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.set_default_timeout(20_000)
+            here = Visit(page)
+            failures, asked = [], []
+            page.on("pageerror", lambda error: failures.append(str(error)))
+            page.on("console", lambda m: failures.append(m.text) if "Failed to load resource" not in m.text else None)
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("request", lambda r: here.sent.append(r.post_data_json) if "completions" in r.url else None)
+            stack.callback(lambda: check(failures, asked, server.url))
+            page.goto(server.url)
+            if model:
+                expect(here["model"]).to_have_text(model)
+            return here
+
+        def check(failures: list[str], asked: list[str], url: str) -> None:
+            assert failures == []
+            assert [u for u in asked if not u.startswith(url)] == []
+
+        yield open_page
+
+
+def test_answers_stream_in_and_are_the_servers_own(server, visit):
+    here = visit(server)
+    here.settings(**GREEDY)
+    first = here.say("Hello")
+    messages = [{"role": "user", "content": "Hello"}]
+    assert first == ask(server, "/v1/chat/completions", {"messages": messages, **GREEDY})["message"]["content"] != ""
+    second = here.say("And then?")
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
+    assert [m["content"] for m in here.sent[1]["messages"]] == ["And then?"]  # the rest is in the state
+    assert len(second) > 0 and here.page.locator(".you").all_text_contents() == ["Hello", "And then?"]
+    expect(here["speed"]).to_have_text(re.compile(r"^[\d,]+ tok/s$"))
+    expect(here["first"]).to_have_text(re.compile(r"^[\d.]+ m?s$"))
+
+
+def test_tokens_read_grow_and_the_states_bytes_do_not(server, visit):
+    here = visit(server)
+    here.settings(**GREEDY)
+    read, held = [here.read()], []
+    for text in ("Hello", "Tell me more, and take your time. " * 20, "And then?"):
+        here.say(text)
+        read.append(here.read())
+        held.append(here["bytes"].text_content())
+    assert read[0] == 0 and read[1] > 40 and read[2] > read[1] + 600 and read[3] > read[2]
+    assert len(set(held)) == 1 and held[0].endswith(" kB")
+    expect(here["kind"]).to_have_text("State, constant")
+
+
+def test_settings_are_what_the_server_is_asked_for(server, visit):
+    here = visit(server)
+    here.settings(temperature=1.5, top_p=0.5, max_tokens=7, seed=3, stops="\\n\nEnd")
+    here.say("Hello")
+    asked = here.sent[0]
+    assert {k: asked[k] for k in ("temperature", "top_p", "max_tokens", "seed", "stop")} == {
+        "temperature": 1.5, "top_p": 0.5, "max_tokens": 7, "seed": 3, "stop": ["\n", "End"],
+    }  # fmt: skip
+    here.settings(temperature=9)
+    here["input"].fill("not sent")
+    here.page.keyboard.press("Enter")
+    expect(here["input"]).to_have_value("not sent")
+    assert len(here.sent) == 1
+
+
+def test_it_is_used_by_keyboard_alone(server, visit):
+    here = visit(server)
+    keyboard = here.page.keyboard
+    here.settings(temperature=0, max_tokens=4096)
+    here["input"].focus()
+    keyboard.type("two")
+    keyboard.press("Shift+Enter")
+    keyboard.type("lines")
+    expect(here["input"]).to_have_value("two\nlines")
+    keyboard.press("Enter")
+    expect(here.page.locator(".model")).not_to_be_empty()
+    keyboard.press("Escape")
+    expect(here["log"]).to_have_attribute("aria-busy", "false")
+    assert server.idle()
+    expect(here["input"]).to_be_focused()
+    passed = []
+    for _ in range(7):
+        keyboard.press("Tab")
+        passed.append(here.page.locator(":focus").get_attribute("id"))
+    assert passed == ["send", "temperature", "top_p", "max_tokens", "seed", "stops", "name"]
+    here["input"].focus()
+    for id in ("log", "theme", "new"):
+        keyboard.press("Shift+Tab")
+        expect(here[id]).to_be_focused()
+    keyboard.press("Enter")
+    expect(here["log"]).to_be_empty()
+    expect(here["input"]).to_be_focused()
+
+
+def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
+    here = visit(server)
+    here.settings(temperature=0, max_tokens=4096)
+    here["input"].fill("Hello")
+    here["send"].click()
+    expect(here.page.locator(".model")).not_to_be_empty()
+    here["stop"].click()
+    expect(here["log"]).to_have_attribute("aria-busy", "false")
+    part = here.page.locator(".model").text_content()
+    here.settings(**GREEDY)
+    answer = here.say("Go on")
+    messages = here.sent[1]["messages"]
+    assert messages == [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": part},
+        {"role": "user", "content": "Go on"},
+    ]
+    assert answer == ask(server, "/v1/chat/completions", {"messages": messages, **GREEDY})["message"]["content"]
+
+
+def test_a_state_is_saved_restored_and_deleted(server, visit):
+    here = visit(server)
+    here.settings(**GREEDY)
+    here.say("My name is Ada.")
+    read = here.read()
+    here["name"].fill("ada.1")
+    here.page.keyboard.press("Enter")
+    expect(here.page.locator("#states li")).to_have_count(1)
+    goes_on = here.say("What is my name?")
+    here["new"].click()
+    assert here.read() == 0 and here["log"].text_content() == ""
+    assert here.say("What is my name?") != goes_on  # who was not told
+    here.page.get_by_role("button", name="Restore ada.1").click()
+    expect(here.page.locator(".note")).to_contain_text(f"remembers the {read:,} tokens")
+    assert here.read() == read
+    assert here.say("What is my name?") == goes_on
+    other = visit(server)  # another visitor with the same key, or none, finds it too
+    expect(other.page.locator("#states li span")).to_contain_text("ada.1")
+    here.page.get_by_role("button", name="Delete ada.1").click()
+    expect(here.page.locator("#states li")).to_have_count(0)
+    assert server.service.saved.listed(next(iter(server.service.sessions.held))[0]) == []
+
+
+def test_a_base_model_writes_on(serve, visit):
+    server = serve("retnet")
+    here = visit(server)
+    expect(here.page.get_by_label("Write on")).to_be_checked()
+    expect(here["send"]).to_have_text("Write on")
+    here.settings(**GREEDY)
+    text = here.say("Once upon")
+    assert text == ask(server, "/v1/completions", {"prompt": "Once upon", **GREEDY})["text"] != ""
+    expect(here.page.get_by_label("Chat")).to_be_disabled()  # a text that has begun stays what it is
+    here["new"].click()
+    here.page.get_by_label("Chat").check()
+    here.say("Hello")
+    assert here.sent[-1]["messages"][0]["content"] == "Hello"
+
+
+def test_the_twins_cache_is_said_to_grow(serve, visit):
+    here = visit(serve("transformer"), model="transformer")
+    here.settings(**GREEDY)
+    here.say("Once upon")
+    before = here["bytes"].text_content()
+    here.say("a time. " * 50)
+    assert here["bytes"].text_content() != before
+    expect(here["kind"]).to_have_text("Cache, growing")
+
+
+def test_light_and_dark(server, visit):
+    def background(here: Visit) -> str:
+        return here.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    light, dark = visit(server, color_scheme="light"), visit(server, color_scheme="dark")
+    colours = background(light), background(dark)
+    assert colours == ("rgb(247, 247, 245)", "rgb(22, 24, 26)")
+    light["theme"].click()
+    assert background(light) == colours[1]
+    light.page.reload()
+    assert background(light) == colours[1]  # it was meant
+    dark["theme"].click()
+    assert background(dark) == colours[0]
+
+
+def test_on_a_phones_screen_everything_is_within_reach(server, visit):
+    here = visit(server, viewport=PHONE, has_touch=True)
+    here.settings(**GREEDY)
+    here.say("averylongwordwithoutanyspaces" * 20)
+    expect(here["send"]).to_be_in_viewport()
+    expect(here["stats"]).to_be_in_viewport()
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
+    here["more"].click()
+    for id in ("temperature", "max_tokens", "stops", "name"):
+        here[id].scroll_into_view_if_needed()
+        box = here[id].bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    here["name"].fill("phone")
+    here.page.keyboard.press("Enter")
+    here.page.get_by_role("button", name="Restore phone").click()
+    expect(here["input"]).to_be_focused()  # back at the conversation
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
+    here = visit(serve("retnet", api_key=("open-sesame",)), model=None)
+    expect(here["login"]).to_be_visible()
+    expect(here["key"]).to_be_focused()
+    here["key"].fill("wrong")
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_have_text("The server refused the API key.")
+    expect(here["login"]).to_be_visible()
+    here["key"].fill("open-sesame")
+    here.page.keyboard.press("Enter")
+    expect(here["model"]).to_have_text("retnet")
+    expect(here["error"]).to_be_empty()
+    here.settings(**GREEDY)
+    assert here.say("Hello")
+    kept = here.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
+    assert kept == [["open-sesame"], [], ""]
+
+
+def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
+    here = visit(server)
+    here.settings(**GREEDY)
+    server.service.at_hand += 10**6
+    here["input"].fill("Hello")
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_have_text("The server is full: try again in 1 s.")
+    expect(here["input"]).to_have_value("Hello")
+    server.service.at_hand -= 10**6
+    here.page.keyboard.press("Enter")
+    expect(here.page.locator(".model")).not_to_be_empty()
+    expect(here["error"]).to_be_empty()
+    here.say("And then?")
+    expect(here["error"]).to_be_empty()
+    server.service.sessions.held.clear()  # as after a restart
+    here.say("And then?")
+    expect(here["error"]).to_contain_text("had lost this conversation's state")
+    server.service.draining = True
+    here["input"].fill("Still there?")
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_have_text("the server is stopping")
+    server.stop()
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_have_text("The server does not answer. Is it still running?")
+    expect(here["input"]).to_have_value("Still there?")
+
+
+BROKEN = {
+    "cut-short": ("", "The server went away in the middle of its answer."),
+    "error": ('data: {"error": {"message": "the model failed"}}\n\n', "the model failed"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_answer_that_breaks_off_says_so_and_text_stays_text(case, server, visit):
+    more, words = BROKEN[case]
+    evil = "<img id=evil src=x onerror=alert(1)>"
+    event = {"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": None}]}
+    here = visit(server)
+    body = f"data: {json.dumps(event)}\n\n{more}"
+    here.page.route("**/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    assert here.say(evil) == evil
+    expect(here["error"]).to_have_text(words)
+    expect(here["evil"]).to_have_count(0)
+
+
+def test_the_page_asks_for_nothing_that_its_policy_would_have_to_allow(server):
+    page = server.http().get("/")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert not re.search(r"<script(?![^>]*src=)|\sstyle=|\son\w+=|https?://", page.text)
