@@ -1,0 +1,276 @@
+"""Sessions and saved states: what is kept, for whom, and that nothing else gets in or out.
+
+The oracle is the model that reads the whole conversation at once: a session's text goes on as if it had.
+"""
+
+import threading
+
+import pytest
+
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.models.state import RetentionState
+from retentive.serve.errors import Refused
+from retentive.serve.sessions import Session, Sessions
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+START = [256]
+
+
+def chat(http, content: str, session: str | None = "s", **more):
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "session": session, **more}
+    response = http.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.fixture(params=["retnet", "transformer"])
+def server(request, serve):
+    return serve(request.param)
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["to-its-length", "to-a-stop-string"])
+def test_a_chat_goes_on_as_if_all_were_sent_again(server, stop):
+    http, said = server.http(), b""
+    for n in range(4):
+        said += f"{'' if n == 0 else chr(10)}User: line {n}\nAssistant:".encode()
+        whole = server.text([*START, *said], max_tokens=20, temperature=0)
+        want = whole[: whole.index(whole[9:11])] if stop else whole
+        reply = chat(http, f"line {n}", max_tokens=20, stop=whole[9:11] if stop else None)
+        assert reply["choices"][0]["message"]["content"] == want
+        said += want.encode()
+        read = 1 + len(said) - (0 if stop else 1)  # the last token has been picked, not read
+        assert reply["session"]["tokens"] == read
+    assert reply["usage"]["prompt_tokens"] < len(said) / 3
+    state = server.service.sessions.held[next(iter(server.service.sessions.held))].state
+    assert not isinstance(state, RetentionState) or state.nbytes == server.service.model.init_state(1).nbytes
+
+
+def test_a_streamed_chat_keeps_its_session_too(server):
+    client = server.client()
+    said = "User: a\nAssistant:"
+    first = server.text([*START, *said.encode()], max_tokens=12, temperature=0)
+    second = server.text([*START, *f"{said}{first}\nUser: b\nAssistant:".encode()], max_tokens=12, temperature=0)
+    got = []
+    for content in "ab":
+        with client.chat.completions.create(
+            model=server.service.name, messages=[{"role": "user", "content": content}], stream=True, temperature=0,
+            max_tokens=12, extra_body={"session": "s"}, stream_options={"include_usage": True},
+        ) as chunks:  # fmt: skip
+            chunks = list(chunks)
+        got.append("".join(c.choices[0].delta.content or "" for c in chunks[:-1]))
+        assert chunks[-1].session["name"] == "s"
+    assert got == [first, second]
+
+
+def test_a_completion_goes_on_where_the_last_one_ended(server):
+    http, text = server.http(), b""
+    for piece in ("Once upon", " and then", ""):
+        text += piece.encode()
+        want = server.text([*START, *text], max_tokens=10, temperature=0)
+        body = {"prompt": piece, "max_tokens": 10, "temperature": 0, "session": "s"}
+        assert http.post(TEXT, json=body).json()["choices"][0]["text"] == want
+        text += want.encode()
+
+
+def test_an_end_of_text_is_not_read_twice(server):
+    http, end = server.http(), {"256": 100}
+    assert chat(http, "a", logit_bias=end)["choices"][0]["message"]["content"] == ""
+    said = b"User: a\nAssistant:\nUser: b\nAssistant:"
+    want = server.text([*START, *said], max_tokens=10, temperature=0)
+    assert chat(http, "b", max_tokens=10)["choices"][0]["message"]["content"] == want
+
+
+def test_what_is_read_only_is_kept_as_well(server):
+    http = server.http()
+    body = {"prompt": "Once upon a time", "max_tokens": 0, "session": "s"}
+    assert http.post(TEXT, json=body).json()["session"]["tokens"] == 17
+    body = {"prompt": " there", "max_tokens": 9, "temperature": 0, "session": "s"}
+    want = server.text([*START, *b"Once upon a time there"], max_tokens=9, temperature=0)
+    assert http.post(TEXT, json=body).json()["choices"][0]["text"] == want
+
+
+def test_what_is_broken_off_leaves_the_session_as_it_was(serve):
+    server = serve(max_tokens=10**6)
+    http = server.http()
+    chat(http, "a", max_tokens=5)
+    body = {"messages": [{"role": "user", "content": "b"}], "session": "s", "stream": True, "max_tokens": 10**6}
+    with http.stream("POST", CHAT, json={**body, "logit_bias": {"256": -100}}) as response:
+        for n, _ in enumerate(response.iter_lines()):
+            if n == 10:
+                break
+    assert server.idle()
+    first = server.text([*START, *b"User: a\nAssistant:"], max_tokens=5, temperature=0)
+    want = server.text(
+        [*START, *f"User: a\nAssistant:{first}\nUser: c\nAssistant:".encode()], max_tokens=8, temperature=0
+    )
+    assert chat(http, "c", max_tokens=8)["choices"][0]["message"]["content"] == want
+
+
+def test_one_session_answers_one_request_at_a_time(serve):
+    server = serve(max_tokens=10**6)
+    http = server.http()
+    body = {"prompt": "a", "session": "s", "stream": True, "max_tokens": 10**6, "logit_bias": {"256": -100}}
+    with http.stream("POST", TEXT, json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for method, path, sent in (
+            ("POST", TEXT, {"prompt": "b", "session": "s"}),
+            ("POST", "/v1/states", {"session": "s", "name": "n"}),
+            ("DELETE", "/v1/sessions/s", None),
+        ):
+            refused = http.request(method, path, json=sent)
+            assert refused.status_code == 409 and refused.json()["error"]["code"] == "session_busy", path
+        assert http.post(TEXT, json={"prompt": "b", "session": "t", "max_tokens": 1}).status_code == 200
+    assert server.idle()
+    assert http.post(TEXT, json={"prompt": "b", "session": "s", "max_tokens": 1}).status_code == 200
+
+
+def test_a_state_is_saved_listed_restored_and_deleted(server):
+    http = server.http()
+    first = chat(http, "a", max_tokens=7)
+    saved = http.post("/v1/states", json={"session": "s", "name": "my.state-1"}).json()
+    assert saved["name"] == "my.state-1" and saved["model"] == server.service.name and saved["bytes"] > 8000
+    assert saved["tokens"] == first["session"]["tokens"]
+    assert http.get("/v1/states").json() == {"object": "list", "data": [saved]}
+    want = chat(http, "b", max_tokens=15)["choices"]
+    for session in ("s", "other"):  # in place of what it had read, and anew
+        restored = http.post("/v1/states/my.state-1/restore", json={"session": session}).json()
+        assert restored["tokens"] == saved["tokens"]
+        assert chat(http, "b", session, max_tokens=15)["choices"] == want
+    assert http.delete("/v1/states/my.state-1").json()["deleted"] is True
+    assert http.get("/v1/states").json()["data"] == []
+    assert http.delete("/v1/states/my.state-1").status_code == 404
+    assert http.post("/v1/states/my.state-1/restore", json={"session": "s"}).status_code == 404
+
+
+def test_a_state_outlives_the_server(serve):
+    server = serve()
+    chat(server.http(), "a", max_tokens=7)
+    assert server.http().post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    want = chat(server.http(), "b", max_tokens=15)["choices"]
+    again = serve()
+    assert again.http().post("/v1/states/n/restore", json={"session": "s"}).status_code == 200
+    assert chat(again.http(), "b", max_tokens=15)["choices"] == want
+
+
+def test_what_one_key_keeps_no_other_sees(serve):
+    server = serve(api_key=("a", "b"))
+    mine, theirs = server.http("a"), server.http("b")
+    chat(mine, "a secret", max_tokens=5)
+    assert mine.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    assert theirs.get("/v1/states").json()["data"] == []
+    assert theirs.post("/v1/states/n/restore", json={"session": "s"}).status_code == 404
+    assert theirs.delete("/v1/states/n").status_code == 404
+    assert theirs.post("/v1/states", json={"session": "s", "name": "m"}).status_code == 404
+    assert theirs.delete("/v1/sessions/s").status_code == 404
+    # a session of the same name begins anew
+    want = server.text([*START, *b"User: hi\nAssistant:"], max_tokens=10, temperature=0)
+    assert chat(theirs, "hi", max_tokens=10)["choices"][0]["message"]["content"] == want
+    assert theirs.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    assert theirs.delete("/v1/states/n").status_code == 200
+    assert [s["name"] for s in mine.get("/v1/states").json()["data"]] == ["n"]
+    folders = [path.name for path in server.service.states_folder.iterdir()]
+    assert len(folders) == 2 and not any(name in ("a", "b") for name in folders)
+
+
+def wreck(path, how: str, other) -> None:
+    raw = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif how == "tampered":
+        path.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
+    elif how == "no-state":
+        path.write_bytes(b"{}")
+    else:
+        path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("how", ["truncated", "tampered", "no-state", "other-model"])
+def test_a_bad_file_is_refused_with_the_reason(serve, tmp_path, how):
+    server, other = serve("retnet"), serve("other", states=tmp_path / "theirs")
+    for each in (server, other):
+        chat(each.http(), "a", max_tokens=5)
+        assert each.http().post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    (mine,), (theirs,) = (list(each.service.states_folder.rglob("*.safetensors")) for each in (server, other))
+    wreck(mine, how, theirs)
+    response = server.http().post("/v1/states/n/restore", json={"session": "s"})
+    words = {"truncated": "complete", "tampered": "changed", "no-state": "complete", "other-model": "another model"}
+    assert response.status_code == 409 and words[how] in response.json()["error"]["message"]
+    assert str(tmp_path) not in response.text  # paths are nobody's business
+    assert len(server.http().get("/v1/states").json()["data"]) == 1  # to be seen, and deleted
+    assert server.http().delete("/v1/states/n").status_code == 200
+
+
+TRICKS = ["..", ".", "../n", "a/b", "..%2fn", "%2e%2e%2fn", "a%00b", "-n", "a b", "n" * 65, "C:n", "ä", "a\\b"]
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_names_that_lead_elsewhere_are_refused(serve, tmp_path, name):
+    server = serve()
+    http = server.http()
+    chat(http, "a", max_tokens=1)
+    before = sorted(tmp_path.rglob("*"))
+    assert http.post("/v1/states", json={"session": "s", "name": name}).status_code == 400
+    assert http.post("/v1/states", json={"session": name, "name": "n"}).status_code == 400
+    for method, path in (("POST", f"/v1/states/{name}/restore"), ("DELETE", f"/v1/states/{name}")):
+        assert http.request(method, path, json={"session": "t"}).status_code in (400, 404, 405), path
+    assert http.delete(f"/v1/sessions/{name}").status_code in (400, 404, 405)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_was_silent_longest_goes_first_and_is_told(serve):
+    server = serve(sessions=3 * 8300)
+    http = server.http()
+    for name in ("a", "b", "c"):
+        chat(http, "x", name, max_tokens=2)
+    chat(http, "x", "a", max_tokens=2)
+    chat(http, "x", "d", max_tokens=2)
+    assert {name for _, name in server.service.sessions.held} == {"a", "c", "d"}
+    gone = http.post(TEXT, json={"prompt": "x", "session": "b"})
+    assert gone.status_code == 410 and "pushed out" in gone.json()["error"]["message"]
+    assert http.delete("/v1/sessions/b").status_code == 200
+    assert chat(http, "x", "b", max_tokens=2)["session"]["tokens"] == 20
+    assert server.service.sessions.nbytes <= 3 * 8300
+
+
+def test_an_empty_session_is_not_one(serve):
+    server = serve()
+    http = server.http()
+    assert http.post(TEXT, json={"prompt": "x", "session": "s", "max_tokens": 10**9}).status_code == 400
+    assert http.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 404
+    assert http.delete("/v1/sessions/s").status_code == 404
+
+
+def test_sessions_are_lent_to_one_at_a_time():
+    sessions = Sessions(1000)
+    with sessions.lent("o", "s", new=True) as session:
+        session.tokens = 1
+        with pytest.raises(Refused, match="answering another request"), sessions.lent("o", "s"):
+            pass
+    with sessions.lent("o", "s") as again:
+        assert again is session
+    sessions.put("o", "s", Session(None, list(range(200)), 5))  # larger than all that there is room for
+    assert sessions.held == {} and ("o", "s") in sessions.gone
+
+
+def test_many_sessions_at_once_do_not_mix(serve):
+    server = serve(slots=3)
+    http, got = server.http(), {}
+
+    def talk(n: int) -> None:
+        client = server.http()
+        got[n] = [chat(client, f"{n} {m}", f"s{n}", max_tokens=6)["choices"][0]["message"]["content"] for m in range(3)]
+
+    threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(8):
+        said = b""
+        for m in range(3):
+            said += f"{'' if m == 0 else chr(10)}User: {n} {m}\nAssistant:".encode()
+            text = server.text([*START, *said], max_tokens=6, temperature=0)
+            assert got[n][m] == text
+            said += text.encode()
+    assert http.get("/health").json() == {"status": "ok"} and ByteTokenizer().decode(said)
