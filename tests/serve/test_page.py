@@ -118,7 +118,7 @@ def test_answers_stream_in_and_are_the_servers_own(server, visit):
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
     assert [m["content"] for m in here.sent[1]["messages"]] == ["And then?"]  # the rest is in the state
     assert len(second) > 0 and here.page.locator(".you").all_text_contents() == ["Hello", "And then?"]
-    expect(here["speed"]).to_have_text(re.compile(r"^[\d,]+ tok/s$"))
+    expect(here["speed"]).to_have_text(re.compile(r"^[\d,]+$"))
     expect(here["first"]).to_have_text(re.compile(r"^[\d.]+ m?s$"))
 
 

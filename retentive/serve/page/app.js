@@ -175,7 +175,7 @@ function remembered(tokens, size) {
 
 function speed(wait, tokens, ms) {
   $("first").textContent = wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`;
-  if (tokens > 1 && ms > 0) $("speed").textContent = `${count.format(Math.round(((tokens - 1) / ms) * 1000))} tok/s`;
+  if (tokens > 1 && ms > 0) $("speed").textContent = count.format(Math.round(((tokens - 1) / ms) * 1000));
 }
 
 // Conversations and their states
