@@ -11,7 +11,18 @@ import torch
 import tyro
 
 import retentive
-from retentive.bench import ask, memory, prompting, retention, retention_report, run, step, training
+from retentive.bench import (
+    ask,
+    memory,
+    prompting,
+    retention,
+    retention_report,
+    run,
+    serving,
+    speculation,
+    step,
+    training,
+)
 from retentive.checkpoint import write_json
 from retentive.checkpoint.io import write_together
 from retentive.cli import train as training_run
@@ -144,6 +155,50 @@ class AskBench:
     """File for the result."""
 
 
+@dataclass(frozen=True)
+class ServingBench:
+    """The engine beside the bare batched step, many streams beside one, a prefix hit beside a miss, a long stream."""
+
+    size: str = "5m"
+    """Size of the RetNet, freshly initialised."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    streams: int = 16
+    """Streams at once."""
+    tokens: int = 256
+    """Tokens of each stream, a repetition."""
+    prompt: int = 4000
+    """Tokens of the prompt whose first answer is timed."""
+    long: int = 100_000
+    """Tokens of the long stream; 0 leaves it out."""
+    repeats: int = 5
+    """Repetitions timed of each, in turns; the median counts."""
+    json: Path | None = None
+    """File for the result."""
+
+
+@dataclass(frozen=True)
+class SpeculationBench:
+    """Speculative decoding beside plain: tokens a call of the model and tokens/s, by look-up and by a draft model."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory or model folder."""
+    texts: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files; the model goes on from the beginning of each."""
+    draft: str | None = None
+    """Run directory of a smaller model of the same vocabulary."""
+    prompt: int = 300
+    """Tokens of each text that are read."""
+    tokens: int = 200
+    """Tokens that are written after each."""
+    most: tuple[int, ...] = (2, 4, 8)
+    """Guesses a call."""
+    repeats: int = 3
+    """Repetitions timed of each, in turns; the median counts."""
+    json: Path | None = None
+    """File for the result."""
+
+
 VERBS = {
     "train": TrainBench,
     "memory": MemoryBench,
@@ -152,6 +207,8 @@ VERBS = {
     "step": StepBench,
     "prompting": PromptingBench,
     "ask": AskBench,
+    "serving": ServingBench,
+    "speculation": SpeculationBench,
 }
 
 
@@ -159,7 +216,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
         for name, cls in VERBS.items():
-            print(f"  {name:<10} {cls.__doc__}")
+            print(f"  {name:<11} {cls.__doc__}")
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown bench {argv[0]!r}, expected one of {', '.join(VERBS)}")
@@ -178,6 +235,10 @@ def main(argv: list[str]) -> None:
         bench_prompting(command, typed)
     elif isinstance(command, AskBench):
         bench_ask(command, typed)
+    elif isinstance(command, ServingBench):
+        bench_serving(command, typed)
+    elif isinstance(command, SpeculationBench):
+        bench_speculation(command, typed)
     else:
         bench_run(command)
 
@@ -281,6 +342,42 @@ def bench_ask(command: AskBench, typed: str) -> None:
     print(ask.table(result))
     if command.json:
         keep(command.json, {"command": typed, **result, "size": command.size})
+
+
+def bench_serving(command: ServingBench, typed: str) -> None:
+    model = build(preset(command.size, vocab_size=command.vocab_size)).eval()
+    result = serving.measure(
+        model,
+        streams=command.streams,
+        tokens=command.tokens,
+        prompt=command.prompt,
+        long=command.long,
+        repeats=command.repeats,
+        say=progress,
+    )
+    print(serving.table(result))
+    if command.json:
+        keep(command.json, {"command": typed, "size": command.size, **result})
+
+
+def bench_speculation(command: SpeculationBench, typed: str) -> None:
+    model, tokenizer = retentive.load(command.run)
+    if tokenizer is None:
+        raise ValueError(f"{command.run} has no tokenizer.json")
+    texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: command.prompt] for path in command.texts]
+    draft = retentive.load(command.draft)[0].eval() if command.draft else None
+    result = speculation.measure(
+        model.eval(),
+        texts,
+        draft=draft,
+        most=command.most,
+        tokens=command.tokens,
+        repeats=command.repeats,
+        say=progress,
+    )
+    print(speculation.table(result))
+    if command.json:
+        keep(command.json, {"command": typed, **result})
 
 
 def words(names: tuple[str, ...]) -> list[str]:

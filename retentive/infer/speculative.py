@@ -124,7 +124,7 @@ class Guesser(Protocol):
 class Lookup:
     """Guesses what followed where the last tokens occurred before, the last time they did."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.after: dict[tuple[int, ...], int] = {}  # some tokens: where in the text the one after them is
         self.known = 0
 

@@ -56,7 +56,7 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
 
 def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
     """Compiled once; a constraint is a copy of its first state."""
-    library, table = _library(), _table(tokenizer)
+    library, table = _library(), _table(tokenizer)  # type: ignore[arg-type]
     if problem := library.LLMatcher.validate_grammar(grammar, table):
         raise ValueError(f"the {what} cannot be used: {_one_line(problem)}")
     first = library.LLMatcher(table, grammar, log_level=0)
