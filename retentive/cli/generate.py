@@ -1,7 +1,9 @@
 """`retentive generate`: a model writes on from a prompt, character by character as it thinks."""
 
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +11,9 @@ import tyro
 
 import retentive
 from retentive.data.tokenizer import load_tokenizer
-from retentive.infer import SamplingParams, write_on
+from retentive.infer import SamplingParams, Token, generate, write_on
+from retentive.infer.beam import likeliest
+from retentive.infer.speculative import speculate
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class GenerateCommand:
     """cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights; the state is float32 in any case."""
+    beams: int = 0
+    """Continuations to follow at once, of which the likeliest is printed at the end; 0 samples."""
+    lookup: bool = False
+    """Guess tokens from what was written before, several to a call: the same text sooner, where it repeats itself."""
+    draft: str | None = None
+    """Run of a smaller model of the same vocabulary that guesses tokens."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamplingParams(temperature=0.8, top_p=0.95)
     )
@@ -53,7 +63,24 @@ def run(command: GenerateCommand) -> None:
         have, need = tokenizer.vocab_size, model.config.vocab_size
         raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
-    for text in write_on(model, tokenizer, prompt, command.sampling, max_tokens=command.max_tokens, stop=command.stop):
+    how, limit = method(command), command.max_tokens
+    for text in write_on(model, tokenizer, prompt, command.sampling, max_tokens=limit, stop=command.stop, how=how):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def method(command: GenerateCommand) -> Callable[..., Iterator[Token]]:
+    """How tokens are found: one by one, by guesses, or by beam search."""
+    if command.beams < 0:
+        raise ValueError(f"--beams must be at least 1, or 0 to sample, got {command.beams}")
+    if bool(command.beams) + command.lookup + (command.draft is not None) > 1:
+        raise ValueError("--beams, --lookup and --draft exclude each other: choose one")
+    if command.beams:
+        if command.sampling != GenerateCommand(command.run).sampling:
+            raise ValueError("--beams looks for the likeliest text: it has no sampling options")
+        return partial(likeliest, beams=command.beams)
+    if command.draft is not None:
+        draft, _ = retentive.load(command.draft, device=command.device)
+        return partial(speculate, draft=draft)
+    return speculate if command.lookup else generate

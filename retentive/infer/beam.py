@@ -7,13 +7,15 @@ A beam that ends in a stop is kept with its score, and the others go on with one
 """
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retentive.infer.generate import checked, prefill
+from retentive.infer.generate import Token, checked, prefill
+from retentive.infer.sample import SamplingParams
 from retentive.models import Model
 from retentive.models.state import State
 
@@ -68,6 +70,14 @@ def beam_search(
         logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, parents))
     done += [(beam, float(best[n]) / max_tokens**length_penalty) for n, beam in zip(kept, live, strict=True)]
     return sorted(done, key=lambda pair: -pair[1])
+
+
+def likeliest(
+    model: Model, ids: Sequence[int] | Tensor, params: SamplingParams | None = None, *, beams: int, **how: Any
+) -> Iterator[Token]:
+    """The best continuation as `generate` would give it, without log probabilities; there is nothing to sample."""
+    tokens, _ = beam_search(model, ids, beams=beams, **how)[0]
+    yield from (Token(token, math.nan) for token in tokens)
 
 
 def _best(totals: Tensor, count: int) -> tuple[Tensor, list[int], list[int]]:

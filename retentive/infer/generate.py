@@ -3,7 +3,7 @@
 This is the plain loop; whatever is faster must give the same tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,13 +149,14 @@ def write_on(
     stop: Sequence[str] = (),
     state: State | None = None,
     pending: Sequence[int] = (),
+    how: Callable[..., Iterator[Token]] = generate,
 ) -> Iterator[str]:
     """The prompt and what the model makes of it, in pieces, until its document ends or `max_tokens` or `stop` is met.
 
     The document begins after an end-of-text token, as documents did in training; with a `state` (used up) the prompt
     goes on from what that has read and from `pending`, ids that were picked but not read. The prompt's last token is
     taken back and chosen anew among those that begin with its text: "def " ends in a token for the space, but the model
-    has learnt the space as part of the next word's token.
+    has learnt the space as part of the next word's token. `how` is `generate` or what is called as it is.
     """
     begin = [tokenizer.eos_id] if state is None else pending
     ids = [*begin, *tokenizer.encode(prompt)]
@@ -170,5 +171,5 @@ def write_on(
         ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(tail)], max_tokens + 1
     yield prompt
     stop_ids = [tokenizer.eos_id]
-    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, first_ids=first_ids, state=state)
+    tokens = how(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, first_ids=first_ids, state=state)
     yield from stream_text(tokens, tokenizer, stop=stop, skip=len(tail))

@@ -111,6 +111,7 @@ class MultiScaleRetention(nn.Module):
                 decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
                 o, state = retention_step(q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], decay, scale=1.0, state=state)
                 outputs.append(o)
+            assert state is not None  # there is a token at least
             o = torch.stack(outputs, 1)
         else:
             if isinstance(state, Ring):

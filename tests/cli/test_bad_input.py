@@ -241,6 +241,11 @@ GENERATING = {
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tokenizer": (["--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
     "larger-tokenizer": (["--tokenizer", "larger"], "tokens, the model 257: they do not belong together"),
+    "two-ways": (["--lookup", "--draft", "run"], "--beams, --lookup and --draft exclude each other"),
+    "negative-beams": (["--beams", "-1"], "--beams must be at least 1, or 0 to sample, got -1"),
+    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "--beams looks for the likeliest text"),
+    "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
+    "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
 }
 
 

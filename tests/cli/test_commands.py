@@ -135,6 +135,15 @@ def test_generate_is_the_librarys(place, capsys):
     assert capsys.readouterr().out == "The " + tokenizer.decode([t.id for t in made]) + "\n"
 
 
+@pytest.mark.parametrize("options", [["--lookup"], ["--draft", "run"], ["--beams", "1"]], ids=lambda o: o[0])
+def test_generate_finds_greedy_tokens_in_other_ways(options, place, capsys):
+    greedy = [] if options[0] == "--beams" else ["--temperature", "0"]
+    main(["generate", "run", "--prompt", "The ca", "--max-tokens", "40", "--temperature", "0"])
+    want = capsys.readouterr().out
+    main(["generate", "run", "--prompt", "The ca", "--max-tokens", "40", *greedy, *options])
+    assert capsys.readouterr().out == want
+
+
 def test_generate_reads_standard_input_and_stops_where_told(place, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("corpus/0.txt", encoding="utf-8"))  # noqa: SIM115 (closed below)
     with sys.stdin:
