@@ -1,0 +1,78 @@
+"""The server as a Ray Serve deployment, extra `ray`: replicas of a model, each conversation where its state is.
+
+Every replica is a whole server: its own weights, engine, slots and sessions. Ray's proxies send requests with the same
+X-Session-Id header to the same replica, by consistent hashing, and spread those without one; the page sets it, and so
+must clients that use sessions. Saved states lie in a folder that all replicas see.
+
+    serve run retentive.serve.ray:application run=runs/demo replicas=2
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from retentive.serve.options import Options
+
+try:
+    from ray import serve
+except ImportError:
+    raise ImportError("serving with Ray needs ray: pip install 'retentive[ray]'") from None
+
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+
+def deployed(
+    run: str, options: Options | None = None, *, replicas: int = 2, cpus: float = 1, device: str = "cpu"
+) -> serve.Application:
+    """The application for `ray.serve.run`: `replicas` servers of `run`, which every node must find at that path.
+
+    API keys in the environment variable RETENTIVE_API_KEY of a replica are let in too.
+
+    Args:
+        cpus: cores, and threads, of a replica; one that is on "cuda" has a GPU as well.
+    """
+    options = options or Options()
+
+    def build() -> Any:
+        """In the replica: its own model and engine."""
+        from retentive.serve.app import create_app
+        from retentive.serve.service import open_service
+
+        keys = tuple(k.strip() for k in os.environ.get("RETENTIVE_API_KEY", "").split(",") if k.strip())
+        return create_app(open_service(run, replace(options, api_key=(*options.api_key, *keys)), device=device))
+
+    server = serve.deployment(
+        name="retentive",
+        num_replicas=replicas,
+        # the server itself tells clients to come again before Ray would let them wait
+        max_ongoing_requests=8 * (options.slots + options.queue),
+        graceful_shutdown_timeout_s=options.timeout,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if device.startswith("cuda") else 0},
+        # none but the replica that has the state will do
+        request_router_config={"request_router_class": ROUTER, "request_router_kwargs": {"num_fallback_replicas": 0}},
+    )
+    return server(serve.ingress(build)()).bind()
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """What `serve run retentive.serve.ray:application run=RUN …` makes of its arguments, those of `deployed` and Options.
+
+    Raises:
+        ValueError: no run, an argument that is not known, or not of its type.
+    """
+    of_options = {field.name for field in fields(Options)}
+    known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str}
+    if unknown := sorted(set(args) - set(known) - of_options):
+        raise ValueError(f"unknown arguments {', '.join(unknown)}: expected {', '.join([*known, *sorted(of_options)])}")
+    if "run" not in args:
+        raise ValueError("run is missing: run=FOLDER, a run directory or model folder")
+    try:
+        options = TypeAdapter(Options).validate_python({k: v for k, v in args.items() if k in of_options})
+        own: dict[str, Any] = {k: TypeAdapter(kind).validate_python(args[k]) for k, kind in known.items() if k in args}
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'arguments'}: {first['msg']}") from None
+    return deployed(own.pop("run"), options, **own)
