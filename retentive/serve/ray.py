@@ -58,7 +58,7 @@ def deployed(
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
-    """What `serve run retentive.serve.ray:application run=RUN …` makes of its arguments, those of `deployed` and Options.
+    """What `serve run retentive.serve.ray:application run=RUN …` runs; arguments are those of `deployed` and Options.
 
     Raises:
         ValueError: no run, an argument that is not known, or not of its type.

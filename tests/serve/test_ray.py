@@ -1,0 +1,145 @@
+"""The server in Ray Serve, two replicas on this machine: the same answers, each conversation where its state is.
+
+One Ray for all of the module, small and without its dashboard; nothing but loopback is used.
+"""
+
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'retentive[ray]'")
+
+import ray
+from ray import serve as ray_serve
+
+from retentive.serve.options import Options
+from retentive.serve.ray import application, deployed
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+GREEDY = {"temperature": 0, "max_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def url(runs, tmp_path_factory):
+    """Where two replicas of the RetNet answer."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    options = Options(slots=4, states=tmp_path_factory.mktemp("states"), cache=0)
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    ray_serve.run(deployed(str(runs / "retnet"), options, cpus=0.5), name="retentive")
+    yield f"http://127.0.0.1:{port}"
+    ray_serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def sticky(name: str) -> dict:
+    """What a client adds for a conversation: the session, and the header that Ray looks at."""
+    return {"extra_body": {"session": name}, "extra_headers": {"X-Session-Id": name}}
+
+
+def chat(client, content: str, **more):
+    return client.chat.completions.create(
+        model="retnet", messages=[{"role": "user", "content": content}], **GREEDY, **more
+    )
+
+
+def test_answers_are_those_of_the_server_without_ray(client, retnet):
+    alone = retnet.client()
+    assert client.models.list().data[0].id == "retnet"
+    for prompt in ("Once upon a time", "def "):
+        asked = {"model": "retnet", "prompt": prompt, **GREEDY}
+        assert client.completions.create(**asked).choices[0].text == alone.completions.create(**asked).choices[0].text
+    said = chat(alone, "Hello").choices[0].message.content
+    assert chat(client, "Hello").choices[0].message.content == said != ""
+    with pytest.raises(openai.NotFoundError, match="this server has 'retnet'"):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hello"}])
+
+
+def test_answers_stream(client):
+    with chat(client, "Hello", stream=True) as stream:
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == chat(client, "Hello").choices[0].message.content
+    assert sum(map(bool, pieces)) > 5
+
+
+def test_conversations_stay_where_their_states_are(client, retnet):
+    """Eight of them, in turns: one that came to another replica would have begun anew there."""
+    names, alone, tokens = [f"talk-{n}" for n in range(8)], retnet.client(), {}
+    for turn in ("Hello", "And then?", "Why?"):
+        for name in names:
+            there, here = chat(client, turn + name, **sticky(name)), chat(alone, turn + name, **sticky("ray-" + name))
+            assert there.choices[0].message.content == here.choices[0].message.content
+            assert there.session["tokens"] == here.session["tokens"] > tokens.get(name, 0)
+            tokens[name] = there.session["tokens"]
+    assert len({replica(client, name) for name in names}) == 2
+
+
+def replica(client, name: str) -> str:
+    """Which one a conversation is sent to: each began at a time of its own."""
+    metrics = httpx.get(client.base_url.join("/metrics"), headers={"X-Session-Id": name}).text
+    return next(line for line in metrics.splitlines() if line.startswith("retentive_request_seconds_created"))
+
+
+def test_a_saved_state_is_restored_on_any_replica(client):
+    chat(client, "My name is Ada.", **sticky("first"))
+    http = httpx.Client(base_url=client.base_url, timeout=30)
+    saved = http.post("states", json={"session": "first", "name": "ada"}, headers={"X-Session-Id": "first"}).json()
+    answers, met = [], set()
+    for name in (f"later-{n}" for n in range(8)):
+        headers = {"X-Session-Id": name}
+        restored = http.post("states/ada/restore", json={"session": name}, headers=headers).json()
+        assert restored["tokens"] == saved["tokens"]
+        answers.append(chat(client, "What is my name?", **sticky(name)).choices[0].message.content)
+        met.add(replica(client, name))
+    http.close()
+    assert len(set(answers)) == 1 and len(met) == 2
+
+
+def test_who_leaves_gives_the_slot_back(url):
+    """Long answers, left after their first words, many more than there are slots: the last one is answered still."""
+    for _ in range(20):
+        body = {"prompt": "Once", "stream": True, "max_tokens": 4000, "temperature": 0}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers={"X-Session-Id": "leaver"}) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+    end = time.monotonic() + 30
+    while True:
+        metrics = httpx.get(f"{url}/metrics", headers={"X-Session-Id": "leaver"}).text
+        running = next(float(line.split()[1]) for line in metrics.splitlines() if line.startswith("retentive_running "))
+        if running == 0:
+            break
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+WRONG = {
+    "no-run": ({}, "run is missing: run=FOLDER"),
+    "unknown": ({"run": "x", "replica": "2"}, "unknown arguments replica: expected run, replicas"),
+    "no-number": ({"run": "x", "slots": "many"}, "slots: Input should be a valid integer"),
+    "replicas": ({"run": "x", "replicas": "few"}, "Input should be a valid integer"),
+    "bounds": ({"run": "x", "slots": "0"}, "--slots must be above 0, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_that_are_wrong(case, refuses):
+    args, words = WRONG[case]
+    with refuses(words):
+        application(args)
+
+
+def test_arguments_are_words(runs):
+    made = application({"run": str(runs / "retnet"), "replicas": "3", "slots": "4", "timeout": "2.5"})
+    assert isinstance(made, ray_serve.Application)
+    assert made._bound_deployment.num_replicas == 3
