@@ -74,10 +74,12 @@ def test_stops_first_tokens_and_a_past(model):
     assert [t.id for t in speculate(model, [5], GREEDY, state=state, max_tokens=20)] == whole
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
 @torch.no_grad()
-def test_tokens_taken_back_leave_nothing_in_the_state(model, same):
-    ids = torch.randint(61, (2, 60))
-    state = model.hidden(ids[:, :20])[1].for_decoding(torch.float64, rollback=6)
+def test_tokens_taken_back_leave_nothing_in_the_state(model, dtype, tol, same):
+    """In float32 by the compiled step; rounding at 6e-8 grows over some fifty tokens and two layers."""
+    model, ids = model.to(dtype), torch.randint(61, (2, 60))
+    state = model.hidden(ids[:, :20])[1].for_decoding(dtype, rollback=6)
     at = 20
     for back in (6, 0, 3, 6, 5, 1):
         _, state = model.hidden(torch.cat((ids[:, at : at + 7 - back], torch.randint(61, (2, back))), 1), state)
@@ -85,10 +87,10 @@ def test_tokens_taken_back_leave_nothing_in_the_state(model, same):
         at += 7 - back
     after, state = model.hidden(ids[:, at : at + 1], state)
     want, whole = model.hidden(ids[:, : at + 1])
-    same(after, want[:, -1:], 1e-12)
+    same(after, want[:, -1:], tol)
     same(state.position, whole.position, 0)
     if not isinstance(model.config, type(twin(CONFIG))):
-        same(state.tensors(), whole.tensors(), 1e-12)
+        same(state.tensors(), whole.tensors(), tol)
 
 
 @torch.no_grad()
