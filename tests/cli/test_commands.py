@@ -32,6 +32,8 @@ COMMANDS = {
     "bench train": bench.TrainBench,
     "bench memory": bench.MemoryBench,
     "bench run": bench.RunBench,
+    "bench serving": bench.ServingBench,
+    "bench speculation": bench.SpeculationBench,
 }
 
 
