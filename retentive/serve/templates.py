@@ -197,6 +197,9 @@ def _compile(source: str) -> Any:
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "%"})
 
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise ValueError(f"it reaches for {attribute!r} of {type(obj).__name__}, which is out of its sandbox")
+
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator != "*" and (isinstance(left, str) or operator == "**"):
                 raise ValueError(f"the operator {operator} is not allowed here")

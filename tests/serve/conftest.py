@@ -93,10 +93,16 @@ class Running:
     def idle(self) -> bool:
         """Waits until nothing is at hand; whether it came to that."""
         engine = self.service.engine
-        return eventually(lambda: not engine.taken and not engine.queue and not self.service.at_hand)
+        return _eventually(lambda: not engine.taken and not engine.queue and not self.service.at_hand)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+@pytest.fixture
+def eventually():
+    """`eventually(condition)`: whether it came true, waiting for it."""
+    return _eventually
+
+
+def _eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -107,6 +113,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 def run(service: Service) -> Running:
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # so that who does not read is soon noticed
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

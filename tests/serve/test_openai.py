@@ -41,7 +41,7 @@ def test_a_streamed_chat_joins_to_the_same(server, params):
 
 def test_completions_of_texts_and_of_ids(server):
     client, name = server.client(), server.service.name
-    for prompt, ids in (("Once", [START + [*b"Once"]]), ([79, 110], [[79, 110]]), (["a", "b"], [[256, 97], [256, 98]])):
+    for prompt, ids in (("Once", [[*START, *b"Once"]]), ([79, 110], [[79, 110]]), (["a", "b"], [[256, 97], [256, 98]])):
         reply = client.completions.create(model=name, prompt=prompt, max_tokens=20, **DRAWN)
         assert [c.text for c in reply.choices] == [server.text(each, max_tokens=20, **DRAWN) for each in ids]
         assert [c.index for c in reply.choices] == list(range(len(ids)))
