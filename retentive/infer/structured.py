@@ -51,7 +51,10 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
         ValueError: not a pattern.
         ImportError: the extra is missing.
     """
-    return _compiled(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, "regular expression")
+    library = _library()
+    if not isinstance(pattern, str):
+        raise ValueError(f"a regular expression must be a string, got {type(pattern).__name__}")
+    return _compiled(library.LLMatcher.grammar_from_regex(pattern), tokenizer, "regular expression")
 
 
 def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
@@ -60,6 +63,7 @@ def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Con
     if problem := library.LLMatcher.validate_grammar(grammar, table):
         raise ValueError(f"the {what} cannot be used: {_one_line(problem)}")
     first = library.LLMatcher(table, grammar, log_level=0)
+    first.compute_bitmask()  # there are schemas that no text ever fits, such as {"$ref": "#"}
     if first.is_error():
         raise ValueError(f"the {what} cannot be used: {_one_line(first.get_error())}")
     return lambda: Matcher(first.deep_copy(), tokenizer)

@@ -1,6 +1,7 @@
 """Structured output of untrained models against a validator of its own: whatever they would say, the text fits."""
 
 import base64
+import functools
 import json
 import re
 import sys
@@ -152,9 +153,12 @@ BAD = {
     "keyword": (json_schema, {"not": {}}, "Unimplemented keys"),
     "impossible": (json_schema, {"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable schema"),
     "reference": (json_schema, {"$ref": "http://example.com/x"}, "cannot be used"),
+    "endless": (json_schema, {"$ref": "#"}, "the JSON schema cannot be used"),
+    "deep": (json_schema, functools.reduce(lambda x, _: {"items": x, "type": "array"}, range(3000), {}), "schema"),
     "no-object": (json_schema, ["a"], "a JSON schema must be an object, got list"),
     "no-json": (json_schema, {"enum": [{1, 2}]}, "the JSON schema is no JSON"),
     "group": (regex, "a(b", "the regular expression cannot be used: error: unclosed group"),
+    "no-string": (regex, 5, "must be a string, got int"),
     "look-around": (regex, "(?=x)a", "look-around"),
 }
 
