@@ -19,6 +19,7 @@ from retentive.bench import (
     retention_report,
     run,
     serving,
+    soak,
     speculation,
     step,
     training,
@@ -199,6 +200,16 @@ class SpeculationBench:
     """File for the result."""
 
 
+@dataclass(frozen=True)
+class SoakBench:
+    """The server under random clients: no reply lost or mixed up, nothing left over, memory flat, SIGTERM drains."""
+
+    minutes: float = 10
+    """How long."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
 VERBS = {
     "train": TrainBench,
     "memory": MemoryBench,
@@ -209,6 +220,7 @@ VERBS = {
     "ask": AskBench,
     "serving": ServingBench,
     "speculation": SpeculationBench,
+    "soak": SoakBench,
 }
 
 
@@ -239,6 +251,8 @@ def main(argv: list[str]) -> None:
         bench_serving(command, typed)
     elif isinstance(command, SpeculationBench):
         bench_speculation(command, typed)
+    elif isinstance(command, SoakBench):
+        bench_soak(command, typed)
     else:
         bench_run(command)
 
@@ -378,6 +392,16 @@ def bench_speculation(command: SpeculationBench, typed: str) -> None:
     print(speculation.table(result))
     if command.json:
         keep(command.json, {"command": typed, **result})
+
+
+def bench_soak(command: SoakBench, typed: str) -> None:
+    if not command.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {command.minutes}")
+    result = soak.measure(command.minutes, say=progress)
+    print(soak.table(result))
+    keep_with_picture(command.json, {"command": typed, **result}, soak.plot, "The server under random clients")
+    if not result["ok"]:
+        raise ValueError("the soak found what must not be: see above")
 
 
 def words(names: tuple[str, ...]) -> list[str]:

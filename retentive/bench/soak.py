@@ -1,0 +1,224 @@
+"""The server under random clients for minutes: nothing lost or mixed up, no slot or session left over, memory flat.
+
+A tiny random model in a server process of its own; clients that ask, stream, hang up, flood, dawdle, talk nonsense and
+hold conversations (`soak_clients.py`). Afterwards all must be as before; then SIGTERM comes while streams run, which
+must reach their ends.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive.bench import hardware
+from retentive.bench.plot import panels
+from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.models import Model, RetNetConfig, build
+
+SLOTS, QUEUE, THREADS = 8, 16, 20
+
+
+def measure(minutes: float, *, say: Callable[[str], None], seed: int = 0) -> dict[str, Any]:
+    """Counts, memory and what went wrong (nothing, it is hoped) of so many minutes."""
+    model = tiny(seed)
+    say("computing what the answers must be")
+    single, chats = requests(model, 60, seed), conversations(model, 12, seed)
+    long = long_requests(model, SLOTS // 2, 1500)
+    tally, samples = Tally(), list[dict[str, float]]()
+    with server(model) as (process, port):
+        clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
+        began = time.monotonic()
+        watcher = threading.Thread(target=watch, args=(process, port, began, began + 60 * minutes, samples, say))
+        watcher.start()
+        clients.run(THREADS, began + 60 * minutes)
+        watcher.join()
+        alive, left = process.poll() is None, settle(port)
+        drained = drain(process, port, long)
+    settled = [s for s in samples if s["seconds"] >= 60 * minutes / 4] or samples
+    half = len(settled) // 2 or 1
+    rss = [sum(s["rss_mb"] for s in part) / len(part) for part in (settled[:half], settled[half:] or settled)]
+    return {
+        "minutes": minutes,
+        "clients": THREADS,
+        "slots": SLOTS,
+        "queue": QUEUE,
+        "counts": dict(sorted(tally.counts.items())),
+        "wrong": tally.wrong[:20],
+        "wrong_count": len(tally.wrong),
+        "alive": alive,
+        "left_over": left,
+        "drained": drained,
+        "tokens_per_second": tokens_per_second(settled),
+        "rss_mb": {"first_half": rss[0], "second_half": rss[1], "growth": rss[1] / rss[0] - 1, "peak": peak(samples)},
+        "ok": not tally.wrong and alive and not any(left.values()) and drained["ok"],
+        "samples": samples,
+        "device": "cpu",
+        "hardware": hardware.describe(),
+    }
+
+
+def tiny(seed: int) -> Model:
+    """Random, and peaked enough that no two tokens are equally likely."""
+    torch.manual_seed(seed)
+    model = build(RetNetConfig(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5)
+        model.head.weight[128:256] *= 0.2  # few bytes that are no characters
+    return model
+
+
+@contextmanager
+def server(model: Model) -> Iterator[tuple[subprocess.Popen, int]]:
+    """(process, port) of `retentive serve`, with little room for everything."""
+    folder = Path(tempfile.mkdtemp(prefix="retentive-soak-"))
+    save_model(folder / "soak", model, ByteTokenizer())
+    command = [sys.executable, "-m", "retentive", "serve", str(folder / "soak"), "--port", "0", "--slots", str(SLOTS)]
+    command += ["--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000", "--cache", str(4 << 20)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline() if process.stderr else ""
+        if "serving" not in line:
+            raise OSError(f"the server did not start: {line.strip()}")
+        threading.Thread(target=pass_on, args=(process,), daemon=True).start()
+        yield process, int(line.rsplit(":", 1)[1])
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pass_on(process: subprocess.Popen) -> None:
+    """What the server says, for whoever watches."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        print("server:", line, end="", file=sys.stderr)
+
+
+def figures(port: int) -> dict[str, float]:
+    """The server's metrics."""
+    with closing(send(port, "GET", "/metrics")) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+
+
+def resident(process: subprocess.Popen) -> float:
+    """Megabytes of the process in memory."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.is_file():
+        return float("nan")  # not Linux
+    line = next((x for x in status.read_text().splitlines() if x.startswith("VmRSS")), "VmRSS: 0 kB")
+    return int(line.split()[1]) / 1024
+
+
+def watch(
+    process: subprocess.Popen, port: int, began: float, until: float, samples: list, say: Callable[[str], None]
+) -> None:
+    """A sample a second, a word a minute."""
+    while time.monotonic() < until and process.poll() is None:
+        found, seconds = figures(port), time.monotonic() - began
+        samples.append(
+            {
+                "seconds": seconds,
+                "rss_mb": resident(process),
+                "tokens": found["retentive_generated_tokens_total"],
+                "running": found["retentive_running"],
+                "queue": found["retentive_queue_length"],
+                "sessions": found["retentive_sessions"],
+            }
+        )
+        if len(samples) % 60 == 0:
+            say(f"{seconds:.0f} s: {samples[-1]['tokens']:,.0f} tokens, {samples[-1]['rss_mb']:.0f} MB")
+        time.sleep(1)
+
+
+def settle(port: int, seconds: float = 30) -> dict[str, float]:
+    """What is left when all clients have gone: zeros, as soon as the last broken-off stream is noticed."""
+    names, end = ("running", "queue_length", "sessions"), time.monotonic() + seconds
+    while True:
+        left = {name: figures(port)[f"retentive_{name}"] for name in names}
+        if not any(left.values()) or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
+
+
+def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, Any]:
+    """SIGTERM while streams run: they end as they should, then the process does."""
+    tally = Tally()
+
+    def listen(asked: Asked) -> None:
+        got = ask(port, asked, stream=True, stream_options={"include_usage": True})
+        tally.check("drained", got, (200, asked.texts))
+
+    threads = [threading.Thread(target=listen, args=(asked,)) for asked in long]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 20
+    while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
+        continue
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    code = process.wait(timeout=60)
+    return {"streams": len(threads), "wrong": tally.wrong, "exit_code": code, "ok": code == 0 and not tally.wrong}
+
+
+def tokens_per_second(samples: list[dict[str, float]]) -> float:
+    first, last = samples[0], samples[-1]
+    return (last["tokens"] - first["tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)
+
+
+def peak(samples: list[dict[str, float]]) -> float:
+    return max(s["rss_mb"] for s in samples)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The counts, a line each."""
+    lines = [f"{name:<24}{count:>10,}" for name, count in result["counts"].items()]
+    rss = result["rss_mb"]
+    lines += [
+        f"{'tokens per second':<24}{result['tokens_per_second']:>10,.0f}",
+        f"{'memory, MB':<24}{rss['first_half']:>10,.1f} -> {rss['second_half']:,.1f} ({rss['growth']:+.2%})",
+        f"{'left over':<24}{sum(result['left_over'].values()):>10,.0f}",
+        f"{'SIGTERM':<24}{result['drained']['streams']:>10} streams, exit code {result['drained']['exit_code']}",
+        f"{'wrong replies':<24}{result['wrong_count']:>10,}",
+        *result["wrong"],
+        *result["drained"]["wrong"],
+    ]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
+    """Memory and throughput over time.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, (memory, speed) = panels(title)
+    samples = result["samples"]
+    minutes = [s["seconds"] / 60 for s in samples]
+    memory.plot(minutes, [s["rss_mb"] for s in samples])
+    memory.set_ylabel("resident memory of the server, MB")
+    memory.set_ylim(bottom=0)
+    window = 10
+    pairs = list(zip(samples, samples[window:], strict=False))
+    rates = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
+    speed.plot(minutes[window:], rates)
+    speed.set_ylabel(f"tokens/s (over {window} s)")
+    speed.set_ylim(bottom=0)
+    for axis in (memory, speed):
+        axis.set_xlabel("minutes")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,251 @@
+"""The clients of the soak: what they send, what must come back, and all that they do which nobody should.
+
+Every reply that comes whole is held against the text that `generate` gave for that request, alone with the model; so a
+token lost, doubled or meant for somebody else is seen.
+"""
+
+import http.client
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, generate
+from retentive.infer.generate import stream_text
+from retentive.models import Model
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+BAD: list[tuple[str, bytes, int]] = [
+    (TEXT, b"{", 400),
+    (TEXT, b'{"prompt": 5}', 400),
+    (TEXT, b'{"prompt": "a", "max_tokens": "many"}', 400),
+    (TEXT, b'{"prompt": "\xff"}', 400),
+    (TEXT, b'{"prompt": "a", "model": "another"}', 404),
+    (TEXT, b'{"prompt": "' + b"a" * 5000 + b'"}', 400),
+    (TEXT, b'{"prompt": "' + b"a" * 400_000 + b'"}', 413),
+    (CHAT, b'{"messages": [{"role": "nobody", "content": "a"}]}', 400),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "session": "../a"}', 400),
+    ("/v1/states/..%2fa/restore", b'{"session": "a"}', 404),
+    ("/v1/states", b'{"session": "nothing-of-this-name", "name": "a"}', 404),
+]
+"""(path, body, the status it must get)."""
+
+
+@dataclass
+class Asked:
+    """A request and the texts that it must be answered with, a choice each."""
+
+    path: str
+    body: dict[str, Any]
+    texts: list[str]
+
+
+@dataclass
+class Tally:
+    """What happened; threads add to it."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    """Replies that were not what they had to be."""
+
+    def check(self, what: str, got: Any, wanted: Any) -> None:
+        self.counts[f"{what} checked"] += 1
+        if got != wanted:
+            self.wrong.append(f"{what}: got {str(got)[:200]!r}, expected {str(wanted)[:200]!r}")
+
+
+# what is asked, and what the answer must be
+
+
+def write(model: Model, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str:
+    """What the model writes after the prompt, alone."""
+    tokenizer = ByteTokenizer()
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id])
+    return "".join(stream_text(tokens, tokenizer, stop=stop))
+
+
+def long_requests(model: Model, count: int, tokens: int) -> list[Asked]:
+    """Greedy ones that take a while."""
+    bodies = [{"prompt": f"Long {n}", "max_tokens": tokens, "temperature": 0} for n in range(count)]
+    greedy = SamplingParams(temperature=0)
+    return [Asked(TEXT, body, [write(model, f"Long {n}", greedy, tokens, [])]) for n, body in enumerate(bodies)]
+
+
+def requests(model: Model, count: int, seed: int) -> list[Asked]:
+    """Texts of all lengths, greedy and drawn, with and without stop strings, one choice and three."""
+    rng, made = random.Random(seed), []
+    for n in range(count):
+        prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
+        length, choices = rng.choice([1, 10, 40, 120]), rng.choice([1, 1, 1, 3])
+        drawn: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.0]), "top_p": rng.choice([1.0, 0.9]), "seed": n}
+        stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.3 else []
+        body = {"prompt": prompt, "max_tokens": length, "n": choices, "stop": stop, **drawn}
+        params = [SamplingParams(**{**drawn, "seed": n + i}) for i in range(choices)]
+        made.append(Asked(TEXT, body, [write(model, prompt, p, length, stop) for p in params]))
+    return made
+
+
+def conversations(model: Model, count: int, seed: int) -> list[list[Asked]]:
+    """Turns of chats; each request holds the new message alone, the session remembers the others."""
+    rng, made = random.Random(seed), []
+    for _ in range(count):
+        said, turns = "", []
+        for turn in range(3):
+            content = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([3, 30, 200])))
+            said += f"{'' if turn == 0 else chr(10)}User: {content}\nAssistant:"
+            stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.5 else []
+            text = write(model, said, SamplingParams(temperature=0), 30, [*stop, "\nUser:"])
+            body = {
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": 30,
+                "temperature": 0,
+                "stop": stop,
+            }
+            turns.append(Asked(CHAT, body, [text]))
+            said += text
+        made.append(turns)
+    return made
+
+
+# the wire
+
+
+def send(port: int, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
+    """The response, its connection to be closed with it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
+    return connection.getresponse()
+
+
+def ask(
+    port: int, asked: Asked, *, slow: float = 0, leave_after: int | None = None, **more: Any
+) -> tuple[int, list[str]]:
+    """(status, texts of the choices); streamed if `stream` is among `more`.
+
+    Args:
+        slow: seconds between reads.
+        leave_after: events after which the client hangs up.
+    """
+    body = json.dumps({**asked.body, **more}).encode()
+    with closing(send(port, "POST", asked.path, body)) as response:
+        if response.status != 200 or not more.get("stream"):
+            raw = json.loads(response.read())
+            return response.status, [text_of(choice) for choice in raw.get("choices", [])]
+        texts, ended = [""] * len(asked.texts), False
+        for n, event in enumerate(events(response)):
+            if n == leave_after:
+                return 0, texts
+            if "error" in event:
+                return 599, texts
+            for choice in event["choices"]:
+                texts[choice["index"]] += text_of(choice)
+            ended = event.get("choices") == []
+            time.sleep(slow)
+        return (200 if ended else 598), texts
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    return choice.get("text") or choice.get("delta", choice.get("message", {})).get("content") or ""
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    while line := response.readline():
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+# clients
+
+
+class Clients:
+    """Threads that do something at random until `until`, each by a seed of its own; a flood is of `flood` at once."""
+
+    def __init__(self, port: int, single: list[Asked], chats: list[list[Asked]], tally: Tally, *, flood: int):
+        self.port, self.single, self.chats, self.tally, self.flood = port, single, chats, tally, flood
+
+    def run(self, threads: int, until: float) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(self._client, n, until) for n in range(threads)]:
+                done.result()
+
+    def _client(self, number: int, until: float) -> None:
+        rng = random.Random(number)
+        doings: dict[Callable[[random.Random], None], int] = {
+            self._whole: 30,
+            self._stream: 30,
+            self._abort: 15,
+            self._bad: 10,
+            self._chat: 10,
+            self._slow: 4,
+            self._flood: 1,
+        }
+        while time.monotonic() < until:
+            (doing,) = rng.choices(list(doings), list(doings.values()))
+            try:
+                doing(rng)
+            except (OSError, http.client.HTTPException) as error:
+                self.tally.wrong.append(f"{doing.__name__[1:]}: {type(error).__name__} {error}")
+
+    def _reply(self, what: str, asked: Asked, **how: Any) -> int:
+        """Ask, and check what comes; 429 is an answer too, after which one waits."""
+        status, texts = ask(self.port, asked, **how)
+        self.tally.counts[f"status {status}"] += 1
+        if status == 429:
+            time.sleep(0.2)
+        else:
+            self.tally.check(what, (status, texts), (200, asked.texts))
+        return status
+
+    def _whole(self, rng: random.Random) -> None:
+        self._reply("whole", rng.choice(self.single))
+
+    def _stream(self, rng: random.Random) -> None:
+        self._reply("stream", rng.choice(self.single), stream=True, stream_options={"include_usage": True})
+
+    def _slow(self, rng: random.Random) -> None:
+        self._reply("slow", rng.choice(self.single), slow=0.05, stream=True, stream_options={"include_usage": True})
+
+    def _abort(self, rng: random.Random) -> None:
+        asked = rng.choice(self.single)
+        ask(self.port, asked, leave_after=rng.randrange(4), stream=True, max_tokens=2000, stop=[])
+        self.tally.counts["aborted"] += 1
+
+    def _bad(self, rng: random.Random) -> None:
+        path, body, wanted = rng.choice(BAD)
+        with closing(send(self.port, "POST", path, body)) as response:
+            response.read()
+        self.tally.check("bad", (path, body[:60], response.status), (path, body[:60], wanted))
+
+    def _flood(self, rng: random.Random) -> None:
+        """More at once than there is room for, each with a connection of its own."""
+        many = [rng.choice(self.single) for _ in range(self.flood)]
+        with ThreadPoolExecutor(len(many)) as pool:
+            statuses = list(pool.map(lambda asked: self._reply("flood", asked), many))
+        self.tally.counts["floods"] += 1
+        self.tally.counts["refused in floods"] += sum(s == 429 for s in statuses)
+
+    def _chat(self, rng: random.Random) -> None:
+        """Three turns of a session, saved, restored and forgotten between them."""
+        name = f"s{rng.randrange(10**12)}"
+        for turn, asked in enumerate(rng.choice(self.chats)):
+            while self._reply("session", asked, session=name) == 429:
+                continue
+            if turn == 1 and rng.random() < 0.5:
+                self._call("POST", "/v1/states", {"session": name, "name": name})
+                self._call("DELETE", f"/v1/sessions/{name}")
+                self._call("POST", f"/v1/states/{name}/restore", {"session": name})
+                self._call("DELETE", f"/v1/states/{name}")
+                self.tally.counts["saved and restored"] += 1
+        self._call("DELETE", f"/v1/sessions/{name}")
+
+    def _call(self, method: str, path: str, body: dict | None = None) -> None:
+        with closing(send(self.port, method, path, None if body is None else json.dumps(body).encode())) as response:
+            response.read()
+        self.tally.check("states", response.status, 200)
