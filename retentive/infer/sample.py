@@ -141,18 +141,29 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities `[vocab]` after temperature, top-k, top-p and min-p; the likeliest token always stays."""
+    """Weights `[vocab]`, probabilities after temperature, top-k, top-p and min-p but for a factor; the likeliest stays.
+
+    Of tokens that are as likely as each other the first ones are in.
+    """
     scaled = (logits - logits.max()) / max(params.temperature, 1e-6)  # below, float32 may find 0 / 0
-    if not params.top_k and params.top_p == 1 and not params.min_p:
-        return scaled.softmax(-1)
-    ordered, order = torch.sort(scaled, descending=True, stable=True)
-    p = ordered.softmax(-1)
-    keep = torch.ones_like(p, dtype=torch.bool)
-    if params.top_k:
-        keep[params.top_k :] = False
-        p = (p * keep) / (p * keep).sum()
+    p = scaled.softmax(-1)
+    count = min(params.top_k or len(p), len(p))
     if params.top_p < 1:
-        keep &= p.cumsum(-1) - p < params.top_p  # the token that crosses the sum is the last one in
+        count = nucleus(scaled, p, count, params.top_p)
+    if count < len(p):
+        least = scaled.topk(count, sorted=False).values.min()
+        above = scaled > least
+        equal = (scaled == least).nonzero().squeeze(1)[: count - int(above.sum())]
+        p = p * above.index_fill(0, equal, True)
     if params.min_p:
-        keep &= p >= params.min_p * p[0]
-    return torch.zeros_like(p).scatter_(0, order, p * keep)
+        p = p * (p >= params.min_p * p.max())
+    return p
+
+
+def nucleus(scaled: Tensor, p: Tensor, count: int, top_p: float) -> int:
+    """How many of the `count` likeliest tokens it takes to sum up to `top_p` of them all."""
+    goal = top_p * (p if count == len(p) else p[scaled.topk(count, sorted=False).indices]).sum()
+    sums = p[scaled.topk(min(256, count)).indices].cumsum(-1)
+    if sums[-1] < goal and count > 256:  # seldom: to order all takes longer
+        sums = p[scaled.argsort(descending=True)[:count]].cumsum(-1)
+    return min(1 + int((sums < goal).sum()), count)  # the token that crosses the sum is the last one in

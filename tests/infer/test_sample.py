@@ -53,6 +53,28 @@ def test_what_a_filter_leaves(name):
     assert (p / p.sum()).tolist() == pytest.approx(want, rel=CLOSE)
 
 
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 0.95, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 7, 300, 900])
+@pytest.mark.parametrize("width", [0.2, 3.0], ids=["flat", "peaked"])
+def test_what_filters_leave_of_a_large_vocabulary(width, top_k, top_p):
+    """Against all tokens in order, in float64; where few are enough and where they are not."""
+    logits = width * torch.randn(2000)
+    p, order = logits.double().softmax(0).sort(descending=True)
+    p = p[: top_k or None] / p[: top_k or None].sum()
+    before = p.cumsum(0) - p
+    count = int((before < top_p).sum())
+    margin = (before - top_p).abs().min()
+    assert margin > 1e-6 or top_p == 1, "no sum is so near that rounding decides"
+    kept = filtered(logits, SamplingParams(top_k=top_k, top_p=top_p)) > 0
+    assert kept.nonzero().flatten().tolist() == sorted(order[:count].tolist())
+
+
+def test_of_equals_the_first_stay():
+    logits = torch.tensor([0.0, 1, 1, 2, 1, 1, 0])
+    assert (filtered(logits, SamplingParams(top_k=3)) > 0).tolist() == [False, True, True, True, False, False, False]
+    assert (filtered(torch.zeros(1000), SamplingParams(top_p=0.4995)) > 0).nonzero().flatten().tolist() == [*range(500)]
+
+
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_logits_need_no_normalising(shift):
     """Adding a constant changes no probability; 1000 in float32 leaves 6e-5 of each logit."""
