@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,23 +88,24 @@ def server(model: Model) -> Iterator[tuple[subprocess.Popen, int]]:
     save_model(folder / "soak", model, ByteTokenizer())
     command = [sys.executable, "-m", "retentive", "serve", str(folder / "soak"), "--port", "0", "--slots", str(SLOTS)]
     command += ["--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000", "--cache", str(4 << 20)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        line = process.stderr.readline() if process.stderr else ""
-        if "serving" not in line:
-            raise OSError(f"the server did not start: {line.strip()}")
-        threading.Thread(target=pass_on, args=(process,), daemon=True).start()
-        yield process, int(line.rsplit(":", 1)[1])
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as aside:
+            assert process.stderr is not None
+            try:
+                line = process.stderr.readline()
+                if "serving" not in line:
+                    raise OSError(f"the server did not start: {line.strip()}")
+                aside.submit(pass_on, process.stderr)
+                yield process, int(line.rsplit(":", 1)[1])
+            finally:
+                process.kill()  # which ends what is passed on, too
     finally:
-        process.kill()
-        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pass_on(process: subprocess.Popen) -> None:
+def pass_on(lines: Iterable[str]) -> None:
     """What the server says, for whoever watches."""
-    assert process.stderr is not None
-    for line in process.stderr:
+    for line in lines:
         print("server:", line, end="", file=sys.stderr)
 
 
