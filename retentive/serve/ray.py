@@ -10,30 +10,35 @@ must clients that use sessions. Saved states lie in a folder that all replicas s
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from retentive.serve.options import Options
 
-try:
-    from ray import serve
-except ImportError:
-    raise ImportError("serving with Ray needs ray: pip install 'retentive[ray]'") from None
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 def deployed(
     run: str, options: Options | None = None, *, replicas: int = 2, cpus: float = 1, device: str = "cpu"
-) -> serve.Application:
+) -> "Application":
     """The application for `ray.serve.run`: `replicas` servers of `run`, which every node must find at that path.
 
     API keys in the environment variable RETENTIVE_API_KEY of a replica are let in too.
 
     Args:
         cpus: cores, and threads, of a replica; one that is on "cuda" has a GPU as well.
+
+    Raises:
+        ImportError: no Ray here.
     """
+    try:
+        from ray import serve
+    except ImportError:
+        raise ImportError("serving with Ray needs ray: pip install 'retentive[ray]'") from None
     options = options or Options()
 
     def build() -> Any:
@@ -57,7 +62,7 @@ def deployed(
     return server(serve.ingress(build)()).bind()
 
 
-def application(args: Mapping[str, Any]) -> serve.Application:
+def application(args: Mapping[str, Any]) -> "Application":
     """What `serve run retentive.serve.ray:application run=RUN …` runs; arguments are those of `deployed` and Options.
 
     Raises:

@@ -4,6 +4,7 @@ One Ray for all of the module, small and without its dashboard; nothing but loop
 """
 
 import socket
+import sys
 import time
 
 import httpx
@@ -143,3 +144,9 @@ def test_arguments_are_words(runs):
     made = application({"run": str(runs / "retnet"), "replicas": "3", "slots": "4", "timeout": "2.5"})
     assert isinstance(made, ray_serve.Application)
     assert made._bound_deployment.num_replicas == 3
+
+
+def test_without_ray_a_line_says_what_to_install(monkeypatch, refuses):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with refuses("pip install 'retentive[ray]'", ImportError):
+        deployed("run")

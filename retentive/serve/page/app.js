@@ -247,7 +247,7 @@ function row(state) {
 async function save() {
   const name = $("name").value;
   await call("v1/states", { method: "POST", body: { session, name } });
-  show("note", `Saved as ${name}.`);
+  show("note", `Saved as ${name}${unread.length ? ", without what was stopped" : ""}.`);
   $("name").value = "";
   await listStates();
 }
