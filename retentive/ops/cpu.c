@@ -706,6 +706,17 @@ static void through_state(float *restrict S, i64 K, i64 V, const float *q, float
     }
 }
 
+/* Asks for the rows in the ring of a head: few, and in another place for each head, they are waited for otherwise. */
+static void ask_ring(const Step *c, i64 bh) {
+    if (bh >= c->B * c->H) return;
+    i64 b = bh / c->H, R = c->slots, size = c->dtype == 0 ? 4 : 2, k_bytes = c->K * size, v_bytes = c->V * size;
+    for (i64 t = c->folded[b]; t < c->written[b]; t++) {
+        i64 at = bh * R + t % R;
+        for (i64 n = 0; n < k_bytes; n += 64) __builtin_prefetch((const char *)c->ring_k + at * k_bytes + n);
+        for (i64 n = 0; n < v_bytes; n += 64) __builtin_prefetch((const char *)c->ring_v + at * v_bytes + n);
+    }
+}
+
 static void step_head(const Step *c, i64 b, i64 h, float *space) {
     i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, bh = b * c->H + h, begin = c->folded[b];
     i64 slot = c->written[b] % R, held = c->written[b] - begin + 1;
@@ -714,6 +725,7 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
     memcpy(ring_k + slot * K * size, (const char *)c->k + bh * K * size, K * size);
     memcpy(ring_v + slot * V * size, (const char *)c->v + bh * V * size, V * size);
     decay[slot] = bounded(g);
+    ask_ring(c, bh + 1);
 
     float *q = space, *o = q + K, *k = o + V, *v = k + R * K, since = 0; /* log decay from token j to the newest */
     read_rows(c->dtype, (const char *)c->q + bh * K * size, K, 1, K, q, K, 1);
