@@ -1,5 +1,6 @@
 """`retentive bench NAME`: measurements of whole models on this machine, as JSON, a table and a picture."""
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import tyro
 import retentive
 from retentive.bench import (
     ask,
+    http,
     memory,
     prompting,
     retention,
@@ -174,6 +176,8 @@ class ServingBench:
     """Tokens of the long stream; 0 leaves it out."""
     repeats: int = 5
     """Repetitions timed of each, in turns; the median counts."""
+    server: bool = False
+    """The same streams through the HTTP server as well."""
     json: Path | None = None
     """File for the result."""
 
@@ -367,9 +371,12 @@ def bench_serving(command: ServingBench, typed: str) -> None:
         prompt=command.prompt,
         long=command.long,
         repeats=command.repeats,
+        server=functools.partial(http.measure, repeats=command.repeats, say=progress) if command.server else None,
         say=progress,
     )
     print(serving.table(result))
+    if command.server:
+        print(f"the server gives {result['server']['server_over_engine']:.1%} of the engine's tokens/s")
     if command.json:
         keep(command.json, {"command": typed, "size": command.size, **result})
 
