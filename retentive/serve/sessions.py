@@ -7,7 +7,9 @@ gone, so that a conversation is never begun anew behind its client's back.
 
 import hashlib
 import json
+import logging
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,8 @@ MOST_FILES = 1000
 """Saved states of one key."""
 MOST_GONE = 10_000
 """Names of pushed-out sessions that are remembered."""
+
+log = logging.getLogger("retentive.serve")
 
 
 @dataclass
@@ -123,6 +127,7 @@ class SavedStates:
 
     def __init__(self, folder: Path, model: Model, fingerprint: str, model_name: str):
         self.folder, self.model, self.fingerprint, self.model_name = folder, model, fingerprint, model_name
+        self.writing = threading.Lock()
 
     def _path(self, owner: str, name: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
@@ -130,15 +135,25 @@ class SavedStates:
         return self.folder / owner / f"{name}.safetensors"
 
     def save(self, owner: str, name: str, session: Session) -> dict[str, Any]:
-        """Write it, in place of what had that name, and describe it."""
+        """Write it, in place of what had that name, and describe it; from any thread.
+
+        Raises:
+            Refused: 409 nothing read, or too many states; 507 the folder cannot be written to.
+        """
         path = self._path(owner, name)
         if not path.exists() and len(self._files(owner)) >= MOST_FILES:
             raise Refused(409, f"{MOST_FILES} states are saved already: delete some", code="too_many_states")
         if session.state is None:
             raise Refused(409, "the session has read nothing yet", param="session", code="session_empty")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        config = asdict(self.model.config)
-        save(Memory(session.state, session.pending, session.tokens, self.fingerprint, session.sources, config), path)
+        config, sources = asdict(self.model.config), session.sources
+        memory = Memory(session.state, session.pending, session.tokens, self.fingerprint, sources, config)
+        try:
+            with self.writing:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                save(memory, path)
+        except (OSError, SafetensorError) as error:
+            log.error("a state cannot be written", exc_info=error)
+            raise Refused(507, "the state cannot be written: the server's log says more", code="not_saved") from None
         return self._describe(path)
 
     def load(self, owner: str, name: str) -> Session:

@@ -173,6 +173,16 @@ def test_what_one_key_keeps_no_other_sees(serve):
     assert len(folders) == 2 and not any(name in ("a", "b") for name in folders)
 
 
+def test_a_folder_that_cannot_be_written_to_is_said(serve, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    server = serve(states=tmp_path / "file")
+    http = server.http()
+    first = chat(http, "a", max_tokens=5)
+    response = http.post("/v1/states", json={"session": "s", "name": "n"})
+    assert response.status_code == 507 and str(tmp_path) not in response.text and "cannot be written" in caplog.text
+    assert chat(http, "b", max_tokens=5)["session"]["tokens"] > first["session"]["tokens"]  # it goes on
+
+
 def wreck(path, how: str, other) -> None:
     raw = path.read_bytes()
     if how == "truncated":
