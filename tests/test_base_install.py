@@ -74,8 +74,9 @@ print(json.dumps([names, failed]))
 
 
 def test_every_module_can_be_imported_without_the_optional_packages():
-    """Left out: ops/triton, reached through backends.py where a GPU is, __main__, which runs when imported, and of serve
-    all but what the command line and the chat in a terminal import.
+    """Left out: ops/triton, reached through backends.py where a GPU is, and __main__, which runs when imported.
+
+    And of serve all but what the command line and the chat in a terminal import.
     """
     names, failed = fresh(WALK.format(blocked=set(OPTIONAL), without=WITHOUT))
     assert failed == []

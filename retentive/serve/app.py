@@ -1,8 +1,10 @@
 """The FastAPI application: OpenAI's endpoints, states and sessions, health, metrics, and the page.
 
-POST /v1/chat/completions, /v1/completions      GET /v1/models, /v1/models/{id}, /v1/info
-GET, POST /v1/states    POST /v1/states/{name}/restore    DELETE /v1/states/{name}, /v1/sessions/{name}
-GET /health, /metrics, /
+    POST /v1/chat/completions, /v1/completions      GET /v1/models, /v1/models/{id}, /v1/info
+    GET, POST /v1/states    POST /v1/states/{name}/restore    DELETE /v1/states/{name}, /v1/sessions/{name}
+    GET /health, /metrics, /
+
+What stands before them (keys, bodies, the count) is in `door.py`, what answers in `answer.py`.
 """
 
 import asyncio

@@ -1,9 +1,11 @@
 """The answer to one request while it grows: tokens from the engine become pieces of text, until each choice has ended.
 
-reply = Reply(service, request, works, session)     submits, or is refused
-async for pieces in reply.pieces()                  what has come since the last time, a piece for each choice
-await reply.commit()                                the session has read it all
-reply.close()                                       in any case: whatever still runs gives its slot back
+    reply = Reply(service, request, works, session)     submits, or is refused
+    async for pieces in reply.pieces()                  what has come since the last time, a piece for each choice
+    await reply.commit()                                the session has read it all
+    reply.close()                                       in any case: whatever still runs gives its slot back
+
+All choices of all prompts of a request share one mailbox, and what has come by the time it is opened goes out together.
 """
 
 import asyncio
