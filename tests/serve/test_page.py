@@ -6,6 +6,7 @@ The oracle is the server's API: the page shows what it says to the same question
 import json
 import re
 import shutil
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -70,6 +71,7 @@ class Visit:
 
     def say(self, text: str) -> str:
         """The whole answer."""
+        expect(self["send"]).to_be_visible()  # the one before it has ended
         self["input"].fill(text)
         self.page.keyboard.press("Enter")
         expect(self["log"]).to_have_attribute("aria-busy", "false")
@@ -197,6 +199,21 @@ def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
         {"role": "user", "content": "Go on"},
     ]
     assert answer == ask(server, "/v1/chat/completions", {"messages": messages, **GREEDY})["message"]["content"]
+
+
+def test_a_session_that_is_still_busy_is_waited_for(server, visit):
+    """As it is for a moment after an answer was stopped."""
+    here = visit(server)
+    here.settings(**GREEDY)
+    here.say("Hello")
+    [session] = server.service.sessions.held.values()
+    session.busy = True
+    free = threading.Timer(0.5, lambda: setattr(session, "busy", False))
+    free.start()
+    assert here.say("And then?") != ""
+    expect(here["error"]).to_be_empty()
+    assert len(here.sent) > 2
+    free.join()
 
 
 def test_a_state_is_saved_restored_and_deleted(server, visit):

@@ -15,7 +15,7 @@ let running = null; // an AbortController while the model answers
 
 // Talking to the server
 
-async function call(path, { method = "GET", body, signal } = {}) {
+async function call(path, { method = "GET", body, signal } = {}, tries = 30) {
   const headers = { "X-Session-Id": session }; // load balancers send a conversation to the server that has its state
   const key = sessionStorage.getItem("api-key");
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -27,18 +27,21 @@ async function call(path, { method = "GET", body, signal } = {}) {
     throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");
   }
   if (response.ok) return response;
-  throw await refusal(response);
+  const error = await refusal(response);
+  if (error.code !== "session_busy" || !tries) throw error;
+  await new Promise((later) => setTimeout(later, 100)); // until the server has noticed that its answer was stopped
+  return call(path, { method, body, signal }, tries - 1);
 }
 
 async function refusal(response) {
-  const said = (await response.json().catch(() => ({}))).error?.message;
+  const { message, code } = (await response.json().catch(() => ({}))).error ?? {};
   if (response.status === 401) {
     if (!$("login").open) $("login").showModal();
     return new Error(sessionStorage.getItem("api-key") ? "The server refused the API key." : "The server wants an API key.");
   }
   const wait = response.headers.get("Retry-After");
   if (response.status === 429) return new Error(`The server is full: try again in ${wait ?? "a few"} s.`);
-  return new Error(said ?? `The server said ${response.status} ${response.statusText}.`);
+  return Object.assign(new Error(message ?? `The server said ${response.status} ${response.statusText}.`), { code });
 }
 
 async function* events(response) {
