@@ -34,6 +34,7 @@ from retentive.data.tokenizer import load_tokenizer, train_bpe
 from retentive.models import build, preset, twin
 from retentive.models.device import pick_device
 from retentive.train import TrainConfig
+from retentive.train.loop import Interrupted
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ class PromptingBench:
     data: tyro.conf.Positional[Path]
     """Folder of texts: novels, tinyshakespeare, qmsum, summarization, gov_report, eval and translation."""
     out: Path = Path("runs/prompting")
-    """Run directory of the model, which is trained first if it is not there; its data go beside it."""
+    """Run directory of the model, which is trained first; a finished run is used as it is. Its data go beside it."""
     size: str = "5m"
     """Size of the model."""
-    steps: int = 2500
+    steps: int = 1800
     """Training steps of 2 x 2048 tokens."""
     episodes: int = 40
     """Tasks of each set of texts that are measured."""
@@ -330,8 +331,7 @@ def bench_step(command: StepBench, typed: str) -> None:
 def bench_prompting(command: PromptingBench, typed: str) -> None:
     kinds = prompting.split(prompting.kinds(command.data), new=False)
     activities = prompting.split(prompting.activities(command.data), new=True)
-    if not (command.out / "model.safetensors").exists():
-        learn(command, [kinds[0], activities[0]])
+    learn(command, [kinds[0], activities[0]])
     model, tokenizer = retentive.load(command.out)
     sets = {"kinds of text": kinds[1], "activities": activities[1], "activities never seen": activities[2]}
     result = prompting.measure(model, tokenizer, sets, episodes=command.episodes, say=progress)
@@ -340,7 +340,7 @@ def bench_prompting(command: PromptingBench, typed: str) -> None:
 
 
 def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None:
-    """Pack tasks in which each step is another one, and train on them."""
+    """Pack tasks, enough that none comes twice, and train on them; goes on with a run that was stopped."""
     data = command.out.with_name(command.out.name + "-data")
     count = max(command.steps * 4096 // 500, 100)  # a task has 500 tokens or more
     if not data.exists():
@@ -350,7 +350,10 @@ def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None
     options = training_run.TrainCommand(
         data=data, out=command.out, size=command.size, batch=2, length=2048, resume=command.out.exists(), train=train
     )
-    training_run.run(options)
+    try:
+        training_run.run(options)
+    except Interrupted as stop:
+        raise SystemExit(str(stop)) from None
 
 
 def bench_ask(command: AskBench, typed: str) -> None:
