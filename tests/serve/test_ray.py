@@ -51,9 +51,8 @@ def sticky(name: str) -> dict:
 
 
 def chat(client, content: str, **more):
-    return client.chat.completions.create(
-        model="retnet", messages=[{"role": "user", "content": content}], **GREEDY, **more
-    )
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(**{"model": "retnet", "messages": messages, **GREEDY, **more})
 
 
 def test_answers_are_those_of_the_server_without_ray(client, retnet):
@@ -69,10 +68,10 @@ def test_answers_are_those_of_the_server_without_ray(client, retnet):
 
 
 def test_answers_stream(client):
-    with chat(client, "Hello", stream=True) as stream:
+    with chat(client, "Hello", stream=True, max_tokens=400) as stream:
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    assert "".join(pieces) == chat(client, "Hello").choices[0].message.content
-    assert sum(map(bool, pieces)) > 5
+    assert "".join(pieces) == chat(client, "Hello", max_tokens=400).choices[0].message.content
+    assert sum(map(bool, pieces)) > 2  # what comes while one is on its way goes together
 
 
 def test_conversations_stay_where_their_states_are(client, retnet):
@@ -89,13 +88,13 @@ def test_conversations_stay_where_their_states_are(client, retnet):
 
 def replica(client, name: str) -> str:
     """Which one a conversation is sent to: each began at a time of its own."""
-    metrics = httpx.get(client.base_url.join("/metrics"), headers={"X-Session-Id": name}).text
+    metrics = httpx.get(str(client.base_url.join("/metrics")), headers={"X-Session-Id": name}).text
     return next(line for line in metrics.splitlines() if line.startswith("retentive_request_seconds_created"))
 
 
 def test_a_saved_state_is_restored_on_any_replica(client):
     chat(client, "My name is Ada.", **sticky("first"))
-    http = httpx.Client(base_url=client.base_url, timeout=30)
+    http = httpx.Client(base_url=str(client.base_url), timeout=30)
     saved = http.post("states", json={"session": "first", "name": "ada"}, headers={"X-Session-Id": "first"}).json()
     answers, met = [], set()
     for name in (f"later-{n}" for n in range(8)):
