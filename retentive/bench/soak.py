@@ -213,7 +213,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     minutes = [s["seconds"] / 60 for s in samples]
     memory.plot(minutes, [s["rss_mb"] for s in samples])
     memory.set_ylabel("resident memory of the server, MB")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.25 * peak(samples))
     window = 10
     pairs = list(zip(samples, samples[window:], strict=False))
     rates = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]

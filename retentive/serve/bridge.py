@@ -1,6 +1,11 @@
-"""From the engine's thread to the event loop: what one step makes is handed over in one call, not token by token."""
+"""From the engine's thread to the event loop: what steps make is handed over together, not token by token.
+
+Each hand-over wakes the loop, and each event sent costs it as much as a small model's share of a step; so steps that
+follow each other within TICK are handed over as one. Nobody reads faster than that.
+"""
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +13,8 @@ from retentive.infer.engine import Engine
 from retentive.infer.generate import Token
 
 Item = Token | Exception | None
+TICK = 0.02
+"""Seconds between two hand-overs, while the engine has work."""
 
 
 class Mailbox:
@@ -39,6 +46,7 @@ class LoopEngine(Engine):
     """An engine whose streams are read by coroutines of one event loop."""
 
     loop: asyncio.AbstractEventLoop | None = None
+    handed_at = 0.0
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -54,8 +62,9 @@ class LoopEngine(Engine):
 
     def step(self) -> bool:
         worked = super().step()
-        if self.made and self.loop is not None:
-            made, self.made = self.made, []
+        now = time.monotonic()
+        if self.made and self.loop is not None and (now - self.handed_at >= TICK or not worked):
+            made, self.made, self.handed_at = self.made, [], now
             try:
                 self.loop.call_soon_threadsafe(_hand_out, made)
             except RuntimeError:  # the loop has ended, and its readers with it
