@@ -247,6 +247,8 @@ def test_a_base_model_writes_on(serve, visit):
     here.settings(**GREEDY)
     text = here.say("Once upon")
     assert text == ask(server, "/v1/completions", {"prompt": "Once upon", **GREEDY})["text"] != ""
+    further = here.say("")
+    assert text + further == ask(server, "/v1/completions", {"prompt": "Once upon", **GREEDY, "max_tokens": 80})["text"]
     expect(here.page.get_by_label("Chat")).to_be_disabled()  # a text that has begun stays what it is
     here["new"].click()
     here.page.get_by_label("Chat").check()

@@ -74,7 +74,8 @@ function question() {
 
 async function send() {
   const text = $("input").value;
-  if (running || !text.trim() || !$("sampling").reportValidity()) return;
+  const enough = text.trim() || (mode() === "write" && read); // a text that has begun can go on as it is
+  if (running || !enough || !$("sampling").reportValidity()) return;
   say("");
   const before = unread;
   unread = [...unread, { role: "user", content: text }];
