@@ -229,9 +229,9 @@ class Reply:
         """Lists of pieces until every choice has ended; the time-out, a client that left and errors are raised."""
         left = len(self.choices)
         while left:
+            items, touched = await self.mailbox.take(), dict[int, Choice]()
             now = asyncio.get_running_loop().time()
-            touched: dict[int, Choice] = {}
-            for index, item in await self.mailbox.take():
+            for index, item in items:
                 choice = self._feed(index, item, now)
                 if choice is not None:
                     touched[index] = choice

@@ -51,7 +51,11 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=16)]
+# what every token is held against must be little, or one request would take the time of all
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
+]
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 
 
 class StreamOptions(Wire):
@@ -86,7 +90,7 @@ class Generation(Wire):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Bias | None = None
     seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
     response_format: ResponseFormat | None = None
     session: Name | None = None

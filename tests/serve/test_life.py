@@ -75,6 +75,7 @@ def test_the_metrics(serve):
     assert figures["retentive_cached_tokens_total"] == 600 and figures["retentive_cache_hits_total"] == 1
     assert figures["retentive_time_to_first_token_seconds_count"] == 3
     assert figures["retentive_time_per_token_seconds_count"] == 3
+    assert 0 < figures["retentive_time_to_first_token_seconds_sum"] < figures["retentive_request_seconds_sum"]
     assert figures["retentive_sessions"] == 1 and figures["retentive_session_bytes"] > 8000
     assert figures["retentive_pool_bytes"] > 3 * 8000 and figures["retentive_cache_bytes"] > 0
 
