@@ -166,7 +166,7 @@ def talk(conversation: Conversation, states: Path) -> None:
             elif line.strip():
                 answer(conversation, line.strip())
                 if at_terminal:
-                    console.print(conversation.describe(), style="dim")
+                    console.print(conversation.describe(), style="dim", soft_wrap=True)
         except EOFError:
             if at_terminal:
                 print()
