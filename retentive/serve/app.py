@@ -150,6 +150,8 @@ def _about(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         if service.draining:
             return JSONResponse({"status": "draining"}, 503)
+        if service.engine.thread is None or not service.engine.thread.is_alive():
+            return JSONResponse({"status": "the engine has stopped"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -80,6 +80,15 @@ def test_the_metrics(serve):
     assert figures["retentive_pool_bytes"] > 3 * 8000 and figures["retentive_cache_bytes"] > 0
 
 
+def test_health_is_that_of_the_engine(serve):
+    server = serve()
+    assert server.http().get("/health").json() == {"status": "ok"}
+    server.service.engine.close()  # as if its thread had died
+    assert server.http().get("/health").status_code == 503
+    refused = server.http().post(TEXT, json={"prompt": "a"})
+    assert refused.status_code == 503 and refused.json()["error"]["type"] == "server_error"
+
+
 def test_the_info_for_the_page(server):
     info = server.http().get("/v1/info").json()
     model = server.service.model

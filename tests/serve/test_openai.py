@@ -222,6 +222,16 @@ def test_a_prompt_read_before_is_cached(serve):
     assert first.choices[0].text == second.choices[0].text
 
 
+def test_a_folder_keeps_what_was_read_for_the_next_server(serve, tmp_path):
+    bounds = {"cache": 9000, "cache_folder": tmp_path / "cache"}  # room for one state
+    first = serve(**bounds)
+    body = {"model": "retnet", "max_tokens": 2, **GREEDY}
+    want = first.client().completions.create(prompt="x" * 600, **body).choices[0].text
+    first.client().completions.create(prompt="y" * 600, **body)
+    second = serve(**bounds).client().completions.create(prompt="x" * 600, **body)
+    assert second.usage.prompt_tokens_details.cached_tokens >= 512 and second.choices[0].text == want
+
+
 def test_the_models(server):
     client, name = server.client(), server.service.name
     assert [m.id for m in client.models.list()] == [name]
