@@ -26,6 +26,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
 GREEDY = {"temperature": 0, "max_tokens": 40}
+ENDLESS = {"temperature": 0, "max_tokens": 1_000_000}
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def server(serve, tmp_path):
     """A server of a model that came with a chat template, so that it is one to chat with."""
     file = tmp_path / "chat_template.jinja"
     file.write_text(BUILT_IN)
-    return serve("retnet", template=file)
+    return serve("retnet", template=file, max_tokens=ENDLESS["max_tokens"])
 
 
 def ask(server, path: str, body: dict) -> dict:
@@ -155,7 +157,7 @@ def test_settings_are_what_the_server_is_asked_for(server, visit):
 def test_it_is_used_by_keyboard_alone(server, visit):
     here = visit(server)
     keyboard = here.page.keyboard
-    here.settings(temperature=0, max_tokens=4096)
+    here.settings(**ENDLESS)
     here["input"].focus()
     keyboard.type("two")
     keyboard.press("Shift+Enter")
@@ -183,7 +185,7 @@ def test_it_is_used_by_keyboard_alone(server, visit):
 
 def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
     here = visit(server)
-    here.settings(temperature=0, max_tokens=4096)
+    here.settings(**ENDLESS)
     here["input"].fill("Hello")
     here["send"].click()
     expect(here.page.locator(".model")).not_to_be_empty()
