@@ -46,11 +46,11 @@ def measure(
             pieces = (
                 torch.randint(vocab, (min(4096, n - at),), generator=generator).tolist() for at in range(0, n, 4096)
             )
-            for memory in read(model, pieces, blank(model)):
-                say(f"read {memory.tokens:,} of {n:,} tokens")
+            *_, memory = read(model, pieces, blank(model))
             memory.sources = [{"name": "random", "tokens": n, "sha256": 64 * "0"}]
             save(memory, file)
             seconds = time.perf_counter() - began
+            say(f"read {n:,} tokens in {duration(seconds)}")
             held = {"file_bytes": file.stat().st_size, "state_bytes": memory.nbytes}
             rows.append({"tokens": n, **held, "tokens_per_second": n / seconds})
         times: list[list[float]] = [[] for _ in files]
