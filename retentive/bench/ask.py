@@ -7,6 +7,7 @@ the prompt, write the reply. The memories take turns, so that all see the machin
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def measure(
             pieces = (
                 torch.randint(vocab, (min(4096, n - at),), generator=generator).tolist() for at in range(0, n, 4096)
             )
-            *_, memory = read(model, pieces, blank(model))
+            memory = deque(read(model, pieces, blank(model)), maxlen=1).pop()
             memory.sources = [{"name": "random", "tokens": n, "sha256": 64 * "0"}]
             save(memory, file)
             seconds = time.perf_counter() - began
