@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import retentive
-from retentive.cli import VERBS, bench, convert, data, demo, generate, info, main
+from retentive.cli import VERBS, bench, convert, data, demo, generate, info, main, memory
 from retentive.cli import train as training
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
@@ -27,6 +27,10 @@ COMMANDS = {
     "data": data.DataConfig,
     "train": training.TrainCommand,
     "generate": generate.GenerateCommand,
+    "memory write": memory.WriteCommand,
+    "memory ask": memory.AskCommand,
+    "memory merge": memory.MergeCommand,
+    "memory show": memory.ShowCommand,
     "info": info.InfoCommand,
     "convert": convert.ConvertCommand,
     "bench train": bench.TrainBench,
@@ -34,6 +38,8 @@ COMMANDS = {
     "bench run": bench.RunBench,
     "bench serving": bench.ServingBench,
     "bench speculation": bench.SpeculationBench,
+    "bench prompting": bench.PromptingBench,
+    "bench ask": bench.AskBench,
 }
 
 
@@ -62,6 +68,8 @@ def texts(cls) -> dict[str, str]:
         if field in found and cls is not inner:
             found.pop(field)
             found |= texts(inner)
+    for base in filter(is_dataclass, cls.__bases__):
+        found |= texts(base)
     return found
 
 
