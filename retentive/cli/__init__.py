@@ -16,6 +16,7 @@ VERBS = {
     "chat": ("retentive.cli.chat", "talk with a model in the terminal"),
     "serve": ("retentive.cli.serve", "a model behind OpenAI's HTTP API, and a page to talk with it"),
     "bench": ("retentive.cli.bench", "measure training speed, memory and decoding on this machine"),
+    "eval": ("retentive.cli.eval", "score a model on the tasks of the field"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }

@@ -1,0 +1,215 @@
+"""lm-eval's tasks on our models (extra `eval`): its prompts, filters and metrics, and our way of scoring.
+
+A native class of lm-eval's: the choices of one question go on from one state, texts are read uncut or in windows, and
+generation runs on a state of constant size. Prompts begin after an end-of-text token, as documents do in training.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.evals.likelihood import Request, Score, encode, score
+from retentive.evals.read import find
+from retentive.evals.run import windows
+from retentive.evals.stats import Z
+from retentive.infer import SamplingParams, generate
+from retentive.infer.generate import stream_text
+from retentive.models import Model
+
+STOCK = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "copa": "super_glue/copa/default.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "wsc273": "wsc273/default.yaml",
+    "storycloze": "storycloze/storycloze_2016.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+}
+"""Where lm-eval describes the tasks that we have files for."""
+
+BOOTSTRAP = 1000
+"""Draws for the standard errors of perplexities."""
+
+
+def run_tasks(
+    model: Model,
+    tokenizer: Tokenizer,
+    names: list[str],
+    folder: Path | None,
+    *,
+    shots: int = 0,
+    limit: int | None = None,
+    window: int | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows, records) as `evaluate` gives them, of lm-eval's tasks.
+
+    Args:
+        names: of STOCK, where a folder is given; else any of lm-eval's, whose data come from the hub.
+        folder: of the tasks' files.
+        shots: answered examples before each question.
+        limit: questions of each task.
+        window: tokens that texts are read in; uncut if not given.
+
+    Raises:
+        ImportError: the extra is missing.
+        ValueError: an unknown task.
+        FileNotFoundError: a task without a file.
+    """
+    _library()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as place:
+        if folder is not None:
+            describe(names, folder, Path(place))
+        manager = TaskManager(include_path=None if folder is None else place, include_defaults=folder is None)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown or not names:
+            raise ValueError(
+                f"lm-eval has no task {', '.join(unknown) or 'without a name'} (lm-eval ls tasks lists all)"
+            )
+        found = simple_evaluate(
+            model=native(model, tokenizer, window=window),
+            tasks=list(names),
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            task_manager=manager,
+        )
+    return _rows(found, shots), _records(found["samples"])
+
+
+def describe(names: list[str], folder: Path, place: Path) -> None:
+    """Writes what lm-eval must know of local files into the folder `place`: its own tasks, and where their data lie.
+
+    All of a file is lm-eval's test split, so that a question is never among the examples before it.
+    """
+    tasks = Path(_library().__file__).parent / "tasks"
+    for name in names:
+        if name not in STOCK:
+            raise ValueError(f"lm-eval has no task {name!r} for local files, expected some of {', '.join(STOCK)}")
+        stock = tasks / STOCK[name]
+        if not stock.is_file():
+            raise ValueError(f"this version of lm-eval has no {STOCK[name]}: 0.4.13 has")
+        file = find(name, folder).resolve()
+        if file.suffix != ".jsonl":
+            raise ValueError(
+                f"lm-eval reads {name} from {name}.jsonl with its own names of the fields, not {file.name}"
+            )
+        task = {"include": stock.as_posix(), "task": name, "tag": None, "dataset_path": "json", "dataset_name": None}
+        task |= {"dataset_kwargs": {"data_files": {"test": file.as_posix()}}, "test_split": "test"}
+        task |= {"training_split": None, "validation_split": None, "fewshot_split": "test"}
+        (place / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+
+
+def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
+    """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`; texts uncut if no window is given."""
+    _library()
+    from lm_eval.api.model import LM
+
+    class NativeLM(LM):
+        def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            answers = [(s.logprob, s.greedy) for s in likelihoods(model, tokenizer, requests)]
+            for request, answer in zip(requests, answers, strict=True):
+                self.cache_hook.add_partial("loglikelihood", request.args, answer)
+            return answers
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            return [rolling(model, tokenizer, request.args[0], window) for request in requests]
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            return [write(model, tokenizer, *request.args) for request in requests]
+
+        @property
+        def tokenizer_name(self) -> str:
+            return tokenizer.sha256
+
+    return NativeLM()
+
+
+def likelihoods(model: Model, tokenizer: Tokenizer, requests: Sequence[Any]) -> list[Score]:
+    """Of lm-eval's requests; those of one question share what their contexts begin with."""
+    groups: dict[Any, list[int]] = {}
+    for n, request in enumerate(requests):
+        question = request.args[0] if request.doc_id is None else (request.task_name, request.doc_id)
+        groups.setdefault(question, []).append(n)
+    found = score(model, [[encode(tokenizer, *requests[n].args) for n in group] for group in groups.values()])
+    scores = dict(zip((n for group in groups.values() for n in group), (s for f in found for s in f), strict=True))
+    return [scores[n] for n in range(len(requests))]
+
+
+def rolling(model: Model, tokenizer: Tokenizer, text: str, window: int | None = None) -> float:
+    """Log-likelihood of a text: uncut, or each token from at most `window` before it; 0 of an empty one."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        return 0.0
+    cuts = [Request([tokenizer.eos_id], ids)] if window is None else windows(ids, tokenizer.eos_id, window)
+    return sum(scores[0].logprob for scores in score(model, [[cut] for cut in cuts]))
+
+
+KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+
+
+def write(model: Model, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
+    """What follows the prompt, up to a string of `until`, the end of the text, or `max_gen_toks`.
+
+    Raises:
+        ValueError: an option that there is none for.
+    """
+    for name in options:
+        if name not in KNOWN:
+            raise ValueError(f"generation option {name!r} is not known, expected some of {', '.join(KNOWN)}")
+    until = options.get("until") or []
+    sampled = options.get("do_sample", bool(options.get("temperature")))
+    filters = {name: options[name] for name in ("temperature", "top_p", "top_k") if name in options}
+    params = SamplingParams(**filters) if sampled else SamplingParams(temperature=0)
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    most = options.get("max_gen_toks", 256)
+    tokens = generate(model, ids, params, max_tokens=most, stop_ids=[tokenizer.eos_id])
+    return "".join(stream_text(tokens, tokenizer, stop=[until] if isinstance(until, str) else until))
+
+
+def _rows(found: dict[str, Any], shots: int) -> list[dict[str, Any]]:
+    """A row for each task and metric, with 95 % intervals from lm-eval's standard errors."""
+    rows = []
+    for task, results in found["results"].items():
+        of = {"task": task, "shots": shots, "n": found["n-samples"].get(task, {}).get("effective", 0)}
+        for key, value in results.items():
+            metric, _, filtered = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float | int) or not filtered:
+                continue
+            error = results.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(error, float) and error == error
+            interval = (value - Z * error, value + Z * error) if known else None
+            rows.append({**of, "metric": metric, "value": value, "interval": interval})
+    return rows
+
+
+def _records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A record for each question: its line (where the file has no blank ones), what was right, what was answered."""
+    return [
+        {
+            "task": task,
+            "line": sample["doc_id"] + 1,
+            "gold": sample["target"],
+            "answers": sample["filtered_resps"],
+            **{metric: sample[metric] for metric in sample["metrics"]},
+        }
+        for task, of_task in samples.items()
+        for sample in of_task
+    ]
+
+
+def _library() -> Any:
+    try:
+        import lm_eval
+    except ImportError:
+        raise ImportError("lm-eval's tasks need lm-eval: pip install 'retentive[eval]'") from None
+    return lm_eval

@@ -1,0 +1,160 @@
+"""Log-likelihoods of continuations: what a question's prompts share is read once, and its state is cloned.
+
+    log p(continuation | prompt) = sum over its tokens of log p(token | document so far)
+
+Rows of one batch are padded on the right, which is exact, and only the positions that predict a continuation go through
+the output matrix. A prompt begins after an end-of-text token, as documents do in training.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.models import Model
+
+BUDGET = 8192
+"""Tokens of a batch, padding included."""
+STRETCH = 4096
+"""Tokens of a row that are read at once; longer ones hand their state on."""
+STATES = 1 << 30
+"""Bytes of states that a batch's rows may take."""
+HEAD = 256
+"""Positions that go through the output matrix at once."""
+
+
+class Request(NamedTuple):
+    """Token ids; both must have one at least."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class Score(NamedTuple):
+    logprob: float
+    """Natural log of the continuation's probability."""
+    greedy: bool
+    """Whether each of its tokens is the likeliest."""
+    tokens: int
+
+
+def encode(tokenizer: Tokenizer, prompt: str, continuation: str) -> Request:
+    """The ids of both, as lm-eval divides them: spaces at the prompt's end belong to the continuation.
+
+    Raises:
+        ValueError: a continuation without a token of its own.
+    """
+    stripped = prompt.rstrip()
+    before = tokenizer.encode(stripped)
+    after = tokenizer.encode(prompt + continuation)[len(before) :]
+    if not after:
+        raise ValueError(f"the continuation {continuation!r:.60} has no token of its own after {prompt[-30:]!r}")
+    return Request([tokenizer.eos_id, *before], after)
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    groups: Sequence[Sequence[Request]],
+    *,
+    share: bool = True,
+    say: Callable[[int], None] = lambda done: None,
+) -> list[list[Score]]:
+    """The scores of each group's requests; the beginning that a group's contexts share is read once for all of them.
+
+    Args:
+        share: False reads every row whole: the same numbers, later.
+        say: is told how many groups are done.
+    """
+    training, done = model.training, 0
+    model.eval()
+    scores: list[list[Score]] = [[] for _ in groups]
+    try:
+        for batch in _batches(model, groups, share):
+            for n, found in zip(batch, _score(model, [groups[n] for n in batch], share), strict=True):
+                scores[n] = found
+            done += len(batch)
+            say(done)
+    finally:
+        model.train(training)
+    return scores
+
+
+def shared(group: Sequence[Request]) -> int:
+    """Tokens with which all contexts begin, short of the shortest by one: the last predicts the continuation."""
+    if len(group) == 1:
+        return 0
+    contexts = [request.context for request in group]
+    most = min(map(len, contexts)) - 1
+    return next((n for n in range(most) if any(c[n] != contexts[0][n] for c in contexts)), most)
+
+
+def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
+    """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
+    room = max(1, STATES // max(1, model.init_state(1).nbytes))
+    longest = [max(len(r.context) + len(r.continuation) for r in group) for group in groups]
+    rests = [longest[n] - (shared(group) if share else 0) for n, group in enumerate(groups)]
+    batch: list[int] = []
+    rows = 0
+    for n in sorted(range(len(groups)), key=lambda n: (longest[n], rests[n]), reverse=True):
+        rows += len(groups[n])
+        padded = max(longest[m] for m in (*batch, n)) * (len(batch) + 1) if share else 0
+        if batch and (max(padded, max(rests[m] for m in (*batch, n)) * rows) > BUDGET or rows > room):
+            yield batch
+            batch, rows = [], len(groups[n])
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
+    """Of one batch."""
+    counts = [shared(group) if share else 0 for group in groups]
+    state: Any = None
+    if any(counts):
+        prefixes = [group[0].context[:count] for group, count in zip(groups, counts, strict=True)]
+        *_, (_, _, _, state) = _read(model, prefixes, None)
+        parents = [n for n, group in enumerate(groups) for _ in group]
+        state = state.select(torch.tensor(parents))
+    rows = [(r, count) for group, count in zip(groups, counts, strict=True) for r in group]
+    found = iter(_continue(model, [Request(r.context[count:], r.continuation) for r, count in rows], state))
+    return [[next(found) for _ in group] for group in groups]
+
+
+def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
+    """Scores of the rows from the state, which is used up."""
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    wrong = torch.zeros(len(rows), dtype=torch.int64)
+    targets = _padded([[-1] * (len(r.context) - 1) + r.continuation for r in rows], -1)
+    for begin, end, x, _ in _read(model, [r.context + r.continuation[:-1] for r in rows], state):
+        wanted = targets[:, begin:end].to(x.device)
+        row, _ = where = (wanted >= 0).nonzero(as_tuple=True)
+        for y, target, n in zip(x[where].split(HEAD), wanted[where].split(HEAD), row.split(HEAD), strict=True):
+            logits = model.head(y)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+            sums.index_add_(0, n.cpu(), logprob.double().cpu())
+            wrong.index_add_(0, n.cpu(), (logits.argmax(-1) != target).long().cpu())
+    return [
+        Score(total, missed == 0, len(r.continuation))
+        for r, total, missed in zip(rows, sums.tolist(), wrong.tolist(), strict=True)
+    ]
+
+
+def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
+    """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
+    device = model.embed.weight.device
+    lengths, ids = torch.tensor([len(row) for row in rows]), _padded(rows, 0)
+    for begin in range(0, ids.shape[1], STRETCH):
+        part = ids[:, begin : begin + STRETCH]
+        valid = (lengths - begin).clamp(0, part.shape[1])
+        even = bool((valid == part.shape[1]).all())
+        x, state = model.hidden(part.to(device), state, lengths=None if even else valid)
+        yield begin, begin + part.shape[1], x, state
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    """int64 `[B,T]`, padding on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], True, value)

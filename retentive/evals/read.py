@@ -1,0 +1,115 @@
+"""Files of tasks: JSONL (or CSV with a head), a row a question. What is wrong with one names its file and line."""
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retentive.evals.tasks import TASKS, Question, Task
+
+SEED = 1234
+"""lm-eval's, for the choice of examples."""
+
+
+class Item(NamedTuple):
+    line: int
+    """In its file, from 1."""
+    content: Any
+    """A Question, or a text."""
+
+
+def known(names: list[str]) -> list[str]:
+    """The names, if each is a task's and there is one.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}, expected some of {', '.join(TASKS)}")
+    if not names:
+        raise ValueError(f"no task given, expected some of {', '.join(TASKS)}")
+    return names
+
+
+def find(name: str, folder: Path) -> Path:
+    """The file of a task.
+
+    Raises:
+        FileNotFoundError: none of those that it may be in.
+    """
+    places = [folder / place for place in TASKS[name].files or (f"{name}.jsonl",)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: no such file")
+
+
+def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
+    """The questions or texts of a file, the first `limit` of them, each after `shots` others with their answers.
+
+    The examples are drawn from the whole file, for one question after the other from one seed, never itself: those that
+    lm-eval shows where it draws them from the split that it scores.
+
+    Raises:
+        ValueError: a line that cannot be used, or none; fewer rows than the examples need.
+    """
+    items: list[Item] = []
+    for line, row in _rows(file):
+        if limit is not None and shots == 0 and len(items) == limit:
+            break
+        try:
+            items.append(Item(line, task.build(row)))
+        except ValueError as error:
+            raise ValueError(f"{file} line {line}: {error}") from None
+    if not items:
+        raise ValueError(f"{file} is empty: expected a JSON object a line")
+    if shots == 0:
+        return items
+    if task.kind == "text":
+        raise ValueError(f"{file} holds texts: examples (--shots) are for questions")
+    if len(items) <= shots:
+        raise ValueError(f"{file} has {len(items)} questions, too few for {shots} examples before each: lower --shots")
+    draw = random.Random(SEED)
+    return [_after(item, items, draw, shots) for item in items[:limit]]
+
+
+def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> Item:
+    """The question with examples before it."""
+    drawn = [other.content for other in draw.sample(items, shots + 1) if other.content != item.content]
+    if len(drawn) < shots:  # the same question stands in the file twice
+        drawn = [i.content for i in draw.sample([i for i in items if i.content != item.content], shots)]
+    examples = "".join(other.shot + "\n\n" for other in drawn[:shots])
+    question: Question = item.content
+    prompts = tuple(examples + prompt for prompt in question.prompts)
+    return Item(
+        item.line, Question(prompts, question.continuations, question.gold, question.choices, examples + question.shot)
+    )
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of what is not blank."""
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        try:
+            if file.suffix == ".csv":
+                reader = csv.DictReader(lines)
+                for row in reader:
+                    yield reader.line_num, row
+                return
+            for n, line in enumerate(lines, 1):
+                if line.strip():
+                    yield n, _object(line, f"{file} line {n}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start})") from None
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row

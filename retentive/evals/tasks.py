@@ -1,0 +1,235 @@
+"""The tasks: how a row of each file becomes a prompt, what may follow it, and which of that is right.
+
+Prompts, choices and metrics are those of lm-eval 0.4.13's stock tasks, the two spaces that it puts before COPA's and
+Winograd's continuations included. Winogrande and Winograd are scored as Trinh and Le do (arXiv 1806.02847): one prompt
+for each choice, and the same words after it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Of one row; prompts and continuations are one each for every choice."""
+
+    prompts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    """With the space that divides them from the prompt."""
+    gold: int
+    """The right one."""
+    choices: tuple[str, ...]
+    """What the lengths are taken of that normalise log-likelihoods."""
+    shot: str
+    """Prompt and right answer, to show before other questions."""
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: str
+    """choice: which continuation is likeliest. word: is the continuation what greedy decoding gives. text: perplexity.
+    """
+    build: Callable[[Row], Any]
+    """Makes a Question of a row (the text, where the kind is text). Raises ValueError for one that it cannot use."""
+    metrics: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    """Where it lies below the data folder if not in NAME.jsonl."""
+
+
+# What rows hold
+
+
+def string(row: Row, field: str) -> str:
+    """The text of a field."""
+    if field not in row:
+        raise ValueError(f"no field {field!r}, expected one beside {', '.join(map(repr, row)) or 'nothing'}")
+    if not isinstance(row[field], str):
+        raise ValueError(f"field {field!r} must be a string, got {type(row[field]).__name__}")
+    return row[field]
+
+
+def strings(row: Row, field: str) -> list[str]:
+    """Two texts or more."""
+    values = row.get(field)
+    if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"field {field!r} must be a list of two strings or more, got {values!r:.80}")
+    return values
+
+
+def one_of(row: Row, field: str, names: list[Any]) -> int:
+    """Which of `names` a field's value is; numbers and their digits are the same."""
+    value = str(row.get(field)).strip()
+    if value not in map(str, names):
+        raise ValueError(f"field {field!r} must be one of {', '.join(map(str, names))}, got {row.get(field)!r:.80}")
+    return [str(name) for name in names].index(value)
+
+
+# Questions
+
+
+def ask(prompt: str, choices: list[str], gold: int) -> Question:
+    """One prompt, and a choice to follow it after a space."""
+    _no_empty(choices)
+    continuations = tuple(" " + choice for choice in choices)
+    return Question((prompt,) * len(choices), continuations, gold, tuple(choices), prompt + continuations[gold])
+
+
+def fill(beginnings: list[str], end: str, gold: int) -> Question:
+    """A prompt for each choice, and the same end after a space."""
+    _some(end)
+    n = len(beginnings)
+    return Question(tuple(beginnings), (" " + end,) * n, gold, tuple(beginnings), f"{beginnings[gold]} {end}")
+
+
+def _no_empty(choices: list[str]) -> None:
+    for n, choice in enumerate(choices, 1):
+        if not choice.strip():
+            raise ValueError(f"choice {n} of {len(choices)} is empty: it has no token to score")
+
+
+def _some(continuation: str) -> None:
+    if not continuation.strip():
+        raise ValueError("nothing follows the prompt: there is no token to score")
+
+
+def hellaswag(row: Row) -> Question:
+    context = string(row, "ctx_a") + " " + string(row, "ctx_b").capitalize()
+    endings = strings(row, "endings")
+    query = _without_marks(string(row, "activity_label") + ": " + context)
+    return ask(query, [_without_marks(e) for e in endings], one_of(row, "label", list(range(len(endings)))))
+
+
+def _without_marks(text: str) -> str:
+    """WikiHow's headings and brackets."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def piqa(row: Row) -> Question:
+    choices = [string(row, "sol1"), string(row, "sol2")]
+    return ask(f"Question: {string(row, 'goal')}\nAnswer:", choices, one_of(row, "label", [0, 1]))
+
+
+def boolq(row: Row) -> Question:
+    prompt = f"{string(row, 'passage')}\nQuestion: {string(row, 'question')}?\nAnswer:"
+    return ask(prompt, ["no", "yes"], one_of(row, "label", [0, 1]))
+
+
+def copa(row: Row) -> Question:
+    word = ("because", "therefore")[one_of(row, "question", ["cause", "effect"])]
+    choices = [string(row, "choice1"), string(row, "choice2")]
+    _no_empty(choices)
+    prompt = f"{string(row, 'premise').strip()[:-1]} {word}"
+    return ask(prompt, [f" {c[0].lower()}{c[1:]}" for c in choices], one_of(row, "label", [0, 1]))
+
+
+def winogrande(row: Row) -> Question:
+    before, blank, after = string(row, "sentence").partition("_")
+    if not blank:
+        raise ValueError("field 'sentence' has no '_' where the options go")
+    options = [string(row, "option1"), string(row, "option2")]
+    return fill([before + option for option in options], after.strip(), one_of(row, "answer", [1, 2]))
+
+
+UPPER = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their")
+"""Words that begin an option in capitals and stand in the middle of the sentence."""
+
+
+def wsc273(row: Row) -> Question:
+    text, pronoun, place = string(row, "text").replace("  ", " "), string(row, "pronoun"), row.get("pronoun_loc")
+    if not isinstance(place, int) or text[place : place + len(pronoun)] != pronoun or not pronoun:
+        raise ValueError(f"field 'pronoun_loc' must say where {pronoun!r} stands in 'text', got {place!r}")
+    options = [_fitted(option, text, pronoun, place) for option in strings(row, "options")]
+    gold = one_of(row, "label", list(range(len(options))))
+    return fill([text[:place] + option for option in options], text[place + len(pronoun) :], gold)
+
+
+def _fitted(option: str, text: str, pronoun: str, place: int) -> str:
+    """The option as it stands in place of the pronoun."""
+    _no_empty([option])
+    if pronoun.lower() in ("my", "his", "her", "our", "their"):
+        option += "'s"
+    first = option.split()[0]
+    return option.replace(first, first.lower()) if first in UPPER and text[place - 2] != "." else option
+
+
+def lettered(prompt: Callable[[Row], str]) -> Callable[[Row], Question]:
+    """Choices with names, as ARC and OpenBookQA have them."""
+
+    def build(row: Row) -> Question:
+        choices = row.get("choices")
+        if not isinstance(choices, dict):
+            raise ValueError(f"field 'choices' must hold 'text' and 'label', got {type(choices).__name__}")
+        texts, labels = strings(choices, "text"), strings(choices, "label")
+        if len(texts) != len(labels):
+            raise ValueError(f"field 'choices' has {len(texts)} texts and {len(labels)} labels")
+        return ask(prompt(row), texts, one_of(row, "answerKey", labels))
+
+    return build
+
+
+def storycloze(row: Row) -> Question:
+    """Of lm-eval's fields, or of the authors' CSV."""
+    new = "input_sentence_1" in row
+    sentences = [string(row, f"input_sentence_{n}" if new else f"InputSentence{n}") for n in range(1, 5)]
+    ends = [string(row, f"sentence_quiz{n}" if new else f"RandomFifthSentenceQuiz{n}") for n in (1, 2)]
+    return ask(" ".join(sentences), ends, one_of(row, "answer_right_ending" if new else "AnswerRightEnding", [1, 2]))
+
+
+def lambada(row: Row) -> Question:
+    prompt, _, word = string(row, "text").rpartition(" ")
+    _some(word)
+    return Question((prompt,), (" " + word,), 0, (word,), f"{prompt}  {word}")
+
+
+# Texts
+
+
+def text(row: Row) -> str:
+    return _not_blank(string(row, "text"))
+
+
+def report(row: Row) -> str:
+    return _not_blank(string(row, "document"))
+
+
+def meeting(row: Row) -> str:
+    turns = row.get("meeting_transcripts")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("field 'meeting_transcripts' must be a list of turns with 'speaker' and 'content'")
+    return _not_blank("".join(f"{string(turn, 'speaker')}: {string(turn, 'content')}\n" for turn in turns))
+
+
+def _not_blank(document: str) -> str:
+    if not document.strip():
+        raise ValueError("the document is empty: there is nothing to predict")
+    return document
+
+
+ACC, NORM = ("acc",), ("acc", "acc_norm", "acc_bytes")
+LENGTHS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
+
+TASKS = {
+    "hellaswag": Task("choice", hellaswag, NORM),
+    "piqa": Task("choice", piqa, NORM),
+    "boolq": Task("choice", boolq, ACC),
+    "copa": Task("choice", copa, ACC),
+    "winogrande": Task("choice", winogrande, ACC),
+    "wsc273": Task("choice", wsc273, ACC),
+    "storycloze": Task("choice", storycloze, ACC, ("storycloze.jsonl", "storycloze.csv")),
+    "arc_easy": Task("choice", lettered(lambda row: f"Question: {string(row, 'question')}\nAnswer:"), NORM),
+    "arc_challenge": Task("choice", lettered(lambda row: f"Question: {string(row, 'question')}\nAnswer:"), NORM),
+    "openbookqa": Task("choice", lettered(lambda row: string(row, "question_stem")), NORM),
+    "lambada_openai": Task("word", lambada, ("acc", "perplexity")),
+    "perplexity": Task("text", text, LENGTHS),
+    "qmsum": Task("text", meeting, LENGTHS, ("qmsum.jsonl", "qmsum/val.jsonl", "../qmsum/val.jsonl")),
+    "gov_report": Task(
+        "text",
+        report,
+        LENGTHS,
+        ("gov_report.jsonl", "gov_report/gov_report.jsonl", "../gov_report/gov_report.jsonl"),
+    ),
+}

@@ -1,0 +1,79 @@
+"""What answers lm-eval's requests, without lm-eval: groups, texts, generation; and the refusals."""
+
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from retentive.evals.harness import likelihoods, rolling, run_tasks, write
+from retentive.evals.likelihood import encode, score
+
+
+@dataclass
+class Asked:
+    """Of lm-eval's Instance what is used."""
+
+    args: tuple[Any, ...]
+    task_name: str | None = None
+    doc_id: int | None = None
+
+
+def test_requests_are_answered_in_their_order(model, tokenizer):
+    """Whether they say which question they belong to or not."""
+    pairs = [("a b", " c"), ("x", " yy"), ("a b", " dd"), ("", "e"), ("x", " z"), ("a b ", "c")]
+    expected = [score(model, [[encode(tokenizer, *pair)]])[0][0].logprob for pair in pairs]
+    plain = [Asked(pair) for pair in pairs]
+    named = [Asked(pair, "t", n % 2) for n, pair in enumerate(pairs)]
+    for requests in (plain, named):
+        assert [s.logprob for s in likelihoods(model, tokenizer, requests)] == pytest.approx(expected, rel=1e-10)
+
+
+def test_texts_uncut_and_in_windows(bigram, tokenizer):
+    table = torch.randn(257, 257)
+    text = "abcdefgh" * 3
+    ids = [256, *tokenizer.encode(text)]
+    expected = sum(float(table.double().log_softmax(-1)[a, b]) for a, b in pairwise(ids))
+    model = bigram(table)
+    for window in (None, 2, 7, 24, 100):  # to a bigram what was before the last token is nothing
+        assert rolling(model, tokenizer, text, window) == pytest.approx(expected, rel=1e-6)  # a float32 table
+    assert rolling(model, tokenizer, "") == 0
+
+
+@pytest.fixture
+def alphabet(bigram):
+    """After each letter the next, after z the end of the text."""
+    table = torch.zeros(257, 257)
+    for a, b in zip("abcdefghijklmnopqrstuvwxy", "bcdefghijklmnopqrstuvwxyz", strict=True):
+        table[ord(a), ord(b)] = 20
+    table[ord("z"), 256] = 20
+    return bigram(table)
+
+
+GENERATING = {
+    "limit": ({"max_gen_toks": 4}, "bcde"),
+    "string": ({"until": "fg"}, "bcde"),
+    "first-of-strings": ({"until": ["xyz", "gh"]}, "bcdef"),
+    "end-of-text": ({"until": []}, "bcdefghijklmnopqrstuvwxyz"),
+    "greedy-in-spite-of-a-temperature": ({"do_sample": False, "temperature": 90.0, "max_gen_toks": 2}, "bc"),
+    "sampled": ({"do_sample": True, "temperature": 0.1, "top_p": 0.9, "top_k": 3, "max_gen_toks": 3}, "bcd"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_generation(case, alphabet, tokenizer):
+    options, expected = GENERATING[case]
+    assert write(alphabet, tokenizer, "a", options) == expected
+
+
+def test_an_option_of_generation_that_is_not_known(alphabet, tokenizer, refuses):
+    with refuses("generation option 'num_beams' is not known, expected some of until, max_gen_toks"):
+        write(alphabet, tokenizer, "a", {"num_beams": 4})
+
+
+def test_without_lm_eval(alphabet, tokenizer, monkeypatch, refuses):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with refuses("pip install 'retentive[eval]'", ImportError):
+        run_tasks(alphabet, tokenizer, ["piqa"], None)
