@@ -66,6 +66,8 @@ def run(command: EvalCommand, typed: str) -> None:
     if command.lm_eval:
         from retentive.evals.harness import run_tasks
 
+        if command.max_length is not None:
+            raise ValueError("--max-length is for our own scorer: leave it out with --lm-eval")
         how: dict[str, Any] = {"shots": command.shots, "limit": command.limit, "window": command.window}
         rows, records = run_tasks(model, tokenizer, names, command.data, **how)
     else:

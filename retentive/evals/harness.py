@@ -103,7 +103,8 @@ def describe(names: list[str], folder: Path, place: Path) -> None:
             raise ValueError(
                 f"lm-eval reads {name} from {name}.jsonl with its own names of the fields, not {file.name}"
             )
-        task = {"include": stock.as_posix(), "task": name, "tag": None, "dataset_path": "json", "dataset_name": None}
+        task: dict[str, Any] = {"include": stock.as_posix(), "task": name, "tag": None}
+        task |= {"dataset_path": "json", "dataset_name": None}
         task |= {"dataset_kwargs": {"data_files": {"test": file.as_posix()}}, "test_split": "test"}
         task |= {"training_split": None, "validation_split": None, "fewshot_split": "test"}
         (place / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
