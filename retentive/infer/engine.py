@@ -14,6 +14,8 @@ RetNet and the Transformer twin alike: the engine asks of a state no more than `
 `cat` and `select`.
 """
 
+import contextlib
+import ctypes
 import itertools
 import threading
 from collections import deque
@@ -59,6 +61,7 @@ class Engine:
         self.reading: list[Prompt] = []
         self.running: list[Request] = []
         self.pool: Any = None  # a State of `slots` sequences, the running ones first
+        self.view: tuple[Any, int, Any] = (None, 0, None)  # a pool, n, its first n sequences
         self.wake = threading.Condition()
         self.thread: threading.Thread | None = None
         self.closing = self.abandoned = False
@@ -259,13 +262,15 @@ class Engine:
         try:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [[r.made[-1] if r.made else r.stream.ids[-1]] for r in self.running]
-            x, state = self.model.hidden(torch.tensor(ids, device=self._device), self.pool.view(n))
+            if self.view[0] is not self.pool or self.view[1] != n:
+                self.view = (self.pool, n, self.pool.view(n))
+            x, state = self.model.hidden(torch.tensor(ids, device=self._device), self.view[2])
             self.pool.position[:n] = state.position
             logits = self.model.head(x[:, -1]).float().cpu()
         except Exception as error:  # of the model, such as no memory: the pool may be half written
             for request in self.running:
                 self._end(request, "error", error)
-            self.running, self.pool = [], None
+            self.running, self.pool, self.view = [], None, (None, 0, None)
             return
         self._pick(logits)
 
@@ -283,15 +288,16 @@ class Engine:
             except Exception as error:
                 failed[row] = error
         tokens, logprobs = pick(logits, [r.sampler for r in self.running], masks)
+        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
         for row in reversed(range(len(self.running))):
             try:
                 if row in failed:
                     raise failed[row]
-                self._take(row, tokens[row], logprobs[row])
+                self._take(row, tokens[row], chosen[row], logprobs)
             except Exception as error:  # of its constraint
                 self._leave(row, "error", error)
 
-    def _take(self, row: int, token: int, logprob: Tensor) -> None:
+    def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
         request = self.running[row]
         request.made.append(token)
         if token in request.stop_ids:
@@ -299,9 +305,9 @@ class Engine:
             return
         if request.constraint:
             request.constraint.accept(token)
-        top = logprob.topk(request.top) if request.top else None
+        top = logprobs[row].topk(request.top) if request.top else None
         likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-        self._deliver(request.stream, Token(token, float(logprob[token]), likeliest))
+        self._deliver(request.stream, Token(token, logprob, likeliest))
         self.counts["tokens"] += 1
         if request.constraint and request.constraint.complete:
             self._leave(row, "stop")
@@ -362,6 +368,7 @@ class Engine:
 
     def start(self) -> "Engine":
         """Steps in a thread while there is work, until `close`."""
+        release_workers()
         self.thread = threading.Thread(target=self._run, name="retentive-engine", daemon=True)
         self.thread.start()
         return self
@@ -385,6 +392,16 @@ class Engine:
             self.thread.join()
         while self.step():  # where there is no thread
             continue
+
+
+def release_workers() -> None:
+    """Ends the OpenMP workers of the calling thread, which come back when it computes again.
+
+    Each thread that computes has workers of its own. Where there are more of them than cores, GNU's OpenMP lets them
+    sleep between two operations in place of spinning, and a small model's step takes twice as long (docs/LOG.md).
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another runtime, or none
+        ctypes.CDLL(None).omp_pause_resource_all(1)
 
 
 def form(state: State) -> list[tuple[int, ...]]:

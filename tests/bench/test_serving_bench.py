@@ -39,8 +39,8 @@ def test_a_small_run_measures_everything(config):
 
 
 def test_the_gate_sees_tokens_of_another_stream(monkeypatch):
-    def mixed(engine, row, token, logprob, take=Engine._take):
-        take(engine, row, (token + (row == 1)) % 257, logprob)
+    def mixed(engine, row, token, *logprobs, take=Engine._take):
+        take(engine, row, (token + (row == 1)) % 257, *logprobs)
 
     monkeypatch.setattr(Engine, "_take", mixed)
     with pytest.raises(ArithmeticError, match="gave other tokens than alone: not timed"):
