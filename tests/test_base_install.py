@@ -41,6 +41,7 @@ OPTIONAL += ["transformers", "triton"]  # of hf, of the GPU's kernels
 OPTIONAL += ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "ray"]  # of serve
 WITHOUT = ["retentive.serve", "retentive.serve.options", "retentive.serve.templates", "retentive.serve.sessions"]
 OPTIONAL += ["llguidance"]  # of structured output
+OPTIONAL += ["lm_eval"]  # of evals
 
 WALK = """
 import importlib, json, pkgutil, sys

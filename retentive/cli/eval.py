@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from retentive.checkpoint import write_json
 from retentive.checkpoint.io import write_together
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.evals.run import WINDOW, Say, evaluate, table
+from retentive.evals.tasks import PROMPTS
 from retentive.models import Model
 
 
@@ -87,9 +89,10 @@ def run(command: EvalCommand, typed: str) -> None:
             )
     print(table(rows))
     if command.json:
-        described = {"hardware": hardware.describe(), "device": command.device, "dtype": str(model.head.weight.dtype)}
+        scorer = f"lm-eval {version('lm-eval')}" if command.lm_eval else f"retentive, prompts of lm-eval {PROMPTS}"
+        described = {"scorer": scorer, "device": command.device, "dtype": str(model.head.weight.dtype)}
         command.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(command.json, {"command": typed, **described, "results": rows})
+        write_json(command.json, {"command": typed, **described, "hardware": hardware.describe(), "results": rows})
     if command.examples:
         command.examples.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

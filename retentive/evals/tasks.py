@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+PROMPTS = "0.4.13"
+"""The version of lm-eval whose prompts these are."""
+
 Row = Mapping[str, Any]
 
 

@@ -38,6 +38,7 @@ def test_a_table_a_result_and_a_record_of_each_question(place, capsys):
     table = capsys.readouterr().out.splitlines()
     result = json.loads(Path("out/result.json").read_text(encoding="utf-8"))
     assert result["hardware"]["torch"] == torch.__version__ and result["command"].startswith("retentive eval run")
+    assert result["scorer"] == "retentive, prompts of lm-eval 0.4.13"
     assert len(table) == 2 + len(result["results"])
     assert {row["task"] for row in result["results"]} == {*ROWS, "perplexity"}
     records = [json.loads(line) for line in Path("out/examples.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -15,6 +15,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from task_rows import ROWS, variants
 
+from retentive.checkpoint import save_model
+from retentive.cli import main
 from retentive.evals import evaluate
 from retentive.evals.harness import describe, native, rolling, run_tasks
 from retentive.evals.run import windows
@@ -122,3 +124,14 @@ def test_tasks_that_there_are_not(model, tokenizer, folder, refuses):
     (folder / "storycloze.jsonl").rename(folder / "storycloze.csv")
     with refuses("lm-eval reads storycloze from storycloze.jsonl"):
         run_tasks(model, tokenizer, ["storycloze"], folder)
+
+
+def test_the_command_gives_the_same_table_by_either_way(model, tokenizer, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    save_model("run", model, tokenizer)
+    tables = []
+    for way in ([], ["--lm-eval"]):
+        main(["eval", "run", "--tasks", "winogrande,copa", "--data", ".", "--json", "r.json", *way])
+        tables.append([line.split("|")[:6] for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
+    assert tables[0] == tables[1] and len(tables[0]) == 4
+    assert json.loads((folder / "r.json").read_text(encoding="utf-8"))["scorer"].startswith("lm-eval 0.")
