@@ -20,6 +20,7 @@ from retentive.bench import (
     retention,
     retention_report,
     run,
+    scoring,
     serving,
     soak,
     speculation,
@@ -28,6 +29,7 @@ from retentive.bench import (
 )
 from retentive.checkpoint import save_model, write_json
 from retentive.checkpoint.io import write_together
+from retentive.cli.bench_scoring import ScoringBench, score_both_ways
 from retentive.data.tokenizer import load_tokenizer, train_bpe
 from retentive.models import build, preset, twin
 from retentive.models.device import pick_device
@@ -221,6 +223,7 @@ VERBS = {
     "ask": AskBench,
     "serving": ServingBench,
     "speculation": SpeculationBench,
+    "scoring": ScoringBench,
     "soak": SoakBench,
 }
 
@@ -252,6 +255,8 @@ def main(argv: list[str]) -> None:
         bench_serving(command, typed)
     elif isinstance(command, SpeculationBench):
         bench_speculation(command, typed)
+    elif isinstance(command, ScoringBench):
+        bench_scoring(command, typed)
     elif isinstance(command, SoakBench):
         bench_soak(command, typed)
     else:
@@ -417,6 +422,13 @@ def bench_device(name: str) -> torch.device:
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def bench_scoring(command: ScoringBench, typed: str) -> None:
+    result = score_both_ways(command, say=progress)
+    print(scoring.table(result))
+    if command.json:
+        keep(command.json, {"command": typed, **result})
 
 
 def keep_with_picture(path: Path | None, result: dict[str, Any], plot: Callable[..., None], what: str) -> None:
