@@ -88,7 +88,8 @@ def shared(group: Sequence[Request]) -> int:
         return 0
     contexts = [request.context for request in group]
     most = min(map(len, contexts)) - 1
-    return next((n for n in range(most) if any(c[n] != contexts[0][n] for c in contexts)), most)
+    first, last = min(contexts), max(contexts)  # what the first and the last in order have in common, all have
+    return next((n for n in range(most) if first[n] != last[n]), most)
 
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
