@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from task_rows import ROWS
@@ -9,6 +10,8 @@ from task_rows import ROWS
 from retentive.evals.read import find, known, read
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -26,6 +29,17 @@ def test_texts():
     turns = [{"speaker": "A", "content": "Yes?"}, {"speaker": "B", "content": "No."}]
     assert TASKS["qmsum"].build({"meeting_transcripts": turns}) == "A: Yes?\nB: No.\n"
     assert TASKS["gov_report"].build({"document": "Text"}) == TASKS["perplexity"].build({"text": "Text"}) == "Text"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public task files are not beside this project")
+def test_every_line_of_the_public_files_can_be_used():
+    """And whose answers are not all the same: BoolQ's are 62 % yes, the others balanced."""
+    for name in [file.stem for file in SHARED.glob("*.jsonl")]:
+        questions = [item.content for item in read(TASKS[name], find(name, SHARED))]
+        assert len(questions) >= 50
+        if TASKS[name].kind == "choice":
+            first = sum(question.gold == 0 for question in questions) / len(questions)
+            assert 0.2 < first < 0.6, name
 
 
 BAD = {
