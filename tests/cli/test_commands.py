@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import retentive
-from retentive.cli import VERBS, bench, convert, data, demo, generate, info, main, memory
+from retentive.cli import VERBS, bench, chat, convert, data, demo, generate, info, main, memory, serve
+from retentive.cli import eval as evaluation
 from retentive.cli import train as training
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.serve.options import Options
 from retentive.train import TrainConfig
 
 COMMANDS = {
@@ -31,6 +33,9 @@ COMMANDS = {
     "memory ask": memory.AskCommand,
     "memory merge": memory.MergeCommand,
     "memory show": memory.ShowCommand,
+    "serve": serve.ServeCommand,
+    "chat": chat.ChatCommand,
+    "eval": evaluation.EvalCommand,
     "info": info.InfoCommand,
     "convert": convert.ConvertCommand,
     "bench train": bench.TrainBench,
@@ -40,7 +45,12 @@ COMMANDS = {
     "bench speculation": bench.SpeculationBench,
     "bench prompting": bench.PromptingBench,
     "bench ask": bench.AskBench,
+    "bench soak": bench.SoakBench,
+    "bench retention": bench.RetentionBench,
+    "bench step": bench.StepBench,
 }
+INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
+"""Fields that are dataclasses themselves, whose fields are the command's."""
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]], ids=str)
@@ -64,7 +74,7 @@ def texts(cls) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign):
             said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             found[statement.target.id] = inspect.cleandoc(after.value.value) if said else ""
-    for field, inner in (("train", TrainConfig), ("sampling", SamplingParams)):
+    for field, inner in INNER.items():
         if field in found and cls is not inner:
             found.pop(field)
             found |= texts(inner)
@@ -88,7 +98,7 @@ def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
     cls = COMMANDS[command]
     assert is_dataclass(cls) and bare(cls.__doc__) in bare(shown)
     said = texts(cls)
-    assert said.keys() >= {f.name for f in fields(cls)} - {"train", "sampling"}
+    assert said.keys() >= {f.name for f in fields(cls)} - INNER.keys()
     for name, text in said.items():
         assert text, f"{cls.__name__}.{name} has no line of text under it"
         assert bare(text) in bare(shown), f"{cls.__name__}.{name}"
