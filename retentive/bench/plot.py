@@ -1,6 +1,7 @@
 """Pictures of measurements; matplotlib comes with the extra `plot`."""
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 STYLES = {"fp32": "-", "bf16": "--", "fp16": ":"}
@@ -28,7 +29,7 @@ def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5,
     except ImportError:
         raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(fill(title, round(10 * size[0] * columns)))  # some ten characters an inch
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -72,6 +73,7 @@ def legend(figure: Any, axes: Any) -> None:
     dtypes = [dtype for dtype in STYLES if any(name.endswith(dtype) for name in handles)]
     order = sorted(handles, key=lambda name: [name.endswith(dtype) for dtype in dtypes], reverse=True)
     columns = max(len(handles) // max(len(dtypes), 1), 1)
+    columns = min(columns, max(int(figure.get_figwidth() // 1.7), 1))  # inches of an entry
     figure.legend(
         [handles[name] for name in _by_columns(order, columns)], _by_columns(order, columns),
         loc="outside lower center", ncols=columns, fontsize=9,
