@@ -26,10 +26,13 @@ def model(config=CONFIG):
 def test_a_small_run_measures_everything(config):
     result = serving.measure(
         model(config), streams=3, tokens=5, prompt=40, long=150, repeats=2,
-        server=lambda model, streams, tokens: {"tokens_per_second": {"median": 100.0 * streams}},
+        server=lambda model, streams, tokens: {
+            "tokens_per_second": {"server": {"median": 100.0 * streams}},
+            "server_over_engine": 0.95,
+        },
     )  # fmt: skip
     assert all(0 < r["least"] <= r["median"] <= r["most"] for r in result["tokens_per_second"].values())
-    assert result["miss_over_hit"] > 0 and result["server"]["tokens_per_second"]["median"] == 300
+    assert result["miss_over_hit"] > 0 and result["server"]["tokens_per_second"]["server"]["median"] == 300
     early, late = result["long_stream"]["at"]
     assert (early["tokens"], late["tokens"]) == (100, 150)
     grown = late["state"] > early["state"]
