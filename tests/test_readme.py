@@ -42,7 +42,7 @@ def test_readme(tmp_path, monkeypatch, capsys):
         if words[0] not in (
             "eval",
             "serve",
-        ):  # needs the field's files: tests/evals; ends by a signal only: tests/serve
+        )::  # files of the field, an end by a signal: see their own tests
             main(shortened(words))
     assert "held-out" in capsys.readouterr().out
 
