@@ -39,10 +39,7 @@ def test_readme(tmp_path, monkeypatch, capsys):
     assert [v[0] for v in verbs] == wanted
     monkeypatch.setattr("sys.stdin", io.StringIO("Who lived in the wood?\n"))
     for words in verbs:
-        if words[0] not in (
-            "eval",
-            "serve",
-        )::  # files of the field, an end by a signal: see their own tests
+        if words[0] not in ("eval", "serve"):  # files of the field, an end by a signal: see their own tests
             main(shortened(words))
     assert "held-out" in capsys.readouterr().out
 
