@@ -71,12 +71,13 @@ FIELDS = {
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_bad_field_is_named(retnet, case, stream):
     path, body, status, param, words = FIELDS[case]
+    before = set(retnet.service.sessions.held)
     response = retnet.http().post(path, json={**body, "stream": stream})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (status, param)
     assert words in error["message"] and "\n" not in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert retnet.service.at_hand == 0 and not retnet.service.sessions.held
+    assert retnet.service.at_hand == 0 and set(retnet.service.sessions.held) == before
 
 
 BODIES = {
