@@ -1,5 +1,13 @@
 """Models on disk: our own folders, and those of torchscale and flash-linear-attention in both directions."""
 
-from retentive.checkpoint.io import load, load_config, read_tensors, replace_folder, save_model, write_json
+from retentive.checkpoint.io import (
+    load,
+    load_config,
+    load_with_tokenizer,
+    read_tensors,
+    replace_folder,
+    save_model,
+    write_json,
+)
 
-__all__ = ["load", "load_config", "read_tensors", "replace_folder", "save_model", "write_json"]
+__all__ = ["load", "load_config", "load_with_tokenizer", "read_tensors", "replace_folder", "save_model", "write_json"]

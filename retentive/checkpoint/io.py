@@ -56,6 +56,29 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_with_tokenizer(
+    path: str | Path,
+    tokenizer: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Model, Tokenizer]:
+    """(model, tokenizer) for text: the model's own tokenizer, or the one named (bytes, or a file).
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; or no tokenizer, or one with more tokens than the model.
+    """
+    model, found = load(path, device=device, dtype=dtype)
+    if tokenizer:
+        found = load_tokenizer(tokenizer)
+    if found is None:
+        raise ValueError(f"{path} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
+    if found.vocab_size > model.config.vocab_size:
+        have, need = found.vocab_size, model.config.vocab_size
+        raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
+    return model, found
+
+
 def find(path: str | Path) -> Path:
     """The local folder of a model; a name of the form owner/name that is no folder here is fetched from the hub."""
     folder = Path(path)

@@ -27,7 +27,7 @@ from retentive.bench import (
     step,
     training,
 )
-from retentive.checkpoint import save_model, write_json
+from retentive.checkpoint import load_with_tokenizer, save_model, write_json
 from retentive.checkpoint.io import write_together
 from retentive.cli.bench_scoring import ScoringBench, score_both_ways
 from retentive.data.tokenizer import load_tokenizer, train_bpe
@@ -213,57 +213,21 @@ class SoakBench:
     """File for the result; a picture is put beside it."""
 
 
-VERBS = {
-    "train": TrainBench,
-    "memory": MemoryBench,
-    "run": RunBench,
-    "retention": RetentionBench,
-    "step": StepBench,
-    "prompting": PromptingBench,
-    "ask": AskBench,
-    "serving": ServingBench,
-    "speculation": SpeculationBench,
-    "scoring": ScoringBench,
-    "soak": SoakBench,
-}
-
-
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
-        for name, cls in VERBS.items():
+        for name, (cls, _) in VERBS.items():
             print(f"  {name:<11} {cls.__doc__}")
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown bench {argv[0]!r}, expected one of {', '.join(VERBS)}")
-    kind = VERBS[argv[0]]
+    kind, measure = VERBS[argv[0]]
     command: Any = tyro.cli(kind, prog=f"retentive bench {argv[0]}", args=argv[1:])
     typed = shlex.join(["retentive", "bench", *argv])
-    if isinstance(command, TrainBench):
-        bench_train(command)
-    elif isinstance(command, MemoryBench):
-        bench_memory(command)
-    elif isinstance(command, RetentionBench):
-        bench_retention(command, typed)
-    elif isinstance(command, StepBench):
-        bench_step(command, typed)
-    elif isinstance(command, PromptingBench):
-        bench_prompting(command, typed)
-    elif isinstance(command, AskBench):
-        bench_ask(command, typed)
-    elif isinstance(command, ServingBench):
-        bench_serving(command, typed)
-    elif isinstance(command, SpeculationBench):
-        bench_speculation(command, typed)
-    elif isinstance(command, ScoringBench):
-        bench_scoring(command, typed)
-    elif isinstance(command, SoakBench):
-        bench_soak(command, typed)
-    else:
-        bench_run(command)
+    measure(command, typed)
 
 
-def bench_train(command: TrainBench) -> None:
+def bench_train(command: TrainBench, typed: str) -> None:
     if command.precision not in ("bf16", "fp32"):
         raise ValueError(f"--precision must be bf16 or fp32, got {command.precision!r}")
     result = training.measure(
@@ -275,27 +239,27 @@ def bench_train(command: TrainBench) -> None:
     )
     print(training.table(result))
     if command.json:
-        keep(command.json, {**result, "size": command.size})
+        keep(command.json, {"command": typed, **result, "size": command.size})
 
 
-def bench_memory(command: MemoryBench) -> None:
+def bench_memory(command: MemoryBench, typed: str) -> None:
     config = preset(command.size, vocab_size=command.vocab_size)
     models = {"RetNet": build(config).eval(), "Transformer twin": build(twin(config)).eval()}
     rows = memory.measure(models, contexts=command.contexts, batch=command.batch)
     print(memory.table(rows))
     if command.json:
-        keep(command.json, {**memory.report(rows), "size": command.size, "batch": command.batch})
+        keep(command.json, {"command": typed, **memory.report(rows), "size": command.size, "batch": command.batch})
         title = f"What remembering costs: a RetNet ({command.size}) and a Transformer of its size"
         memory.plot(rows, command.json.with_suffix(".png"), title=title)
 
 
-def bench_run(command: RunBench) -> None:
+def bench_run(command: RunBench, typed: str) -> None:
     result = run.report(command.run, command.data, load_tokenizer(command.data))
     for name in ("order-0 entropy", "xz -9"):
         print(f"{name:<18}{result['yardsticks'][name]:6.3f} bits per byte")
     print(f"{'this model':<18}{result['final'][1]:6.3f} bits per byte")
     if command.json:
-        keep(command.json, result)
+        keep(command.json, {"command": typed, **result})
         run.plot(
             result, command.json.with_suffix(".png"), title=f"{command.run.name}: {result['tokens'] / 1e6:.1f} M tokens"
         )
@@ -379,9 +343,7 @@ def bench_serving(command: ServingBench, typed: str) -> None:
 
 
 def bench_speculation(command: SpeculationBench, typed: str) -> None:
-    model, tokenizer = retentive.load(command.run)
-    if tokenizer is None:
-        raise ValueError(f"{command.run} has no tokenizer.json")
+    model, tokenizer = load_with_tokenizer(command.run)
     texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: command.prompt] for path in command.texts]
     draft = retentive.load(command.draft)[0].eval() if command.draft else None
     result = speculation.measure(
@@ -446,3 +408,18 @@ def keep(path: Path, result: dict) -> None:
     """Write a result file, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
+
+
+VERBS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
+    "train": (TrainBench, bench_train),
+    "memory": (MemoryBench, bench_memory),
+    "run": (RunBench, bench_run),
+    "retention": (RetentionBench, bench_retention),
+    "step": (StepBench, bench_step),
+    "prompting": (PromptingBench, bench_prompting),
+    "ask": (AskBench, bench_ask),
+    "serving": (ServingBench, bench_serving),
+    "speculation": (SpeculationBench, bench_speculation),
+    "scoring": (ScoringBench, bench_scoring),
+    "soak": (SoakBench, bench_soak),
+}

@@ -7,8 +7,8 @@ from typing import Any
 
 import tyro
 
-import retentive
 from retentive.bench import scoring
+from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, encode, score, shared
 from retentive.evals.read import find, known, read
@@ -38,9 +38,7 @@ class ScoringBench:
 
 def score_both_ways(command: ScoringBench, say: Callable[[str], object]) -> dict[str, Any]:
     """The result of the bench."""
-    model, tokenizer = retentive.load(command.run)
-    if tokenizer is None:
-        raise ValueError(f"{command.run} has no tokenizer.json: choose a run that has one")
+    model, tokenizer = load_with_tokenizer(command.run)
     asked = {f"{command.task}, {n} shots": questions(command, tokenizer, n) for n in command.shots}
     contests = {name: contest(model, groups) for name, groups in asked.items()}
     parameters = sum(p.numel() for p in model.parameters())

@@ -19,12 +19,13 @@ from rich.console import Console
 
 from retentive.checkpoint.io import find
 from retentive.cli.info import megabytes
-from retentive.cli.memory import Loading, loaded
+from retentive.cli.loading import Loading
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine, Stream
 from retentive.infer.generate import Text
 from retentive.infer.memory import Memory, blank, load_memory, save
+from retentive.serve.options import NAME
 from retentive.serve.templates import ChatTemplate, load_template
 
 HELP = """\
@@ -33,7 +34,6 @@ HELP = """\
 /forget      begin anew
 /stats       how much was read, and what remembering it takes
 Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / takes a space before it."""
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # the server's rule for names of states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def run(command: ChatCommand) -> None:
     """Talk until the input ends."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
-    model, tokenizer = loaded(command)
+    model, tokenizer = command.load()
     template = load_template(find(command.run), tokenizer, command.template)
     memory = load_memory(command.memory, model) if command.memory else blank(model)
     engine = Engine(model, slots=1).start()
@@ -196,7 +196,7 @@ def obey(conversation: Conversation, line: str, states: Path) -> str:
     """What a command has to say."""
     verb, _, name = line.partition(" ")
     name = name.strip()
-    if verb in ("/save", "/load") and not NAME.fullmatch(name):
+    if verb in ("/save", "/load") and not re.fullmatch(NAME, name):
         raise ValueError(f"{verb} needs a name of up to 64 letters, digits, '.', '_' and '-', got {name!r}")
     path, memory = states / f"{name}.safetensors", conversation.memory
     if verb == "/save":

@@ -7,29 +7,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import retentive
 from retentive.bench import hardware
 from retentive.checkpoint import write_json
 from retentive.checkpoint.io import write_together
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.cli.loading import Loading
 from retentive.evals.run import WINDOW, Say, evaluate, table
 from retentive.evals.tasks import PROMPTS
-from retentive.models import Model
 
 
-@dataclass(frozen=True)
-class EvalCommand:
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand(Loading):
     """Score a model on tasks: a question's context is read once, and each choice goes on from a copy of its state."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory or model folder (ours, torchscale's or fla's), or owner/name on the hub."""
     tasks: str
     """Names with commas between them; a wrong one lists all."""
     data: Path | None = None
@@ -44,12 +39,6 @@ class EvalCommand:
     """Tokens that texts are read in for the windowed perplexity, 2048 if not given; --lm-eval then reads them uncut."""
     lm_eval: bool = False
     """Run lm-eval's own tasks by their names, from the files in --data where they are there, else from the hub."""
-    tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
-    device: str = "cpu"
-    """cpu, cuda, mps, or auto."""
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Of the weights; the state is float32 in any case."""
     json: Path | None = None
     """File for the result."""
     examples: Path | None = None
@@ -64,7 +53,7 @@ def main(argv: list[str]) -> None:
 def run(command: EvalCommand, typed: str) -> None:
     """Print the table, and keep what was asked for."""
     names = [name.strip() for name in command.tasks.split(",") if name.strip()]
-    model, tokenizer = load(command)
+    model, tokenizer = command.load()
     if command.lm_eval:
         from retentive.evals.harness import run_tasks
 
@@ -97,20 +86,6 @@ def run(command: EvalCommand, typed: str) -> None:
         command.examples.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_together({command.examples: lambda path: path.write_text(lines, encoding="utf-8")})
-
-
-def load(command: EvalCommand) -> tuple[Model, Tokenizer]:
-    """The model and the tokenizer that belongs to it."""
-    dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
-    model, tokenizer = retentive.load(command.run, device=command.device, dtype=dtype)
-    if command.tokenizer:
-        tokenizer = load_tokenizer(command.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{command.run} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        have, need = tokenizer.vocab_size, model.config.vocab_size
-        raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
-    return model, tokenizer
 
 
 @contextmanager

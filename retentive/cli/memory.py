@@ -6,37 +6,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-import retentive
+from retentive.cli.loading import Loading
 from retentive.data.pack import pieces
 from retentive.data.sources import Document, documents, source_files
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams, write_on
 from retentive.infer.memory import Memory, blank, chain, chain_errors, load_memory, merge, read, save, show
 from retentive.models import Model
 
 SHOWN = 20
 """Documents that are listed by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """Which model, and how."""
-
-    run: tyro.conf.Positional[str]
-    """Run directory or model folder (ours, torchscale's or fla's), or owner/name on the hub."""
-    tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
-    device: str = "cpu"
-    """cpu, cuda, mps, or auto."""
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Of the weights; a memory belongs to the weights in the dtype that wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +100,6 @@ def main(argv: list[str]) -> None:
         print(described(show(command.file), command.file))
 
 
-def loaded(loading: Loading) -> tuple[Model, Tokenizer]:
-    """The model and a tokenizer that fits it."""
-    dtype = None if loading.dtype == "stored" else getattr(torch, loading.dtype)
-    model, tokenizer = retentive.load(loading.run, device=loading.device, dtype=dtype)
-    if loading.tokenizer:
-        tokenizer = load_tokenizer(loading.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{loading.run} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        have, need = tokenizer.vocab_size, model.config.vocab_size
-        raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
-    return model, tokenizer
-
-
 # write
 
 
@@ -143,7 +114,7 @@ def write(command: WriteCommand) -> None:
     for file in command.files:
         if not file.startswith("hf:"):
             source_files(file)  # what is missing is said before anything is read
-    model, tokenizer = loaded(command)
+    model, tokenizer = command.load()
     before = blank(model)
     if command.memory:
         before = load_memory(command.memory, model, before.model)
@@ -262,7 +233,7 @@ def ask(command: AskCommand) -> None:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     if not prompt:
         raise ValueError("ask needs a prompt: --prompt TEXT, or --prompt - to read standard input")
-    model, tokenizer = loaded(command)
+    model, tokenizer = command.load()
     memory = load_memory(command.memory, model)
     for text in write_on(
         model,

@@ -2,30 +2,22 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
+from retentive.cli.loading import Loading
 from retentive.serve.options import Options
 
 
-@dataclass(frozen=True)
-class ServeCommand:
+@dataclass(frozen=True, kw_only=True)
+class ServeCommand(Loading):
     """Serve a model to any OpenAI client, and to a browser: each stream takes the memory of one state, however long."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory or model folder (ours, torchscale's or fla's), or owner/name on the hub."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's."""
     port: int = 8000
     """Port; 0 takes a free one."""
-    tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
-    device: str = "cpu"
-    """cpu, cuda, mps, or auto."""
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Of the weights; the state is float32 in any case."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
 
@@ -44,6 +36,7 @@ def run(command: ServeCommand) -> None:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
     keys = tuple(k.strip() for k in os.environ.get("RETENTIVE_API_KEY", "").split(",") if k.strip())
     options = replace(command.options, api_key=(*command.options.api_key, *keys))
-    dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
-    service = open_service(command.run, options, tokenizer=command.tokenizer, device=command.device, dtype=dtype)
+    service = open_service(
+        command.run, options, tokenizer=command.tokenizer, device=command.device, dtype=command.torch_dtype
+    )
     serve(service, command.host, command.port)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
+"""Of sessions and saved states: nothing that a path could be made of."""
+
 
 @dataclass(frozen=True)
 class Options:

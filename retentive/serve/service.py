@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from retentive import __version__
-from retentive.checkpoint import load
+from retentive.checkpoint import load_with_tokenizer
 from retentive.checkpoint.io import find
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.memory import fingerprint
 from retentive.models import Model, cost
@@ -44,9 +44,6 @@ class Service:
 
     def __post_init__(self):
         options, model = self.options, self.model
-        if self.tokenizer.vocab_size > model.config.vocab_size:
-            have, need = self.tokenizer.vocab_size, model.config.vocab_size
-            raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
         self.fingerprint = fingerprint(model)
         cache = None
         if options.cache:
@@ -116,10 +113,7 @@ def open_service(
         FileNotFoundError, ValueError: no model, no tokenizer, or a template that is refused.
     """
     options, folder = options or Options(), find(run)
-    model, found = load(folder, device=device, dtype=dtype)
-    found = load_tokenizer(tokenizer) if tokenizer else found
-    if found is None:
-        raise ValueError(f"{run} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
+    model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype)
     template = load_template(folder, found, options.template)
     name = folder.resolve().name if Path(run).is_dir() else str(run)
     return Service(name, model, found, template, options, options.states or folder / "states")

@@ -23,6 +23,7 @@ from retentive.infer.memory import Memory, load_memory, save
 from retentive.models import Model
 from retentive.models.state import State
 from retentive.serve.errors import Refused
+from retentive.serve.options import NAME
 
 MOST_FILES = 1000
 """Saved states of one key."""
@@ -130,7 +131,7 @@ class SavedStates:
         self.writing = threading.Lock()
 
     def _path(self, owner: str, name: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
+        if not re.fullmatch(NAME, name):
             raise Refused(400, "a state's name is up to 64 letters, digits, '.', '_' and '-'", param="name")
         return self.folder / owner / f"{name}.safetensors"
 

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ UNLIKELY = -9999.0
 """What OpenAI writes for minus infinity, which JSON has not."""
 
 
-class Shape:
+class Shape(ABC):
     """The form of one answer. `name` and `prefix` are OpenAI's words for it."""
 
     name, chunk_name, prefix = "", "", ""
@@ -39,12 +40,13 @@ class Shape:
         """Choices of a first chunk, before there is any text."""
         return []
 
+    @abstractmethod
     def piece(self, piece: Piece) -> dict[str, Any]:
         """A choice of a chunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of a whole answer."""
 
     def _token(self, id: int) -> str:
         return self.tokenizer.decode([id])

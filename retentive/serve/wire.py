@@ -3,15 +3,15 @@
 Fields that are not known are ignored, as OpenAI's server does; known ones that are not served are refused, by name.
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from retentive.infer import SamplingParams
 from retentive.serve.errors import Refused, field
+from retentive.serve.options import NAME
 
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
-"""Of sessions and saved states: nothing that a path could be made of."""
 COLDEST = 1e-4
 """Below this temperature the likeliest token is taken: dividing by less would overflow."""
 
@@ -76,7 +76,7 @@ class Message(Wire):
     content: Annotated[str, BeforeValidator(_as_text)]
 
 
-class Generation(Wire):
+class Generation(Wire, ABC):
     """What both kinds of completion take. null is as good as not given."""
 
     model: str | None = None
@@ -99,9 +99,9 @@ class Generation(Wire):
     frequency_penalty: float | None = None
 
     @property
+    @abstractmethod
     def logprob_count(self) -> int | None:
         """So many likeliest tokens are to come with each; None for no log probabilities."""
-        raise NotImplementedError
 
     def refuse_what_is_not_served(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
