@@ -107,21 +107,26 @@ typedef uint16_t half;
 
 INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
 
+/* a row of `n` elements as float32, zeros up to `width` */
+INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {
+    if (dtype == 0) memcpy(to, from, n * 4);
+    else if (dtype == 1) {
+        const uint16_t *x = from;
+        for (i64 j = 0; j < n; j++) to[j] = from_bf16(x[j]);
+    } else {
+        const half *x = from;
+        for (i64 j = 0; j < n; j++) to[j] = (float)x[j];
+    }
+    for (i64 j = n; j < width; j++) to[j] = 0;
+}
+
 /* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row. They lie far
    apart, where the hardware's prefetcher does not follow: AHEAD rows are asked for in time. */
 static void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, i64 n, float *to, i64 width, i64 all_rows) {
     for (i64 i = 0; i < rows; i++, to += width) {
         for (i64 j = 0; j < n; j += dtype == 0 ? 16 : 32)
             __builtin_prefetch(element(from, dtype, (i + AHEAD) * stride + j));
-        if (dtype == 0) memcpy(to, (const float *)from + i * stride, n * 4);
-        else if (dtype == 1) {
-            const uint16_t *x = (const uint16_t *)from + i * stride;
-            for (i64 j = 0; j < n; j++) to[j] = from_bf16(x[j]);
-        } else {
-            const half *x = (const half *)from + i * stride;
-            for (i64 j = 0; j < n; j++) to[j] = (float)x[j];
-        }
-        for (i64 j = n; j < width; j++) to[j] = 0;
+        read_row(dtype, element(from, dtype, i * stride), n, to, width);
     }
     memset(to, 0, (all_rows - rows) * width * 4);
 }
@@ -674,14 +679,27 @@ typedef struct { /* what a full ring folds into the state: S = kept * S + sum ov
     float kept[8];       /* the same number */
 } Fold;
 
+/* Blocks of eight rows by which the state is asked for ahead of its use. Intel's prefetcher begins anew on every page of
+   4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
+static i64 blocks_ahead(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel") ? 2 : 0;
+#else
+    return 0;
+#endif
+}
+
 /* o += q S, eight rows of S at once, which are folded into while they are in the cache */
-static void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold) {
+static void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
+                          i64 ahead) {
     i64 whole = V / LANES * LANES;
     for (i64 k = 0, rows; k < K; k += rows, S += rows * V) {
         rows = K - k < 8 ? 1 : 8;
         if (rows == 8)
             for (i64 j = 0; j < whole; j += LANES) {
                 vf x = load(o + j);
+                if (ahead)
+                    for (int i = 0; i < 8; i++) __builtin_prefetch(S + (ahead * 8 + i) * V + j);
                 for (int i = 0; i < 8; i++) x += splat(q[k + i]) * load(S + i * V + j);
                 store(o + j, x);
             }
@@ -728,15 +746,15 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
     ask_ring(c, bh + 1);
 
     float *q = space, *o = q + K, *k = o + V, *v = k + R * K, since = 0; /* log decay from token j to the newest */
-    read_rows(c->dtype, (const char *)c->q + bh * K * size, K, 1, K, q, K, 1);
+    read_row(c->dtype, (const char *)c->q + bh * K * size, K, q, K);
     memset(o, 0, V * 4);
     Fold fold = {held == R ? R / 2 : 0, k, v, {0}};
     for (i64 j = held - 1; j >= 0; j--) {
         i64 at = (begin + j) % R;
         const float *kj = (const float *)ring_k + at * K, *vj = (const float *)ring_v + at * V;
         if (c->dtype != 0) {
-            read_rows(c->dtype, ring_k + at * K * size, K, 1, K, k, K, 1), kj = k;
-            read_rows(c->dtype, ring_v + at * V * size, V, 1, V, v, V, 1), vj = v;
+            read_row(c->dtype, ring_k + at * K * size, K, k, K), kj = k;
+            read_row(c->dtype, ring_v + at * V * size, V, v, V), vj = v;
         }
         float weight = (float)c->scale * exp_of(since) * dot(q, kj, K);
         for (i64 n = 0; n < V; n++) o[n] += weight * vj[n];
@@ -747,16 +765,16 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
     for (i64 j = fold.tokens - 1; j >= 0; j--) {
         i64 at = (begin + j) % R;
         float weight = exp_of(kept);
-        read_rows(c->dtype, ring_k + at * K * size, K, 1, K, k + j * K, K, 1);
+        read_row(c->dtype, ring_k + at * K * size, K, k + j * K, K);
         for (i64 n = 0; n < K; n++) k[j * K + n] *= weight;
         for (i64 n = 0; n < V; n += NC) {
             i64 width = smaller(NC, V - n);
-            read_rows(c->dtype, ring_v + (at * V + n) * size, V, 1, width, v + n * fold.tokens + j * NC, NC, 1);
+            read_row(c->dtype, ring_v + (at * V + n) * size, width, v + n * fold.tokens + j * NC, NC);
         }
         kept += decay[at];
     }
     for (int i = 0; i < 8; i++) fold.kept[i] = exp_of(kept);
-    through_state(c->state + bh * K * V, K, V, q, o, &fold);
+    through_state(c->state + bh * K * V, K, V, q, o, &fold, blocks_ahead());
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size, V);
 }
 

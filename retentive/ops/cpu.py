@@ -254,20 +254,55 @@ cpu.register_autograd(_backward, setup_context=_setup_context)
 refuse_second_derivative(cpu_backward)
 
 
+class Plan:
+    """A step over one ring, prepared: what stays the same from token to token is checked and written down once.
+
+    Checks and pointers cost more than the step itself where states are small (docs/LOG.md).
+    """
+
+    def __init__(self, ring: Ring):
+        B, H, K, V = ring.state.shape
+        self.qk, self.v, self.decays = (
+            torch.Size((B, H, K)),
+            torch.Size((B, H, V)),
+            (torch.Size((H,)), torch.Size((B, H))),
+        )
+        self.dtype, self.scale = ring.k.dtype, K**-0.5
+        self.step, self.call = _library().retention_step, Step(
+            B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype),
+            state=ring.state.data_ptr(), ring_k=ring.k.data_ptr(), ring_v=ring.v.data_ptr(),
+            ring_decay=ring.log_decay.data_ptr(), written=ring.written.data_ptr(), folded=ring.folded.data_ptr(),
+        )  # fmt: skip
+        self.pointer = ctypes.byref(self.call)
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> bool:
+        """Whether the arguments are so that `run` can take them as they are; where not, they may still be valid."""
+        dtype = self.dtype
+        return (
+            q.shape == self.qk and k.shape == self.qk and v.shape == self.v and log_decay.shape in self.decays
+            and q.dtype is dtype and k.dtype is dtype and v.dtype is dtype and log_decay.dtype is torch.float32
+            and q.is_cpu and k.is_cpu and v.is_cpu and log_decay.is_cpu
+            and q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and log_decay.is_contiguous()
+        )  # fmt: skip
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
+        """`o`, and the token is in the ring."""
+        call, o = self.call, torch.empty_like(v)
+        call.q, call.k, call.v, call.o = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
+        call.log_decay, call.decay_stride = log_decay.data_ptr(), self.qk[1] if log_decay.ndim == 2 else 0
+        call.scale, call.threads = scale, torch.get_num_threads()
+        code = self.step(self.pointer)
+        if code:
+            _check(code)
+        return o
+
+
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
     """`step.step` in one pass over the state.
 
     Raises:
         ValueError: a log decay above 0, or NaN.
     """
-    B, H, K = q.shape
-    q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous()
-    o = torch.empty_like(v)
-    call = Step(
-        B, H, K, v.shape[-1], ring.k.shape[2], DTYPES.index(q.dtype), torch.get_num_threads(),
-        H if log_decay.ndim == 2 else 0, scale, q.data_ptr(), k.data_ptr(), v.data_ptr(), log_decay.data_ptr(),
-        ring.state.data_ptr(), ring.k.data_ptr(), ring.v.data_ptr(), o.data_ptr(), ring.log_decay.data_ptr(),
-        ring.written.data_ptr(), ring.folded.data_ptr(),
-    )  # fmt: skip
-    _check(_library().retention_step(ctypes.byref(call)))
-    return o
+    if ring.plan is None:
+        object.__setattr__(ring, "plan", Plan(ring))
+    return ring.plan.run(q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous(), scale)

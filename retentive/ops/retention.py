@@ -94,6 +94,10 @@ def retention_step(
     Raises:
         ValueError: as for `retention`; a ring where gradients are asked for.
     """
+    if not torch.compiler.is_compiling() and isinstance(state, Ring) and not torch.is_grad_enabled():
+        plan = state.plan  # the next token of many: checks and choices were made for the first
+        if plan is not None and plan.fits(q, k, v, log_decay):
+            return plan.run(q, k, v, log_decay, plan.scale if scale is None else scale), state
     _check_qkv(q, k, v, ndim=3)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if isinstance(state, Ring):

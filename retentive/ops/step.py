@@ -12,7 +12,8 @@ Token t lies in slot t mod R, R = 2 F. Tokens before `folded` are in the state, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def slots(K: int, V: int) -> int:
     return 2 * max(2 ** round(math.log2(ideal)), 2)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Ring:
     """The state of B sequences while they are decoded: a state, and the tokens that are not yet in it."""
 
@@ -43,6 +44,20 @@ class Ring:
     """int64 `[B]`: tokens since the ring was opened."""
     folded: Tensor
     """int64 `[B]`: how many of them are in the state."""
+    plan: Any = field(default=None, init=False, repr=False)
+    """What the code that steps it has prepared for the next token (cpu.py)."""
+
+    def __post_init__(self):
+        for name, x in self.tensors().items():
+            if not x.is_contiguous():
+                raise ValueError(f"the tensors of a ring must be contiguous, got {name} with strides {x.stride()}")
+
+    def __reduce__(self):  # a copy has tensors, and so a plan, of its own
+        return Ring, tuple(self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; all have the sequences first."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @staticmethod
     def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
@@ -62,34 +77,26 @@ class Ring:
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
 
-    def __post_init__(self):
-        for field in fields(self):
-            x = getattr(self, field.name)
-            if not x.is_contiguous():
-                raise ValueError(
-                    f"the tensors of a ring must be contiguous, got {field.name} with strides {x.stride()}"
-                )
-
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
-        """`f` of every tensor; all have the sequences first.
+        """`f` of every tensor.
 
         Raises:
             ValueError: a tensor that comes back is not contiguous.
         """
-        return Ring(*(f(getattr(self, field.name)) for field in fields(self)))
+        return Ring(*map(f, self.tensors().values()))
 
     def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
         """Sequence `source` of another ring, or of a state, over the one at `row`, in place."""
         if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.k.dtype == self.k.dtype:
-            for field in fields(self):
-                getattr(self, field.name)[row] = getattr(other, field.name)[source]
+            for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
+                mine[row] = theirs[source]
             return
         whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
         self.state[row], self.written[row], self.folded[row] = whole, 0, 0
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(x.nbytes for x in self.tensors().values())
 
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens in the ring, oldest first: k `[B,H,R,K]` and v, zeros after the last one; G_j `[B,H,R]`."""
@@ -128,7 +135,7 @@ class Ring:
         tokens = torch.as_tensor(tokens, device=held.device)
         if bool(((tokens < 0) | (tokens > held)).any()):
             raise ValueError(f"the ring holds {held.tolist()} tokens, cannot take back {tokens.tolist()} of them")
-        self.written -= tokens
+        self.written.sub_(tokens)
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
@@ -138,7 +145,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring:
     slot = ring.written % R
     ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v
     ring.log_decay[rows, :, slot] = log_decay.clamp(min=FORGOTTEN).expand(q.shape[:2])
-    ring.written += 1
+    ring.written.add_(1)
     q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
     k_BHRK, v_BHRV, since_BHR = ring.held()
     whole_BH1 = since_BHR[..., -1:]

@@ -1,5 +1,7 @@
 """A `Ring` against the recurrence: both implementations, through every fold and rollback; and what it refuses."""
 
+import copy
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -317,8 +319,8 @@ def test_memory_layout_does_not_matter(step, same):
 def test_after_a_million_tokens_it_is_as_at_first(at, step, same):
     ring = opened(6)  # no power of two: 2^32 is no multiple of it
     late = clone(ring)
-    late.written += at
-    late.folded += at
+    late.written.add_(at)
+    late.folded.add_(at)
     for n in range(20):
         x = token()
         same(step(*x, 0.3, late), step(*x, 0.3, ring), 0)
@@ -369,6 +371,56 @@ def test_one_step_is_taken_in_place_and_the_ring_comes_back(same):
     same(o, step_module.step(q, k, v, log_decay, 5**-0.5, other), 1e-6)
 
 
+def spoilt(name: str) -> list[torch.Tensor]:
+    """A token of B = 3, H = 2, K = 5, V = 4 that needs another look than the one before it."""
+    q, k, v, log_decay = token()
+    match name:
+        case "strided":
+            q = torch.randn(3, 2, 10)[..., ::2]
+        case "expanded":
+            v = torch.randn(3, 1, 4).expand(3, 2, 4)
+        case "decay of another dtype":
+            log_decay = log_decay.double()
+        case "decays by row":
+            log_decay = -torch.rand(3, 2)
+    return [q, k, v, log_decay]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain", "strided", "expanded", "decay of another dtype", "decays by row"])
+def test_a_token_after_the_first_is_checked_as_the_first_was(name, same):
+    """The compiled code writes down at the first token what it need not look at again: here it must."""
+    ring = opened(4)
+    other = clone(ring)
+    for n in range(7):
+        x = spoilt(name) if n % 2 else token()
+        o, _ = retention_step(*x, scale=0.3, state=ring)
+        same(o, step_module.step(*x[:3], x[3].float(), 0.3, other), 1e-6)
+    same(ring.to_state(), other.to_state(), 1e-6)
+    before = [x.clone() for x in tensors(ring)]
+    q, k, v, log_decay = token()
+    bads = [[q[:2], k, v, log_decay], [q, k, v[..., :3], log_decay], [q, k, v, log_decay[:1]]]  # shapes
+    bads += [[q.double(), k, v, log_decay], [q, k.half(), v, log_decay], [q, k, v, log_decay.half()]]
+    bads += [[q.to("meta"), k, v, log_decay], [q, k, v, log_decay.to("meta")], [q, k, v, 1 - log_decay]]
+    for bad in bads:
+        with pytest.raises(ValueError):
+            retention_step(*bad, state=ring)
+        same(tensors(ring), before, 0)
+
+
+@torch.no_grad()
+def test_a_copy_does_not_write_where_its_original_does(same):
+    ring, x = opened(4), token()
+    retention_step(*x, state=ring)
+    other = copy.deepcopy(ring)
+    before = [x.clone() for x in tensors(ring)]
+    retention_step(*x, state=other)
+    same(tensors(ring), before, 0)
+    assert other.written.tolist() == [2, 2, 2]
+    with pytest.raises(dataclasses.FrozenInstanceError):  # what is written down would still point to the old one
+        ring.state = other.state
+
+
 BAD_DECAYS = {"positive": 1e-3, "nan": torch.nan, "inf": torch.inf}
 
 
@@ -410,7 +462,7 @@ def test_another_dtype_than_it_was_opened_for_is_refused(ring_dtype, refuses):
         retention_step(*token(), state=ring)
     with refuses("state must be torch.float64 [3, 2, 5, 4], got torch.float32"):
         other = opened(4)
-        other.k = other.k.double()
+        other = dataclasses.replace(other, k=other.k.double())
         q, k, v, log_decay = token(dtype=torch.float64)
         retention_step(q, k, v, log_decay, state=other)
 
