@@ -19,11 +19,11 @@ from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.models import Model, RetNetConfig, TransformerConfig, build
+from retentive.models import HybridConfig, Model, RetNetConfig, TransformerConfig, build
 from retentive.models.device import pick_device
 
 FORMAT = "retentive-model-1"
-KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig}
+KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 
 
@@ -179,10 +179,10 @@ def save_model(
     config = model.config
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.named_parameters()}
     if layout == "retentive":
-        kind = next(k for k, cls in KINDS.items() if isinstance(config, cls))
+        kind = next(k for k, cls in KINDS.items() if type(config) is cls)
         raw = {"format": FORMAT, "kind": kind, "config": asdict(config)}
     else:
-        if not isinstance(config, RetNetConfig):
+        if type(config) is not RetNetConfig:
             raise ValueError(f"{layout} has RetNets only, this is a {type(model).__name__}")
         raw = FOREIGN[layout].write_config(config)
         tensors = FOREIGN[layout].write_tensors(tensors, config)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
-from retentive.models import PRESETS, RetNetConfig, TransformerConfig, cost, preset, twin
+from retentive.models import MODELS, PRESETS, HybridConfig, RetNetConfig, TransformerConfig, cost, preset, twin
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
@@ -52,8 +52,7 @@ def show(console: Console, command: InfoCommand) -> None:
 
 def describe(console: Console, config: RetNetConfig | TransformerConfig, title: str) -> None:
     """Print the config and what it costs."""
-    kind = "RetNet" if isinstance(config, RetNetConfig) else "Transformer"
-    console.print(f"[bold]{kind}[/bold], {title}")
+    console.print(f"[bold]{MODELS[type(config)].__name__}[/bold], {title}")
     console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
     console.print(
         f"\n  {cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks\n"
@@ -66,13 +65,15 @@ def describe(console: Console, config: RetNetConfig | TransformerConfig, title: 
     table.add_column("context")
     for n in CONTEXTS:
         table.add_column(f"{n:,}", justify="right")
-    if retnet:
+    if isinstance(config, HybridConfig):
+        table.add_row("states and KV cache", *[megabytes(cost.memory_bytes(config, n)) for n in CONTEXTS])
+    elif retnet:
         table.add_row("RetNet's state", *[megabytes(cost.state_bytes(retnet))] * len(CONTEXTS))
     table.add_row(
         "the twin's KV cache" if retnet else "KV cache", *[megabytes(cost.cache_bytes(other, n)) for n in CONTEXTS]
     )
     console.print(table)
-    if retnet:
+    if retnet and not isinstance(config, HybridConfig):
         console.print(f"  The state is the smaller one from {cost.break_even(retnet, other):,} tokens of context on.")
 
 

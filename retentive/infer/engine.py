@@ -31,7 +31,7 @@ from retentive.infer.generate import Token
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Stream
 from retentive.infer.sample import Sampler, SamplingParams, pick
 from retentive.models import Model
-from retentive.models.state import KVCache, State
+from retentive.models.state import HybridState, KVCache, State
 from retentive.ops import Ring
 
 
@@ -406,6 +406,8 @@ def release_workers() -> None:
 
 def form(state: State) -> list[tuple[int, ...]]:
     """The shapes of a state's tensors, whatever number of tokens it holds."""
+    if isinstance(state, HybridState):
+        return [*form(state.retention), *form(state.cache)]
     if isinstance(state, KVCache):
         return [(x.shape[0], *x.shape[2:]) for x in (*state.keys, *state.values)]
     return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]

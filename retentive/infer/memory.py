@@ -69,10 +69,7 @@ def _hash(digest, x: Tensor) -> None:
 
 def _tensors(state: State) -> list[Tensor]:
     """All that is written of a state, in order."""
-    if isinstance(state, RetentionState):
-        return [*state.tensors(), state.position]
-    used = int(state.position.max())
-    return [*(x[:, :used] for x in (*state.keys, *state.values)), state.position]
+    return [*state.named().values(), state.position]
 
 
 def _digest(state: State, about: str) -> str:
@@ -146,11 +143,11 @@ def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
     """Whoever made a file by hand may have put in anything: the shapes must be those of one sequence of the model."""
     tokens = int(memory.state.position[0]) if memory.state.position.shape == (1,) else -1
     fresh = model.init_state(1)
-    if isinstance(fresh, RetentionState):
-        want = [(list(x.shape), x.dtype) for x in _tensors(fresh)]
-    else:
-        slots = [([1, tokens, *x.shape[2:]], x.dtype) for x in (*fresh.keys, *fresh.values)]
-        want = [*slots, ([1], torch.int64)]
+    want = [
+        ([1, tokens, *x.shape[2:]] if name.startswith(("keys", "values")) else list(x.shape), x.dtype)
+        for name, x in fresh.named().items()
+    ]
+    want.append(([1], torch.int64))
     got = [(list(x.shape), x.dtype) for x in _tensors(memory.state)] if tokens >= 0 else []
     if type(fresh) is not type(memory.state) or got != want:
         raise ValueError(
@@ -165,7 +162,7 @@ def show(path: str | Path) -> dict[str, Any]:
     """What is in the file at `path`, without a model; errors as `load_memory`."""
     memory = load_memory(path)
     return {
-        "kind": "retention" if isinstance(memory.state, RetentionState) else "kv",
+        "kind": memory.state.kind,
         "tokens": memory.tokens,
         "position": int(memory.state.position[0]),
         "pending": memory.pending,

@@ -1,10 +1,10 @@
-"""What a model is made of: RetNetConfig, TransformerConfig, the named sizes, and the twin of a RetNet.
+"""What a model is made of: RetNetConfig, TransformerConfig, HybridConfig, the named sizes, and the twin of a RetNet.
 
 Every variant of the architecture that published weights use is a field here, so that torchscale's and fla's models
 are this one with other values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from retentive.layers.ffn import ACTIVATIONS
 from retentive.ops import decay as decays
@@ -90,6 +90,26 @@ class RetNetConfig:
 
 
 @dataclass(frozen=True)
+class HybridConfig(RetNetConfig):
+    """A RetNet some of whose blocks are its twin's: attention, of as many parameters."""
+
+    attention_every: int = 4
+    """Every so manyth block attends; 4: three blocks of retention, then one of attention."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.attention_every <= self.layers:
+            raise ValueError(
+                f"attention_every must be from 2 to layers, {self.layers}, for blocks of both kinds to be there, "
+                f"got {self.attention_every}"
+            )
+
+    def attends(self, block: int) -> bool:
+        """Whether the block of this index, from 0, is one of attention."""
+        return (block + 1) % self.attention_every == 0
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """The twin: a modern Transformer (rotary positions, RMSNorm, SwiGLU, grouped heads where wanted)."""
 
@@ -163,6 +183,15 @@ def twin(config: RetNetConfig) -> TransformerConfig:
         tie_embeddings=config.tie_embeddings,
         dropout=config.dropout,
     )
+
+
+def of_one_kind(config: RetNetConfig | TransformerConfig) -> list[RetNetConfig | TransformerConfig]:
+    """The config; of a hybrid that of a RetNet and that of a Transformer which have its blocks between them."""
+    if not isinstance(config, HybridConfig):
+        return [config]
+    attend = sum(map(config.attends, range(config.layers)))
+    same = {f.name: getattr(config, f.name) for f in fields(RetNetConfig)}
+    return [RetNetConfig(**same | {"layers": config.layers - attend}), replace(twin(config), layers=attend)]
 
 
 def _small(dim: int, layers: int, heads: int) -> dict:

@@ -4,23 +4,31 @@ A multiply-add counts as two FLOPs. Retention counts as its recurrent form, what
 written and one read, per head and token. Elementwise work (norms, gates, rotations) is left out.
 """
 
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import RetNetConfig, TransformerConfig, of_one_kind
 
 Config = RetNetConfig | TransformerConfig
 
 
 def block_parameters(config: Config) -> int:
     """Parameters of the blocks, without embedding, output and last norm."""
-    c = config
+    return sum(c.layers * (_matrices(c) + _vectors(c)) for c in of_one_kind(config))
+
+
+def _matrices(c: Config) -> int:
+    """Parameters of one block's matrices."""
     if isinstance(c, TransformerConfig):
         kv = c.dim // c.heads * c.kv_heads
-        matrices = 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.ffn_dim
-        return c.layers * (matrices + 2 * c.dim)
+        return 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.ffn_dim
     K, V = c.key_dim // c.heads, c.value_dim // c.heads
     matrices = c.dim * (c.key_dim + (K + V) * c.kv_heads + (2 if c.gate else 1) * c.value_dim)
     matrices += c.dim * c.ffn_dim * (3 if c.ffn_gate else 2)
-    matrices += c.dim * c.heads if c.decay == "gated" else 0
-    return c.layers * (matrices + 2 * c.dim + (V if c.head_norm and c.head_norm_affine else 0))
+    return matrices + (c.dim * c.heads if c.decay == "gated" else 0)
+
+
+def _vectors(c: Config) -> int:
+    """Parameters of one block's norms."""
+    affine = isinstance(c, RetNetConfig) and c.head_norm and c.head_norm_affine
+    return 2 * c.dim + (c.value_dim // c.heads if affine else 0)
 
 
 def parameters(config: Config) -> int:
@@ -34,21 +42,17 @@ def parameters(config: Config) -> int:
 
 def matrix_parameters(config: Config) -> int:
     """Parameters that every token is multiplied with: the blocks' matrices and the output."""
-    c = config
-    vectors = 2 * c.dim
-    if isinstance(c, RetNetConfig) and c.head_norm and c.head_norm_affine:
-        vectors += c.value_dim // c.heads
-    return block_parameters(c) - c.layers * vectors + c.vocab_size * c.dim
+    blocks = sum(c.layers * _matrices(c) for c in of_one_kind(config))
+    return blocks + config.vocab_size * config.dim
 
 
 def flops_per_token(config: Config, context: int) -> int:
     """Forward FLOPs of one token at context `context`, itself included. Training takes three times as many."""
-    c = config
-    if isinstance(c, RetNetConfig):
-        mixing = 4 * (c.key_dim // c.heads) * c.value_dim
-    else:
-        mixing = 4 * c.dim * context
-    return 2 * matrix_parameters(c) + c.layers * mixing
+    mixing = 0
+    for c in of_one_kind(config):
+        retains = isinstance(c, RetNetConfig)
+        mixing += c.layers * 4 * (c.key_dim // c.heads * c.value_dim if retains else c.dim * context)
+    return 2 * matrix_parameters(config) + mixing
 
 
 def training_flops_per_token(config: Config, length: int) -> int:
@@ -74,10 +78,13 @@ def cache_bytes(config: TransformerConfig, context: int, *, sequences: int = 1, 
 
 
 def memory_bytes(config: Config, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """What a model remembers `context` tokens in: the constant state, or the growing cache."""
-    if isinstance(config, RetNetConfig):
-        return state_bytes(config, sequences=sequences)
-    return cache_bytes(config, context, sequences=sequences, bytes_per_value=bytes_per_value)
+    """What a model remembers `context` tokens in: the constant state, the growing cache, or some of both."""
+    return sum(
+        state_bytes(c, sequences=sequences)
+        if isinstance(c, RetNetConfig)
+        else cache_bytes(c, context, sequences=sequences, bytes_per_value=bytes_per_value)
+        for c in of_one_kind(config)
+    )
 
 
 def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:

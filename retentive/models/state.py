@@ -1,4 +1,5 @@
-"""What a model remembers between calls: RetentionState of constant size, KVCache that grows. One protocol for both.
+"""What a model remembers between calls: RetentionState of constant size, KVCache that grows. One protocol for both,
+and for the HybridState that has one of each.
 
 A state is handed to the model and a new one comes back. The one handed in is used up (a cache is written in place):
 `clone()` it to go on from the same point twice.
@@ -18,6 +19,7 @@ A state is handed to the model and a new one comes back. The one handed in is us
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +36,7 @@ FORMAT = "retentive-state-1"
 class RetentionState:
     """The states of all retention layers: the same size after 10 tokens and after 10 million."""
 
+    kind: ClassVar[str] = "retention"
     layers: Sequence[Tensor | Ring]
     """`[N,H,K,V]` of each layer, float32 (float64 in a float64 model); a ring while tokens are decoded one by one."""
     position: Tensor
@@ -113,14 +116,18 @@ class RetentionState:
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write it as one safetensors file, with `metadata` beside the format's own."""
-        tensors = {f"layers.{i}": x for i, x in enumerate(self.tensors())} | {"position": self.position}
-        _save(tensors, path, "retention", metadata)
+        _save(self, path, metadata)
+
+    def named(self) -> dict[str, Tensor]:
+        """The states by the names that files have for them."""
+        return {f"layers.{i}": x for i, x in enumerate(self.tensors())}
 
 
 @dataclass
 class KVCache:
     """Keys and values of all attention layers; the token at position p lies in slot p."""
 
+    kind: ClassVar[str] = "kv"
     keys: list[Tensor]
     """`[N,S,kv_heads,K]` of each layer; empty before the first token."""
     values: list[Tensor]
@@ -193,13 +200,75 @@ class KVCache:
         return self._map(lambda x: x.to(device))
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        _save(self, path, metadata)
+
+    def named(self) -> dict[str, Tensor]:
+        """All slots that are taken, by the names that files have for them."""
         used = int(self.position.max()) if len(self.position) else 0
         tensors = {f"keys.{i}": x[:, :used].contiguous() for i, x in enumerate(self.keys)}
-        tensors |= {f"values.{i}": x[:, :used].contiguous() for i, x in enumerate(self.values)}
-        _save(tensors | {"position": self.position}, path, "kv", metadata)
+        return tensors | {f"values.{i}": x[:, :used].contiguous() for i, x in enumerate(self.values)}
 
 
-State = RetentionState | KVCache
+@dataclass
+class HybridState:
+    """The states of the blocks that retain and the cache of those that attend; both are at the same positions."""
+
+    kind: ClassVar[str] = "hybrid"
+    retention: RetentionState
+    cache: KVCache
+
+    def __post_init__(self):
+        self.cache.position = self.retention.position  # one tensor: what is written to it holds for both
+
+    @property
+    def position(self) -> Tensor:
+        return self.retention.position
+
+    @property
+    def nbytes(self) -> int:
+        return self.retention.nbytes + self.cache.nbytes - self.position.nbytes
+
+    def reserve(self, slots: int) -> "HybridState":
+        return HybridState(self.retention, self.cache.reserve(slots))
+
+    def select(self, rows: Tensor) -> "HybridState":
+        return HybridState(self.retention.select(rows), self.cache.select(rows))
+
+    @staticmethod
+    def cat(states: Sequence["HybridState"]) -> "HybridState":
+        retention = RetentionState.cat([s.retention for s in states])
+        return HybridState(retention, KVCache.cat([s.cache for s in states]))
+
+    def view(self, n: int) -> "HybridState":
+        return HybridState(self.retention.view(n), self.cache.view(n))
+
+    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "HybridState":
+        return HybridState(self.retention.for_decoding(dtype, rollback), self.cache)
+
+    def rollback(self, tokens: int) -> None:
+        self.retention.rollback(tokens)  # of the cache the slots are written anew
+
+    def put(self, row: int, other: "HybridState", source: int = 0) -> None:
+        self.cache.put(row, other.cache, source)
+        self.retention.put(row, other.retention, source)
+
+    def clone(self) -> "HybridState":
+        return HybridState(self.retention.clone(), self.cache.clone())
+
+    def detach(self) -> "HybridState":
+        return HybridState(self.retention.detach(), self.cache.detach())
+
+    def to(self, device: torch.device | str) -> "HybridState":
+        return HybridState(self.retention.to(device), self.cache.to(device))
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        _save(self, path, metadata)
+
+    def named(self) -> dict[str, Tensor]:
+        return self.retention.named() | self.cache.named()
+
+
+State = RetentionState | KVCache | HybridState
 
 
 def _one(ring: Ring, row: int) -> Tensor:
@@ -207,12 +276,13 @@ def _one(ring: Ring, row: int) -> Tensor:
     return ring.map(lambda x: x[row : row + 1]).to_state()[0]
 
 
-def _save(tensors: dict[str, Tensor], path: str | Path, kind: str, metadata: dict[str, str] | None) -> None:
+def _save(state: State, path: str | Path, metadata: dict[str, str] | None) -> None:
     """Written beside its place and then moved there: a reader never sees half a file."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    tensors = state.named() | {"position": state.position}
     try:
-        save_file(tensors, partial, metadata={**(metadata or {}), "format": FORMAT, "kind": kind})
+        save_file(tensors, partial, metadata={**(metadata or {}), "format": FORMAT, "kind": state.kind})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -240,6 +310,7 @@ def load_state(path: str | Path) -> State:
     def numbered(name: str) -> list[Tensor]:
         return [tensors[f"{name}.{i}"] for i in range(sum(key.startswith(name + ".") for key in tensors))]
 
-    if metadata["kind"] == "retention":
-        return RetentionState(numbered("layers"), tensors["position"])
-    return KVCache(numbered("keys"), numbered("values"), tensors["position"])
+    retention = RetentionState(numbered("layers"), tensors["position"])
+    cache = KVCache(numbered("keys"), numbered("values"), tensors["position"])
+    states: dict[str, State] = {"retention": retention, "kv": cache, "hybrid": HybridState(retention, cache)}
+    return states[metadata["kind"]]

@@ -7,11 +7,12 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer.beam import beam_search
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import HybridConfig, RetNetConfig, build, twin
 
 V, DEPTH, STOP = 4, 4, 3
 CONFIG = RetNetConfig(vocab_size=V, dim=16, layers=2, heads=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
+HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
+MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
 PROMPT = [0, 1, 2, 2, 1]
 
 
@@ -56,7 +57,7 @@ def test_one_beam_is_greedy(model, stop_ids):
 def test_more_beams_find_what_is_at_least_as_likely(model):
     """Not in general, but from one to three in this model; all scores are those that the model itself gives."""
     found = [beam_search(model, PROMPT, beams=n, max_tokens=8, length_penalty=0) for n in (1, 3)]
-    assert found[1][0][1] >= found[0][0][1] and len(found[1]) == 3
+    assert found[1][0][1] >= found[0][0][1] - 1e-9 and len(found[1]) == 3  # the same text, summed in other batches
     for tokens, score in found[1]:
         logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1].log_softmax(-1)
         assert float(logits.gather(1, torch.tensor(tokens)[:, None]).sum()) == pytest.approx(score, abs=1e-9)

@@ -13,10 +13,11 @@ from retentive.infer import cache as module
 from retentive.infer.cache import PrefixCache, names
 from retentive.infer.engine import Engine
 from retentive.infer.memory import fingerprint
-from retentive.models import KVCache, RetNetConfig, build, twin
+from retentive.models import HybridConfig, RetNetConfig, build, twin
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
+HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
+MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -34,9 +35,7 @@ def read(model, ids):
 
 
 def tensors(state) -> list[torch.Tensor]:
-    used = int(state.position.max())
-    parts = [x[:, :used] for x in (*state.keys, *state.values)] if isinstance(state, KVCache) else state.tensors()
-    return [*parts, state.position]
+    return [*state.named().values(), state.position]
 
 
 def prefix(n: int, length: int = 8) -> list[int]:

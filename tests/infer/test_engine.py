@@ -9,10 +9,11 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
-from retentive.models import KVCache, RetNetConfig, build, twin
+from retentive.models import HybridConfig, RetNetConfig, build, twin
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
+HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
+MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
 
 
 @pytest.fixture(params=MODELS)
@@ -220,8 +221,7 @@ def test_a_state_full_of_nan_ends_its_own_request_alone(model):
     engine = Engine(model, slots=2)
     (first,) = engine.submit([1, 2], keep_state=True, max_tokens=3)
     run(engine)
-    state = first.state
-    for x in (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers:
+    for x in first.state.named().values():
         x.fill_(float("nan"))
     (bad,) = engine.submit([1], state=first.state)
     (good,) = engine.submit([2], SamplingParams(temperature=0), max_tokens=8)

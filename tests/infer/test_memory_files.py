@@ -23,12 +23,12 @@ from retentive.infer.memory import (
     save,
     show,
 )
-from retentive.models import RetNetConfig, build, twin
-from retentive.models.state import RetentionState
+from retentive.models import HybridConfig, RetNetConfig, build, twin
 from retentive.ops import decay, rotary
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=3, heads=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
+HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
+MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
 EXACT = 1e-12  # float64, sums of some hundred terms
 
 
@@ -137,7 +137,7 @@ def test_show_needs_no_model(model, tmp_path):
     save(memory, tmp_path / "a")
     about = show(tmp_path / "a")
     assert about["tokens"] == about["position"] == 30 and about["sources"] == memory.sources
-    assert about["kind"] == ("retention" if isinstance(memory.state, RetentionState) else "kv")
+    assert about["kind"] == {"RetNet": "retention", "Transformer": "kv", "Hybrid": "hybrid"}[type(model).__name__]
     assert about["model"] == fingerprint(model) and about["config"]["dim"] == 32
     assert about["file_bytes"] == (tmp_path / "a").stat().st_size
 
@@ -180,10 +180,10 @@ def flip(path) -> None:
 
 def short_state(model):
     state = remember(model, [1, 2]).state
-    tensors = state.layers if isinstance(state, RetentionState) else state.keys
-    return replace(
-        state, **{"layers" if isinstance(state, RetentionState) else "keys": [x[..., :2].contiguous() for x in tensors]}
-    )
+    part = state.retention if state.kind == "hybrid" else state
+    name = "layers" if part.kind == "retention" else "keys"
+    part = replace(part, **{name: [x[..., :2].contiguous() for x in getattr(part, name)]})
+    return replace(state, retention=part) if state.kind == "hybrid" else part
 
 
 SPOILT = {
@@ -218,7 +218,7 @@ def test_what_is_no_memory_of_this_model_is_refused(case, model, tmp_path, refus
 
 
 def test_a_state_of_the_other_kind_is_refused(tmp_path, refuses):
-    retnet, transformer = (build(c).eval() for c in MODELS.values())
+    retnet, transformer = (build(MODELS[name]).eval() for name in ("retnet", "transformer"))
     memory = remember(transformer, [1, 2])
     memory.model = fingerprint(retnet)
     save(memory, tmp_path / "a")

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retentive.models import PRESETS, RetNetConfig, TransformerConfig, build, cost, preset, twin
+from retentive.models import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, build, cost, preset, twin
 
 SMALL = dict(vocab_size=61, dim=24, layers=3, heads=2)
 CONFIGS = {
@@ -23,6 +23,8 @@ CONFIGS = {
     "retnet-embed-norm-only": RetNetConfig(**SMALL, embed_norm=True, final_norm=False),
     "retnet-no-final-norm": RetNetConfig(**SMALL, final_norm=False),
     "retnet-gated-decay": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "hybrid": HybridConfig(**SMALL, attention_every=2),
+    "hybrid-two": HybridConfig(**SMALL | dict(layers=4), attention_every=2, head_norm_affine=True),
     "transformer": TransformerConfig(**SMALL),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1, ffn_dim=31),

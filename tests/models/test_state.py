@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from retentive.models import RetNetConfig, TransformerConfig, load_state
+from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
 from retentive.models import state as module
 from retentive.ops.step import slots
 
@@ -17,13 +17,14 @@ SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
     "retnet-gated": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "hybrid": HybridConfig(**SMALL | dict(layers=3), attention_every=2),
     "transformer": TransformerConfig(**SMALL),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1),
 }
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
 
 kinds = pytest.mark.parametrize("kind", CONFIGS)
-both = pytest.mark.parametrize("kind", ["retnet", "transformer"])
+both = pytest.mark.parametrize("kind", ["retnet", "hybrid", "transformer"])
 
 
 def ids_of(B: int, T: int) -> torch.Tensor:
@@ -133,9 +134,7 @@ def test_a_state_before_the_first_token_can_be_saved(kind, make, tmp_path, goes_
 def test_detach_cuts_the_graph_and_keeps_the_values(kind, make, same):
     model, ids = make(CONFIGS[kind]), ids_of(2, 4)
     _, state = model(ids)
-    tensors = state.layers if kind == "retnet" else state.keys
-    cut = state.detach()
-    kept = cut.layers if kind == "retnet" else cut.keys
+    tensors, kept = (list(x.named().values()) for x in (state, state.detach()))
     assert all(x.requires_grad for x in tensors) and not any(x.requires_grad for x in kept)
     same(kept, tensors, 0)
 
@@ -145,7 +144,8 @@ def test_detach_cuts_the_graph_and_keeps_the_values(kind, make, same):
 def test_moves_to_another_device_whole(kind, make):
     _, state = make(CONFIGS[kind])(ids_of(2, 4))
     moved = state.to("meta")
-    tensors = moved.layers if kind == "retnet" else [*moved.keys, *moved.values]
+    parts = [moved.retention, moved.cache] if kind == "hybrid" else [moved]
+    tensors = [x for part in parts for x in (part.layers if part.kind == "retention" else part.keys + part.values)]
     assert {x.device.type for x in (*tensors, moved.position)} == {"meta"}
     assert moved.nbytes == state.nbytes
 
