@@ -19,11 +19,11 @@ from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.models import HybridConfig, Model, RetNetConfig, TransformerConfig, build
+from retentive.models import Config, HybridConfig, Model, PeerConfig, RetNetConfig, TransformerConfig, build
 from retentive.models.device import pick_device
 
 FORMAT = "retentive-model-1"
-KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig}
+KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 
 
@@ -46,7 +46,7 @@ def load(
     tensors = read_tensors(folder)
     if layout in FOREIGN:
         tensors = FOREIGN[layout].read_tensors(tensors, config)
-    with torch.device("meta"):
+    with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):  # a peer has buffers of its own
         model = build(config)
     _check_fit(tensors, dict(model.named_parameters()), folder)
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, strict=False, assign=True)
@@ -99,7 +99,7 @@ def find(path: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {path} here, and the hub does not give {path}: {reason}") from None
 
 
-def load_config(folder: Path) -> tuple[RetNetConfig | TransformerConfig, str]:
+def load_config(folder: Path) -> tuple[Config, str]:
     """The config of a model folder, and whose layout it has: "retentive", "torchscale" or "fla"."""
     file = folder / "config.json"
     if not file.is_file():

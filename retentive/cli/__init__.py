@@ -17,6 +17,7 @@ VERBS = {
     "serve": ("retentive.cli.serve", "a model behind OpenAI's HTTP API, and a page to talk with it"),
     "bench": ("retentive.cli.bench", "measure training speed, memory and decoding on this machine"),
     "eval": ("retentive.cli.eval", "score a model on the tasks of the field"),
+    "compare": ("retentive.cli.compare", "train several models on the same tokens and say how they compare"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }

@@ -308,8 +308,7 @@ def bench_prompting(command: PromptingBench, typed: str) -> None:
 def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None:
     """Train the model and write it to --out."""
     tokenizer = train_bpe((d.text for d in prompting.tasks(families, 3000, seed=1)), 4096)
-    changes = dict(heads=4, decay=prompting.decays(4))
-    config = preset(command.size, vocab_size=tokenizer.vocab_size, **changes)
+    config = preset(command.size, vocab_size=tokenizer.vocab_size, heads=4, decay=prompting.decays(4))
     model = prompting.learn(config, tokenizer, families, steps=command.steps, say=progress)
     save_model(command.out, model, tokenizer)
 

@@ -17,6 +17,8 @@ from retentive.bench import hardware
 from retentive.checkpoint import write_json
 from retentive.checkpoint.io import write_together
 from retentive.cli.loading import Loading
+from retentive.evals.contexts import LAST
+from retentive.evals.contexts import evaluate as by_context
 from retentive.evals.run import WINDOW, Say, evaluate, table
 from retentive.evals.tasks import PROMPTS
 
@@ -37,6 +39,10 @@ class EvalCommand(Loading):
     """Tokens that a question may take; any number if not given."""
     window: int | None = None
     """Tokens that texts are read in for the windowed perplexity, 2048 if not given; --lm-eval then reads them uncut."""
+    contexts: tuple[int, ...] = ()
+    """Texts by length of context: of windows of so many tokens the last ones are predicted. Also for passkey."""
+    last: int = LAST
+    """Tokens of each of those windows that are predicted."""
     lm_eval: bool = False
     """Run lm-eval's own tasks by their names, from the files in --data where they are there, else from the hub."""
     json: Path | None = None
@@ -54,13 +60,20 @@ def run(command: EvalCommand, typed: str) -> None:
     """Print the table, and keep what was asked for."""
     names = [name.strip() for name in command.tasks.split(",") if name.strip()]
     model, tokenizer = command.load()
+    how: dict[str, Any]
     if command.lm_eval:
         from retentive.evals.harness import run_tasks
 
         if command.max_length is not None:
             raise ValueError("--max-length is for our own scorer: leave it out with --lm-eval")
-        how: dict[str, Any] = {"shots": command.shots, "limit": command.limit, "window": command.window}
+        how = {"shots": command.shots, "limit": command.limit, "window": command.window}
         rows, records = run_tasks(model, tokenizer, names, command.data, **how)
+    elif command.contexts:
+        if command.shots or command.max_length is not None or command.window is not None:
+            raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
+        with progress() as say:
+            how = {"last": command.last, "limit": command.limit, "say": say}
+            rows, records = by_context(model, tokenizer, names, command.data, command.contexts, **how)
     else:
         if command.data is None:
             raise ValueError(f"--data is needed: the folder of {', '.join(names) or 'the tasks'} (NAME.jsonl each)")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
-from retentive.models import MODELS, PRESETS, HybridConfig, RetNetConfig, TransformerConfig, cost, preset, twin
+from retentive.models import MODELS, PRESETS, Config, HybridConfig, PeerConfig, RetNetConfig, cost, preset, twin
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
@@ -50,12 +50,15 @@ def show(console: Console, command: InfoCommand) -> None:
         progress(console, folder)
 
 
-def describe(console: Console, config: RetNetConfig | TransformerConfig, title: str) -> None:
+def describe(console: Console, config: Config, title: str) -> None:
     """Print the config and what it costs."""
     console.print(f"[bold]{MODELS[type(config)].__name__}[/bold], {title}")
     console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
+    parameters = f"{cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks"
+    console.print(f"\n  {parameters}")
+    if isinstance(config, PeerConfig):
+        return
     console.print(
-        f"\n  {cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks\n"
         f"  {megabytes(cost.weight_bytes(config))} of weights in float32, "
         f"{cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )

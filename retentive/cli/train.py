@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -16,8 +16,9 @@ from retentive.data.loader import Batches, check_tokenizer
 from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.infer import SamplingParams, write_on
-from retentive.models import RetNetConfig, TransformerConfig, build, cost, preset, twin
+from retentive.models import Config, HybridConfig, Model, RetNetConfig, build, cost, peer, preset, twin
 from retentive.models.device import pick_device
+from retentive.models.peers import KINDS as PEERS
 from retentive.train import TrainConfig, train
 from retentive.train.evaluate import evaluate
 from retentive.train.loop import Interrupted
@@ -32,10 +33,11 @@ class TrainCommand:
     out: Path
     """Run directory to make."""
     size: str = "5m"
-    """Size of the model, the one dial: 1m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one
-    (retentive info --sizes)."""
-    model: Literal["retnet", "transformer"] = "retnet"
-    """A RetNet, or the Transformer of the same width, depth and parameters."""
+    """Size of the model, the one dial: 1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published
+    one (retentive info --sizes)."""
+    model: Literal["retnet", "transformer", "hybrid", "llama", "mamba", "mamba2", "rwkv"] = "retnet"
+    """A RetNet; the Transformer of the same width, depth and parameters; a hybrid of both (--set attention_every=4); or
+    a model of the transformers library (extra `peers`), as wide and with about as many parameters, to compare with."""
     set: tuple[str, ...] = ()
     """Changes to the RetNet's config, such as decay=paper heads=2 dropout=0.1."""
     mode: Literal["reset", "packed", "carry"] = "reset"
@@ -50,12 +52,15 @@ class TrainCommand:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
+Command = TypeVar("Command")
+
 # what a run that goes on may change: none of these alters what is computed
+ALL = {f.name for f in (*fields(TrainCommand), *fields(TrainConfig))}
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
 
 
 def main(argv: list[str]) -> None:
-    default, argv = read_recipe(argv)
+    default, argv = read_recipe(argv, TrainCommand)
     command = tyro.cli(
         TrainCommand,
         prog="retentive train",
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> None:
     )
     typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
     if default is not None:
-        typed |= {f.name for f in (*fields(TrainCommand), *fields(TrainConfig))}
+        typed |= ALL
     try:
         run(command, typed=typed)
     except Interrupted as stop:
@@ -77,21 +82,21 @@ HELP = """Train a RetNet (or its Transformer twin) on data that `retentive data`
 --recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."""
 
 
-def read_recipe(argv: list[str]) -> tuple[TrainCommand | None, list[str]]:
-    """The TrainCommand of --recipe FILE.py, and the arguments without it."""
+def read_recipe(argv: list[str], kind: type[Command]) -> tuple[Command | None, list[str]]:
+    """The command of --recipe FILE.py, and the arguments without it."""
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
     if "--recipe" not in argv:
         return None, argv
     at = argv.index("--recipe")
     if at + 1 == len(argv):
-        raise ValueError("--recipe needs a file: a Python file whose function recipe() returns a TrainCommand")
+        raise ValueError(f"--recipe needs a file: a Python file whose function recipe() returns a {kind.__name__}")
     path = Path(argv[at + 1])
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
     recipe = runpy.run_path(str(path)).get("recipe")
     command = recipe() if callable(recipe) else None
-    if not isinstance(command, TrainCommand):
-        raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a TrainCommand")
+    if not isinstance(command, kind):
+        raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a {kind.__name__}")
     return command, argv[:at] + argv[at + 2 :]
 
 
@@ -105,8 +110,10 @@ def run(command: TrainCommand, *, typed: Collection[str] = (), quiet: bool = Fal
     batches = Batches(
         command.data, mode=command.mode, batch=command.batch, length=command.length, seed=command.train.seed
     )
-    if command.mode == "carry" and command.model == "transformer":
-        raise ValueError("mode carry hands on a state of constant size, which a Transformer has not: use another mode")
+    if command.mode == "carry" and command.model != "retnet":
+        raise ValueError(
+            f"mode carry hands on a state of constant size, which a {command.model} has not: use another mode"
+        )
     torch.manual_seed(command.train.seed)
     config = model_config(command, meta.vocab_size)
     model = build(config)
@@ -120,7 +127,7 @@ def run(command: TrainCommand, *, typed: Collection[str] = (), quiet: bool = Fal
         carry = command.mode == "carry"
         return evaluate(model, command.data, tokenizer, length=command.length, tokens=tokens, carry=carry)
 
-    has_valid = meta.splits["valid"].tokens > command.length
+    prompt, has_valid = command.train.sample_prompt, meta.splits["valid"].tokens > command.length
     record = asdict(replace(command, train=TrainConfig()))
     del record["train"], record["resume"]
     return train(
@@ -130,7 +137,7 @@ def run(command: TrainCommand, *, typed: Collection[str] = (), quiet: bool = Fal
         out=command.out,
         tokenizer=tokenizer,
         evaluate=held_out if has_valid else None,
-        sample=lambda model: sample_text(model, tokenizer, command.train.sample_prompt),
+        sample=None if command.model in PEERS else lambda model: sample_text(model, tokenizer, prompt),
         title=title,
         record={"command": json.loads(json.dumps(record, default=str)), "data_sha256": fingerprint},
         resume=command.resume,
@@ -138,7 +145,7 @@ def run(command: TrainCommand, *, typed: Collection[str] = (), quiet: bool = Fal
     )
 
 
-def sample_text(model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
+def sample_text(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
     """What the model writes after `prompt` now, always with the same seed."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
@@ -147,16 +154,19 @@ def sample_text(model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -
     return text
 
 
-def model_config(command: TrainCommand, vocab_size: int) -> RetNetConfig | TransformerConfig:
+def model_config(command: TrainCommand, vocab_size: int) -> Config:
     """The config of --size with the changes of --set, for this vocabulary."""
-    defaults = {f.name: f.default for f in fields(RetNetConfig)}
+    kind = HybridConfig if command.model == "hybrid" else RetNetConfig
+    defaults = {f.name: f.default for f in fields(kind)}
     changes = {}
     for item in command.set:
         name, _, text = item.partition("=")
         if name not in defaults or name == "vocab_size":
             raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(defaults)}")
         changes[name] = read_value(item, text, type(defaults[name]))
-    config = preset(command.size, vocab_size=vocab_size, **changes)
+    config = preset(command.size, vocab_size=vocab_size, kind=kind, **changes)
+    if command.model in PEERS:
+        return peer(config, command.model)
     return twin(config) if command.model == "transformer" else config
 
 

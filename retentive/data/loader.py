@@ -171,6 +171,12 @@ def held_out_bytes(path: str | Path, tokenizer: Tokenizer, tokens: int | None = 
     return size
 
 
+def first_tokens(path: str | Path, split: str, most: int) -> np.ndarray:
+    """int64: the first `most` tokens of a split, or all."""
+    stream = _Stream(path, load_meta(path), split)
+    return stream.read(0, min(stream.tokens, most))
+
+
 def check_tokenizer(meta: Meta, tokenizer: Tokenizer) -> None:
     """Raises ValueError unless the data were packed with this tokenizer."""
     if meta.tokenizer_sha256 != tokenizer.sha256:

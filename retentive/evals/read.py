@@ -1,4 +1,7 @@
-"""Files of tasks: JSONL (or CSV with a head), a row a question. What is wrong with one names its file and line."""
+"""Files of tasks: JSONL (or CSV with a head), a row a question; or a folder of .txt, a text each.
+
+What is wrong with one names its file and line.
+"""
 
 import csv
 import json
@@ -42,9 +45,9 @@ def find(name: str, folder: Path) -> Path:
     """
     places = [folder / place for place in TASKS[name].files or (f"{name}.jsonl",)]
     for place in places:
-        if place.is_file():
+        if place.is_file() or (TASKS[name].kind == "text" and any(place.glob("*.txt"))):
             return place
-    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: no such file")
+    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: there is none")
 
 
 def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
@@ -90,7 +93,14 @@ def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> It
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of what is not blank."""
+    """(line, row) of what is not blank; of a folder the number of each file in order, and its text."""
+    if file.is_dir():
+        for n, one in enumerate(sorted(file.glob("*.txt")), 1):
+            try:
+                yield n, {"text": one.read_text(encoding="utf-8-sig")}
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{one} is not UTF-8 text ({error.reason} at {error.start})") from None
+        return
     with open(file, encoding="utf-8-sig", newline="") as lines:
         try:
             if file.suffix == ".csv":

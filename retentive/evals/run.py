@@ -165,12 +165,13 @@ def _of_texts(metric: str, records: list[dict[str, Any]], field: str) -> dict[st
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| task | shots | questions | metric | value | 95 % interval |",
-        "| --- | ---: | ---: | --- | ---: | ---: |",
-    ]
+    heads = ["task", "shots", "questions", "metric", "value", "95 % interval"]
+    if rows and "context" in rows[0]:
+        heads.insert(1, "context")
+    lines = []
     for row in rows:
         low_high = "–" if row["interval"] is None else " to ".join(f"{x:.4g}" for x in row["interval"])
-        cells = (row["task"], row["shots"], row["n"], row["metric"], f"{row['value']:.4g}", low_high)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        cells = {"questions": row["n"], "value": f"{row['value']:.4g}", "95 % interval": low_high}
+        lines.append([str({**row, **cells}[head]) for head in heads])
+    rule = ["---" if head in ("task", "metric") else "---:" for head in heads]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))

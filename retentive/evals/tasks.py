@@ -40,7 +40,7 @@ class Task:
     """Makes a Question of a row (the text, where the kind is text). Raises ValueError for one that it cannot use."""
     metrics: tuple[str, ...]
     files: tuple[str, ...] = ()
-    """Where it lies below the data folder if not in NAME.jsonl."""
+    """Where it lies below the data folder if not in NAME.jsonl; of texts also a folder, a .txt file each."""
 
 
 # What rows hold
@@ -228,6 +228,7 @@ TASKS = {
     "openbookqa": Task("choice", lettered(lambda row: string(row, "question_stem")), NORM),
     "lambada_openai": Task("word", lambada, ("acc", "perplexity")),
     "perplexity": Task("text", text, LENGTHS),
+    "novels": Task("text", text, LENGTHS, ("novels.jsonl", "novels/valid", "../novels/valid")),
     "qmsum": Task("text", meeting, LENGTHS, ("qmsum.jsonl", "qmsum/val.jsonl", "../qmsum/val.jsonl")),
     "gov_report": Task(
         "text",

@@ -1,18 +1,22 @@
-"""RetNet, its Transformer twin, a hybrid of both, their configs, states and costs."""
+"""RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with."""
 
 from retentive.models.config import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, preset, twin
 from retentive.models.hybrid import Hybrid
+from retentive.models.peers import Peer, PeerConfig, peer
 from retentive.models.retnet import RetNet
 from retentive.models.state import HybridState, KVCache, RetentionState, load_state
 from retentive.models.transformer import Transformer
 
 __all__ = [
+    "MODELS",
     "PRESETS",
     "Hybrid",
     "HybridConfig",
     "HybridState",
     "KVCache",
     "Model",
+    "Peer",
+    "PeerConfig",
     "RetNet",
     "RetNetConfig",
     "RetentionState",
@@ -20,6 +24,7 @@ __all__ = [
     "TransformerConfig",
     "build",
     "load_state",
+    "peer",
     "preset",
     "twin",
 ]
@@ -27,10 +32,10 @@ __all__ = [
 
 Model = RetNet | Transformer | Hybrid
 """Any of the models: the same calls, a state each."""
+Config = RetNetConfig | TransformerConfig | PeerConfig
+MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
 
-MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid}
 
-
-def build(config: RetNetConfig | TransformerConfig) -> Model:
-    """The model of a config, freshly initialised."""
+def build(config: Config) -> Model:
+    """The model of a config, freshly initialised. (A peer can be trained and scored only.)"""
     return MODELS[type(config)](config)

@@ -228,6 +228,7 @@ def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> d
 PRESETS: dict[str, dict] = {
     # one dial for small machines, named by the parameters of their blocks
     "1m": _small(128, 5, 2),
+    "2m": _small(192, 5, 3),
     "5m": _small(256, 6, 4),
     "10m": _small(320, 8, 5),
     "25m": _small(512, 8, 8),
@@ -250,15 +251,15 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def preset(size: str, *, vocab_size: int, **changes) -> RetNetConfig:
-    """The RetNet of a named size, fields changed as given.
+def preset(size: str, *, vocab_size: int, kind: type[RetNetConfig] = RetNetConfig, **changes) -> RetNetConfig:
+    """The RetNet of a named size (or a hybrid, by `kind`), fields changed as given.
 
     Raises:
         ValueError: an unknown size (the known ones are named) or an unknown field.
     """
     if size not in PRESETS:
         raise ValueError(f"unknown size {size!r}, expected one of {', '.join(PRESETS)}")
-    unknown = set(changes) - set(RetNetConfig.__dataclass_fields__)
+    unknown = set(changes) - set(kind.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"RetNetConfig has no field {', '.join(sorted(unknown))}")
-    return RetNetConfig(vocab_size=vocab_size, **{**PRESETS[size], **changes})
+        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    return kind(vocab_size=vocab_size, **{**PRESETS[size], **changes})

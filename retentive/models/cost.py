@@ -4,13 +4,18 @@ A multiply-add counts as two FLOPs. Retention counts as its recurrent form, what
 written and one read, per head and token. Elementwise work (norms, gates, rotations) is left out.
 """
 
+import torch
+
 from retentive.models.config import RetNetConfig, TransformerConfig, of_one_kind
+from retentive.models.peers import Peer, PeerConfig
 
 Config = RetNetConfig | TransformerConfig
 
 
-def block_parameters(config: Config) -> int:
-    """Parameters of the blocks, without embedding, output and last norm."""
+def block_parameters(config: Config | PeerConfig) -> int:
+    """Parameters of the blocks, without embedding, output and last norm (which a peer's count, small, includes)."""
+    if isinstance(config, PeerConfig):
+        return parameters(config) - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return sum(c.layers * (_matrices(c) + _vectors(c)) for c in of_one_kind(config))
 
 
@@ -31,8 +36,11 @@ def _vectors(c: Config) -> int:
     return 2 * c.dim + (c.value_dim // c.heads if affine else 0)
 
 
-def parameters(config: Config) -> int:
+def parameters(config: Config | PeerConfig) -> int:
     """All parameters; tied embeddings count once."""
+    if isinstance(config, PeerConfig):
+        with torch.device("meta"):
+            return sum(p.numel() for p in Peer(config).parameters())
     c = config
     embeddings = c.vocab_size * c.dim * (1 if c.tie_embeddings else 2)
     retnet = isinstance(c, RetNetConfig)
@@ -55,8 +63,13 @@ def flops_per_token(config: Config, context: int) -> int:
     return 2 * matrix_parameters(config) + mixing
 
 
-def training_flops_per_token(config: Config, length: int) -> int:
-    """Forward and backward FLOPs of a token, averaged over a sequence of `length` (attention sees half of it)."""
+def training_flops_per_token(config: Config | PeerConfig, length: int) -> int:
+    """Forward and backward FLOPs of a token, averaged over a sequence of `length` (attention sees half of it).
+
+    Of a peer six for each parameter in its blocks and output: how it mixes tokens is left out.
+    """
+    if isinstance(config, PeerConfig):
+        return 6 * (block_parameters(config) + config.vocab_size * config.dim)
     return 3 * flops_per_token(config, (length + 1) // 2)
 
 

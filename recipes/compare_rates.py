@@ -1,0 +1,24 @@
+"""Which learning rate suits a RetNet and its twin: four of each, one size, one seed, a third of an epoch of novels.
+
+    retentive data NOVELS/train --valid NOVELS/valid --out data/novels
+    retentive compare --recipe recipes/compare_rates.py
+
+A comparison at one rate may favour whom it suits. On novels both do best at the same (results/compare-rates_*.json).
+"""
+
+from pathlib import Path
+
+from retentive.cli.compare import CompareCommand
+from retentive.train import TrainConfig
+
+
+def recipe() -> CompareCommand:
+    return CompareCommand(
+        data=Path("data/novels"),
+        out=Path("runs/compare-rates"),
+        sizes=("1m",),
+        seeds=(0,),
+        lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+        jobs=2,
+        train=TrainConfig(steps=500, precision="bf16", eval_every=100, eval_tokens=32768, save_every=100, keep=1),
+    )

@@ -1,0 +1,252 @@
+"""`retentive compare`: several models on the same tokens, in the same order, with the same budget.
+
+The plan is a list of training runs, each a run directory of `retentive train` below --out. Whoever runs the command
+takes the next run that is not done and that nobody else is at; so several may, and whoever comes after an interruption
+goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from filelock import FileLock, Timeout
+
+import retentive
+from retentive.bench import compare, hardware
+from retentive.bench.compare import RECORD, VARIANTS, Run
+from retentive.bench.tables import duration
+from retentive.checkpoint import write_json
+from retentive.checkpoint.io import write_together
+from retentive.cli import train as training
+from retentive.cli.train import ALL, FREE, TrainCommand, read_recipe
+from retentive.data.pack import load_meta
+from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.evals import heldout
+from retentive.models import cost, preset
+from retentive.train import TrainConfig
+from retentive.train.log import read_metrics
+from retentive.train.loop import Interrupted
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Train variants of a model on the same tokens, and say how they compare."""
+
+    data: Path
+    """Folder of packed tokens with held-out text."""
+    out: Path
+    """Folder for the runs, made if need be; what is done there already is not done again."""
+    variants: tuple[str, ...] = ("retnet", "transformer")
+    """What is compared; the first is the baseline. A wrong name lists all."""
+    sizes: tuple[str, ...] = ("1m",)
+    """Sizes as `retentive train --size` takes them."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Of initialisation and order of the text."""
+    lrs: tuple[float, ...] = ()
+    """Peak learning rates, of which each variant's best counts; that of --lr if not given."""
+    mode: Literal["reset", "packed"] = "reset"
+    """As `retentive train --mode`."""
+    batch: int = 8
+    """Rows of a batch."""
+    length: int = 1024
+    """Tokens of a row, in training and in evaluation."""
+    jobs: int = 1
+    """Processes at work side by side, each with its share of the cores."""
+    mixed: bool = False
+    """Allow runs of unlike machines in one table."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(steps=500, lr=2e-3, sample_every=0, keep=1)
+    )
+
+
+HELP = """Train variants of a model on the same tokens in the same order, and say how they compare.
+
+--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them. Interrupt it
+at any time: the same command goes on."""
+
+
+def main(argv: list[str]) -> None:
+    default, rest = read_recipe(argv, CompareCommand)
+    command = tyro.cli(
+        CompareCommand,
+        prog="retentive compare",
+        args=rest,
+        description=HELP,
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )
+    try:
+        run(command, argv)
+    except Interrupted as stop:
+        print(f"{stop} (the same command goes on)", file=sys.stderr)
+
+
+def run(command: CompareCommand, argv: Sequence[str]) -> None:
+    """Train what is missing, then print and keep the comparison."""
+    runs = plan(command)
+    if command.jobs > 1:
+        side_by_side(command.jobs, argv)
+    else:
+        work(command, runs)
+    found = compare.records(command.out, runs)
+    if len(found) < len(runs):
+        print(f"{len(found)} of {len(runs)} runs are done; others are at the rest", file=sys.stderr)
+        return
+    compare.check_hardware(found, mixed=command.mixed)
+    result = compare.report(found, command.variants[0])
+    print(compare.table(result))
+    if command.json:
+        described = {"what": "comparison", "hardware": found[0]["hardware"], "about": about(command, runs[0])}
+        command.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(command.json, {"command": shlex.join(["retentive", "compare", *argv]), **described, **result})
+        machine = found[0]["hardware"]
+        title = f"{command.train.steps * command.batch * command.length / 1e6:.1f} M tokens a run, {machine['cpu']}"
+        picture = {command.json.with_suffix(".png"): lambda path: compare.plot(result, path, title=title)}
+        write_together(picture)
+
+
+def plan(command: CompareCommand) -> list[Run]:
+    """The runs, checked before any begins."""
+    if command.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {command.jobs}")
+    runs = compare.plan(command.variants, command.sizes, command.seeds, command.lrs or (command.train.lr,))
+    meta = load_meta(command.data)
+    if meta.splits["valid"].tokens <= command.length:
+        raise ValueError(f"{command.data} has too little held-out text for windows of {command.length} tokens")
+    for run in runs:
+        training.model_config(train_command(command, run), meta.vocab_size)
+    return runs
+
+
+def train_command(command: CompareCommand, run: Run) -> TrainCommand:
+    """What `retentive train` is told for a run."""
+    config = preset(run.size, vocab_size=2)
+    changes = compare.changes(run.variant, config)
+    return TrainCommand(
+        data=command.data,
+        out=command.out / run.name,
+        size=run.size,
+        model=VARIANTS[run.variant].model,  # type: ignore[arg-type]
+        set=tuple(
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()
+        ),
+        mode=command.mode,
+        batch=command.batch,
+        length=command.length,
+        resume=True,
+        train=replace(command.train, lr=run.lr, seed=run.seed, sample_every=0),
+    )
+
+
+def side_by_side(jobs: int, argv: Sequence[str]) -> None:
+    """As many processes of this command, each with its share of the cores; ends when all have.
+
+    Raises:
+        ChildProcessError: one of them failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    command = [sys.executable, "-m", "retentive", "compare", *argv, "--jobs", "1"]
+    children = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(jobs)]
+
+    def stop(number, frame):  # they save, and end
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    codes = [child.wait() for child in children]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if any(codes):
+        raise ChildProcessError(f"a job ended with exit code {max(codes)}, it says why above")
+
+
+def work(command: CompareCommand, runs: list[Run]) -> None:
+    """Train and score each run that is not done and that no other process is at.
+
+    Raises:
+        Interrupted: a signal came; the run it was at is saved.
+        ArithmeticError: some runs did not train; the others did.
+    """
+    tokenizer, failed = load_tokenizer(command.data), []
+    pairs = heldout.Pairs(command.data, tokenizer.vocab_size)
+    command.out.mkdir(parents=True, exist_ok=True)
+    for one in runs:
+        folder = command.out / one.name
+        try:
+            with FileLock(command.out / f".{one.name}.lock", timeout=0):
+                if (folder / RECORD).is_file():
+                    check_done(folder / RECORD, about(command, one))
+                    continue
+                began = time.monotonic()
+                training.run(train_command(command, one), typed=ALL, quiet=True)
+                record = score(command, one, tokenizer, pairs)
+                write_json(folder / RECORD, record)
+        except Timeout:
+            continue  # another process is at it
+        except FloatingPointError as error:
+            print(f"{one.name}: {error}", file=sys.stderr, flush=True)
+            failed.append(one.name)
+            continue
+        done = sum((command.out / other.name / RECORD).is_file() for other in runs)
+        bits, took = record["bits_per_byte"], duration(time.monotonic() - began)
+        print(f"{one.name}: {bits:.4f} bits per byte, {took} ({done} of {len(runs)})", file=sys.stderr, flush=True)
+    if failed:
+        raise ArithmeticError(f"{len(failed)} runs did not train ({', '.join(failed)}): try lower learning rates")
+
+
+def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldout.Pairs) -> dict[str, Any]:
+    """What came out of a run that is trained."""
+    folder = command.out / one.name
+    model, _ = retentive.load(folder)
+    metrics = read_metrics(folder)
+    steps = [r for r in metrics if "loss" in r]
+    size = command.batch * command.length * command.train.accumulate
+    every = max(1, len(steps) // 100)
+    return {
+        **one._asdict(),
+        "name": one.name,
+        "parameters": cost.parameters(model.config),
+        "block_parameters": cost.block_parameters(model.config),
+        "tokens": len(steps) * size,
+        **heldout.report(model, command.data, tokenizer, pairs, length=command.length),
+        "curve": [[r["step"] * size, r["bits_per_byte"]] for r in metrics if "bits_per_byte" in r],
+        "train_loss": [
+            [part[-1]["step"] * size, statistics.mean(r["loss"] for r in part)]
+            for part in (steps[n : n + every] for n in range(0, len(steps), every))
+        ],
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps),
+        "memory": max(r["memory"] for r in steps),
+        "hardware": hardware.describe(),
+        "about": about(command, one),
+    }
+
+
+def about(command: CompareCommand, one: Run) -> dict[str, Any]:
+    """All that decides what comes out of a run but its name."""
+    train = {name: value for name, value in asdict(train_command(command, one).train).items() if name not in FREE}
+    data = hashlib.sha256((command.data / "meta.json").read_bytes()).hexdigest()
+    return {"data_sha256": data, "mode": command.mode, "batch": command.batch, "length": command.length, "train": train}
+
+
+def check_done(file: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError where the run that left this record is not the one that is wanted."""
+    was = json.loads(file.read_text(encoding="utf-8"))["about"]
+    flat = [x | x["train"] for x in (was, wanted)]
+    for name in flat[1]:
+        if name != "train" and flat[0].get(name) != flat[1][name]:
+            raise ValueError(
+                f"{file.parent} is of another comparison ({name} {flat[0].get(name)}, now {flat[1][name]}): "
+                f"choose another --out"
+            )

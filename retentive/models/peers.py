@@ -1,0 +1,125 @@
+"""Other people's architectures of the transformers library (extra `peers`), behind our interface, to compare with.
+
+They train in our loop, on our data, with our loss and output matrix; what mixes tokens and how it is initialised is
+theirs. They have no state of ours: they can be trained and scored, not served.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retentive.models.config import RetNetConfig, twin
+
+KINDS = ("llama", "mamba", "mamba2", "rwkv")
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """What a peer of a RetNet is made of; `peer` chooses the numbers."""
+
+    kind: str
+    """llama, mamba, mamba2 or rwkv, transformers' own names."""
+    vocab_size: int
+    """Rows of the embedding."""
+    dim: int
+    """Model width D."""
+    layers: int
+    """Blocks."""
+    heads: int
+    """Heads, of what has some."""
+    ffn_dim: int
+    """Width of the feed-forward layer, of what has one."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output matrix."""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of model {self.kind!r}, expected one of {', '.join(KINDS)}")
+
+    def theirs(self) -> dict[str, Any]:
+        """The fields of transformers' config."""
+        common = dict(vocab_size=self.vocab_size, hidden_size=self.dim, num_hidden_layers=self.layers)
+        head = self.dim // self.heads
+        of_kind: dict[str, dict[str, Any]] = {
+            "llama": dict(num_attention_heads=self.heads, intermediate_size=self.ffn_dim),
+            "mamba": dict(state_size=16),
+            "mamba2": dict(num_heads=2 * self.heads, head_dim=head, state_size=head, n_groups=1, chunk_size=64),
+            # rescale_every halves weights while a model is evaluated, for float16's sake
+            "rwkv": dict(attention_hidden_size=self.dim, intermediate_size=self.ffn_dim, rescale_every=0),
+        }
+        return common | of_kind[self.kind]
+
+
+def peer(config: RetNetConfig, kind: str) -> PeerConfig:
+    """A model of another kind, as wide as the RetNet and with about its parameters.
+
+    Llama is the twin. A block of Mamba has some 6 D^2 parameters and no feed-forward layer, half of a RetNet's block:
+    there are twice as many. RWKV's time mixing has 4 D^2 and the gate of its channel mixing D^2.
+    """
+    other = twin(config)
+    ffn = (3 * other.ffn_dim - config.dim) // 2 if kind == "rwkv" else other.ffn_dim
+    return PeerConfig(
+        kind=kind,
+        vocab_size=config.vocab_size,
+        dim=config.dim,
+        layers=config.layers * (2 if kind in ("mamba", "mamba2") else 1),
+        heads=config.heads,
+        ffn_dim=ffn,
+        tie_embeddings=config.tie_embeddings,
+    )
+
+
+class Peer(nn.Module):
+    """`model(ids) -> (logits, None)`.
+
+    Raises:
+        ModuleNotFoundError: the extra is missing.
+    """
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError:
+            raise ModuleNotFoundError(
+                f"{config.kind} is a model of the transformers library: pip install 'retentive[peers]'"
+            ) from None
+        self.config, self.blocks = config, nn.ModuleList()  # no blocks that training could wrap from outside
+        self.backbone: Any = AutoModel.from_config(AutoConfig.for_model(config.kind, **config.theirs()))
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        nn.init.normal_(self.head.weight, std=config.dim**-0.5)  # as for RetNet: the losses begin alike
+
+    @property
+    def embed(self) -> nn.Embedding:
+        return self.backbone.get_input_embeddings()
+
+    def init_state(self, batch: int) -> Any:
+        raise ValueError(f"{self.config.kind} has no state here: it can be trained and scored, not decoded or served")
+
+    def hidden(
+        self,
+        ids: Tensor | None,
+        state: None = None,
+        *,
+        embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """What the output matrix is applied to, `[B,T,D]`; arguments as for `RetNet`, padding on the right only."""
+        if state is not None or ids is None or embeds is not None or (lengths is not None and lengths.ndim != 1):
+            raise ValueError(f"{self.config.kind} reads whole rows of ids here: no state, no embeds, no left padding")
+        if cu_seqlens is None:
+            return self.backbone(ids, use_cache=False).last_hidden_state, None
+        counts = cu_seqlens.diff().tolist()
+        rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)  # causal: what follows is unseen
+        x = self.backbone(rows, use_cache=False).last_hidden_state
+        return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])[None], None
+
+    def forward(self, ids: Tensor | None, state: None = None, **how: Any) -> tuple[Tensor, None]:
+        """Logits `[B,T,vocab]`."""
+        x, _ = self.hidden(ids, state, **how)
+        return self.head(x), None
