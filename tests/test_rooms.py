@@ -11,7 +11,7 @@ import pytest
 import retentive
 
 FLOORS = ["ops", "layers", "models data", "checkpoint multimodal", "train infer hf export", "serve evals bench"]
-FLOORS += ["cli demo", "__main__"]
+FLOORS += ["report", "cli demo", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from
 PACKAGE = Path(retentive.__file__).parent

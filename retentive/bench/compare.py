@@ -11,16 +11,17 @@ freedom. Differences to the baseline are taken seed by seed, since half of the n
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from retentive.bench import prompting
 from retentive.bench.plot import grid
 from retentive.bench.tables import known, markdown
-from retentive.models import RetNetConfig, cost
+from retentive.models import Config, HybridConfig, RetNetConfig, cost, peer, twin
 
 RECORD = "compared.json"
 """In a run's directory, what came out of it."""
@@ -56,6 +57,11 @@ VARIANTS = {
     ),
     "paper-decay": Variant("retnet", lambda c: dict(decay="paper"), "decays of the paper's equation 8"),
     "no-score-norm": Variant("retnet", lambda c: dict(score_norm=False), "without the norm of the decay mask's rows"),
+    "short-head": Variant(
+        "retnet",
+        lambda c: dict(decay=prompting.decays(c.heads)),
+        "the first head forgets at once and sees the token before",
+    ),
     "gated": Variant(
         "retnet", lambda c: dict(decay="gated", score_norm=False), "a decay for each token: gated retention"
     ),
@@ -76,6 +82,21 @@ def changes(variant: str, config: RetNetConfig) -> dict[str, Any]:
     spare = cost.block_parameters(config) - cost.block_parameters(bare)
     unit = config.layers * config.dim * (3 if config.ffn_gate else 2)
     return changed | {"ffn_dim": config.ffn_dim + round(spare / unit)} if round(spare / unit) else changed
+
+
+def config_of(variant: str, config: RetNetConfig) -> Config:
+    """The config of a variant of a RetNet."""
+    changed = replace(config, **changes(variant, config))
+    match VARIANTS[variant].model:
+        case "retnet":
+            return changed
+        case "transformer":
+            return twin(config)
+        case "hybrid":
+            same = {f.name: getattr(changed, f.name) for f in fields(changed)}
+            return HybridConfig(**same, attention_every=min(4, config.layers))
+        case kind:
+            return peer(config, kind)
 
 
 class Run(NamedTuple):

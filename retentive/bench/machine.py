@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ READ = 1 << 29
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a large matrix product in `dtype`, bytes/s of reading and of copying, measured now."""
-    gemm = peak_flops(device, dtype, size=8192 if device.type == "cuda" else 2048, repeats=6)
-    return {"gemm": gemm, **bandwidth(device)}
+    return {"gemm": gemm(device, dtype), **bandwidth(device)}
+
+
+def gemm(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    return peak_flops(device, dtype, size=8192 if device.type == "cuda" else 2048, repeats=6)
 
 
 def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
@@ -34,6 +39,17 @@ def numbers(device: torch.device, size: int = READ) -> torch.Tensor:
 def reading(x: torch.Tensor, repeats: int = 3) -> float:
     """Bytes/s of summing the rows of `numbers`."""
     return x.nbytes / min(clock(x.device, lambda: x.sum(-1)) for _ in range(repeats))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had now: of the GPU, or of the system, as far as it tells (else no bound)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return 1 << 62
+    lines = info.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retentive.bench.contestants import Contestant, contestant
-from retentive.bench.machine import clock
+from retentive.bench.machine import clock, free_memory
 from retentive.bench.work import Work
 
 STATUS = Path("/proc/self/status")
@@ -64,10 +64,10 @@ def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     both(one, tensors(one, short))
     one = contestant(name, work, chunk)
     inputs, outputs = tensors(one, work), list[Tensor]()
-    before = _reset_mark(device)
+    before = reset_mark(device)
     ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
     back = clock(device, lambda: outputs[0].backward(inputs[3]))
-    return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": _mark(device) - before}
+    return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": mark(device) - before}
 
 
 def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
@@ -101,17 +101,17 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _reset_mark(device: torch.device) -> int:
+def reset_mark(device: torch.device) -> int:
     """Bytes held now, from which on the high-water mark rises again (where there is no /proc: the mark so far)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _mark(device)
+    return mark(device)
 
 
-def _mark(device: torch.device) -> int:
+def mark(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
@@ -122,8 +122,7 @@ def _mark(device: torch.device) -> int:
 def _take_no_more_than_is_free() -> None:
     if not STATUS.exists():
         return
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = free_memory(torch.device("cpu"))
     resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free * 9 // 10,) * 2)
 
 

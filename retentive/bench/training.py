@@ -1,99 +1,204 @@
-"""Training speed: a step of RetNet against a step of its Transformer twin, same parameters, tokens and precision.
+"""`retentive bench train`: a step of RetNet against a step of its Transformer twin, tokens/s and memory by length.
 
-Before anything is timed, RetNet's forms must agree on the very model and length that will be: a speed is never shown
-for a wrong result.
+A step is forward, loss, backward and optimiser, over the same tokens in the same precision. The models take turns.
+Before anything is timed, RetNet's forms must agree on the very model that will be: a speed is never shown for a wrong
+result. Memory is the most that a process of its own holds during a step, weights and optimiser included, beyond what
+it held before the model was made (on a GPU: that the allocator held).
+
+    python -m retentive.bench.training '{"name": "retnet", …}'     one line of JSON: the memory of one model
 """
 
 import gc
-import time
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from retentive.bench import hardware
-from retentive.models import Model, RetNet, RetNetConfig, Transformer, cost, twin
+from retentive.bench import hardware, machine, peak, twins
+from retentive.bench.plot import dress, grid, tokens
+from retentive.bench.tables import at_least_one, duration, known, markdown, size
+from retentive.models import Model, RetNet, RetNetConfig, cost
 from retentive.train.config import TrainConfig
-from retentive.train.log import peak_flops
+from retentive.train.loop import wrap_blocks
 from retentive.train.loss import cross_entropy
 from retentive.train.optim import adamw
 
-TOLERANCE = 1e-4
-"""Largest difference of logits between forms in float32: rounding of sums over a whole sequence stays well below."""
+MODELS = ("retnet", "transformer")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made over; all but the model's name and the length stays the same."""
+
+    config: RetNetConfig
+    length: int
+    tokens: int
+    """Of a step: as many rows as they fill, one at least."""
+    precision: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    checkpoint_activations: bool = False
+    device: str = "cpu"
+
+    @property
+    def batch(self) -> int:
+        return max(self.tokens // self.length, 1)
+
+
+class Trainer:
+    """A model, its optimiser and a batch."""
+
+    def __init__(self, name: str, step: Step):
+        device = torch.device(step.device)
+        self.model: Model = twins.make(name, step.config, device).train()
+        self.optimizer = adamw(self.model, TrainConfig())
+        wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(step.config.vocab_size, (step.batch, step.length + 1), generator=generator).to(device)
+        self.precision = step.precision
+
+    def run(self) -> None:
+        """One whole step."""
+        ids, targets = self.ids[:, :-1], self.ids[:, 1:]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            x, _ = self.model.hidden(ids)
+            loss = cross_entropy(x, self.model.head.weight, targets) / targets.numel()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def measure(
-    config: RetNetConfig, *, lengths: tuple[int, ...], tokens: int, precision: str, repeats: int
+    config: RetNetConfig,
+    *,
+    lengths: Sequence[int],
+    tokens: int,
+    precision: str = "bf16",
+    checkpoint_activations: bool = False,
+    repeats: int = 5,
+    device: torch.device | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Tokens/s of both models at each length, `tokens` tokens a step; the models take turns, the best step counts."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rows = []
-    for length in lengths:
-        batch = max(tokens // length, 1)
-        retnet = RetNet(config)
-        check_forms(retnet.eval(), min(length, 1024))
-        retnet.train()
-        models: dict[str, Model] = {"retnet": retnet, "transformer": Transformer(twin(config))}
-        ids = torch.randint(config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
-        optimizers = {name: adamw(model, TrainConfig()) for name, model in models.items()}
-        best = dict.fromkeys(models, float("inf"))
-        for repeat in range(repeats + 1):
-            for name, model in models.items():
-                seconds = step(model, optimizers[name], ids, precision)
-                if repeat:  # the first step allocates
-                    best[name] = min(best[name], seconds)
-        row: dict[str, Any] = {"length": length, "batch": batch}
-        for name, model in models.items():
-            rate = batch * length / best[name]
-            flops = cost.training_flops_per_token(model.config, length)
-            row[name] = {
-                "tokens_per_second": rate,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "fraction_of_gemm_rate": rate * flops / peak_flops(torch.device("cpu"), dtype, size=2048),
-            }
-        row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
-        rows.append(row)
-        del retnet, model, models, optimizers
-        gc.collect()
-    return {"what": "training step", "precision": precision, "hardware": hardware.describe(), "rows": rows}
-
-
-def step(model: Model, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: str) -> float:
-    """Seconds of one whole step: forward, loss, backward, optimiser."""
-    began = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        x, _ = model.hidden(ids[:, :-1])
-        loss = cross_entropy(x, model.head.weight, ids[:, 1:]) / ids[:, 1:].numel()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - began
-
-
-@torch.inference_mode()
-def check_forms(model: RetNet, length: int) -> float:
-    """The largest difference of float32 logits between the parallel and the other forms.
+    """A row per length: of both models tokens/s, the fraction of the GEMM rate that their FLOPs are, and memory.
 
     Raises:
-        ArithmeticError: it is above the tolerance.
+        ValueError: an unknown precision, a number below 1.
+        ArithmeticError: the gate is red; nothing was timed.
     """
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    logits = {form: model(ids, form=form)[0] for form in ("parallel", "chunkwise", "recurrent")}
-    worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
-    if worst > TOLERANCE:
-        raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
-    return worst
+    device = device or torch.device("cpu")
+    known([precision], twins.PRECISIONS, "precision")
+    for what, values in (("lengths", lengths), ("tokens", [tokens]), ("repeats", [repeats])):
+        at_least_one(what, values)
+    rows = []
+    for length in lengths:
+        step = Step(config, length, tokens, precision, checkpoint_activations, str(device))
+        row: dict[str, Any] = {"length": length, "batch": step.batch, **in_turns(step, repeats)}
+        row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
+        for name in MODELS:
+            row[name] |= memory(name, step)
+        rows.append(row)
+        told = ", ".join(f"{name} {duration(row[name]['seconds'])}" for name in MODELS)
+        say(f"{step.batch} x {length:,} tokens: {told}")
+    return {
+        "what": "training step",
+        "precision": precision,
+        "checkpoint_activations": checkpoint_activations,
+        "device": str(device),
+        "hardware": hardware.describe(),
+        "rows": rows,
+    }
+
+
+def in_turns(step: Step, repeats: int) -> dict[str, dict[str, Any]]:
+    """Of both models the best and the median of their steps; the first allocates, and is not counted."""
+    device = torch.device(step.device)
+    trainers = {name: Trainer(name, step) for name in MODELS}
+    retnet = trainers["retnet"].model
+    assert isinstance(retnet, RetNet)
+    twins.check_forms(retnet.eval(), min(step.length, 1024))
+    retnet.train()
+    times: dict[str, list[float]] = {name: [] for name in MODELS}
+    for _ in range(repeats + 1):
+        for name, trainer in trainers.items():
+            times[name].append(machine.clock(device, trainer.run))
+    gemm = machine.gemm(device, twins.PRECISIONS[step.precision])
+    results = {}
+    for name, trainer in trainers.items():
+        seconds = min(times[name][1:])
+        rate = step.batch * step.length / seconds
+        flops = cost.training_flops_per_token(trainer.model.config, step.length)
+        results[name] = {
+            "seconds": seconds,
+            "median_seconds": statistics.median(times[name][1:]),
+            "tokens_per_second": rate,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "fraction_of_gemm_rate": rate * flops / gemm,
+        }
+    del trainers, retnet, trainer
+    gc.collect()
+    return results
+
+
+def memory(name: str, step: Step) -> dict[str, Any]:
+    """{"peak_bytes": …} of a step in a process of its own; {} where it did not get through."""
+    command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    lines = [
-        "| length | RetNet tokens/s | Transformer tokens/s | ratio | RetNet, of the GEMM rate | Transformer |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = ["length", "rows", "RetNet: tokens/s", "Transformer: tokens/s", "ratio", "RetNet: memory"]
+    heads += ["Transformer: memory", "RetNet: of the GEMM rate", "Transformer: of the GEMM rate"]
+    lines = []
     for row in result["rows"]:
-        r, t = row["retnet"], row["transformer"]
-        lines.append(
-            f"| {row['length']:,} | {r['tokens_per_second']:,.0f} | {t['tokens_per_second']:,.0f} | {row['ratio']:.2f} "
-            f"| {r['fraction_of_gemm_rate']:.0%} | {t['fraction_of_gemm_rate']:.0%} |"
-        )
-    return "\n".join(lines)
+        cells = [f"{row['length']:,}", str(row["batch"])]
+        cells += [f"{row[name]['tokens_per_second']:,.0f}" for name in MODELS]
+        cells.append(f"{row['ratio']:.2f}")
+        cells += [size(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in MODELS]
+        lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in MODELS)])
+    return markdown(heads, lines)
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG: tokens/s and memory against length.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    figure, ((left, right),) = grid(title, 1, 2)
+    lengths = [row["length"] for row in result["rows"]]
+    for axis, key, unit, label in (
+        (left, "tokens_per_second", 1, "tokens/s"),
+        (right, "peak_bytes", 1e9, "memory of a step (GB)"),
+    ):
+        for n, name in enumerate(MODELS):
+            points = [(row["length"], row[name][key] / unit) for row in result["rows"] if key in row[name]]
+            if points:
+                how: dict[str, Any] = {"color": f"C{n}", "marker": "os"[n], "label": twins.NAMES[name]}
+                axis.plot(*zip(*points, strict=True), **how)
+        dress(axis, lengths, [tokens(n) for n in lengths], label)
+        axis.set_xlabel("length (tokens)")
+        axis.legend(fontsize=9)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def main(argument: str) -> None:
+    """Prints the memory of one model's step."""
+    task = json.loads(argument)
+    device = torch.device(task["device"])
+    before = peak.reset_mark(device)
+    config = RetNetConfig(**task.pop("config"))
+    trainer = Trainer(task.pop("name"), Step(config=config, **task))
+    for _ in range(2):  # the second has the optimiser's moments from the beginning
+        trainer.run()
+    print(json.dumps({"peak_bytes": peak.mark(device) - before}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

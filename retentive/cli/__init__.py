@@ -18,6 +18,7 @@ VERBS = {
     "bench": ("retentive.cli.bench", "measure training speed, memory and decoding on this machine"),
     "eval": ("retentive.cli.eval", "score a model on the tasks of the field"),
     "compare": ("retentive.cli.compare", "train several models on the same tokens and say how they compare"),
+    "report": ("retentive.cli.report", "all results of a folder as one page, the paper's tables beside them"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }

@@ -2,7 +2,6 @@
 
 import functools
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ import retentive
 from retentive.bench import (
     ask,
     http,
-    memory,
     prompting,
+    recall,
     retention,
     retention_report,
     run,
@@ -25,50 +24,13 @@ from retentive.bench import (
     soak,
     speculation,
     step,
-    training,
 )
-from retentive.checkpoint import load_with_tokenizer, save_model, write_json
-from retentive.checkpoint.io import write_together
+from retentive.checkpoint import load_with_tokenizer, save_model
+from retentive.cli import bench_models as models
 from retentive.cli.bench_scoring import ScoringBench, score_both_ways
+from retentive.cli.results import bench_device, keep, keep_with_picture, progress, words
 from retentive.data.tokenizer import load_tokenizer, train_bpe
-from retentive.models import build, preset, twin
-from retentive.models.device import pick_device
-
-
-@dataclass(frozen=True)
-class TrainBench:
-    """Training step: tokens/s of a RetNet and of its Transformer twin, taking turns."""
-
-    size: str = "5m"
-    """Size of the RetNet; the twin has its parameters."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
-    lengths: tuple[int, ...] = (2048, 8192)
-    """Sequence lengths."""
-    tokens: int = 8192
-    """Tokens a step."""
-    precision: str = "bf16"
-    """bf16 (autocast) or fp32."""
-    repeats: int = 5
-    """Steps timed of each; the best counts."""
-    json: Path | None = None
-    """File for the result."""
-
-
-@dataclass(frozen=True)
-class MemoryBench:
-    """Memory and time per token against context: a RetNet's state beside its twin's KV cache."""
-
-    size: str = "5m"
-    """Size of the RetNet; the twin has its parameters."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
-    contexts: tuple[int, ...] = memory.CONTEXTS
-    """Context lengths."""
-    batch: int = 1
-    """Sequences decoded together."""
-    json: Path | None = None
-    """File for the result; a picture is put beside it."""
+from retentive.models import build, preset
 
 
 @dataclass(frozen=True)
@@ -213,6 +175,26 @@ class SoakBench:
     """File for the result; a picture is put beside it."""
 
 
+@dataclass(frozen=True)
+class RecallBench:
+    """Associative recall: small models trained to answer from pairs of keys and values that stand before."""
+
+    out: Path = Path("runs/recall")
+    """Folder for the models; those that are there are not trained again."""
+    variants: tuple[str, ...] = recall.VARIANTS
+    """As `retentive compare --variants`."""
+    dims: tuple[int, ...] = (64, 128)
+    """Widths of the models, of two layers."""
+    pairs: tuple[int, ...] = recall.PAIRS
+    """Pairs in a row."""
+    steps: int = 2000
+    """Training steps."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    json: Path | None = None
+    """File for the result; a picture is put beside it."""
+
+
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
@@ -225,32 +207,6 @@ def main(argv: list[str]) -> None:
     command: Any = tyro.cli(kind, prog=f"retentive bench {argv[0]}", args=argv[1:])
     typed = shlex.join(["retentive", "bench", *argv])
     measure(command, typed)
-
-
-def bench_train(command: TrainBench, typed: str) -> None:
-    if command.precision not in ("bf16", "fp32"):
-        raise ValueError(f"--precision must be bf16 or fp32, got {command.precision!r}")
-    result = training.measure(
-        preset(command.size, vocab_size=command.vocab_size),
-        lengths=command.lengths,
-        tokens=command.tokens,
-        precision=command.precision,
-        repeats=command.repeats,
-    )
-    print(training.table(result))
-    if command.json:
-        keep(command.json, {"command": typed, **result, "size": command.size})
-
-
-def bench_memory(command: MemoryBench, typed: str) -> None:
-    config = preset(command.size, vocab_size=command.vocab_size)
-    models = {"RetNet": build(config).eval(), "Transformer twin": build(twin(config)).eval()}
-    rows = memory.measure(models, contexts=command.contexts, batch=command.batch)
-    print(memory.table(rows))
-    if command.json:
-        keep(command.json, {"command": typed, **memory.report(rows), "size": command.size, "batch": command.batch})
-        title = f"What remembering costs: a RetNet ({command.size}) and a Transformer of its size"
-        memory.plot(rows, command.json.with_suffix(".png"), title=title)
 
 
 def bench_run(command: RunBench, typed: str) -> None:
@@ -313,6 +269,13 @@ def learn(command: PromptingBench, families: list[dict[str, list[str]]]) -> None
     save_model(command.out, model, tokenizer)
 
 
+def bench_recall(command: RecallBench, typed: str) -> None:
+    how = dict(dims=command.dims, pairs=command.pairs, steps=command.steps, lr=command.lr, say=progress)
+    result = recall.measure(command.out, variants=words(command.variants), **how)  # type: ignore[arg-type]
+    print(recall.table(result))
+    keep_with_picture(command.json, {"command": typed, **result}, recall.plot, "Associative recall")
+
+
 def bench_ask(command: AskBench, typed: str) -> None:
     torch.manual_seed(0)
     model = build(preset(command.size, vocab_size=command.vocab_size)).eval()
@@ -369,22 +332,6 @@ def bench_soak(command: SoakBench, typed: str) -> None:
         raise ValueError("the soak found what must not be: see above")
 
 
-def words(names: tuple[str, ...]) -> list[str]:
-    """Names with commas or blanks between them."""
-    return [part for name in names for part in name.split(",") if part]
-
-
-def bench_device(name: str) -> torch.device:
-    """The device of that name; "auto" is an NVIDIA GPU or the CPU, which are what these measure."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return pick_device(name)
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def bench_scoring(command: ScoringBench, typed: str) -> None:
     result = score_both_ways(command, say=progress)
     print(scoring.table(result))
@@ -392,30 +339,16 @@ def bench_scoring(command: ScoringBench, typed: str) -> None:
         keep(command.json, {"command": typed, **result})
 
 
-def keep_with_picture(path: Path | None, result: dict[str, Any], plot: Callable[..., None], what: str) -> None:
-    """Write a result and its picture, each whole or not at all."""
-    if path is None:
-        return
-    keep(path, result)
-    hardware = result["hardware"]
-    where = f"{hardware['cpu']}, {hardware['threads']} threads" if result["device"] == "cpu" else hardware["gpu"]
-    title = f"{what} on {where}"
-    write_together({path.with_suffix(".png"): lambda partial: plot(result, partial, title=title)})
-
-
-def keep(path: Path, result: dict) -> None:
-    """Write a result file, its folder made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-
-
 VERBS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
-    "train": (TrainBench, bench_train),
-    "memory": (MemoryBench, bench_memory),
+    "train": (models.TrainBench, models.bench_train),
+    "prefill": (models.PrefillBench, models.bench_prefill),
+    "decode": (models.DecodeBench, models.bench_decode),
+    "memory": (models.MemoryBench, models.bench_memory),
     "run": (RunBench, bench_run),
     "retention": (RetentionBench, bench_retention),
     "step": (StepBench, bench_step),
     "prompting": (PromptingBench, bench_prompting),
+    "recall": (RecallBench, bench_recall),
     "ask": (AskBench, bench_ask),
     "serving": (ServingBench, bench_serving),
     "speculation": (SpeculationBench, bench_speculation),

@@ -1,6 +1,6 @@
 """RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with."""
 
-from retentive.models.config import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, preset, twin
+from retentive.models.config import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, of_one_kind, preset, twin
 from retentive.models.hybrid import Hybrid
 from retentive.models.peers import Peer, PeerConfig, peer
 from retentive.models.retnet import RetNet
@@ -24,6 +24,7 @@ __all__ = [
     "TransformerConfig",
     "build",
     "load_state",
+    "of_one_kind",
     "peer",
     "preset",
     "twin",

@@ -163,22 +163,27 @@ def _check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
-def twin(config: RetNetConfig) -> TransformerConfig:
+def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
     """The Transformer of the same width, depth, heads and parameters as a RetNet.
 
     Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
     with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
+
+    Args:
+        kv_heads: heads of keys and values, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
+            0: every head has its own.
     """
     shared = config.kv_heads / config.heads
     retention = (1 + shared) * config.key_dim + (shared + (2 if config.gate else 1)) * config.value_dim
     feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
-    ffn = round((feed_forward + retention - 4 * config.dim) / 3)
+    attention = 2 * config.dim * (1 + (kv_heads or config.heads) / config.heads)
     return TransformerConfig(
         vocab_size=config.vocab_size,
         dim=config.dim,
         layers=config.layers,
         heads=config.heads,
-        ffn_dim=ffn,
+        kv_heads=kv_heads,
+        ffn_dim=round((feed_forward + retention - attention) / 3),
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
         dropout=config.dropout,

@@ -1,0 +1,307 @@
+"""`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
+
+A step decodes one token of every sequence. States and caches are filled with numbers instead of being read (what a step
+costs does not depend on them), so that 32k tokens of context take no hours. Contestants take turns; before that each
+must decode the logits that it gives when it reads a text at once.
+
+    memory      weights, and the state or the cache at that context
+    limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
+                values, read) at the rate of reading, or its FLOPs at the GEMM rate, whichever takes longer; the rate of
+                reading is measured around every repetition
+"""
+
+import gc
+import inspect
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retentive.bench import hardware, machine, twins
+from retentive.bench.plot import dress, grid, tokens
+from retentive.bench.tables import at_least_one, duration, known, markdown, size
+from retentive.models import KVCache, RetNetConfig, cost, of_one_kind
+from retentive.ops.step import slots
+
+CONTEXTS = (512, 2048, 8192, 32768)
+BATCHES = (1, 8)
+LATENCY_AT = 8192
+
+
+@torch.inference_mode()
+def measure(
+    config: RetNetConfig,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = BATCHES,
+    models: Sequence[str] = tuple(twins.NAMES),
+    precision: str = "bf16",
+    steps: int = 16,
+    repeats: int = 3,
+    device: torch.device | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """A row per batch and context: of every contestant seconds a step, memory, and its fraction of the limit.
+
+    Raises:
+        ValueError: an unknown name or precision, a number below 1.
+        ArithmeticError: a gate is red; nothing was timed.
+    """
+    device = device or torch.device("cpu")
+    known([precision], twins.PRECISIONS, "precision")
+    for what, values in (("contexts", contexts), ("batches", batches), ("steps", [steps]), ("repeats", [repeats])):
+        at_least_one(what, values)
+    dtype = twins.PRECISIONS[precision]
+    contestants = {name: DECODERS.get(name, Decoder)(name, config, device, dtype) for name in twins.chosen(models)}
+    for one in contestants.values():
+        one.check()
+    rows = []
+    for batch in sorted(set(batches)):
+        for context in sorted(set(contexts)):
+            row: dict[str, Any] = {"batch": batch, "context": context}
+            row["models"] = in_turns(contestants, batch, context, steps, repeats, device, dtype)
+            rows.append(row)
+            told = ", ".join(f"{name} {_told(r)}" for name, r in row["models"].items())
+            say(f"batch {batch}, context {context:,}: {told}")
+    return {
+        "what": "decoding",
+        "hardware": hardware.describe(),
+        "device": str(device),
+        "precision": precision,
+        "parameters": {name: cost.parameters(one.config) for name, one in contestants.items()},
+        "break_even": {
+            name: cost.break_even(config, one.config, bytes_per_value=dtype.itemsize)
+            for name, one in contestants.items()
+            if name in ("transformer", "grouped")
+        },
+        "rows": rows,
+    }
+
+
+def _told(result: dict[str, Any]) -> str:
+    return result.get("skipped") or duration(result["seconds"])
+
+
+class Decoder:
+    """A model that decodes, and what it costs."""
+
+    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+        self.model, self.dtype = twins.make(name, config, device, dtype), dtype
+        self.config: Any = twins.config_of(name, config)
+
+    def check(self) -> None:
+        """Raises ArithmeticError where it does not decode what it reads."""
+        twins.check_decoding(self.model)
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        """A state as after `context` tokens, with room for so many more."""
+        state = self.model.init_state(batch).reserve(context + room)
+        layers = (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers
+        for x in layers:
+            x[:] = torch.randn(
+                x[:1, :1].shape, dtype=x.dtype, device=x.device
+            )  # written: no page is the shared zero one
+        state.position.fill_(context)
+        return state.for_decoding(self.dtype)
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        """The state after one more token of each sequence."""
+        x, state = self.model.hidden(ids, state)
+        self.model.head(x)
+        return state
+
+    def remembers(self, batch: int, context: int) -> int:
+        """Bytes of state or cache."""
+        return cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
+
+    def moves(self, batch: int, context: int) -> float:
+        """Bytes that a step must move: weights, memory."""
+        weights = cost.matrix_parameters(self.config) * self.dtype.itemsize
+        written = 1.0
+        for c in of_one_kind(self.config):
+            if isinstance(c, RetNetConfig):
+                written = 1 + 2 / slots(c.key_dim // c.heads, c.value_dim // c.heads)
+        return weights + written * self.remembers(batch, context)
+
+
+class Llama(Decoder):
+    """Another engine: the transformers library with its static cache, on the same weights' shapes."""
+
+    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(name, config, device, dtype)
+        self.config = twins.config_of("transformer", config)  # the same numbers, of which the formulas know
+        names = inspect.signature(self.model.backbone.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
+
+    def check(self) -> None:
+        """Its own library's business."""
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        from transformers import StaticCache
+
+        backbone = self.model.backbone
+        cache = StaticCache(config=backbone.config, max_cache_len=context + room)
+        x = torch.zeros(batch, context, dtype=torch.int64, device=self.model.embed.weight.device)
+        c = self.config
+        for layer in range(c.layers):
+            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=x.device)
+            keys = keys.expand(batch, c.heads, context, -1)
+            cache.update(keys, keys, layer)
+        return cache
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        x = self.model.backbone(ids, use_cache=True, **{self.cache_name: state}).last_hidden_state
+        self.model.head(x)
+        return state
+
+
+DECODERS: dict[str, type[Decoder]] = {"llama": Llama}
+
+
+def in_turns(
+    contestants: dict[str, Decoder],
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, Any]]:
+    """Of every contestant seconds a step in the best and the median repetition, memory, fraction of the limit.
+
+    One that needs more memory than there is is left out, with a word.
+    """
+    gc.collect()
+    states: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
+    free = machine.free_memory(device)
+    for name, one in contestants.items():
+        need = one.remembers(batch, context)
+        if need > 0.9 * free - sum(contestants[other].remembers(batch, context) for other in states):
+            results[name] = {"skipped": "not enough memory"}
+            continue
+        states[name] = one.fill(batch, context, (repeats + 1) * steps)
+    numbers = machine.numbers(device)
+    gemm = machine.gemm(device, dtype)
+    ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    times: dict[str, list[float]] = {name: [] for name in states}
+    fractions: dict[str, list[float]] = {name: [] for name in states}
+    rate = machine.reading(numbers)
+
+    def repetition(name: str) -> None:
+        for _ in range(steps):
+            states[name] = contestants[name].step(ids, states[name])
+
+    for _ in range(repeats + 1):
+        for name, one in contestants.items():
+            if name not in states:
+                continue
+            times[name].append(machine.clock(device, lambda name=name: repetition(name)) / steps)  # type: ignore[misc]
+            before, rate = rate, machine.reading(numbers)
+            limit = max(
+                one.moves(batch, context) / statistics.mean((before, rate)),
+                batch * cost.flops_per_token(one.config, context) / gemm,
+            )
+            fractions[name].append(limit / times[name][-1])
+    for name, one in contestants.items():
+        if name in states:
+            weights = cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
+            results[name] = {
+                "seconds": min(times[name][1:]),
+                "median_seconds": statistics.median(times[name][1:]),
+                "tokens_per_second": batch / min(times[name][1:]),
+                "state_bytes": one.remembers(batch, context),
+                "memory_bytes": weights + one.remembers(batch, context),
+                "fraction": statistics.median(fractions[name][1:]),
+            }
+    return {name: results[name] for name in contestants}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, with where the state begins to be the smaller memory."""
+    names = list(result["parameters"])
+    heads = ["batch", "context", *(f"{twins.NAMES[name]}: a step" for name in names)]
+    heads += ["RetNet, of the limit", "RetNet: memory", *(f"{twins.NAMES[name]}: memory" for name in names[1:])]
+    lines = []
+    for row in result["rows"]:
+        base, cells = row["models"]["retnet"], [str(row["batch"]), f"{row['context']:,}"]
+        for name in names:
+            other = row["models"][name]
+            times = f" ({other['seconds'] / base['seconds']:.2f}x)" if name != "retnet" and "seconds" in other else ""
+            cells.append(_told(other) + times)
+        cells += [f"{base['fraction']:.0%}", size(base["memory_bytes"])]
+        for name in names[1:]:
+            other = row["models"][name]
+            cells.append(
+                f"{size(other['memory_bytes'])} ({other['memory_bytes'] / base['memory_bytes']:.2f}x)"
+                if "memory_bytes" in other
+                else "–"
+            )
+        lines.append(cells)
+    notes = [
+        f"- The state is smaller than the cache of {twins.NAMES[name]} from {n:,} tokens of context on."
+        for name, n in result["break_even"].items()
+    ]
+    for name in names[1:]:
+        for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
+            at = faster_from(result["rows"], name, batch)
+            if at is not None:
+                notes.append(f"- A step of RetNet is shorter than one of {twins.NAMES[name]} {at} at batch {batch}.")
+    return "\n\n".join([markdown(heads, lines), "\n".join(notes)])
+
+
+def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None:
+    """From which measured context on RetNet's step is the shorter one, in words."""
+    mine = sorted(
+        (r["context"], r["models"]["retnet"]["seconds"] < r["models"][name]["seconds"])
+        for r in rows
+        if r["batch"] == batch and "seconds" in r["models"].get(name, {})
+    )
+    if not mine:
+        return None
+    slower = [context for context, faster in mine if not faster]
+    if not slower:
+        return f"at all of these contexts, from {mine[0][0]:,} tokens,"
+    beyond = [context for context, _ in mine if context > max(slower)]
+    if not beyond:
+        return f"not at the longest of these contexts, {mine[-1][0]:,} tokens,"
+    return f"from somewhere between {max(slower):,} and {min(beyond):,} tokens of context on"
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG as the paper's Figure 6: memory and throughput against context at the largest batch, latency against batch.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
+    most = max(row["batch"] for row in result["rows"])
+    contexts = sorted({row["context"] for row in result["rows"]})
+    batches = sorted({row["batch"] for row in result["rows"]})
+    at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
+    for n, name in enumerate(result["parameters"]):
+        how: dict[str, Any] = {"color": f"C{n}", "marker": "osv^"[n], "label": twins.NAMES[name]}
+        for axis, key, unit in ((memory, "memory_bytes", 1e9), (throughput, "tokens_per_second", 1)):
+            points = _points(result["rows"], name, key, "context", batch=most)
+            axis.plot([x for x, _ in points], [y / unit for _, y in points], **how)
+        points = _points(result["rows"], name, "seconds", "batch", context=at)
+        latency.plot([x for x, _ in points], [1e3 * y for _, y in points], **how)
+    for axis, label in ((memory, f"memory at batch {most} (GB)"), (throughput, f"tokens/s at batch {most}")):
+        dress(axis, contexts, [tokens(c) for c in contexts], label)
+        axis.set_xlabel("context (tokens)")
+    dress(latency, batches, [str(b) for b in batches], f"one step at context {tokens(at)} (ms)")
+    latency.set_xlabel("batch")
+    memory.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _points(rows: list[dict[str, Any]], name: str, key: str, along: str, **at: int) -> list[tuple[int, float]]:
+    """(value of `along`, value of the contestant's `key`) of the rows that are at these values."""
+    return [
+        (row[along], row["models"][name][key])
+        for row in rows
+        if all(row[k] == v for k, v in at.items()) and key in row["models"][name]
+    ]

@@ -1,0 +1,165 @@
+"""`retentive bench recall`: multi-query associative recall, the test in which states of constant size are weakest.
+
+A row names n pairs of a key and a value, drawn anew for every row, and then asks for every key once:
+
+    k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
+
+Nothing is to be known but what stands in the row. A model is trained on rows of all numbers of pairs in turn, and asked
+with each number. Source: Arora et al., Zoology (arXiv 2312.04927), whose queries lie further apart.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive.bench import compare, hardware
+from retentive.bench.plot import dress, grid
+from retentive.bench.tables import at_least_one, known, markdown
+from retentive.data.loader import Batch
+from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
+from retentive.train import TrainConfig, train
+from retentive.train.loss import IGNORE
+
+PAIRS = (4, 8, 16, 32, 64)
+KEYS = VALUES = 256
+VARIANTS = ("retnet", "short-head", "gated", "no-decay", "hybrid", "transformer")
+ASKED = 4096
+"""Answers that an accuracy is taken of, at least."""
+
+
+class Rows:
+    """`rows[step]` for training: rows of one number of pairs, the numbers in turn; a function of (seed, step)."""
+
+    def __init__(self, *, tokens: int, pairs: Sequence[int] = PAIRS, seed: int = 0):
+        self.tokens, self.pairs, self.seed = tokens, pairs, seed
+        self.length = sum(4 * n - 1 for n in pairs) // len(pairs)
+        """On average, which is what a step's FLOPs are counted from."""
+
+    def __getitem__(self, step: int) -> Batch:
+        n = self.pairs[step % len(self.pairs)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return rows(n, max(self.tokens // (4 * n), 1), generator)
+
+
+def rows(n: int, count: int, generator: torch.Generator) -> Batch:
+    """`count` rows of n pairs: ids `[B,4n-1]`, of the targets all but the answers left out."""
+    keys = torch.rand(count, KEYS, generator=generator).argsort(-1)[:, :n]
+    values = torch.randint(KEYS, KEYS + VALUES, (count, n), generator=generator)
+    order = torch.rand(count, n, generator=generator).argsort(-1)
+    asked = torch.stack((keys.gather(1, order), values.gather(1, order)), -1)
+    ids = torch.cat((torch.stack((keys, values), -1).flatten(1), asked.flatten(1)), 1)
+    targets = ids[:, 1:].clone()
+    targets[:, : 2 * n] = IGNORE
+    targets[:, 1::2] = IGNORE  # what follows a value is the next key, which nobody can know
+    return Batch(ids[:, :-1], targets, None, None)
+
+
+@torch.no_grad()
+def accuracy(model: Model, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
+    """(share of answers that are the likeliest token, answers), over rows that training has not seen."""
+    generator = torch.Generator().manual_seed(seed + n)
+    right = total = 0
+    while total < asked:
+        batch = rows(n, max(4096 // (4 * n), 1), generator)
+        where = batch.targets != IGNORE
+        x, _ = model.hidden(batch.ids.to(model.embed.weight.device))
+        found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
+        right += int((found == batch.targets[where]).sum())
+        total += len(found)
+    return right / total, total
+
+
+def measure(
+    out: Path,
+    *,
+    variants: Sequence[str] = VARIANTS,
+    dims: Sequence[int] = (64, 128),
+    pairs: Sequence[int] = PAIRS,
+    steps: int = 2000,
+    tokens: int = 8192,
+    lr: float = 2e-3,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """A row per width and variant: accuracy for each number of pairs, and what the model remembers in.
+
+    The models are trained in `out`; those that are there are not trained again.
+
+    Raises:
+        ValueError: an unknown variant, a number below 1, more pairs than keys.
+    """
+    known(variants, compare.VARIANTS, "variant")
+    for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [tokens])):
+        at_least_one(what, numbers)
+    if max(pairs) > KEYS:
+        raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
+    found = []
+    for dim in dims:
+        for variant in variants:
+            base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
+            config = compare.config_of(variant, base)
+            torch.manual_seed(0)
+            model = build(config)
+            how = TrainConfig(
+                steps=steps, lr=lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
+            )
+            batches: Any = Rows(tokens=tokens, pairs=pairs)
+            train(model, batches, how, out=out / f"{variant}_{dim}", resume=True, quiet=True)
+            model.eval()
+            scores = {str(n): accuracy(model, n)[0] for n in pairs}
+            row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
+            remembers = None if isinstance(config, PeerConfig) else cost.memory_bytes(config, 4 * max(pairs))
+            row |= {"memory_bytes": remembers, "accuracy": scores}
+            found.append(row)
+            say(f"{variant}, width {dim}: " + ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items()))
+    return {
+        "what": "associative recall",
+        "hardware": hardware.describe(),
+        "device": "cpu",
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "chance": 1 / VALUES,
+        "answers": ASKED,
+        "rows": found,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    pairs = list(result["rows"][0]["accuracy"])
+    heads = ["width", "variant", "parameters", f"memory, {4 * int(pairs[-1])} tokens", *(f"{n} pairs" for n in pairs)]
+    lines = [
+        [
+            str(row["dim"]),
+            row["variant"],
+            f"{row['parameters'] / 1e3:,.0f} k",
+            "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB",
+            *(f"{row['accuracy'][n]:.1%}" for n in pairs),
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(heads, lines)
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG: accuracy against pairs, a panel a width.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    dims = list(dict.fromkeys(row["dim"] for row in result["rows"]))
+    figure, (axes,) = grid(title, 1, len(dims), size=(5.2, 4))
+    for axis, dim in zip(axes, dims, strict=True):
+        for n, row in enumerate(r for r in result["rows"] if r["dim"] == dim):
+            pairs = [int(count) for count in row["accuracy"]]
+            axis.plot(
+                pairs, list(row["accuracy"].values()), color=f"C{n}", marker="osv^Dx"[n % 6], label=row["variant"]
+            )
+        dress(axis, pairs, [str(count) for count in pairs], "answers that are right")
+        axis.set_yscale("linear")
+        axis.set_ylim(0, 1.03)
+        axis.set_title(f"width {dim}, two layers", fontsize=9)
+        axis.set_xlabel("pairs to remember")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,96 @@
+"""The whole models that benches put side by side, and the gates that they must pass before anything is timed.
+
+retnet        the RetNet itself
+transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
+grouped       the twin with one head of keys and values for four of queries (or the next number that divides)
+llama         Llama of the transformers library with its static cache, where that is installed: another engine
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from retentive.bench.tables import known
+from retentive.models import Config, Model, RetNet, RetNetConfig, build, peer, twin
+
+NAMES = {
+    "retnet": "RetNet",
+    "transformer": "Transformer twin",
+    "grouped": "twin, grouped heads",
+    "llama": "Llama, transformers",
+}
+TOLERANCE = 1e-4
+"""Largest difference of logits between two ways of computing them in float32: rounding of sums over a whole sequence
+stays well below."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def config_of(name: str, config: RetNetConfig) -> Config:
+    """The config of a contestant."""
+    if name == "llama":
+        return peer(config, "llama")
+    if name == "grouped":
+        return twin(config, kv_heads=next(n for n in range(-(-config.heads // 4), 0, -1) if config.heads % n == 0))
+    return twin(config) if name == "transformer" else config
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The names that can take part here.
+
+    Raises:
+        ValueError: an unknown name; RetNet, to which all others are compared, not among them.
+    """
+    known(names, NAMES, "model")
+    if "retnet" not in names:
+        raise ValueError(f"retnet must be among the models, the others are compared with it; got {', '.join(names)}")
+    return [name for name in NAMES if name in names and (name != "llama" or find_spec("transformers"))]
+
+
+def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
+    """The contestant with random weights, the same every time."""
+    torch.manual_seed(0)
+    return build(config_of(name, config)).to(device, dtype).eval()
+
+
+@torch.inference_mode()
+def check_forms(model: RetNet, length: int) -> float:
+    """The largest difference of float32 logits between the parallel and the other forms.
+
+    Raises:
+        ArithmeticError: it is above the tolerance.
+    """
+    ids = _ids(model, length)
+    logits = {form: model(ids, form=form)[0] for form in ("parallel", "chunkwise", "recurrent")}
+    worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
+    if not worst <= TOLERANCE:
+        raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
+    return worst
+
+
+@torch.inference_mode()
+def check_decoding(model: Model, length: int = 48) -> float:
+    """The largest difference of logits between reading a text at once and token by token, in the model's dtype.
+
+    Raises:
+        ArithmeticError: it is above the tolerance (in bf16: above that of 16 roundings, relative to the largest logit).
+    """
+    ids = _ids(model, length)
+    want, state = model(ids)[0], None
+    parts = []
+    for t in range(length):
+        logits, state = model(ids[:, t : t + 1], state)
+        parts.append(logits)
+    worst = float((torch.cat(parts, 1) - want).abs().max())
+    bound = TOLERANCE if want.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
+    if not worst <= bound:
+        raise ArithmeticError(
+            f"{type(model).__name__} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"
+        )
+    return worst
+
+
+def _ids(model: Model, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return ids.to(model.embed.weight.device)

@@ -1,0 +1,29 @@
+"""`retentive report`: all results of a folder as one page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retentive.checkpoint.io import write_together
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """One self-contained HTML page of all results in a folder, the paper's tables beside them."""
+
+    results: Path = Path("results")
+    """Folder of the JSON files that bench, eval and compare write, with their pictures."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page."""
+
+
+def main(argv: list[str]) -> None:
+    from retentive.report import build
+
+    command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
+    page = build(command.results)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    write_together({command.out: lambda path: path.write_text(page, encoding="utf-8")})
+    print(f"{command.out}  {len(page) / 1e6:.1f} MB")

@@ -1,0 +1,164 @@
+"""The questions of the report: what the paper says to each, which files of ours answer, why the numbers differ.
+
+A file is known by the command that made it, which stands in it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from retentive.bench import (
+    ask,
+    compare,
+    decode,
+    memory,
+    prefill,
+    prompting,
+    recall,
+    retention_report,
+    scoring,
+    serving,
+    soak,
+    speculation,
+    step,
+    training,
+)
+from retentive.evals.run import table as task_table
+from retentive.report import paper
+
+Result = dict[str, Any]
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "compare": compare.table,
+    "eval": lambda result: task_table(result["results"]),
+    "bench decode": decode.table,
+    "bench prefill": prefill.table,
+    "bench train": training.table,
+    "bench recall": recall.table,
+    "bench memory": lambda result: memory.table(result["rows"]),
+    "bench retention": retention_report.table,
+    "bench step": step.table,
+    "bench scoring": scoring.table,
+    "bench serving": serving.table,
+    "bench speculation": speculation.table,
+    "bench prompting": prompting.table,
+    "bench ask": ask.table,
+    "bench soak": soak.table,
+}
+"""How a command's file is shown."""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    question: str
+    paper: str
+    """What the paper reports, Markdown; empty where it is silent."""
+    takes: Callable[[str, Result], bool]
+    """Whether a file of this kind and content belongs here."""
+    differs: str
+    """Why ours are not the paper's numbers."""
+
+
+def _compares(several: bool, others: bool = False) -> Callable[[str, Result], bool]:
+    """Comparisons over several sizes or one; with architectures of other libraries or none."""
+
+    def takes(kind: str, result: Result) -> bool:
+        if kind != "compare":
+            return False
+        rows = result["rows"]
+        models = {compare.VARIANTS[row["variant"]].model for row in rows}
+        foreign = bool(models - {"retnet", "transformer", "hybrid"})
+        return (len({row["size"] for row in rows}) > 1) == several and foreign == others
+
+    return takes
+
+
+def _is(*kinds: str) -> Callable[[str, Result], bool]:
+    return lambda kind, result: kind in kinds
+
+
+def _eval(by_context: bool) -> Callable[[str, Result], bool]:
+    return lambda kind, result: kind == "eval" and by_context == any("context" in row for row in result["results"])
+
+
+SECTIONS = (
+    Section(
+        "Quality by size",
+        "Is a RetNet as good a language model as a Transformer of its size, trained on the same tokens?",
+        paper.SCALING,
+        _compares(several=True),
+        "The paper's models are a thousand times larger than what trains on a laptop, and its text is another: the "
+        "order of the two and the slope can be compared, the values cannot.",
+    ),
+    Section(
+        "Ablations",
+        "What do the parts of retention contribute, and what do changes that the paper did not try?",
+        paper.ABLATIONS,
+        _compares(several=False),
+        "The paper does not say whether what a variant takes away is given back; here all have the same number of "
+        "parameters, so that a part must be worth more than a wider feed-forward layer.",
+    ),
+    Section(
+        "Other efficient models",
+        "How do other architectures do on the same tokens?",
+        paper.OTHERS,
+        _compares(several=False, others=True),
+        "The peers are the transformers library's own code and initialisation, in our training loop; RetNet without "
+        "decay, among the ablations, is linear attention with the norms and gate of retention.",
+    ),
+    Section(
+        "Longer contexts",
+        "What is a longer context worth, in perplexity of the same last tokens?",
+        paper.CONTEXTS,
+        _eval(by_context=True),
+        "The paper trains at the longest length that it measures. Lengths beyond that of training show what a model "
+        "makes of more context than it has learnt from.",
+    ),
+    Section(
+        "Recall",
+        "How much can a state of constant size recall, beside attention, which keeps everything?",
+        paper.RECALL,
+        _is("bench recall"),
+        "A synthetic task on tiny models shows the mechanism alone; the loss of recalled tokens in the tables of "
+        "comparisons shows it in text.",
+    ),
+    Section(
+        "Tasks",
+        "Zero-shot and few-shot accuracy on the paper's tasks.",
+        paper.TASKS,
+        _eval(by_context=False),
+        "Models of a few million parameters are near chance on these tasks (25 % of four choices, 50 % of two), and "
+        "the intervals say what is more; a part of a split is not comparable with the whole.",
+    ),
+    Section(
+        "The cost of training",
+        "Tokens per second and memory of a training step, beside a Transformer with SDPA.",
+        paper.TRAINING,
+        _is("bench train"),
+        "The paper's rows are eight GPUs with FlashAttention's first version beside plain PyTorch. The ratio grows "
+        "with the length, since attention's work does.",
+    ),
+    Section(
+        "The cost of inference",
+        "Memory, throughput and latency of decoding, and the time to read a prompt, against context and batch.",
+        paper.DECODING,
+        _is("bench decode", "bench prefill", "bench memory"),
+        "The ratio depends on the sizes of state, cache and weights and on the context, not only on the machine; the "
+        "context from which RetNet needs less memory is stated for full and for grouped heads.",
+    ),
+    Section(
+        "The operator",
+        "Retention itself, forward and backward and step by step, beside its rivals and the machine's limits.",
+        "",
+        _is("bench retention", "bench step"),
+        "The paper reports no times of the operator.",
+    ),
+    Section(
+        "Serving, memory, scoring",
+        "What a state of constant size is good for once a model runs.",
+        "",
+        _is("bench serving", "bench ask", "bench prompting", "bench scoring", "bench speculation", "bench soak"),
+        "The paper has no counterpart.",
+    ),
+)
