@@ -1,4 +1,4 @@
-"""Which learning rate suits a RetNet and its twin: four of each, one size, one seed, a third of an epoch of novels.
+"""Which learning rate suits a RetNet and its twin: five of each, one size, one seed, a third of an epoch of novels.
 
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels
     retentive compare --recipe recipes/compare_rates.py
@@ -18,7 +18,7 @@ def recipe() -> CompareCommand:
         out=Path("runs/compare-rates"),
         sizes=("1m",),
         seeds=(0,),
-        lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+        lrs=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         jobs=2,
         train=TrainConfig(steps=500, precision="bf16", eval_every=100, eval_tokens=32768, save_every=100, keep=1),
     )

@@ -52,7 +52,7 @@ VARIANTS = {
     ),
     "small-heads": Variant(
         "retnet",
-        lambda c: dict(heads=4 * c.heads, value_dim=c.value_dim),
+        lambda c: dict(heads=4 * c.heads, kv_heads=0, value_dim=c.value_dim),
         "four times as many heads, a quarter as wide",
     ),
     "paper-decay": Variant("retnet", lambda c: dict(decay="paper"), "decays of the paper's equation 8"),
@@ -309,7 +309,8 @@ def _by_size(axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], 
         axis.errorbar(x, y, yerr=errors, color=colour, marker="o", linestyle="none", capsize=3, label=variant)
         for found in laws:
             if found["variant"] == variant:
-                axis.plot(x, [found["a"] * n ** -found["b"] for n in x], color=colour, linewidth=1)
+                fitted = [found["a"] * n ** -found["b"] for n in x]
+                axis.plot(x, fitted, color=colour, linewidth=1, label=f"_{variant}, fitted")
     axis.set_xscale("log")
     ticks = sorted({row["block_parameters"] / 1e6 for row in rows})
     axis.set_xticks(ticks, [f"{n:.1f}" for n in ticks])

@@ -129,8 +129,8 @@ def report(model: Model, data: str | Path, tokenizer: Tokenizer, pairs: Pairs, *
     return {
         "bits_per_byte": float(tokens.losses.sum()) / math.log(2) / nbytes,
         "loss": float(tokens.losses.mean()),
-        "tokens": len(tokens.losses),
-        "bytes": nbytes,
+        "held_out_tokens": len(tokens.losses),
+        "held_out_bytes": nbytes,
         "recalled": _mean(tokens.losses[recall]),
         "others": _mean(tokens.losses[~recall]),
         "by_position": by_position,

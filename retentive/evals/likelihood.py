@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import Model
+from retentive.models import Model, Peer
 
 BUDGET = 8192
 """Tokens of a batch, padding included."""
@@ -69,6 +69,7 @@ def score(
         say: is told how many groups are done.
     """
     training, done = model.training, 0
+    share = share and not isinstance(model, Peer)  # which has no state
     model.eval()
     scores: list[list[Score]] = [[] for _ in groups]
     try:
@@ -94,7 +95,7 @@ def shared(group: Sequence[Request]) -> int:
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
-    room = max(1, STATES // max(1, model.init_state(1).nbytes))
+    room = BUDGET if isinstance(model, Peer) else max(1, STATES // max(1, model.init_state(1).nbytes))
     longest = [max(len(r.context) + len(r.continuation) for r in group) for group in groups]
     rests = [longest[n] - (shared(group) if share else 0) for n, group in enumerate(groups)]
     batch: list[int] = []
@@ -148,8 +149,9 @@ def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int
     """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
     device = model.embed.weight.device
     lengths, ids = torch.tensor([len(row) for row in rows]), _padded(rows, 0)
-    for begin in range(0, ids.shape[1], STRETCH):
-        part = ids[:, begin : begin + STRETCH]
+    stretch = ids.shape[1] if isinstance(model, Peer) else STRETCH
+    for begin in range(0, ids.shape[1], stretch):
+        part = ids[:, begin : begin + stretch]
         valid = (lengths - begin).clamp(0, part.shape[1])
         even = bool((valid == part.shape[1]).all())
         x, state = model.hidden(part.to(device), state, lengths=None if even else valid)

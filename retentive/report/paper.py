@@ -50,7 +50,7 @@ CONTEXTS = """
 """
 
 TASKS = """
-[v4, Tables 3 and 4], 6.7B models, accuracy in per cent:
+[v4, Table 3], 6.7B models, accuracy in per cent:
 
 | | HellaSwag | BoolQ | COPA | PIQA | Winograd | Winogrande | StoryCloze | mean |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from retentive.bench import training
+from retentive.bench import machine, training, twins
 from retentive.models import RetNetConfig, build, cost, twin
 from retentive.ops import backends
 
@@ -15,8 +15,9 @@ CONFIG = RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)
 
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
-    """The machine's own speed takes seconds to measure, and no test looks at it."""
-    monkeypatch.setattr(training, "peak_flops", lambda *_, **__: 1e12)
+    """The machine's own speed takes seconds to measure, processes to start; one test looks at those."""
+    monkeypatch.setattr(machine, "gemm", lambda *_: 1e12)
+    monkeypatch.setattr(training, "memory", lambda name, step: {"peak_bytes": 10**9})
 
 
 def measure(config=CONFIG, **changes):
@@ -45,12 +46,38 @@ def test_a_length_beyond_the_tokens_is_one_row():
 
 def test_steps_are_real_steps():
     """Each model trains: its weights move, its gradients are gone afterwards."""
-    model = build(CONFIG)
+    trainer = training.Trainer("retnet", training.Step(CONFIG, 9, 18, "fp32"))
+    model = trainer.model
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = training.adamw(model, training.TrainConfig())
-    assert training.step(model, optimizer, torch.randint(31, (2, 9)), "fp32") > 0
+    trainer.run()
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", training.MODELS)
+def test_recomputed_activations_change_no_step(name, same):
+    steps = [training.Step(CONFIG, 9, 18, "fp32", checkpoint_activations=on) for on in (False, True)]
+    trainers = [training.Trainer(name, step) for step in steps]
+    for trainer in trainers:
+        trainer.run()
+    same(list(trainers[0].model.parameters()), list(trainers[1].model.parameters()), 1e-6)
+
+
+@pytest.mark.parametrize("name", training.MODELS)
+def test_memory_is_that_of_a_step_in_a_process_of_its_own(name, monkeypatch):
+    """At least weights, gradients and AdamW's two moments; a longer step takes more."""
+    monkeypatch.undo()
+    config = RetNetConfig(vocab_size=1000, dim=256, layers=2, heads=2)
+    short, long = (training.memory(name, training.Step(config, n, n, "fp32"))["peak_bytes"] for n in (64, 4096))
+    assert short > 4 * cost.weight_bytes(config) * 0.9  # the process may have had some pages before
+    # at least the residual stream of each block's two halves
+    assert long > short + 4 * 4000 * 256 * 4
+
+
+def test_a_process_that_fails_leaves_the_memory_out(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(training.sys, "executable", "false")
+    assert training.memory("retnet", training.Step(CONFIG, 4, 4)) == {}
 
 
 @pytest.fixture(params=["parallel", "chunkwise", "recurrent"])
@@ -74,14 +101,14 @@ def wrong(request, monkeypatch):
 
 
 def test_nothing_is_timed_where_forms_differ(wrong, monkeypatch, refuses):
-    monkeypatch.setattr(training, "step", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(training.Trainer, "run", lambda self: pytest.fail("timed"))
     with refuses("RetNet's forms differ by", ArithmeticError):
         measure()
 
 
 def test_forms_that_agree_pass_with_their_difference():
     # the gate's own bound; float32 sums of 40 tokens differ by 1e-6
-    assert 0 < training.check_forms(build(CONFIG), 40) < training.TOLERANCE
+    assert 0 < twins.check_forms(build(CONFIG), 40) < twins.TOLERANCE
 
 
 def test_dropout_is_no_difference_between_forms():
@@ -93,7 +120,23 @@ def test_the_table_holds_the_rows():
     result = measure()
     header, rule, *lines = training.table(result).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, rule, *lines)]
-    assert {len(row) for row in cells} == {6} and len(lines) == 2
+    assert {len(row) for row in cells} == {9} and len(lines) == 2
     for row, line in zip(result["rows"], cells[2:], strict=True):
         rates = [f"{row[name]['tokens_per_second']:,.0f}" for name in ("retnet", "transformer")]
-        assert line[:4] == [str(row["length"]), *rates, f"{row['ratio']:.2f}"]
+        assert line[:5] == [str(row["length"]), str(row["batch"]), *rates, f"{row['ratio']:.2f}"]
+        assert line[5:7] == ["1 GB", "1 GB"]
+
+
+def test_the_picture_shows_both_models(tmp_path, lines):
+    training.plot(measure(), tmp_path / "a.png", title="t")
+    assert set(lines) == {"RetNet", "Transformer twin"} and all(len(drawn) == 2 for drawn in lines.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [(dict(precision="fp8"), "unknown precision 'fp8'"), (dict(lengths=()), "lengths must be at least 1, got none"),
+     (dict(repeats=0), "repeats must be at least 1, got 0"), (dict(tokens=0), "tokens must be at least 1, got 0")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(changes, words, refuses):
+    with refuses(words):
+        measure(**changes)

@@ -8,6 +8,7 @@ import torch
 from retentive.evals import likelihood
 from retentive.evals.likelihood import Request, encode, score, shared
 from retentive.evals.run import windows
+from retentive.models import RetNetConfig, build, peer
 
 
 def plain(model, request: Request) -> tuple[float, bool]:
@@ -125,3 +126,16 @@ def test_a_window_as_long_as_the_text_is_the_text_uncut(model, tokenizer, count)
     ids = some(count)
     uncut, *cuts = score(model, [[Request([256], ids)], *([cut] for cut in windows(ids, 256, 23))])
     assert len(cuts) == 1 and math.isclose(uncut[0].logprob, cuts[0][0].logprob, rel_tol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_a_model_without_a_state_is_scored_all_the_same(kind):
+    """Each request read whole."""
+    pytest.importorskip("transformers")
+    model = build(peer(RetNetConfig(vocab_size=31, dim=32, layers=2, heads=2), kind)).eval()
+    groups = [[Request([3, 4, 5], [6, 7]), Request([3, 4, 5], [8])], [Request([9], [1, 2, 3, 4])]]
+    for scores, group in zip(score(model, groups), groups, strict=True):
+        for found, request in zip(scores, group, strict=True):
+            logprob, greedy = plain(model, request)
+            assert found.logprob == pytest.approx(logprob, abs=1e-4) and found.greedy == greedy  # float32

@@ -1,0 +1,168 @@
+"""Decoding and reading prompts: states filled as if read, memory by the formulas, the gates, tables and pictures."""
+
+import json
+
+import pytest
+import torch
+
+from retentive.bench import decode, machine, prefill, twins
+from retentive.models import KVCache, RetNetConfig, Transformer, cost, twin
+
+CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """The machine's own speed takes seconds to measure, and no test looks at it."""
+    monkeypatch.setattr(machine, "gemm", lambda *_: 1e12)
+    monkeypatch.setattr(machine, "reading", lambda *_: 1e10)
+    monkeypatch.setattr(machine, "numbers", lambda *_: torch.zeros(1))
+
+
+def decoded(**changes):
+    how = dict(contexts=(8, 16), batches=(1, 3), precision="fp32", steps=2, repeats=1)
+    return decode.measure(CONFIG, **{"models": ("retnet", "transformer", "grouped"), **how, **changes})
+
+
+def test_rows_of_all_contestants():
+    result = decoded()
+    assert json.loads(json.dumps(result)) == result
+    assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8), (1, 16), (3, 8), (3, 16)]
+    for row in result["rows"]:
+        for name, found in row["models"].items():
+            config = twins.config_of(name, CONFIG)
+            state = cost.memory_bytes(config, row["context"], sequences=row["batch"])
+            assert found["state_bytes"] == state and found["memory_bytes"] == state + cost.weight_bytes(config)
+            assert found["tokens_per_second"] == pytest.approx(row["batch"] / found["seconds"])
+    assert result["break_even"]["grouped"] > result["break_even"]["transformer"]
+
+
+def test_the_twins_have_the_retnets_parameters():
+    for name in ("transformer", "grouped"):
+        assert result_parameters(name) == pytest.approx(cost.parameters(CONFIG), rel=0.01)
+    assert twins.config_of("grouped", CONFIG).kv_heads == 1
+    assert twins.config_of("grouped", RetNetConfig(dim=80, heads=10)).kv_heads == 2
+
+
+def result_parameters(name):
+    return decoded(contexts=(8,), batches=(1,))["parameters"][name]
+
+
+@pytest.mark.parametrize("name", ["retnet", "transformer", "grouped"])
+@torch.inference_mode()
+def test_a_filled_state_is_one_of_that_many_tokens(name):
+    """It goes through the code that a read one does, and is as large as the formula says."""
+    one = decode.Decoder(name, CONFIG, CPU, torch.float32)
+    state = one.fill(3, 10, room=4)
+    assert state.position.tolist() == [10, 10, 10]
+    after = one.step(torch.zeros(3, 1, dtype=torch.int64), state)
+    assert after.position.tolist() == [11, 11, 11]
+    _, read = one.model.hidden(torch.zeros(3, 10, dtype=torch.int64))
+    assert [x.shape for x in state.named().values()] == [x.shape for x in read.named().values()]
+    if isinstance(read, KVCache):
+        assert read.nbytes - read.position.nbytes == one.remembers(3, 10)
+
+
+def test_moves_count_weights_and_memory():
+    one = decode.Decoder("transformer", CONFIG, CPU, torch.bfloat16)
+    config = twin(CONFIG)
+    assert one.moves(2, 100) == 2 * cost.matrix_parameters(config) + cost.cache_bytes(
+        config, 100, sequences=2, bytes_per_value=2
+    )
+    retnet = decode.Decoder("retnet", CONFIG, CPU, torch.bfloat16)
+    assert retnet.moves(2, 100) == retnet.moves(2, 10**6) > 2 * cost.matrix_parameters(CONFIG)
+
+
+def test_what_does_not_fit_in_memory_is_left_out_with_a_word(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 40_000)
+    result = decoded(contexts=(8, 64), batches=(3,))
+    small, large = result["rows"]
+    assert "seconds" in small["models"]["retnet"] and large["models"]["transformer"] == {"skipped": "not enough memory"}
+    assert "not enough memory" in decode.table(result)
+
+
+def test_another_engine_takes_part_where_it_is_installed():
+    pytest.importorskip("transformers")
+    result = decoded(models=("retnet", "llama"), contexts=(8,), batches=(2,))
+    (row,) = result["rows"]
+    assert row["models"]["llama"]["seconds"] > 0
+    one = decode.Llama("llama", CONFIG, CPU, torch.float32)
+    with torch.inference_mode():
+        cache = one.fill(2, 8, room=3)
+        ids = torch.zeros(2, 1, dtype=torch.int64)
+        one.step(ids, cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, refuses):
+    real = Transformer.hidden
+
+    def wrong(self, ids, state=None, **how):
+        x, state = real(self, ids, state, **how)
+        return (1.1 * x if ids.shape[1] == 1 else x), state
+
+    monkeypatch.setattr(Transformer, "hidden", wrong)
+    monkeypatch.setattr(machine, "clock", lambda *_: pytest.fail("timed"))
+    with refuses("Transformer decodes logits that are off by", ArithmeticError):
+        decoded()
+    with refuses("Transformer decodes logits that are off by", ArithmeticError):
+        prefill.measure(CONFIG, lengths=(8,), precision="fp32")
+
+
+ROWS = [
+    {"batch": 1, "context": c, "models": {"retnet": {"seconds": 2.0}, "transformer": {"seconds": s}}}
+    for c, s in ((512, 1.0), (2048, 2.5), (8192, 9.0))
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (ROWS, "from somewhere between 512 and 2,048 tokens of context on"),
+        (ROWS[1:], "at all of these contexts, from 2,048 tokens,"),
+        (ROWS[:1], "not at the longest of these contexts, 512 tokens,"),
+        ([], None),
+    ],
+)
+def test_from_where_on_a_step_is_shorter(rows, words):
+    assert decode.faster_from(rows, "transformer", 1) == words
+
+
+def test_decoding_in_tables_and_pictures(tmp_path, lines):
+    result = decoded()
+    table = decode.table(result)
+    heads, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and {line.count("|") for line in (heads, *rows)} == {heads.count("|")}
+    assert "smaller than the cache of Transformer twin from" in table
+    decode.plot(result, tmp_path / "a.png", title="t")
+    names = {twins.NAMES[name] for name in ("retnet", "transformer", "grouped")}
+    assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())
+    x, y = lines["RetNet"][0]
+    assert x == [8, 16] and y[0] == y[1]  # memory does not grow
+
+
+def test_prompts_in_rows_tables_and_pictures(tmp_path, lines):
+    result = prefill.measure(CONFIG, lengths=(16, 8), precision="bf16", repeats=1)
+    assert json.loads(json.dumps(result)) == result
+    assert [row["length"] for row in result["rows"]] == [8, 16]
+    for row in result["rows"]:
+        for name in prefill.MODELS:
+            found, config = row["models"][name], twins.config_of(name, CONFIG)
+            flops = cost.flops_per_token(config, (row["length"] + 1) // 2) - 2 * config.vocab_size * config.dim
+            assert found["fraction"] == pytest.approx(flops * found["tokens_per_second"] / 1e12)
+    assert len(prefill.table(result).splitlines()) == 4
+    prefill.plot(result, tmp_path / "a.png", title="t")
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("run", [decode.measure, prefill.measure], ids=["decode", "prefill"])
+def test_what_cannot_be_measured_is_refused(run, refuses):
+    for how, words in (
+        (dict(precision="fp8"), "unknown precision 'fp8'"),
+        (dict(models=("retnet", "mamba")), "unknown model 'mamba'"),
+        (dict(models=("transformer",)), "retnet must be among the models"),
+        (dict(repeats=0), "repeats must be at least 1, got 0"),
+    ):
+        with refuses(words):
+            run(CONFIG, **how)

@@ -1,0 +1,73 @@
+"""Associative recall: rows that ask what they named, an oracle that answers, training that learns it."""
+
+import json
+
+import pytest
+import torch
+
+from retentive.bench import recall
+from retentive.bench.recall import KEYS, VALUES, Rows, accuracy, rows
+from retentive.train.loss import IGNORE
+
+
+@pytest.mark.parametrize("n", [1, 4, 64])
+def test_every_key_is_asked_for_once_and_its_value_is_wanted(n):
+    batch = rows(n, 9, torch.Generator().manual_seed(0))
+    assert batch.ids.shape == batch.targets.shape == (9, 4 * n - 1)
+    for ids, targets in zip(batch.ids.tolist(), batch.targets.tolist(), strict=True):
+        named = dict(zip(ids[: 2 * n : 2], ids[1 : 2 * n : 2], strict=True))
+        assert len(named) == n and all(0 <= k < KEYS <= v < KEYS + VALUES for k, v in named.items())
+        asked = {ids[t]: targets[t] for t in range(4 * n - 1) if targets[t] != IGNORE}
+        assert asked == named
+
+
+def test_rows_are_a_function_of_seed_and_step():
+    one, two, other = Rows(tokens=256), Rows(tokens=256), Rows(tokens=256, seed=1)
+    assert torch.equal(one[7].ids, two[7].ids) and not torch.equal(one[7].ids, other[7].ids)
+    assert [one[step].ids.shape[1] for step in range(5)] == [4 * n - 1 for n in recall.PAIRS]
+    assert one[0].ids.numel() <= 256
+
+
+class Oracle(torch.nn.Module):
+    """Knows what followed each token first, or something else."""
+
+    def __init__(self, right: bool):
+        super().__init__()
+        self.embed, self.head, self.right = torch.nn.Embedding(1, 1), torch.nn.Identity(), right
+
+    def hidden(self, ids):
+        first = (ids[:, None, :] == ids[:, :, None]).int().argmax(-1)  # where each token stands first
+        follows = ids.gather(1, (first + 1).clamp(max=ids.shape[1] - 1))
+        return torch.nn.functional.one_hot(follows if self.right else follows ^ 1, KEYS + VALUES).float(), None
+
+
+@pytest.mark.parametrize(("right", "share"), [(True, 1.0), (False, 0.0)])
+def test_accuracy_of_whoever_knows(right, share):
+    for n in (4, 32):
+        found, asked = accuracy(Oracle(right), n, asked=500)
+        assert found == share and asked >= 500
+
+
+def test_a_small_model_learns_two_pairs(tmp_path, lines):
+    """Attention learns to answer; the result says so, and a second call does not train again."""
+    how = dict(variants=("transformer",), dims=(32,), pairs=(2,), tokens=512, lr=4e-3)
+    result = recall.measure(tmp_path, steps=400, **how)
+    assert json.loads(json.dumps(result)) == result
+    (row,) = result["rows"]
+    assert row["accuracy"]["2"] > 0.3  # chance is 1 in 256, one of the two values 0.5
+    before = (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns
+    assert recall.measure(tmp_path, steps=400, **how)["rows"] == result["rows"]
+    assert (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns == before
+    assert "transformer" in recall.table(result)
+    recall.plot(result, tmp_path / "a.png", title="t")
+    assert list(lines) == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 256 keys, too few for 300"),
+     (dict(steps=0), "steps must be at least 1, got 0")],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
+    with refuses(words):
+        recall.measure(tmp_path, **how)

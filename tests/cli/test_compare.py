@@ -1,0 +1,199 @@
+"""`retentive compare`: runs that are `retentive train`'s own, a queue that goes on after anything, one at a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+import retentive
+from retentive.cli import main
+from retentive.models import PRESETS
+
+ARGS = ["compare", "--data", "data", "--out", "cmp", "--batch", "2", "--length", "16", "--steps", "4", "--warmup", "2"]
+ARGS += ["--precision", "fp32", "--device", "cpu", "--eval-every", "2", "--eval-tokens", "64", "--save-every", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(PRESETS, "1m", dict(dim=16, layers=2, heads=2, tie_embeddings=True))
+    monkeypatch.setitem(PRESETS, "2m", dict(dim=24, layers=2, heads=2, tie_embeddings=True))
+
+
+def record(name: str) -> dict:
+    return json.loads(Path("cmp", name, "compared.json").read_text(encoding="utf-8"))
+
+
+def test_a_comparison_from_end_to_end(place, capsys):
+    pytest.importorskip("matplotlib")
+    variants = ["retnet", "transformer", "hybrid", "no-gate"]
+    # two blocks: a hybrid of four has none that attends
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--variants", *variants])
+    assert "attention_every must be from 2 to layers, 2" in capsys.readouterr().err and not Path("cmp").exists()
+    variants.remove("hybrid")
+    main([*ARGS, "--variants", *variants, "--sizes", "1m", "2m", "--json", "out/a.json"])
+    out, said = capsys.readouterr()
+    assert "(12 of 12)" in said and out.startswith("| size | variant |") and out.count("transformer") == 2
+    result = json.loads(Path("out/a.json").read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 6 and len(result["runs"]) == 12 and result["baseline"] == "retnet"
+    assert Path("out/a.png").read_bytes().startswith(b"\x89PNG")
+    for run in result["runs"]:
+        model, _ = retentive.load(Path("cmp", run["name"]))
+        assert run["parameters"] == sum(p.numel() for p in model.parameters())
+        assert [tokens for tokens, _ in run["curve"]] == [64, 128] and run["tokens"] == 128
+    # the same seed, the same tokens in the same order: only the model differs
+    commands = [json.loads(Path("cmp", r["name"], "train.json").read_text(encoding="utf-8")) for r in result["runs"]]
+    assert {c["train"]["seed"] for c in commands} == {0, 1} and len({c["data_sha256"] for c in commands}) == 1
+    main(["report", "--results", "out", "-o", "report.html"])
+    assert "<td>no-gate</td>" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_done_is_not_done_again_and_more_can_be_asked(place, capsys):
+    main([*ARGS, "--seeds", "0"])
+    before = Path("cmp/retnet_1m_lr0.002_seed0/compared.json").stat().st_mtime_ns
+    capsys.readouterr()
+    main([*ARGS, "--seeds", "0", "1"])
+    said = capsys.readouterr().err
+    assert "seed1" in said and "seed0" not in said
+    assert Path("cmp/retnet_1m_lr0.002_seed0/compared.json").stat().st_mtime_ns == before
+
+
+def test_several_learning_rates(place, capsys):
+    main([*ARGS, "--seeds", "0", "--lrs", "1e-3", "1e-1", "--variants", "retnet"])
+    out = capsys.readouterr().out
+    assert "retnet, lr 0.001" in out and "retnet, lr 0.1" in out
+
+
+def test_another_budget_in_the_same_folder_is_refused(place, capsys):
+    main([*ARGS, "--seeds", "0", "--variants", "retnet"])
+    for change, words in ((["--steps", "5"], "(steps 4, now 5)"), (["--length", "8"], "(length 16, now 8)")):
+        with pytest.raises(SystemExit):
+            main([*ARGS, "--seeds", "0", "--variants", "retnet", *change])
+        assert f"is of another comparison {words}: choose another --out" in capsys.readouterr().err
+
+
+def test_a_run_that_another_is_at_is_left_to_it(place, capsys):
+    Path("cmp").mkdir()
+    with FileLock("cmp/.retnet_1m_lr0.002_seed0.lock"):
+        main([*ARGS, "--seeds", "0"])
+    out, said = capsys.readouterr()
+    assert out == "" and "1 of 2 runs are done; others are at the rest" in said
+    main([*ARGS, "--seeds", "0"])
+    assert "transformer" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_does_not_stop_the_others(place, capsys, monkeypatch):
+    from retentive.cli import train as training
+
+    real = training.run
+
+    def run(command, **how):
+        if command.model == "retnet":
+            raise FloatingPointError("loss nan")
+        return real(command, **how)
+
+    monkeypatch.setattr(training, "run", run)
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--seeds", "0"])
+    said = capsys.readouterr().err
+    assert "1 runs did not train (retnet_1m_lr0.002_seed0): try lower learning rates" in said
+    assert record("transformer_1m_lr0.002_seed0")["variant"] == "transformer"
+
+
+def test_runs_of_unlike_machines_are_refused_unless_asked(place, capsys):
+    main([*ARGS, "--seeds", "0"])
+    file = Path("cmp/retnet_1m_lr0.002_seed0/compared.json")
+    changed = record("retnet_1m_lr0.002_seed0")
+    changed["hardware"]["cpu"] = "another"
+    file.write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--seeds", "0"])
+    assert "results of 2 kinds of machine in one table" in capsys.readouterr().err
+    main([*ARGS, "--seeds", "0", "--mixed"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--variants", "lstm"], "unknown variant 'lstm'"),
+        (["--sizes", "9z"], "unknown size '9z'"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--length", "100000"], "too little held-out text for windows of 100000 tokens"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(more, words, place, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*ARGS, *more])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in said and not Path("cmp").exists()
+
+
+def test_a_recipe_that_is_none_is_refused(place, capsys):
+    Path("r.py").write_text("def recipe():\n    return 1\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["compare", "--recipe", "r.py"])
+    assert "expected a function recipe() that returns a CompareCommand" in capsys.readouterr().err
+
+
+def test_the_recipes_are_plans(monkeypatch):
+    from retentive.bench import compare
+    from retentive.cli.compare import CompareCommand
+    from retentive.cli.train import read_recipe
+
+    monkeypatch.undo()
+    recipes = sorted((Path(retentive.__file__).parents[1] / "recipes").glob("compare_*.py"))
+    if not recipes:
+        pytest.skip("no recipes beside the package")
+    for file in recipes:
+        command, _ = read_recipe(["--recipe", str(file)], CompareCommand)
+        assert compare.plan(command.variants, command.sizes, command.seeds, command.lrs or (1e-3,))
+
+
+RECIPE = """
+from pathlib import Path
+from retentive.cli.compare import CompareCommand
+from retentive.models import PRESETS
+from retentive.train import TrainConfig
+
+PRESETS["1m"] = dict(dim=16, layers=2, heads=2, tie_embeddings=True)
+
+def recipe():
+    train = TrainConfig(steps=60, warmup=2, precision="fp32", device="cpu", eval_every=20, eval_tokens=64, save_every=1)
+    return CompareCommand(data=Path("data"), out=Path(OUT), seeds=(0,), batch=2, length=16, jobs=JOBS, train=train)
+"""
+
+
+@pytest.mark.parametrize(
+    ("jobs", "number"), [(1, signal.SIGKILL), (2, signal.SIGTERM)], ids=["killed", "two-jobs-stopped"]
+)
+def test_after_an_interruption_the_same_command_ends_as_if_there_had_been_none(place, jobs, number):
+    for name, count in (("whole", 1), ("cut", jobs)):
+        text = RECIPE.replace("OUT", f'"{name}"').replace("JOBS", str(count))
+        Path(f"{name}.py").write_text(text, encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "retentive", "compare", "--recipe"]
+    how: dict[str, Any] = dict(env=environment, check=True, capture_output=True, text=True, timeout=120)
+    subprocess.run([*command, "whole.py"], **how)
+    with subprocess.Popen([*command, "cut.py"], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as cut:
+        log, deadline = Path("cut/retnet_1m_lr0.001_seed0/metrics.jsonl"), time.monotonic() + 60
+        while not (log.is_file() and log.read_bytes().count(b'"loss"') >= 10):
+            assert time.monotonic() < deadline and cut.poll() is None
+            time.sleep(0.005)
+        cut.send_signal(number)
+        cut.communicate(timeout=60)
+    assert not Path("cut/retnet_1m_lr0.001_seed0/compared.json").exists()
+    done = subprocess.run(
+        [*command, "cut.py"], env=environment, check=True, capture_output=True, text=True, timeout=120
+    )
+    assert "| 1m | retnet |" in done.stdout
+    for variant in ("retnet", "transformer"):
+        one, two = (Path(name, f"{variant}_1m_lr0.001_seed0", "model.safetensors") for name in ("whole", "cut"))
+        assert one.read_bytes() == two.read_bytes()
