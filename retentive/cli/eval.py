@@ -21,6 +21,7 @@ from retentive.evals.contexts import LAST
 from retentive.evals.contexts import evaluate as by_context
 from retentive.evals.run import WINDOW, Say, evaluate, table
 from retentive.evals.tasks import PROMPTS
+from retentive.models import MODELS, cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,14 @@ def run(command: EvalCommand, typed: str) -> None:
     print(table(rows))
     if command.json:
         scorer = f"lm-eval {version('lm-eval')}" if command.lm_eval else f"retentive, prompts of lm-eval {PROMPTS}"
-        described = {"scorer": scorer, "device": command.device, "dtype": str(model.head.weight.dtype)}
+        described = {
+            "what": "texts by length of context" if command.contexts else "tasks",
+            "scorer": scorer,
+            "model": MODELS[type(model.config)].__name__,
+            "parameters": cost.parameters(model.config),
+            "device": command.device,
+            "dtype": str(model.head.weight.dtype),
+        }
         command.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(command.json, {"command": typed, **described, "hardware": hardware.describe(), "results": rows})
     if command.examples:

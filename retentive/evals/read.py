@@ -47,7 +47,7 @@ def find(name: str, folder: Path) -> Path:
     for place in places:
         if place.is_file() or (TASKS[name].kind == "text" and any(place.glob("*.txt"))):
             return place
-    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: there is none")
+    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: no such file")
 
 
 def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:

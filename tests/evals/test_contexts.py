@@ -131,7 +131,7 @@ def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
             evaluate(model, tokenizer, names, folder, lengths, last=last)
     with refuses("needs --data"):
         evaluate(model, tokenizer, ["perplexity"], None, [20], last=8)
-    with refuses("there is none", FileNotFoundError):
+    with refuses("no such file", FileNotFoundError):
         evaluate(model, tokenizer, ["novels"], folder, [20], last=8)
 
 
