@@ -2,18 +2,20 @@
 
     log p(continuation | prompt) = sum over its tokens of log p(token | document so far)
 
-Rows of one batch are padded on the right, which is exact, and only the positions that predict a continuation go through
-the output matrix. A prompt begins after an end-of-text token, as documents do in training.
+Rows of one batch are packed, or (for attention) padded on the right, which are both exact, and only the positions that
+predict a continuation go through the output matrix. A prompt begins after an end-of-text token, as documents do in
+training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import Model, Peer
+from retentive.models import Model, Peer, RetNet
 
 BUDGET = 8192
 """Tokens of a batch, padding included."""
@@ -96,19 +98,34 @@ def shared(group: Sequence[Request]) -> int:
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
     room = BUDGET if isinstance(model, Peer) else max(1, STATES // max(1, model.init_state(1).nbytes))
-    longest = [max(len(r.context) + len(r.continuation) for r in group) for group in groups]
-    rests = [longest[n] - (shared(group) if share else 0) for n, group in enumerate(groups)]
+    lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
+    prefixes = [shared(group) if share else 0 for group in groups]
+    rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]
     batch: list[int] = []
-    rows = 0
-    for n in sorted(range(len(groups)), key=lambda n: (longest[n], rests[n]), reverse=True):
-        rows += len(groups[n])
-        padded = max(longest[m] for m in (*batch, n)) * (len(batch) + 1) if share else 0
-        if batch and (max(padded, max(rests[m] for m in (*batch, n)) * rows) > BUDGET or rows > room):
+
+    def too_large(more: list[int]) -> bool:
+        rows = sum(len(lengths[n]) for n in more)
+        if packs(model, max(max(lengths[n]) for n in more)):
+            tokens = sum(prefixes[n] + sum(lengths[n]) - len(lengths[n]) * prefixes[n] for n in more)
+        else:
+            tokens = max(max(rests[n] for n in more) * rows, max(prefixes[n] for n in more) * len(more))
+        return tokens > BUDGET or rows > room
+
+    for n in sorted(range(len(groups)), key=lambda n: (max(lengths[n]), rests[n]), reverse=True):
+        if batch and too_large([*batch, n]):
             yield batch
-            batch, rows = [], len(groups[n])
+            batch = []
         batch.append(n)
     if batch:
         yield batch
+
+
+def packs(model: Model, longest: int) -> bool:
+    """Whether rows go through the model one after the other in one row, without padding: where attention does not mind.
+
+    Choices of one question are as unlike in length as their questions are: padding doubles what is computed.
+    """
+    return isinstance(model, RetNet) and longest <= STRETCH
 
 
 def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
@@ -148,11 +165,18 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
 def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
     """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
     device = model.embed.weight.device
-    lengths, ids = torch.tensor([len(row) for row in rows]), _padded(rows, 0)
+    lengths = [len(row) for row in rows]
+    if packs(model, max(lengths)) and min(lengths):
+        ids = torch.tensor([id for row in rows for id in row], device=device)[None]
+        borders = torch.tensor([0, *accumulate(lengths)], device=device)
+        x, state = model.hidden(ids, state, cu_seqlens=borders)
+        yield 0, max(lengths), torch.nn.utils.rnn.pad_sequence(x[0].split(lengths), True), state
+        return
+    counts, ids = torch.tensor(lengths), _padded(rows, 0)
     stretch = ids.shape[1] if isinstance(model, Peer) else STRETCH
     for begin in range(0, ids.shape[1], stretch):
         part = ids[:, begin : begin + stretch]
-        valid = (lengths - begin).clamp(0, part.shape[1])
+        valid = (counts - begin).clamp(0, part.shape[1])
         even = bool((valid == part.shape[1]).all())
         x, state = model.hidden(part.to(device), state, lengths=None if even else valid)
         yield begin, begin + part.shape[1], x, state
