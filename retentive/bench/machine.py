@@ -1,7 +1,7 @@
 """How fast this machine is at the two things that every kernel is made of, and how time is taken on it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,20 @@ def clock(device: torch.device, run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, patience: float
+) -> dict[str, list[float]]:
+    """Seconds of each run's repetitions, all runs once after the other.
+
+    A first turn, which allocates, does not count, unless it takes longer than `patience` seconds: then it is the only
+    one, since what it allocates is little beside what it computes.
+    """
+    first = {name: clock(device, run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if first[name] <= patience:
+                times[name].append(clock(device, run))
+    return {name: taken or [first[name]] for name, taken in times.items()}

@@ -6,6 +6,7 @@ it. The models take turns; before that each must decode the logits that it gives
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def measure(
     models: Sequence[str] = MODELS,
     precision: str = "bf16",
     repeats: int = 3,
+    patience: float = 60,
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
@@ -48,7 +50,10 @@ def measure(
         twins.check_decoding(model)
     rows = []
     for length in sorted(set(lengths)):
-        row: dict[str, Any] = {"length": length, "models": in_turns(contestants, length, repeats, device, dtype)}
+        row: dict[str, Any] = {
+            "length": length,
+            "models": in_turns(contestants, length, repeats, patience, device, dtype),
+        }
         rows.append(row)
         told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in row["models"].items())
         say(f"{length:,} tokens: {told}")
@@ -63,27 +68,29 @@ def measure(
 
 
 def in_turns(
-    contestants: dict[str, Model], length: int, repeats: int, device: torch.device, dtype: torch.dtype
+    contestants: dict[str, Model],
+    length: int,
+    repeats: int,
+    patience: float,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
-    """Of every model the best and the median of its repetitions; the first is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
     gemm = machine.gemm(device, dtype)
-    for _ in range(repeats + 1):
-        for name, model in contestants.items():
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
-            times[name].append(machine.clock(device, lambda model=model, ids=ids: model.hidden(ids)))  # type: ignore[misc]
+    vocab = next(iter(contestants.values())).config.vocab_size
+    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    runs = {name: partial(model.hidden, ids) for name, model in contestants.items()}
     results = {}
-    for name, model in contestants.items():
+    for name, times in machine.in_turns(runs, device, repeats=repeats, patience=patience).items():
+        config = contestants[name].config
         # a prompt's tokens have half of it before them on average; its logits are not asked for
-        head = 2 * model.config.vocab_size * model.config.dim
-        flops = cost.flops_per_token(model.config, (length + 1) // 2) - head
-        best = min(times[name][1:])
+        flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
         results[name] = {
-            "seconds": best,
-            "median_seconds": statistics.median(times[name][1:]),
-            "tokens_per_second": length / best,
-            "fraction": flops * length / best / gemm,
+            "seconds": min(times),
+            "median_seconds": statistics.median(times),
+            "repeats": len(times),
+            "tokens_per_second": length / min(times),
+            "fraction": flops * length / min(times) / gemm,
         }
     return results
 

@@ -81,6 +81,7 @@ def measure(
     precision: str = "bf16",
     checkpoint_activations: bool = False,
     repeats: int = 5,
+    patience: float = 60,
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def measure(
     rows = []
     for length in lengths:
         step = Step(config, length, tokens, precision, checkpoint_activations, str(device))
-        row: dict[str, Any] = {"length": length, "batch": step.batch, **in_turns(step, repeats)}
+        row: dict[str, Any] = {"length": length, "batch": step.batch, **in_turns(step, repeats, patience)}
+        gc.collect()
         row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
         for name in MODELS:
             row[name] |= memory(name, step)
@@ -114,33 +116,28 @@ def measure(
     }
 
 
-def in_turns(step: Step, repeats: int) -> dict[str, dict[str, Any]]:
-    """Of both models the best and the median of their steps; the first allocates, and is not counted."""
+def in_turns(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
+    """Of both models the best and the median of their steps, in tokens/s and of the GEMM rate."""
     device = torch.device(step.device)
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
     assert isinstance(retnet, RetNet)
     twins.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
-    times: dict[str, list[float]] = {name: [] for name in MODELS}
-    for _ in range(repeats + 1):
-        for name, trainer in trainers.items():
-            times[name].append(machine.clock(device, trainer.run))
     gemm = machine.gemm(device, twins.PRECISIONS[step.precision])
+    runs = {name: trainer.run for name, trainer in trainers.items()}
     results = {}
-    for name, trainer in trainers.items():
-        seconds = min(times[name][1:])
-        rate = step.batch * step.length / seconds
-        flops = cost.training_flops_per_token(trainer.model.config, step.length)
+    for name, times in machine.in_turns(runs, device, repeats=repeats, patience=patience).items():
+        model = trainers[name].model
+        rate = step.batch * step.length / min(times)
         results[name] = {
-            "seconds": seconds,
-            "median_seconds": statistics.median(times[name][1:]),
+            "seconds": min(times),
+            "median_seconds": statistics.median(times),
+            "repeats": len(times),
             "tokens_per_second": rate,
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "fraction_of_gemm_rate": rate * flops / gemm,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "fraction_of_gemm_rate": rate * cost.training_flops_per_token(model.config, step.length) / gemm,
         }
-    del trainers, retnet, trainer
-    gc.collect()
     return results
 
 

@@ -43,6 +43,8 @@ class TrainBench(Sized):
     """Recompute each block in the backward pass, for models and lengths that memory has no room for otherwise."""
     repeats: int = 5
     """Steps timed of each, in turns; the best counts."""
+    patience: float = 60
+    """Seconds; of what takes longer one step must do."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -59,6 +61,8 @@ class PrefillBench(Sized):
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""
     repeats: int = 3
     """Prompts timed of each, in turns; the best counts."""
+    patience: float = 60
+    """Seconds; of what takes longer one prompt must do."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -101,6 +105,7 @@ def bench_train(command: TrainBench, typed: str) -> None:
         precision=command.precision,
         checkpoint_activations=command.checkpoint_activations,
         repeats=command.repeats,
+        patience=command.patience,
         device=bench_device(command.device),
         say=progress,
     )
@@ -116,6 +121,7 @@ def bench_prefill(command: PrefillBench, typed: str) -> None:
         models=words(command.models),
         precision=command.precision,
         repeats=command.repeats,
+        patience=command.patience,
         device=bench_device(command.device),
         say=progress,
     )

@@ -140,3 +140,12 @@ def test_the_picture_shows_both_models(tmp_path, lines):
 def test_what_cannot_be_measured_is_refused(changes, words, refuses):
     with refuses(words):
         measure(**changes)
+
+
+def test_turns_are_taken_and_the_first_counts_only_where_patience_ends(monkeypatch):
+    seconds = iter([9.0, 70.0, 1.0, 2.0])
+    monkeypatch.setattr(machine, "clock", lambda device, run: run() or next(seconds))
+    taken = []
+    runs = {"quick": lambda: taken.append("quick"), "slow": lambda: taken.append("slow")}
+    times = machine.in_turns(runs, torch.device("cpu"), repeats=2, patience=60)
+    assert times == {"quick": [1.0, 2.0], "slow": [70.0]} and taken == ["quick", "slow", "quick", "quick"]
