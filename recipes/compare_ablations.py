@@ -1,0 +1,18 @@
+"""What the parts of retention are worth, and what other decays are: one size, two seeds, on novels.
+
+retentive compare --recipe recipes/compare_ablations.py        (after recipes/compare_sizes.py, on the same data)
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from retentive.cli.compare import CompareCommand
+
+VARIANTS = ("retnet", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
+VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
+
+
+def recipe() -> CompareCommand:
+    sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]
+    return replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, sizes=("1m",), lrs=(8e-3,))
