@@ -1,4 +1,4 @@
-"""Other people's architectures on the same tokens (extra `peers`): Llama, Mamba-2 and RWKV-4 of transformers, on novels.
+"""Other architectures on the same tokens (extra `peers`): Llama, Mamba-2 and RWKV-4 of transformers, on novels.
 
     retentive compare --recipe recipes/compare_peers.py        (after recipes/compare_sizes.py, on the same data)
 
