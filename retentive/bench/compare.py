@@ -281,7 +281,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: bits per byte by size (or by variant, where there is one size), curves, and the loss of recalled tokens.
+    """A PNG: bits per byte by size (of one size, by learning rate or by variant), curves, loss of recalled tokens.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
@@ -295,7 +295,10 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
         _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
     else:
-        _by_variant(left, rows, colours, "bits_per_byte", "held-out bits per byte")
+        if len({row["lr"] for row in result["rows"]}) > 1:
+            _by_rate(left, result["rows"], colours)
+        else:
+            _by_variant(left, rows, colours, "bits_per_byte", "held-out bits per byte")
         _by_variant(right, rows, colours, "recalled", "loss of recalled tokens (nats)")
     _curves(middle, [r for r in result["runs"] if r["lr"] == best[r["size"], r["variant"]]], colours)
     figure.savefig(path, dpi=120, format="png")
@@ -317,6 +320,21 @@ def _by_size(axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], 
     axis.minorticks_off()
     axis.set_xlabel("parameters in the blocks (millions)")
     axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    for variant, colour in colours.items():
+        mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
+        rates, bits = zip(*mine, strict=True)
+        axis.plot(rates, bits, color=colour, marker="o", label=variant)
+    ticks = sorted({row["lr"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("peak learning rate")
+    axis.set_ylabel("held-out bits per byte")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

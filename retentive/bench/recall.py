@@ -22,8 +22,8 @@ from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
 from retentive.train import TrainConfig, train
 from retentive.train.loss import IGNORE
 
-PAIRS = (4, 8, 16, 32, 64)
-KEYS = VALUES = 256
+PAIRS = (4, 8, 16, 32)
+KEYS = VALUES = 64
 VARIANTS = ("retnet", "short-head", "gated", "no-decay", "hybrid", "transformer")
 ASKED = 4096
 """Answers that an accuracy is taken of, at least."""
@@ -75,11 +75,11 @@ def measure(
     out: Path,
     *,
     variants: Sequence[str] = VARIANTS,
-    dims: Sequence[int] = (64, 128),
+    dims: Sequence[int] = (64,),
     pairs: Sequence[int] = PAIRS,
-    steps: int = 2000,
-    tokens: int = 8192,
-    lr: float = 2e-3,
+    steps: int = 4000,
+    tokens: int = 4096,
+    lr: float = 4e-3,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """A row per width and variant: accuracy for each number of pairs, and what the model remembers in.

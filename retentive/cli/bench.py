@@ -183,13 +183,13 @@ class RecallBench:
     """Folder for the models; those that are there are not trained again."""
     variants: tuple[str, ...] = recall.VARIANTS
     """As `retentive compare --variants`."""
-    dims: tuple[int, ...] = (64, 128)
+    dims: tuple[int, ...] = (64,)
     """Widths of the models, of two layers."""
     pairs: tuple[int, ...] = recall.PAIRS
     """Pairs in a row."""
-    steps: int = 2000
+    steps: int = 4000
     """Training steps."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Peak learning rate."""
     json: Path | None = None
     """File for the result; a picture is put beside it."""

@@ -54,7 +54,7 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines):
     result = recall.measure(tmp_path, steps=400, **how)
     assert json.loads(json.dumps(result)) == result
     (row,) = result["rows"]
-    assert row["accuracy"]["2"] > 0.3  # chance is 1 in 256, one of the two values 0.5
+    assert row["accuracy"]["2"] > 0.3  # chance is 1 in 64, one of the two values 0.5
     before = (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns
     assert recall.measure(tmp_path, steps=400, **how)["rows"] == result["rows"]
     assert (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns == before
@@ -65,7 +65,7 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 256 keys, too few for 300"),
+    [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 64 keys, too few for 300"),
      (dict(steps=0), "steps must be at least 1, got 0")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
