@@ -161,6 +161,23 @@ class Llama(Decoder):
 DECODERS: dict[str, type[Decoder]] = {"llama": Llama}
 
 
+def parties(contestants: dict[str, Decoder], batch: int, context: int, free: int) -> tuple[list[list[str]], list[str]]:
+    """(contestants that fit in memory together, in order, who alone does not fit)."""
+    found: list[list[str]] = [[]]
+    left_out, taken = [], 0
+    for name, one in contestants.items():
+        need = one.remembers(batch, context)
+        if need > free:
+            left_out.append(name)
+            continue
+        if taken + need > free:
+            found.append([])
+            taken = 0
+        found[-1].append(name)
+        taken += need
+    return found, left_out
+
+
 def in_turns(
     contestants: dict[str, Decoder],
     batch: int,
@@ -170,22 +187,30 @@ def in_turns(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
-    """Of every contestant seconds a step in the best and the median repetition, memory, fraction of the limit.
-
-    One that needs more memory than there is is left out, with a word.
-    """
+    """Of every contestant seconds a step, memory, fraction of the limit; turns are taken by those that fit together."""
     gc.collect()
-    states: dict[str, Any] = {}
-    results: dict[str, dict[str, Any]] = {}
-    free = machine.free_memory(device)
-    for name, one in contestants.items():
-        need = one.remembers(batch, context)
-        if need > 0.9 * free - sum(contestants[other].remembers(batch, context) for other in states):
-            results[name] = {"skipped": "not enough memory"}
-            continue
-        states[name] = one.fill(batch, context, (repeats + 1) * steps)
-    numbers = machine.numbers(device)
-    gemm = machine.gemm(device, dtype)
+    together, left_out = parties(contestants, batch, context, int(0.8 * machine.free_memory(device)))
+    results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
+    for names in together:
+        party = {name: contestants[name] for name in names}
+        results |= turns(party, batch, context, steps, repeats, device, dtype)
+        gc.collect()
+        machine.free_memory(device)
+    return {name: results[name] for name in contestants}
+
+
+def turns(
+    contestants: dict[str, Decoder],
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, Any]]:
+    """Of every contestant seconds a step in the best and the median repetition, memory, fraction of the limit."""
+    states = {name: one.fill(batch, context, (repeats + 1) * steps) for name, one in contestants.items()}
+    numbers, gemm = machine.numbers(device), machine.gemm(device, dtype)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times: dict[str, list[float]] = {name: [] for name in states}
     fractions: dict[str, list[float]] = {name: [] for name in states}
@@ -197,8 +222,6 @@ def in_turns(
 
     for _ in range(repeats + 1):
         for name, one in contestants.items():
-            if name not in states:
-                continue
             times[name].append(machine.clock(device, lambda name=name: repetition(name)) / steps)  # type: ignore[misc]
             before, rate = rate, machine.reading(numbers)
             limit = max(
@@ -206,18 +229,18 @@ def in_turns(
                 batch * cost.flops_per_token(one.config, context) / gemm,
             )
             fractions[name].append(limit / times[name][-1])
+    results = {}
     for name, one in contestants.items():
-        if name in states:
-            weights = cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
-            results[name] = {
-                "seconds": min(times[name][1:]),
-                "median_seconds": statistics.median(times[name][1:]),
-                "tokens_per_second": batch / min(times[name][1:]),
-                "state_bytes": one.remembers(batch, context),
-                "memory_bytes": weights + one.remembers(batch, context),
-                "fraction": statistics.median(fractions[name][1:]),
-            }
-    return {name: results[name] for name in contestants}
+        weights = cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
+        results[name] = {
+            "seconds": min(times[name][1:]),
+            "median_seconds": statistics.median(times[name][1:]),
+            "tokens_per_second": batch / min(times[name][1:]),
+            "state_bytes": one.remembers(batch, context),
+            "memory_bytes": weights + one.remembers(batch, context),
+            "fraction": statistics.median(fractions[name][1:]),
+        }
+    return results
 
 
 def table(result: dict[str, Any]) -> str:

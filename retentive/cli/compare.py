@@ -168,8 +168,9 @@ def side_by_side(jobs: int, argv: Sequence[str]) -> None:
     codes = [child.wait() for child in children]
     for number, handler in before.items():
         signal.signal(number, handler)
-    if any(codes):
-        raise ChildProcessError(f"a job ended with exit code {max(codes)}, it says why above")
+    failed = [code for code in codes if code not in (0, -signal.SIGTERM)]  # stopped while it scored a run, it just ends
+    if failed:
+        raise ChildProcessError(f"a job ended with exit code {failed[0]}, it says why above")
 
 
 def work(command: CompareCommand, runs: list[Run]) -> None:

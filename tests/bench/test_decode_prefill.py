@@ -75,11 +75,25 @@ def test_moves_count_weights_and_memory():
 
 
 def test_what_does_not_fit_in_memory_is_left_out_with_a_word(monkeypatch):
-    monkeypatch.setattr(machine, "free_memory", lambda device: 40_000)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 50_000)
     result = decoded(contexts=(8, 64), batches=(3,))
     small, large = result["rows"]
     assert "seconds" in small["models"]["retnet"] and large["models"]["transformer"] == {"skipped": "not enough memory"}
     assert "not enough memory" in decode.table(result)
+
+
+def test_who_does_not_fit_beside_the_others_has_a_turn_alone():
+    needs = {"a": 10, "b": 60, "c": 50, "d": 200, "e": 40}
+
+    class Needs:
+        def __init__(self, need):
+            self.need = need
+
+        def remembers(self, batch, context):
+            return self.need
+
+    contestants = {name: Needs(need) for name, need in needs.items()}
+    assert decode.parties(contestants, 1, 1, 100) == ([["a", "b"], ["c", "e"]], ["d"])
 
 
 def test_another_engine_takes_part_where_it_is_installed():
