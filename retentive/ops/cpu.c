@@ -17,9 +17,10 @@ every GROUP chunks, and the others of a group are computed again when it is ente
 
 Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products are made of 32-bit units along
 the dimension that is summed: one float, or a pair of bfloat16 (`pair`, where the inputs are bfloat16 and the CPU
-multiplies pairs). An operand is laid out as
+multiplies pairs: 1 in vectors, 2 in the tiles of AMX). An operand is laid out as
     rows      [m][r]                 unit r of row m: the left operand
     panels    [n / NC][r][n % NC]    the right operand, or the left one transposed
+which is what the tiles are loaded from, too, so that with them nothing but the products changes.
 Sums are float32, and so are S, dS, decays and all that is not an operand.
 */
 
@@ -33,6 +34,11 @@ Sums are float32, and so are S, dS, decays and all that is not an operand.
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES
 #endif
 
 #if defined(__AVX512F__)
@@ -50,6 +56,7 @@ enum { LANES = 4, MR = 8 };
 #endif
 enum {
     NC = 2 * LANES,                      /* columns of a panel */
+    BLOCK = 32,                          /* rows and columns of four tiles: with them all is padded to it */
     WHOLE = LANES > MR ? LANES : MR,     /* K and V are padded to a multiple of it */
     DEPTH = 256,                         /* units summed at once: a panel of so many stays in the first cache */
     MOST_GROUP = 16,
@@ -187,7 +194,7 @@ static void as_panels(int pair, const float *x, i64 ld, i64 rows, i64 cols, floa
 }
 
 /* LANES rows of x to the columns of `to`, by perfect shuffles: row i meets row i + LANES / 2, log2(LANES) times */
-INLINE void transpose_square(const float *x, i64 ld, float *to) {
+INLINE void transpose_square(const float *x, i64 ld, float *to, i64 to_ld) {
     vf a[LANES], b[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) a[i] = load(x + i * ld);
@@ -202,7 +209,7 @@ INLINE void transpose_square(const float *x, i64 ld, float *to) {
         for (int i = 0; i < LANES; i++) a[i] = b[i];
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) store(to + i * NC, a[i]);
+    for (int i = 0; i < LANES; i++) store(to + i * to_ld, a[i]);
 }
 
 /* `panels` operand of the transpose of x, given in `rows` units [n][units], width `ld`; its panels are `depth` deep */
@@ -211,7 +218,7 @@ static void as_panels_of_transpose(const float *x, i64 ld, i64 n, i64 units, flo
         float *y = to + c / NC * NC * depth + c % NC;
         i64 r = 0, width = smaller(LANES, n - c);
         if (width == LANES)
-            for (; r + LANES <= units; r += LANES) transpose_square(x + c * ld + r, ld, y + r * NC);
+            for (; r + LANES <= units; r += LANES) transpose_square(x + c * ld + r, ld, y + r * NC, NC);
         for (; r < units; r++)
             for (i64 j = 0; j < width; j++) y[r * NC + j] = x[(c + j) * ld + r];
     }
@@ -284,6 +291,83 @@ PRODUCT(product_floats, 0, 0)
 PRODUCT(product_floats_transposed, 0, 1)
 PRODUCT(product_pairs, 1, 0)
 PRODUCT(product_pairs_transposed, 1, 1)
+
+#ifdef TILES
+/* The same of pairs by AMX, for M and N of whole blocks and units of whole tiles, 16: a block of `to` stays in four tiles
+   while two of A and two of B go by. A tile is 16 rows of 64 bytes: of A 16 units of 16 rows, of B 16 columns of 16. */
+static void tiles(int transposed, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
+                  const float *beta, Result to) {
+    float block[BLOCK * 256] __attribute__((aligned(64))); /* rows of A^T; what is summed then are tokens, 512 at most */
+    for (i64 m = 0; m < M; m += BLOCK) {
+        i64 first = shape == FROM_ROW ? m / 2 : 0, last = shape == UP_TO_ROW ? smaller(units, (m + BLOCK) / 2) : units;
+        const float *a = A.p + m * A.depth + first;
+        i64 ld = A.depth;
+        if (transposed) {
+            const float *panel = A.p + m * A.depth + first * NC;
+            a = block, ld = last - first;
+            for (i64 r = 0; r < ld; r += LANES)
+                for (i64 i = 0; i < BLOCK; i += LANES) transpose_square(panel + r * NC + i, NC, block + i * ld + r, ld);
+        }
+        for (i64 n = 0; n < N; n += BLOCK) {
+            if (shape == LOWER && n >= m + BLOCK) continue;
+            float *at = to.p + n / NC * to.panel + m * to.ld;
+            const float *b = B.p + n * B.depth + first * NC;
+            if (from) {
+                const float *x = from + (at - to.p);
+                for (i64 i = 0; i < BLOCK && (beta || x != at); i++)
+                    for (i64 j = 0; j < BLOCK; j += LANES)
+                        store(at + i * to.ld + j, load(x + i * to.ld + j) * splat(beta ? beta[m + i] : 1));
+                _tile_loadd(0, at, to.ld * 4);
+                _tile_loadd(1, at + 16, to.ld * 4);
+                _tile_loadd(2, at + 16 * to.ld, to.ld * 4);
+                _tile_loadd(3, at + 16 * to.ld + 16, to.ld * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (i64 r = 0; r < last - first; r += 16) {
+                _tile_loadd(4, a + r, ld * 4);
+                _tile_loadd(5, a + 16 * ld + r, ld * 4);
+                _tile_loadd(6, b + r * NC, NC * 4);
+                _tile_loadd(7, b + r * NC + 16, NC * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, at, to.ld * 4);
+            _tile_stored(1, at + 16, to.ld * 4);
+            _tile_stored(2, at + 16 * to.ld, to.ld * 4);
+            _tile_stored(3, at + 16 * to.ld + 16, to.ld * 4);
+        }
+    }
+}
+
+typedef struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } TileConfig;
+
+/* All eight tiles in full size, for this thread; `before` is how the code around us has them. */
+static void open_tiles(TileConfig *before) {
+    TileConfig full = {1, 0, {0}, {0}, {0}};
+    for (int i = 0; i < 8; i++) full.bytes[i] = 64, full.rows[i] = 16;
+    _tile_storeconfig(before);
+    _tile_loadconfig(&full);
+}
+
+static void close_tiles(const TileConfig *before) {
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
+}
+
+/* The system gives the registers to a process that asks for them. */
+static int tiles_are_allowed(void) {
+    static int allowed = -1;
+    enum { ASK = 0x1023, TILE_DATA = 18 };
+    if (allowed < 0) allowed = !syscall(SYS_arch_prctl, ASK, TILE_DATA);
+    return allowed;
+}
+#endif
 
 /* ---- decays ---- */
 
@@ -373,7 +457,8 @@ static float *take(char **at, i64 floats) {
 
 /* lays out a space from `at` on, returns its end */
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
-    i64 C = c->C, K = s->K = round_up(c->K, WHOLE), V = s->V = round_up(c->V, WHOLE), wide = K > V ? K : V;
+    i64 C = c->C, whole = c->pair == 2 ? BLOCK : WHOLE;
+    i64 K = s->K = round_up(c->K, whole), V = s->V = round_up(c->V, whole), wide = K > V ? K : V;
     i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), CC = C * C, KV = round_up(K, NC) * round_up(V, NC);
     Decays *d = &s->decays;
     d->wide = wide, d->count = 0;
@@ -441,13 +526,28 @@ static void pair_panels(const float *from, i64 rows, i64 cols, float *to) {
     for (i64 n = 0; n < cols; n += NC) as_panels(1, from + n * rows, NC, rows, NC, to + n * rows / 2);
 }
 
+/* rows that `count` tokens take in the work space, zeros after the last */
+INLINE i64 padded(const Call *c, i64 count) { return round_up(count, c->pair == 2 ? BLOCK : MR); }
+
 INLINE void multiply(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
                      const float *beta, Result to) {
+#ifdef TILES
+    if (c->pair == 2) {
+        tiles(0, shape, M, N, units, A, B, from, beta, to);
+        return;
+    }
+#endif
     (c->pair ? product_pairs : product_floats)(shape, M, N, units, A, B, from, beta, to);
 }
 
 INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
                                 const float *from, const float *beta, Result to) {
+#ifdef TILES
+    if (c->pair == 2) {
+        tiles(1, shape, M, N, units, A, B, from, beta, to);
+        return;
+    }
+#endif
     (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
 }
 
@@ -464,7 +564,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
     read_state(c, s, c->state + (n * c->H + h) * KV, s->S);
     if (c->pair) pair_panels(s->S, K, V, s->S_panels);
     for (i64 t = begin, chunk = 0; t < end; t += C, chunk++) {
-        i64 count = smaller(C, end - t), rows = round_up(count, MR), units = c->pair ? rows / 2 : rows;
+        i64 count = smaller(C, end - t), rows = padded(c, count), units = c->pair ? rows / 2 : rows;
         if (c->checkpoints && chunk % c->group == 0)
             write_state(c, s, s->S, c->checkpoints + ((c->first_checkpoint[n] + chunk / c->group) * c->H + h) * KV);
         set_decays(c, &s->decays, t, h, count);
@@ -539,7 +639,7 @@ static float dot(const float *a, const float *b, i64 n) {
 }
 
 static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
-    i64 C = c->C, K = s->K, V = s->V, rows = round_up(count, MR), units = c->pair ? rows / 2 : rows;
+    i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = c->pair ? rows / 2 : rows;
     i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
     const Decays *d = &s->decays;
     set_decays(c, &s->decays, t, h, count);
@@ -651,8 +751,16 @@ static int for_each_head(const Call *c, int backward) {
         if (!get_space(c, backward, &s)) {
 #pragma omp atomic write
             failed = 1;
-        } else if (backward) backward_head(c, &s, task / c->H, task % c->H);
-        else forward_head(c, &s, task / c->H, task % c->H);
+            continue;
+        }
+#ifdef TILES
+        TileConfig before;
+        if (c->pair == 2) open_tiles(&before);
+#endif
+        (backward ? backward_head : forward_head)(c, &s, task / c->H, task % c->H);
+#ifdef TILES
+        if (c->pair == 2) close_tiles(&before);
+#endif
     }
     return failed;
 }
@@ -807,7 +915,11 @@ int has_half(void) {
 #endif
 }
 
+/* 0 no, 1 in vectors, 2 in tiles */
 int can_multiply_pairs(void) {
+#ifdef TILES
+    if (tiles_are_allowed()) return 2;
+#endif
 #ifdef __AVX512BF16__
     return 1;
 #else

@@ -163,7 +163,7 @@ def _common(q, k, v, log_decay, state, scale, chunk_size, begin, first) -> dict:
     _, _, H, K = q.shape
     return dict(
         N=len(begin) - 1, H=H, K=K, V=v.shape[-1], C=chunk_size, group=GROUP, scale=scale,
-        dtype=DTYPES.index(q.dtype), pair=int(q.dtype == torch.bfloat16 and _library().can_multiply_pairs()),
+        dtype=DTYPES.index(q.dtype), pair=_library().can_multiply_pairs() if q.dtype == torch.bfloat16 else 0,
         per_token=int(log_decay.ndim == 3), threads=torch.get_num_threads(), begin=begin, first_checkpoint=first,
         q=q, k=k, v=v, q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
         log_decay=log_decay.contiguous(), state=state.contiguous(),

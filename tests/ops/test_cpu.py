@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -68,8 +69,11 @@ def cu_of(lengths) -> torch.Tensor:
 PORTABLE = {
     "4-lanes": ["-march=x86-64"],
     "8-lanes": ["-march=x86-64-v3"],
+    "no-tiles": ["-march=native", "-mno-amx-bf16"],
     "no-pairs": ["-march=native", "-mno-avx512bf16"],
 }
+PAIRS = {"no-tiles": 1}
+"""How they multiply pairs: 0 not, 1 in vectors, 2 in tiles."""
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +99,10 @@ def library(request, monkeypatch, compiled):
         return name
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine cannot run all of them")
-    if name == "no-pairs" and not module._library().can_multiply_pairs():
-        pytest.skip("this machine's library multiplies no pairs either")
+    if name.startswith("no-") and module._library().can_multiply_pairs() <= PAIRS.get(name, 0):
+        pytest.skip("this machine's library does no more")
     other = compiled(*PORTABLE[name])
-    assert not other.can_multiply_pairs()
+    assert other.can_multiply_pairs() == PAIRS.get(name, 0)
     monkeypatch.setattr(module, "_library", lambda: other)
     return name
 
@@ -386,20 +390,21 @@ def test_what_is_not_finite_stays_in_its_row_and_head(decay, dtype, bad, library
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @two_decays
 def test_a_future_that_is_not_finite_never_reaches_the_past(decay, dtype, t, library, same):
-    """q and k. A v may reach the start of its 8 rows, which are multiplied together; there 0 * NaN is NaN."""
+    """q and k. A v may reach the start of its block of rows, which are multiplied together; there 0 * NaN is NaN."""
+    block = 32 if dtype == "bf16" and module._library().can_multiply_pairs() == 2 else 8  # in tiles, in vectors
     for which in range(3):
         tensors = [x.detach() for x in inputs(1, 140, 1, 5, 4, decay=decay, dtype=DTYPES[dtype])]
         want, _ = cpu(*tensors, C=32)
         tensors[which][:, t] = torch.nan
         o, _ = cpu(*tensors, C=32)
-        before = t if which < 2 else t // 8 * 8
+        before = t if which < 2 else t // block * block
         same(o[:, :before], want[:, :before], 0)
         assert o[:, t].isnan().all()
     do = torch.ones(1, 140, 1, 4)
     do[:, t] = torch.nan  # and a gradient that is not never reaches later tokens
     tensors = inputs(1, 140, 1, 5, 4, decay=decay, dtype=DTYPES[dtype])
     _, _, dq, dk, dv, *_ = with_gradients(lambda *x: cpu(*x, C=32), tensors, (do, torch.zeros(())))
-    later = t // 8 * 8 + 8
+    later = t // block * block + block
     assert all(x[:, later:].isfinite().all() for x in (dk, dv)) and dk[:, : t + 1].isnan().all()
     assert dq[:, t].isnan().all() and dq[:, t + 1 :].isfinite().all() and dq[:, :t].isfinite().all()
 
@@ -848,3 +853,23 @@ def test_in_a_process_without_a_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "no C compiler found (looked for cc-of-nowhere)\n" and done.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_products_of_others_on_the_same_threads_are_left_alone(same):
+    """oneDNN multiplies in the tiles of AMX too, where a CPU has them: each finds them as it set them up."""
+    q, k, v = (torch.randn(1, 300, 4, n).bfloat16() for n in (64, 64, 108))
+    a, b, decays = torch.randn(77, 300).bfloat16(), torch.randn(300, 50).bfloat16(), torch.tensor([-0.1] * 4)
+    want, wrong = [a @ b, *retention(q, k, v, decays)], []
+
+    def work() -> None:
+        for _ in range(30):
+            got = [a @ b, *retention(q, k, v, decays)]
+            if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
