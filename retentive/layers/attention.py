@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from retentive.layers.place import Place
 from retentive.ops import rotary
+from retentive.ops.rows import turn
 
 
 class Shared(NamedTuple):
@@ -47,8 +48,8 @@ class Attention(nn.Module):
         q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
         k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
-        q_BTHK = rotary.rotate(q_BTHK, shared.cos, shared.sin, "half").to(v_BTHK.dtype)
-        k_BTHK = rotary.rotate(k_BTHK, shared.cos, shared.sin, "half").to(v_BTHK.dtype)
+        q_BTHK = turn(q_BTHK, shared.cos, shared.sin, "half")
+        k_BTHK = turn(k_BTHK, shared.cos, shared.sin, "half")
         if place.cu_seqlens is not None:
             o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, place.cu_seqlens.tolist(), starts)
         elif cache is None and place.valid is None:

@@ -18,6 +18,7 @@ from retentive.layers.norm import RMSNorm
 from retentive.layers.place import Place
 from retentive.ops import Ring, retention, retention_step, rotary
 from retentive.ops import decay as decays
+from retentive.ops.rows import turn
 
 
 class Shared(NamedTuple):
@@ -88,10 +89,8 @@ class MultiScaleRetention(nn.Module):
         q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
         k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
-        q_BTHK = (rotary.rotate(q_BTHK, shared.cos, shared.sin, self.rotary) * shared.q_scale[..., None]).to(
-            v_BTHV.dtype
-        )
-        k_BTHK = rotary.rotate(k_BTHK, shared.cos, shared.sin, self.rotary).to(v_BTHV.dtype)
+        q_BTHK = turn(q_BTHK, shared.cos, shared.sin, self.rotary, shared.q_scale)
+        k_BTHK = turn(k_BTHK, shared.cos, shared.sin, self.rotary)
         log_decay = shared.log_decay
         if self.decay_proj is not None:  # a decay per token, gated retention (YOCO, arXiv 2405.05254)
             log_decay = F.logsigmoid(self.decay_proj(x).to(shared.cos.dtype)) / 16

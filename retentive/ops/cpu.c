@@ -24,14 +24,9 @@ which is what the tiles are loaded from, too, so that with them nothing but the 
 Sums are float32, and so are S, dS, decays and all that is not an operand.
 */
 
-#include <math.h>
+#include "numbers.h"
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -42,38 +37,25 @@ Sums are float32, and so are S, dS, decays and all that is not an operand.
 #endif
 
 #if defined(__AVX512F__)
-enum { LANES = 16, MR = 8 };
+enum { MR = 8 };
 #define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
-enum { LANES = 8, MR = 4 }; /* 16 registers */
+enum { MR = 4 }; /* 16 registers */
 #define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #else
-enum { LANES = 4, MR = 8 };
+enum { MR = 8 };
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
 enum {
     NC = 2 * LANES,                      /* columns of a panel */
     BLOCK = 32,                          /* rows and columns of four tiles: with them all is padded to it */
-    WHOLE = LANES > MR ? LANES : MR,     /* K and V are padded to a multiple of it */
+    WHOLE = (int)LANES > (int)MR ? (int)LANES : (int)MR,     /* K and V are padded to a multiple of it */
     DEPTH = 256,                         /* units summed at once: a panel of so many stays in the first cache */
-    MOST_GROUP = 16,
-    AHEAD = 16
+    MOST_GROUP = 16
 };
-
-typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int64_t i64;
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vf load(const float *p) { return *(const vf *)p; }
-INLINE void store(float *p, vf x) { *(vf *)p = x; }
-INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf splat_unit(const float *p) { return (vf)(*(const int32_t *)p + (vi){0}); } /* bits, not a number */
-INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-INLINE i64 round_up(i64 a, i64 b) { return (a + b - 1) / b * b; }
 
 /* ---- what Python hands over (struct Call of cpu.py) ---- */
 
@@ -89,67 +71,6 @@ typedef struct {
     void *o, *dq, *dk, *dv;                  /* contiguous */
     float *final, *dlog_decay, *dinitial;
 } Call;
-
-/* ---- numbers in and out ---- */
-
-INLINE float from_bf16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return x != x ? 0x7fc0 : (uint16_t)rounded;
-}
-
-#ifdef __FLT16_MAX__
-typedef _Float16 half;
-#else /* a compiler without it: cpu.py does not offer float16 then */
-typedef uint16_t half;
-#endif
-
-INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
-
-/* a row of `n` elements as float32, zeros up to `width` */
-INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {
-    if (dtype == 0) memcpy(to, from, n * 4);
-    else if (dtype == 1) {
-        const uint16_t *x = from;
-        for (i64 j = 0; j < n; j++) to[j] = from_bf16(x[j]);
-    } else {
-        const half *x = from;
-        for (i64 j = 0; j < n; j++) to[j] = (float)x[j];
-    }
-    for (i64 j = n; j < width; j++) to[j] = 0;
-}
-
-/* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row. They lie far
-   apart, where the hardware's prefetcher does not follow: AHEAD rows are asked for in time. */
-static void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, i64 n, float *to, i64 width, i64 all_rows) {
-    for (i64 i = 0; i < rows; i++, to += width) {
-        for (i64 j = 0; j < n; j += dtype == 0 ? 16 : 32)
-            __builtin_prefetch(element(from, dtype, (i + AHEAD) * stride + j));
-        read_row(dtype, element(from, dtype, i * stride), n, to, width);
-    }
-    memset(to, 0, (all_rows - rows) * width * 4);
-}
-
-static void write_rows(i64 dtype, const float *from, i64 width, i64 rows, i64 n, void *to, i64 stride) {
-    for (i64 i = 0; i < rows; i++, from += width) {
-        if (dtype == 0) memcpy((float *)to + i * stride, from, n * 4);
-        else if (dtype == 1) {
-            uint16_t *y = (uint16_t *)to + i * stride;
-            for (i64 j = 0; j < n; j++) y[j] = to_bf16(from[j]);
-        } else {
-            half *y = (half *)to + i * stride;
-            for (i64 j = 0; j < n; j++) y[j] = (half)from[j];
-        }
-    }
-}
 
 /* ---- operands ---- */
 
@@ -626,16 +547,6 @@ static void operands_of_dS(const Call *c, Space *s) {
         const float *rows = as_rows(1, s->dS + n * K, K, NC, s->out);
         as_panels_of_transpose(rows, NC / 2, K, smaller(NC, V - n) / 2, s->dST_panels + n / 2 * NC, V / 2);
     }
-}
-
-static float dot(const float *a, const float *b, i64 n) {
-    vf sum = {0};
-    i64 j = 0;
-    for (; j + LANES <= n; j += LANES) sum += load(a + j) * load(b + j);
-    float all = 0;
-    for (int i = 0; i < LANES; i++) all += sum[i];
-    for (; j < n; j++) all += a[j] * b[j];
-    return all;
 }
 
 static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {

@@ -23,6 +23,8 @@ from retentive.ops.blocked import check_borders, refuse_second_derivative
 from retentive.ops.step import Ring
 
 SOURCE = Path(__file__).with_suffix(".c")
+BESIDE = (SOURCE.with_name("rows.c"), SOURCE.with_name("numbers.h"))
+"""What is compiled with it (rows.py), and included."""
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
 LINK = ["-lm", "-pthread"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,11 +32,11 @@ GROUP = 4
 """Chunks from one state kept for the backward pass to the next."""
 
 
-def _fields(numbers: str, pointers: str) -> list[tuple[str, type]]:
-    """A C struct: numbers (int64), `scale` (double), pointers."""
+def struct(numbers: str, pointers: str, *, real: str = "scale") -> list[tuple[str, type]]:
+    """The fields of a C struct: numbers (int64), one that is `real` (double), pointers."""
     return [
         *((name, ctypes.c_int64) for name in numbers.split()),
-        ("scale", ctypes.c_double),
+        (real, ctypes.c_double),
         *((name, ctypes.c_void_p) for name in pointers.split()),
     ]
 
@@ -42,7 +44,7 @@ def _fields(numbers: str, pointers: str) -> list[tuple[str, type]]:
 class Call(ctypes.Structure):
     """struct Call of cpu.c."""
 
-    _fields_ = _fields(
+    _fields_ = struct(
         "N H K V C group dtype pair per_token threads q_stride k_stride v_stride do_stride",
         "begin first_checkpoint q k v dout log_decay state dstate checkpoints o dq dk dv final dlog_decay dinitial",
     )
@@ -51,7 +53,7 @@ class Call(ctypes.Structure):
 class Step(ctypes.Structure):
     """struct Step of cpu.c."""
 
-    _fields_ = _fields(
+    _fields_ = struct(
         "B H K V slots dtype threads decay_stride",
         "q k v log_decay state ring_k ring_v o ring_decay written folded",
     )
@@ -76,7 +78,8 @@ def build(compiler: list[str], folder: Path) -> Path:
     Raises:
         NotBuilt: the compiler failed; with its first line that tells of an error.
     """
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
+    texts = [file.read_bytes() for file in (SOURCE, *BESIDE)]
+    key = hashlib.sha256(repr((texts, compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
     library = folder / f"cpu-{key}.so"
     if library.is_file():
         return library
@@ -84,8 +87,10 @@ def build(compiler: list[str], folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
         # threads of a second one would spin against those of the first
-        unit, built = Path(scratch) / "cpu.o", Path(scratch) / "cpu.so"
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built), *LINK]):
+        built = Path(scratch) / "cpu.so"
+        units = {file: str(Path(scratch) / f"{n}.o") for n, file in enumerate((SOURCE, *BESIDE)) if file.suffix == ".c"}
+        compiling = [[*FLAGS, "-c", str(file), "-o", unit] for file, unit in units.items()]
+        for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
             done = subprocess.run([*compiler, *command], capture_output=True, text=True, errors="replace")
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -96,7 +101,7 @@ def build(compiler: list[str], folder: Path) -> Path:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | NotBuilt:
+def library() -> ctypes.CDLL | NotBuilt:
     """The compiled library, or why there is none; asked for once in a process."""
     try:
         names = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["clang"], ["cc"]]
@@ -118,10 +123,10 @@ def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
     """Why the compiled library cannot be used on this machine, or not for inputs of `dtype`; or None."""
     if dtype not in DTYPES:
         return f"it computes in float32 at most, got {dtype}"
-    library = _library()
-    if isinstance(library, NotBuilt):
-        return str(library)
-    return "its compiler has no float16" if dtype == torch.float16 and not library.has_half() else None
+    built = library()
+    if isinstance(built, NotBuilt):
+        return str(built)
+    return "its compiler has no float16" if dtype == torch.float16 and not built.has_half() else None
 
 
 # what torch.compiler.assume_constant_result does, which would load the whole compiler: asked once while a graph is made
@@ -156,14 +161,14 @@ def _check(code: int) -> None:
 
 def _run(function: str, **fields) -> None:
     call = Call(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in fields.items()})
-    _check(getattr(_library(), function)(ctypes.byref(call)))
+    _check(getattr(library(), function)(ctypes.byref(call)))
 
 
 def _common(q, k, v, log_decay, state, scale, chunk_size, begin, first) -> dict:
     _, _, H, K = q.shape
     return dict(
         N=len(begin) - 1, H=H, K=K, V=v.shape[-1], C=chunk_size, group=GROUP, scale=scale,
-        dtype=DTYPES.index(q.dtype), pair=_library().can_multiply_pairs() if q.dtype == torch.bfloat16 else 0,
+        dtype=DTYPES.index(q.dtype), pair=library().can_multiply_pairs() if q.dtype == torch.bfloat16 else 0,
         per_token=int(log_decay.ndim == 3), threads=torch.get_num_threads(), begin=begin, first_checkpoint=first,
         q=q, k=k, v=v, q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
         log_decay=log_decay.contiguous(), state=state.contiguous(),
@@ -268,7 +273,7 @@ class Plan:
             (torch.Size((H,)), torch.Size((B, H))),
         )
         self.dtype, self.scale = ring.k.dtype, K**-0.5
-        self.step, self.call = _library().retention_step, Step(
+        self.step, self.call = library().retention_step, Step(
             B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype),
             state=ring.state.data_ptr(), ring_k=ring.k.data_ptr(), ring_v=ring.v.data_ptr(),
             ring_decay=ring.log_decay.data_ptr(), written=ring.written.data_ptr(), folded=ring.folded.data_ptr(),

@@ -137,7 +137,7 @@ def test_twins_that_cannot_be(case, refuses):
 
 
 def test_unknown_sizes_and_fields(refuses):
-    with refuses("unknown size '2b', expected one of 1m, 5m"):
+    with refuses("unknown size '2b', expected one of 1m, 2m, 5m"):
         preset("2b", vocab_size=10)
     with refuses("RetNetConfig has no field depth, width"):
         preset("1m", vocab_size=10, width=3, depth=4)

@@ -99,11 +99,11 @@ def library(request, monkeypatch, compiled):
         return name
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine cannot run all of them")
-    if name.startswith("no-") and module._library().can_multiply_pairs() <= PAIRS.get(name, 0):
+    if name.startswith("no-") and module.library().can_multiply_pairs() <= PAIRS.get(name, 0):
         pytest.skip("this machine's library does no more")
     other = compiled(*PORTABLE[name])
     assert other.can_multiply_pairs() == PAIRS.get(name, 0)
-    monkeypatch.setattr(module, "_library", lambda: other)
+    monkeypatch.setattr(module, "library", lambda: other)
     return name
 
 
@@ -391,7 +391,7 @@ def test_what_is_not_finite_stays_in_its_row_and_head(decay, dtype, bad, library
 @two_decays
 def test_a_future_that_is_not_finite_never_reaches_the_past(decay, dtype, t, library, same):
     """q and k. A v may reach the start of its block of rows, which are multiplied together; there 0 * NaN is NaN."""
-    block = 32 if dtype == "bf16" and module._library().can_multiply_pairs() == 2 else 8  # in tiles, in vectors
+    block = 32 if dtype == "bf16" and module.library().can_multiply_pairs() == 2 else 8  # in tiles, in vectors
     for which in range(3):
         tensors = [x.detach() for x in inputs(1, 140, 1, 5, 4, decay=decay, dtype=DTYPES[dtype])]
         want, _ = cpu(*tensors, C=32)
@@ -715,11 +715,12 @@ def test_a_step_is_that_of_torch_whatever_the_cpu(dtype, K, V, library, same):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """As a process begins: no library yet, an empty cache, and a source that is soon compiled. Returns the cache."""
-    monkeypatch.setattr(module, "_library", functools.cache(module._library.__wrapped__))
+    monkeypatch.setattr(module, "library", functools.cache(module.library.__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = tmp_path / "small.c"
     source.write_text("int answer(void) { return 42; }\n", encoding="utf-8")
     monkeypatch.setattr(module, "SOURCE", source)
+    monkeypatch.setattr(module, "BESIDE", ())
     return tmp_path / "cache" / "retentive"
 
 
@@ -732,11 +733,11 @@ def script(path: Path, text: str) -> str:
 def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
     calls = tmp_path / "calls"
     monkeypatch.setenv("CC", script(tmp_path / "cc", f'echo called >> {calls}\nexec gcc "$@"\n'))
-    assert module.unavailable() is None and module._library().answer() == 42
+    assert module.unavailable() is None and module.library().answer() == 42
     (library,) = fresh.iterdir()  # and nothing that was only needed to make it
     assert library.suffix == ".so"
     assert len(calls.read_text().split()) == 2  # to compile, to link
-    module._library.cache_clear()
+    module.library.cache_clear()
     assert module.unavailable() is None and len(calls.read_text().split()) == 2
 
 
@@ -804,19 +805,19 @@ def test_a_library_that_is_broken_is_built_anew(fresh, monkeypatch):
     library = module.build([shutil.which("gcc")], fresh)
     library.unlink()
     library.touch()  # as after a power cut
-    assert module.unavailable() is None and module._library().answer() == 42
+    assert module.unavailable() is None and module.library().answer() == 42
     assert list(fresh.iterdir()) == [library] and library.stat().st_size > 0
 
 
 def test_the_compiler_may_be_named_with_what_it_is_always_given(fresh, monkeypatch):
     monkeypatch.setenv("CC", "gcc -DX='a b'")
-    assert module.unavailable() is None and module._library().answer() == 42
+    assert module.unavailable() is None and module.library().answer() == 42
 
 
 def test_a_compiler_without_float16_is_left_alone_with_it(monkeypatch, compiled, refuses):
     other = compiled("-march=x86-64-v3", "-U__FLT16_MAX__")
-    assert module._library().has_half() and not other.has_half()
-    monkeypatch.setattr(module, "_library", lambda: other)
+    assert module.library().has_half() and not other.has_half()
+    monkeypatch.setattr(module, "library", lambda: other)
     assert module.unavailable() is None and module.unavailable(torch.bfloat16) is None
     with refuses("backend 'cpu' cannot do this: its compiler has no float16"):
         cpu(*inputs(1, 40, 2, 4, 3, dtype=torch.float16))

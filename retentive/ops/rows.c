@@ -1,0 +1,130 @@
+/* RMSNorm and rotation of the rows around retention, each in one pass over memory. The formulas are those of rows.py.
+
+Arithmetic is float32. Rows are divided among the threads in order, so that what a sum over rows is made of depends on
+their number only.
+*/
+
+#include "numbers.h"
+#include <stdlib.h>
+
+enum { FEW = 1 << 14 }; /* numbers of which several threads make less than it costs to wake them */
+
+typedef struct {
+    i64 rows, n, dtype, weight_dtype, threads; /* weight_dtype: -1 where there is no weight */
+    double eps;
+    const void *x, *weight, *dy;
+    void *y, *dx;
+    float *scale;    /* [rows] */
+    double *dweight; /* [threads][n], a sum over many rows */
+} Norm;
+
+typedef struct {
+    i64 tokens, T, H, K, dtype, half, phase_rows, scale_rows, stride, threads; /* rows: 1 (0: none), T or tokens */
+    double sign;                                                               /* of the angle */
+    const void *x;                                                             /* tokens `stride` elements apart */
+    const float *cos, *sin, *scale;                                            /* [phase_rows][K/2]; [scale_rows][H] */
+    void *y;
+} Rotate;
+
+static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
+
+/* 0, or 1 when there was no memory */
+int rms_norm(const Norm *c) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
+    {
+        i64 n = c->n, bytes = n * (c->dtype == 0 ? 4 : 2);
+        float *x = malloc(2 * n * 4), *weight = x + n;
+        if (x && c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
+        if (!x) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < c->rows; row++) {
+            if (!x) continue;
+            read_row(c->dtype, (const char *)c->x + row * bytes, n, x, n);
+            float scale = 1 / sqrtf(dot(x, x, n) / n + (float)c->eps);
+            if (c->weight_dtype >= 0)
+                for (i64 j = 0; j < n; j++) x[j] = x[j] * scale * weight[j];
+            else
+                for (i64 j = 0; j < n; j++) x[j] *= scale;
+            write_rows(c->dtype, x, n, 1, n, (char *)c->y + row * bytes, n);
+            if (c->scale) c->scale[row] = scale;
+        }
+        free(x);
+    }
+    return failed;
+}
+
+int rms_norm_backward(const Norm *c) {
+    int failed = 0;
+    i64 n = c->n, bytes = n * (c->dtype == 0 ? 4 : 2);
+    int threads = threads_for(c->threads, c->rows * n);
+    if (c->dweight) memset(c->dweight, 0, c->threads * n * 8);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 part = 0; part < threads; part++) {
+        float *y = malloc(3 * n * 4), *dy = y + n, *weight = dy + n;
+        double *sum = c->dweight ? c->dweight + part * n : NULL;
+        if (!y) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        if (c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
+        for (i64 row = c->rows * part / threads; row < c->rows * (part + 1) / threads; row++) {
+            float scale = c->scale[row];
+            read_row(c->dtype, (const char *)c->x + row * bytes, n, y, n);
+            read_row(c->dtype, (const char *)c->dy + row * bytes, n, dy, n);
+            for (i64 j = 0; j < n; j++) y[j] *= scale;
+            if (sum)
+                for (i64 j = 0; j < n; j++) sum[j] += dy[j] * y[j];
+            if (c->weight_dtype >= 0)
+                for (i64 j = 0; j < n; j++) dy[j] *= weight[j];
+            float along = dot(dy, y, n) / n; /* what of the gradient only changes the length of x */
+            for (i64 j = 0; j < n; j++) y[j] = (dy[j] - along * y[j]) * scale;
+            write_rows(c->dtype, y, n, 1, n, (char *)c->dx + row * bytes, n);
+        }
+        free(y);
+    }
+    return failed;
+}
+
+INLINE i64 place(i64 rows, i64 token, i64 T) { return rows == 1 ? 0 : rows == T ? token % T : token; }
+
+int rotate(const Rotate *c) {
+    int failed = 0;
+    i64 H = c->H, K = c->K, size = c->dtype == 0 ? 4 : 2;
+#pragma omp parallel num_threads(threads_for(c->threads, c->tokens * H * K))
+    {
+        float *x = malloc(2 * K * 4), *y = x + K;
+        if (!x) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < c->tokens; t++) {
+            if (!x) continue;
+            const float *cosine = c->cos + place(c->phase_rows, t, c->T) * (K / 2);
+            const float *sine = c->sin + place(c->phase_rows, t, c->T) * (K / 2);
+            const float *scale = c->scale_rows ? c->scale + place(c->scale_rows, t, c->T) * H : NULL;
+            for (i64 h = 0; h < H; h++) {
+                float factor = scale ? scale[h] : 1, turned = factor * (float)c->sign;
+                read_row(c->dtype, (const char *)c->x + (t * c->stride + h * K) * size, K, x, K);
+                if (c->half)
+                    for (i64 i = 0; i < K / 2; i++) {
+                        float a = x[i], b = x[i + K / 2], u = factor * cosine[i], w = turned * sine[i];
+                        y[i] = a * u - b * w, y[i + K / 2] = b * u + a * w;
+                    }
+                else
+                    for (i64 i = 0; i < K / 2; i++) {
+                        float a = x[2 * i], b = x[2 * i + 1], u = factor * cosine[i], w = turned * sine[i];
+                        y[2 * i] = a * u - b * w, y[2 * i + 1] = b * u + a * w;
+                    }
+                write_rows(c->dtype, y, K, 1, K, (char *)c->y + (t * H + h) * K * size, K);
+            }
+        }
+        free(x);
+    }
+    return failed;
+}

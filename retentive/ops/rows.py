@@ -1,0 +1,156 @@
+"""What stands around retention in a layer, row by row: RMSNorm, and the rotation of q and k with their scale.
+
+    rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight
+    turn(x)     = scale * rotate(x), see rotary.py
+
+In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
+model's time (docs/LOG.md). `rows.c`, compiled with cpu.c, does each in one. Without it, on other devices, in float64
+and in compiled graphs, where the compiler fuses, they are PyTorch's own operations. Arithmetic is float32 or wider,
+results have the dtype of x.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retentive.ops import rotary
+from retentive.ops.cpu import DTYPES, library, struct, unavailable
+
+
+class Norm(ctypes.Structure):
+    """struct Norm of rows.c."""
+
+    _fields_ = struct("rows n dtype weight_dtype threads", "x weight dy y dx scale dweight", real="eps")
+
+
+class Rotate(ctypes.Structure):
+    """struct Rotate of rows.c."""
+
+    _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether rows.c can take these."""
+    return not torch.compiler.is_compiling() and all(
+        x.device.type == "cpu" and x.dtype in DTYPES and unavailable(x.dtype) is None for x in tensors
+    )
+
+
+def _call(function: str, call: ctypes.Structure) -> None:
+    if getattr(library(), function)(ctypes.byref(call)):
+        raise MemoryError("no memory for the work space of a row")
+
+
+# ---- RMSNorm ----
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x `[..., n]` normalised over its last dimension, times `weight` `[n]` if there is one; in the dtype of x.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, eps)
+    if compiled(x) and x.numel():
+        return _normalise(x.contiguous(), weight, eps, None)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None) -> Tensor:
+    """By rows.c; what each row was multiplied with goes into `scale`."""
+    y, n = torch.empty_like(x), x.shape[-1]
+    call = Norm(
+        x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype),
+        torch.get_num_threads(), eps, x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(),
+        y=y.data_ptr(), scale=None if scale is None else scale.data_ptr(),
+    )  # fmt: skip
+    _call("rms_norm", call)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With a backward pass of its own: what autograd derives takes twice the memory traffic (docs/LOG.md)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        ctx.compiled = compiled(x, *(() if weight is None else (weight,))) and x.numel() > 0
+        if ctx.compiled:
+            x, scale = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
+            y = _normalise(x, weight, eps, scale)
+            ctx.save_for_backward(x, scale[..., None], weight)
+            return y
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        y = x * scale
+        return (y if weight is None else y.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, scale, weight = ctx.saved_tensors
+        if ctx.compiled:
+            grad, dx, n, threads = grad.contiguous(), torch.empty_like(x), x.shape[-1], torch.get_num_threads()
+            sums = None if weight is None else torch.empty(threads, n, dtype=torch.float64)
+            call = Norm(
+                x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype), threads,
+                x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(), dy=grad.data_ptr(),
+                dx=dx.data_ptr(), scale=scale.data_ptr(), dweight=None if sums is None else sums.data_ptr(),
+            )  # fmt: skip
+            _call("rms_norm_backward", call)
+            return dx, None if weight is None or sums is None else sums.sum(0).to(weight.dtype), None
+        y = x * scale
+        grad_weight = None
+        if weight is not None:
+            grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
+            grad = grad.to(scale.dtype) * weight
+        along = (grad * y).mean(-1, keepdim=True)  # what of the gradient only changes the length of x
+        return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None
+
+
+# ---- rotation ----
+
+
+def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None = None) -> Tensor:
+    """x rotated and scaled, in its dtype. Gradients of x only: phases and scales are functions of positions.
+
+    Args:
+        cos, sin: `[T, K/2]` or `[B, T, K/2]`, see `rotary.phases`.
+        scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 if not given.
+    """
+    if compiled(x_BTHK) and cos.dtype == torch.float32 and x_BTHK.numel():
+        return _Turn.apply(x_BTHK, cos, sin, variant, scale, 1.0)
+    y = rotary.rotate(x_BTHK, cos, sin, variant)
+    return (y if scale is None else y * scale[..., None]).to(x_BTHK.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """Its gradient is the same with the angle turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, sign: float) -> Tensor:
+        ctx.variant, ctx.sign = variant, sign
+        ctx.save_for_backward(cos, sin, scale)
+        B, T, H, K = x.shape
+        even = x.stride(3) == 1 and x.stride(2) == K and (B == 1 or x.stride(0) == T * x.stride(1))
+        if not even:
+            x = x.contiguous()
+        y, rows = torch.empty(x.shape, dtype=x.dtype), [t if t is None else t.contiguous() for t in (cos, sin, scale)]
+        cos, sin, scale = rows  # type: ignore[assignment]
+        call = Rotate(
+            B * T, T, H, K, DTYPES.index(x.dtype), variant == "half", cos.numel() // (K // 2),
+            0 if scale is None else scale.numel() // H, x.stride(1) if T > 1 else (x.stride(0) if B > 1 else H * K),
+            torch.get_num_threads(), sign, x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            None if scale is None else scale.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        _call("rotate", call)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        cos, sin, scale = ctx.saved_tensors
+        return _Turn.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None

@@ -1,0 +1,185 @@
+"""RMSNorm and the rotation of q and k, compiled and by PyTorch, against float64; layouts, threads, gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retentive.ops import cpu as cpu_module
+from retentive.ops import rotary, rows
+from retentive.ops.rows import rms_norm, turn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch) -> str:
+    """Both of them, whatever this machine would take."""
+    if request.param == "compiled" and cpu_module.unavailable():
+        pytest.skip(cpu_module.unavailable())
+    if request.param == "torch":
+        monkeypatch.setattr(rows, "compiled", lambda *tensors: False)
+    return request.param
+
+
+def plain_norm(x, weight, eps):
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def plain_turn(x, cos, sin, variant, scale):
+    y = rotary.rotate(x, cos, sin, variant)
+    return (y if scale is None else y * scale[..., None]).to(x.dtype)
+
+
+def gradients(f, x, others, do) -> list[torch.Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, *others)]
+    y = f(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, do.to(y.dtype))]
+
+
+# ---- RMSNorm ----
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("shape", [(3, 1), (7, 5), (2, 40, 33), (300, 64), (5, 3, 2, 216)], ids=str)
+@dtypes
+def test_norm_is_as_close_to_the_truth_as_pytorchs(dtype, shape, affine, gold_rule):
+    x, do = ((3 * torch.randn(shape)).to(DTYPES[dtype]) for _ in range(2))
+    weights = [torch.randn(shape[-1]).to(DTYPES[dtype])] if affine else []
+
+    def with_eps(f):
+        return lambda x, weight=None: f(x, weight, 1e-5)
+
+    test = gradients(with_eps(rms_norm), x, weights, do)
+    plain = gradients(with_eps(plain_norm), x, weights, do)
+    gold = gradients(with_eps(plain_norm), x.double(), [w.double() for w in weights], do.double())
+    for what, *three in zip(("y", "dx", "dweight"), gold, test, plain, strict=False):
+        assert three[1].dtype == DTYPES[dtype]
+        # single numbers may be rounded luckily in one of the two, and here some tensors have but a few
+        gold_rule(*three, 0.5 if three[0].numel() > 200 else 20, what)
+
+
+@dtypes
+def test_without_gradients_the_norm_is_the_same(dtype, same):
+    x, weight = torch.randn(9, 70).to(DTYPES[dtype]), torch.randn(70).to(DTYPES[dtype])
+    want = rms_norm(x, weight, 1e-6)
+    with torch.no_grad():
+        # PyTorch's own is another composition of the same operations
+        same(rms_norm(x, weight, 1e-6), want.detach(), {"fp32": 1e-6, "bf16": 8e-3, "fp16": 1e-3}[dtype])
+
+
+@torch.no_grad()
+def test_norms_of_any_layout_and_of_nothing(same):
+    x = torch.randn(6, 8, 10)
+    same(rms_norm(x.mT, None, 1e-6), rms_norm(x.mT.contiguous(), None, 1e-6), 1e-6)
+    same(rms_norm(x[:, ::2], None, 1e-6), rms_norm(x, None, 1e-6)[:, ::2], 1e-6)
+    assert rms_norm(x[:0], None, 1e-6).shape == (0, 8, 10)
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(same):
+    x = torch.randn(50, 64)
+    want = rms_norm(x, None, 1e-6)
+    x[7, 3] = torch.nan
+    got = rms_norm(x, None, 1e-6)
+    others = [n for n in range(50) if n != 7]
+    same(got[others], want[others], 0)
+    assert got[7].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_norm_does_not_depend_on_threads(n, same):
+    """Its rows do not; the gradient of the weight is a sum in float64, rounded once."""
+    x, weight, do = torch.randn(700, 64), torch.randn(64), torch.randn(700, 64)
+    want = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, [weight], do)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        got = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, [weight], do)
+    finally:
+        torch.set_num_threads(threads)
+    same(got, want, 1e-6)
+
+
+def test_the_norms_gradient_is_its_derivative():
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x.requires_grad_(), weight.requires_grad_()))
+
+
+@dtypes
+def test_mixed_dtypes_of_weight_and_x(dtype, same):
+    """As under autocast: a float32 gain on a bf16 row."""
+    x, weight = torch.randn(40, 32).to(DTYPES[dtype]), torch.randn(32)
+    y, dx, dweight = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, [weight], torch.ones(40, 32))
+    assert (y.dtype, dx.dtype, dweight.dtype) == (DTYPES[dtype], DTYPES[dtype], torch.float32)
+    gold = gradients(lambda x, w: plain_norm(x, w, 1e-6), x.double(), [weight.double()], torch.ones(40, 32))
+    close = {"fp32": 1e-6, "bf16": 4e-3, "fp16": 5e-4}[dtype]  # of results rounded once
+    same([y.double(), dx.double()], gold[:2], close)
+    same(dweight.double(), gold[2], 1e-6 if dtype == "fp32" else close)
+
+
+# ---- rotation ----
+
+SCALES = {"none": None, "heads": (1,), "tokens": (9,), "rows": (3, 9)}
+
+
+@pytest.mark.parametrize("scaled", SCALES)
+@pytest.mark.parametrize("by_row", [False, True], ids=["positions", "positions-by-row"])
+@pytest.mark.parametrize("variant", rotary.VARIANTS)
+@dtypes
+def test_turned_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
+    B, T, H, K = 3, 9, 2, 14
+    position = torch.randint(10**6, (B, T) if by_row else (T,))
+    cos, sin = rotary.phases(position, K, variant)
+    scale = None if SCALES[scaled] is None else torch.rand(*SCALES[scaled], H)
+    x, do = (torch.randn(B, T, H, K).to(DTYPES[dtype]) for _ in range(2))
+
+    def run(f, x, do, *phases):
+        factor = None if scale is None else scale.to(phases[0].dtype)
+        return gradients(lambda x: f(x, *phases, variant, factor), x, [], do)
+
+    gold = run(plain_turn, x.double(), do.double(), cos.double(), sin.double())
+    for what, *three in zip(
+        ("y", "dx"), gold, run(turn, x, do, cos, sin), run(plain_turn, x, do, cos, sin), strict=True
+    ):
+        assert three[1].dtype == DTYPES[dtype] and three[1].is_contiguous()
+        gold_rule(*three, 0.3, what)
+
+
+@pytest.mark.parametrize("variant", rotary.VARIANTS)
+@torch.no_grad()
+def test_turning_slices_of_one_projection(variant, same):
+    """q and k as views of what one product made, rows in another order, one token of many."""
+    cos, sin = rotary.phases(torch.arange(9), 8, variant)
+    both = torch.randn(3, 9, 2 * 4 * 8)
+    q, k = (x.unflatten(-1, (4, 8)) for x in both.chunk(2, -1))
+    for x in (q, k, q.flip(0), q[:, :9:2].expand(3, 5, 4, 8), k[:, 3:4], k[1:2, 3:4], k.transpose(0, 1)[:9, :3]):
+        phases = (cos[: x.shape[1]], sin[: x.shape[1]])
+        same(turn(x, *phases, variant), plain_turn(x, *phases, variant, None), 1e-6)
+    assert turn(q[:0], cos, sin, variant).shape == (0, 9, 4, 8)
+
+
+def test_float64_is_left_to_pytorch(same):
+    x, weight = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    cos, sin = rotary.phases(torch.arange(5), 4, "half", dtype=torch.float64)
+    same(turn(x, cos, sin, "half"), rotary.rotate(x, cos, sin, "half"), 1e-15)
+    same(rms_norm(x, weight, 1e-6), plain_norm(x, weight, 1e-6), 1e-14)
+
+
+def test_in_a_compiled_graph_both_are_pytorchs(same):
+    x, weight = torch.randn(2, 5, 3, 8), torch.randn(8)
+    cos, sin = rotary.phases(torch.arange(5), 8, "interleaved")
+
+    def f(x, weight):
+        return turn(rms_norm(x, weight, 1e-6), cos, sin, "interleaved", torch.full((1, 3), 0.5))
+
+    same(torch.compile(f, fullgraph=True, backend="eager")(x, weight), f(x, weight), 1e-6)
+
+
+@dtypes
+def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
+    x, weight = torch.randn(5, 6, 3, 10).to(DTYPES[dtype]), torch.randn(10).to(DTYPES[dtype])
+    cos, sin = rotary.phases(torch.arange(6), 10, "half")
+    found = gradients(lambda x, w: turn(rms_norm(x, w, 1e-6), cos, sin, "half"), x, [weight], torch.ones(5, 6, 3, 10))
+    assert all(t.isfinite().all() for t in found)
+    if way == "compiled":
+        assert poisoned["empty"] and poisoned["empty_like"]
