@@ -1,4 +1,4 @@
-"""What the parts of retention are worth, and what other decays are: one size, two seeds, on novels.
+"""What the parts of retention are worth, and what other decays are: one size, two seeds, 2 M tokens of novels.
 
 retentive compare --recipe recipes/compare_ablations.py        (after recipes/compare_sizes.py, on the same data)
 """
@@ -15,4 +15,5 @@ VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
 
 def recipe() -> CompareCommand:
     sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]
-    return replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, sizes=("1m",), lrs=(8e-3,))
+    train = replace(sizes().train, steps=250)
+    return replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, sizes=("1m",), train=train)
