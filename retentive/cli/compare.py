@@ -41,7 +41,7 @@ from retentive.train.loop import Interrupted
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Train variants of a model on the same tokens, and say how they compare."""
+    """Train variants of a model on the same tokens in the same order, and say how they compare."""
 
     data: Path
     """Folder of packed tokens with held-out text."""

@@ -98,7 +98,7 @@ def test_data(case, refused, monkeypatch):
 
 
 TRAINING = {
-    "unknown-size": (["--size", "3m"], "unknown size '3m', expected one of 1m, 5m"),
+    "unknown-size": (["--size", "3m"], "unknown size '3m', expected one of 1m, 2m, 5m"),
     "heads-that-do-not-divide": (["--set", "heads=3"], "key_dim 128 is not divisible by heads 3"),
     "odd-key-head-dim": (["--set", "heads=2", "key_dim=6"], "must be even for the rotation"),
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: expected FIELD=VALUE, FIELD one of"),
@@ -278,10 +278,10 @@ def test_convert(case, refused):
 
 OTHERS = {
     "unknown-verb": (["trian"], "unknown verb 'trian', expected one of demo, data, train"),
-    "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, memory"),
+    "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
     "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
-    "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "--precision must be bf16 or fp32, got 'fp64'"),
+    "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "unknown precision 'fp64', expected one of fp32, bf16"),
 }
 
 
