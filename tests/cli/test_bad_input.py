@@ -281,7 +281,7 @@ OTHERS = {
     "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
     "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
-    "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "unknown precision 'fp64', expected one of fp32, bf16"),
+    "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "unknown precision 'fp64', expected one of fp32"),
 }
 
 
