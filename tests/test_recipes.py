@@ -1,11 +1,13 @@
-"""Every file of recipes/ is a recipe: its function returns a whole command, whose model can be built."""
+"""Every file of recipes/ is a recipe: its function returns a whole command, whose models can be built."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from retentive.cli.train import model_config, read_recipe
+from retentive.bench import compare
+from retentive.cli.compare import CompareCommand, train_command
+from retentive.cli.train import TrainCommand, model_config, read_recipe
 from retentive.models import build
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
@@ -13,8 +15,16 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe):
-    command, rest = read_recipe(["--recipe", str(recipe), "--steps", "1"])
+    kind = CompareCommand if recipe.stem.startswith("compare_") else TrainCommand
+    command, rest = read_recipe(["--recipe", str(recipe), "--steps", "1"], kind)
     assert rest == ["--steps", "1"] and command.train.steps > 1
-    with torch.device("meta"):
-        model = build(model_config(command, 4096))
-    assert type(model).__name__.lower() == command.model
+    if isinstance(command, TrainCommand):
+        trained = [command]
+    else:
+        runs = compare.plan(command.variants, command.sizes, command.seeds, command.lrs)
+        trained = [train_command(command, run) for run in runs]
+    for one in trained:
+        if one.model in ("retnet", "transformer", "hybrid"):  # others need the extra `peers`
+            with torch.device("meta"):
+                model = build(model_config(one, 4096))
+            assert type(model).__name__.lower() == one.model
