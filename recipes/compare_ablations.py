@@ -16,4 +16,5 @@ VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
 def recipe() -> CompareCommand:
     sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]
     train = replace(sizes().train, steps=250)
-    return replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, sizes=("1m",), train=train)
+    command = replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, train=train)
+    return replace(command, sizes=("1m",), lrs=(4e-3,))

@@ -1,10 +1,10 @@
 """`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
 
 A step decodes one token of every sequence. States and caches are filled with numbers instead of being read (what a step
-costs does not depend on them), so that 32k tokens of context take no hours. Contestants take turns; before that each
-must decode the logits that it gives when it reads a text at once.
+costs does not depend on them), so that 32k tokens of context take no hours. Contestants take turns; before that each of
+ours must decode the logits that it gives when it reads a text at once.
 
-    memory      weights, and the state or the cache at that context
+    memory      weights, and the state with its ring of newest tokens, or the cache at that context
     limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
                 values, read) at the rate of reading, or its FLOPs at the GEMM rate, whichever takes longer; the rate of
                 reading is measured around every repetition
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from retentive.bench import hardware, machine, twins
 from retentive.bench.plot import dress, grid, tokens
+from retentive.bench.step import ring_bytes
 from retentive.bench.tables import at_least_one, duration, known, markdown, size
-from retentive.models import KVCache, RetNetConfig, cost, of_one_kind
-from retentive.ops.step import slots
+from retentive.models import KVCache, RetNetConfig, cost
 
 CONTEXTS = (512, 2048, 8192, 32768)
 BATCHES = (1, 8)
@@ -73,7 +73,7 @@ def measure(
         "precision": precision,
         "parameters": {name: cost.parameters(one.config) for name, one in contestants.items()},
         "break_even": {
-            name: cost.break_even(config, one.config, bytes_per_value=dtype.itemsize)
+            name: contestants["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
             for name, one in contestants.items()
             if name in ("transformer", "grouped")
         },
@@ -91,6 +91,12 @@ class Decoder:
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
         self.model, self.dtype = twins.make(name, config, device, dtype), dtype
         self.config: Any = twins.config_of(name, config)
+        self.ring_bytes = self.ring()
+
+    def ring(self) -> int:
+        """Bytes that a sequence takes while it is decoded, beside its state or cache."""
+        state = self.model.init_state(1)
+        return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
         """Raises ArithmeticError where it does not decode what it reads."""
@@ -114,17 +120,17 @@ class Decoder:
         return state
 
     def remembers(self, batch: int, context: int) -> int:
-        """Bytes of state or cache."""
-        return cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
+        """Bytes of state and ring, or of the cache."""
+        memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
+        return memory + batch * self.ring_bytes
 
     def moves(self, batch: int, context: int) -> float:
         """Bytes that a step must move: weights, memory."""
-        weights = cost.matrix_parameters(self.config) * self.dtype.itemsize
-        written = 1.0
-        for c in of_one_kind(self.config):
-            if isinstance(c, RetNetConfig):
-                written = 1 + 2 / slots(c.key_dim // c.heads, c.value_dim // c.heads)
-        return weights + written * self.remembers(batch, context)
+        c, weights = self.config, cost.matrix_parameters(self.config) * self.dtype.itemsize
+        if isinstance(c, RetNetConfig):
+            heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
+            return weights + c.layers * ring_bytes(batch, *heads, self.dtype.itemsize)
+        return weights + self.remembers(batch, context)
 
 
 class Llama(Decoder):
@@ -136,6 +142,9 @@ class Llama(Decoder):
         names = inspect.signature(self.model.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
 
+    def ring(self) -> int:
+        return 0
+
     def check(self) -> None:
         """Its own library's business."""
 
@@ -144,10 +153,9 @@ class Llama(Decoder):
 
         backbone = self.model.backbone
         cache = StaticCache(config=backbone.config, max_cache_len=context + room)
-        x = torch.zeros(batch, context, dtype=torch.int64, device=self.model.embed.weight.device)
-        c = self.config
+        c, device = self.config, self.model.embed.weight.device
         for layer in range(c.layers):
-            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=x.device)
+            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=device)
             keys = keys.expand(batch, c.heads, context, -1)
             cache.update(keys, keys, layer)
         return cache
@@ -253,19 +261,15 @@ def table(result: dict[str, Any]) -> str:
         base, cells = row["models"]["retnet"], [str(row["batch"]), f"{row['context']:,}"]
         for name in names:
             other = row["models"][name]
-            times = f" ({other['seconds'] / base['seconds']:.2f}x)" if name != "retnet" and "seconds" in other else ""
-            cells.append(_told(other) + times)
-        cells += [f"{base['fraction']:.0%}", size(base["memory_bytes"])]
-        for name in names[1:]:
+            cells.append(_told(other) + ("" if name == "retnet" else _times(other, base, "seconds")))
+        cells.append(f"{base['fraction']:.0%}" if "fraction" in base else "–")
+        for name in names:
             other = row["models"][name]
-            cells.append(
-                f"{size(other['memory_bytes'])} ({other['memory_bytes'] / base['memory_bytes']:.2f}x)"
-                if "memory_bytes" in other
-                else "–"
-            )
+            times = "" if name == "retnet" else _times(other, base, "memory_bytes")
+            cells.append(size(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        f"- The state is smaller than the cache of {twins.NAMES[name]} from {n:,} tokens of context on."
+        f"- The state with its ring is smaller than the cache of {twins.NAMES[name]} from {n:,} tokens of context on."
         for name, n in result["break_even"].items()
     ]
     for name in names[1:]:
@@ -276,12 +280,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n\n".join([markdown(heads, lines), "\n".join(notes)])
 
 
+def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
+
+
 def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None:
     """From which measured context on RetNet's step is the shorter one, in words."""
     mine = sorted(
         (r["context"], r["models"]["retnet"]["seconds"] < r["models"][name]["seconds"])
         for r in rows
-        if r["batch"] == batch and "seconds" in r["models"].get(name, {})
+        if r["batch"] == batch and all("seconds" in r["models"].get(one, {}) for one in ("retnet", name))
     )
     if not mine:
         return None

@@ -8,6 +8,7 @@ Nothing is to be known but what stands in the row. A model is trained on rows of
 with each number. Source: Arora et al., Zoology (arXiv 2312.04927), whose queries lie further apart.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from retentive.bench.plot import dress, grid
 from retentive.bench.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
+from retentive.models.device import pick_device
 from retentive.train import TrainConfig, train
 from retentive.train.loss import IGNORE
 
@@ -87,25 +89,26 @@ def measure(
     The models are trained in `out`; those that are there are not trained again.
 
     Raises:
-        ValueError: an unknown variant, a number below 1, more pairs than keys.
+        ValueError: an unknown variant, a number below 1, more pairs than keys; a model in `out` trained otherwise.
     """
     known(variants, compare.VARIANTS, "variant")
     for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [tokens])):
         at_least_one(what, numbers)
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
+    options = {"pairs": list(pairs), "steps": steps, "tokens_per_step": tokens, "lr": lr}
+    how = TrainConfig(steps=steps, lr=lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1)
     found = []
     for dim in dims:
         for variant in variants:
+            folder = out / f"{variant}_{dim}"
+            check_done(folder, options)
             base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
             config = compare.config_of(variant, base)
             torch.manual_seed(0)
             model = build(config)
-            how = TrainConfig(
-                steps=steps, lr=lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
-            )
             batches: Any = Rows(tokens=tokens, pairs=pairs)
-            train(model, batches, how, out=out / f"{variant}_{dim}", resume=True, quiet=True)
+            train(model, batches, how, out=folder, record={"recall": options}, resume=True, quiet=True)
             model.eval()
             scores = {str(n): accuracy(model, n)[0] for n in pairs}
             row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
@@ -116,19 +119,27 @@ def measure(
     return {
         "what": "associative recall",
         "hardware": hardware.describe(),
-        "device": "cpu",
-        "steps": steps,
-        "tokens_per_step": tokens,
+        "device": pick_device(how.device).type,
+        **options,
         "chance": 1 / VALUES,
         "answers": ASKED,
         "rows": found,
     }
 
 
+def check_done(folder: Path, options: dict[str, Any]) -> None:
+    """Raises ValueError where a model of other options lies in the folder."""
+    file = folder / "train.json"
+    if file.is_file():
+        had = json.loads(file.read_text(encoding="utf-8")).get("recall")
+        if had != options:
+            raise ValueError(f"{folder} was trained otherwise ({had}, now {options}): choose another --out")
+
+
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     pairs = list(result["rows"][0]["accuracy"])
-    heads = ["width", "variant", "parameters", f"memory, {4 * int(pairs[-1])} tokens", *(f"{n} pairs" for n in pairs)]
+    heads = ["width", "variant", "parameters", f"memory, {4 * max(map(int, pairs))} tokens", *(f"{n} pairs" for n in pairs)]
     lines = [
         [
             str(row["dim"]),

@@ -146,11 +146,10 @@ def bench_decode(command: DecodeBench, typed: str) -> None:
 
 
 def bench_memory(command: MemoryBench, typed: str) -> None:
-    config = preset(command.size, vocab_size=command.vocab_size)
-    models = {"RetNet": build(config).eval(), "Transformer twin": build(twin(config)).eval()}
+    models = {"RetNet": build(command.config).eval(), "Transformer twin": build(twin(command.config)).eval()}
     rows = memory.measure(models, contexts=command.contexts, batch=command.batch)
     print(memory.table(rows))
     if command.json:
-        keep(command.json, {"command": typed, **memory.report(rows), "size": command.size, "batch": command.batch})
+        keep(command.json, command.kept(memory.report(rows), typed) | {"batch": command.batch})
         title = f"What remembering costs: a RetNet ({command.size}) and a Transformer of its size"
         memory.plot(rows, command.json.with_suffix(".png"), title=title)

@@ -65,8 +65,8 @@ def run(command: EvalCommand, typed: str) -> None:
     if command.lm_eval:
         from retentive.evals.harness import run_tasks
 
-        if command.max_length is not None:
-            raise ValueError("--max-length is for our own scorer: leave it out with --lm-eval")
+        if command.max_length is not None or command.contexts:
+            raise ValueError("--max-length and --contexts are for our own scorer: leave them out with --lm-eval")
         how = {"shots": command.shots, "limit": command.limit, "window": command.window}
         rows, records = run_tasks(model, tokenizer, names, command.data, **how)
     elif command.contexts:

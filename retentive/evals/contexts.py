@@ -96,20 +96,29 @@ def _windows(
     """Of each document that is long enough for all lengths, at each of its places, a window of every length."""
     if folder is None:
         raise ValueError(f"task {name} needs --data: the folder of its texts")
+    if limit is not None and limit < 1:
+        raise ValueError(f"the documents of a task must be at least 1, got {limit}")
     file, longest, found = find(name, folder), max(contexts), 0
     for line, text in read(TASKS[name], file, limit=limit):
         ids = tokenizer.encode(text)
-        places = min(WINDOWS, (len(ids) - longest) // last + 1)
+        spare = len(ids) - longest
+        places = min(WINDOWS, spare // last + 1)
         for n in range(places):
-            end = len(ids) - n * ((len(ids) - longest) // places)
-            tail = ids[end - last : end]
-            nbytes = len(tokenizer.decode(tail).encode())
+            end = len(ids) - n * (spare // max(1, places - 1))
+            nbytes = _bytes(tokenizer, ids, end - last, end)
             for context in contexts:
                 about = {"line": line, "end": end, "context": context, "tokens": last, "bytes": nbytes}
-                yield about, [Request(ids[end - context : end - last], tail)]
+                yield about, [Request(ids[end - context : end - last], ids[end - last : end])]
         found += max(0, places)
     if not found:
         raise ValueError(f"{file}: no document has the {longest} tokens of the longest context")
+
+
+def _bytes(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int) -> int:
+    """Of UTF-8 that ids[start:end] stand for; a character of several tokens counts where it ends."""
+    begin = max(0, start - 8)  # no character has more bytes than that
+    until_start, until_end = (tokenizer.decode(ids[begin:stop]).rstrip("\ufffd") for stop in (start, end))
+    return len(until_end.encode()) - len(until_start.encode())
 
 
 BEGIN = "There is important information hidden in a lot of dull text. Find it and remember it.\n"

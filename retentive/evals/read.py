@@ -66,7 +66,7 @@ def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) ->
         try:
             items.append(Item(line, task.build(row)))
         except ValueError as error:
-            raise ValueError(f"{file} line {line}: {error}") from None
+            raise ValueError(f"{place(file, line)}: {error}") from None
     if not items:
         raise ValueError(f"{file} is empty: expected a JSON object a line")
     if shots == 0:
@@ -92,6 +92,11 @@ def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> It
     )
 
 
+def place(file: Path, line: int) -> str:
+    """Where a row stands, for people."""
+    return str(sorted(file.glob("*.txt"))[line - 1]) if file.is_dir() else f"{file} line {line}"
+
+
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of what is not blank; of a folder the number of each file in order, and its text."""
     if file.is_dir():
@@ -110,9 +115,11 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             for n, line in enumerate(lines, 1):
                 if line.strip():
-                    yield n, _object(line, f"{file} line {n}")
+                    yield n, _object(line, place(file, n))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start})") from None
+        except csv.Error as error:
+            raise ValueError(f"{file} line {reader.line_num}: {error}; is a quotation mark missing?") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

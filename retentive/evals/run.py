@@ -19,7 +19,7 @@ from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, Score, encode, score
-from retentive.evals.read import Item, find, known, read
+from retentive.evals.read import Item, find, known, place, read
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS, Task
 from retentive.models import Model
@@ -102,11 +102,11 @@ def _requests(
         try:
             group = [encode(tokenizer, *pair) for pair in zip(content.prompts, content.continuations, strict=True)]
         except ValueError as error:
-            raise ValueError(f"{file} line {line}: {error}") from None
+            raise ValueError(f"{place(file, line)}: {error}") from None
         longest = max(len(r.context) + len(r.continuation) for r in group)
         if max_length is not None and longest > max_length:
             raise ValueError(
-                f"{file} line {line}: the question takes {longest} tokens, more than the {max_length} allowed"
+                f"{place(file, line)}: the question takes {longest} tokens, more than the {max_length} allowed"
             )
         yield group
 

@@ -29,9 +29,14 @@ def prefill(model: Model, ids: Tensor, state: Any = None, *, stretch: int = 4096
 
     Only the last token's logits are computed, and memory does not grow with the prompt beyond the stretch (and, for the
     Transformer, its cache).
+
+    Raises:
+        ValueError: a model that keeps no state (another library's).
     """
     for part in ids.split(stretch, 1):
         x, state = model.hidden(part, state)
+        if state is None:
+            raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
     return model.head(x[:, -1]), state
 
 

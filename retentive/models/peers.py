@@ -86,7 +86,7 @@ class Peer(nn.Module):
             raise ModuleNotFoundError(
                 f"{config.kind} is a model of the transformers library: pip install 'retentive[peers]'"
             ) from None
-        self.config, self.blocks = config, nn.ModuleList()  # no blocks that training could wrap from outside
+        self.config, self.blocks = config, nn.ModuleList()  # none that training could wrap
         self.backbone: Any = AutoModel.from_config(AutoConfig.for_model(config.kind, **config.theirs()))
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -98,7 +98,7 @@ class Peer(nn.Module):
         return self.backbone.get_input_embeddings()
 
     def init_state(self, batch: int) -> Any:
-        raise ValueError(f"{self.config.kind} has no state here: it can be trained and scored, not decoded or served")
+        raise ValueError(f"{self.config.kind} has no state here: it can be trained and scored, not decoded")
 
     def hidden(
         self,

@@ -271,11 +271,6 @@ class HybridState:
 State = RetentionState | KVCache | HybridState
 
 
-def _one(ring: Ring, row: int) -> Tensor:
-    """`[H,K,V]`, the state of one of its sequences."""
-    return ring.map(lambda x: x[row : row + 1]).to_state()[0]
-
-
 def _save(state: State, path: str | Path, metadata: dict[str, str] | None) -> None:
     """Written beside its place and then moved there: a reader never sees half a file."""
     path = Path(path)
@@ -293,7 +288,7 @@ def load_state(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: not a state file, or one that is cut short.
+        ValueError: not a state file, or one that is cut short or of a later version.
     """
     path = Path(path)
     if not path.is_file():
@@ -313,4 +308,6 @@ def load_state(path: str | Path) -> State:
     retention = RetentionState(numbered("layers"), tensors["position"])
     cache = KVCache(numbered("keys"), numbered("values"), tensors["position"])
     states: dict[str, State] = {"retention": retention, "kv": cache, "hybrid": HybridState(retention, cache)}
+    if metadata.get("kind") not in states:
+        raise ValueError(f"{path} holds a state of kind {metadata.get('kind')!r}, expected one of {', '.join(states)}")
     return states[metadata["kind"]]

@@ -31,11 +31,14 @@ class Rotate(ctypes.Structure):
     _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
 
 
-def compiled(*tensors: Tensor) -> bool:
-    """Whether rows.c can take these."""
-    return not torch.compiler.is_compiling() and all(
-        x.device.type == "cpu" and x.dtype in DTYPES and unavailable(x.dtype) is None for x in tensors
-    )
+def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether rows.c can take `x`, and `weight` with it."""
+    if torch.compiler.is_compiling() or not x.numel():
+        return False
+    if weight is not None and not (weight.shape == x.shape[-1:] and weight.is_contiguous()):
+        return False
+    tensors = (x,) if weight is None else (x, weight)
+    return all(t.device.type == "cpu" and t.dtype in DTYPES and unavailable(t.dtype) is None for t in tensors)
 
 
 def _call(function: str, call: ctypes.Structure) -> None:
@@ -53,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
-    if compiled(x) and x.numel():
+    if compiled(x, weight):
         return _normalise(x.contiguous(), weight, eps, None)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -75,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.compiled = compiled(x, *(() if weight is None else (weight,))) and x.numel() > 0
+        ctx.compiled = compiled(x, weight)
         if ctx.compiled:
             x, scale = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
             y = _normalise(x, weight, eps, scale)
@@ -121,7 +124,7 @@ def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor |
         cos, sin: `[T, K/2]` or `[B, T, K/2]`, see `rotary.phases`.
         scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 if not given.
     """
-    if compiled(x_BTHK) and cos.dtype == torch.float32 and x_BTHK.numel():
+    if compiled(x_BTHK) and cos.dtype == torch.float32:
         return _Turn.apply(x_BTHK, cos, sin, variant, scale, 1.0)
     y = rotary.rotate(x_BTHK, cos, sin, variant)
     return (y if scale is None else y * scale[..., None]).to(x_BTHK.dtype)

@@ -187,7 +187,13 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
 
 
 def wrap_blocks(model: Model, config: TrainConfig) -> None:
-    """Compile the blocks or recompute them in the backward pass, from outside: the model does not know."""
+    """Compile the blocks or recompute them in the backward pass, from outside: the model does not know.
+
+    Raises:
+        ValueError: a model whose blocks are another library's.
+    """
+    if not len(model.blocks) and (config.compile or config.checkpoint_activations):
+        raise ValueError("the blocks are another library's here: leave out --compile and --checkpoint-activations")
     for block in model.blocks:
         if config.compile:
             block.compile()

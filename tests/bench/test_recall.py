@@ -63,6 +63,16 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines):
     assert list(lines) == ["transformer"]
 
 
+def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
+    how = dict(variants=("transformer",), dims=(16,), pairs=(2,), steps=2, tokens=64)
+    recall.measure(tmp_path, **how)
+    kept = (tmp_path / "transformer_16" / "train.json").read_text()
+    for change in (dict(lr=1e-5), dict(pairs=(4,)), dict(steps=3), dict(tokens=128)):
+        with refuses("was trained otherwise"):
+            recall.measure(tmp_path, **how | change)
+    assert (tmp_path / "transformer_16" / "train.json").read_text() == kept
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 64 keys, too few for 300"),

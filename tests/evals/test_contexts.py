@@ -42,11 +42,23 @@ def test_all_lengths_predict_the_same_tokens_from_what_stands_before(model, toke
     assert [r["context"] for r in rows if r["metric"] == "bits_per_byte"] == [20, 50, 300]
 
 
-def test_windows_end_at_places_spread_over_the_document(model, tokenizer, folder):
-    _, records = evaluate(model, tokenizer, ["perplexity"], folder, [100], last=10, limit=1)
+@pytest.mark.parametrize(("longest", "last", "places"), [(100, 10, 8), (350, 20, 3), (380, 20, 2), (390, 20, 1)])
+def test_windows_end_at_places_spread_over_the_document(model, tokenizer, folder, longest, last, places):
+    _, records = evaluate(model, tokenizer, ["perplexity"], folder, [longest], last=last, limit=1)
     ends = sorted(r["end"] for r in records)
-    assert len(ends) == contexts.WINDOWS and ends[-1] == 400 and ends[0] >= 100
-    assert min(b - a for a, b in pairwise(ends)) >= 10  # no token is predicted twice
+    assert len(ends) == places <= contexts.WINDOWS and ends[-1] == 400 and ends[0] >= longest
+    assert all(b - a >= last for a, b in pairwise(ends))  # no token is predicted twice
+
+
+def test_bytes_are_those_of_the_text_where_a_window_cuts_characters(model, tokenizer, tmp_path):
+    """Tokens are bytes here: every window has as many bytes as tokens."""
+    text = json.dumps({"text": "“é€” " * 40}, ensure_ascii=False)
+    (tmp_path / "perplexity.jsonl").write_text(text, encoding="utf-8")
+    _, records = evaluate(model, tokenizer, ["perplexity"], tmp_path, [50], last=12)
+    ends = {r["end"] % 12 for r in records}
+    assert len(ends) > 1 and sum(r["bytes"] for r in records) == pytest.approx(12 * len(records), abs=3)
+    one, two = (contexts._bytes(tokenizer, tokenizer.encode("“é€”"), *span) for span in ((0, 5), (5, 11)))
+    assert one + two == len("“é€”".encode())
 
 
 def test_a_context_that_tells_is_worth_something(bigram, tokenizer, folder):
@@ -129,6 +141,8 @@ def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
     ):
         with refuses(words):
             evaluate(model, tokenizer, names, folder, lengths, last=last)
+    with refuses("at least 1, got 0"):
+        evaluate(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
     with refuses("needs --data"):
         evaluate(model, tokenizer, ["perplexity"], None, [20], last=8)
     with refuses("no such file", FileNotFoundError):
@@ -141,6 +155,9 @@ def test_a_folder_of_text_files_is_a_file_of_texts(model, tokenizer, tmp_path, r
         (tmp_path / "novels" / "valid" / f"{n}.txt").write_text(text, encoding="utf-8")
     _, records = evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
     assert {r["line"] for r in records} == {1, 2}
+    (tmp_path / "novels" / "valid" / "1.txt").write_text("", encoding="utf-8")
+    with refuses("1.txt: the document is empty"):
+        evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
     (tmp_path / "novels" / "valid" / "0.txt").write_bytes(b"\xff\xfe\x00")
     with refuses("0.txt is not UTF-8 text"):
         evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
@@ -160,3 +177,6 @@ def test_the_command(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--shots", "2"])
     assert "--contexts is for texts: leave out --shots" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*base, "--contexts", "20", "--lm-eval"])
+    assert "--contexts are for our own scorer: leave them out with --lm-eval" in capsys.readouterr().err

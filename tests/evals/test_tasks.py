@@ -115,6 +115,12 @@ def test_names_and_places(tmp_path, refuses):
     assert find("storycloze", tmp_path).name == "storycloze.csv"
 
 
+def test_a_csv_file_with_an_open_quotation(tmp_path, refuses):
+    (tmp_path / "storycloze.csv").write_text('a,b\n1,"' + "x" * 140_000, encoding="utf-8")
+    with refuses("storycloze.csv line 1: field larger than field limit"):
+        read(TASKS["storycloze"], tmp_path / "storycloze.csv")
+
+
 def test_the_authors_csv_of_storycloze(tmp_path):
     heads = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
     heads += "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import retentive
 from retentive.checkpoint import save_model
+from retentive.infer import generate
 from retentive.models import Peer, PeerConfig, RetNetConfig, build, cost, peer, preset
 from retentive.models.peers import KINDS
 
@@ -84,6 +85,11 @@ def test_what_it_cannot_do_is_refused(model, refuses):
     for how in (dict(embeds=torch.zeros(1, 4, 32)), dict(lengths=torch.tensor([[1, 4]]))):
         with refuses("no state, no embeds, no left padding"):
             model(ids, **how)
+
+
+def test_it_is_not_decoded_without_its_context(model, refuses):
+    with refuses("has no state here"):
+        list(generate(model, [1, 2, 3], max_tokens=2))
 
 
 def test_an_unknown_kind_is_refused(refuses):

@@ -211,6 +211,13 @@ def test_a_file_that_holds_no_state_is_refused(tmp_path, refuses):
             load_state(tmp_path / "model.safetensors")
 
 
+def test_a_kind_of_state_from_later_on_is_refused(saved, refuses):
+    path, _ = saved
+    save_file({"position": torch.zeros(1)}, path, metadata={"format": "retentive-state-1", "kind": "tree"})
+    with refuses("holds a state of kind 'tree', expected one of retention, kv, hybrid"):
+        load_state(path)
+
+
 @both
 @pytest.mark.parametrize("written", [0, 40], ids=["nothing-written", "half-written"])
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def way(request, monkeypatch) -> str:
     if request.param == "compiled" and cpu_module.unavailable():
         pytest.skip(cpu_module.unavailable())
     if request.param == "torch":
-        monkeypatch.setattr(rows, "compiled", lambda *tensors: False)
+        monkeypatch.setattr(rows, "compiled", lambda x, weight=None: False)
     return request.param
 
 
@@ -74,6 +74,15 @@ def test_norms_of_any_layout_and_of_nothing(same):
     same(rms_norm(x.mT, None, 1e-6), rms_norm(x.mT.contiguous(), None, 1e-6), 1e-6)
     same(rms_norm(x[:, ::2], None, 1e-6), rms_norm(x, None, 1e-6)[:, ::2], 1e-6)
     assert rms_norm(x[:0], None, 1e-6).shape == (0, 8, 10)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_weights_that_the_compiled_code_cannot_read_are_pytorchs(grad, same):
+    x, wide = torch.randn(5, 64), torch.randn(128)
+    with torch.set_grad_enabled(grad):
+        same(rms_norm(x, wide[::2], 1e-6), plain_norm(x, wide[::2].contiguous(), 1e-6), 1e-6)
+        with pytest.raises(RuntimeError):
+            rms_norm(x, wide[:32], 1e-6)
 
 
 def test_a_row_that_is_not_finite_spoils_no_other(same):
