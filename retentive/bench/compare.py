@@ -1,11 +1,12 @@
 """A fair comparison: which models, the runs of a plan, and what comes out of them, with its uncertainty.
 
-All runs of a seed see the same tokens in the same order, and all variants of a size have the same number of parameters:
-what a variant takes away, its feed-forward layer gets, as the twin's does.
+All runs of a seed see the same tokens in the same order, and all variants of a size have the same number of parameters
+(Mamba's nearly): what a variant takes away, its feed-forward layer gets, as the twin's does.
 
-Uncertainty is that of seeds: initialisation and order of the text. A cell has few of them, so that their standard
-deviation is pooled over all cells of the table (it is one noise, nearly), which gives the interval its degrees of
-freedom. Differences to the baseline are taken seed by seed, since half of the noise is the order that both share.
+Each variant counts at the best of the learning rates that all were given. Uncertainty is that of seeds: initialisation
+and order of the text. A cell has few of them, so that their standard deviation is pooled over all cells of the table
+(it is one noise, nearly), which gives the interval its degrees of freedom. Differences to the baseline, best against
+best, are taken seed by seed, since half of the noise is the order that both share.
 """
 
 import json
@@ -25,6 +26,8 @@ from retentive.models import Config, HybridConfig, RetNetConfig, cost, peer, twi
 
 RECORD = "compared.json"
 """In a run's directory, what came out of it."""
+MACHINE = ("cpu", "threads", "gpu")
+"""What of the hardware must be the same in one table."""
 
 
 class Variant(NamedTuple):
@@ -93,8 +96,8 @@ def config_of(variant: str, config: RetNetConfig) -> Config:
         case "transformer":
             return twin(config)
         case "hybrid":
-            same = {f.name: getattr(changed, f.name) for f in fields(changed)}
-            return HybridConfig(**same, attention_every=min(4, config.layers))
+            shared = {f.name: getattr(changed, f.name) for f in fields(changed)}
+            return HybridConfig(**shared, attention_every=min(4, config.layers))
         case kind:
             return peer(config, kind)
 
@@ -119,7 +122,7 @@ def plan(variants: Sequence[str], sizes: Sequence[str], seeds: Sequence[int], lr
         ValueError: an unknown variant, or nothing to run.
     """
     known(variants, VARIANTS, "variant")
-    for what, values in (("size", sizes), ("seed", seeds), ("lr", lrs)):
+    for what, values in (("variant", variants), ("size", sizes), ("seed", seeds), ("lr", lrs)):
         if not values:
             raise ValueError(f"no {what} given: nothing to compare")
         if len(set(values)) < len(values):
@@ -127,32 +130,39 @@ def plan(variants: Sequence[str], sizes: Sequence[str], seeds: Sequence[int], lr
     return [Run(v, size, seed, lr) for seed, size, lr, v in product(seeds, sizes, lrs, variants)]
 
 
-def records(out: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """What came out of the runs that are done.
+def read_record(file: Path) -> dict[str, Any]:
+    """What came out of a run.
 
     Raises:
-        ValueError: a record that is damaged.
+        ValueError: it is damaged.
     """
-    found = []
-    for run in runs:
-        file = out / run.name / RECORD
-        if file.is_file():
-            try:
-                found.append(json.loads(file.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged ({error}): delete it, and the run is scored again") from None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        _ = found["name"], found["about"]["train"], [found["hardware"][key] for key in MACHINE]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): delete it, and the run is scored again"
+        ) from None
     return found
+
+
+def records(out: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """What came out of the runs that are done."""
+    files = [out / run.name / RECORD for run in runs]
+    return [read_record(file) for file in files if file.is_file()]
+
+
+def machines(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By what sets kinds of machine apart, of each kind one of the results."""
+    return {", ".join(f"{key} {r['hardware'][key]}" for key in MACHINE): r for r in results}
 
 
 def check_hardware(results: Sequence[dict[str, Any]], *, mixed: bool = False) -> None:
     """Raises ValueError where results of unlike machines would stand in one table, unless that is wanted (`mixed`)."""
-    machines = {
-        ", ".join(f"{key} {r['hardware'][key]}" for key in ("cpu", "threads", "gpu")): r.get("name", "?")
-        for r in results
-    }
-    if len(machines) > 1 and not mixed:
-        places = "; ".join(f"{name} on {machine}" for machine, name in machines.items())
-        raise ValueError(f"results of {len(machines)} kinds of machine in one table ({places}): --mixed allows it")
+    kinds = machines(results)
+    if len(kinds) > 1 and not mixed:
+        places = "; ".join(f"{r['name']} on {kind}" for kind, r in kinds.items())
+        raise ValueError(f"results of {len(kinds)} kinds of machine in one table ({places}): --mixed allows it")
 
 
 # two-sided 95 % of Student's t for 1, 2, … degrees of freedom
@@ -180,40 +190,41 @@ def half_width(deviation: float, freedom: int, n: int) -> float | None:
 
 
 def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """A row for each variant, size and learning rate: means over the seeds, and their differences to the baseline's."""
+    """A row for each variant, size and learning rate: means over the seeds; where the rate is the variant's best, the
+    difference to the baseline at its own."""
     cells: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = {}
     for r in found:
         cells.setdefault((r["size"], r["lr"], r["variant"]), {})[r["seed"]] = r
     bits = {key: [r["bits_per_byte"] for r in cell.values()] for key, cell in cells.items()}
-    pairs = {}
-    for size, lr, variant in cells:
-        base = cells.get((size, lr, baseline), {})
-        mine = cells[size, lr, variant]
-        pairs[size, lr, variant] = [
-            mine[seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in mine if seed in base
-        ]
+    best = best_rates({"size": s, "lr": r, "variant": v, "bits_per_byte": np.mean(b)} for (s, r, v), b in bits.items())
+    pairs: dict[tuple[str, float, str], list[float]] = {}
+    for (size, variant), lr in best.items():
+        base, mine = cells.get((size, best.get((size, baseline), lr), baseline), {}), cells[size, lr, variant]
+        shared = [seed for seed in mine if seed in base and variant != baseline]
+        pairs[size, lr, variant] = [mine[seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in shared]
     spread, freedom = pooled(bits.values())
-    of_pairs, pairs_freedom = pooled(d for (_, _, v), d in pairs.items() if v != baseline and d)
+    of_pairs, pairs_freedom = pooled(d for d in pairs.values() if d)
     rows = []
     for key, cell in cells.items():
-        runs, difference = list(cell.values()), pairs[key]
+        runs, difference = list(cell.values()), pairs.get(key)
         row = {"size": key[0], "lr": key[1], "variant": key[2], "seeds": sorted(cell)}
+        row["best_rate"] = best[key[0], key[2]] == key[1]
         row |= {name: runs[0][name] for name in ("parameters", "block_parameters", "tokens")}
         row["bits_per_byte"] = float(np.mean(bits[key]))
         row["half_width"] = half_width(spread, freedom, len(runs))
-        if difference and key[2] != baseline:
+        if difference:
             row["difference"] = float(np.mean(difference))
             row["difference_half_width"] = half_width(of_pairs, pairs_freedom, len(difference))
         for part in ("recalled", "others"):
             losses = [r[part]["loss"] for r in runs if r[part]["loss"] is not None]
             row[part] = float(np.mean(losses)) if losses else None
         row["tokens_per_second"] = float(np.median([r["tokens_per_second"] for r in runs]))
-        row["memory"] = max(r["memory"] for r in runs)
+        row["memory"] = max((r["memory"] for r in runs if r.get("memory")), default=None)
         rows.append(row)
     return rows
 
 
-def best_rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
     """Of each size and variant the learning rate that did best."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -224,12 +235,19 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 
 def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
-    """Rows of all runs, and the laws of those variants that have sizes enough, at the best learning rate of each."""
-    rows = summary(found, baseline)
+    """Rows of all runs, and the laws of those variants that have sizes enough, at the best learning rate of each.
+
+    Runs that did not train (`"failed"` in their record says why) are named, and whoever has one at a rate has no row
+    there.
+    """
+    failed = {(r["size"], r["lr"], r["variant"]) for r in found if "failed" in r}
+    trained = [r for r in found if (r["size"], r["lr"], r["variant"]) not in failed]
+    rows = summary(trained, baseline)
     best = best_rates(rows)
-    at_best = [r for r in found if r["lr"] == best[r["size"], r["variant"]]]
-    laws = [law(at_best, variant) for variant in dict.fromkeys(r["variant"] for r in found)]
-    return {"baseline": baseline, "rows": rows, "laws": [x for x in laws if x], "runs": list(found)}
+    at_best = [r for r in trained if r["lr"] == best[r["size"], r["variant"]]]
+    laws = [law(at_best, variant) for variant in dict.fromkeys(r["variant"] for r in trained)]
+    named = {r["name"]: r["failed"] for r in found if "failed" in r}
+    return {"baseline": baseline, "rows": rows, "laws": [x for x in laws if x], "failed": named, "runs": trained}
 
 
 def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
@@ -258,7 +276,7 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     several = len({row["lr"] for row in result["rows"]}) > 1
     for row in sorted(result["rows"], key=lambda row: (row["block_parameters"] // 10**5, row["bits_per_byte"])):
-        name = f"{row['variant']}, lr {row['lr']:g}" if several else row["variant"]
+        name = f"{row['variant']}, lr {row['lr']:g}" + " *" * row["best_rate"] if several else row["variant"]
         cells = [row["size"], name, f"{row['parameters'] / 1e6:.2f} M", str(len(row["seeds"]))]
         cells += [f"{row['bits_per_byte']:.4f}", _number(row["half_width"]), _number(row.get("difference"), "+.4f")]
         cells += [
@@ -266,13 +284,16 @@ def table(result: dict[str, Any]) -> str:
             _number(row["recalled"], ".3f"),
             _number(row["others"], ".3f"),
         ]
-        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['memory'] / 1e9:.2f} GB"]
+        memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f} GB"
+        cells += [f"{row['tokens_per_second']:,.0f}", memory]
         lines.append(cells)
-    notes = [
+    notes = ["* The best rate of each; differences are taken between these."] if several else []
+    notes += [
         f"{found['variant']}: bits per byte = {found['a']:.3f} (N / 10^6)^-b, b = {found['b']:.4f} ± "
         f"{found['b_half_width']:.4f}, N parameters in the blocks, {found['runs']} runs"
         for found in result["laws"]
     ]
+    notes += [f"{name} did not train: {why}" for name, why in result["failed"].items()]
     return "\n\n".join([markdown(heads, lines), *notes])
 
 

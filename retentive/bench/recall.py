@@ -139,7 +139,8 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     pairs = list(result["rows"][0]["accuracy"])
-    heads = ["width", "variant", "parameters", f"memory, {4 * max(map(int, pairs))} tokens", *(f"{n} pairs" for n in pairs)]
+    longest = 4 * max(int(n) for n in pairs)
+    heads = ["width", "variant", "parameters", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
     lines = [
         [
             str(row["dim"]),

@@ -5,6 +5,7 @@ takes the next run that is not done and that nobody else is at; so several may, 
 goes on where it was.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 import retentive
-from retentive.bench import compare, hardware
+from retentive.bench import compare, hardware, machine, peak
 from retentive.bench.compare import RECORD, VARIANTS, Run
 from retentive.bench.tables import duration
 from retentive.checkpoint import write_json
@@ -34,6 +36,8 @@ from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.evals import heldout
 from retentive.models import cost, preset
+from retentive.models.device import pick_device
+from retentive.models.peers import KINDS
 from retentive.train import TrainConfig
 from retentive.train.log import read_metrics
 from retentive.train.loop import Interrupted
@@ -87,41 +91,46 @@ def main(argv: list[str]) -> None:
         description=HELP,
         default=tyro.MISSING_NONPROP if default is None else default,
     )
-    try:
-        run(command, argv)
-    except Interrupted as stop:
-        print(f"{stop} (the same command goes on)", file=sys.stderr)
+    run(command, argv)
 
 
 def run(command: CompareCommand, argv: Sequence[str]) -> None:
-    """Train what is missing, then print and keep the comparison."""
+    """Train what is missing, then print and keep the comparison of all that is done."""
     runs = plan(command)
-    if command.jobs > 1:
-        side_by_side(command.jobs, argv)
-    else:
-        work(command, runs)
+    try:
+        if command.jobs > 1:
+            side_by_side(command.jobs, argv)
+        else:
+            work(command, runs)
+    except Interrupted as stop:
+        print(f"{stop} (the same command goes on)", file=sys.stderr)
     found = compare.records(command.out, runs)
     if len(found) < len(runs):
-        print(f"{len(found)} of {len(runs)} runs are done; others are at the rest", file=sys.stderr)
-        return
+        print(f"{len(found)} of {len(runs)} runs are done", file=sys.stderr)
     compare.check_hardware(found, mixed=command.mixed)
-    result = compare.report(found, command.variants[0])
+    result = {"planned": len(runs), **compare.report(found, command.variants[0])}
+    if not result["rows"]:
+        return
     print(compare.table(result))
     if command.json:
         described = {"what": "comparison", "hardware": found[0]["hardware"], "about": about(command, runs[0])}
+        described["machines"] = [r["hardware"] for r in compare.machines(found).values()]
         command.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(command.json, {"command": shlex.join(["retentive", "compare", *argv]), **described, **result})
-        machine = found[0]["hardware"]
-        title = f"{command.train.steps * command.batch * command.length / 1e6:.1f} M tokens a run, {machine['cpu']}"
-        picture = {command.json.with_suffix(".png"): lambda path: compare.plot(result, path, title=title)}
-        write_together(picture)
+        title = f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {found[0]['hardware']['cpu']}"
+        write_together({command.json.with_suffix(".png"): lambda path: compare.plot(result, path, title=title)})
 
 
 def plan(command: CompareCommand) -> list[Run]:
     """The runs, checked before any begins."""
     if command.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {command.jobs}")
+    if command.train.seed != TrainConfig.seed:
+        raise ValueError(f"--seed is not for comparisons, got {command.train.seed}: name them with --seeds")
     runs = compare.plan(command.variants, command.sizes, command.seeds, command.lrs or (command.train.lr,))
+    others = [v for v in command.variants if VARIANTS[v].model in KINDS]
+    if others and not find_spec("transformers"):
+        raise ModuleNotFoundError(f"{others[0]} is a model of the transformers library: pip install 'retentive[peers]'")
     meta = load_meta(command.data)
     if meta.splits["valid"].tokens <= command.length:
         raise ValueError(f"{command.data} has too little held-out text for windows of {command.length} tokens")
@@ -154,13 +163,17 @@ def side_by_side(jobs: int, argv: Sequence[str]) -> None:
     """As many processes of this command, each with its share of the cores; ends when all have.
 
     Raises:
+        Interrupted: a signal came; they have saved what they were at.
         ChildProcessError: one of them failed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    command = [sys.executable, "-m", "retentive", "compare", *argv, "--jobs", "1"]
+    command = [sys.executable, "-m", "retentive", "compare", *argv, "--jobs", "1", "--json", "None"]
     children = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(jobs)]
+    stopped = False
 
     def stop(number, frame):  # they save, and end
+        nonlocal stopped
+        stopped = True
         for child in children:
             child.send_signal(signal.SIGTERM)
 
@@ -168,7 +181,9 @@ def side_by_side(jobs: int, argv: Sequence[str]) -> None:
     codes = [child.wait() for child in children]
     for number, handler in before.items():
         signal.signal(number, handler)
-    failed = [code for code in codes if code not in (0, -signal.SIGTERM)]  # stopped while it scored a run, it just ends
+    if stopped:
+        raise Interrupted("stopped")
+    failed = [code for code in codes if code]
     if failed:
         raise ChildProcessError(f"a job ended with exit code {failed[0]}, it says why above")
 
@@ -176,11 +191,12 @@ def side_by_side(jobs: int, argv: Sequence[str]) -> None:
 def work(command: CompareCommand, runs: list[Run]) -> None:
     """Train and score each run that is not done and that no other process is at.
 
+    A run whose loss is not a number is done as well: its record says so.
+
     Raises:
         Interrupted: a signal came; the run it was at is saved.
-        ArithmeticError: some runs did not train; the others did.
     """
-    tokenizer, failed = load_tokenizer(command.data), []
+    tokenizer = load_tokenizer(command.data)
     pairs = heldout.Pairs(command.data, tokenizer.vocab_size)
     command.out.mkdir(parents=True, exist_ok=True)
     for one in runs:
@@ -191,20 +207,30 @@ def work(command: CompareCommand, runs: list[Run]) -> None:
                     check_done(folder / RECORD, about(command, one))
                     continue
                 began = time.monotonic()
-                training.run(train_command(command, one), typed=ALL, quiet=True)
-                record = score(command, one, tokenizer, pairs)
+                record = one._asdict() | {"name": one.name, "about": about(command, one)}
+                record["hardware"] = hardware.describe()
+                try:
+                    record["memory"] = train(train_command(command, one))
+                    record |= score(command, one, tokenizer, pairs)
+                    told = f"{record['bits_per_byte']:.4f} bits per byte"
+                except FloatingPointError as error:
+                    record["failed"] = told = str(error)
+                    folder.mkdir(exist_ok=True)
                 write_json(folder / RECORD, record)
         except Timeout:
             continue  # another process is at it
-        except FloatingPointError as error:
-            print(f"{one.name}: {error}", file=sys.stderr, flush=True)
-            failed.append(one.name)
-            continue
-        done = sum((command.out / other.name / RECORD).is_file() for other in runs)
-        bits, took = record["bits_per_byte"], duration(time.monotonic() - began)
-        print(f"{one.name}: {bits:.4f} bits per byte, {took} ({done} of {len(runs)})", file=sys.stderr, flush=True)
-    if failed:
-        raise ArithmeticError(f"{len(failed)} runs did not train ({', '.join(failed)}): try lower learning rates")
+        done, took = len(compare.records(command.out, runs)), duration(time.monotonic() - began)
+        print(f"{one.name}: {told}, {took} ({done} of {len(runs)})", file=sys.stderr, flush=True)
+
+
+def train(command: TrainCommand) -> int:
+    """The bytes that training took beyond what this process held before, at most."""
+    device = pick_device(command.train.device)
+    gc.collect()
+    machine.free_memory(device)  # gives back what earlier runs have left
+    before = peak.reset_mark(device)
+    training.run(command, typed=ALL, quiet=True)
+    return peak.mark(device) - before
 
 
 def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldout.Pairs) -> dict[str, Any]:
@@ -216,8 +242,6 @@ def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldou
     size = command.batch * command.length * command.train.accumulate
     every = max(1, len(steps) // 100)
     return {
-        **one._asdict(),
-        "name": one.name,
         "parameters": cost.parameters(model.config),
         "block_parameters": cost.block_parameters(model.config),
         "tokens": len(steps) * size,
@@ -228,9 +252,6 @@ def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldou
             for part in (steps[n : n + every] for n in range(0, len(steps), every))
         ],
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps),
-        "memory": max(r["memory"] for r in steps),
-        "hardware": hardware.describe(),
-        "about": about(command, one),
     }
 
 
@@ -243,7 +264,7 @@ def about(command: CompareCommand, one: Run) -> dict[str, Any]:
 
 def check_done(file: Path, wanted: dict[str, Any]) -> None:
     """Raises ValueError where the run that left this record is not the one that is wanted."""
-    was = json.loads(file.read_text(encoding="utf-8"))["about"]
+    was = compare.read_record(file)["about"]
     flat = [x | x["train"] for x in (was, wanted)]
     for name in flat[1]:
         if name != "train" and flat[0].get(name) != flat[1][name]:

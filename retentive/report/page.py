@@ -1,7 +1,7 @@
 """The page: files of results in, one self-contained HTML file out. No number is made here, and none is left out.
 
-Each file stands for itself, under the name of the machine that it comes from: results of unlike machines never share a
-table.
+Each file stands for itself, under the name of the machine that it comes from, or of all of them where a comparison was
+told to mix some.
 """
 
 import base64
@@ -41,19 +41,19 @@ def read(path: Path) -> File:
     """A file of results, and the command that made it."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        command, machine = result.get("command", ""), result["hardware"]["cpu"]
+        command, _ = result.get("command", ""), machine(result)
+        words = shlex.split(command)[1:] or ["?"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
-    words = shlex.split(command)[1:] or ["?"]
     kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     if kind in TABLES:
         try:
             TABLES[kind](result)
+            any(section.takes(kind, result) for section in SECTIONS)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
             ) from None
-    assert machine is not None
     return File(path, kind, result)
 
 
@@ -67,7 +67,7 @@ def page(files: Sequence[File]) -> str:
         parts.append(_section(section, mine))
     rest = [file for file in files if file.path not in taken]
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{html.escape(s.title)}</a></li>' for s in SECTIONS)
-    machines = sorted({machine(file.result) for file in files})
+    machines = sorted({name for file in files for name in machine(file.result).split("; ")})
     hardware = "".join(f"<li>{html.escape(name)}</li>" for name in machines)
     others = "".join(
         f"<li><code>{html.escape(file.path.name)}</code>: {html.escape(str(file.result.get('what', file.kind)))}, "
@@ -84,10 +84,12 @@ def page(files: Sequence[File]) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Hardware and versions of a result, in a line."""
-    h = result["hardware"]
-    gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
-    return f"{h['cpu']}, {h['threads']} threads{gpu}, torch {h['torch']}, Python {h['python']}"
+    """Hardware and versions of a result, in a line; of each kind of machine where there are several."""
+    lines = []
+    for h in result.get("machines", [result["hardware"]]):
+        gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
+        lines.append(f"{h['cpu']}, {h['threads']} threads{gpu}, torch {h['torch']}, Python {h['python']}")
+    return "; ".join(lines)
 
 
 def _section(section: Section, files: list[File]) -> str:
@@ -112,8 +114,10 @@ def _file(file: File) -> str:
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
     name = file.path.stem.split("_")[0]
+    mixed = "<strong>Several machines</strong>: " if len(file.result.get("machines", [])) > 1 else ""
+    where = mixed + html.escape(machine(file.result))
     return (
-        f'<article><h3>Measured: {html.escape(name)}</h3><p class="where">{html.escape(machine(file.result))}<br>'
+        f'<article><h3>Measured: {html.escape(name)}</h3><p class="where">{where}<br>'
         f"<code>{html.escape(file.result.get('command', ''))}</code></p>{image}"
         f"<div>{to_html(TABLES[file.kind](file.result))}</div></article>"
     )

@@ -60,16 +60,18 @@ class Section:
     """Why ours are not the paper's numbers."""
 
 
-def _compares(several: bool, others: bool = False) -> Callable[[str, Result], bool]:
-    """Comparisons over several sizes or one; with architectures of other libraries or none."""
+def _compares(about: str) -> Callable[[str, Result], bool]:
+    """Comparisons of "sizes" (or of learning rates), of "others" (architectures of other libraries), of "parts"."""
 
     def takes(kind: str, result: Result) -> bool:
         if kind != "compare":
             return False
         rows = result["rows"]
         models = {compare.VARIANTS[row["variant"]].model for row in rows}
-        foreign = bool(models - {"retnet", "transformer", "hybrid"})
-        return (len({row["size"] for row in rows}) > 1) == several and foreign == others
+        if models - {"retnet", "transformer", "hybrid"}:
+            return about == "others"
+        several = any(len({row[key] for row in rows}) > 1 for key in ("size", "lr"))
+        return about == ("sizes" if several else "parts")
 
     return takes
 
@@ -87,7 +89,7 @@ SECTIONS = (
         "Quality by size",
         "Is a RetNet as good a language model as a Transformer of its size, trained on the same tokens?",
         paper.SCALING,
-        _compares(several=True),
+        _compares("sizes"),
         "The paper's models are a thousand times larger than what trains on a laptop, and its text is another: the "
         "order of the two and the slope can be compared, the values cannot.",
     ),
@@ -95,7 +97,7 @@ SECTIONS = (
         "Ablations",
         "What do the parts of retention contribute, and what do changes that the paper did not try?",
         paper.ABLATIONS,
-        _compares(several=False),
+        _compares("parts"),
         "The paper does not say whether what a variant takes away is given back; here all have the same number of "
         "parameters, so that a part must be worth more than a wider feed-forward layer.",
     ),
@@ -103,7 +105,7 @@ SECTIONS = (
         "Other efficient models",
         "How do other architectures do on the same tokens?",
         paper.OTHERS,
-        _compares(several=False, others=True),
+        _compares("others"),
         "The peers are the transformers library's own code and initialisation, in our training loop; RetNet without "
         "decay, among the ablations, is linear attention with the norms and gate of retention.",
     ),

@@ -19,7 +19,7 @@ def record(variant, bits, *, size="1m", seed=0, lr=1e-3, parameters=10**6, **mor
         "variant": variant, "size": size, "seed": seed, "lr": lr, "name": f"{variant}{seed}",
         "parameters": parameters, "block_parameters": parameters, "tokens": 1000, "bits_per_byte": bits,
         "recalled": part, "others": part, "tokens_per_second": 100.0 + seed, "memory": 10**9,
-        "curve": [[500, bits + 1], [1000, bits]], "hardware": HARDWARE, **more,
+        "curve": [[500, bits + 1], [1000, bits]], "hardware": HARDWARE, "about": {"train": {}}, **more,
     }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def test_a_plan_is_every_run_once_a_seed_after_the_other():
         (dict(variants=[]), "no variant given"),
         (dict(seeds=[]), "no seed given"),
         (dict(sizes=["1m", "1m"]), "a size is given twice"),
+        (dict(variants=["retnet", "retnet"]), "a variant is given twice"),
     ],
 )
 def test_plans_that_make_no_sense(changes, words, refuses):
@@ -118,8 +119,19 @@ def test_each_variant_counts_at_its_best_rate():
     found = [record("retnet", 2.0, lr=1e-3), record("retnet", 1.8, lr=2e-3), record("gated", 1.9, lr=1e-3),
              record("gated", 2.5, lr=2e-3)]  # fmt: skip
     assert compare.best_rates(compare.summary(found, "retnet")) == {("1m", "retnet"): 2e-3, ("1m", "gated"): 1e-3}
-    table = compare.table(compare.report(found, "retnet"))
-    assert "retnet, lr 0.002" in table and len(table.splitlines()) == 6
+    result = compare.report(found, "retnet")
+    differences = {(row["variant"], row["lr"]): row.get("difference") for row in result["rows"]}
+    assert differences.pop(("gated", 1e-3)) == pytest.approx(0.1) and set(differences.values()) == {None}
+    table = compare.table(result)
+    assert "| retnet, lr 0.002 * |" in table and "| retnet, lr 0.001 |" in table and "* The best rate of each" in table
+
+
+def test_what_did_not_train_is_named_and_counts_for_nobody():
+    found = [record("retnet", 2.0, lr=1e-3), record("retnet", 1.8, lr=2e-3), record("gated", 1.9, lr=1e-3)]
+    found.append({**record("retnet", 0.0, seed=1, lr=2e-3), "failed": "loss nan at step 3"})
+    result = compare.report(found, "retnet")
+    assert [(row["variant"], row["lr"]) for row in result["rows"]] == [("retnet", 1e-3), ("gated", 1e-3)]
+    assert "retnet1 did not train: loss nan at step 3" in compare.table(result) and len(result["runs"]) == 2
 
 
 def test_unlike_machines_are_refused_unless_asked(refuses):
@@ -135,9 +147,10 @@ def test_records_are_read_and_a_damaged_one_is_named(tmp_path, refuses):
     (tmp_path / runs[0].name).mkdir()
     (tmp_path / runs[0].name / compare.RECORD).write_text(json.dumps(record("retnet", 2.0)), encoding="utf-8")
     assert [r["variant"] for r in compare.records(tmp_path, runs)] == ["retnet"]
-    (tmp_path / runs[0].name / compare.RECORD).write_text('{"bits', encoding="utf-8")
-    with refuses("is damaged"):
-        compare.records(tmp_path, runs)
+    for damage in ('{"bits', "{}", "[1]", '{"name": "a", "about": 1}'):
+        (tmp_path / runs[0].name / compare.RECORD).write_text(damage, encoding="utf-8")
+        with refuses("compared.json is damaged"):
+            compare.records(tmp_path, runs)
 
 
 @pytest.mark.parametrize("sizes", [["1m"], ["1m", "2m", "5m"]], ids=["one-size", "three-sizes"])

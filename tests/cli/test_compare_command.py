@@ -84,7 +84,7 @@ def test_a_run_that_another_is_at_is_left_to_it(place, capsys):
     with FileLock("cmp/.retnet_1m_lr0.002_seed0.lock"):
         main([*ARGS, "--seeds", "0"])
     out, said = capsys.readouterr()
-    assert out == "" and "1 of 2 runs are done; others are at the rest" in said
+    assert "| retnet |" not in out and "| transformer |" in out and "1 of 2 runs are done" in said
     main([*ARGS, "--seeds", "0"])
     assert "transformer" in capsys.readouterr().out
 
@@ -100,11 +100,11 @@ def test_a_run_that_fails_does_not_stop_the_others(place, capsys, monkeypatch):
         return real(command, **how)
 
     monkeypatch.setattr(training, "run", run)
-    with pytest.raises(SystemExit):
-        main([*ARGS, "--seeds", "0"])
-    said = capsys.readouterr().err
-    assert "1 runs did not train (retnet_1m_lr0.002_seed0): try lower learning rates" in said
-    assert record("transformer_1m_lr0.002_seed0")["variant"] == "transformer"
+    main([*ARGS, "--seeds", "0"])
+    out, said = capsys.readouterr()
+    assert "retnet_1m_lr0.002_seed0: loss nan" in said and "(2 of 2)" in said
+    assert "| transformer |" in out and "retnet_1m_lr0.002_seed0 did not train: loss nan" in out
+    assert record("retnet_1m_lr0.002_seed0")["failed"] == "loss nan"
 
 
 def test_runs_of_unlike_machines_are_refused_unless_asked(place, capsys):
@@ -116,7 +116,33 @@ def test_runs_of_unlike_machines_are_refused_unless_asked(place, capsys):
     with pytest.raises(SystemExit):
         main([*ARGS, "--seeds", "0"])
     assert "results of 2 kinds of machine in one table" in capsys.readouterr().err
-    main([*ARGS, "--seeds", "0", "--mixed"])
+    main([*ARGS, "--seeds", "0", "--mixed", "--json", "out/a.json"])
+    assert len(json.loads(Path("out/a.json").read_text(encoding="utf-8"))["machines"]) == 2
+    main(["report", "--results", "out", "-o", "report.html"])
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert page.count("another, ") == 2 and "Several machines" in page
+
+
+def test_memory_is_that_of_each_run(place, capsys, monkeypatch):
+    """A small one after a large one does not show the large one's."""
+    monkeypatch.setitem(PRESETS, "2m", dict(dim=512, layers=6, heads=2, tie_embeddings=True))
+    main([*ARGS, "--seeds", "0", "1", "--variants", "retnet", "--sizes", "1m", "2m"])
+    memory = {(s, n): record(f"retnet_{s}_lr0.002_seed{n}")["memory"] for s in ("1m", "2m") for n in (0, 1)}
+    weights = 3 * 4 * record("retnet_2m_lr0.002_seed0")["parameters"]  # and two moments of each
+    assert all(memory["2m", n] > weights > 4 * memory["1m", n] for n in (0, 1))
+
+
+def test_a_seed_is_one_of_seeds(place, capsys):
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--seed", "7"])
+    assert "--seed is not for comparisons, got 7: name them with --seeds" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_told_before_anything_is_trained(place, capsys, monkeypatch):
+    monkeypatch.setattr("retentive.cli.compare.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--variants", "retnet", "llama"])
+    assert "pip install 'retentive[peers]'" in capsys.readouterr().err and not Path("cmp").exists()
 
 
 @pytest.mark.parametrize(
@@ -141,20 +167,6 @@ def test_a_recipe_that_is_none_is_refused(place, capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--recipe", "r.py"])
     assert "expected a function recipe() that returns a CompareCommand" in capsys.readouterr().err
-
-
-def test_the_recipes_are_plans(monkeypatch):
-    from retentive.bench import compare
-    from retentive.cli.compare import CompareCommand
-    from retentive.cli.train import read_recipe
-
-    monkeypatch.undo()
-    recipes = sorted((Path(retentive.__file__).parents[1] / "recipes").glob("compare_*.py"))
-    if not recipes:
-        pytest.skip("no recipes beside the package")
-    for file in recipes:
-        command, _ = read_recipe(["--recipe", str(file)], CompareCommand)
-        assert compare.plan(command.variants, command.sizes, command.seeds, command.lrs or (1e-3,))
 
 
 RECIPE = """

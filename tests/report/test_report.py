@@ -88,6 +88,9 @@ BAD = {
     "not-json": ("{", "is no file of results"),
     "a-list": ("[]", "is no file of results"),
     "no-hardware": ("{}", "is no file of results"),
+    "half-a-machine": ('{"hardware": {"cpu": "x"}}', "is no file of results"),
+    "no-command": (json.dumps({"command": 3, "hardware": HARDWARE}), "is no file of results"),
+    "open-quotation": (json.dumps({"command": "retentive 'eval", "hardware": HARDWARE}), "is no file of results"),
     "no-rows": (json.dumps({"command": "retentive bench decode", "hardware": HARDWARE}), "does not hold what"),
     "other-rows": (
         json.dumps({"command": "retentive compare --data x", "hardware": HARDWARE, "rows": [{"a": 1}]}),
