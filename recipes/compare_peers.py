@@ -1,4 +1,4 @@
-"""Other architectures on the same tokens (extra `peers`): Llama, Mamba-2 and RWKV-4 of transformers, 2 M tokens of novels.
+"""Other architectures on the same tokens (extra `peers`): Llama, Mamba-2, RWKV-4 of transformers, 2 M tokens of novels.
 
 retentive compare --recipe recipes/compare_peers.py        (after recipes/compare_ablations.py, whose runs it shares)
 
