@@ -100,6 +100,7 @@ def measure(
         step = Step(config, length, tokens, precision, checkpoint_activations, str(device))
         row: dict[str, Any] = {"length": length, "batch": step.batch, **in_turns(step, repeats, patience)}
         gc.collect()
+        machine.free_memory(device)  # gives back what the next processes need
         row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
         for name in MODELS:
             row[name] |= memory(name, step)
