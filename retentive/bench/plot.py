@@ -47,7 +47,7 @@ def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> 
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}" if y < 1 else f"{y:,.0f}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if y < 100 else f"{y:,.0f}"))
     for part in (axis.xaxis, axis.yaxis):
         part.set_minor_locator(NullLocator())
     axis.set_ylabel(label)

@@ -147,10 +147,11 @@ class KVCache:
         if not self.keys or self.keys[0].shape[1] >= slots:
             return self
         have = self.keys[0].shape[1]
-        extra = max(slots, have * 3 // 2) - have
 
         def grow(x: Tensor) -> Tensor:
-            return torch.cat((x, x.new_zeros(x.shape[0], extra, *x.shape[2:])), 1)
+            larger = x.new_zeros(x.shape[0], max(slots, have * 3 // 2), *x.shape[2:])
+            larger[:, :have] = x
+            return larger
 
         return KVCache([grow(x) for x in self.keys], [grow(x) for x in self.values], self.position)
 
