@@ -17,7 +17,7 @@ def wilson(right: int, of: int) -> Interval:
     share, width = right / of, Z * Z / of
     middle = (share + width / 2) / (1 + width)
     half = Z / (1 + width) * math.sqrt(share * (1 - share) / of + width / of / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if right else 0.0, middle + half if right < of else 1.0  # both exact but for rounding
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
