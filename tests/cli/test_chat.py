@@ -200,7 +200,8 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat):
     terminal.type("\x03")
     terminal.until("> ")
     terminal.type("/nonsense\n")
-    assert "unknown command /nonsense" in terminal.until("> ")
+    terminal.until("unknown command /nonsense")  # the answer itself may hold a "> "
+    terminal.until("> ")
     terminal.type("/save half\n")
     terminal.until("half.safetensors")
     terminal.until("> ")
