@@ -18,11 +18,13 @@ def blocks(language: str) -> list[str]:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """`train` with fewer steps, `data` with a vocabulary that a short text gives; the flags the README names stay."""
+    """Training with fewer steps, `data` with a vocabulary that a short text gives; the flags the README names stay."""
     if words[0] == "data":
         return [*words, "--vocab-size", "300"]
     if words[0] == "train":
         return [w for w in words if w not in ("--size", "5m")] + FEWER
+    if words[0] == "compare":
+        return [*words, *FEWER[:2], *FEWER[4:], "--sizes", "1m", "--seeds", "0"]
     return words
 
 
@@ -35,7 +37,8 @@ def test_readme(tmp_path, monkeypatch, capsys):
 
     commands = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     verbs = [shlex.split(c)[1:] for c in commands if c.startswith("retentive ")]
-    wanted = ["data", "train", "generate", "info", "eval", "serve", "chat", "memory", "memory", "convert", "info"]
+    wanted = ["data", "train", "generate", "info", "eval", "compare", "serve", "chat", "memory", "memory"]
+    wanted += ["convert", "info"]
     assert [v[0] for v in verbs] == wanted
     monkeypatch.setattr("sys.stdin", io.StringIO("Who lived in the wood?\n"))
     for words in verbs:

@@ -158,7 +158,8 @@ def test_what_is_refused_is_told_in_a_line(case, chat, place, capsys):
 
 
 ON_ITS_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite begun in the background hands on an ignored one
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C there is for this process
 from retentive.cli import main
 main(sys.argv[1:])
@@ -189,10 +190,18 @@ class Terminal:
         return seen
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-def test_control_c_stops_an_answer_and_control_d_leaves(place, chat):
-    begins = chat("Hello\n").strip()[:4]  # greedily, this model goes on for ever
+@pytest.fixture
+def terminal(place):
     terminal = Terminal("--max-tokens", "1000000", "--temperature", "0")
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.ours)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_control_c_stops_an_answer_and_control_d_leaves(place, chat, terminal):
+    begins = chat("Hello\n").strip()[:4]  # greedily, this model goes on for ever
     terminal.until("> ")
     terminal.type("Hello\n")
     terminal.until("Hello\r\n")
@@ -207,6 +216,5 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat):
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
-    os.close(terminal.ours)
     memory = load_memory(place / "states" / "half.safetensors")
     assert TOKENIZER.decode(memory.pending).startswith("User: Hello\nAssistant:")
