@@ -698,19 +698,19 @@ typedef struct { /* what a full ring folds into the state: S = kept * S + sum ov
     float kept[8];       /* the same number */
 } Fold;
 
-/* Blocks of eight rows by which the state is asked for ahead of its use. Intel's prefetcher begins anew on every page of
-   4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
-static i64 blocks_ahead(void) {
+/* Whether the state is to be asked for ahead of its use, two blocks of eight rows. Intel's prefetcher begins anew on
+   every page of 4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
+static int asks_ahead(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_is("intel") ? 2 : 0;
+    return __builtin_cpu_is("intel");
 #else
     return 0;
 #endif
 }
 
-/* o += q S, eight rows of S at once, which are folded into while they are in the cache */
-static void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
-                          i64 ahead) {
+/* o += q S, eight rows of S at once, which are folded into while they are in the cache; `ahead` a constant */
+INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
+                          const int ahead) {
     i64 whole = V / LANES * LANES;
     for (i64 k = 0, rows; k < K; k += rows, S += rows * V) {
         rows = K - k < 8 ? 1 : 8;
@@ -793,7 +793,8 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
         kept += decay[at];
     }
     for (int i = 0; i < 8; i++) fold.kept[i] = exp_of(kept);
-    through_state(c->state + bh * K * V, K, V, q, o, &fold, blocks_ahead());
+    if (asks_ahead()) through_state(c->state + bh * K * V, K, V, q, o, &fold, 2);
+    else through_state(c->state + bh * K * V, K, V, q, o, &fold, 0);
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size, V);
 }
 
