@@ -115,7 +115,7 @@ SECTIONS = (
         paper.CONTEXTS,
         _eval(by_context=True),
         "The paper trains at the longest length that it measures. Lengths beyond that of training show what a model "
-        "makes of more context than it has learnt from.",
+        "makes of more context than it has learnt from. Tables with another longest length are of other tokens.",
     ),
     Section(
         "Recall",
