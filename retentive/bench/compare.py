@@ -311,7 +311,10 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
     figure, ((left, middle, right),) = grid(title, 1, 3, size=(5.2, 4.6))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    colours = {variant: f"C{n % 10}" for n, variant in enumerate(variants)}
+    from matplotlib import colormaps
+
+    pairs = colormaps["tab20"]  # the ten usual colours, each followed by a lighter one
+    colours = {variant: pairs((2 * n % 20) + n // 10 % 2) for n, variant in enumerate(variants)}
     if len({row["size"] for row in rows}) > 1:
         _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
         _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
@@ -325,7 +328,9 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _by_size(axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict, key: str, label: str):
+def _by_size(
+    axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str
+):
     for variant, colour in colours.items():
         mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
         x, y = [row["block_parameters"] / 1e6 for row in mine], [row[key] for row in mine]
@@ -345,7 +350,7 @@ def _by_size(axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], 
     axis.legend(fontsize=8)
 
 
-def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
     for variant, colour in colours.items():
         mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
         rates, bits = zip(*mine, strict=True)
@@ -360,7 +365,7 @@ def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> 
     axis.legend(fontsize=8)
 
 
-def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, str], key: str, label: str) -> None:
+def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str) -> None:
     order = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=True)
     for n, row in enumerate(order):
         error = row["half_width"] if key == "bits_per_byte" else None
@@ -370,7 +375,7 @@ def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, str], 
     axis.grid(alpha=0.3, axis="x")
 
 
-def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any]) -> None:
     """Held-out bits per byte while training, of the largest size."""
     largest = max(runs, key=lambda r: r["block_parameters"])["size"]
     labels: set[str] = set()
