@@ -3,7 +3,7 @@
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels
     retentive compare --recipe recipes/compare_sizes.py
 
-Two hours on two cores. Every run sees 4.1 M tokens, a third of an epoch of 76 books.
+Two and a half hours on two cores. Every run sees 4.1 M tokens, a third of an epoch of 76 books.
 """
 
 from pathlib import Path

@@ -310,11 +310,11 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     best = best_rates(result["rows"])
     rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
     figure, ((left, middle, right),) = grid(title, 1, 3, size=(5.2, 4.6))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    from matplotlib import colormaps
+    from matplotlib import colormaps  # grid says it where there is none
 
     pairs = colormaps["tab20"]  # the ten usual colours, each followed by a lighter one
-    colours = {variant: pairs((2 * n % 20) + n // 10 % 2) for n, variant in enumerate(variants)}
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    colours = {variant: pairs(2 * n % 20 + n // 10 % 2) for n, variant in enumerate(variants)}
     if len({row["size"] for row in rows}) > 1:
         _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
         _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
@@ -330,7 +330,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 
 def _by_size(
     axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str
-):
+) -> None:
     for variant, colour in colours.items():
         mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
         x, y = [row["block_parameters"] / 1e6 for row in mine], [row[key] for row in mine]
