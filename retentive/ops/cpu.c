@@ -698,8 +698,8 @@ typedef struct { /* what a full ring folds into the state: S = kept * S + sum ov
     float kept[8];       /* the same number */
 } Fold;
 
-/* Whether the state is to be asked for ahead of its use, two blocks of eight rows. Intel's prefetcher begins anew on
-   every page of 4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
+/* Whether reading alone asks for the state ahead of its use, two blocks of eight rows. Intel's prefetcher begins anew
+   on every page of 4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
 static int asks_ahead(void) {
 #if defined(__x86_64__)
     return __builtin_cpu_is("intel");
@@ -712,6 +712,8 @@ static int asks_ahead(void) {
 INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
                           const int ahead) {
     i64 whole = V / LANES * LANES;
+    /* no prefetcher follows while a fold computes: it asks for the block that comes 8 kB later, or the next one */
+    i64 fold_ahead = round_up(8192, 8 * V * 4) / 4;
     for (i64 k = 0, rows; k < K; k += rows, S += rows * V) {
         rows = K - k < 8 ? 1 : 8;
         if (rows == 8)
@@ -730,6 +732,8 @@ INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float
                 for (int i = 0; i < 8; i += MR) {
                     float *to = S + i * V + j;
                     const float *v = fold->v_panels + j * fold->tokens;
+                    for (int n = 0; n < MR && !ahead; n++)
+                        for (int line = 0; line < NC; line += 16) __builtin_prefetch(to + n * V + fold_ahead + line);
                     if (whole - j > LANES) tile(0, 2, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
                     else tile(0, 1, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
                 }
@@ -743,10 +747,21 @@ INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float
     }
 }
 
+typedef struct { /* the tokens that wait in the ring of a head, token j in slot_of(held, j), the oldest first */
+    i64 slots, first, tokens;
+    const float *k, *v, *decay; /* by slots */
+} Held;
+
+INLINE i64 slot_of(const Held *held, i64 j) {
+    i64 slot = held->first + j;
+    return slot < held->slots ? slot : slot - held->slots;
+}
+
 /* Asks for the rows in the ring of a head: few, and in another place for each head, they are waited for otherwise. */
 static void ask_ring(const Step *c, i64 bh) {
     if (bh >= c->B * c->H) return;
     i64 b = bh / c->H, R = c->slots, size = c->dtype == 0 ? 4 : 2, k_bytes = c->K * size, v_bytes = c->V * size;
+    __builtin_prefetch(c->ring_decay + bh * R);
     for (i64 t = c->folded[b]; t < c->written[b]; t++) {
         i64 at = bh * R + t % R;
         for (i64 n = 0; n < k_bytes; n += 64) __builtin_prefetch((const char *)c->ring_k + at * k_bytes + n);
@@ -754,48 +769,85 @@ static void ask_ring(const Step *c, i64 bh) {
     }
 }
 
-static void step_head(const Step *c, i64 b, i64 h, float *space) {
-    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, bh = b * c->H + h, begin = c->folded[b];
-    i64 slot = c->written[b] % R, held = c->written[b] - begin + 1;
-    char *ring_k = (char *)c->ring_k + bh * R * K * size, *ring_v = (char *)c->ring_v + bh * R * V * size;
-    float *decay = c->ring_decay + bh * R, g = c->log_decay[b * c->decay_stride + h];
-    memcpy(ring_k + slot * K * size, (const char *)c->k + bh * K * size, K * size);
-    memcpy(ring_v + slot * V * size, (const char *)c->v + bh * V * size, V * size);
-    decay[slot] = bounded(g);
-    ask_ring(c, bh + 1);
+/* the new token into the ring; all that are in it as float32, in `space` if they are not so there */
+static Held put(const Step *c, i64 b, i64 h, float *space) {
+    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, bh = b * c->H + h, slot = c->written[b] % R;
+    char *k = (char *)c->ring_k + bh * R * K * size, *v = (char *)c->ring_v + bh * R * V * size;
+    float *decay = c->ring_decay + bh * R;
+    memcpy(k + slot * K * size, element(c->k, c->dtype, bh * K), K * size);
+    memcpy(v + slot * V * size, element(c->v, c->dtype, bh * V), V * size);
+    decay[slot] = bounded(c->log_decay[b * c->decay_stride + h]);
 
-    float *q = space, *o = q + K, *k = o + V, *v = k + R * K, since = 0; /* log decay from token j to the newest */
-    read_row(c->dtype, (const char *)c->q + bh * K * size, K, q, K);
-    memset(o, 0, V * 4);
-    Fold fold = {held == R ? R / 2 : 0, k, v, {0}};
-    for (i64 j = held - 1; j >= 0; j--) {
-        i64 at = (begin + j) % R;
-        const float *kj = (const float *)ring_k + at * K, *vj = (const float *)ring_v + at * V;
-        if (c->dtype != 0) {
-            read_row(c->dtype, ring_k + at * K * size, K, k, K), kj = k;
-            read_row(c->dtype, ring_v + at * V * size, V, v, V), vj = v;
-        }
-        float weight = (float)c->scale * exp_of(since) * dot(q, kj, K);
-        for (i64 n = 0; n < V; n++) o[n] += weight * vj[n];
-        since += decay[at];
+    Held held = {R, c->folded[b] % R, c->written[b] - c->folded[b] + 1, (float *)k, (float *)v, decay};
+    if (c->dtype == 0) return held;
+    held.k = space, held.v = space + R * K;
+    for (i64 j = 0, run; j < held.tokens; j += run) { /* to the end of the ring, and on from its begin */
+        i64 at = slot_of(&held, j);
+        run = smaller(held.tokens - j, R - at);
+        read_row(c->dtype, k + at * K * size, run * K, space + at * K, run * K);
+        read_row(c->dtype, v + at * V * size, run * V, space + R * K + at * V, run * V);
     }
-    float remains = (float)c->scale * exp_of(since), kept = 0;
+    return held;
+}
+
+/* o = scale * sum of exp(G - G_j) (q k_j) v_j; scale * exp(G) comes back. A kB of the state S is asked for with every
+   token: memory would have nothing to do otherwise. */
+static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const float *S) {
+    i64 K = c->K, V = c->V, whole = V / LANES * LANES;
+    float since = 0, scale = (float)c->scale;
+    for (i64 j = held->tokens - 1; j >= 0; j--) weights[j] = since, since += held->decay[slot_of(held, j)];
+    for (i64 j = 0; j < held->tokens; j++) weights[j] = scale * exp_of(weights[j]);
+    for (i64 j = 0; j < held->tokens; j++) {
+        for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 16);
+        weights[j] *= dot(q, held->k + slot_of(held, j) * K, K);
+    }
+    for (i64 n = 0; n < whole; n += LANES) {
+        vf sum = {0};
+        for (i64 j = 0; j < held->tokens; j++) sum += splat(weights[j]) * load(held->v + slot_of(held, j) * V + n);
+        store(o + n, sum);
+    }
+    for (i64 n = whole; n < V; n++) {
+        o[n] = 0;
+        for (i64 j = 0; j < held->tokens; j++) o[n] += weights[j] * held->v[slot_of(held, j) * V + n];
+    }
+    return scale * exp_of(since);
+}
+
+/* the older half of a full ring, of any other nothing */
+static Fold ripe(const Step *c, const Held *held, float *space) {
+    i64 K = c->K, V = c->V, tokens = held->tokens == held->slots ? held->slots / 2 : 0;
+    Fold fold = {tokens, space, space + tokens * K, {0}};
+    float since = 0; /* log decay from token j to the newest of them */
+    for (i64 j = tokens - 1; j >= 0; j--) {
+        i64 at = slot_of(held, j);
+        float weight = exp_of(since);
+        for (i64 n = 0; n < K; n++) fold.k[j * K + n] = weight * held->k[at * K + n];
+        for (i64 n = 0; n < V; n += NC)
+            read_row(0, held->v + at * V + n, smaller(NC, V - n), fold.v_panels + n * tokens + j * NC, NC);
+        since += held->decay[at];
+    }
+    float kept = exp_of(since);
+    for (int i = 0; i < 8; i++) fold.kept[i] = kept;
+    return fold;
+}
+
+static i64 step_space(const Step *c) { /* floats: q and o, weights, the ring, what is folded */
+    return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC));
+}
+
+static void step_head(const Step *c, i64 b, i64 h, float *space) {
+    i64 K = c->K, V = c->V, bh = b * c->H + h;
+    float *q = space, *o = q + K, *weights = o + V, *ring = weights + c->slots, *half = ring + c->slots * (K + V);
+    float *S = c->state + bh * K * V;
+    Held held = put(c, b, h, ring);
+    read_row(c->dtype, element(c->q, c->dtype, bh * K), K, q, K);
+    float remains = through_ring(c, &held, q, o, weights, S);
     for (i64 n = 0; n < K; n++) q[n] *= remains;
-    for (i64 j = fold.tokens - 1; j >= 0; j--) {
-        i64 at = (begin + j) % R;
-        float weight = exp_of(kept);
-        read_row(c->dtype, ring_k + at * K * size, K, k + j * K, K);
-        for (i64 n = 0; n < K; n++) k[j * K + n] *= weight;
-        for (i64 n = 0; n < V; n += NC) {
-            i64 width = smaller(NC, V - n);
-            read_row(c->dtype, ring_v + (at * V + n) * size, width, v + n * fold.tokens + j * NC, NC);
-        }
-        kept += decay[at];
-    }
-    for (int i = 0; i < 8; i++) fold.kept[i] = exp_of(kept);
-    if (asks_ahead()) through_state(c->state + bh * K * V, K, V, q, o, &fold, 2);
-    else through_state(c->state + bh * K * V, K, V, q, o, &fold, 0);
-    write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size, V);
+    Fold fold = ripe(c, &held, half);
+    ask_ring(c, bh + 1);
+    if (asks_ahead()) through_state(S, K, V, q, o, &fold, 2);
+    else through_state(S, K, V, q, o, &fold, 0);
+    write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * (c->dtype == 0 ? 4 : 2), V);
 }
 
 /* 0; 1 when there was no memory; 2 for a log decay above 0 or NaN, and then nothing was written */
@@ -805,7 +857,7 @@ int retention_step(const Step *c) {
         if (!(c->log_decay[i] <= 0)) return 2;
 #pragma omp parallel for schedule(static) num_threads(c->threads)
     for (i64 task = 0; task < c->B * c->H; task++) {
-        float *space = space_of_thread_with((c->K + round_up(c->V, NC)) * (c->slots + 1) * 4);
+        float *space = space_of_thread_with(step_space(c) * 4);
         if (space) step_head(c, task / c->H, task % c->H, space);
         else {
 #pragma omp atomic write
