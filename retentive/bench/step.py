@@ -14,6 +14,11 @@ The limit is that of the ring: its state once, 1/F of it for the writing, the ro
 on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. The
 rate of a shared machine changes from one second to the next, so it is measured around every repetition, and the
 fraction is the median of theirs.
+
+That rate is reached over half a GB in one call. A call for little never reaches it, whatever it computes: the way from
+Python and the start and end of the threads take some microseconds, and memory is slow to begin. So each turn has one
+more repetition, in which torch only reads: `torch.sum` of as many bytes as the limit counts, in memory that no cache
+holds, as often as a step is called.
 """
 
 import statistics
@@ -99,9 +104,9 @@ def measure(
         for dtype in dtypes:
             errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
             for B in batches:
-                results, read = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
+                results, rates, alike = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
                 row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
-                rows.append(finish(row, read, errors))
+                rows.append(finish(row, rates, alike, errors))
                 told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
                 say(f"{shape} B={B} {dtype}: {told}")
     return {
@@ -153,8 +158,13 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
 
 def in_turns(
     shape: Shape, B: int, dtype: str, device: torch.device, repeats: int, spread: int
-) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """Of every contestant the seconds of one step of one layer and the fraction of the limit; the rates of reading."""
+) -> tuple[dict[str, dict[str, Any]], list[float], dict[str, float]]:
+    """What one step of one layer takes.
+
+    Returns:
+        of every contestant the seconds, the fraction of the limit, the multiple of its time that reading alone takes;
+        the rates of reading; the seconds and the fraction of the limit of reading alone.
+    """
     H, K, V = shape
     nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
     layers, tokens = -(-spread // (4 * B * H * K * V)), slots(K, V) // 2
@@ -164,31 +174,60 @@ def in_turns(
     for name, one in CONTESTANTS.items():
         # written, not zeros: pages that nobody has written are all the same one, and in the cache
         states[name] = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    fractions: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    read = [machine.reading(numbers)]
+    pieces = in_pieces(numbers, nbytes)
+    sums = torch.empty(pieces[0].shape[0], device=device)
+    alone = nbytes / (pieces[0].nbytes * len(pieces))  # a piece is a whole number of rows
 
-    def repetition(step: Callable, layer_states: list[Any]) -> None:
+    def steps(step: Callable, layer_states: list[Any]) -> None:
         for _ in range(tokens):
             for n, state in enumerate(layer_states):
                 _, layer_states[n] = step(q, k, v, decays, state)
 
+    def reads() -> None:
+        for piece in pieces:
+            torch.sum(piece, -1, out=sums)
+
+    times: dict[str, list[float]] = {name: [] for name in (*CONTESTANTS, "alone")}
+    fractions: dict[str, list[float]] = {name: [] for name in times}
+    rates = [machine.reading(numbers)]
+
+    def note(name: str, seconds: float) -> None:
+        rates.append(machine.reading(numbers))
+        times[name].append(seconds)
+        fractions[name].append(nbytes / seconds / statistics.mean(rates[-2:]))
+
     for _ in range(repeats + 1):
+        note("alone", machine.clock(device, reads) * alone)
         for name, one in CONTESTANTS.items():
-            seconds = machine.clock(device, lambda one=one, name=name: repetition(one.step, states[name]))  # type: ignore[misc]
-            read.append(machine.reading(numbers))
-            times[name].append(seconds / (tokens * layers))
-            fractions[name].append(nbytes / times[name][-1] / statistics.mean(read[-2:]))
-    results = {
-        name: {
-            "seconds": min(taken[1:]),
-            "median_seconds": statistics.median(taken[1:]),
+            seconds = machine.clock(device, lambda one=one, name=name: steps(one.step, states[name]))  # type: ignore[misc]
+            note(name, seconds / (tokens * layers))
+
+    def told(name: str) -> dict[str, float]:
+        taken = times[name][1:]
+        return {
+            "seconds": min(taken),
+            "median_seconds": statistics.median(taken),
             "fraction": statistics.median(fractions[name][1:]),
+        }
+
+    results: dict[str, dict[str, Any]] = {
+        name: told(name)
+        | {
+            "of_reading": statistics.median(
+                read / mine for read, mine in zip(times["alone"][1:], times[name][1:], strict=True)
+            ),
             "repeats": repeats,
         }
-        for name, taken in times.items()
+        for name in CONTESTANTS
     }
-    return results, read
+    return results, rates, told("alone")
+
+
+def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
+    """`numbers` cut into pieces of about `nbytes`, each in rows of 4 kB, of which torch sums fastest."""
+    rows = numbers.view(-1, 1024)
+    each = min(max(round(nbytes / 4096), 1), len(rows))
+    return list(rows[: len(rows) // each * each].split(each))
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
@@ -198,8 +237,8 @@ def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
     return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
-def finish(row: dict[str, Any], read: list[float], errors: dict[str, float]) -> dict[str, Any]:
-    """The row with the machine's rate, the limit, and everybody's error at the gate."""
+def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], errors: dict[str, float]) -> dict[str, Any]:
+    """The row with the machine's rate, the limit, reading alone, and everybody's error at the gate."""
     B, H, K, V = (row[n] for n in "BHKV")
     nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
     for name, result in row["contestants"].items():
@@ -207,27 +246,29 @@ def finish(row: dict[str, Any], read: list[float], errors: dict[str, float]) -> 
     return row | {
         "state_bytes": 4 * B * H * K * V,
         "slots": slots(K, V),
-        "machine": {"read": {"least": min(read), "median": statistics.median(read), "most": max(read)}},
+        "machine": {"read": {"least": min(read), "median": statistics.median(read), "most": max(read)}, "alone": alone},
         "limit": {"bytes": nbytes, "seconds": nbytes / statistics.median(read), "by": "memory"},
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, the machine under it."""
-    heads = ["shape", "B", "inputs", "state", f"ring ({result['ring_backend']})", "of the limit"]
+    heads = ["shape", "B", "inputs", "state", f"ring ({result['ring_backend']})", "of the limit", "of reading alone"]
     heads += ["plain", "torch", "tokens/s of a layer"]
     lines = []
     for row in result["rows"]:
         ring, plain, torch_ = (row["contestants"][name] for name in CONTESTANTS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
         cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
         lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])
     read = [rate / 1e9 for row in result["rows"] for rate in row["machine"]["read"].values()]
     where = result["hardware"]["cpu" if result["device"] == "cpu" else "gpu"]
     notes = [
         "Seconds a step and layer; plain and torch as multiples of the ring's. The limit is what a ring must read and "
-        "write, at the rate of reading, in the median of the repetitions (retentive/bench/step.py).",
+        "write, at the rate of reading half a GB, in the median of the repetitions; reading alone is torch's sum of as "
+        "many bytes, called as often (retentive/bench/step.py).",
         f"This machine meanwhile: reading {span(read)} GB/s ({where}).",
     ]
     return "\n\n".join([markdown(heads, lines), "\n".join(f"- {note}" for note in notes)])
@@ -249,6 +290,11 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
             batches, style = [row["B"] for row in same], STYLES[dtype]
             limit = [1e6 * row["limit"]["seconds"] for row in same]
             time.plot(batches, limit, color="0.6", linestyle=style, linewidth=1, label=f"limit, {dtype}")
+            alone = [row["machine"].get("alone", {}) for row in same]
+            if all(alone):
+                how = {"color": "0.3", "linestyle": style, "linewidth": 1, "label": f"reading alone, {dtype}"}
+                time.plot(batches, [1e6 * one["seconds"] for one in alone], **how)
+                fraction.plot(batches, [one["fraction"] for one in alone], **how)
             for n, name in enumerate(CONTESTANTS):
                 how = {"color": f"C{n}", "marker": "osv"[n], "linestyle": style, "label": f"{name}, {dtype}"}
                 time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)

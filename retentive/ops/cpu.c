@@ -759,7 +759,6 @@ INLINE i64 slot_of(const Held *held, i64 j) {
 
 /* Asks for the rows in the ring of a head: few, and in another place for each head, they are waited for otherwise. */
 static void ask_ring(const Step *c, i64 bh) {
-    if (bh >= c->B * c->H) return;
     i64 b = bh / c->H, R = c->slots, size = c->dtype == 0 ? 4 : 2, k_bytes = c->K * size, v_bytes = c->V * size;
     __builtin_prefetch(c->ring_decay + bh * R);
     for (i64 t = c->folded[b]; t < c->written[b]; t++) {
@@ -770,13 +769,13 @@ static void ask_ring(const Step *c, i64 bh) {
 }
 
 /* the new token into the ring; all that are in it as float32, in `space` if they are not so there */
-static Held put(const Step *c, i64 b, i64 h, float *space) {
-    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, bh = b * c->H + h, slot = c->written[b] % R;
+static Held put(const Step *c, i64 bh, float *space) {
+    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, b = bh / c->H, slot = c->written[b] % R;
     char *k = (char *)c->ring_k + bh * R * K * size, *v = (char *)c->ring_v + bh * R * V * size;
     float *decay = c->ring_decay + bh * R;
     memcpy(k + slot * K * size, element(c->k, c->dtype, bh * K), K * size);
     memcpy(v + slot * V * size, element(c->v, c->dtype, bh * V), V * size);
-    decay[slot] = bounded(c->log_decay[b * c->decay_stride + h]);
+    decay[slot] = bounded(c->log_decay[b * c->decay_stride + bh % c->H]);
 
     Held held = {R, c->folded[b] % R, c->written[b] - c->folded[b] + 1, (float *)k, (float *)v, decay};
     if (c->dtype == 0) return held;
@@ -835,16 +834,16 @@ static i64 step_space(const Step *c) { /* floats: q and o, weights, the ring, wh
     return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC));
 }
 
-static void step_head(const Step *c, i64 b, i64 h, float *space) {
-    i64 K = c->K, V = c->V, bh = b * c->H + h;
+static void step_head(const Step *c, i64 bh, i64 end, float *space) {
+    i64 K = c->K, V = c->V;
     float *q = space, *o = q + K, *weights = o + V, *ring = weights + c->slots, *half = ring + c->slots * (K + V);
     float *S = c->state + bh * K * V;
-    Held held = put(c, b, h, ring);
+    Held held = put(c, bh, ring);
     read_row(c->dtype, element(c->q, c->dtype, bh * K), K, q, K);
     float remains = through_ring(c, &held, q, o, weights, S);
     for (i64 n = 0; n < K; n++) q[n] *= remains;
     Fold fold = ripe(c, &held, half);
-    ask_ring(c, bh + 1);
+    if (bh + 1 < end) ask_ring(c, bh + 1);
     if (asks_ahead()) through_state(S, K, V, q, o, &fold, 2);
     else through_state(S, K, V, q, o, &fold, 0);
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * (c->dtype == 0 ? 4 : 2), V);
@@ -852,17 +851,21 @@ static void step_head(const Step *c, i64 b, i64 h, float *space) {
 
 /* 0; 1 when there was no memory; 2 for a log decay above 0 or NaN, and then nothing was written */
 int retention_step(const Step *c) {
+    i64 heads = c->B * c->H;
     int failed = 0;
-    for (i64 i = 0; i < (c->decay_stride ? c->B * c->H : c->H); i++)
+    for (i64 i = 0; i < (c->decay_stride ? heads : c->H); i++)
         if (!(c->log_decay[i] <= 0)) return 2;
 #pragma omp parallel for schedule(static) num_threads(c->threads)
-    for (i64 task = 0; task < c->B * c->H; task++) {
+    for (i64 part = 0; part < c->threads; part++) {
+        i64 begin = heads * part / c->threads, end = heads * (part + 1) / c->threads;
         float *space = space_of_thread_with(step_space(c) * 4);
-        if (space) step_head(c, task / c->H, task % c->H, space);
-        else {
+        if (!space) {
 #pragma omp atomic write
             failed = 1;
+            continue;
         }
+        if (begin < end) ask_ring(c, begin);
+        for (i64 bh = begin; bh < end; bh++) step_head(c, bh, end, space);
     }
     for (i64 b = 0; b < c->B && !failed; b++) {
         c->written[b]++;

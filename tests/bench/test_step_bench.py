@@ -113,13 +113,26 @@ def test_rows_hold_what_was_asked_for(tiny):
         nbytes = step.ring_bytes(row["B"], 2, 16, 32, 4 if row["dtype"] == "fp32" else 2)
         assert row["state_bytes"] == row["B"] * 2 * 16 * 32 * 4 and row["slots"] == slots(16, 32)
         assert row["limit"] == {"bytes": nbytes, "seconds": nbytes / READING, "by": "memory"}
-        assert row["machine"] == {"read": {"least": READING, "median": READING, "most": READING}}
+        assert row["machine"]["read"] == {"least": READING, "median": READING, "most": READING}
+        alone = row["machine"]["alone"]
+        assert 0 < alone["seconds"] <= alone["median_seconds"] and alone["fraction"] > 0
         assert set(row["contestants"]) == {"ring", "plain", "torch"}
         for one in row["contestants"].values():
             assert one["repeats"] == 2 and 0 < one["seconds"] <= one["median_seconds"]
             slowest = 2 * one["median_seconds"] - one["seconds"]
             assert one["seconds"] * 0.999 <= nbytes / READING / one["fraction"] <= slowest * 1.001
             assert 0 < one["gate_error"] < step.TOLERANCE[row["dtype"]]
+            # a median of two ratios lies between the extremes
+            slowest_read = 2 * alone["median_seconds"] - alone["seconds"]
+            assert alone["seconds"] / slowest * 0.999 <= one["of_reading"] <= slowest_read / one["seconds"] * 1.001
+
+
+def test_reading_alone_is_of_as_many_bytes_in_as_many_places():
+    numbers = torch.arange(64.0 * 4096).view(-1, 4096)
+    pieces = step.in_pieces(numbers, 3 * 4096 + 1000)
+    assert len(pieces) == 256 // 3 and all(piece.shape == (3, 1024) for piece in pieces)
+    assert torch.equal(torch.cat(pieces).flatten(), numbers.flatten()[: 255 * 1024])
+    assert [len(step.in_pieces(numbers, n)) for n in (1, numbers.nbytes, 10 * numbers.nbytes)] == [256, 1, 1]
 
 
 def test_states_of_many_layers_are_gone_through_in_turn(monkeypatch):
@@ -143,15 +156,18 @@ def test_the_table_and_the_plot_hold_the_rows(tiny, tmp_path):
     result = measure()
     table, notes = step.table(result).split("\n\n")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert {len(line) for line in cells} == {9} and len(cells) == 2 + 4
+    assert {len(line) for line in cells} == {10} and len(cells) == 2 + 4
     row = result["rows"][1]
     ring, plain, torch_ = row["contestants"].values()
     assert cells[3] == [
         "tiny (2 x 16/32)", "3", "fp32", "12.3 kB", duration(ring["seconds"]), f"{ring['fraction']:.0%}",
-        f"{plain['seconds'] / ring['seconds']:.2f}x", f"{torch_['seconds'] / ring['seconds']:.2f}x",
+        f"{ring['of_reading']:.0%}", f"{plain['seconds'] / ring['seconds']:.2f}x", f"{torch_['seconds'] / ring['seconds']:.2f}x",
         f"{3 / ring['seconds']:,.0f}",
     ]  # fmt: skip
     assert "reading 10 GB/s" in notes
+    for one in row["contestants"].values():  # a file from before it was measured
+        del one["of_reading"]
+    assert "| – |" in step.table(result)
     pytest.importorskip("matplotlib")
     step.plot(result, tmp_path / "step.png", title="a title")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG\r\n")
