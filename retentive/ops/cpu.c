@@ -864,7 +864,10 @@ int retention_step(const Step *c) {
             failed = 1;
             continue;
         }
-        if (begin < end) ask_ring(c, begin);
+        if (begin < end) { /* where the state begins is known at once, what the ring holds is not */
+            for (int line = 0; line < 32; line++) __builtin_prefetch(c->state + begin * c->K * c->V + line * 16);
+            ask_ring(c, begin);
+        }
         for (i64 bh = begin; bh < end; bh++) step_head(c, bh, end, space);
     }
     for (i64 b = 0; b < c->B && !failed; b++) {

@@ -262,8 +262,11 @@ refuse_second_derivative(cpu_backward)
 class Plan:
     """A step over one ring, prepared: what stays the same from token to token is checked and written down once.
 
-    Checks and pointers cost more than the step itself where states are small (docs/LOG.md).
+    Checks and pointers cost more than the step itself where states are small (docs/LOG.md), and no cache holds a plan
+    from one token to the next: it has slots, not a dictionary.
     """
+
+    __slots__ = ("call", "decays", "dtype", "pointer", "qk", "scale", "step", "v")
 
     def __init__(self, ring: Ring):
         B, H, K, V = ring.state.shape

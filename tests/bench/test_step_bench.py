@@ -161,8 +161,8 @@ def test_the_table_and_the_plot_hold_the_rows(tiny, tmp_path):
     ring, plain, torch_ = row["contestants"].values()
     assert cells[3] == [
         "tiny (2 x 16/32)", "3", "fp32", "12.3 kB", duration(ring["seconds"]), f"{ring['fraction']:.0%}",
-        f"{ring['of_reading']:.0%}", f"{plain['seconds'] / ring['seconds']:.2f}x", f"{torch_['seconds'] / ring['seconds']:.2f}x",
-        f"{3 / ring['seconds']:,.0f}",
+        f"{ring['of_reading']:.0%}", f"{plain['seconds'] / ring['seconds']:.2f}x",
+        f"{torch_['seconds'] / ring['seconds']:.2f}x", f"{3 / ring['seconds']:,.0f}",
     ]  # fmt: skip
     assert "reading 10 GB/s" in notes
     for one in row["contestants"].values():  # a file from before it was measured
