@@ -104,9 +104,9 @@ def measure(
         for dtype in dtypes:
             errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
             for B in batches:
-                results, rates, alike = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
+                results, rates, alone = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
                 row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
-                rows.append(finish(row, rates, alike, errors))
+                rows.append(finish(row, rates, alone, errors))
                 told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
                 say(f"{shape} B={B} {dtype}: {told}")
     return {
