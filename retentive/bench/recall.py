@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from retentive.bench import compare, hardware
-from retentive.bench.plot import dress, grid
+from retentive.bench.plot import dress, grid, legend
 from retentive.bench.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
@@ -29,6 +29,8 @@ KEYS = VALUES = 64
 VARIANTS = ("retnet", "short-head", "gated", "no-decay", "hybrid", "transformer")
 ASKED = 4096
 """Answers that an accuracy is taken of, at least."""
+LEARNED = 0.9
+"""Accuracy at the fewest pairs from which on a model counts as one that has learned the task."""
 
 
 class Rows:
@@ -136,8 +138,13 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
             raise ValueError(f"{folder} was trained otherwise ({had}, now {options}): choose another --out")
 
 
+def learned(row: dict[str, Any]) -> bool:
+    """Whether the model answers about the fewest pairs; where not, its row tells of training and not of memory."""
+    return next(iter(row["accuracy"].values())) >= LEARNED
+
+
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, under it the models whose rows say nothing about memory."""
     pairs = list(result["rows"][0]["accuracy"])
     longest = 4 * max(int(n) for n in pairs)
     heads = ["width", "variant", "parameters", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
@@ -151,7 +158,13 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    return markdown(heads, lines)
+    unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]
+    if not unlearned:
+        return markdown(heads, lines)
+    return f"{markdown(heads, lines)}\n\n" + (
+        f"- {', '.join(unlearned)}: wrong even about {pairs[0]} pairs, so not trained to the end in "
+        f"{result['steps']:,} steps at this rate. These rows tell of training, not of memory."
+    )
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
@@ -165,13 +178,13 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     for axis, dim in zip(axes, dims, strict=True):
         for n, row in enumerate(r for r in result["rows"] if r["dim"] == dim):
             pairs = [int(count) for count in row["accuracy"]]
-            axis.plot(
-                pairs, list(row["accuracy"].values()), color=f"C{n}", marker="osv^Dx"[n % 6], label=row["variant"]
-            )
+            style, more = ("-", "") if learned(row) else (":", ", not trained to the end")
+            how = {"color": f"C{n}", "marker": "osv^Dx"[n % 6], "linestyle": style, "label": row["variant"] + more}
+            axis.plot(pairs, list(row["accuracy"].values()), **how)
         dress(axis, pairs, [str(count) for count in pairs], "answers that are right")
         axis.set_yscale("linear")
         axis.set_ylim(0, 1.03)
         axis.set_title(f"width {dim}, two layers", fontsize=9)
         axis.set_xlabel("pairs to remember")
-        axis.legend(fontsize=8)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

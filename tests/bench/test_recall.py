@@ -58,9 +58,11 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines):
     before = (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns
     assert recall.measure(tmp_path, steps=400, **how)["rows"] == result["rows"]
     assert (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns == before
-    assert "transformer" in recall.table(result)
+    for share, told in ((0.95, False), (0.5, True)):
+        row["accuracy"]["2"] = share
+        assert ("transformer (32): wrong even about 2 pairs" in recall.table(result)) is told
     recall.plot(result, tmp_path / "a.png", title="t")
-    assert list(lines) == ["transformer"]
+    assert list(lines) == ["transformer, not trained to the end"]
 
 
 def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
