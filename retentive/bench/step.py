@@ -176,7 +176,7 @@ def in_turns(
         states[name] = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
     pieces = in_pieces(numbers, nbytes)
     sums = torch.empty(pieces[0].shape[0], device=device)
-    alone = nbytes / (pieces[0].nbytes * len(pieces))  # a piece is a whole number of rows
+    a_step_of_reads = nbytes / (pieces[0].nbytes * len(pieces))
 
     def steps(step: Callable, layer_states: list[Any]) -> None:
         for _ in range(tokens):
@@ -197,7 +197,7 @@ def in_turns(
         fractions[name].append(nbytes / seconds / statistics.mean(rates[-2:]))
 
     for _ in range(repeats + 1):
-        note("alone", machine.clock(device, reads) * alone)
+        note("alone", machine.clock(device, reads) * a_step_of_reads)
         for name, one in CONTESTANTS.items():
             seconds = machine.clock(device, lambda one=one, name=name: steps(one.step, states[name]))  # type: ignore[misc]
             note(name, seconds / (tokens * layers))
@@ -224,10 +224,9 @@ def in_turns(
 
 
 def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
-    """`numbers` cut into pieces of about `nbytes`, each in rows of 4 kB, of which torch sums fastest."""
-    rows = numbers.view(-1, 1024)
-    each = min(max(round(nbytes / 4096), 1), len(rows))
-    return list(rows[: len(rows) // each * each].split(each))
+    """`numbers` cut into pieces of about `nbytes`, of whole rows: what `machine.reading` sums at once."""
+    each = min(max(round(nbytes / numbers[0].nbytes), 1), len(numbers))
+    return list(numbers[: len(numbers) // each * each].split(each))
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:

@@ -651,7 +651,7 @@ static void in_large_pages(const void *p, i64 bytes) {
 /* 0, or 1 when there was no memory */
 static int for_each_head(const Call *c, int backward) {
     int failed = 0;
-    i64 elements = c->begin[c->N] * c->H, size = c->dtype == 0 ? 4 : 2, span = c->C * c->group, last = c->N - 1;
+    i64 elements = c->begin[c->N] * c->H, size = size_of(c->dtype), span = c->C * c->group, last = c->N - 1;
     i64 checkpoints = c->first_checkpoint[last] + (c->begin[c->N] - c->begin[last] + span - 1) / span;
     in_large_pages(c->o, elements * c->V * size), in_large_pages(c->dv, elements * c->V * size);
     in_large_pages(c->dq, elements * c->K * size), in_large_pages(c->dk, elements * c->K * size);
@@ -759,7 +759,7 @@ INLINE i64 slot_of(const Held *held, i64 j) {
 
 /* Asks for the rows in the ring of a head: few, and in another place for each head, they are waited for otherwise. */
 static void ask_ring(const Step *c, i64 bh) {
-    i64 b = bh / c->H, R = c->slots, size = c->dtype == 0 ? 4 : 2, k_bytes = c->K * size, v_bytes = c->V * size;
+    i64 b = bh / c->H, R = c->slots, size = size_of(c->dtype), k_bytes = c->K * size, v_bytes = c->V * size;
     __builtin_prefetch(c->ring_decay + bh * R);
     for (i64 t = c->folded[b]; t < c->written[b]; t++) {
         i64 at = bh * R + t % R;
@@ -770,7 +770,7 @@ static void ask_ring(const Step *c, i64 bh) {
 
 /* the new token into the ring; all that are in it as float32, in `space` if they are not so there */
 static Held put(const Step *c, i64 bh, float *space) {
-    i64 K = c->K, V = c->V, R = c->slots, size = c->dtype == 0 ? 4 : 2, b = bh / c->H, slot = c->written[b] % R;
+    i64 K = c->K, V = c->V, R = c->slots, size = size_of(c->dtype), b = bh / c->H, slot = c->written[b] % R;
     char *k = (char *)c->ring_k + bh * R * K * size, *v = (char *)c->ring_v + bh * R * V * size;
     float *decay = c->ring_decay + bh * R;
     memcpy(k + slot * K * size, element(c->k, c->dtype, bh * K), K * size);
@@ -846,7 +846,7 @@ static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     if (bh + 1 < end) ask_ring(c, bh + 1);
     if (asks_ahead()) through_state(S, K, V, q, o, &fold, 2);
     else through_state(S, K, V, q, o, &fold, 0);
-    write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * (c->dtype == 0 ? 4 : 2), V);
+    write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
 /* 0; 1 when there was no memory; 2 for a log decay above 0 or NaN, and then nothing was written */

@@ -50,7 +50,8 @@ typedef _Float16 half;
 typedef uint16_t half;
 #endif
 
-INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * (dtype == 0 ? 4 : 2); }
+INLINE i64 size_of(i64 dtype) { return dtype == 0 ? 4 : 2; }
+INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * size_of(dtype); }
 
 /* a row of `n` elements as float32, zeros up to `width` */
 INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {

@@ -33,7 +33,7 @@ int rms_norm(const Norm *c) {
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
     {
-        i64 n = c->n, bytes = n * (c->dtype == 0 ? 4 : 2);
+        i64 n = c->n, bytes = n * size_of(c->dtype);
         float *x = malloc(2 * n * 4), *weight = x + n;
         if (x && c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
         if (!x) {
@@ -59,7 +59,7 @@ int rms_norm(const Norm *c) {
 
 int rms_norm_backward(const Norm *c) {
     int failed = 0;
-    i64 n = c->n, bytes = n * (c->dtype == 0 ? 4 : 2);
+    i64 n = c->n, bytes = n * size_of(c->dtype);
     int threads = threads_for(c->threads, c->rows * n);
     if (c->dweight) memset(c->dweight, 0, c->threads * n * 8);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -94,7 +94,7 @@ INLINE i64 place(i64 rows, i64 token, i64 T) { return rows == 1 ? 0 : rows == T 
 
 int rotate(const Rotate *c) {
     int failed = 0;
-    i64 H = c->H, K = c->K, size = c->dtype == 0 ? 4 : 2;
+    i64 H = c->H, K = c->K, size = size_of(c->dtype);
 #pragma omp parallel num_threads(threads_for(c->threads, c->tokens * H * K))
     {
         float *x = malloc(2 * K * 4), *y = x + K;
