@@ -39,7 +39,7 @@ print(json.dumps(sorted(roots - set(sys.stdlib_module_names))))
 OPTIONAL = ["matplotlib", "pyarrow", "zstandard", "datasets", "tiktoken", "tensorboard", "wandb", "pandas"]
 OPTIONAL += ["transformers", "triton"]  # of hf, of the GPU's kernels
 OPTIONAL += ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "ray"]  # of serve
-WITHOUT = ["retentive.serve", "retentive.serve.options", "retentive.serve.templates", "retentive.serve.sessions"]
+WITHOUT = ["retentive.serve", "retentive.serve.options", "retentive.data.templates", "retentive.serve.sessions"]
 OPTIONAL += ["llguidance"]  # of structured output
 OPTIONAL += ["lm_eval"]  # of evals
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from retentive.bench import compare
 from retentive.cli.compare import CompareCommand, train_command
 from retentive.cli.train import TrainCommand, model_config, read_recipe
 from retentive.models import build
+from retentive.studies import compare
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 

@@ -10,8 +10,8 @@ import pytest
 
 import retentive
 
-FLOORS = ["ops", "layers", "models data", "checkpoint multimodal", "train infer hf export", "serve evals bench"]
-FLOORS += ["report", "cli demo", "__main__"]
+FLOORS = ["files machine", "ops", "layers", "models data", "checkpoint", "multimodal native", "infer", "evals", "train"]
+FLOORS += ["hf export serve bench", "studies", "report", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from
 PACKAGE = Path(retentive.__file__).parent

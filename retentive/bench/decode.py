@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retentive.bench import hardware, machine, twins
-from retentive.bench.plot import dress, grid, tokens
+from retentive import machine
+from retentive.bench.lab import models
+from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
-from retentive.bench.tables import at_least_one, duration, known, markdown, size
 from retentive.models import KVCache, RetNetConfig, cost
 
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -37,7 +38,7 @@ def measure(
     *,
     contexts: Sequence[int] = CONTEXTS,
     batches: Sequence[int] = BATCHES,
-    models: Sequence[str] = tuple(twins.NAMES),
+    models: Sequence[str] = tuple(models.NAMES),
     precision: str = "bf16",
     steps: int = 16,
     repeats: int = 3,
@@ -51,24 +52,24 @@ def measure(
         ArithmeticError: a gate is red; nothing was timed.
     """
     device = device or torch.device("cpu")
-    known([precision], twins.PRECISIONS, "precision")
+    known([precision], models.PRECISIONS, "precision")
     for what, values in (("contexts", contexts), ("batches", batches), ("steps", [steps]), ("repeats", [repeats])):
         at_least_one(what, values)
-    dtype = twins.PRECISIONS[precision]
-    contestants = {name: DECODERS.get(name, Decoder)(name, config, device, dtype) for name in twins.chosen(models)}
+    dtype = models.PRECISIONS[precision]
+    contestants = {name: DECODERS.get(name, Decoder)(name, config, device, dtype) for name in models.chosen(models)}
     for one in contestants.values():
         one.check()
     rows = []
     for batch in sorted(set(batches)):
         for context in sorted(set(contexts)):
             row: dict[str, Any] = {"batch": batch, "context": context}
-            row["models"] = in_turns(contestants, batch, context, steps, repeats, device, dtype)
+            row["models"] = interleaved(contestants, batch, context, steps, repeats, device, dtype)
             rows.append(row)
             told = ", ".join(f"{name} {_told(r)}" for name, r in row["models"].items())
             say(f"batch {batch}, context {context:,}: {told}")
     return {
         "what": "decoding",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": str(device),
         "precision": precision,
         "parameters": {name: cost.parameters(one.config) for name, one in contestants.items()},
@@ -89,8 +90,8 @@ class Decoder:
     """A model that decodes, and what it costs."""
 
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
-        self.model, self.dtype = twins.make(name, config, device, dtype), dtype
-        self.config: Any = twins.config_of(name, config)
+        self.model, self.dtype = models.make(name, config, device, dtype), dtype
+        self.config: Any = models.config_of(name, config)
         self.ring_bytes = self.ring()
 
     def ring(self) -> int:
@@ -100,7 +101,7 @@ class Decoder:
 
     def check(self) -> None:
         """Raises ArithmeticError where it does not decode what it reads."""
-        twins.check_decoding(self.model)
+        models.check_decoding(self.model)
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         """A state as after `context` tokens, with room for so many more."""
@@ -138,7 +139,7 @@ class Llama(Decoder):
 
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, dtype)
-        self.config = twins.config_of("transformer", config)  # the same numbers, of which the formulas know
+        self.config = models.config_of("transformer", config)  # the same numbers, of which the formulas know
         names = inspect.signature(self.model.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
 
@@ -186,7 +187,7 @@ def parties(contestants: dict[str, Decoder], batch: int, context: int, free: int
     return found, left_out
 
 
-def in_turns(
+def interleaved(
     contestants: dict[str, Decoder],
     batch: int,
     context: int,
@@ -218,11 +219,11 @@ def turns(
 ) -> dict[str, dict[str, Any]]:
     """Of every contestant seconds a step in the best and the median repetition, memory, fraction of the limit."""
     states = {name: one.fill(batch, context, (repeats + 1) * steps) for name, one in contestants.items()}
-    numbers, gemm = machine.numbers(device), machine.gemm(device, dtype)
+    numbers, gemm = machine.numbers(device), machine.gemm_rate(device, dtype)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times: dict[str, list[float]] = {name: [] for name in states}
     fractions: dict[str, list[float]] = {name: [] for name in states}
-    rate = machine.reading(numbers)
+    rate = machine.read_rate(numbers)
 
     def repetition(name: str) -> None:
         for _ in range(steps):
@@ -231,7 +232,7 @@ def turns(
     for _ in range(repeats + 1):
         for name, one in contestants.items():
             times[name].append(machine.clock(device, lambda name=name: repetition(name)) / steps)  # type: ignore[misc]
-            before, rate = rate, machine.reading(numbers)
+            before, rate = rate, machine.read_rate(numbers)
             limit = max(
                 one.moves(batch, context) / statistics.mean((before, rate)),
                 batch * cost.flops_per_token(one.config, context) / gemm,
@@ -254,8 +255,8 @@ def turns(
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, with where the state begins to be the smaller memory."""
     names = list(result["parameters"])
-    heads = ["batch", "context", *(f"{twins.NAMES[name]}: a step" for name in names)]
-    heads += ["RetNet, of the limit", "RetNet: memory", *(f"{twins.NAMES[name]}: memory" for name in names[1:])]
+    heads = ["batch", "context", *(f"{models.NAMES[name]}: a step" for name in names)]
+    heads += ["RetNet, of the limit", "RetNet: memory", *(f"{models.NAMES[name]}: memory" for name in names[1:])]
     lines = []
     for row in result["rows"]:
         base, cells = row["models"]["retnet"], [str(row["batch"]), f"{row['context']:,}"]
@@ -269,14 +270,14 @@ def table(result: dict[str, Any]) -> str:
             cells.append(size(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        f"- The state with its ring is smaller than the cache of {twins.NAMES[name]} from {n:,} tokens of context on."
+        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."
         for name, n in result["break_even"].items()
     ]
     for name in names[1:]:
         for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
             at = faster_from(result["rows"], name, batch)
             if at is not None:
-                notes.append(f"- A step of RetNet is shorter than one of {twins.NAMES[name]} {at} at batch {batch}.")
+                notes.append(f"- A step of RetNet is shorter than one of {models.NAMES[name]} {at} at batch {batch}.")
     return "\n\n".join([markdown(heads, lines), "\n".join(notes)])
 
 
@@ -314,7 +315,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     batches = sorted({row["batch"] for row in result["rows"]})
     at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
     for n, name in enumerate(result["parameters"]):
-        how: dict[str, Any] = {"color": f"C{n}", "marker": "osv^"[n], "label": twins.NAMES[name]}
+        how: dict[str, Any] = {"color": f"C{n}", "marker": "osv^"[n], "label": models.NAMES[name]}
         for axis, key, unit in ((memory, "memory_bytes", 1e9), (throughput, "tokens_per_second", 1)):
             points = _points(result["rows"], name, key, "context", batch=most)
             axis.plot([x for x, _ in points], [y / unit for _, y in points], **how)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware
-from retentive.bench.plot import panels
+from retentive import machine
+from retentive.bench.lab.plot import panels
 from retentive.models import Model
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -92,4 +92,4 @@ def plot(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows with the hardware they were measured on, for a JSON file."""
-    return {"what": "memory and time per token against context", "hardware": hardware.describe(), "rows": rows}
+    return {"what": "memory and time per token against context", "hardware": machine.describe(), "rows": rows}

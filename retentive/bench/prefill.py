@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware, machine, twins
-from retentive.bench.plot import dress, grid, tokens
-from retentive.bench.tables import at_least_one, duration, known, markdown
+from retentive import machine
+from retentive.bench.lab import clock, models
+from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown
 from retentive.models import Model, RetNetConfig, cost
 
 LENGTHS = (512, 2048, 8192, 32768)
@@ -40,26 +41,26 @@ def measure(
         ArithmeticError: a gate is red; nothing was timed.
     """
     device = device or torch.device("cpu")
-    known([precision], twins.PRECISIONS, "precision")
+    known([precision], models.PRECISIONS, "precision")
     at_least_one("lengths", lengths)
     at_least_one("repeats", [repeats])
     known(models, MODELS, "model")
-    dtype = twins.PRECISIONS[precision]
-    contestants: dict[str, Model] = {name: twins.make(name, config, device, dtype) for name in twins.chosen(models)}
+    dtype = models.PRECISIONS[precision]
+    contestants: dict[str, Model] = {name: models.make(name, config, device, dtype) for name in models.chosen(models)}
     for model in contestants.values():
-        twins.check_decoding(model)
+        models.check_decoding(model)
     rows = []
     for length in sorted(set(lengths)):
         row: dict[str, Any] = {
             "length": length,
-            "models": in_turns(contestants, length, repeats, patience, device, dtype),
+            "models": interleaved(contestants, length, repeats, patience, device, dtype),
         }
         rows.append(row)
         told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in row["models"].items())
         say(f"{length:,} tokens: {told}")
     return {
         "what": "reading a prompt",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": str(device),
         "precision": precision,
         "parameters": {name: cost.parameters(model.config) for name, model in contestants.items()},
@@ -67,7 +68,7 @@ def measure(
     }
 
 
-def in_turns(
+def interleaved(
     contestants: dict[str, Model],
     length: int,
     repeats: int,
@@ -76,12 +77,12 @@ def in_turns(
     dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
     """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
-    gemm = machine.gemm(device, dtype)
+    gemm = machine.gemm_rate(device, dtype)
     vocab = next(iter(contestants.values())).config.vocab_size
     ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     runs = {name: partial(model.hidden, ids) for name, model in contestants.items()}
     results = {}
-    for name, times in machine.in_turns(runs, device, repeats=repeats, patience=patience).items():
+    for name, times in clock.interleaved(runs, device, repeats=repeats, patience=patience).items():
         config = contestants[name].config
         # a prompt's tokens have half of it before them on average; its logits are not asked for
         flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
@@ -98,8 +99,8 @@ def in_turns(
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     names = list(result["parameters"])
-    heads = ["tokens", *(f"{twins.NAMES[n]}: tokens/s" for n in names), *(f"of {twins.NAMES[n]}" for n in names[1:])]
-    heads += [f"{twins.NAMES[n]}: of the GEMM rate" for n in names]
+    heads = ["tokens", *(f"{models.NAMES[n]}: tokens/s" for n in names), *(f"of {models.NAMES[n]}" for n in names[1:])]
+    heads += [f"{models.NAMES[n]}: of the GEMM rate" for n in names]
     lines = []
     for row in result["rows"]:
         rates = {name: row["models"][name]["tokens_per_second"] for name in names}
@@ -119,7 +120,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     lengths = [row["length"] for row in result["rows"]]
     for n, name in enumerate(result["parameters"]):
         rates = [row["models"][name]["tokens_per_second"] for row in result["rows"]]
-        axis.plot(lengths, rates, color=f"C{n}", marker="osv"[n], label=twins.NAMES[name])
+        axis.plot(lengths, rates, color=f"C{n}", marker="osv"[n], label=models.NAMES[name])
     dress(axis, lengths, [tokens(n) for n in lengths], "tokens/s")
     axis.set_xlabel("tokens of the prompt")
     axis.legend(fontsize=9)

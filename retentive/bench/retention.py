@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.bench import contestants, gate, hardware, machine, peak
-from retentive.bench.tables import at_least_one, duration, known
-from retentive.bench.work import DTYPES, Work, limit
+from retentive import machine
+from retentive.bench.lab import clock, gate, isolated, rivals
+from retentive.bench.lab.roofline import DTYPES, Work, limit
+from retentive.bench.lab.tables import at_least_one, duration, known
 from retentive.ops import cpu as cpu_module
 
 LONG = 20.0
@@ -77,22 +78,22 @@ def measure(
             rows += group(shape, works, names, repeats, patience, say)
     return {
         "what": "retention: time and memory of forward and backward",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": str(device),
         "no_compiled_kernel": cpu_module.unavailable() if device.type == "cpu" else None,
-        "rivals": {name: contestants.version(name) for name in names if name not in contestants.OURS} | absent,
+        "rivals": {name: rivals.version(name) for name in names if name not in rivals.OURS} | absent,
         "rows": rows,
     }
 
 
 def invite(rivals: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
     """All who take part, ours first, and why the others do not. "auto" asks everybody, "none" nobody."""
-    known(rivals, ("auto", "none", *contestants.RIVALS), "rival")
-    asked = contestants.RIVALS if "auto" in rivals else [name for name in rivals if name != "none"]
-    absent = {name: why for name in asked if (why := contestants.missing(name, device))}
+    known(rivals, ("auto", "none", *rivals.RIVALS), "rival")
+    asked = rivals.RIVALS if "auto" in rivals else [name for name in rivals if name != "none"]
+    absent = {name: why for name in asked if (why := rivals.missing(name, device))}
     if absent and "auto" not in rivals:
         raise ValueError("; ".join(f"rival {name!r}: {why}" for name, why in absent.items()))
-    return [*contestants.OURS, *(name for name in asked if name not in absent)], absent
+    return [*rivals.OURS, *(name for name in asked if name not in absent)], absent
 
 
 def group(
@@ -109,7 +110,7 @@ def group(
             if "skipped" not in option:
                 error = gate.check("torchscale", work, option["chunk"])
                 errors["torchscale"] = max(errors.get("torchscale", 0), error)
-        in_turns([(name, option) for name in names for option in options[name]], work, repeats)
+        interleaved([(name, option) for name in names for option in options[name]], work, repeats)
         results = {name: quickest(options[name]) for name in names}
         rows.append({"shape": shape, **vars(work), "qkvo_bytes": work.qkvo_bytes, "contestants": results})
         say(line(rows[-1]))
@@ -130,14 +131,14 @@ def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
     if name != "torchscale":
         return [_prepare(name, work, None, patience)]
     options: list[dict[str, Any]] = []
-    for chunk in sorted(contestants.CHUNKS, reverse=True):
+    for chunk in sorted(rivals.CHUNKS, reverse=True):
         if work.T % chunk == 0:
             options.append(_prepare(name, work, chunk, patience))
             best = min(_seconds(option) for option in options)
             if _seconds(options[-1]) > CLOSE * best:
                 break  # shorter chunks have more states to keep, and are slower yet
     if not options:
-        return [{"skipped": f"needs a multiple of {contestants.CHUNKS[0]} tokens"}]
+        return [{"skipped": f"needs a multiple of {rivals.CHUNKS[0]} tokens"}]
     tried = {str(option["chunk"]): option.get("seconds", option.get("skipped")) for option in options}
     return [option | {"tried": tried} for option in options if _seconds(option) <= CLOSE * best]
 
@@ -147,17 +148,17 @@ def _seconds(option: dict[str, Any]) -> float:
 
 
 def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[str, Any]:
-    one = contestants.contestant(name, work, chunk)
+    one = rivals.contestant(name, work, chunk)
     result = {"backend": one.backend, "chunk": one.chunk}
     try:
         expected = foretell(name, work, one)
         if expected > patience:
             return result | {"skipped": f"would take {expected:.0f} s"}
-        return result | peak.in_process_of_its_own(name, work, one.chunk)
+        return result | isolated.in_process_of_its_own(name, work, one.chunk)
     except (MemoryError, RuntimeError) as error:
-        if not peak.is_of_memory(error):
+        if not isolated.is_of_memory(error):
             raise
-        return result | {"skipped": peak.NO_MEMORY}
+        return result | {"skipped": isolated.NO_MEMORY}
 
 
 def quickest(options: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,21 +169,21 @@ def quickest(options: list[dict[str, Any]]) -> dict[str, Any]:
     return best
 
 
-def foretell(name: str, work: Work, one: contestants.Contestant) -> float:
+def foretell(name: str, work: Work, one: rivals.Contestant) -> float:
     """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
     short = replace(work, T=min(work.T, 2048))
     if short == work:
         return 0
-    return warm(contestants.contestant(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
+    return warm(rivals.contestant(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
 
 
-def warm(one: contestants.Contestant, work: Work) -> float:
+def warm(one: rivals.Contestant, work: Work) -> float:
     """Seconds of a forward and backward pass after one that warms up."""
-    inputs = peak.tensors(one, work)
-    return [machine.clock(torch.device(work.device), lambda: peak.both(one, inputs)) for _ in range(2)][1]
+    inputs = isolated.tensors(one, work)
+    return [machine.clock(torch.device(work.device), lambda: isolated.both(one, inputs)) for _ in range(2)][1]
 
 
-def in_turns(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
+def interleaved(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
     """Times of all who are quick enough to be repeated, into their dictionaries."""
     device = torch.device(work.device)
     ready = [(name, option) for name, option in options if "skipped" not in option]
@@ -191,13 +192,13 @@ def in_turns(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     quick = [(name, option) for name, option in ready if option["seconds"] <= LONG]
     if not quick:
         return
-    ones = [contestants.contestant(name, work, option["chunk"]) for name, option in quick]
-    share = peak.flat(work, ones)
+    ones = [rivals.contestant(name, work, option["chunk"]) for name, option in quick]
+    share = isolated.flat(work, ones)
     times: list[list[tuple[float, float]]] = [[] for _ in ones]
     for _ in range(repeats + 1):
         for (_, option), one, measured in zip(quick, ones, times, strict=True):
             if (len(measured) - 1) * option["seconds"] <= LONG:
-                measured.append(both_and_forward(one, peak.tensors(one, work, share), device))
+                measured.append(both_and_forward(one, isolated.tensors(one, work, share), device))
     for (_, option), measured in zip(quick, times, strict=True):
         whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))  # the first one warmed up
         option |= {
@@ -209,9 +210,9 @@ def in_turns(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
         }
 
 
-def both_and_forward(one: contestants.Contestant, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
+def both_and_forward(one: rivals.Contestant, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
     """Seconds of both passes, then of a forward pass alone that keeps nothing for another."""
-    seconds = machine.clock(device, lambda: peak.both(one, inputs))
+    seconds = machine.clock(device, lambda: isolated.both(one, inputs))
     with torch.no_grad():
         return seconds, machine.clock(device, lambda: one.run(*inputs[:3]))
 
@@ -221,8 +222,8 @@ def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dic
 
     The retentions share ours, whose work is that of the chunk length that our backend takes; attention has its own.
     """
-    rates = machine.mean(before, after)
-    _, chunk = contestants.taken(work, "auto")
+    rates = clock.mean(before, after)
+    _, chunk = rivals.taken(work, "auto")
     row["machine"] = {"before": before, "after": after}
     for backward, key in ((True, "limit"), (False, "forward_limit")):
         flops, nbytes = work.flops(chunk, backward=backward), work.bytes(backward=backward)

@@ -4,8 +4,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from retentive.bench.plot import STYLES, dress, grid, legend, linear, tokens
-from retentive.bench.tables import duration, markdown, size, span
+from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear, tokens
+from retentive.bench.lab.tables import duration, markdown, size, span
 
 NAMES = {"retentive": "retentive", "blocked": "blocked", "torchscale": "torchscale", "sdpa": "SDPA", "fla": "fla"}
 COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3", "fla": "C2"}

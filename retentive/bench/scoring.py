@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from retentive.bench import hardware
-from retentive.bench.tables import at_least_one, duration, markdown
+from retentive import machine
+from retentive.bench.lab.tables import at_least_one, duration, markdown
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""
@@ -61,7 +61,7 @@ def measure(
             }
         )
         say(f"{name}: {ratio:.2f} times as fast")
-    return {"what": "scoring choices from one state a question", "hardware": hardware.describe(), "rows": rows}
+    return {"what": "scoring choices from one state a question", "hardware": machine.describe(), "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:

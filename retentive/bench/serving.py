@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware
-from retentive.bench.tables import at_least_one, duration, markdown, size
+from retentive import machine
+from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
@@ -67,7 +67,7 @@ def measure(
     say(f"first token of {prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
     result: dict[str, Any] = {
         "what": "serving: the engine",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "streams": streams,
         "tokens": tokens,

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware
-from retentive.bench.plot import panels
+from retentive import machine
+from retentive.bench.lab.plot import panels
 from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
@@ -65,7 +65,7 @@ def measure(minutes: float, *, say: Callable[[str], None], seed: int = 0) -> dic
         "ok": not tally.wrong and alive and not any(left.values()) and drained["ok"],
         "samples": samples,
         "device": "cpu",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
     }
 
 

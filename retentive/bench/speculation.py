@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from retentive.bench import hardware
-from retentive.bench.tables import at_least_one, markdown
+from retentive import machine
+from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
 from retentive.models import Model
@@ -74,7 +74,7 @@ def measure(
     parameters = {"model": count(model)} | ({"draft": count(draft)} if draft is not None else {})
     return {
         "what": "speculative decoding, greedy",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "parameters": parameters,
         "texts": len(texts),
         "tokens": tokens,

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.bench import hardware, machine
-from retentive.bench.plot import STYLES, dress, grid, legend, linear
-from retentive.bench.tables import at_least_one, duration, known, markdown, size, span
-from retentive.bench.work import DTYPES
+from retentive import machine
+from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
+from retentive.bench.lab.roofline import DTYPES
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
 from retentive.ops import Ring, backends, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
@@ -104,14 +104,14 @@ def measure(
         for dtype in dtypes:
             errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
             for B in batches:
-                results, rates, alone = in_turns(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
+                results, rates, alone = interleaved(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
                 row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
                 rows.append(finish(row, rates, alone, errors))
                 told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
                 say(f"{shape} B={B} {dtype}: {told}")
     return {
         "what": "decoding step of one layer",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": str(device),
         "ring_backend": backend(device, dtypes[0]),
         "rows": rows,
@@ -156,7 +156,7 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
     return max(errors)
 
 
-def in_turns(
+def interleaved(
     shape: Shape, B: int, dtype: str, device: torch.device, repeats: int, spread: int
 ) -> tuple[dict[str, dict[str, Any]], list[float], dict[str, float]]:
     """What one step of one layer takes.
@@ -189,10 +189,10 @@ def in_turns(
 
     times: dict[str, list[float]] = {name: [] for name in (*CONTESTANTS, "alone")}
     fractions: dict[str, list[float]] = {name: [] for name in times}
-    rates = [machine.reading(numbers)]
+    rates = [machine.read_rate(numbers)]
 
     def note(name: str, seconds: float) -> None:
-        rates.append(machine.reading(numbers))
+        rates.append(machine.read_rate(numbers))
         times[name].append(seconds)
         fractions[name].append(nbytes / seconds / statistics.mean(rates[-2:]))
 
@@ -224,7 +224,7 @@ def in_turns(
 
 
 def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
-    """`numbers` cut into pieces of about `nbytes`, of whole rows: what `machine.reading` sums at once."""
+    """`numbers` cut into pieces of about `nbytes`, of whole rows: what `machine.read_rate` sums at once."""
     each = min(max(round(nbytes / numbers[0].nbytes), 1), len(numbers))
     return list(numbers[: len(numbers) // each * each].split(each))
 

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware, machine, peak, twins
-from retentive.bench.plot import dress, grid, tokens
-from retentive.bench.tables import at_least_one, duration, known, markdown, size
+from retentive import machine
+from retentive.bench.lab import clock, models
+from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.models import Model, RetNet, RetNetConfig, cost
+from retentive.ops.cross_entropy import cross_entropy
 from retentive.train.config import TrainConfig
 from retentive.train.loop import wrap_blocks
-from retentive.train.loss import cross_entropy
 from retentive.train.optim import adamw
 
 MODELS = ("retnet", "transformer")
@@ -55,7 +56,7 @@ class Trainer:
 
     def __init__(self, name: str, step: Step):
         device = torch.device(step.device)
-        self.model: Model = twins.make(name, step.config, device).train()
+        self.model: Model = models.make(name, step.config, device).train()
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)
@@ -92,13 +93,13 @@ def measure(
         ArithmeticError: the gate is red; nothing was timed.
     """
     device = device or torch.device("cpu")
-    known([precision], twins.PRECISIONS, "precision")
+    known([precision], models.PRECISIONS, "precision")
     for what, values in (("lengths", lengths), ("tokens", [tokens]), ("repeats", [repeats])):
         at_least_one(what, values)
     rows = []
     for length in lengths:
         step = Step(config, length, tokens, precision, checkpoint_activations, str(device))
-        row: dict[str, Any] = {"length": length, "batch": step.batch, **in_turns(step, repeats, patience)}
+        row: dict[str, Any] = {"length": length, "batch": step.batch, **interleaved(step, repeats, patience)}
         gc.collect()
         machine.free_memory(device)  # gives back what the next processes need
         row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
@@ -112,23 +113,23 @@ def measure(
         "precision": precision,
         "checkpoint_activations": checkpoint_activations,
         "device": str(device),
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "rows": rows,
     }
 
 
-def in_turns(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
+def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
     """Of both models the best and the median of their steps, in tokens/s and of the GEMM rate."""
     device = torch.device(step.device)
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
     assert isinstance(retnet, RetNet)
-    twins.check_forms(retnet.eval(), min(step.length, 1024))
+    models.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
-    gemm = machine.gemm(device, twins.PRECISIONS[step.precision])
+    gemm = machine.gemm_rate(device, models.PRECISIONS[step.precision])
     runs = {name: trainer.run for name, trainer in trainers.items()}
     results = {}
-    for name, times in machine.in_turns(runs, device, repeats=repeats, patience=patience).items():
+    for name, times in clock.interleaved(runs, device, repeats=repeats, patience=patience).items():
         model = trainers[name].model
         rate = step.batch * step.length / min(times)
         results[name] = {
@@ -178,7 +179,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         for n, name in enumerate(MODELS):
             points = [(row["length"], row[name][key] / unit) for row in result["rows"] if key in row[name]]
             if points:
-                how: dict[str, Any] = {"color": f"C{n}", "marker": "os"[n], "label": twins.NAMES[name]}
+                how: dict[str, Any] = {"color": f"C{n}", "marker": "os"[n], "label": models.NAMES[name]}
                 axis.plot(*zip(*points, strict=True), **how)
         dress(axis, lengths, [tokens(n) for n in lengths], label)
         axis.set_xlabel("length (tokens)")
@@ -190,12 +191,12 @@ def main(argument: str) -> None:
     """Prints the memory of one model's step."""
     task = json.loads(argument)
     device = torch.device(task["device"])
-    before = peak.reset_mark(device)
+    before = machine.reset_peak_memory(device)
     config = RetNetConfig(**task.pop("config"))
     trainer = Trainer(task.pop("name"), Step(config=config, **task))
     trainer.run(length=1)  # the step that counts has the optimiser's moments from the beginning
     trainer.run()
-    print(json.dumps({"peak_bytes": peak.mark(device) - before}))
+    print(json.dumps({"peak_bytes": machine.peak_memory(device) - before}))
 
 
 if __name__ == "__main__":

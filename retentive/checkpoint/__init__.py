@@ -5,9 +5,7 @@ from retentive.checkpoint.io import (
     load_config,
     load_with_tokenizer,
     read_tensors,
-    replace_folder,
     save_model,
-    write_json,
 )
 
-__all__ = ["load", "load_config", "load_with_tokenizer", "read_tensors", "replace_folder", "save_model", "write_json"]
+__all__ = ["load", "load_config", "load_with_tokenizer", "read_tensors", "save_model"]

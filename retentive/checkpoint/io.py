@@ -4,23 +4,18 @@ Weights are only ever read from safetensors. What is written appears whole or no
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.files import save_tensors, write_together
+from retentive.machine import pick_device
 from retentive.models import Config, HybridConfig, Model, PeerConfig, RetNetConfig, TransformerConfig, build
-from retentive.models.device import pick_device
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
@@ -187,56 +182,13 @@ def save_model(
         raw = FOREIGN[layout].write_config(config)
         tensors = FOREIGN[layout].write_tensors(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
+    described = json.dumps(raw, indent=2) + "\n"
     write_together(
         {
-            folder / "model.safetensors": lambda p: save_file(tensors, p, metadata={"format": "pt"}),
-            folder / "config.json": lambda p: _write_text(p, raw),
+            folder / "model.safetensors": lambda partial: save_tensors(partial, tensors),
+            folder / "config.json": lambda partial: partial.write_text(described, encoding="utf-8"),
         }
     )
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # it would point to other weights
     if tokenizer is not None:
         tokenizer.save(folder)
-
-
-def write_together(files: dict[Path, Callable[[Path], Any]]) -> None:
-    """Write each file beside its place, then move all there: a full disk leaves the old ones as they are."""
-    partial = {path: path.with_name(f".{path.name}.partial") for path in files}
-    try:
-        for path, write in files.items():
-            partial[path].unlink(missing_ok=True)
-            write(partial[path])
-            with open(partial[path], "rb") as file:
-                os.fsync(file.fileno())
-        for path in files:
-            partial[path].replace(path)
-    finally:
-        for path in files:
-            partial[path].unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    """`value` as an indented JSON file, whole or not at all."""
-    write_together({path: lambda p: _write_text(p, value)})
-
-
-def _write_text(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` into a folder beside `path`, then move it there in place of what was: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        partial.chmod(0o755)
-        write(partial)
-        for file in partial.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        old = partial.with_name(partial.name + ".old")
-        if path.exists():
-            path.replace(old)
-        partial.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,5 @@
 """`retentive VERB …`: one table of verbs, each in a module of its own that is imported when it is called."""
 
-import ctypes
 import importlib
 import os
 import sys
@@ -49,24 +48,12 @@ def run(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
     elif argv[0] in VERBS:
-        keep_freed_memory()
+        from retentive import machine  # imports torch: not for --help
+
+        machine.keep_freed_memory()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     else:
         raise ValueError(f"unknown verb {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc use the memory of freed tensors again; where there is another C library, nothing.
-
-    By default large blocks go back to the system at once, and getting them anew, page by page, costs a training step on
-    a CPU a tenth of its time (docs/LOG.md).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def usage() -> str:

@@ -11,26 +11,14 @@ import torch
 import tyro
 
 import retentive
-from retentive.bench import (
-    ask,
-    http,
-    prompting,
-    recall,
-    retention,
-    retention_report,
-    run,
-    scoring,
-    serving,
-    soak,
-    speculation,
-    step,
-)
+from retentive.bench import http, memory_file, retention, retention_report, scoring, serving, soak, speculation, step
 from retentive.checkpoint import load_with_tokenizer, save_model
 from retentive.cli import bench_models as models
 from retentive.cli.bench_scoring import ScoringBench, score_both_ways
 from retentive.cli.results import bench_device, keep, keep_with_picture, progress, words
 from retentive.data.tokenizer import load_tokenizer, train_bpe
 from retentive.models import build, preset
+from retentive.studies import prompting, recall, training_run
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ class AskBench:
     """Size of the RetNet, freshly initialised."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
-    lengths: tuple[int, ...] = ask.LENGTHS
+    lengths: tuple[int, ...] = memory_file.LENGTHS
     """Tokens that each memory has read."""
     repeats: int = 15
     """Questions timed of each, in turns; the median counts."""
@@ -210,13 +198,13 @@ def main(argv: list[str]) -> None:
 
 
 def bench_run(command: RunBench, typed: str) -> None:
-    result = run.report(command.run, command.data, load_tokenizer(command.data))
+    result = training_run.report(command.run, command.data, load_tokenizer(command.data))
     for name in ("order-0 entropy", "xz -9"):
         print(f"{name:<18}{result['yardsticks'][name]:6.3f} bits per byte")
     print(f"{'this model':<18}{result['final'][1]:6.3f} bits per byte")
     if command.json:
         keep(command.json, {"command": typed, **result})
-        run.plot(
+        training_run.plot(
             result, command.json.with_suffix(".png"), title=f"{command.run.name}: {result['tokens'] / 1e6:.1f} M tokens"
         )
 
@@ -279,8 +267,8 @@ def bench_recall(command: RecallBench, typed: str) -> None:
 def bench_ask(command: AskBench, typed: str) -> None:
     torch.manual_seed(0)
     model = build(preset(command.size, vocab_size=command.vocab_size)).eval()
-    result = ask.measure(model, lengths=command.lengths, repeats=command.repeats, say=progress)
-    print(ask.table(result))
+    result = memory_file.measure(model, lengths=command.lengths, repeats=command.repeats, say=progress)
+    print(memory_file.table(result))
     if command.json:
         keep(command.json, {"command": typed, **result, "size": command.size})
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retentive.bench import decode, memory, prefill, training, twins
+from retentive.bench import decode, memory, prefill, training
+from retentive.bench.lab import models
 from retentive.cli.results import bench_device, keep, keep_with_picture, progress, words
 from retentive.models import RetNetConfig, build, preset, twin
 
@@ -75,7 +76,7 @@ class DecodeBench(Sized):
     """Tokens that have been read."""
     batches: tuple[int, ...] = decode.BATCHES
     """Sequences decoded together."""
-    models: tuple[str, ...] = tuple(twins.NAMES)
+    models: tuple[str, ...] = tuple(models.NAMES)
     """retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, where that is installed)."""
     precision: str = "bf16"
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""

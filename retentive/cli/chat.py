@@ -20,13 +20,13 @@ from rich.console import Console
 from retentive.checkpoint.io import find
 from retentive.cli.info import megabytes
 from retentive.cli.loading import Loading
+from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine, Stream
 from retentive.infer.generate import Text
 from retentive.infer.memory import Memory, blank, load_memory, save
 from retentive.serve.options import NAME
-from retentive.serve.templates import ChatTemplate, load_template
 
 HELP = """\
 /save NAME   keep all that was said and read in a file

@@ -25,19 +25,19 @@ import tyro
 from filelock import FileLock, Timeout
 
 import retentive
-from retentive.bench import compare, hardware, machine, peak
-from retentive.bench.compare import RECORD, VARIANTS, Run
-from retentive.bench.tables import duration
-from retentive.checkpoint import write_json
-from retentive.checkpoint.io import write_together
+from retentive import machine
+from retentive.bench.lab.tables import duration
 from retentive.cli import train as training
 from retentive.cli.train import ALL, FREE, TrainCommand, read_recipe
 from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.evals import heldout
+from retentive.files import write_json, write_together
+from retentive.machine import pick_device
 from retentive.models import cost, preset
-from retentive.models.device import pick_device
 from retentive.models.peers import KINDS
+from retentive.studies import compare
+from retentive.studies.compare import RECORD, VARIANTS, Run
 from retentive.train import TrainConfig
 from retentive.train.log import read_metrics
 from retentive.train.loop import Interrupted
@@ -208,7 +208,7 @@ def work(command: CompareCommand, runs: list[Run]) -> None:
                     continue
                 began = time.monotonic()
                 record = one._asdict() | {"name": one.name, "about": about(command, one)}
-                record["hardware"] = hardware.describe()
+                record["hardware"] = machine.describe()
                 try:
                     record["memory"] = train(train_command(command, one))
                     record |= score(command, one, tokenizer, pairs)
@@ -228,9 +228,9 @@ def train(command: TrainCommand) -> int:
     device = pick_device(command.train.device)
     gc.collect()
     machine.free_memory(device)  # gives back what earlier runs have left
-    before = peak.reset_mark(device)
+    before = machine.reset_peak_memory(device)
     training.run(command, typed=ALL, quiet=True)
-    return peak.mark(device) - before
+    return machine.peak_memory(device) - before
 
 
 def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldout.Pairs) -> dict[str, Any]:

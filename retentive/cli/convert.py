@@ -7,7 +7,8 @@ from typing import Literal
 import tyro
 
 import retentive
-from retentive.checkpoint.io import replace_folder, save_model
+from retentive.checkpoint.io import save_model
+from retentive.files import replace_folder
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from rich.markdown import Markdown
 
 import retentive
 from retentive.bench import memory
-from retentive.bench import run as training_run
-from retentive.checkpoint import write_json
 from retentive.cli import train as training
 from retentive.data.loader import Batches, held_out
 from retentive.data.pack import load_meta, pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer, train_bpe
+from retentive.files import write_json
+from retentive.machine import pick_device
 from retentive.models import RetNet, build, preset, twin
-from retentive.models.device import pick_device
+from retentive.studies import training_run
 from retentive.train import TrainConfig
 from retentive.train.loop import accumulate_gradients, pick_precision
 

@@ -13,14 +13,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from retentive.bench import hardware
-from retentive.checkpoint import write_json
-from retentive.checkpoint.io import write_together
+from retentive import machine
 from retentive.cli.loading import Loading
 from retentive.evals.contexts import LAST
 from retentive.evals.contexts import evaluate as by_context
 from retentive.evals.run import WINDOW, Say, evaluate, table
 from retentive.evals.tasks import PROMPTS
+from retentive.files import write_json, write_text
 from retentive.models import MODELS, cost
 
 
@@ -102,11 +101,11 @@ def run(command: EvalCommand, typed: str) -> None:
             "dtype": str(model.head.weight.dtype),
         }
         command.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(command.json, {"command": typed, **described, "hardware": hardware.describe(), "results": rows})
+        write_json(command.json, {"command": typed, **described, "hardware": machine.describe(), "results": rows})
     if command.examples:
         command.examples.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_together({command.examples: lambda path: path.write_text(lines, encoding="utf-8")})
+        write_text(command.examples, lines)
 
 
 @contextmanager

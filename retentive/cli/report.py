@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from retentive.checkpoint.io import write_together
+from retentive.files import write_text
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,5 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
     page = build(command.results)
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    write_together({command.out: lambda path: path.write_text(page, encoding="utf-8")})
+    write_text(command.out, page)
     print(f"{command.out}  {len(page) / 1e6:.1f} MB")

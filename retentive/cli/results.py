@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from retentive.checkpoint import write_json
-from retentive.checkpoint.io import write_together
-from retentive.models.device import pick_device
+from retentive.files import write_json, write_together
+from retentive.machine import pick_device
 
 
 def words(names: tuple[str, ...]) -> list[str]:

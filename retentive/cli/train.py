@@ -16,8 +16,8 @@ from retentive.data.loader import Batches, check_tokenizer
 from retentive.data.pack import load_meta
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.infer import SamplingParams, write_on
+from retentive.machine import pick_device
 from retentive.models import Config, HybridConfig, Model, RetNetConfig, build, cost, peer, preset, twin
-from retentive.models.device import pick_device
 from retentive.models.peers import KINDS as PEERS
 from retentive.train import TrainConfig, train
 from retentive.train.evaluate import evaluate

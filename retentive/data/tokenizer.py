@@ -9,10 +9,11 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
+
+from retentive.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # What tokenizers call the end of a document, the likeliest first.
@@ -116,7 +117,7 @@ class ByteTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        _write(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
 
 
 class BPETokenizer:
@@ -156,13 +157,13 @@ class BPETokenizer:
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        _write(folder / "tokenizer.json", self._text)
+        write_text(folder / "tokenizer.json", self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
         if self.eos != (_configured_end(folder) or found):
             # tokenizer.json has no place for it; this is where transformers looks as well.
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
-            _write(
+            write_text(
                 config,
                 json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, "eos_token": self.eos}),
             )
@@ -210,7 +211,7 @@ class TiktokenTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        _write(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
 
 
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
@@ -322,14 +323,3 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _hash(form: dict) -> str:
     return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes all of the file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

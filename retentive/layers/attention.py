@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers.place import Place
+from retentive.layers.positions import Place
 from retentive.ops import rotary
 from retentive.ops.rows import turn
 

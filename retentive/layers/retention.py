@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.norm import RMSNorm
-from retentive.layers.place import Place
+from retentive.layers.positions import Place
 from retentive.ops import Ring, retention, retention_step, rotary
 from retentive.ops import decay as decays
 from retentive.ops.rows import turn

@@ -23,9 +23,9 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from retentive.files import write_tensors
 from retentive.ops import Ring
 from retentive.ops.step import slots
 
@@ -273,15 +273,8 @@ State = RetentionState | KVCache | HybridState
 
 
 def _save(state: State, path: str | Path, metadata: dict[str, str] | None) -> None:
-    """Written beside its place and then moved there: a reader never sees half a file."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     tensors = state.named() | {"position": state.position}
-    try:
-        save_file(tensors, partial, metadata={**(metadata or {}), "format": FORMAT, "kind": state.kind})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(Path(path), tensors, {**(metadata or {}), "format": FORMAT, "kind": state.kind})
 
 
 def load_state(path: str | Path) -> State:

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from retentive.bench import (
-    ask,
-    compare,
     decode,
     memory,
+    memory_file,
     prefill,
-    prompting,
-    recall,
     retention_report,
     scoring,
     serving,
@@ -25,6 +22,7 @@ from retentive.bench import (
 )
 from retentive.evals.run import table as task_table
 from retentive.report import paper
+from retentive.studies import compare, prompting, recall
 
 Result = dict[str, Any]
 
@@ -42,7 +40,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench serving": serving.table,
     "bench speculation": speculation.table,
     "bench prompting": prompting.table,
-    "bench ask": ask.table,
+    "bench ask": memory_file.table,
     "bench soak": soak.table,
 }
 """How a command's file is shown."""

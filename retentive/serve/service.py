@@ -10,6 +10,7 @@ import torch
 from retentive import __version__
 from retentive.checkpoint import load_with_tokenizer
 from retentive.checkpoint.io import find
+from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.memory import fingerprint
@@ -19,7 +20,6 @@ from retentive.serve.errors import Refused, wait
 from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions, owner_of
-from retentive.serve.templates import ChatTemplate, load_template
 
 
 @dataclass

@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from retentive.checkpoint.io import read_file, replace_folder, write_json
+from retentive.checkpoint.io import read_file
+from retentive.files import replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 
 
@@ -32,8 +32,8 @@ def save(
             moments[f"{key}.{name}"] = value.detach()
 
     def write(folder: Path) -> None:
-        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(moments, folder / "optimizer.safetensors")
+        save_tensors(folder / "model.safetensors", named)
+        save_tensors(folder / "optimizer.safetensors", moments)
         if state is not None:
             state.save(folder / "state.safetensors")
         write_json(folder / "training.json", {"step": step})

@@ -9,8 +9,8 @@ import torch
 from retentive.data.loader import Lanes, held_out, held_out_bytes
 from retentive.data.tokenizer import Tokenizer
 from retentive.models import Model
+from retentive.ops.cross_entropy import cross_entropy
 from retentive.train.lanes import lanes_in, lanes_out
-from retentive.train.loss import cross_entropy
 
 
 class HeldOut(NamedTuple):

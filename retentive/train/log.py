@@ -2,38 +2,16 @@
 
 import importlib
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from retentive.checkpoint.io import write_together
+from retentive.files import write_text
 from retentive.train.config import TrainConfig
 from retentive.train.evaluate import HeldOut
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 4) -> float:
-    """FLOP/s of a large matrix product, measured now: what a step is compared with (MFU)."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ b).sum().item()  # item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Log:
@@ -125,7 +103,7 @@ class Log:
                     kept.append(line + "\n")
             except ValueError:  # the line that was being written when the run was killed
                 break
-        write_together({self.path: lambda p: p.write_text("".join(kept), encoding="utf-8")})
+        write_text(self.path, "".join(kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -25,17 +25,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from retentive.checkpoint.io import save_model, write_json
+from retentive.checkpoint.io import save_model
 from retentive.data.loader import Batch, Batches, Lanes
 from retentive.data.tokenizer import Tokenizer
+from retentive.files import write_json
+from retentive.machine import gemm_rate, peak_memory, pick_device
 from retentive.models import Model, cost
-from retentive.models.device import pick_device
+from retentive.ops.cross_entropy import IGNORE, cross_entropy
 from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
 from retentive.train.evaluate import HeldOut
 from retentive.train.lanes import lanes_in, lanes_out
-from retentive.train.log import Log, check_extras, memory_bytes, peak_flops
-from retentive.train.loss import IGNORE, cross_entropy
+from retentive.train.log import Log, check_extras
 from retentive.train.optim import adamw, learning_rate
 
 
@@ -94,7 +95,8 @@ def train(
         save_model(run, model, tokenizer)  # from its first minute the run can be loaded
     wrap_blocks(model, config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    flops, peak = cost.training_flops_per_token(model.config, batches.length), peak_flops(device, dtype)
+    flops = cost.training_flops_per_token(model.config, batches.length)
+    peak = gemm_rate(device, dtype, size=1024, repeats=4)
 
     with Log(run, config, start=done, quiet=quiet) as log, stop_signals() as stopped:
         if title and done == 0:
@@ -118,7 +120,7 @@ def train(
                     "grad_norm": float(norm),
                     "tokens_per_second": rate,
                     "mfu": rate * flops / peak,
-                    "memory": memory_bytes(device),
+                    "memory": peak_memory(device),
                 }
             )
             last = step + 1 == config.steps
@@ -183,7 +185,8 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
         return name
     if device.type == "mps":
         return "fp32"
-    return "bf16" if peak_flops(device, torch.bfloat16) > 1.3 * peak_flops(device, torch.float32) else "fp32"
+    bf16, fp32 = (gemm_rate(device, dtype, size=1024, repeats=4) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if bf16 > 1.3 * fp32 else "fp32"
 
 
 def wrap_blocks(model: Model, config: TrainConfig) -> None:

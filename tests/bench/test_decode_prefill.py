@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from retentive.bench import decode, machine, prefill, twins
+from retentive import machine
+from retentive.bench import decode, prefill
+from retentive.bench.lab import models
 from retentive.models import KVCache, RetNetConfig, Transformer, cost, twin
 
 CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
@@ -31,7 +33,7 @@ def test_rows_of_all_contestants():
     assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8), (1, 16), (3, 8), (3, 16)]
     for row in result["rows"]:
         for name, found in row["models"].items():
-            config, state = twins.config_of(name, CONFIG), found["state_bytes"]
+            config, state = models.config_of(name, CONFIG), found["state_bytes"]
             held = cost.memory_bytes(config, row["context"], sequences=row["batch"])
             assert state > held if name == "retnet" else state == held
             assert found["memory_bytes"] == state + cost.weight_bytes(config)
@@ -42,8 +44,8 @@ def test_rows_of_all_contestants():
 def test_the_twins_have_the_retnets_parameters():
     for name in ("transformer", "grouped"):
         assert result_parameters(name) == pytest.approx(cost.parameters(CONFIG), rel=0.01)
-    assert twins.config_of("grouped", CONFIG).kv_heads == 1
-    assert twins.config_of("grouped", RetNetConfig(dim=80, heads=10)).kv_heads == 2
+    assert models.config_of("grouped", CONFIG).kv_heads == 1
+    assert models.config_of("grouped", RetNetConfig(dim=80, heads=10)).kv_heads == 2
 
 
 def result_parameters(name):
@@ -159,7 +161,7 @@ def test_decoding_in_tables_and_pictures(tmp_path, lines):
     assert len(rows) == 4 and {line.count("|") for line in (heads, *rows)} == {heads.count("|")}
     assert "smaller than the cache of Transformer twin from" in table
     decode.plot(result, tmp_path / "a.png", title="t")
-    names = {twins.NAMES[name] for name in ("retnet", "transformer", "grouped")}
+    names = {models.NAMES[name] for name in ("retnet", "transformer", "grouped")}
     assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())
     x, y = lines["RetNet"][0]
     assert x == [8, 16] and y[0] == y[1]  # memory does not grow
@@ -171,7 +173,7 @@ def test_prompts_in_rows_tables_and_pictures(tmp_path, lines):
     assert [row["length"] for row in result["rows"]] == [8, 16]
     for row in result["rows"]:
         for name in prefill.MODELS:
-            found, config = row["models"][name], twins.config_of(name, CONFIG)
+            found, config = row["models"][name], models.config_of(name, CONFIG)
             flops = cost.flops_per_token(config, (row["length"] + 1) // 2) - 2 * config.vocab_size * config.dim
             assert found["fraction"] == pytest.approx(flops * found["tokens_per_second"] / 1e12)
     assert len(prefill.table(result).splitlines()) == 4

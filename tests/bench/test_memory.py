@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from retentive.bench import hardware, memory
+from retentive import machine
+from retentive.bench import memory
 from retentive.models import RetNetConfig, build, cost, twin
 
 CONFIG = RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)
@@ -84,6 +85,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, refuses):
 def test_the_report_names_the_hardware_and_is_json():
     report = json.loads(json.dumps(memory.report(ROWS)))
     assert report["rows"] == ROWS
-    assert report["hardware"] == hardware.describe()
+    assert report["hardware"] == machine.describe()
     assert report["hardware"]["torch"] == torch.__version__ and report["hardware"]["cores"] >= 1
     assert all(report["hardware"][key] for key in ("cpu", "system", "python", "retentive", "gpu", "threads"))

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from retentive.bench import machine, training, twins
+from retentive import machine
+from retentive.bench import training
+from retentive.bench.lab import clock, models
 from retentive.models import RetNetConfig, build, cost, twin
 from retentive.ops import backends
 
@@ -108,7 +110,7 @@ def test_nothing_is_timed_where_forms_differ(wrong, monkeypatch, refuses):
 
 def test_forms_that_agree_pass_with_their_difference():
     # the gate's own bound; float32 sums of 40 tokens differ by 1e-6
-    assert 0 < twins.check_forms(build(CONFIG), 40) < twins.TOLERANCE
+    assert 0 < models.check_forms(build(CONFIG), 40) < models.TOLERANCE
 
 
 def test_dropout_is_no_difference_between_forms():
@@ -147,5 +149,5 @@ def test_turns_are_taken_and_the_first_counts_only_where_patience_ends(monkeypat
     monkeypatch.setattr(machine, "clock", lambda device, run: run() or next(seconds))
     taken = []
     runs = {"quick": lambda: taken.append("quick"), "slow": lambda: taken.append("slow")}
-    times = machine.in_turns(runs, torch.device("cpu"), repeats=2, patience=60)
+    times = clock.interleaved(runs, torch.device("cpu"), repeats=2, patience=60)
     assert times == {"quick": [1.0, 2.0], "slow": [70.0]} and taken == ["quick", "slow", "quick", "quick"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import retentive
-from retentive.checkpoint import fla, io, load_config, save_model, torchscale
+from retentive.checkpoint import fla, load_config, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, TransformerConfig, build, preset
 
@@ -366,28 +366,12 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_other_file(failing, saved
     def full(*args, **_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((io, "save_file", full) if failing == "weights" else (io.json, "dumps", full)))
+    monkeypatch.setattr("retentive.files.save_file" if failing == "weights" else "json.dumps", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(folder, build(replace(OURS["retnet"], layers=3)))
     monkeypatch.undo()
     assert names(folder) == before
     same(list(retentive.load(folder)[0].parameters()), list(model.parameters()), 0)
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "run"
-    target.mkdir()
-    (target / "old").write_text("old", encoding="utf-8")
-
-    def half(folder):
-        (folder / "new").write_text("half", encoding="utf-8")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        io.replace_folder(target, half)
-    assert names(target) == {"old"} and names(tmp_path) == {"run"}
-    io.replace_folder(target, lambda folder: (folder / "new").write_text("new", encoding="utf-8"))
-    assert names(target) == {"new"} and names(tmp_path) == {"run"}
 
 
 def test_a_model_in_use_outlives_its_folder(saved, same):

@@ -304,10 +304,10 @@ def test_what_the_parser_refuses(argv, place, capsys):
 
 
 def test_a_full_disk_is_told_in_a_line(place, train, monkeypatch, capsys):
-    def full(*args, **kwargs):
+    def full(path, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retentive.train.checkpoints.save_file", full)
+    monkeypatch.setattr("retentive.train.checkpoints.save_tensors", full)
     with pytest.raises(SystemExit) as stop:
         main(train("new"))
     lines = capsys.readouterr().err.splitlines()

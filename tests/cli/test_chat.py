@@ -15,12 +15,12 @@ pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive
 
 from retentive.cli import main
 from retentive.cli.chat import Conversation
+from retentive.data.templates import BUILT_IN, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, load_memory
 from retentive.models import RetNetConfig, build, twin
-from retentive.serve.templates import BUILT_IN, ChatTemplate
 
 CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
 TOKENIZER = ByteTokenizer()

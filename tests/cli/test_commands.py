@@ -325,7 +325,7 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
 @pytest.mark.parametrize("argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench memory --contexts 8 16"])
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("retentive.bench.machine.peak_flops", lambda *_, **__: 1e12)
+    monkeypatch.setattr("retentive.machine.gemm_rate", lambda *_, **__: 1e12)
     monkeypatch.setitem(PRESETS, "1m", dict(dim=16, layers=1, heads=2))
     out = tmp_path / "results" / "bench.json"
     main([*argv.split(), "--size", "1m", "--vocab-size", "31", "--json", str(out)])

@@ -13,13 +13,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from task_rows import ROWS, variants
 
 from retentive.checkpoint import save_model
 from retentive.cli import main
 from retentive.evals import evaluate
 from retentive.evals.harness import describe, native, rolling, run_tasks
 from retentive.evals.run import windows
+from tests.evals.task_rows import ROWS, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's packages
 

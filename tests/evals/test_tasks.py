@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
-from task_rows import ROWS
 
 from retentive.evals.read import find, known, read
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS
+from tests.evals.task_rows import ROWS
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 

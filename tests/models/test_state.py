@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
-from retentive.models import state as module
 from retentive.ops.step import slots
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
@@ -230,7 +229,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make,
         filename.write_bytes(b"x" * written)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("retentive.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         state.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

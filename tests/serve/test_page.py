@@ -16,7 +16,7 @@ pytest.importorskip("playwright", reason="a browser is driven by pip install pla
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from retentive.serve.templates import BUILT_IN
+from retentive.data.templates import BUILT_IN
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:

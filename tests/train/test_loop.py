@@ -187,14 +187,14 @@ def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run):
 @pytest.mark.parametrize(("speed", "want"), [(1.2, "fp32"), (1.4, "bf16")], ids=["hardly-faster", "faster"])
 def test_auto_takes_bf16_where_it_is_faster(speed, want, monkeypatch):
     rate = {torch.float32: 1.0, torch.bfloat16: speed}
-    monkeypatch.setattr("retentive.train.loop.peak_flops", lambda device, dtype: rate[dtype])
+    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
     assert pick_precision("auto", CPU) == want
     assert (pick_precision("fp32", CPU), pick_precision("bf16", CPU)) == ("fp32", "bf16")
 
 
 def test_what_auto_meant_at_first_it_means_on_resuming(run, monkeypatch, same_end):
     rate = {torch.float32: 1.0, torch.bfloat16: 2.0}
-    monkeypatch.setattr("retentive.train.loop.peak_flops", lambda device, dtype: rate[dtype])
+    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
     whole = run("whole", steps=4, precision="auto", save_every=2)
 
     def stop(model):

@@ -2,8 +2,9 @@
 
 from importlib.util import find_spec
 
-import interpreted
 import torch
+
+from tests.ops.triton import interpreted
 
 if find_spec("triton") and not torch.cuda.is_available():
     interpreted.enable()

@@ -6,25 +6,22 @@ rises by counts: o, the three gradients and all that comes and goes between them
 which are there before. A process takes no more memory than is free, so a contestant that needs more ends with a word
 instead of being shot, or the machine with it.
 
-    python -m retentive.bench.peak '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'     one line of JSON
+    python -m retentive.bench.lab.isolated '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'    one JSON line
 """
 
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retentive.bench.contestants import Contestant, contestant
-from retentive.bench.machine import clock, free_memory
-from retentive.bench.work import Work
+from retentive.bench.lab.rivals import Contestant, contestant
+from retentive.bench.lab.roofline import Work
+from retentive.machine import clock, peak_memory, reset_peak_memory, take_no_more_than_is_free
 
-STATUS = Path("/proc/self/status")
 NO_MEMORY = "not enough memory"
 
 
@@ -64,10 +61,10 @@ def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     both(one, tensors(one, short))
     one = contestant(name, work, chunk)
     inputs, outputs = tensors(one, work), list[Tensor]()
-    before = reset_mark(device)
+    before = reset_peak_memory(device)
     ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
     back = clock(device, lambda: outputs[0].backward(inputs[3]))
-    return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": mark(device) - before}
+    return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": peak_memory(device) - before}
 
 
 def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> di
         measure(name, work, chunk)  # kernels are compiled for each new shape
         return measure(name, work, chunk)
     task = {"name": name, "work": asdict(work), "chunk": chunk, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "retentive.bench.peak", json.dumps(task)]
+    command = [sys.executable, "-m", "retentive.bench.lab.isolated", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == -9:  # by the system, which had none left
         return {"skipped": NO_MEMORY}
@@ -95,41 +92,10 @@ def is_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def reset_mark(device: torch.device) -> int:
-    """Bytes held now, from which on the high-water mark rises again (where there is no /proc: the mark so far)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if STATUS.exists():
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return mark(device)
-
-
-def mark(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _take_no_more_than_is_free() -> None:
-    if not STATUS.exists():
-        return
-    free = free_memory(torch.device("cpu"))
-    resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free * 9 // 10,) * 2)
-
-
 def main(argument: str) -> None:
     task = json.loads(argument)
     torch.set_num_threads(task["threads"])
-    _take_no_more_than_is_free()
+    take_no_more_than_is_free()
     try:
         result = measure(task["name"], Work(**task["work"]), task["chunk"])
     except (MemoryError, RuntimeError) as error:

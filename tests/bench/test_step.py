@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from retentive.bench import machine, step
-from retentive.bench.tables import duration, size, span
+from retentive import machine
+from retentive.bench import step
+from retentive.bench.lab import clock
+from retentive.bench.lab.tables import duration, size, span
 from retentive.cli import main
 from retentive.ops import Ring
 from retentive.ops.step import slots
@@ -59,7 +61,7 @@ def test_bandwidth_and_clock_are_of_this_machine(monkeypatch):
     rates = machine.bandwidth(cpu, size=1 << 20)
     assert set(rates) == {"read", "copy"} and all(1e8 < rate < 1e13 for rate in rates.values())
     assert machine.clock(cpu, lambda: sum(range(10_000))) > 1e-5
-    assert machine.mean({"read": 1.0}, {"read": 3.0}) == {"read": 2.0}
+    assert clock.mean({"read": 1.0}, {"read": 3.0}) == {"read": 2.0}
 
 
 # ---- the gate ----
@@ -144,7 +146,7 @@ def test_states_of_many_layers_are_gone_through_in_turn(monkeypatch):
         return real.step(q, k, v, decays, state)
 
     monkeypatch.setattr(step, "CONTESTANTS", {"ring": real._replace(step=watched)})
-    step.in_turns(step.Shape(2, 16, 32), 1, "fp32", torch.device("cpu"), repeats=1, spread=10 * 4096 - 1)
+    step.interleaved(step.Shape(2, 16, 32), 1, "fp32", torch.device("cpu"), repeats=1, spread=10 * 4096 - 1)
     layers = list(dict.fromkeys(seen))
     assert len(layers) == 10 and seen == layers * (2 * slots(16, 32) // 2)
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from retentive.bench import hardware
-from retentive.bench.plot import panels
+from retentive import machine
+from retentive.bench.lab.plot import panels
 from retentive.data.loader import held_out
 from retentive.data.tokenizer import Tokenizer
 from retentive.train.log import read_metrics
@@ -36,7 +36,7 @@ def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     every = max(len(steps) // 200, 1)
     return {
         "what": "training run",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "options": options,
         "tokens": len(steps) * tokens_per_step,
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps),

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.bench.contestants import OURS, contestant
-from retentive.bench.work import Work
+from retentive.bench.lab.rivals import OURS, contestant
+from retentive.bench.lab.roofline import Work
 from retentive.ops import reference, retention
 from retentive.ops.decay import log_decay
 

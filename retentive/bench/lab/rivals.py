@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retentive.bench.work import Work
+from retentive.bench.lab.roofline import Work
 from retentive.ops import backends, retention
 from retentive.ops.decay import log_decay
 

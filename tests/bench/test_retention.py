@@ -15,8 +15,10 @@ from unittest import mock
 import pytest
 import torch
 
-from retentive.bench import contestants, gate, machine, peak, retention, retention_report
-from retentive.bench.work import Work, limit, pairs
+from retentive import machine
+from retentive.bench import retention, retention_report
+from retentive.bench.lab import gate, isolated, rivals
+from retentive.bench.lab.roofline import Work, limit, pairs
 from retentive.cli import main
 from retentive.ops import backends
 from retentive.ops import retention as retention_op
@@ -38,7 +40,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(retention.SHAPES, "tiny", TINY)
     monkeypatch.setattr(machine, "rates", lambda *_: RATES)
     made_up = {"seconds": 0.001, "forward_seconds": 0.0004, "peak_bytes": 100_000}
-    monkeypatch.setattr(peak, "in_process_of_its_own", lambda *_: dict(made_up))
+    monkeypatch.setattr(isolated, "in_process_of_its_own", lambda *_: dict(made_up))
     monkeypatch.setattr(gate, "LENGTH", 70)
 
 
@@ -126,17 +128,17 @@ def test_torchscale_gets_the_decays_that_it_makes_itself(monkeypatch):
         pytest.skip(f"torchscale's module does not load without its dependencies: {error}")
     config = SimpleNamespace(decoder_embed_dim=64, decoder_retention_heads=4, recurrent_chunk_size=32)
     _, expected = theirs(config)(64, chunkwise_recurrent=True)
-    got = contestants.torchscale_decays(4, 32, torch.float32, torch.device("cpu"))
+    got = rivals.torchscale_decays(4, 32, torch.float32, torch.device("cpu"))
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-6, atol=1e-7)  # float32 powers of theirs, float64 of ours
 
 
 def test_ours_names_the_backend_that_auto_takes():
-    auto, chunk = contestants.taken(replace(WORK, T=1000), "auto")
+    auto, chunk = rivals.taken(replace(WORK, T=1000), "auto")
     q = torch.empty(1, 1000, 2, 16)
     call = backends.Call(q, q, q, torch.zeros(2), 1.0, torch.empty(1, 2, 16, 16), "auto", None, None)
     assert backends.choose("auto", call) is backends.BACKENDS[auto] and chunk == backends.chunk_size(call)
-    assert contestants.taken(WORK, "blocked") == ("blocked", 64)
+    assert rivals.taken(WORK, "blocked") == ("blocked", 64)
 
 
 def test_who_is_not_installed_is_told(monkeypatch, tiny, refuses):
@@ -195,20 +197,20 @@ def wrong(request, monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_nothing_is_timed_where_ours_is_wrong(dtype, wrong, tiny, monkeypatch, refuses):
     monkeypatch.setattr(machine, "clock", lambda *_: pytest.fail("timed"))
-    monkeypatch.setattr(peak, "in_process_of_its_own", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(isolated, "in_process_of_its_own", lambda *_: pytest.fail("measured"))
     with refuses("retentive is wrong at H=2, K=16, V=32", ArithmeticError):
         measure(dtypes=(dtype,), say=lambda line: pytest.fail("printed"))
 
 
 @torchscale
 def test_nothing_is_printed_where_a_rival_is_wrong(tiny, monkeypatch, refuses):
-    real = contestants.torchscale_decays
-    monkeypatch.setattr(contestants, "torchscale_decays", lambda *a: (real(*a)[0] ** 2, *real(*a)[1:]))
+    real = rivals.torchscale_decays
+    monkeypatch.setattr(rivals, "torchscale_decays", lambda *a: (real(*a)[0] ** 2, *real(*a)[1:]))
     with refuses("torchscale is wrong", ArithmeticError):
         measure(rivals=("torchscale",), say=lambda line: pytest.fail("printed"))
 
 
-@pytest.mark.parametrize("name", contestants.OURS)
+@pytest.mark.parametrize("name", rivals.OURS)
 def test_ours_passes_with_its_error(name):
     assert 0 < gate.check(name, WORK) < gate.TOLERANCE["fp32"]
 
@@ -240,14 +242,14 @@ def test_rows_hold_what_was_asked_for(tiny):
 
 
 def test_contestants_take_turns_and_get_fresh_leaves(tiny, monkeypatch):
-    order, real = [], peak.forward
+    order, real = [], isolated.forward
 
     def watched(one, inputs):
         order.append(one.backend)
         assert all(x.grad is None and x.is_leaf for x in inputs)
         return real(one, inputs)
 
-    monkeypatch.setattr(peak, "forward", watched)
+    monkeypatch.setattr(isolated, "forward", watched)
     measure(lengths=(64,))
     names = order[:3]
     assert len(set(names)) == 3 and order == names * 3  # one round warms up
@@ -279,7 +281,7 @@ def test_chunks_of_torchscale_are_tried_from_the_longest_on(seconds, tried, take
         told = seconds[chunk]
         return {"skipped": told} if isinstance(told, str) else {"seconds": told, "peak_bytes": 1}
 
-    monkeypatch.setattr(peak, "in_process_of_its_own", one)
+    monkeypatch.setattr(isolated, "in_process_of_its_own", one)
     options = retention.prepare("torchscale", replace(WORK, T=512), 600)
     assert {option["chunk"] for option in options} == taken
     assert options[0]["tried"] == {str(chunk): seconds[chunk] for chunk in tried}
@@ -288,7 +290,7 @@ def test_chunks_of_torchscale_are_tried_from_the_longest_on(seconds, tried, take
 def test_what_takes_long_runs_once_and_what_takes_too_long_does_not(tiny, monkeypatch):
     slow = {"seconds": 30.0, "forward_seconds": 10.0, "peak_bytes": 5}
     fast = {"seconds": 0.001, "forward_seconds": 0.0005, "peak_bytes": 5}
-    monkeypatch.setattr(peak, "in_process_of_its_own", lambda name, *_: dict(slow if name == "sdpa" else fast))
+    monkeypatch.setattr(isolated, "in_process_of_its_own", lambda name, *_: dict(slow if name == "sdpa" else fast))
     sdpa = measure(lengths=(64,))["rows"][0]["contestants"]["sdpa"]
     assert (sdpa["repeats"], sdpa["seconds"], sdpa["median_seconds"]) == (1, 30.0, 30.0)
 
@@ -301,7 +303,7 @@ def test_what_takes_long_runs_once_and_what_takes_too_long_does_not(tiny, monkey
 def test_times_are_foretold_from_counted_work(monkeypatch):
     monkeypatch.setattr(retention, "warm", lambda *_: 0.5)
     work = replace(WORK, T=8192)
-    one = contestants.contestant("sdpa", work)
+    one = rivals.contestant("sdpa", work)
     assert retention.foretell("sdpa", work, one) == pytest.approx(0.5 * pairs(8192) / pairs(2048))
     assert retention.foretell("sdpa", replace(WORK, T=2048), one) == 0
 
@@ -310,28 +312,28 @@ def test_no_memory_is_a_word_in_the_row(tiny, monkeypatch):
     def full(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(peak, "in_process_of_its_own", full)
+    monkeypatch.setattr(isolated, "in_process_of_its_own", full)
     results = measure(lengths=(64,))["rows"][0]["contestants"]
-    assert all(result["skipped"] == peak.NO_MEMORY and "seconds" not in result for result in results.values())
+    assert all(result["skipped"] == isolated.NO_MEMORY and "seconds" not in result for result in results.values())
 
 
 @pytest.mark.parametrize("name", ["retentive", "sdpa"])
 def test_memory_of_a_process_of_its_own(name):
     """Outputs and gradients must fit into it, and ours needs hardly more."""
     work = Work(1, 4, 64, 128, 4096)
-    result = peak.in_process_of_its_own(name, work)
+    result = isolated.in_process_of_its_own(name, work)
     assert 0 < result["forward_seconds"] < result["seconds"]
     assert 0.95 * work.qkvo_bytes < result["peak_bytes"] < 5 * work.qkvo_bytes
 
 
 def test_a_process_that_needs_more_than_there_is_says_so():
     """2 TB of inputs."""
-    assert peak.in_process_of_its_own("sdpa", Work(1, 8, 64, 128, 1 << 30)) == {"skipped": peak.NO_MEMORY}
+    assert isolated.in_process_of_its_own("sdpa", Work(1, 8, 64, 128, 1 << 30)) == {"skipped": isolated.NO_MEMORY}
 
 
 def test_a_process_that_fails_is_told_in_a_line(refuses):
     with refuses("torchscale failed at T=64: ", ChildProcessError):
-        peak.in_process_of_its_own("torchscale", WORK, None)
+        isolated.in_process_of_its_own("torchscale", WORK, None)
 
 
 # ---- what it shows ----
@@ -433,7 +435,7 @@ def test_an_interrupt_leaves_nothing(tiny, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retention, "in_turns", interrupted)
+    monkeypatch.setattr(retention, "interleaved", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["bench", "retention", "--shapes", "tiny", "--rivals", "none", "--json", str(tmp_path / "x.json")])
     assert stop.value.code == 130 and not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from retentive.bench import hardware
-from retentive.bench.tables import at_least_one, duration, markdown, size
+from retentive import machine
+from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
 from retentive.infer.memory import blank, load_memory, read, save
 from retentive.models import Model
@@ -64,7 +64,7 @@ def measure(
         row["median"] = statistics.median(row["milliseconds"])
     return {
         "what": f"a question to a memory: {PROMPT} tokens, a reply of {REPLY}, the file read and checked each time",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "rows": rows,
         "time_ratio": rows[-1]["median"] / rows[0]["median"],
         "file_ratio": rows[-1]["file_bytes"] / rows[0]["file_bytes"],

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from task_rows import ROWS, variants
 
 from retentive.checkpoint import save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
+from tests.evals.task_rows import ROWS, variants
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from retentive.bench import run as training_run
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.studies import training_run
 
 HELD_OUT = "abcdefgh" * 100  # 3 bits a byte by their frequencies, next to nothing by their order
 

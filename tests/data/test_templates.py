@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from retentive.data.templates import ANSWER, BUILT_IN, QUESTION, ChatTemplate, load_template
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
-from retentive.serve.templates import ANSWER, BUILT_IN, QUESTION, ChatTemplate, load_template
 
 IM = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retentive.models import RetNetConfig, TransformerConfig, build
-from retentive.train.loss import IGNORE, cross_entropy
+from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 T, D, VOCAB = 37, 12, 53
 # float64 has 53 bits, 1e-16: sums over 37 tokens and 53 logits in another order cost some hundred times that

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retentive.bench import prompting
-from retentive.bench.plot import grid
-from retentive.bench.tables import known, markdown
+from retentive.bench.lab.plot import grid
+from retentive.bench.lab.tables import known, markdown
 from retentive.models import Config, HybridConfig, RetNetConfig, cost, peer, twin
+from retentive.studies import prompting
 
 RECORD = "compared.json"
 """In a run's directory, what came out of it."""

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from retentive.bench.tables import known
+from retentive.bench.lab.tables import known
 from retentive.models import Config, Model, RetNet, RetNetConfig, build, peer, twin
 
 NAMES = {

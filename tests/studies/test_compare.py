@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from retentive.bench import compare
-from retentive.bench.compare import VARIANTS
 from retentive.models import HybridConfig, RetNetConfig, cost, preset, twin
+from retentive.studies import compare
+from retentive.studies.compare import VARIANTS
 
 HARDWARE = {"cpu": "a", "threads": 1, "gpu": "none"}
 

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retentive.bench import hardware
-from retentive.bench.plot import grid
-from retentive.bench.tables import markdown
+from retentive import machine
+from retentive.bench.lab.plot import grid
+from retentive.bench.lab.tables import markdown
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.memory import Memory, blank, chain, chain_errors, keep_size, merge, read
@@ -260,7 +260,7 @@ def measure(
         }
     return {
         "what": "few-shot accuracy from M groups of four demonstrations, mean and half a 95% interval over tasks",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": "cpu",
         "chance": 1 / len(NAMES),
         "groups": list(groups),

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from retentive.bench import recall
-from retentive.bench.recall import KEYS, VALUES, Rows, accuracy, rows
-from retentive.train.loss import IGNORE
+from retentive.ops.cross_entropy import IGNORE
+from retentive.studies import recall
+from retentive.studies.recall import KEYS, VALUES, Rows, accuracy, rows
 
 
 @pytest.mark.parametrize("n", [1, 4, 64])

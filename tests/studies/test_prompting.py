@@ -7,11 +7,12 @@ from collections import defaultdict
 import pytest
 import torch
 
-from retentive.bench import ask, prompting
-from retentive.bench.prompting import NAMES, WAYS, Texts
+from retentive.bench import memory_file
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
+from retentive.studies import prompting
+from retentive.studies.prompting import NAMES, WAYS, Texts
 
 GROUPS = (1, 2, 4)
 
@@ -160,19 +161,19 @@ def test_the_table_and_the_plot_show_what_was_measured(result, tmp_path, lines):
 def test_asking_is_measured_in_turns_on_files_of_one_size():
     model = build(RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)).eval()
     said = []
-    result = ask.measure(model, lengths=(10, 5000), repeats=3, say=said.append)
+    result = memory_file.measure(model, lengths=(10, 5000), repeats=3, say=said.append)
     small, large = result["rows"]
     assert small["file_bytes"] == large["file_bytes"] and small["state_bytes"] == large["state_bytes"]
     assert result["file_ratio"] == 1 and result["time_ratio"] == large["median"] / small["median"] > 0
     assert all(len(row["milliseconds"]) == 3 and min(row["milliseconds"]) > 0 for row in result["rows"])
     assert len(said) == 2 and said[-1].startswith("read 5,000 tokens in ")
-    assert len(ask.table(result).splitlines()) == 4 and json.dumps(result)
+    assert len(memory_file.table(result).splitlines()) == 4 and json.dumps(result)
 
 
 @pytest.mark.parametrize("how", [dict(lengths=()), dict(lengths=(0,)), dict(repeats=0)])
 def test_lengths_and_repeats_below_one_are_refused(how, refuses):
     with refuses("must be at least 1"):
-        ask.measure(build(RetNetConfig(dim=16, layers=1, heads=2)), **how)
+        memory_file.measure(build(RetNetConfig(dim=16, layers=1, heads=2)), **how)
 
 
 def test_sentences_are_cut_at_their_ends():

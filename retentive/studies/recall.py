@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from retentive.bench import compare, hardware
-from retentive.bench.plot import dress, grid, legend
-from retentive.bench.tables import at_least_one, known, markdown
+from retentive import machine
+from retentive.bench.lab.plot import dress, grid, legend
+from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
+from retentive.machine import pick_device
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
-from retentive.models.device import pick_device
+from retentive.ops.cross_entropy import IGNORE
+from retentive.studies import compare
 from retentive.train import TrainConfig, train
-from retentive.train.loss import IGNORE
 
 PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
@@ -120,7 +121,7 @@ def measure(
             say(f"{variant}, width {dim}: " + ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items()))
     return {
         "what": "associative recall",
-        "hardware": hardware.describe(),
+        "hardware": machine.describe(),
         "device": pick_device(how.device).type,
         **options,
         "chance": 1 / VALUES,

@@ -1,0 +1,1 @@
+"""What benches share: correctness gates, rooflines, rivals, interleaved clocks, isolated runs, tables and plots."""

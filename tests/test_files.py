@@ -1,0 +1,80 @@
+"""What appears whole or not at all: a full disk or a stop in the middle leaves what was there."""
+
+import errno
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from retentive.files import replace_folder, save_tensors, write_json, write_tensors, write_text, write_together
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old", encoding="utf-8")
+
+    def half(folder):
+        (folder / "new").write_text("half", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_folder(target, half)
+    assert names(target) == {"old"} and names(tmp_path) == {"run"}
+    replace_folder(target, lambda folder: (folder / "new").write_text("new", encoding="utf-8"))
+    assert names(target) == {"new"} and names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_files_are_written_together_or_not_at_all(failing, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_text(a, "old\n")
+    write_text(b, "old\n")
+
+    def full(path):
+        path.write_text("half", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writers = [lambda path: path.write_text("new", encoding="utf-8")] * 2
+    writers[failing] = full
+    with pytest.raises(OSError, match="No space left"):
+        write_together(dict(zip((a, b), writers, strict=True)))
+    assert a.read_bytes() == b.read_bytes() == b"old\n" and names(tmp_path) == {"a", "b"}
+
+
+def test_json_that_cannot_be_said_leaves_the_old(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "x": 1\n}\n'
+
+
+def test_what_safetensors_cannot_write_is_an_os_error_of_one_line(tmp_path, monkeypatch, refuses):
+    """The library's own error is none, and a command would end in a traceback."""
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    monkeypatch.setattr("retentive.files.save_file", full)
+    with refuses("cannot write .x.safetensors.partial: I/O error: No space left on device", OSError):
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
+    monkeypatch.undo()
+    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [1, 1] and len(names(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_tensors_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
