@@ -294,7 +294,7 @@ def written(text: str) -> str:
     Raises:
         KeyError: a block that no function here makes.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}{globals()[m[2].replace('-', '_')]()}\n{m[4]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}\n{globals()[m[2].replace('-', '_')]()}\n\n{m[4]}", text)
 
 
 def stale() -> list[str]:

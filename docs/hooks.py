@@ -13,7 +13,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
-LINK = re.compile(r"(\]\()([^)\s:#]+)")
+LINK = re.compile(r"(\]\()(?!\w+:)([^)\s#]+)")
 DIAGRAM = re.compile(r"!\[[^\]]*\]\((figures/[\w-]+\.svg)\)")
 MODULES = re.compile(r"<!-- modules of ([\w.]+): ([\w. ]*)-->")
 
