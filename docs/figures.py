@@ -121,42 +121,30 @@ def limits() -> str:
 
 
 def inference() -> str:
-    """What the twin needs, as multiples of what RetNet does."""
-    others = ("transformer", "grouped", "llama")
+    """What the others need, as multiples of what RetNet does."""
 
-    def line(what: str, models: dict[str, Any], key: str, ours: str, *, words: str) -> str:
+    def line(what: str, models: dict[str, Any], ours: str, key: str = "tokens_per_second") -> str:
         cells = [what, ours]
-        for name in others:
-            if name not in models:
-                cells.append("")
-                continue
-            ratio = models[name][key] / models["retnet"][key]
-            cells.append(f"{times(ratio if key != 'tokens_per_second' else 1 / ratio)} {words}")
+        for name in ("transformer", "grouped", "llama"):
+            ratio = models[name][key] / models["retnet"][key] if name in models else 0.0
+            if key == "tokens_per_second" and ratio:
+                cells.append("as fast" if times(ratio) == "1.0" else f"{times(1 / ratio)} times slower")
+            else:
+                cells.append(f"{times(ratio)} times" if ratio else "")
         return " | ".join(cells)
+
+    def speed(models: dict[str, Any]) -> str:
+        return f"{models['retnet']['tokens_per_second']:,.0f} tokens/s"
 
     far, near = decoding(32768, 8), decoding(2048, 1)
     lines = [
-        line(
-            "decoding at 32,768 tokens of context, 8 sequences",
-            far,
-            "tokens_per_second",
-            f"{far['retnet']['tokens_per_second']:.0f} tokens/s",
-            words="times slower",
-        ),
-        line("its memory, weights included", far, "memory_bytes", size(far["retnet"]["memory_bytes"]), words="times"),
-        line(
-            "decoding at 2,048 tokens, one sequence",
-            near,
-            "tokens_per_second",
-            f"{near['retnet']['tokens_per_second']:.0f} tokens/s",
-            words="times slower",
-        ),
+        line("decoding at 32,768 tokens of context, 8 sequences", far, speed(far)),
+        line("its memory, weights included", far, size(far["retnet"]["memory_bytes"]), "memory_bytes"),
+        line("decoding at 2,048 tokens, one sequence", near, speed(near)),
     ]
     for n in (8192, 32768):
         models = row(result("prefill-130m", XEON)["rows"], length=n)["models"]
-        ours = f"{models['retnet']['tokens_per_second']:,.0f} tokens/s"
-        what = f"reading a prompt of {n:,} tokens"
-        lines.append(line(what, models, "tokens_per_second", ours, words="times slower"))
+        lines.append(line(f"reading a prompt of {n:,} tokens", models, speed(models)))
     return table(" | RetNet | twin | twin, grouped heads | Llama of transformers", *lines)
 
 

@@ -41,7 +41,7 @@ def on_page_markdown(markdown, page, config, files):
             return match[1] + os.path.relpath(uri, here)
         if not path.exists() or path.is_relative_to(DOCS):
             return match[0]  # the strict build names it
-        return f"{match[1]}{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
+        return f"{match[1]}{config.extra['repository']}/blob/main/{path.relative_to(ROOT).as_posix()}"
 
     markdown = LINK.sub(lead, markdown)
     markdown = DIAGRAM.sub(lambda match: f"<div>{(DOCS / match[1]).read_text(encoding='utf-8')}</div>", markdown)
