@@ -16,6 +16,9 @@ from typing import Protocol
 from retentive.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST = 1 << 20
+"""Tokens that `train_bpe` learns at most, four times the largest vocabularies in use: the library sets memory aside
+for all of them at once, and ends the process where there is none."""
 # What tokenizers call the end of a document, the likeliest first.
 END_NAMES = (
     END_OF_TEXT,
@@ -93,6 +96,10 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None: ...
 
+    def vocabulary(self) -> dict[int, bytes] | str:
+        """The bytes of every id that text is made of; or, of Hugging Face's, the text of its tokenizer.json."""
+        ...
+
 
 class ByteTokenizer:
     """The 256 bytes of UTF-8 and an end of text: no dependency, no training, lossless."""
@@ -117,7 +124,10 @@ class ByteTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._form))
+
+    def vocabulary(self) -> dict[int, bytes]:
+        return {id: bytes([id]) for id in range(256)}
 
 
 class BPETokenizer:
@@ -157,16 +167,19 @@ class BPETokenizer:
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self._text)
+        _save(folder, self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
         if self.eos != (_configured_end(folder) or found):
-            # tokenizer.json has no place for it; this is where transformers looks as well.
+            # tokenizer.json has no field for it; this is where transformers looks as well.
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
             write_text(
                 config,
                 json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, "eos_token": self.eos}),
             )
+
+    def vocabulary(self) -> str:
+        return self._text
 
 
 class TiktokenTokenizer:
@@ -190,7 +203,7 @@ class TiktokenTokenizer:
             "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()},
         }
         self.sha256 = _hash(self._form)
-        self._ids = frozenset(ranks.values())
+        self._vocabulary = {rank: token for token, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(
             self.sha256,
             pat_str=TIKTOKEN_PATTERNS[pattern],
@@ -205,13 +218,16 @@ class TiktokenTokenizer:
         return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode_bytes([id for id in ids if id in self._ids]).decode("utf-8", "replace")
+        return self._encoding.decode_bytes([id for id in ids if id in self._vocabulary]).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._form))
+
+    def vocabulary(self) -> dict[int, bytes]:
+        return dict(self._vocabulary)
 
 
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
@@ -258,6 +274,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
+    if vocab_size > LARGEST:
+        raise ValueError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST:,} tokens can be learnt")
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -285,6 +303,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     if not characters:
         raise ValueError("no text to train a tokenizer on: every text was empty")
     return BPETokenizer(tokenizer.to_str())
+
+
+def _save(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tokenizer.json", text)
 
 
 def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> tuple[str, int]:
