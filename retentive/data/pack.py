@@ -78,6 +78,7 @@ class Meta:
 
 
 def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
+    """The path of the .bin or .idx of one shard."""
     return Path(folder) / f"{split}-{number:05d}{suffix}"
 
 
@@ -126,10 +127,10 @@ def write_packed(
             if not splits["train"].tokens:
                 raise ValueError("no training text: every document was empty or held out for validation")
         meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
-        form = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
+        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
         with _nothing_kept():
             tokenizer.save(folder)
-            write_text(folder / "meta.json", json.dumps(form, indent=1))
+            write_text(folder / "meta.json", json.dumps(content, indent=1))
         return meta
 
     return replace_folder(Path(out), fill)
@@ -159,18 +160,18 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
         what = "holds no meta.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}: expected a folder that `retentive data` wrote")
     try:
-        form = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except ValueError:
         raise ValueError(f"{file} is not JSON: the folder is damaged, pack the data again") from None
-    if not isinstance(form, dict) or form.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is of another program: expected a folder that `retentive data` wrote")
-    if (version := form.pop("version", None)) != VERSION:
+    if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"{file} has format version {version}, this program reads {VERSION}: pack the data again")
     try:
-        splits = form.pop("splits")
+        splits = content.pop("splits")
         for name, split in splits.items():
             splits[name] = Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
-        meta = Meta(**form, splits=splits)
+        meta = Meta(**content, splits=splits)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): pack the data again") from None
     _check_shards(path, meta, verify)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from retentive.data.formats import COMPRESSED
 from retentive.data.pack import Meta, check_free, pieces, split_documents, write_packed
@@ -54,7 +54,7 @@ def prepare(
     *,
     progress: Progress | None = None,
     say: Callable[[str], None] = warnings.warn,
-    **options,
+    **options: Any,
 ) -> Meta:
     """The meta of the packed folder `out`, once written: whole, or nothing of it.
 

@@ -84,7 +84,7 @@ class Tokenizer(Protocol):
     eos_id: int
     """The id that ends a document."""
     sha256: str
-    """Hash of the canonical form: the same before and after `save`."""
+    """Hash of the content, however the file is laid out: the same before and after `save`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -108,8 +108,8 @@ class ByteTokenizer:
     eos_id = 256
 
     def __init__(self) -> None:
-        self._form = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
-        self.sha256 = _hash(self._form)
+        self._content = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        self.sha256 = _hash(self._content)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -124,7 +124,7 @@ class ByteTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        _save(Path(folder), json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._content))
 
     def vocabulary(self) -> dict[int, bytes]:
         return {id: bytes([id]) for id in range(256)}
@@ -150,8 +150,8 @@ class BPETokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
-        form = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
-        self.sha256 = _hash({"eos": self.eos, **form})
+        content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
+        self.sha256 = _hash({"eos": self.eos, **content})
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -196,13 +196,13 @@ class TiktokenTokenizer:
         # cl100k_base leaves 100256 unused; elsewhere the end of text follows the last rank.
         self.eos_id = eos_id if eos_id is not None else 100257 if after == 100256 else after
         self.vocab_size = max(after, self.eos_id + 1)
-        self._form = {
+        self._content = {
             "type": "tiktoken",
             "pattern": pattern,
             "eos_id": self.eos_id,
             "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()},
         }
-        self.sha256 = _hash(self._form)
+        self.sha256 = _hash(self._content)
         self._vocabulary = {rank: token for token, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(
             self.sha256,
@@ -224,7 +224,7 @@ class TiktokenTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        _save(Path(folder), json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._content))
 
     def vocabulary(self) -> dict[int, bytes]:
         return dict(self._vocabulary)
@@ -248,21 +248,25 @@ def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "
         return TiktokenTokenizer(_read_ranks(path), pattern=pattern)
     try:
         text = path.read_text("utf-8")
-        form = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         raise ValueError(f"{path} is not JSON: expected a tokenizer.json or a file named *.tiktoken") from None
-    kind = form.get("type") if isinstance(form, dict) else None
+    kind = content.get("type") if isinstance(content, dict) else None
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "tiktoken":
-        ranks = {base64.b64decode(token): rank for token, rank in form["ranks"].items()}
-        return TiktokenTokenizer(ranks, pattern=form["pattern"], eos_id=form["eos_id"])
-    if not isinstance(form, dict) or "model" not in form:
+        try:
+            ranks = {base64.b64decode(token): int(rank) for token, rank in content["ranks"].items()}
+            return TiktokenTokenizer(ranks, pattern=content["pattern"], eos_id=content["eos_id"])
+        except (KeyError, TypeError, AttributeError, binascii.Error):
+            raise ValueError(f"{path} is damaged: it says tiktoken, but holds no ranks, pattern and eos_id") from None
+    if not isinstance(content, dict) or "model" not in content:
         raise ValueError(
             f'{path} is not a tokenizer.json: it has no "model"; expected the file that HF tokenizers saves'
         )
+    eos = eos or _configured_end(path.parent)
     try:
-        return BPETokenizer(text, eos=eos or _configured_end(path.parent))
+        return BPETokenizer(text, eos=eos)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -323,8 +327,14 @@ def _configured_end(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
-    token = json.loads(config.read_text("utf-8")).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    try:
+        token = json.loads(config.read_text("utf-8")).get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token is None or isinstance(token, str):
+            return token
+    except (ValueError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{config} is damaged: expected a JSON object whose eos_token is a string or has a content")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -344,5 +354,5 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _hash(form: dict) -> str:
-    return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

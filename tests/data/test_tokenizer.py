@@ -169,11 +169,21 @@ def test_load_says_what_is_wrong(tmp_path):
         ("d.json", '{"model": {"type": "unheard of"}}', "d.json: not a tokenizer.json"),
         ("e.tiktoken", "IQ== 0\nrubbish\n", "e.tiktoken:2 is not a line"),
         ("f.tiktoken", "", "is empty"),
+        ("g.json", '{"type": "tiktoken", "ranks": {}}', "g.json is damaged: it says tiktoken"),
+        ("h.json", '{"type": "tiktoken", "ranks": {"x": 0}, "pattern": "gpt2", "eos_id": 1}', "h.json is damaged"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
             load_tokenizer(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"eos_token": 5}', '{"eos_token": {}}'])
+def test_a_damaged_config_beside_it_is_named(tmp_path, config, refuses):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with refuses(f"{tmp_path}/tokenizer_config.json is damaged"):
+        load_tokenizer(tmp_path)
 
 
 def test_training_refuses_what_cannot_work():
