@@ -118,6 +118,11 @@ def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]
             yield "", strip_html(text) if kind in HTML else text
 
 
+def unreadable(path: Path, error: OSError) -> OSError:
+    """The system's error in a line of ours."""
+    return type(error)(f"cannot read {path}: {str(error.strerror).lower()}")
+
+
 def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str | None:
     """The string under `field`, or None where it is no good text and may be skipped."""
     if not isinstance(row.get(field), str):
@@ -188,8 +193,8 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
             _check_column(path, field, table.schema_arrow.names)
             yield from _rows(path, values(table), field, check)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
         raise ValueError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
 
 
@@ -212,8 +217,8 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
             yield file
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         # The system's own errors (no permission, a failing disk) have a number; the formats' have none.
-        if getattr(error, "errno", None) is not None:
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
         raise ValueError(
             f"cannot decompress {path}: {error}; the file is damaged, incomplete or no {compression}"
         ) from None

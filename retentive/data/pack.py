@@ -139,8 +139,12 @@ def write_packed(
 def check_free(out: str | Path, *, overwrite: bool = False) -> None:
     """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) an earlier pack and no more."""
     out = Path(out)
-    if not out.exists():
+    try:
+        out.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # in a folder that may not be entered
+        raise type(error)(f"cannot write {out}: {str(error.strerror).lower()}") from None
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a new folder for the packed data")
     others = sorted(entry.name for entry in out.iterdir() if not _OURS.fullmatch(entry.name))

@@ -8,13 +8,24 @@ What is left out of a source is said.
 """
 
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from retentive.data.formats import COMPRESSED, READABLE, TABLES, OnBadText, TextCheck, kind_of, text_of, texts
+from retentive.data.formats import (
+    COMPRESSED,
+    READABLE,
+    TABLES,
+    OnBadText,
+    TextCheck,
+    kind_of,
+    text_of,
+    texts,
+    unreadable,
+)
 
 Say = Callable[[str], None]
 
@@ -68,7 +79,13 @@ def find_files(source: str | Path, suffixes: Iterable[str] = ()) -> Found:
     """The files of `source` that can be read, and what else is there."""
     path = Path(source)
     wanted = {*READABLE, *_suffixes(suffixes)}
-    if path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:  # in a folder that may not be entered
+        raise unreadable(path, error) from None
+    if stat.S_ISREG(mode):
         kind, _ = kind_of(path)
         if kind and kind not in {*wanted, *TABLES}:
             raise ValueError(
@@ -76,7 +93,7 @@ def find_files(source: str | Path, suffixes: Iterable[str] = ()) -> Found:
                 f"if it is plain text: --suffix {kind}"
             )
         return Found({path.name: path}, "")
-    if not path.is_dir():
+    if not stat.S_ISDIR(mode):
         hint = f"; for the Hugging Face data set write hf:{source}" if str(source).count("/") == 1 else ""
         raise FileNotFoundError(f"no such file or folder: {source}{hint}")
     files, left_out = _walk(path, wanted)
@@ -99,12 +116,12 @@ def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
     links = 0
     locked: list[str] = []
 
-    def unreadable(error: OSError) -> None:
+    def skip(error: OSError) -> None:
         if Path(error.filename) == top:
-            raise type(error)(f"cannot read {top}: {str(error.strerror).lower()}")
+            raise unreadable(top, error)
         locked.append(Path(error.filename).relative_to(top).as_posix())
 
-    for folder, folders, names in os.walk(top, onerror=unreadable):
+    for folder, folders, names in os.walk(top, onerror=skip):
         folders[:] = [name for name in folders if name[0] != "."]
         links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         for file in (Path(folder, name) for name in names if name[0] != "."):

@@ -108,6 +108,15 @@ def test_out_is_not_overwritten_by_accident(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_may_not_be_entered_is_told_in_a_line(tmp_path, monkeypatch, refuses):
+    def no(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "out")
+
+    monkeypatch.setattr(Path, "stat", no)
+    with refuses(f"cannot write {tmp_path}/out: permission denied", PermissionError):
+        module.check_free(tmp_path / "out")
+
+
 def test_nothing_is_left_when_the_source_fails(tmp_path):
     def failing():
         yield from TRAIN

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch):
     assert find_files(notes / "sub").left_out == ""
     with pytest.raises(PermissionError, match=r"^cannot read \S*secret: permission denied$"):
         documents(notes / "secret")
+
+
+@pytest.mark.parametrize("denied", ["stat", "open"])
+def test_a_file_that_may_not_be_read_is_told_in_a_line(tmp_path, monkeypatch, denied, refuses):
+    write(tmp_path, "a.txt")
+
+    def no(*_, **__):
+        raise PermissionError(13, "Permission denied", "a.txt")
+
+    monkeypatch.setattr(Path, denied, no)
+    with refuses(f"cannot read {tmp_path}/a.txt: permission denied", PermissionError):
+        read(tmp_path / "a.txt")
 
 
 def test_other_suffixes_are_read_where_they_are_asked_for(tmp_path, refuses):
