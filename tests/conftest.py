@@ -9,6 +9,8 @@ import pytest
 
 # Threads that wait by spinning take the time that others need: on busy cores the suite would run ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: processes that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
