@@ -232,6 +232,29 @@ def test_tiktoken_missing_names_the_extra(monkeypatch):
         TiktokenTokenizer({b"a": 0})
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_a_tokenizer_json_from_elsewhere_keeps_its_ids_and_its_hash():
+    """The file was saved by tokenizers 0.23: what data and weights remember of it holds in all versions."""
+    kept = load_tokenizer(FIXTURES / "tokenizer.json")
+    assert (kept.vocab_size, kept.eos_id) == (290, 0)
+    assert kept.sha256 == "6c6bd77ee30ba40e062102044c7369a483216cf325626ec45f61688d1fbf2733"
+    # " the garden" is one merge after another, digits and what was never seen stand alone
+    ids = [258, 282, 286, 221, 73, 78, 221, 17, 24, 24, 23, 26, 221, 287, 221, 267, 199]
+    assert kept.encode("the garden in 1887: naïve 猫\n") == ids and kept.decode(ids) == "the garden in 1887: naïve 猫\n"
+    assert kept.decode(kept.encode(NASTY)) == NASTY and kept.eos_id not in kept.encode(NASTY)
+
+
+def test_a_tiktoken_file():
+    """256 bytes, " the" by way of "th" and "the", " g", " ga" and "é"."""
+    pytest.importorskip("tiktoken")
+    words = load_tokenizer(FIXTURES / "words.tiktoken")
+    assert (words.vocab_size, words.eos_id) == (263, 262)
+    assert words.encode("the gate café") == [257, 260, *b"te", *b" caf", 261]
+    assert words.decode(words.encode(NASTY)) == NASTY and words.eos_id not in words.encode(NASTY)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_published_vocabularies():
     gpt2 = load_tokenizer(SHARED / "gpt2")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_blocked import DECAYS, DTYPES, LENGTHS, inputs, parallel, strided, weights_for, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from retentive.ops import cpu as module
 from retentive.ops import reference, retention, retention_step
 from retentive.ops.step import Ring
 from retentive.ops.step import step as plain_step
+from tests.ops.test_blocked import DECAYS, DTYPES, LENGTHS, inputs, parallel, strided, weights_for, with_gradients
 
 ROOT = Path(__file__).parents[2]
 GROUP = module.GROUP
