@@ -94,7 +94,7 @@ class HybridConfig(RetNetConfig):
     """A RetNet some of whose blocks are its twin's: attention, of as many parameters."""
 
     attention_every: int = 4
-    """Every so manyth block attends; 4: three blocks of retention, then one of attention."""
+    """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +147,10 @@ class TransformerConfig:
         _check_dropout(self.dropout)
 
 
+OwnConfig = RetNetConfig | TransformerConfig
+"""Of the architectures that are written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
+
+
 def _positive(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
@@ -190,7 +194,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
     )
 
 
-def of_one_kind(config: RetNetConfig | TransformerConfig) -> list[RetNetConfig | TransformerConfig]:
+def of_one_kind(config: OwnConfig) -> list[OwnConfig]:
     """The config; of a hybrid that of a RetNet and that of a Transformer which have its blocks between them."""
     if not isinstance(config, HybridConfig):
         return [config]

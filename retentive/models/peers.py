@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retentive.models.base import LanguageModel
 from retentive.models.config import RetNetConfig, twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
@@ -71,12 +72,14 @@ def peer(config: RetNetConfig, kind: str) -> PeerConfig:
     )
 
 
-class Peer(nn.Module):
-    """`model(ids) -> (logits, None)`.
+class Peer(LanguageModel):
+    """`model(ids) -> (logits, None)`: it keeps no state.
 
     Raises:
         ModuleNotFoundError: the extra is missing.
     """
+
+    config: PeerConfig
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -118,8 +121,3 @@ class Peer(nn.Module):
         rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)  # causal: what follows is unseen
         x = self.backbone(rows, use_cache=False).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])[None], None
-
-    def forward(self, ids: Tensor | None, state: None = None, **how: Any) -> tuple[Tensor, None]:
-        """Logits `[B,T,vocab]`."""
-        x, _ = self.hidden(ids, state, **how)
-        return self.head(x), None

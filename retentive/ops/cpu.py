@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retentive.ops.blocked import check_borders, refuse_second_derivative
-from retentive.ops.step import Ring
+from retentive.ops.ring import Ring
 
 SOURCE = Path(__file__).with_suffix(".c")
 BESIDE = (SOURCE.with_name("rows.c"), SOURCE.with_name("numbers.h"))
@@ -305,8 +305,8 @@ class Plan:
         return o
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`step.step` in one pass over the state.
+def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`ring.decode_step` in one pass over the state.
 
     Raises:
         ValueError: a log decay above 0, or NaN.

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_blocked import DECAYS, DTYPES, LENGTHS, inputs, parallel, strided, weights_for, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from retentive.ops import cpu as module
 from retentive.ops import reference, retention, retention_step
-from retentive.ops.step import Ring
-from retentive.ops.step import step as plain_step
+from retentive.ops.ring import Ring
+from retentive.ops.ring import decode_step as plain_step
+from tests.ops.test_blocked import DECAYS, DTYPES, LENGTHS, inputs, parallel, strided, weights_for, with_gradients
 
 ROOT = Path(__file__).parents[2]
 GROUP = module.GROUP
@@ -691,7 +691,7 @@ def test_other_devices_are_refused(refuses):
         cpu(*tensors)
 
 
-# ---- one token: more in test_step.py; here for the libraries of other CPUs ----
+# ---- one token: more in test_ring.py; here for the libraries of other CPUs ----
 
 
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (7, 9), (17, 33), (40, 72), (64, 108)], ids=lambda n: str(n))
@@ -702,7 +702,7 @@ def test_a_step_is_that_of_torch_whatever_the_cpu(dtype, K, V, library, same):
     for _ in range(2 * R + 1):
         q, k, v = (torch.randn(B, H, n).to(DTYPES[dtype]) for n in (K, K, V))
         log_decay = -torch.rand(H)
-        o, want = module.step(q, k, v, log_decay, 0.3, one), plain_step(q, k, v, log_decay, 0.3, two)
+        o, want = module.decode_step(q, k, v, log_decay, 0.3, one), plain_step(q, k, v, log_decay, 0.3, two)
         # both sum in float32 and round once: the last bit may differ
         same(o.float(), want.float(), {"fp32": 1e-6, "bf16": 2.0**-8, "fp16": 2.0**-11}[dtype])
     same(one.state, two.state, 1e-6)

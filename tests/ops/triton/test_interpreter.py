@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from retentive.ops import blocked, reference, retention_step
 from retentive.ops import triton as room
 from retentive.ops.triton import forward, tiles
-from retentive.ops.triton.step import step
+from retentive.ops.triton.decode import decode_step as step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
