@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
-from retentive.ops import using
+from retentive.ops import Ring, using
 from retentive.ops.ring import slots
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
@@ -138,6 +138,20 @@ def test_detach_cuts_the_graph_and_keeps_the_values(kind, make, same):
     tensors, kept = (list(x.named().values()) for x in (state, state.detach()))
     assert all(x.requires_grad for x in tensors) and not any(x.requires_grad for x in kept)
     same(kept, tensors, 0)
+
+
+@both
+@torch.no_grad()
+def test_settled_it_has_no_rings_and_goes_on(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(2, 5)
+    _, plain = model(ids[:, :4])
+    assert plain.settled() is plain
+    _, state = model(ids[:, 4:], plain)
+    settled = state.settled()
+    layers = [] if kind == "transformer" else (settled.retention if kind == "hybrid" else settled).layers
+    assert not any(isinstance(x, Ring) for x in layers)
+    goes_on(model, list(ids), settled.clone())
+    goes_on(model, list(ids), state)  # which is as it was
 
 
 @both
