@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retentive.models.base import LanguageModel
-from retentive.models.config import RetNetConfig, twin
+from retentive.models.config import RetNetConfig, check_fields, twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
 
@@ -36,6 +36,7 @@ class PeerConfig:
     """Use the embedding as the output matrix."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of model {self.kind!r}, expected one of {', '.join(KINDS)}")
 

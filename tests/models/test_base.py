@@ -1,4 +1,4 @@
-"""What every model is to the floors above: device, dtype, whose state it takes; whole under torch.export, torch.func."""
+"""What every model is to the floors above: device, dtype, whose state it takes; torch.export and torch.func."""
 
 import pytest
 import torch
