@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def load(path, *, device="cpu", dtype=None):
-    """(model, tokenizer or None) from a run directory, a folder in torchscale's or fla's layout, or a hub's name."""
+    """(model, tokenizer or None) from a run directory, a folder in torchscale's or fla's layout, or hf:owner/name."""
     from retentive.checkpoint import load
 
     return load(path, device=device, dtype=dtype)

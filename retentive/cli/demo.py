@@ -27,6 +27,7 @@ from retentive.data.tokenizer import Tokenizer, train_bpe
 from retentive.files import write_json
 from retentive.machine import pick_device
 from retentive.models import RetNet, build, preset, twin
+from retentive.ops import using
 from retentive.studies import training_run
 from retentive.train import TrainConfig
 from retentive.train.loop import accumulate_gradients, pick_precision
@@ -178,10 +179,15 @@ def yardsticks(console: Console, tokenizer: Tokenizer, data: Path, out: Path) ->
 def forms(console: Console, model: RetNet, data: Path) -> None:
     """Logits of the trained model on held-out text in all forms, and handed over between them, against float64."""
     ids = next(iter(held_out(data, length=1024))).ids
-    exact, _ = model.double()(ids, form="recurrent")
+    with using(form="recurrent"):
+        exact, _ = model.double()(ids)
     model.float()
-    results = {form: model(ids, form=form)[0] for form in ("parallel", "recurrent", "chunkwise")}
-    first, state = model(ids[:, :777], form="parallel")
+    results = {}
+    for form in ("parallel", "recurrent", "chunkwise"):
+        with using(form=form):
+            results[form], _ = model(ids)
+    with using(form="parallel"):
+        first, state = model(ids[:, :777])
     rest = []
     for t in range(777, ids.shape[1]):
         logits, state = model(ids[:, t : t + 1], state)

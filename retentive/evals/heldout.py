@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 @torch.no_grad()
 def read(model: Model, data: str | Path, *, length: int, tokens: int | None = None) -> Tokens:
     """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`."""
-    training, device = model.training, model.embed.weight.device
+    training, device = model.training, model.device
     model.eval()
     parts: list[tuple[np.ndarray, ...]] = []
     contexts = 0

@@ -1,6 +1,16 @@
 """RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with."""
 
-from retentive.models.config import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, of_one_kind, preset, twin
+from retentive.models.base import LanguageModel
+from retentive.models.config import (
+    PRESETS,
+    HybridConfig,
+    OwnConfig,
+    RetNetConfig,
+    TransformerConfig,
+    of_one_kind,
+    preset,
+    twin,
+)
 from retentive.models.hybrid import Hybrid
 from retentive.models.peers import Peer, PeerConfig, peer
 from retentive.models.retnet import RetNet
@@ -10,10 +20,12 @@ from retentive.models.transformer import Transformer
 __all__ = [
     "MODELS",
     "PRESETS",
+    "Config",
     "Hybrid",
     "HybridConfig",
     "HybridState",
     "KVCache",
+    "LanguageModel",
     "Model",
     "Peer",
     "PeerConfig",
@@ -31,12 +43,12 @@ __all__ = [
 ]
 
 
-Model = RetNet | Transformer | Hybrid
-"""Any of the models: the same calls, a state each."""
-Config = RetNetConfig | TransformerConfig | PeerConfig
+Config = OwnConfig | PeerConfig
+"""The config of any model that `build` makes."""
+Model = LanguageModel
 MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
 
 
-def build(config: Config) -> Model:
-    """The model of a config, freshly initialised. (A peer can be trained and scored only.)"""
+def build(config: Config) -> LanguageModel:
+    """The model of a config, freshly initialised. (A peer keeps no state: it can be trained and scored only.)"""
     return MODELS[type(config)](config)

@@ -69,7 +69,7 @@ def accuracy(model: Model, n: int, *, asked: int = ASKED, seed: int = 10**6) -> 
     while total < asked:
         batch = rows(n, max(4096 // (4 * n), 1), generator)
         where = batch.targets != IGNORE
-        x, _ = model.hidden(batch.ids.to(model.embed.weight.device))
+        x, _ = model.hidden(batch.ids.to(model.device))
         found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
         right += int((found == batch.targets[where]).sum())
         total += len(found)

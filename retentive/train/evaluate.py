@@ -36,7 +36,7 @@ def evaluate(
     A window knows nothing of the one before it unless `carry` hands the state on (which needs one of constant size),
     and no document of the one before. All tokens but the very first are predicted.
     """
-    device = model.embed.weight.device
+    device = model.device
     training = model.training
     model.eval()
     total, count = 0.0, 0
