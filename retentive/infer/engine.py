@@ -244,7 +244,7 @@ class Engine:
         try:
             state = self.model.init_state(1) if prompt.state is None else prompt.state
             if self.pool is None:
-                self.pool = self.model.init_state(self.slots).for_decoding(self.model.embed.weight.dtype)
+                self.pool = self.model.init_state(self.slots).for_decoding(self.model.dtype)
             self.pool = self.pool.reserve(int(state.position) + 1)
             for row in range(len(self.running), len(self.running) + len(prompt.requests)):
                 self.pool.put(row, state)
@@ -362,7 +362,7 @@ class Engine:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.embed.weight.device
+        return self.model.device
 
     # a thread of its own
 

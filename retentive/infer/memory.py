@@ -124,7 +124,7 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
         )
     if model is not None:
         _check_fit(memory, model, path)
-        memory.state = memory.state.to(model.embed.weight.device)
+        memory.state = memory.state.to(model.device)
     return memory
 
 
@@ -190,7 +190,7 @@ def read(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, stret
     Reading takes the memory of one stretch, however much there is; `sources` are the caller's to write.
     """
     state: Any = memory.state
-    tokens, device = memory.tokens, model.embed.weight.device
+    tokens, device = memory.tokens, model.device
     for ids in _stretches(pieces, memory.pending, stretch):
         _, state = model.hidden(torch.tensor([ids], device=device), state)
         tokens += len(ids)
