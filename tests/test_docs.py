@@ -6,6 +6,7 @@ A block of Python that is followed by a block of text has printed that text. `ma
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -49,6 +50,9 @@ def place(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_model(root / "runs" / "mine", RetNet(preset("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
     (root / "runs" / "demo").symlink_to("mine")
+    question = {"goal": "To see a fox,", "sol1": "go into the wood.", "sol2": "go to sea.", "label": 0}
+    (root / "eval_files").mkdir()
+    (root / "eval_files" / "piqa.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     return root
 
 
@@ -57,6 +61,7 @@ def test_python(page, place, monkeypatch):
     monkeypatch.chdir(place)
     names: dict = {"__name__": page}
     for code, output in PYTHON.findall(read(page)):
+        code = re.sub(r"\bsteps=\d+", "steps=2", code)
         compiled = compile(code, page, "exec")
         missing = [name for name in EXTRAS if f"import {name}" in code and not importlib.util.find_spec(name)]
         if page in COMPILED_ONLY or missing:
