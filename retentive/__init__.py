@@ -2,16 +2,37 @@
 
     import retentive
     model, tokenizer = retentive.load("runs/demo")
-    logits, state = model(ids)
+    print(retentive.generate(model, tokenizer, "Once upon a time", max_tokens=50))
+    print(retentive.evaluate(model, ["piqa"], "eval_files", tokenizer=tokenizer))
 
 `retentive.models` builds models, `retentive.ops` is the operator alone, and `retentive --help` is the command line.
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-
-def load(path, *, device="cpu", dtype=None):
-    """(model, tokenizer or None) from a run directory, a folder in torchscale's or fla's layout, or a hub's name."""
+if TYPE_CHECKING:
     from retentive.checkpoint import load
+    from retentive.evals import evaluate
+    from retentive.infer.writing import generate, stream_generate
 
-    return load(path, device=device, dtype=dtype)
+__version__ = "0.1.0"
+__all__ = ["evaluate", "generate", "load", "stream_generate"]
+
+_HOMES = {
+    "evaluate": "retentive.evals",
+    "generate": "retentive.infer.writing",
+    "load": "retentive.checkpoint",
+    "stream_generate": "retentive.infer.writing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is first asked for: `import retentive` alone does not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retentive' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -7,16 +7,13 @@ used last stays longest, within a bound in bytes; what is pushed out goes to `fo
 """
 
 import hashlib
-import json
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from retentive.infer.memory import Memory, load_memory, save
+from retentive.infer.memory import Memory, head, load_memory, save
 from retentive.models.state import State
 
 
@@ -115,7 +112,7 @@ class PrefixCache:
         try:
             save(Memory(state, [], tokens, self.model, []), path)
             size = path.stat().st_size
-        except (OSError, SafetensorError):  # a full disk, a folder taken away
+        except OSError:  # a full disk, a folder taken away
             return
         self._found(name, tokens, size)
 
@@ -145,12 +142,10 @@ class PrefixCache:
         found = []
         for path in folder.glob("*.safetensors"):
             try:
-                stat = path.stat()
-                with safe_open(path, framework="pt") as file:
-                    about = json.loads((file.metadata() or {}).get("memory", "null"))
-            except (OSError, SafetensorError, ValueError):  # taken away meanwhile, or damaged
+                stat, about = path.stat(), head(path)
+            except (OSError, ValueError):  # taken away meanwhile, or damaged
                 continue
-            if isinstance(about, dict) and about.get("model") == self.model and isinstance(about.get("tokens"), int):
+            if about["model"] == self.model:
                 found.append((stat.st_mtime, path.stem, about["tokens"], stat.st_size))
         for _, name, tokens, size in sorted(found):
             self._found(name, tokens, size)
