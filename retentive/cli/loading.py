@@ -45,7 +45,7 @@ def prompt_text(prompt: str) -> str:
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode()  # in some locales Python lets through what is no text, as lone surrogates
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         where = "standard input" if prompt == "-" else "the prompt"
         raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
     return text

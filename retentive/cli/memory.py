@@ -107,7 +107,7 @@ def write(command: WriteCommand) -> None:
     kept = reading.unfinished(command.out)
     if kept.exists() and not command.separate:
         print(f"going on after {head(kept)['tokens']:,} tokens ({kept})", file=sys.stderr)
-    how = {"memory": command.memory, "separate": command.separate}
+    how: dict[str, Any] = {"memory": command.memory, "separate": command.separate}
     try:
         with sigterm_is_ctrl_c(), progress() as tell:
             reading.write_memory(model, tokenizer, command.files, command.out, **how, tell=tell)

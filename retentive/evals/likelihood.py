@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
+from retentive.infer.sample import NOT_FINITE
 from retentive.models import Model, Peer, RetNet
 
 BUDGET = 8192
@@ -160,7 +161,7 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
             sums.index_add_(0, n.cpu(), logprob.double().cpu())
             wrong.index_add_(0, n.cpu(), (logits.argmax(-1) != target).long().cpu())
     if bool(sums.isnan().any()):  # argmax over NaN is token 0: it would look like an answer
-        raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")
+        raise ArithmeticError(NOT_FINITE)
     return [
         Score(total, missed == 0, len(r.continuation))
         for r, total, missed in zip(rows, sums.tolist(), wrong.tolist(), strict=True)

@@ -77,7 +77,8 @@ def evaluate(
         found = score_contexts(model, tokenizer, names, folder, contexts, last=last, limit=limit, say=say)
     else:
         assert folder is not None
-        how = {"shots": shots, "limit": limit, "max_length": max_length, "window": WINDOW if window is None else window}
+        window = WINDOW if window is None else window
+        how: dict[str, Any] = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
         found = score_tasks(model, tokenizer, names, folder, **how, say=say)
     return Evaluation(*found)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite: are there NaN in its weights?"
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -54,7 +56,7 @@ def check_finite(logits: Tensor) -> None:
     Nothing can be picked from those: argmax of NaN is token 0 or beyond the vocabulary, which would look like text.
     """
     if not bool(logits.amax(-1).isfinite().all()):
-        raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")
+        raise ArithmeticError(NOT_FINITE)
 
 
 class Sampler:

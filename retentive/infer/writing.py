@@ -48,8 +48,8 @@ def generate(
     Raises:
         ValueError, ArithmeticError: as `stream_generate`.
     """
-    how = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
-    return "".join(stream_generate(model, tokenizer, prompt, **how, **more))
+    more |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return "".join(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **more))
 
 
 def stream_generate(
