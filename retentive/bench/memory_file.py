@@ -17,7 +17,8 @@ import torch
 from retentive import machine
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
-from retentive.infer.memory import blank, load_memory, read, save
+from retentive.infer.memory import blank, load_memory, save
+from retentive.infer.reading import ingest
 from retentive.models import Model
 
 LENGTHS = (1_000, 1_000_000)
@@ -47,7 +48,7 @@ def measure(
             pieces = (
                 torch.randint(vocab, (min(4096, n - at),), generator=generator).tolist() for at in range(0, n, 4096)
             )
-            memory = deque(read(model, pieces, blank(model)), maxlen=1).pop()
+            memory = deque(ingest(model, pieces, blank(model)), maxlen=1).pop()
             memory.sources = [{"name": "random", "tokens": n, "sha256": 64 * "0"}]
             save(memory, file)
             seconds = time.perf_counter() - began

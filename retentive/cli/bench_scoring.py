@@ -11,7 +11,7 @@ from retentive.bench import scoring
 from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, encode, score, shared
-from retentive.evals.read import find, known, read
+from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
 from retentive.models import Model
 
@@ -51,7 +51,7 @@ def questions(command: ScoringBench, tokenizer: Tokenizer, shots: int) -> list[l
     (name,) = known([command.task])
     if TASKS[name].kind != "choice":
         raise ValueError(f"task {name} has no choices: choose one that has")
-    items = read(TASKS[name], find(name, command.data), limit=command.limit, shots=shots)
+    items = parse(TASKS[name], find(name, command.data), limit=command.limit, shots=shots)
     pairs = [zip(item.content.prompts, item.content.continuations, strict=True) for item in items]
     return [[encode(tokenizer, *pair) for pair in of_one] for of_one in pairs]
 

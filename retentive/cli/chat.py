@@ -26,6 +26,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine, Stream
 from retentive.infer.generate import Text
 from retentive.infer.memory import Memory, blank, load_memory, save
+from retentive.infer.requests import Returns
 from retentive.serve.options import NAME
 
 HELP = """\
@@ -82,7 +83,7 @@ class Conversation:
             max_tokens=self.max_tokens,
             stop_ids=sorted(self.template.stop_ids),
             state=self.memory.state,
-            keep_state=True,
+            returns=Returns(state=True),
         )
         text, said, whole = Text(self.tokenizer, self.template.stop), "", False
         self.tokens = 0

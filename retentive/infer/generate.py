@@ -24,16 +24,16 @@ class Token(NamedTuple):
 
 
 @torch.no_grad()
-def prefill(model: Model, ids: Tensor, state: Any = None, *, stretch: int = 4096) -> tuple[Tensor, Any]:
-    """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `stretch` tokens at a time.
+def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
+    """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
 
-    Only the last token's logits are computed, and memory does not grow with the prompt beyond the stretch (and, for the
+    Only the last token's logits are computed, and memory does not grow with the prompt beyond the chunk (and, for the
     Transformer, its cache).
 
     Raises:
         ValueError: a model that keeps no state (another library's).
     """
-    for part in ids.split(stretch, 1):
+    for part in ids.split(chunk, 1):
         x, state = model.hidden(part, state)
         if state is None:
             raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")

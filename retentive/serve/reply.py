@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.generate import Text, Token
-from retentive.infer.requests import Constraint, Full, Stream
+from retentive.infer.requests import Constraint, Full, Returns, Stream
 from retentive.models.state import State
 from retentive.serve.bridge import Item, Mailbox
 from retentive.serve.errors import Refused, wait
@@ -213,11 +213,13 @@ class Reply:
                 max_tokens=max(max_tokens, 1),
                 stop_ids=sorted(self.stop_ids),
                 n=self.n,
-                top=min(top or 0, self.service.model.config.vocab_size),
-                score=echo and top is not None,
                 constraint=constraint,
                 state=None if session is None else session.state,
-                keep_state=session is not None,
+                returns=Returns(
+                    top=min(top or 0, self.service.model.config.vocab_size),
+                    prompt=echo and top is not None,
+                    state=session is not None,
+                ),
                 deliver=engine.into(self.mailbox, len(self.choices), self.n),
             )
         except Full as error:
@@ -272,7 +274,7 @@ class Reply:
         deliver = self.service.engine.into(mailbox, 0, 1)
         try:
             (stream,) = self.service.engine.submit(
-                ids, max_tokens=1, state=session.state, keep_state=True, deliver=deliver
+                ids, max_tokens=1, state=session.state, returns=Returns(state=True), deliver=deliver
             )
         except Full:
             return session.state, ids

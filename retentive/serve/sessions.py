@@ -6,7 +6,6 @@ gone, so that a conversation is never begun anew behind its client's back.
 """
 
 import hashlib
-import json
 import logging
 import re
 import threading
@@ -17,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from retentive.infer.memory import Memory, load_memory, save
+from retentive.infer.memory import Memory, head, load_memory, save
 from retentive.models import Model
 from retentive.models.state import State
 from retentive.serve.errors import Refused
@@ -186,10 +185,9 @@ class SavedStates:
     def _describe(self, path: Path) -> dict[str, Any]:
         """From the file's head: its tensors are looked at when it is restored."""
         tokens, model, about = 0, None, path.stat()
-        with suppress(SafetensorError, ValueError, KeyError, OSError):
-            with safe_open(path, framework="pt") as file:
-                memory = json.loads((file.metadata() or {})["memory"])
-            tokens, model = int(memory["tokens"]), str(memory["model"])
+        with suppress(ValueError, OSError):
+            found = head(path)
+            tokens, model = found["tokens"], found["model"]
         return {
             "object": "state",
             "name": path.stem,

@@ -35,7 +35,9 @@ from retentive.bench.lab.plot import grid
 from retentive.bench.lab.tables import markdown
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
-from retentive.infer.memory import Memory, blank, chain, chain_errors, keep_size, merge, read
+from retentive.infer.memory import Memory, blank
+from retentive.infer.merge import chain, chain_errors, keep_size, merge
+from retentive.infer.reading import ingest
 from retentive.models import RetNet, RetNetConfig
 from retentive.ops import decay
 
@@ -292,7 +294,7 @@ def episode(
     empty, begin = blank(model, "bench"), [tokenizer.eos_id]
 
     def remember(ids: Sequence[int]) -> Memory:
-        return last(read(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
+        return last(ingest(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
 
     ids = [tokenizer.encode(part) for part in parts]
     apart = [remember(begin + part) for part in ids]

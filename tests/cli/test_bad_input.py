@@ -234,17 +234,18 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
 
 
 GENERATING = {
-    "no-tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "no-tokens": (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
     "temperature": (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
     "top-p": (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
     "empty-stop": (["--stop", ""], "a stop string must not be empty"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tokenizer": (["--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
     "larger-tokenizer": (["--tokenizer", "larger"], "tokens, the model 257: they do not belong together"),
-    "two-ways": (["--lookup", "--draft", "run"], "--beams, --lookup and --draft exclude each other"),
-    "negative-beams": (["--beams", "-1"], "--beams must be at least 1, or 0 to sample, got -1"),
-    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "--beams looks for the likeliest text"),
+    "two-ways": (["--lookup", "--draft", "run"], "beams, lookup and draft exclude each other"),
+    "negative-beams": (["--beams", "-1"], "beams must be at least 1, or 0 to sample, got -1"),
+    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "beams look for the likeliest text"),
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
+    "large-seed": (["--seed", str(2**70)], "seed must be from -2^63 to 2^63 - 1, got"),
     "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
 }
 

@@ -90,12 +90,12 @@ def test_a_copy_of_the_state_answers_as_often_as_asked(name):
 
 
 @models
-@pytest.mark.parametrize("stretch", [1, 3, 8, 100], ids=lambda n: f"stretch{n}")
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100], ids=lambda n: f"chunk{n}")
 @torch.no_grad()
-def test_prefill_in_stretches_of_any_size(name, stretch, same):
+def test_prefill_in_chunks_of_any_size(name, chunk, same):
     """Its state is like any other: the model may go on from it outside of generation too."""
     model, ids = make(name), torch.tensor([PROMPT])
-    logits, state = prefill(model, ids, stretch=stretch)
+    logits, state = prefill(model, ids, chunk=chunk)
     want, end = model(ids)
     same(logits, want[:, -1], 1e-12)
     assert state.position.tolist() == end.position.tolist() == [8]
