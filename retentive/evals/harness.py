@@ -16,7 +16,7 @@ from retentive.evals.read import find
 from retentive.evals.run import windows
 from retentive.evals.stats import Z
 from retentive.infer import SamplingParams, generate
-from retentive.infer.generate import stream_text
+from retentive.infer.text import stream_text
 from retentive.models import Model
 
 STOCK = {
