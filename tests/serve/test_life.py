@@ -55,7 +55,7 @@ def test_a_client_that_does_not_read_holds_no_slot_and_is_cut_off(serve, eventua
         assert eventually(lambda: server.service.engine.counts["tokens"] > 100)
         # the slot is free again while the answer waits to be read
         other = server.http().post(TEXT, json={"prompt": "b", "max_tokens": 2})
-        assert other.status_code == 200 and server.service.at_hand == 1
+        assert other.status_code == 200 and server.service.in_flight == 1
         assert server.idle()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.serve import bridge
+from retentive.serve import async_engine
 
 START = [256]
 SAID = [{"role": "user", "content": "Who is there?"}]
@@ -29,7 +29,7 @@ def test_chat_is_what_the_model_says(server, params):
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_streamed_chat_joins_to_the_same(server, params, monkeypatch):
-    monkeypatch.setattr(bridge, "TICK", 0)  # a model so small is done before there would be ten of them
+    monkeypatch.setattr(async_engine, "TICK", 0)  # a model so small is done before there would be ten of them
     want = server.text(CHAT, max_tokens=60, **params)
     with server.client().chat.completions.create(
         model=server.service.name, messages=SAID, max_completion_tokens=60, stream=True,

@@ -208,9 +208,10 @@ def test_a_session_that_is_still_busy_is_waited_for(server, visit):
     here = visit(server)
     here.settings(**GREEDY)
     here.say("Hello")
-    [session] = server.service.sessions.held.values()
-    session.busy = True
-    free = threading.Timer(0.5, lambda: setattr(session, "busy", False))
+    sessions = server.service.sessions
+    [session] = sessions.held
+    sessions.busy.add(session)
+    free = threading.Timer(0.5, lambda: sessions.busy.discard(session))
     free.start()
     assert here.say("And then?") != ""
     expect(here["error"]).to_be_empty()
@@ -323,12 +324,12 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
 def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
     here = visit(server)
     here.settings(**GREEDY)
-    server.service.at_hand += 10**6
+    server.service.in_flight += 10**6
     here["input"].fill("Hello")
     here.page.keyboard.press("Enter")
     expect(here["error"]).to_have_text("The server is full: try again in 1 s.")
     expect(here["input"]).to_have_value("Hello")
-    server.service.at_hand -= 10**6
+    server.service.in_flight -= 10**6
     here.page.keyboard.press("Enter")
     expect(here.page.locator(".model")).not_to_be_empty()
     expect(here["error"]).to_be_empty()

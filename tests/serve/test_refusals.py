@@ -77,7 +77,7 @@ def test_a_bad_field_is_named(retnet, case, stream):
     assert (response.status_code, error["param"]) == (status, param)
     assert words in error["message"] and "\n" not in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert retnet.service.at_hand == 0 and set(retnet.service.sessions.held) == before
+    assert retnet.service.in_flight == 0 and set(retnet.service.sessions.held) == before
 
 
 BODIES = {
