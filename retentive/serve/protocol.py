@@ -40,18 +40,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow = _Flow(transport)
         self.cycles: list[Any] = []  # uvicorn's RequestResponseCycle of requests that are not answered yet
         self.head = 0  # bytes since the last that belonged to a body, or the end of a request
-        self.in_head = True
+        self.awaited: str | None = None  # the "head" or "body" that has begun and not ended
         self.refused = False
         self.clock: asyncio.TimerHandle | None = None
         self._expect(self.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
+        self._disconnect()
+        super().connection_lost(exc)
+
+    def _disconnect(self) -> None:
+        """Whoever still answers hears that nobody listens."""
         self.pipeline.clear()
-        for cycle in self.cycles:
+        for cycle in self._unanswered():
             cycle.disconnected = True
             cycle.message_event.set()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -70,10 +74,16 @@ class BoundedProtocol(HttpToolsProtocol):
             if self.head > MOST_HEAD:
                 self._refuse(Refused(431, f"the head of a request is larger than {MOST_HEAD} bytes"))
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.awaited = "head"
+        if self.clock is None:  # it came in one packet with the end of the request before
+            self._expect(self.head_seconds)
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.cycles = [*(cycle for cycle in self.cycles if not cycle.response_complete), self.cycle]
-        self.in_head = False
+        self.cycles = [*self._unanswered(), self.cycle]
+        self.awaited = "body"
         self._expect(self.body_seconds)
 
     def on_body(self, body: bytes) -> None:
@@ -81,7 +91,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.head, self.in_head = 0, True
+        self.head, self.awaited = 0, None
         self._expect(None)
         super().on_message_complete()
 
@@ -92,19 +102,23 @@ class BoundedProtocol(HttpToolsProtocol):
         self.clock = None if seconds is None else self.loop.call_later(seconds, self._late)
 
     def _late(self) -> None:
-        if self.flow.read_paused:  # it is the server that does not read, while it answers the request before
-            self._expect(self.body_seconds)
-        elif self.in_head and self.head:
+        if self.flow.read_paused or (self.awaited != "body" and self._unanswered()):  # busy with the request before
+            self._expect(self.head_seconds)
+        elif self.awaited == "head":
             self._refuse(Refused(408, f"the head of a request did not come within {self.head_seconds:g} s"))
         else:
             self.transport.close()
+
+    def _unanswered(self) -> list[Any]:
+        return [cycle for cycle in self.cycles if not cycle.response_complete]
 
     def _refuse(self, error: Refused) -> None:
         """The last answer on this connection. Closed at once, the system would throw it away with what is unread."""
         if self.refused:
             return
         self.refused = True
-        if not any(not cycle.response_complete for cycle in self.cycles):  # else it would land in another's answer
+        if not any(cycle.response_started for cycle in self._unanswered()):  # else it would land in another's answer
+            self._disconnect()
             body = to_json(error.body)
             status = f"{error.status} {HTTPStatus(error.status).phrase}"
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
