@@ -114,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: Refused) -> None:
         """The last answer on this connection. Closed at once, the system would throw it away with what is unread."""
-        if self.refused:
+        if self.refused or self.transport.is_closing():
             return
         self.refused = True
         if not any(cycle.response_started for cycle in self._unanswered()):  # else it would land in another's answer

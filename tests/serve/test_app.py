@@ -1,8 +1,9 @@
 """The endpoints beside the completions, the page's files, pages of other origins, and paths that lead nowhere."""
 
+import json
 import socket
 
-from tests.serve.asked import CHAT, TEXT
+from tests.serve.asked import CHAT, GREEDY, TEXT
 
 
 def test_the_models(server):
@@ -33,8 +34,9 @@ def test_pages_of_other_origins_are_kept_out_unless_named(retnet, serve):
     assert "access-control-allow-origin" not in retnet.http().options(CHAT, headers=asks).headers
     assert "access-control-allow-origin" not in retnet.http().get("/v1/models", headers=asks).headers
     server = serve(cors=("https://example.org",), api_key=("a",))
-    allowed = server.http().options(CHAT, headers={**asks, "Access-Control-Request-Headers": "authorization"})
-    assert allowed.status_code == 200
+    names = "authorization,content-type,x-stainless-os"  # as OpenAI's client in a page sends them
+    allowed = server.http().options(CHAT, headers={**asks, "Access-Control-Request-Headers": names})
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-headers"] == names
     assert allowed.headers["access-control-allow-origin"] == "https://example.org"
     asks["Origin"] = "https://example.com"
     assert "access-control-allow-origin" not in server.http().options(CHAT, headers=asks).headers
@@ -54,3 +56,27 @@ def test_a_raw_path_does_not_leave_the_page(retnet):
         with socket.create_connection((host, int(port)), timeout=10) as raw:
             raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             assert b" 404 " in raw.recv(1000).split(b"\r\n")[0], path
+
+
+def test_head_is_get_without_the_body(retnet):
+    http = retnet.http()
+    for path in ("/health", "/", "/v1/models", "/app.js"):
+        head, got = http.head(path), http.get(path)
+        assert head.status_code == 200 and head.content == b"" != got.content, path
+        assert head.headers["content-length"] == str(len(got.content))
+
+
+def test_a_client_of_http_1_0_gets_a_stream_with_its_length(retnet):
+    body = json.dumps({"prompt": "Once", "max_tokens": 9, "stream": True, **GREEDY}).encode()
+    lines = [f"POST {TEXT} HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
+    host, port = retnet.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall("\r\n".join(lines).encode() + body)
+        said = b""
+        while part := raw.recv(65536):
+            said += part
+    head, _, events = said.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head and f"content-length: {len(events)}".encode() in head
+    chunks = [json.loads(line[6:]) for line in events.splitlines() if line.startswith(b"data: {")]
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert text == retnet.text([256, *b"Once"], max_tokens=9, **GREEDY) and events.endswith(b"data: [DONE]\n\n")

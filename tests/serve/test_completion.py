@@ -1,6 +1,7 @@
 """The official client against the server. The oracle is `generate`, alone with the model: the same text, always."""
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -10,8 +11,10 @@ import httpx
 import openai
 import pytest
 
-from retentive.serve import async_engine
-from tests.serve.asked import CHAT_IDS, DRAWN, ENDLESS, GREEDY, SAID, START, TEXT
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer.requests import Full
+from retentive.serve import async_engine, completion
+from tests.serve.asked import CHAT, CHAT_IDS, DRAWN, ENDLESS, GREEDY, SAID, START, TEXT
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -267,3 +270,65 @@ def test_a_client_that_does_not_read_holds_no_slot_and_is_cut_off(serve, eventua
         other = server.http().post(TEXT, json={"prompt": "b", "max_tokens": 2})
         assert other.status_code == 200 and server.service.in_flight == 1
         assert server.idle()
+
+
+def test_a_schema_that_is_too_large_is_the_clients_mistake(retnet, caplog):
+    """It shows only when the text comes to where all those properties are possible."""
+    pytest.importorskip("llguidance", reason="structured output needs pip install 'retentive[structured]'")
+    schema = {"type": "object", "properties": {f"property{n}": {"type": "integer"} for n in range(2000)}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": SAID, "response_format": form, "max_tokens": 50, **GREEDY}
+    response = retnet.http().post(CHAT, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "response_format", "schema_refused")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_long_prompts_are_encoded_in_a_thread(serve, path, monkeypatch):
+    server, threads = serve(), []
+    encode = ByteTokenizer.encode_batch
+
+    def noting(self, texts):
+        threads.append(threading.current_thread())
+        return encode(self, texts)
+
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", noting)
+    for text in ("a", "a" * 20_001):
+        body = {"prompt": text, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+        assert server.http().post(path, json=body).status_code == 200
+    short, long = threads
+    assert short is not long
+
+
+def test_what_is_done_in_threads_is_the_same(retnet, monkeypatch):
+    body = {"prompt": "The river", "echo": True, "logprobs": 3, "max_tokens": 5, **GREEDY}
+
+    def ask() -> tuple[list, str]:
+        whole = retnet.http().post(TEXT, json=body).json()["choices"]
+        events = retnet.http().post(TEXT, json={**body, "stream": True}).text
+        return whole, "".join(re.findall('"text":"(.*?)"', events))
+
+    want = ask()
+    monkeypatch.setattr(completion, "LONG", 0)
+    assert ask() == want and want[0][0]["text"] == want[1]
+
+
+def test_a_session_whose_answer_was_stopped_goes_on_where_the_queue_was_full(serve, monkeypatch):
+    """What came before the stop could not be read at once: it is read with the next prompt."""
+    server = serve()
+    whole = server.text(CHAT_IDS, max_tokens=20, **GREEDY)
+    body = {"messages": SAID, "max_tokens": 20, "session": "s", **GREEDY}
+    submit = server.service.engine.submit
+
+    def full_at_the_end(ids, params=None, **options):
+        if params is None:
+            raise Full("1 requests are waiting already")
+        return submit(ids, params, **options)
+
+    monkeypatch.setattr(server.service.engine, "submit", full_at_the_end)
+    first = server.http().post(CHAT, json={**body, "stop": whole[9:11]}).json()["choices"][0]["message"]["content"]
+    assert first == whole[: whole.index(whole[9:11])]
+    want = server.text([*CHAT_IDS, *f"{first}\nUser: b\nAssistant:".encode()], max_tokens=20, **GREEDY)
+    body["messages"] = [{"role": "user", "content": "b"}]
+    assert server.http().post(CHAT, json=body).json()["choices"][0]["message"]["content"] == want

@@ -1,7 +1,10 @@
 """Who is let in, and under which name; and that no secret is told."""
 
+import socket
+
 import pytest
 
+from retentive.serve.choices import Choice
 from tests.serve.asked import CHAT, SAID, TEXT
 
 KEYS = {"none": (None, 401), "wrong": ("Bearer c", 401), "basic": ("Basic a", 401), "bare": ("a", 401),
@@ -39,3 +42,27 @@ def test_no_secret_is_told(serve, capfd):
     assert 'retentive_requests_total{path="/v1/completions",status="200"} 1.0' in metrics
     shown = capfd.readouterr()
     assert "sesame" not in metrics + shown.out + shown.err
+
+
+def test_every_response_has_an_id_and_the_log_calls_the_request_by_it(retnet, monkeypatch, caplog):
+    http = retnet.http()
+    responses = [http.get("/health"), http.get("/nowhere"), http.post(TEXT, json={"prompt": "a", "max_tokens": 1})]
+    ids = [response.headers["x-request-id"] for response in responses]
+    assert len({*ids}) == 3 and all(len(id) == 32 for id in ids)
+
+    def fails(*_):
+        raise ArithmeticError("it does not add up")
+
+    monkeypatch.setattr(Choice, "push", fails)
+    failed = http.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    assert failed.status_code == 500 and "it does not add up" in failed.json()["error"]["message"]
+    assert f"request {failed.headers['x-request-id']} failed" in caplog.text
+
+
+@pytest.mark.parametrize("hosts", [[], ["localhost", "localhost"]], ids=["none", "two"])
+def test_http_1_1_needs_one_host(retnet, hosts):
+    host, port = retnet.url.removeprefix("http://").split(":")
+    lines = ["GET /health HTTP/1.1", *(f"Host: {name}" for name in hosts), "Connection: close", "", ""]
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall("\r\n".join(lines).encode())
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
