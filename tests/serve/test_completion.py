@@ -1,26 +1,25 @@
 """The official client against the server. The oracle is `generate`, alone with the model: the same text, always."""
 
 import json
+import re
+import socket
 import sys
 import threading
+from contextlib import ExitStack
 
+import httpx
 import openai
 import pytest
-import torch
 
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.serve import bridge
-
-START = [256]
-SAID = [{"role": "user", "content": "Who is there?"}]
-CHAT = [*START, *b"User: Who is there?\nAssistant:"]
-"""What the plain template makes of SAID."""
-GREEDY, DRAWN = {"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+from retentive.infer.requests import Full
+from retentive.serve import async_engine, completion
+from tests.serve.asked import CHAT, CHAT_IDS, DRAWN, ENDLESS, GREEDY, SAID, START, TEXT
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_chat_is_what_the_model_says(server, params):
-    want = server.text(CHAT, max_tokens=40, **params)
+    want = server.text(CHAT_IDS, max_tokens=40, **params)
     reply = server.client().chat.completions.create(model=server.service.name, messages=SAID, max_tokens=40, **params)
     assert reply.choices[0].message.content == want and reply.choices[0].message.role == "assistant"
     assert reply.choices[0].finish_reason == "length" and reply.object == "chat.completion"
@@ -29,8 +28,8 @@ def test_chat_is_what_the_model_says(server, params):
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_streamed_chat_joins_to_the_same(server, params, monkeypatch):
-    monkeypatch.setattr(bridge, "TICK", 0)  # a model so small is done before there would be ten of them
-    want = server.text(CHAT, max_tokens=60, **params)
+    monkeypatch.setattr(async_engine, "TICK", 0)  # a model so small is done before there would be ten of them
+    want = server.text(CHAT_IDS, max_tokens=60, **params)
     with server.client().chat.completions.create(
         model=server.service.name, messages=SAID, max_completion_tokens=60, stream=True,
         stream_options={"include_usage": True}, **params,
@@ -55,22 +54,14 @@ def test_completions_of_texts_and_of_ids(server):
     assert [c.text for c in reply.choices] == [server.text(each, max_tokens=16, **GREEDY) for each in ([1, 2, 3], [4])]
 
 
-def test_a_streamed_completion_ends_as_openai_does(server):
-    body = {"prompt": "Once", "max_tokens": 9, "stream": True, **GREEDY}
-    with server.http().stream("POST", "/v1/completions", json=body) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line for line in response.iter_lines() if line]
-    assert all(line.startswith("data: {") for line in lines[:-1]) and lines[-1] == "data: [DONE]"
-
-
 def test_n_choices_have_seeds_in_a_row(server):
     reply = server.client().chat.completions.create(
         model=server.service.name, messages=SAID, max_tokens=12, n=3, seed=20
     )
     assert [c.message.content for c in reply.choices] == [
-        server.text(CHAT, max_tokens=12, seed=seed) for seed in (20, 21, 22)
+        server.text(CHAT_IDS, max_tokens=12, seed=seed) for seed in (20, 21, 22)
     ]
-    assert reply.usage.prompt_tokens == len(CHAT) and reply.usage.completion_tokens == 36
+    assert reply.usage.prompt_tokens == len(CHAT_IDS) and reply.usage.completion_tokens == 36
     with server.client().completions.create(
         model=server.service.name, prompt="ab", max_tokens=12, n=2, seed=5, stream=True
     ) as chunks:
@@ -79,25 +70,6 @@ def test_n_choices_have_seeds_in_a_row(server):
             for choice in chunk.choices:
                 texts[choice.index] += choice.text
     assert texts == [server.text([256, 97, 98], max_tokens=12, seed=seed) for seed in (5, 6)]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_text_before_it(server, stream):
-    whole = server.text(CHAT, max_tokens=60, **DRAWN)
-    stop = whole[20:23]
-    want = whole[: whole.index(stop)]
-    for given in (stop, ["never, not this", stop]):
-        reply = server.client().chat.completions.create(
-            model=server.service.name, messages=SAID, max_tokens=60, stop=given, stream=stream, **DRAWN
-        )
-        if stream:
-            chunks = list(reply)
-            assert "".join(c.choices[0].delta.content or "" for c in chunks) == want
-            assert chunks[-1].choices[0].finish_reason == "stop"
-        else:
-            assert reply.choices[0].message.content == want and reply.choices[0].finish_reason == "stop"
-            assert reply.usage.completion_tokens <= 26  # not the 60: it was stopped
-    assert server.idle()
 
 
 def test_an_end_of_text_ends_it(server):
@@ -125,76 +97,6 @@ def test_the_same_seed_gives_the_same_and_no_seed_another(server):
 
     assert ask(seed=1).choices[0].text == ask(seed=1).choices[0].text != ask(seed=2).choices[0].text
     assert ask().choices[0].text != ask().choices[0].text  # of 257^30 or so
-
-
-def logprobs(server, ids) -> torch.Tensor:
-    """`[T,vocab]`: after each of the ids, by the model itself."""
-    with torch.no_grad():
-        return server.service.model(torch.tensor([ids]))[0][0].log_softmax(-1)
-
-
-# float32, two layers summed in other orders
-CLOSE = {"rel": 1e-4, "abs": 1e-4}
-
-
-def test_logprobs_of_a_chat(server):
-    reply = server.client().chat.completions.create(
-        model=server.service.name, messages=SAID, max_tokens=8, logprobs=True, top_logprobs=3, **GREEDY
-    )
-    choice, made = reply.choices[0], list(b"")
-    for entry in choice.logprobs.content:
-        made += entry.bytes
-        want = logprobs(server, [*CHAT, *made])[len(CHAT) + len(made) - 2]
-        top = want.topk(3)
-        assert entry.logprob == pytest.approx(float(want[made[-1]]), **CLOSE)
-        assert [t.logprob for t in entry.top_logprobs] == pytest.approx(top.values.tolist(), **CLOSE)
-        assert entry.top_logprobs[0].token == entry.token  # greedy
-    assert "".join(e.token for e in choice.logprobs.content) == choice.message.content
-    assert len(choice.logprobs.content) == 8
-
-
-def test_logprobs_stop_where_the_text_does(server):
-    whole = server.text(CHAT, max_tokens=40, **GREEDY)
-    stop = whole[10:13]
-    for stream in (False, True):
-        reply = server.client().chat.completions.create(
-            model=server.service.name, messages=SAID, max_tokens=40, logprobs=True, stop=stop, stream=stream, **GREEDY
-        )
-        choices = [c.choices[0] for c in reply] if stream else reply.choices
-        entries = [e for c in choices if c.logprobs for e in c.logprobs.content]
-        assert "".join(e.token for e in entries) == whole[: whole.index(stop)]
-
-
-@pytest.mark.parametrize("prompt", ["The river", [82, 105, 118, 101, 114]], ids=["text", "ids"])
-@pytest.mark.parametrize("max_tokens", [0, 4])
-def test_echo_scores_the_prompt(server, prompt, max_tokens):
-    """As lm-eval asks: token_logprobs and top_logprobs line up with the prompt's tokens, then the new ones."""
-    reply = server.client().completions.create(
-        model=server.service.name, prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens, **GREEDY
-    )
-    choice = reply.choices[0]
-    sent = [*prompt.encode()] if isinstance(prompt, str) else prompt
-    before = START if isinstance(prompt, str) else []
-    made = [*ByteTokenizer().encode(choice.text)][len(sent) :]
-    ids = [*before, *sent, *made]
-    assert len(made) == max_tokens and choice.text.startswith(ByteTokenizer().decode(sent))
-    assert choice.logprobs.tokens == [chr(i) for i in sent + made]
-    assert choice.logprobs.text_offset == list(range(len(sent + made)))
-    table = logprobs(server, ids)
-    for n, (own, top) in enumerate(zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True)):
-        at = len(before) + n
-        if at == 0:
-            assert own is None and top is None
-            continue
-        assert own == pytest.approx(float(table[at - 1, ids[at]]), **CLOSE)
-        assert max(top.values()) == pytest.approx(float(table[at - 1].max()), **CLOSE)
-        assert (own == max(top.values())) == (int(table[at - 1].argmax()) == ids[at])
-    assert reply.usage.completion_tokens == max_tokens
-
-
-def test_echo_alone_gives_the_prompt_back(server):
-    reply = server.client().completions.create(model=server.service.name, prompt=["ab", "c"], echo=True, max_tokens=0)
-    assert [c.text for c in reply.choices] == ["ab", "c"] and reply.choices[0].finish_reason == "length"
 
 
 def test_many_at_once_get_their_own(server):
@@ -230,20 +132,6 @@ def test_a_folder_keeps_what_was_read_for_the_next_server(serve, tmp_path):
     first.client().completions.create(prompt="y" * 600, **body)
     second = serve(**bounds).client().completions.create(prompt="x" * 600, **body)
     assert second.usage.prompt_tokens_details.cached_tokens >= 512 and second.choices[0].text == want
-
-
-def test_the_models(server):
-    client, name = server.client(), server.service.name
-    assert [m.id for m in client.models.list()] == [name]
-    assert client.models.retrieve(name).owned_by == "retentive"
-
-
-def test_content_in_parts_is_joined(server):
-    parts = [{"type": "text", "text": "Who is"}, {"type": "text", "text": " there?"}]
-    reply = server.client().chat.completions.create(
-        model=server.service.name, messages=[{"role": "user", "content": parts}], max_tokens=10, **GREEDY
-    )
-    assert reply.choices[0].message.content == server.text(CHAT, max_tokens=10, **GREEDY)
 
 
 SCHEMA = {
@@ -296,3 +184,151 @@ def test_a_missing_extra_is_named(server, monkeypatch):
         server.client().chat.completions.create(
             model=server.service.name, messages=SAID, response_format={"type": "json_object"}
         )
+
+
+def test_a_full_queue_is_told_to_come_again(serve):
+    server = serve(slots=1, queue=1, max_tokens=100_000)
+    http, body = server.http(), {"prompt": "a", "max_tokens": 100_000, "stream": True, "logit_bias": {"256": -100}}
+    with ExitStack() as open:
+        first = open.enter_context(http.stream("POST", TEXT, json=body))
+        lines = first.iter_lines()
+        next(lines)  # it has its slot
+        second = open.enter_context(http.stream("POST", TEXT, json=body))
+        assert first.status_code == second.status_code == 200
+        refused = http.post(TEXT, json={"prompt": "b"})
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError):
+            server.client().completions.create(model="retnet", prompt="b")
+        refused = http.post(TEXT, json={"prompt": ["b"]})
+        assert refused.json()["error"]["code"] == "queue_full"
+    assert server.idle()
+    assert http.post(TEXT, json={"prompt": "b"}).status_code == 200
+
+
+def test_some_of_many_prompts_do_not_linger_when_the_rest_is_refused(serve):
+    server = serve(slots=1, queue=2)
+    body = {"prompt": "a", "max_tokens": 4000, "stream": True, "logit_bias": {"256": -100}}
+    http = server.http()
+    with http.stream("POST", TEXT, json=body) as first:
+        lines = first.iter_lines()
+        next(lines)
+        with http.stream("POST", TEXT, json=body):  # one waits, so there is room for one more, not two
+            assert http.post(TEXT, json={"prompt": ["b", "c"]}).status_code == 429
+    assert server.idle()
+
+
+def test_time_is_bounded(serve):
+    server = serve(timeout=0.5, max_tokens=10**6)
+    body = {"prompt": "a", "max_tokens": 10**6, "logit_bias": {"256": -100}}
+    response = server.http().post(TEXT, json=body)
+    assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+    with (
+        pytest.raises(openai.APIError, match=r"more than this server's 0\.5 s"),
+        server.client().completions.create(model="retnet", stream=True, **body) as chunks,
+    ):
+        for _ in chunks:
+            continue
+    assert server.idle()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_leaves_frees_its_slot(serve, stream, eventually):
+    server = serve(slots=1, max_tokens=10**6)
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**ENDLESS, "stream": stream}).encode()
+    with socket.create_connection((host, int(port))) as raw:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: server.service.engine.counts["tokens"] > 5)
+    assert server.idle()
+    assert server.http().post(TEXT, json={"prompt": "b", "max_tokens": 2}).status_code == 200
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten(serve, eventually):
+    server = serve(slots=1, queue=1, max_tokens=10**6)
+    http = server.http()
+    with http.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as first:
+        lines = first.iter_lines()
+        next(lines)
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(TEXT, json={"prompt": "b"}, timeout=0.3)
+        assert eventually(lambda: not server.service.engine.queue)
+    assert server.idle()
+
+
+def test_a_client_that_does_not_read_holds_no_slot_and_is_cut_off(serve, eventually):
+    server = serve(slots=1, max_tokens=20_000, timeout=3)
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**ENDLESS, "max_tokens": 600, "stream": True, "logprobs": 20}).encode()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: server.service.engine.counts["tokens"] > 100)
+        # the slot is free again while the answer waits to be read
+        other = server.http().post(TEXT, json={"prompt": "b", "max_tokens": 2})
+        assert other.status_code == 200 and server.service.in_flight == 1
+        assert server.idle()
+
+
+def test_a_schema_that_is_too_large_is_the_clients_mistake(retnet, caplog):
+    """It shows only when the text comes to where all those properties are possible."""
+    pytest.importorskip("llguidance", reason="structured output needs pip install 'retentive[structured]'")
+    schema = {"type": "object", "properties": {f"property{n}": {"type": "integer"} for n in range(2000)}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": SAID, "response_format": form, "max_tokens": 50, **GREEDY}
+    response = retnet.http().post(CHAT, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "response_format", "schema_refused")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_long_prompts_are_encoded_in_a_thread(serve, path, monkeypatch):
+    server, threads = serve(), []
+    encode = ByteTokenizer.encode_batch
+
+    def noting(self, texts):
+        threads.append(threading.current_thread())
+        return encode(self, texts)
+
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", noting)
+    for text in ("a", "a" * 20_001):
+        body = {"prompt": text, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+        assert server.http().post(path, json=body).status_code == 200
+    short, long = threads
+    assert short is not long
+
+
+def test_what_is_done_in_threads_is_the_same(retnet, monkeypatch):
+    body = {"prompt": "The river", "echo": True, "logprobs": 3, "max_tokens": 5, **GREEDY}
+
+    def ask() -> tuple[list, str]:
+        whole = retnet.http().post(TEXT, json=body).json()["choices"]
+        events = retnet.http().post(TEXT, json={**body, "stream": True}).text
+        return whole, "".join(re.findall('"text":"(.*?)"', events))
+
+    want = ask()
+    monkeypatch.setattr(completion, "LONG", 0)
+    assert ask() == want and want[0][0]["text"] == want[1]
+
+
+def test_a_session_whose_answer_was_stopped_goes_on_where_the_queue_was_full(serve, monkeypatch):
+    """What came before the stop could not be read at once: it is read with the next prompt."""
+    server = serve()
+    whole = server.text(CHAT_IDS, max_tokens=20, **GREEDY)
+    body = {"messages": SAID, "max_tokens": 20, "session": "s", **GREEDY}
+    submit = server.service.engine.submit
+
+    def full_at_the_end(ids, params=None, **options):
+        if params is None:
+            raise Full("1 requests are waiting already")
+        return submit(ids, params, **options)
+
+    monkeypatch.setattr(server.service.engine, "submit", full_at_the_end)
+    first = server.http().post(CHAT, json={**body, "stop": whole[9:11]}).json()["choices"][0]["message"]["content"]
+    assert first == whole[: whole.index(whole[9:11])]
+    want = server.text([*CHAT_IDS, *f"{first}\nUser: b\nAssistant:".encode()], max_tokens=20, **GREEDY)
+    body["messages"] = [{"role": "user", "content": "b"}]
+    assert server.http().post(CHAT, json=body).json()["choices"][0]["message"]["content"] == want

@@ -1,4 +1,4 @@
-"""The server's life: uvicorn until a signal, then no new requests, those at hand to their ends, and out with code 0."""
+"""The server's life: uvicorn until a signal; then no new requests, those in flight to their ends, and exit code 0."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 
 from retentive.serve.app import create_app
+from retentive.serve.protocol import bounded
 from retentive.serve.service import Service
 
 
@@ -23,14 +24,19 @@ def serve(service: Service, host: str, port: int) -> None:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    config = uvicorn.Config(
-        create_app(service), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30
-    )
     shown = f"[{host}]" if ":" in host else host
     print(
         f"retentive: serving {service.name} on http://{shown}:{listener.getsockname()[1]}", file=sys.stderr, flush=True
     )
-    _Server(config, service).run(sockets=[listener])
+    _Server(config(service), service).run(sockets=[listener])
+
+
+def config(service: Service) -> uvicorn.Config:
+    """What uvicorn is told."""
+    return uvicorn.Config(
+        create_app(service), http=bounded(service.options), ws="none",
+        log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
+    )  # fmt: skip
 
 
 class _Server(uvicorn.Server):
@@ -43,9 +49,9 @@ class _Server(uvicorn.Server):
             sys.stderr.flush()
             os._exit(128 + sig)  # files are written beside their places: none is left by halves
         self.service.draining = True
-        print(f"retentive: {signal.Signals(sig).name}: finishing {self.service.at_hand} requests", file=sys.stderr)
+        print(f"retentive: {signal.Signals(sig).name}: finishing {self.service.in_flight} requests", file=sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: true when the server is to end."""
-        done = self.service.draining and not self.service.at_hand
+        done = self.service.draining and not self.service.in_flight
         return await super().on_tick(counter) or done

@@ -1,19 +1,29 @@
 """What clients send: the fields of OpenAI's requests that are served here, and ours beside them, checked by type.
 
 Fields that are not known are ignored, as OpenAI's server does; known ones that are not served are refused, by name.
+A request knows what of it the model is to read (`prompts`); what becomes of that is `completion.py`.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
 
 from retentive.infer import SamplingParams
+from retentive.infer.conversation import NAME, Conversation
+from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
-from retentive.serve.options import NAME
+from retentive.serve.options import Options
 
+BODY_SECONDS = 60
+"""In which a body must have come, if the server's time-out is not shorter still."""
 COLDEST = 1e-4
 """Below this temperature the likeliest token is taken: dividing by less would overflow."""
+SHORT_ANSWER = 16
+"""Tokens of a completion whose request does not say, as OpenAI has it."""
 
 Name = Annotated[str, Field(pattern=NAME)]
 T = TypeVar("T", bound=BaseModel)
@@ -47,7 +57,7 @@ def _as_text(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
-class Wire(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
@@ -58,26 +68,28 @@ Stops = Annotated[
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 
 
-class StreamOptions(Wire):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Schema(Wire):
+class Schema(Body):
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
 
-class Message(Wire):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
 
 
-class Generation(Wire, ABC):
+class Generation(Body, ABC):
     """What both kinds of completion take. null is as good as not given."""
+
+    prompt_field: ClassVar[str]
 
     model: str | None = None
     stream: bool | None = None
@@ -103,7 +115,33 @@ class Generation(Wire, ABC):
     def logprob_count(self) -> int | None:
         """So many likeliest tokens are to come with each; None for no log probabilities."""
 
+    @property
+    @abstractmethod
+    def characters(self) -> int:
+        """Of all its prompts: how long encoding them may take."""
+
+    @abstractmethod
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """What the model is to read, as ids, where `conversation` goes on with it.
+
+        Raises:
+            Refused: messages that the template refuses.
+        """
+
+    @abstractmethod
+    def length(self, most: int) -> int:
+        """Tokens of an answer at most, on a server that makes no more than `most`.
+
+        Raises:
+            Refused: it asks for more.
+        """
+
+    def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
+        """The ids and the strings that end an answer."""
+        return frozenset({conversation.tokenizer.eos_id}), list(self.stop or ())
+
     def refuse_what_is_not_served(self) -> None:
+        """Raises Refused for the fields of OpenAI's that this server knows of and has nothing for."""
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(self, name):
                 raise Refused(400, f"{name} is not served: use repetition_penalty", param=name)
@@ -130,6 +168,7 @@ class Generation(Wire, ABC):
 
 
 class CompletionRequest(Generation):
+    prompt_field = "prompt"
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -139,6 +178,27 @@ class CompletionRequest(Generation):
     @property
     def logprob_count(self) -> int | None:
         return self.logprobs
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.prompt))
+
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """A text begins as documents do, after an end-of-text token; ids are taken as they are."""
+        tokenizer, prompts = conversation.tokenizer, []
+        for prompt in self.prompt:
+            if isinstance(prompt, str):
+                [ids] = tokenizer.encode_batch([prompt])  # which lets other threads run meanwhile, as `encode` does not
+                before, text = conversation.lead, prompt
+            else:
+                ids, before = prompt, conversation.memory.pending
+                text = tokenizer.decode(ids) if self.echo else ""
+            prompts.append(Prompt([*before, *ids], sent=len(ids), text=text if self.echo else None))
+        return prompts
+
+    def length(self, most: int) -> int:
+        asked = min(SHORT_ANSWER, most) if self.max_tokens is None else self.max_tokens
+        return _at_most(most, asked, "max_tokens")
 
     def refuse_what_is_not_served(self) -> None:
         super().refuse_what_is_not_served()
@@ -151,6 +211,7 @@ class CompletionRequest(Generation):
 
 
 class ChatRequest(Generation):
+    prompt_field = "messages"
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -162,6 +223,29 @@ class ChatRequest(Generation):
     def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
+
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """The whole conversation, or in a session what is new of it, as the chat template writes it."""
+        roles = {"developer": "system"}  # the name that OpenAI's newer models have for it
+        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
+        try:
+            return [Prompt(conversation.turn(messages))]
+        except ValueError as error:
+            raise Refused(400, str(error), param="messages", code="template_refuses") from None
+
+    def length(self, most: int) -> int:
+        if self.max_completion_tokens is not None:
+            return _at_most(most, self.max_completion_tokens, "max_completion_tokens")
+        return most if self.max_tokens is None else _at_most(most, self.max_tokens, "max_tokens")
+
+    def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
+        """The template's ends besides."""
+        template = conversation.template
+        return template.stop_ids, [*(self.stop or ()), *template.stop]
+
     def refuse_what_is_not_served(self) -> None:
         super().refuse_what_is_not_served()
         for name in ("tools", "functions"):
@@ -170,26 +254,61 @@ class ChatRequest(Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 
-    @property
-    def chat(self) -> list[dict[str, str]]:
-        roles = {"developer": "system"}  # the name that OpenAI's newer models have for it
-        return [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
+
+def _at_most(most: int, asked: int, param: str) -> int:
+    if asked > most:
+        raise Refused(400, f"{param} is at most {most} on this server, got {asked}", param=param)
+    return asked
 
 
-class Named(Wire):
+class Named(Body):
     name: Name
 
 
-class SaveRequest(Wire):
+class SaveRequest(Body):
     session: Name
     name: Name
 
 
-class RestoreRequest(Wire):
+class RestoreRequest(Body):
     session: Name
 
 
-def read(kind: type[T], body: bytes) -> T:
+async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
+    """The request in the body of an HTTP request.
+
+    Raises:
+        Refused: 400 with the field at fault; 408 too slow, 413 too large, 415 not said to be JSON as it is (which a
+            page of another origin cannot say without asking).
+    """
+    said = http.headers.get("content-type", "").split(";")[0].strip().lower()
+    if said != "application/json":
+        raise Refused(415, f"expected Content-Type: application/json, got {said or 'none'}")
+    if (encoding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise Refused(415, f"bodies are taken as they are, without Content-Encoding: {encoding}")
+    seconds = min(BODY_SECONDS, options.timeout)
+    try:
+        return parse(kind, await asyncio.wait_for(_body(http, options.most_body), seconds))
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not come within {seconds:g} s") from None
+    except ClientDisconnect:
+        raise Refused(499, "the client left") from None
+
+
+async def _body(http: HTTPRequest, most: int) -> bytes:
+    too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large")
+    size = http.headers.get("content-length", "")
+    if size.isdecimal() and int(size) > most:
+        raise too_large
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > most:
+            raise too_large
+    return bytes(body)
+
+
+def parse(kind: type[T], body: bytes) -> T:
     """The request in a JSON body.
 
     Raises:
@@ -202,4 +321,4 @@ def read(kind: type[T], body: bytes) -> T:
     param, said = field(first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         raise Refused(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code="invalid_json")
-    raise Refused(400, f"{param}: {said}", param=param or None, code="invalid_value")
+    raise Refused(400, f"{param or 'the body'}: {said}", param=param or None, code="invalid_value")

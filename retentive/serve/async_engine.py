@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: what steps make is handed over together, not token by token.
+"""The engine for coroutines: it steps in its own thread, and what steps make is handed to the event loop together.
 
 Each hand-over wakes the loop, and each event sent costs it as much as a small model's share of a step; so steps that
 follow each other within TICK are handed over as one. Nobody reads faster than that.
@@ -28,6 +28,7 @@ class Mailbox:
         self.waiter: asyncio.Future[None] | None = None
 
     def put(self, stream: int, item: Item) -> None:
+        """From the event loop's thread."""
         self.items.append((stream, item))
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
@@ -42,7 +43,7 @@ class Mailbox:
         return items
 
 
-class LoopEngine(Engine):
+class AsyncEngine(Engine):
     """An engine whose streams are read by coroutines of one event loop."""
 
     loop: asyncio.AbstractEventLoop | None = None
@@ -50,6 +51,7 @@ class LoopEngine(Engine):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # of the engine's thread alone, so it needs no lock
         self.made: list[tuple[Mailbox, int, Item]] = []
 
     def into(self, mailbox: Mailbox, first: int, n: int) -> list[Callable[[Item], None]]:
