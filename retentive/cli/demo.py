@@ -194,11 +194,11 @@ def forms(console: Console, model: RetNet, data: Path) -> None:
 
 def costs(console: Console, model: RetNet, out: Path) -> None:
     """State against KV cache: table, JSON and picture in the run directory."""
-    rows = memory.measure({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
-    console.print(Markdown(memory.table(rows)))
-    write_json(out / "memory.json", memory.report(rows))
+    result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
+    console.print(Markdown(memory.table(result)))
+    write_json(out / "memory.json", result)
     try:
-        memory.plot(rows, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
+        memory.plot(result, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
         console.print(f"the picture: {out / 'memory.png'}")
     except ModuleNotFoundError as missing:
         console.print(str(missing), markup=False)

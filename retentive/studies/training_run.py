@@ -1,18 +1,41 @@
-"""What a training run came to: its curve, held-out bits per byte beside two yardsticks, and what it writes."""
+"""What came out of a training run: its curve, held-out bits per byte beside two yardsticks, and what it writes."""
 
 import json
 import lzma
 import math
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from retentive import machine
+from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import panels
+from retentive.bench.lab.tables import markdown
 from retentive.data.loader import held_out
-from retentive.data.tokenizer import Tokenizer
+from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.train.log import read_metrics
+
+YARDSTICKS = ("order-0 entropy", "xz -9")
+PICTURE = "The training run {run}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A training run: its curve, and held-out bits per byte beside order-0 entropy and xz -9."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    data: Path
+    """The packed data that it was trained on."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `report`, of the run that the options name."""
+    return report(options.run, options.data, load_tokenizer(options.data))
 
 
 def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
@@ -52,6 +75,12 @@ def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """Held-out bits per byte of the yardsticks and of the model."""
+    found = {name: result["yardsticks"][name] for name in YARDSTICKS} | {"this model": result["final"][1]}
+    return markdown(["", "bits per byte"], [[name, f"{value:.3f}"] for name, value in found.items()])
+
+
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right.
 
@@ -68,7 +97,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
         axis.set_xlabel("tokens (millions)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    for (name, value), colour in zip(list(result["yardsticks"].items())[:2], ("C1", "C2"), strict=True):
-        right.axhline(value, color=colour, linestyle="--", label=name)
+    for name, colour in zip(YARDSTICKS, ("C1", "C2"), strict=True):
+        right.axhline(result["yardsticks"][name], color=colour, linestyle="--", label=name)
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

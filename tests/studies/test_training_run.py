@@ -10,6 +10,7 @@ from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.studies import training_run
+from retentive.studies.training_run import Options
 
 HELD_OUT = "abcdefgh" * 100  # 3 bits a byte by their frequencies, next to nothing by their order
 
@@ -87,8 +88,16 @@ def test_a_run_that_is_not_finished_is_refused(case, made, data):
         training_run.report(made(UNFINISHED[case]), data, ByteTokenizer())
 
 
-def test_the_plot_is_a_png(made, data, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_plot_and_the_table_show_the_report(made, data, tmp_path, lines):
     result = training_run.report(made(LINES), data, ByteTokenizer())
+    result["yardsticks"] = {"order-0 entropy": 3.0, "xz -9": 1.25, "bytes": 802}
     training_run.plot(result, tmp_path / "run.png", title="a run")
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n")
+    million = [n / 1e6 for n in (64, 128, 192)]
+    assert lines == {"this model": [(million, [4.0, 2.0, pytest.approx(4 / 3)]), (million[1:], [2.5, 2.0])]}
+    rows = [line.split(" | ") for line in training_run.table(result).splitlines()[2:]]
+    assert rows == [["| order-0 entropy", "3.000 |"], ["| xz -9", "1.250 |"], ["| this model", "2.250 |"]]
+
+
+def test_a_run_is_measured_by_its_folders(made, data):
+    result = training_run.measure(Options(made(LINES), data))
+    assert result["final"] == [802, 2.25] and result["yardsticks"]["bytes"] == 802
