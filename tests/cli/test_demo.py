@@ -15,8 +15,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
     part = [(d, False) for d, _ in everything] + [(d, True) for d, _ in held]
     monkeypatch.setattr(demo, "library", lambda: iter(part))
     monkeypatch.setattr(demo, "steps_for", lambda *_: 6)
-    real = memory.measure
-    monkeypatch.setattr(memory, "measure", lambda models: real(models, contexts=(64, 128), steps=4))
+    real = memory.of_models
+    monkeypatch.setattr(memory, "of_models", lambda models: real(models, contexts=(64, 128), steps=4))
     out = tmp_path / "runs" / "demo"
     demo.main(["--out", str(out), "--size", "1m", "--vocab-size", "512"])
 
