@@ -10,15 +10,11 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from retentive.cli.loading import read_recipe
+from retentive.cli.train import RECIPE, read_recipe
 from retentive.files import write_json, write_together
 from retentive.studies.compare import Comparison, plot, table
-from retentive.train.loop import Interrupted
+from retentive.train import Interrupted
 
-HELP = """Train variants of a model on the same tokens in the same order, and say how they compare.
-
---recipe FILE.py takes the options that the file's function recipe() returns; further flags change them. Interrupt it
-at any time: the same command goes on."""
 EVERY = 15.0
 """Seconds between lines of progress where nobody looks at a terminal."""
 
@@ -36,7 +32,7 @@ def main(argv: list[str]) -> None:
         CompareCommand,
         prog="retentive compare",
         args=rest,
-        description=HELP,
+        description=f"{Comparison.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
     )
     comparison, console = command.comparison, Console(stderr=True)
@@ -61,7 +57,7 @@ def main(argv: list[str]) -> None:
     show(result, command, shlex.join(["retentive", "compare", *argv]))
     if stopped:
         raise Interrupted(f"{stopped} (the same command goes on)")
-    
+
 
 def show(result: dict, command: CompareCommand, typed: str) -> None:
     """Print what came of it, and keep it with its picture where a file is given."""

@@ -103,3 +103,12 @@ def memory_bytes(config: Config, context: int, *, sequences: int = 1, bytes_per_
 def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:
     """Context from which the state is smaller than the other's cache."""
     return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
+
+
+def least_training_bytes(config: Config | PeerConfig, tokens: int) -> int:
+    """Bytes that no training step of so many tokens at a time can do without; a real one takes more.
+
+    Weights, gradients and AdamW's two moments in float32; the tokens and their targets; and the input of every block,
+    which even a backward pass that recomputes all else must keep.
+    """
+    return 16 * parameters(config) + tokens * (16 + 4 * config.dim * config.layers)

@@ -23,7 +23,8 @@ from retentive.machine import pick_device
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
-from retentive.train import TrainConfig, train
+from retentive.train import Hooks, TrainConfig, language_modelling, train
+from retentive.train.directory import RunDirectory
 
 PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
@@ -110,8 +111,8 @@ def measure(
             config = compare.config_of(variant, base)
             torch.manual_seed(0)
             model = build(config)
-            batches: Any = Rows(tokens=tokens, pairs=pairs)
-            train(model, batches, how, out=folder, record={"recall": options}, resume=True, quiet=True)
+            directory = RunDirectory(folder, record={"recall": options}, existing="resume")
+            train(model, Rows(tokens=tokens, pairs=pairs), language_modelling, how, directory, Hooks(quiet=True))
             model.eval()
             scores = {str(n): accuracy(model, n)[0] for n in pairs}
             row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}

@@ -84,7 +84,7 @@ class Comparison:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
         runs = [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.variants)]
         for run in runs:
-            self.train_run(run).model_config(packed.meta.vocab_size)
+            self.train_run(run).config(packed.meta.vocab_size)
         return runs
 
     def train_run(self, run: Run) -> TrainRun:
@@ -124,7 +124,8 @@ class Comparison:
         runs = self.plan()
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0
         tasks = [
-            Task(run, self.out / run.name, self.about(run), json.dumps([self.described(), run, threads])) for run in runs
+            Task(run, self.out / run.name, self.about(run), json.dumps([self.described(), run, threads]))
+            for run in runs
         ]
         work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()

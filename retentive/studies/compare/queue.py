@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
-from retentive.train.loop import Interrupted
+from retentive.train import Interrupted
 
 STOPPED, TAKEN = 130, 75
 """Exit codes of a worker: it was told to stop and has saved; another process is at this run."""
@@ -71,9 +71,7 @@ class Job:
         return f"{self.task.run.name}: step {steps}/{of}, {duration(left)} left"
 
 
-def work(
-    tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progress: Callable[[str], None]
-) -> None:
+def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progress: Callable[[str], None]) -> None:
     """Train and score each run that is not done and that no other process is at, `jobs` at a time.
 
     A run whose loss is not a number is done as well: its record says so.

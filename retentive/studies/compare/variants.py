@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from retentive.models import Config, RetNetConfig, config_of, cost
+from retentive.models import Config, RetNetConfig, cost, matching
 from retentive.ops import decay
 
 
@@ -25,6 +25,11 @@ class Variant(NamedTuple):
 def same(config: RetNetConfig) -> dict[str, Any]:
     """No change."""
     return {}
+
+
+def short_head(heads: int) -> tuple[float, ...]:
+    """log(gamma) of each head: the language models', but that the first forgets at once and so sees the token before."""
+    return (-1.0, *decay.values("lm", heads)[1:])
 
 
 VARIANTS = {
@@ -45,7 +50,7 @@ VARIANTS = {
     "no-score-norm": Variant("retnet", lambda c: dict(score_norm=False), "without the norm of the decay mask's rows"),
     "short-head": Variant(
         "retnet",
-        lambda c: dict(decay=prompting.decays(c.heads)),
+        lambda c: dict(decay=short_head(c.heads)),
         "the first head forgets at once and sees the token before",
     ),
     "gated": Variant(
@@ -72,14 +77,4 @@ def changes(variant: str, config: RetNetConfig) -> dict[str, Any]:
 
 def config_of(variant: str, config: RetNetConfig) -> Config:
     """The config of a variant of a RetNet."""
-    changed = replace(config, **changes(variant, config))
-    match VARIANTS[variant].model:
-        case "retnet":
-            return changed
-        case "transformer":
-            return twin(config)
-        case "hybrid":
-            shared = {f.name: getattr(changed, f.name) for f in fields(changed)}
-            return HybridConfig(**shared, attention_every=min(4, config.layers))
-        case kind:
-            return peer(config, kind)
+    return matching(VARIANTS[variant].model, replace(config, **changes(variant, config)))

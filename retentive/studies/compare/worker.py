@@ -1,6 +1,6 @@
 """One run of a comparison, trained and scored in this process, which is made for it.
 
-    python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], threads]'
+python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], threads]'
 """
 
 import json
@@ -30,8 +30,8 @@ from retentive.models import cost
 from retentive.studies.compare.comparison import Comparison
 from retentive.studies.compare.queue import STOPPED, TAKEN, Task
 from retentive.studies.compare.records import RECORD, Run
+from retentive.train import Interrupted
 from retentive.train.log import read_metrics
-from retentive.train.loop import Interrupted
 
 
 def train_and_score(comparison: Comparison, run: Run) -> dict[str, Any]:
