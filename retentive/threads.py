@@ -22,16 +22,20 @@ WORTH = 10_000_000
 """Multiply-adds of one step that are worth a thread: below twice that a second one gains less than it costs."""
 
 
+def bounded_spin() -> dict[str, str]:
+    """The environment of a process whose threads wait in a bounded spin; nothing where the user has said how they do."""
+    return {} if any(name in os.environ for name in WAITING) else {"GOMP_SPINCOUNT": SPIN}
+
+
 def bound_spinning() -> bool:
     """Whether threads will wait in a bounded spin from now on, by GNU OpenMP, which torch's own wheels for Linux have.
 
     The environment variable is read when the library is loaded, so nothing changes once torch is imported; nor where
     the user has said how threads wait. Processes that this one starts inherit it.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in WAITING):
-        return False
-    os.environ["GOMP_SPINCOUNT"] = SPIN
-    return True
+    spin = {} if "torch" in sys.modules else bounded_spin()
+    os.environ.update(spin)
+    return bool(spin)
 
 
 @contextlib.contextmanager
