@@ -1,6 +1,7 @@
 """`retentive compare`: several models on the same tokens, in the same order, with the same budget."""
 
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
         args=rest,
         description=f"{Comparison.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     comparison, console = command.comparison, Console(stderr=True)
     stopped: Interrupted | None = None
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> None:
             stopped, result = error, comparison.result()
     show(result, command, shlex.join(["retentive", "compare", *argv]))
     if stopped:
-        raise Interrupted(f"{stopped} (the same command goes on)")
+        print(f"{stopped} (the same command goes on)", file=sys.stderr)
+        if stopped.number == signal.SIGINT:
+            sys.exit(130)
 
 
 def show(result: dict, command: CompareCommand, typed: str) -> None:

@@ -2,7 +2,7 @@
 
     Comparison(data=…, out=…, variants=("retnet", "transformer"), sizes=("1m", "5m"), seeds=(0, 1)).run()
 
-`comparison.py` says which runs there are, `queue.py` has workers do them, `summary.py` makes numbers of what they leave.
+`comparison.py` says which runs there are, `queue.py` has workers do them, `summary.py` makes numbers of their records.
 """
 
 from retentive.studies.compare.comparison import Comparison

@@ -1,12 +1,13 @@
-"""The queue of a comparison: each run in a process of its own (`worker.py`), some of them at a time, until all are done.
+"""The queue of a comparison: each run in a process of its own (`worker.py`), some of them at a time.
 
-A process of its own, so that a run's memory is its own, whatever ran before. It locks the run while it is at it, so that
-the same command may be started twice; and it saves and ends when it is told to, or when whoever started it is gone.
-Whoever comes next goes on from there.
+A process of its own, so that a run's memory is its own, whatever ran before. It locks the run while it is at it, so
+that the same command may be started twice; and it saves and ends when it is told to, or when whoever started it is
+gone. Whoever comes next goes on from there.
 """
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
+from retentive.threads import bounded_spin
 from retentive.train import Interrupted
 
 STOPPED, TAKEN = 130, 75
@@ -81,11 +83,11 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
         ChildProcessError: a run failed for another reason, which it has told; the others are saved.
     """
     waiting = [task for task in tasks if not task.done]
-    failed = None
     active: list[Job] = []
-    with stop_signals() as stopped:
-        while active or (waiting and not stopped.is_set()):
-            while waiting and len(active) < jobs and not stopped.is_set():
+    failed = ""
+    with stop_signals() as came:
+        while active or (waiting and not came and not failed):
+            while waiting and len(active) < jobs and not came and not failed:
                 if not taken(task := waiting.pop(0)):
                     active.append(start(task))
             time.sleep(0.1)
@@ -96,16 +98,16 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
                     say(f"{told(job)} ({sum(task.done for task in tasks)} of {len(tasks)})")
                 elif code not in (STOPPED, TAKEN):
                     failed = f"{job.task.run.name} ended with exit code {code}, it says why above"
-                    stopped.set()
-            if stopped.is_set():
+            if came or failed:
                 for job in active:
                     job.process.terminate()
             elif active:
                 progress("   ".join(job.progress() for job in active))
     if failed:
         raise ChildProcessError(failed)
-    if stopped.is_set():
-        raise Interrupted(f"stopped with {sum(task.done for task in tasks)} of {len(tasks)} runs done, the rest saved")
+    if came:
+        done = sum(task.done for task in tasks)
+        raise Interrupted(f"stopped with {done} of {len(tasks)} runs done, all else saved", came[0])
 
 
 def taken(task: Task) -> bool:
@@ -121,7 +123,8 @@ def taken(task: Task) -> bool:
 def start(task: Task) -> Job:
     """A worker for the task, in a session of its own: a Ctrl-C in the terminal reaches us, and we tell it."""
     command = [sys.executable, "-m", "retentive.studies.compare.worker", task.order]
-    return Job(task, subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True))
+    environment = os.environ | bounded_spin()
+    return Job(task, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
 
 
 def told(job: Job) -> str:
@@ -132,15 +135,15 @@ def told(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, at any time. Only the main thread can listen."""
-    stopped = threading.Event()
+def stop_signals() -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT that have come, at any time. Only the main thread can listen."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield came
         return
-    before = {s: signal.signal(s, lambda *_: stopped.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopped
+        yield came
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -28,7 +28,7 @@ def same(config: RetNetConfig) -> dict[str, Any]:
 
 
 def short_head(heads: int) -> tuple[float, ...]:
-    """log(gamma) of each head: the language models', but that the first forgets at once and so sees the token before."""
+    """log(gamma) of each head: as usual, but that the first forgets at once, and so sees the token before."""
     return (-1.0, *decay.values("lm", heads)[1:])
 
 

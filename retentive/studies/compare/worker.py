@@ -12,13 +12,8 @@ import threading
 import time
 from typing import Any
 
-from filelock import Timeout
-
-from retentive.threads import bound_spinning
-
-bound_spinning()
-
 import torch
+from filelock import Timeout
 
 import retentive
 from retentive import machine
