@@ -23,7 +23,7 @@ WORTH = 10_000_000
 
 
 def bounded_spin() -> dict[str, str]:
-    """The environment of a process whose threads wait in a bounded spin; nothing where the user has said how they do."""
+    """What the environment of a process needs for a bounded spin; nothing where the user has said how threads wait."""
     return {} if any(name in os.environ for name in WAITING) else {"GOMP_SPINCOUNT": SPIN}
 
 
