@@ -26,7 +26,8 @@ from retentive.threads import bounded_spin
 from retentive.train import Interrupted
 
 STOPPED, TAKEN = 130, 75
-"""Exit codes of a worker: it was told to stop and has saved; another process is at this run."""
+"""Exit codes of a worker: it was told to stop and has saved; another process is at this run. One that is told while it
+loads or scores has nothing to save, and ends by the signal."""
 
 
 class Task(NamedTuple):
@@ -96,7 +97,7 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
                 code = job.process.returncode
                 if code == 0:
                     say(f"{told(job)} ({sum(task.done for task in tasks)} of {len(tasks)})")
-                elif code not in (STOPPED, TAKEN):
+                elif code not in (STOPPED, TAKEN, -signal.SIGTERM):
                     failed = f"{job.task.run.name} ended with exit code {code}, it says why above"
             if came or failed:
                 for job in active:
