@@ -133,9 +133,7 @@ class TrainRun:
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
         if set(self.set) - {"dropout"}:
-            raise ValueError(
-                f"--init {self.init} brings its architecture: only dropout can be --set"
-            )
+            raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
 
     def build(self, data: Packed) -> tuple[Config, Model]:
