@@ -230,7 +230,8 @@ def test_info_of_what_is_no_model(case, refused, place):
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(["generate", "runs/none"], "no folder runs/none here, and the hub does not give runs/none")
+    refused(["generate", "hf:runs/none"], "the Hugging Face hub does not give 'runs/none'")
+    refused(["generate", "runs/none"], "no model folder at runs/none; for the Hugging Face repository write hf:runs/")
 
 
 GENERATING = {
