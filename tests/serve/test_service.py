@@ -4,6 +4,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.models import RetNetConfig, build
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 from retentive.serve.service import open_service
@@ -35,3 +38,13 @@ def test_completions_in_flight_are_counted_and_bounded(runs):
     with pytest.raises(Refused, match="stopping") as stopping, service.admit():
         pass
     assert stopping.value.status == 503
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, refuses):
+    """A table has rows to spare, but not most of them."""
+    for vocab in (300, 4096):
+        model = build(RetNetConfig(vocab_size=vocab, dim=32, layers=1, heads=2))
+        save_model(tmp_path / str(vocab), model, ByteTokenizer())
+    assert open_service(tmp_path / "300").tokenizer.vocab_size == 257
+    with refuses("the tokenizer has 257 tokens, the model 4096: they do not belong together"):
+        open_service(tmp_path / "4096")
