@@ -1,23 +1,29 @@
 """Retentive Networks: train, evaluate, serve and ship them.
 
     import retentive
-    model, tokenizer = retentive.load("runs/demo")
+    retentive.train("data/mine", "runs/mine", size="5m", steps=1000)
+    model, tokenizer = retentive.load("runs/mine")
     print(retentive.generate(model, tokenizer, "Once upon a time", max_tokens=50))
     print(retentive.evaluate(model, ["piqa"], "eval_files", tokenizer=tokenizer))
 
 `retentive.models` builds models, `retentive.ops` is the operator alone, and `retentive --help` is the command line.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from retentive.checkpoint import load
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
 
+__all__ = ["evaluate", "generate", "load", "stream_generate", "train"]
+
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "load", "stream_generate"]
 
 _HOMES = {
     "evaluate": "retentive.evals",
@@ -35,4 +41,20 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})
+
+
+def train(data: str | Path, out: str | Path, **options: Any) -> Path:
+    """The run directory `out`, with a model trained on the packed folder `data`.
+
+    Args:
+        options: fields of `retentive.train.TrainRun` and `retentive.train.TrainConfig`, by their names:
+            `size="5m", steps=1000, lr=3e-3, batch=8, length=512, set={"dropout": 0.1}, resume=True`, …
+
+    Raises:
+        ValueError: data and options that do not go together; FileExistsError: `out` holds a run, and neither `resume`
+            nor `overwrite` is set; others as `TrainRun.run`.
+    """
+    from retentive.train import TrainRun
+
+    return TrainRun.of(data, out, **options).run(overrides=options)

@@ -154,7 +154,7 @@ class Llama(Decoder):
 
         backbone = self.model.backbone
         cache = StaticCache(config=backbone.config, max_cache_len=context + room)
-        c, device = self.config, self.model.embed.weight.device
+        c, device = self.config, self.model.device
         for layer in range(c.layers):
             keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=device)
             keys = keys.expand(batch, c.heads, context, -1)

@@ -6,6 +6,7 @@ import os
 import sys
 
 from retentive import __version__
+from retentive.threads import bound_spinning
 
 VERBS = {
     "demo": ("retentive.cli.demo", "train a RetNet on this machine's Python library and see what it can do"),
@@ -60,7 +61,8 @@ def run(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
     elif argv[0] in VERBS:
-        from retentive import machine  # imports torch: not for --help
+        bound_spinning()
+        from retentive import machine  # imports torch, so not for --help, and after the spin is bounded
 
         machine.keep_freed_memory()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])

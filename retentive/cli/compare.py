@@ -7,7 +7,6 @@ goes on where it was.
 
 import gc
 import hashlib
-import json
 import os
 import shlex
 import signal
@@ -27,10 +26,9 @@ from filelock import FileLock, Timeout
 import retentive
 from retentive import machine
 from retentive.bench.lab.tables import duration
-from retentive.cli import train as training
-from retentive.cli.train import ALL, FREE, TrainCommand, read_recipe
+from retentive.cli.train import read_recipe
 from retentive.data.pack import load_meta
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.packed import Packed
 from retentive.evals import heldout
 from retentive.files import write_json, write_together
 from retentive.machine import pick_device
@@ -38,9 +36,9 @@ from retentive.models import cost, preset
 from retentive.models.peers import KINDS
 from retentive.studies import compare
 from retentive.studies.compare import RECORD, VARIANTS, Run
-from retentive.train import TrainConfig
+from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.log import read_metrics
-from retentive.train.loop import Interrupted
+from retentive.train.run import FREE
 
 
 @dataclass(frozen=True)
@@ -135,22 +133,20 @@ def plan(command: CompareCommand) -> list[Run]:
     if meta.splits["valid"].tokens <= command.length:
         raise ValueError(f"{command.data} has too little held-out text for windows of {command.length} tokens")
     for run in runs:
-        training.model_config(train_command(command, run), meta.vocab_size)
+        train_command(command, run).config(meta.vocab_size)
     return runs
 
 
-def train_command(command: CompareCommand, run: Run) -> TrainCommand:
+def train_command(command: CompareCommand, run: Run) -> TrainRun:
     """What `retentive train` is told for a run."""
     config = preset(run.size, vocab_size=2)
     changes = compare.changes(run.variant, config)
-    return TrainCommand(
+    return TrainRun(
         data=command.data,
         out=command.out / run.name,
         size=run.size,
         model=VARIANTS[run.variant].model,  # type: ignore[arg-type]
-        set=tuple(
-            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()
-        ),
+        set=changes,
         mode=command.mode,
         batch=command.batch,
         length=command.length,
@@ -196,8 +192,8 @@ def work(command: CompareCommand, runs: list[Run]) -> None:
     Raises:
         Interrupted: a signal came; the run it was at is saved.
     """
-    tokenizer = load_tokenizer(command.data)
-    pairs = heldout.Pairs(command.data, tokenizer.vocab_size)
+    data = Packed(command.data)
+    pairs = heldout.Pairs(data)
     command.out.mkdir(parents=True, exist_ok=True)
     for one in runs:
         folder = command.out / one.name
@@ -211,7 +207,7 @@ def work(command: CompareCommand, runs: list[Run]) -> None:
                 record["hardware"] = machine.describe()
                 try:
                     record["memory"] = train(train_command(command, one))
-                    record |= score(command, one, tokenizer, pairs)
+                    record |= score(command, one, data, pairs)
                     told = f"{record['bits_per_byte']:.4f} bits per byte"
                 except FloatingPointError as error:
                     record["failed"] = told = str(error)
@@ -223,17 +219,17 @@ def work(command: CompareCommand, runs: list[Run]) -> None:
         print(f"{one.name}: {told}, {took} ({done} of {len(runs)})", file=sys.stderr, flush=True)
 
 
-def train(command: TrainCommand) -> int:
+def train(command: TrainRun) -> int:
     """The bytes that training took beyond what this process held before, at most."""
     device = pick_device(command.train.device)
     gc.collect()
     machine.free_memory(device)  # gives back what earlier runs have left
     before = machine.reset_peak_memory(device)
-    training.run(command, typed=ALL, quiet=True)
+    command.run(quiet=True)
     return machine.peak_memory(device) - before
 
 
-def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldout.Pairs) -> dict[str, Any]:
+def score(command: CompareCommand, one: Run, data: Packed, pairs: heldout.Pairs) -> dict[str, Any]:
     """What came out of a run that is trained."""
     folder = command.out / one.name
     model, _ = retentive.load(folder)
@@ -245,7 +241,7 @@ def score(command: CompareCommand, one: Run, tokenizer: Tokenizer, pairs: heldou
         "parameters": cost.parameters(model.config),
         "block_parameters": cost.block_parameters(model.config),
         "tokens": len(steps) * size,
-        **heldout.report(model, command.data, tokenizer, pairs, length=command.length),
+        **heldout.report(model, data, pairs, length=command.length),
         "curve": [[r["step"] * size, r["bits_per_byte"]] for r in metrics if "bits_per_byte" in r],
         "train_loss": [
             [part[-1]["step"] * size, statistics.mean(r["loss"] for r in part)]

@@ -16,7 +16,7 @@ class ConvertCommand:
     """Read a model in any known layout (ours, torchscale's, fla's; recognised by itself) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or owner/name on the hub."""
+    """Run directory or model folder, or hf:owner/name on the hub."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla"] = "retentive"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
 from retentive.models import MODELS, PRESETS, Config, HybridConfig, PeerConfig, RetNetConfig, cost, preset, twin
+from retentive.ops import backends
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
@@ -52,6 +53,8 @@ def show(console: Console, command: InfoCommand) -> None:
         config, layout = load_config(folder)
         describe(console, config, f"{command.run} ({layout} layout)")
         progress(console, folder)
+    if not command.sizes:
+        console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
 
 
 def describe(console: Console, config: Config, title: str) -> None:

@@ -18,7 +18,7 @@ class Loading:
     """Which model, and how."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder (ours, torchscale's or fla's), or owner/name on the hub."""
+    """Run directory or model folder (ours, torchscale's or fla's), or hf:owner/name on the hub."""
     tokenizer: str | None = None
     """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
     device: str = "cpu"

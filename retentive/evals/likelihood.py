@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.sample import NOT_FINITE
-from retentive.models import Model, Peer, RetNet
+from retentive.models import Hybrid, Model, RetNet
 
 BUDGET = 8192
 """Tokens of a batch, padding included."""
@@ -75,7 +75,7 @@ def score(
         ArithmeticError: the model's logits are not finite.
     """
     training, done = model.training, 0
-    share = share and not isinstance(model, Peer)  # which has no state
+    share = share and model.keeps_state
     model.eval()
     scores: list[list[Score]] = [[] for _ in groups]
     try:
@@ -101,7 +101,7 @@ def shared(group: Sequence[Request]) -> int:
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
-    room = BUDGET if isinstance(model, Peer) else max(1, STATES // max(1, model.init_state(1).nbytes))
+    room = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
     prefixes = [shared(group) if share else 0 for group in groups]
     rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]
@@ -129,7 +129,7 @@ def packs(model: Model, longest: int) -> bool:
 
     Choices of one question are as unlike in length as their questions are: padding doubles what is computed.
     """
-    return isinstance(model, RetNet) and longest <= CHUNK
+    return isinstance(model, RetNet) and not isinstance(model, Hybrid) and longest <= CHUNK
 
 
 def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
@@ -170,7 +170,7 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
 
 def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
     """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
-    device = model.embed.weight.device
+    device = model.device
     lengths = [len(row) for row in rows]
     if packs(model, max(lengths)) and min(lengths):
         ids = torch.tensor([id for row in rows for id in row], device=device)[None]
@@ -179,7 +179,7 @@ def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int
         yield 0, max(lengths), torch.nn.utils.rnn.pad_sequence(x[0].split(lengths), True), state
         return
     counts, ids = torch.tensor(lengths), _padded(rows, 0)
-    chunk = ids.shape[1] if isinstance(model, Peer) else CHUNK
+    chunk = CHUNK if model.keeps_state else ids.shape[1]
     for begin in range(0, ids.shape[1], chunk):
         part = ids[:, begin : begin + chunk]
         valid = (counts - begin).clamp(0, part.shape[1])

@@ -96,5 +96,5 @@ def _reordered(state: Any, parents: Tensor) -> Any:
 
 
 def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
-    x, state = model.hidden(torch.tensor(tokens, device=model.embed.weight.device)[:, None], state)
+    x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
     return model.head(x[:, -1]), state

@@ -77,7 +77,7 @@ def checked(model: Model, ids: Sequence[int] | Tensor) -> Tensor:
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
         raise ValueError(f"token ids must be in [0, {vocab}), got {int(prompt.min())} to {int(prompt.max())}")
-    return prompt.to(model.embed.weight.device)
+    return prompt.to(model.device)
 
 
 def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:

@@ -120,7 +120,7 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
         )
     if model is not None:
         _check_fit(memory, model, path)
-        memory.state = memory.state.to(model.embed.weight.device)
+        memory.state = memory.state.to(model.device)
     return memory
 
 

@@ -229,7 +229,7 @@ def ingest(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, chu
         ArithmeticError: the model's output is not finite, so that its state would be worth nothing.
     """
     state: Any = memory.state
-    tokens, device = memory.tokens, model.embed.weight.device
+    tokens, device = memory.tokens, model.device
     for ids in _chunks(pieces, memory.pending, chunk):
         x, state = model.hidden(torch.tensor([ids], device=device), state)
         tokens += len(ids)

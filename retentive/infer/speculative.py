@@ -70,7 +70,7 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
         return
     yield Token(token, logprob)
     text.append(token)
-    state = state.for_decoding(model.embed.weight.dtype, rollback=most)
+    state = state.for_decoding(model.dtype, rollback=most)
     while True:
         guesses, chances = guesser.guess(text, most)
         logits, state = score(model, [text[-1], *guesses], state)
@@ -92,7 +92,7 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
 @torch.no_grad()
 def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
     """Logits `[T, vocab]` after each of the ids, float32 on the CPU, and the state; they can be taken back from it."""
-    x, state = model.hidden(torch.tensor([ids], device=model.embed.weight.device), state)
+    x, state = model.hidden(torch.tensor([ids], device=model.device), state)
     logits = model.head(x[0]).float().cpu()
     check_finite(logits)
     return logits, state
@@ -153,9 +153,9 @@ class Draft:
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
         if self.state is None:
-            prompt = torch.tensor([text[:-1]], device=self.model.embed.weight.device)
+            prompt = torch.tensor([text[:-1]], device=self.model.device)
             _, state = prefill(self.model, prompt)
-            self.state = state.for_decoding(self.model.embed.weight.dtype, rollback=self.most)
+            self.state = state.for_decoding(self.model.dtype, rollback=self.most)
             self.read = len(text) - 1
         wrong = max(self.read - (len(text) - 1), 0)
         self.state.rollback(wrong)

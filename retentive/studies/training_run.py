@@ -10,14 +10,14 @@ from typing import Any
 
 from retentive import machine
 from retentive.bench.lab.plot import panels
-from retentive.data.loader import held_out
+from retentive.data.packed import Packed
 from retentive.data.tokenizer import Tokenizer
 from retentive.train.log import read_metrics
 
 
 def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of the held-out text by its bytes' frequencies alone, and by xz at its strongest; its size."""
-    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
+    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in Packed(data).held_out(length=1 << 20)).encode()
     counts = Counter(raw)
     entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
     return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}

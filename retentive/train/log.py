@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from retentive.evals.heldout import HeldOut
 from retentive.files import write_text
 from retentive.train.config import TrainConfig
-from retentive.train.evaluate import HeldOut
 
 
 class Log:
@@ -65,12 +65,14 @@ class Log:
             self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
 
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        """Record an evaluation: on the same stretch of text every time, and in the end (`last`) on a longer one."""
+        """Record an evaluation: on the same part of the text every time, and in the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
         self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
-        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {result.bytes / 1e6:.2f} MB")
+        size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
+        which = " (the longer part, read once at the end)" if last else ""
+        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}")
 
     def sample(self, step: int, text: str) -> None:
         """Show a sample of what the model writes, and record it."""
@@ -79,8 +81,9 @@ class Log:
         self.say(f"step {step}, a sample:\n    {shown}")
 
     def say(self, text: str) -> None:
-        """A line for people."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """A line for people, if there is something to say."""
+        if text:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -104,6 +107,11 @@ class Log:
             except ValueError:  # the line that was being written when the run was killed
                 break
         write_text(self.path, "".join(kept))
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """A line for people, where there is no log to write."""
+    Console(stderr=True, quiet=quiet).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

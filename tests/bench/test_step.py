@@ -13,7 +13,7 @@ from retentive.bench.lab import clock
 from retentive.bench.lab.tables import duration, size, span
 from retentive.cli import main
 from retentive.ops import Ring
-from retentive.ops.step import slots
+from retentive.ops.ring import slots
 
 READING = 1e10
 

@@ -11,6 +11,7 @@ from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS
 from tests.evals.task_rows import ROWS
 
+MADE = Path(__file__).parent / "fixtures"  # rows of our own, with the fields that the public files have
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 
 
@@ -29,6 +30,31 @@ def test_texts():
     turns = [{"speaker": "A", "content": "Yes?"}, {"speaker": "B", "content": "No."}]
     assert TASKS["qmsum"].build({"meeting_transcripts": turns}) == "A: Yes?\nB: No.\n"
     assert TASKS["gov_report"].build({"document": "Text"}) == TASKS["perplexity"].build({"text": "Text"}) == "Text"
+
+
+MADE_GOLDS = {
+    "hellaswag": [1, 0, 3, 1],
+    "piqa": [0, 1, 1, 0],
+    "boolq": [0, 1, 1, 0],
+    "copa": [0, 1, 0, 1],
+    "winogrande": [1, 0, 1, 0],
+    "wsc273": [0, 1, 1, 0],
+    "arc_easy": [1, 0, 3, 0],
+    "arc_challenge": [1, 0, 2, 1],
+    "openbookqa": [0, 2, 1, 0],
+    "lambada_openai": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", MADE_GOLDS)
+def test_files_with_the_fields_of_the_public_ones(name):
+    """Answers as letters, digits, strings and numbers; three to five choices; a blank where the pronoun was."""
+    assert {file.stem for file in MADE.glob("*.jsonl")} == set(MADE_GOLDS)
+    questions = [item.content for item in parse(TASKS[name], find(name, MADE))]
+    assert [question.gold for question in questions] == MADE_GOLDS[name]
+    for question in questions:
+        written = [a + b for a, b in zip(question.prompts, question.continuations, strict=True)]
+        assert len(set(written)) == len(written) and "_" not in "".join(written)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public task files are not beside this project")

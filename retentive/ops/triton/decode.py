@@ -95,7 +95,7 @@ def count(written, folded, B, R: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(folded + b, tl.where(now - first + 1 == R, first + R // 2, first), mask=b < B)
 
 
-def step(
+def decode_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,4 +1,4 @@
-"""One token in place: the state is read once and seldom written, because the last tokens wait in a ring.
+"""Decoding in place: the state is read once and seldom written, because the last tokens wait in a ring.
 
     o  = scale * ( exp(G) q S  +  sum_j exp(G - G_j) (q k_j) v_j )      G_j = log decay from the state to token j
     S' = exp(G_F) S + sum_{j<=F} exp(G_F - G_j) k_j v_j^T               when the ring is full: its older half, F tokens
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from retentive.ops.blocked import FORGOTTEN
 from retentive.ops.decay import check_values
@@ -49,7 +50,7 @@ class Ring:
 
     def __post_init__(self):
         for name, x in self.tensors().items():
-            if not x.is_contiguous():
+            if isinstance(x, Tensor) and not x.is_contiguous():  # (torch.export puts other things in their places)
                 raise ValueError(f"the tensors of a ring must be contiguous, got {name} with strides {x.stride()}")
 
     def __reduce__(self):  # a copy has tensors, and so a plan, of its own
@@ -76,6 +77,22 @@ class Ring:
         zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
+
+    @staticmethod
+    def over(state: "Tensor | Ring | None", k: Tensor, v: Tensor) -> "Ring":
+        """`state` as a ring for tokens like k `[B,T,H,K]` and v `[B,T,H,V]`: itself where it is one, else a new one."""
+        if isinstance(state, Ring):
+            if state.k.dtype == k.dtype:
+                return state
+            state = state.to_state()
+        if state is None:
+            B, _, H, K = k.shape
+            state = v.new_zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32))
+        return Ring.open(state, k.dtype)
+
+    def takes(self, q: Tensor) -> bool:
+        """Whether tokens q `[B,T,H,K]` can go into it one after the other: as many as it has slots, in its dtype."""
+        return q.ndim == 4 and q.shape[1] <= self.k.shape[2] and q.dtype == self.k.dtype
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
         """`f` of every tensor.
@@ -138,8 +155,14 @@ class Ring:
         self.written.sub_(tokens)
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`o` `[B,H,V]` after one more token, which is put into the ring; the arguments are those of `retention_step`."""
+pytree.register_dataclass(Ring, serialized_type_name="retentive.Ring")
+
+
+def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`o` `[B,H,V]` of one more token, which is put into the ring; the arguments are those of `retention_step`.
+
+    In torch's operations: what computes where there is no compiled code (`backends.decode_step`).
+    """
     check_values(log_decay)
     R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
     slot = ring.written % R
