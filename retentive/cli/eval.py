@@ -72,7 +72,7 @@ def run(command: EvalCommand, typed: str) -> None:
             "model": MODELS[type(model.config)].__name__,
             "parameters": cost.parameters(model.config),
             "device": command.device,
-            "dtype": str(model.head.weight.dtype),
+            "dtype": str(model.dtype),
         }
         command.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(command.json, {"command": typed, **described, "hardware": machine.describe(), "results": found.rows})

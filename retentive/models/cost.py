@@ -103,7 +103,7 @@ def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_valu
     return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
 
 
-def least_training_bytes(config: Config | PeerConfig, tokens: int) -> int:
+def least_training_bytes(config: OwnConfig | PeerConfig, tokens: int) -> int:
     """Bytes that no training step of so many tokens at a time can do without; a real one takes more.
 
     Weights, gradients and AdamW's two moments in float32; the tokens and their targets; and the input of every block,

@@ -157,7 +157,7 @@ def accumulate_gradients(
     model: Model, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
 ) -> tuple[float, int, Any]:
     """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters."""
-    device = model.head.weight.device
+    device = model.device
     total, tokens = 0.0, 0
     for micro in range(config.accumulate):
         batch = batches[step * config.accumulate + micro].to(device)
