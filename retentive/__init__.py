@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
 
-__version__ = "0.1.0"
 __all__ = ["evaluate", "generate", "load", "stream_generate", "train"]
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "evaluate": "retentive.evals",
@@ -30,6 +31,17 @@ _HOMES = {
     "load": "retentive.checkpoint",
     "stream_generate": "retentive.infer.writing",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is first asked for: `import retentive` alone does not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retentive' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def train(data: str | Path, out: str | Path, **options: Any) -> Path:
@@ -46,14 +58,3 @@ def train(data: str | Path, out: str | Path, **options: Any) -> Path:
     from retentive.train import TrainRun
 
     return TrainRun.of(data, out, **options).run(overrides=options)
-
-
-def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is first asked for: `import retentive` alone does not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'retentive' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

@@ -60,15 +60,11 @@ class TorchDecoder:
         # as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.device
-
     def init_state(self) -> State:
         return self.model.init_state(1)
 
     def adopt(self, state: State) -> State:
-        return state.to(self._device)
+        return state.to(self.model.device)
 
     def pool(self, slots: int) -> State:
         return self.model.init_state(slots).for_decoding(self.model.dtype)
@@ -82,19 +78,19 @@ class TorchDecoder:
 
     def _hidden(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
         """(`[T, D]`, the states): one packed row; where it is one sequence alone, packing would only copy."""
-        ids = ids[None].to(self._device)
+        ids = ids[None].to(self.model.device)
         first: Any = states[0]
         if len(states) == 1:
             x, state = self.model.hidden(ids, first)
             return x[0], [state]
-        x, state = self.model.hidden(ids, first.cat(states), cu_seqlens=cu_seqlens.to(self._device))
+        x, state = self.model.hidden(ids, first.cat(states), cu_seqlens=cu_seqlens.to(self.model.device))
         return x[0], [state.select(torch.tensor([n])) for n in range(len(states))]
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
         n, kept = len(ids), self._view
         self._view = (None, 0, None)  # after an error nothing holds on to the pool
         view = kept[2] if kept[0] is pool and kept[1] == n else pool.view(n)
-        x, state = self.model.hidden(ids[:, None].to(self._device), view)
+        x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
         pool.position[:n] = state.position  # the one part of a state that is not written in place
         logits = self.model.head(x[:, -1]).float().cpu()
         self._view = (pool, n, view)
