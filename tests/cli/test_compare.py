@@ -15,6 +15,7 @@ from filelock import FileLock
 import retentive
 from retentive.cli import main
 from retentive.models import PRESETS
+from retentive.train import TrainRun
 
 ARGS = ["compare", "--data", "data", "--out", "cmp", "--batch", "2", "--length", "16", "--steps", "4", "--warmup", "2"]
 ARGS += ["--precision", "fp32", "--device", "cpu", "--eval-every", "2", "--eval-tokens", "64", "--save-every", "2"]
@@ -90,16 +91,14 @@ def test_a_run_that_another_is_at_is_left_to_it(place, capsys):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(place, capsys, monkeypatch):
-    from retentive.cli import train as training
-
-    real = training.run
+    real = TrainRun.run
 
     def run(command, **how):
         if command.model == "retnet":
             raise FloatingPointError("loss nan")
         return real(command, **how)
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(TrainRun, "run", run)
     main([*ARGS, "--seeds", "0"])
     out, said = capsys.readouterr()
     assert "retnet_1m_lr0.002_seed0: loss nan" in said and "(2 of 2)" in said
