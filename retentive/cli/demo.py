@@ -16,8 +16,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-import retentive
 from retentive.bench import memory
+from retentive.checkpoint import load_with_tokenizer
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
@@ -75,7 +75,8 @@ def run(command: DemoCommand) -> None:
     tokens = f"{made.batch} x {made.length} tokens"
     console.print(f"{made.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
     made.run()
-    model, tokenizer = retentive.load(command.out)
+    model, tokenizer = load_with_tokenizer(command.out)
+    assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
     yardsticks(console, data, command.out)
     console.rule("4. One model, three forms")
