@@ -1,6 +1,7 @@
 """`retentive VERB …`: one table of verbs, each in a module of its own that is imported when it is called."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -27,6 +28,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one verb. Bad input ends in one line on stderr and exit code 2 (RETENTIVE_DEBUG=1: in a traceback)."""
     argv = sys.argv[1:] if argv is None else argv
+    mend_streams()
     try:
         run(argv)
         sys.stdout.flush()
@@ -40,6 +42,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print("retentive:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)  # what argument parsers use for bad input
+
+
+def mend_streams() -> None:
+    """Closed standard streams (`<&-`, `>&-`) become the null device; what a locale cannot write becomes "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def run(argv: list[str]) -> None:
