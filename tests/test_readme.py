@@ -1,7 +1,7 @@
 """README.md: its commands and Python run as they stand (training fewer steps); its figures are those of results/."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import re
 import shlex
@@ -21,12 +21,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("figures")
 
 
 def test_commands_and_python(tmp_path, monkeypatch, capsys):
