@@ -1,4 +1,4 @@
-"""The kernels in C against `reference`: by the gold rule, with every gradient; what they read, write, keep; the build."""
+"""The C kernels against `reference`: by the gold rule, with every gradient; what they read, write, keep; the build."""
 
 import ctypes
 import functools
