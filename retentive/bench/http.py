@@ -70,5 +70,5 @@ def text_of(answer: bytes) -> str:
     """The text in a response's events, or what it says in their place."""
     events = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")]
     if not events or b"data: [DONE]" not in answer:
-        return answer[-300:].decode(errors="replace")
+        return answer[:300].decode(errors="replace")
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)
