@@ -16,12 +16,12 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-import retentive
 from retentive.bench import memory
+from retentive.checkpoint import load_with_tokenizer
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
-from retentive.data.tokenizer import Tokenizer, train_bpe
+from retentive.data.tokenizer import train_bpe
 from retentive.files import write_json
 from retentive.models import RetNet, build, preset, twin
 from retentive.ops import using
@@ -75,9 +75,10 @@ def run(command: DemoCommand) -> None:
     tokens = f"{made.batch} x {made.length} tokens"
     console.print(f"{made.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
     made.run()
-    model, tokenizer = retentive.load(command.out)
+    model, tokenizer = load_with_tokenizer(command.out)
+    assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
-    yardsticks(console, tokenizer, data, command.out)
+    yardsticks(console, data, command.out)
     console.rule("4. One model, three forms")
     forms(console, model, data)
     console.rule("5. What it writes")
@@ -160,9 +161,9 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
     return replace(first, train=options)
 
 
-def yardsticks(console: Console, tokenizer: Tokenizer, data: Path, out: Path) -> None:
+def yardsticks(console: Console, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
-    result = training_run.report(out, data, tokenizer)
+    result = training_run.report(out, Packed(data))
     figures = {name: result["yardsticks"][name] for name in ("order-0 entropy", "xz -9")}
     figures["this model"] = result["final"][1]
     for name, value in figures.items():
@@ -195,11 +196,11 @@ def forms(console: Console, model: RetNet, data: Path) -> None:
 
 def costs(console: Console, model: RetNet, out: Path) -> None:
     """State against KV cache: table, JSON and picture in the run directory."""
-    rows = memory.measure({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
-    console.print(Markdown(memory.table(rows)))
-    write_json(out / "memory.json", memory.report(rows))
+    result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
+    console.print(Markdown(memory.table(result)))
+    write_json(out / "memory.json", result)
     try:
-        memory.plot(rows, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
+        memory.plot(result, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
         console.print(f"the picture: {out / 'memory.png'}")
     except ModuleNotFoundError as missing:
         console.print(str(missing), markup=False)

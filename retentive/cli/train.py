@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +33,11 @@ def main(argv: list[str]) -> None:
         args=argv,
         description=f"{TrainRun.__doc__}\n\n{RECIPE}",
         default=tyro.MISSING_NONPROP if recipe is None else recipe,
-        config=(tyro.conf.OmitArgPrefixes,),
         registry=CHANGES,
     )
     typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
+    if "set" in typed:
+        run = replace(run, set=read_changes(list(run.set)))
     try:
         run.run(overrides=typed if recipe is None else OPTIONS)
     except Interrupted as stop:
@@ -77,7 +78,8 @@ def line_of(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f"{f.filename}:{f.lineno}" for f in frames if Path(f.filename).parent == path.parent]
+    files = {str(file) for file in path.parent.glob("*.py")}  # recipes may run others beside them
+    inside = [f"{f.filename}:{f.lineno}" for f in frames if f.filename in files]
     return inside[-1] if inside else str(path)
 
 
@@ -123,7 +125,7 @@ def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar="FIELD=VALUE",
-        instance_from_str=read_changes,
+        instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
         is_instance=lambda value: isinstance(value, Mapping),
         str_from_instance=lambda value: told(value).split(" "),
     )

@@ -16,7 +16,7 @@ from retentive.evals.likelihood import Request, Score, encode, score
 from retentive.evals.read import find
 from retentive.evals.stats import Interval, Z
 from retentive.infer import SamplingParams, generate
-from retentive.infer.generate import stream_text
+from retentive.infer.text import stream_text
 from retentive.models import Model
 
 STOCK = {

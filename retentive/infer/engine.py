@@ -27,7 +27,7 @@ from torch import Tensor
 from retentive import machine
 from retentive.infer.cache import PrefixCache
 from retentive.infer.decoder import Decoder, TorchDecoder, shapes
-from retentive.infer.generate import Token
+from retentive.infer.generate import Token, check_prompt
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick
 from retentive.models import Model
@@ -99,10 +99,7 @@ class Engine:
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
-        if not ids:
-            raise ValueError("generation needs at least one token to begin from, got an empty prompt")
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise ValueError(f"token ids must be in [0, {vocab}), got {min(ids)} to {max(ids)}")
+        check_prompt(ids, vocab)
         if not 1 <= n <= self.slots:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
         if max_tokens is not None and max_tokens < 1:

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         """Phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
-        return Phases(*rotary.phases(positions.index, self.K, "half", dtype=wide), starts)
+        return Phases(*rotary.phases(positions.of_token, self.K, "half", dtype=wide), starts)
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None, positions: Positions, phases: Phases
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if same and positions.valid is None:
             keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
         else:
-            index = positions.index.expand(B, T)
+            index = positions.of_token.expand(B, T)
             rows, columns = torch.ones_like(index, dtype=torch.bool).nonzero(as_tuple=True)
             if positions.valid is not None:
                 rows, columns = positions.valid.nonzero(as_tuple=True)
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
         mask_BTS = None
         if not (same and T == 1):
-            mask_BTS = torch.arange(S, device=k.device) <= positions.index.expand(B, T)[..., None]
+            mask_BTS = torch.arange(S, device=k.device) <= positions.of_token.expand(B, T)[..., None]
         return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
 
     def _packed(

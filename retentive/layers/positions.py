@@ -9,7 +9,7 @@ from torch import Tensor
 class Positions(NamedTuple):
     """Positions of B x T tokens. Padding neither writes, decays nor counts, on whichever side it stands."""
 
-    index: Tensor
+    of_token: Tensor
     """int64 `[T]` where all rows agree, else `[B,T]`: tokens of its sequence before this one (pads: any value >= 0)."""
     valid: Tensor | None
     """bool `[B,T]`, False on padding; None where there is none."""
@@ -49,8 +49,8 @@ def positions_of(
         if visible(cu) and not (cu[0] == 0 and cu[-1] == T and bool((count > 0).all())):
             raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu.tolist()[:8]}…")
         before = torch.zeros_like(count) if start is None else start
-        index = t - (cu[:-1] - before).repeat_interleave(count, output_size=T)
-        return Positions(index[None], None, cu_seqlens, start, before + count)
+        of_token = t - (cu[:-1] - before).repeat_interleave(count, output_size=T)
+        return Positions(of_token[None], None, cu_seqlens, start, before + count)
     if lengths is None:
         end = torch.full((B,), T, device=device) if start is None else start + T
         return Positions(t if start is None else start[:, None] + t, None, None, start, end)
@@ -65,8 +65,8 @@ def positions_of(
         raise ValueError(f"lengths must lie within the {T} tokens of a row, got {lengths.tolist()}")
     valid = (t >= first[:, None]) & (t < last[:, None])
     before = torch.zeros_like(first) if start is None else start
-    index = before[:, None] + (t - first[:, None]).clamp(min=0)
-    return Positions(index, valid, None, start, before + last - first)
+    of_token = before[:, None] + (t - first[:, None]).clamp(min=0)
+    return Positions(of_token, valid, None, start, before + last - first)
 
 
 def visible(x: Tensor) -> bool:

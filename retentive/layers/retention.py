@@ -66,14 +66,14 @@ class MultiScaleRetention(nn.Module):
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        device = positions.index.device
-        cos, sin = rotary.phases(positions.index, self.K, self.rotary, dtype=wide)
+        device = positions.of_token.device
+        cos, sin = rotary.phases(positions.of_token, self.K, self.rotary, dtype=wide)
         q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
         if self.decay == "gated":
             return Phases(cos, sin, q_scale, q_scale.new_empty(0))
         log_decay = decays.log_decay(self.decay, self.H, device=device, dtype=wide)
         if self.score_norm:
-            q_scale = q_scale * decays.row_norm(log_decay, positions.index + 1)
+            q_scale = q_scale * decays.row_norm(log_decay, positions.of_token + 1)
         return Phases(cos, sin, q_scale, log_decay)
 
     def forward(

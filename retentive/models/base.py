@@ -22,9 +22,11 @@ class LanguageModel(nn.Module):
 
     config: Any
     """What it is made of: a frozen dataclass with vocab_size, dim, layers and tie_embeddings at least."""
+    embed: nn.Embedding
+    head: nn.Linear
     blocks: nn.ModuleList
     """Its blocks, first to last: what is compiled, recomputed or sharded one by one."""
-    state_type: ClassVar[type | None] = None
+    state_type: ClassVar[Any] = None
     """The kind of state that it goes on from; None for one that keeps none."""
 
     @property
@@ -35,12 +37,12 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where ids and embeddings go."""
-        return self.embed.weight.device  # type: ignore[return-value]
+        return self.embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of embeddings and hidden states (where no autocast is on)."""
-        return self.embed.weight.dtype  # type: ignore[return-value]
+        return self.embed.weight.dtype
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for `batch` sequences."""

@@ -225,7 +225,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
     )
 
 
-def of_one_kind(config: OwnConfig) -> list[OwnConfig]:
+def of_one_kind(config: OwnConfig) -> list[Any]:
     """The config; of a hybrid that of a RetNet and that of a Transformer which have its blocks between them."""
     if not isinstance(config, HybridConfig):
         return [config]

@@ -5,6 +5,8 @@ than the Transformer's. Source: the hybrids of Mamba-2 (arXiv 2405.21060, sectio
 one block of attention to several that are recurrent.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from retentive.models import transformer
@@ -22,13 +24,13 @@ class Hybrid(RetNet):
     def block(self, i: int) -> nn.Module:
         return transformer.Block(twin(self.config)) if self.config.attends(i) else super().block(i)
 
-    def init_state(self, batch: int) -> HybridState:
+    def init_state(self, batch: int) -> HybridState:  # type: ignore[override]  # a state of its own kind
         """The state before the first token, for `batch` sequences."""
         retaining, attending = of_one_kind(self.config)
-        retention = RetentionState.empty(retaining, batch, self.dtype, self.device)
-        return HybridState(retention, KVCache.empty(attending, batch, self.dtype, self.device))
+        where = (batch, self.dtype, self.device)
+        return HybridState(RetentionState.empty(retaining, *where), KVCache.empty(attending, *where))
 
-    def hidden(
+    def hidden(  # type: ignore[override]
         self,
         ids: Tensor | None,
         state: HybridState | None = None,
@@ -42,7 +44,8 @@ class Hybrid(RetNet):
         retention = self.blocks[0].phases(positions, x.dtype)
         attention = self.blocks[self.config.attention_every - 1].phases(positions, x.dtype)
         cache = None if state is None else state.cache.reserve(max(attention.starts) + x.shape[1])
-        layers, pairs = [], []
+        layers: list[Any] = []
+        pairs: list[Any] = []
         for i, block in enumerate(self.blocks):
             if self.config.attends(i):
                 x, pair = block(x, None if cache is None else cache.pair(len(pairs)), positions, attention)

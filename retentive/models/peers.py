@@ -98,7 +98,7 @@ class Peer(LanguageModel):
         nn.init.normal_(self.head.weight, std=config.dim**-0.5)  # as for RetNet: the losses begin alike
 
     @property
-    def embed(self) -> nn.Embedding:
+    def embed(self) -> nn.Embedding:  # type: ignore[override]  # found in the backbone, where it is registered
         return self.backbone.get_input_embeddings()
 
     def init_state(self, batch: int) -> Any:

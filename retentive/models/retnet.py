@@ -4,7 +4,7 @@ Source: arXiv 2307.08621 equation 9, with the details of torchscale's current co
 biases) or, by config, of fla's.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class RetNet(LanguageModel):
     """`model(ids) -> (logits, state)`, then `model(more_ids, state)`; the state is a RetentionState."""
 
     config: RetNetConfig
-    state_type = RetentionState
+    state_type: ClassVar[Any] = RetentionState
 
     def __init__(self, config: RetNetConfig):
         super().__init__()

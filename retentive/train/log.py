@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def check_extras(config: TrainConfig) -> None:
-    """ModuleNotFoundError if a writer that is asked for is not installed; before anything is written."""
+    """Before anything is written: ModuleNotFoundError if a writer that is asked for is not installed, ValueError if it
+    wants a login that is not there."""
     try:
         if config.tensorboard:
             importlib.import_module("torch.utils.tensorboard")
@@ -130,6 +132,14 @@ def check_extras(config: TrainConfig) -> None:
     except ImportError:
         flag = "--wandb" if config.wandb and not config.tensorboard else "--tensorboard"
         raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
+    if config.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            wandb.login(verify=False)  # asks in a terminal
+        except wandb.Error:
+            how = "run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"
+            raise ValueError(f"--wandb needs a login: {how}") from None
 
 
 def _tensorboard(run: Path):
@@ -141,4 +151,7 @@ def _tensorboard(run: Path):
 def _wandb(run: Path, config: TrainConfig):
     import wandb
 
-    return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")
+    try:
+        return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")
+    except wandb.Error as error:
+        raise OSError(f"--wandb {config.wandb}: {error} (WANDB_MODE=offline does without the service)") from None

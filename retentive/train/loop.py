@@ -97,10 +97,10 @@ def train(
     with directory.locked():
         optimizer = adamw(model, config)
         done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
+        write_json(run / "train.json", {"train": asdict(config), **directory.record})
         if done >= config.steps:
             say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
-        write_json(run / "train.json", {"train": asdict(config), **directory.record})
         if done == 0:
             save_model(run, model, directory.tokenizer)  # from its first minute the run can be loaded
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

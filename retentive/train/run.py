@@ -10,9 +10,10 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from retentive import machine
 from retentive.checkpoint.io import find, load, load_config
@@ -60,7 +61,7 @@ class TrainRun:
     """Go on from the run's newest checkpoint, if it has one, with its own options; other --steps make it longer."""
     overwrite: bool = False
     """Begin anew where there is a run at --out: its checkpoints and its log are deleted."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     @classmethod
     def of(cls, data: str | Path, out: str | Path, **options: Any) -> "TrainRun":
@@ -133,9 +134,7 @@ class TrainRun:
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
         if set(self.set) - {"dropout"}:
-            raise ValueError(
-                f"--init {self.init} brings its architecture: only dropout can be --set"
-            )
+            raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
 
     def build(self, data: Packed) -> tuple[Config, Model]:

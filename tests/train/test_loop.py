@@ -138,6 +138,15 @@ def test_the_seed_orders_the_data_and_draws_the_dropout(run, metrics):
     assert first == again != other
 
 
+def test_dropout_differs_from_step_to_step(run, metrics, monkeypatch):
+    """On the same batch with weights that stand still, only the masks can change the loss."""
+    monkeypatch.setattr("retentive.data.loader.Batches.__getitem__", lambda batches, step: batches._shuffled(0))
+    still = dict(lr=1e-300, weight_decay=0.0, steps=4)
+    got = losses(metrics(run("dropped", model=replace(TINY, dropout=0.5), **still)))
+    assert len(set(got)) == 4
+    assert len(set(losses(metrics(run("kept", model=TINY, **still))))) == 1
+
+
 def test_the_gradient_is_clipped_to_its_norm(run, metrics):
     """Recorded is the norm before; AdamW's second moment tells what it was given."""
     folder = run("clipped", steps=1, clip=1e-3, warmup=0)

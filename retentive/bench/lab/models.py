@@ -1,4 +1,4 @@
-"""The whole models that benches put side by side, and the gates that they must pass before anything is timed.
+"""The whole models that benches put side by side, and the correctness gates before anything is timed.
 
 retnet        the RetNet itself
 transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def config_of(name: str, config: RetNetConfig) -> Config:
-    """The config of a contestant."""
+    """The config of a rival of the RetNet."""
     if name == "llama":
         return peer(config, "llama")
     if name == "grouped":
@@ -37,7 +37,7 @@ def config_of(name: str, config: RetNetConfig) -> Config:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The names that can take part here.
+    """The names whose models can be made here.
 
     Raises:
         ValueError: an unknown name; RetNet, to which all others are compared, not among them.
@@ -49,7 +49,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The contestant with random weights, the same every time."""
+    """The rival with random weights, the same every time."""
     torch.manual_seed(0)
     return build(config_of(name, config)).to(device, dtype).eval()
 
