@@ -50,7 +50,7 @@ def write_memory(
     memory: str | Path | None = None,
     separate: bool = False,
     tell: Tell = lambda progress: None,
-    say: Callable[[str], object] = warnings.warn,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Memory:
     """The memory of all documents of `sources`, which is saved to `out`; memory does not grow with their length.
 
@@ -106,7 +106,7 @@ def unfinished(out: Path) -> Path:
 class Texts:
     """The documents of several sources, and how much of their text has been encoded."""
 
-    def __init__(self, sources: Sequence[str | Path], say: Callable[[str], object]):
+    def __init__(self, sources: Sequence[str | Path], say: Callable[[str], None]):
         self.sources, self.say = sources, say
         self.total, self.done = total_bytes(sources), 0
 
