@@ -133,10 +133,10 @@ class TrainRun:
         """The config of the model, for this vocabulary; that of `init` if there is one."""
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
+        if (self.size, self.model) != (TrainRun.size, TrainRun.model):
+            raise ValueError(f"--init {self.init} brings its architecture: leave out --size and --model")
         if set(self.set) - {"dropout"}:
-            raise ValueError(
-                f"--init {self.init} brings its architecture: only dropout can be --set"
-            )
+            raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
 
     def build(self, data: Packed) -> tuple[Config, Model]:
