@@ -23,7 +23,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
-from retentive.models import Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.models import MODELS, Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
@@ -148,9 +148,8 @@ class TrainRun:
         resumes = self.resume and folders(self.out)
         config = load_config(self.out)[0] if resumes and self.init else self.config(data.meta.vocab_size)
         if self.mode == "carry" and type(config) is not RetNetConfig:
-            raise ValueError(
-                f"mode carry hands on a state of constant size, which a {self.model} has not: use another mode"
-            )
+            kind = MODELS[type(config)].__name__
+            raise ValueError(f"mode carry hands on a state of constant size, which a {kind} has not: use another mode")
         check_fits(config, self.batch, self.length, pick_device(self.train.device))
         torch.manual_seed(self.train.seed)
         model = build(config)
