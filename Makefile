@@ -1,20 +1,39 @@
 # A fresh machine needs Python 3.10 or newer and a package index, nothing else.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+WORKERS ?= 2
+VENV    := .venv
+BIN     := $(VENV)/bin
+PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
+OLDEST  ?= $(firstword $(shell command -v python3.10 python3.11 python3.12) $(PYTHON))
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-oldest test-newest check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)
 	$(BIN)/retentive demo --overwrite
 
 test: $(VENV)/.installed-dev  ## install what tests need and run them
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+test-oldest:  ## the same with the lowest versions that pyproject.toml allows, in an environment of its own
+	test -d .venv-oldest || $(OLDEST) -m venv .venv-oldest
+	.ci/install .venv-oldest lowest
+	.venv-oldest/bin/python $(PYTEST)
+
+test-newest:  ## the same with the newest versions that the package index serves, in an environment of its own
+	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
+	.ci/install .venv-newest newest
+	.venv-newest/bin/python $(PYTEST)
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## build the site into site/, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.installed-docs  ## the site at http://127.0.0.1:8000, built anew at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 setup: $(VENV)/.installed-dev  ## install the package and the tools of its developers
 
@@ -28,5 +47,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
-clean:  ## remove the environment and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+clean:  ## remove the environments and what tools left behind
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -3,12 +3,17 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Threads that wait by spinning take the time that others need: on busy cores the suite would run ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: processes that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -16,6 +21,23 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: a file that `make(file)` wrote, for all workers: the first to ask makes it, others wait."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # a worker's own folder lies in that of the run
+
+    def file(name: str, make: Callable[[Path], None]) -> Path:
+        made = root / name
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                make(made)
+        return made
+
+    return file
 
 
 @pytest.fixture

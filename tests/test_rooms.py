@@ -10,11 +10,22 @@ import pytest
 
 import retentive
 
-FLOORS = ["files machine", "ops", "layers", "models data", "checkpoint", "multimodal native", "infer", "evals", "train"]
+FLOORS = [
+    "files machine threads",
+    "ops",
+    "layers",
+    "models data",
+    "checkpoint",
+    "multimodal native",
+    "infer",
+    "evals",
+    "train",
+]
 FLOORS += ["hf export serve bench", "studies", "report", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from
 PACKAGE = Path(retentive.__file__).parent
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def modules(package: Path) -> list[tuple[Path, ast.Module]]:
@@ -81,6 +92,9 @@ PLANTED = {
     "nested-package": ("ops/triton/a.py", "from retentive.data import pack"),
     "room-without-floor": ("utils/a.py", "X = 1"),
     "module-as-room": ("helpers.py", "X = 1"),
+    "a-bench-that-judges": ("bench/a.py", "from retentive.studies import compare"),
+    "scores-from-training": ("evals/a.py", "def f():\n    from retentive.train import train"),
+    "a-study-of-the-command-line": ("studies/a.py", "from retentive.cli import main"),
 }
 
 
@@ -104,6 +118,20 @@ def test_the_check_sees_a_planted_violation(case, tmp_path):
     (package / path).write_text(text, encoding="utf-8")
     found = violations(package)
     assert len(found) == 1 and found[0].startswith(path)
+
+
+@pytest.mark.xfail(reason="recipes return commands of the command line")
+def test_recipes_lean_on_the_library_and_never_on_the_command_line():
+    recipes = {path: ast.parse(path.read_text(encoding="utf-8")) for path in RECIPES.glob("*.py")}
+    assert recipes
+    rooms = {
+        (path.name, name.split(".")[1])
+        for path, tree in recipes.items()
+        for _, name in imported(tree, PACKAGE.name)
+        if name.startswith(f"{PACKAGE.name}.")
+    }
+    assert {(recipe, room) for recipe, room in rooms if FLOOR[room] >= FLOOR["report"]} == set()
+    assert {recipe for recipe, room in rooms if room in ("train", "studies")} == {path.name for path in recipes}
 
 
 def calls(tree: ast.Module, name: str) -> list[int]:

@@ -20,7 +20,8 @@ from retentive.bench.lab.clock import turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
-from retentive.infer.memory import blank, load_memory, read, save
+from retentive.infer.memory import blank, load_memory, save
+from retentive.infer.reading import ingest
 from retentive.models import Model, build
 
 PROMPT, REPLY = 16, 32
@@ -73,7 +74,7 @@ def write(model: Model, tokens: int, file: Path, say: Say) -> dict[str, Any]:
         torch.randint(model.config.vocab_size, (min(4096, tokens - at),), generator=generator).tolist()
         for at in range(0, tokens, 4096)
     )
-    memory = deque(read(model, parts, blank(model)), maxlen=1).pop()
+    memory = deque(ingest(model, parts, blank(model)), maxlen=1).pop()
     memory.sources = [{"name": "random", "tokens": tokens, "sha256": 64 * "0"}]
     save(memory, file)
     seconds = time.perf_counter() - began

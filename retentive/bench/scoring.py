@@ -20,7 +20,7 @@ from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, encode, score, shared
-from retentive.evals.read import find, known, read
+from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
 from retentive.models import Model
 
@@ -76,7 +76,7 @@ def questions(options: Options, tokenizer: Tokenizer, shots: int) -> list[list[R
     (name,) = known([options.task])
     if TASKS[name].kind != "choice":
         raise ValueError(f"task {name} has no choices: choose one that has")
-    items = read(TASKS[name], find(name, options.data), limit=options.limit, shots=shots)
+    items = parse(TASKS[name], find(name, options.data), limit=options.limit, shots=shots)
     pairs = [zip(item.content.prompts, item.content.continuations, strict=True) for item in items]
     return [[encode(tokenizer, *pair) for pair in of_one] for of_one in pairs]
 

@@ -178,8 +178,8 @@ def bare(model: Model, rows: int, tokens: int) -> float:
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
     ]
-    state: Any = model.init_state(rows).for_decoding(model.embed.weight.dtype)
-    last = torch.tensor([ids[-1:] for ids in begin], device=model.embed.weight.device)
+    state: Any = model.init_state(rows).for_decoding(model.dtype)
+    last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
     for _ in range(tokens):
         x, state = model.hidden(last, state)

@@ -41,7 +41,7 @@ from retentive.bench.lab.tables import at_least_one, duration, known, markdown, 
 from retentive.ops import Ring, backends, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
-from retentive.ops.step import slots
+from retentive.ops.ring import slots
 
 SPREAD = 1 << 29
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}

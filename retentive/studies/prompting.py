@@ -40,7 +40,9 @@ from retentive.checkpoint import load_with_tokenizer, save_model
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer, train_bpe
 from retentive.evals.stats import mean_interval
-from retentive.infer.memory import Memory, blank, chain, chain_errors, keep_size, merge, read
+from retentive.infer.memory import Memory, blank
+from retentive.infer.merge import chain, chain_errors, keep_size, merge
+from retentive.infer.reading import ingest
 from retentive.models import RetNet, RetNetConfig, preset
 from retentive.ops import decay
 
@@ -358,7 +360,7 @@ def episode(
     empty, begin = blank(model, "bench"), [tokenizer.eos_id]
 
     def remember(ids: Sequence[int]) -> Memory:
-        return last(read(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
+        return last(ingest(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
 
     ids = [tokenizer.encode(part) for part in parts]
     apart = [remember(begin + part) for part in ids]

@@ -26,7 +26,8 @@ from retentive.machine import pick_device
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
-from retentive.train import TrainConfig, train
+from retentive.train import Hooks, TrainConfig, language_modelling, train
+from retentive.train.directory import RunDirectory
 
 PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
@@ -92,7 +93,7 @@ def accuracy(model: Model, n: int, *, asked: int = ASKED, seed: int = 10**6) -> 
     while total < asked:
         batch = rows(n, max(4096 // (4 * n), 1), generator)
         where = batch.targets != IGNORE
-        x, _ = model.hidden(batch.ids.to(model.embed.weight.device))
+        x, _ = model.hidden(batch.ids.to(model.device))
         found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
         right += int((found == batch.targets[where]).sum())
         total += len(found)
@@ -125,8 +126,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         config = compare.config_of(variant, base)
         torch.manual_seed(0)
         model = build(config)
-        batches: Any = Rows(tokens=options.tokens, pairs=pairs)
-        train(model, batches, how, out=folder, record={"recall": trained}, resume=True, quiet=True)
+        directory = RunDirectory(folder, record={"recall": trained}, existing="resume")
+        rows = Rows(tokens=options.tokens, pairs=pairs)
+        train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
         model.eval()
         scores = {str(n): accuracy(model, n)[0] for n in pairs}
         row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}

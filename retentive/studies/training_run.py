@@ -15,8 +15,7 @@ from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import panels
 from retentive.bench.lab.tables import markdown
-from retentive.data.loader import held_out
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.packed import Packed
 from retentive.train.log import read_metrics
 
 YARDSTICKS = ("order-0 entropy", "xz -9")
@@ -35,18 +34,18 @@ class Options:
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `report`, of the run that the options name."""
-    return report(options.run, options.data, load_tokenizer(options.data))
+    return report(options.run, Packed(options.data))
 
 
-def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
+def yardsticks(data: Packed) -> dict[str, float]:
     """Bits per byte of the held-out text by its bytes' frequencies alone, and by xz at its strongest; its size."""
-    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
+    raw = "".join(data.tokenizer.decode(b.ids[0].tolist()) for b in data.held_out(length=1 << 20)).encode()
     counts = Counter(raw)
     entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
     return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}
 
 
-def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def report(run: Path, data: Packed) -> dict[str, Any]:
     """The run's metrics in short, with the yardsticks on the same text and the hardware."""
     records = read_metrics(run)
     steps = [r for r in records if "loss" in r]
@@ -70,7 +69,7 @@ def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         ],
         "held_out": [[r["step"] * tokens_per_step, r["bits_per_byte"]] for r in records if "bits_per_byte" in r],
         "final": final[-1],
-        "yardsticks": yardsticks(data, tokenizer),
+        "yardsticks": yardsticks(data),
         "samples": {str(r["step"]): r["sample"] for r in records if "sample" in r},
     }
 

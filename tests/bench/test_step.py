@@ -11,7 +11,7 @@ from retentive.bench.lab.options import silent
 from retentive.bench.lab.tables import duration
 from retentive.bench.step import Options
 from retentive.ops import Ring
-from retentive.ops.step import slots
+from retentive.ops.ring import slots
 
 READING = 1e10
 

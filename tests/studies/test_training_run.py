@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from retentive.data.pack import pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.studies import training_run
@@ -50,7 +51,7 @@ def made(tmp_path):
 
 
 def test_the_report_is_the_metrics_against_tokens(made, data):
-    result = training_run.report(made(LINES), data, ByteTokenizer())
+    result = training_run.report(made(LINES), Packed(data))
     assert json.loads(json.dumps(result)) == result
     assert (result["tokens"], result["tokens_per_second"]) == (3 * 64, 102.0)
     assert result["train_loss"] == [[64, 4.0], [128, 2.0], [192, pytest.approx(4 / 3)]]
@@ -59,7 +60,7 @@ def test_the_report_is_the_metrics_against_tokens(made, data):
 
 
 def test_long_runs_are_thinned_to_means(made, data):
-    result = training_run.report(made([*map(step, range(1, 1001)), FINAL]), data, ByteTokenizer())
+    result = training_run.report(made([*map(step, range(1, 1001)), FINAL]), Packed(data))
     points = result["train_loss"]
     assert len(points) == 200 and points[-1][0] == 1000 * 64
     assert points[0][1] == pytest.approx(sum(4.0 / n for n in range(1, 6)) / 5)
@@ -67,7 +68,7 @@ def test_long_runs_are_thinned_to_means(made, data):
 
 def test_yardsticks_of_a_text_that_is_known(data):
     """800 bytes of eight kinds, 100 each, and the two bytes of an é."""
-    got = training_run.yardsticks(data, ByteTokenizer())
+    got = training_run.yardsticks(Packed(data))
     p = [100 / 802] * 8 + [1 / 802] * 2
     assert got["bytes"] == 802
     assert got["order-0 entropy"] == pytest.approx(-sum(x * math.log2(x) for x in p))
@@ -85,11 +86,11 @@ UNFINISHED = {
 @pytest.mark.parametrize("case", UNFINISHED)
 def test_a_run_that_is_not_finished_is_refused(case, made, data):
     with pytest.raises(ValueError, match=r"^[^\n]*run[^\n]*$"):
-        training_run.report(made(UNFINISHED[case]), data, ByteTokenizer())
+        training_run.report(made(UNFINISHED[case]), Packed(data))
 
 
 def test_the_plot_and_the_table_show_the_report(made, data, tmp_path, lines):
-    result = training_run.report(made(LINES), data, ByteTokenizer())
+    result = training_run.report(made(LINES), Packed(data))
     result["yardsticks"] = {"order-0 entropy": 3.0, "xz -9": 1.25, "bytes": 802}
     training_run.plot(result, tmp_path / "run.png", title="a run")
     million = [n / 1e6 for n in (64, 128, 192)]

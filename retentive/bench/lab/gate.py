@@ -76,7 +76,7 @@ def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     backend = {"retentive": "auto", "gold": "reference"}.get(name, name)
     decays = log_decay("paper", H, dtype=torch.float64 if name == "gold" else torch.float32, device=device)
     form = "parallel" if name == "gold" else "auto"
-    return retention(q, k, v, decays, form=form, backend=backend)[1]
+    return retention(q, k, v, decays, form=form, backend=backend)[1]  # type: ignore[return-value]
 
 
 def runner(name: str, work: Work, chunk: int | None):

@@ -13,6 +13,7 @@ import torch
 
 from retentive.bench.lab.tables import known
 from retentive.models import Config, Model, RetNet, RetNetConfig, build, peer, twin
+from retentive.ops import using
 
 NAMES = {
     "retnet": "RetNet",
@@ -61,7 +62,10 @@ def check_forms(model: RetNet, length: int) -> float:
         ArithmeticError: it is above the tolerance.
     """
     ids = _ids(model, length)
-    logits = {form: model(ids, form=form)[0] for form in ("parallel", "chunkwise", "recurrent")}
+    logits = {}
+    for form in ("parallel", "chunkwise", "recurrent"):
+        with using(form=form):
+            logits[form] = model(ids)[0]
     worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
     if not worst <= TOLERANCE:
         raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
@@ -93,4 +97,4 @@ def check_decoding(model: Model, length: int = 48) -> float:
 def _ids(model: Model, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    return ids.to(model.embed.weight.device)
+    return ids.to(model.device)

@@ -10,6 +10,7 @@ speed.
 """
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -91,7 +92,8 @@ def calls(kind: str, arch: int) -> None:
         q, v = (torch.zeros(1, 8, n, dtype=DTYPES[kind]) for n in (K, V))
         rings = [torch.zeros(1, 8, RING, n, dtype=q.dtype) for n in (K, V)]
         counts = torch.zeros(2, 1, dtype=torch.int64)
-        room.step(q, q, v, torch.zeros(8), 0.3, torch.zeros(1, 8, K, V), *rings, torch.zeros(1, 8, RING), *counts)
+        state, ring_decay = torch.zeros(1, 8, K, V), torch.zeros(1, 8, RING)
+        room.decode_step(q, q, v, torch.zeros(8), 0.3, state, *rings, ring_decay, *counts)
 
 
 def label(name: str, arguments: dict[str, Any]) -> tuple[str, str, str]:
@@ -113,11 +115,12 @@ def assembled(ptx: str, arch: int) -> tuple[int, int]:
     """Registers, and bytes spilled."""
     from triton.backends.nvidia.compiler import get_ptxas
 
+    ptxas = get_ptxas(*[arch][: len(inspect.signature(get_ptxas).parameters)])  # until Triton 3.5 one for all GPUs
     gpu = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={gpu}", file.name, "-o", os.devnull]
+        command = [ptxas.path, "-v", f"--gpu-name={gpu}", file.name, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return int(re.search(r"Used (\d+) registers", log)[1]), int(re.search(r"(\d+) bytes spill stores", log)[1])
 
