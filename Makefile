@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST  ?= $(firstword $(shell command -v python3.10 python3.11 python3.12) $(PYTHON))
 
-.PHONY: setup demo test test-oldest test-newest check clean
+.PHONY: setup demo test test-oldest test-newest check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)
 	$(BIN)/retentive demo --overwrite
@@ -29,6 +29,12 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## build the site into site/, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.installed-docs  ## the site at http://127.0.0.1:8000, built anew at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 setup: $(VENV)/.installed-dev  ## install the package and the tools of its developers
 
 $(VENV)/.installed: pyproject.toml
@@ -41,5 +47,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

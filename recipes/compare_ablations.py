@@ -7,13 +7,13 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.cli.compare import CompareCommand
+from retentive.studies.compare import Comparison
 
 VARIANTS = ("retnet", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
 VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
 
 
-def recipe() -> CompareCommand:
+def recipe() -> Comparison:
     sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]
     train = replace(sizes().train, steps=250)
     command = replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, train=train)

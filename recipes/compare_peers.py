@@ -10,9 +10,9 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.cli.compare import CompareCommand
+from retentive.studies.compare import Comparison
 
 
-def recipe() -> CompareCommand:
+def recipe() -> Comparison:
     ablations = runpy.run_path(str(Path(__file__).with_name("compare_ablations.py")))["recipe"]
     return replace(ablations(), variants=("retnet", "transformer", "llama", "mamba2", "rwkv"), seeds=(0,))

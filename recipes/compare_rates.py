@@ -8,12 +8,12 @@ A comparison at one rate may favour whom it suits. On novels both do best at the
 
 from pathlib import Path
 
-from retentive.cli.compare import CompareCommand
+from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig
 
 
-def recipe() -> CompareCommand:
-    return CompareCommand(
+def recipe() -> Comparison:
+    return Comparison(
         data=Path("data/novels"),
         out=Path("runs/compare-rates"),
         sizes=("1m",),

@@ -8,12 +8,12 @@ Two and a half hours on two cores. Every run sees 4.1 M tokens, a third of an ep
 
 from pathlib import Path
 
-from retentive.cli.compare import CompareCommand
+from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig
 
 
-def recipe() -> CompareCommand:
-    return CompareCommand(
+def recipe() -> Comparison:
+    return Comparison(
         data=Path("data/novels"),
         out=Path("runs/compare-sizes"),
         sizes=("1m", "2m", "5m"),

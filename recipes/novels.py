@@ -1,4 +1,4 @@
-"""A small RetNet on whole novels, about half an hour on two cores: every lane reads on where it stopped.
+"""A small RetNet on whole novels, about half an hour on two cores: every row reads on where it stopped.
 
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels      (one text file a book)
     retentive train --recipe recipes/novels.py
@@ -9,12 +9,11 @@ not on windows of them. Results on 76 novels of the ELTeC corpus, 4 held out: re
 
 from pathlib import Path
 
-from retentive.cli.train import TrainCommand
-from retentive.train import TrainConfig
+from retentive.train import TrainConfig, TrainRun
 
 
-def recipe() -> TrainCommand:
-    return TrainCommand(
+def recipe() -> TrainRun:
+    return TrainRun(
         data=Path("data/novels"),
         out=Path("runs/novels"),
         size="5m",

@@ -6,12 +6,11 @@ machine the 2048 rows of a step come as 512 accumulated batches of 4.
 
 from pathlib import Path
 
-from retentive.cli.train import TrainCommand
-from retentive.train import TrainConfig
+from retentive.train import TrainConfig, TrainRun
 
 
-def recipe() -> TrainCommand:
-    return TrainCommand(
+def recipe() -> TrainRun:
+    return TrainRun(
         data=Path("data/pile"),
         out=Path("runs/paper-1.3b"),
         size="paper-1.3b",

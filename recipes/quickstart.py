@@ -7,12 +7,11 @@ retentive generate runs/mine --prompt "Once"
 
 from pathlib import Path
 
-from retentive.cli.train import TrainCommand
-from retentive.train import TrainConfig
+from retentive.train import TrainConfig, TrainRun
 
 
-def recipe() -> TrainCommand:
-    return TrainCommand(
+def recipe() -> TrainRun:
+    return TrainRun(
         data=Path("data/mine"),
         out=Path("runs/mine"),
         size="1m",

@@ -8,9 +8,9 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.cli.train import TrainCommand
+from retentive.train import TrainRun
 
 
-def recipe() -> TrainCommand:
+def recipe() -> TrainRun:
     novels = runpy.run_path(str(Path(__file__).with_name("novels.py")))["recipe"]
     return replace(novels(), model="transformer", mode="reset", out=Path("runs/novels-transformer"))

@@ -1,17 +1,60 @@
 """Retentive Networks: train, evaluate, serve and ship them.
 
     import retentive
-    model, tokenizer = retentive.load("runs/demo")
-    logits, state = model(ids)
+    retentive.train("data/mine", "runs/mine", size="5m", steps=1000)
+    model, tokenizer = retentive.load("runs/mine")
+    print(retentive.generate(model, tokenizer, "Once upon a time", max_tokens=50))
+    print(retentive.evaluate(model, ["piqa"], "eval_files", tokenizer=tokenizer))
 
 `retentive.models` builds models, `retentive.ops` is the operator alone, and `retentive --help` is the command line.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from retentive.checkpoint import load
+    from retentive.evals import evaluate
+    from retentive.infer.writing import generate, stream_generate
+
+__all__ = ["evaluate", "generate", "load", "stream_generate", "train"]
+
 __version__ = "0.1.0"
 
+_HOMES = {
+    "evaluate": "retentive.evals",
+    "generate": "retentive.infer.writing",
+    "load": "retentive.checkpoint",
+    "stream_generate": "retentive.infer.writing",
+}
 
-def load(path, *, device="cpu", dtype=None):
-    """(model, tokenizer or None) from a run directory, a folder in torchscale's or fla's layout, or a hub's name."""
-    from retentive.checkpoint import load
 
-    return load(path, device=device, dtype=dtype)
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is first asked for: `import retentive` alone does not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retentive' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def train(data: str | Path, out: str | Path, **options: Any) -> Path:
+    """The run directory `out`, with a model trained on the packed folder `data`.
+
+    Args:
+        options: fields of `retentive.train.TrainRun` and `retentive.train.TrainConfig`, by their names:
+            `size="5m", steps=1000, lr=3e-3, batch=8, length=512, set={"dropout": 0.1}, resume=True`, …
+
+    Raises:
+        ValueError: data and options that do not go together; FileExistsError: `out` holds a run, and neither `resume`
+            nor `overwrite` is set; others as `TrainRun.run`.
+    """
+    from retentive.train import TrainRun
+
+    return TrainRun.of(data, out, **options).run(overrides=options)

@@ -1,19 +1,25 @@
 """Files that appear whole or not at all: written beside their place, then moved there (an atomic rename).
 
-A full disk, a crash or a Ctrl-C leaves what was there before as it was.
+A full disk, a crash or a Ctrl-C leaves what was there before as it was. Two processes at once on one folder are kept
+apart by `only_writer`.
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
@@ -66,18 +72,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path.chmod(mode)
 
 
-def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` into a folder beside `path`, then move it there in place of what was.
+def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
+    """What `write` returns, called with a folder beside `path`, which is then moved there in place of what was.
 
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old = partial.with_name(partial.name + ".old")
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    old = partial.with_suffix(".old")
     try:
         partial.chmod(0o755)
-        write(partial)
+        result = write(partial)
         for file in partial.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
@@ -90,5 +96,46 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
                 old.replace(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
+        return result
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Holds the lock beside `path`, its folder made and what a killed `replace_folder` left there cleaned up.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: nothing can be written there.
+    """
+    if not path.name:
+        raise ValueError(f"cannot write {path}: give a folder with a name of its own")
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # FileLock takes some errors of the disk for another process
+        held = FileLock(lock, timeout=0)
+        held.acquire()
+    except Timeout:
+        raise BlockingIOError(f"{path} is being written by another process: wait for it, or choose another") from None
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise type(error)(f"cannot write {path}: {why} ({error.filename or path.parent}), choose another") from None
+    try:
+        _clear_partial(path)
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps files that are open
+            lock.unlink()
+        held.release()
+
+
+def _clear_partial(path: Path) -> None:
+    """Deletes unfinished folders of `path`; one killed between its two moves gets back what was there."""
+    made = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(partial|old)")
+    for left in [entry for entry in path.parent.iterdir() if made.fullmatch(entry.name)]:
+        if left.suffix == ".old" and not path.exists():
+            left.replace(path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)

@@ -93,6 +93,16 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_workers() -> None:
+    """Ends the OpenMP workers of the calling thread, which come back when it computes again.
+
+    Each thread that computes has workers of its own. Where there are more of them than cores, GNU's OpenMP lets them
+    sleep between two operations in place of spinning, and a small model's step takes twice as long (docs/LOG.md).
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another runtime, or none
+        ctypes.CDLL(None).omp_pause_resource_all(1)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had now: of the GPU, or of the system, as far as it tells (else no bound).
 

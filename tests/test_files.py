@@ -3,13 +3,24 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from retentive.files import replace_folder, save_tensors, write_json, write_tensors, write_text, write_together
+from retentive.files import (
+    only_writer,
+    replace_folder,
+    save_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+    write_together,
+)
+
+PROC = pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
 
 
 def names(folder) -> set[str]:
@@ -30,6 +41,23 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert names(target) == {"old"} and names(tmp_path) == {"run"}
     replace_folder(target, lambda folder: (folder / "new").write_text("new", encoding="utf-8"))
     assert names(target) == {"new"} and names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("a.txt/out", OSError, "cannot write {}: file exists ({}/a.txt)"),
+        ("a.txt/b/out", OSError, "cannot write {}: not a directory"),
+        pytest.param("/proc/out", OSError, "cannot write /proc/out: no such file or directory (/proc", marks=PROC),
+        ("", ValueError, "give a folder with a name of its own"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_anything_is(tmp_path, path, error, words, refuses):
+    (tmp_path / "a.txt").write_text("mine", encoding="utf-8")
+    target = tmp_path / path if path else Path()
+    with refuses(words.format(target, tmp_path), error), only_writer(target):
+        raise AssertionError("it was written")
+    assert names(tmp_path) == {"a.txt"}
 
 
 @pytest.mark.parametrize("failing", [0, 1])

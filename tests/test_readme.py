@@ -1,5 +1,7 @@
-"""The README's own commands and Python, run as they stand there, in order, in one folder (training fewer steps)."""
+"""README.md: its commands and Python run as they stand (training fewer steps); its figures are those of results/."""
 
+import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -8,62 +10,68 @@ from pathlib import Path
 import pytest
 
 from retentive.cli import main
+from retentive.report import paper
 
-README = Path(__file__).parents[1] / "README.md"
-FEWER = ["--steps", "4", "--size", "1m", "--batch", "2", "--length", "64", "--eval-every", "2", "--eval-tokens", "300"]
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FEWER = ["--steps", "4", "--batch", "2", "--length", "64", "--eval-every", "2", "--eval-tokens", "300"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def shortened(words: list[str]) -> list[str]:
-    """Training with fewer steps, `data` with a vocabulary that a short text gives; the flags the README names stay."""
-    if words[0] == "data":
-        return [*words, "--vocab-size", "300"]
-    if words[0] == "train":
-        return [w for w in words if w not in ("--size", "5m")] + FEWER
-    if words[0] == "compare":
-        return [*words, *FEWER[:2], *FEWER[4:], "--sizes", "1m", "--seeds", "0"]
-    return words
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_readme(tmp_path, monkeypatch, capsys):
+def test_commands_and_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     texts = tmp_path / "my_texts"
     texts.mkdir()
     for n in range(12):
         (texts / f"{n}.txt").write_text(f"Once upon a time, {n} foxes lived in a wood. " * 40, encoding="utf-8")
 
-    commands = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
-    verbs = [shlex.split(c)[1:] for c in commands if c.startswith("retentive ")]
-    wanted = ["data", "train", "generate", "info", "eval", "compare", "serve", "chat", "memory", "memory"]
-    wanted += ["convert", "info"]
-    assert [v[0] for v in verbs] == wanted
-    monkeypatch.setattr("sys.stdin", io.StringIO("Who lived in the wood?\n"))
+    lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    verbs = [shlex.split(line)[1:] for line in lines if line.startswith("retentive ")]
+    assert [words[0] for words in verbs] == ["data", "train", "generate"]
+    more = {"data": ["--vocab-size", "300"], "train": FEWER, "generate": []}
     for words in verbs:
-        if words[0] not in ("eval", "serve"):  # files of the field, an end by a signal: see their own tests
-            main(shortened(words))
+        main([*words, *more[words[0]]])
     assert "held-out" in capsys.readouterr().out
 
-    python = blocks("python")
-    assert len(python) == 2
-    for code in python:
+    ((code, output),) = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue() == output
     assert Path("once.safetensors").is_file()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")))
+def test_figures_are_those_of_results(figures):
+    assert figures.stale() == [], "run: python docs/figures.py"
+    assert [m[2] for m in figures.BLOCK.finditer(README)] == ["picture", "claims", "limits"]
+
+
+def test_the_check_of_figures_sees_one_that_is_off(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "PAGES", (tmp_path / "README.md",))
+    figure = re.search(r"\d\.\d+", figures.BLOCK.search(README)[3])[0]
+    (tmp_path / "README.md").write_text(README.replace(figure, "9.9"), encoding="utf-8")
+    assert figures.stale() == [f"{tmp_path / 'README.md'}: picture"]
+
+
+def test_figures_of_others_are_those_of_the_report():
+    for figure in re.search(r"perplexity ([\d.]+) against ([\d.]+)", README).groups():
+        assert figure in paper.SCALING
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links_lead_somewhere(link):
-    assert link.startswith("https://") or (README.parent / link).exists(), link
+    assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-def test_first_hour_is_under_a_thousand_lines():
-    paths = [
-        "docs/idea.md",
-        "retentive/ops/reference.py",
-        "retentive/layers/retention.py",
-        "retentive/models/retnet.py",
-    ]
-    paths += ["retentive/models/retnet.py", "retentive/train/loop.py", "retentive/infer/generate.py"]
-    assert sum(len((README.parent / p).read_text(encoding="utf-8").splitlines()) for p in paths) < 1000
+def test_it_is_short():
+    assert len(README.splitlines()) <= 140

@@ -10,7 +10,17 @@ import pytest
 
 import retentive
 
-FLOORS = ["files machine", "ops", "layers", "models data", "checkpoint", "multimodal native", "infer", "evals", "train"]
+FLOORS = [
+    "files machine threads",
+    "ops",
+    "layers",
+    "models data",
+    "checkpoint",
+    "multimodal native",
+    "infer",
+    "evals",
+    "train",
+]
 FLOORS += ["hf export serve bench", "studies", "report", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from

@@ -1,1 +1,24 @@
-"""Measurements of whole models, each a ratio against the alternative in one run, with its hardware."""
+"""Benches: what this machine does with our code, measured beside the alternative, in turns, behind a correctness gate.
+
+Every module has the same shape, so that one verb and the report serve them all:
+
+    Options                      a frozen dataclass, a line of text under each field: the command line's flags
+    measure(options, say)        a dictionary that is JSON, `say` called with a line now and then
+    table(result)                Markdown
+    plot(result, path, title=)   a PNG, where PICTURE, its title with the options' fields in braces, is not None
+"""
+
+BENCHES = {
+    "train": "retentive.bench.training",
+    "prefill": "retentive.bench.prefill",
+    "decode": "retentive.bench.decode",
+    "memory": "retentive.bench.memory",
+    "retention": "retentive.bench.retention",
+    "step": "retentive.bench.step",
+    "ask": "retentive.bench.memory_file",
+    "serving": "retentive.bench.serving",
+    "speculation": "retentive.bench.speculation",
+    "scoring": "retentive.bench.scoring",
+    "soak": "retentive.bench.soak",
+}
+"""The module of each name, imported when it is called for."""

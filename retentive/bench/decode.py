@@ -1,8 +1,8 @@
 """`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
 
 A step decodes one token of every sequence. States and caches are filled with numbers instead of being read (what a step
-costs does not depend on them), so that 32k tokens of context take no hours. Contestants take turns; before that each of
-ours must decode the logits that it gives when it reads a text at once.
+costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are interleaved.
+The correctness gate: each model of ours must decode, token by token, the logits that it gives for a text read whole.
 
     memory      weights, and the state with its ring of newest tokens, or the cache at that context
     limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
@@ -13,7 +13,7 @@ ours must decode the logits that it gives when it reads a text at once.
 import gc
 import inspect
 import statistics
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,76 +21,96 @@ import torch
 from torch import Tensor
 
 from retentive import machine
-from retentive.bench.lab import models
+from retentive.bench.lab import clock, models, neighbour
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
 from retentive.models import KVCache, RetNetConfig, cost
 
-CONTEXTS = (512, 2048, 8192, 32768)
-BATCHES = (1, 8)
 LATENCY_AT = 8192
+"""Tokens of context at which the picture shows the latency."""
+PICTURE = "Decoding ({size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice, Sized):
+    """Decoding: memory, throughput and latency by context and batch, RetNet and its twins (the paper's Figure 6)."""
+
+    contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
+    """Tokens that have been read."""
+    batches: tuple[int, ...] = (1, 8)
+    """Sequences decoded together."""
+    models: tuple[str, ...] = tuple(models.NAMES)
+    """retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, where that is installed)."""
+    precision: str = "bf16"
+    """bf16 or fp32, of weights and caches; the state is float32 in any case."""
+    steps: int = 16
+    """Tokens decoded in a repetition."""
+    repeats: int = 3
+    """Repetitions timed of each, in turns; the best counts."""
+    neighbour: bool = False
+    """Also time the RetNet, at the first batch and context, beside one other busy process."""
 
 
 @torch.inference_mode()
-def measure(
-    config: RetNetConfig,
-    *,
-    contexts: Sequence[int] = CONTEXTS,
-    batches: Sequence[int] = BATCHES,
-    models: Sequence[str] = tuple(models.NAMES),
-    precision: str = "bf16",
-    steps: int = 16,
-    repeats: int = 3,
-    device: torch.device | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
-    """A row per batch and context: of every contestant seconds a step, memory, and its fraction of the limit.
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per batch and context: of every rival seconds a step, memory, and its fraction of the limit.
 
     Raises:
         ValueError: an unknown name or precision, a number below 1.
         ArithmeticError: a gate is red; nothing was timed.
     """
-    device = device or torch.device("cpu")
-    known([precision], models.PRECISIONS, "precision")
-    for what, values in (("contexts", contexts), ("batches", batches), ("steps", [steps]), ("repeats", [repeats])):
+    config, device = options.config, options.torch_device
+    known([options.precision], models.PRECISIONS, "precision")
+    numbers = {"contexts": options.contexts, "batches": options.batches}
+    for what, values in (numbers | {"steps": [options.steps], "repeats": [options.repeats]}).items():
         at_least_one(what, values)
-    dtype = models.PRECISIONS[precision]
-    contestants = {name: DECODERS.get(name, Decoder)(name, config, device, dtype) for name in models.chosen(models)}
-    for one in contestants.values():
+    dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models))
+    rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
+    for one in rivals.values():
         one.check()
     rows = []
-    for batch in sorted(set(batches)):
-        for context in sorted(set(contexts)):
+    for batch in sorted(set(options.batches)):
+        for context in sorted(set(options.contexts)):
             row: dict[str, Any] = {"batch": batch, "context": context}
-            row["models"] = interleaved(contestants, batch, context, steps, repeats, device, dtype)
+            row["models"] = interleaved(rivals, batch, context, options)
             rows.append(row)
             told = ", ".join(f"{name} {_told(r)}" for name, r in row["models"].items())
             say(f"batch {batch}, context {context:,}: {told}")
-    return {
+    result = {
+        "size": options.size,
+        "vocab_size": options.vocab_size,
         "what": "decoding",
         "hardware": machine.describe(),
         "device": str(device),
-        "precision": precision,
-        "parameters": {name: cost.parameters(one.config) for name, one in contestants.items()},
+        "precision": options.precision,
+        "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
         "break_even": {
-            name: contestants["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
-            for name, one in contestants.items()
+            name: rivals["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
+            for name, one in rivals.items()
             if name in ("transformer", "grouped")
         },
         "rows": rows,
     }
+    if options.neighbour:
+        batch, context = options.batches[0], options.contexts[0]
+        decoding = Decoding(rivals["retnet"], batch, context, options.steps)
+        kept = neighbour.speed_kept(decoding.run, device, repeats=options.repeats)
+        kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
+        result["neighbour"] = {"batch": batch, "context": context, **kept}
+    return result
 
 
 def _told(result: dict[str, Any]) -> str:
     return result.get("skipped") or duration(result["seconds"])
 
 
-class Decoder:
+class Rival:
     """A model that decodes, and what it costs."""
 
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
-        self.model, self.dtype = models.make(name, config, device, dtype), dtype
+        self.model, self.device, self.dtype = models.make(name, config, device, dtype), device, dtype
         self.config: Any = models.config_of(name, config)
         self.ring_bytes = self.ring()
 
@@ -108,9 +128,8 @@ class Decoder:
         state = self.model.init_state(batch).reserve(context + room)
         layers = (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers
         for x in layers:
-            x[:] = torch.randn(
-                x[:1, :1].shape, dtype=x.dtype, device=x.device
-            )  # written: no page is the shared zero one
+            # written, not zeros: pages that nobody has written are all the same one, and in the cache
+            x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
         state.position.fill_(context)
         return state.for_decoding(self.dtype)
 
@@ -134,12 +153,12 @@ class Decoder:
         return weights + self.remembers(batch, context)
 
 
-class Llama(Decoder):
-    """Another engine: the transformers library with its static cache, on the same weights' shapes."""
+class Llama(Rival):
+    """Another engine: Llama of the transformers library with its static cache, weights of the same shapes."""
 
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, dtype)
-        self.config = models.config_of("transformer", config)  # the same numbers, of which the formulas know
+        self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas know no Llama
         names = inspect.signature(self.model.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
 
@@ -147,16 +166,16 @@ class Llama(Decoder):
         return 0
 
     def check(self) -> None:
-        """Its own library's business."""
+        """Nothing: how it decodes is tested in its own library."""
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         from transformers import StaticCache
 
         backbone = self.model.backbone
         cache = StaticCache(config=backbone.config, max_cache_len=context + room)
-        c, device = self.config, self.model.embed.weight.device
+        c = self.config
         for layer in range(c.layers):
-            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=device)
+            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=self.device)
             keys = keys.expand(batch, c.heads, context, -1)
             cache.update(keys, keys, layer)
         return cache
@@ -167,14 +186,30 @@ class Llama(Decoder):
         return state
 
 
-DECODERS: dict[str, type[Decoder]] = {"llama": Llama}
+RIVALS: dict[str, type[Rival]] = {"llama": Llama}
 
 
-def parties(contestants: dict[str, Decoder], batch: int, context: int, free: int) -> tuple[list[list[str]], list[str]]:
-    """(contestants that fit in memory together, in order, who alone does not fit)."""
+class Decoding:
+    """A rival at work: its state of a batch and a context, and the steps that go on from it."""
+
+    def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
+        self.rival, self.steps = rival, steps
+        self.state = rival.fill(batch, context, room)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)
+
+    def run(self) -> None:
+        """`steps` more tokens of each sequence."""
+        for _ in range(self.steps):
+            self.state = self.rival.step(self.ids, self.state)
+
+
+def batches_that_fit(
+    rivals: dict[str, Rival], batch: int, context: int, free: int
+) -> tuple[list[list[str]], list[str]]:
+    """(names whose states fit in memory together, in order; who does not even fit alone)."""
     found: list[list[str]] = [[]]
     left_out, taken = [], 0
-    for name, one in contestants.items():
+    for name, one in rivals.items():
         need = one.remembers(batch, context)
         if need > free:
             left_out.append(name)
@@ -187,67 +222,40 @@ def parties(contestants: dict[str, Decoder], batch: int, context: int, free: int
     return found, left_out
 
 
-def interleaved(
-    contestants: dict[str, Decoder],
-    batch: int,
-    context: int,
-    steps: int,
-    repeats: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, Any]]:
-    """Of every contestant seconds a step, memory, fraction of the limit; turns are taken by those that fit together."""
+def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
+    """Of every rival seconds a step, memory, fraction of the limit; those are interleaved that fit in memory."""
     gc.collect()
-    together, left_out = parties(contestants, batch, context, int(0.8 * machine.free_memory(device)))
+    device = next(iter(rivals.values())).device
+    together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
-    for names in together:
-        party = {name: contestants[name] for name in names}
-        results |= turns(party, batch, context, steps, repeats, device, dtype)
+    for names in filter(None, together):
+        results |= timed({name: rivals[name] for name in names}, batch, context, options)
         gc.collect()
         machine.free_memory(device)
-    return {name: results[name] for name in contestants}
+    return {name: results[name] for name in rivals}
 
 
-def turns(
-    contestants: dict[str, Decoder],
-    batch: int,
-    context: int,
-    steps: int,
-    repeats: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, Any]]:
-    """Of every contestant seconds a step in the best and the median repetition, memory, fraction of the limit."""
-    states = {name: one.fill(batch, context, (repeats + 1) * steps) for name, one in contestants.items()}
-    numbers, gemm = machine.numbers(device), machine.gemm_rate(device, dtype)
-    ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    times: dict[str, list[float]] = {name: [] for name in states}
-    fractions: dict[str, list[float]] = {name: [] for name in states}
-    rate = machine.read_rate(numbers)
-
-    def repetition(name: str) -> None:
-        for _ in range(steps):
-            states[name] = contestants[name].step(ids, states[name])
-
-    for _ in range(repeats + 1):
-        for name, one in contestants.items():
-            times[name].append(machine.clock(device, lambda name=name: repetition(name)) / steps)  # type: ignore[misc]
-            before, rate = rate, machine.read_rate(numbers)
-            limit = max(
-                one.moves(batch, context) / statistics.mean((before, rate)),
-                batch * cost.flops_per_token(one.config, context) / gemm,
-            )
-            fractions[name].append(limit / times[name][-1])
+def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
+    """Of every rival seconds a step in the best and the median repetition, memory, fraction of the limit."""
+    one = next(iter(rivals.values()))
+    device, dtype = one.device, one.dtype
+    room = (options.repeats + 1) * options.steps
+    runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
+    gemm = machine.gemm_rate(device, dtype)
+    found, _ = clock.beside_reading(runs, machine.numbers(device), repeats=options.repeats)
     results = {}
-    for name, one in contestants.items():
-        weights = cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
+    for name, one in rivals.items():
+        seconds = [repetition.seconds / options.steps for repetition in found[name]]
+        computing = batch * cost.flops_per_token(one.config, context) / gemm
+        limits = [max(one.moves(batch, context) / repetition.rate, computing) for repetition in found[name]]
         results[name] = {
-            "seconds": min(times[name][1:]),
-            "median_seconds": statistics.median(times[name][1:]),
-            "tokens_per_second": batch / min(times[name][1:]),
+            "seconds": min(seconds),
+            "median_seconds": statistics.median(seconds),
+            "tokens_per_second": batch / min(seconds),
             "state_bytes": one.remembers(batch, context),
-            "memory_bytes": weights + one.remembers(batch, context),
-            "fraction": statistics.median(fractions[name][1:]),
+            "memory_bytes": cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
+            + one.remembers(batch, context),
+            "fraction": statistics.median(a / b for a, b in zip(limits, seconds, strict=True)),
         }
     return results
 
@@ -278,6 +286,10 @@ def table(result: dict[str, Any]) -> str:
             at = faster_from(result["rows"], name, batch)
             if at is not None:
                 notes.append(f"- A step of RetNet is shorter than one of {models.NAMES[name]} {at} at batch {batch}.")
+    if "neighbour" in result:
+        at = result["neighbour"]
+        of = f"a step of RetNet (batch {at['batch']}, context {at['context']:,})"
+        notes.append(neighbour.note(at, of))
     return "\n\n".join([markdown(heads, lines), "\n".join(notes)])
 
 
@@ -331,7 +343,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 
 
 def _points(rows: list[dict[str, Any]], name: str, key: str, along: str, **at: int) -> list[tuple[int, float]]:
-    """(value of `along`, value of the contestant's `key`) of the rows that are at these values."""
+    """(value of `along`, value of the rival's `key`) of the rows that are at these values."""
     return [
         (row[along], row["models"][name][key])
         for row in rows

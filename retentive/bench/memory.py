@@ -1,34 +1,62 @@
 """What remembering costs: bytes held and time per token against context, RetNet beside its Transformer twin.
 
 Both read the same tokens up to each context for real, then decode; the state's and the cache's own tensors are counted.
+`bench decode` goes further, with filled states; this one is what the demo shows of a model that it has just trained.
 """
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retentive import machine
-from retentive.bench.lab.plot import panels
-from retentive.models import Model
+from retentive.bench.lab.options import Say, Sized, silent
+from retentive.bench.lab.plot import dress, panels, tokens
+from retentive.bench.lab.tables import at_least_one, markdown
+from retentive.models import Model, build, twin
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+PICTURE = "What remembering costs: a RetNet ({size}) and a Transformer of its size"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Sized):
+    """Memory and time per token against context: a RetNet's state beside its twin's KV cache."""
+
+    contexts: tuple[int, ...] = CONTEXTS
+    """Context lengths."""
+    batch: int = 1
+    """Sequences decoded together."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `of_models`, of a RetNet and its twin with random weights."""
+    at_least_one("contexts", options.contexts)
+    at_least_one("batch", [options.batch])
+    models = {"RetNet": build(options.config).eval(), "Transformer twin": build(twin(options.config)).eval()}
+    result = of_models(models, contexts=options.contexts, batch=options.batch, say=say)
+    return {"size": options.size, "vocab_size": options.vocab_size, **result, "batch": options.batch}
 
 
 @torch.inference_mode()
-def measure(
-    models: Mapping[str, Model], *, contexts: Sequence[int] = CONTEXTS, batch: int = 1, steps: int = 16, seed: int = 0
-) -> list[dict[str, Any]]:
-    """A row per context: for each model the bytes of its memory and the median milliseconds of a decoding step.
+def of_models(
+    models: Mapping[str, Model],
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batch: int = 1,
+    steps: int = 16,
+    say: Say = silent,
+) -> dict[str, Any]:
+    """A row per context: for each of the two models the bytes of its memory, median milliseconds of a decoding step.
 
-    The models take turns at every context, so that both see the machine in the same mood.
+    At every context one model is measured right after the other, so that both meet the machine in the same state.
     """
-    generator = torch.Generator().manual_seed(seed)
     vocab = next(iter(models.values())).config.vocab_size
-    ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=generator)
+    ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=torch.Generator().manual_seed(0))
     states: dict[str, Any] = dict.fromkeys(models)
     read, rows = 0, []
     for context in sorted(contexts):
@@ -36,60 +64,59 @@ def measure(
         for name, model in models.items():
             for part in ids[:, read:context].split(2048, 1):
                 _, states[name] = model.hidden(part, states[name])
-            used = states[name].nbytes
-            state, times = states[name].clone(), []
-            for t in range(context, context + steps):
-                began = time.perf_counter()
-                x, state = model.hidden(ids[:, t : t + 1], state)
-                model.head(x)
-                times.append((time.perf_counter() - began) * 1e3)
-            row[name] = {"bytes": used, "ms_per_token": statistics.median(times[2:])}
+            times = _decode(model, states[name].clone(), ids[:, context : context + steps])
+            row[name] = {"bytes": states[name].nbytes, "ms_per_token": 1e3 * statistics.median(times[2:])}
         read = context
         rows.append(row)
-    return rows
+        say(f"context {context:,}: " + ", ".join(f"{name} {row[name]['ms_per_token']:.2f} ms" for name in models))
+    return {"what": "memory and time per token against context", "hardware": machine.describe(), "rows": rows}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _decode(model: Model, state: Any, ids: torch.Tensor) -> list[float]:
+    """Seconds of each step over `ids` `[B,T]`."""
+
+    def step(token: torch.Tensor) -> None:
+        nonlocal state
+        x, state = model.hidden(token, state)
+        model.head(x)
+
+    return [machine.clock(ids.device, partial(step, token)) for token in ids.split(1, 1)]
+
+
+def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table; a ratio above 1 says how much less the first model needs."""
-    a, b = [name for name in rows[0] if name != "context"]
-    lines = [
-        f"| context | {a}: memory | {b}: memory | ratio | {a}: ms/token | {b}: ms/token | ratio |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
+    a, b = _names(result)
+    heads = ["context", f"{a}: memory", f"{b}: memory", "ratio", f"{a}: ms/token", f"{b}: ms/token", "ratio"]
+    lines = []
+    for row in result["rows"]:
         (m1, t1), (m2, t2) = ((row[n]["bytes"] / 1e6, row[n]["ms_per_token"]) for n in (a, b))
-        lines.append(
-            f"| {row['context']:,} | {m1:.2f} MB | {m2:.2f} MB | {m2 / m1:.2f} | {t1:.2f} | {t2:.2f} | {t2 / t1:.2f} |"
-        )
-    return "\n".join(lines)
+        cells = [f"{row['context']:,}", f"{m1:.2f} MB", f"{m2:.2f} MB", f"{m2 / m1:.2f}"]
+        lines.append([*cells, f"{t1:.2f}", f"{t2:.2f}", f"{t2 / t1:.2f}"])
+    return markdown(heads, lines)
 
 
-def plot(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
-    """The picture of `rows` as a PNG: memory left, time right.
+def _names(result: dict[str, Any]) -> list[str]:
+    """Of the two models."""
+    return [name for name in result["rows"][0] if name != "context"]
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG: memory left, time right.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
     """
+    rows = result["rows"]
     contexts = [row["context"] for row in rows]
     figure, axes = panels(title)
     curves = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
     for axis, (key, unit, label) in zip(axes, curves, strict=True):
-        for name, colour, marker in zip([n for n in rows[0] if n != "context"], ("C0", "C1"), "os", strict=True):
-            values = [row[name][key] / unit for row in rows]
-            axis.plot(contexts, values, color=colour, marker=marker, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts])
-        if key == "bytes":
-            axis.set_yscale("log")  # on a linear axis the state is a line on the floor
-        else:
+        for name, colour, marker in zip(_names(result), ("C0", "C1"), "os", strict=True):
+            axis.plot(contexts, [row[name][key] / unit for row in rows], color=colour, marker=marker, label=name)
+        dress(axis, contexts, [tokens(c) for c in contexts], label)
+        if key != "bytes":  # on a linear axis the state would be a line on the floor
+            axis.set_yscale("linear")
             axis.set_ylim(bottom=0)
         axis.set_xlabel("context (tokens)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows with the hardware they were measured on, for a JSON file."""
-    return {"what": "memory and time per token against context", "hardware": machine.describe(), "rows": rows}
+    figure.savefig(path, dpi=120, format="png")

@@ -1,74 +1,86 @@
 """What asking a memory costs after little and after much was read: the file, and the time of a whole question.
 
 A question is what `retentive memory ask` does once the model is loaded: read the file, check it against the model, read
-the prompt, write the reply. The memories take turns, so that all see the machine in the same mood.
+the prompt, write the reply. Questions to the memories are interleaved.
 """
 
 import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retentive import machine
+from retentive.bench.lab.clock import turns
+from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
-from retentive.infer.memory import blank, load_memory, read, save
-from retentive.models import Model
+from retentive.infer.memory import blank, load_memory, save
+from retentive.infer.reading import ingest
+from retentive.models import Model, build
 
-LENGTHS = (1_000, 1_000_000)
 PROMPT, REPLY = 16, 32
 """Tokens of a question."""
+PICTURE = None
 
 
-def measure(
-    model: Model,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    repeats: int = 15,
-    say: Callable[[str], None] = lambda line: None,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Options(Sized):
+    """A question to a memory that has read little and to one that has read much: time and bytes."""
+
+    size: str = "5m"
+    """Size of the RetNet, freshly initialised."""
+    lengths: tuple[int, ...] = (1_000, 1_000_000)
+    """Tokens that each memory has read."""
+    repeats: int = 15
+    """Questions timed of each, in turns; the median counts."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length: bytes, and median milliseconds of a question, with the ratio of the last one to the first."""
-    at_least_one("lengths", lengths)
-    at_least_one("repeats", (repeats,))
-    generator = torch.Generator().manual_seed(seed)
-    vocab = model.config.vocab_size
-    prompt = torch.randint(vocab, (PROMPT,), generator=generator)
+    at_least_one("lengths", options.lengths)
+    at_least_one("repeats", (options.repeats,))
+    torch.manual_seed(0)
+    model = build(options.config).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(options.vocab_size, (PROMPT,), generator=generator)
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{n}.safetensors" for n in lengths]
-        rows: list[dict[str, Any]] = []
-        for n, file in zip(lengths, files, strict=True):
-            began = time.perf_counter()
-            pieces = (
-                torch.randint(vocab, (min(4096, n - at),), generator=generator).tolist() for at in range(0, n, 4096)
-            )
-            memory = deque(read(model, pieces, blank(model)), maxlen=1).pop()
-            memory.sources = [{"name": "random", "tokens": n, "sha256": 64 * "0"}]
-            save(memory, file)
-            seconds = time.perf_counter() - began
-            say(f"read {n:,} tokens in {duration(seconds)}")
-            held = {"file_bytes": file.stat().st_size, "state_bytes": memory.nbytes}
-            rows.append({"tokens": n, **held, "tokens_per_second": n / seconds})
-        times: list[list[float]] = [[] for _ in files]
-        for turn in range(repeats + 2):
-            order = range(len(files)) if turn % 2 else reversed(range(len(files)))
-            for n in order:
-                times[n].append(ask(model, files[n], prompt))
-    for row, taken in zip(rows, times, strict=True):
-        row["milliseconds"] = [round(t * 1e3, 3) for t in taken[2:]]
+        files = {f"{n} {tokens}": Path(folder) / f"{n}.safetensors" for n, tokens in enumerate(options.lengths)}
+        rows = [write(model, n, file, say) for n, file in zip(options.lengths, files.values(), strict=True)]
+        asks = {name: partial(ask, model, file, prompt) for name, file in files.items()}
+        found = list(turns(asks, options.repeats))
+    for row, name in zip(rows, files, strict=True):
+        row["milliseconds"] = [round(turn[name] * 1e3, 3) for turn in found]
         row["median"] = statistics.median(row["milliseconds"])
     return {
         "what": f"a question to a memory: {PROMPT} tokens, a reply of {REPLY}, the file read and checked each time",
+        "size": options.size,
         "hardware": machine.describe(),
         "rows": rows,
         "time_ratio": rows[-1]["median"] / rows[0]["median"],
         "file_ratio": rows[-1]["file_bytes"] / rows[0]["file_bytes"],
     }
+
+
+def write(model: Model, tokens: int, file: Path, say: Say) -> dict[str, Any]:
+    """The row of a new memory file that has read so many random tokens."""
+    generator, began = torch.Generator().manual_seed(tokens), time.perf_counter()
+    parts = (
+        torch.randint(model.config.vocab_size, (min(4096, tokens - at),), generator=generator).tolist()
+        for at in range(0, tokens, 4096)
+    )
+    memory = deque(ingest(model, parts, blank(model)), maxlen=1).pop()
+    memory.sources = [{"name": "random", "tokens": tokens, "sha256": 64 * "0"}]
+    save(memory, file)
+    seconds = time.perf_counter() - began
+    say(f"read {tokens:,} tokens in {duration(seconds)}")
+    held = {"file_bytes": file.stat().st_size, "state_bytes": memory.nbytes}
+    return {"tokens": tokens, **held, "tokens_per_second": tokens / seconds}
 
 
 def ask(model: Model, file: Path, prompt: torch.Tensor) -> float:

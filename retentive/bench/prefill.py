@@ -1,11 +1,11 @@
 """`retentive bench prefill`: reading a prompt, tokens/s against its length, RetNet beside its twin.
 
 One sequence is read at once, without gradients, up to the hidden state of its last token and the state or cache after
-it. The models take turns; before that each must decode the logits that it gives when it reads a text at once.
+it; the models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read whole.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,76 +14,78 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab import clock, models
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown
-from retentive.models import Model, RetNetConfig, cost
+from retentive.models import Model, cost
 
-LENGTHS = (512, 2048, 8192, 32768)
 MODELS = ("retnet", "transformer", "grouped")
+PICTURE = "Reading a prompt ({size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice, Sized):
+    """Reading a prompt: tokens/s of a RetNet and of its Transformer twins, by length."""
+
+    lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
+    """Tokens of the prompt."""
+    models: tuple[str, ...] = MODELS
+    """retnet, transformer, grouped (the twin with grouped heads)."""
+    precision: str = "bf16"
+    """bf16 or fp32, of weights and caches; the state is float32 in any case."""
+    repeats: int = 3
+    """Prompts timed of each, in turns; the best counts."""
+    patience: float = 60
+    """Seconds; of what takes longer one prompt must do."""
 
 
 @torch.inference_mode()
-def measure(
-    config: RetNetConfig,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    models: Sequence[str] = MODELS,
-    precision: str = "bf16",
-    repeats: int = 3,
-    patience: float = 60,
-    device: torch.device | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length: of every model seconds, tokens/s, and the fraction of its FLOPs at the GEMM rate.
 
     Raises:
         ValueError: an unknown name or precision, a number below 1.
         ArithmeticError: a gate is red; nothing was timed.
     """
-    device = device or torch.device("cpu")
-    known([precision], models.PRECISIONS, "precision")
-    at_least_one("lengths", lengths)
-    at_least_one("repeats", [repeats])
-    known(models, MODELS, "model")
-    dtype = models.PRECISIONS[precision]
-    contestants: dict[str, Model] = {name: models.make(name, config, device, dtype) for name in models.chosen(models)}
-    for model in contestants.values():
+    device, names = options.torch_device, words(options.models)
+    known([options.precision], models.PRECISIONS, "precision")
+    at_least_one("lengths", options.lengths)
+    at_least_one("repeats", [options.repeats])
+    known(names, MODELS, "model")
+    dtype = models.PRECISIONS[options.precision]
+    rivals: dict[str, Model] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
+    for model in rivals.values():
         models.check_decoding(model)
     rows = []
-    for length in sorted(set(lengths)):
-        row: dict[str, Any] = {
-            "length": length,
-            "models": interleaved(contestants, length, repeats, patience, device, dtype),
-        }
-        rows.append(row)
-        told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in row["models"].items())
+    for length in sorted(set(options.lengths)):
+        found = interleaved(rivals, length, dtype, device, options)
+        rows.append({"length": length, "models": found})
+        told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in found.items())
         say(f"{length:,} tokens: {told}")
     return {
+        "size": options.size,
+        "vocab_size": options.vocab_size,
         "what": "reading a prompt",
         "hardware": machine.describe(),
         "device": str(device),
-        "precision": precision,
-        "parameters": {name: cost.parameters(model.config) for name, model in contestants.items()},
+        "precision": options.precision,
+        "parameters": {name: cost.parameters(model.config) for name, model in rivals.items()},
         "rows": rows,
     }
 
 
 def interleaved(
-    contestants: dict[str, Model],
-    length: int,
-    repeats: int,
-    patience: float,
-    device: torch.device,
-    dtype: torch.dtype,
+    rivals: dict[str, Model], length: int, dtype: torch.dtype, device: torch.device, options: Options
 ) -> dict[str, dict[str, Any]]:
     """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
     gemm = machine.gemm_rate(device, dtype)
-    vocab = next(iter(contestants.values())).config.vocab_size
-    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    runs = {name: partial(model.hidden, ids) for name, model in contestants.items()}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
+    runs = {name: partial(model.hidden, ids) for name, model in rivals.items()}
+    timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
     results = {}
-    for name, times in clock.interleaved(runs, device, repeats=repeats, patience=patience).items():
-        config = contestants[name].config
+    for name, times in timed.items():
+        config = rivals[name].config
         # a prompt's tokens have half of it before them on average; its logits are not asked for
         flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
         results[name] = {

@@ -1,14 +1,14 @@
 """`retentive bench retention`: the operator against its rivals and against what the machine can do at all.
 
-For each shape and dtype: the gate (`gate.py`); the machine's own rates; then for each length every contestant's memory
-in a process of its own, and forward and backward passes in turns, the best of which counts; the machine's rates again.
-What takes longer than LONG runs once, in the process that its memory is measured in. Nothing is left out silently: who
-is not timed has a reason in its place.
+For each shape and dtype: the correctness gate; the machine's own rates; then for each length the memory of every rival
+in a process of its own, and forward and backward passes, interleaved, the best of which counts; the rates again. What
+takes longer than LONG runs once, in the process that its memory is measured in. Nothing is left out silently: what is
+not timed has the reason in its place.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,19 @@ from torch import Tensor
 
 from retentive import machine
 from retentive.bench.lab import clock, gate, isolated, rivals
+from retentive.bench.lab.options import OnDevice, Say, silent, words
+from retentive.bench.lab.rivals import Rival
 from retentive.bench.lab.roofline import DTYPES, Work, limit
 from retentive.bench.lab.tables import at_least_one, duration, known
+from retentive.bench.retention_report import plot, table
 from retentive.ops import cpu as cpu_module
+
+__all__ = ["PICTURE", "Options", "measure", "plot", "table"]
 
 LONG = 20.0
 """Seconds of one forward and backward pass beyond which it is not repeated."""
 CLOSE = 1.5
-"""Chunk lengths of torchscale whose first pass is at most so much slower than the best one's take part in the turns."""
+"""Chunk lengths of torchscale whose first pass is at most so much slower than the best one's are timed further."""
 
 
 class Shape(NamedTuple):
@@ -45,37 +50,45 @@ SHAPES = {
 models, 2,048 and 4,096 wide in heads of 256. long: where the square of T is out of reach."""
 
 
-def measure(
-    shapes: Sequence[str],
-    *,
-    lengths: Sequence[int] = (),
-    dtypes: Sequence[str] = ("fp32",),
-    rivals: Sequence[str] = ("auto",),
-    repeats: int = 5,
-    device: torch.device | None = None,
-    patience: float = 600,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
+PICTURE = "Retention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice):
+    """The operator: time and memory of forward and backward beside its rivals and the machine's limit."""
+
+    shapes: tuple[str, ...] = ("small", "1.3B")
+    """Of 5m, small, 1.3B, 6.7B, long: heads as in our small model, a quarter of the paper's, the paper's."""
+    lengths: tuple[int, ...] = ()
+    """Sequence lengths, in place of each shape's own."""
+    dtypes: tuple[str, ...] = ("fp32",)
+    """Of q, k and v: fp32, bf16, fp16."""
+    rivals: tuple[str, ...] = ("auto",)
+    """Of torchscale, sdpa, fla; auto takes those that are installed, none takes none."""
+    repeats: int = 5
+    """Passes timed of each; the best counts. What takes longer than 20 s runs once."""
+    patience: float = 600
+    """Seconds; a rival whose pass would take longer is left out, and the table says so."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """Rows of all shapes, dtypes and lengths (each shape's own if none are given), with the machine's rates.
 
     Raises:
         ValueError: a name that is unknown, a number below 1, a rival asked for by name that cannot take part.
         ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
     """
-    device = device or torch.device("cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"measured on cpu and cuda only, got device {str(device)!r}")
+    shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("lengths", lengths or [1])
-    at_least_one("repeats", [repeats])
-    names, absent = invite(rivals, device)
+    at_least_one("lengths", options.lengths or [1])
+    at_least_one("repeats", [options.repeats])
+    names, absent = chosen(words(options.rivals), device)
     rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for dtype in dtypes:
-            B, H, K, V, own = SHAPES[shape]
-            works = [Work(B, H, K, V, T, dtype, str(device)) for T in lengths or own]
-            rows += group(shape, works, names, repeats, patience, say)
+    for shape, dtype in product(shapes, dtypes):
+        B, H, K, V, own = SHAPES[shape]
+        works = [Work(B, H, K, V, T, dtype, str(device)) for T in options.lengths or own]
+        rows += group(shape, works, names, options, say)
     return {
         "what": "retention: time and memory of forward and backward",
         "hardware": machine.describe(),
@@ -86,32 +99,30 @@ def measure(
     }
 
 
-def invite(rivals: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """All who take part, ours first, and why the others do not. "auto" asks everybody, "none" nobody."""
-    known(rivals, ("auto", "none", *rivals.RIVALS), "rival")
-    asked = rivals.RIVALS if "auto" in rivals else [name for name in rivals if name != "none"]
-    absent = {name: why for name in asked if (why := rivals.missing(name, device))}
-    if absent and "auto" not in rivals:
+def chosen(asked: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """All that take part, ours first, and why the others do not. "auto" asks for all of them, "none" for none."""
+    known(asked, ("auto", "none", *rivals.OTHERS), "rival")
+    names = rivals.OTHERS if "auto" in asked else [name for name in asked if name != "none"]
+    absent = {name: why for name in names if (why := rivals.missing(name, device))}
+    if absent and "auto" not in asked:
         raise ValueError("; ".join(f"rival {name!r}: {why}" for name, why in absent.items()))
-    return [*rivals.OURS, *(name for name in asked if name not in absent)], absent
+    return [*rivals.OURS, *(name for name in names if name not in absent)], absent
 
 
-def group(
-    shape: str, works: list[Work], names: list[str], repeats: int, patience: float, say: Callable[[str], object]
-) -> list[dict[str, Any]]:
+def group(shape: str, works: list[Work], names: list[str], options: Options, say: Say) -> list[dict[str, Any]]:
     """The rows of one shape and dtype."""
     device = torch.device(works[0].device)
     errors = {name: gate.check(name, works[0]) for name in names if name not in ("torchscale", "sdpa")}
     before = machine.rates(device, works[0].torch_dtype)
     rows = []
     for work in works:
-        options = {name: prepare(name, work, patience) for name in names}
-        for option in options.get("torchscale", []):
-            if "skipped" not in option:
-                error = gate.check("torchscale", work, option["chunk"])
+        ways = {name: prepare(name, work, options.patience) for name in names}
+        for way in ways.get("torchscale", []):
+            if "skipped" not in way:
+                error = gate.check("torchscale", work, way["chunk"])
                 errors["torchscale"] = max(errors.get("torchscale", 0), error)
-        interleaved([(name, option) for name in names for option in options[name]], work, repeats)
-        results = {name: quickest(options[name]) for name in names}
+        interleaved([(name, way) for name in names for way in ways[name]], work, options.repeats)
+        results = {name: quickest(ways[name]) for name in names}
         rows.append({"shape": shape, **vars(work), "qkvo_bytes": work.qkvo_bytes, "contestants": results})
         say(line(rows[-1]))
     after = machine.rates(device, works[0].torch_dtype)
@@ -124,84 +135,84 @@ def group(
 
 
 def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
-    """How the contestant will run, its memory, and its first time; or why it will not run.
+    """How the rival will run, its memory, and its first time; or why it will not run.
 
     One dictionary, but for torchscale one for each chunk length that may be its best.
     """
     if name != "torchscale":
         return [_prepare(name, work, None, patience)]
-    options: list[dict[str, Any]] = []
+    ways: list[dict[str, Any]] = []
     for chunk in sorted(rivals.CHUNKS, reverse=True):
         if work.T % chunk == 0:
-            options.append(_prepare(name, work, chunk, patience))
-            best = min(_seconds(option) for option in options)
-            if _seconds(options[-1]) > CLOSE * best:
+            ways.append(_prepare(name, work, chunk, patience))
+            best = min(_seconds(way) for way in ways)
+            if _seconds(ways[-1]) > CLOSE * best:
                 break  # shorter chunks have more states to keep, and are slower yet
-    if not options:
+    if not ways:
         return [{"skipped": f"needs a multiple of {rivals.CHUNKS[0]} tokens"}]
-    tried = {str(option["chunk"]): option.get("seconds", option.get("skipped")) for option in options}
-    return [option | {"tried": tried} for option in options if _seconds(option) <= CLOSE * best]
+    tried = {str(way["chunk"]): way.get("seconds", way.get("skipped")) for way in ways}
+    return [way | {"tried": tried} for way in ways if _seconds(way) <= CLOSE * best]
 
 
-def _seconds(option: dict[str, Any]) -> float:
-    return option.get("seconds", float("inf"))
+def _seconds(way: dict[str, Any]) -> float:
+    return way.get("seconds", float("inf"))
 
 
 def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[str, Any]:
-    one = rivals.contestant(name, work, chunk)
+    one = rivals.make(name, work, chunk)
     result = {"backend": one.backend, "chunk": one.chunk}
     try:
-        expected = foretell(name, work, one)
+        expected = estimate(name, work, one)
         if expected > patience:
             return result | {"skipped": f"would take {expected:.0f} s"}
-        return result | isolated.in_process_of_its_own(name, work, one.chunk)
+        return result | isolated.in_own_process(name, work, one.chunk)
     except (MemoryError, RuntimeError) as error:
         if not isolated.is_of_memory(error):
             raise
         return result | {"skipped": isolated.NO_MEMORY}
 
 
-def quickest(options: list[dict[str, Any]]) -> dict[str, Any]:
-    """The option with the best time, and what the others took."""
-    best = min(options, key=_seconds)
+def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
+    """The way with the best time, and what the others took."""
+    best = min(ways, key=_seconds)
     if "tried" in best:
-        best["seconds_by_chunk"] = {str(o["chunk"]): o["seconds"] for o in options if "seconds" in o}
+        best["seconds_by_chunk"] = {str(way["chunk"]): way["seconds"] for way in ways if "seconds" in way}
     return best
 
 
-def foretell(name: str, work: Work, one: rivals.Contestant) -> float:
+def estimate(name: str, work: Work, one: Rival) -> float:
     """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
     short = replace(work, T=min(work.T, 2048))
     if short == work:
         return 0
-    return warm(rivals.contestant(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
+    return warm(rivals.make(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
 
 
-def warm(one: rivals.Contestant, work: Work) -> float:
+def warm(one: Rival, work: Work) -> float:
     """Seconds of a forward and backward pass after one that warms up."""
     inputs = isolated.tensors(one, work)
     return [machine.clock(torch.device(work.device), lambda: isolated.both(one, inputs)) for _ in range(2)][1]
 
 
-def interleaved(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
-    """Times of all who are quick enough to be repeated, into their dictionaries."""
+def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
+    """Times of all that are quick enough to be repeated, into their dictionaries."""
     device = torch.device(work.device)
-    ready = [(name, option) for name, option in options if "skipped" not in option]
-    for _, option in ready:
-        option |= {"repeats": 1, "median_seconds": option["seconds"]}
-    quick = [(name, option) for name, option in ready if option["seconds"] <= LONG]
+    ready = [(name, way) for name, way in ways if "skipped" not in way]
+    for _, way in ready:
+        way |= {"repeats": 1, "median_seconds": way["seconds"]}
+    quick = [(name, way) for name, way in ready if way["seconds"] <= LONG]
     if not quick:
         return
-    ones = [rivals.contestant(name, work, option["chunk"]) for name, option in quick]
-    share = isolated.flat(work, ones)
+    ones = [rivals.make(name, work, way["chunk"]) for name, way in quick]
+    inputs = isolated.flat(work, ones)
     times: list[list[tuple[float, float]]] = [[] for _ in ones]
     for _ in range(repeats + 1):
-        for (_, option), one, measured in zip(quick, ones, times, strict=True):
-            if (len(measured) - 1) * option["seconds"] <= LONG:
-                measured.append(both_and_forward(one, isolated.tensors(one, work, share), device))
-    for (_, option), measured in zip(quick, times, strict=True):
+        for (_, way), one, measured in zip(quick, ones, times, strict=True):
+            if (len(measured) - 1) * way["seconds"] <= LONG:
+                measured.append(both_and_forward(one, isolated.tensors(one, work, inputs), device))
+    for (_, way), measured in zip(quick, times, strict=True):
         whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))  # the first one warmed up
-        option |= {
+        way |= {
             "repeats": len(whole),
             "seconds": min(whole),
             "median_seconds": statistics.median(whole),
@@ -210,7 +221,7 @@ def interleaved(options: list[tuple[str, dict[str, Any]]], work: Work, repeats: 
         }
 
 
-def both_and_forward(one: rivals.Contestant, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
+def both_and_forward(one: Rival, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
     """Seconds of both passes, then of a forward pass alone that keeps nothing for another."""
     seconds = machine.clock(device, lambda: isolated.both(one, inputs))
     with torch.no_grad():
@@ -218,7 +229,7 @@ def both_and_forward(one: rivals.Contestant, inputs: list[Tensor], device: torch
 
 
 def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dict[str, float]) -> None:
-    """Puts the machine's rates and the limit into the row, and everybody's fraction of it.
+    """Puts the machine's rates and the limit into the row, and the fraction of it that each rival reaches.
 
     The retentions share ours, whose work is that of the chunk length that our backend takes; attention has its own.
     """

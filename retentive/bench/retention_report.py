@@ -12,7 +12,7 @@ COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3",
 MARKERS = {"retentive": "o", "blocked": "v", "torchscale": "s", "sdpa": "^", "fla": "D"}
 
 DISTURBED = 0.15
-"""Relative difference of the GEMM rate around a row beyond which the machine was not its own."""
+"""Relative difference of the GEMM rate around a row beyond which other work must have taken part of the machine."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -112,7 +112,7 @@ def _notes(result: dict[str, Any]) -> str:
         "Times are of forward and backward; the columns of others are multiples of ours. Memory is what both passes "
         "hold beyond q, k, v and the gradient of o.",
         "The limit is the slower of the counted FLOPs at the GEMM rate of torch and the bytes of q, k, v, o and their "
-        "gradients at the rate of reading (retentive/bench/work.py).",
+        "gradients at the rate of reading (retentive/bench/lab/roofline.py).",
     ]
     for dtype, same in groupby(sorted(result["rows"], key=lambda row: row["dtype"]), lambda row: row["dtype"]):
         rates = [rate for row in same for rate in row["machine"].values()]
@@ -168,7 +168,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 
 
 def _curves(rows: list[dict[str, Any]], name: str, dtype: str, axes: tuple[Any, Any, Any]) -> None:
-    """The contestant's three curves, over the lengths at which it ran."""
+    """The rival's three curves, over the lengths at which it ran."""
     ran = [row for row in rows if "seconds" in row["contestants"].get(name, {})]
     if not ran:
         return

@@ -1,81 +1,129 @@
 """Scoring choices: the shared context read once and its state copied, beside every row read whole.
 
-Both ways are handed in, batched alike; they take turns, and count only where their log-likelihoods agree.
+Both ways are batched alike and interleaved, and count only where their log-likelihoods agree.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
 
 from retentive import machine
+from retentive.bench.lab.clock import turns
+from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown
+from retentive.checkpoint import load_with_tokenizer
+from retentive.data.tokenizer import Tokenizer
+from retentive.evals.likelihood import Request, encode, score, shared
+from retentive.evals.read import find, known, parse
+from retentive.evals.tasks import TASKS
+from retentive.models import Model
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""
+PICTURE = None
 
 
-class Contest(NamedTuple):
-    """What is scored in two ways, each of which gives all log-likelihoods."""
+@dataclass(frozen=True)
+class Options:
+    """Scoring the choices of questions from one state each, beside reading every row whole."""
 
-    questions: int
-    once: Callable[[], list[float]]
-    whole: Callable[[], list[float]]
-    once_tokens: int
-    """That the model reads, padding apart."""
-    whole_tokens: int
+    run: tyro.conf.Positional[str]
+    """Run directory or model folder."""
+    data: Path
+    """Folder of the task's file."""
+    task: str = "hellaswag"
+    """A task of `retentive eval` with choices."""
+    shots: tuple[int, ...] = (0, 4)
+    """Answered examples before each question."""
+    limit: int = 100
+    """Questions."""
+    repeats: int = 5
+    """Repetitions timed of each, in turns; the median counts."""
 
 
-def measure(
-    contests: Mapping[str, Contest], *, repeats: int = 5, say: Callable[[str], object] = lambda line: None
-) -> dict[str, Any]:
-    """A row per contest: median seconds of either way, their ratio, and the ratio of the tokens they read.
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per number of shots: median seconds of either way, their ratio, and the ratio of the tokens they read.
 
     Raises:
         ArithmeticError: the two ways do not agree.
     """
-    at_least_one("repeats", (repeats,))
+    at_least_one("repeats", (options.repeats,))
+    model, tokenizer = load_with_tokenizer(options.run)
+    asked = {f"{options.task}, {n} shots": questions(options, tokenizer, n) for n in options.shots}
     rows = []
-    for name, contest in contests.items():
-        times: dict[str, list[float]] = {"once": [], "whole": []}
-        found: dict[str, list[float]] = {}
-        for turn in range(repeats + 1):
-            ways = {"once": contest.once, "whole": contest.whole}
-            for way in ways if turn % 2 else reversed(ways):
-                began = time.perf_counter()
-                found[way] = ways[way]()
-                times[way].append(time.perf_counter() - began)
-        gap = max(abs(a - b) / max(1, abs(b)) for a, b in zip(found["once"], found["whole"], strict=True))
-        if not gap <= TOLERANCE:
-            raise ArithmeticError(f"{name}: log-likelihoods differ by {gap:.1e} of them, more than {TOLERANCE:.0e}")
-        ratio = statistics.median(b / a for a, b in zip(times["once"][1:], times["whole"][1:], strict=True))
-        rows.append(
-            {
-                "what": name,
-                "questions": contest.questions,
-                "once_seconds": statistics.median(times["once"][1:]),
-                "whole_seconds": statistics.median(times["whole"][1:]),
-                "ratio": ratio,
-                "token_ratio": contest.whole_tokens / contest.once_tokens,
-                "largest_difference": gap,
-            }
-        )
-        say(f"{name}: {ratio:.2f} times as fast")
-    return {"what": "scoring choices from one state a question", "hardware": machine.describe(), "rows": rows}
+    for name, groups in asked.items():
+        ways = {way: partial(logprobs, model, groups, way == "once") for way in ("once", "whole")}
+        row = {"what": name, "questions": len(groups), **compared(name, ways, options.repeats)}
+        rows.append(row | {"token_ratio": token_ratio(groups)})
+        say(f"{name}: {row['ratio']:.2f} times as fast")
+    return {
+        "what": "scoring choices from one state a question",
+        "hardware": machine.describe(),
+        "rows": rows,
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def questions(options: Options, tokenizer: Tokenizer, shots: int) -> list[list[Request]]:
+    """The requests of each question."""
+    (name,) = known([options.task])
+    if TASKS[name].kind != "choice":
+        raise ValueError(f"task {name} has no choices: choose one that has")
+    items = parse(TASKS[name], find(name, options.data), limit=options.limit, shots=shots)
+    pairs = [zip(item.content.prompts, item.content.continuations, strict=True) for item in items]
+    return [[encode(tokenizer, *pair) for pair in of_one] for of_one in pairs]
+
+
+def logprobs(model: Model, groups: list[list[Request]], share: bool) -> list[float]:
+    """The log-likelihoods of all choices, from one state a question where `share`."""
+    return [s.logprob for scores in score(model, groups, share=share) for s in scores]
+
+
+def token_ratio(groups: list[list[Request]]) -> float:
+    """How many times as many tokens the model reads where it reads every row whole, padding apart."""
+    whole = sum(len(r.context) + len(r.continuation) - 1 for group in groups for r in group)
+    saved = sum(shared(group) * (len(group) - 1) for group in groups)
+    return whole / (whole - saved)
+
+
+def compared(name: str, ways: Mapping[str, Callable[[], list[float]]], repeats: int) -> dict[str, Any]:
+    """Median seconds of both ways, "once" and "whole", and of their ratio, and how far their results differ.
+
+    Raises:
+        ArithmeticError: further than the tolerance.
+    """
+
+    def timed(way: Callable[[], list[float]]) -> tuple[float, list[float]]:
+        began = time.perf_counter()
+        found = way()
+        return time.perf_counter() - began, found
+
+    found = list(turns({key: partial(timed, way) for key, way in ways.items()}, repeats))
+    pairs = zip(found[-1]["once"][1], found[-1]["whole"][1], strict=True)
+    gaps = [abs(a - b) / max(1, abs(b)) for a, b in pairs]
+    if not all(gap <= TOLERANCE for gap in gaps):  # nor may one be NaN, which max() would overlook
+        raise ArithmeticError(f"{name}: log-likelihoods differ by {max(gaps):.1e} of them, more than {TOLERANCE:.0e}")
+    return {
+        "once_seconds": statistics.median(turn["once"][0] for turn in found),
+        "whole_seconds": statistics.median(turn["whole"][0] for turn in found),
+        "ratio": statistics.median(turn["whole"][0] / turn["once"][0] for turn in found),
+        "largest_difference": max(gaps),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     heads = ["", "questions", "context once", "every row whole", "times as fast", "times fewer tokens"]
-    lines = [
-        [
-            row["what"],
-            str(row["questions"]),
-            duration(row["once_seconds"]),
-            duration(row["whole_seconds"]),
-            f"{row['ratio']:.2f}",
-            f"{row['token_ratio']:.2f}",
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        seconds = [duration(row[key]) for key in ("once_seconds", "whole_seconds")]
+        ratios = [f"{row[key]:.2f}" for key in ("ratio", "token_ratio")]
+        lines.append([row["what"], str(row["questions"]), *seconds, *ratios])
     return markdown(heads, lines)

@@ -1,6 +1,6 @@
 """The engine beside the bare batched step, many streams beside one, a prompt read before beside a new one.
 
-First the gate: as many streams as slots, joining one by one, give the tokens that each gives alone. Then, taking turns:
+The correctness gate: as many streams as slots, joining one by one, give the tokens that each gives alone. Interleaved:
 
     one       one stream through the engine
     engine    as many streams as slots through the engine
@@ -8,90 +8,128 @@ First the gate: as many streams as slots, joining one by one, give the tokens th
 
     miss, hit     from `submit` to the first token, for a prompt never seen and for one seen before
 
-and last, one stream for very many tokens: the bytes of its state and of the process at the beginning and at the end.
+Then one stream for very many tokens, the bytes of its state and of the process at the beginning and at the end; and on
+request the same streams once more through the HTTP server (`http.py`), interleaved with the engine.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from retentive import machine
+from retentive.bench import http
+from retentive.bench.lab.clock import spread, turns
+from retentive.bench.lab.options import Say, Sized, silent
+from retentive.bench.lab.server import server
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
-from retentive.models import Model
+from retentive.models import Model, build
 
 EARLY = 100
 """Tokens after which a stream's memory is looked at first."""
+PICTURE = None
 
 
-def measure(
-    model: Model,
-    *,
-    streams: int = 16,
-    tokens: int = 256,
-    prompt: int = 4000,
-    long: int = 100_000,
-    repeats: int = 5,
-    server: Callable[[Model, int, int], dict[str, Any]] | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
-    """Tokens/s of the three, seconds of a miss and a hit, bytes of a long stream.
+@dataclass(frozen=True, kw_only=True)
+class Options(Sized):
+    """The engine beside the bare batched step, many streams beside one, a prefix hit beside a miss, a long stream."""
 
-    Args:
-        streams: at once, and slots.
-        tokens: of each stream, a repetition.
-        prompt: tokens of the prompt whose first answer is timed.
-        long: tokens of the long stream; 0 leaves it out.
-        server: measures the same streams through a server, by (model, streams, tokens); left out if not given.
+    size: str = "5m"
+    """Size of the RetNet, freshly initialised."""
+    streams: int = 16
+    """Streams at once."""
+    tokens: int = 256
+    """Tokens of each stream, a repetition."""
+    prompt: int = 4000
+    """Tokens of the prompt whose first answer is timed."""
+    long: int = 100_000
+    """Tokens of the long stream; 0 leaves it out."""
+    repeats: int = 5
+    """Repetitions timed of each, in turns; the median counts."""
+    server: bool = False
+    """The same streams through the HTTP server as well."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """Tokens/s of the three (and of the server), seconds of a miss and a hit, bytes of a long stream.
 
     Raises:
         ArithmeticError: the gate is red.
     """
-    at_least_one("streams, tokens, prompt and repeats", [streams, tokens, prompt, repeats])
+    return {"size": options.size, **of_model(build(options.config).eval(), options, say)}
+
+
+def of_model(model: Model, options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `measure`, of this model."""
+    streams, tokens, repeats = options.streams, options.tokens, options.repeats
+    at_least_one("streams, tokens, prompt and repeats", [streams, tokens, options.prompt, repeats])
     gate(model, streams)
-    rates: dict[str, list[float]] = {"one": [], "engine": [], "bare": []}
-    for n in range(repeats + 1):
-        rates["one"].append(through_engine(model, 1, streams, tokens))
-        rates["engine"].append(through_engine(model, streams, streams, tokens))
-        rates["bare"].append(bare(model, streams, tokens))
-        if n:
-            say(", ".join(f"{name} {taken[-1]:,.0f} tokens/s" for name, taken in rates.items()))
-    misses, hits = first_tokens(model, prompt, repeats)
-    say(f"first token of {prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
+    runs = {
+        "one": partial(through_engine, model, 1, streams, tokens),
+        "engine": partial(through_engine, model, streams, streams, tokens),
+        "bare": partial(bare, model, streams, tokens),
+    }
+    found = in_turns(runs, repeats, say)
+    misses, hits = first_tokens(model, options.prompt, repeats)
+    say(f"first token of {options.prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
     result: dict[str, Any] = {
         "what": "serving: the engine",
         "hardware": machine.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "streams": streams,
         "tokens": tokens,
-        "prompt": prompt,
-        "tokens_per_second": {name: summary(taken[1:]) for name, taken in rates.items()},
-        "streams_over_one": paired(rates["engine"], rates["one"]),
-        "engine_over_bare": paired(rates["engine"], rates["bare"]),
-        "first_token": {"miss": summary(misses), "hit": summary(hits)},
+        "prompt": options.prompt,
+        "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
+        "streams_over_one": paired(found, "engine", "one"),
+        "engine_over_bare": paired(found, "engine", "bare"),
+        "first_token": {"miss": spread(misses), "hit": spread(hits)},
         "miss_over_hit": statistics.median(misses) / statistics.median(hits),
     }
-    if long:
-        result["long_stream"] = long_stream(model, streams, long)
-    if server is not None:
-        result["server"] = server(model, streams, tokens)
+    if options.long:
+        result["long_stream"] = long_stream(model, streams, options.long)
+    if options.server:
+        result["server"] = beside_server(model, runs["engine"], options, say)
     return result
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+def beside_server(model: Model, engine: Callable[[], float], options: Options, say: Say) -> dict[str, Any]:
+    """Tokens/s of the streams through the engine and through `retentive serve`, in turns, and their ratio.
+
+    Raises:
+        ArithmeticError: a stream's text is not what the model writes alone.
+    """
+    streams, tokens = options.streams, options.tokens
+    tokenizer = http.library_tokenizer(model.config.vocab_size)
+    asked = http.requests(model, tokenizer, prompts(model, streams, 2), tokens)
+    with server(model, tokenizer, "--slots", str(streams), "--cache", "0") as (_, port):
+        runs = {"engine": engine, "server": lambda: streams * tokens / http.through_server(port, asked)}
+        found = in_turns(runs, options.repeats, say)
+    return {
+        "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
+        "server_over_engine": paired(found, "server", "engine"),
+    }
 
 
-def paired(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median ratio of neighbours in time, the first of which warmed up."""
-    return statistics.median(a / b for a, b in zip(above[1:], below[1:], strict=True))
+def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int, say: Say) -> list[dict[str, float]]:
+    """Tokens/s of each run, a dictionary a turn."""
+    found = []
+    for turn in turns(runs, repeats):
+        found.append(turn)
+        say(", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in turn.items()))
+    return found
+
+
+def paired(found: list[dict[str, float]], above: str, below: str) -> float:
+    """The median of the turns' ratios: the two runs of a turn are neighbours in time."""
+    return statistics.median(turn[above] / turn[below] for turn in found)
 
 
 def prompts(model: Model, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -140,8 +178,8 @@ def bare(model: Model, rows: int, tokens: int) -> float:
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
     ]
-    state: Any = model.init_state(rows).for_decoding(model.embed.weight.dtype)
-    last = torch.tensor([ids[-1:] for ids in begin], device=model.embed.weight.device)
+    state: Any = model.init_state(rows).for_decoding(model.dtype)
+    last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
     for _ in range(tokens):
         x, state = model.hidden(last, state)
@@ -176,21 +214,12 @@ def long_stream(model: Model, slots: int, tokens: int) -> dict[str, Any]:
         nonlocal count
         count += item is not None
         if item is not None and count in (EARLY, tokens):
-            seen.append({"tokens": count, "state": engine.pool.view(1).nbytes, "process": resident()})
+            seen.append({"tokens": count, "state": engine.pool.view(1).nbytes, "process": machine.held_memory()})
 
     engine.submit([1, 2], SamplingParams(seed=0), max_tokens=tokens, deliver=[hear])
     began = time.perf_counter()
     engine.start().close()
     return {"at": seen, "tokens_per_second": tokens / (time.perf_counter() - began)}
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmRSS:"))
-    return 1024 * int(line.split()[1])
 
 
 def table(result: dict[str, Any]) -> str:

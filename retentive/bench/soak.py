@@ -5,39 +5,51 @@ hold conversations (`soak_clients.py`). Afterwards all must be as before; then S
 must reach their ends.
 """
 
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retentive import machine
+from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import panels
+from retentive.bench.lab.server import server
 from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
-from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import Model, RetNetConfig, build
 
 SLOTS, QUEUE, THREADS = 8, 16, 20
+LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
+LITTLE += ["--cache", str(4 << 20)]
+"""Options of the server: little room for everything."""
+PICTURE = "The server under random clients"
 
 
-def measure(minutes: float, *, say: Callable[[str], None], seed: int = 0) -> dict[str, Any]:
-    """Counts, memory and what went wrong (nothing, it is hoped) of so many minutes."""
+@dataclass(frozen=True)
+class Options:
+    """The server under random clients: no reply lost or mixed up, nothing left over, memory flat, SIGTERM drains."""
+
+    minutes: float = 10
+    """How long."""
+
+
+def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any]:
+    """Counts, memory and what went wrong in so many minutes; `ok` where nothing did."""
+    minutes = options.minutes
+    if not minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {minutes}")
     model = tiny(seed)
     say("computing what the answers must be")
     single, chats = requests(model, 60, seed), conversations(model, 12, seed)
     long = long_requests(model, SLOTS // 2, 1500)
     tally, samples = Tally(), list[dict[str, float]]()
-    with server(model) as (process, port):
+    with server(model, ByteTokenizer(), *LITTLE) as (process, port):
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
         began = time.monotonic()
         watcher = threading.Thread(target=watch, args=(process, port, began, began + 60 * minutes, samples, say))
@@ -81,34 +93,6 @@ def tiny(seed: int) -> Model:
     return model
 
 
-@contextmanager
-def server(model: Model) -> Iterator[tuple[subprocess.Popen, int]]:
-    """(process, port) of `retentive serve`, with little room for everything."""
-    folder = Path(tempfile.mkdtemp(prefix="retentive-soak-"))
-    save_model(folder / "soak", model, ByteTokenizer())
-    command = [sys.executable, "-m", "retentive", "serve", str(folder / "soak"), "--port", "0", "--slots", str(SLOTS)]
-    command += ["--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000", "--cache", str(4 << 20)]
-    try:
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as aside:
-            assert process.stderr is not None
-            try:
-                line = process.stderr.readline()
-                if "serving" not in line:
-                    raise OSError(f"the server did not start: {line.strip()}")
-                aside.submit(pass_on, process.stderr)
-                yield process, int(line.rsplit(":", 1)[1])
-            finally:
-                process.kill()  # which ends what is passed on, too
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def pass_on(lines: Iterable[str]) -> None:
-    """What the server says, for whoever watches."""
-    for line in lines:
-        print("server:", line, end="", file=sys.stderr)
-
-
 def figures(port: int) -> dict[str, float]:
     """The server's metrics."""
     with closing(send(port, "GET", "/metrics")) as response:
@@ -125,10 +109,8 @@ def resident(process: subprocess.Popen) -> float:
     return int(line.split()[1]) / 1024
 
 
-def watch(
-    process: subprocess.Popen, port: int, began: float, until: float, samples: list, say: Callable[[str], None]
-) -> None:
-    """A sample a second, a word a minute."""
+def watch(process: subprocess.Popen, port: int, began: float, until: float, samples: list, say: Say) -> None:
+    """A sample a second, a line for people a minute."""
     while time.monotonic() < until and process.poll() is None:
         found, seconds = figures(port), time.monotonic() - began
         samples.append(

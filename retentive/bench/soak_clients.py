@@ -17,7 +17,7 @@ from typing import Any
 
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
-from retentive.infer.generate import stream_text
+from retentive.infer.text import stream_text
 from retentive.models import Model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

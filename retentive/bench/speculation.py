@@ -1,24 +1,70 @@
 """Guessing beside not guessing: tokens a call and tokens/s of speculative decoding, on texts that one names.
 
-Greedy, so that the gate is exact: every way must give the tokens of plain generation. The ways take turns.
+Greedy, so that the correctness gate is exact: every way must give the tokens of plain generation. Ways are interleaved.
 """
 
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
 
 from retentive import machine
-from retentive.bench.lab.tables import at_least_one, markdown
+from retentive.bench.lab.clock import turns
+from retentive.bench.lab.options import Say, silent
+from retentive.bench.lab.tables import at_least_one, duration, markdown
+from retentive.checkpoint import load_with_tokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
 from retentive.models import Model
 
 GREEDY = SamplingParams(temperature=0)
+PICTURE = None
 
 
-def measure(
+@dataclass(frozen=True)
+class Options:
+    """Speculative decoding beside plain: tokens a call of the model and tokens/s, by look-up and by a draft model."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory or model folder."""
+    texts: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files; the model goes on from the beginning of each."""
+    draft: str | None = None
+    """Run directory of a smaller model of the same vocabulary."""
+    prompt: int = 300
+    """Tokens of each text that are read."""
+    tokens: int = 200
+    """Tokens that are written after each."""
+    most: tuple[int, ...] = (2, 4, 8)
+    """Guesses a call."""
+    repeats: int = 3
+    """Repetitions timed of each, in turns; the median counts."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `of_models`, of the models and texts that the options name."""
+    model, tokenizer = load_with_tokenizer(options.run)
+    texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: options.prompt] for path in options.texts]
+    draft = load_with_tokenizer(options.draft)[0].eval() if options.draft else None
+    how: dict[str, Any] = {"most": options.most, "tokens": options.tokens, "repeats": options.repeats}
+    return of_models(model.eval(), texts, draft=draft, say=say, **how)
+
+
+class Repetition(NamedTuple):
+    """One way of writing, once over all texts."""
+
+    seconds: float
+    counts: Counter[str]
+    """As `speculate` counts: calls of the model, guesses made and right; none for plain generation."""
+
+
+def of_models(
     model: Model,
     texts: Sequence[list[int]],
     *,
@@ -26,7 +72,7 @@ def measure(
     most: Sequence[int] = (2, 4, 8),
     tokens: int = 200,
     repeats: int = 3,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """A row per way: plain, look-up and, where there is one, the draft model, each with `most` guesses a call.
 
@@ -34,43 +80,42 @@ def measure(
         ArithmeticError: a way gave other tokens than plain generation.
     """
     at_least_one("most, tokens and repeats", [*most, tokens, repeats])
-    drafts = {"look-up": None} | ({"draft": draft} if draft is not None else {})
-    ways = [("plain", 0), *((name, n) for name in drafts for n in most)]
-    times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
-    counts: dict[tuple[str, int], Counter[str]] = {}
-    wanted: list[list[int]] = []
-    for _ in range(repeats + 1):
-        for name, n in ways:
-            told: Counter[str] = Counter()
-            made: list[list[int]] = []
-            began = time.perf_counter()
-            for ids in texts:
-                if name == "plain":
-                    made.append([t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)])
-                else:
-                    guessed = speculate(model, ids, GREEDY, draft=drafts[name], most=n, max_tokens=tokens, counts=told)
-                    made.append([t.id for t in guessed])
-            times[name, n].append(time.perf_counter() - began)
-            counts[name, n] = told
-            wanted = wanted or made
-            if made != wanted:
-                raise ArithmeticError(f"{name} with {n} guesses gave other tokens than plain generation: not counted")
-    total = len(texts) * tokens
+    wanted = [[t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)] for ids in texts]
+
+    def repetition(way: str, write: Callable[[list[int], Counter[str]], Any]) -> Repetition:
+        counts, began = Counter[str](), time.perf_counter()
+        made = [[t.id for t in write(ids, counts)] for ids in texts]
+        seconds = time.perf_counter() - began
+        if made != wanted:
+            raise ArithmeticError(f"{way} gave other tokens than plain generation: not counted")
+        say(f"{way}: {len(texts) * tokens} tokens in {duration(seconds)}")
+        return Repetition(seconds, counts)
+
+    def guessing(n: int, by: Model | None) -> Callable[[list[int], Counter[str]], Any]:
+        how: dict[str, Any] = {"draft": by, "most": n, "max_tokens": tokens}
+        return lambda ids, counts: speculate(model, ids, GREEDY, counts=counts, **how)
+
+    ways: dict[tuple[str, int], Callable[[list[int], Counter[str]], Any]] = {
+        ("plain", 0): lambda ids, counts: generate(model, ids, GREEDY, max_tokens=tokens)
+    }
+    ways |= {("look-up", n): guessing(n, None) for n in most}
+    if draft is not None:
+        ways |= {("draft", n): guessing(n, draft) for n in most}
+    called = {way: f"{way[0]} with {way[1]} guesses" if way[1] else way[0] for way in ways}
+    found = list(turns({called[way]: partial(repetition, called[way], run) for way, run in ways.items()}, repeats))
     rows = []
-    for name, n in ways:
-        told = counts[name, n]
-        ratios = [a / b for a, b in zip(times["plain", 0][1:], times[name, n][1:], strict=True)]
+    for way, name in called.items():
+        counts = found[-1][name].counts
         rows.append(
             {
-                "way": name,
-                "most": n,
-                "tokens_per_second": total / statistics.median(times[name, n][1:]),
-                "tokens_per_call": total / told["calls"] if told else 1.0,
-                "guesses_right": told["right"] / told["made"] if told["made"] else 0.0,
-                "over_plain": statistics.median(ratios),
+                "way": way[0],
+                "most": way[1],
+                "tokens_per_second": len(texts) * tokens / statistics.median(turn[name].seconds for turn in found),
+                "tokens_per_call": len(texts) * tokens / counts["calls"] if counts else 1.0,
+                "guesses_right": counts["right"] / counts["made"] if counts["made"] else 0.0,
+                "over_plain": statistics.median(turn["plain"].seconds / turn[name].seconds for turn in found),
             }
         )
-        say(f"{name} {n}: {rows[-1]['tokens_per_call']:.2f} tokens a call, {rows[-1]['over_plain']:.2f} times plain")
     parameters = {"model": count(model)} | ({"draft": count(draft)} if draft is not None else {})
     return {
         "what": "speculative decoding, greedy",

@@ -2,7 +2,7 @@
 
 A step goes through the states of many layers in turn, SPREAD bytes in all, as a model does: no cache holds them. A
 repetition is as many tokens as a ring takes between two writes of its state, F = R / 2, so that each has its share of
-them. First the gate: 3 R steps of every contestant against the recurrence in float64.
+them. The correctness gate: 3 R steps of every rival against the recurrence in float64.
 
     ring     retention_step(..., state=Ring), by the fastest code there is       reads the state, writes it once in F
     plain    retention_step(..., state=tensor)                                   reads it and writes new ones
@@ -22,7 +22,10 @@ holds, as often as a step is called.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +33,15 @@ import torch
 from torch import Tensor
 
 from retentive import machine
+from retentive.bench.lab import clock
+from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
 from retentive.bench.lab.roofline import DTYPES
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
 from retentive.ops import Ring, backends, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
-from retentive.ops.step import slots
+from retentive.ops.ring import slots
 
 SPREAD = 1 << 29
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}
@@ -51,12 +56,13 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"small": Shape(8, 64, 128), "1.3B": Shape(8, 256, 512), "6.7B": Shape(16, 256, 512)}
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 State = Tensor | Ring
+PICTURE = "A decoding step"
 
 
-class Contestant(NamedTuple):
+class Rival(NamedTuple):
     open: Callable[[Tensor, torch.dtype], State]
+    """(state, dtype of q, k and v) -> what the step takes as a state."""
     step: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
     """(q, k, v, log_decay, state) -> (o, state)."""
 
@@ -68,47 +74,49 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor
     return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
 
 
-CONTESTANTS = {
-    "ring": Contestant(Ring.open, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
-    "plain": Contestant(lambda state, dtype: state, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
-    "torch": Contestant(lambda state, dtype: state, by_torch),
+RIVALS = {
+    "ring": Rival(Ring.open, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "plain": Rival(lambda state, dtype: state, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "torch": Rival(lambda state, dtype: state, by_torch),
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice):
+    """The decoding step of one layer beside plain torch and the time that reading its state takes."""
+
+    shapes: tuple[str, ...] = ("small", "1.3B")
+    """Of small, 1.3B, 6.7B."""
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Sequences decoded together."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Of q, k and v: fp32, bf16, fp16. The state is float32."""
+    repeats: int = 5
+    """Repetitions timed of each; the best counts."""
+
+
 @torch.inference_mode()
-def measure(
-    shapes: Sequence[str] = ("small", "1.3B"),
-    *,
-    batches: Sequence[int] = BATCHES,
-    dtypes: Sequence[str] = ("fp32", "bf16"),
-    repeats: int = 5,
-    device: torch.device | None = None,
-    spread: int | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
-    """A row per shape, dtype of q, k, v and batch: seconds a step of every contestant, and its fraction of the limit.
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per shape, dtype of q, k, v and batch: seconds a step of every rival, and its fraction of the limit.
 
     Raises:
         ValueError: an unknown shape or dtype, a number below 1.
         ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
     """
-    device = device or torch.device("cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"measured on cpu and cuda only, got device {str(device)!r}")
+    shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("batches", batches)
-    at_least_one("repeats", [repeats])
+    at_least_one("batches", options.batches)
+    at_least_one("repeats", [options.repeats])
     rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for dtype in dtypes:
-            errors = {name: check(name, SHAPES[shape], dtype, device) for name in CONTESTANTS}
-            for B in batches:
-                results, rates, alone = interleaved(SHAPES[shape], B, dtype, device, repeats, spread or SPREAD)
-                row = {"shape": shape, "B": B, **SHAPES[shape]._asdict(), "dtype": dtype, "contestants": results}
-                rows.append(finish(row, rates, alone, errors))
-                told = ", ".join(f"{name} {duration(r['seconds'])}" for name, r in results.items())
-                say(f"{shape} B={B} {dtype}: {told}")
+    for name, dtype in product(shapes, dtypes):
+        shape = SHAPES[name]
+        errors = {rival: check(rival, shape, dtype, device) for rival in RIVALS}
+        for B in options.batches:
+            results, rates, alone = interleaved(shape, B, dtype, device, options.repeats)
+            row = {"shape": name, "B": B, **shape._asdict(), "dtype": dtype, "contestants": results}
+            rows.append(finish(row, rates, alone, errors))
+            say(f"{name} B={B} {dtype}: " + ", ".join(f"{n} {duration(r['seconds'])}" for n, r in results.items()))
     return {
         "what": "decoding step of one layer",
         "hardware": machine.describe(),
@@ -126,7 +134,7 @@ def backend(device: torch.device, dtype: str) -> str:
 
 
 def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
-    """The largest error of the contestant's outputs and last state, of their norm, over 3 R steps from some state.
+    """The largest error of the rival's outputs and last state, of their norm, over 3 R steps from some state.
 
     Raises:
         ArithmeticError: it is above the tolerance, or not a number.
@@ -137,10 +145,10 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
-    state, gold = CONTESTANTS[name].open(start.clone(), DTYPES[dtype]), start.double()
+    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()
     gamma = log_decay("paper", H, device=device, dtype=torch.float64).exp()[:, None, None]
     for t in range(tokens):
-        o, state = CONTESTANTS[name].step(q[t], k[t], v[t], decays, state)
+        o, state = RIVALS[name].step(q[t], k[t], v[t], decays, state)
         gold = gamma * gold + k[t].double()[..., None] * v[t].double()[..., None, :]
         outputs.append(o.double())
         golds.append(K**-0.5 * torch.einsum("bhk,bhkv->bhv", q[t].double(), gold))
@@ -157,70 +165,50 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
 
 
 def interleaved(
-    shape: Shape, B: int, dtype: str, device: torch.device, repeats: int, spread: int
+    shape: Shape, B: int, dtype: str, device: torch.device, repeats: int
 ) -> tuple[dict[str, dict[str, Any]], list[float], dict[str, float]]:
     """What one step of one layer takes.
 
     Returns:
-        of every contestant the seconds, the fraction of the limit, the multiple of its time that reading alone takes;
+        of every rival the seconds, the fraction of the limit, the multiple of its time that reading alone takes;
         the rates of reading; the seconds and the fraction of the limit of reading alone.
     """
     H, K, V = shape
     nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
-    layers, tokens = -(-spread // (4 * B * H * K * V)), slots(K, V) // 2
+    layers, tokens = -(-SPREAD // (4 * B * H * K * V)), slots(K, V) // 2
     q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
     decays = log_decay("paper", H, device=device)
-    states: dict[str, list[Any]] = {}
-    for name, one in CONTESTANTS.items():
-        # written, not zeros: pages that nobody has written are all the same one, and in the cache
-        states[name] = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
     pieces = in_pieces(numbers, nbytes)
     sums = torch.empty(pieces[0].shape[0], device=device)
-    a_step_of_reads = nbytes / (pieces[0].nbytes * len(pieces))
 
-    def steps(step: Callable, layer_states: list[Any]) -> None:
+    def steps(step: Callable, states: list[Any]) -> None:
         for _ in range(tokens):
-            for n, state in enumerate(layer_states):
-                _, layer_states[n] = step(q, k, v, decays, state)
+            for n, state in enumerate(states):
+                _, states[n] = step(q, k, v, decays, state)
 
     def reads() -> None:
         for piece in pieces:
             torch.sum(piece, -1, out=sums)
 
-    times: dict[str, list[float]] = {name: [] for name in (*CONTESTANTS, "alone")}
-    fractions: dict[str, list[float]] = {name: [] for name in times}
-    rates = [machine.read_rate(numbers)]
+    runs: dict[str, Callable[[], None]] = {"alone": reads}
+    for name, one in RIVALS.items():
+        # written, not zeros: pages that nobody has written are all the same one, and in the cache
+        states = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
+        runs[name] = partial(steps, one.step, states)
+    timed, rates = clock.beside_reading(runs, numbers, repeats=repeats)
+    steps_in = dict.fromkeys(runs, float(tokens * layers)) | {"alone": pieces[0].nbytes * len(pieces) / nbytes}
+    seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
-    def note(name: str, seconds: float) -> None:
-        rates.append(machine.read_rate(numbers))
-        times[name].append(seconds)
-        fractions[name].append(nbytes / seconds / statistics.mean(rates[-2:]))
+    def summary(name: str) -> dict[str, float]:
+        fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
+        taken = {"seconds": min(seconds[name]), "median_seconds": statistics.median(seconds[name])}
+        return taken | {"fraction": statistics.median(fractions)}
 
-    for _ in range(repeats + 1):
-        note("alone", machine.clock(device, reads) * a_step_of_reads)
-        for name, one in CONTESTANTS.items():
-            seconds = machine.clock(device, lambda one=one, name=name: steps(one.step, states[name]))  # type: ignore[misc]
-            note(name, seconds / (tokens * layers))
+    def of_reading(name: str) -> float:
+        return statistics.median(read / own for read, own in zip(seconds["alone"], seconds[name], strict=True))
 
-    def told(name: str) -> dict[str, float]:
-        taken = times[name][1:]
-        return {
-            "seconds": min(taken),
-            "median_seconds": statistics.median(taken),
-            "fraction": statistics.median(fractions[name][1:]),
-        }
-
-    results: dict[str, dict[str, Any]] = {
-        name: told(name)
-        | {
-            "of_reading": statistics.median(
-                read / mine for read, mine in zip(times["alone"][1:], times[name][1:], strict=True)
-            ),
-            "repeats": repeats,
-        }
-        for name in CONTESTANTS
-    }
-    return results, rates, told("alone")
+    results = {name: summary(name) | {"of_reading": of_reading(name), "repeats": repeats} for name in RIVALS}
+    return results, rates, summary("alone")
 
 
 def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
@@ -237,7 +225,7 @@ def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
 
 
 def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], errors: dict[str, float]) -> dict[str, Any]:
-    """The row with the machine's rate, the limit, reading alone, and everybody's error at the gate."""
+    """The row with the machine's rate, the limit, reading alone, and the error of each rival at the gate."""
     B, H, K, V = (row[n] for n in "BHKV")
     nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
     for name, result in row["contestants"].items():
@@ -256,7 +244,7 @@ def table(result: dict[str, Any]) -> str:
     heads += ["plain", "torch", "tokens/s of a layer"]
     lines = []
     for row in result["rows"]:
-        ring, plain, torch_ = (row["contestants"][name] for name in CONTESTANTS)
+        ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
         cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
@@ -294,7 +282,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
                 how = {"color": "0.3", "linestyle": style, "linewidth": 1, "label": f"reading alone, {dtype}"}
                 time.plot(batches, [1e6 * one["seconds"] for one in alone], **how)
                 fraction.plot(batches, [one["fraction"] for one in alone], **how)
-            for n, name in enumerate(CONTESTANTS):
+            for n, name in enumerate(RIVALS):
                 how = {"color": f"C{n}", "marker": "osv"[n], "linestyle": style, "label": f"{name}, {dtype}"}
                 time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
                 fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)

@@ -1,9 +1,9 @@
 """`retentive bench train`: a step of RetNet against a step of its Transformer twin, tokens/s and memory by length.
 
-A step is forward, loss, backward and optimiser, over the same tokens in the same precision. The models take turns.
-Before anything is timed, RetNet's forms must agree on the very model that will be: a speed is never shown for a wrong
-result. Memory is the most that a process of its own holds during a step, weights and optimiser included, beyond what
-it held before the model was made (on a GPU: that the allocator held).
+A step is forward, loss, backward and optimiser, over the same tokens in the same precision; the models are interleaved.
+The correctness gate: RetNet's forms must agree, on the very model that is timed then. Memory is the most that a process
+of its own holds during a step, weights and optimiser included, beyond what it held before the model was made (on a GPU:
+that the allocator held).
 
     python -m retentive.bench.training '{"name": "retnet", …}'     one line of JSON: the memory of one model
 """
@@ -13,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 
 from retentive import machine
-from retentive.bench.lab import clock, models
+from retentive.bench.lab import clock, models, neighbour
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.models import Model, RetNet, RetNetConfig, cost
@@ -31,6 +31,7 @@ from retentive.train.loop import wrap_blocks
 from retentive.train.optim import adamw
 
 MODELS = ("retnet", "transformer")
+PICTURE = "A training step ({size})"
 
 
 @dataclass(frozen=True)
@@ -74,32 +75,43 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(
-    config: RetNetConfig,
-    *,
-    lengths: Sequence[int],
-    tokens: int,
-    precision: str = "bf16",
-    checkpoint_activations: bool = False,
-    repeats: int = 5,
-    patience: float = 60,
-    device: torch.device | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice, Sized):
+    """Training step: tokens/s and memory of a RetNet and of its Transformer twin, by length."""
+
+    lengths: tuple[int, ...] = (2048, 8192)
+    """Sequence lengths."""
+    tokens: int = 8192
+    """Tokens a step, one row at least."""
+    precision: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass, for models and lengths that memory has no room for otherwise."""
+    repeats: int = 5
+    """Steps timed of each, in turns; the best counts."""
+    patience: float = 60
+    """Seconds; of what takes longer one step must do."""
+    neighbour: bool = False
+    """Also time the RetNet, at the first length, beside one other busy process."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length: of both models tokens/s, the fraction of the GEMM rate that their FLOPs are, and memory.
 
     Raises:
-        ValueError: an unknown precision, a number below 1.
+        ValueError: an unknown size, device or precision, a number below 1.
         ArithmeticError: the gate is red; nothing was timed.
     """
-    device = device or torch.device("cpu")
-    known([precision], models.PRECISIONS, "precision")
-    for what, values in (("lengths", lengths), ("tokens", [tokens]), ("repeats", [repeats])):
+    config, device = options.config, options.torch_device
+    known([options.precision], models.PRECISIONS, "precision")
+    for what, values in (("lengths", options.lengths), ("tokens", [options.tokens]), ("repeats", [options.repeats])):
         at_least_one(what, values)
+    how = (options.tokens, options.precision, options.checkpoint_activations, str(device))
+    steps = [Step(config, length, *how) for length in options.lengths]
     rows = []
-    for length in lengths:
-        step = Step(config, length, tokens, precision, checkpoint_activations, str(device))
-        row: dict[str, Any] = {"length": length, "batch": step.batch, **interleaved(step, repeats, patience)}
+    for step in steps:
+        row: dict[str, Any] = {"length": step.length, "batch": step.batch}
+        row |= interleaved(step, options.repeats, options.patience)
         gc.collect()
         machine.free_memory(device)  # gives back what the next processes need
         row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
@@ -107,15 +119,21 @@ def measure(
             row[name] |= memory(name, step)
         rows.append(row)
         told = ", ".join(f"{name} {duration(row[name]['seconds'])}" for name in MODELS)
-        say(f"{step.batch} x {length:,} tokens: {told}")
-    return {
+        say(f"{step.batch} x {step.length:,} tokens: {told}")
+    result = {
+        "size": options.size,
+        "vocab_size": options.vocab_size,
         "what": "training step",
-        "precision": precision,
-        "checkpoint_activations": checkpoint_activations,
+        "precision": options.precision,
+        "checkpoint_activations": options.checkpoint_activations,
         "device": str(device),
         "hardware": machine.describe(),
         "rows": rows,
     }
+    if options.neighbour:
+        kept = neighbour.speed_kept(Trainer("retnet", steps[0]).run, device, repeats=options.repeats)
+        result["neighbour"] = {"length": steps[0].length, "batch": steps[0].batch, **kept}
+    return result
 
 
 def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
@@ -144,7 +162,7 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
 
 
 def memory(name: str, step: Step) -> dict[str, Any]:
-    """{"peak_bytes": …} of a step in a process of its own; {} where it did not get through."""
+    """{"peak_bytes": …} of a step in a process of its own; {} where that failed, as for want of memory."""
     command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
     done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
@@ -161,7 +179,11 @@ def table(result: dict[str, Any]) -> str:
         cells.append(f"{row['ratio']:.2f}")
         cells += [size(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in MODELS]
         lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in MODELS)])
-    return markdown(heads, lines)
+    if "neighbour" not in result:
+        return markdown(heads, lines)
+    beside = result["neighbour"]
+    of = f"a training step of RetNet ({beside['batch']} x {beside['length']:,} tokens)"
+    return f"{markdown(heads, lines)}\n\n{neighbour.note(beside, of)}"
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:

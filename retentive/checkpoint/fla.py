@@ -68,8 +68,8 @@ def _ratio(width: int, dim: int) -> float:
 
 def write_config(config: RetNetConfig) -> dict:
     """Its fields for a config of ours that its architecture can express."""
-    require(config, "fla", decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True)
-    require(config, "fla", embed_scale=False, embed_norm=False, final_norm=True, activation="swish")
+    shared = dict(decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True, activation="swish")
+    require(config, "fla", **shared, embed_scale=False, embed_norm=False, final_norm=True)
     return {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",

@@ -20,20 +20,24 @@ from retentive.models import Config, HybridConfig, Model, PeerConfig, RetNetConf
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PADDING = 1024
+"""Rows that an embedding may have beyond its tokenizer's tokens: vocabularies are rounded up to such multiples."""
 
 
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Model, Tokenizer | None]:
-    """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or a hub's name.
+    """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or from the hub.
 
     Args:
-        path: a run directory or model folder; or `owner/name` of a Hugging Face repository, which is downloaded.
+        path: a run directory or model folder; or `hf:owner/name`, a Hugging Face repository, which is downloaded.
         dtype: of the weights; as stored if not given.
 
     Raises:
         FileNotFoundError: no such folder, or it holds no model.
-        ValueError: a layout that is not known, tensors that do not fit the config, or a truncated file.
+        ValueError: a layout that is not known, tensors that do not fit the config or are no floating numbers, matrices
+            of several dtypes (where none is asked for), or a truncated file.
     """
     folder = find(path)
     device = pick_device(device) if isinstance(device, str) else device
@@ -44,6 +48,7 @@ def load(
     with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):  # a peer has buffers of its own
         model = build(config)
     _check_fit(tensors, dict(model.named_parameters()), folder)
+    _check_dtypes(tensors, dtype, folder)
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, strict=False, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
@@ -61,37 +66,45 @@ def load_with_tokenizer(
     """(model, tokenizer) for text: the model's own tokenizer, or the one named (bytes, or a file).
 
     Raises:
-        FileNotFoundError, ValueError: as `load`; or no tokenizer, or one with more tokens than the model.
+        FileNotFoundError, ValueError: as `load`; or no tokenizer, or one that is not the model's by its size.
     """
     model, found = load(path, device=device, dtype=dtype)
     if tokenizer:
         found = load_tokenizer(tokenizer)
     if found is None:
         raise ValueError(f"{path} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
-    if found.vocab_size > model.config.vocab_size:
-        have, need = found.vocab_size, model.config.vocab_size
-        raise ValueError(f"the tokenizer has {have} tokens, the model {need}: they do not belong together")
+    have, need = found.vocab_size, model.config.vocab_size
+    if not have <= need < have + PADDING:
+        raise ValueError(f"the tokenizer has {have:,} tokens, the model {need:,}: they do not belong together")
     return model, found
 
 
 def find(path: str | Path) -> Path:
-    """The local folder of a model; a name of the form owner/name that is no folder here is fetched from the hub."""
-    folder = Path(path)
+    """The local folder of a model, for `hf:owner/name` after a download from the Hugging Face hub.
+
+    Without `hf:` nothing is downloaded: a slip in a path would fetch a stranger's model.
+    """
+    name, folder = str(path), Path(path)
+    if name.startswith("hf:"):
+        return _download(name.removeprefix("hf:"))
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ValueError(f"{path} is a file; expected a model folder with config.json and model.safetensors")
-    parts = str(path).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
-        raise FileNotFoundError(f"no model folder at {path}")
+    hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
+    raise FileNotFoundError(f"no model folder at {path}{hint}")
+
+
+def _download(name: str) -> Path:
+    """The folder in the hub's own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"no folder {path} here, and the hub does not give {path}: {reason}") from None
+        raise FileNotFoundError(f"the Hugging Face hub does not give {name!r}: {reason}") from None
 
 
 def load_config(folder: Path) -> tuple[Config, str]:
@@ -101,7 +114,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
         raise FileNotFoundError(f"{folder} holds no config.json: expected a run directory or a model folder")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): the folder is damaged or not a model") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is not a model's config: expected a JSON object, got {type(raw).__name__}")
@@ -113,6 +126,8 @@ def load_config(folder: Path) -> tuple[Config, str]:
                 return layout.read_config(raw), name
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a model of this version: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
 
@@ -160,6 +175,19 @@ def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder
         n = wrong[0]
         got, expected = list(tensors[n].shape), list(parameters[n].shape)
         raise ValueError(f"weights in {folder} do not fit its config: {n} is {got}, expected {expected}")
+
+
+def _check_dtypes(tensors: dict[str, Tensor], asked: torch.dtype | None, folder: Path) -> None:
+    odd = next((name for name, x in tensors.items() if x.dtype not in DTYPES), None)
+    if odd:
+        raise ValueError(
+            f"weights in {folder}: {odd} is {tensors[odd].dtype}, expected floating numbers of 16 to 64 bits"
+        )
+    # gains of norms may be wider than the matrices, as mixed precision has it
+    matrices = {x.dtype: name for name, x in tensors.items() if x.ndim > 1}
+    if asked is None and len(matrices) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in matrices.items())
+        raise ValueError(f"weights in {folder} are of several dtypes ({found}): name one, with dtype= or --dtype")
 
 
 def save_model(

@@ -31,14 +31,24 @@ def flip(table: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def refuse(config: dict, project: str, **allowed) -> None:
-    """ValueError for the first field of a foreign config whose value is not what we can compute."""
-    for name, value in allowed.items():
-        if config.get(name, value) not in (value, None):
-            raise ValueError(f"{project} config has {name}={config[name]!r}, which is not supported (only {value!r})")
+    """Looks whether fields of a foreign config have the value that we can compute, or None.
+
+    Raises:
+        ValueError: with all that have not.
+    """
+    other = {name: value for name, value in allowed.items() if config.get(name, value) not in (value, None)}
+    if other:
+        found = ", ".join(f"{name}={config[name]!r} (supported: {value!r})" for name, value in other.items())
+        raise ValueError(f"{project} config has {found}")
 
 
 def require(config, project: str, **needed) -> None:
-    """ValueError for the first field of our config that the other project's architecture does not have."""
-    for name, value in needed.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{project} needs {name}={value!r}, but this model has {getattr(config, name)!r}")
+    """Looks whether the fields of a config of ours have the one value that the other project's architecture has.
+
+    Raises:
+        ValueError: with all that have not, so that a model is not trained anew for each.
+    """
+    other = {name: value for name, value in needed.items() if getattr(config, name) != value}
+    if other:
+        found = ", ".join(f"{name}={value!r} (this model: {getattr(config, name)!r})" for name, value in other.items())
+        raise ValueError(f"{project} needs {found}")

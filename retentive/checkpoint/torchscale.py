@@ -57,9 +57,9 @@ def read_config(config: dict) -> RetNetConfig:
 
 def write_config(config: RetNetConfig) -> dict:
     """Its fields for a config of ours that its architecture can express."""
-    require(config, "torchscale", decay="paper", rotary="interleaved", score_norm=True, head_norm=True)
-    require(config, "torchscale", head_norm_affine=False, gate=True, ffn_gate=True, kv_heads=config.heads)
-    require(config, "torchscale", key_dim=config.dim)
+    widths = dict(kv_heads=config.heads, key_dim=config.dim)
+    norms = dict(score_norm=True, head_norm=True, head_norm_affine=False)
+    require(config, "torchscale", decay="paper", rotary="interleaved", **norms, gate=True, ffn_gate=True, **widths)
     return {
         "vocab_size": config.vocab_size,
         "decoder_embed_dim": config.dim,

@@ -1,10 +1,12 @@
 """`retentive VERB …`: one table of verbs, each in a module of its own that is imported when it is called."""
 
 import importlib
+import io
 import os
 import sys
 
 from retentive import __version__
+from retentive.threads import bound_spinning
 
 VERBS = {
     "demo": ("retentive.cli.demo", "train a RetNet on this machine's Python library and see what it can do"),
@@ -26,6 +28,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one verb. Bad input ends in one line on stderr and exit code 2 (RETENTIVE_DEBUG=1: in a traceback)."""
     argv = sys.argv[1:] if argv is None else argv
+    mend_streams()
     try:
         run(argv)
         sys.stdout.flush()
@@ -41,6 +44,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)  # what argument parsers use for bad input
 
 
+def mend_streams() -> None:
+    """Closed standard streams (`<&-`, `>&-`) become the null device; what a locale cannot write becomes "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run(argv: list[str]) -> None:
     """Print the usage or the version, or call the verb's own main."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -48,7 +61,8 @@ def run(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
     elif argv[0] in VERBS:
-        from retentive import machine  # imports torch: not for --help
+        bound_spinning()
+        from retentive import machine  # imports torch, so not for --help, and after the spin is bounded
 
         machine.keep_freed_memory()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])

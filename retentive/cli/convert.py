@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,9 +15,9 @@ from retentive.files import replace_folder
 class ConvertCommand:
     """Read a model in any known layout (ours, torchscale's, fla's; recognised by itself) and write it in another."""
 
-    source: tyro.conf.Positional[str]
-    """Run directory or model folder, or owner/name on the hub."""
-    out: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory or model folder, or hf:owner/name on the hub."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla"] = "retentive"
     """Layout of the new folder. Its architecture must be able to express the model."""

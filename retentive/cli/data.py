@@ -1,137 +1,49 @@
-"""`retentive data`: a source of text becomes a packed folder that `retentive train` reads."""
+"""`retentive data`: sources of text become a packed folder that `retentive train` reads."""
 
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-from retentive.data.pack import Meta, check_free, pack, pieces, split_documents
-from retentive.data.sources import COMPRESSED, Document, documents, source_files
-from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-
-SAMPLE = 64_000_000
-"""Characters that a new tokenizer is learnt from, at most: more of them hardly changes it."""
+from retentive.data.pack import Meta
+from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataCommand:
     """Turn text into a folder of training data: learn or load a tokenizer, encode, hold some text out."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A file or folder (.txt .md .py .rst .html .jsonl .parquet, also compressed), or hf:NAME[:SPLIT]."""
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCES")]
+    """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), or hf:NAME[:SPLIT]."""
     out: Path
     """The folder to write."""
-    tokenizer: str = "train"
-    """"train" learns a byte-level BPE; or "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is learnt."""
-    valid: str | None = None
-    """A source of its own for the held-out text, instead of a part of the first."""
-    valid_fraction: float = 0.05
-    """The part of the documents that is held out; it waits in memory while the rest is written."""
-    on_bad_text: Literal["refuse", "skip"] = "refuse"
-    """What to do with documents that are not UTF-8."""
-    field: str = "text"
-    """The field or column that holds the text, in .jsonl, .parquet and hf: sources."""
-    seed: int = 0
-    """Chooses which documents are held out."""
-    overwrite: bool = False
-    """Replace an earlier packed folder."""
-
-
-def prepare(config: DataConfig) -> Path:
-    """Packs what `config` asks for, reports on the terminal, and returns the folder."""
-    check_free(config.out, overwrite=config.overwrite)
-    console = Console()
-    with _progress(console) as progress:
-        tokenizer, origin = _tokenizer(config, progress)
-        task = progress.add_task("packing", total=_source_bytes(config))
-        train, valid = _splits(config)
-        meta = pack(
-            config.out,
-            tokenizer,
-            train,
-            valid,
-            overwrite=config.overwrite,
-            progress=lambda size: progress.advance(task, size),
-        )
-    _summary(console, config, meta, origin)
-    return config.out
+    config: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
 def main(argv: list[str]) -> None:
     """`retentive data ARGV`."""
-    prepare(tyro.cli(DataConfig, prog="retentive data", description=DataConfig.__doc__, args=argv))
+    command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv)
+    console = Console()
+
+    def say(remark: str) -> None:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+
+    with _shown(console) as progress:
+        meta = prepare(command.sources, command.out, progress=progress, say=say, **vars(command.config))
+    _summary(console, command, meta)
 
 
-def _splits(config: DataConfig) -> tuple[Iterator[Document], Iterator[Document]]:
-    def read(source: str) -> Iterator[Document]:
-        return documents(source, on_bad_text=config.on_bad_text, field=config.field)
-
-    if config.valid is not None:
-        return read(config.source), read(config.valid)
-    return split_documents(read(config.source), config.valid_fraction, config.seed)
-
-
-def _tokenizer(config: DataConfig, progress: Progress) -> tuple[Tokenizer, str]:
-    if config.tokenizer != "train":
-        return load_tokenizer(config.tokenizer), config.tokenizer
-    task = progress.add_task("reading a sample", total=_source_bytes(config))
-    train, _ = _splits(config)  # held-out text stays unseen
-    sample = _sample(train, lambda size: progress.advance(task, size), all_of_it=not config.source.startswith("hf:"))
-    progress.update(task, description="learning a tokenizer", total=None)
-    tokenizer = train_bpe(sample, config.vocab_size)
-    progress.remove_task(task)
-    return tokenizer, f"learnt from {sum(map(len, sample)) / 1e6:.1f} M characters"
-
-
-def _sample(train: Iterator[Document], progress: Callable[[int], None], all_of_it: bool) -> list[str]:
-    """Pieces from all over the text, or its beginning where reading it all would mean to download it."""
-    sample: list[str] = []
-    size = seen = 0
-    stride = 1
-    for document in train:
-        for piece in pieces(document.text):
-            progress(len(piece))
-            if seen % stride == 0:
-                sample.append(piece)
-                size += len(piece)
-            seen += 1
-            if size > SAMPLE and not all_of_it:
-                return sample
-            while size > SAMPLE and len(sample) > 1:  # keep every other piece, now and from here on
-                sample, stride = sample[::2], stride * 2
-                size = sum(map(len, sample))
-    return sample
-
-
-def _source_bytes(config: DataConfig) -> int | None:
-    """The size of what will be read, where the files tell."""
-    size = 0
-    for source in filter(None, (config.source, config.valid)):
-        if source.startswith("hf:"):
-            return None
-        for path in source_files(source).values():
-            if path.suffix.lower() in (*COMPRESSED, ".parquet"):
-                return None
-            size += path.stat().st_size
-    return size
-
-
-def _progress(console: Console) -> Progress:
+@contextmanager
+def _shown(console: Console) -> Iterator[Progress]:
+    """A function that draws how far it is, on a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,26 +51,40 @@ def _progress(console: Console) -> Progress:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage != bar.tasks[0].description:
+                bar.reset(task, description=stage, total=total)
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
-def _summary(console: Console, config: DataConfig, meta: Meta, origin: str) -> None:
+def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("split", "documents", "tokens", "MB of text", "bytes/token", "shards"):
+    for heading in ("split", "documents", "tokens", "text", "bytes/token", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in meta.splits.items():
         ratio = f"{split.bytes / split.tokens:.2f}" if split.tokens else "-"
-        numbers = (
-            f"{split.documents:,}",
-            f"{split.tokens:,}",
-            f"{split.bytes / 1e6:,.2f}",
-            ratio,
-            f"{len(split.shards)}",
-        )
-        table.add_row(name, *numbers)
-    size = sum(file.stat().st_size for file in config.out.iterdir())
-    console.print(f"{config.out}  {size / 1e6:,.1f} MB", style="bold", markup=False, highlight=False)
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", _size(split.bytes), ratio, f"{len(split.shards)}")
+        table.add_row(name, *counts)
+    origin = command.config.tokenizer
+    if origin == "train":
+        text = meta.splits["train"].bytes
+        origin = f"learnt from {_size(text) if text <= SAMPLE else f'a sample of {_size(text)}'}"
+    packed = sum(file.stat().st_size for file in command.out.iterdir())
+    console.print(f"{command.out}  {_size(packed)}", style="bold", markup=False, highlight=False)
     console.print(f"tokenizer: {meta.vocab_size:,} tokens, {origin}", markup=False, highlight=False)
     console.print(table)
-    todo = f"next: retentive train --data {shlex.quote(str(config.out))} --size 5m --out runs/mine"
+    todo = f"next: retentive train --data {shlex.quote(str(command.out))} --size 5m --out runs/mine"
     console.print(todo, markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    """Bytes to three digits, in the unit that they fit."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.{max(0, 3 - len(str(int(count / size))))}f} {unit}"
+    return f"{count} bytes"

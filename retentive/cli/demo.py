@@ -5,11 +5,10 @@ yardsticks, the three forms of the trained model agreeing, what the model writes
 Transformer's.
 """
 
-import shutil
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,19 +16,18 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-import retentive
 from retentive.bench import memory
-from retentive.cli import train as training
-from retentive.data.loader import Batches, held_out
-from retentive.data.pack import load_meta, pack
+from retentive.checkpoint import load_with_tokenizer
+from retentive.data.pack import check_free, pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
-from retentive.data.tokenizer import Tokenizer, train_bpe
+from retentive.data.tokenizer import train_bpe
 from retentive.files import write_json
-from retentive.machine import pick_device
 from retentive.models import RetNet, build, preset, twin
+from retentive.ops import using
 from retentive.studies import training_run
-from retentive.train import TrainConfig
-from retentive.train.loop import accumulate_gradients, pick_precision
+from retentive.train import TrainConfig, TrainRun
+from retentive.train.run import sample_text
 
 # Held out whole, with their tests: packages and modules that most readers know.
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
@@ -69,40 +67,23 @@ def run(command: DemoCommand) -> None:
     """The whole demo, step by step."""
     console, began = Console(highlight=False), time.monotonic()
     data = command.out.with_name(command.out.name + "-data")
-    if (command.out / "train.json").exists() or data.exists():
-        if not command.overwrite:
-            raise FileExistsError(
-                f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out"
-            )
-        for folder in (command.out, data):
-            shutil.rmtree(folder, ignore_errors=True)
-
+    check(command, data)
     console.rule("1. Text: the Python standard library")
-    prepare(console, data, command.vocab_size)
+    prepare(console, data, command)
     console.rule("2. Training")
-    batch, length = 4, 512  # many small steps: at so few tokens they learn more than half as many of twice the size
-    steps = steps_for(command, data, batch, length)
-    console.print(f"{steps} steps of {batch} x {length} tokens fit {command.minutes:g} minutes on this machine.")
-    options = TrainConfig(
-        steps=steps,
-        lr=3e-3,
-        warmup=min(50, steps // 10 + 1),
-        eval_every=max(steps // 4, 1),
-        save_every=max(steps // 2, 1),
-        sample_every=max(steps // 4, 1),
-        sample_prompt="def ",
-    )
-    training.run(
-        training.TrainCommand(data=data, out=command.out, size=command.size, batch=batch, length=length, train=options)
-    )
-    model, tokenizer = retentive.load(command.out)
+    made = planned(command, data)
+    tokens = f"{made.batch} x {made.length} tokens"
+    console.print(f"{made.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
+    made.run()
+    model, tokenizer = load_with_tokenizer(command.out)
+    assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
-    yardsticks(console, tokenizer, data, command.out)
+    yardsticks(console, data, command.out)
     console.rule("4. One model, three forms")
     forms(console, model, data)
     console.rule("5. What it writes")
     for prompt in ("def ", "class ", '"""Return '):
-        console.print(training.sample_text(model, tokenizer, prompt, tokens=90), markup=False)
+        console.print(sample_text(model, tokenizer, prompt, tokens=90), markup=False)
         console.print("[dim]" + "·" * 40 + "[/dim]")
     console.rule("6. What its memory costs")
     costs(console, model, command.out)
@@ -115,6 +96,18 @@ def run(command: DemoCommand) -> None:
         f"  retentive --help                                     all there is",
         markup=False,
     )
+
+
+def check(command: DemoCommand, data: Path) -> None:
+    """Raises what is wrong with the options, before the first second of work."""
+    if not command.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {command.minutes:g}")
+    if command.vocab_size < 257:
+        raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
+    preset(command.size, vocab_size=command.vocab_size)
+    if not command.overwrite and ((command.out / "train.json").exists() or data.exists()):
+        raise FileExistsError(f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out")
+    check_free(data, overwrite=command.overwrite)
 
 
 def library() -> Iterator[tuple[Document, bool]]:
@@ -134,13 +127,13 @@ def library() -> Iterator[tuple[Document, bool]]:
             continue
 
 
-def prepare(console: Console, data: Path, vocab_size: int) -> None:
+def prepare(console: Console, data: Path, command: DemoCommand) -> None:
     """Train a tokenizer on the training modules and pack both splits."""
     documents = list(library())
     train = [d for d, held in documents if not held]
     valid = [d for d, held in documents if held]
-    tokenizer = train_bpe((d.text for d in train[::2]), vocab_size)
-    meta = pack(data, tokenizer, train, valid)
+    tokenizer = train_bpe((d.text for d in train[::2]), command.vocab_size)
+    meta = pack(data, tokenizer, train, valid, overwrite=command.overwrite)
     for name, split in meta.splits.items():
         console.print(
             f"{name}: {split.documents:,} modules, {split.bytes / 1e6:.1f} MB, {split.tokens / 1e6:.2f} M tokens "
@@ -149,24 +142,28 @@ def prepare(console: Console, data: Path, vocab_size: int) -> None:
     console.print(f"held out, with their tests: {', '.join(HELD_OUT)}")
 
 
-def steps_for(command: DemoCommand, data: Path, batch: int, length: int) -> int:
-    """Training steps for the minutes given, from the time of three steps on this machine."""
-    device = pick_device("auto")
-    config = TrainConfig(precision=pick_precision("auto", device))
-    batches = Batches(data, batch=batch, length=length)
-    model = build(preset(command.size, vocab_size=load_meta(data).vocab_size)).to(device)
-    times = []
-    for step in range(4):
-        began = time.perf_counter()
-        accumulate_gradients(model, batches, step, None, config, device)
-        times.append(time.perf_counter() - began)
-    overhead = 1.12  # optimiser, evaluations, samples
-    return max(20, min(5000, int(command.minutes * 60 / (overhead * sorted(times)[1]))))
+def planned(command: DemoCommand, data: Path) -> TrainRun:
+    """The run that takes the minutes given, by the time of a few steps on this machine."""
+    # many small steps: at so few tokens they learn more than half as many of twice the size
+    first = TrainRun(data, command.out, size=command.size, batch=4, length=512, overwrite=command.overwrite)
+    overhead = 1.12  # evaluations, samples, checkpoints
+    steps = max(20, min(5000, int(command.minutes * 60 / (overhead * first.seconds_per_step()))))
+    often = max(steps // 4, 1)
+    options = TrainConfig(
+        steps=steps,
+        lr=3e-3,
+        warmup=min(50, steps // 10 + 1),
+        eval_every=often,
+        save_every=max(steps // 2, 1),
+        sample_every=often,
+        sample_prompt="def ",
+    )
+    return replace(first, train=options)
 
 
-def yardsticks(console: Console, tokenizer: Tokenizer, data: Path, out: Path) -> None:
+def yardsticks(console: Console, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
-    result = training_run.report(out, data, tokenizer)
+    result = training_run.report(out, Packed(data))
     figures = {name: result["yardsticks"][name] for name in ("order-0 entropy", "xz -9")}
     figures["this model"] = result["final"][1]
     for name, value in figures.items():
@@ -177,11 +174,16 @@ def yardsticks(console: Console, tokenizer: Tokenizer, data: Path, out: Path) ->
 @torch.inference_mode()
 def forms(console: Console, model: RetNet, data: Path) -> None:
     """Logits of the trained model on held-out text in all forms, and handed over between them, against float64."""
-    ids = next(iter(held_out(data, length=1024))).ids
-    exact, _ = model.double()(ids, form="recurrent")
+    ids = next(Packed(data).held_out(length=1024)).ids
+    with using(form="recurrent"):
+        exact, _ = model.double()(ids)
     model.float()
-    results = {form: model(ids, form=form)[0] for form in ("parallel", "recurrent", "chunkwise")}
-    first, state = model(ids[:, :777], form="parallel")
+    results = {}
+    for form in ("parallel", "recurrent", "chunkwise"):
+        with using(form=form):
+            results[form], _ = model(ids)
+    with using(form="parallel"):
+        first, state = model(ids[:, :777])
     rest = []
     for t in range(777, ids.shape[1]):
         logits, state = model(ids[:, t : t + 1], state)
@@ -194,11 +196,11 @@ def forms(console: Console, model: RetNet, data: Path) -> None:
 
 def costs(console: Console, model: RetNet, out: Path) -> None:
     """State against KV cache: table, JSON and picture in the run directory."""
-    rows = memory.measure({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
-    console.print(Markdown(memory.table(rows)))
-    write_json(out / "memory.json", memory.report(rows))
+    result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
+    console.print(Markdown(memory.table(result)))
+    write_json(out / "memory.json", result)
     try:
-        memory.plot(rows, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
+        memory.plot(result, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
         console.print(f"the picture: {out / 'memory.png'}")
     except ModuleNotFoundError as missing:
         console.print(str(missing), markup=False)

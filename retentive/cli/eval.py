@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from retentive import machine
 from retentive.cli.loading import Loading
+from retentive.evals.answers import Say
 from retentive.evals.contexts import LAST
-from retentive.evals.contexts import evaluate as by_context
-from retentive.evals.run import WINDOW, Say, evaluate, table
+from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import write_json, write_text
 from retentive.models import MODELS, cost
@@ -58,38 +58,12 @@ def main(argv: list[str]) -> None:
 
 def run(command: EvalCommand, typed: str) -> None:
     """Print the table, and keep what was asked for."""
-    names = [name.strip() for name in command.tasks.split(",") if name.strip()]
     model, tokenizer = command.load()
-    how: dict[str, Any]
-    if command.lm_eval:
-        from retentive.evals.harness import run_tasks
-
-        if command.max_length is not None or command.contexts:
-            raise ValueError("--max-length and --contexts are for our own scorer: leave them out with --lm-eval")
-        how = {"shots": command.shots, "limit": command.limit, "window": command.window}
-        rows, records = run_tasks(model, tokenizer, names, command.data, **how)
-    elif command.contexts:
-        if command.shots or command.max_length is not None or command.window is not None:
-            raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
-        with progress() as say:
-            how = {"last": command.last, "limit": command.limit, "say": say}
-            rows, records = by_context(model, tokenizer, names, command.data, command.contexts, **how)
-    else:
-        if command.data is None:
-            raise ValueError(f"--data is needed: the folder of {', '.join(names) or 'the tasks'} (NAME.jsonl each)")
-        with progress() as say:
-            rows, records = evaluate(
-                model,
-                tokenizer,
-                names,
-                command.data,
-                shots=command.shots,
-                limit=command.limit,
-                max_length=command.max_length,
-                window=WINDOW if command.window is None else command.window,
-                say=say,
-            )
-    print(table(rows))
+    names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
+    options = {name: getattr(command, name) for name in names}
+    with progress() as say:
+        found = evaluate(model, command.tasks, command.data, tokenizer=tokenizer, **options, say=say)
+    print(found)
     if command.json:
         scorer = f"lm-eval {version('lm-eval')}" if command.lm_eval else f"retentive, prompts of lm-eval {PROMPTS}"
         described = {
@@ -98,13 +72,13 @@ def run(command: EvalCommand, typed: str) -> None:
             "model": MODELS[type(model.config)].__name__,
             "parameters": cost.parameters(model.config),
             "device": command.device,
-            "dtype": str(model.head.weight.dtype),
+            "dtype": str(model.dtype),
         }
         command.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(command.json, {"command": typed, **described, "hardware": machine.describe(), "results": rows})
+        write_json(command.json, {"command": typed, **described, "hardware": machine.describe(), "results": found.rows})
     if command.examples:
         command.examples.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found.records)
         write_text(command.examples, lines)
 
 

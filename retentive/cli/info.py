@@ -1,7 +1,9 @@
 """`retentive info`: what a model is made of, and what it costs."""
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import box
@@ -10,16 +12,19 @@ from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
 from retentive.models import MODELS, PRESETS, Config, HybridConfig, PeerConfig, RetNetConfig, cost, preset, twin
+from retentive.ops import backends
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
+WIDE = 1000
+"""Columns where there is no terminal: nothing is cut or wrapped in a pipe."""
 
 
 @dataclass(frozen=True)
 class InfoCommand:
     """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
 
-    run: tyro.conf.Positional[str] = ""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Run directory or model folder, or a size such as 5m or paper-1.3b."""
     sizes: bool = False
     """List the named sizes."""
@@ -29,7 +34,7 @@ class InfoCommand:
 
 def main(argv: list[str]) -> None:
     command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     with console.capture() as shown:
         show(console, command)
     print(shown.get(), end="")
@@ -48,6 +53,8 @@ def show(console: Console, command: InfoCommand) -> None:
         config, layout = load_config(folder)
         describe(console, config, f"{command.run} ({layout} layout)")
         progress(console, folder)
+    if not command.sizes:
+        console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
 
 
 def describe(console: Console, config: Config, title: str) -> None:
@@ -99,7 +106,8 @@ def progress(console: Console, folder: Path) -> None:
 
 def sizes(vocab_size: int) -> Table:
     """The named sizes with what they cost."""
-    table = Table(title=f"sizes, with a vocabulary of {vocab_size:,}", title_justify="left", box=box.SIMPLE)
+    title = f"sizes, with a vocabulary of {vocab_size:,}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))  # 80 columns hold it
     for name in ("size", "dim", "layers", "heads", "K x V", "parameters", "state"):
         table.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
     for name in PRESETS:

@@ -1,7 +1,9 @@
-"""Which model a command is for, and how it is loaded: the options that all such commands share."""
+"""What commands for a model share: which model, how it is loaded, its prompt and the text that it writes."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -15,8 +17,8 @@ from retentive.models import Model
 class Loading:
     """Which model, and how."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory or model folder (ours, torchscale's or fla's), or owner/name on the hub."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory or model folder (ours, torchscale's or fla's), or hf:owner/name on the hub."""
     tokenizer: str | None = None
     """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
     device: str = "cpu"
@@ -32,3 +34,27 @@ class Loading:
     def load(self) -> tuple[Model, Tokenizer]:
         """The model and a tokenizer that fits it; errors as `load_with_tokenizer`."""
         return load_with_tokenizer(self.run, self.tokenizer, device=self.device, dtype=self.torch_dtype)
+
+
+def prompt_text(prompt: str) -> str:
+    """The prompt, or standard input where it is "-".
+
+    Raises:
+        ValueError: bytes that are no UTF-8 text.
+    """
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # in some locales Python lets through what is no text, as lone surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        where = "standard input" if prompt == "-" else "the prompt"
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
+    return text
+
+
+def type_out(prompt: str, pieces: Iterator[str]) -> None:
+    """Print a prompt and what comes after it, as it comes."""
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

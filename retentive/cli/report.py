@@ -23,6 +23,10 @@ def main(argv: list[str]) -> None:
     from retentive.report import build
 
     command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
+    if command.out.is_dir():
+        raise IsADirectoryError(
+            f"{command.out} is a folder: name the file of the page, as -o {command.out}/report.html"
+        )
     page = build(command.results)
     command.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(command.out, page)

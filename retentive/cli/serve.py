@@ -1,7 +1,6 @@
 """`retentive serve`: a model behind OpenAI's HTTP API, with a page to talk with it."""
 
-import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
@@ -28,14 +27,13 @@ def main(argv: list[str]) -> None:
 def run(command: ServeCommand) -> None:
     """Serve until a signal."""
     try:
-        from retentive.serve.run import serve
+        from retentive.serve.server import serve
         from retentive.serve.service import open_service
     except ModuleNotFoundError as error:
         raise ImportError(f"the server needs {error.name}: pip install 'retentive[serve]'") from None
     if not 0 <= command.port < 65536:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
-    keys = tuple(k.strip() for k in os.environ.get("RETENTIVE_API_KEY", "").split(",") if k.strip())
-    options = replace(command.options, api_key=(*command.options.api_key, *keys))
+    options = command.options.with_keys_of()
     service = open_service(
         command.run, options, tokenizer=command.tokenizer, device=command.device, dtype=command.torch_dtype
     )

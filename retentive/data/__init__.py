@@ -1,9 +1,12 @@
-"""Text in, batches of token ids out. `command` is `retentive data`; the rest is
+"""Text in, batches of token ids out: `prepare` makes the folder, `loader` reads it.
 
+    prepare    sources of text -> a packed folder, in one call: what `retentive data` does
+    sources    files, folders, Hugging Face data sets -> named documents
+    formats    what is in a file: text, HTML (by `html`), JSON, tables, parquet, compressed or not
     tokenizer  text <-> ids: bytes, any tokenizer.json, a tiktoken file; trains a byte-level BPE
-    sources    files, folders, compressed or not, parquet, Hugging Face data sets -> named documents
     pack       documents -> a folder of memory-mappable token shards that carries its tokenizer
-    loader     that folder -> batches, each a pure function of (seed, step); the only file to need torch
+    loader     that folder -> batches, each a pure function of (seed, step)
+    templates  a conversation -> the text that a model reads
 
 Nothing is imported here: each part costs only what it needs (`from retentive.data.pack import load_meta`).
 """

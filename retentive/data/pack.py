@@ -15,10 +15,9 @@ import hashlib
 import itertools
 import json
 import re
-import secrets
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +26,7 @@ import numpy as np
 
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
+from retentive.files import only_writer, replace_folder, write_text
 
 FORMAT, VERSION = "retentive-pack", 1
 SPLITS = ("train", "valid")
@@ -78,6 +78,7 @@ class Meta:
 
 
 def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
+    """The path of the .bin or .idx of one shard."""
     return Path(folder) / f"{split}-{number:05d}{suffix}"
 
 
@@ -94,38 +95,56 @@ def pack(
     """The meta of the folder `out`, once written. `train` is read to its end before `valid`, maybe empty.
 
     A shard ends with the document that takes it to `shard_tokens`. `progress` is told the bytes of text done.
-    ValueError where there is nothing to train on, FileExistsError where `out` is taken: see `check_free`.
+
+    Raises:
+        ValueError: there is nothing to train on.
+        FileExistsError: `out` is taken, see `check_free`.
+        BlockingIOError: another process is writing it.
     """
-    out = Path(out)
-    check_free(out, overwrite=overwrite)
+    with only_writer(Path(out)):
+        check_free(out, overwrite=overwrite)
+        return write_packed(out, tokenizer, train, valid, shard_tokens=shard_tokens, progress=progress)
+
+
+def write_packed(
+    out: str | Path,
+    tokenizer: Tokenizer,
+    train: Iterable[Document],
+    valid: Iterable[Document],
+    *,
+    shard_tokens: int = 100_000_000,
+    progress: Callable[[int], None] | None = None,
+) -> Meta:
+    """What `pack` returns, by the same arguments: for who is the `only_writer` of `out` and has found it free."""
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir()
-    try:
+
+    def fill(folder: Path) -> Meta:
         splits = {}
         for name, documents in zip(SPLITS, (train, valid), strict=True):
-            splits[name] = _write_split(partial, name, documents, tokenizer, dtype, shard_tokens, progress)
+            splits[name] = _write_split(folder, name, documents, tokenizer, dtype, shard_tokens, progress)
             if not splits["train"].tokens:
                 raise ValueError("no training text: every document was empty or held out for validation")
         meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
-        tokenizer.save(partial)
-        form = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
-        with open(partial / "meta.json", "wb") as file:
-            _write(file, json.dumps(form, indent=1).encode())
-        _move(partial, out)
+        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
+        with _nothing_kept():
+            tokenizer.save(folder)
+            write_text(folder / "meta.json", json.dumps(content, indent=1))
         return meta
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    return replace_folder(Path(out), fill)
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> None:
     """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) an earlier pack and no more."""
     out = Path(out)
-    if not out.exists():
+    try:
+        out.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # in a folder that may not be entered
+        raise type(error)(f"cannot write {out}: {str(error.strerror).lower()}") from None
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a new folder for the packed data")
     others = sorted(entry.name for entry in out.iterdir() if not _OURS.fullmatch(entry.name))
@@ -145,18 +164,18 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
         what = "holds no meta.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}: expected a folder that `retentive data` wrote")
     try:
-        form = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except ValueError:
         raise ValueError(f"{file} is not JSON: the folder is damaged, pack the data again") from None
-    if not isinstance(form, dict) or form.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is of another program: expected a folder that `retentive data` wrote")
-    if (version := form.pop("version", None)) != VERSION:
+    if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"{file} has format version {version}, this program reads {VERSION}: pack the data again")
     try:
-        splits = form.pop("splits")
+        splits = content.pop("splits")
         for name, split in splits.items():
             splits[name] = Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
-        meta = Meta(**form, splits=splits)
+        meta = Meta(**content, splits=splits)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): pack the data again") from None
     _check_shards(path, meta, verify)
@@ -228,9 +247,9 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
     text = document.text
-    place = max(1, round(len(text) * (1 - valid_fraction)))
-    place = text.rfind("\n", place // 2, place) + 1 or place
-    return document._replace(text=text[:place]), document._replace(text=text[place:])
+    end = max(1, round(len(text) * (1 - valid_fraction)))
+    end = text.rfind("\n", end // 2, end) + 1 or end
+    return document._replace(text=text[:end]), document._replace(text=text[end:])
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
@@ -303,27 +322,20 @@ def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype:
     return Shard(tokens, len(ends), digest.hexdigest())
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
+@contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Around what only writes: an error of the disk must not look like one of a source."""
     try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write the packed data ({why}): nothing was kept") from None
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    with _nothing_kept():
         file.write(data)
         file.flush()  # so that a full disk shows here and not at close
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the packed data ({error.strerror}): nothing was kept") from None
-
-
-def _move(partial: Path, out: Path) -> None:
-    """Puts the finished folder in its place; what was there goes last, and comes back if that fails."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    former = partial.with_suffix(".former")
-    out.rename(former)
-    try:
-        partial.rename(out)
-    except OSError:
-        former.rename(out)
-        raise
-    shutil.rmtree(former)
 
 
 def _check_shards(path: Path, meta: Meta, verify: bool) -> None:

@@ -114,13 +114,13 @@ class ChatTemplate:
         return [{**message, "content": shield(message["content"])} for message in messages]
 
     def _encode(self, rendered: str) -> list[int]:
-        ids: list[int] = []
-        for n, part in enumerate(self._special.split(rendered)):
-            if n % 2:
-                ids.append(self.special[part])
-            elif part:
-                ids += self.tokenizer.encode(SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), part))
-        return ids
+        """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
+        parts = self._special.split(rendered)  # every second one is a special token's name
+        texts = [SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), part) for part in parts[::2]]
+        ids = self.tokenizer.encode_batch(texts)  # which lets other threads run meanwhile, as `encode` does not
+        for n, part in enumerate(parts[1::2]):
+            ids[n].append(self.special[part])
+        return [id for each in ids for id in each]
 
 
 def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:

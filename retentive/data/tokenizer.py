@@ -16,6 +16,9 @@ from typing import Protocol
 from retentive.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST = 1 << 20
+"""Tokens that `train_bpe` learns at most, four times the largest vocabularies in use: the library sets memory aside
+for all of them at once, and ends the process where there is none."""
 # What tokenizers call the end of a document, the likeliest first.
 END_NAMES = (
     END_OF_TEXT,
@@ -81,7 +84,7 @@ class Tokenizer(Protocol):
     eos_id: int
     """The id that ends a document."""
     sha256: str
-    """Hash of the canonical form: the same before and after `save`."""
+    """Hash of the content, however the file is laid out: the same before and after `save`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -93,6 +96,10 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None: ...
 
+    def vocabulary(self) -> dict[int, bytes] | str:
+        """The bytes of every id that text is made of; or, of Hugging Face's, the text of its tokenizer.json."""
+        ...
+
 
 class ByteTokenizer:
     """The 256 bytes of UTF-8 and an end of text: no dependency, no training, lossless."""
@@ -101,8 +108,8 @@ class ByteTokenizer:
     eos_id = 256
 
     def __init__(self) -> None:
-        self._form = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
-        self.sha256 = _hash(self._form)
+        self._content = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        self.sha256 = _hash(self._content)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -117,7 +124,10 @@ class ByteTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._content))
+
+    def vocabulary(self) -> dict[int, bytes]:
+        return {id: bytes([id]) for id in range(256)}
 
 
 class BPETokenizer:
@@ -140,8 +150,8 @@ class BPETokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
-        form = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
-        self.sha256 = _hash({"eos": self.eos, **form})
+        content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
+        self.sha256 = _hash({"eos": self.eos, **content})
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -157,16 +167,19 @@ class BPETokenizer:
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self._text)
+        _save(folder, self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
         if self.eos != (_configured_end(folder) or found):
-            # tokenizer.json has no place for it; this is where transformers looks as well.
+            # tokenizer.json has no field for it; this is where transformers looks as well.
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
             write_text(
                 config,
                 json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, "eos_token": self.eos}),
             )
+
+    def vocabulary(self) -> str:
+        return self._text
 
 
 class TiktokenTokenizer:
@@ -183,14 +196,14 @@ class TiktokenTokenizer:
         # cl100k_base leaves 100256 unused; elsewhere the end of text follows the last rank.
         self.eos_id = eos_id if eos_id is not None else 100257 if after == 100256 else after
         self.vocab_size = max(after, self.eos_id + 1)
-        self._form = {
+        self._content = {
             "type": "tiktoken",
             "pattern": pattern,
             "eos_id": self.eos_id,
             "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()},
         }
-        self.sha256 = _hash(self._form)
-        self._ids = frozenset(ranks.values())
+        self.sha256 = _hash(self._content)
+        self._vocabulary = {rank: token for token, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(
             self.sha256,
             pat_str=TIKTOKEN_PATTERNS[pattern],
@@ -205,13 +218,16 @@ class TiktokenTokenizer:
         return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode_bytes([id for id in ids if id in self._ids]).decode("utf-8", "replace")
+        return self._encoding.decode_bytes([id for id in ids if id in self._vocabulary]).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
         return TextStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / "tokenizer.json", json.dumps(self._form))
+        _save(Path(folder), json.dumps(self._content))
+
+    def vocabulary(self) -> dict[int, bytes]:
+        return dict(self._vocabulary)
 
 
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
@@ -232,21 +248,25 @@ def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "
         return TiktokenTokenizer(_read_ranks(path), pattern=pattern)
     try:
         text = path.read_text("utf-8")
-        form = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         raise ValueError(f"{path} is not JSON: expected a tokenizer.json or a file named *.tiktoken") from None
-    kind = form.get("type") if isinstance(form, dict) else None
+    kind = content.get("type") if isinstance(content, dict) else None
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "tiktoken":
-        ranks = {base64.b64decode(token): rank for token, rank in form["ranks"].items()}
-        return TiktokenTokenizer(ranks, pattern=form["pattern"], eos_id=form["eos_id"])
-    if not isinstance(form, dict) or "model" not in form:
+        try:
+            ranks = {base64.b64decode(token): int(rank) for token, rank in content["ranks"].items()}
+            return TiktokenTokenizer(ranks, pattern=content["pattern"], eos_id=content["eos_id"])
+        except (KeyError, TypeError, AttributeError, binascii.Error):
+            raise ValueError(f"{path} is damaged: it says tiktoken, but holds no ranks, pattern and eos_id") from None
+    if not isinstance(content, dict) or "model" not in content:
         raise ValueError(
             f'{path} is not a tokenizer.json: it has no "model"; expected the file that HF tokenizers saves'
         )
+    eos = eos or _configured_end(path.parent)
     try:
-        return BPETokenizer(text, eos=eos or _configured_end(path.parent))
+        return BPETokenizer(text, eos=eos)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -258,6 +278,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
+    if vocab_size > LARGEST:
+        raise ValueError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST:,} tokens can be learnt")
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -287,6 +309,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(tokenizer.to_str())
 
 
+def _save(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tokenizer.json", text)
+
+
 def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> tuple[str, int]:
     names = END_NAMES if wanted is None else (wanted,)
     for name in names:
@@ -300,8 +327,14 @@ def _configured_end(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
-    token = json.loads(config.read_text("utf-8")).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    try:
+        token = json.loads(config.read_text("utf-8")).get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token is None or isinstance(token, str):
+            return token
+    except (ValueError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{config} is damaged: expected a JSON object whose eos_token is a string or has a content")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -321,5 +354,5 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _hash(form: dict) -> str:
-    return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -17,9 +17,9 @@ from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, Score, encode, score
-from retentive.evals.read import find, read
+from retentive.evals.read import find, parse
 from retentive.evals.stats import ratio_interval, wilson
-from retentive.evals.tasks import TASKS
+from retentive.evals.tasks import PASSKEY, TASKS
 from retentive.models import Model
 
 LAST = 128
@@ -28,12 +28,11 @@ WINDOWS = 8
 KEYS = 20
 """Numbers hidden at each length, from the beginning of the text to its end."""
 OTHERS = 9
-PASSKEY = "passkey"
 
 Say = Callable[[str, int, int], None]
 
 
-def evaluate(
+def score_contexts(
     model: Model,
     tokenizer: Tokenizer,
     names: Sequence[str],
@@ -57,6 +56,7 @@ def evaluate(
     Raises:
         FileNotFoundError: a task without a file.
         ValueError: an unknown task, a length that leaves no context, documents that are all shorter than the longest.
+        ArithmeticError: the model's logits are not finite.
     """
     check(names, contexts, last)
     contexts = sorted(set(contexts))
@@ -99,7 +99,7 @@ def _windows(
     if limit is not None and limit < 1:
         raise ValueError(f"the documents of a task must be at least 1, got {limit}")
     file, longest, found = find(name, folder), max(contexts), 0
-    for line, text in read(TASKS[name], file, limit=limit):
+    for line, text in parse(TASKS[name], file, limit=limit):
         ids = tokenizer.encode(text)
         spare = len(ids) - longest
         places = min(WINDOWS, spare // last + 1)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
+from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, Score, encode, score
 from retentive.evals.read import find
-from retentive.evals.run import windows
-from retentive.evals.stats import Z
+from retentive.evals.stats import Interval, Z
 from retentive.infer import SamplingParams, generate
-from retentive.infer.generate import stream_text
+from retentive.infer.text import stream_text
 from retentive.models import Model
 
 STOCK = {
@@ -34,6 +34,8 @@ STOCK = {
 }
 """Where lm-eval describes the tasks that we have files for."""
 
+SHARES = ("acc", "exact_match", "em", "f1")
+"""What names of metrics begin with that lie in [0, 1]: the normal interval would reach beyond for few questions."""
 BOOTSTRAP = 1000
 """Draws for the standard errors of perplexities."""
 
@@ -48,7 +50,7 @@ def run_tasks(
     limit: int | None = None,
     window: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, records) as `evaluate` gives them, of lm-eval's tasks.
+    """(rows, records) as `score_tasks` gives them, of lm-eval's tasks.
 
     Args:
         names: of STOCK, where a folder is given; else any of lm-eval's, whose data come from the hub.
@@ -66,10 +68,10 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as described:
         if folder is not None:
-            describe(names, folder, Path(place))
-        manager = TaskManager(include_path=None if folder is None else place, include_defaults=folder is None)
+            describe(names, folder, Path(described))
+        manager = TaskManager(include_path=None if folder is None else described, include_defaults=folder is None)
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown or not names:
             raise ValueError(
@@ -86,8 +88,8 @@ def run_tasks(
     return _rows(found, shots), _records(found["samples"])
 
 
-def describe(names: list[str], folder: Path, place: Path) -> None:
-    """Writes what lm-eval must know of local files into the folder `place`: its own tasks, and where their data lie.
+def describe(names: list[str], folder: Path, out: Path) -> None:
+    """Writes what lm-eval must know of local files into the folder `out`: its own tasks, and where their data lie.
 
     All of a file is lm-eval's test split, so that a question is never among the examples before it.
     """
@@ -107,7 +109,7 @@ def describe(names: list[str], folder: Path, place: Path) -> None:
         task |= {"dataset_path": "json", "dataset_name": None}
         task |= {"dataset_kwargs": {"data_files": {"test": file.as_posix()}}, "test_split": "test"}
         task |= {"training_split": None, "validation_split": None, "fewshot_split": "test"}
-        (place / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+        (out / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
 
 
 def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
@@ -188,7 +190,9 @@ def _rows(found: dict[str, Any], shots: int) -> list[dict[str, Any]]:
                 continue
             error = results.get(f"{metric}_stderr,{filtered}")
             known = isinstance(error, float) and error == error
-            interval = (value - Z * error, value + Z * error) if known else None
+            interval: Interval = (value - Z * error, value + Z * error) if known else None
+            if interval and metric.startswith(SHARES):
+                interval = max(0.0, interval[0]), min(1.0, interval[1])
             rows.append({**of, "metric": metric, "value": value, "interval": interval})
     return rows
 

@@ -7,25 +7,39 @@ arXiv 2312.04927), where most of the gap between attention and models with a sta
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from retentive.data.loader import Batch, first_tokens, held_out, held_out_bytes
-from retentive.data.tokenizer import Tokenizer
+from retentive.data.loader import Batch
+from retentive.data.packed import Packed
 from retentive.models import Model
+from retentive.models.carry import states_in, states_out
 
-ROWS = 8
-"""Windows that go through the model at once."""
+TOGETHER = 8192
+"""Tokens that go through the model at once: as many windows as they hold, one at least."""
 RARE = 1e-6
 """A pair is rare if it makes up no more of the training text."""
 MOST = 100_000_000
 """Tokens of training text, from its beginning, whose pairs are counted."""
-STRETCH = 1024
+CHUNK = 1024
 """Tokens whose logits exist at a time."""
+
+
+class HeldOut(NamedTuple):
+    """What the held-out text costs a model."""
+
+    loss: float
+    """Nats per predicted token."""
+    bits_per_byte: float
+    """All bits over all bytes of the text: comparable between tokenizers, and with a compressor."""
+    tokens: int
+    """How many were predicted."""
+    bytes: int
+    """Of their text."""
 
 
 class Tokens(NamedTuple):
@@ -43,36 +57,66 @@ class Tokens(NamedTuple):
     """Tokens of its context before each, from 1."""
 
 
+def held_out_loss(
+    model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
+) -> HeldOut:
+    """The loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
+    return _summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
+
+
+def _summed(tokens: Tokens, nbytes: int) -> HeldOut:
+    total, count = float(tokens.losses.sum()), len(tokens.losses)
+    return HeldOut(total / max(count, 1), total / math.log(2) / max(nbytes, 1), count, nbytes)
+
+
 @torch.no_grad()
-def read(model: Model, data: str | Path, *, length: int, tokens: int | None = None) -> Tokens:
-    """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`."""
-    training, device = model.training, model.embed.weight.device
+def token_losses(model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False) -> Tokens:
+    """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`.
+
+    A window knows nothing of the one before it unless `carry` hands the state on (which needs one of constant size),
+    and no document of the one before. All tokens but the very first are predicted.
+    """
+    training, device = model.training, model.device
     model.eval()
     parts: list[tuple[np.ndarray, ...]] = []
-    contexts = 0
-    for batch in _in_rows(held_out(data, length=length, tokens=tokens)):
+    contexts, before, state = 0, 0, None
+    windows = data.held_out(length=length, tokens=tokens)
+    for batch in windows if carry else _several(windows, TOGETHER // length):
         assert batch.cu_seqlens is not None
-        x, _ = model.hidden(batch.ids.to(device), cu_seqlens=batch.cu_seqlens.to(device))
-        losses = [
-            F.cross_entropy(model.head(y).float(), target.to(device), reduction="none").double().cpu()
-            for y, target in zip(x[0].split(STRETCH), batch.targets[0].split(STRETCH), strict=True)
-        ]
         counts = batch.cu_seqlens.diff()
-        context = torch.arange(len(counts)).repeat_interleave(counts) + contexts
+        # A window that begins with an end of text goes on from no document.
+        goes_on = int(carry and state is not None and int(batch.ids[0, 0]) != data.meta.eos_id)
+        if carry:
+            first, continues = torch.tensor([0], device=device), torch.tensor([bool(goes_on)], device=device)
+            state = states_in(model, state, first, continues, len(counts))
+        x, state = model.hidden(batch.ids.to(device), state, cu_seqlens=batch.cu_seqlens.to(device))
+        context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])
-        columns = (torch.cat(losses), batch.targets[0], batch.ids[0], context, position)
-        parts.append(tuple(x.numpy() for x in columns))
-        contexts += len(counts)
+        position[: int(counts[0])] += before * goes_on
+        columns = (_losses(model, x[0], batch.targets[0]), batch.targets[0], batch.ids[0], context, position)
+        parts.append(tuple(column.numpy() for column in columns))
+        contexts, before = int(context[-1]) + 1, int(position[-1])
+        state = states_out(state, torch.tensor([len(counts) - 1])) if carry else None
     model.train(training)
     return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _in_rows(windows: Iterator[Batch]) -> Iterator[Batch]:
-    """Several windows in one row."""
+def _losses(model: Model, x: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target, float64 `[T]` on the CPU; the logits are made a chunk at a time."""
+    losses = []
+    for y, target in zip(x.split(CHUNK), targets.to(x.device).split(CHUNK), strict=True):
+        logits = model.head(y)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
+    return torch.cat(losses)
+
+
+def _several(windows: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """`count` windows in a row, one at least, each a sequence of its own still."""
     held: list[Batch] = []
     for window in windows:
         held.append(window)
-        if len(held) == ROWS:
+        if len(held) >= count:
             yield _joined(held)
             held = []
     if held:
@@ -89,9 +133,9 @@ def _joined(windows: list[Batch]) -> Batch:
 class Pairs:
     """How often each pair of neighbouring tokens stands in the training text."""
 
-    def __init__(self, data: str | Path, vocab_size: int):
-        ids = first_tokens(data, "train", MOST)
-        self._vocab_size = vocab_size
+    def __init__(self, data: Packed):
+        ids = data.first_tokens("train", MOST)
+        self._vocab_size = data.meta.vocab_size
         self._codes, self._counts = np.unique(self.codes(ids[:-1], ids[1:]), return_counts=True)
         self.most = max(1, int(RARE * len(ids)))
         """A pair that stands there more often is not rare."""
@@ -116,21 +160,21 @@ def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
     return seen & pairs.rare(tokens.before, tokens.ids)
 
 
-def report(model: Model, data: str | Path, tokenizer: Tokenizer, pairs: Pairs, *, length: int) -> dict[str, Any]:
+def report(model: Model, data: Packed, pairs: Pairs, *, length: int) -> dict[str, Any]:
     """Bits per byte, nats per token of those that are recalled and of the others, nats per token by position."""
-    tokens = read(model, data, length=length)
-    nbytes, recall = held_out_bytes(data, tokenizer), recalled(tokens, pairs)
-    spans = [2**n for n in range(int(math.log2(length)) + 1)]
+    tokens = token_losses(model, data, length=length)
+    found, recall = _summed(tokens, data.held_out_bytes()), recalled(tokens, pairs)
+    begins = [2**n for n in range(int(math.log2(length)) + 1)]
     by_position = []
-    for begin in spans:
+    for begin in begins:
         inside = (tokens.position >= begin) & (tokens.position < 2 * begin)
         if inside.any():
             by_position.append([begin, float(tokens.losses[inside].mean())])
     return {
-        "bits_per_byte": float(tokens.losses.sum()) / math.log(2) / nbytes,
-        "loss": float(tokens.losses.mean()),
-        "held_out_tokens": len(tokens.losses),
-        "held_out_bytes": nbytes,
+        "bits_per_byte": found.bits_per_byte,
+        "loss": found.loss,
+        "held_out_tokens": found.tokens,
+        "held_out_bytes": found.bytes,
         "recalled": _mean(tokens.losses[recall]),
         "others": _mean(tokens.losses[~recall]),
         "by_position": by_position,

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import Model, Peer, RetNet
+from retentive.infer.sample import NOT_FINITE
+from retentive.models import Hybrid, Model, RetNet
 
 BUDGET = 8192
 """Tokens of a batch, padding included."""
-STRETCH = 4096
+CHUNK = 4096
 """Tokens of a row that are read at once; longer ones hand their state on."""
 STATES = 1 << 30
 """Bytes of states that a batch's rows may take."""
@@ -69,9 +70,12 @@ def score(
     Args:
         share: False reads every row whole: the same numbers, later.
         say: is told how many groups are done.
+
+    Raises:
+        ArithmeticError: the model's logits are not finite.
     """
     training, done = model.training, 0
-    share = share and not isinstance(model, Peer)  # which has no state
+    share = share and model.keeps_state
     model.eval()
     scores: list[list[Score]] = [[] for _ in groups]
     try:
@@ -97,7 +101,7 @@ def shared(group: Sequence[Request]) -> int:
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
-    room = BUDGET if isinstance(model, Peer) else max(1, STATES // max(1, model.init_state(1).nbytes))
+    room = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
     prefixes = [shared(group) if share else 0 for group in groups]
     rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]
@@ -125,7 +129,7 @@ def packs(model: Model, longest: int) -> bool:
 
     Choices of one question are as unlike in length as their questions are: padding doubles what is computed.
     """
-    return isinstance(model, RetNet) and longest <= STRETCH
+    return isinstance(model, RetNet) and not isinstance(model, Hybrid) and longest <= CHUNK
 
 
 def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
@@ -156,6 +160,8 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
             logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
             sums.index_add_(0, n.cpu(), logprob.double().cpu())
             wrong.index_add_(0, n.cpu(), (logits.argmax(-1) != target).long().cpu())
+    if bool(sums.isnan().any()):  # argmax over NaN is token 0: it would look like an answer
+        raise ArithmeticError(NOT_FINITE)
     return [
         Score(total, missed == 0, len(r.continuation))
         for r, total, missed in zip(rows, sums.tolist(), wrong.tolist(), strict=True)
@@ -164,7 +170,7 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
 
 def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
     """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
-    device = model.embed.weight.device
+    device = model.device
     lengths = [len(row) for row in rows]
     if packs(model, max(lengths)) and min(lengths):
         ids = torch.tensor([id for row in rows for id in row], device=device)[None]
@@ -173,9 +179,9 @@ def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int
         yield 0, max(lengths), torch.nn.utils.rnn.pad_sequence(x[0].split(lengths), True), state
         return
     counts, ids = torch.tensor(lengths), _padded(rows, 0)
-    stretch = ids.shape[1] if isinstance(model, Peer) else STRETCH
-    for begin in range(0, ids.shape[1], stretch):
-        part = ids[:, begin : begin + stretch]
+    chunk = CHUNK if model.keeps_state else ids.shape[1]
+    for begin in range(0, ids.shape[1], chunk):
+        part = ids[:, begin : begin + chunk]
         valid = (counts - begin).clamp(0, part.shape[1])
         even = bool((valid == part.shape[1]).all())
         x, state = model.hidden(part.to(device), state, lengths=None if even else valid)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retentive.evals.tasks import TASKS, Question, Task
+from retentive.evals.tasks import PASSKEY, TASKS, Question, Task
 
 SEED = 1234
 """lm-eval's, for the choice of examples."""
@@ -29,11 +29,12 @@ def known(names: list[str]) -> list[str]:
     Raises:
         ValueError: otherwise.
     """
+    expected = f"expected some of {', '.join(TASKS)}, or {PASSKEY} with --contexts"
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}, expected some of {', '.join(TASKS)}")
+            raise ValueError(f"unknown task {name!r}, {expected}" if name != PASSKEY else f"{PASSKEY} needs --contexts")
     if not names:
-        raise ValueError(f"no task given, expected some of {', '.join(TASKS)}")
+        raise ValueError(f"no task given, {expected}")
     return names
 
 
@@ -43,14 +44,14 @@ def find(name: str, folder: Path) -> Path:
     Raises:
         FileNotFoundError: none of those that it may be in.
     """
-    places = [folder / place for place in TASKS[name].files or (f"{name}.jsonl",)]
-    for place in places:
-        if place.is_file() or (TASKS[name].kind == "text" and any(place.glob("*.txt"))):
-            return place
-    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, places))}: no such file")
+    paths = [folder / path for path in TASKS[name].files or (f"{name}.jsonl",)]
+    for path in paths:
+        if path.is_file() or (TASKS[name].kind == "text" and any(path.glob("*.txt"))):
+            return path
+    raise FileNotFoundError(f"task {name} needs {' or '.join(map(str, paths))}: no such file")
 
 
-def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
+def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
     """The questions or texts of a file, the first `limit` of them, each after `shots` others with their answers.
 
     The examples are drawn from the whole file, for one question after the other from one seed, never itself: those that
@@ -66,7 +67,7 @@ def read(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) ->
         try:
             items.append(Item(line, task.build(row)))
         except ValueError as error:
-            raise ValueError(f"{place(file, line)}: {error}") from None
+            raise ValueError(f"{where(file, line)}: {error}") from None
     if not items:
         raise ValueError(f"{file} is empty: expected a JSON object a line")
     if shots == 0:
@@ -92,7 +93,7 @@ def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> It
     )
 
 
-def place(file: Path, line: int) -> str:
+def where(file: Path, line: int) -> str:
     """Where a row stands, for people."""
     return str(sorted(file.glob("*.txt"))[line - 1]) if file.is_dir() else f"{file} line {line}"
 
@@ -115,18 +116,18 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             for n, line in enumerate(lines, 1):
                 if line.strip():
-                    yield n, _object(line, place(file, n))
+                    yield n, _object(line, where(file, n))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start})") from None
         except csv.Error as error:
             raise ValueError(f"{file} line {reader.line_num}: {error}; is a quotation mark missing?") from None
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _object(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from None
+        raise ValueError(f"{place} is not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row

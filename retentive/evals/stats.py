@@ -1,7 +1,8 @@
-"""95 % confidence intervals: Wilson's for shares, percentiles of the bootstrap for ratios over documents."""
+"""95 % confidence intervals: Wilson's for shares, percentiles of the bootstrap for ratios over documents, Student's t
+for means of few runs whose spread is pooled."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -40,3 +41,27 @@ def ratio_interval(over: Sequence[float], under: Sequence[float], *, draws: int 
         ratios.append(a[rows].sum() / b[rows].sum())
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float(low), float(high)
+
+
+# two-sided 95 % of Student's t for 1, 2, … degrees of freedom
+T: tuple[float, ...]
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def t95(freedom: int) -> float:
+    """Student's t, two-sided 95 %; infinite where nothing is known of the spread."""
+    return math.inf if freedom < 1 else T[min(freedom, len(T)) - 1]
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """(standard deviation within groups, its degrees of freedom)."""
+    arrays = [np.asarray(g, float) for g in groups]
+    freedom = sum(len(g) - 1 for g in arrays)
+    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in arrays)
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def half_width(deviation: float, freedom: int, n: int) -> float | None:
+    """Of the 95 % interval of a mean of n; None where nothing is known of the spread."""
+    return t95(freedom) * deviation / math.sqrt(n) if freedom else None

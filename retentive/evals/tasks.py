@@ -13,6 +13,9 @@ from typing import Any
 PROMPTS = "0.4.13"
 """The version of lm-eval whose prompts these are."""
 
+PASSKEY = "passkey"
+"""The one task without a file: contexts.py writes its questions."""
+
 Row = Mapping[str, Any]
 
 

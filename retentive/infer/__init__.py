@@ -1,6 +1,7 @@
 """Inference: picking tokens, and generating them one by one from a constant-size state."""
 
-from retentive.infer.generate import Token, generate, write_on
+from retentive.infer.generate import Token, generate
 from retentive.infer.sample import SamplingParams
+from retentive.infer.text import write_on
 
 __all__ = ["SamplingParams", "Token", "generate", "write_on"]

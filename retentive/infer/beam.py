@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.generate import Token, checked, prefill
-from retentive.infer.sample import SamplingParams
+from retentive.infer.sample import SamplingParams, check_finite
 from retentive.models import Model
 from retentive.models.state import State
 
@@ -43,6 +43,7 @@ def beam_search(
 
     Raises:
         ValueError: an empty prompt, ids outside the vocabulary, beams or max_tokens below 1.
+        ArithmeticError: the model's logits are not finite.
     """
     prompt = checked(model, ids)
     if min(beams, max_tokens) < 1:
@@ -52,6 +53,7 @@ def beam_search(
     sums = torch.zeros(1, dtype=torch.float64)
     done: list[tuple[list[int], float]] = []
     for length in itertools.count(1):
+        check_finite(logits)
         totals = sums[:, None] + logits.double().log_softmax(-1).cpu()
         if length == 1 and first_ids is not None:
             totals = torch.full_like(totals, -torch.inf).index_copy_(1, torch.tensor(first_ids), totals[:, first_ids])
@@ -94,5 +96,5 @@ def _reordered(state: Any, parents: Tensor) -> Any:
 
 
 def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
-    x, state = model.hidden(torch.tensor(tokens, device=model.embed.weight.device)[:, None], state)
+    x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
     return model.head(x[:, -1]), state

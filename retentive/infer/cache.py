@@ -1,22 +1,19 @@
 """States of prompts that were read before: who begins as another did goes on from there.
 
-A prefix is kept where a reader stops at a multiple of `stretch` tokens, before a prompt's last token, and before that
+A prefix is kept where a reader stops at a multiple of `every` tokens, before a prompt's last token, and before that
 of a reply. It is found by a hash of its tokens, longest first, and is exact: the state is the very one. Whoever was
 used last stays longest, within a bound in bytes; what is pushed out goes to `folder`, if there is one, as a memory file
 (`memory.py`), within a bound of its own. What cannot be written or read is not kept: it can be computed anew.
 """
 
 import hashlib
-import json
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from retentive.infer.memory import Memory, load_memory, save
+from retentive.infer.memory import Memory, head, load_memory, save
 from retentive.models.state import State
 
 
@@ -38,7 +35,7 @@ class PrefixCache:
 
     Args:
         most_bytes: of states in memory.
-        stretch: tokens between kept states of a long prompt.
+        every: tokens between kept states of a long prompt.
         folder: where states go that memory has no room for; None drops them.
         most_bytes_on_disk: of those; the oldest go first.
         model: its fingerprint, so that a folder's states are never read by another; needed with a folder.
@@ -48,16 +45,16 @@ class PrefixCache:
         self,
         most_bytes: int,
         *,
-        stretch: int = 512,
+        every: int = 512,
         folder: Path | None = None,
         most_bytes_on_disk: int = 8 << 30,
         model: str = "",
     ):
-        if most_bytes < 0 or stretch < 1:
-            raise ValueError(f"a prefix cache needs most_bytes >= 0 and stretch >= 1, got {most_bytes} and {stretch}")
+        if most_bytes < 0 or every < 1:
+            raise ValueError(f"a prefix cache needs most_bytes >= 0 and every >= 1, got {most_bytes} and {every}")
         if folder is not None and not model:
             raise ValueError("a prefix cache with a folder needs the model's fingerprint: other models may share it")
-        self.most_bytes, self.stretch, self.folder = most_bytes, stretch, folder
+        self.most_bytes, self.every, self.folder = most_bytes, every, folder
         self.most_bytes_on_disk, self.model = most_bytes_on_disk, model
         self.states: OrderedDict[str, tuple[int, State]] = OrderedDict()
         self.files: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name: tokens, bytes
@@ -115,7 +112,7 @@ class PrefixCache:
         try:
             save(Memory(state, [], tokens, self.model, []), path)
             size = path.stat().st_size
-        except (OSError, SafetensorError):  # a full disk, a folder taken away
+        except OSError:  # a full disk, a folder taken away
             return
         self._found(name, tokens, size)
 
@@ -145,12 +142,10 @@ class PrefixCache:
         found = []
         for path in folder.glob("*.safetensors"):
             try:
-                stat = path.stat()
-                with safe_open(path, framework="pt") as file:
-                    about = json.loads((file.metadata() or {}).get("memory", "null"))
-            except (OSError, SafetensorError, ValueError):  # taken away meanwhile, or damaged
+                stat, about = path.stat(), head(path)
+            except (OSError, ValueError):  # taken away meanwhile, or damaged
                 continue
-            if isinstance(about, dict) and about.get("model") == self.model and isinstance(about.get("tokens"), int):
+            if about["model"] == self.model:
                 found.append((stat.st_mtime, path.stem, about["tokens"], stat.st_size))
         for _, name, tokens, size in sorted(found):
             self._found(name, tokens, size)

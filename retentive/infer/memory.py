@@ -1,28 +1,25 @@
 """What a model has read, as a file: written once, asked any number of times, whatever its length was.
 
-    read(model, pieces, blank(model))                   a Memory after each stretch of tokens
-    save(memory, path), load_memory(path, model), show(path)
-    merge(memories), chain(memories)                    one of several that were read apart (docs/memory.md)
+    save(memory, path), load_memory(path, model)
+    show(path), head(path)                          what a file holds, without a model; without its tensors
 
-The file is that of the state, with what was read, by which model, and a digest in its metadata. The digest finds damage
-and mix-ups; it is no signature: who may write the file may write another one.
+`reading.py` makes memories of documents, `merge.py` one memory of several. The file is that of the state, with what was
+read, by which model, and a digest in its metadata. The digest finds damage and mix-ups; it is no signature: who may
+write the file may write another one.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retentive.models import Model, RetNetConfig
-from retentive.models.state import RetentionState, State, load_state
-from retentive.ops import decay as decays
-from retentive.ops import rotary
+from retentive.models import Model
+from retentive.models.state import State, load_state
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
 """What is kept beside the state."""
@@ -45,7 +42,7 @@ class Memory:
     config: dict = field(default_factory=dict)
     """The model's, as a dict; merging needs it."""
     errors: list[float] = field(default_factory=list)
-    """Of a merged memory, one a layer, where they were measured: see `chain_errors`."""
+    """Of a merged memory, one a layer, where they were measured: see `merge.chain_errors`."""
 
     @property
     def nbytes(self) -> int:
@@ -62,19 +59,24 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
+def blank(model: Model, name: str | None = None) -> Memory:
+    """The memory of a model that has read nothing; `name` is its fingerprint, where it was computed before."""
+    return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
+
+
 def _hash(digest, x: Tensor) -> None:
     digest.update(f"{x.dtype}{list(x.shape)}".encode())
     digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _tensors(state: State) -> list[Tensor]:
-    """All that is written of a state, in order."""
+def tensors(state: State) -> list[Tensor]:
+    """All that is written of a state, in order; its position comes last."""
     return [*state.named().values(), state.position]
 
 
 def _digest(state: State, about: str) -> str:
     digest = hashlib.blake2b(about.encode(), digest_size=16)
-    for x in _tensors(state):
+    for x in tensors(state):
         _hash(digest, x)
     return digest.hexdigest()
 
@@ -105,16 +107,10 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
         state = load_state(path)
     except KeyError as missing:
         raise ValueError(f"{path} holds a state without {missing}: write it again") from None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "memory" not in metadata:
-        raise ValueError(f"{path} holds a state but not what was read: expected a file of `retentive memory write`")
+    metadata = _metadata(path)
     if metadata.get("digest") != _digest(state, metadata["memory"]):
         raise ValueError(f"{path} was changed after it was written (its digest does not fit): write it again")
-    about = json.loads(metadata["memory"])
-    if not _well_formed(about):
-        raise ValueError(f"{path} does not say what was read as this version does: write it again")
-    memory = Memory(state, **about)
+    memory = Memory(state, **_parsed(metadata["memory"], path))
     if model is not None and expected is None:
         expected = fingerprint(model)
     if expected is not None and memory.model != expected:
@@ -124,8 +120,38 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
         )
     if model is not None:
         _check_fit(memory, model, path)
-        memory.state = memory.state.to(model.embed.weight.device)
+        memory.state = memory.state.to(model.device)
     return memory
+
+
+def head(path: str | Path) -> dict[str, Any]:
+    """What a memory file says of itself: the fields of `Memory` but the state. Its tensors are not read.
+
+    Damage beyond the file's head is found by `load_memory` alone.
+
+    Raises:
+        OSError: not there, or not readable.
+        ValueError: no memory.
+    """
+    return _parsed(_metadata(path)["memory"], path)
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): write it again") from None
+    if "memory" not in metadata:
+        raise ValueError(f"{path} holds a state but not what was read: expected a file of `retentive memory write`")
+    return metadata
+
+
+def _parsed(about: str, path: str | Path) -> dict[str, Any]:
+    found = json.loads(about)
+    if not _well_formed(found):
+        raise ValueError(f"{path} does not say what was read as this version does: write it again")
+    return found
 
 
 def _well_formed(about: Any) -> bool:
@@ -148,7 +174,7 @@ def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
         for name, x in fresh.named().items()
     ]
     want.append(([1], torch.int64))
-    got = [(list(x.shape), x.dtype) for x in _tensors(memory.state)] if tokens >= 0 else []
+    got = [(list(x.shape), x.dtype) for x in tensors(memory.state)] if tokens >= 0 else []
     if type(fresh) is not type(memory.state) or got != want:
         raise ValueError(
             f"{path} does not fit the model: its state is not that of one sequence of {type(model).__name__}"
@@ -173,153 +199,3 @@ def show(path: str | Path) -> dict[str, Any]:
         "sources": memory.sources,
         "errors": memory.errors,
     }
-
-
-# reading
-
-
-def blank(model: Model, name: str | None = None) -> Memory:
-    """The memory of a model that has read nothing; `name` is its fingerprint, where it was computed before."""
-    return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
-
-
-@torch.no_grad()
-def read(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, stretch: int = 4096) -> Iterator[Memory]:
-    """The memory after each stretch of the ids in `pieces`, going on from `memory` (which is used up).
-
-    Reading takes the memory of one stretch, however much there is; `sources` are the caller's to write.
-    """
-    state: Any = memory.state
-    tokens, device = memory.tokens, model.embed.weight.device
-    for ids in _stretches(pieces, memory.pending, stretch):
-        _, state = model.hidden(torch.tensor([ids], device=device), state)
-        tokens += len(ids)
-        yield Memory(state, [], tokens, memory.model, memory.sources, memory.config)
-
-
-def _stretches(pieces: Iterable[Sequence[int]], first: Sequence[int], size: int) -> Iterator[list[int]]:
-    held = list(first)
-    for piece in pieces:
-        held += piece
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
-    if held:
-        yield held
-
-
-# merging
-
-
-def keep_size(states: Tensor) -> Tensor:
-    """Weight `[H,1,1]` of a sum of states `[M,H,K,V]` that leaves it as large as they are (root mean square), by heads.
-
-    1/M where all are the same and 1/sqrt(M) where they have nothing in common; why, see docs/memory.md.
-    """
-    squares = states.square().sum((-2, -1), keepdim=True).mean(0)
-    total = states.sum(0).square().sum((-2, -1), keepdim=True)
-    return torch.where(total > 0, squares / total, 0).sqrt()
-
-
-def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = keep_size) -> Memory:
-    """Structured prompting (arXiv 2212.06713): one memory, as if each of `memories` stood right before what comes.
-
-    Their states are turned to the same last position and summed, in each layer and head with `weight`. All are equally
-    near, however many there are; merging copies of a memory gives that memory.
-
-    Raises:
-        ValueError: nothing to merge, different models, a Transformer's, or tokens that are still to be read.
-    """
-    config, states = _mergeable(memories)
-    end = max(int(s.position[0]) for s in states)
-    turned = [_turn(s, end - int(s.position[0]), config) for s in states]
-    layers = []
-    for parts in zip(*turned, strict=True):
-        stack = torch.cat(parts)
-        layers.append((weight(stack) * stack.sum(0))[None])
-    return _merged(memories, layers, end)
-
-
-def chain(memories: Sequence[Memory]) -> Memory:
-    """`memories` one after the other, each as old as those behind it are long: a long reading done in parts.
-
-    In the first layer this is what reading on would have given. In those above it is not: there keys and values depend
-    on what came before, and each part was read without.
-
-    Raises:
-        ValueError: as for `merge`, or decays that depend on the tokens.
-    """
-    config, states = _mergeable(memories)
-    if config.decay == "gated":
-        raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
-    log_decay = decays.log_decay(config.decay, config.heads, dtype=torch.float64)[:, None, None]
-    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]
-    end = 0
-    for state in states:
-        length = int(state.position[0])
-        turned = _turn(state, end, config)
-        fade = (length * log_decay).exp().to(turned[0].device, turned[0].dtype)
-        layers = [fade * old + new for old, new in zip(layers, turned, strict=True)]
-        end += length
-    return _merged(memories, layers, end)
-
-
-def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
-    """|chain - whole| / |whole| of each layer: what it did to `memories` that each was read without those before it.
-
-    Raises:
-        ValueError: `whole` has not read the same documents in that order.
-    """
-    chained = chain(memories)
-    _mergeable([chained, whole])
-    position = int(whole.state.position[0])
-    if _hashes(chained) != _hashes(whole) or int(chained.state.position[0]) != position:
-        raise ValueError(
-            f"expected a memory of the same {len(chained.sources)} documents ({chained.tokens} tokens) read in a row, "
-            f"got one of {len(whole.sources)} documents ({whole.tokens} tokens)"
-        )
-    pairs = zip(_tensors(chained.state)[:-1], _tensors(whole.state)[:-1], strict=True)
-    return [float((a - b).norm() / b.norm()) for a, b in pairs]
-
-
-def _hashes(memory: Memory) -> list[str]:
-    return [source["sha256"] for source in memory.sources]
-
-
-def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[RetentionState]]:
-    """The config that they share, and their states."""
-    if not memories:
-        raise ValueError("merging needs at least one memory, got none")
-    first, states = memories[0], []
-    for memory in memories:
-        if memory.model != first.model:
-            raise ValueError(
-                f"memories of different models cannot be merged (fingerprints {first.model[:12]} and "
-                f"{memory.model[:12]}): write them with one model"
-            )
-        if not isinstance(memory.state, RetentionState):
-            raise ValueError("memories of a Transformer cannot be merged: a cache holds tokens, not their sum")
-        if memory.pending:
-            raise ValueError(
-                f"a memory with tokens still to be read ({memory.pending}) cannot be merged: read them first"
-            )
-        if not memory.config:
-            raise ValueError("merging needs the model's config in the memory: write it with this version")
-        states.append(memory.state)
-    return RetNetConfig(**first.config), states
-
-
-def _turn(state: RetentionState, by: int, config: RetNetConfig) -> list[Tensor]:
-    """The layers as if all tokens stood `by` positions later: their keys' rotation is the state's, exactly."""
-    layers = state.tensors()
-    cos, sin = rotary.phases(
-        torch.tensor([by], device=layers[0].device), layers[0].shape[-2], config.rotary, dtype=layers[0].dtype
-    )
-    return [rotary.rotate(x.mT, cos, sin, config.rotary).mT.contiguous() for x in layers]
-
-
-def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
-    first = memories[0]
-    state = RetentionState(layers, torch.full_like(first.state.position, end))
-    sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]
-    return Memory(state, [], sum(m.tokens for m in memories), first.model, sources, first.config)

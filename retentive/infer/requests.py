@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from retentive.infer.generate import Token
@@ -33,6 +34,30 @@ class Constraint(Protocol):
         """The token that was picked."""
 
 
+def allowed(constraint: Constraint, vocab: int) -> Tensor:
+    """The constraint's mask, as long as the vocabulary.
+
+    Raises:
+        ValueError: a mask that is longer, or allows nothing.
+    """
+    mask = constraint.mask()
+    if mask.dtype != torch.bool or mask.ndim != 1 or len(mask) > vocab or not bool(mask.any()):
+        raise ValueError(f"a constraint must allow some of {vocab} tokens, got {mask.dtype} {list(mask.shape)}")
+    return torch.nn.functional.pad(mask, (0, vocab - len(mask)))
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What a request wants beside its tokens; all of it costs something."""
+
+    top: int = 0
+    """So many likeliest tokens come with each token."""
+    prompt: bool = False
+    """Log probabilities of the prompt too; no cached state is used then, which would not have them."""
+    state: bool = False
+    """The state at the end is left in the stream, so that another request can go on from there."""
+
+
 @dataclass
 class Stream:
     """The tokens of one request, as they come: iterate over it. `reason` says at the end why there are no more."""
@@ -44,7 +69,7 @@ class Stream:
     reason: str | None = None
     """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Of prompt tokens 1, 2, …, given those before; where asked for."""
+    """Of prompt tokens 1, 2, …, given those before; where asked for (`Returns`)."""
     prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     """The likeliest tokens in the place of each of those, where asked for both."""
     state: State | None = None
@@ -75,9 +100,8 @@ class Request:
     sampler: Sampler
     max_tokens: int | None
     stop_ids: frozenset[int]
-    top: int
     constraint: Constraint | None
-    keep_state: bool
+    returns: Returns
     cacheable: bool
     """Not where it began from a state: what that has read is not in the ids, so its prefixes are nobody else's."""
     made: list[int] = field(default_factory=list)
@@ -90,14 +114,18 @@ class Prompt:
     ids: list[int]
     requests: list[Request]
     state: Any  # State | None
-    score: bool
     read: int = 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether its own log probabilities are wanted."""
+        return self.requests[0].returns.prompt
 
     @property
     def left(self) -> int:
         """Tokens to read; the last one is for decoding."""
         return len(self.ids) - 1 - self.read
 
-    def worth_keeping(self, stretch: int) -> bool:
+    def worth_keeping(self, every: int) -> bool:
         """Whether others may begin with what has been read."""
-        return not self.left or self.read % stretch == 0
+        return not self.left or self.read % every == 0

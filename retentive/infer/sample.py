@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite: are there NaN in its weights?"
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -44,6 +46,17 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if not all(math.isfinite(x) for x in self.bias.values()):
             raise ValueError(f"a bias must be a finite number, got {dict(self.bias)}; -100 bans a token")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {self.seed}")
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises ArithmeticError for logits `[..., vocab]` with NaN or a largest one that is infinite.
+
+    Nothing can be picked from those: argmax of NaN is token 0 or beyond the vocabulary, which would look like text.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ArithmeticError(NOT_FINITE)
 
 
 class Sampler:
@@ -65,6 +78,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
         """(token, its log probability under the model's own distribution) for logits `[vocab]`; one of `allowed`."""
+        check_finite(logits)
         tokens, logprobs = pick(logits[None], [self], [allowed])
         return tokens[0], float(logprobs[0, tokens[0]])
 
@@ -145,7 +159,8 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 
     Of tokens that are as likely as each other the first ones are in.
     """
-    scaled = (logits - logits.max()) / max(params.temperature, 1e-6)  # below, float32 may find 0 / 0
+    temperature = min(max(params.temperature, 1e-6), 1e30)  # beyond, float32 finds 0 / 0, or -inf / inf
+    scaled = (logits - logits.max()) / temperature
     p = scaled.softmax(-1)
     count = min(params.top_k or len(p), len(p))
     if params.top_p < 1:

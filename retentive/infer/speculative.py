@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.generate import Token, checked, prefill
-from retentive.infer.sample import Sampler, SamplingParams, draw
+from retentive.infer.sample import Sampler, SamplingParams, check_finite, draw
 from retentive.models import Model
 from retentive.models.state import State
 
@@ -70,10 +70,10 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
         return
     yield Token(token, logprob)
     text.append(token)
-    state = state.for_decoding(model.embed.weight.dtype, rollback=most)
+    state = state.for_decoding(model.dtype, rollback=most)
     while True:
         guesses, chances = guesser.guess(text, most)
-        logits, state = read(model, [text[-1], *guesses], state)
+        logits, state = score(model, [text[-1], *guesses], state)
         counts.update(calls=1, made=len(guesses))
         for n, row in enumerate(logits):
             guess = guesses[n] if n < len(guesses) else None
@@ -90,10 +90,12 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
 
 
 @torch.no_grad()
-def read(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
+def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
     """Logits `[T, vocab]` after each of the ids, float32 on the CPU, and the state; they can be taken back from it."""
-    x, state = model.hidden(torch.tensor([ids], device=model.embed.weight.device), state)
-    return model.head(x[0]).float().cpu(), state
+    x, state = model.hidden(torch.tensor([ids], device=model.device), state)
+    logits = model.head(x[0]).float().cpu()
+    check_finite(logits)
+    return logits, state
 
 
 def judge(sampler: Sampler, logits: Tensor, guess: int | None, q: Tensor | None) -> int:
@@ -151,16 +153,16 @@ class Draft:
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
         if self.state is None:
-            prompt = torch.tensor([text[:-1]], device=self.model.embed.weight.device)
+            prompt = torch.tensor([text[:-1]], device=self.model.device)
             _, state = prefill(self.model, prompt)
-            self.state = state.for_decoding(self.model.embed.weight.dtype, rollback=self.most)
+            self.state = state.for_decoding(self.model.dtype, rollback=self.most)
             self.read = len(text) - 1
         wrong = max(self.read - (len(text) - 1), 0)
         self.state.rollback(wrong)
         unread, self.read = text[self.read - wrong :], len(text) + most - 1
         guesses, chances = [], []
         for _ in range(most):
-            logits, self.state = read(self.model, unread, self.state)
+            logits, self.state = score(self.model, unread, self.state)
             chances.append(self.sampler.distribution(logits[-1]))
             guesses.append(int(draw(chances[-1][None], self.sampler.uniform())))
             unread = guesses[-1:]

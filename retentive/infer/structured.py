@@ -8,12 +8,9 @@ may write nothing else. The text is complete where max_tokens leaves room for it
 (maxItems) and numbers in the schema where that matters.
 """
 
-import base64
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,31 +102,24 @@ def _library() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table(tokenizer: Tokenizer) -> Any:
-    """The tokenizer as the library sees it: the bytes of every token. Made from the file that every tokenizer saves."""
-    library = _library()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
-    form = json.loads(text)
+    """The tokenizer as the library sees it: the bytes of every token."""
+    library, vocabulary = _library(), tokenizer.vocabulary()
     try:
-        if "model" in form:
-            return library.LLTokenizer(text, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
-        return library.LLTokenizer(library.TokenizerWrapper(_Bytes(form, tokenizer)), n_vocab=tokenizer.vocab_size)
+        if isinstance(vocabulary, str):
+            return library.LLTokenizer(vocabulary, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
+        wrapped = library.TokenizerWrapper(_Bytes(vocabulary, tokenizer))
+        return library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size)
     except Exception as error:  # the Rust side raises what it likes
         raise ValueError(f"structured output cannot use this tokenizer: {_one_line(str(error))}") from None
 
 
 class _Bytes:
-    """The built-in bytes, or tiktoken's ranks, with the names that the library asks for."""
+    """A vocabulary of bytes with the names that the library asks for."""
 
-    def __init__(self, form: dict[str, Any], tokenizer: Tokenizer):
-        ranks = (
-            {base64.b64encode(bytes([i])).decode(): i for i in range(256)} if form["type"] == "bytes" else form["ranks"]
-        )
-        self.tokens = [f"<unused {i}>".encode() for i in range(tokenizer.vocab_size)]
-        for token, rank in ranks.items():
-            self.tokens[rank] = base64.b64decode(token)
-        self.special_token_ids = sorted(set(range(tokenizer.vocab_size)) - set(ranks.values()))
+    def __init__(self, vocabulary: dict[int, bytes], tokenizer: Tokenizer):
+        ids = range(tokenizer.vocab_size)
+        self.tokens = [vocabulary.get(id, f"<unused {id}>".encode()) for id in ids]
+        self.special_token_ids = [id for id in ids if id not in vocabulary]
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
         self.encode = tokenizer.encode
 

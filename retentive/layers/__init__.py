@@ -6,7 +6,7 @@ Letters of the shape suffixes: as in `retentive.ops`, and D model width, F feed-
 from retentive.layers.attention import Attention
 from retentive.layers.ffn import FeedForward
 from retentive.layers.norm import RMSNorm
-from retentive.layers.positions import Place, locate
+from retentive.layers.positions import Positions, positions_of
 from retentive.layers.retention import MultiScaleRetention
 
-__all__ = ["Attention", "FeedForward", "MultiScaleRetention", "Place", "RMSNorm", "locate"]
+__all__ = ["Attention", "FeedForward", "MultiScaleRetention", "Positions", "RMSNorm", "positions_of"]

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers.positions import Place
+from retentive.layers.positions import Positions, positions_of
 from retentive.ops import rotary
-from retentive.ops.rows import turn
+from retentive.ops.rows import rotate
 
 
-class Shared(NamedTuple):
-    """Phases of these positions, the same in every layer."""
+class Phases(NamedTuple):
+    """What depends on positions alone and so is the same in every layer."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
+    starts: list[int]  # [N], position of each sequence's first token: slots of a cache are sliced by Python's integers
 
 
 class Attention(nn.Module):
@@ -36,26 +37,26 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.K * kv_heads, bias=False)
         self.out_proj = nn.Linear(D, D, bias=False)
 
-    def shared(self, place: Place, dtype: torch.dtype) -> Shared:
+    def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return Shared(*rotary.phases(place.position, self.K, "half", dtype=wide))
+        starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
+        return Phases(*rotary.phases(positions.of_token, self.K, "half", dtype=wide), starts)
 
     def forward(
-        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, place: Place, shared: Shared, starts: list[int]
+        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """`starts`: position of each sequence's first token, N Python integers."""
         q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
         k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
-        q_BTHK = turn(q_BTHK, shared.cos, shared.sin, "half")
-        k_BTHK = turn(k_BTHK, shared.cos, shared.sin, "half")
-        if place.cu_seqlens is not None:
-            o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, place.cu_seqlens.tolist(), starts)
-        elif cache is None and place.valid is None:
+        q_BTHK = rotate(q_BTHK, phases.cos, phases.sin, "half")
+        k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, "half")
+        if positions.cu_seqlens is not None:
+            o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, positions.cu_seqlens.tolist(), phases.starts)
+        elif cache is None and positions.valid is None:
             o, cache = self._attend(q_BTHK, k_BTHK, v_BTHK, causal=True), (k_BTHK, v_BTHK)
         else:
-            o, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, place, starts)
+            o, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, positions, phases.starts)
         return self.out_proj(o.flatten(-2)), cache
 
     def _attend(
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         k: Tensor,
         v: Tensor,
         cache: tuple[Tensor, Tensor] | None,
-        place: Place,
+        positions: Positions,
         starts: list[int],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Write k and v to their slots, attend to all slots up to each token's own."""
@@ -83,18 +84,18 @@ class Attention(nn.Module):
         keys, values = cache
         S = max(starts) + T
         same = min(starts) == max(starts)
-        if same and place.valid is None:
+        if same and positions.valid is None:
             keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
         else:
-            index = place.position.expand(B, T)
+            index = positions.of_token.expand(B, T)
             rows, columns = torch.ones_like(index, dtype=torch.bool).nonzero(as_tuple=True)
-            if place.valid is not None:
-                rows, columns = place.valid.nonzero(as_tuple=True)
+            if positions.valid is not None:
+                rows, columns = positions.valid.nonzero(as_tuple=True)
             slots = index[rows, columns]
             keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
         mask_BTS = None
         if not (same and T == 1):
-            mask_BTS = torch.arange(S, device=k.device) <= place.position.expand(B, T)[..., None]
+            mask_BTS = torch.arange(S, device=k.device) <= positions.of_token.expand(B, T)[..., None]
         return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
 
     def _packed(
@@ -116,7 +117,7 @@ class Attention(nn.Module):
                     cache[0][n, : b - a], cache[1][n, : b - a] = k[0, a:b], v[0, a:b]
                 continue
             assert cache is not None  # a sequence that has a past comes with its cache
-            here = Place(torch.arange(start, start + b - a, device=k.device), None, None)
+            here = positions_of(1, b - a, torch.tensor([start], device=k.device), None, None, k.device)
             one = (cache[0][n : n + 1], cache[1][n : n + 1])
             out.append(self._cached(q[:, a:b], k[:, a:b], v[:, a:b], one, here, [start])[0])
         return torch.cat(out, 1), cache

@@ -6,27 +6,34 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class Positions(NamedTuple):
     """Positions of B x T tokens. Padding neither writes, decays nor counts, on whichever side it stands."""
 
-    position: Tensor
+    of_token: Tensor
     """int64 `[T]` where all rows agree, else `[B,T]`: tokens of its sequence before this one (pads: any value >= 0)."""
     valid: Tensor | None
     """bool `[B,T]`, False on padding; None where there is none."""
     cu_seqlens: Tensor | None
     """`[N+1]`, where the N sequences packed into one row begin and end; None for one sequence a row."""
+    start: Tensor | None
+    """int64 `[N]`, tokens that each sequence has had before; None for none."""
+    end: Tensor
+    """int64 `[N]`, the position after each sequence's last token."""
 
 
-def locate(
+def positions_of(
     B: int, T: int, start: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Place, Tensor]:
-    """The place of each token, and int64 `[N]`, the position after each sequence's last token.
+) -> Positions:
+    """The positions of B x T tokens.
 
     Args:
         start: int64 `[N]`, tokens that each sequence has had before; None for none.
         lengths: `[B]` valid tokens of each row, padding on the right; or `[B,2]`, (begin, end) of the valid tokens,
             so that left padding is (T - n, T).
         cu_seqlens: `[N+1]`, with B = 1.
+
+    Raises:
+        ValueError: what does not fit together; on the CPU, values that are out of range.
     """
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if start is not None and len(start) != N:
@@ -41,25 +48,25 @@ def locate(
         count = cu.diff()
         if visible(cu) and not (cu[0] == 0 and cu[-1] == T and bool((count > 0).all())):
             raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu.tolist()[:8]}…")
-        start = torch.zeros_like(count) if start is None else start
-        index = t - (cu[:-1] - start).repeat_interleave(count, output_size=T)
-        return Place(index[None], None, cu_seqlens), start + count
+        before = torch.zeros_like(count) if start is None else start
+        of_token = t - (cu[:-1] - before).repeat_interleave(count, output_size=T)
+        return Positions(of_token[None], None, cu_seqlens, start, before + count)
     if lengths is None:
         end = torch.full((B,), T, device=device) if start is None else start + T
-        return Place(t if start is None else start[:, None] + t, None, None), end
+        return Positions(t if start is None else start[:, None] + t, None, None, start, end)
     lengths = lengths.to(device=device, dtype=torch.int64)
     if lengths.shape == (B,):
-        begin, end = torch.zeros_like(lengths), lengths
+        first, last = torch.zeros_like(lengths), lengths
     elif lengths.shape == (B, 2):
-        begin, end = lengths.unbind(1)
+        first, last = lengths.unbind(1)
     else:
         raise ValueError(f"lengths must be [{B}] or [{B}, 2], one row's valid tokens each, got {list(lengths.shape)}")
-    if visible(lengths) and not bool(((begin >= 0) & (begin <= end) & (end <= T)).all()):
+    if visible(lengths) and not bool(((first >= 0) & (first <= last) & (last <= T)).all()):
         raise ValueError(f"lengths must lie within the {T} tokens of a row, got {lengths.tolist()}")
-    valid = (t >= begin[:, None]) & (t < end[:, None])
-    start = torch.zeros_like(begin) if start is None else start
-    index = start[:, None] + (t - begin[:, None]).clamp(min=0)
-    return Place(index, valid, None), start + end - begin
+    valid = (t >= first[:, None]) & (t < last[:, None])
+    before = torch.zeros_like(first) if start is None else start
+    of_token = before[:, None] + (t - first[:, None]).clamp(min=0)
+    return Positions(of_token, valid, None, start, before + last - first)
 
 
 def visible(x: Tensor) -> bool:

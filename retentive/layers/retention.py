@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.norm import RMSNorm
-from retentive.layers.positions import Place
-from retentive.ops import Ring, retention, retention_step, rotary
+from retentive.layers.positions import Positions
+from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
-from retentive.ops.rows import turn
+from retentive.ops.rows import rotate
 
 
-class Shared(NamedTuple):
+class Phases(NamedTuple):
     """What depends on positions alone and so is the same in every layer; float32, or float64 in a float64 model."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
@@ -63,93 +63,45 @@ class MultiScaleRetention(nn.Module):
         self.head_norm = RMSNorm(self.V, eps=eps, affine=head_norm_affine) if head_norm else None
         self.out_proj = nn.Linear(value_dim, D, bias=False)
 
-    def shared(self, place: Place, dtype: torch.dtype) -> Shared:
+    def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        device = place.position.device
-        cos, sin = rotary.phases(place.position, self.K, self.rotary, dtype=wide)
+        device = positions.of_token.device
+        cos, sin = rotary.phases(positions.of_token, self.K, self.rotary, dtype=wide)
         q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
         if self.decay == "gated":
-            return Shared(cos, sin, q_scale, q_scale.new_empty(0))
+            return Phases(cos, sin, q_scale, q_scale.new_empty(0))
         log_decay = decays.log_decay(self.decay, self.H, device=device, dtype=wide)
         if self.score_norm:
-            q_scale = q_scale * decays.row_norm(log_decay, place.position + 1)
-        return Shared(cos, sin, q_scale, log_decay)
+            q_scale = q_scale * decays.row_norm(log_decay, positions.of_token + 1)
+        return Phases(cos, sin, q_scale, log_decay)
 
     def forward(
-        self,
-        x: Tensor,
-        state: Tensor | Ring | None,
-        place: Place,
-        shared: Shared,
-        form: str = "auto",
-        chunk_size: int | None = None,
-        backend: str = "auto",
+        self, x: Tensor, state: Tensor | Ring | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, Tensor | Ring]:
         q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
         k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
-        q_BTHK = turn(q_BTHK, shared.cos, shared.sin, self.rotary, shared.q_scale)
-        k_BTHK = turn(k_BTHK, shared.cos, shared.sin, self.rotary)
-        log_decay = shared.log_decay
+        q_BTHK = rotate(q_BTHK, phases.cos, phases.sin, self.rotary, phases.q_scale)
+        k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, self.rotary)
+        log_decay = phases.log_decay
         if self.decay_proj is not None:  # a decay per token, gated retention (YOCO, arXiv 2405.05254)
-            log_decay = F.logsigmoid(self.decay_proj(x).to(shared.cos.dtype)) / 16
-        if place.valid is not None:  # padding writes nothing and does not decay
-            k_BTHK = k_BTHK * place.valid[..., None, None]
-            log_decay = log_decay * place.valid[..., None]
+            log_decay = F.logsigmoid(self.decay_proj(x).to(phases.cos.dtype)) / 16
+        if positions.valid is not None:  # padding writes nothing and does not decay
+            k_BTHK = k_BTHK * positions.valid[..., None, None]
+            log_decay = log_decay * positions.valid[..., None]
         if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
             k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
 
-        if place.cu_seqlens is None and form == backend == "auto" and self.by_steps(x.shape[1], state):
-            if not torch.is_grad_enabled():  # decoding: the state becomes a ring, which is updated in place
-                state = self.ring(state, q_BTHK[:, 0], v_BTHV[:, 0])
-            elif isinstance(state, Ring):
-                state = state.to_state()
-            outputs = []
-            for t in range(x.shape[1]):
-                decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
-                o, state = retention_step(q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], decay, scale=1.0, state=state)
-                outputs.append(o)
-            assert state is not None  # there is a token at least
-            o = torch.stack(outputs, 1)
-        else:
-            if isinstance(state, Ring):
-                state = state.to_state()
-            o, state = retention(
-                q_BTHK,
-                k_BTHK,
-                v_BTHV,
-                log_decay,
-                scale=1.0,
-                state=state,
-                form=form,
-                chunk_size=chunk_size,
-                backend=backend,
-                cu_seqlens=place.cu_seqlens,
-            )
+        if x.shape[1] == 1 and positions.cu_seqlens is None and not torch.is_grad_enabled():
+            state = Ring.over(state, k_BTHK, v_BTHV)  # decoding, from here on in place
+        o, state = retention(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
         if self.head_norm is not None:
             o = self.head_norm(o)
         o = o.flatten(-2)
         if self.g_proj is not None:
             o = F.silu(self.g_proj(x)) * o
         return self.out_proj(o), state
-
-    def by_steps(self, T: int, state: Tensor | Ring | None) -> bool:
-        """Whether T tokens go one after the other: one, or a few into a ring, from which they can be taken back."""
-        if isinstance(state, Ring) and not torch.is_grad_enabled():
-            return state.k.shape[2] >= T
-        return T == 1
-
-    def ring(self, state: Tensor | Ring | None, q_BHK: Tensor, v_BHV: Tensor) -> Ring:
-        """`state` as a ring for tokens of this dtype."""
-        if isinstance(state, Ring):
-            if state.k.dtype == v_BHV.dtype:
-                return state
-            state = state.to_state()
-        if state is None:
-            wide = torch.promote_types(v_BHV.dtype, torch.float32)
-            state = v_BHV.new_zeros(*q_BHK.shape, self.V, dtype=wide)
-        return Ring.open(state, v_BHV.dtype)
 
     def reset_parameters(self) -> None:
         """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves."""

@@ -1,7 +1,21 @@
 """RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with."""
 
-from retentive.models.config import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, of_one_kind, preset, twin
+from dataclasses import fields
+from typing import Any
+
+from retentive.models.base import LanguageModel
+from retentive.models.config import (
+    PRESETS,
+    HybridConfig,
+    OwnConfig,
+    RetNetConfig,
+    TransformerConfig,
+    of_one_kind,
+    preset,
+    twin,
+)
 from retentive.models.hybrid import Hybrid
+from retentive.models.peers import KINDS as PEERS
 from retentive.models.peers import Peer, PeerConfig, peer
 from retentive.models.retnet import RetNet
 from retentive.models.state import HybridState, KVCache, RetentionState, load_state
@@ -10,10 +24,12 @@ from retentive.models.transformer import Transformer
 __all__ = [
     "MODELS",
     "PRESETS",
+    "Config",
     "Hybrid",
     "HybridConfig",
     "HybridState",
     "KVCache",
+    "LanguageModel",
     "Model",
     "Peer",
     "PeerConfig",
@@ -23,7 +39,9 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "build",
+    "config_of",
     "load_state",
+    "matching",
     "of_one_kind",
     "peer",
     "preset",
@@ -31,12 +49,41 @@ __all__ = [
 ]
 
 
-Model = RetNet | Transformer | Hybrid
-"""Any of the models: the same calls, a state each."""
-Config = RetNetConfig | TransformerConfig | PeerConfig
+Config = OwnConfig | PeerConfig
+"""The config of any model that `build` makes."""
+Model = LanguageModel
 MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
 
 
-def build(config: Config) -> Model:
-    """The model of a config, freshly initialised. (A peer can be trained and scored only.)"""
+def build(config: Config) -> LanguageModel:
+    """The model of a config, freshly initialised. (A peer keeps no state: it can be trained and scored only.)"""
     return MODELS[type(config)](config)
+
+
+def config_of(name: str, size: str, *, vocab_size: int, **changes: Any) -> Config:
+    """The config of a model by its name, in a named size: "retnet", "transformer" (its twin), "hybrid", or a peer's.
+
+    Args:
+        changes: fields of the RetNet's config (of the hybrid's) that are not the size's; the others follow them.
+
+    Raises:
+        ValueError: an unknown name, size or field; the known ones are named.
+    """
+    kind = HybridConfig if name == "hybrid" else RetNetConfig
+    return matching(name, preset(size, vocab_size=vocab_size, kind=kind, **changes))
+
+
+def matching(name: str, config: RetNetConfig) -> Config:
+    """The config of the model of that name which is as wide and deep as a RetNet, with about its parameters."""
+    if name == "retnet":
+        return config
+    if name == "transformer":
+        return twin(config)
+    if name == "hybrid":
+        if isinstance(config, HybridConfig):
+            return config
+        shared = {f.name: getattr(config, f.name) for f in fields(config)}
+        return HybridConfig(**shared, attention_every=min(HybridConfig.attention_every, config.layers))
+    if name in PEERS:
+        return peer(config, name)
+    raise ValueError(f"unknown model {name!r}, expected one of retnet, transformer, hybrid, {', '.join(PEERS)}")

@@ -5,10 +5,16 @@ are this one with other values.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from retentive.layers.ffn import ACTIVATIONS
 from retentive.ops import decay as decays
 from retentive.ops import rotary as rotaries
+
+LIMITS = {"vocab_size": 2**24, "layers": 10_000}
+WIDEST = 2**20
+"""Of every other whole number. What is larger is a slip, and the machine would be lost in building it."""
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class RetNetConfig:
 
     def __post_init__(self):
         fill = object.__setattr__  # the one place where a frozen config sets its own derived defaults
+        check_fields(self)
         _positive(self, "vocab_size", "dim", "layers", "heads")
         fill(self, "kv_heads", self.kv_heads or self.heads)
         fill(self, "key_dim", self.key_dim or self.dim)
@@ -79,14 +86,17 @@ class RetNetConfig:
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("rotary", self.rotary, rotaries.VARIANTS)
         if not isinstance(self.decay, str):
-            fill(self, "decay", tuple(float(x) for x in self.decay))
+            try:
+                fill(self, "decay", tuple(float(x) for x in self.decay))
+            except (TypeError, ValueError):
+                raise ValueError(f"decay must be a name or a log decay for each head, got {self.decay!r}") from None
         if self.decay != "gated":
             decays.values(self.decay, self.heads)
         elif self.score_norm:
             raise ValueError(
                 "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
             )
-        _check_dropout(self.dropout)
+        _check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class HybridConfig(RetNetConfig):
     """A RetNet some of whose blocks are its twin's: attention, of as many parameters."""
 
     attention_every: int = 4
-    """Every so manyth block attends; 4: three blocks of retention, then one of attention."""
+    """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,6 +144,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         fill = object.__setattr__
+        check_fields(self)
         _positive(self, "vocab_size", "dim", "layers", "heads")
         fill(self, "kv_heads", self.kv_heads or self.heads)
         fill(self, "ffn_dim", self.ffn_dim or 8 * -(-self.dim // 3))
@@ -144,7 +155,29 @@ class TransformerConfig:
             )
         if self.dim // self.heads % 2:
             raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
-        _check_dropout(self.dropout)
+        _check_ranges(self)
+
+
+OwnConfig = RetNetConfig | TransformerConfig
+"""Of the architectures that are written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
+
+
+def check_fields(config) -> None:
+    """Looks at each field's type and size, since a JSON file may hold anything.
+
+    Raises:
+        ValueError: a value of another type than the field's, or a whole number far beyond any model's.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind not in KINDS:
+            continue  # a decay, of several types
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
+            raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
+        most = LIMITS.get(field.name, WIDEST)
+        if kind is int and value > most:
+            raise ValueError(f"{field.name} must be at most {most:,}, got {value:,}")
 
 
 def _positive(config, *names: str) -> None:
@@ -158,9 +191,11 @@ def _one_of(name: str, value: str, allowed) -> None:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
 
 
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+def _check_ranges(config: OwnConfig) -> None:
+    if not 0 <= config.norm_eps <= 1:
+        raise ValueError(f"norm_eps must be in [0, 1], got {config.norm_eps}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
 
 
 def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
@@ -190,7 +225,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
     )
 
 
-def of_one_kind(config: RetNetConfig | TransformerConfig) -> list[RetNetConfig | TransformerConfig]:
+def of_one_kind(config: OwnConfig) -> list[Any]:
     """The config; of a hybrid that of a RetNet and that of a Transformer which have its blocks between them."""
     if not isinstance(config, HybridConfig):
         return [config]

@@ -6,20 +6,18 @@ written and one read, per head and token. Elementwise work (norms, gates, rotati
 
 import torch
 
-from retentive.models.config import RetNetConfig, TransformerConfig, of_one_kind
+from retentive.models.config import OwnConfig, RetNetConfig, TransformerConfig, of_one_kind
 from retentive.models.peers import Peer, PeerConfig
 
-Config = RetNetConfig | TransformerConfig
 
-
-def block_parameters(config: Config | PeerConfig) -> int:
+def block_parameters(config: OwnConfig | PeerConfig) -> int:
     """Parameters of the blocks, without embedding, output and last norm (which a peer's count, small, includes)."""
     if isinstance(config, PeerConfig):
         return parameters(config) - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return sum(c.layers * (_matrices(c) + _vectors(c)) for c in of_one_kind(config))
 
 
-def _matrices(c: Config) -> int:
+def _matrices(c: OwnConfig) -> int:
     """Parameters of one block's matrices."""
     if isinstance(c, TransformerConfig):
         kv = c.dim // c.heads * c.kv_heads
@@ -30,13 +28,13 @@ def _matrices(c: Config) -> int:
     return matrices + (c.dim * c.heads if c.decay == "gated" else 0)
 
 
-def _vectors(c: Config) -> int:
+def _vectors(c: OwnConfig) -> int:
     """Parameters of one block's norms."""
     affine = isinstance(c, RetNetConfig) and c.head_norm and c.head_norm_affine
     return 2 * c.dim + (c.value_dim // c.heads if affine else 0)
 
 
-def parameters(config: Config | PeerConfig) -> int:
+def parameters(config: OwnConfig | PeerConfig) -> int:
     """All parameters; tied embeddings count once."""
     if isinstance(config, PeerConfig):
         with torch.device("meta"):
@@ -48,13 +46,13 @@ def parameters(config: Config | PeerConfig) -> int:
     return block_parameters(c) + embeddings + norms * c.dim
 
 
-def matrix_parameters(config: Config) -> int:
+def matrix_parameters(config: OwnConfig) -> int:
     """Parameters that every token is multiplied with: the blocks' matrices and the output."""
     blocks = sum(c.layers * _matrices(c) for c in of_one_kind(config))
     return blocks + config.vocab_size * config.dim
 
 
-def flops_per_token(config: Config, context: int) -> int:
+def flops_per_token(config: OwnConfig, context: int) -> int:
     """Forward FLOPs of one token at context `context`, itself included. Training takes three times as many."""
     mixing = 0
     for c in of_one_kind(config):
@@ -63,7 +61,7 @@ def flops_per_token(config: Config, context: int) -> int:
     return 2 * matrix_parameters(config) + mixing
 
 
-def training_flops_per_token(config: Config | PeerConfig, length: int) -> int:
+def training_flops_per_token(config: OwnConfig | PeerConfig, length: int) -> int:
     """Forward and backward FLOPs of a token, averaged over a sequence of `length` (attention sees half of it).
 
     Of a peer six for each parameter in its blocks and output: how it mixes tokens is left out.
@@ -73,7 +71,7 @@ def training_flops_per_token(config: Config | PeerConfig, length: int) -> int:
     return 3 * flops_per_token(config, (length + 1) // 2)
 
 
-def weight_bytes(config: Config, *, bytes_per_value: int = 4) -> int:
+def weight_bytes(config: OwnConfig, *, bytes_per_value: int = 4) -> int:
     """Bytes of all weights; 4 for float32, 2 for bfloat16."""
     return parameters(config) * bytes_per_value
 
@@ -90,7 +88,7 @@ def cache_bytes(config: TransformerConfig, context: int, *, sequences: int = 1, 
     return sequences * c.layers * 2 * (c.dim // c.heads) * c.kv_heads * context * bytes_per_value
 
 
-def memory_bytes(config: Config, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
+def memory_bytes(config: OwnConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
     """What a model remembers `context` tokens in: the constant state, the growing cache, or some of both."""
     return sum(
         state_bytes(c, sequences=sequences)
@@ -103,3 +101,12 @@ def memory_bytes(config: Config, context: int, *, sequences: int = 1, bytes_per_
 def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:
     """Context from which the state is smaller than the other's cache."""
     return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
+
+
+def least_training_bytes(config: OwnConfig | PeerConfig, tokens: int) -> int:
+    """Bytes that no training step of so many tokens at a time can do without; a real one takes more.
+
+    Weights, gradients and AdamW's two moments in float32; the tokens and their targets; and the input of every block,
+    which even a backward pass that recomputes all else must keep.
+    """
+    return 16 * parameters(config) + tokens * (16 + 4 * config.dim * config.layers)

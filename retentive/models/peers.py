@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retentive.models.config import RetNetConfig, twin
+from retentive.models.base import LanguageModel
+from retentive.models.config import RetNetConfig, check_fields, twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
 
@@ -35,6 +36,7 @@ class PeerConfig:
     """Use the embedding as the output matrix."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of model {self.kind!r}, expected one of {', '.join(KINDS)}")
 
@@ -71,12 +73,14 @@ def peer(config: RetNetConfig, kind: str) -> PeerConfig:
     )
 
 
-class Peer(nn.Module):
-    """`model(ids) -> (logits, None)`.
+class Peer(LanguageModel):
+    """`model(ids) -> (logits, None)`: it keeps no state.
 
     Raises:
         ModuleNotFoundError: the extra is missing.
     """
+
+    config: PeerConfig
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -94,7 +98,7 @@ class Peer(nn.Module):
         nn.init.normal_(self.head.weight, std=config.dim**-0.5)  # as for RetNet: the losses begin alike
 
     @property
-    def embed(self) -> nn.Embedding:
+    def embed(self) -> nn.Embedding:  # type: ignore[override]  # found in the backbone, where it is registered
         return self.backbone.get_input_embeddings()
 
     def init_state(self, batch: int) -> Any:
@@ -118,8 +122,3 @@ class Peer(nn.Module):
         rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)  # causal: what follows is unseen
         x = self.backbone(rows, use_cache=False).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])[None], None
-
-    def forward(self, ids: Tensor | None, state: None = None, **how: Any) -> tuple[Tensor, None]:
-        """Logits `[B,T,vocab]`."""
-        x, _ = self.hidden(ids, state, **how)
-        return self.head(x), None

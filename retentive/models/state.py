@@ -5,15 +5,19 @@ A state is handed to the model and a new one comes back. The one handed in is us
 `clone()` it to go on from the same point twice.
 
     position         int64 [N], tokens each sequence has had (padding does not count)
+    blocks           how many blocks of a model it is the state of
     nbytes           bytes its tensors hold
     select(rows)     the sequences `rows` (indices; repeated or reordered as for beam search)
     view(n)          the first n sequences, in the same memory
     put(row, other)  one sequence of another state over the one at `row`, in place
     for_decoding(dtype), reserve(slots)   a pool for `view` and `put`; room in it for so many tokens a sequence
     rollback(tokens)                      takes back the last ones, in place
+    settled()        plain tensors with all tokens in them: no ring; itself where there is none
     cat(states)      sequences of several states in one
     clone() to(device) detach()
     save(path)       one safetensors file;  load_state(path) reads it
+
+All are pytree nodes, so that torch.export and torch.func see their tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +28,12 @@ from typing import ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from retentive.files import write_tensors
+from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.ops import Ring
-from retentive.ops.step import slots
+from retentive.ops.ring import slots
 
 FORMAT = "retentive-state-1"
 
@@ -42,6 +48,18 @@ class RetentionState:
     position: Tensor
     """int64 `[N]`."""
 
+    @staticmethod
+    def empty(config: RetNetConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "RetentionState":
+        """That of `batch` sequences before their first token, for a model of `dtype`."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        shape = (batch, config.heads, config.key_dim // config.heads, config.value_dim // config.heads)
+        layers = [torch.zeros(shape, dtype=wide, device=device) for _ in range(config.layers)]
+        return RetentionState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @property
+    def blocks(self) -> int:
+        return len(self.layers)
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.layers) + self.position.nbytes
@@ -52,6 +70,11 @@ class RetentionState:
     def tensors(self) -> list[Tensor]:
         """`[N,H,K,V]` of each layer, all tokens in it."""
         return [x.to_state() if isinstance(x, Ring) else x for x in self.layers]
+
+    def settled(self) -> "RetentionState":
+        """The same with no rings: smaller, and what all tokens have come into."""
+        decoding = any(isinstance(x, Ring) for x in self.layers)
+        return RetentionState(self.tensors(), self.position.clone()) if decoding else self
 
     def select(self, rows: Tensor) -> "RetentionState":
         """The sequences `rows`, int64 `[n]`."""
@@ -133,6 +156,31 @@ class KVCache:
     values: list[Tensor]
     position: Tensor
     """int64 `[N]`."""
+
+    @staticmethod
+    def empty(config: TransformerConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "KVCache":
+        """That of `batch` sequences before their first token: no slots yet."""
+        shape = (batch, 0, config.kv_heads, config.dim // config.heads)
+        empty = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.layers)]
+        return KVCache(empty[::2], empty[1::2], torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Tensor, Tensor] | None], position: Tensor) -> "KVCache":
+        """Of (keys, values) layer by layer; empty where the layers kept none (packed, in training)."""
+        kept = [pair for pair in pairs if pair is not None]
+        return KVCache([keys for keys, _ in kept], [values for _, values in kept], position)
+
+    def pair(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) of a layer."""
+        return self.keys[layer], self.values[layer]
+
+    def settled(self) -> "KVCache":
+        """Itself: it has no rings."""
+        return self
+
+    @property
+    def blocks(self) -> int:
+        return len(self.keys)
 
     @property
     def nbytes(self) -> int:
@@ -226,8 +274,17 @@ class HybridState:
         return self.retention.position
 
     @property
+    def blocks(self) -> int:
+        return self.retention.blocks + self.cache.blocks
+
+    @property
     def nbytes(self) -> int:
         return self.retention.nbytes + self.cache.nbytes - self.position.nbytes
+
+    def settled(self) -> "HybridState":
+        """The same with no rings."""
+        retention = self.retention.settled()
+        return self if retention is self.retention else HybridState(retention, self.cache)
 
     def reserve(self, slots: int) -> "HybridState":
         return HybridState(self.retention, self.cache.reserve(slots))
@@ -270,6 +327,8 @@ class HybridState:
 
 
 State = RetentionState | KVCache | HybridState
+for _kind in (RetentionState, KVCache, HybridState):
+    pytree.register_dataclass(_kind, serialized_type_name=f"retentive.{_kind.__name__}")
 
 
 def _save(state: State, path: str | Path, metadata: dict[str, str] | None) -> None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers import Attention, FeedForward, Place, RMSNorm, locate
-from retentive.layers.attention import Shared
+from retentive.layers import Attention, FeedForward, Positions, RMSNorm
+from retentive.layers.attention import Phases
+from retentive.models.base import LanguageModel
 from retentive.models.config import TransformerConfig
 from retentive.models.state import KVCache
 
@@ -24,22 +25,30 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
 
+    def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
+        """What depends on positions alone: of one block, for all."""
+        return self.attention.phases(positions, dtype)
+
     def forward(
-        self,
-        x: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
-        place: Place,
-        shared: Shared,
-        starts: list[int],
+        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        y, cache = self.attention(self.attention_norm(x), cache, place, shared, starts)
+        y, cache = self.attention(self.attention_norm(x), cache, positions, phases)
         x = x + F.dropout(y, self.dropout, self.training)
         x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
         return x, cache
 
+    def reset_parameters(self) -> None:
+        self.attention.reset_parameters()
 
-class Transformer(nn.Module):
-    """`model(ids) -> (logits, state)`, and `model(more_ids, state)` goes on from there; the state is a KVCache."""
+
+class Transformer(LanguageModel):
+    """`model(ids) -> (logits, state)`, then `model(more_ids, state)`; the state is a KVCache.
+
+    With cu_seqlens in training mode the state comes back without keys and values (see `Attention`).
+    """
+
+    config: TransformerConfig
+    state_type = KVCache
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -52,18 +61,9 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """As for RetNet: embedding and output N(0, 1/D), attention see there, feed-forward as nn.Linear does."""
-        for matrix in (self.embed.weight, self.head.weight):
-            nn.init.normal_(matrix, std=self.config.dim**-0.5)
-        for block in self.blocks:
-            block.attention.reset_parameters()
-
     def init_state(self, batch: int) -> KVCache:
         """The state before the first token, for `batch` sequences: no slots yet."""
-        c, weight = self.config, self.embed.weight
-        empty = [weight.new_zeros(batch, 0, c.kv_heads, c.dim // c.heads) for _ in range(2 * c.layers)]
-        return KVCache(empty[::2], empty[1::2], torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        return KVCache.empty(self.config, batch, self.dtype, self.device)
 
     def hidden(
         self,
@@ -73,42 +73,14 @@ class Transformer(nn.Module):
         embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
-        form: str = "auto",
     ) -> tuple[Tensor, KVCache]:
         """What the output matrix `head` is applied to, `[B,T,D]`, and the state; arguments as for `forward`."""
-        if form != "auto":
-            raise ValueError(f"attention has one form only, got form={form!r}: leave it at auto")
-        x = self.embed(ids) if embeds is None else embeds
-        if x.ndim != 3 or x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(x.shape[:-1])}")
+        x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
         x = F.dropout(x, self.config.dropout, self.training)
-        start = None if state is None else state.position
-        place, position = locate(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
-        starts = [0] * len(position) if start is None else start.tolist()
-        if state is not None:
-            state = state.reserve(max(starts) + x.shape[1])
-        shared = self.blocks[0].attention.shared(place, x.dtype)
-        caches = []
+        phases = self.blocks[0].phases(positions, x.dtype)
+        cache = None if state is None else state.reserve(max(phases.starts) + x.shape[1])
+        pairs = []
         for i, block in enumerate(self.blocks):
-            before = None if state is None else (state.keys[i], state.values[i])
-            x, after = block(x, before, place, shared, starts)
-            caches.append(after)
-        caches = [c for c in caches if c is not None]
-        return self.norm(x), KVCache([k for k, _ in caches], [v for _, v in caches], position)
-
-    def forward(
-        self,
-        ids: Tensor | None,
-        state: KVCache | None = None,
-        *,
-        embeds: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
-        form: str = "auto",
-    ) -> tuple[Tensor, KVCache]:
-        """Logits `[B,T,vocab]` and the state after the last token; arguments as for `RetNet`, `form` only "auto".
-
-        With cu_seqlens in training mode the state comes back without keys and values (see `Attention`).
-        """
-        x, state = self.hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths, form=form)
-        return self.head(x), state
+            x, pair = block(x, None if cache is None else cache.pair(i), positions, phases)
+            pairs.append(pair)
+        return self.norm(x), KVCache.of(pairs, positions.end)

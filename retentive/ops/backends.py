@@ -1,7 +1,7 @@
 """Which code can compute retention, what each can do, and the one that `auto` takes; the same for a step in place.
 
-A backend is a row of BACKENDS: a name, a function that says why it cannot take a call (None when it can), and the
-function itself. A backend named by the caller never falls back; only "auto" chooses.
+A backend is a row of BACKENDS: a name, a function that says why it cannot take a call (None when it can), the function
+itself, and the device that it was written for. A backend named by the caller never falls back; only "auto" chooses.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ from torch import Tensor
 from retentive.ops import blocked as blocked_module
 from retentive.ops import cpu as cpu_module
 from retentive.ops import reference
-from retentive.ops import step as step_module
-from retentive.ops.step import Ring
+from retentive.ops import ring as ring_module
+from retentive.ops.ring import Ring
+from retentive.ops.transforms import transformed
 
 
 class Call(NamedTuple):
@@ -37,6 +38,8 @@ class Call(NamedTuple):
 class Backend(NamedTuple):
     refuses: Callable[[Call], str | None]
     run: Callable[[Call], tuple[Tensor, Tensor]]
+    device: str | None = None
+    """The type of device; None for any."""
 
 
 def exactly(device: torch.device) -> AbstractContextManager:
@@ -135,8 +138,8 @@ def run_blocked(call: Call) -> tuple[Tensor, Tensor]:
 
 
 BACKENDS = {
-    "triton": Backend(refuses_triton, run_triton),
-    "cpu": Backend(refuses_cpu, run_cpu),
+    "triton": Backend(refuses_triton, run_triton, "cuda"),
+    "cpu": Backend(refuses_cpu, run_cpu, "cpu"),
     "blocked": Backend(refuses_blocked, run_blocked),
     "reference": Backend(lambda call: None, run_reference),
 }
@@ -149,38 +152,63 @@ def choose(name: str, call: Call) -> Backend:
         ValueError: an unknown name, or a named backend that cannot do this (with its reason).
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.refuses(call) is None)
+        return next(BACKENDS[other] for other in BACKENDS if refuses(other, call) is None)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].refuses(call)
+    reason = refuses(name, call)
     if reason:
         raise ValueError(f"backend {name!r} cannot do this: {reason}")
     return BACKENDS[name]
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+def refuses(name: str, call: Call) -> str | None:
+    """Why the backend cannot take the call; None where it can."""
+    if name != "reference" and transformed():
+        return "torch.func and forward-mode derivatives go through torch's operations, the reference backend, only"
+    return BACKENDS[name].refuses(call)
+
+
+def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The backend that "auto" takes there for q, k and v of `dtype`, in a line, and why no faster one.
+
+    For instance "cpu", or "blocked (cpu, which is faster: no C compiler found (looked for gcc, clang, cc))".
+    """
+    device = torch.device(device)
+    q = torch.empty(1, 64, 1, 64, device=device, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    log_decay, state = torch.zeros(1, device=device, dtype=wide), torch.zeros(1, 1, 64, 64, device=device, dtype=wide)
+    call = Call(q, q, q, log_decay, 1.0, state, "auto", None, None)
+    reasons = {name: refuses(name, call) for name in BACKENDS}
+    taken = next(name for name, reason in reasons.items() if reason is None)
+    for name, backend in BACKENDS.items():
+        if backend.device == device.type and reasons[name]:
+            return f"{taken} ({name}, which is faster: {reasons[name]})"
+    return taken
+
+
+def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
     """`o` after one more token in the ring, by the fastest code that can."""
     if torch.compiler.is_compiling():
-        return ring_step(
+        return decode_step_op(
             q, k, v, log_decay, scale, ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded
         )
     if q.device.type == "cpu" and cpu_module.unavailable(q.dtype) is None:
-        return cpu_module.step(q, k, v, log_decay, scale, ring)
+        return cpu_module.decode_step(q, k, v, log_decay, scale, ring)
     if q.is_cuda and find_spec("triton") is not None:
         from retentive.ops import triton as room
 
         if room.refuses(q[:, None], v[:, None]) is None and ring.k.shape[2] <= room.MAX_R:
             q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous()
             parts = (ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded)
-            return room.step(q, k, v, log_decay, scale, *parts)
+            return room.decode_step(q, k, v, log_decay, scale, *parts)
     with exactly(q.device):
-        return step_module.step(q, k, v, log_decay, scale, ring)
+        return ring_module.decode_step(q, k, v, log_decay, scale, ring)
 
 
 @torch.library.custom_op(
-    "retentive::ring_step", mutates_args=("state", "ring_k", "ring_v", "ring_decay", "written", "folded")
+    "retentive::decode_step", mutates_args=("state", "ring_k", "ring_v", "ring_decay", "written", "folded")
 )
-def ring_step(
+def decode_step_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -193,10 +221,10 @@ def ring_step(
     written: Tensor,
     folded: Tensor,
 ) -> Tensor:
-    """`step` as one node of a compiled graph."""
-    return step(q, k, v, log_decay, scale, Ring(state, ring_k, ring_v, ring_decay, written, folded))
+    """`decode_step` as one node of a compiled graph."""
+    return decode_step(q, k, v, log_decay, scale, Ring(state, ring_k, ring_v, ring_decay, written, folded))
 
 
-@ring_step.register_fake
+@decode_step_op.register_fake
 def _(q, k, v, log_decay, scale, state, ring_k, ring_v, ring_decay, written, folded):
     return v.new_empty(v.shape)

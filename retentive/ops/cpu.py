@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retentive.ops.blocked import check_borders, refuse_second_derivative
-from retentive.ops.step import Ring
+from retentive.ops.ring import Ring
 
 SOURCE = Path(__file__).with_suffix(".c")
 BESIDE = (SOURCE.with_name("rows.c"), SOURCE.with_name("numbers.h"))
@@ -28,6 +29,8 @@ BESIDE = (SOURCE.with_name("rows.c"), SOURCE.with_name("numbers.h"))
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
 LINK = ["-lm", "-pthread"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATIENCE = 300
+"""Seconds until a compiler is given up."""
 GROUP = 4
 """Chunks from one state kept for the backward pass to the next."""
 
@@ -75,14 +78,18 @@ def _cpu() -> str:
 def build(compiler: list[str], folder: Path) -> Path:
     """The library compiled by `compiler`, a program and what it is always given, from `folder` or built into it.
 
+    A file's name holds a hash of what it was made from, and one of its own bytes: code from a file that was cut short
+    would end the process (SIGBUS), so such a file is deleted and built anew.
+
     Raises:
-        NotBuilt: the compiler failed; with its first line that tells of an error.
+        NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
     """
     texts = [file.read_bytes() for file in (SOURCE, *BESIDE)]
-    key = hashlib.sha256(repr((texts, compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
-    library = folder / f"cpu-{key}.so"
-    if library.is_file():
-        return library
+    key = _hash(repr((texts, compiler, FLAGS, _cpu())).encode())
+    for library in sorted(folder.glob(f"cpu-{key}-*.so")):
+        if library.stem.endswith(_hash(library.read_bytes())):
+            return library
+        library.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
@@ -91,13 +98,39 @@ def build(compiler: list[str], folder: Path) -> Path:
         units = {file: str(Path(scratch) / f"{n}.o") for n, file in enumerate((SOURCE, *BESIDE)) if file.suffix == ".c"}
         compiling = [[*FLAGS, "-c", str(file), "-o", unit] for file, unit in units.items()]
         for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
-            done = subprocess.run([*compiler, *command], capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                complaint = next((line for line in said if "error" in line), said[0])
-                raise NotBuilt(f"{shlex.join(compiler)} could not compile cpu.c: {complaint}")
+            _compile(compiler, command)
+        library = folder / f"cpu-{key}-{_hash(built.read_bytes())}.so"
         built.replace(library)  # whole or not at all: another process may be looking
     return library
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], arguments: list[str]) -> None:
+    # in a session of its own, since a compiler starts other programs, which must end with it
+    process = subprocess.Popen(
+        [*compiler, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=PATIENCE)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise NotBuilt(f"{shlex.join(compiler)} took more than {PATIENCE} s to compile cpu.c") from None
+        raise
+    if process.returncode:
+        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
+        complaint = next((line for line in lines if "error" in line), lines[0])
+        raise NotBuilt(f"{shlex.join(compiler)} could not compile cpu.c: {complaint}")
 
 
 @functools.cache
@@ -305,8 +338,8 @@ class Plan:
         return o
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`step.step` in one pass over the state.
+def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`ring.decode_step` in one pass over the state.
 
     Raises:
         ValueError: a log decay above 0, or NaN.

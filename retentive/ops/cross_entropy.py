@@ -1,61 +1,67 @@
-"""Cross-entropy from hidden states, a stretch of tokens at a time: the logits of a long sequence never exist whole.
+"""Chunked cross-entropy: -log softmax(x W^T)[target], a chunk of tokens at a time, so that all logits never exist.
 
-With a vocabulary of 50,000, the float32 logits of 8192 tokens are 1.6 GB, and their gradient as much again. Here
-each stretch's gradient is computed right after its loss, while its logits are there.
+With a vocabulary of 50,000, the float32 logits of 8192 tokens are 1.6 GB, and their gradient as much again. Here the
+gradient of a chunk is computed right after its loss, while its logits are there, as in the fused linear cross-entropy
+of Liger Kernel (arXiv 2410.10989).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from retentive.ops.transforms import transformed
 
 IGNORE = -100
+"""The target of tokens that are not counted; torch's own value."""
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Sum over the targets of -log softmax(x W^T)[target]; see `cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight: Tensor, target_T: Tensor, stretch: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x_TD: Tensor, weight: Tensor, target_T: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
         w = weight.to(dtype)
         total = x_TD.new_zeros((), dtype=torch.promote_types(x_TD.dtype, torch.float32))
         dx, dw = torch.empty_like(x_TD), torch.zeros_like(weight)
-        for t in range(0, len(x_TD), stretch):
-            x, target = x_TD[t : t + stretch].to(dtype), target_T[t : t + stretch]
+        for t in range(0, len(x_TD), chunk):
+            x, target = x_TD[t : t + chunk].to(dtype), target_T[t : t + chunk]
             logits = (x @ w.T).to(total.dtype)
             log_z = logits.logsumexp(-1, keepdim=True)
             valid = (target != IGNORE)[:, None]
             index = target.clamp(min=0)[:, None]
             total += ((log_z - logits.gather(1, index)) * valid).sum()
-            p = logits.sub_(log_z).exp_()
+            p = logits.sub_(log_z).exp_()  # the gradient of the logits: softmax, less 1 at the target
             p.scatter_add_(1, index, p.new_full((len(p), 1), -1.0)).mul_(valid)
             p = p.to(dtype)
-            dx[t : t + stretch] = p @ w
+            dx[t : t + chunk] = p @ w
             dw += p.T @ x
         ctx.save_for_backward(dx, dw)
         return total
 
     @staticmethod
+    @once_differentiable  # dx and dw are numbers by now, and depend on x and W no more
     def backward(ctx, grad: Tensor):
         dx, dw = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, stretch: int = 1024) -> Tensor:
-    """Sum of the cross-entropy in nats over all targets that are not IGNORE, a float32 (float64) scalar.
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Sum of the cross-entropy in nats over all targets that are not IGNORE: a scalar, float32 (float64 for float64).
 
     Args:
         x: hidden states `[..., D]`.
         weight: output matrix `[vocab, D]`; logits are x W^T, in the autocast dtype where autocast is on.
         targets: int64 `[...]`, IGNORE (-100) where none is wanted.
-        stretch: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time; the result does not depend on it but for rounding.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, targets = x.flatten(0, -2), targets.flatten()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not transformed():
         with torch.autocast(device, enabled=False):
-            return _CrossEntropy.apply(x, weight, targets, stretch, dtype)
+            return _CrossEntropy.apply(x, weight, targets, chunk, dtype)
     return sum(  # type: ignore[return-value]
         F.cross_entropy(F.linear(a, weight).to(torch.promote_types(x.dtype, torch.float32)), b, reduction="sum")
-        for a, b in zip(x.split(stretch), targets.split(stretch), strict=True)
+        for a, b in zip(x.split(chunk), targets.split(chunk), strict=True)
     )

@@ -1,18 +1,25 @@
-"""The public operator: `retention` for many tokens, `retention_step` for one.
+"""The public operator: `retention` for any number of tokens, `retention_step` for one.
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
 
-One docstring, the checks, the choice of a backend. The idea itself is in `reference.py`.
+One docstring, the checks, the choice between chunks and single steps, `using` to force a choice from outside. The idea
+itself is in `reference.py`.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retentive.ops import backends
-from retentive.ops.backends import Call, choose, exactly
+from retentive.ops.backends import BACKENDS, Call, choose, exactly
 from retentive.ops.blocked import check_borders
 from retentive.ops.decay import check_values
-from retentive.ops.step import Ring
+from retentive.ops.ring import Ring
+from retentive.ops.transforms import transformed
 
 FORMS = ("auto", "parallel", "recurrent", "chunkwise")
 
@@ -24,12 +31,12 @@ def retention(
     log_decay: Tensor,
     *,
     scale: float | None = None,
-    state: Tensor | None = None,
+    state: Tensor | Ring | None = None,
     form: str = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Ring]:
     """Outputs `o` and the state after the last token; `retention(A+B)` equals A, then B with A's state.
 
     Args:
@@ -37,9 +44,11 @@ def retention(
         v: `[B,T,H,V]`, the same dtype; V need not be K.
         log_decay: `[H]`, or `[B,T,H]` for a decay per token; <= 0. Its gradient is computed where asked for.
         scale: factor of q; K^-1/2 if not given.
-        state: `[B,H,K,V]`, the state to go on from; zeros if not given.
+        state: the state to go on from, `[B,H,K,V]`; zeros if not given. Or a `Ring`, which decodes in place: as many
+            tokens as it has slots go into it one after the other. Where that cannot be (more tokens, gradients, a form
+            or backend asked for, another dtype) its state is taken, and a tensor comes back.
         form: "parallel" (one T x T product), "recurrent" (token by token), "chunkwise" (parallel inside chunks,
-            recurrent between them), or "auto". They return the same numbers.
+            recurrent between them), or "auto", which takes single steps for one token. They return the same numbers.
         chunk_size: tokens in a chunk of the chunkwise form; by default chosen from K.
         backend: "triton" (NVIDIA GPUs), "cpu" (compiled at first use), "blocked" (vectorised torch, any device),
             "reference" (one page, any form), or "auto", the first of them that can. One that is named and cannot do the
@@ -47,8 +56,11 @@ def retention(
         cu_seqlens: `[N+1]` integers from 0 to T, ascending: with B = 1, where the N sequences packed into the row begin
             and end. Each has its own state.
 
+    `using` forces form, chunk_size and backend for all calls that name none.
+
     Returns:
-        o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens), float32, or float64 if q is.
+        o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens), float32, or float64 if q is;
+        or the ring.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown form or backend, a log decay above 0 or
@@ -56,6 +68,12 @@ def retention(
 
     Source: arXiv 2307.08621, equations 5 to 7; per-token decays as in YOCO's gated retention, arXiv 2405.05254.
     """
+    form, chunk_size, backend = _chosen(form, chunk_size, backend)
+    single = form == backend == "auto" and cu_seqlens is None  # tokens may go one by one
+    if isinstance(state, Ring):
+        if single and state.takes(q) and not torch.is_grad_enabled() and not transformed():
+            return _decode(q, k, v, log_decay, scale, state), state
+        state = state.to_state()
     _check_qkv(q, k, v, ndim=4)
     B, T, H, K = q.shape
     if T == 0 or B == 0:
@@ -68,8 +86,82 @@ def retention(
     log_decay, state = _check_decay_and_state(q, v, log_decay, (B, T, H), state, N)
     scale = K**-0.5 if scale is None else float(scale)
     check_values(log_decay)
+    if single and T == 1:
+        decay = log_decay[:, 0] if log_decay.ndim == 3 else log_decay
+        o, state = _one_token(q[:, 0], k[:, 0], v[:, 0], decay, scale, state)
+        return o[:, None], state
     call = Call(q, k, v, log_decay, scale, state, form, chunk_size, cu_seqlens)
     return choose(backend, call).run(call)
+
+
+class _Choices(NamedTuple):
+    """What `using` forces; None where it says nothing."""
+
+    form: str | None = None
+    chunk_size: int | None = None
+    backend: str | None = None
+
+
+_forced: ContextVar[_Choices | None] = ContextVar("retentive.ops.using", default=None)
+_forced_in_graphs: _Choices | None = None
+"""The same for graphs that are compiled: Dynamo can read and guard a global, but no context variable."""
+
+
+@contextmanager
+def using(*, form: str | None = None, backend: str | None = None, chunk_size: int | None = None) -> Iterator[None]:
+    """Forces the form, backend or chunk length of every `retention` call inside that names none itself.
+
+        with using(form="recurrent", backend="reference"):
+            logits, state = model(ids)
+
+    It holds for this thread (or asyncio task) alone; in compiled graphs for the whole process. Inside another `using`
+    what is not given stays as there. A backend named here never falls back, as when it is named in the call. Attention
+    is no retention: a Transformer, and the attention blocks of a hybrid, take no notice.
+
+    Raises:
+        ValueError: an unknown form or backend, or a chunk length below 1.
+    """
+    global _forced_in_graphs
+    if form is not None and form not in FORMS:
+        raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
+    if backend is not None and backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}, expected auto, {', '.join(BACKENDS)}")
+    if chunk_size is not None and chunk_size <= 0:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    outer, outer_in_graphs = _forced.get() or _Choices(), _forced_in_graphs
+    inner = _Choices(form or outer.form, chunk_size or outer.chunk_size, backend or outer.backend)
+    token, _forced_in_graphs = _forced.set(inner), inner
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _forced_in_graphs = outer_in_graphs
+
+
+def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int | None, str]:
+    """The arguments, and in place of those left out what `using` says."""
+    forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
+    if forced is None:
+        return form, chunk_size, backend
+    return (
+        forced.form if form == "auto" and forced.form else form,
+        forced.chunk_size if chunk_size is None else chunk_size,
+        forced.backend if backend == "auto" and forced.backend else backend,
+    )
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None, ring: Ring) -> Tensor:
+    """o `[B,T,H,V]` of T tokens that go into the ring one after the other."""
+    per_token = log_decay.ndim == 3
+    if q.shape[1] == 1:  # by far the most frequent: no view and no copy too many
+        decay = log_decay.squeeze(1) if per_token else log_decay
+        return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
+    _check_qkv(q, k, v, ndim=4)
+    outputs = []
+    for t in range(q.shape[1]):
+        decay = log_decay[:, t] if per_token else log_decay
+        outputs.append(retention_step(q[:, t], k[:, t], v[:, t], decay, scale=scale, state=ring)[0])
+    return torch.stack(outputs, 1)
 
 
 def retention_step(
@@ -81,7 +173,7 @@ def retention_step(
     scale: float | None = None,
     state: Tensor | Ring | None = None,
 ) -> tuple[Tensor, Tensor | Ring]:
-    """The recurrent form for one token: `o` `[B,H,V]` and the state after it.
+    """The recurrent form for one token without its time axis: `o` `[B,H,V]` and the state after it.
 
     Args:
         q, k: `[B,H,K]`.
@@ -106,9 +198,16 @@ def retention_step(
         if state.k.dtype != k.dtype:
             raise ValueError(f"the ring was opened for {state.k.dtype}, got {k.dtype}")
         log_decay, _ = _check_decay_and_state(q, v, log_decay, q.shape[:2], state.state, q.shape[0])
-        return backends.step(q, k, v, log_decay, scale, state), state
+        return backends.decode_step(q, k, v, log_decay, scale, state), state
     log_decay, state = _check_decay_and_state(q, v, log_decay, q.shape[:2], state, q.shape[0])
     check_values(log_decay)
+    return _one_token(q, k, v, log_decay, scale, state)
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in torch's operations: `o` `[B,H,V]` and a new state."""
     with exactly(q.device):
         q_BH1K, k_BHK1, v_BH1V = (scale * q.to(state.dtype))[:, :, None], k[..., None].to(state.dtype), v[:, :, None]
         state = torch.addcmul(log_decay.exp()[..., None, None] * state, k_BHK1, v_BH1V.to(state.dtype))

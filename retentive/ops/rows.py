@@ -1,12 +1,12 @@
 """What stands around retention in a layer, row by row: RMSNorm, and the rotation of q and k with their scale.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight
-    turn(x)     = scale * rotate(x), see rotary.py
+    rotate(x)   = scale * rotary.rotate(x)
 
 In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
-model's time (docs/LOG.md). `rows.c`, compiled with cpu.c, does each in one. Without it, on other devices, in float64
-and in compiled graphs, where the compiler fuses, they are PyTorch's own operations. Arithmetic is float32 or wider,
-results have the dtype of x.
+model's time (docs/LOG.md). `rows.c`, compiled with cpu.c, does each in one. Without it, on other devices, in float64,
+in compiled graphs, where the compiler fuses, and under torch.func, they are PyTorch's own operations. Arithmetic is
+float32 or wider, results have the dtype of x.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retentive.ops import rotary
 from retentive.ops.cpu import DTYPES, library, struct, unavailable
+from retentive.ops.transforms import transformed
 
 
 class Norm(ctypes.Structure):
@@ -33,7 +34,7 @@ class Rotate(ctypes.Structure):
 
 def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether rows.c can take `x`, and `weight` with it."""
-    if torch.compiler.is_compiling() or not x.numel():
+    if torch.compiler.is_compiling() or transformed() or not x.numel():
         return False
     if weight is not None and not (weight.shape == x.shape[-1:] and weight.is_contiguous()):
         return False
@@ -54,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
         return _RMSNorm.apply(x, weight, eps)
     if compiled(x, weight):
         return _normalise(x.contiguous(), weight, eps, None)
@@ -117,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
 # ---- rotation ----
 
 
-def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None = None) -> Tensor:
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None = None) -> Tensor:
     """x rotated and scaled, in its dtype. Gradients of x only: phases and scales are functions of positions.
 
     Args:
@@ -125,13 +126,13 @@ def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor |
         scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 if not given.
     """
     if compiled(x_BTHK) and cos.dtype == torch.float32:
-        return _Turn.apply(x_BTHK, cos, sin, variant, scale, 1.0)
+        return _Rotate.apply(x_BTHK, cos, sin, variant, scale, 1.0)
     y = rotary.rotate(x_BTHK, cos, sin, variant)
     return (y if scale is None else y * scale[..., None]).to(x_BTHK.dtype)
 
 
-class _Turn(torch.autograd.Function):
-    """Its gradient is the same with the angle turned back."""
+class _Rotate(torch.autograd.Function):
+    """Its gradient is the same with the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, sign: float) -> Tensor:
@@ -156,4 +157,4 @@ class _Turn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         cos, sin, scale = ctx.saved_tensors
-        return _Turn.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None
+        return _Rotate.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None

@@ -1,7 +1,6 @@
-"""The page: files of results in, one self-contained HTML file out. No number is made here, and none is left out.
+"""The page: files of results in, one self-contained HTML file out. No number is computed here, and none is left out.
 
-Each file stands for itself, under the name of the machine that it comes from, or of all of them where a comparison was
-told to mix some.
+Each file is shown by itself, with the name of its machine, or of several where a comparison was allowed to mix them.
 """
 
 import base64
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retentive.report.sections import SECTIONS, TABLES, Section
+from retentive.report.sections import SECTIONS, Section, table
 
 
 class File(NamedTuple):
@@ -20,6 +19,8 @@ class File(NamedTuple):
     kind: str
     """The command that made it: "compare", "bench decode", …"""
     result: dict[str, Any]
+    table: str | None
+    """What that command shows of it, Markdown; None where it is none of ours."""
 
 
 def build(folder: Path) -> str:
@@ -46,15 +47,14 @@ def read(path: Path) -> File:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
     kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
-    if kind in TABLES:
-        try:
-            TABLES[kind](result)
-            any(section.takes(kind, result) for section in SECTIONS)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
-            ) from None
-    return File(path, kind, result)
+    try:
+        shown = table(kind, result)
+        any(section.takes(kind, result) for section in SECTIONS)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
+        ) from None
+    return File(path, kind, result, shown)
 
 
 def page(files: Sequence[File]) -> str:
@@ -119,7 +119,7 @@ def _file(file: File) -> str:
     return (
         f'<article><h3>Measured: {html.escape(name)}</h3><p class="where">{where}<br>'
         f"<code>{html.escape(file.result.get('command', ''))}</code></p>{image}"
-        f"<div>{to_html(TABLES[file.kind](file.result))}</div></article>"
+        f"<div>{to_html(file.table or '')}</div></article>"
     )
 
 

@@ -3,47 +3,26 @@
 A file is known by the command that made it, which stands in it.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from retentive.bench import (
-    decode,
-    memory,
-    memory_file,
-    prefill,
-    retention_report,
-    scoring,
-    serving,
-    soak,
-    speculation,
-    step,
-    training,
-)
+from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
 from retentive.report import paper
-from retentive.studies import compare, prompting, recall
+from retentive.studies import STUDIES, compare
 
 Result = dict[str, Any]
 
-TABLES: dict[str, Callable[[Result], str]] = {
-    "compare": compare.table,
-    "eval": lambda result: task_table(result["results"]),
-    "bench decode": decode.table,
-    "bench prefill": prefill.table,
-    "bench train": training.table,
-    "bench recall": recall.table,
-    "bench memory": lambda result: memory.table(result["rows"]),
-    "bench retention": retention_report.table,
-    "bench step": step.table,
-    "bench scoring": scoring.table,
-    "bench serving": serving.table,
-    "bench speculation": speculation.table,
-    "bench prompting": prompting.table,
-    "bench ask": memory_file.table,
-    "bench soak": soak.table,
-}
-"""How a command's file is shown."""
+
+def table(kind: str, result: Result) -> str | None:
+    """What the command `kind` ("compare", "bench decode", …) shows of its result, as Markdown; None for others."""
+    modules = {f"bench {name}": module for name, module in (BENCHES | STUDIES).items()}
+    if kind in modules:
+        return importlib.import_module(modules[kind]).table(result)
+    tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
+    return tables[kind](result) if kind in tables else None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The HTTP server: OpenAI's API over the engine, and what a state of constant size adds to it; extra `serve`.
 
-    app.create_app(service)     the FastAPI application; run.serve runs it until a signal
-    service.open_service(run)   what it serves: a model, its engine, its template, the sessions
-    templates                   chats as token ids; needs jinja2 alone
+    open_service(run)           (service.py) what is served: a model, its engine, its template, the sessions
+    serve(service, host, port)  (server.py) answers until a signal
+    create_app(service)         (app.py) the FastAPI application by itself
 
-`options`, `sessions` and `templates` load without the extra; the other modules need it.
+A request's way: protocol -> middleware -> app -> requests -> completion -> async_engine -> choices -> responses.
+`options` and `sessions` load without the extra; the other modules need it.
 """

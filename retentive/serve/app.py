@@ -4,7 +4,7 @@
     GET, POST /v1/states    POST /v1/states/{name}/restore    DELETE /v1/states/{name}, /v1/sessions/{name}
     GET /health, /metrics, /
 
-What stands before them (keys, bodies, the count) is in `door.py`, what answers in `answer.py`.
+What stands before them (keys, names, the count) is in `middleware.py`, what answers in `completion.py`.
 """
 
 import asyncio
@@ -21,13 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from retentive.serve.answer import Answer
-from retentive.serve.door import Door, read_body
+from retentive.infer.memory import Memory
+from retentive.serve.completion import ClientLeft, Completion, described
 from retentive.serve.errors import Refused
-from retentive.serve.reply import Gone
+from retentive.serve.middleware import AccessMiddleware
+from retentive.serve.requests import ChatRequest, CompletionRequest, Named, RestoreRequest, SaveRequest, parse, receive
 from retentive.serve.service import Service
-from retentive.serve.sessions import Session
-from retentive.serve.wire import ChatRequest, CompletionRequest, Named, RestoreRequest, SaveRequest, read
 
 PAGE = Path(__file__).parent / "page"
 GRACE = 5
@@ -50,17 +49,17 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(title="retentive", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Door, service=service)
+    app.add_middleware(AccessMiddleware, service=service)
     if service.options.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.options.cors),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Session-Id"],
-            expose_headers=["Retry-After"],
+            allow_headers=["*"],  # clients have headers of their own, as OpenAI's x-stainless-*
+            expose_headers=["Retry-After", "X-Request-Id"],
         )
     app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(HTTPException, _no_such_place)
+    app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
     _completions(app, service)
     _about(app, service)
@@ -70,64 +69,74 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _completions(app: FastAPI, service: Service) -> None:
-    async def answer(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        request = read(kind, await read_body(http, service.options))
-        answer = Answer(service, http.state.owner, request, lambda: _leaves(http.receive))
-        await answer.begin()
+    async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        request = await receive(http, kind, service.options)
+        completion = Completion(service, request, http.state.owner, http.state.request_id)
+        await completion.begin(lambda: _disconnect(http.receive))
         if request.stream:
-            return Events(answer, service.options.timeout + GRACE)
+            return EventStream(completion, service.options.timeout + GRACE)
         try:
-            return JSONResponse(await answer.whole())
-        except Gone:
+            return Response(await completion.whole(), media_type="application/json")
+        except ClientLeft:
             return Response(status_code=499)  # nobody reads it; it is what the metrics count
         finally:
-            answer.end()
+            completion.close()
 
     @app.post("/v1/chat/completions")
-    async def chat(http: Request) -> Response:
-        return await answer(http, ChatRequest)
+    async def chat_completions(http: Request) -> Response:
+        return await complete(http, ChatRequest)
 
     @app.post("/v1/completions")
-    async def complete(http: Request) -> Response:
-        return await answer(http, CompletionRequest)
+    async def completions(http: Request) -> Response:
+        return await complete(http, CompletionRequest)
 
 
-async def _leaves(receive: Receive) -> None:
+async def _disconnect(receive: Receive) -> None:
+    """Comes back when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         continue
 
 
-class Events(Response):
-    """An answer as server-sent events. A client that does not read is cut off when its time is out."""
+class EventStream(Response):
+    """A response as server-sent events. A client that does not read is cut off when its time is out."""
 
-    def __init__(self, answer: Answer, seconds: float):
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    def __init__(self, completion: Completion, seconds: float):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may hold events back
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
-        self.answer, self.seconds = answer, seconds
+        self.completion, self.seconds = completion, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task, late = asyncio.current_task(), []
+        task, cut_off = asyncio.current_task(), []
         assert task is not None
 
-        def cut_off() -> None:
-            late.append(True)
+        def end() -> None:
+            cut_off.append(True)
             task.cancel()
 
-        clock = asyncio.get_running_loop().call_later(self.seconds, cut_off)
-        events = self.answer.events()
+        clock = asyncio.get_running_loop().call_later(self.seconds, end)
+        events = self.completion.events()
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if scope["http_version"] == "1.0":  # it knows no chunked encoding: all at once, with a length
+                body = b"".join([event async for event in events])
+                self.headers["content-length"] = str(len(body))
+                await self._start(send)
+                await send({"type": "http.response.body", "body": body, "more_body": False})
+                return
+            await self._start(send)
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
-            if not late:
+            if not cut_off:
                 raise
         finally:
             clock.cancel()
             await events.aclose()
-            self.answer.end()
+            self.completion.close()
+
+    async def _start(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
 
 def _about(app: FastAPI, service: Service) -> None:
@@ -163,7 +172,7 @@ def _states(app: FastAPI, service: Service) -> None:
     sessions, saved = service.sessions, service.saved
 
     def named(name: str) -> str:
-        return read(Named, json.dumps({"name": name}).encode()).name
+        return parse(Named, json.dumps({"name": name}).encode()).name
 
     @app.get("/v1/states")
     async def states(http: Request) -> dict[str, Any]:
@@ -171,20 +180,20 @@ def _states(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/states")
     async def save(http: Request) -> dict[str, Any]:
-        request = read(SaveRequest, await read_body(http, service.options))
-        with sessions.lent(http.state.owner, request.session) as session:
-            return await asyncio.to_thread(saved.save, http.state.owner, request.name, session)
+        request = await receive(http, SaveRequest, service.options)
+        with sessions.checkout(http.state.owner, request.session) as conversation:
+            return await asyncio.to_thread(saved.save, http.state.owner, request.name, conversation.memory)
 
     @app.post("/v1/states/{name}/restore")
     async def restore(http: Request, name: str) -> dict[str, Any]:
-        request = read(RestoreRequest, await read_body(http, service.options))
-        session: Session = await asyncio.to_thread(saved.load, http.state.owner, named(name))
-        sessions.put(http.state.owner, request.session, session)
-        return {"object": "session", "name": request.session, "tokens": session.tokens, "bytes": session.nbytes}
+        request = await receive(http, RestoreRequest, service.options)
+        memory: Memory = await asyncio.to_thread(saved.load, http.state.owner, named(name))
+        conversation = sessions.put(http.state.owner, request.session, memory)
+        return {"object": "session", **described(request.session, conversation)}
 
     @app.delete("/v1/states/{name}")
     async def delete(http: Request, name: str) -> dict[str, Any]:
-        saved.delete(http.state.owner, named(name))
+        await asyncio.to_thread(saved.delete, http.state.owner, named(name))
         return {"object": "state", "name": name, "deleted": True}
 
     @app.delete("/v1/sessions/{name}")
@@ -216,9 +225,10 @@ async def _refused(http: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _no_such_place(http: Request, error: Exception) -> Response:
+async def _http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: "no such place", 405: "that place does not take this method"}.get(error.status_code, str(error.detail))
+    words = {404: "no such path", 405: "that path does not take this method"}
+    said = words.get(error.status_code, str(error.detail))
     refused = Refused(error.status_code, f"{said}: {http.method} {http.url.path}")
     return JSONResponse(refused.body, error.status_code, error.headers)
 

@@ -33,12 +33,12 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def wait(message: str, *, status: int = 429, seconds: int = 1) -> Refused:
+def try_later(message: str, *, status: int = 429, seconds: int = 1) -> Refused:
     """No room now; the client may try again."""
     code = "queue_full" if status == 429 else "draining"
     return Refused(status, message, code=code, headers={"Retry-After": str(seconds)})
 
 
 def field(location: Sequence[int | str]) -> str:
-    """A place in a JSON body as people write it: messages[0].content."""
+    """The path to a field of a JSON body as people write it: messages[0].content."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

@@ -59,6 +59,6 @@ class _Figures(Collector):
             ("engine_steps", engine.counts["steps"], "Steps of the engine."),
             ("cache_hits", 0 if cache is None else cache.hits, "Prompts that began as one before."),
             ("cache_misses", 0 if cache is None else cache.misses, "Prompts that did not."),
-            ("sessions_pushed_out", self.sessions.pushed_out, "Conversations dropped for want of memory."),
+            ("sessions_evicted", self.sessions.evictions, "Conversations dropped for want of memory."),
         ):
             yield CounterMetricFamily(f"retentive_{name}", text, value)

@@ -1,10 +1,12 @@
 """The options of a server; the command line is made from them, so this needs no package of the extra."""
 
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
-"""Of sessions and saved states: nothing that a path could be made of."""
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,20 @@ class Options:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_key):
             raise ValueError("an API key must be printable ASCII and not empty")
+        for origin in self.cors:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"--cors takes origins such as https://example.org (no path), or *, got {origin!r}")
+        for name in ("states", "cache_folder"):
+            folder = getattr(self, name)
+            if folder is not None and folder.exists() and not folder.is_dir():
+                raise ValueError(f"--{name.replace('_', '-')} is a folder, but {folder} is a file")
 
     @property
     def most_body(self) -> int:
         """Bytes of a request: a prompt of max_prompt ids in JSON, with room to spare."""
         return 65536 + 16 * self.max_prompt
+
+    def with_keys_of(self, environment: Mapping[str, str] = os.environ) -> "Options":
+        """The same with the keys in RETENTIVE_API_KEY besides."""
+        found = environment.get("RETENTIVE_API_KEY", "").split(",")
+        return replace(self, api_key=(*self.api_key, *(key.strip() for key in found if key.strip())))

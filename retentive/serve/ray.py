@@ -7,9 +7,8 @@ must clients that use sessions. Saved states lie in a folder that all replicas s
     serve run retentive.serve.ray:application run=runs/demo replicas=2
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -46,8 +45,7 @@ def deployed(
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
 
-        keys = tuple(k.strip() for k in os.environ.get("RETENTIVE_API_KEY", "").split(",") if k.strip())
-        return create_app(open_service(run, replace(options, api_key=(*options.api_key, *keys)), device=device))
+        return create_app(open_service(run, options.with_keys_of(), device=device))
 
     server = serve.deployment(
         name="retentive",

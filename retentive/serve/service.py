@@ -1,25 +1,27 @@
 """What a server serves: one model, its engine, its template, the conversations, and within which bounds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from retentive import __version__
+from retentive import __version__, machine
 from retentive.checkpoint import load_with_tokenizer
 from retentive.checkpoint.io import find
 from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
-from retentive.infer.memory import fingerprint
+from retentive.infer.conversation import Conversation
+from retentive.infer.memory import Memory, blank, fingerprint
 from retentive.models import Model, cost
-from retentive.serve.bridge import LoopEngine
-from retentive.serve.errors import Refused, wait
+from retentive.serve.async_engine import AsyncEngine
+from retentive.serve.errors import Refused, try_later
 from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
-from retentive.serve.sessions import SavedStates, Sessions, owner_of
+from retentive.serve.sessions import SavedStates, Sessions
 
 
 @dataclass
@@ -33,54 +35,57 @@ class Service:
     template: ChatTemplate
     options: Options
     states_folder: Path
-    fingerprint: str = field(init=False)
-    engine: LoopEngine = field(init=False)
+    engine: AsyncEngine = field(init=False)
     sessions: Sessions = field(init=False)
     saved: SavedStates = field(init=False)
     metrics: Metrics = field(init=False)
-    at_hand: int = 0
+    in_flight: int = 0
     """Completions that have begun and not ended."""
     draining: bool = False
 
     def __post_init__(self):
         options, model = self.options, self.model
-        self.fingerprint = fingerprint(model)
+        name = fingerprint(model)
+        self._blank: Memory = blank(model, name)
+        needed = options.slots * self._blank.nbytes
+        if needed > (free := machine.free_memory(self._blank.state.position.device)):
+            have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
+            raise ValueError(f"--slots {options.slots} need {have}: ask for fewer")
         cache = None
         if options.cache:
-            cache = PrefixCache(options.cache, folder=options.cache_folder, model=self.fingerprint)
-        self.engine = LoopEngine(model, slots=options.slots, waiting=options.queue, cache=cache)
-        self.sessions = Sessions(options.sessions)
-        self.saved = SavedStates(self.states_folder, model, self.fingerprint, self.name)
+            cache = PrefixCache(options.cache, folder=options.cache_folder, model=name)
+        self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, cache=cache)
+        self.sessions = Sessions(options.sessions, self.new_conversation)
+        self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics = Metrics(self.engine, self.sessions)
-        self._owners = {owner_of(key) for key in options.api_key}
 
-    def owner(self, authorization: str | None) -> str:
-        """Whose request it is, by its Authorization header.
-
-        Raises:
-            Refused: 401.
-        """
-        if not self._owners:
-            return owner_of("")
-        scheme, _, key = (authorization or "").partition(" ")
-        owner = owner_of(key.strip())
-        # all are compared, each in the same time
-        if scheme.lower() != "bearer" or not sum(compare_digest(owner, each) for each in self._owners):
-            said = "wrong API key" if authorization else "an API key is needed: Authorization: Bearer KEY"
-            raise Refused(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return owner
+    def new_conversation(self) -> Conversation:
+        """One in which nothing was said; they all share the blank state."""
+        return Conversation(self.engine, self.tokenizer, self.template, self._blank)
 
     def check_model(self, name: str | None) -> None:
+        """Raises Refused (404) for any model but this one."""
         if name is not None and name != self.name:
             message = f"the model {name!r} is not here; this server has {self.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
 
-    def check_open(self) -> None:
-        """Refused with 503 or 429 where no more requests are taken."""
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Counts a completion while it is in flight.
+
+        Raises:
+            Refused: 503 or 429 where no more are taken.
+        """
         if self.draining:
-            raise wait("the server is stopping", status=503, seconds=5)
-        if self.at_hand >= 4 * (self.options.slots + self.options.queue):  # most of whom do not read their answers
-            raise wait(f"{self.at_hand} requests are at hand already")
+            raise try_later("the server is stopping", status=503, seconds=5)
+        # far more than have or await a slot: the others are written, and do not read their answers
+        if self.in_flight >= 4 * (self.options.slots + self.options.queue):
+            raise try_later(f"{self.in_flight} requests are in flight already")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
 
     def info(self) -> dict[str, Any]:
         """What the page, and whoever wants to know, is told."""
@@ -88,7 +93,7 @@ class Service:
             "model": self.name,
             "kind": type(self.model).__name__,
             "parameters": cost.parameters(self.model.config),
-            "state_bytes": self.model.init_state(1).nbytes,
+            "state_bytes": self._blank.nbytes,
             "context": None,  # without end
             "slots": self.options.slots,
             "max_tokens": self.options.max_tokens,
@@ -110,7 +115,8 @@ def open_service(
     """The service of a run directory, model folder or hub's name.
 
     Raises:
-        FileNotFoundError, ValueError: no model, no tokenizer, or a template that is refused.
+        FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is
+            memory for.
     """
     options, folder = options or Options(), find(run)
     model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype)

@@ -1,121 +1,109 @@
 """Conversations whose state stays in the server, and their files. What one key owns, no other key sees.
 
-A session is lent to one request at a time and changes only when that request is done: what breaks off leaves it as it
-was. In memory all sessions together are bounded in bytes; whoever was used longest ago goes first, and is remembered as
-gone, so that a conversation is never begun anew behind its client's back.
+A session is checked out by one request at a time and changes only when that request is done: what breaks off leaves it
+as it was. In memory all sessions together are bounded in bytes; the least recently used is evicted first.
 """
 
 import hashlib
-import json
 import logging
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from retentive.infer.memory import Memory, load_memory, save
+from retentive.infer.conversation import NAME, Conversation
+from retentive.infer.memory import Memory, head, load_memory, save
 from retentive.models import Model
-from retentive.models.state import State
 from retentive.serve.errors import Refused
-from retentive.serve.options import NAME
 
 MOST_FILES = 1000
 """Saved states of one key."""
-MOST_GONE = 10_000
-"""Names of pushed-out sessions that are remembered."""
+EVICTED = 1000
+"""So many evicted sessions are remembered by name, so that none is begun anew behind its client's back."""
 
 log = logging.getLogger("retentive.serve")
 
 
-@dataclass
-class Session:
-    """What a conversation has read: the state after all of its tokens but `pending`."""
-
-    state: State | None = None
-    pending: list[int] = field(default_factory=list)
-    tokens: int = 0
-    sources: list[dict] = field(default_factory=list)
-    busy: bool = False
-
-    def take(self, other: "Session") -> None:
-        """Become what the other is."""
-        self.state, self.pending, self.tokens, self.sources = other.state, other.pending, other.tokens, other.sources
-
-    @property
-    def nbytes(self) -> int:
-        return (0 if self.state is None else self.state.nbytes) + 8 * len(self.pending)
-
-
 class Sessions:
-    """Sessions by owner and name; for one thread, the event loop's."""
+    """Conversations by owner and name; for one thread, the event loop's.
 
-    def __init__(self, most_bytes: int):
-        self.most_bytes = most_bytes
-        self.held: OrderedDict[tuple[str, str], Session] = OrderedDict()
-        self.gone: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self.pushed_out = 0
+    Args:
+        most_bytes: of all that is remembered, of those that no request has checked out.
+        new: makes a conversation in which nothing was said.
+    """
+
+    def __init__(self, most_bytes: int, new: Callable[[], Conversation]):
+        self.most_bytes, self.new = most_bytes, new
+        self.held: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+        """The least recently used first."""
+        self.busy: set[tuple[str, str]] = set()
+        self.evicted: deque[tuple[str, str]] = deque(maxlen=EVICTED)
+        self.evictions = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(session.nbytes for session in self.held.values())
+        return sum(conversation.nbytes for conversation in self.held.values())
 
     @contextmanager
-    def lent(self, owner: str, name: str, *, new: bool = False) -> Iterator[Session]:
-        """The session for one request alone; where there is none and `new` allows it, one that has read nothing.
+    def checkout(self, owner: str, name: str, *, new: bool = False) -> Iterator[Conversation]:
+        """The conversation for one request alone; where there is none and `new` allows it, a new one.
 
         Raises:
-            Refused: 404 there is none; 409 another request has it; 410 it was pushed out.
+            Refused: 404 there is none; 409 another request has it; 410 it was evicted.
         """
         key = (owner, name)
-        if key in self.gone:
+        if key in self.evicted:
             raise Refused(
-                410, f"session {name!r} was pushed out by others: restore it from a saved state, or delete it first",
+                410, f"session {name!r} was evicted by others: restore it from a saved state, or delete it first",
                 param="session", code="session_gone",
             )  # fmt: skip
         if key not in self.held and not new:
             raise Refused(404, f"no session {name!r}", param="session", code="session_not_found")
-        session = self.held.setdefault(key, Session())
-        if session.busy:
+        if key in self.busy:
             raise Refused(409, f"session {name!r} is answering another request", param="session", code="session_busy")
+        conversation = self.held.setdefault(key, self.new())
         self.held.move_to_end(key)
-        session.busy = True
+        self.busy.add(key)
         try:
-            yield session
+            yield conversation
         finally:
-            session.busy = False
-            if not session.tokens:
+            self.busy.discard(key)
+            if not conversation.begun:
                 self.held.pop(key, None)
-            self._make_room()
+            self._evict()
 
-    def put(self, owner: str, name: str, session: Session) -> None:
-        """In place of what had that name; Refused 409 if another request has it."""
-        self.gone.pop((owner, name), None)
-        with self.lent(owner, name, new=True) as held:
-            held.take(session)
+    def put(self, owner: str, name: str, memory: Memory) -> Conversation:
+        """The conversation of that name, which goes on from `memory` now; Refused 409 if another request has it."""
+        self._forget_eviction(owner, name)
+        with self.checkout(owner, name, new=True) as conversation:
+            conversation.memory = memory
+        return conversation
 
     def drop(self, owner: str, name: str) -> None:
-        """Forget it; errors as `lent`, but for 410."""
-        if (owner, name) in self.gone:
-            del self.gone[owner, name]
+        """Forget it; errors as `checkout`, but for 410."""
+        if self._forget_eviction(owner, name):
             return
-        with self.lent(owner, name) as held:
-            held.take(Session())
+        with self.checkout(owner, name) as conversation:
+            conversation.memory = self.new().memory
 
-    def _make_room(self) -> None:
-        for key in [k for k, s in self.held.items() if not s.busy]:
-            if self.nbytes <= self.most_bytes:
+    def _forget_eviction(self, owner: str, name: str) -> bool:
+        """Whether it was evicted; from now on the name is free."""
+        with suppress(ValueError):
+            self.evicted.remove((owner, name))
+            return True
+        return False
+
+    def _evict(self) -> None:
+        excess = self.nbytes - self.most_bytes
+        for key in [key for key in self.held if key not in self.busy]:
+            if excess <= 0:
                 return
-            del self.held[key]
-            self.pushed_out += 1
-            self.gone[key] = None
-            if len(self.gone) > MOST_GONE:
-                self.gone.popitem(last=False)
+            excess -= self.held.pop(key).nbytes
+            self.evictions += 1
+            self.evicted.append(key)
 
 
 def owner_of(key: str) -> str:
@@ -135,7 +123,7 @@ class SavedStates:
             raise Refused(400, "a state's name is up to 64 letters, digits, '.', '_' and '-'", param="name")
         return self.folder / owner / f"{name}.safetensors"
 
-    def save(self, owner: str, name: str, session: Session) -> dict[str, Any]:
+    def save(self, owner: str, name: str, memory: Memory) -> dict[str, Any]:
         """Write it, in place of what had that name, and describe it; from any thread.
 
         Raises:
@@ -144,52 +132,60 @@ class SavedStates:
         path = self._path(owner, name)
         if not path.exists() and len(self._files(owner)) >= MOST_FILES:
             raise Refused(409, f"{MOST_FILES} states are saved already: delete some", code="too_many_states")
-        if session.state is None:
+        if not memory.tokens:
             raise Refused(409, "the session has read nothing yet", param="session", code="session_empty")
-        config, sources = asdict(self.model.config), session.sources
-        memory = Memory(session.state, session.pending, session.tokens, self.fingerprint, sources, config)
-        try:
-            with self.writing:
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                save(memory, path)
-        except (OSError, SafetensorError) as error:
-            log.error("a state cannot be written", exc_info=error)
-            raise Refused(507, "the state cannot be written: the server's log says more", code="not_saved") from None
+        with self._changing():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # files in it are for whoever may read others
+            save(memory, path)
         return self._describe(path)
 
-    def load(self, owner: str, name: str) -> Session:
-        """The session that was saved.
+    def load(self, owner: str, name: str) -> Memory:
+        """What was saved.
 
         Raises:
             Refused: 404 not there; 409 another model's, cut short or changed.
         """
         path = self._path(owner, name)
         try:
-            memory = load_memory(path, self.model, self.fingerprint)
+            return load_memory(path, self.model, self.fingerprint)
         except FileNotFoundError:
-            raise Refused(404, f"no saved state {name!r}", param="name", code="state_not_found") from None
+            raise _not_found(name) from None
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).replace(str(path), f"state {name!r}")
+            reason = str(error).replace(str(path), f"state {name!r}")  # paths are nobody's business
             raise Refused(409, reason, param="name", code="state_refused") from None
-        return Session(memory.state, memory.pending, memory.tokens, memory.sources)
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
         """What is saved, by name; a damaged file is listed too, so that it can be deleted."""
         return [self._describe(path) for path in self._files(owner)]
 
     def delete(self, owner: str, name: str) -> None:
+        """Remove the file.
+
+        Raises:
+            Refused: 404 not there; 507 the folder cannot be written to.
+        """
+        path = self._path(owner, name)
+        if not path.is_file():
+            raise _not_found(name)
+        with self._changing():
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One change at a time; what the system says against it goes to the log, since it names paths."""
         try:
-            self._path(owner, name).unlink()
-        except FileNotFoundError:
-            raise Refused(404, f"no saved state {name!r}", param="name", code="state_not_found") from None
+            with self.writing:
+                yield
+        except OSError as error:
+            log.error("states cannot be written: %s", error)
+            raise Refused(507, "the state cannot be written: the server's log says more", code="not_saved") from None
 
     def _describe(self, path: Path) -> dict[str, Any]:
         """From the file's head: its tensors are looked at when it is restored."""
         tokens, model, about = 0, None, path.stat()
-        with suppress(SafetensorError, ValueError, KeyError, OSError):
-            with safe_open(path, framework="pt") as file:
-                memory = json.loads((file.metadata() or {})["memory"])
-            tokens, model = int(memory["tokens"]), str(memory["model"])
+        with suppress(ValueError, OSError):
+            found = head(path)
+            tokens, model = found["tokens"], found["model"]
         return {
             "object": "state",
             "name": path.stem,
@@ -200,4 +196,8 @@ class SavedStates:
         }
 
     def _files(self, owner: str) -> list[Path]:
-        return sorted((self.folder / owner).glob("*.safetensors"))
+        return sorted(path for path in (self.folder / owner).glob("*.safetensors") if path.is_file())
+
+
+def _not_found(name: str) -> Refused:
+    return Refused(404, f"no saved state {name!r}", param="name", code="state_not_found")

@@ -23,20 +23,27 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from retentive import machine
+from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
 from retentive.bench.lab.tables import markdown
+from retentive.checkpoint import load_with_tokenizer, save_model
 from retentive.data.sources import Document
-from retentive.data.tokenizer import Tokenizer
-from retentive.infer.memory import Memory, blank, chain, chain_errors, keep_size, merge, read
-from retentive.models import RetNet, RetNetConfig
+from retentive.data.tokenizer import Tokenizer, train_bpe
+from retentive.evals.stats import mean_interval
+from retentive.infer.memory import Memory, blank
+from retentive.infer.merge import chain, chain_errors, keep_size, merge
+from retentive.infer.reading import ingest
+from retentive.models import RetNet, RetNetConfig, preset
 from retentive.ops import decay
 
 NAMES = ("A", "B", "C", "D")
@@ -55,6 +62,43 @@ WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
     "merged: sum": lambda states: 1,
 }
 WAYS = ("nothing", "in a row", "chained", *WEIGHTS)
+
+PICTURE = "Structured prompting"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Structured prompting: few-shot accuracy from merged groups, from the same in a row, and from nothing."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder of texts, in which the files below are."""
+    out: Path = Path("runs/prompting")
+    """Folder of the model, which is trained first if it is not there."""
+    size: str = "1m"
+    """Size of the model."""
+    steps: int = 1500
+    """Training steps of 8 tasks."""
+    episodes: int = 20
+    """Tasks of each set of texts that are measured."""
+    novels: str = "novels/train"
+    """Folder of novels, a text file each."""
+    play: str = "tinyshakespeare/input.txt"
+    """Plays in one text file: speeches with a blank line between them, their first lines the names of the speakers."""
+    meetings: str = "qmsum/train.jsonl"
+    """Meetings, as QMSum has them."""
+    papers: str = "summarization/scitldr/train.jsonl"
+    """Abstracts of papers, as SciTLDR has them."""
+    reports: str = "gov_report/gov_report.jsonl"
+    """Reports, as GovReport has them."""
+    articles: str = "eval/boolq.jsonl"
+    """Passages of articles, as BoolQ has them."""
+    english: str = "translation/enja/train.en"
+    """English phrases, a line each."""
+    japanese: str = "translation/enja/train.ja"
+    """Japanese phrases, a line each."""
+    hellaswag: str = "eval/hellaswag.jsonl"
+    """HellaSwag: sentences about videos, with the activity that each shows."""
+
 
 Classes = dict[str, dict[str, list[str]]]
 """{class: {source: texts}}; the texts of a source, such as a video or a book, are held out together."""
@@ -89,36 +133,36 @@ def sentences(text: str, most: int = 20) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", text)[:most]
 
 
-def activities(data: Path) -> Classes:
+def activities(options: Options) -> Classes:
     """The sentences of HellaSwag about videos, by activity; a video a source."""
     classes: Classes = defaultdict(lambda: defaultdict(list))
-    for row in rows(data / "eval/hellaswag.jsonl"):
+    for row in rows(options.data / options.hellaswag):
         if row["source_id"].startswith("activitynet"):
             ending = f"{row['ctx_b']} {row['endings'][int(row['label'])]}"
             add(classes, row["activity_label"], row["source_id"], (row["ctx_a"], ending))
     return classes
 
 
-def kinds(data: Path) -> Classes:
+def kinds(options: Options) -> Classes:
     """Sentences of eight sorts of text, by sort."""
     classes: Classes = defaultdict(lambda: defaultdict(list))
-    for book in sorted((data / "novels/train").glob("*.txt")):
+    data = options.data
+    for book in sorted((data / options.novels).glob("*.txt")):
         add(classes, "novel", book.stem, book.read_text(encoding="utf-8").split("\n\n")[20:60])
-    play = (data / "tinyshakespeare/input.txt").read_text(encoding="utf-8").split("\n\n")
-    for n, speech in enumerate(play[:2000]):
+    for n, speech in enumerate((data / options.play).read_text(encoding="utf-8").split("\n\n")[:2000]):
         add(classes, "play", f"play {n // 20}", [speech.partition("\n")[2]])
-    for n, meeting in enumerate(rows(data / "qmsum/train.jsonl")):
+    for n, meeting in enumerate(rows(data / options.meetings)):
         add(classes, "meeting", f"meeting {n}", [turn["content"] for turn in meeting["meeting_transcripts"][:40]])
-    for n, paper in enumerate(rows(data / "summarization/scitldr/train.jsonl")):
+    for n, paper in enumerate(rows(data / options.papers)):
         add(classes, "paper", f"paper {n}", paper["source"][:3])
-    for report in rows(data / "gov_report/gov_report.jsonl"):
+    for report in rows(data / options.reports):
         add(classes, "report", report["id"], sentences(report["document"], 200))
-    for n, row in enumerate(rows(data / "eval/boolq.jsonl")):
+    for n, row in enumerate(rows(data / options.articles)):
         add(classes, "article", f"passage {n}", sentences(row["passage"], 3))
-    for language in ("en", "ja"):
-        with open(data / f"translation/enja/train.{language}", encoding="utf-8") as file:
-            for n, line in zip(range(3000), file, strict=False):
-                add(classes, "English" if language == "en" else "Japanese", f"phrase {n}", [line])
+    for language, name in (("English", options.english), ("Japanese", options.japanese)):
+        with open(data / name, encoding="utf-8") as file:
+            for n, line in enumerate(islice(file, 3000)):
+                add(classes, language, f"phrase {n}", [line])
     return classes
 
 
@@ -143,7 +187,7 @@ def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, 
 
 
 def bucket(name: str) -> int:
-    """0 to 4, the same for ever."""
+    """0 to 4 by the name's hash, so that a source is always held out or never."""
     return hashlib.sha256(name.encode()).digest()[0] % 5
 
 
@@ -180,7 +224,7 @@ def learn(
     batch: int = 8,
     lr: float = 2e-3,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> RetNet:
     """A model trained on `batch` new tasks a step; classes and names count in the loss, the texts do not."""
     torch.manual_seed(seed)
@@ -228,8 +272,32 @@ def answers_of(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[Ten
 # measuring
 
 
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `of_model`, of the model in `out`, on texts of known kinds, of known activities and of new ones."""
+    known_kinds = split(kinds(options), new=False)
+    known_activities = split(activities(options), new=True)
+    if not options.out.exists():
+        train_model(options, [known_kinds[0], known_activities[0]], say)
+    model, tokenizer = load_with_tokenizer(options.out)
+    if not isinstance(model, RetNet):
+        raise ValueError(f"{options.out} holds no RetNet, whose states can be merged: choose another --out")
+    sets = {
+        "kinds of text": known_kinds[1],
+        "activities": known_activities[1],
+        "activities never seen": known_activities[2],
+    }
+    return of_model(model, tokenizer, sets, episodes=options.episodes, say=say)
+
+
+def train_model(options: Options, families: Sequence[Mapping[str, Sequence[str]]], say: Say) -> None:
+    """Write the model, which has learnt the game from these texts, and its tokenizer to `out`."""
+    tokenizer = train_bpe((d.text for d in tasks(families, 3000, seed=1)), 4096)
+    config = preset(options.size, vocab_size=tokenizer.vocab_size, heads=4, decay=decays(4))
+    save_model(options.out, learn(config, tokenizer, families, steps=options.steps, say=say), tokenizer)
+
+
 @torch.inference_mode()
-def measure(
+def of_model(
     model: RetNet,
     tokenizer: Tokenizer,
     sets: Mapping[str, Texts],
@@ -237,7 +305,7 @@ def measure(
     groups: Sequence[int] = GROUPS,
     episodes: int = 40,
     queries: int = 6,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """Accuracy of each way of remembering, for each set of texts and number of groups, over `episodes` tasks.
 
@@ -271,9 +339,9 @@ def measure(
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """[mean, half of its 95% confidence interval]."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return [round(statistics.mean(values), 5), round(1.96 * spread / len(values) ** 0.5, 5)]
+    """[mean, half of its 95% confidence interval]; half is 0 where there is one value only."""
+    found = mean_interval(values)
+    return [round(statistics.mean(values), 5), round((found[1] - found[0]) / 2, 5) if found else 0.0]
 
 
 def episode(
@@ -292,7 +360,7 @@ def episode(
     empty, begin = blank(model, "bench"), [tokenizer.eos_id]
 
     def remember(ids: Sequence[int]) -> Memory:
-        return last(read(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
+        return last(ingest(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
 
     ids = [tokenizer.encode(part) for part in parts]
     apart = [remember(begin + part) for part in ids]
@@ -355,7 +423,7 @@ def score(model: RetNet, memory: Memory, asked: Questions, answers: Tensor) -> f
     return float((whole.argmax(-1) == answers).float().mean())
 
 
-# telling
+# table and picture
 
 
 def table(result: dict[str, Any]) -> str:

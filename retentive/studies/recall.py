@@ -4,18 +4,21 @@ A row names n pairs of a key and a value, drawn anew for every row, and then ask
 
     k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
 
-Nothing is to be known but what stands in the row. A model is trained on rows of all numbers of pairs in turn, and asked
-with each number. Source: Arora et al., Zoology (arXiv 2312.04927), whose queries lie further apart.
+All that has to be known stands in the row. A model is trained on rows of all numbers of pairs in turn, and asked with
+each number. Source: Arora et al., Zoology (arXiv 2312.04927), whose queries lie further apart.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retentive import machine
+from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import dress, grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
@@ -23,15 +26,36 @@ from retentive.machine import pick_device
 from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
-from retentive.train import TrainConfig, train
+from retentive.train import Hooks, TrainConfig, language_modelling, train
+from retentive.train.directory import RunDirectory
 
 PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
-VARIANTS = ("retnet", "short-head", "gated", "no-decay", "hybrid", "transformer")
+PICTURE = "Associative recall"
 ASKED = 4096
 """Answers that an accuracy is taken of, at least."""
 FEW, LEARNED = 4, 0.9
-"""So few pairs every model here can hold: whoever answers less often than this about them has not learned the task."""
+"""So few pairs every model here can hold: one that is right about them less often has not learned the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Associative recall: small models trained to answer from pairs of keys and values that stand before."""
+
+    out: Path = Path("runs/recall")
+    """Folder for the models; those that are there are not trained again."""
+    variants: tuple[str, ...] = ("retnet", "short-head", "gated", "no-decay", "hybrid", "transformer")
+    """As `retentive compare --variants`."""
+    dims: tuple[int, ...] = (64,)
+    """Widths of the models, of two layers."""
+    pairs: tuple[int, ...] = PAIRS
+    """Pairs in a row."""
+    steps: int = 4000
+    """Training steps."""
+    tokens: int = 4096
+    """Tokens of a training step."""
+    lr: float = 4e-3
+    """Peak learning rate."""
 
 
 class Rows:
@@ -69,61 +93,54 @@ def accuracy(model: Model, n: int, *, asked: int = ASKED, seed: int = 10**6) -> 
     while total < asked:
         batch = rows(n, max(4096 // (4 * n), 1), generator)
         where = batch.targets != IGNORE
-        x, _ = model.hidden(batch.ids.to(model.embed.weight.device))
+        x, _ = model.hidden(batch.ids.to(model.device))
         found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
         right += int((found == batch.targets[where]).sum())
         total += len(found)
     return right / total, total
 
 
-def measure(
-    out: Path,
-    *,
-    variants: Sequence[str] = VARIANTS,
-    dims: Sequence[int] = (64,),
-    pairs: Sequence[int] = PAIRS,
-    steps: int = 4000,
-    tokens: int = 4096,
-    lr: float = 4e-3,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
-    """A row per width and variant: accuracy for each number of pairs, and what the model remembers in.
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per width and variant: accuracy for each number of pairs, and the bytes that the model remembers in.
 
     The models are trained in `out`; those that are there are not trained again.
 
     Raises:
         ValueError: an unknown variant, a number below 1, more pairs than keys; a model in `out` trained otherwise.
     """
+    variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, compare.VARIANTS, "variant")
-    for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [tokens])):
+    for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [options.tokens])):
         at_least_one(what, numbers)
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
-    options = {"pairs": list(pairs), "steps": steps, "tokens_per_step": tokens, "lr": lr}
-    how = TrainConfig(steps=steps, lr=lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1)
+    trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "lr": options.lr}
+    how = TrainConfig(
+        steps=steps, lr=options.lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
+    )
     found = []
-    for dim in dims:
-        for variant in variants:
-            folder = out / f"{variant}_{dim}"
-            check_done(folder, options)
-            base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
-            config = compare.config_of(variant, base)
-            torch.manual_seed(0)
-            model = build(config)
-            batches: Any = Rows(tokens=tokens, pairs=pairs)
-            train(model, batches, how, out=folder, record={"recall": options}, resume=True, quiet=True)
-            model.eval()
-            scores = {str(n): accuracy(model, n)[0] for n in pairs}
-            row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
-            remembers = None if isinstance(config, PeerConfig) else cost.memory_bytes(config, 4 * max(pairs))
-            row |= {"memory_bytes": remembers, "accuracy": scores}
-            found.append(row)
-            say(f"{variant}, width {dim}: " + ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items()))
+    for dim, variant in product(dims, variants):
+        folder = options.out / f"{variant}_{dim}"
+        check_done(folder, trained)
+        base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
+        config = compare.config_of(variant, base)
+        torch.manual_seed(0)
+        model = build(config)
+        directory = RunDirectory(folder, record={"recall": trained}, existing="resume")
+        rows = Rows(tokens=options.tokens, pairs=pairs)
+        train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
+        model.eval()
+        scores = {str(n): accuracy(model, n)[0] for n in pairs}
+        row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
+        remembers = None if isinstance(config, PeerConfig) else cost.memory_bytes(config, 4 * max(pairs))
+        row |= {"memory_bytes": remembers, "accuracy": scores}
+        found.append(row)
+        say(f"{variant}, width {dim}: " + ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items()))
     return {
         "what": "associative recall",
         "hardware": machine.describe(),
         "device": pick_device(how.device).type,
-        **options,
+        **trained,
         "chance": 1 / VALUES,
         "answers": ASKED,
         "rows": found,
@@ -140,7 +157,7 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
 
 
 def learned(row: dict[str, Any]) -> bool:
-    """Whether nothing speaks against it: where it fails about FEW pairs, its row tells of training, not of memory."""
+    """Whether the model learned the task: if it fails about FEW pairs, its row tells of training, not of memory."""
     return all(share >= LEARNED for n, share in row["accuracy"].items() if int(n) <= FEW)
 
 

@@ -1,29 +1,51 @@
-"""What a training run came to: its curve, held-out bits per byte beside two yardsticks, and what it writes."""
+"""What came out of a training run: its curve, held-out bits per byte beside two yardsticks, and what it writes."""
 
 import json
 import lzma
 import math
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from retentive import machine
+from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import panels
-from retentive.data.loader import held_out
-from retentive.data.tokenizer import Tokenizer
+from retentive.bench.lab.tables import markdown
+from retentive.data.packed import Packed
 from retentive.train.log import read_metrics
 
+YARDSTICKS = ("order-0 entropy", "xz -9")
+PICTURE = "The training run {run}"
 
-def yardsticks(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
+
+@dataclass(frozen=True)
+class Options:
+    """A training run: its curve, and held-out bits per byte beside order-0 entropy and xz -9."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    data: Path
+    """The packed data that it was trained on."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """As `report`, of the run that the options name."""
+    return report(options.run, Packed(options.data))
+
+
+def yardsticks(data: Packed) -> dict[str, float]:
     """Bits per byte of the held-out text by its bytes' frequencies alone, and by xz at its strongest; its size."""
-    raw = "".join(tokenizer.decode(b.ids[0].tolist()) for b in held_out(data, length=1 << 20)).encode()
+    raw = "".join(data.tokenizer.decode(b.ids[0].tolist()) for b in data.held_out(length=1 << 20)).encode()
     counts = Counter(raw)
     entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
     return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}
 
 
-def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def report(run: Path, data: Packed) -> dict[str, Any]:
     """The run's metrics in short, with the yardsticks on the same text and the hardware."""
     records = read_metrics(run)
     steps = [r for r in records if "loss" in r]
@@ -47,9 +69,15 @@ def report(run: Path, data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         ],
         "held_out": [[r["step"] * tokens_per_step, r["bits_per_byte"]] for r in records if "bits_per_byte" in r],
         "final": final[-1],
-        "yardsticks": yardsticks(data, tokenizer),
+        "yardsticks": yardsticks(data),
         "samples": {str(r["step"]): r["sample"] for r in records if "sample" in r},
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Held-out bits per byte of the yardsticks and of the model."""
+    found = {name: result["yardsticks"][name] for name in YARDSTICKS} | {"this model": result["final"][1]}
+    return markdown(["", "bits per byte"], [[name, f"{value:.3f}"] for name, value in found.items()])
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
@@ -68,7 +96,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
         axis.set_xlabel("tokens (millions)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    for (name, value), colour in zip(list(result["yardsticks"].items())[:2], ("C1", "C2"), strict=True):
-        right.axhline(value, color=colour, linestyle="--", label=name)
+    for name, colour in zip(YARDSTICKS, ("C1", "C2"), strict=True):
+        right.axhline(result["yardsticks"][name], color=colour, linestyle="--", label=name)
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

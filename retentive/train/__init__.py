@@ -1,6 +1,27 @@
-"""Training: one loop for any model of this package, its optimiser, loss, log and checkpoints."""
+"""Training: one loop for any model of this package, and whatever runs through it.
+
+retentive.train("data/mine", "runs/mine", size="5m", steps=1000)       a whole run, in one call
+TrainRun(data=…, out=…, train=TrainConfig(steps=1000)).run()           the same as a value (`run`)
+train(model, batches, objective, config, out)                          the loop alone, for what is your own (`loop`)
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
 
 from retentive.train.config import TrainConfig
-from retentive.train.loop import train
+from retentive.train.loop import Hooks, Interrupted, train
+from retentive.train.objective import language_modelling
+from retentive.train.run import TrainRun
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["Hooks", "Interrupted", "TrainConfig", "TrainRun", "language_modelling", "train"]
+
+
+class _Callable(ModuleType):
+    """Importing this package puts it where the function `retentive.train` was: so it can be called like that one."""
+
+    def __call__(self, data: Any, out: Any, **options: Any) -> Any:
+        return TrainRun.of(data, out, **options).run(overrides=options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from retentive.evals.heldout import HeldOut
 from retentive.files import write_text
 from retentive.train.config import TrainConfig
-from retentive.train.evaluate import HeldOut
 
 
 class Log:
@@ -65,12 +66,14 @@ class Log:
             self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
 
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        """Record an evaluation: on the same stretch of text every time, and in the end (`last`) on a longer one."""
+        """Record an evaluation: on the same part of the text every time, and in the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
         self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
-        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {result.bytes / 1e6:.2f} MB")
+        size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
+        which = " (the longer part, read once at the end)" if last else ""
+        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}")
 
     def sample(self, step: int, text: str) -> None:
         """Show a sample of what the model writes, and record it."""
@@ -79,8 +82,9 @@ class Log:
         self.say(f"step {step}, a sample:\n    {shown}")
 
     def say(self, text: str) -> None:
-        """A line for people."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """A line for people, if there is something to say."""
+        if text:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -106,6 +110,11 @@ class Log:
         write_text(self.path, "".join(kept))
 
 
+def say(text: str, *, quiet: bool = False) -> None:
+    """A line for people, where there is no log to write."""
+    Console(stderr=True, quiet=quiet).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl; a last line that is still being written is left out."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -113,7 +122,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def check_extras(config: TrainConfig) -> None:
-    """ModuleNotFoundError if a writer that is asked for is not installed; before anything is written."""
+    """Before anything is written: ModuleNotFoundError if a writer that is asked for is not installed, ValueError if it
+    wants a login that is not there."""
     try:
         if config.tensorboard:
             importlib.import_module("torch.utils.tensorboard")
@@ -122,6 +132,14 @@ def check_extras(config: TrainConfig) -> None:
     except ImportError:
         flag = "--wandb" if config.wandb and not config.tensorboard else "--tensorboard"
         raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
+    if config.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            wandb.login(verify=False)  # asks in a terminal
+        except wandb.Error:
+            how = "run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"
+            raise ValueError(f"--wandb needs a login: {how}") from None
 
 
 def _tensorboard(run: Path):
@@ -133,4 +151,7 @@ def _tensorboard(run: Path):
 def _wandb(run: Path, config: TrainConfig):
     import wandb
 
-    return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")
+    try:
+        return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")
+    except wandb.Error as error:
+        raise OSError(f"--wandb {config.wandb}: {error} (WANDB_MODE=offline does without the service)") from None

@@ -1,182 +1,199 @@
-"""The training loop: batches in, a run directory out.
-
-    RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
-    RUN/train.json                                      the options, for the record and for --resume
-    RUN/metrics.jsonl                                   a line per step, evaluation and sample
-    RUN/checkpoints/                                    what --resume goes on from
+"""The training loop: batches and an objective in, a run directory out.
 
 Everything is a function of the config, the data and the step: a run that was killed and resumed ends, on CPU, in the
 same bits as one that was not. Techniques (autocast, compile, recomputation) are put on from outside the model.
 """
 
 import contextlib
-import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retentive.checkpoint.io import save_model
-from retentive.data.loader import Batch, Batches, Lanes
-from retentive.data.tokenizer import Tokenizer
+from retentive.evals.heldout import HeldOut
 from retentive.files import write_json
 from retentive.machine import gemm_rate, peak_memory, pick_device
 from retentive.models import Model, cost
-from retentive.ops.cross_entropy import IGNORE, cross_entropy
 from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
-from retentive.train.evaluate import HeldOut
-from retentive.train.lanes import lanes_in, lanes_out
-from retentive.train.log import Log, check_extras
+from retentive.train.directory import RunDirectory, read_options
+from retentive.train.log import Log, check_extras, say
+from retentive.train.objective import Objective
 from retentive.train.optim import adamw, learning_rate
+
+
+class Batches(Protocol):
+    """What the loop reads: a pure function of the index, so that a run that goes on sees what it would have seen."""
+
+    length: int
+    """Tokens of a row, which the FLOPs of a token are counted from."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The batch `index`, without end: step * accumulate + j for the j-th of a step. It has `ids` and
+        `to(device)`; the rest is between it and the objective."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does beside its steps."""
+
+    evaluate: Callable[[Model, int], HeldOut] | None = None
+    """(model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end."""
+    sample: Callable[[Model], str] | None = None
+    """model -> text, called every `sample_every` steps."""
+    title: str = ""
+    """A line to begin the log with."""
+    quiet: bool = False
+    """Nothing for people, metrics.jsonl only."""
 
 
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C arrived; a checkpoint was saved."""
 
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.number = number
+        """Of the signal."""
+
 
 def train(
     model: Model,
     batches: Batches,
+    objective: Objective,
     config: TrainConfig,
-    *,
-    out: str | Path,
-    tokenizer: Tokenizer | None = None,
-    evaluate: Callable[[Model, int], HeldOut] | None = None,
-    sample: Callable[[Model], str] | None = None,
-    title: str = "",
-    record: dict[str, Any] | None = None,
-    resume: bool = False,
-    quiet: bool = False,
+    out: RunDirectory | str | Path,
+    hooks: Hooks | None = None,
 ) -> Path:
-    """Train `model` in place and return its run directory.
-
-    Args:
-        batches: `batches[i]` for step i (step * accumulate + j with accumulation), see `retentive.data.loader`.
-        evaluate: (model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end.
-        sample: model -> text, called every `sample_every` steps.
-        title: a line to begin the log with.
-        record: what else to keep in train.json, for the record.
-        resume: go on from the run's newest checkpoint, if it has one.
+    """Train `model` in place, or on from the run's newest checkpoint, and return its run directory.
 
     Raises:
-        FileExistsError: `out` holds a run and `resume` is not set.
+        FileExistsError: `out` holds a run, and is not a RunDirectory that says what to do with it.
+        BlockingIOError: another process is training there.
         FloatingPointError: the loss or the gradient is no longer finite; the last good checkpoint is kept.
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
         OSError: a checkpoint could not be written; older ones remain.
     """
-    run = Path(out)
+    directory = out if isinstance(out, RunDirectory) else RunDirectory(Path(out))
+    run, hooks = directory.path, hooks or Hooks()
     check_extras(config)
-    if (run / "train.json").exists():
-        if not resume:
-            raise FileExistsError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
-    elif (run / "model.safetensors").exists() or (run / "config.json").exists():
-        raise FileExistsError(f"{run} holds a model that is no run: choose another --out")
-    device = pick_device(config.device)
-    if (run / "train.json").exists():  # what "auto" meant then, it means now
-        stored = json.loads((run / "train.json").read_text(encoding="utf-8"))["train"]["precision"]
-        config = replace(config, precision=stored if config.precision == "auto" else config.precision)
+    directory.check()
+    device, resume = pick_device(config.device), directory.existing == "resume"
+    before = read_options(run).get("train", {}) if resume else {}
+    if config.precision == "auto":  # what it meant at first, it means on resuming
+        config = replace(config, precision=before.get("precision", "auto"))
     config = replace(config, precision=pick_precision(config.precision, device))
     model.to(device).train()
-    optimizer = adamw(model, config)
-    done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "train.json", {"train": asdict(config), **(record or {})})
-    if done == 0:
-        save_model(run, model, tokenizer)  # from its first minute the run can be loaded
     wrap_blocks(model, config)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    flops = cost.training_flops_per_token(model.config, batches.length)
-    peak = gemm_rate(device, dtype, size=1024, repeats=4)
-
-    with Log(run, config, start=done, quiet=quiet) as log, stop_signals() as stopped:
-        if title and done == 0:
-            log.say(title)
-        for step in range(done, config.steps):
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout is a function of the step too
-            loss, tokens, carried = accumulate_gradients(model, batches, step, carried, config, device)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            check_finite(loss, float(norm), step, run)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rate = tokens / (time.perf_counter() - began)
-            log.step(
-                {
-                    "step": step + 1,
-                    "loss": loss,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": float(norm),
-                    "tokens_per_second": rate,
-                    "mfu": rate * flops / peak,
-                    "memory": peak_memory(device),
-                }
-            )
-            last = step + 1 == config.steps
-            if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                log.held_out(step + 1, evaluate(model, config.eval_tokens))
-            if evaluate and last:
-                log.held_out(step + 1, evaluate(model, 10 * config.eval_tokens), last=True)
-            if sample and config.sample_every and (last or (step + 1) % config.sample_every == 0):
-                log.sample(step + 1, sample(model))
-            if last or stopped.is_set() or (step + 1) % config.save_every == 0:
-                checkpoints.save(run, model, optimizer, step=step + 1, state=carried, keep=config.keep)
-            if stopped.is_set() and not last:
-                raise Interrupted(f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume")
+    with directory.locked():
+        optimizer = adamw(model, config)
+        done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
+        write_json(run / "train.json", {"train": asdict(config), **directory.record})
+        if done >= config.steps:
+            say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
+            return run
+        if done == 0:
+            save_model(run, model, directory.tokenizer)  # from its first minute the run can be loaded
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        flops = cost.training_flops_per_token(model.config, batches.length)
+        mfu = flops / gemm_rate(device, dtype, size=1024, repeats=4)
+        with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
+            log.say(going_on(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
+            for step in range(done, config.steps):
+                began = time.perf_counter()
+                try:
+                    metrics, carried = take_step(model, batches, objective, config, optimizer, step, carried)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}: {what_is_left(run)}") from None
+                rate = metrics.pop("tokens") / (time.perf_counter() - began)
+                speed = {"tokens_per_second": rate, "mfu": rate * mfu, "memory": peak_memory(device)}
+                log.step({"step": step + 1, **metrics, **speed})
+                report(model, config, hooks, log, step + 1)
+                last = step + 1 == config.steps
+                if last or stop.signal or (step + 1) % config.save_every == 0:
+                    checkpoints.save(run, model, optimizer, step=step + 1, state=carried, keep=config.keep)
+                if stop.signal and not last:
+                    told = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
+                    raise Interrupted(told, stop.signal)
     return run
 
 
+def take_step(
+    model: Model,
+    batches: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    carried: Any = None,
+) -> tuple[dict[str, Any], Any]:
+    """(loss, lr, grad_norm and tokens of optimiser step `step`, the state to go on from).
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; the weights are as before.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout is a function of the step too
+    loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {loss} and gradient norm {norm} at step {step + 1}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "tokens": tokens}, carried
+
+
 def accumulate_gradients(
-    model: Model, batches: Batches, step: int, carried: Any, config: TrainConfig, device: torch.device
+    model: Model, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
 ) -> tuple[float, int, Any]:
-    """(mean loss, tokens, state of the lanes) of one step; its gradients are left in the parameters."""
+    """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters."""
+    device = model.device
     total, tokens = 0.0, 0
     for micro in range(config.accumulate):
-        batch = to_device(batches[step * config.accumulate + micro], device)
-        state: Any = None
-        if batch.lanes is not None and batch.cu_seqlens is not None:
-            state = lanes_in(model, carried, batch.lanes, len(batch.cu_seqlens) - 1)
+        batch = batches[step * config.accumulate + micro].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            x, state = model.hidden(batch.ids, state, cu_seqlens=batch.cu_seqlens)
-            targets = int((batch.targets != IGNORE).sum())
-            loss = cross_entropy(x, model.head.weight, batch.targets) / max(targets, 1)
+            losses, count, carried = objective(model, batch, carried)
+            loss = losses / max(count, 1)
         (loss / config.accumulate).backward()
-        if batch.lanes is not None:
-            carried = lanes_out(state, batch.lanes)
         total += loss.item() / config.accumulate
         tokens += batch.ids.numel()
     return total, tokens, carried
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on the device."""
-    if device.type == "cpu":
-        return batch
+def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int) -> None:
+    """Evaluate and sample after `done` steps, where it is time to."""
+    last = done == config.steps
+    if hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
+        log.held_out(done, hooks.evaluate(model, config.eval_tokens))
+    if hooks.evaluate and last:
+        log.held_out(done, hooks.evaluate(model, 10 * config.eval_tokens), last=True)
+    if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
+        log.sample(done, hooks.sample(model))
 
-    lanes = None if batch.lanes is None else Lanes(*(x.to(device) for x in batch.lanes))
-    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    return Batch(batch.ids.to(device), batch.targets.to(device), cu_seqlens, lanes)
+
+def going_on(done: int, steps: int, planned: int) -> str:
+    """What is said of a run that goes on."""
+    if steps == planned:
+        return f"going on from step {done} of {steps}"
+    return f"going on from step {done}, to {steps} instead of {planned}: with the learning rates of a run of {steps}"
 
 
-def check_finite(loss: float, norm: float, step: int, run: Path) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
+def what_is_left(run: Path) -> str:
+    """What a run has saved, and what to do, where it cannot go on."""
     kept = checkpoints.folders(run)
-    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
-    raise FloatingPointError(
-        f"loss {loss} and gradient norm {norm} at step {step + 1}: training stopped, {where}; try a lower --lr"
-    )
+    if kept:
+        return f"training stopped, the last good checkpoint is {kept[-1]}; try a lower --lr, with --overwrite"
+    return "training stopped, no checkpoint had been saved yet; try a lower --lr"
 
 
 def pick_precision(name: Precision, device: torch.device) -> Precision:
@@ -204,22 +221,29 @@ def wrap_blocks(model: Model, config: TrainConfig) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+class Stop:
+    """Whether to stop."""
+
+    signal = 0
+    """The number of the first signal that came, 0 before."""
+
+
 @contextlib.contextmanager
-def stop_signals():
-    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once. Only the main thread can listen."""
-    stopped = threading.Event()
+def stop_signals() -> Iterator[Stop]:
+    """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once. Only the main thread can listen."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield stop
         return
 
-    def handle(number, frame):
-        if stopped.is_set() and number == signal.SIGINT:
+    def handle(number: int, frame: Any) -> None:
+        if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stopped.set()
+        stop.signal = number
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopped
+        yield stop
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -8,6 +8,7 @@ import torch
 
 from retentive import machine
 from retentive.bench import memory
+from retentive.bench.memory import Options
 from retentive.models import RetNetConfig, build, cost, twin
 
 CONFIG = RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)
@@ -25,7 +26,7 @@ def models():
 
 @pytest.mark.parametrize("batch", [1, 3], ids=lambda n: f"batch{n}")
 def test_bytes_are_constant_for_retnet_and_those_of_all_tokens_for_the_twin(batch, models):
-    rows = memory.measure(models, contexts=CONTEXTS, batch=batch, steps=3)
+    rows = memory.of_models(models, contexts=CONTEXTS, batch=batch, steps=3)["rows"]
     assert [row["context"] for row in rows] == [8, 16, 32]
     position = 8 * batch
     for row in rows:
@@ -50,14 +51,14 @@ def test_the_models_have_read_every_token_up_to_the_context(models, monkeypatch)
             return hidden(ids, state)
 
         monkeypatch.setattr(model, "hidden", watched)
-    memory.measure(models, contexts=(8, 16), steps=3)
+    memory.of_models(models, contexts=(8, 16), steps=3)
     steps = [(0, 8), (8, 1), (9, 1), (10, 1), (8, 8), (16, 1), (17, 1), (18, 1)]
     assert read == {"RetNet": steps, "twin": steps}
     assert torch.equal(seen[0], seen[4]), "both read the same tokens"
 
 
 def test_the_table_holds_the_rows_and_their_ratios():
-    header, rule, *lines = memory.table(ROWS).splitlines()
+    header, rule, *lines = memory.table({"rows": ROWS}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, rule, *lines)]
     assert {len(row) for row in cells} == {7}
     assert cells[0][0] == "context" and cells[0][1].startswith("R:") and cells[0][2].startswith("T:")
@@ -65,9 +66,8 @@ def test_the_table_holds_the_rows_and_their_ratios():
     assert cells[3] == ["16,384", "1.00 MB", "4.00 MB", "4.00", "2.00", "9.00", "4.50"]
 
 
-def test_the_plot_is_a_png_of_the_rows(tmp_path, lines):
-    memory.plot(ROWS, tmp_path / "memory.png", title="what it costs")
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG\r\n")
+def test_the_plot_shows_the_rows(tmp_path, lines):
+    memory.plot({"rows": ROWS}, tmp_path / "memory.png", title="what it costs")
     contexts = [512, 16384]
     assert lines == {
         "R": [(contexts, [1.0, 1.0]), (contexts, [2.0, 2.0])],
@@ -78,13 +78,18 @@ def test_the_plot_is_a_png_of_the_rows(tmp_path, lines):
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with refuses("pip install 'retentive[plot]'", ModuleNotFoundError):
-        memory.plot(ROWS, tmp_path / "memory.png", title="")
+        memory.plot({"rows": ROWS}, tmp_path / "memory.png", title="")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_names_the_hardware_and_is_json():
-    report = json.loads(json.dumps(memory.report(ROWS)))
-    assert report["rows"] == ROWS
-    assert report["hardware"] == machine.describe()
-    assert report["hardware"]["torch"] == torch.__version__ and report["hardware"]["cores"] >= 1
-    assert all(report["hardware"][key] for key in ("cpu", "system", "python", "retentive", "gpu", "threads"))
+def test_a_size_is_measured_with_its_twin_and_the_hardware_named(sizes, refuses):
+    how = dict(size="tiny", vocab_size=31, contexts=(16, 8), batch=2)
+    result = memory.measure(Options(**how))
+    assert json.loads(json.dumps(result)) == result and [row["context"] for row in result["rows"]] == [8, 16]
+    assert set(result["rows"][0]) == {"context", "RetNet", "Transformer twin"}
+    assert (result["size"], result["vocab_size"], result["batch"]) == ("tiny", 31, 2)
+    hardware = result["hardware"]
+    assert hardware == machine.describe() and hardware["torch"] == torch.__version__ and hardware["cores"] >= 1
+    assert all(hardware[key] for key in ("cpu", "system", "python", "retentive", "gpu", "threads"))
+    with refuses("contexts must be at least 1, got 0"):
+        memory.measure(Options(**how | {"contexts": (0,)}))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import retentive
-from retentive.checkpoint import fla, load_config, save_model, torchscale
+from retentive.checkpoint import fla, load_config, load_with_tokenizer, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, TransformerConfig, build, preset
 
@@ -214,7 +214,19 @@ CONFIGS = {
     "empty": ("{}", "describes 'nothing known'"),
     "unknown-field": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"width": 3}}', "width"),
     "unknown-kind": ('{"format": "retentive-model-1", "kind": "rwkv", "config": {}}', "does not describe a model"),
-    "wrong-type": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"dim": "3"}}', "not describe a model"),
+    "wrong-type": (
+        '{"format": "retentive-model-1", "kind": "retnet", "config": {"dim": "3"}}',
+        "model/config.json: dim must be a whole number, got '3'",
+    ),
+    "too-many": (
+        '{"format": "retentive-model-1", "kind": "retnet", "config": {"layers": 1000000000}}',
+        "layers must be at most 10,000",
+    ),
+    "not-a-number": (
+        '{"format": "retentive-model-1", "kind": "retnet", "config": {"norm_eps": NaN}}',
+        "norm_eps must be in [0, 1], got nan",
+    ),
+    "nested": ("[" * 100_000, "is not JSON"),
     "bad-value": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"dim": 0}}', "dim must be at least 1"),
     "later-format": ('{"format": "retentive-model-2"}', "describes 'retentive-model-2'"),
     "torchscale-no-vocab": ('{"decoder_retention_heads": 2}', "does not describe a model"),
@@ -252,6 +264,16 @@ def test_foreign_architectures_that_ours_has_not(layout, field, value, tmp_path,
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8")
     with refuses(f"{layout} config has {field}="):
         retentive.load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["torchscale", "fla"])
+def test_all_reasons_are_said_at_once(layout, tmp_path, refuses):
+    """A default run goes to neither layout: whoever trains anew needs all of the reasons beforehand."""
+    words = f"{layout} needs decay='paper' (this model: 'lm')"
+    if layout == "fla":
+        words += ", rotary='half' (this model: 'interleaved'), score_norm=False (this model: True)"
+    with refuses(words):
+        save_model(tmp_path / "model", build(OURS["retnet"]), layout=layout)
 
 
 INEXPRESSIBLE = {
@@ -307,6 +329,48 @@ def test_tensors_that_do_not_fit_the_config(case, saved, refuses):
         retentive.load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_floating_numbers(dtype, saved, refuses):
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with refuses(f"norm.weight is {dtype}, expected floating numbers of 16 to 64 bits"):
+        retentive.load(folder)
+
+
+def test_weights_of_several_dtypes(saved, refuses, same):
+    model, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["blocks.0.ffn.up_proj.weight"] = tensors["blocks.0.ffn.up_proj.weight"].double()
+    save_file(tensors, folder / "model.safetensors")
+    with refuses("blocks.0.ffn.up_proj.weight is torch.float64): name one, with dtype= or --dtype"):
+        retentive.load(folder)
+    loaded, _ = retentive.load(folder, dtype=torch.float32)
+    same(list(loaded.parameters()), list(model.parameters()), 0)
+
+
+def test_gains_may_be_wider_than_matrices(saved):
+    _, folder = saved
+    tensors = {name: x.bfloat16() if x.ndim > 1 else x for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    loaded, _ = retentive.load(folder)
+    assert loaded.dtype == torch.bfloat16 and loaded.norm.weight.dtype == torch.float32
+    assert loaded(torch.randint(31, (1, 5)))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("vocab", [256, 257, 1280, 1281, 4096])
+def test_a_tokenizer_must_be_the_models_by_its_size(vocab, tmp_path, refuses):
+    """Of bytes, 257 tokens. An embedding may be rounded up by less than 1024 rows; beyond that it is another's."""
+    save_model(tmp_path, build(replace(OURS["retnet"], vocab_size=vocab)), ByteTokenizer())
+    if vocab in (257, 1280):
+        assert load_with_tokenizer(tmp_path)[1].vocab_size == 257
+        return
+    for named in (None, "bytes"):
+        with refuses(f"the tokenizer has 257 tokens, the model {vocab:,}: they do not belong together"):
+            load_with_tokenizer(tmp_path, named)
+
+
 @pytest.mark.parametrize("layout", ["torchscale", "fla"])
 def test_a_tensor_that_a_foreign_layout_does_not_know(layout, tmp_path, refuses):
     save_model(tmp_path, build(FOREIGN[layout][1]), layout=layout)
@@ -325,7 +389,7 @@ def test_a_name_of_the_hub_is_fetched(saved, monkeypatch, same):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    loaded, _ = retentive.load("someone/retnet-tiny")
+    loaded, _ = retentive.load("hf:someone/retnet-tiny")
     same(list(loaded.parameters()), list(model.parameters()), 0)
     assert asked == [("someone/retnet-tiny", ["*.json", "*.safetensors"])]  # never a pickle
 
@@ -347,14 +411,16 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line(case, monkeypatch, refus
         raise hub_errors()[case]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with refuses("no folder someone/retnet-tiny here, and the hub does not give", FileNotFoundError):
-        retentive.load("someone/retnet-tiny")
+    with refuses("the Hugging Face hub does not give 'someone/retnet-tiny'", FileNotFoundError):
+        retentive.load("hf:someone/retnet-tiny")
 
 
-@pytest.mark.parametrize("path", ["a/b/c", "/none/here", "./none", "../none", "none"])
-def test_what_cannot_be_a_hubs_name_is_not_asked_for(path, monkeypatch, refuses):
+@pytest.mark.parametrize("path", ["a/b/c", "/none/here", "./none", "../none", "none", "runs/mien"])
+def test_without_hf_the_hub_is_not_asked(path, monkeypatch, refuses):
+    """A slip in a path would fetch a stranger's model; the way to the hub is said where it may have been meant."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with refuses("no model folder at", FileNotFoundError):
+    hint = "; for the Hugging Face repository write hf:runs/mien" if path == "runs/mien" else ""
+    with refuses(f"no model folder at {path}{hint}", FileNotFoundError):
         retentive.load(path)
 
 

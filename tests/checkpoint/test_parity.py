@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import retentive
+from retentive.ops import using
 
 TORCHSCALE = ["chunkwise-eps0", "clamp-active", "clamp-inactive", "parallel-gelu-tied", "parallel-swish", "recurrent"]
 FLA = ["default", "kv-heads", "left-padding", "old-fused", "prefill-decode", "tied"]
@@ -56,7 +57,8 @@ def fixture(parity):
 @torch.no_grad()
 def test_logits_in_float32(name, form, fixture):
     f = fixture(name)
-    logits, _ = f.model(f.ids, lengths=f.lengths, **FORMS[form])
+    with using(**FORMS[form]):
+        logits, _ = f.model(f.ids, lengths=f.lengths)
     # where torchscale's third stabiliser acts, ours is what its recurrent mode does, without it (see its README)
     f.close(logits, f.expected["logits_recurrent" if name == "torchscale-clamp-active" else "logits"], f.valid)
 
@@ -67,7 +69,8 @@ def test_logits_in_float32(name, form, fixture):
 def test_logits_in_float64(name, form, fixture):
     """In float64 not a single constant may have been rounded to float32 on the way."""
     f = fixture(name, torch.float64)
-    logits, _ = f.model(f.ids, lengths=f.lengths, **FORMS[form])
+    with using(**FORMS[form]):
+        logits, _ = f.model(f.ids, lengths=f.lengths)
     key = "logits_f64_formula" if name.startswith("fla") else "logits_f64_exact"
     f.close(logits, f.expected["logits_recurrent_f64_exact" if name == "torchscale-clamp-active" else key], f.valid)
 

@@ -108,7 +108,7 @@ TRAINING = {
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
     "a-run-that-exists": (["--out", "run"], "run already holds a run: add --resume to go on with it"),
-    "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py"),
+    "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
     "field-without-value": (["--set", "heads"], "--set heads: '' is no number, true or false"),
@@ -162,11 +162,10 @@ def test_train_on_data(case, refused, train):
 
 RESUMING = {
     "rate": (["--lr", "0.5"], "--lr 0.5 contradicts the run at run, which has 0.001: leave it out"),
-    "steps": (["--steps", "9"], "--steps 9 contradicts the run at run, which has 4"),
-    "steps-of-the-default": (["--steps", "1000"], "--steps 1000 contradicts the run at run, which has 4"),
+    "fewer-steps": (["--steps", "3"], "--steps 3 is less than the 4 that the run at run has done"),
     "size": (["--size", "10m"], "--size 10m contradicts the run at run, which has 1m"),
     "size-of-the-default": (["--size", "5m"], "--size 5m contradicts the run at run, which has 1m"),
-    "set": (["--set", "dim=64"], "--set ('dim=64',) contradicts the run at run"),
+    "set": (["--set", "dim=64"], "--set dim=64 contradicts the run at run, which has dim=32"),
     "mode": (["--mode", "carry"], "--mode carry contradicts the run at run, which has reset"),
     "precision": (["--precision", "bf16"], "--precision bf16 contradicts the run at run, which has fp32"),
     "other-data": (["--data", "other"], "other holds other data than the run at run was trained on"),
@@ -230,21 +229,23 @@ def test_info_of_what_is_no_model(case, refused, place):
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(["generate", "runs/none"], "no folder runs/none here, and the hub does not give runs/none")
+    refused(["generate", "hf:runs/none"], "the Hugging Face hub does not give 'runs/none'")
+    refused(["generate", "runs/none"], "no model folder at runs/none; for the Hugging Face repository write hf:runs/")
 
 
 GENERATING = {
-    "no-tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "no-tokens": (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
     "temperature": (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
     "top-p": (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
     "empty-stop": (["--stop", ""], "a stop string must not be empty"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tokenizer": (["--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
     "larger-tokenizer": (["--tokenizer", "larger"], "tokens, the model 257: they do not belong together"),
-    "two-ways": (["--lookup", "--draft", "run"], "--beams, --lookup and --draft exclude each other"),
-    "negative-beams": (["--beams", "-1"], "--beams must be at least 1, or 0 to sample, got -1"),
-    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "--beams looks for the likeliest text"),
+    "two-ways": (["--lookup", "--draft", "run"], "beams, lookup and draft exclude each other"),
+    "negative-beams": (["--beams", "-1"], "beams must be at least 1, or 0 to sample, got -1"),
+    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "beams look for the likeliest text"),
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
+    "large-seed": (["--seed", str(2**70)], "seed must be from -2^63 to 2^63 - 1, got"),
     "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
 }
 

@@ -1,4 +1,4 @@
-"""Chatting in the terminal: turn by turn from a state gives what reading the whole conversation anew gives."""
+"""Chatting in the terminal: commands, what is refused, and keys (what is remembered: infer/test_conversation.py)."""
 
 import io
 import os
@@ -6,87 +6,15 @@ import select
 import subprocess
 import sys
 import time
-from contextlib import closing
 
 import pytest
-import torch
 
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
 from retentive.cli import main
-from retentive.cli.chat import Conversation
-from retentive.data.templates import BUILT_IN, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.infer import SamplingParams, generate
-from retentive.infer.engine import Engine
-from retentive.infer.memory import blank, load_memory
-from retentive.models import RetNetConfig, build, twin
-
-CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
-TOKENIZER = ByteTokenizer()
-
-
-@pytest.fixture(params=["retnet", "transformer"])
-def conversation(request):
-    model = build(CONFIG if request.param == "retnet" else twin(CONFIG)).eval()
-    for p in model.parameters():  # peaked enough that greedy choices are no ties
-        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
-    ascii = {i: -100.0 for i in range(257) if not 32 <= i < 127}  # so that its text encodes to its own ids
-    engine = Engine(model, slots=1).start()
-    template = ChatTemplate(BUILT_IN, TOKENIZER, {}, own=False)
-    yield Conversation(engine, TOKENIZER, template, SamplingParams(temperature=0, bias=ascii), 12, blank(model))
-    engine.close(drain=False)
-
-
-def anew(conversation, ids: list[int]) -> str:
-    """The answer after `ids` by the plain loop."""
-    tokens = generate(conversation.engine.model, ids, conversation.sampling, max_tokens=conversation.max_tokens)
-    return TOKENIZER.decode([t.id for t in tokens])
-
-
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def test_three_turns_from_a_state_are_those_of_the_whole_text(conversation):
-    template, ids = conversation.template, []
-    for n, message in enumerate(["Hello", "And then?", "Why"]):
-        ids += template.next(user(message)) if n else template.first(user(message))
-        want = anew(conversation, ids)
-        assert "".join(conversation.say(message)) == want
-        ids += TOKENIZER.encode(want)
-        assert conversation.memory.tokens + len(conversation.memory.pending) == len(ids)
-    assert conversation.tokens == 12 and conversation.first > 0
-
-
-def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(conversation):
-    with closing(conversation.say("Hello")) as pieces:
-        part = next(pieces) + next(pieces)
-    ids = [*conversation.template.first(user("Hello")), *TOKENIZER.encode(part)]
-    assert conversation.memory.pending == ids and conversation.engine.taken == 0
-    ids += conversation.template.next(user("Go on"))
-    assert "".join(conversation.say("Go on")) == anew(conversation, ids)
-
-
-def test_a_stop_string_ends_an_answer_and_is_not_remembered(conversation):
-    ids = conversation.template.first(user("Hello"))
-    whole = anew(conversation, ids)
-    conversation.template.stop = (whole[5:8],)
-    cut = whole[: whole.find(whole[5:8])]
-    assert "".join(conversation.say("Hello")) == cut
-    ids += TOKENIZER.encode(cut)
-    assert conversation.memory.pending == ids
-    conversation.template.stop = ()
-    ids += conversation.template.next(user("More"))
-    assert "".join(conversation.say("More")) == anew(conversation, ids)
-
-
-def test_the_end_of_text_is_left_to_the_template(conversation):
-    first = next(iter(generate(conversation.engine.model, conversation.template.first(user("Hello")),
-                               conversation.sampling, max_tokens=1))).id  # fmt: skip
-    conversation.template.stop_ids = frozenset({first})
-    assert "".join(conversation.say("Hello")) == ""
-    assert conversation.memory.pending == [] and conversation.memory.tokens > 0
+from retentive.infer.memory import blank, load_memory, save
+from retentive.models import RetNetConfig, build
 
 
 @pytest.fixture
@@ -109,6 +37,34 @@ def test_a_saved_conversation_goes_on_in_another_process(chat, place):
     assert said.startswith("going on after ") and both.endswith(answer) and answer.strip()
     assert chat("And then?\n", "--memory", "states/tea.1.safetensors") == answer
     assert not list((place / "states").glob("*.partial"))
+
+
+def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
+    want = chat("Hello\nAnd then?\n").splitlines()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("retentive.models.state.write_tensors", full)
+    with pytest.raises(SystemExit) as stop:
+        chat("Hello\n/save tea\nAnd then?\n")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [want[0], "not saved, the conversation goes on: No space left on device", *want[1:]]
+    assert stop.value.code == 2  # in a script it has failed all the same
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_without_input_or_output_there_is_no_chat(name, place, monkeypatch, capsys):
+    """`<&-` and `>&-`: Python then has None there."""
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        main(["chat", "run"])
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and error == f"retentive: a chat needs a terminal or pipes: standard {name[3:]}put is closed\n"
+    )
 
 
 def test_what_is_remembered_grows_and_its_bytes_do_not(chat):
@@ -147,10 +103,9 @@ REFUSED = {
 def test_what_is_refused_is_told_in_a_line(case, chat, place, capsys):
     lines, options, words = REFUSED[case]
     if case == "another-models":
-        from retentive.infer.memory import save
-
         (place / "states").mkdir()
-        save(blank(build(CONFIG)), place / "states" / "twin.safetensors")
+        other = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2))
+        save(blank(other), place / "states" / "twin.safetensors")
     with pytest.raises(SystemExit) as stop:
         chat(lines, *options)
     error = capsys.readouterr().err
@@ -217,4 +172,4 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat, terminal):
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
     memory = load_memory(place / "states" / "half.safetensors")
-    assert TOKENIZER.decode(memory.pending).startswith("User: Hello\nAssistant:")
+    assert ByteTokenizer().decode(memory.pending).startswith("User: Hello\nAssistant:")

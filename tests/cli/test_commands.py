@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,12 @@ from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
 from retentive.serve.options import Options
-from retentive.train import TrainConfig
+from retentive.train import TrainConfig, TrainRun
 
 COMMANDS = {
     "demo": demo.DemoCommand,
     "data": data.DataConfig,
-    "train": training.TrainCommand,
+    "train": TrainRun,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
     "memory ask": memory.AskCommand,
@@ -54,7 +54,7 @@ COMMANDS = {
     "convert": convert.ConvertCommand,
     "compare": compare.CompareCommand,
     "report": report.ReportCommand,
-    **{f"bench {name}": cls for name, (cls, _) in bench.VERBS.items()},
+    **{f"bench {name}": importlib.import_module(module).Options for name, module in bench.MODULES.items()},
 }
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
 """Fields that are dataclasses themselves, whose fields are the command's."""
@@ -86,7 +86,7 @@ def texts(cls) -> dict[str, str]:
             found.pop(field)
             found |= texts(inner)
     for base in filter(is_dataclass, cls.__bases__):
-        found |= texts(base)
+        found = texts(base) | found
     return found
 
 
@@ -115,7 +115,8 @@ def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
 def test_bench_names_its_measurements(argv, capsys):
     main(argv)
     shown = capsys.readouterr().out
-    assert all(name in shown and cls.__doc__ in shown for name, (cls, _) in bench.VERBS.items())
+    assert all(f"  {name.removeprefix('bench ')} " in shown for name in COMMANDS if name.startswith("bench "))
+    assert all(cls.__doc__ in shown for name, cls in COMMANDS.items() if name.startswith("bench "))
 
 
 def test_from_text_to_a_model_in_another_layout(place, train, capsys):
@@ -194,25 +195,24 @@ def test_generate_in_a_dtype(dtype, place, capsys):
 def test_a_recipe_may_be_named_with_an_equals_sign(place):
     Path("recipe.py").write_text(
         "from pathlib import Path\n"
-        "from retentive.cli.train import TrainCommand\n"
+        "from retentive.train import TrainRun\n"
         "def recipe():\n"
-        "    return TrainCommand(data=Path('data'), out=Path('new'), batch=3)\n",
+        "    return TrainRun(data=Path('data'), out=Path('new'), batch=3)\n",
         encoding="utf-8",
     )
-    command, rest = training.read_recipe(["--recipe=recipe.py", "--steps", "1"], training.TrainCommand)
+    command, rest = training.read_recipe(["--recipe=recipe.py", "--steps", "1"], TrainRun)
     assert command.batch == 3 and rest == ["--steps", "1"]
-    assert training.read_recipe(["--steps", "1", "--recipe", "recipe.py"], training.TrainCommand) == (command, rest)
+    assert training.read_recipe(["--steps", "1", "--recipe", "recipe.py"], TrainRun) == (command, rest)
 
 
 def test_a_recipe_gives_the_options_and_flags_change_them(place):
     Path("recipe.py").write_text(
         "from pathlib import Path\n"
-        "from retentive.cli.train import TrainCommand\n"
-        "from retentive.train import TrainConfig\n"
+        "from retentive.train import TrainConfig, TrainRun\n"
         "def recipe():\n"
         "    options = TrainConfig(steps=2, warmup=1, lr=0.25, precision='fp32', device='cpu', sample_every=0)\n"
-        "    return TrainCommand(data=Path('data'), out=Path('new'), size='1m', batch=2, length=32,\n"
-        "        set=('dim=32', 'layers=1', 'heads=2'), train=options)\n",
+        "    return TrainRun(data=Path('data'), out=Path('new'), size='1m', batch=2, length=32,\n"
+        "        set=dict(dim=32, layers=1, heads=2), train=options)\n",
         encoding="utf-8",
     )
     main(["train", "--recipe", "recipe.py"])
@@ -261,16 +261,14 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_set_changes_the_config(name):
     given, want = SETS[name]
-    command = training.TrainCommand(data=Path("d"), out=Path("o"), size="1m", set=tuple(given))
-    config = training.model_config(command, 99)
+    config = TrainRun(Path("d"), Path("o"), size="1m", set=training.read_changes(given)).config(99)
     assert {key: getattr(config, key) for key in want} == want
     assert config.vocab_size == 99 and isinstance(config, RetNetConfig)
 
 
 def test_the_twin_is_that_of_the_changed_retnet():
-    command = training.TrainCommand(data=Path("d"), out=Path("o"), size="1m", set=("dim=64",), model="transformer")
-    retnet = training.model_config(training.replace(command, model="retnet"), 99)
-    assert training.model_config(command, 99) == retentive.models.twin(retnet)
+    run = TrainRun(Path("d"), Path("o"), size="1m", set={"dim": 64}, model="transformer")
+    assert run.config(99) == retentive.models.twin(replace(run, model="retnet").config(99))
 
 
 def test_training_a_twin_and_telling_of_it(place, train, capsys):

@@ -1,22 +1,14 @@
-"""`retentive data`: packs, reports, and learns its tokenizer from all over the text."""
+"""`retentive data`: its flags reach `prepare`, and it reports in units that a reader can take in."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from retentive.cli import data as command
+from retentive.cli import main
 from retentive.data.pack import load_meta
-from retentive.data.sources import Document, documents
-from retentive.data.tokenizer import load_tokenizer
 
 
-def unpacked(folder: Path, split: str) -> list[str]:
-    """The documents of a split of one shard."""
-    meta, tokenizer = load_meta(folder, verify=True), load_tokenizer(folder)
-    ids = np.fromfile(folder / f"{split}-00000.bin", meta.dtype)
-    ends = np.fromfile(folder / f"{split}-00000.idx", np.uint64).tolist()
-    return [tokenizer.decode(ids[a : b - 1].tolist()) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+def lines_of(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
 
 
 def test_command_packs_and_reports(tmp_path, capsys):
@@ -27,35 +19,58 @@ def test_command_packs_and_reports(tmp_path, capsys):
     command.main([str(source), "--out", str(out), "--vocab-size", "270"])
     shown = capsys.readouterr().out
     meta = load_meta(out, verify=True)
-    assert meta.vocab_size == 270 and meta.splits["train"].documents + meta.splits["valid"].documents == 6
+    train, valid = meta.splits["train"], meta.splits["valid"]
+    assert meta.vocab_size == 270 and train.documents + valid.documents == 6
     assert f"next: retentive train --data '{out}' --size 5m --out runs/mine" in shown.replace("\n", " ")
-    assert f"{meta.splits['train'].tokens:,}" in shown and "bytes/token" in shown
-    assert sorted(unpacked(out, "train") + unpacked(out, "valid")) == sorted(text for _, text in documents(source))
+    assert f"{train.tokens:,}" in shown and "bytes/token" in shown
+    assert f"tokenizer: 270 tokens, learnt from {train.bytes / 1e3:.2f} kB" in shown, "not 0.0 MB"
+    assert f" {train.bytes / 1e3:.2f} kB " in shown.split("bytes/token")[1]
     with pytest.raises(FileExistsError, match=r"--overwrite"):
         command.main([str(source), "--out", str(out)])
-    command.main(
-        [
-            str(source),
-            "--out",
-            str(out),
-            "--overwrite",
-            "--tokenizer",
-            "bytes",
-            "--valid",
-            str(source / "1.txt"),
-        ]
-    )
-    assert load_meta(out).splits["train"].documents == 6 and unpacked(out, "valid") == [(source / "1.txt").read_text()]
-    config = command.DataConfig(source=str(source / "0.txt"), out=tmp_path / "one", tokenizer=str(out))
-    assert command.prepare(config) == tmp_path / "one"
-    assert load_meta(tmp_path / "one").splits["valid"].tokens > 0
+    command.main([str(source), "--out", str(out), "--overwrite", "--tokenizer", "bytes", "--valid", f"{source}/1.txt"])
+    assert load_meta(out).splits["train"].documents == 6
+    assert "tokenizer: 257 tokens, bytes" in lines_of(capsys)
+
+
+def test_command_takes_several_sources_and_other_suffixes_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "papers").mkdir()
+    for name in ("papers/a.tex", "papers/b.TEX", "papers/c.bib", "one.txt", "LICENSE"):
+        (tmp_path / name).write_text(f"The text of {name}.\n")
+    bytes_to = ["--tokenizer", "bytes", "--out"]
+    command.main(["papers", "one.txt", "LICENSE", "--suffix", ".tex", "none", *bytes_to, "out"])
+    meta = load_meta("out")
+    assert meta.splits["train"].documents + meta.splits["valid"].documents == 4
+    assert lines_of(capsys)[0] == "left out of papers: 1 file of other kinds (.bib; --suffix reads more kinds)"
+    command.main(["one.txt", "LICENSE", *bytes_to, "other"])
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--vocab-size", "1000000000", "--out", "new"], "vocab_size 1,000,000,000 is too large"),
+        (["--out", "text.txt"], "text.txt is a file: choose a new folder for the packed data"),
+        (["--out", "text.txt/new"], "cannot write text.txt/new: file exists (text.txt), choose another"),
+        (["--out", "new", "--valid", "packed/train-00000.bin"], "cannot read packed/train-00000.bin: expected .txt"),
+    ],
+    ids=["vocabulary", "a-file", "in-a-file", "binary"],
+)
+def test_what_cannot_be_is_told_in_a_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Text.\n" * 9)
+    command.main(["text.txt", "--tokenizer", "bytes", "--out", "packed"])
     capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "text.txt", *argv])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(f"retentive: {words}") and line.count("\n") == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["packed", "text.txt"]
 
 
-def test_tokenizers_are_learnt_from_all_over_a_large_text(monkeypatch):
-    monkeypatch.setattr(command, "SAMPLE", 100)
-    docs = [Document(str(n), f"{n:05d}") for n in range(1000)]
-    sample = command._sample(iter(docs), lambda _: None, all_of_it=True)
-    numbers = [int(text) for text in sample]
-    assert 10 <= len(sample) <= 20 and len(set(np.diff(numbers))) == 1 and numbers[-1] > 900
-    assert [int(text) for text in command._sample(iter(docs), lambda _: None, all_of_it=False)] == list(range(21))
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 bytes"), (999, "999 bytes"), (5_430, "5.43 kB"), (54_300, "54.3 kB"), (1_234_567_890_000, "1,235 GB")],
+)
+def test_sizes_have_the_unit_that_they_fit(count, shown):
+    assert command._size(count) == shown

@@ -7,6 +7,8 @@ import pytest
 
 from retentive.bench import memory
 from retentive.cli import demo
+from retentive.models import PRESETS
+from retentive.train import TrainRun
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
@@ -14,12 +16,15 @@ def test_demo(tmp_path, monkeypatch, capsys):
     held = [(d, h) for d, h in demo.library() if d.name == "textwrap.py"]
     part = [(d, False) for d, _ in everything] + [(d, True) for d, _ in held]
     monkeypatch.setattr(demo, "library", lambda: iter(part))
-    monkeypatch.setattr(demo, "steps_for", lambda *_: 6)
-    real = memory.measure
-    monkeypatch.setattr(memory, "measure", lambda models: real(models, contexts=(64, 128), steps=4))
+    monkeypatch.setitem(PRESETS, "1m", dict(dim=32, layers=2, heads=2, tie_embeddings=True))
+    real = memory.of_models
+    monkeypatch.setattr(memory, "of_models", lambda models: real(models, contexts=(64, 128), steps=4))
     out = tmp_path / "runs" / "demo"
-    demo.main(["--out", str(out), "--size", "1m", "--vocab-size", "512"])
+    arguments = ["--out", str(out), "--size", "1m", "--vocab-size", "512", "--minutes", "0.001"]
+    demo.main(arguments)
 
+    steps = json.loads((out / "train.json").read_text())["train"]["steps"]
+    assert steps == 20, "the least, whatever the time"
     shown = capsys.readouterr().out
     figures = json.loads((out / "held_out.json").read_text())
     assert figures["bytes"] == sum(len(d.text.encode()) for d, h in part if h)
@@ -31,8 +36,37 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert all(f"{n}. " in shown for n in range(1, 7)) and f"retentive generate {out}" in shown.replace("\n", "")
     assert (out / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
+    assert "20 steps of 4 x 512 tokens fit 0.001 minutes" in " ".join(shown.split())
+
     with pytest.raises(FileExistsError, match="--overwrite"):
-        demo.main(["--out", str(out)])
+        demo.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "steps"), [(4, 0.5, 428), (4, 60, 20), (1000, 0.01, 5000)], ids=["usual", "least", "most"]
+)
+def test_the_steps_fill_the_minutes(minutes, seconds, steps, monkeypatch, tmp_path):
+    """With an eighth for what is not a step."""
+    monkeypatch.setattr(TrainRun, "seconds_per_step", lambda run: seconds)
+    run = demo.planned(demo.DemoCommand(out=tmp_path / "run", minutes=minutes), tmp_path / "data")
+    assert run.train.steps == steps and run.train.warmup <= steps
+
+
+BAD = {
+    "minutes": (["--minutes", "-1"], "--minutes must be above 0, got -1"),
+    "no-time": (["--minutes", "0"], "--minutes must be above 0, got 0"),
+    "size": (["--size", "zz"], "unknown size 'zz', expected one of 1m"),
+    "vocabulary": (["--vocab-size", "100"], "--vocab-size must be at least 257"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arguments_are_checked_before_any_work(case, tmp_path, monkeypatch, refuses):
+    argv, words = BAD[case]
+    monkeypatch.setattr(demo, "library", lambda: pytest.fail("it reads the library already"))
+    with refuses(words):
+        demo.main(["--out", str(tmp_path / "run"), *argv])
+    assert not list(tmp_path.iterdir())
 
 
 def test_held_out_modules_are_whole():

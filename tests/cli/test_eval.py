@@ -59,6 +59,12 @@ def no_tokenizer() -> None:
     Path("run/tokenizer.json").unlink()
 
 
+def weights_of_nan() -> None:
+    model = tiny()
+    model.head.weight.data[3] = float("nan")
+    save_model("run", model)
+
+
 def break_line() -> None:
     with open("data/piqa.jsonl", "a", encoding="utf-8") as file:
         file.write('{"goal": "a"}\n')
@@ -67,6 +73,9 @@ def break_line() -> None:
 REFUSED = {
     "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
+    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, or passkey with --contexts"),
+    "passkey-without-contexts": (lambda: None, ["--tasks", "passkey", "--data", "data"], "passkey needs --contexts"),
+    "nan": (weights_of_nan, ["--tasks", "piqa", "--data", "data"], "the model's logits are not finite"),
     "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "no task given"),
     "no-file": (
         lambda: Path("data/piqa.jsonl").unlink(),

@@ -1,5 +1,9 @@
 """The command itself: version, Ctrl-C, and where an error came from."""
 
+import io
+import runpy
+import sys
+
 import pytest
 
 from retentive.cli import main
@@ -29,3 +33,29 @@ def test_debug_shows_where_an_error_came_from(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RETENTIVE_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["generate", "nowhere"])
+
+
+def test_what_the_locale_cannot_write_is_a_question_mark(monkeypatch):
+    """Not an error at the end of hours of work."""
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr("retentive.cli.run", lambda argv: print("1.5 ± 0.2"))
+    main(["compare"])
+    assert raw.getvalue() == b"1.5 ? 0.2\n"
+
+
+def test_closed_streams_are_empty_ones(monkeypatch):
+    """`<&- >&- 2>&-`: Python has None for them."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    told = []
+    monkeypatch.setattr("retentive.cli.run", lambda argv: told.append((sys.stdin.read(), sys.stdout.write("a"))))
+    main(["generate"])
+    assert told == [("", 1)]
+    for name in ("stdin", "stdout", "stderr"):
+        getattr(sys, name).close()
+
+
+def test_importing_the_main_module_runs_nothing(capsys):
+    runpy.run_module("retentive.__main__", run_name="imported")
+    assert capsys.readouterr() == ("", "")

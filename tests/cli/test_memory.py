@@ -1,6 +1,7 @@
 """`retentive memory`: what is read once is asked as if it had just been read; stops, goes on, and refuses in a line."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import retentive
 from retentive.checkpoint import save_model
 from retentive.cli import main
 from retentive.cli import memory as command
-from retentive.infer import SamplingParams, generate
+from retentive.infer import SamplingParams, generate, reading
 from retentive.infer.memory import load_memory, show
 from retentive.models import RetNetConfig, build, twin
 
@@ -73,17 +74,17 @@ def test_a_folder_and_lines_of_jsonl_are_documents(place):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """`interrupted(n)`: Ctrl-C arrives after n stretches of 256 tokens; `interrupted(None)`: never."""
-    whole = command.read
+    """`interrupted(n)`: Ctrl-C (or another signal) arrives after n chunks of 256 tokens; `interrupted(None)`: never."""
+    whole = reading.ingest
 
-    def set_up(stretches: int | None) -> None:
-        def read(*args):
-            for n, memory in enumerate(whole(*args, stretch=256)):
+    def set_up(chunks: int | None, number: int = signal.SIGINT) -> None:
+        def ingest(*args):
+            for n, memory in enumerate(whole(*args, chunk=256)):
                 yield memory
-                if n + 1 == stretches:
-                    raise KeyboardInterrupt
+                if n + 1 == chunks:
+                    signal.raise_signal(number)
 
-        monkeypatch.setattr(command, "read", read)
+        monkeypatch.setattr(reading, "ingest", ingest)
 
     return set_up
 
@@ -91,13 +92,15 @@ def interrupted(monkeypatch):
 def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(place, interrupted, capsys):
     write(*STORIES, "--out", "whole.mem")
     before = set(files())
-    for stretches, tokens in ((2, 512), (3, 512 + 768)):
-        interrupted(stretches)
+    for chunks, tokens, number in ((2, 512, signal.SIGINT), (3, 512 + 768, signal.SIGTERM)):
+        interrupted(chunks, number)
         with pytest.raises(SystemExit) as stop:
             write(*STORIES, "--out", "lib.mem")
         assert stop.value.code == 130
         assert set(files()) - before == {"lib.mem.unfinished"}
-        assert f"read {tokens:,} tokens, kept in lib.mem.unfinished" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert f"read {tokens:,} tokens, kept in lib.mem.unfinished" in err
+        assert number == signal.SIGINT or "going on after 512 tokens (lib.mem.unfinished)" in err
         assert show("lib.mem.unfinished")["tokens"] == tokens
     kept = Path("lib.mem.unfinished").read_bytes()
     with pytest.raises(SystemExit) as stop:
@@ -116,12 +119,25 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(place, interrup
     close("lib.mem", "whole.mem")
 
 
-def test_ctrl_c_before_anything_was_read_leaves_nothing(place, monkeypatch):
-    def read(*args):
-        raise KeyboardInterrupt
-        yield
+def test_a_pipe_gets_a_line_now_and_then(place, interrupted, monkeypatch, capsys):
+    interrupted(None)
+    monkeypatch.setattr(command, "SECONDS", 0)
+    write(*STORIES, "--out", "lib.mem")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5 and lines[0].startswith("read 256 tokens (") and "tokens/s" in lines[0]
+    assert lines[-1].startswith(f"read {show('lib.mem')['tokens']:,} tokens (100%)")
+    interrupted(2)
+    with pytest.raises(SystemExit):
+        write(*STORIES, "--out", "new.mem")
+    monkeypatch.setattr(command, "SECONDS", 1000)
+    interrupted(None)
+    capsys.readouterr()
+    write(*STORIES, "--out", "new.mem")
+    assert capsys.readouterr().err == "going on after 512 tokens (new.mem.unfinished)\n"
 
-    monkeypatch.setattr(command, "read", read)
+
+def test_ctrl_c_before_anything_was_read_leaves_nothing(place, monkeypatch):
+    monkeypatch.setattr(reading, "ingest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     before = files()
     for more in ([], ["--separate"]):
         with pytest.raises(SystemExit) as stop:
@@ -134,7 +150,7 @@ def test_going_on_that_stops_at_once_loses_nothing(place, interrupted, monkeypat
     with pytest.raises(SystemExit):
         write(*STORIES, "--out", "lib.mem")
     kept = Path("lib.mem.unfinished").read_bytes()
-    monkeypatch.setattr(command, "read", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(reading, "ingest", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         write(*STORIES, "--out", "lib.mem")
     assert Path("lib.mem.unfinished").read_bytes() == kept
@@ -234,7 +250,7 @@ BAD = {
         "memories of a Transformer cannot be merged",
     ),
     "ask-nothing": (lambda: None, [*ASK[:-1], ""], "ask needs a prompt"),
-    "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
     "ask-a-missing-one": (lambda: Path("lib.mem").unlink(), ASK, "no state file at lib.mem"),
     "ask-an-empty-one": (lambda: put("lib.mem", b""), ASK, "lib.mem is not a complete safetensors file"),
     "ask-a-text": (lambda: shutil.copy(STORIES[0], "lib.mem"), ASK, "is not a complete safetensors file"),

@@ -1,7 +1,6 @@
 """Batches are a pure function of (seed, step), the same for any number of ranks, and keep documents apart."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retentive.data.loader import Batch, Batches, check_tokenizer, held_out, held_out_bytes, permute
-from retentive.data.pack import load_meta, pack
+from retentive.data.loader import Batch, permute
+from retentive.data.pack import pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
-from retentive.data.tokenizer import ByteTokenizer, train_bpe
+from retentive.data.tokenizer import ByteTokenizer
 
 EOS = 256
 # Lengths from one byte to several windows; every document has bytes of its own, so that a mix-up shows.
@@ -24,13 +24,13 @@ T = 8
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
+def packed(tmp_path_factory) -> Packed:
     out = tmp_path_factory.mktemp("data") / "packed"
     train = [Document(str(n), text) for n, text in enumerate(TEXTS)]
     valid = [Document(str(n), text) for n, text in enumerate(VALID)]
     meta = pack(out, ByteTokenizer(), train, valid, shard_tokens=100)
     assert len(meta.splits["train"].shards) > 2, "windows must pass from shard to shard"
-    return out
+    return Packed(out)
 
 
 def stream_of(texts: list[str]) -> list[int]:
@@ -76,13 +76,12 @@ def test_the_order_never_changes():
 
 
 def test_packed_covers_every_window_once_an_epoch(packed):
-    batches = Batches(packed, mode="packed", batch=4, length=T, seed=3)
+    batches = packed.batches(mode="packed", batch=4, length=T, seed=3)
     windows = (TOKENS - 1) // T
     assert batches.tokens == TOKENS and batches.steps_per_epoch == -(-windows // 4)
-    assert batches.meta == load_meta(packed)
     rows = [row for step in range(batches.steps_per_epoch * 2) for row in zip(*batches[step][:2], strict=True)]
     assert batches[0].ids.shape == (4, T) and batches[0].ids.dtype == torch.int64
-    assert batches[0].cu_seqlens is None and batches[0].lanes is None
+    assert batches[0].cu_seqlens is None and batches[0].carry is None
     found = [[*ids.tolist(), int(targets[-1])] for ids, targets in rows]
     assert all(ids[1:].tolist() == targets[:-1].tolist() for ids, targets in rows)
     expected = sorted(STREAM[j * T : j * T + T + 1] for j in range(windows))
@@ -92,11 +91,11 @@ def test_packed_covers_every_window_once_an_epoch(packed):
 
 
 def test_reset_is_packed_with_documents_apart(packed):
-    packed_rows = Batches(packed, mode="packed", batch=4, length=T, seed=3)
-    reset = Batches(packed, mode="reset", batch=4, length=T, seed=3)
+    packed_rows = packed.batches(mode="packed", batch=4, length=T, seed=3)
+    reset = packed.batches(mode="reset", batch=4, length=T, seed=3)
     for step in range(reset.steps_per_epoch):
         batch, rows = reset[step], packed_rows[step]
-        assert batch.ids.shape == batch.targets.shape == (1, 4 * T) and batch.lanes is None
+        assert batch.ids.shape == batch.targets.shape == (1, 4 * T) and batch.carry is None
         assert torch.equal(batch.ids.view(4, T), rows.ids)
         full = [[*row.tolist(), int(last)] for row, last in zip(rows.ids, rows.targets[:, -1], strict=True)]
         assert batch.targets[0].tolist() == [target for row in full for target in expected_targets(row)]
@@ -109,9 +108,9 @@ def test_reset_is_packed_with_documents_apart(packed):
 @pytest.mark.parametrize("mode", ["packed", "reset", "carry"])
 def test_ranks_slice_one_global_batch(packed, mode):
     options = {"mode": mode, "batch": 4, "length": T, "seed": 1}
-    whole = Batches(packed, **options)
+    whole = packed.batches(**options)
     for world in (2, 4):
-        ranks = [Batches(packed, **options, rank=rank, world=world) for rank in range(world)]
+        ranks = [packed.batches(**options, rank=rank, world=world) for rank in range(world)]
         assert ranks[0].steps_per_epoch == whole.steps_per_epoch
         for step in range(2 * whole.steps_per_epoch):
             parts, all_rows = [rank[step] for rank in ranks], whole[step]
@@ -121,52 +120,50 @@ def test_ranks_slice_one_global_batch(packed, mode):
             if mode != "packed":
                 assert [s for part in parts for s in sequences(part)] == sequences(all_rows)
             if mode == "carry":
-                joined = [flag for part in parts for flag in part.lanes.continues.tolist()]
-                assert joined == all_rows.lanes.continues.tolist()
+                joined = [flag for part in parts for flag in part.carry.continues.tolist()]
+                assert joined == all_rows.carry.continues.tolist()
 
 
 @pytest.mark.parametrize("mode", ["packed", "reset", "carry"])
 def test_a_batch_depends_on_seed_and_step_only(packed, mode):
     options = {"mode": mode, "batch": 3, "length": T}
-    batches = Batches(packed, **options, seed=5)
+    batches = packed.batches(**options, seed=5)
     steps = [0, 1, 2, batches.steps_per_epoch, 3 * batches.steps_per_epoch + 1]
     before = [batches[step] for step in steps]
-    again = Batches(packed, **options, seed=5)
+    again = packed.batches(**options, seed=5)
     assert all(same(again[step], batch) for step, batch in reversed(list(zip(steps, before, strict=True))))
-    assert not same(before[0], Batches(packed, **options, seed=6)[0])
+    assert not same(before[0], packed.batches(**options, seed=6)[0])
     assert not same(before[0], before[3]), "another order in the next epoch"
 
 
-@pytest.mark.parametrize("lanes, length", [(1, 8), (3, 8), (4, 13), (2, 1), (5, 50)])
-def test_carry_streams_every_document_through_its_lane(packed, lanes, length):
-    batches = Batches(packed, mode="carry", batch=lanes, length=length, seed=2)
+@pytest.mark.parametrize("rows, length", [(1, 8), (3, 8), (4, 13), (2, 1), (5, 50)])
+def test_carry_streams_every_document_through_its_row(packed, rows, length):
+    batches = packed.batches(mode="carry", batch=rows, length=length, seed=2)
     steps = batches.steps_per_epoch
-    assert steps == (TOKENS - 1) // lanes // length
+    assert steps == (TOKENS - 1) // rows // length
     for epoch in range(2):
-        streamed: list[list[list[int]]] = [
-            [] for _ in range(lanes)
-        ]  # the sequences of each lane, joined where they go on
+        streamed: list[list[list[int]]] = [[] for _ in range(rows)]  # the sequences of each, joined where they go on
         for step in range(epoch * steps, (epoch + 1) * steps):
             batch = batches[step]
             parts = sequences(batch)
-            first, last, continues = (each.tolist() for each in batch.lanes)
+            first, last, continues = (each.tolist() for each in batch.carry)
             assert first[0] == 0 and last[-1] == len(parts) - 1 and [a + 1 for a in last[:-1]] == first[1:]
-            for lane in range(lanes):
-                own = parts[first[lane] : last[lane] + 1]
+            for row in range(rows):
+                own = parts[first[row] : last[row] + 1]
                 assert sum(map(len, own)) == length
-                if continues[lane]:
+                if continues[row]:
                     assert step % steps, "an epoch starts afresh"
                     assert own[0][0] != EOS
-                    streamed[lane][-1] += own.pop(0)
+                    streamed[row][-1] += own.pop(0)
                 elif step % steps:
-                    assert own[0][0] == EOS, "only after a document's end may a lane start afresh"
-                streamed[lane] += own
+                    assert own[0][0] == EOS, "only after a document's end may a row start afresh"
+                streamed[row] += own
         texts = [stream_of([text]) for text in TEXTS]
         inside = [[EOS, *text[:-1]] for text in texts]  # a sequence: the end of the text before, then the document
-        assert all(sequence in inside for lane in streamed for sequence in lane[1:-1]), "whole documents, no others"
-        joined = [id for lane in streamed for sequence in lane for id in sequence]
-        assert len(joined) == lanes * steps * length and TOKENS - len(joined) <= lanes * length
-        *whole, rest = split_at_ends(joined)  # one lane begins where the one before ends
+        assert all(sequence in inside for row in streamed for sequence in row[1:-1]), "whole documents, no others"
+        joined = [id for row in streamed for sequence in row for id in sequence]
+        assert len(joined) == rows * steps * length and TOKENS - len(joined) <= rows * length
+        *whole, rest = split_at_ends(joined)  # one row begins where the one before ends
         assert all(whole.count(part) <= texts.count(part) for part in whole), "documents of the text, none twice"
         assert any(text[: len(rest)] == rest for text in texts)
 
@@ -181,93 +178,36 @@ def split_at_ends(ids: list[int]) -> list[list[int]]:
 
 
 def test_carry_targets_look_across_steps(packed):
-    batches = Batches(packed, mode="carry", batch=3, length=T, seed=2)
+    batches = packed.batches(mode="carry", batch=3, length=T, seed=2)
     for step in range(batches.steps_per_epoch - 1):
         ids, targets, after = (
             batches[step].ids.view(3, T),
             batches[step].targets.view(3, T),
             batches[step + 1].ids.view(3, T),
         )
-        for lane in range(3):
-            assert targets[lane].tolist() == expected_targets([*ids[lane].tolist(), int(after[lane, 0])])
+        for row in range(3):
+            assert targets[row].tolist() == expected_targets([*ids[row].tolist(), int(after[row, 0])])
 
 
-@pytest.mark.parametrize("tokens", [None, 2, 21, 30, 40, 10_000])
-@pytest.mark.parametrize("length", [1, 8, 1000])
-def test_held_out_predicts_the_text_in_order(packed, tokens, length):
-    stream = stream_of(VALID)
-    count = min(tokens or len(stream), len(stream))
-    batches = list(held_out(packed, length=length, tokens=tokens))
-    assert [batch.ids.shape[1] for batch in batches[:-1]] == [length] * (len(batches) - 1)
-    assert [id for batch in batches for id in batch.ids[0].tolist()] == stream[: count - 1]
-    targets = [target for batch in batches for target in batch.targets[0].tolist()]
-    assert targets == expected_targets(stream[:count])
-    for batch in batches:
-        ends = [i for i, id in enumerate(batch.ids[0].tolist()) if id == EOS]
-        assert batch.cu_seqlens.tolist() == sorted({0, *ends, batch.ids.shape[1]})
-
-
-def test_held_out_bytes(packed):
-    tokenizer = ByteTokenizer()
-    everything = sum(len(text.encode()) for text in VALID)
-    assert held_out_bytes(packed, tokenizer) == held_out_bytes(packed, tokenizer, 10_000) == everything
-    first = len(VALID[0].encode())
-    assert held_out_bytes(packed, tokenizer, first) == held_out_bytes(packed, tokenizer, first + 1) == first
-    assert held_out_bytes(packed, tokenizer, first + 3) == first + 1, "no bytes for the ends of documents"
-    assert held_out_bytes(packed, tokenizer, first - 1) == first - 4, "half a character counts for nothing"
-
-
-def test_check_tokenizer(packed):
-    meta = load_meta(packed)
-    check_tokenizer(meta, ByteTokenizer())
-    other = train_bpe(TEXTS, 257)
-    with pytest.raises(
-        ValueError, match=f"packed with tokenizer {meta.tokenizer_sha256[:12]}, not {other.sha256[:12]}"
-    ):
-        check_tokenizer(meta, other)
-    with pytest.raises(ValueError, match=r"packed with tokenizer"):
-        held_out_bytes(packed, other)
-
-
-def test_what_cannot_work_is_refused(packed, tmp_path):
+def test_what_cannot_work_is_refused(packed):
     for options, message in (
         ({"length": TOKENS}, f"holds {TOKENS} tokens, too few for a window of length {TOKENS}"),
-        ({"length": TOKENS // 2, "mode": "carry"}, "too few for 4 lanes of length"),
+        ({"length": TOKENS // 2, "mode": "carry"}, "too few for 4 rows of length"),
         ({"batch": 3, "world": 2}, "expected a multiple of world"),
         ({"rank": 2, "world": 2}, "a rank below"),
         ({"world": 0}, "batch 4, rank 0, world 0"),
         ({"mode": "shuffle"}, "mode is 'shuffle': expected"),
-        ({"split": "test"}, "no split 'test' in .*: it has train, valid"),
         ({"length": 0}, "length is 0"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
-            Batches(packed, **{"batch": 4, "length": T} | options)
+            packed.batches(**{"batch": 4, "length": T} | options)
         assert "\n" not in str(caught.value)
-    assert Batches(packed, batch=1, length=TOKENS - 1)[0].ids.shape == (1, TOKENS - 1)
+    assert packed.batches(batch=1, length=TOKENS - 1)[0].ids.shape == (1, TOKENS - 1)
     with pytest.raises(IndexError, match=r"step is -1"):
-        Batches(packed, batch=1, length=T)[-1]
-    pack(tmp_path / "a", ByteTokenizer(), [Document("a", "text")], [])
-    with pytest.raises(ValueError, match=r"no held-out text"):
-        held_out(tmp_path / "a", length=8)
-    with pytest.raises(ValueError, match=r"valid split of .* holds 0 tokens"):
-        Batches(tmp_path / "a", split="valid", batch=1, length=1)
-    with pytest.raises(FileNotFoundError, match=r"expected a folder that `retentive data` wrote"):
-        Batches(tmp_path, batch=1, length=8)
-    with pytest.raises(ValueError, match=r"tokens is 1"):
-        held_out(packed, length=8, tokens=1)
+        packed.batches(batch=1, length=T)[-1]
 
 
-def test_vocabularies_above_16_bits(tmp_path):
-    class Wide(ByteTokenizer):
-        vocab_size, eos_id = 70_000, 69_999
-
-    pack(tmp_path / "a", Wide(), [Document("a", "abc" * 9)], [])
-    ids = torch.cat([Batches(tmp_path / "a", batch=1, length=1, mode="packed")[step].targets[0] for step in range(27)])
-    assert ids.max() == 69_999
-
-
-def test_damaged_document_ends_are_noticed(packed, tmp_path):
-    pack(tmp_path / "a", ByteTokenizer(), [Document("a", "text")], [])
-    np.array([9], "<u8").tofile(tmp_path / "a" / "train-00000.idx")
-    with pytest.raises(ValueError, match=r"train-00000.idx is damaged"):
-        Batches(tmp_path / "a", batch=1, length=2)
+def test_to_a_device_goes_all_of_a_batch(packed):
+    batch = packed.batches(mode="carry", batch=3, length=T)[1].to(torch.device("meta"))
+    tensors = [batch.ids, batch.targets, batch.cu_seqlens, *batch.carry]
+    assert all(x.device.type == "meta" for x in tensors) and batch.carry._fields == ("first", "last", "continues")

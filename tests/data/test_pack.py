@@ -108,6 +108,15 @@ def test_out_is_not_overwritten_by_accident(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_may_not_be_entered_is_told_in_a_line(tmp_path, monkeypatch, refuses):
+    def no(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "out")
+
+    monkeypatch.setattr(Path, "stat", no)
+    with refuses(f"cannot write {tmp_path}/out: permission denied", PermissionError):
+        module.check_free(tmp_path / "out")
+
+
 def test_nothing_is_left_when_the_source_fails(tmp_path):
     def failing():
         yield from TRAIN
@@ -143,17 +152,57 @@ def test_nothing_is_left_on_a_full_disk(tmp_path, monkeypatch, allowed):
 def test_former_data_come_back_when_the_last_move_fails(tmp_path, monkeypatch):
     pack(tmp_path / "out", ByteTokenizer(), TRAIN[:1], VALID)
     before = contents(tmp_path / "out")
-    rename = Path.rename
+    replace = Path.replace
 
     def refusing(path, target):
-        if path.name.endswith(".partial"):
+        if path.name.endswith(".partial") and path.is_dir():
             raise PermissionError(errno.EACCES, "no")
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", refusing)
+    monkeypatch.setattr(Path, "replace", refusing)
     with pytest.raises(PermissionError):
         pack(tmp_path / "out", ByteTokenizer(), TRAIN, VALID, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == before
+
+
+def killed_in_the_middle(out: Path, *, after_first_move: bool) -> None:
+    """What a process leaves that is killed while it writes `out`: SIGKILL runs no clean-up, here nothing does."""
+    partial = out.with_name(f".{out.name}.k1l_l3d8.partial")
+    partial.mkdir()
+    (partial / "train-00000.bin").write_bytes(b"half")
+    out.with_name(f".{out.name}.lock").touch()
+    if after_first_move:
+        out.replace(partial.with_suffix(".old"))
+
+
+@pytest.mark.parametrize("after_first_move", [False, True])
+def test_what_a_killed_run_left_is_cleaned_by_the_next(tmp_path, after_first_move):
+    out, mine = tmp_path / "out", tmp_path / ".out.settings"
+    pack(out, ByteTokenizer(), TRAIN[:1], VALID)
+    before = contents(out)
+    mine.mkdir()
+    killed_in_the_middle(out, after_first_move=after_first_move)
+    with pytest.raises(FileExistsError, match=r"holds packed data"):
+        pack(out, ByteTokenizer(), TRAIN, VALID)
+    assert contents(out) == before, "what the killed one had moved away is there again"
+    killed_in_the_middle(out, after_first_move=after_first_move)
+    pack(out, ByteTokenizer(), TRAIN, VALID, overwrite=True)
+    assert unpacked(out, "train") == TEXTS
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [mine.name, "out"]
+
+
+def test_two_at_once_on_one_folder_are_refused(tmp_path):
+    """As two processes are: what the first has not finished the second does not touch."""
+    out = tmp_path / "out"
+
+    def second():
+        yield TRAIN[0]
+        with pytest.raises(BlockingIOError, match=r"out is being written by another process"):
+            pack(out, ByteTokenizer(), TRAIN, VALID, overwrite=True)
+        yield TRAIN[1]
+
+    pack(out, ByteTokenizer(), second(), VALID)
+    assert unpacked(out, "train") == TEXTS[:2] and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_load_meta_says_what_is_wrong(tmp_path):

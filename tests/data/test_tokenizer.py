@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retentive.data import tokenizer as module
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, load_tokenizer, train_bpe
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"
@@ -145,6 +144,18 @@ def test_vocab_size_counts_gaps():
     assert BPETokenizer(json.dumps(form)).vocab_size == 1000
 
 
+@tokenizers
+def test_vocabulary_says_what_every_id_stands_for(tokenizer, tmp_path):
+    """What structured output is made of, without a look into the file."""
+    vocabulary = tokenizer.vocabulary()
+    if isinstance(vocabulary, str):  # Hugging Face's own file, for libraries that read it
+        assert BPETokenizer(vocabulary).sha256 == tokenizer.sha256
+    else:
+        ids = tokenizer.encode(NASTY)
+        assert b"".join(vocabulary[id] for id in ids).decode() == NASTY
+        assert set(range(tokenizer.vocab_size)) - vocabulary.keys() == {tokenizer.eos_id}
+
+
 def test_load_says_what_is_wrong(tmp_path):
     assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
@@ -158,6 +169,8 @@ def test_load_says_what_is_wrong(tmp_path):
         ("d.json", '{"model": {"type": "unheard of"}}', "d.json: not a tokenizer.json"),
         ("e.tiktoken", "IQ== 0\nrubbish\n", "e.tiktoken:2 is not a line"),
         ("f.tiktoken", "", "is empty"),
+        ("g.json", '{"type": "tiktoken", "ranks": {}}', "g.json is damaged: it says tiktoken"),
+        ("h.json", '{"type": "tiktoken", "ranks": {"x": 0}, "pattern": "gpt2", "eos_id": 1}', "h.json is damaged"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
@@ -165,11 +178,21 @@ def test_load_says_what_is_wrong(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", ["{", "[]", '{"eos_token": 5}', '{"eos_token": {}}'])
+def test_a_damaged_config_beside_it_is_named(tmp_path, config, refuses):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with refuses(f"{tmp_path}/tokenizer_config.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
 def test_training_refuses_what_cannot_work():
     with pytest.raises(ValueError, match=r"256 is too small.*257"):
         train_bpe(CORPUS, 256)
     with pytest.raises(ValueError, match=r"no text to train"):
         train_bpe(["", ""], 300)
+    with pytest.raises(ValueError, match=r"^vocab_size 1,000,000,000 is too large: at most 1,048,576 .*$"):
+        train_bpe(CORPUS, 10**9)  # the library ends the process, having no memory for as many
 
 
 def test_save_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -179,7 +202,7 @@ def test_save_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match=r"No space left"):
         ByteTokenizer().save(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
@@ -192,6 +215,7 @@ def test_tiktoken(tmp_path):
     tokenizer = TiktokenTokenizer(ranks, pattern="gpt2")
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (259, 260)
     assert tokenizer.encode("the the") == [257, 258]
+    assert tokenizer.vocabulary()[258] == b" the" and tokenizer.eos_id not in tokenizer.vocabulary()
     assert tokenizer.decode(tokenizer.encode(NASTY)) == NASTY and 259 not in tokenizer.encode(NASTY)
     assert "".join(streamed(tokenizer, [*tokenizer.encode(NASTY), 259])) == NASTY
     tokenizer.save(tmp_path)

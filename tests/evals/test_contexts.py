@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from retentive.cli import main
 from retentive.evals import contexts
-from retentive.evals.contexts import evaluate
+from retentive.evals.contexts import score_contexts
 
 TEXTS = ["".join(chr(97 + (n * n + k) % 26) for n in range(400)) for k in range(3)] + ["too short"]
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_all_lengths_predict_the_same_tokens_from_what_stands_before(model, tokenizer, folder):
-    rows, records = evaluate(model, tokenizer, ["perplexity"], folder, [300, 20, 50], last=8)
+    rows, records = score_contexts(model, tokenizer, ["perplexity"], folder, [300, 20, 50], last=8)
     assert {(r["line"], r["end"]) for r in records if r["context"] == 20} == {
         (r["line"], r["end"]) for r in records if r["context"] == 300
     }
@@ -44,7 +44,7 @@ def test_all_lengths_predict_the_same_tokens_from_what_stands_before(model, toke
 
 @pytest.mark.parametrize(("longest", "last", "places"), [(100, 10, 8), (350, 20, 3), (380, 20, 2), (390, 20, 1)])
 def test_windows_end_at_places_spread_over_the_document(model, tokenizer, folder, longest, last, places):
-    _, records = evaluate(model, tokenizer, ["perplexity"], folder, [longest], last=last, limit=1)
+    _, records = score_contexts(model, tokenizer, ["perplexity"], folder, [longest], last=last, limit=1)
     ends = sorted(r["end"] for r in records)
     assert len(ends) == places <= contexts.WINDOWS and ends[-1] == 400 and ends[0] >= longest
     assert all(b - a >= last for a, b in pairwise(ends))  # no token is predicted twice
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_text_where_a_window_cuts_characters(model, token
     """Tokens are bytes here: every window has as many bytes as tokens."""
     text = json.dumps({"text": "“é€” " * 40}, ensure_ascii=False)
     (tmp_path / "perplexity.jsonl").write_text(text, encoding="utf-8")
-    _, records = evaluate(model, tokenizer, ["perplexity"], tmp_path, [50], last=12)
+    _, records = score_contexts(model, tokenizer, ["perplexity"], tmp_path, [50], last=12)
     ends = {r["end"] % 12 for r in records}
     assert len(ends) > 1 and sum(r["bytes"] for r in records) == pytest.approx(12 * len(records), abs=3)
     one, two = (contexts._bytes(tokenizer, tokenizer.encode("“é€”"), *span) for span in ((0, 5), (5, 11)))
@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_text_where_a_window_cuts_characters(model, token
 
 def test_a_context_that_tells_is_worth_something(bigram, tokenizer, folder):
     """A model of pairs knows no more for a longer context: the same numbers at every length."""
-    rows, _ = evaluate(bigram(torch.randn(257, 257)), tokenizer, ["perplexity"], folder, [20, 40, 80], last=8)
+    rows, _ = score_contexts(bigram(torch.randn(257, 257)), tokenizer, ["perplexity"], folder, [20, 40, 80], last=8)
     values = [row["value"] for row in rows if row["metric"] == "perplexity"]
     assert values == pytest.approx([values[0]] * 3, rel=1e-9)
 
@@ -123,7 +123,7 @@ class _Seen:
 
 @pytest.mark.parametrize(("sure", "right"), [(20.0, 1.0), (-20.0, 0.0)])
 def test_whoever_remembers_is_right_and_whoever_knows_the_contrary_is_wrong(tokenizer, sure, right):
-    rows, records = evaluate(Reader(sure), tokenizer, ["passkey"], None, [360])
+    rows, records = score_contexts(Reader(sure), tokenizer, ["passkey"], None, [360])
     assert {row["metric"]: row["value"] for row in rows}["acc"] == right
     assert len(records) == contexts.KEYS
     if right:
@@ -140,27 +140,27 @@ def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
         ([], [100], 8, "no task given"),
     ):
         with refuses(words):
-            evaluate(model, tokenizer, names, folder, lengths, last=last)
+            score_contexts(model, tokenizer, names, folder, lengths, last=last)
     with refuses("at least 1, got 0"):
-        evaluate(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
+        score_contexts(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
     with refuses("needs --data"):
-        evaluate(model, tokenizer, ["perplexity"], None, [20], last=8)
+        score_contexts(model, tokenizer, ["perplexity"], None, [20], last=8)
     with refuses("no such file", FileNotFoundError):
-        evaluate(model, tokenizer, ["novels"], folder, [20], last=8)
+        score_contexts(model, tokenizer, ["novels"], folder, [20], last=8)
 
 
 def test_a_folder_of_text_files_is_a_file_of_texts(model, tokenizer, tmp_path, refuses):
     (tmp_path / "novels" / "valid").mkdir(parents=True)
     for n, text in enumerate(TEXTS[:2]):
         (tmp_path / "novels" / "valid" / f"{n}.txt").write_text(text, encoding="utf-8")
-    _, records = evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
+    _, records = score_contexts(model, tokenizer, ["novels"], tmp_path, [100], last=8)
     assert {r["line"] for r in records} == {1, 2}
     (tmp_path / "novels" / "valid" / "1.txt").write_text("", encoding="utf-8")
     with refuses("1.txt: the document is empty"):
-        evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
+        score_contexts(model, tokenizer, ["novels"], tmp_path, [100], last=8)
     (tmp_path / "novels" / "valid" / "0.txt").write_bytes(b"\xff\xfe\x00")
     with refuses("0.txt is not UTF-8 text"):
-        evaluate(model, tokenizer, ["novels"], tmp_path, [100], last=8)
+        score_contexts(model, tokenizer, ["novels"], tmp_path, [100], last=8)
 
 
 def test_the_command(folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from retentive.evals.harness import likelihoods, rolling, run_tasks, write
+from retentive.evals.harness import _rows, likelihoods, rolling, run_tasks, write
 from retentive.evals.likelihood import encode, score
 
 
@@ -77,3 +77,14 @@ def test_without_lm_eval(alphabet, tokenizer, monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with refuses("pip install 'retentive[eval]'", ImportError):
         run_tasks(alphabet, tokenizer, ["piqa"], None)
+
+
+def test_intervals_of_shares_lie_between_0_and_1():
+    """The normal interval of three right out of five reaches 1.08, that of one -0.19."""
+    results = {"acc,none": 0.6, "acc_stderr,none": 0.245, "acc_norm,none": 0.2, "acc_norm_stderr,none": 0.2}
+    results |= {"perplexity,none": 5.0, "perplexity_stderr,none": 1.0, "mcc,none": -0.2, "mcc_stderr,none": 0.1}
+    rows = _rows({"results": {"t": results}, "n-samples": {"t": {"effective": 5}}}, 0)
+    low_high = {row["metric"]: row["interval"] for row in rows}
+    assert low_high["acc"] == (pytest.approx(0.6 - 1.96 * 0.245, abs=1e-3), 1.0)
+    assert low_high["acc_norm"] == (0.0, pytest.approx(0.2 + 1.96 * 0.2, abs=1e-3))
+    assert low_high["perplexity"][1] > 6 and low_high["mcc"][0] < -0.3

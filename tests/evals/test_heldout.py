@@ -1,6 +1,7 @@
 """Held-out text token by token: against the model's own logits, one context after the other, and recall by hand."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,35 +9,104 @@ import torch
 import torch.nn.functional as F
 
 from retentive.data.pack import pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import heldout
-from retentive.models import RetNetConfig, build
-from retentive.train.evaluate import evaluate
+from retentive.models import RetNetConfig, build, twin
 
 TRAIN = ["the cat sat on the mat. " * 40, "a dog ran. " * 30]
-VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3]
+VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3, "le café noir " * 9]
+EOS = 256
+IDS = [id for text in VALID for id in [*text.encode(), EOS]]
+TINY = RetNetConfig(dim=32, layers=2, heads=2)
+# float64 has 53 bits, 1e-16: hundreds of losses of two layers each, summed in another order, cost thousands of that
+EXACT = 1e-12
+
+
+def packed(folder, train, valid) -> Packed:
+    documents = ([Document(str(n), text) for n, text in enumerate(texts)] for texts in (train, valid))
+    pack(folder, ByteTokenizer(), *documents)
+    return Packed(folder)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("heldout") / "data"
-    train, valid = ([Document(str(n), text) for n, text in enumerate(texts)] for texts in (TRAIN, VALID))
-    pack(out, ByteTokenizer(), train, valid)
-    return out
+def data(tmp_path_factory) -> Packed:
+    return packed(tmp_path_factory.mktemp("heldout") / "data", TRAIN, VALID)
 
 
 @pytest.fixture
 def model():
-    return build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)).eval()
+    return build(TINY).eval()
+
+
+def nats(model, ids: list[int]) -> float:
+    """Minus the log probabilities of all tokens but the first, read as one sequence."""
+    logprobs = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
+    return -float(logprobs[range(len(ids) - 1), ids[1:]].sum())
+
+
+@pytest.mark.parametrize("together", [1, 8192], ids=["one-by-one", "together"])
+@pytest.mark.parametrize("tokens", [None, 133], ids=["all", "some"])
+@pytest.mark.parametrize(
+    ("config", "carry"), [(TINY, False), (TINY, True), (twin(TINY), False)], ids=["retnet", "retnet-carry", "twin"]
+)
+@torch.no_grad()
+def test_bits_per_byte_by_hand(config, carry, tokens, together, data, monkeypatch):
+    """A sequence begins with the end of the story before and, but for carry, with every window."""
+    monkeypatch.setattr(heldout, "TOGETHER", together)
+    length, model = 24, build(config).double()
+    ids = IDS[:tokens]
+    starts = {0} | {n for n, id in enumerate(ids[:-1]) if id == EOS}
+    starts |= set() if carry else set(range(0, len(ids) - 1, length))
+    pieces = [ids[a : b + 1] for a, b in pairwise([*sorted(starts), len(ids) - 1])]
+    want = sum(nats(model.eval(), piece) for piece in pieces)
+    text = bytes(id for id in ids if id != EOS).decode(errors="ignore")
+    got = heldout.held_out_loss(model, data, length=length, tokens=tokens, carry=carry)
+    assert (got.tokens, got.bytes) == (len(ids) - 1, len(text.encode()))
+    assert got.loss == pytest.approx(want / (len(ids) - 1), rel=EXACT)
+    assert got.bits_per_byte == pytest.approx(want / math.log(2) / len(text.encode()), rel=EXACT)
+    found = heldout.token_losses(model, data, length=length, tokens=tokens, carry=carry)
+    counts = [len(piece) - 1 for piece in pieces]
+    assert found.context.tolist() == [n for n, count in enumerate(counts) for _ in range(count)]
+    assert found.position.tolist() == [t for count in counts for t in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("length", [1, 7, 10**6], ids=lambda n: f"length{n}")
+def test_a_uniform_model_spends_the_logarithm_of_the_vocabulary(length, data):
+    model = build(TINY).double()
+    torch.nn.init.zeros_(model.head.weight)
+    got = heldout.held_out_loss(model, data, length=length)
+    assert got.loss / math.log(2) == pytest.approx(math.log2(257), rel=EXACT)
+    assert got.bits_per_byte == pytest.approx(math.log2(257) * (len(IDS) - 1) / got.bytes, rel=EXACT)
+
+
+def test_bytes_are_those_of_whole_characters(data, model):
+    """A count that ends within é covers what is before it only."""
+    second = next(n for n, id in enumerate(IDS) if 0x80 <= id < 0xC0)
+    counts = (second - 1, second, second + 1)
+    sizes = [heldout.held_out_loss(model, data, length=64, tokens=tokens).bytes for tokens in counts]
+    ends = IDS[: second + 1].count(EOS)
+    assert sizes == [second - 1 - ends, second - 1 - ends, second + 1 - ends]
+
+
+def test_it_disturbs_nothing(data):
+    """Neither dropout nor the random numbers, the gradients or the mode of a model that is being trained."""
+    model = build(RetNetConfig(dim=32, layers=1, heads=2, dropout=0.5)).eval()
+    want = heldout.held_out_loss(model, data, length=64)
+    assert not model.training
+    model.train()
+    before, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
+    assert heldout.held_out_loss(model, data, length=64) == want
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None and torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize("length", [7, 16, 64])
 def test_losses_are_those_of_each_context_alone(data, model, length):
-    """Contexts end with the window and with the document; ROWS of them go through the model at once."""
-    tokens = heldout.read(model, data, length=length)
-    eos = ByteTokenizer().eos_id
-    assert len(tokens.losses) == sum(len(text.encode()) + 1 for text in VALID) - 1
+    """Contexts end with the window and with the document; several windows go through the model at once."""
+    tokens = heldout.token_losses(model, data, length=length)
+    assert len(tokens.losses) == len(IDS) - 1
     for context in np.unique(tokens.context):
         inside = tokens.context == context
         ids = torch.from_numpy(np.append(tokens.before[inside][:1], tokens.ids[inside]))
@@ -45,26 +115,25 @@ def test_losses_are_those_of_each_context_alone(data, model, length):
         # float32: sums in another order
         np.testing.assert_allclose(tokens.losses[inside], want.numpy(), atol=2e-5)
         assert tokens.position[inside].tolist() == list(range(1, inside.sum() + 1))
-        assert eos not in tokens.before[inside][1:]  # a document's end begins a context
+        assert EOS not in tokens.before[inside][1:]  # a document's end begins a context
 
 
-def test_bits_per_byte_are_trainings_own(data, model):
-    tokenizer, pairs = ByteTokenizer(), heldout.Pairs(data, 257)
-    report = heldout.report(model, data, tokenizer, pairs, length=16)
-    want = evaluate(model, data, tokenizer, length=16)
-    assert report["bits_per_byte"] == pytest.approx(want.bits_per_byte, rel=1e-5)
+def test_the_report_adds_up(data, model):
+    report = heldout.report(model, data, heldout.Pairs(data), length=16)
+    want = heldout.held_out_loss(model, data, length=16)
+    assert (report["bits_per_byte"], report["loss"]) == (want.bits_per_byte, want.loss)
     assert (report["held_out_tokens"], report["held_out_bytes"]) == (want.tokens, want.bytes)
     parts = [report[name] for name in ("recalled", "others")]
     assert sum(part["tokens"] for part in parts) == want.tokens
     mean = sum(part["tokens"] * part["loss"] for part in parts) / want.tokens
-    assert mean == pytest.approx(want.loss, rel=1e-5)
+    assert mean == pytest.approx(want.loss, rel=EXACT)
     begins = [begin for begin, _ in report["by_position"]]
     assert begins == [1, 2, 4, 8, 16]
 
 
 def test_what_is_recalled_by_hand(data):
     """Pairs that stand earlier in the same context and are rare in the training text; there "the" is not rare."""
-    pairs = heldout.Pairs(data, 257)
+    pairs = heldout.Pairs(data)
     assert pairs.most == 1  # of some 1,300 training tokens, a millionth is less than one
     text = b"xq the xq the "
     ids = np.frombuffer(text, np.uint8).astype(np.int64)
@@ -77,15 +146,8 @@ def test_what_is_recalled_by_hand(data):
     assert not heldout.recalled(again, pairs).any()
 
 
-def test_nothing_recalled_is_no_error(data, model, tmp_path):
-    pack(tmp_path / "data", ByteTokenizer(), [Document("a", "ab" * 50)], [Document("b", "0123456789")])
-    pairs = heldout.Pairs(tmp_path / "data", 257)
-    report = heldout.report(model, tmp_path / "data", ByteTokenizer(), pairs, length=8)
+def test_nothing_recalled_is_no_error(model, tmp_path):
+    data = packed(tmp_path / "data", ["ab" * 50], ["0123456789"])
+    report = heldout.report(model, data, heldout.Pairs(data), length=8)
     assert report["recalled"] == {"tokens": 0, "loss": None}
     assert math.isfinite(report["others"]["loss"])
-
-
-def test_training_mode_is_as_before(data, model):
-    model.train()
-    heldout.read(model, data, length=16, tokens=20)
-    assert model.training

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from retentive.evals import likelihood
+from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, encode, score, shared
-from retentive.evals.run import windows
 from retentive.models import RetNetConfig, build, peer
 
 
@@ -38,10 +38,10 @@ def groups() -> list[list[Request]]:
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("budget, stretch", [(8192, 4096), (64, 4096), (8192, 7), (1, 3)])
-def test_batches_states_and_stretches_change_nothing(model, monkeypatch, budget, stretch, share):
+@pytest.mark.parametrize("budget, chunk", [(8192, 4096), (64, 4096), (8192, 7), (1, 3)])
+def test_batches_states_and_chunks_change_nothing(model, monkeypatch, budget, chunk, share):
     monkeypatch.setattr(likelihood, "BUDGET", budget)
-    monkeypatch.setattr(likelihood, "STRETCH", stretch)
+    monkeypatch.setattr(likelihood, "CHUNK", chunk)
     monkeypatch.setattr(likelihood, "HEAD", 5)
     asked, told = groups(), []
     found = score(model, asked, share=share, say=told.append)

@@ -1,141 +1,73 @@
-"""Whole evaluations of models whose answers are known: right, wrong, at chance; and the numbers by hand."""
+"""`retentive.evaluate`: one call for all ways of scoring, by a model or by where one is."""
 
 import json
-import math
-import random
 
 import pytest
 import torch
 
-from retentive.evals.run import evaluate, table
-from retentive.models import RetNet, RetNetConfig, build, twin
+import retentive
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.evals.answers import score_tasks
+from retentive.evals.contexts import score_contexts
+from retentive.models import RetNetConfig, build
 
 
 @pytest.fixture
-def write(tmp_path):
-    """`write(name, rows)`: a task's file in the folder that it returns."""
-
-    def put(name, rows):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return tmp_path
-
-    return put
-
-
-def values(rows) -> dict[str, float]:
-    return {row["metric"]: row["value"] for row in rows}
+def run(tmp_path):
+    """A run's folder, and data/ beside it."""
+    save_model(tmp_path / "run", build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), ByteTokenizer())
+    (tmp_path / "data").mkdir()
+    rows = [{"goal": "g", "sol1": "red", "sol2": "blue", "label": n % 2} for n in range(4)]
+    (tmp_path / "data/piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "data/perplexity.jsonl").write_text(json.dumps({"text": "some text " * 9}), encoding="utf-8")
+    return tmp_path / "run"
 
 
-def piqa(good: str, bad: str, label: int) -> dict:
-    return {"goal": "g", "sol1": bad if label else good, "sol2": good if label else bad, "label": label}
-
-
-def test_a_model_that_knows_the_letters_is_right_and_its_contrary_wrong(bigram, tokenizer, write):
-    """x follows x; the right choices are made of it, the wrong ones of y."""
-    table = torch.zeros(257, 257)
-    table[:, ord("x")] = 5.0
-    folder = write("piqa", [piqa("xxx", "yyy", n % 2) for n in range(10)])
-    for sign, expected in ((1, 1.0), (-1, 0.0)):
-        rows, records = evaluate(bigram(sign * table), tokenizer, ["piqa"], folder)
-        assert values(rows) == {"acc": expected, "acc_norm": expected, "acc_bytes": expected}
-        assert [r["line"] for r in records] == list(range(1, 11)) and all(r["acc"] == expected for r in records)
-
-
-def test_a_model_that_knows_nothing_answers_by_length(bigram, tokenizer, write):
-    """Each token is 1 in 257: the shortest choice is the likeliest, and by character or byte the one that gains most by
-    the space before it, again the shortest; by byte é counts twice."""
-    rows = [piqa("bb", "cccc", 0), piqa("bbbb", "cc", 0), piqa("bbbb", "éé", 1), piqa("bbb", "éé", 0)]
-    found, records = evaluate(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], write("piqa", rows))
-    nat = math.log(257)
-    assert records[0]["logprobs"] == pytest.approx([-3 * nat, -5 * nat])
-    assert [r["acc"] for r in records] == [True, False, False, True]  # tokens 3 5, 5 3, 5 5 (a tie), 4 5
-    # per character 3/2 5/4, 5/4 3/2, 5/2 5/4 (éé bbbb), 4/3 5/2; per byte 3/2 5/4, 5/4 3/2, a tie, 4/3 5/4
-    assert [r["acc_norm"] for r in records] == [False, True, True, True]
-    assert [r["acc_bytes"] for r in records] == [False, True, False, False]
-    assert values(found) == {"acc": 0.5, "acc_norm": 0.75, "acc_bytes": 0.25}
-
-
-def test_random_weights_are_at_chance(tokenizer, write):
-    """300 questions whose choices are drawn alike: four standard errors around 1/2."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(600)]
-    rows = [piqa(a, b, n % 2) for n, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))]
-    model = build(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2))
-    (acc, *_), _ = evaluate(model, tokenizer, ["piqa"], write("piqa", rows))
-    assert abs(acc["value"] - 0.5) < 4 * 0.5 / math.sqrt(300)
-    low, high = acc["interval"]
-    assert low < acc["value"] < high
-
-
-@pytest.mark.parametrize("kind", ["RetNet", "Transformer"])
-def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
-    """The answer hangs on the subject at the beginning of the question, so it must come through the cloned state."""
-    names = ["Ann", "Bob", "Cyd", "Dan"]
-    rows = [{"goal": f"{name} likes", "sol1": "red", "sol2": "tea", "label": n % 2} for n, name in enumerate(names)]
-    texts = [f"Question: {r['goal']}\nAnswer: {r['sol2'] if r['label'] else r['sol1']}" for r in rows]
-    ids = torch.tensor([[256, *tokenizer.encode(text)] for text in texts])
-    config = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
-    model = build(config if kind == "RetNet" else twin(config))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        logits, _ = model(ids[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    lambada = [{"text": text} for text in texts]
-    write("piqa", rows)
-    found, _ = evaluate(model, tokenizer, ["piqa", "lambada_openai"], write("lambada_openai", lambada))
-    assert [row["value"] for row in found[:4]] == [1.0] * 4  # the fourth: LAMBADA's accuracy
-    assert 1 <= found[4]["value"] < 1.1  # its perplexity
-
-
-def test_perplexities_by_hand(bigram, tokenizer, write):
-    """Each token 1 in 257: 8.0056 bits a byte, 257 the byte, and each word its bytes and spaces."""
-    folder = write("perplexity", [{"text": "ab cd ef"}, {"text": "a" * 30}])
-    found, records = evaluate(bigram(torch.zeros(257, 257)), tokenizer, ["perplexity"], folder, window=7)
-    nats = 38 * math.log(257)
-    assert sum(-r["logprob"] for r in records) == pytest.approx(nats)
-    got = values(found)
-    for suffix in ("", "_windowed"):
-        assert got["bits_per_byte" + suffix] == pytest.approx(math.log2(257))
-        assert got["byte_perplexity" + suffix] == pytest.approx(257)
-        assert got["word_perplexity" + suffix] == pytest.approx(math.exp(nats / 4))
-
-
-def test_uncut_knows_what_windows_do_not(tokenizer, write):
-    """A text that repeats itself, read by a model that looks far back, and the uncut sum by the model's own call."""
-    text = "the cat sat on the mat. " * 4
-    model = RetNet(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
-    _, (record,) = evaluate(model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), window=16)
-    ids = torch.tensor([[256, *tokenizer.encode(text)]])
-    with torch.no_grad():
-        logp = model(ids[:, :-1])[0].log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
-    assert record["logprob"] == pytest.approx(float(logp), rel=1e-10)
-    assert record["windowed_logprob"] != pytest.approx(float(logp), rel=1e-6)
+def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
+    data = run.parent / "data"
+    model, tokenizer = retentive.load(run)
+    want = score_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
+    for found in (
+        retentive.evaluate(model, ["piqa", "perplexity"], data, tokenizer=tokenizer, limit=3, window=16),
+        retentive.evaluate(str(run), "piqa, perplexity", str(data), limit=3, window=16),
+    ):
+        assert tuple(found) == want
+        assert str(found).splitlines()[2].startswith("| piqa | 0 | 3 | acc | ")
+    found = retentive.evaluate(run, "perplexity", data, contexts=[30, 60], last=8)
+    assert tuple(found) == score_contexts(model, tokenizer, ["perplexity"], data, [30, 60], last=8)
+    assert str(found).splitlines()[0].startswith("| task | context |")
 
 
 REFUSED = {
-    "shots": ({"shots": -1}, "shots must be at least 0, got -1"),
-    "limit": ({"limit": 0}, "limit must be at least 1, got 0"),
-    "max-length": ({"max_length": 1}, "max_length must be at least 2, got 1"),
-    "window": ({"window": 1}, "window must be at least 2, got 1"),
-    "long": ({"max_length": 20}, "piqa.jsonl line 1: the question takes 24 tokens, more than the 20 allowed"),
+    "no-data": (dict(tasks="piqa"), "data is needed: the folder of piqa"),
+    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out --shots"),
+    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with --lm-eval"),
+    "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "window must be at least 2, got 0"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_is_asked(case, bigram, tokenizer, write, refuses):
-    how, words = REFUSED[case]
-    told = []
+def test_options_that_exclude_each_other(case, run, monkeypatch, refuses):
+    options, words = REFUSED[case]
+    monkeypatch.chdir(run.parent)
     with refuses(words):
-        folder = write("piqa", [piqa("xxx", "yyy", 0)])
-        evaluate(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, say=lambda *a: told.append(a), **how)
-    assert told == []
+        retentive.evaluate(run, **options)
 
 
-def test_the_table(bigram, tokenizer, write):
-    folder = write("piqa", [piqa("xxx", "yyy", 0)] * 3)
-    rows, _ = evaluate(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, shots=0, limit=2)
-    lines = table(rows).splitlines()
-    assert lines[2] == "| piqa | 0 | 2 | acc | 1 | 0.3424 to 1 |" and len(lines) == 5
+def test_a_model_needs_its_tokenizer(run, refuses):
+    model, tokenizer = retentive.load(run)
+    with refuses("a model needs its tokenizer"):
+        retentive.evaluate(model, "piqa", run.parent / "data")
+    with refuses("must be a name"):
+        retentive.evaluate(run, "piqa", run.parent / "data", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("how", [dict(tasks="piqa"), dict(tasks="perplexity"), dict(tasks="passkey", contexts=[400])])
+def test_weights_of_nan_have_no_score(how, run, refuses):
+    """The likeliest of NaN is choice 0: it would pass for an answer."""
+    model, tokenizer = retentive.load(run)
+    with torch.no_grad():
+        model.blocks[0].retention.k_proj.weight.fill_(float("nan"))
+    with refuses("the model's logits are not finite", ArithmeticError):
+        retentive.evaluate(model, data=run.parent / "data", tokenizer=tokenizer, **how)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retentive.evals.read import find, known, read
+from retentive.evals.read import find, known, parse
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS
 from tests.evals.task_rows import ROWS
@@ -50,7 +50,7 @@ MADE_GOLDS = {
 def test_files_with_the_fields_of_the_public_ones(name):
     """Answers as letters, digits, strings and numbers; three to five choices; a blank where the pronoun was."""
     assert {file.stem for file in MADE.glob("*.jsonl")} == set(MADE_GOLDS)
-    questions = [item.content for item in read(TASKS[name], find(name, MADE))]
+    questions = [item.content for item in parse(TASKS[name], find(name, MADE))]
     assert [question.gold for question in questions] == MADE_GOLDS[name]
     for question in questions:
         written = [a + b for a, b in zip(question.prompts, question.continuations, strict=True)]
@@ -61,7 +61,7 @@ def test_files_with_the_fields_of_the_public_ones(name):
 def test_every_line_of_the_public_files_can_be_used():
     """And whose answers are not all the same: BoolQ's are 62 % yes, the others balanced."""
     for name in [file.stem for file in SHARED.glob("*.jsonl")]:
-        questions = [item.content for item in read(TASKS[name], find(name, SHARED))]
+        questions = [item.content for item in parse(TASKS[name], find(name, SHARED))]
         assert len(questions) >= 50
         if TASKS[name].kind == "choice":
             first = sum(question.gold == 0 for question in questions) / len(questions)
@@ -104,7 +104,7 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line(case, tmp_path, refuses)
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps(ROWS[name][0]) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
     with refuses(f"t.jsonl line 3: {words}"):
-        read(TASKS[name], file)
+        parse(TASKS[name], file)
 
 
 FILES = {
@@ -121,13 +121,13 @@ def test_files_that_cannot_be_read(case, tmp_path, refuses):
     content, words = FILES[case]
     (tmp_path / "t.jsonl").write_text(content, encoding="utf-8")
     with refuses(words):
-        read(TASKS["perplexity"], tmp_path / "t.jsonl")
+        parse(TASKS["perplexity"], tmp_path / "t.jsonl")
 
 
 def test_text_that_is_not_utf8(tmp_path, refuses):
     (tmp_path / "t.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
     with refuses("t.jsonl is not UTF-8 text"):
-        read(TASKS["perplexity"], tmp_path / "t.jsonl")
+        parse(TASKS["perplexity"], tmp_path / "t.jsonl")
 
 
 def test_names_and_places(tmp_path, refuses):
@@ -144,7 +144,7 @@ def test_names_and_places(tmp_path, refuses):
 def test_a_csv_file_with_an_open_quotation(tmp_path, refuses):
     (tmp_path / "storycloze.csv").write_text('a,b\n1,"' + "x" * 140_000, encoding="utf-8")
     with refuses("storycloze.csv line 1: field larger than field limit"):
-        read(TASKS["storycloze"], tmp_path / "storycloze.csv")
+        parse(TASKS["storycloze"], tmp_path / "storycloze.csv")
 
 
 def test_the_authors_csv_of_storycloze(tmp_path):
@@ -152,7 +152,7 @@ def test_the_authors_csv_of_storycloze(tmp_path):
     heads += "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding"
     line = 'x,Ann ran.,"She fell, hard.",She cried.,Bo came.,He helped.,He left.,1'
     (tmp_path / "s.csv").write_text(f"\ufeff{heads}\n{line}\n", encoding="utf-8")
-    ((at, question),) = read(TASKS["storycloze"], tmp_path / "s.csv")
+    ((at, question),) = parse(TASKS["storycloze"], tmp_path / "s.csv")
     assert at == 2 and question.gold == 0 and question.prompts[0] == "Ann ran. She fell, hard. She cried. Bo came."
 
 
@@ -165,7 +165,7 @@ def twenty(tmp_path):
 
 
 def test_examples_come_before_each_question_and_never_hold_it(twenty):
-    items = read(TASKS["lambada_openai"], twenty, shots=4)
+    items = parse(TASKS["lambada_openai"], twenty, shots=4)
     assert len(items) == 20
     for item in items:
         *examples, prompt = item.content.prompts[0].split("\n\n")
@@ -176,14 +176,14 @@ def test_examples_come_before_each_question_and_never_hold_it(twenty):
 
 def test_examples_are_the_same_each_time_and_with_a_limit(twenty):
     task = TASKS["lambada_openai"]
-    assert read(task, twenty, shots=4, limit=3) == read(task, twenty, shots=4)[:3]
+    assert parse(task, twenty, shots=4, limit=3) == parse(task, twenty, shots=4)[:3]
 
 
 def test_too_few_questions_for_the_examples(twenty, refuses):
     with refuses("has 20 questions, too few for 20 examples before each: lower --shots"):
-        read(TASKS["lambada_openai"], twenty, shots=20)
+        parse(TASKS["lambada_openai"], twenty, shots=20)
     with refuses("holds texts: examples (--shots) are for questions"):
-        read(TASKS["perplexity"], twenty, shots=1)
+        parse(TASKS["perplexity"], twenty, shots=1)
 
 
 def test_wilson():

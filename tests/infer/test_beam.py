@@ -1,5 +1,6 @@
 """Beam search against all continuations there are, and against greedy decoding."""
 
+import math
 from itertools import product
 
 import pytest
@@ -53,15 +54,50 @@ def test_one_beam_is_greedy(model, stop_ids):
     assert tokens == want
 
 
+@pytest.fixture
+def garden_path(model):
+    """A model of token pairs whose likeliest first token leads nowhere: p(next | last) is a table.
+
+    After 1 the token 0 is the likeliest (0.6), but what follows it is not sure; 2 has 0.4, and is followed by 2
+    for ever.
+    Embeddings are unit vectors and blocks add nothing, so the output matrix is the table.
+    """
+    table = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64).repeat(V, 1)
+    table[1] = torch.tensor([0.6, 1e-9, 0.4, 1e-9])
+    table[2] = torch.tensor([1e-9, 1e-9, 1.0, 1e-9])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                p.zero_()
+        units = torch.eye(V, CONFIG.dim, dtype=torch.float64)
+        model.embed.weight.copy_(units)
+        model.head.weight.zero_()[:, :V] = table.log().T / model.norm(units).diagonal()
+    return model
+
+
 @torch.no_grad()
-def test_more_beams_find_what_is_at_least_as_likely(model):
-    """Not in general, but from one to three in this model; all scores are those that the model itself gives."""
-    found = [beam_search(model, PROMPT, beams=n, max_tokens=8, length_penalty=0) for n in (1, 3)]
-    assert found[1][0][1] >= found[0][0][1] - 1e-9 and len(found[1]) == 3  # the same text, summed in other batches
-    for tokens, score in found[1]:
+def test_beams_find_what_greedy_decoding_misses(garden_path):
+    (greedy,) = beam_search(garden_path, PROMPT, beams=1, max_tokens=3, length_penalty=0)
+    found = beam_search(garden_path, PROMPT, beams=3, max_tokens=3, length_penalty=0)
+    assert greedy == ([0, 0, 0], pytest.approx(math.log(0.6 * 0.4 * 0.4), abs=1e-6))
+    assert found[0] == ([2, 2, 2], pytest.approx(math.log(0.4), abs=1e-6)) and len(found) == 3
+    assert found[0][1] > greedy[1]
+
+
+@torch.no_grad()
+def test_scores_are_those_that_the_model_itself_gives(model):
+    found = beam_search(model, PROMPT, beams=3, max_tokens=8, length_penalty=0)
+    for tokens, score in found:
         logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1].log_softmax(-1)
         assert float(logits.gather(1, torch.tensor(tokens)[:, None]).sum()) == pytest.approx(score, abs=1e-9)
-    assert [score for _, score in found[1]] == sorted((score for _, score in found[1]), reverse=True)
+    assert len(found) == 3 and [score for _, score in found] == sorted((s for _, s in found), reverse=True)
+
+
+def test_logits_of_nan_are_refused(model, refuses):
+    with torch.no_grad():
+        model.head.weight[1] = float("nan")
+    with refuses("the model's logits are not finite", ArithmeticError):
+        beam_search(model, PROMPT, beams=2, max_tokens=3)
 
 
 def test_a_past_and_first_tokens(model):

@@ -9,6 +9,7 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
+from retentive.infer.requests import Returns
 from retentive.models import HybridConfig, RetNetConfig, build, twin
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
@@ -45,8 +46,8 @@ def one_by_one(model, todo) -> list[list[int]]:
 @pytest.mark.parametrize("cached", [False, True], ids=["no-cache", "cache"])
 def test_requests_that_join_and_leave_at_random_get_their_own_tokens(model, cached):
     todo, rng = requests(60), random.Random(1)
-    cache = PrefixCache(1 << 20, stretch=16) if cached else None
-    engine, streams = Engine(model, slots=5, piece=24, waiting=100, cache=cache), []
+    cache = PrefixCache(1 << 20, every=16) if cached else None
+    engine, streams = Engine(model, slots=5, prefill_chunk=24, waiting=100, cache=cache), []
     for ids, params, n in todo:
         streams += engine.submit(ids, params, max_tokens=n)
         for _ in range(rng.randrange(4)):
@@ -95,7 +96,7 @@ def test_a_cancelled_request_frees_its_slot_at_the_next_step(model):
 
 def test_a_kept_state_goes_on_where_the_stream_ended(model):
     engine, greedy = Engine(model, slots=2), SamplingParams(temperature=0)
-    (first,) = engine.submit([4, 5, 6], greedy, max_tokens=6, keep_state=True)
+    (first,) = engine.submit([4, 5, 6], greedy, max_tokens=6, returns=Returns(state=True))
     while engine.step():
         pass
     (second,) = engine.submit(first.pending, greedy, max_tokens=6, state=first.state)
@@ -106,8 +107,8 @@ def test_a_kept_state_goes_on_where_the_stream_ended(model):
 
 
 def test_the_prompts_own_log_probabilities(model):
-    ids, engine = [3, 1, 4, 1, 5, 9, 2, 6], Engine(model, slots=1, piece=3)
-    (stream,) = engine.submit(ids, max_tokens=1, score=True, top=2)
+    ids, engine = [3, 1, 4, 1, 5, 9, 2, 6], Engine(model, slots=1, prefill_chunk=3)
+    (stream,) = engine.submit(ids, max_tokens=1, returns=Returns(top=2, prompt=True))
     while engine.step():
         pass
     with torch.no_grad():
@@ -219,7 +220,7 @@ def test_a_listener_that_fails_is_cancelled_and_the_others_hear_all(model):
 
 def test_a_state_full_of_nan_ends_its_own_request_alone(model):
     engine = Engine(model, slots=2)
-    (first,) = engine.submit([1, 2], keep_state=True, max_tokens=3)
+    (first,) = engine.submit([1, 2], returns=Returns(state=True), max_tokens=3)
     run(engine)
     for x in first.state.named().values():
         x.fill_(float("nan"))
@@ -264,7 +265,7 @@ def test_errors_of_the_model_reach_those_concerned_and_the_engine_goes_on(where,
 
 def test_cancelling_one_of_n_leaves_the_others(model):
     for when in (0, 1, 4):  # waiting, reading, running
-        engine = Engine(model, slots=3, piece=1)
+        engine = Engine(model, slots=3, prefill_chunk=1)
         streams = engine.submit([5, 6, 7], SamplingParams(seed=3), max_tokens=9, n=3)
         for _ in range(when):
             engine.step()
@@ -278,7 +279,7 @@ def test_cancelling_one_of_n_leaves_the_others(model):
 def test_a_cancelled_stream_leaves_its_state_where_asked_for(model):
     """A reply that is cut at a stop string goes on from there."""
     engine, params = Engine(model, slots=2), SamplingParams(temperature=0)
-    (first,) = engine.submit([4, 5, 6], params, keep_state=True)
+    (first,) = engine.submit([4, 5, 6], params, returns=Returns(state=True))
     for _ in range(5):
         engine.step()
     first.cancel()
@@ -293,7 +294,7 @@ def test_a_cancelled_stream_leaves_its_state_where_asked_for(model):
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(model):
-    engine = Engine(model, slots=3, piece=10)
+    engine = Engine(model, slots=3, prefill_chunk=10)
     engine.submit([1] * 500, max_tokens=1)
     engine.step()
     (short,) = engine.submit([2, 3, 4], SamplingParams(temperature=0), max_tokens=2)
@@ -312,7 +313,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model):
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize("drain", [True, False])
 def test_closing_finishes_or_cancels_what_is_at_hand(model, drain, threaded):
-    engine = Engine(model, slots=2, piece=4)
+    engine = Engine(model, slots=2, prefill_chunk=4)
     if threaded:
         engine.start()
     streams = [engine.submit([n + 1] * 30, max_tokens=20 if drain else None)[0] for n in range(6)]
@@ -324,7 +325,7 @@ def test_closing_finishes_or_cancels_what_is_at_hand(model, drain, threaded):
 
 
 def test_many_threads_submit_and_cancel(model):
-    todo, engine, wrong = requests(48), Engine(model, slots=6, piece=16, cache=PrefixCache(1 << 18)).start(), []
+    todo, engine, wrong = requests(48), Engine(model, slots=6, prefill_chunk=16, cache=PrefixCache(1 << 18)).start(), []
 
     def work(part):
         for n, (ids, params, length) in enumerate(part):
@@ -352,7 +353,7 @@ def test_a_state_of_something_else_is_refused(model, refuses):
         with refuses("not that of one sequence of this model"):
             engine.submit([1], state=state)
     with refuses("top must be from 0 to the 61 tokens"):
-        engine.submit([1], top=62)
+        engine.submit([1], returns=Returns(top=62))
 
 
 def other_config() -> RetNetConfig:
@@ -362,7 +363,7 @@ def other_config() -> RetNetConfig:
 @pytest.mark.slow
 def test_two_hundred_mixed_requests_are_token_exact(model):
     todo, rng = requests(200), random.Random(2)
-    engine, streams = Engine(model, slots=16, piece=64, cache=PrefixCache(1 << 22, stretch=16)), []
+    engine, streams = Engine(model, slots=16, prefill_chunk=64, cache=PrefixCache(1 << 22, every=16)), []
     waiting = list(todo)
     while waiting or engine.taken or engine.queue:
         for _ in range(rng.randrange(5)):

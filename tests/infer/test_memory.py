@@ -1,4 +1,4 @@
-"""Memories against the model that wrote them: files, reading in stretches, merging against the layer's formula."""
+"""Memory files: all of a memory comes back, and what is no memory of this model is refused."""
 
 import json
 from dataclasses import replace
@@ -10,77 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate, write_on
-from retentive.infer.memory import (
-    Memory,
-    blank,
-    chain,
-    chain_errors,
-    fingerprint,
-    keep_size,
-    load_memory,
-    merge,
-    read,
-    save,
-    show,
-)
-from retentive.models import HybridConfig, RetNetConfig, build, twin
-from retentive.ops import decay, rotary
-
-CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=3, heads=2)
-HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
-EXACT = 1e-12  # float64, sums of some hundred terms
+from retentive.infer.memory import Memory, fingerprint, head, load_memory, save, show
+from retentive.models import build
+from tests.infer.memories import CONFIG, MODELS, after, ids, remember
 
 
 @pytest.fixture(params=MODELS)
 def model(request):
     return build(MODELS[request.param]).eval()
-
-
-@pytest.fixture(params=["interleaved", "half"])
-def retnet(request):
-    """In float64, with states of all sizes in all layers."""
-    out = build(replace(CONFIG, rotary=request.param)).double().eval()
-    for p in out.parameters():
-        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
-    return out
-
-
-def ids(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(61, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def remember(model, tokens: list[int], memory: Memory | None = None, **how) -> Memory:
-    *_, last = read(model, [tokens], memory or blank(model), **how)
-    last.sources = [*(memory.sources if memory else []), {"name": "a", "tokens": len(tokens), "sha256": str(tokens)}]
-    return last
-
-
-def after(model, memory: Memory, tokens: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([tokens]), memory.state.clone())[0]
-
-
-# reading and files
-
-
-@pytest.mark.parametrize("stretch", [1, 7, 64, 1000])
-def test_reading_in_stretches_is_reading(model, stretch, same):
-    tokens = ids(150)
-    with torch.no_grad():
-        want, _ = model(torch.tensor([[*tokens, 5, 6]]))
-    seen = [m.tokens for m in read(model, [tokens[:40], [], tokens[40:41], tokens[41:]], blank(model), stretch=stretch)]
-    assert seen == [min(n, 150) for n in range(stretch, 150 + stretch, stretch)]
-    got = after(model, remember(model, tokens, stretch=stretch), [5, 6])
-    same(got, want[:, -2:], 1e-4)  # float32, summed in other orders
-
-
-def test_pending_tokens_are_read_first(model, same):
-    memory = remember(model, ids(20))
-    memory.pending = [7, 8]
-    more = remember(model, [9], memory)
-    assert more.tokens == 23 and more.pending == []
-    same(after(model, more, [1]), after(model, remember(model, [*ids(20), 7, 8, 9]), [1]), 1e-4)
 
 
 @pytest.mark.parametrize("prompt", ["", "or two "])
@@ -140,6 +77,20 @@ def test_show_needs_no_model(model, tmp_path):
     assert about["kind"] == {"RetNet": "retention", "Transformer": "kv", "Hybrid": "hybrid"}[type(model).__name__]
     assert about["model"] == fingerprint(model) and about["config"]["dim"] == 32
     assert about["file_bytes"] == (tmp_path / "a").stat().st_size
+
+
+def test_the_head_of_a_file_says_what_was_read(model, tmp_path, refuses):
+    memory = remember(model, ids(30))
+    save(memory, tmp_path / "a")
+    flip(tmp_path / "a")  # in the last tensor, which is not looked at
+    about = head(tmp_path / "a")
+    assert about["tokens"] == 30 and about["model"] == memory.model and about["sources"] == memory.sources
+    model.init_state(1).save(tmp_path / "b")
+    with refuses("holds a state but not what was read"):
+        head(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"hello")
+    with refuses("is not a complete safetensors file"):
+        head(tmp_path / "b")
 
 
 def test_a_fingerprint_names_config_and_weights(model):
@@ -261,115 +212,3 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(remember(model, [3]), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-# merging
-
-LENGTHS = (5, 40, 23)
-
-
-def by_hand(model, tokens: list[int], first: int) -> torch.Tensor:
-    """The first layer's state `[H,K,V]` after `tokens` at positions first, first + 1, …: sum of gamma^age k v^T."""
-    c, layer = model.config, model.blocks[0].retention
-    x = model.blocks[0].retention_norm(model.embed(torch.tensor(tokens)))
-    k = layer.k_proj(x).view(len(tokens), c.heads, -1)
-    v = layer.v_proj(x).view(len(tokens), c.heads, -1)
-    log_decay = decay.log_decay(c.decay, c.heads, dtype=torch.float64)
-    state = torch.zeros(c.heads, k.shape[-1], v.shape[-1], dtype=torch.float64)
-    for n in range(len(tokens)):
-        cos, sin = rotary.phases(torch.tensor([first + n]), k.shape[-1], c.rotary, dtype=torch.float64)
-        turned = rotary.rotate(k[n : n + 1], cos, sin, c.rotary)[0]
-        age = len(tokens) - 1 - n
-        state += (age * log_decay).exp()[:, None, None] * turned[:, :, None] * v[n][:, None, :]
-    return state
-
-
-@torch.no_grad()
-def test_the_first_layer_of_a_merge_is_the_sum_of_groups_that_end_together(retnet, same):
-    groups = [ids(n, n) for n in LENGTHS]
-    merged = merge([remember(retnet, g) for g in groups], weight=lambda states: 1)
-    assert int(merged.state.position[0]) == max(LENGTHS) and merged.tokens == sum(LENGTHS)
-    want = sum(by_hand(retnet, g, max(LENGTHS) - len(g)) for g in groups)
-    same(merged.state.layers[0][0], want, EXACT)
-
-
-@torch.no_grad()
-def test_the_first_layer_of_a_chain_is_that_of_reading_on(retnet, same):
-    groups = [ids(n, n) for n in LENGTHS]
-    parts = [remember(retnet, g) for g in groups]
-    whole = None
-    for g in groups:
-        whole = remember(retnet, g, whole)
-    chained = chain(parts)
-    assert torch.equal(chained.state.position, whole.state.position) and chained.tokens == whole.tokens
-    same(chained.state.layers[0], whole.state.layers[0], EXACT)
-    first, *others = chain_errors(parts, whole)
-    assert first < EXACT and all(1e-3 < error < 3 for error in others)
-    distance = (chained.state.layers[2] - whole.state.layers[2]).norm() / whole.state.layers[2].norm()
-    assert others[1] == pytest.approx(float(distance))
-
-
-@torch.no_grad()
-def test_where_a_memory_is_turned_to_does_not_matter(same):
-    """Only differences of positions count; score_norm scales q by position, which the head norm all but takes out."""
-    model = build(replace(CONFIG, score_norm=False)).double().eval()
-    memory, nothing = remember(model, ids(20)), remember(model, ids(70, 1))
-    for x in nothing.state.layers:
-        x.zero_()
-    turned = merge([memory, nothing], weight=lambda states: 1)
-    assert int(turned.state.position[0]) == 70
-    same(after(model, turned, [1, 2, 3]), after(model, memory, [1, 2, 3]), 1e-10)
-
-
-def test_merging_copies_of_a_memory_gives_that_memory(retnet, same):
-    memory = remember(retnet, ids(30))
-    same(merge([memory] * 5).state.layers, memory.state.layers, EXACT)
-
-
-def test_a_merged_state_is_as_large_as_its_parts(retnet):
-    parts = [remember(retnet, ids(n, n)) for n in LENGTHS]
-    merged = merge(parts)
-    for layer, *states in zip(merged.state.layers, *(p.state.layers for p in parts), strict=True):
-        norms = torch.stack([s.square().sum((-2, -1)) for s in states]).mean(0).sqrt()
-        torch.testing.assert_close(layer.square().sum((-2, -1)).sqrt(), norms)
-
-
-def test_weights_of_equal_and_of_unrelated_states():
-    x = torch.randn(1, 2, 4, 4)
-    torch.testing.assert_close(keep_size(x.expand(7, -1, -1, -1)), torch.full((2, 1, 1), 1 / 7))
-    apart = torch.zeros(4, 2, 4, 4)
-    for n in range(4):
-        apart[n, :, n] = 3
-    torch.testing.assert_close(keep_size(apart), torch.full((2, 1, 1), 0.5))
-    assert torch.equal(keep_size(torch.zeros(3, 2, 4, 4)), torch.zeros(2, 1, 1))
-
-
-def test_a_merge_says_which_document_was_in_which_part(retnet):
-    parts = [remember(retnet, ids(4, 4), remember(retnet, ids(3, 3))), remember(retnet, ids(5, 5))]
-    for merged in (merge(parts), chain(parts)):
-        assert [s["part"] for s in merged.sources] == [0, 0, 1]
-        assert [s["tokens"] for s in merged.sources] == [3, 4, 5] and merged.tokens == 12
-
-
-def test_merges_that_have_no_meaning_are_refused(refuses):
-    model = build(CONFIG).eval()
-    memory, foreign = remember(model, ids(5)), remember(build(CONFIG).eval(), ids(5))
-    transformer = remember(build(twin(CONFIG)).eval(), ids(5))
-    gated = remember(build(replace(CONFIG, decay="gated", score_norm=False)).eval(), ids(5))
-    for merging in (merge, chain):
-        for memories, words in (
-            ([], "merging needs at least one memory"),
-            ([memory, foreign], "memories of different models cannot be merged"),
-            ([transformer, transformer], "memories of a Transformer cannot be merged"),
-            ([memory, replace(memory, pending=[3])], "tokens still to be read ([3]) cannot be merged"),
-            ([replace(memory, config={})], "needs the model's config"),
-        ):
-            with refuses(words):
-                merging(memories)
-    with refuses("gated decay cannot be chained"):
-        chain([gated, gated])
-    assert merge([gated, gated]).tokens == 10
-    with refuses(
-        "expected a memory of the same 2 documents (10 tokens) read in a row, got one of 1 documents (5 tokens)"
-    ):
-        chain_errors([memory, memory], memory)

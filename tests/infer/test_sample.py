@@ -175,3 +175,27 @@ def test_parameters_that_cannot_be(case, refuses):
 
 def test_a_temperature_near_0_is_greedy():
     assert pick(10 * P.log(), temperature=1e-40, seed=0)[0] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(bad, temperature, refuses):
+    """argmax of NaN is a token, and a draw from NaN one beyond the vocabulary. (Single -inf are banned tokens.)"""
+    logits = torch.full((6,), bad) if bad < 0 else P.log().index_fill(0, torch.tensor([2]), bad)
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=0), torch.tensor([0]), 6)
+    with refuses("the model's logits are not finite", ArithmeticError):
+        sampler(logits)
+    assert sampler(P.log().index_fill(0, torch.tensor([1]), -torch.inf))[0] != 1
+
+
+@pytest.mark.parametrize("temperature", [1e7, 1e30, 1e308])
+def test_at_a_great_temperature_all_that_is_allowed_is_alike(temperature):
+    logits = P.log().index_fill(0, torch.tensor([1]), -torch.inf)
+    weights = filtered(logits, SamplingParams(temperature=temperature))
+    assert (weights / weights.sum()).tolist() == pytest.approx([0.2, 0, 0.2, 0.2, 0.2, 0.2], abs=CLOSE)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**70, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_refused(seed, refuses):
+    with refuses(f"seed must be from -2^63 to 2^63 - 1, got {seed}"):
+        SamplingParams(seed=seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retentive.layers import Attention, FeedForward, RMSNorm, locate
+from retentive.layers import Attention, FeedForward, RMSNorm, positions_of
 
 D, H, K, T = 24, 4, 6, 11
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; a layer is some hundred products and sums in a row
@@ -36,14 +36,14 @@ def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
         torch.nn.init.normal_(p, std=D**-0.5)
     x = torch.randn(2, T, D, dtype=torch.float64)
     want = formula(layer, x, kv_heads)
-    place, _ = locate(2, T, None, None, None, x.device)
-    out, (keys, values) = layer(x, None, place, layer.shared(place, x.dtype), [0, 0])
+    positions = positions_of(2, T, None, None, None, x.device)
+    out, (keys, values) = layer(x, None, positions, layer.phases(positions, x.dtype))
     same(out, want, EXACT)
     assert keys.shape == values.shape == (2, T, kv_heads, K)
     cache = (torch.zeros(2, T, kv_heads, K).double(), torch.zeros(2, T, kv_heads, K).double())
     for a, b in ((0, 5), (5, 6), (6, T)):
-        place, _ = locate(2, b - a, torch.full((2,), a), None, None, x.device)
-        out, cache = layer(x[:, a:b], cache, place, layer.shared(place, x.dtype), [a, a])
+        positions = positions_of(2, b - a, torch.full((2,), a), None, None, x.device)
+        out, cache = layer(x[:, a:b], cache, positions, layer.phases(positions, x.dtype))
         same(out, want[:, a:b], EXACT, f"tokens {a} to {b}")
     same(cache, (keys, values), EXACT)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retentive.layers import MultiScaleRetention, Place, locate
-from retentive.ops import decay
+from retentive.layers import MultiScaleRetention, positions_of
+from retentive.ops import decay, using
 
 D, H, K, V, EPS = 24, 4, 6, 10, 1e-6
 # float64 has 53 bits, 1e-16; a layer is some hundred products and sums in a row
@@ -52,8 +52,9 @@ def make(variant: str = "default", *, dtype=torch.float64, **changes) -> MultiSc
 
 
 def run(layer, x, state=None, *, start=None, lengths=None, **how):
-    place, _ = locate(x.shape[0], x.shape[1], start, lengths, None, x.device)
-    return layer(x, state, place, layer.shared(place, x.dtype), **how)
+    positions = positions_of(x.shape[0], x.shape[1], start, lengths, None, x.device)
+    with using(**how):
+        return layer(x, state, positions, layer.phases(positions, x.dtype))
 
 
 def formula(layer: MultiScaleRetention, x: torch.Tensor, variant: str) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_is_the_papers_formula(variant, same):
 def test_a_chunk_is_its_tokens_one_by_one(variant, same):
     layer, x = make(variant), torch.randn(2, 19, D, dtype=torch.float64)
     want, end = run(layer, x)
-    for form in ("auto", "recurrent", "chunkwise"):  # auto takes retention_step
+    for form in ("auto", "recurrent", "chunkwise"):  # auto takes single steps
         state, out = None, []
         for t in range(19):
             y, state = run(layer, x[:, t : t + 1], state, start=torch.full((2,), t), form=form)
@@ -141,10 +142,10 @@ WIDE = dict(heads=32, kv_heads=32, key_dim=128, value_dim=128)  # 32 heads: the 
 def test_a_cast_changes_no_decay_no_phase_and_no_state(schedule, dtype, same):
     T = 8192
     layer = make(dtype=torch.float32, decay=schedule, **WIDE)
-    place = Place(torch.arange(T), None, None)
-    before = layer.shared(place, torch.float32)
+    positions = positions_of(1, T, None, None, None, torch.device("cpu"))
+    before = layer.phases(positions, torch.float32)
     layer.to(dtype)
-    after = layer.shared(place, dtype)
+    after = layer.phases(positions, dtype)
     same(list(after), list(before), 0)
     assert after.log_decay.dtype == after.cos.dtype == after.q_scale.dtype == torch.float32
     assert len(set(after.log_decay.tolist())) == 32 and after.log_decay.max() < 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import retentive
 from retentive.checkpoint import save_model
 from retentive.infer import generate
-from retentive.models import Peer, PeerConfig, RetNetConfig, build, cost, peer, preset
+from retentive.models import LanguageModel, Peer, PeerConfig, RetNetConfig, build, cost, peer, preset
 from retentive.models.peers import KINDS
 
 pytest.importorskip("transformers")
@@ -90,6 +90,11 @@ def test_what_it_cannot_do_is_refused(model, refuses):
 def test_it_is_not_decoded_without_its_context(model, refuses):
     with refuses("has no state here"):
         list(generate(model, [1, 2, 3], max_tokens=2))
+
+
+def test_it_keeps_no_state(model):
+    assert isinstance(model, LanguageModel) and not model.keeps_state
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
 
 
 def test_an_unknown_kind_is_refused(refuses):

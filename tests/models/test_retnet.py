@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from retentive.models import RetNet, RetNetConfig, Transformer, TransformerConfig
+from retentive.models import HybridConfig, RetNet, RetNetConfig, Transformer, TransformerConfig
+from retentive.ops import using
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIG = RetNetConfig(**SMALL)
@@ -25,8 +26,10 @@ def test_any_form_goes_on_where_any_other_stopped(first, second, make, same):
     model, ids = make(CONFIG), ids_of(2, 12)
     want, end = model(ids)
     for split in range(1, 12):
-        one, state = model(ids[:, :split], form=first, chunk_size=5)
-        two, state = model(ids[:, split:], state, form=second, chunk_size=4)
+        with using(form=first, chunk_size=5):
+            one, state = model(ids[:, :split])
+        with using(form=second, chunk_size=4):
+            two, state = model(ids[:, split:], state)
         same(torch.cat((one, two), 1), want, EXACT, f"split at {split}")
         same(state.layers, end.layers, EXACT, f"split at {split}")
 
@@ -36,8 +39,9 @@ def test_any_form_goes_on_where_any_other_stopped(first, second, make, same):
 @torch.no_grad()
 def test_padding_is_exact_in_every_form(form, lengths, make, same):
     model, ids, lengths = make(CONFIG), ids_of(3, 9), torch.tensor(lengths)
-    logits, state = model(ids, lengths=lengths, form=form, chunk_size=4)
-    more, _ = model(ids, state, form=form, chunk_size=4)  # rows at different positions
+    with using(form=form, chunk_size=4):
+        logits, state = model(ids, lengths=lengths)
+        more, _ = model(ids, state)  # rows at different positions
     for row in range(3):
         a, b = lengths[row].tolist() if lengths.ndim == 2 else (0, int(lengths[row]))
         want, _ = model(torch.cat((ids[row, a:b], ids[row]))[None])
@@ -50,11 +54,13 @@ def test_padding_is_exact_in_every_form(form, lengths, make, same):
 @torch.no_grad()
 def test_any_form_and_any_chunk_size_give_the_same_logits(changes, dtype, tol, make, same):
     model, ids = make(RetNetConfig(**SMALL, **changes), dtype), ids_of(2, 70)
-    want, end = model(ids, form="recurrent")
+    with using(form="recurrent"):
+        want, end = model(ids)
     hows = [dict(form="parallel"), dict(backend="reference"), dict(form="auto")]
     hows += [dict(form="chunkwise", chunk_size=C) for C in (1, 7, 16, 64, 70, 1000)]
     for how in hows:
-        logits, state = model(ids, **how)
+        with using(**how):
+            logits, state = model(ids)
         same([logits, *state.layers], [want, *end.layers], tol, str(how))
 
 
@@ -110,28 +116,30 @@ def test_gradients_flow_through_many_states(make, same):
 def test_choices_that_cannot_be_met_are_refused(T, make, refuses):
     """A backend that is named never falls back, one token or many."""
     model, ids = make(CONFIG), ids_of(2, T)
-    with refuses("unknown backend 'nonsense'"):
-        model(ids, backend="nonsense")
-    with refuses("unknown form 'nonsense'"):
-        model(ids, form="nonsense")
-    if T > 1:  # one token is no chunk, whatever its size
-        with refuses("chunk_size must be at least 1, got -1"):
-            model(ids, chunk_size=-1)
-    with refuses("backend 'blocked' cannot do this"):
-        model(ids, form="recurrent", backend="blocked")
+    with refuses("backend 'blocked' cannot do this"), using(form="recurrent", backend="blocked"):
+        model(ids)
+    with refuses("backend 'cpu' cannot do this: it computes in float32 at most"), using(backend="cpu"):
+        model(ids)
 
 
-def test_the_twin_has_one_form(make, refuses):
-    with refuses("attention has one form only, got form='parallel'"):
-        make(TransformerConfig(**SMALL))(ids_of(1, 3), form="parallel")
+@torch.no_grad()
+def test_attention_takes_no_notice_of_forms(make, same):
+    """It is no retention: the twin computes what it did, and in a hybrid only the other blocks change their form."""
+    ids = ids_of(2, 9)
+    twin, hybrid = make(TransformerConfig(**SMALL)), make(HybridConfig(**SMALL | dict(layers=3), attention_every=2))
+    want, mixed = twin(ids)[0], hybrid(ids)[0]
+    with using(form="recurrent", backend="reference"):
+        same(twin(ids)[0], want, 0)
+        same(hybrid(ids)[0], mixed, EXACT)
 
 
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 def test_runs_on_the_meta_device(form):
     with torch.device("meta"):
         model, ids = RetNet(CONFIG), torch.zeros(2, 5, dtype=torch.int64)
-        logits, state = model(ids, form=form)
-        logits, state = model(ids[:, :1], state, form=form)
+        with using(form=form):
+            logits, state = model(ids)
+            logits, state = model(ids[:, :1], state)
     assert logits.shape == (2, 1, 31) and state.layers[0].device.type == "meta"
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
-from retentive.ops.step import slots
+from retentive.ops import Ring, using
+from retentive.ops.ring import slots
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -116,7 +117,8 @@ def test_the_state_of_every_form_can_be_saved(how, make, tmp_path, same):
     model, ids = make(CONFIGS["retnet"], torch.float32), ids_of(2, 1 if how == "one token" else 5)
     with torch.set_grad_enabled(how == "with gradients"):
         form = how if how in ("parallel", "recurrent", "chunkwise") else "auto"
-        _, state = model(ids, form=form, backend="reference" if form != "auto" else "auto")
+        with using(form=form, backend="reference" if form != "auto" else "auto"):
+            _, state = model(ids)
     state.save(tmp_path / "state.safetensors")
     same(load_state(tmp_path / "state.safetensors").layers, [x.detach() for x in state.tensors()], 0)
 
@@ -136,6 +138,20 @@ def test_detach_cuts_the_graph_and_keeps_the_values(kind, make, same):
     tensors, kept = (list(x.named().values()) for x in (state, state.detach()))
     assert all(x.requires_grad for x in tensors) and not any(x.requires_grad for x in kept)
     same(kept, tensors, 0)
+
+
+@both
+@torch.no_grad()
+def test_settled_it_has_no_rings_and_goes_on(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(2, 5)
+    _, plain = model(ids[:, :4])
+    assert plain.settled() is plain
+    _, state = model(ids[:, 4:], plain)
+    settled = state.settled()
+    layers = [] if kind == "transformer" else (settled.retention if kind == "hybrid" else settled).layers
+    assert not any(isinstance(x, Ring) for x in layers)
+    goes_on(model, list(ids), settled.clone())
+    goes_on(model, list(ids), state)  # which is as it was
 
 
 @both

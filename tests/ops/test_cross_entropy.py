@@ -25,39 +25,39 @@ def plain(x, weight, targets):
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
-@pytest.mark.parametrize("stretch", [1, 5, 36, 37, 100], ids=lambda n: f"stretch{n}")
-@pytest.mark.parametrize("ignored", ["none", "some", "a-whole-stretch", "all-but-one"])
-def test_value_and_gradients_are_torchs(stretch, ignored, same):
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 100], ids=lambda n: f"chunk{n}")
+@pytest.mark.parametrize("ignored", ["none", "some", "a-whole-chunk", "all-but-one"])
+def test_value_and_gradients_are_torchs(chunk, ignored, same):
     x, weight, targets = inputs()
-    where = {"none": [], "some": [0, 3, 17, 36], "a-whole-stretch": range(5, 10), "all-but-one": range(1, 37)}[ignored]
+    where = {"none": [], "some": [0, 3, 17, 36], "a-whole-chunk": range(5, 10), "all-but-one": range(1, 37)}[ignored]
     targets[list(where)] = IGNORE
-    got, want = cross_entropy(x, weight, targets, stretch=stretch), plain(x, weight, targets)
+    got, want = cross_entropy(x, weight, targets, chunk=chunk), plain(x, weight, targets)
     same(got, want, EXACT)
     # a factor other than 1 on the way back: the mean over tokens, as in training
     same(torch.autograd.grad(got / 7, (x, weight)), torch.autograd.grad(want / 7, (x, weight)), EXACT)
     with torch.no_grad():
-        same(cross_entropy(x, weight, targets, stretch=stretch), want, EXACT)
+        same(cross_entropy(x, weight, targets, chunk=chunk), want, EXACT)
 
 
 def test_leading_dimensions_are_flattened(same):
     x, weight, targets = inputs()
-    got = cross_entropy(x[:36].reshape(3, 4, 3, D), weight, targets[:36].reshape(3, 4, 3), stretch=10)
+    got = cross_entropy(x[:36].reshape(3, 4, 3, D), weight, targets[:36].reshape(3, 4, 3), chunk=10)
     same(got, plain(x[:36], weight, targets[:36]), EXACT)
 
 
 def test_all_ignored_is_zero_with_zero_gradients():
     x, weight, targets = inputs()
     targets[:] = IGNORE
-    loss = cross_entropy(x, weight, targets, stretch=8)
+    loss = cross_entropy(x, weight, targets, chunk=8)
     dx, dw = torch.autograd.grad(loss, (x, weight))
     assert loss.item() == 0 and not dx.any() and not dw.any()
     with torch.no_grad():
-        assert float(cross_entropy(x, weight, targets, stretch=8)) == 0
+        assert float(cross_entropy(x, weight, targets, chunk=8)) == 0
 
 
 def test_huge_logits_neither_overflow_nor_vanish(same):
     x, weight, targets = inputs()
-    got, want = cross_entropy(1e4 * x, weight, targets, stretch=8), plain(1e4 * x, weight, targets)
+    got, want = cross_entropy(1e4 * x, weight, targets, chunk=8), plain(1e4 * x, weight, targets)
     same(got, want, EXACT)
     assert all(g.isfinite().all() for g in torch.autograd.grad(got, (x, weight)))
 
@@ -77,7 +77,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "no-grad"])
 def test_the_logits_of_all_tokens_never_exist(grad):
-    tokens, width, vocab, stretch = 512, 8, 300, 32
+    tokens, width, vocab, chunk = 512, 8, 300, 32
 
     def largest(loss) -> int:
         x, weight = torch.randn(tokens, width, requires_grad=grad), torch.randn(vocab, width, requires_grad=grad)
@@ -88,7 +88,7 @@ def test_the_logits_of_all_tokens_never_exist(grad):
         return mode.elements
 
     assert largest(plain) >= tokens * vocab, "the observer sees what it should"
-    assert largest(lambda *args: cross_entropy(*args, stretch=stretch)) <= max(stretch * vocab, tokens * width)
+    assert largest(lambda *args: cross_entropy(*args, chunk=chunk)) <= max(chunk * vocab, tokens * width)
 
 
 def test_under_autocast_it_is_as_close_to_the_truth_as_plain_torch(gold_rule):
@@ -99,7 +99,7 @@ def test_under_autocast_it_is_as_close_to_the_truth_as_plain_torch(gold_rule):
     with torch.autocast("cpu", torch.bfloat16):
         want = torch.stack([plain(x[t : t + 1], weight, targets[t : t + 1]) for t in range(T)])
         got = torch.stack([cross_entropy(x[t : t + 1], weight, targets[t : t + 1]) for t in range(T)])
-        whole = cross_entropy(x, weight, targets, stretch=10)
+        whole = cross_entropy(x, weight, targets, chunk=10)
         with torch.no_grad():
             quiet = torch.stack([cross_entropy(x[t : t + 1], weight, targets[t : t + 1]) for t in range(T)])
         want_dx, want_dw = torch.autograd.grad(plain(x, weight, targets), (x, weight))
@@ -117,13 +117,13 @@ def test_tied_weights_get_the_gradients_of_both_their_uses(config, same):
     model = build(config(**SMALL, tie_embeddings=True)).double()
     ids = torch.randint(VOCAB, (2, 9))
     x, _ = model.hidden(ids[:, :-1])
-    (got,) = torch.autograd.grad(cross_entropy(x, model.head.weight, ids[:, 1:], stretch=5), [model.embed.weight])
+    (got,) = torch.autograd.grad(cross_entropy(x, model.head.weight, ids[:, 1:], chunk=5), [model.embed.weight])
     logits, _ = model(ids[:, :-1])
     want_loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     (want,) = torch.autograd.grad(want_loss, [model.embed.weight])
     same(got, want, EXACT)
     x, _ = model.hidden(ids[:, :-1])
     (alone,) = torch.autograd.grad(
-        cross_entropy(x, model.head.weight.detach(), ids[:, 1:], stretch=5), [model.embed.weight]
+        cross_entropy(x, model.head.weight.detach(), ids[:, 1:], chunk=5), [model.embed.weight]
     )
     assert (alone - want).norm() > 0.1 * want.norm(), "each use has a share of its own"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import rms_norm, turn
+from retentive.ops.rows import rms_norm, rotate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -26,7 +26,7 @@ def plain_norm(x, weight, eps):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def plain_turn(x, cos, sin, variant, scale):
+def plain_rotate(x, cos, sin, variant, scale):
     y = rotary.rotate(x, cos, sin, variant)
     return (y if scale is None else y * scale[..., None]).to(x.dtype)
 
@@ -135,7 +135,7 @@ SCALES = {"none": None, "heads": (1,), "tokens": (9,), "rows": (3, 9)}
 @pytest.mark.parametrize("by_row", [False, True], ids=["positions", "positions-by-row"])
 @pytest.mark.parametrize("variant", rotary.VARIANTS)
 @dtypes
-def test_turned_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
+def test_rotates_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
     B, T, H, K = 3, 9, 2, 14
     position = torch.randint(10**6, (B, T) if by_row else (T,))
     cos, sin = rotary.phases(position, K, variant)
@@ -146,9 +146,9 @@ def test_turned_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
         factor = None if scale is None else scale.to(phases[0].dtype)
         return gradients(lambda x: f(x, *phases, variant, factor), x, [], do)
 
-    gold = run(plain_turn, x.double(), do.double(), cos.double(), sin.double())
+    gold = run(plain_rotate, x.double(), do.double(), cos.double(), sin.double())
     for what, *three in zip(
-        ("y", "dx"), gold, run(turn, x, do, cos, sin), run(plain_turn, x, do, cos, sin), strict=True
+        ("y", "dx"), gold, run(rotate, x, do, cos, sin), run(plain_rotate, x, do, cos, sin), strict=True
     ):
         assert three[1].dtype == DTYPES[dtype] and three[1].is_contiguous()
         gold_rule(*three, 0.3, what)
@@ -156,21 +156,21 @@ def test_turned_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
 
 @pytest.mark.parametrize("variant", rotary.VARIANTS)
 @torch.no_grad()
-def test_turning_slices_of_one_projection(variant, same):
+def test_rotating_slices_of_one_projection(variant, same):
     """q and k as views of what one product made, rows in another order, one token of many."""
     cos, sin = rotary.phases(torch.arange(9), 8, variant)
     both = torch.randn(3, 9, 2 * 4 * 8)
     q, k = (x.unflatten(-1, (4, 8)) for x in both.chunk(2, -1))
     for x in (q, k, q.flip(0), q[:, :9:2].expand(3, 5, 4, 8), k[:, 3:4], k[1:2, 3:4], k.transpose(0, 1)[:9, :3]):
         phases = (cos[: x.shape[1]], sin[: x.shape[1]])
-        same(turn(x, *phases, variant), plain_turn(x, *phases, variant, None), 1e-6)
-    assert turn(q[:0], cos, sin, variant).shape == (0, 9, 4, 8)
+        same(rotate(x, *phases, variant), plain_rotate(x, *phases, variant, None), 1e-6)
+    assert rotate(q[:0], cos, sin, variant).shape == (0, 9, 4, 8)
 
 
 def test_float64_is_left_to_pytorch(same):
     x, weight = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     cos, sin = rotary.phases(torch.arange(5), 4, "half", dtype=torch.float64)
-    same(turn(x, cos, sin, "half"), rotary.rotate(x, cos, sin, "half"), 1e-15)
+    same(rotate(x, cos, sin, "half"), rotary.rotate(x, cos, sin, "half"), 1e-15)
     same(rms_norm(x, weight, 1e-6), plain_norm(x, weight, 1e-6), 1e-14)
 
 
@@ -179,7 +179,7 @@ def test_in_a_compiled_graph_both_are_pytorchs(same):
     cos, sin = rotary.phases(torch.arange(5), 8, "interleaved")
 
     def f(x, weight):
-        return turn(rms_norm(x, weight, 1e-6), cos, sin, "interleaved", torch.full((1, 3), 0.5))
+        return rotate(rms_norm(x, weight, 1e-6), cos, sin, "interleaved", torch.full((1, 3), 0.5))
 
     same(torch.compile(f, fullgraph=True, backend="eager")(x, weight), f(x, weight), 1e-6)
 
@@ -188,7 +188,7 @@ def test_in_a_compiled_graph_both_are_pytorchs(same):
 def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
     x, weight = torch.randn(5, 6, 3, 10).to(DTYPES[dtype]), torch.randn(10).to(DTYPES[dtype])
     cos, sin = rotary.phases(torch.arange(6), 10, "half")
-    found = gradients(lambda x, w: turn(rms_norm(x, w, 1e-6), cos, sin, "half"), x, [weight], torch.ones(5, 6, 3, 10))
+    found = gradients(lambda x, w: rotate(rms_norm(x, w, 1e-6), cos, sin, "half"), x, [weight], torch.ones(5, 6, 3, 10))
     assert all(t.isfinite().all() for t in found)
     if way == "compiled":
         assert poisoned["empty"] and poisoned["empty_like"]

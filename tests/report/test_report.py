@@ -12,7 +12,7 @@ import retentive
 from retentive.cli import main
 from retentive.report import build
 from retentive.report.page import read, to_html
-from retentive.report.sections import SECTIONS, TABLES
+from retentive.report.sections import SECTIONS
 
 RESULTS = Path(retentive.__file__).parents[1] / "results"
 HARDWARE = {"cpu": "A <chip>", "threads": 2, "gpu": "none", "torch": "2.13", "python": "3.11"}
@@ -56,7 +56,8 @@ def test_the_committed_results_make_a_whole_page():
         result = json.loads(file.read_text(encoding="utf-8"))
         assert file.name in page or html.escape(result["command"]) in page, file.name
         assert html.escape(result["hardware"]["cpu"]) in page
-    pictures = sum(read(f).kind in TABLES and f.with_suffix(".png").is_file() for f in RESULTS.glob("*.json"))
+    files = [read(file) for file in RESULTS.glob("*.json")]
+    pictures = sum(file.table is not None and file.path.with_suffix(".png").is_file() for file in files)
     assert page.count("data:image/png;base64,") == pictures
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
 
@@ -129,6 +130,14 @@ def test_the_command_writes_the_page_whole(tmp_path, capsys):
     main(["report", "--results", str(tmp_path), "-o", str(tmp_path / "out" / "page.html")])
     assert (tmp_path / "out" / "page.html").read_text(encoding="utf-8") == build(tmp_path)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["page.html"]
-    with pytest.raises(SystemExit):
-        main(["report", "--results", str(tmp_path / "nothing")])
-    assert "retentive: no folder" in capsys.readouterr().err
+    for argv, words in (
+        (["--results", str(tmp_path / "nothing")], "retentive: no folder"),
+        (
+            ["-o", str(tmp_path / "out")],
+            f"out is a folder: name the file of the page, as -o {tmp_path / 'out'}/report.html",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", *argv])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and words in line and line.count("\n") == 1

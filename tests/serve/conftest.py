@@ -19,8 +19,8 @@ from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.models import RetNetConfig, build, twin
-from retentive.serve.app import create_app
 from retentive.serve.options import Options
+from retentive.serve.server import config
 from retentive.serve.service import Service, open_service
 
 CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
@@ -91,9 +91,9 @@ class Running:
         return ByteTokenizer().decode([t.id for t in tokens])
 
     def idle(self) -> bool:
-        """Waits until nothing is at hand; whether it came to that."""
+        """Waits until nothing is in flight; whether it came to that."""
         engine = self.service.engine
-        return _eventually(lambda: not engine.taken and not engine.queue and not self.service.at_hand)
+        return _eventually(lambda: not engine.taken and not engine.queue and not self.service.in_flight)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def _eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
 def run(service: Service) -> Running:
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # so that who does not read is soon noticed
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+    server = uvicorn.Server(config(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
 

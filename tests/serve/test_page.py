@@ -203,14 +203,41 @@ def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
     assert answer == ask(server, "/v1/chat/completions", {"messages": messages, **GREEDY})["message"]["content"]
 
 
+def test_a_reload_goes_on_with_the_conversation(server, visit):
+    here = visit(server)
+    here.settings(**GREEDY)
+    first, read = here.say("Hello"), here.read()
+    here.page.reload()
+    expect(here["model"]).to_have_text("retnet")
+    assert here.page.locator(".you").all_text_contents() == ["Hello"]
+    assert here.page.locator(".model").all_text_contents() == [first] and here.read() == read
+    here.settings(**ENDLESS)
+    here["input"].fill("And then?")
+    here["send"].click()
+    expect(here.page.locator(".model").last).not_to_be_empty()
+    here.page.reload()  # in the middle of an answer
+    expect(here["model"]).to_have_text("retnet")
+    part = here.page.locator(".model").last.text_content()
+    here.settings(**GREEDY)
+    answer = here.say("Go on")
+    assert [m["content"] for m in here.sent[-1]["messages"]] == ["And then?", part, "Go on"] and part
+    for messages in ([{"role": "user", "content": "Hello"}], here.sent[-1]["messages"]):
+        want = ask(server, "/v1/chat/completions", {"messages": messages, "session": "without-reload", **GREEDY})
+    assert answer == want["message"]["content"]
+    here["new"].click()
+    here.page.reload()
+    expect(here["log"]).to_be_empty()
+
+
 def test_a_session_that_is_still_busy_is_waited_for(server, visit):
     """As it is for a moment after an answer was stopped."""
     here = visit(server)
     here.settings(**GREEDY)
     here.say("Hello")
-    [session] = server.service.sessions.held.values()
-    session.busy = True
-    free = threading.Timer(0.5, lambda: setattr(session, "busy", False))
+    sessions = server.service.sessions
+    [session] = sessions.held
+    sessions.busy.add(session)
+    free = threading.Timer(0.5, lambda: sessions.busy.discard(session))
     free.start()
     assert here.say("And then?") != ""
     expect(here["error"]).to_be_empty()
@@ -316,19 +343,23 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
     expect(here["error"]).to_be_empty()
     here.settings(**GREEDY)
     assert here.say("Hello")
-    kept = here.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
-    assert kept == [["open-sesame"], [], ""]
+    kept = here.page.evaluate("[{ ...sessionStorage }, Object.values(localStorage), document.cookie]")
+    assert kept == [{"api-key": "open-sesame"}, [], ""]
+    here.page.reload()
+    expect(here["model"]).to_have_text("retnet")
+    [other] = here.page.evaluate("Object.keys(sessionStorage).filter((name) => name !== 'api-key')")
+    assert other == "conversation" and here.page.evaluate("[Object.values(localStorage), document.cookie]") == [[], ""]
 
 
 def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
     here = visit(server)
     here.settings(**GREEDY)
-    server.service.at_hand += 10**6
+    server.service.in_flight += 10**6
     here["input"].fill("Hello")
     here.page.keyboard.press("Enter")
     expect(here["error"]).to_have_text("The server is full: try again in 1 s.")
     expect(here["input"]).to_have_value("Hello")
-    server.service.at_hand -= 10**6
+    server.service.in_flight -= 10**6
     here.page.keyboard.press("Enter")
     expect(here.page.locator(".model")).not_to_be_empty()
     expect(here["error"]).to_be_empty()

@@ -10,10 +10,8 @@ import pytest
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models.state import RetentionState
 from retentive.serve.errors import Refused
-from retentive.serve.sessions import Session, Sessions
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-START = [256]
+from retentive.serve.sessions import EVICTED, Sessions
+from tests.serve.asked import CHAT, START, TEXT
 
 
 def chat(http, content: str, session: str | None = "s", **more):
@@ -41,7 +39,8 @@ def test_a_chat_goes_on_as_if_all_were_sent_again(server, stop):
         read = 1 + len(said) - (0 if stop else 1)  # the last token has been picked, not read
         assert reply["session"]["tokens"] == read
     assert reply["usage"]["prompt_tokens"] < len(said) / 3
-    state = server.service.sessions.held[next(iter(server.service.sessions.held))].state
+    [conversation] = server.service.sessions.held.values()
+    state = conversation.memory.state
     assert not isinstance(state, RetentionState) or state.nbytes == server.service.model.init_state(1).nbytes
 
 
@@ -174,10 +173,10 @@ def test_what_one_key_keeps_no_other_sees(serve):
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(serve, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
     server = serve(states=tmp_path / "file")
     http = server.http()
     first = chat(http, "a", max_tokens=5)
+    (tmp_path / "file").write_text("")  # where the folder would be
     response = http.post("/v1/states", json={"session": "s", "name": "n"})
     assert response.status_code == 507 and str(tmp_path) not in response.text and "cannot be written" in caplog.text
     assert chat(http, "b", max_tokens=5)["session"]["tokens"] > first["session"]["tokens"]  # it goes on
@@ -237,7 +236,7 @@ def test_who_was_silent_longest_goes_first_and_is_told(serve):
     chat(http, "x", "d", max_tokens=2)
     assert {name for _, name in server.service.sessions.held} == {"a", "c", "d"}
     gone = http.post(TEXT, json={"prompt": "x", "session": "b"})
-    assert gone.status_code == 410 and "pushed out" in gone.json()["error"]["message"]
+    assert gone.status_code == 410 and "evicted" in gone.json()["error"]["message"]
     assert http.delete("/v1/sessions/b").status_code == 200
     assert chat(http, "x", "b", max_tokens=2)["session"]["tokens"] == 20
     assert server.service.sessions.nbytes <= 3 * 8300
@@ -251,16 +250,56 @@ def test_an_empty_session_is_not_one(serve):
     assert http.delete("/v1/sessions/s").status_code == 404
 
 
-def test_sessions_are_lent_to_one_at_a_time():
-    sessions = Sessions(1000)
-    with sessions.lent("o", "s", new=True) as session:
-        session.tokens = 1
-        with pytest.raises(Refused, match="answering another request"), sessions.lent("o", "s"):
+def test_a_folder_with_the_name_of_a_state_is_none(serve):
+    server = serve()
+    http = server.http()
+    chat(http, "a", max_tokens=1)
+    assert http.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    [file] = server.service.states_folder.rglob("*.safetensors")
+    (file.parent / "odd.safetensors").mkdir()
+    assert [state["name"] for state in http.get("/v1/states").json()["data"]] == ["n"]
+    assert http.delete("/v1/states/odd").status_code == 404
+
+
+@pytest.fixture
+def sessions(shared) -> Sessions:
+    """Sessions with 1000 bytes of room, without a server."""
+    return Sessions(1000, shared("retnet").service.new_conversation)
+
+
+def test_a_session_is_checked_out_by_one_at_a_time(sessions):
+    with sessions.checkout("o", "s", new=True) as conversation:
+        conversation.put_off([1])
+        with pytest.raises(Refused, match="answering another request"), sessions.checkout("o", "s"):
             pass
-    with sessions.lent("o", "s") as again:
-        assert again is session
-    sessions.put("o", "s", Session(None, list(range(200)), 5))  # larger than all that there is room for
-    assert sessions.held == {} and ("o", "s") in sessions.gone
+    with sessions.checkout("o", "s") as again:
+        assert again is conversation
+
+
+def test_one_that_is_larger_than_all_the_room_is_evicted_at_once(sessions):
+    with sessions.checkout("o", "s", new=True) as conversation:
+        conversation.put_off(range(200))
+    assert sessions.held == {} and sessions.evictions == 1
+    with pytest.raises(Refused, match="evicted"), sessions.checkout("o", "s", new=True):
+        pass
+    sessions.drop("o", "s")
+    with sessions.checkout("o", "s", new=True) as anew:
+        assert not anew.begun
+
+
+def test_names_of_evicted_sessions_do_not_pile_up(sessions):
+    for n in range(EVICTED + 10):
+        with sessions.checkout("o", f"s{n}", new=True) as conversation:
+            conversation.put_off(range(200))
+    assert len(sessions.evicted) == EVICTED and ("o", f"s{EVICTED + 9}") in sessions.evicted
+
+
+def test_what_was_only_put_off_is_kept(sessions):
+    """As after a stop string, when the queue has no room to read what came before it."""
+    with sessions.checkout("o", "s", new=True) as conversation:
+        conversation.put_off([256, 65])
+    with sessions.checkout("o", "s") as again:
+        assert again.turn([{"role": "user", "content": "b"}])[:2] == [256, 65]
 
 
 def test_many_sessions_at_once_do_not_mix(serve):

@@ -1,18 +1,18 @@
 """Few-shot tasks: what is asked was never shown; with one group all ways of remembering are the same one."""
 
 import json
+import math
 import re
 from collections import defaultdict
 
 import pytest
 import torch
 
-from retentive.bench import memory_file
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
 from retentive.studies import prompting
-from retentive.studies.prompting import NAMES, WAYS, Texts
+from retentive.studies.prompting import NAMES, WAYS, Options, Texts
 
 GROUPS = (1, 2, 4)
 
@@ -86,27 +86,27 @@ def test_learning_the_game_lowers_the_loss():
     config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, decay=prompting.decays(2))
     assert config.decay[0] == -1 and -0.01 < config.decay[1] < 0
     texts, said = {"x": ["a b c d"], "y": ["e f g h"], "z": ["i j k l"], "w": ["m n o p"]}, []
-    how = dict(steps=100, batch=1, lr=1e-2, say=said.append)
-    model = prompting.learn(config, Words(), [texts], **how)
+    model = prompting.learn(config, Words(), [texts], steps=100, batch=1, lr=2e-2, say=said.append)
     losses = [float(line.split()[-1]) for line in said]
-    assert losses[1] < losses[0] < 4
-    again = prompting.learn(config, Words(), [texts], **how)
-    assert not model.training and torch.equal(again.head.weight, model.head.weight)
+    # a blank, a letter of four, a name of four: who knows no more than that has a loss of log(4) at two tokens of three
+    assert len(losses) == 2 and losses[1] < 2 * math.log(4) / 3 < losses[0] and not model.training
+    twice = [prompting.learn(config, Words(), [texts], steps=2, batch=1) for _ in range(2)]
+    assert torch.equal(twice[0].head.weight, twice[1].head.weight)
 
 
 @pytest.fixture
 def result():
     model = build(RetNetConfig(vocab_size=261, dim=32, layers=2, heads=2)).eval()
     texts = Texts(*({f"c{c}": [f"{c} {w} {n}" for n in range(30)] for c in range(5)} for w in ("shown", "asked")))
-    return prompting.measure(model, Words(), {"letters": texts}, groups=GROUPS, episodes=6, queries=4)
+    return prompting.of_model(model, Words(), {"letters": texts}, groups=GROUPS, episodes=6, queries=4)
 
 
 def test_one_group_is_remembered_the_same_way_by_all(result):
     found = result["sets"]["letters"]
-    for m in GROUPS:
-        for way in WAYS:
-            mean, half = found["accuracy"][way][str(m)]
-            assert 0 <= mean <= 1 and half >= 0
+    for way in WAYS:
+        for mean, half in found["accuracy"][way].values():
+            rights = mean * 6 * 16  # of six episodes with four questions about each of four classes
+            assert rights == pytest.approx(round(rights), abs=1e-3) and 0 <= half < 0.5
     first = {way: found["accuracy"][way]["1"] for way in WAYS if way != "nothing"}
     assert len(set(map(tuple, first.values()))) == 1 and found["merged - in a row"]["1"] == [0, 0]
     assert len({tuple(found["accuracy"]["nothing"][str(m)]) for m in GROUPS}) == 1
@@ -142,7 +142,7 @@ def test_the_right_name_is_that_of_the_class_which_the_text_is_taken_for():
 
 def test_the_interval_of_a_mean():
     mean, half = prompting.interval([0.0, 1.0, 0.0, 1.0])
-    assert mean == 0.5 and half == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2, abs=1e-5)
+    assert mean == 0.5 and half == pytest.approx(1.959964 * (1 / 3) ** 0.5 / 2, abs=1e-5)
     assert prompting.interval([0.25]) == [0.25, 0]
 
 
@@ -152,28 +152,42 @@ def test_the_table_and_the_plot_show_what_was_measured(result, tmp_path, lines):
     mean, half = result["sets"]["letters"]["accuracy"]["merged"]["4"]
     assert f"{100 * mean:.1f} ± {100 * half:.1f}" in table[-1]
     prompting.plot(result, tmp_path / "a.png", title="t")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert set(lines) == set(WAYS)
     found = result["sets"]["letters"]["accuracy"]
     assert all(lines[w] == [(list(GROUPS), [found[w][str(m)][0] for m in GROUPS])] for w in WAYS)
 
 
-def test_asking_is_measured_in_turns_on_files_of_one_size():
-    model = build(RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)).eval()
-    said = []
-    result = memory_file.measure(model, lengths=(10, 5000), repeats=3, say=said.append)
-    small, large = result["rows"]
-    assert small["file_bytes"] == large["file_bytes"] and small["state_bytes"] == large["state_bytes"]
-    assert result["file_ratio"] == 1 and result["time_ratio"] == large["median"] / small["median"] > 0
-    assert all(len(row["milliseconds"]) == 3 and min(row["milliseconds"]) > 0 for row in result["rows"])
-    assert len(said) == 2 and said[-1].startswith("read 5,000 tokens in ")
-    assert len(memory_file.table(result).splitlines()) == 4 and json.dumps(result)
-
-
-@pytest.mark.parametrize("how", [dict(lengths=()), dict(lengths=(0,)), dict(repeats=0)])
-def test_lengths_and_repeats_below_one_are_refused(how, refuses):
-    with refuses("must be at least 1"):
-        memory_file.measure(build(RetNetConfig(dim=16, layers=1, heads=2)), **how)
+def test_the_texts_are_where_the_options_say(tmp_path):
+    """Every file that is read is named by an option; the classes are their sorts, the sources hold together."""
+    files = {
+        "books/a.txt": "\n\n".join(f"paragraph number {n} of a" for n in range(30)),
+        "a play.txt": "ANN:\nwhat a fine day it is\n\nBOB:\nit is not at all",
+        "meetings": json.dumps({"meeting_transcripts": [{"content": "let us begin now please"}]}),
+        "papers": json.dumps({"source": ["we show that it works"]}),
+        "reports": json.dumps({"id": "r1", "document": "The first of its sentences. The second of its sentences."}),
+        "articles": json.dumps({"passage": "A passage of an article."}),
+        "en": "a phrase of four\n",
+        "ja": "this stands for Japanese\n",
+        "videos": json.dumps(
+            {"source_id": "activitynet~1", "activity_label": "Ice fishing", "label": "1", "ctx_a": "a man kneels on",
+             "ctx_b": "he", "endings": ["flies away from it", "waits for a fish"]}
+        ),
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    names = ("play", "meetings", "papers", "reports", "articles", "english", "japanese", "hellaswag")
+    paths = ("a play.txt", "meetings", "papers", "reports", "articles", "en", "ja", "videos")
+    options = Options(tmp_path, novels="books", **dict(zip(names, paths, strict=True)))
+    found = {label: dict(sources) for label, sources in prompting.kinds(options).items()}
+    assert found["novel"] == {"a": [f"paragraph number {n} of a" for n in range(20, 30)]}
+    assert found["play"] == {"play 0": ["what a fine day it is", "it is not at all"]}
+    assert found["report"] == {"r1": ["The first of its sentences.", "The second of its sentences."]}
+    assert set(found) == {"novel", "play", "meeting", "paper", "report", "article", "English", "Japanese"}
+    videos = {"Ice fishing": {"activitynet~1": ["a man kneels on", "he waits for a fish"]}}
+    assert prompting.activities(options) == videos
+    with pytest.raises(FileNotFoundError, match="missing"):
+        prompting.kinds(Options(tmp_path, novels="books", play="missing"))
 
 
 def test_sentences_are_cut_at_their_ends():

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from retentive.data.pack import pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.studies import training_run
+from retentive.studies.training_run import Options
 
 HELD_OUT = "abcdefgh" * 100  # 3 bits a byte by their frequencies, next to nothing by their order
 
@@ -49,7 +51,7 @@ def made(tmp_path):
 
 
 def test_the_report_is_the_metrics_against_tokens(made, data):
-    result = training_run.report(made(LINES), data, ByteTokenizer())
+    result = training_run.report(made(LINES), Packed(data))
     assert json.loads(json.dumps(result)) == result
     assert (result["tokens"], result["tokens_per_second"]) == (3 * 64, 102.0)
     assert result["train_loss"] == [[64, 4.0], [128, 2.0], [192, pytest.approx(4 / 3)]]
@@ -58,7 +60,7 @@ def test_the_report_is_the_metrics_against_tokens(made, data):
 
 
 def test_long_runs_are_thinned_to_means(made, data):
-    result = training_run.report(made([*map(step, range(1, 1001)), FINAL]), data, ByteTokenizer())
+    result = training_run.report(made([*map(step, range(1, 1001)), FINAL]), Packed(data))
     points = result["train_loss"]
     assert len(points) == 200 and points[-1][0] == 1000 * 64
     assert points[0][1] == pytest.approx(sum(4.0 / n for n in range(1, 6)) / 5)
@@ -66,7 +68,7 @@ def test_long_runs_are_thinned_to_means(made, data):
 
 def test_yardsticks_of_a_text_that_is_known(data):
     """800 bytes of eight kinds, 100 each, and the two bytes of an é."""
-    got = training_run.yardsticks(data, ByteTokenizer())
+    got = training_run.yardsticks(Packed(data))
     p = [100 / 802] * 8 + [1 / 802] * 2
     assert got["bytes"] == 802
     assert got["order-0 entropy"] == pytest.approx(-sum(x * math.log2(x) for x in p))
@@ -84,11 +86,19 @@ UNFINISHED = {
 @pytest.mark.parametrize("case", UNFINISHED)
 def test_a_run_that_is_not_finished_is_refused(case, made, data):
     with pytest.raises(ValueError, match=r"^[^\n]*run[^\n]*$"):
-        training_run.report(made(UNFINISHED[case]), data, ByteTokenizer())
+        training_run.report(made(UNFINISHED[case]), Packed(data))
 
 
-def test_the_plot_is_a_png(made, data, tmp_path):
-    pytest.importorskip("matplotlib")
-    result = training_run.report(made(LINES), data, ByteTokenizer())
+def test_the_plot_and_the_table_show_the_report(made, data, tmp_path, lines):
+    result = training_run.report(made(LINES), Packed(data))
+    result["yardsticks"] = {"order-0 entropy": 3.0, "xz -9": 1.25, "bytes": 802}
     training_run.plot(result, tmp_path / "run.png", title="a run")
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n")
+    million = [n / 1e6 for n in (64, 128, 192)]
+    assert lines == {"this model": [(million, [4.0, 2.0, pytest.approx(4 / 3)]), (million[1:], [2.5, 2.0])]}
+    rows = [line.split(" | ") for line in training_run.table(result).splitlines()[2:]]
+    assert rows == [["| order-0 entropy", "3.000 |"], ["| xz -9", "1.250 |"], ["| this model", "2.250 |"]]
+
+
+def test_a_run_is_measured_by_its_folders(made, data):
+    result = training_run.measure(Options(made(LINES), data))
+    assert result["final"] == [802, 2.25] and result["yardsticks"]["bytes"] == 802

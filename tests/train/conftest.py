@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 from retentive.data.loader import Batch, Batches
 from retentive.data.pack import pack
+from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import Model, RetNetConfig, TransformerConfig, build
-from retentive.train import TrainConfig, train
+from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.checkpoints import folders
+from retentive.train.directory import RunDirectory
 
 NOUNS = [
     "river",
@@ -96,13 +98,28 @@ class Runs:
     def folder(self, name: str) -> Path:
         return self.root / name
 
-    def __call__(self, name, *, model=TINY, init=0, mode="reset", at=-1, act=None, resume=False, evaluate=None, **how):
+    def __call__(
+        self,
+        name,
+        *,
+        model=TINY,
+        init=0,
+        mode="reset",
+        at=-1,
+        act=None,
+        resume=False,
+        existing=None,
+        evaluate=None,
+        **how,
+    ):
         torch.manual_seed(init)
         model = build(model) if isinstance(model, RetNetConfig | TransformerConfig) else model
         config = TrainConfig(**{"steps": 8, "warmup": 2, "precision": "fp32", "save_every": 3, "device": "cpu", **how})
-        batches = Acting(Batches(self.data, mode=mode, batch=4, length=32, seed=config.seed), model, at, act)
-        where = dict(out=self.folder(name), tokenizer=ByteTokenizer(), resume=resume)
-        return train(model, batches, config, evaluate=evaluate, quiet=True, **where)
+        data = Packed(self.data)
+        batches = Acting(data.batches(mode=mode, batch=4, length=32, seed=config.seed), model, at, act)
+        existing = existing or ("resume" if resume else "refuse")
+        directory = RunDirectory(self.folder(name), data.tokenizer, existing=existing)
+        return train(model, batches, language_modelling, config, directory, Hooks(evaluate, quiet=True))
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 import retentive
-from retentive.data.loader import Batches
+from retentive.data.packed import Packed
+from retentive.evals.heldout import HeldOut
 from retentive.models import RetNetConfig, build, twin
-from retentive.train import TrainConfig
+from retentive.train import TrainConfig, language_modelling
 from retentive.train.checkpoints import folders
-from retentive.train.evaluate import HeldOut
 from retentive.train.loop import accumulate_gradients, pick_precision
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -53,7 +53,7 @@ def test_the_loss_falls_from_chance_to_below_that_of_single_letters(run, metrics
     loss = losses(metrics(run("a", steps=60, lr=1e-2)))
     # a fresh model's logits are about N(0, 1), which costs half a nat over a uniform guess
     assert math.log(257) < loss[0] < math.log(257) + 1
-    ids = Batches(packed, mode="packed", batch=1, length=5000)[0].ids
+    ids = Packed(packed).batches(mode="packed", batch=1, length=5000)[0].ids
     p = ids.flatten().bincount() / ids.numel()
     assert sum(loss[-5:]) / 5 < torch.special.entr(p).sum(), "letters are told from what stands before them"
 
@@ -63,10 +63,10 @@ def test_the_loss_falls_from_chance_to_below_that_of_single_letters(run, metrics
 def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, same):
     """Against torch's cross-entropy of each document's logits by themselves, batch by batch."""
     model = double(config)
-    batches = Batches(packed, mode=mode, batch=4, length=32)
+    batches = Packed(packed).batches(mode=mode, batch=4, length=32)
     step, accumulate = 2, 3
     options = TrainConfig(accumulate=accumulate, precision="fp32")
-    loss, tokens, carried = accumulate_gradients(model, batches, step, None, options, CPU)
+    loss, tokens, carried = accumulate_gradients(model, batches, language_modelling, options, step)
     want = torch.zeros((), dtype=torch.float64)
     for index in range(step * accumulate, (step + 1) * accumulate):
         batch = batches[index]
@@ -86,34 +86,34 @@ def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, s
 
 def test_carried_on_is_read_whole(packed, run, metrics):
     """With weights that stand still, the losses of consecutive batches are those of whole documents read at once."""
-    lanes, length, steps = 4, 32, 12
+    rows, length, steps = 4, 32, 12
     folder = run("carry", model=double(TINY), mode="carry", accumulate=2, steps=steps // 2, lr=1e-300, weight_decay=0.0)
     got = losses(metrics(folder))
-    batches = Batches(packed, mode="carry", batch=lanes, length=length)
+    batches = Packed(packed).batches(mode="carry", batch=rows, length=length)
     assert steps < batches.steps_per_epoch
     whole = [
-        torch.cat([getattr(batches[i], name).view(lanes, length) for i in range(steps)], 1)
+        torch.cat([getattr(batches[i], name).view(rows, length) for i in range(steps)], 1)
         for name in ("ids", "targets")
     ]
-    model, pieces, longest = double(TINY), torch.zeros(lanes, steps * length, dtype=torch.float64), 0
-    for lane, (ids, targets) in enumerate(zip(*whole, strict=True)):
+    model, pieces, longest = double(TINY), torch.zeros(rows, steps * length, dtype=torch.float64), 0
+    for row, (ids, targets) in enumerate(zip(*whole, strict=True)):
         starts = sorted({0, *(ids == EOS).nonzero().flatten().tolist()})
         for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
             with torch.no_grad():
                 logits, _ = model(ids[None, a:b])
-            pieces[lane, a:b] = F.cross_entropy(logits[0], targets[a:b], reduction="none")
+            pieces[row, a:b] = F.cross_entropy(logits[0], targets[a:b], reduction="none")
             longest = max(longest, b - a)
     assert longest > 3 * length, "some documents last several batches"
-    want = pieces.view(lanes, steps // 2, 2 * length).mean((0, 2)).tolist()
+    want = pieces.view(rows, steps // 2, 2 * length).mean((0, 2)).tolist()
     assert got == pytest.approx(want, rel=EXACT)
     reset = losses(metrics(run("reset", model=double(TINY), steps=2, lr=1e-300, weight_decay=0.0)))
     assert reset[0] != pytest.approx(got[0], rel=1e-3)
 
 
 def test_the_carried_state_is_cut_off_from_the_graph(packed):
-    batches = Batches(packed, mode="carry", batch=4, length=32)
+    batches = Packed(packed).batches(mode="carry", batch=4, length=32)
     options = TrainConfig(precision="fp32")
-    _, _, carried = accumulate_gradients(build(TINY), batches, 0, None, options, CPU)
+    _, _, carried = accumulate_gradients(build(TINY), batches, language_modelling, options, 0)
     assert all(not x.requires_grad for x in carried.layers) and len(carried.position) == 4
 
 
@@ -136,6 +136,15 @@ def test_the_seed_orders_the_data_and_draws_the_dropout(run, metrics):
     config = replace(TINY, dropout=0.1)
     first, again, other = (losses(metrics(run(f"{n}", model=config, seed=s))) for n, s in enumerate((0, 0, 1)))
     assert first == again != other
+
+
+def test_dropout_differs_from_step_to_step(run, metrics, monkeypatch):
+    """On the same batch with weights that stand still, only the masks can change the loss."""
+    monkeypatch.setattr("retentive.data.loader.Batches.__getitem__", lambda batches, step: batches._shuffled(0))
+    still = dict(lr=1e-300, weight_decay=0.0, steps=4)
+    got = losses(metrics(run("dropped", model=replace(TINY, dropout=0.5), **still)))
+    assert len(set(got)) == 4
+    assert len(set(losses(metrics(run("kept", model=TINY, **still))))) == 1
 
 
 def test_the_gradient_is_clipped_to_its_norm(run, metrics):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import retentive
 from retentive.checkpoint import save_model
+from retentive.evals.heldout import HeldOut
 from retentive.models import RetNetConfig, build, twin
 from retentive.train.checkpoints import folders
-from retentive.train.evaluate import HeldOut
 from retentive.train.loop import Interrupted
 
 TINY = RetNetConfig(dim=32, layers=2, heads=2, dropout=0.1)
@@ -135,7 +135,8 @@ def test_the_newest_checkpoints_are_kept(keep, run):
 
 def test_a_run_is_not_begun_over(run, refuses):
     before = files(run("a"))
-    with refuses("already holds a run: add --resume to go on with it, or choose another --out", FileExistsError):
+    words = "already holds a run: add --resume to go on with it, --overwrite to begin anew, or choose another --out"
+    with refuses(words, FileExistsError):
         run("a", init=1)
     assert files(run.folder("a")) == before
 

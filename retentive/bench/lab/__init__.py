@@ -1,1 +1,1 @@
-"""What benches share: correctness gates, rooflines, rivals, interleaved clocks, isolated runs, tables and plots."""
+"""What benches share: correctness gate, roofline, interleaved runs, isolated runs, rivals, tables and plots."""

@@ -1,16 +1,36 @@
 """Interleaved runs: what is compared is timed in turns, so that whatever slows the machine slows all alike."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from retentive.machine import clock
+from retentive import machine
+
+T = TypeVar("T")
 
 
 def mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """The machine's rates around a group of measurements."""
     return {name: (before[name] + after[name]) / 2 for name in before}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The least, the median and the most of them."""
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
+    """What each run returned, a dictionary a turn; in a turn all run once, one after the other.
+
+    A first turn warms up (allocates, compiles, fills caches) and is not among them.
+    """
+    for turn in range(repeats + 1):
+        found = {name: run() for name, run in runs.items()}
+        if turn:
+            yield found
 
 
 def interleaved(
@@ -21,10 +41,36 @@ def interleaved(
     A first turn, which allocates, does not count, unless it takes longer than `patience` seconds: then it is the only
     one, since what it allocates is little beside what it computes.
     """
-    first = {name: clock(device, run) for name, run in runs.items()}
+    first = {name: machine.clock(device, run) for name, run in runs.items()}
+    quick = {name: partial(machine.clock, device, run) for name, run in runs.items() if first[name] <= patience}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in runs.items():
-            if first[name] <= patience:
-                times[name].append(clock(device, run))
+        for name, seconds in quick.items():
+            times[name].append(seconds())
     return {name: taken or [first[name]] for name, taken in times.items()}
+
+
+class Timed(NamedTuple):
+    """A run, and how fast this machine's memory was around it."""
+
+    seconds: float
+    rate: float
+    """Bytes/s of reading, the mean of before and after."""
+
+
+def beside_reading(
+    runs: Mapping[str, Callable[[], Any]], numbers: torch.Tensor, *, repeats: int
+) -> tuple[dict[str, list[Timed]], list[float]]:
+    """(each run's repetitions in turns, with the rate of reading `numbers` around them, all the rates).
+
+    The rate of a shared machine changes from one second to the next, so it is measured between any two runs.
+    """
+    rates = [machine.read_rate(numbers)]
+
+    def timed(run: Callable[[], Any]) -> Timed:
+        seconds = machine.clock(numbers.device, run)
+        rates.append(machine.read_rate(numbers))
+        return Timed(seconds, statistics.mean(rates[-2:]))
+
+    found = list(turns({name: partial(timed, run) for name, run in runs.items()}, repeats))
+    return {name: [turn[name] for turn in found] for name in runs}, rates

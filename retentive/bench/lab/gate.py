@@ -1,4 +1,4 @@
-"""The gate before a speed: outputs and gradients against float64, on the shape, dtype and backend that will be timed.
+"""The correctness gate: outputs and gradients against float64, on the shape, dtype and backend that will be timed.
 
 The gold is `reference.parallel` in float64 on the same numbers. Ours must equal it, the final state too. torchscale
 divides each row of each head by a positive number that has no gradient, so it is compared after an RMS norm over the
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.bench.lab.rivals import OURS, contestant
+from retentive.bench.lab import rivals
+from retentive.bench.lab.rivals import OURS
 from retentive.bench.lab.roofline import Work
 from retentive.ops import reference, retention
 from retentive.ops.decay import log_decay
@@ -34,7 +35,7 @@ class Checked(NamedTuple):
 
 
 def check(name: str, work: Work, chunk: int | None = None) -> float:
-    """The largest error of the contestant, of the norm of the gold, at a short length.
+    """The largest error of the rival, relative to the norm of the gold, at a short length.
 
     Raises:
         ArithmeticError: it is above the tolerance, or not a number.
@@ -75,12 +76,12 @@ def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     backend = {"retentive": "auto", "gold": "reference"}.get(name, name)
     decays = log_decay("paper", H, dtype=torch.float64 if name == "gold" else torch.float32, device=device)
     form = "parallel" if name == "gold" else "auto"
-    return retention(q, k, v, decays, form=form, backend=backend)[1]
+    return retention(q, k, v, decays, form=form, backend=backend)[1]  # type: ignore[return-value]
 
 
 def runner(name: str, work: Work, chunk: int | None):
-    """The contestant as a function of q, k, v `[B,T,H,n]`, whatever layout it likes."""
-    one = contestant(name, work, chunk)
+    """The rival as a function of q, k, v `[B,T,H,n]`, whatever its own layout is."""
+    one = rivals.make(name, work, chunk)
     if name != "torchscale":
         return one.run
     return lambda q, k, v: one.run(

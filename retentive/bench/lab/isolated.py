@@ -1,10 +1,10 @@
-"""One forward and backward pass of one contestant: its time, and the most memory it holds beyond its inputs.
+"""An isolated run: one forward and backward pass of one rival, its time and the most memory beyond its inputs.
 
 On a CPU this needs a process of its own: what other passes left in the allocator would be taken for free. A pass over a
 short sequence goes first, for code and threads to be there; then the system's high-water mark is reset, and what it
 rises by counts: o, the three gradients and all that comes and goes between them; not q, k, v and the gradient of o,
-which are there before. A process takes no more memory than is free, so a contestant that needs more ends with a word
-instead of being shot, or the machine with it.
+which are there before. The process may not take more memory than is free: a rival that needs more is reported so,
+instead of being killed by the system, or the machine with it.
 
     python -m retentive.bench.lab.isolated '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'    one JSON line
 """
@@ -18,23 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retentive.bench.lab.rivals import Contestant, contestant
+from retentive.bench.lab import rivals
+from retentive.bench.lab.rivals import Rival
 from retentive.bench.lab.roofline import Work
 from retentive.machine import clock, peak_memory, reset_peak_memory, take_no_more_than_is_free
 
 NO_MEMORY = "not enough memory"
 
 
-def tensors(one: Contestant, work: Work, share: list[Tensor] | None = None) -> list[Tensor]:
-    """Normal q, k, v and gradient of o for the contestant: views of `share`, flat and long enough, if given."""
+def tensors(one: Rival, work: Work, share: list[Tensor] | None = None) -> list[Tensor]:
+    """Normal q, k, v and gradient of o for the rival: views of `share`, flat and long enough, if given."""
     share = flat(work, [one]) if share is None else share
     return [x[: _size(shape)].view(shape) for x, shape in zip(share, one.shapes, strict=True)]
 
 
-def flat(work: Work, contestants: list[Contestant]) -> list[Tensor]:
-    """Normal numbers, enough for the q, k, v and gradient of o of any of the contestants."""
+def flat(work: Work, several: list[Rival]) -> list[Tensor]:
+    """Normal numbers, enough for the q, k, v and gradient of o of any of the rivals."""
     generator = torch.Generator(work.device).manual_seed(0)
-    sizes = [max(_size(one.shapes[n]) for one in contestants) for n in range(4)]
+    sizes = [max(_size(one.shapes[n]) for one in several) for n in range(4)]
     return [torch.randn(n, generator=generator, device=work.device, dtype=work.torch_dtype) for n in sizes]
 
 
@@ -42,13 +43,13 @@ def _size(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def forward(one: Contestant, inputs: list[Tensor]) -> Tensor:
-    """o, from fresh leaves: their gradients are None, and a backward pass need not add to any."""
+def forward(one: Rival, inputs: list[Tensor]) -> Tensor:
+    """o, from fresh leaves, so that a backward pass makes their gradients instead of adding to old ones."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     return one.run(q, k, v)
 
 
-def both(one: Contestant, inputs: list[Tensor]) -> None:
+def both(one: Rival, inputs: list[Tensor]) -> None:
     """Forward and backward pass."""
     forward(one, inputs).backward(inputs[3])
 
@@ -57,9 +58,9 @@ def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     """`seconds` of both passes, `forward_seconds` of them, `peak_bytes`; in this process, once."""
     device = torch.device(work.device)
     short = replace(work, B=1, T=min(work.T, chunk or 256))
-    one = contestant(name, short, chunk)
+    one = rivals.make(name, short, chunk)
     both(one, tensors(one, short))
-    one = contestant(name, work, chunk)
+    one = rivals.make(name, work, chunk)
     inputs, outputs = tensors(one, work), list[Tensor]()
     before = reset_peak_memory(device)
     ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
@@ -67,7 +68,7 @@ def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": peak_memory(device) - before}
 
 
-def in_process_of_its_own(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
+def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     """`measure` in a new process on a CPU, {"skipped": why} where memory does not suffice; in this one on a GPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The whole models that benches put side by side, and the gates that they must pass before anything is timed.
+"""The whole models that benches put side by side, and the correctness gates before anything is timed.
 
 retnet        the RetNet itself
 transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
@@ -13,6 +13,7 @@ import torch
 
 from retentive.bench.lab.tables import known
 from retentive.models import Config, Model, RetNet, RetNetConfig, build, peer, twin
+from retentive.ops import using
 
 NAMES = {
     "retnet": "RetNet",
@@ -27,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def config_of(name: str, config: RetNetConfig) -> Config:
-    """The config of a contestant."""
+    """The config of a rival of the RetNet."""
     if name == "llama":
         return peer(config, "llama")
     if name == "grouped":
@@ -36,7 +37,7 @@ def config_of(name: str, config: RetNetConfig) -> Config:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The names that can take part here.
+    """The names whose models can be made here.
 
     Raises:
         ValueError: an unknown name; RetNet, to which all others are compared, not among them.
@@ -48,7 +49,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The contestant with random weights, the same every time."""
+    """The rival with random weights, the same every time."""
     torch.manual_seed(0)
     return build(config_of(name, config)).to(device, dtype).eval()
 
@@ -61,7 +62,10 @@ def check_forms(model: RetNet, length: int) -> float:
         ArithmeticError: it is above the tolerance.
     """
     ids = _ids(model, length)
-    logits = {form: model(ids, form=form)[0] for form in ("parallel", "chunkwise", "recurrent")}
+    logits = {}
+    for form in ("parallel", "chunkwise", "recurrent"):
+        with using(form=form):
+            logits[form] = model(ids)[0]
     worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
     if not worst <= TOLERANCE:
         raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
@@ -93,4 +97,4 @@ def check_decoding(model: Model, length: int = 48) -> float:
 def _ids(model: Model, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    return ids.to(model.embed.weight.device)
+    return ids.to(model.device)

@@ -1,4 +1,4 @@
-"""Who takes part in `bench retention`: our operator by the backend it chooses and in plain torch, and its rivals.
+"""The rivals of `bench retention`: our operator by the backend it chooses and in plain torch, and those of others.
 
     retentive    retention(..., backend="auto")                       q, k [B,T,H,K], v [B,T,H,V]
     blocked      retention(..., backend="blocked")                    the same
@@ -6,7 +6,7 @@
     sdpa         causal attention of torch, as many heads and numbers [B,H,T,(K+V)/2]
     fla          chunk_retention of fla-org/flash-linear-attention    as ours; NVIDIA GPUs only
 
-Everyone gets tensors in the layout it likes best, and the paper's decays, which torchscale and fla know no others of.
+Each gets tensors in the layout that it is fastest with, and the decays of the paper: torchscale and fla have no others.
 """
 
 import importlib.metadata
@@ -26,20 +26,20 @@ from retentive.ops import backends, retention
 from retentive.ops.decay import log_decay
 
 OURS = ("retentive", "blocked")
-RIVALS = ("torchscale", "sdpa", "fla")
+OTHERS = ("torchscale", "sdpa", "fla")
 CHUNKS = (64, 128, 256, 512)
 """Chunk lengths that torchscale is tried with."""
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Rival:
     """A function of q, k, v for one Work."""
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     shapes: tuple[tuple[int, ...], ...]
     """Of q, k, v and o."""
     flops: Callable[[Work], int]
-    """Forward and backward, for any length: to foretell times with."""
+    """Forward and backward, for any length: from them its time is estimated."""
     backend: str
     """What computes it."""
     chunk: int | None = None
@@ -61,15 +61,15 @@ def version(rival: str) -> str:
         return "?"
 
 
-def contestant(name: str, work: Work, chunk: int | None = None) -> Contestant:
-    """The contestant of that name for `work`; `chunk` is torchscale's."""
+def make(name: str, work: Work, chunk: int | None = None) -> Rival:
+    """The rival of that name for `work`; `chunk` is torchscale's."""
     B, H, K, V, T, device = work.B, work.H, work.K, work.V, work.T, torch.device(work.device)
     tokens_first = ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, V))
     if name in OURS:
         backend, C = taken(work, "auto" if name == "retentive" else name)
         decays = log_decay("paper", H, device=device)
         ours = "auto" if name == "retentive" else name
-        return Contestant(
+        return Rival(
             lambda q, k, v: retention(q, k, v, decays, backend=ours)[0],
             tokens_first, lambda w: w.flops(C, backward=True), backend, C,
         )  # fmt: skip
@@ -77,11 +77,11 @@ def contestant(name: str, work: Work, chunk: int | None = None) -> Contestant:
         if chunk is None:
             raise ValueError("torchscale needs the length of its chunks")
         shapes = ((B, H, T, K), (B, H, T, K), (B, T, H * V), (B, T // chunk, chunk, H, V))
-        return Contestant(
+        return Rival(
             torchscale(work, chunk), shapes, lambda w: w.flops(chunk, backward=True), "torchscale, chunkwise", chunk
         )
     if name == "sdpa":
-        return Contestant(
+        return Rival(
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
             ((B, H, T, work.attention_dim),) * 4, lambda w: w.attention_flops(backward=True), "torch attention",
         )  # fmt: skip
@@ -89,7 +89,7 @@ def contestant(name: str, work: Work, chunk: int | None = None) -> Contestant:
 
     # older ones took heads before tokens unless told otherwise
     layout = {"head_first": False} if "head_first" in inspect.signature(chunk_retention).parameters else {}
-    return Contestant(
+    return Rival(
         lambda q, k, v: chunk_retention(q, k, v, **layout)[0],
         tokens_first, lambda w: w.flops(64, backward=True), "chunk_retention of fla", None,
     )  # fmt: skip

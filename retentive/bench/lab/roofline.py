@@ -1,4 +1,4 @@
-"""What is measured, and what it must cost: shapes, FLOPs, bytes, and the time below which no machine gets.
+"""The roofline model: the shapes that are measured, their FLOPs and bytes, and the least time that these need.
 
 A multiply-add counts as two FLOPs. Retention counts as its chunkwise form with chunks of C tokens; a chunk of n tokens
 has n (n + 1) / 2 pairs of a query and a key not after it, since the upper triangle need not be computed. In FLOPs:
@@ -13,7 +13,7 @@ has n (n + 1) / 2 pairs of a query and a key not after it, since the upper trian
 Causal attention with heads of D numbers has two products forward and five backward, 2 D a pair. Memory: each of q, k, v
 and o crosses it once, and so does its gradient in a backward pass; in the dtype of the inputs. Decays count as nothing.
 
-The limit is max(FLOPs / GEMM rate, bytes / read bandwidth), both rates as torch reaches them on this machine. A
+The limit, the roofline, is max(FLOPs / GEMM rate, bytes / read bandwidth), both rates as torch reaches them here. A
 fraction of it above 1 is possible: where the BLAS of torch does not use the CPU's widest vectors (MKL on AMD, in
 float32), a kernel that does passes it.
 """

@@ -1,4 +1,4 @@
-"""What all of bench's tables and options share: names that are checked, numbers to read, Markdown."""
+"""What the tables of benches share: checks of what was asked for, numbers for people, Markdown."""
 
 from collections.abc import Collection, Sequence
 

@@ -1,8 +1,8 @@
 """Retention on NVIDIA GPUs, in Triton: what `backends.py` needs to know of this room.
 
 `triton_retention` and its backward pass are custom operators with the arguments of `blocked`; `refuses` says which
-calls they cannot take, `chunk_size` which chunk is best, `step` decodes one token (see `step.py`). Triton is an
-optional dependency: import this package only where it is wanted.
+calls they cannot take, `chunk_size` which chunk is best, `decode_step` decodes one token (see `decode.py`). Triton is
+an optional dependency: import this package only where it is wanted.
 """
 
 import torch
@@ -12,10 +12,18 @@ from torch import Tensor
 from retentive.ops.blocked import join_passes
 from retentive.ops.triton import tiles
 from retentive.ops.triton.backward import chunkwise_backward
+from retentive.ops.triton.decode import MAX_R, decode_step
 from retentive.ops.triton.forward import chunkwise
-from retentive.ops.triton.step import MAX_R, step
 
-__all__ = ["MAX_R", "chunk_size", "refuses", "refuses_shapes", "step", "triton_retention", "triton_retention_backward"]
+__all__ = [
+    "MAX_R",
+    "chunk_size",
+    "decode_step",
+    "refuses",
+    "refuses_shapes",
+    "triton_retention",
+    "triton_retention_backward",
+]
 
 MAX_K, MAX_V = 256, 512
 SHORTEST = 16

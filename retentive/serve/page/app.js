@@ -198,6 +198,28 @@ function begin() {
   say("");
 }
 
+// A reload goes on: what is seen lies in the tab's own storage, what was read in the server
+
+function keep() {
+  const blocks = [...$("log").children];
+  const part = running ? blocks.at(-1).textContent : ""; // the server drops an answer whose reader has left
+  const stopped = part ? [{ role: "assistant", content: part }] : [];
+  const log = blocks.map((block) => [block.classList[0], block.textContent]);
+  const kept = { session, read, log, unread: [...unread, ...stopped], mode: mode(), bytes: $("bytes").textContent };
+  sessionStorage.setItem("conversation", JSON.stringify(kept));
+}
+
+function resume() {
+  const kept = JSON.parse(sessionStorage.getItem("conversation"));
+  if (kept?.log.length) document.querySelector(`input[value=${kept.mode}]`).checked = true;
+  begin();
+  if (!kept?.log.length) return;
+  ({ session, unread } = kept);
+  for (const [kind, text] of kept.log) show(kind, text);
+  $("bytes").textContent = kept.bytes;
+  remembered(kept.read);
+}
+
 async function attempt(action) {
   say("");
   try {
@@ -263,7 +285,7 @@ async function open() {
   $("model").textContent = info.model;
   document.title = `${info.model} – Retentive`;
   $("kind").textContent = info.kind === "RetNet" ? "State, constant" : "Cache, growing";
-  $("bytes").textContent = bytes(info.state_bytes);
+  if (!read) $("bytes").textContent = bytes(info.state_bytes);
   $("max_tokens").max = info.max_tokens;
   if (!$("log").childElementCount) {
     document.querySelector(`input[value=${info.chat ? "chat" : "write"}]`).checked = true;
@@ -305,6 +327,7 @@ $("theme").onclick = () => {
   localStorage.setItem("theme", (document.documentElement.dataset.theme = dark ? "light" : "dark"));
 };
 if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
+window.onpagehide = keep;
 
-begin();
+resume();
 attempt(open);

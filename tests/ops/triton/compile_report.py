@@ -92,7 +92,8 @@ def calls(kind: str, arch: int) -> None:
         q, v = (torch.zeros(1, 8, n, dtype=DTYPES[kind]) for n in (K, V))
         rings = [torch.zeros(1, 8, RING, n, dtype=q.dtype) for n in (K, V)]
         counts = torch.zeros(2, 1, dtype=torch.int64)
-        room.step(q, q, v, torch.zeros(8), 0.3, torch.zeros(1, 8, K, V), *rings, torch.zeros(1, 8, RING), *counts)
+        state, ring_decay = torch.zeros(1, 8, K, V), torch.zeros(1, 8, RING)
+        room.decode_step(q, q, v, torch.zeros(8), 0.3, state, *rings, ring_decay, *counts)
 
 
 def label(name: str, arguments: dict[str, Any]) -> tuple[str, str, str]:

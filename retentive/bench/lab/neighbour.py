@@ -1,0 +1,75 @@
+"""A neighbour on the machine: one other process that is busy all the time, and what speed it leaves to us.
+
+Threads that wait by spinning, as those of OpenMP do by default, lose far more than the share of a core that such a
+process takes: the thread that it holds up is waited for by all others. What is measured is this process as it is, with
+its threads and OMP_ variables.
+"""
+
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from retentive import machine
+from retentive.bench.lab.clock import turns
+from retentive.bench.lab.tables import duration
+
+LONG_ENOUGH = 0.5
+"""Seconds of a timed repetition, at least: many times as long as a scheduler lets a process run."""
+BUSY = """
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    sum(range(100_000))
+"""
+"""A plain loop, which ends by itself where whoever began it has died."""
+
+
+@contextmanager
+def neighbour() -> Iterator[subprocess.Popen]:
+    """One process more, busy from the beginning of the block to its end."""
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is at work
+            yield process
+        finally:
+            process.kill()
+
+
+def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) -> dict[str, Any]:
+    """Seconds of `run` alone and beside a neighbour, in turns, and the part of its speed that it keeps."""
+    run()
+    once = machine.clock(device, run)
+    times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
+
+    def quiet() -> float:
+        return machine.clock(device, lambda: [run() for _ in range(times)]) / times
+
+    def beside() -> float:
+        with neighbour():
+            return quiet()
+
+    found = list(turns({"quiet": quiet, "beside": beside}, repeats))
+    return {
+        "quiet_seconds": statistics.median(turn["quiet"] for turn in found),
+        "beside_seconds": statistics.median(turn["beside"] for turn in found),
+        "kept": statistics.median(turn["quiet"] / turn["beside"] for turn in found),
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def note(found: dict[str, Any], of: str) -> str:
+    """A line of a table: what is kept, and of what."""
+    return (
+        f"- Beside one other busy process, {of} keeps {found['kept']:.0%} of its speed: "
+        f"{duration(found['beside_seconds'])} instead of {duration(found['quiet_seconds'])} "
+        f"({found['threads']} threads)."
+    )

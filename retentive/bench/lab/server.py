@@ -1,0 +1,42 @@
+"""`retentive serve` in a process of its own, for the benches that measure it from outside."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import Tokenizer
+from retentive.models import Model
+
+
+@contextmanager
+def server(model: Model, tokenizer: Tokenizer, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """(process, port) of `retentive serve` with this model and these options, killed at the end of the block.
+
+    Raises:
+        OSError: it did not start, with what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="retentive-bench-", ignore_cleanup_errors=True) as folder:
+        run = Path(folder) / "model"
+        save_model(run, model, tokenizer)
+        command = [sys.executable, "-m", "retentive", "serve", str(run), "--port", "0", *options]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as aside:
+            assert process.stderr is not None
+            try:
+                line = process.stderr.readline()
+                if "serving" not in line:
+                    raise OSError(f"the server did not start: {line.strip()}")
+                aside.submit(_pass_on, process.stderr)  # a full pipe would stop it
+                yield process, int(line.rsplit(":", 1)[1])
+            finally:
+                process.kill()
+
+
+def _pass_on(lines: Iterable[str]) -> None:
+    """What the server says, for whoever watches."""
+    for line in lines:
+        print("server:", line, end="", file=sys.stderr)

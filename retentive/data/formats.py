@@ -1,0 +1,237 @@
+"""What the files hold that are read here: a file in, its texts out, whatever is wrong named by file and line.
+
+    .txt .md .py .rst   one document a file, as it is
+    .html .htm          one document a file, its text without the markup
+    .jsonl              one document a line, the string under `field`
+    .parquet            one document a row, the column `field`
+    .json               one document an object, alone or in a list, the string under `field`
+    .csv .tsv           one document a row, the column `field`, named in the first line
+    .gz .xz .bz2 .zst   after any of these but .parquet: the same, compressed
+
+Text is UTF-8; a document that is not is refused by name, or skipped and counted.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from retentive.data.html import strip_html
+
+PLAIN = (".txt", ".md", ".py", ".rst")
+HTML = (".html", ".htm")
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+READABLE = (*PLAIN, *HTML, ".jsonl", ".parquet")
+# Read where they are asked for only: a folder of notes may hold a package.json, in which there is no field "text".
+TABLES = (".json", ".csv", ".tsv")
+
+OnBadText = Literal["refuse", "skip"]
+
+# The longest first: UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """The suffix that says what the file holds, and that of its compression or ""."""
+    suffix = path.suffix.lower()
+    inner = path.with_suffix("").suffix.lower()
+    if suffix not in COMPRESSED:
+        return suffix, ""
+    return (inner + suffix, "") if inner == ".parquet" else (inner, suffix)  # parquet compresses by itself
+
+
+class TextCheck:
+    """Tells good text from bad, and remembers what it skipped."""
+
+    def __init__(self, on_bad_text: OnBadText):
+        if on_bad_text not in ("refuse", "skip"):
+            raise ValueError(f'on_bad_text is {on_bad_text!r}: expected "refuse" or "skip"')
+        self.skips = on_bad_text == "skip"
+        self.skipped: list[str] = []
+
+    def __call__(self, name: str, raw: bytes | str) -> str | None:
+        """The text, or None where it is not UTF-8 (a str: holds half a surrogate pair) and may be skipped."""
+        if isinstance(raw, str):
+            try:
+                raw.encode("utf-8")
+            except UnicodeEncodeError:
+                self.bad(name, "is not UTF-8 text", "it holds half of a surrogate pair")
+                return None
+            return raw
+        if marked := next((encoding for mark, encoding in _MARKS.items() if raw.startswith(mark)), None):
+            self.bad(name, f"is {marked} text", f"convert it (iconv -f {marked} -t UTF-8)")
+        elif b"\0" in raw:
+            self.bad(name, "is not UTF-8 text (NUL bytes, as in binary files and UTF-16)", "convert it or leave it out")
+        else:
+            try:
+                return raw.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                self.undecodable(name, error)
+        return None
+
+    def undecodable(self, name: str, error: UnicodeDecodeError) -> None:
+        where = f"({error.reason} at {error.start})"
+        self.bad(name, f"is not UTF-8 text {where}", "convert it (iconv -f LATIN1 -t UTF-8)")
+
+    def bad(self, name: str, what: str, cure: str) -> None:
+        """Refuses the document, or notes that it is skipped."""
+        if not self.skips:
+            raise ValueError(
+                f'{name} {what}: {cure}, or skip such documents with on_bad_text="skip" (--on-bad-text skip)'
+            )
+        self.skipped.append(name)
+
+
+def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    """(what names the document within its file, its text): "" for a whole file, ":3" for the third line or row.
+
+    Raises:
+        ValueError: damaged, or not what its suffix says; a document that is no text.
+    """
+    kind, compression = kind_of(path)
+    if kind == ".parquet":
+        yield from _parquet_rows(path, field, check)
+        return
+    with _opened(path, compression) as file:
+        if kind == ".jsonl":
+            yield from _json_lines(path, file, field, check)
+        elif (text := check(str(path), file.read())) is None:
+            return
+        elif kind == ".json":
+            yield from _json_objects(path, text, field, check)
+        elif kind in (".csv", ".tsv"):
+            yield from _table_rows(path, text, "\t" if kind == ".tsv" else ",", field, check)
+        else:
+            yield "", strip_html(text) if kind in HTML else text
+
+
+def unreadable(path: Path, error: OSError) -> OSError:
+    """The system's error in a line of ours."""
+    return type(error)(f"cannot read {path}: {str(error.strerror).lower()}")
+
+
+def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str | None:
+    """The string under `field`, or None where it is no good text and may be skipped."""
+    if not isinstance(row.get(field), str):
+        got = f"{type(row[field]).__name__} in" if field in row else "no"
+        fields = ", ".join(row) or "none"
+        raise ValueError(f"{name} has {got} field {field!r}: expected a string; its fields are: {fields} (--field)")
+    return check(name, row[field])
+
+
+def _rows(path: Path, rows: Iterator[tuple[int, Any]], field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    for number, row in rows:
+        name = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{name} is a {type(row).__name__}: expected an object with the field {field!r}")
+        if (text := text_of(name, row, field, check)) is not None:
+            yield f":{number}", text
+
+
+def _json_lines(path: Path, file: BinaryIO, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    def parsed() -> Iterator[tuple[int, Any]]:
+        for number, raw in enumerate(file, 1):
+            line = check(f"{path}:{number}", raw)
+            if line is None or not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error}): expected one object a line") from None
+
+    yield from _rows(path, parsed(), field, check)
+
+
+def _json_objects(path: Path, text: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): expected an object or a list of them; .jsonl has lines"
+        ) from None
+    yield from _rows(path, enumerate(value if isinstance(value, list) else [value], 1), field, check)
+
+
+def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    csv.field_size_limit(2**31 - 1)  # by default a cell ends at 128 kB
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    _check_column(path, field, reader.fieldnames or [])
+    try:
+        yield from _rows(path, enumerate(({field: row[field]} for row in reader), 1), field, check)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table after line {reader.line_num} ({error})") from None
+
+
+def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    pyarrow = _pyarrow(path)
+
+    def values(table: Any) -> Iterator[tuple[int, Any]]:
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            for value in batch.column(0):
+                number += 1
+                try:
+                    yield number, {field: value.as_py()}
+                except UnicodeDecodeError as error:
+                    check.undecodable(f"{path}:{number}", error)
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _check_column(path, field, table.schema_arrow.names)
+            yield from _rows(path, values(table), field, check)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        raise ValueError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
+
+
+def _check_column(path: Path, field: str, columns: Any) -> None:
+    if field not in columns:
+        raise ValueError(f"{path} has no column {field!r}: its columns are: {', '.join(columns)} (--field)")
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
+    openers: dict[str, Callable[..., Any]] = {
+        "": lambda path: path.open("rb"),
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+        ".zst": _open_zstd,
+    }
+    try:
+        with openers[compression](path) as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        # The system's own errors (no permission, a failing disk) have a number; the formats' have none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        raise ValueError(
+            f"cannot decompress {path}: {error}; the file is damaged, incomplete or no {compression}"
+        ) from None
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    # pyarrow and not zstandard, whose reader takes a truncated file for a complete one.
+    return io.BufferedReader(_pyarrow(path).input_stream(str(path), compression="zstd"))
+
+
+def _pyarrow(path: Path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"reading {path} needs pyarrow: pip install 'retentive[data]'") from None
+    return pyarrow

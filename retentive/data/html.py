@@ -1,0 +1,53 @@
+"""The text of HTML pages, by the standard library's parser: markup, scripts and styles left out."""
+
+import re
+from html.parser import HTMLParser
+
+# Elements that end a line of text, and those whose content is no text.
+_BLOCKS = re.compile(
+    "address|article|aside|blockquote|br|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|main|nav|ol|p|pre|"
+    "section|table|t[dhr]|title|ul"
+)
+_SILENT = frozenset(("script", "style", "template", "noscript"))
+
+
+class _HTMLText(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.silent = self.verbatim = 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.silent += tag in _SILENT
+        self.verbatim += tag == "pre"
+        if _BLOCKS.fullmatch(tag):
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.silent = max(0, self.silent - (tag in _SILENT))
+        self.verbatim = max(0, self.verbatim - (tag == "pre"))
+        if _BLOCKS.fullmatch(tag):
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if self.silent:
+            return
+        if not self.verbatim:
+            data = re.sub(r"\s+", " ", data)
+            if not self.parts or self.parts[-1].endswith((" ", "\n")):
+                data = data.lstrip()
+        if data:
+            self.parts.append(data)
+
+
+def strip_html(page: str) -> str:
+    """The text of an HTML page, without scripts and styles: a line for every block, single blank lines."""
+    parser = _HTMLText()
+    parser.feed(page)
+    parser.close()
+    lines: list[str] = []
+    for line in "".join(parser.parts).split("\n"):
+        line = line.rstrip()
+        if line or (lines and lines[-1]):
+            lines.append(line)
+    return "\n".join(lines).strip("\n")

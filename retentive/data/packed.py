@@ -1,0 +1,105 @@
+"""A folder that `retentive data` made, opened once: what is in it, its tokenizer, and its text as batches.
+
+data = Packed("data/mine")
+data.meta.vocab_size, data.tokenizer.decode([…])
+data.batches(batch=8, length=512)[0].ids          training text: a batch for any step, see `loader`
+for batch in data.held_out(length=512): …         held-out text in order
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from retentive.data.loader import Batch, Batches, Mode, flattened
+from retentive.data.pack import load_meta
+from retentive.data.shards import TokenStream
+from retentive.data.tokenizer import load_tokenizer
+
+
+class Packed:
+    """Packed data and the tokenizer that made them.
+
+    Raises:
+        FileNotFoundError: no such folder, or something is missing from it.
+        ValueError: it is damaged, or the tokenizer beside the data is not the one that packed them.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        """The folder."""
+        self.meta = load_meta(path)
+        """Sizes, vocabulary and shards, as meta.json has them."""
+        self.tokenizer = load_tokenizer(path)
+        """The tokenizer beside the data."""
+        if self.meta.tokenizer_sha256 != self.tokenizer.sha256:
+            raise ValueError(
+                f"the data were packed with tokenizer {self.meta.tokenizer_sha256[:12]}, not "
+                f"{self.tokenizer.sha256[:12]}: put the tokenizer.json back that was beside the data in {path}, "
+                f"or pack the text again"
+            )
+        self._streams: dict[str, TokenStream] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of meta.json, which holds that of every shard: equal data have it, wherever they lie."""
+        return hashlib.sha256((self.path / "meta.json").read_bytes()).hexdigest()
+
+    def stream(self, split: str) -> TokenStream:
+        """All tokens of "train" or "valid" in order."""
+        if split not in self._streams:
+            self._streams[split] = TokenStream(self.path, self.meta, split)
+        return self._streams[split]
+
+    def batches(
+        self, *, mode: Mode = "reset", batch: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> Batches:
+        """The training text as `batches[step]` for any step; arguments as for `loader.Batches`."""
+        how = {"seed": seed, "rank": rank, "world": world}
+        return Batches(self.stream("train"), mode=mode, batch=batch, length=length, **how)
+
+    def held_out(self, *, length: int, tokens: int | None = None) -> Iterator[Batch]:
+        """The held-out text in order, as batches [1, length] with `cu_seqlens`, the last one shorter.
+
+        Covers the first `tokens` tokens (default: all). Each but the very first is predicted once.
+
+        Raises:
+            ValueError: at once: there is no held-out text, or a number is too small.
+        """
+        if length < 1:
+            raise ValueError(f"length is {length}: expected at least 1")
+        stream, count = self._held_out(tokens)
+
+        def windows() -> Iterator[Batch]:
+            for start in range(0, count - 1, length):
+                stop = min(start + length, count - 1)
+                yield flattened([stream.read(start, stop + 1)], [stream.ends_in(start, stop) - start])[0]
+
+        return windows()
+
+    def held_out_bytes(self, tokens: int | None = None) -> int:
+        """The UTF-8 bytes of the text that `held_out(tokens=tokens)` covers, for bits per byte."""
+        stream, count = self._held_out(tokens)
+        if count == stream.tokens:
+            return self.meta.splits["valid"].bytes
+        size = start = 0
+        for end in [*stream.ends_in(0, count - 1).tolist(), count]:
+            # Where the count ends inside a character, that character is not covered.
+            size += len(self.tokenizer.decode(stream.read(start, end).tolist()).rstrip("\ufffd").encode())
+            start = end
+        return size
+
+    def first_tokens(self, split: str, most: int) -> np.ndarray:
+        """The first `most` tokens of a split, or all; int64."""
+        stream = self.stream(split)
+        return stream.read(0, min(stream.tokens, most))
+
+    def _held_out(self, tokens: int | None) -> tuple[TokenStream, int]:
+        stream = self.stream("valid")
+        if tokens is not None and tokens < 2:
+            raise ValueError(f"tokens is {tokens}: expected at least 2, one to read and one to predict")
+        if stream.tokens < 2:
+            raise ValueError(f"{self.path} has no held-out text: pack it with --valid-fraction above 0 or --valid")
+        return stream, min(tokens or stream.tokens, stream.tokens)

@@ -1,0 +1,149 @@
+"""From text to a folder that training reads, in one call: what is held out, which tokenizer, then packing.
+
+prepare("my_texts", "data/mine", vocab_size=8192)
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from retentive.data.formats import COMPRESSED
+from retentive.data.pack import Meta, check_free, pieces, split_documents, write_packed
+from retentive.data.sources import Document, documents, source_files
+from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from retentive.files import only_writer
+
+SAMPLE = 64_000_000
+"""Characters that a new tokenizer is learnt from, at most: more of them hardly changes it."""
+
+Progress = Callable[[str, int, int | None], None]
+"""Told again and again: the stage, the bytes of text done in it, and those that there are where the files tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How text becomes training data."""
+
+    tokenizer: str = "train"
+    """"train" learns a byte-level BPE; or "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
+    vocab_size: int = 4096
+    """Tokens of the tokenizer that is learnt."""
+    valid: str | None = None
+    """A source of its own for the held-out text, instead of a part of the others."""
+    valid_fraction: float = 0.05
+    """The part of the documents that is held out; it waits in memory while the rest is written."""
+    on_bad_text: Literal["refuse", "skip"] = "refuse"
+    """What to do with documents that are not UTF-8."""
+    field: str = "text"
+    """The field or column that holds the text, in .jsonl, .parquet, .json, .csv, .tsv and hf: sources."""
+    suffix: tuple[str, ...] = ()
+    """More kinds of files to read in folders: .json .csv .tsv by their field, others (.tex .log) as plain text; none
+    stands for names without a suffix."""
+    seed: int = 0
+    """Chooses which documents are held out."""
+    overwrite: bool = False
+    """Replace an earlier packed folder."""
+
+
+def prepare(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = warnings.warn,
+    **options: Any,
+) -> Meta:
+    """The meta of the packed folder `out`, once written: whole, or nothing of it.
+
+    `sources` are files, folders or hf:NAME (see `sources.documents`), read one after the other; the options are the
+    fields of `DataConfig`. `progress` is told how far it is, `say` what is left out of the sources.
+
+    Raises:
+        ValueError: nothing to train on, text that is no text, an option that cannot be.
+        FileExistsError: `out` is taken.
+        OSError: a source is missing or unreadable, `out` cannot be written or another process is at it.
+    """
+    config = DataConfig(**options)
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not sources:
+        raise ValueError("no source: expected files, folders or hf:NAME")
+    check_free(out, overwrite=config.overwrite)
+    tell = progress or (lambda stage, done, total: None)
+    # Before anything is made: missing sources are said at once. Learning a tokenizer reads them once more.
+    train, valid = _splits(sources, config, say)
+    everything = sources if config.valid is None else [*sources, config.valid]
+    with only_writer(Path(out)):
+        check_free(out, overwrite=config.overwrite)  # another process may have been quicker
+        tokenizer = _tokenizer(sources, config, tell)
+        return write_packed(out, tokenizer, train, valid, progress=_adding_up(tell, "packing", everything, config))
+
+
+def _splits(
+    sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None]
+) -> tuple[Iterator[Document], Iterator[Document]]:
+    def read(source: str | Path) -> Iterator[Document]:
+        return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
+
+    everything = itertools.chain(*[read(source) for source in sources])
+    if config.valid is not None:
+        return everything, read(config.valid)
+    return split_documents(everything, config.valid_fraction, config.seed)
+
+
+def _tokenizer(sources: Sequence[str | Path], config: DataConfig, tell: Progress) -> Tokenizer:
+    if config.tokenizer != "train":
+        return load_tokenizer(config.tokenizer)
+    train, _ = _splits(sources, config, say=lambda remark: None)  # held-out text stays unseen
+    hub = any(str(source).startswith("hf:") for source in sources)
+    sample = _sample(train, _adding_up(tell, "reading a sample", sources, config), all_of_it=not hub)
+    tell("learning a tokenizer", 0, None)
+    return train_bpe(sample, config.vocab_size)
+
+
+def _sample(train: Iterator[Document], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
+    """Pieces from all over the text, or its beginning where reading it all would mean to download it."""
+    sample: list[str] = []
+    size = seen = 0
+    stride = 1
+    for document in train:
+        for piece in pieces(document.text):
+            advance(len(piece.encode()))
+            if seen % stride == 0:
+                sample.append(piece)
+                size += len(piece)
+            seen += 1
+            if size > SAMPLE and not all_of_it:
+                return sample
+            while size > SAMPLE and len(sample) > 1:  # keep every other piece, now and from here on
+                sample, stride = sample[::2], stride * 2
+                size = sum(map(len, sample))
+    return sample
+
+
+def _adding_up(tell: Progress, stage: str, sources: Sequence[str | Path], config: DataConfig) -> Callable[[int], None]:
+    """A function that is told sizes and tells their sum."""
+    total = _bytes_of(sources, config)
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        tell(stage, done, total)
+
+    return advance
+
+
+def _bytes_of(sources: Sequence[str | Path], config: DataConfig) -> int | None:
+    """The size of what will be read, where the files tell."""
+    size = 0
+    for source in sources:
+        if str(source).startswith("hf:"):
+            return None
+        for path in source_files(source, config.suffix).values():
+            if path.suffix.lower() in (*COMPRESSED, ".parquet"):
+                return None
+            size += path.stat().st_size
+    return size

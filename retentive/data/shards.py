@@ -1,0 +1,76 @@
+"""The shards of a packed split as one stream of tokens and one list of document ends, both left on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from retentive.data.pack import Meta, shard_path
+
+
+class TokenStream:
+    """All tokens of a split in order; tokens and documents count from 0, whichever shard they lie in."""
+
+    def __init__(self, folder: str | Path, meta: Meta, split: str):
+        if split not in meta.splits:
+            raise ValueError(f"no split {split!r} in {folder}: it has {', '.join(meta.splits)}")
+        shards = meta.splits[split].shards
+        self.name = f"{split} split of {folder}"
+        """For messages."""
+        self._files = [shard_path(folder, split, n, ".bin") for n in range(len(shards))]
+        dtype = np.dtype(meta.dtype).newbyteorder("<")
+        self._ids = [np.memmap(file, dtype, "r") for file in self._files]
+        self._ends = [np.memmap(file.with_suffix(".idx"), "<u8", "r") for file in self._files]
+        for file, ids, ends in zip(self._files, self._ids, self._ends, strict=True):
+            if ends[-1] != len(ids):
+                raise ValueError(f"{file.with_suffix('.idx')} is damaged: pack the data again")
+        self._vocab_size = meta.vocab_size
+        self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._document_starts = np.cumsum([0, *(shard.documents for shard in shards)])
+        self.tokens = int(self._token_starts[-1])
+        """How many."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The token ids from `start` to before `stop`, int64 [stop - start].
+
+        Raises:
+            ValueError: one is beyond the vocabulary, which an embedding could only answer with an IndexError.
+        """
+
+        def within(shard: int, low: int, high: int, _: int) -> np.ndarray:
+            ids = self._ids[shard][low:high].astype(np.int64)
+            if (largest := int(ids.max(initial=0))) >= self._vocab_size:
+                raise ValueError(
+                    f"{self._files[shard]} holds token {largest:,}, but the vocabulary has {self._vocab_size:,}: "
+                    f"the file is damaged, pack the data again"
+                )
+            return ids
+
+        return self._across(start, stop, within)
+
+    def ends_in(self, start: int, stop: int) -> np.ndarray:
+        """The document ends e with start < e <= stop; int64."""
+
+        def within(shard: int, low: int, high: int, base: int) -> np.ndarray:
+            ends = self._ends[shard]
+            # A Python int would send a uint64 search through float64.
+            first, last = np.searchsorted(ends, np.array([low, high], np.uint64), "right")
+            return ends[first:last].astype(np.int64) + base
+
+        return self._across(start, stop, within)
+
+    def start_of(self, document: int) -> int:
+        """Where the document of this number begins."""
+        shard = int(np.searchsorted(self._document_starts, document, "right")) - 1
+        local = document - int(self._document_starts[shard])
+        return int(self._token_starts[shard]) + (int(self._ends[shard][local - 1]) if local else 0)
+
+    def _across(self, start: int, stop: int, take: Callable[[int, int, int, int], np.ndarray]) -> np.ndarray:
+        """`take(shard, low, high, base)` of every shard that holds tokens of [start, stop), joined."""
+        parts = []
+        shard = int(np.searchsorted(self._token_starts, start, "right")) - 1
+        while shard < len(self._ids) and (base := int(self._token_starts[shard])) < stop:
+            low, high = max(start - base, 0), min(stop, int(self._token_starts[shard + 1])) - base
+            parts.append(take(shard, low, high, base))
+            shard += 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -1,0 +1,106 @@
+"""What the engine asks of whoever decodes, and the implementation with torch. A native engine would be another one.
+
+    read(ids, cu_seqlens, states) -> states              prompts, several in one packed call
+    score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose own probabilities are wanted
+    decode(ids, pool) -> logits                          one token for each of the first rows of a pool, in place
+
+All work on the same states in the same memory (`models/state.py`). Neither side knows text.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from retentive.models import Model
+from retentive.models.state import HybridState, KVCache, State
+from retentive.ops import Ring
+
+
+class Decoder(Protocol):
+    """A model as the engine sees it. All ids are int64 on the CPU, all logits float32 on the CPU."""
+
+    vocab_size: int
+
+    def init_state(self) -> State:
+        """Of one sequence that has read nothing."""
+
+    def adopt(self, state: State) -> State:
+        """The state where this decoder computes (the device); itself if it is there already."""
+
+    def pool(self, slots: int) -> State:
+        """`slots` sequences to decode in place. It has `put`, and `reserve` for those that need room to grow."""
+
+    def read(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> list[State]:
+        """The states after each sequence's ids.
+
+        Args:
+            ids: `[T]`, those of all sequences one after the other.
+            cu_seqlens: `[N+1]`, where each begins, from 0, and where the last ends.
+            states: N of one sequence each, used up.
+        """
+
+    def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """(logits `[T, vocab]` after each of the ids, the states) as `read` gives them."""
+
+    def decode(self, ids: Tensor, pool: State) -> Tensor:
+        """Logits `[n, vocab]` after ids `[n]`, one for each of the pool's first n sequences, which have read them then.
+
+        The pool has room for them: whoever calls has reserved it.
+        """
+
+
+class TorchDecoder:
+    """The `Decoder` of any model of ours."""
+
+    def __init__(self, model: Model):
+        self.model, self.vocab_size = model.eval(), model.config.vocab_size
+        # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
+        # as long as the pool and the number of rows stay the same.
+        self._view: tuple[Any, int, Any] = (None, 0, None)
+
+    def init_state(self) -> State:
+        return self.model.init_state(1)
+
+    def adopt(self, state: State) -> State:
+        return state.to(self.model.device)
+
+    def pool(self, slots: int) -> State:
+        return self.model.init_state(slots).for_decoding(self.model.dtype)
+
+    def read(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> list[State]:
+        return self._hidden(ids, cu_seqlens, states)[1]
+
+    def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        x, states = self._hidden(ids, cu_seqlens, states)
+        return self.model.head(x).float().cpu(), states
+
+    def _hidden(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """(`[T, D]`, the states): one packed row; where it is one sequence alone, packing would only copy."""
+        ids = ids[None].to(self.model.device)
+        first: Any = states[0]
+        if len(states) == 1:
+            x, state = self.model.hidden(ids, first)
+            return x[0], [state]
+        x, state = self.model.hidden(ids, first.cat(states), cu_seqlens=cu_seqlens.to(self.model.device))
+        return x[0], [state.select(torch.tensor([n])) for n in range(len(states))]
+
+    def decode(self, ids: Tensor, pool: Any) -> Tensor:
+        n, kept = len(ids), self._view
+        self._view = (None, 0, None)  # after an error nothing holds on to the pool
+        view = kept[2] if kept[0] is pool and kept[1] == n else pool.view(n)
+        x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
+        pool.position[:n] = state.position  # the one part of a state that is not written in place
+        logits = self.model.head(x[:, -1]).float().cpu()
+        self._view = (pool, n, view)
+        return logits
+
+
+def shapes(state: State) -> list[tuple[int, ...]]:
+    """Of a state's tensors, whatever number of tokens it holds: states that agree in them belong to one model."""
+    if isinstance(state, HybridState):
+        return [*shapes(state.retention), *shapes(state.cache)]
+    if isinstance(state, KVCache):
+        return [(x.shape[0], *x.shape[2:]) for x in (*state.keys, *state.values)]
+    return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]

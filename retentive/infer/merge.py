@@ -1,0 +1,161 @@
+"""One memory of several that were read apart: side by side (structured prompting), or one after the other (a chain).
+
+    side by side   S = c sum_i R(P - L_i) S_i                    P the largest L_i, c keeps the size of the states
+    in a chain     S_AB = exp(L_B log_decay) S_A + R(L_A) S_B
+
+S_i is the state of one head after L_i tokens, R(n) rotates its keys by n positions. Both are exact in the first layer;
+what they are above it, and why c is what it is: docs/memory.md. Structured prompting is that of Hao et al., arXiv
+2212.06713.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retentive.infer.memory import Memory, load_memory, save, tensors
+from retentive.models import RetNetConfig
+from retentive.models.state import RetentionState
+from retentive.ops import decay as decays
+from retentive.ops import rotary
+
+
+def keep_size(states: Tensor) -> Tensor:
+    """Weight `[H,1,1]` of a sum of states `[M,H,K,V]` that leaves it as large as they are (root mean square), by heads.
+
+    1/M where all are the same and 1/sqrt(M) where they have nothing in common; why, see docs/memory.md.
+    """
+    squares = states.square().sum((-2, -1), keepdim=True).mean(0)
+    total = states.sum(0).square().sum((-2, -1), keepdim=True)
+    return torch.where(total > 0, squares / total, 0).sqrt()
+
+
+def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = keep_size) -> Memory:
+    """Structured prompting: one memory, as if each of `memories` stood right before what comes.
+
+    Their states are rotated to the same last position and summed, in each layer and head with `weight`. All are equally
+    near, however many there are; merging copies of a memory gives that memory.
+
+    Raises:
+        ValueError: nothing to merge, different models, a Transformer's, or tokens that are still to be read.
+    """
+    config, states = _mergeable(memories)
+    end = max(int(s.position[0]) for s in states)
+    rotated = [_rotated(s, end - int(s.position[0]), config) for s in states]
+    layers = []
+    for parts in zip(*rotated, strict=True):
+        stack = torch.cat(parts)
+        layers.append((weight(stack) * stack.sum(0))[None])
+    return _merged(memories, layers, end)
+
+
+def chain(memories: Sequence[Memory]) -> Memory:
+    """`memories` one after the other, each as old as those behind it are long: a long reading done in parts.
+
+    In the first layer this is what reading on would have given. In those above it is not: there keys and values depend
+    on what came before, and each part was read without.
+
+    Raises:
+        ValueError: as for `merge`, or decays that depend on the tokens.
+    """
+    config, states = _mergeable(memories)
+    if config.decay == "gated":
+        raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
+    log_decay = decays.log_decay(config.decay, config.heads, dtype=torch.float64)[:, None, None]
+    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]
+    end = 0
+    for state in states:
+        length = int(state.position[0])
+        rotated = _rotated(state, end, config)
+        fade = (length * log_decay).exp().to(rotated[0].device, rotated[0].dtype)
+        layers = [fade * old + new for old, new in zip(layers, rotated, strict=True)]
+        end += length
+    return _merged(memories, layers, end)
+
+
+def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
+    """|chain - whole| / |whole| of each layer: what it did to `memories` that each was read without those before it.
+
+    Raises:
+        ValueError: `whole` has not read the same documents in that order.
+    """
+    chained = chain(memories)
+    _mergeable([chained, whole])
+    position = int(whole.state.position[0])
+    if _hashes(chained) != _hashes(whole) or int(chained.state.position[0]) != position:
+        raise ValueError(
+            f"expected a memory of the same {len(chained.sources)} documents ({chained.tokens} tokens) read in a row, "
+            f"got one of {len(whole.sources)} documents ({whole.tokens} tokens)"
+        )
+    pairs = zip(tensors(chained.state)[:-1], tensors(whole.state)[:-1], strict=True)
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+
+def merge_files(
+    files: Sequence[str | Path], out: str | Path, *, in_a_chain: bool = False, against: str | Path | None = None
+) -> Memory:
+    """The memory that `merge`, or `chain`, makes of those in `files`, saved to the new file `out`.
+
+    Args:
+        against: the file of a memory that has read the same documents in a row; the result holds `chain_errors`.
+
+    Raises:
+        ValueError: fewer than two files, or memories that cannot be merged.
+        OSError: a file is missing, or `out` exists.
+    """
+    out = Path(out)
+    if len(files) < 2:
+        raise ValueError(f"merge needs two memory files or more, got {len(files)}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
+    memories = [load_memory(file) for file in files]
+    memory = chain(memories) if in_a_chain else merge(memories)
+    if against is not None:
+        memory.errors = chain_errors(memories, load_memory(against))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(memory, out)
+    return memory
+
+
+def _hashes(memory: Memory) -> list[str]:
+    return [source["sha256"] for source in memory.sources]
+
+
+def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[RetentionState]]:
+    """The config that they share, and their states."""
+    if not memories:
+        raise ValueError("merging needs at least one memory, got none")
+    first, states = memories[0], []
+    for memory in memories:
+        if memory.model != first.model:
+            raise ValueError(
+                f"memories of different models cannot be merged (fingerprints {first.model[:12]} and "
+                f"{memory.model[:12]}): write them with one model"
+            )
+        if not isinstance(memory.state, RetentionState):
+            raise ValueError("memories of a Transformer cannot be merged: a cache holds tokens, not their sum")
+        if memory.pending:
+            raise ValueError(
+                f"a memory with tokens still to be read ({memory.pending}) cannot be merged: read them first"
+            )
+        if not memory.config:
+            raise ValueError("merging needs the model's config in the memory: write it with this version")
+        states.append(memory.state)
+    return RetNetConfig(**first.config), states
+
+
+def _rotated(state: RetentionState, by: int, config: RetNetConfig) -> list[Tensor]:
+    """The layers as if all tokens stood `by` positions later: their keys' rotation is the state's, exactly."""
+    layers = state.tensors()
+    cos, sin = rotary.phases(
+        torch.tensor([by], device=layers[0].device), layers[0].shape[-2], config.rotary, dtype=layers[0].dtype
+    )
+    return [rotary.rotate(x.mT, cos, sin, config.rotary).mT.contiguous() for x in layers]
+
+
+def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
+    first = memories[0]
+    state = RetentionState(layers, torch.full_like(first.state.position, end))
+    sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]
+    return Memory(state, [], sum(m.tokens for m in memories), first.model, sources, first.config)

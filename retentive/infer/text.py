@@ -1,0 +1,140 @@
+"""From tokens to text: whole characters, stop strings, and prompts that are written on.
+
+    stream_text(generate(model, ids), tokenizer, stop=["\\n"])     text in pieces
+    write_on(model, tokenizer, "Once upon", max_tokens=50)        the prompt and what the model makes of it
+
+`Text` is what both are made of, and the server and the conversation too: ids are pushed into it one by one.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.infer.generate import Token, generate
+from retentive.infer.sample import SamplingParams
+from retentive.models import Model
+from retentive.models.state import State
+
+
+class Text:
+    """The text of ids that are pushed one by one, in whole characters, up to the first of the `stop` strings.
+
+    Text that could be the beginning of a stop string is held back until it is known not to be. `stopped` says that one
+    was met: it and what follows are left out. None is looked for in the first `skip` characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip: int = 0):
+        if any(not s for s in stop):
+            raise ValueError("a stop string must not be empty")
+        self.tokenizer, self.decoder, self.stop, self.skip = tokenizer, tokenizer.stream(), tuple(stop), skip
+        self.held, self.stopped = "", False
+        self.ids: list[int] = []
+        self.pieces: list[str] = []
+        self.given = 0
+        """Characters given out, in `pieces`."""
+        self.decoded = 0
+        """Characters of all ids, as far as they are whole: given out, held back or cut off."""
+        self.ends: list[int] = []
+        """`decoded` after each of the ids."""
+
+    def push(self, id: int) -> str:
+        """What is known to belong to the text now, often empty."""
+        piece = self._release(self.decoder.push(id))
+        self.ids.append(id)
+        self.ends.append(self.decoded)
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        piece = self._release(self.decoder.flush())
+        rest, self.held = self.held, ""
+        self._give(rest)
+        return piece + rest
+
+    def kept_ids(self) -> list[int]:
+        """The ids of the text given out, where some was cut off or held back: the model's own as far as they fit.
+
+        A token may reach over the cut; the text before it is then encoded anew.
+        """
+        fit = bisect_right(self.ends, self.given)
+        whole = self.ends[fit - 1] if fit else 0
+        # the first id that comes to `whole`: those after it are parts of a character that is not there
+        own = self.ids[: bisect_left(self.ends, whole) + 1] if whole else []
+        rest = "".join(self.pieces)[whole:]
+        return own + (self.tokenizer.encode(rest) if rest else [])
+
+    def _release(self, piece: str) -> str:
+        self.decoded += len(piece)
+        skipped, piece = piece[: self.skip], piece[self.skip :]
+        self.skip -= len(skipped)
+        held = self.held + piece
+        cut = min((held.find(s) for s in self.stop if s in held), default=-1)
+        if cut >= 0:
+            self.held, self.stopped = "", True
+            return self._give(skipped + held[:cut])
+        # the longest end that a stop string begins with
+        keep = max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        self.held = held[len(held) - keep :]
+        return self._give(skipped + held[: len(held) - keep])
+
+    def _give(self, piece: str) -> str:
+        self.pieces.append(piece)
+        self.given += len(piece)
+        return piece
+
+
+def stream_text(
+    tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip: int = 0
+) -> Iterator[str]:
+    """The text of `tokens`, in pieces, up to the first of the `stop` strings: see Text."""
+    text = Text(tokenizer, stop, skip=skip)
+    for token in tokens:
+        if piece := text.push(token.id):
+            yield piece
+        if text.stopped:
+            return
+    if piece := text.flush():
+        yield piece
+
+
+def write_on(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    params: SamplingParams | None = None,
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    state: State | None = None,
+    pending: Sequence[int] = (),
+    how: Callable[..., Iterator[Token]] = generate,
+) -> Iterator[str]:
+    """The prompt and what the model makes of it, in pieces, until its document ends or `max_tokens` or `stop` is met.
+
+    The document begins after an end-of-text token, as documents did in training. Token healing: the prompt's last token
+    is taken back and chosen anew among those that begin with its text. "def " ends in a token for the space, but the
+    model has learnt the space as part of the next word's token.
+
+    Args:
+        state: what the model has read before (used up): the prompt goes on from there and from `pending`, ids that were
+            picked but not read.
+        how: `generate`, or what is called as it is.
+    """
+    begin = [tokenizer.eos_id] if state is None else pending
+    ids = [*begin, *tokenizer.encode(prompt)]
+    healed, first_ids = _heal(tokenizer, prompt, ids)
+    if first_ids:
+        ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(healed)], max_tokens + 1
+    yield prompt
+    stop_ids = [tokenizer.eos_id]
+    tokens = how(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, first_ids=first_ids, state=state)
+    yield from stream_text(tokens, tokenizer, stop=stop, skip=len(healed))
+
+
+def _heal(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, list[int] | None]:
+    """(text of the prompt's last token, the tokens that begin with it); ("", None) where it is better left as it is."""
+    tail = tokenizer.decode(ids[-1:]) if len(ids) > 1 else ""
+    if not tail or "\ufffd" in tail or not prompt.endswith(tail):  # part of a character, or no text
+        return "", None
+    first_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).startswith(tail)]
+    return (tail, first_ids) if len(first_ids) > 1 else ("", None)

@@ -1,0 +1,120 @@
+"""Text from a prompt in one call: `retentive.generate`, a string, and `retentive.stream_generate`, as it comes.
+
+All ways of finding tokens stand behind it: sampling, guesses that are checked (`speculative.py`), beam search; from the
+start of a document, or from what a memory file holds.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.infer import Token, write_on
+from retentive.infer import generate as one_by_one
+from retentive.infer.beam import likeliest
+from retentive.infer.memory import Memory, load_memory
+from retentive.infer.sample import SamplingParams
+from retentive.infer.speculative import speculate
+from retentive.models import Model
+
+TEXT = SamplingParams(temperature=0.8, top_p=0.95)
+"""How text is sampled where nothing is said: a little sharper than the model, without its unlikeliest tokens."""
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: str = "",
+    *,
+    max_tokens: int = 200,
+    temperature: float = TEXT.temperature,
+    top_p: float = TEXT.top_p,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    **more: Any,
+) -> str:
+    """What the model writes after `prompt`, without the prompt.
+
+    Args:
+        prompt: what to go on from; the start of a document if empty.
+        max_tokens: tokens to write at most; the text may end before.
+        temperature: divides the logits; 0 always takes the likeliest token (greedy decoding).
+        top_p: only the likeliest tokens whose probabilities sum up to it.
+        seed: the same seed gives the same text; None takes a new one.
+        stop: strings that end the text; they are not part of it.
+        more: all other options of `stream_generate`.
+
+    Raises:
+        ValueError, ArithmeticError: as `stream_generate`.
+    """
+    more |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return "".join(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **more))
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: str = "",
+    *,
+    max_tokens: int = 200,
+    temperature: float = TEXT.temperature,
+    top_k: int = TEXT.top_k,
+    top_p: float = TEXT.top_p,
+    min_p: float = TEXT.min_p,
+    repetition_penalty: float = TEXT.repetition_penalty,
+    bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    memory: Memory | str | Path | None = None,
+    beams: int = 0,
+    lookup: bool = False,
+    draft: Model | None = None,
+) -> Iterator[str]:
+    """What the model writes after `prompt`, in text pieces as they come: the options of `generate`, and these.
+
+    Args:
+        top_k, min_p, repetition_penalty, bias: see `SamplingParams`.
+        memory: what the model has read before the prompt: a file of `retentive memory write`, or what it holds.
+        beams: continuations to follow at once, of which the likeliest is given at the end; 0 samples.
+        lookup: guess tokens from what was written before, several to a call: sooner where the text repeats itself.
+        draft: a smaller model of the same vocabulary that guesses tokens.
+
+    Raises:
+        ValueError: an option that cannot be used, two ways of finding tokens at once, no tokenizer.
+        ArithmeticError: the model's logits are not finite.
+    """
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer, and the model came without one: name one, as load_tokenizer('bytes')")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
+    how = _method(params, beams, lookup, draft)
+    if isinstance(memory, str | Path):
+        memory = load_memory(memory, model)
+    past: dict[str, Any] = {} if memory is None else {"state": memory.state.clone(), "pending": memory.pending}
+    whole = write_on(model, tokenizer, prompt, params, max_tokens=max_tokens, stop=stop, how=how, **past)
+    return _without(len(prompt), whole)
+
+
+def _method(params: SamplingParams, beams: int, lookup: bool, draft: Model | None) -> Callable[..., Iterator[Token]]:
+    """How tokens are found: one by one, by guesses, or by beam search."""
+    if beams < 0:
+        raise ValueError(f"beams must be at least 1, or 0 to sample, got {beams}")
+    if bool(beams) + lookup + (draft is not None) > 1:
+        raise ValueError("beams, lookup and draft exclude each other: choose one")
+    if beams:
+        if params != TEXT:
+            raise ValueError("beams look for the likeliest text: there are no sampling options with them")
+        return partial(likeliest, beams=beams)
+    if draft is not None:
+        return partial(speculate, draft=draft)
+    return speculate if lookup else one_by_one
+
+
+def _without(count: int, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces after the first `count` characters, which are the prompt's."""
+    for piece in pieces:
+        if len(piece) > count:
+            yield piece[count:]
+        count = max(count - len(piece), 0)

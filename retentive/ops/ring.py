@@ -1,0 +1,182 @@
+"""Decoding in place: the state is read once and seldom written, because the last tokens wait in a ring.
+
+    o  = scale * ( exp(G) q S  +  sum_j exp(G - G_j) (q k_j) v_j )      G_j = log decay from the state to token j
+    S' = exp(G_F) S + sum_{j<=F} exp(G_F - G_j) k_j v_j^T               when the ring is full: its older half, F tokens
+
+A decoding step is bound by memory: it reads K x V numbers to do two operations with each. The plain recurrence also
+writes as many. Here they are written once in F steps, for the price of a few rows of k and v. The tokens in the ring
+can be taken back, F of them always (once so many have come), which is what speculative decoding needs.
+
+Token t lies in slot t mod R, R = 2 F. Tokens before `folded` are in the state, the others in the ring.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from retentive.ops.blocked import FORGOTTEN
+from retentive.ops.decay import check_values
+
+
+def slots(K: int, V: int) -> int:
+    """Slots R for which the fewest bytes move: a fold writes K V numbers, a step reads 3/4 R rows of K + V."""
+    ideal = (K * V / (1.5 * (K + V))) ** 0.5
+    return 2 * max(2 ** round(math.log2(ideal)), 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """The state of B sequences while they are decoded: a state, and the tokens that are not yet in it."""
+
+    state: Tensor
+    """`[B,H,K,V]`, float32 or float64: the tokens before `folded`."""
+    k: Tensor
+    """`[B,H,R,K]`, in the dtype of the inputs."""
+    v: Tensor
+    """`[B,H,R,V]`."""
+    log_decay: Tensor
+    """`[B,H,R]`, in the dtype of the state."""
+    written: Tensor
+    """int64 `[B]`: tokens since the ring was opened."""
+    folded: Tensor
+    """int64 `[B]`: how many of them are in the state."""
+    plan: Any = field(default=None, init=False, repr=False)
+    """What the code that steps it has prepared for the next token (cpu.py)."""
+
+    def __post_init__(self):
+        for name, x in self.tensors().items():
+            if isinstance(x, Tensor) and not x.is_contiguous():  # (torch.export puts other things in their places)
+                raise ValueError(f"the tensors of a ring must be contiguous, got {name} with strides {x.stride()}")
+
+    def __reduce__(self):  # a copy has tensors, and so a plan, of its own
+        return Ring, tuple(self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; all have the sequences first."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @staticmethod
+    def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
+        """A ring over `state` `[B,H,K,V]`, which is its own from now on, for k and v of `dtype`.
+
+        Args:
+            size: slots, even; by default such that the fewest bytes move.
+        """
+        B, H, K, V = state.shape
+        R = slots(K, V) if size is None else size
+        if R < 2 or R % 2:
+            raise ValueError(f"a ring needs an even number of slots, got {R}")
+        if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or state.is_inference()):
+            with torch.inference_mode(False):  # what is made in that mode cannot be updated in place after it
+                return Ring.open(state.clone() if state.is_inference() else state, dtype, R)
+        zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
+        k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
+        return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
+
+    @staticmethod
+    def over(state: "Tensor | Ring | None", k: Tensor, v: Tensor) -> "Ring":
+        """`state` as a ring for tokens like k `[B,T,H,K]` and v `[B,T,H,V]`: itself where it is one, else a new one."""
+        if isinstance(state, Ring):
+            if state.k.dtype == k.dtype:
+                return state
+            state = state.to_state()
+        if state is None:
+            B, _, H, K = k.shape
+            state = v.new_zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32))
+        return Ring.open(state, k.dtype)
+
+    def takes(self, q: Tensor) -> bool:
+        """Whether tokens q `[B,T,H,K]` can go into it one after the other: as many as it has slots, in its dtype."""
+        return q.ndim == 4 and q.shape[1] <= self.k.shape[2] and q.dtype == self.k.dtype
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
+        """`f` of every tensor.
+
+        Raises:
+            ValueError: a tensor that comes back is not contiguous.
+        """
+        return Ring(*map(f, self.tensors().values()))
+
+    def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
+        """Sequence `source` of another ring, or of a state, over the one at `row`, in place."""
+        if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.k.dtype == self.k.dtype:
+            for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
+                mine[row] = theirs[source]
+            return
+        whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
+        self.state[row], self.written[row], self.folded[row] = whole, 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors().values())
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens in the ring, oldest first: k `[B,H,R,K]` and v, zeros after the last one; G_j `[B,H,R]`."""
+        R = self.k.shape[2]
+        age_BR = torch.arange(R, device=self.k.device)
+        slot_BHR = ((self.folded[:, None] + age_BR) % R)[:, None].expand(self.log_decay.shape)
+        free_BHR = (age_BR >= (self.written - self.folded)[:, None])[:, None].expand(slot_BHR.shape)
+        k, v = (
+            x.gather(2, slot_BHR[..., None].expand(x.shape)).masked_fill(free_BHR[..., None], 0).to(self.state.dtype)
+            for x in (self.k, self.v)
+        )
+        return k, v, self.log_decay.gather(2, slot_BHR).masked_fill(free_BHR, 0).cumsum(-1)
+
+    def to_state(self) -> Tensor:
+        """The state after all tokens, `[B,H,K,V]`; the ring stays as it is."""
+        return self._fold(self.state, self.written - self.folded)
+
+    def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it, and nothing of others, be it NaN."""
+        k_BHRK, v_BHRV, since_BHR = self.held()
+        last_B11 = (tokens - 1)[:, None, None]
+        later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
+        whole_BH1 = since_BHR.gather(2, last_B11.clamp(min=0).expand(*since_BHR.shape[:2], 1))
+        whole_BH1 = torch.where(last_B11 < 0, 0, whole_BH1)
+        weight_BHR = (whole_BH1 - since_BHR).masked_fill(later_BHR, -torch.inf).exp()
+        k_BHRK, v_BHRV = (x.masked_fill(later_BHR[..., None], 0) for x in (k_BHRK, v_BHRV))
+        return whole_BH1.exp()[..., None] * state + (k_BHRK * weight_BHR[..., None]).mT @ v_BHRV
+
+    def rollback(self, tokens: int | Tensor) -> None:
+        """Takes back the last `tokens` tokens (an integer, or `[B]`).
+
+        Raises:
+            ValueError: more than the ring holds, or fewer than none.
+        """
+        held = self.written - self.folded
+        tokens = torch.as_tensor(tokens, device=held.device)
+        if bool(((tokens < 0) | (tokens > held)).any()):
+            raise ValueError(f"the ring holds {held.tolist()} tokens, cannot take back {tokens.tolist()} of them")
+        self.written.sub_(tokens)
+
+
+pytree.register_dataclass(Ring, serialized_type_name="retentive.Ring")
+
+
+def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
+    """`o` `[B,H,V]` of one more token, which is put into the ring; the arguments are those of `retention_step`.
+
+    In torch's operations: what computes where there is no compiled code (`backends.decode_step`).
+    """
+    check_values(log_decay)
+    R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
+    slot = ring.written % R
+    ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v
+    ring.log_decay[rows, :, slot] = log_decay.clamp(min=FORGOTTEN).expand(q.shape[:2])
+    ring.written.add_(1)
+    q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
+    k_BHRK, v_BHRV, since_BHR = ring.held()
+    whole_BH1 = since_BHR[..., -1:]
+    score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
+    o = whole_BH1.exp()[..., None] * (q_BH1K @ ring.state) + score_BH1R @ v_BHRV
+    full = (ring.written - ring.folded == R).nonzero().squeeze(1)
+    if len(full):
+        ripe = ring.map(lambda x: x[full])
+        ring.state[full] = ripe._fold(ripe.state, torch.full_like(full, R // 2))
+        ring.folded[full] += R // 2
+    return o.squeeze(2).to(v.dtype)

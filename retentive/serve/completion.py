@@ -1,0 +1,345 @@
+"""One request on its way through the engine: submitted, its choices grown, its session's memory kept, and the response.
+
+    completion = Completion(service, request, owner)
+    await completion.begin(client_leaves)           submits it, or is refused
+    await completion.whole() / completion.events()  the response
+    completion.close()                              in any case: whatever still runs gives its slot back
+
+All choices of all prompts of a request share one mailbox, and what has come by the time it is opened goes out together.
+A session is checked out from before its prompt is encoded until the last byte but the closing ones: whoever has got the
+end of an answer may go on with the session at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from retentive.infer.conversation import Conversation
+from retentive.infer.generate import check_prompt
+from retentive.infer.requests import Constraint, Full, Returns
+from retentive.infer.text import Text
+from retentive.serve.async_engine import Mailbox
+from retentive.serve.choices import Choice, Delta, Prompt
+from retentive.serve.errors import Refused, try_later
+from retentive.serve.requests import ChatRequest, CompletionRequest
+from retentive.serve.responses import ChatResponses, CompletionResponses, Responses, event
+from retentive.serve.service import Service
+
+LONG = 20_000
+"""So many characters of a prompt, or log probabilities of a response, are work for a thread."""
+MOST_ECHOED = 1 << 18
+"""Log probabilities of prompts in one response: with one likeliest token each, those of 131,072 tokens."""
+
+log = logging.getLogger("retentive.serve")
+T = TypeVar("T")
+
+
+class ClientLeft(Exception):
+    """Nobody reads the response any more."""
+
+
+class Completion:
+    """One request being answered; see the module.
+
+    Args:
+        owner: whose sessions it may go on with.
+        request_id: what the log calls it.
+    """
+
+    def __init__(self, service: Service, request: ChatRequest | CompletionRequest, owner: str, request_id: str = ""):
+        self.service, self.request, self.owner, self.request_id = service, request, owner, request_id
+        self.began = asyncio.get_running_loop().time()
+        self.n, self.top, self.params = request.n or 1, request.logprob_count, request.sampling()
+        self.max_tokens = request.length(service.options.max_tokens)
+        self.conversation: Conversation = service.new_conversation()
+        self.mailbox = Mailbox()
+        self.prompts: list[Prompt] = []
+        self.choices: list[Choice] = []
+        self.exits = ExitStack()
+        usage = request.stream_options is not None and request.stream_options.include_usage
+        kind: type[Responses] = ChatResponses if isinstance(request, ChatRequest) else CompletionResponses
+        self.responses = kind(service.name, service.tokenizer, logprobs=self.top is not None, usage=usage)
+
+    async def begin(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
+        """Submit it to the engine.
+
+        Args:
+            client_leaves: comes back when the client has left.
+
+        Raises:
+            Refused: anything that is wrong with it, or no room.
+        """
+        request, service = self.request, self.service
+        service.check_model(request.model)
+        request.refuse_what_is_not_served()
+        try:
+            self.exits.enter_context(service.admit())
+            if request.session is not None:
+                checkout = service.sessions.checkout(self.owner, request.session, new=True)
+                self.conversation = self.exits.enter_context(checkout)
+            self._check_fields()
+            constraint = await self._constraint()
+            self.prompts = await _in_thread(request.characters > LONG, partial(request.prompts, self.conversation))
+            self._check_prompts()
+            self.stop_ids, self.stop = request.stops(self.conversation)
+            self.exits.callback(self._cancel)
+            for prompt in self.prompts:
+                self._submit(prompt, constraint)
+        except BaseException:
+            self.close()
+            raise
+        self._watch(client_leaves())
+
+    def close(self) -> None:
+        """Whatever still runs gives its slot back, and the session may be checked out again."""
+        self.exits.close()
+
+    async def whole(self) -> bytes:
+        """The response as one JSON object.
+
+        Raises:
+            Refused: time is out, or the model failed.
+            ClientLeft: the client has left.
+        """
+        parts: list[list[Delta]] = [[] for _ in self.choices]
+        with self._failures():
+            async for deltas in self._deltas():
+                for delta in deltas:
+                    parts[delta.choice].append(delta)
+            await self._remember()
+        self._measure()
+        return await _in_thread(
+            sum(len(delta.logprobs) for part in parts for delta in part) > LONG,
+            partial(self.responses.whole, parts, usage=self._usage(), **self._session()),
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The response in server-sent events. An error that comes too late for a status is an event."""
+        try:
+            with self._failures():
+                if opening := self.responses.opening(len(self.choices)):
+                    yield opening
+                async for deltas in self._deltas():
+                    large = sum(len(delta.logprobs) for delta in deltas) > LONG
+                    yield await _in_thread(large, partial(self.responses.chunks, deltas))
+                await self._remember()
+        except Refused as error:
+            yield event(error.body)
+            return
+        except ClientLeft:
+            return
+        self._measure()
+        closing = self.responses.closing(usage=self._usage(), **self._session())
+        self.close()  # the client may go on with its session
+        yield closing
+
+    # before
+
+    def _check_fields(self) -> None:
+        """Raises Refused for what the engine would not take, with the field at fault."""
+        engine, vocab = self.service.engine, self.service.model.config.vocab_size
+        if self.n > engine.slots:
+            raise Refused(400, f"n must be from 1 to this server's {engine.slots} slots, got {self.n}", param="n")
+        if outside := [id for id in self.params.bias if not 0 <= id < vocab]:
+            raise Refused(400, f"tokens must be in [0, {vocab}), got {outside[0]}", param="logit_bias")
+        most = self.service.options.queue
+        if isinstance(self.request, CompletionRequest) and len(self.request.prompt) > most:
+            message = f"{len(self.request.prompt)} prompts in a request; {most} may wait here"
+            raise Refused(400, message, param="prompt")
+
+    def _check_prompts(self) -> None:
+        """Raises Refused for prompts that are empty, too long, or of ids that are none."""
+        options, param = self.service.options, self.request.prompt_field
+        for prompt in self.prompts:
+            if not prompt.ids:
+                raise Refused(400, "the prompt is empty", param=param)
+            if len(prompt.ids) > options.max_prompt:
+                message = f"the prompt has {len(prompt.ids)} tokens, this server takes {options.max_prompt}"
+                raise Refused(400, message, param=param, code="context_length_exceeded")
+            try:
+                check_prompt(prompt.ids, self.service.model.config.vocab_size)
+            except ValueError as error:
+                raise Refused(400, str(error), param=param) from None
+        echoed = sum(prompt.sent for prompt in self.prompts if prompt.text is not None)
+        if self.top is not None and (asked := echoed * self.n * (1 + self.top)) > MOST_ECHOED:
+            message = f"an echo has at most {MOST_ECHOED} log probabilities, this one would have {asked}"
+            raise Refused(400, message, param="logprobs")
+
+    async def _constraint(self) -> Callable[[], Constraint] | None:
+        """What response_format allows; compiled in a thread."""
+        form = self.request.response_format
+        if form is None or form.type == "text":
+            return None
+        schema: dict[str, Any] = {"type": "object"}
+        if form.type == "json_schema":
+            if form.json_schema is None:
+                raise Refused(400, "json_schema is missing", param="response_format.json_schema")
+            schema = form.json_schema.json_schema
+        try:
+            from retentive.infer.structured import json_schema
+
+            return await asyncio.to_thread(json_schema, schema, self.service.tokenizer)
+        except (ImportError, ValueError) as error:
+            raise Refused(400, str(error), param="response_format") from None
+
+    def _submit(self, prompt: Prompt, constraint: Callable[[], Constraint] | None) -> None:
+        """Its choices; raises Refused where the queue is full."""
+        engine, first, echo = self.service.engine, len(self.choices), prompt.text is not None
+        try:
+            streams = self.conversation.submit(
+                prompt.ids,
+                self.params,
+                max_tokens=max(self.max_tokens, 1),
+                stop_ids=sorted(self.stop_ids),
+                n=self.n,
+                constraint=constraint,
+                returns=Returns(
+                    top=min(self.top or 0, self.service.model.config.vocab_size),
+                    prompt=echo and self.top is not None,
+                    state=self.request.session is not None,
+                ),
+                deliver=engine.into(self.mailbox, first, self.n),
+            )
+        except Full as error:
+            raise try_later(str(error), status=503 if engine.closing else 429) from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        tokenizer = self.service.tokenizer
+        for index, stream in enumerate(streams, first):
+            text = Text(tokenizer, self.stop)
+            logprobs = self.top is not None
+            self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs))
+
+    def _watch(self, client_leaves: Awaitable[None]) -> None:
+        """From now on a client that leaves, and the end of its time, are items of the mailbox like any other."""
+        loop = asyncio.get_running_loop()
+
+        async def wait() -> None:
+            await client_leaves
+            self.mailbox.put(0, ClientLeft())
+
+        self.exits.callback(loop.create_task(wait()).cancel)
+        out_of_time = loop.call_at(self.began + self.service.options.timeout, self.mailbox.put, 0, TimeoutError())
+        self.exits.callback(out_of_time.cancel)
+
+    def _cancel(self) -> None:
+        for choice in self.choices:
+            choice.stream.cancel()
+
+    # meanwhile
+
+    async def _deltas(self) -> AsyncIterator[list[Delta]]:
+        """What has come since the last time, a delta for each choice that grew, until all have ended.
+
+        Raises:
+            ClientLeft, TimeoutError, Refused: the server is stopping; or what has gone wrong in the engine.
+        """
+        left = len(self.choices)
+        while left:
+            items, grown = await self.mailbox.take(), dict[int, Choice]()
+            now = asyncio.get_running_loop().time()
+            for index, item in items:
+                if isinstance(item, Exception):
+                    raise item
+                choice = self.choices[index]
+                if choice.finish is not None:
+                    continue  # what came after a stop string
+                if item is None and choice.stream.reason == "cancelled":
+                    raise try_later("the server is stopping", status=503)
+                if choice.first_at is None:
+                    await _in_thread(choice.prompt.sent > LONG, choice.echo)
+                choice.push(item, now)
+                grown[index] = choice
+                left -= choice.finish is not None
+            if deltas := [delta for choice in grown.values() if (delta := choice.delta())]:
+                yield deltas
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What goes wrong, in words for the client."""
+        try:
+            yield
+        except TimeoutError:
+            message = f"the answer took more than this server's {self.service.options.timeout:g} s"
+            raise Refused(504, message, code="timeout", headers={"x-should-retry": "false"}) from None
+        except (Refused, ClientLeft, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and self.request.response_format is not None:
+                # a grammar that is too large shows only when text comes to the large part of it
+                raise Refused(400, str(error), param="response_format", code="schema_refused") from None
+            log.error("request %s failed", self.request_id, exc_info=error)
+            raise Refused(500, f"the model failed on this request: {error}", code="model_failed") from None
+
+    # after
+
+    async def _remember(self) -> None:
+        """Now the session has read it all; until here it is as it was."""
+        if self.request.session is None:
+            return
+        [choice] = self.choices
+        if choice.text.stopped:  # the stream has read beyond the stop
+            self.conversation.put_off([*choice.prompt.ids, *choice.text.kept_ids()])
+            await self._catch_up()
+            return
+        # the token of an answer of no tokens is nobody's; the end of an answer is the template's
+        made = choice.stream.pending if self.max_tokens else []
+        self.conversation.remember(choice.stream, [id for id in made if id not in self.stop_ids])
+
+    async def _catch_up(self) -> None:
+        """Read what was put off, or where there is no room leave it to the session's next request."""
+        mailbox, conversation, engine = Mailbox(), self.conversation, self.service.engine
+        try:
+            deliver = engine.into(mailbox, 0, 1)
+            [stream] = conversation.submit(
+                conversation.memory.pending, max_tokens=1, returns=Returns(state=True), deliver=deliver
+            )
+        except Full:
+            return
+        try:
+            while stream.reason is None:
+                await mailbox.take()
+        finally:
+            stream.cancel()
+        if stream.state is not None:
+            conversation.remember(stream, [])
+
+    def _usage(self) -> dict[str, Any]:
+        """Tokens read and made, as OpenAI counts them."""
+        read = sum(len(prompt.ids) for prompt in self.prompts)
+        made = sum(len(choice.ids) for choice in self.choices)
+        cached = sum(choice.stream.cached for choice in self.choices[:: self.n])
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": made,
+            "total_tokens": read + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _session(self) -> dict[str, Any]:
+        if self.request.session is None:
+            return {}
+        return {"session": described(self.request.session, self.conversation)}
+
+    def _measure(self) -> None:
+        """Tell the metrics how long it took."""
+        now, metrics = asyncio.get_running_loop().time(), self.service.metrics
+        metrics.seconds.observe(now - self.began)
+        for choice in self.choices:
+            if choice.first_at is not None:
+                metrics.first.observe(choice.first_at - self.began)
+                if len(choice.ids) > 1:
+                    metrics.token.observe((choice.last_at - choice.first_at) / (len(choice.ids) - 1))
+
+
+def described(name: str, conversation: Conversation) -> dict[str, Any]:
+    """A session as clients are told of it."""
+    return {"name": name, "tokens": conversation.memory.tokens, "bytes": conversation.nbytes}
+
+
+async def _in_thread(large: bool, work: Callable[[], T]) -> T:
+    """The result of `work`; if it is `large` from a thread: on the event loop it would hold up everybody's tokens."""
+    return await asyncio.to_thread(work) if large else work()

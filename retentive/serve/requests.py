@@ -1,0 +1,324 @@
+"""What clients send: the fields of OpenAI's requests that are served here, and ours beside them, checked by type.
+
+Fields that are not known are ignored, as OpenAI's server does; known ones that are not served are refused, by name.
+A request knows what of it the model is to read (`prompts`); what becomes of that is `completion.py`.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+
+from retentive.infer import SamplingParams
+from retentive.infer.conversation import NAME, Conversation
+from retentive.serve.choices import Prompt
+from retentive.serve.errors import Refused, field
+from retentive.serve.options import Options
+
+BODY_SECONDS = 60
+"""In which a body must have come, if the server's time-out is not shorter still."""
+COLDEST = 1e-4
+"""Below this temperature the likeliest token is taken: dividing by less would overflow."""
+SHORT_ANSWER = 16
+"""Tokens of a completion whose request does not say, as OpenAI has it."""
+
+Name = Annotated[str, Field(pattern=NAME)]
+T = TypeVar("T", bound=BaseModel)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> Any:
+    """A text, ids, or a list of either, as a list of texts and ids."""
+    prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)) else value
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError("expected a string, a list of token ids, or a list of either")
+    for prompt in prompts:
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and _are_ids(prompt)):
+            raise ValueError("expected a string, a list of token ids, or a list of either")
+    return prompts
+
+
+def _are_ids(value: list) -> bool:
+    return bool(value) and all(type(i) is int for i in value)
+
+
+def _as_text(value: Any) -> Any:
+    """A message's content: a string, or parts that are text."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
+        raise ValueError("expected a string or parts of type text: only text is understood here")
+    return "".join(part["text"] for part in value)
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+# what every token is held against must be little, or one request would take the time of all
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
+]
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Schema(Body):
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_text)]
+
+
+class Generation(Body, ABC):
+    """What both kinds of completion take. null is as good as not given."""
+
+    prompt_field: ClassVar[str]
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: Stops | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    logit_bias: Bias | None = None
+    seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
+    response_format: ResponseFormat | None = None
+    session: Name | None = None
+
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @property
+    @abstractmethod
+    def logprob_count(self) -> int | None:
+        """So many likeliest tokens are to come with each; None for no log probabilities."""
+
+    @property
+    @abstractmethod
+    def characters(self) -> int:
+        """Of all its prompts: how long encoding them may take."""
+
+    @abstractmethod
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """What the model is to read, as ids, where `conversation` goes on with it.
+
+        Raises:
+            Refused: messages that the template refuses.
+        """
+
+    @abstractmethod
+    def length(self, most: int) -> int:
+        """Tokens of an answer at most, on a server that makes no more than `most`.
+
+        Raises:
+            Refused: it asks for more.
+        """
+
+    def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
+        """The ids and the strings that end an answer."""
+        return frozenset({conversation.tokenizer.eos_id}), list(self.stop or ())
+
+    def refuse_what_is_not_served(self) -> None:
+        """Raises Refused for the fields of OpenAI's that this server knows of and has nothing for."""
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self, name):
+                raise Refused(400, f"{name} is not served: use repetition_penalty", param=name)
+        if self.session is not None and (self.n or 1) > 1:
+            raise Refused(400, "a session goes on in one way: n must be 1", param="n")
+
+    def sampling(self) -> SamplingParams:
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return SamplingParams(
+            temperature=temperature if temperature >= COLDEST else 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            bias=self._bias(),
+            seed=self.seed,
+        )
+
+    def _bias(self) -> dict[int, float]:
+        try:
+            return {int(token): value for token, value in (self.logit_bias or {}).items()}
+        except ValueError:
+            raise Refused(400, "the keys of logit_bias must be token ids", param="logit_bias") from None
+
+
+class CompletionRequest(Generation):
+    prompt_field = "prompt"
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.prompt))
+
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """A text begins as documents do, after an end-of-text token; ids are taken as they are."""
+        tokenizer, prompts = conversation.tokenizer, []
+        for prompt in self.prompt:
+            if isinstance(prompt, str):
+                [ids] = tokenizer.encode_batch([prompt])  # which lets other threads run meanwhile, as `encode` does not
+                before, text = conversation.lead, prompt
+            else:
+                ids, before = prompt, conversation.memory.pending
+                text = tokenizer.decode(ids) if self.echo else ""
+            prompts.append(Prompt([*before, *ids], sent=len(ids), text=text if self.echo else None))
+        return prompts
+
+    def length(self, most: int) -> int:
+        asked = min(SHORT_ANSWER, most) if self.max_tokens is None else self.max_tokens
+        return _at_most(most, asked, "max_tokens")
+
+    def refuse_what_is_not_served(self) -> None:
+        super().refuse_what_is_not_served()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise Refused(400, "best_of is not served: ask for n and choose", param="best_of")
+        if self.suffix:
+            raise Refused(400, "suffix is not served: the model writes on, it does not fill in", param="suffix")
+        if self.session is not None and len(self.prompt) > 1:
+            raise Refused(400, "a session goes on in one way: prompt must be one", param="prompt")
+
+
+class ChatRequest(Generation):
+    prompt_field = "messages"
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+
+    @property
+    def logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
+
+    def prompts(self, conversation: Conversation) -> list[Prompt]:
+        """The whole conversation, or in a session what is new of it, as the chat template writes it."""
+        roles = {"developer": "system"}  # the name that OpenAI's newer models have for it
+        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
+        try:
+            return [Prompt(conversation.turn(messages))]
+        except ValueError as error:
+            raise Refused(400, str(error), param="messages", code="template_refuses") from None
+
+    def length(self, most: int) -> int:
+        if self.max_completion_tokens is not None:
+            return _at_most(most, self.max_completion_tokens, "max_completion_tokens")
+        return most if self.max_tokens is None else _at_most(most, self.max_tokens, "max_tokens")
+
+    def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
+        """The template's ends besides."""
+        template = conversation.template
+        return template.stop_ids, [*(self.stop or ()), *template.stop]
+
+    def refuse_what_is_not_served(self) -> None:
+        super().refuse_what_is_not_served()
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                raise Refused(400, f"{name} are not served: ask for JSON with response_format", param=name)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+
+
+def _at_most(most: int, asked: int, param: str) -> int:
+    if asked > most:
+        raise Refused(400, f"{param} is at most {most} on this server, got {asked}", param=param)
+    return asked
+
+
+class Named(Body):
+    name: Name
+
+
+class SaveRequest(Body):
+    session: Name
+    name: Name
+
+
+class RestoreRequest(Body):
+    session: Name
+
+
+async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
+    """The request in the body of an HTTP request.
+
+    Raises:
+        Refused: 400 with the field at fault; 408 too slow, 413 too large, 415 not said to be JSON as it is (which a
+            page of another origin cannot say without asking).
+    """
+    said = http.headers.get("content-type", "").split(";")[0].strip().lower()
+    if said != "application/json":
+        raise Refused(415, f"expected Content-Type: application/json, got {said or 'none'}")
+    if (encoding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise Refused(415, f"bodies are taken as they are, without Content-Encoding: {encoding}")
+    seconds = min(BODY_SECONDS, options.timeout)
+    try:
+        return parse(kind, await asyncio.wait_for(_body(http, options.most_body), seconds))
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not come within {seconds:g} s") from None
+    except ClientDisconnect:
+        raise Refused(499, "the client left") from None
+
+
+async def _body(http: HTTPRequest, most: int) -> bytes:
+    too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large")
+    size = http.headers.get("content-length", "")
+    if size.isdecimal() and int(size) > most:
+        raise too_large
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > most:
+            raise too_large
+    return bytes(body)
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """The request in a JSON body.
+
+    Raises:
+        Refused: 400, with the field at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param, said = field(first["loc"]), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        raise Refused(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code="invalid_json")
+    raise Refused(400, f"{param or 'the body'}: {said}", param=param or None, code="invalid_value")

@@ -1,0 +1,57 @@
+"""The server's life: uvicorn until a signal; then no new requests, those in flight to their ends, and exit code 0."""
+
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from retentive.serve.app import create_app
+from retentive.serve.protocol import bounded
+from retentive.serve.service import Service
+
+
+def serve(service: Service, host: str, port: int) -> None:
+    """Answer on host:port until SIGTERM or SIGINT; a second signal ends it at once. Port 0 takes a free one.
+
+    Raises:
+        OSError: the address is taken, or is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"retentive: serving {service.name} on http://{shown}:{listener.getsockname()[1]}", file=sys.stderr, flush=True
+    )
+    _Server(config(service), service).run(sockets=[listener])
+
+
+def config(service: Service) -> uvicorn.Config:
+    """What uvicorn is told."""
+    return uvicorn.Config(
+        create_app(service), http=bounded(service.options), ws="none",
+        log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
+    )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.draining:
+            sys.stderr.flush()
+            os._exit(128 + sig)  # files are written beside their places: none is left by halves
+        self.service.draining = True
+        print(f"retentive: {signal.Signals(sig).name}: finishing {self.service.in_flight} requests", file=sys.stderr)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: true when the server is to end."""
+        done = self.service.draining and not self.service.in_flight
+        return await super().on_tick(counter) or done

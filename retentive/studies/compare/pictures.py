@@ -1,0 +1,97 @@
+"""Pictures of a comparison: bits per byte by size, learning rate or variant, curves of training, recalled tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from retentive.bench.lab.plot import grid
+from retentive.studies.compare.summary import best_rates
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG: bits per byte by size (of one size, by learning rate or by variant), curves, loss of recalled tokens.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+    """
+    best = best_rates(result["rows"])
+    rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
+    figure, ((left, middle, right),) = grid(title, 1, 3, size=(5.2, 4.6))
+    from matplotlib import colormaps  # grid says it where there is none
+
+    pairs = colormaps["tab20"]  # the ten usual colours, each followed by a lighter one
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    colours = {variant: pairs(2 * n % 20 + n // 10 % 2) for n, variant in enumerate(variants)}
+    if len({row["size"] for row in rows}) > 1:
+        _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
+        _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
+    else:
+        if len({row["lr"] for row in result["rows"]}) > 1:
+            _by_rate(left, result["rows"], colours)
+        else:
+            _by_variant(left, rows, colours, "bits_per_byte", "held-out bits per byte")
+        _by_variant(right, rows, colours, "recalled", "loss of recalled tokens (nats)")
+    _curves(middle, [r for r in result["runs"] if r["lr"] == best[r["size"], r["variant"]]], colours)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _by_size(
+    axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str
+) -> None:
+    for variant, colour in colours.items():
+        mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
+        x, y = [row["block_parameters"] / 1e6 for row in mine], [row[key] for row in mine]
+        errors = [row["half_width"] or 0 for row in mine] if key == "bits_per_byte" else None
+        axis.errorbar(x, y, yerr=errors, color=colour, marker="o", linestyle="none", capsize=3, label=variant)
+        for found in laws:
+            if found["variant"] == variant:
+                fitted = [found["a"] * n ** -found["b"] for n in x]
+                axis.plot(x, fitted, color=colour, linewidth=1, label=f"_{variant}, fitted")
+    axis.set_xscale("log")
+    ticks = sorted({row["block_parameters"] / 1e6 for row in rows})
+    axis.set_xticks(ticks, [f"{n:.1f}" for n in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("parameters in the blocks (millions)")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    for variant, colour in colours.items():
+        mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
+        rates, bits = zip(*mine, strict=True)
+        axis.plot(rates, bits, color=colour, marker="o", label=variant)
+    ticks = sorted({row["lr"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("peak learning rate")
+    axis.set_ylabel("held-out bits per byte")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str) -> None:
+    order = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=True)
+    for n, row in enumerate(order):
+        error = row["half_width"] if key == "bits_per_byte" else None
+        axis.errorbar(row[key], n, xerr=error, color=colours[row["variant"]], marker="o", capsize=3)
+    axis.set_yticks(range(len(order)), [row["variant"] for row in order])
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.3, axis="x")
+
+
+def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    """Held-out bits per byte while training, of the largest size."""
+    largest = max(runs, key=lambda r: r["block_parameters"])["size"]
+    labels: set[str] = set()
+    for r in (r for r in runs if r["size"] == largest):
+        tokens, bits = zip(*r["curve"], strict=True)
+        label = None if r["variant"] in labels else r["variant"]
+        labels.add(r["variant"])
+        axis.plot([t / 1e6 for t in tokens], bits, color=colours[r["variant"]], linewidth=1, label=label)
+    axis.set_title(f"{largest}, every seed", fontsize=9)
+    axis.set_xlabel("tokens trained on (millions)")
+    axis.set_ylabel("held-out bits per byte (the first stretch)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

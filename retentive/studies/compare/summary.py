@@ -1,0 +1,128 @@
+"""What comes out of the runs of a comparison, with its uncertainty: rows, laws of size, and both as Markdown.
+
+Each variant counts at the best of the learning rates that all were given. Uncertainty is that of seeds: initialisation
+and order of the text. A cell has few of them, so that their standard deviation is pooled over all cells of the table
+(it is one noise, nearly), which gives the interval its degrees of freedom. Differences to the baseline, best against
+best, are taken seed by seed, since half of the noise is the order that both share.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from retentive.bench.lab.tables import markdown
+from retentive.evals.stats import half_width, pooled, t95
+
+
+def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """A row for each variant, size and learning rate: means over the seeds; where the rate is the variant's best, the
+    difference to the baseline at its own."""
+    cells: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = {}
+    for r in found:
+        cells.setdefault((r["size"], r["lr"], r["variant"]), {})[r["seed"]] = r
+    bits = {key: [r["bits_per_byte"] for r in cell.values()] for key, cell in cells.items()}
+    best = best_rates({"size": s, "lr": r, "variant": v, "bits_per_byte": np.mean(b)} for (s, r, v), b in bits.items())
+    pairs: dict[tuple[str, float, str], list[float]] = {}
+    for (size, variant), lr in best.items():
+        base, mine = cells.get((size, best.get((size, baseline), lr), baseline), {}), cells[size, lr, variant]
+        shared = [seed for seed in mine if seed in base and variant != baseline]
+        pairs[size, lr, variant] = [mine[seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in shared]
+    spread, freedom = pooled(bits.values())
+    of_pairs, pairs_freedom = pooled(d for d in pairs.values() if d)
+    rows = []
+    for key, cell in cells.items():
+        runs, difference = list(cell.values()), pairs.get(key)
+        row = {"size": key[0], "lr": key[1], "variant": key[2], "seeds": sorted(cell)}
+        row["best_rate"] = best[key[0], key[2]] == key[1]
+        row |= {name: runs[0][name] for name in ("parameters", "block_parameters", "tokens")}
+        row["bits_per_byte"] = float(np.mean(bits[key]))
+        row["half_width"] = half_width(spread, freedom, len(runs))
+        if difference:
+            row["difference"] = float(np.mean(difference))
+            row["difference_half_width"] = half_width(of_pairs, pairs_freedom, len(difference))
+        for part in ("recalled", "others"):
+            losses = [r[part]["loss"] for r in runs if r[part]["loss"] is not None]
+            row[part] = float(np.mean(losses)) if losses else None
+        row["tokens_per_second"] = float(np.median([r["tokens_per_second"] for r in runs]))
+        row["memory"] = max((r["memory"] for r in runs if r.get("memory")), default=None)
+        rows.append(row)
+    return rows
+
+
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Of each size and variant the learning rate that did best."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["size"], row["variant"])
+        if key not in best or row["bits_per_byte"] < best[key]["bits_per_byte"]:
+            best[key] = row
+    return {key: row["lr"] for key, row in best.items()}
+
+
+def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
+    """Rows of all runs, and the laws of those variants that have sizes enough, at the best learning rate of each.
+
+    Runs that did not train (`"failed"` in their record says why) are named, and whoever has one at a rate has no row
+    there.
+    """
+    failed = {(r["size"], r["lr"], r["variant"]) for r in found if "failed" in r}
+    trained = [r for r in found if (r["size"], r["lr"], r["variant"]) not in failed]
+    rows = summary(trained, baseline)
+    best = best_rates(rows)
+    at_best = [r for r in trained if r["lr"] == best[r["size"], r["variant"]]]
+    laws = [law(at_best, variant) for variant in dict.fromkeys(r["variant"] for r in trained)]
+    named = {r["name"]: r["failed"] for r in found if "failed" in r}
+    return {"baseline": baseline, "rows": rows, "laws": [x for x in laws if x], "failed": named, "runs": trained}
+
+
+def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
+    """bits per byte = a * (parameters of the blocks / 10^6)^-b over the runs of a variant; None below three sizes.
+
+    Least squares of logarithms. The interval of b is that of the line's slope: what the runs lie off it, for their seed
+    or because the law does not hold, widens it.
+    """
+    mine = [r for r in found if r["variant"] == variant]
+    if len({r["size"] for r in mine}) < 3:
+        return None
+    x = np.log([r["block_parameters"] / 1e6 for r in mine])
+    y = np.log([r["bits_per_byte"] for r in mine])
+    slope, intercept = np.polyfit(x, y, 1)
+    freedom = len(x) - 2
+    squares = float(((y - slope * x - intercept) ** 2).sum())
+    error = math.sqrt(squares / freedom / float(((x - x.mean()) ** 2).sum()))
+    fitted = {"a": math.exp(intercept), "b": -float(slope), "b_half_width": t95(freedom) * error}
+    return {"variant": variant, **fitted, "runs": len(x)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows and laws in Markdown."""
+    heads = ["size", "variant", "parameters", "seeds", "bits per byte", "± ", f"against {result['baseline']}", "±"]
+    heads += ["recalled", "others", "tokens/s", "memory"]
+    lines = []
+    several = len({row["lr"] for row in result["rows"]}) > 1
+    for row in sorted(result["rows"], key=lambda row: (row["block_parameters"] // 10**5, row["bits_per_byte"])):
+        name = f"{row['variant']}, lr {row['lr']:g}" + " *" * row["best_rate"] if several else row["variant"]
+        cells = [row["size"], name, f"{row['parameters'] / 1e6:.2f} M", str(len(row["seeds"]))]
+        cells += [f"{row['bits_per_byte']:.4f}", _number(row["half_width"]), _number(row.get("difference"), "+.4f")]
+        cells += [
+            _number(row.get("difference_half_width")),
+            _number(row["recalled"], ".3f"),
+            _number(row["others"], ".3f"),
+        ]
+        memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f} GB"
+        cells += [f"{row['tokens_per_second']:,.0f}", memory]
+        lines.append(cells)
+    notes = ["* The best rate of each; differences are taken between these."] if several else []
+    notes += [
+        f"{found['variant']}: bits per byte = {found['a']:.3f} (N / 10^6)^-b, b = {found['b']:.4f} ± "
+        f"{found['b_half_width']:.4f}, N parameters in the blocks, {found['runs']} runs"
+        for found in result["laws"]
+    ]
+    notes += [f"{name} did not train: {why}" for name, why in result["failed"].items()]
+    return "\n\n".join([markdown(heads, lines), *notes])
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,96 @@
+"""A run directory: where a run is written, by one process at a time, and what happens to a run that is there already.
+
+RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
+RUN/train.json                                      the options, for the record and for --resume
+RUN/metrics.jsonl                                   a line per step, evaluation and sample
+RUN/checkpoints/                                    what --resume goes on from, see `checkpoints`
+RUN/.lock                                           held by the process that is at it
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from retentive.data.tokenizer import Tokenizer
+from retentive.train.checkpoints import folders
+
+WRITTEN = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
+"""What goes when a run begins anew; the options and the model's files are replaced, files of others left alone."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run goes."""
+
+    path: Path
+    """The directory, made if need be."""
+    tokenizer: Tokenizer | None = None
+    """Kept beside the model, so that the run alone is enough to write text."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What else to keep in train.json."""
+    existing: Literal["refuse", "resume", "overwrite"] = "refuse"
+    """What is done where a run has left checkpoints; where it has left none, nothing is lost and it begins anew."""
+
+    def check(self) -> None:
+        """Raises FileExistsError unless a run may begin or go on here; changes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file: choose a folder for the run (--out)")
+        if not (self.path / "train.json").exists():
+            if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
+                raise FileExistsError(f"{self.path} holds a model that is no run: choose another --out")
+        elif self.existing == "refuse" and folders(self.path):
+            raise FileExistsError(
+                f"{self.path} already holds a run: add --resume to go on with it, --overwrite to begin anew, "
+                f"or choose another --out"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The directory, made, and no other process's until the block ends.
+
+        Raises:
+            BlockingIOError: another process is at this run.
+        """
+        self.check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                self.check()  # another process may have made a run of it meanwhile
+                if self.existing == "overwrite" or not folders(self.path):
+                    self._clear()
+                yield
+        except Timeout:
+            raise BlockingIOError(f"another process is training the run at {self.path}: wait, or stop that") from None
+
+    def _clear(self) -> None:
+        for name in WRITTEN:
+            path, old = self.path / name, self.path / f".{name}.old"
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+            if path.is_dir():
+                path.rename(old)  # at once: half a checkpoint must not count as one
+                shutil.rmtree(old)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """What a run's train.json holds; {} where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = run / "train.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        _ = found["train"]["precision"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a run's options ({error}): the run cannot go on") from None
+    return found

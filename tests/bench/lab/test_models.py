@@ -1,0 +1,49 @@
+"""The models beside the RetNet, and the correctness gates of whole models."""
+
+import pytest
+import torch
+
+from retentive.bench.lab import models
+from retentive.models import RetNet, RetNetConfig, build, cost
+
+CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+
+
+@pytest.mark.parametrize(("config", "kv_heads"), [(CONFIG, 1), (RetNetConfig(dim=80, heads=10), 2)])
+def test_grouped_heads_are_a_quarter_or_what_divides(config, kv_heads):
+    grouped = models.config_of("grouped", config)
+    assert grouped.kv_heads == kv_heads
+    assert cost.parameters(grouped) == pytest.approx(cost.parameters(config), rel=0.01)
+
+
+def test_names_come_in_one_order_and_retnet_is_among_them(refuses):
+    assert models.chosen(["transformer", "retnet"]) == ["retnet", "transformer"]
+    with refuses("unknown model 'mamba', expected one of retnet, transformer"):
+        models.chosen(["retnet", "mamba"])
+    with refuses("retnet must be among the models"):
+        models.chosen(["transformer"])
+
+
+def test_a_model_is_the_same_every_time():
+    one, two = (models.make("retnet", CONFIG, torch.device("cpu"), torch.bfloat16) for _ in range(2))
+    assert one.head.weight.dtype == torch.bfloat16 and torch.equal(one.head.weight, two.head.weight)
+
+
+def test_forms_and_decoding_that_agree_pass_with_their_difference():
+    # the gate's own bound; float32 sums of 40 tokens differ by 1e-6
+    assert 0 < models.check_forms(build(CONFIG), 40) < models.TOLERANCE
+    assert 0 < models.check_decoding(build(CONFIG)) < models.TOLERANCE
+
+
+def test_decoding_in_bf16_may_be_off_by_its_rounding_and_no_more(monkeypatch, refuses):
+    model = models.make("retnet", CONFIG, torch.device("cpu"), torch.bfloat16)
+    assert models.check_decoding(model) > 0
+    real = RetNet.hidden
+
+    def wrong(self, ids, state=None, **how):
+        x, state = real(self, ids, state, **how)
+        return (2 * x if ids.shape[1] == 1 else x), state
+
+    monkeypatch.setattr(RetNet, "hidden", wrong)
+    with refuses("RetNet decodes logits that are off by", ArithmeticError):
+        models.check_decoding(model)

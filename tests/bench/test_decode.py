@@ -1,0 +1,180 @@
+"""Decoding: states filled as if read, memory by the formulas, the correctness gate, the table and the picture."""
+
+import json
+
+import pytest
+import torch
+
+from retentive import machine
+from retentive.bench import decode
+from retentive.bench.decode import Options
+from retentive.bench.lab import models
+from retentive.models import KVCache, RetNetConfig, Transformer, cost, twin
+
+CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def made_up(sizes, rates):
+    """A tiny size, and a machine whose rates are known."""
+
+
+def measured(**changes):
+    how = dict(size="tiny", vocab_size=31, contexts=(8, 16), batches=(1, 3), precision="fp32", steps=2, repeats=1)
+    how |= dict(models=("retnet", "transformer", "grouped"), device="cpu")
+    return decode.measure(Options(**{**how, **changes}))
+
+
+def test_rows_of_all_rivals():
+    result = measured()
+    assert json.loads(json.dumps(result)) == result
+    assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8), (1, 16), (3, 8), (3, 16)]
+    for row in result["rows"]:
+        for name, found in row["models"].items():
+            config, state = models.config_of(name, CONFIG), found["state_bytes"]
+            held = cost.memory_bytes(config, row["context"], sequences=row["batch"])
+            assert state > held if name == "retnet" else state == held
+            assert found["memory_bytes"] == state + cost.weight_bytes(config)
+            assert found["tokens_per_second"] == pytest.approx(row["batch"] / found["seconds"])
+    assert all(n == pytest.approx(cost.parameters(CONFIG), rel=0.01) for n in result["parameters"].values())
+    assert result["break_even"]["grouped"] > result["break_even"]["transformer"]
+
+
+@pytest.mark.parametrize("name", ["retnet", "transformer", "grouped"])
+@torch.inference_mode()
+def test_a_filled_state_is_one_of_that_many_tokens(name):
+    """It goes through the code that a read one does, and is as large as the formula says."""
+    one = decode.Rival(name, CONFIG, CPU, torch.float32)
+    state = one.fill(3, 10, room=4)
+    assert state.position.tolist() == [10, 10, 10]
+    after = one.step(torch.zeros(3, 1, dtype=torch.int64), state)
+    assert after.position.tolist() == [11, 11, 11]
+    _, read = one.model.hidden(torch.zeros(3, 10, dtype=torch.int64))
+    assert [x.shape for x in state.named().values()] == [x.shape for x in read.named().values()]
+    held = read if isinstance(read, KVCache) else state
+    assert held.nbytes - held.position.nbytes == one.remembers(3, 10)
+
+
+def test_moves_count_weights_and_memory():
+    one = decode.Rival("transformer", CONFIG, CPU, torch.bfloat16)
+    config = twin(CONFIG)
+    assert one.moves(2, 100) == 2 * cost.matrix_parameters(config) + cost.cache_bytes(
+        config, 100, sequences=2, bytes_per_value=2
+    )
+    retnet = decode.Rival("retnet", CONFIG, CPU, torch.bfloat16)
+    assert retnet.moves(2, 100) == retnet.moves(2, 10**6) > 2 * cost.matrix_parameters(CONFIG)
+
+
+def test_what_does_not_fit_in_memory_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 50_000)
+    result = measured(contexts=(8, 64), batches=(3,))
+    small, large = result["rows"]
+    assert "seconds" in small["models"]["retnet"] and large["models"]["transformer"] == {"skipped": "not enough memory"}
+    assert "not enough memory" in decode.table(result)
+
+
+def test_where_retnet_itself_does_not_fit_there_is_still_a_table(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 5_000)
+    result = measured(contexts=(1,), batches=(1,))
+    (row,) = result["rows"]
+    assert row["models"]["retnet"] == {"skipped": "not enough memory"} and "seconds" in row["models"]["transformer"]
+    assert "not enough memory" in decode.table(result)
+
+
+def test_states_that_do_not_fit_together_are_measured_in_batches():
+    needs = {"a": 10, "b": 60, "c": 50, "d": 200, "e": 40}
+
+    class Needs:
+        def __init__(self, need):
+            self.need = need
+
+        def remembers(self, batch, context):
+            return self.need
+
+    rivals = {name: Needs(need) for name, need in needs.items()}
+    assert decode.batches_that_fit(rivals, 1, 1, 100) == ([["a", "b"], ["c", "e"]], ["d"])
+
+
+def test_another_engine_takes_part_where_it_is_installed():
+    pytest.importorskip("transformers")
+    result = measured(models=("retnet", "llama"), contexts=(8,), batches=(2,))
+    (row,) = result["rows"]
+    assert row["models"]["llama"]["seconds"] > 0
+    one = decode.Llama("llama", CONFIG, CPU, torch.float32)
+    with torch.inference_mode():
+        cache = one.fill(2, 8, room=3)
+        ids = torch.zeros(2, 1, dtype=torch.int64)
+        one.step(ids, cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, refuses):
+    real = Transformer.hidden
+
+    def wrong(self, ids, state=None, **how):
+        x, state = real(self, ids, state, **how)
+        return (1.1 * x if ids.shape[1] == 1 else x), state
+
+    monkeypatch.setattr(Transformer, "hidden", wrong)
+    with refuses("Transformer decodes logits that are off by", ArithmeticError):
+        measured()
+
+
+ROWS = [
+    {"batch": 1, "context": c, "models": {"retnet": {"seconds": 2.0}, "transformer": {"seconds": s}}}
+    for c, s in ((512, 1.0), (2048, 2.5), (8192, 9.0))
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (ROWS, "from somewhere between 512 and 2,048 tokens of context on"),
+        (ROWS[1:], "at all of these contexts, from 2,048 tokens,"),
+        (ROWS[:1], "not at the longest of these contexts, 512 tokens,"),
+        ([], None),
+    ],
+)
+def test_from_where_on_a_step_is_shorter(rows, words):
+    assert decode.faster_from(rows, "transformer", 1) == words
+
+
+def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
+    result = measured()
+    table = decode.table(result)
+    heads, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and {line.count("|") for line in (heads, *rows)} == {heads.count("|")}
+    assert "smaller than the cache of Transformer twin from" in table
+    decode.plot(result, tmp_path / "a.png", title="t")
+    names = {models.NAMES[name] for name in ("retnet", "transformer", "grouped")}
+    assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())
+    x, y = lines["RetNet"][0]
+    assert x == [8, 16] and y[0] == y[1]  # memory does not grow
+
+
+def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table(monkeypatch):
+    seconds = {"quiet_seconds": 0.006, "beside_seconds": 0.012, "kept": 0.5, "repeats": 1, "threads": 2}
+    ran = []
+    monkeypatch.setattr(decode.neighbour, "speed_kept", lambda run, *_, **__: ran.append(run()) or dict(seconds))
+    result = measured(models=("retnet",), neighbour=True)
+    per_step = {"quiet_seconds": 0.003, "beside_seconds": 0.006}  # a run is of two steps
+    assert result["neighbour"] == {"batch": 1, "context": 8, **seconds, **per_step} and ran == [None]
+    last = decode.table(result).splitlines()[-1]
+    assert "a step of RetNet (batch 1, context 8) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads)" in last
+    assert "neighbour" not in measured(models=("retnet",), contexts=(8,), batches=(1,))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(precision="fp8"), "unknown precision 'fp8'"),
+        (dict(models=("retnet", "mamba")), "unknown model 'mamba'"),
+        (dict(models=("transformer",)), "retnet must be among the models"),
+        (dict(repeats=0), "repeats must be at least 1, got 0"),
+        (dict(contexts=()), "contexts must be at least 1, got none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(how, words, never_timed, refuses):
+    with refuses(words):
+        measured(**how)

@@ -1,0 +1,23 @@
+"""`retentive info` in a narrow terminal and in a pipe."""
+
+from rich.console import Console
+
+from retentive.cli import main
+from retentive.cli.info import InfoCommand, show
+from retentive.models import PRESETS
+
+
+def test_eighty_columns_hold_all_sizes():
+    console = Console(width=80, force_terminal=True, no_color=True)
+    with console.capture() as shown:
+        show(console, InfoCommand(sizes=True))
+    assert "…" not in shown.get() and all(name in shown.get() for name in PRESETS)
+
+
+def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
+    """Whatever the width of the terminal behind it."""
+    monkeypatch.setenv("COLUMNS", "30")
+    main(["info", "--sizes"])
+    assert "…" not in capsys.readouterr().out
+    main(["info", "5m"])
+    assert "The state is the smaller one from 57 tokens of context on.\n" in capsys.readouterr().out

@@ -1,0 +1,39 @@
+"""What commands for a model share: prompts that are no text, and names in the usage."""
+
+import io
+
+import pytest
+import tyro
+
+from retentive.cli.convert import ConvertCommand
+from retentive.cli.eval import EvalCommand
+from retentive.cli.generate import GenerateCommand
+from retentive.cli.info import InfoCommand
+from retentive.cli.loading import prompt_text
+from retentive.cli.memory import VERBS
+
+COMMANDS = {"generate": GenerateCommand, "eval": EvalCommand, "info": InfoCommand, "convert": ConvertCommand}
+
+
+def test_a_prompt_is_what_it_is_or_standard_input(monkeypatch):
+    assert prompt_text("a café") == "a café"
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines"))
+    assert prompt_text("-") == "two\nlines"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_on_standard_input_are_refused(errors, monkeypatch, refuses):
+    """In the C locale Python decodes them all the same, to lone surrogates that no tokenizer knows."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\x80"), encoding="utf-8", errors=errors))
+    with refuses("standard input is not UTF-8 text"):
+        prompt_text("-")
+    with refuses("the prompt is not UTF-8 text"):
+        prompt_text("a\udcff")
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *VERBS])
+def test_the_usage_names_what_is_wanted(name, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli((COMMANDS | VERBS)[name], args=["--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0].split("\n╭")[0]
+    assert any(word in usage for word in ("RUN", "FILE")) and "STR" not in usage

@@ -1,0 +1,80 @@
+"""`retentive train`'s own: flags that become a run, recipes with errors, and how it ends."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from retentive.cli import main
+from retentive.train import Interrupted, TrainRun
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The runs that the command line would have trained, with their overrides."""
+    calls = []
+    monkeypatch.setattr(TrainRun, "run", lambda run, overrides=None: calls.append((run, set(overrides))))
+    return calls
+
+
+def test_flags_become_a_run(ran):
+    changes = ["--set", "dim=32", "decay=paper", "dropout=0.5"]
+    main(["train", "--data", "d", "--out", "o", "--size", "1m", *changes, "--lr", "0.01", "--no-resume", "--steps=7"])
+    ((run, overrides),) = ran
+    assert run == TrainRun.of("d", "o", size="1m", set={"dim": 32, "decay": "paper", "dropout": 0.5}, lr=0.01, steps=7)
+    assert overrides == {"data", "out", "size", "set", "lr", "resume", "steps"}
+
+
+RECIPE = """
+from retentive.train import TrainRun
+
+def recipe():
+    return TrainRun("d", "o", size="2m", set={"heads": 1})
+"""
+
+
+def test_a_recipe_is_a_run_of_which_everything_is_meant(ran, tmp_path):
+    (tmp_path / "r.py").write_text(RECIPE, encoding="utf-8")
+    main(["train", "--recipe", str(tmp_path / "r.py"), "--batch", "3"])
+    main(["train", "--recipe", str(tmp_path / "r.py"), "--set", "layers=2"])
+    (first, overrides), (second, _) = ran
+    assert first == TrainRun.of("d", "o", size="2m", set={"heads": 1}, batch=3) and second.set == {"layers": 2}
+    assert {"size", "steps", "lr", "mode"} <= overrides
+
+
+BROKEN = {
+    "syntax": ("x = 1\ndef recipe(:\n", "r.py:2: SyntaxError: "),
+    "at-import": ("x = 1\n\ny = x / 0\n", "r.py:3: ZeroDivisionError: division by zero"),
+    "in-the-function": (RECIPE.replace('"2m"', "size"), "r.py:5: NameError: name 'size' is not defined"),
+    "deeper": ("import json\ndef recipe():\n    return json.loads('{')\n", "r.py:3: JSONDecodeError: "),
+    "unknown-option": (RECIPE.replace("size=", "sizes="), "r.py:5: TypeError: "),
+    "a-field-out-of-range": (RECIPE.replace('size="2m"', "resume=True, overwrite=True"), "r.py:5: ValueError: resume"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_error_in_a_recipe_is_told_with_its_line(case, ran, tmp_path, monkeypatch, capsys):
+    text, words = BROKEN[case]
+    monkeypatch.chdir(tmp_path)
+    Path("r.py").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--recipe", "r.py"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"retentive: {words}") and error.count("\n") == 1 and not ran
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)], ids=["SIGINT", "SIGTERM"])
+def test_after_ctrl_c_a_script_does_not_go_on(number, code, monkeypatch, capsys):
+    """`retentive train … && next`: 130, as shells have it; SIGTERM asked for an end, and gets a good one."""
+
+    def stopped(run, overrides=None):
+        raise Interrupted("stopped at step 3 of 4, saved; go on with --resume", number)
+
+    monkeypatch.setattr(TrainRun, "run", stopped)
+    ended = None
+    try:
+        main(["train", "--data", "d", "--out", "o"])
+    except SystemExit as stop:
+        ended = stop.code
+    assert ended == code
+    assert capsys.readouterr().err == "stopped at step 3 of 4, saved; go on with --resume\n"

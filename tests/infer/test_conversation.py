@@ -1,0 +1,110 @@
+"""Conversations: turn by turn from a state gives what reading the whole conversation anew gives."""
+
+from contextlib import closing
+
+import pytest
+import torch
+
+pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
+
+from retentive.data.templates import BUILT_IN, ChatTemplate
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, generate
+from retentive.infer.conversation import Conversation
+from retentive.infer.engine import Engine
+from retentive.infer.memory import blank
+from retentive.models import RetNetConfig, build, twin
+
+CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
+TOKENIZER = ByteTokenizer()
+# ASCII alone, so that its text encodes to its own ids
+GREEDY = SamplingParams(temperature=0, bias={i: -100.0 for i in range(257) if not 32 <= i < 127})
+
+
+@pytest.fixture(params=["retnet", "transformer"])
+def conversation(request):
+    model = build(CONFIG if request.param == "retnet" else twin(CONFIG)).eval()
+    for p in model.parameters():  # peaked enough that greedy choices are no ties
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    engine = Engine(model, slots=1).start()
+    yield Conversation(engine, TOKENIZER, ChatTemplate(BUILT_IN, TOKENIZER, {}, own=False), blank(model))
+    engine.close(drain=False)
+
+
+def say(conversation, message: str) -> str:
+    return "".join(conversation.say(message, GREEDY, max_tokens=12))
+
+
+def anew(conversation, ids: list[int]) -> str:
+    """The answer after `ids` by the plain loop."""
+    return TOKENIZER.decode([t.id for t in generate(conversation.engine.model, ids, GREEDY, max_tokens=12)])
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_three_turns_from_a_state_are_those_of_the_whole_text(conversation):
+    template, ids = conversation.template, []
+    for n, message in enumerate(["Hello", "And then?", "Why"]):
+        ids += template.next(user(message)) if n else template.first(user(message))
+        want = anew(conversation, ids)
+        assert say(conversation, message) == want
+        ids += TOKENIZER.encode(want)
+        assert conversation.memory.tokens + len(conversation.memory.pending) == len(ids)
+    assert conversation.made == 12
+
+
+def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(conversation):
+    with closing(conversation.say("Hello", GREEDY, max_tokens=12)) as pieces:
+        part = next(pieces) + next(pieces)
+    ids = [*conversation.template.first(user("Hello")), *TOKENIZER.encode(part)]
+    assert conversation.memory.pending == ids and conversation.engine.taken == 0
+    ids += conversation.template.next(user("Go on"))
+    assert say(conversation, "Go on") == anew(conversation, ids)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_remembered(conversation):
+    ids = conversation.template.first(user("Hello"))
+    whole = anew(conversation, ids)
+    conversation.template.stop = (whole[5:8],)
+    cut = whole[: whole.find(whole[5:8])]
+    assert say(conversation, "Hello") == cut
+    ids += TOKENIZER.encode(cut)
+    assert conversation.memory.pending == ids
+    conversation.template.stop = ()
+    ids += conversation.template.next(user("More"))
+    assert say(conversation, "More") == anew(conversation, ids)
+
+
+def test_the_end_of_text_is_left_to_the_template(conversation):
+    ids = conversation.template.first(user("Hello"))
+    first = next(iter(generate(conversation.engine.model, ids, GREEDY, max_tokens=1))).id
+    conversation.template.stop_ids = frozenset({first})
+    assert say(conversation, "Hello") == ""
+    assert conversation.memory.pending == [] and conversation.memory.tokens == len(ids)
+
+
+def test_what_is_remembered_has_no_room_in_it_but_its_own(conversation):
+    """Plain tensors, of the tokens read and no more: it is what files and sessions hold."""
+    say(conversation, "Hello")
+    memory = conversation.memory
+    fresh = conversation.engine.model.init_state(1).reserve(memory.tokens)
+    assert memory.nbytes == fresh.nbytes and all(type(x) is torch.Tensor for x in memory.state.named().values())
+    assert conversation.nbytes == memory.nbytes + 8 * len(memory.pending)
+
+
+def test_many_may_begin_from_the_same_memory(conversation):
+    start = conversation.memory
+    other = Conversation(conversation.engine, TOKENIZER, conversation.template, start)
+    first = say(conversation, "Hello")
+    say(conversation, "And then?")
+    assert say(other, "Hello") == first and start.tokens == 0
+
+
+def test_a_text_goes_on_after_what_was_read(conversation):
+    assert conversation.lead == [256] and not conversation.begun
+    conversation.put_off([256, 65])
+    assert conversation.lead == [256, 65] and conversation.begun
+    say(conversation, "Hello")
+    assert conversation.lead == conversation.memory.pending and len(conversation.lead) == 1

@@ -1,0 +1,173 @@
+"""The decoder's contract: with torch against the model's own call, and an engine over a decoder of another make."""
+
+import gc
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+
+from retentive.infer import SamplingParams, generate
+from retentive.infer.cache import PrefixCache
+from retentive.infer.decoder import TorchDecoder, shapes
+from retentive.infer.engine import Engine
+from retentive.infer.memory import tensors
+from retentive.infer.requests import Returns
+from retentive.models import build
+from tests.infer.memories import MODELS, ids
+
+GREEDY = SamplingParams(temperature=0)
+PROMPTS = [ids(n, n) for n in (7, 1, 30, 12)]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    """In float64, where what is packed differs from what is read alone by rounding only."""
+    return build(MODELS[request.param]).double().eval()
+
+
+def packed(parts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([0, *map(len, parts)])
+    return torch.tensor([i for part in parts for i in part]), lengths.cumsum(0)
+
+
+@torch.inference_mode()
+def test_prompts_read_together_are_read_as_each_alone(model, same):
+    decoder = TorchDecoder(model)
+    fresh = [decoder.init_state() for _ in PROMPTS]
+    halves = [part[: len(part) // 2 + 1] for part in PROMPTS], [part[len(part) // 2 + 1 :] for part in PROMPTS]
+    states = decoder.read(*packed(halves[0]), fresh)
+    going = [n for n, part in enumerate(halves[1]) if part]
+    logits, after = decoder.score(*packed([halves[1][n] for n in going]), [states[n] for n in going])
+    assert logits.dtype == torch.float32
+    logits = iter(logits.split([len(halves[1][n]) for n in going]))
+    for n, state in zip(going, after, strict=True):
+        want, end = model(torch.tensor([PROMPTS[n]]))
+        same(next(logits), want[0, -len(halves[1][n]) :].float(), 1e-6)
+        same(tensors(state), tensors(end), 1e-12)
+
+
+@torch.inference_mode()
+def test_decoding_moves_the_first_rows_of_the_pool_in_place(model, same):
+    decoder = TorchDecoder(model)
+    pool = decoder.pool(4).reserve(40)
+    for row, part in enumerate(PROMPTS):
+        (state,) = decoder.read(*packed([part]), [decoder.init_state()])
+        pool.put(row, state)
+    before = [x.clone() for x in tensors(pool.select(torch.tensor([2, 3])))]
+    for token in (5, 6):
+        logits = decoder.decode(torch.tensor([token, token + 1]), pool)
+    for row, last in ((0, [5, 6]), (1, [6, 7])):
+        same(logits[row], model(torch.tensor([[*PROMPTS[row], *last]]))[0][0, -1].float(), 1e-6)
+    assert pool.position.tolist() == [9, 3, 30, 12]
+    same(tensors(pool.select(torch.tensor([2, 3]))), before, 0)
+
+
+@torch.inference_mode()
+def test_after_an_error_nothing_holds_on_to_the_pool(model, monkeypatch):
+    """There was no memory for a step: a new pool must find the old one's."""
+    decoder = TorchDecoder(model)
+    pool = decoder.pool(2).reserve(4)
+    decoder.decode(torch.tensor([1]), pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.decode(torch.tensor([1]), pool)
+    gone = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert gone() is None
+
+
+class Recomputing:
+    """A decoder of another make: its state is the list of ids read so far."""
+
+    def __init__(self, model):
+        self.model, self.vocab_size, self.calls = model, model.config.vocab_size, set()
+
+    def init_state(self):
+        return Past([])
+
+    def adopt(self, state):
+        return state
+
+    def pool(self, slots):
+        return Pool(slots)
+
+    def read(self, ids, cu_seqlens, states):
+        self.calls.add("read")
+        parts = [ids[a:b].tolist() for a, b in pairwise(cu_seqlens)]
+        return [Past([*state.ids, *part]) for state, part in zip(states, parts, strict=True)]
+
+    def score(self, ids, cu_seqlens, states):
+        self.calls.add("score")
+        ends = self.read(ids, cu_seqlens, states)
+        rows = [self._logits(end.ids)[len(start.ids) :] for start, end in zip(states, ends, strict=True)]
+        return torch.cat(rows), ends
+
+    def decode(self, ids, pool):
+        self.calls.add("decode")
+        for row, token in enumerate(ids.tolist()):
+            pool.rows[row].append(token)
+        return torch.stack([self._logits(pool.rows[row])[-1] for row in range(len(ids))])
+
+    def _logits(self, ids):
+        return self.model(torch.tensor([ids]))[0][0].float()
+
+
+class Past:
+    """One sequence that was read."""
+
+    nbytes = 8
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    @property
+    def position(self):
+        return torch.tensor([len(self.ids)])
+
+    def reserve(self, slots):
+        return self
+
+    def clone(self):
+        return Past(list(self.ids))
+
+    def put(self, row, other, source=0):
+        self.ids = list(other.rows[source])
+
+
+class Pool:
+    def __init__(self, slots):
+        self.rows = [[] for _ in range(slots)]
+
+    @property
+    def position(self):
+        return torch.tensor([len(row) for row in self.rows])
+
+    def reserve(self, slots):
+        return self
+
+    def put(self, row, other, source=0):
+        self.rows[row] = list(other.rows[source] if isinstance(other, Pool) else other.ids)
+
+
+def test_the_engine_asks_no_more_than_the_contract():
+    model = build(MODELS["retnet"]).double().eval()
+    decoder = Recomputing(model)
+    engine = Engine(decoder, slots=3, prefill_chunk=8, cache=PrefixCache(1 << 20, every=4))
+    streams = [engine.submit(part, GREEDY, max_tokens=6)[0] for part in [*PROMPTS, PROMPTS[2]]]
+    (scored,) = engine.submit(PROMPTS[0], GREEDY, max_tokens=2, returns=Returns(top=2, prompt=True, state=True))
+    while engine.step():
+        pass
+    for stream, part in zip(streams, [*PROMPTS, PROMPTS[2]], strict=True):
+        assert [t.id for t in stream] == [t.id for t in generate(model, part, GREEDY, max_tokens=6)]
+    assert len(scored.prompt_logprobs) == len(PROMPTS[0]) - 1 and len(scored.prompt_tops[0]) == 2
+    assert scored.state.ids == [*PROMPTS[0], next(iter(scored)).id] and decoder.calls == {"read", "score", "decode"}
+    assert streams[-1].cached > 0
+
+
+def test_shapes_tell_states_of_other_models_apart(model):
+    grown = model.hidden(torch.tensor([ids(9)]))[1]
+    assert shapes(grown) == shapes(model.init_state(1)) != shapes(model.init_state(2))
+    assert shapes(model.init_state(1).for_decoding(torch.float64)) == shapes(model.init_state(1))

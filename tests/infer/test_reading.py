@@ -1,0 +1,103 @@
+"""Reading in prefill chunks is reading at once; what is broken off goes on, and nothing is lost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import reading
+from retentive.infer.memory import blank, head, load_memory, show
+from retentive.infer.reading import Progress, ingest, write_memory
+from retentive.models import RetNetConfig, build
+from tests.infer.memories import MODELS, after, ids, remember
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return build(MODELS[request.param]).eval()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_reading_in_chunks_is_reading(model, chunk, same):
+    tokens = ids(150)
+    with torch.no_grad():
+        want, _ = model(torch.tensor([[*tokens, 5, 6]]))
+    seen = [m.tokens for m in ingest(model, [tokens[:40], [], tokens[40:41], tokens[41:]], blank(model), chunk=chunk)]
+    assert seen == [min(n, 150) for n in range(chunk, 150 + chunk, chunk)]
+    got = after(model, remember(model, tokens, chunk=chunk), [5, 6])
+    same(got, want[:, -2:], 1e-4)  # float32, summed in other orders
+
+
+def test_pending_tokens_are_read_first(model, same):
+    memory = remember(model, ids(20))
+    memory.pending = [7, 8]
+    more = remember(model, [9], memory)
+    assert more.tokens == 23 and more.pending == []
+    same(after(model, more, [1]), after(model, remember(model, [*ids(20), 7, 8, 9]), [1]), 1e-4)
+
+
+def test_a_model_of_nan_remembers_nothing(model, refuses):
+    with torch.no_grad():
+        model.blocks[0].ffn.up_proj.weight.fill_(float("nan"))
+    with refuses("the model's output is not finite after 7 tokens", ArithmeticError):
+        list(ingest(model, [ids(20)], blank(model), chunk=7))
+
+
+# documents
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> list[Path]:
+    """Three stories of some 600 bytes; prefill chunks of 256 tokens."""
+    monkeypatch.setattr(reading, "ingest", lambda *args: ingest(*args, chunk=256))
+    files = [tmp_path / f"{n}.txt" for n in range(3)]
+    for n, file in enumerate(files):
+        file.write_text(f"The café number {n} has a view of the river.\n" * 13, encoding="utf-8")
+    return files
+
+
+@pytest.fixture
+def reader():
+    return build(RetNetConfig(vocab_size=257, dim=16, layers=2, heads=2)).eval(), ByteTokenizer()
+
+
+def test_progress_goes_from_nothing_to_all(reader, texts, tmp_path):
+    told: list[Progress] = []
+    memory = write_memory(*reader, texts, tmp_path / "a.mem", tell=told.append)
+    assert [p.tokens for p in told[:2]] == [256, 512] and told[-1].tokens == memory.tokens
+    shares = [p.share for p in told]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[-1] == 1
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    told.clear()
+    write_memory(*reader, [texts[0], tmp_path / "rows.jsonl"], tmp_path / "b.mem", tell=told.append)
+    assert {p.share for p in told} == {None}  # how much of those lines is text is not known before
+
+
+def test_progress_of_documents_read_apart(reader, texts, tmp_path):
+    told: list[Progress] = []
+    memory = write_memory(*reader, texts, tmp_path / "a.mem", separate=True, tell=told.append)
+    assert told[-1] == (memory.tokens, 1.0) and len(told) > 2 * 3  # each document twice, in several chunks
+    tokens = [p.tokens for p in told]
+    assert tokens == sorted(tokens)
+
+
+def test_what_a_killed_process_had_read_is_there(reader, texts, tmp_path, monkeypatch):
+    """Killed without a chance to save: what was saved as time went by is gone on from."""
+    whole = write_memory(*reader, texts, tmp_path / "whole.mem")
+    monkeypatch.setattr(reading, "SAVE_EVERY", 0.0)
+
+    def killed(progress: Progress) -> None:
+        if progress.tokens > 1000:
+            raise RuntimeError("kill -9")
+
+    with pytest.raises(RuntimeError):
+        write_memory(*reader, texts, tmp_path / "a.mem", tell=killed)
+    assert head(tmp_path / "a.mem.unfinished")["tokens"] == 768
+    first: list[Progress] = []
+    write_memory(*reader, texts, tmp_path / "a.mem", tell=first.append)
+    assert first[0].tokens > 768
+    assert show(tmp_path / "a.mem")["sources"] == whole.sources and not (tmp_path / "a.mem.unfinished").exists()
+    got = load_memory(tmp_path / "a.mem").state
+    for x, y in zip(got.layers, whole.state.layers, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # float32, other chunks

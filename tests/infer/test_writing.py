@@ -1,0 +1,120 @@
+"""`retentive.generate` and `retentive.stream_generate`: the library's own tokens as text, without the prompt."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import torch
+
+import retentive
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, write_on
+from retentive.infer.memory import save
+from retentive.infer.writing import TEXT
+from retentive.models import RetNetConfig, build
+from tests.infer.memories import remember
+
+PROMPT = "The café "
+
+
+@pytest.fixture
+def model():
+    out = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)).eval()
+    for p in out.parameters():  # peaked enough that greedy choices are no ties
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    return out
+
+
+@pytest.fixture
+def tokenizer():
+    return ByteTokenizer()
+
+
+def expected(model, tokenizer, params: SamplingParams, prompt: str = PROMPT, **how) -> str:
+    return "".join(write_on(model, tokenizer, prompt, params, max_tokens=30, **how))[len(prompt) :]
+
+
+SAMPLING = {
+    "default": {"seed": 3},
+    "greedy": {"temperature": 0},
+    "filtered": {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3, "seed": 5},
+    "biased": {"bias": {101: 5.0}, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_the_text_is_that_of_the_tokens(case, model, tokenizer):
+    params = SamplingParams(**{"temperature": 0.8, "top_p": 0.95, **SAMPLING[case]})
+    text = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, **SAMPLING[case])
+    assert text == expected(model, tokenizer, params) and len(text) > 9
+    pieces = list(retentive.stream_generate(model, tokenizer, PROMPT, max_tokens=30, **SAMPLING[case]))
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
+def test_other_ways_of_finding_the_likeliest_text(model, tokenizer):
+    greedy = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0)
+    for how in ({"lookup": True}, {"draft": model}):
+        assert retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, **how) == greedy
+    assert retentive.generate(model, tokenizer, PROMPT, max_tokens=30, beams=1) == greedy
+
+
+def test_it_goes_on_from_a_memory_as_often_as_asked(model, tokenizer, tmp_path):
+    memory = remember(model, [256, *tokenizer.encode("Once upon ")])
+    save(memory, tmp_path / "a.mem")
+    want = retentive.generate(model, tokenizer, "Once upon a time", max_tokens=20, temperature=0)
+    for past in (memory, memory, tmp_path / "a.mem", str(tmp_path / "a.mem")):
+        assert retentive.generate(model, tokenizer, "a time", max_tokens=20, temperature=0, memory=past) == want
+
+
+def test_it_ends_at_a_stop_string(model, tokenizer):
+    whole = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0)
+    stop = whole[10:12]
+    text = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, stop=[stop])
+    assert text == whole[: whole.index(stop)]
+
+
+def test_every_field_of_the_sampling_is_an_option(model):
+    options = inspect.signature(retentive.stream_generate).parameters
+    for f in fields(SamplingParams):
+        assert options[f.name].default == (getattr(TEXT, f.name) or None if f.name == "bias" else getattr(TEXT, f.name))
+
+
+REFUSED = {
+    "max-tokens": ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+    "temperature": ({"temperature": -1}, "temperature must be at least 0, got -1"),
+    "seed": ({"seed": 2**70}, "seed must be from -2^63 to 2^63 - 1, got"),
+    "two-ways": ({"beams": 2, "lookup": True}, "beams, lookup and draft exclude each other"),
+    "negative-beams": ({"beams": -1}, "beams must be at least 1, or 0 to sample, got -1"),
+    "sampled-beams": ({"beams": 2, "top_p": 0.5}, "beams look for the likeliest text"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_cannot_be_used(case, model, tokenizer, refuses):
+    """At the call, not at the first piece."""
+    options, words = REFUSED[case]
+    with refuses(words):
+        retentive.stream_generate(model, tokenizer, PROMPT, **options)
+
+
+def test_a_model_without_a_tokenizer(model, refuses):
+    with refuses("text needs a tokenizer"):
+        retentive.generate(model, None, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 0}, {"beams": 2}, {"lookup": True}, {"draft": True}],
+    ids=lambda how: "".join(how) or "-",
+)
+def test_weights_of_nan_write_nothing(how, model, tokenizer, refuses):
+    with torch.no_grad():
+        model.blocks[0].retention.k_proj.weight.fill_(float("nan"))
+    how = {"draft": model} if "draft" in how else how
+    with refuses("the model's logits are not finite", ArithmeticError):
+        retentive.generate(model, tokenizer, PROMPT, **how)
+
+
+def test_an_endless_temperature_picks_all_tokens_alike(model, tokenizer):
+    """Of those allowed: the first token after "The" must begin with its last letter."""
+    assert retentive.generate(model, tokenizer, "The", temperature=1e308, top_p=1.0, seed=0, max_tokens=40)

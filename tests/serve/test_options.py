@@ -1,0 +1,33 @@
+"""Options that make no sense are refused at the start, by name."""
+
+from retentive.serve.options import Options
+
+
+def test_options_that_make_no_sense(refuses, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for options, words in (
+        (dict(slots=0), "--slots must be above 0, got 0"),
+        (dict(max_prompt=-1), "--max-prompt must be above 0, got -1"),
+        (dict(timeout=float("nan")), "--timeout must be above 0"),
+        (dict(cache=-1), "--cache must be at least 0"),
+        (dict(cors=("junk",)), "--cors takes origins such as https://example.org (no path), or *, got 'junk'"),
+        (dict(cors=("https://example.org/",)), "got 'https://example.org/'"),
+        (dict(states=file), f"--states is a folder, but {file} is a file"),
+        (dict(cache_folder=file), f"--cache-folder is a folder, but {file} is a file"),
+        (dict(api_key=("",)), "an API key must be printable"),
+        (dict(api_key=("a\nb",)), "an API key must be printable"),
+    ):
+        with refuses(words):
+            Options(**options)
+
+
+def test_keys_of_the_environment_are_let_in_too():
+    options = Options(api_key=("a",), slots=3)
+    assert options.with_keys_of({"RETENTIVE_API_KEY": " b, c ,,"}) == Options(api_key=("a", "b", "c"), slots=3)
+    assert options.with_keys_of({}) == options
+
+
+def test_origins_of_all_kinds_are_taken():
+    for origin in ("*", "http://localhost:9142", "https://example.org", "chrome-extension://abcdef", "http://[::1]:80"):
+        assert Options(cors=(origin,)).cors == (origin,)

@@ -1,0 +1,50 @@
+"""What a service says of itself, and what it is refused for."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.models import RetNetConfig, build
+from retentive.serve.errors import Refused
+from retentive.serve.options import Options
+from retentive.serve.service import open_service
+
+
+def test_the_info_for_the_page(server):
+    info = server.http().get("/v1/info").json()
+    model = server.service.model
+    assert info["model"] == server.service.name and info["kind"] == type(model).__name__
+    assert info["parameters"] == sum(p.numel() for p in model.parameters())
+    assert info["state_bytes"] == model.init_state(1).nbytes and info["context"] is None and info["chat"] is False
+
+
+def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refuses):
+    with refuses("--slots 1000000000 need"):
+        open_service(runs / "retnet", Options(slots=10**9))
+
+
+def test_completions_in_flight_are_counted_and_bounded(runs):
+    service = open_service(runs / "retnet", Options(slots=1, queue=1))
+    with ExitStack() as open:
+        for _ in range(8):
+            open.enter_context(service.admit())
+        with pytest.raises(Refused, match="8 requests are in flight already") as full:
+            open.enter_context(service.admit())
+        assert full.value.status == 429
+    assert service.in_flight == 0
+    service.draining = True
+    with pytest.raises(Refused, match="stopping") as stopping, service.admit():
+        pass
+    assert stopping.value.status == 503
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, refuses):
+    """A table has rows to spare, but not most of them."""
+    for vocab in (300, 4096):
+        model = build(RetNetConfig(vocab_size=vocab, dim=32, layers=1, heads=2))
+        save_model(tmp_path / str(vocab), model, ByteTokenizer())
+    assert open_service(tmp_path / "300").tokenizer.vocab_size == 257
+    with refuses("the tokenizer has 257 tokens, the model 4096: they do not belong together"):
+        open_service(tmp_path / "4096")

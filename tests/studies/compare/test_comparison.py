@@ -1,0 +1,69 @@
+"""The plan of a comparison: every run once, checked before any begins, and the same after a trip through JSON."""
+
+from dataclasses import replace
+
+import pytest
+
+from retentive.data.pack import pack
+from retentive.data.sources import Document
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.studies.compare import Comparison
+from retentive.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    text = [Document("a", "a text of some length, " * 20)]
+    pack(folder, ByteTokenizer(), text, text)
+    return folder
+
+
+@pytest.fixture
+def comparison(packed, tmp_path) -> Comparison:
+    return Comparison(data=packed, out=tmp_path / "out", length=16)
+
+
+def test_a_plan_is_every_run_once_a_seed_after_the_other(comparison):
+    wide = replace(comparison, variants=("retnet", "gated"), sizes=("1m", "5m"), seeds=(0, 7), lrs=(1e-3, 2e-3))
+    runs = wide.plan()
+    assert len(runs) == len({run.name for run in runs}) == 16
+    assert [run.seed for run in runs] == [0] * 8 + [7] * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(variants=("retnet", "gpt")), "unknown variant 'gpt', expected one of retnet"),
+        (dict(variants=()), "no variant given"),
+        (dict(seeds=()), "no seed given"),
+        (dict(sizes=("1m", "1m")), "a size is given twice"),
+        (dict(sizes=("9z",)), "unknown size '9z'"),
+        (dict(variants=("retnet", "retnet")), "a variant is given twice"),
+        (dict(jobs=0), "--jobs must be at least 1, got 0"),
+        (dict(length=100_000), "too little held-out text for windows of 100000 tokens"),
+        (dict(train=TrainConfig(seed=7)), "--seed is not for comparisons, got 7: name them with --seeds"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused_before_anything_is_written(changes, words, comparison, refuses):
+    with refuses(words):
+        replace(comparison, **changes).run()
+    assert not comparison.out.exists()
+
+
+def test_a_missing_library_is_told_before_anything_is_trained(comparison, monkeypatch, refuses):
+    monkeypatch.setattr("retentive.studies.compare.comparison.find_spec", lambda name: None)
+    with refuses("pip install 'retentive[peers]'", ModuleNotFoundError):
+        replace(comparison, variants=("retnet", "llama")).run()
+
+
+def test_a_worker_is_told_the_whole_comparison(comparison):
+    told = replace(comparison, lrs=(1e-3,), seeds=(3,), train=TrainConfig(steps=7, clip=0.5), mixed=True)
+    assert Comparison.from_description(told.described()) == told
+
+
+def test_a_run_is_what_train_would_do_at_its_rate_and_seed(comparison):
+    run = replace(comparison, variants=("gated",), seeds=(5,), lrs=(3e-3,)).plan()[0]
+    made = comparison.train_run(run)
+    assert (made.train.lr, made.train.seed, made.resume, made.out.name) == (3e-3, 5, True, "gated_1m_lr0.003_seed5")
+    assert made.config(257).decay == "gated" and made.set["score_norm"] is False

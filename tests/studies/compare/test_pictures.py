@@ -1,0 +1,19 @@
+"""The picture of a comparison shows every variant."""
+
+import pytest
+
+from retentive.studies.compare import pictures, summary
+from tests.studies.compare.made_up import record
+
+
+@pytest.mark.parametrize("sizes", [["1m"], ["1m", "2m", "5m"]], ids=["one-size", "three-sizes"])
+def test_the_picture_shows_every_variant(sizes, tmp_path, lines):
+    found = [
+        record(variant, 2.0 - 0.1 * n - 0.01 * seed, size=size, seed=seed, parameters=(n + 1) * 10**6)
+        for n, size in enumerate(sizes)
+        for seed in (0, 1)
+        for variant in ("retnet", "transformer")
+    ]
+    pictures.plot(summary.report(found, "retnet"), tmp_path / "a.png", title="t")
+    assert {"retnet", "transformer"} <= set(lines)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,111 @@
+"""The queue: workers of their own, what is done stays done, a stop at any time, memory of each run alone."""
+
+import json
+import signal
+import threading
+import time
+
+import pytest
+
+from retentive.studies.compare import queue
+from retentive.studies.compare.records import Run
+from retentive.train import Interrupted
+
+FAKE = """
+import json, signal, sys, time
+folder, how = sys.argv[1:]
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+print("begun", flush=True)
+if how == "waits":
+    while not stopped:
+        time.sleep(0.01)
+    sys.exit(130)
+if how == "fails":
+    sys.exit(2)
+from pathlib import Path
+Path(folder).mkdir(exist_ok=True)
+record = {"name": Path(folder).name, "about": {"train": {}}, "bits_per_byte": 2.5}
+record["hardware"] = {"cpu": "a", "threads": 1, "gpu": "none"}
+Path(folder, "compared.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """`tasks("done", "waits", …)`: a task each whose worker does that."""
+    script = tmp_path / "worker.py"
+    script.write_text(FAKE, encoding="utf-8")
+    real = queue.subprocess.Popen
+
+    def start(command, **how):
+        task = json.loads(command[-1])
+        return real([command[0], str(script), *task], **how)
+
+    monkeypatch.setattr(queue.subprocess, "Popen", start)
+
+    def make(*hows):
+        folders = [tmp_path / "out" / f"{n}-{how}" for n, how in enumerate(hows)]
+        runs = [Run(how, "1m", n, 1e-3) for n, how in enumerate(hows)]
+        about = {"train": {"steps": 10}}
+        wanted = [about if how == "waits" else {"train": {}} for how in hows]
+        orders = [json.dumps([str(f), how]) for f, how in zip(folders, hows, strict=True)]
+        return [queue.Task(*x) for x in zip(runs, folders, wanted, orders, strict=True)]
+
+    return make
+
+
+def work(tasks, *, jobs=1, say=lambda line: None, progress=lambda line: None):
+    queue.work(tasks, jobs=jobs, say=say, progress=progress)
+
+
+def test_all_are_done_and_told_and_not_done_again(tasks):
+    lines = []
+    both = tasks("done", "done")
+    work(both, say=lines.append)
+    assert [line.rpartition(" (")[2] for line in lines] == ["1 of 2)", "2 of 2)"] and "2.5000 bits per byte" in lines[0]
+    lines.clear()
+    work(both, say=lines.append)
+    assert not lines
+
+
+def test_a_failure_stops_the_queue_and_the_others_save(tasks):
+    failing, waiting, never = tasks("fails", "waits", "done")
+    with pytest.raises(ChildProcessError, match="ended with exit code 2, it says why above"):
+        work([failing, waiting, never], jobs=2)
+    assert not never.done
+
+
+def test_what_another_process_is_at_is_left_to_it(tasks):
+    one, other = tasks("done", "done")
+    one.folder.parent.mkdir()
+    with one.lock:
+        work([one, other])
+    assert other.done and not one.done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_time_ends_all_and_nothing_more_begins(number, tasks):
+    """Also between two runs, or while one is scored: the queue itself listens, not the training loop."""
+    told = threading.Event()
+    stop = threading.Thread(target=lambda: (told.wait(30), signal.raise_signal(number)), daemon=True)
+    stop.start()
+    waiting, never = tasks("waits", "done")
+    with pytest.raises(Interrupted, match="stopped with 0 of 2 runs done, all else saved") as caught:
+        work([waiting, never], progress=lambda line: told.set())
+    assert caught.value.number == number and not never.done
+
+
+def test_a_record_of_another_comparison_is_refused(tasks, refuses):
+    (one,) = tasks("done")
+    work([one])
+    with refuses("is of another comparison (steps None, now 5): choose another --out"):
+        work([one._replace(about={"train": {"steps": 5}})])
+
+
+def test_progress_is_read_off_the_metrics(tmp_path):
+    task = queue.Task(Run("retnet", "1m", 0, 1e-3), tmp_path, {"train": {"steps": 40}}, "")
+    job = queue.Job(task, None, time.monotonic() - 10)
+    assert job.progress() == "retnet_1m_lr0.001_seed0: begins"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n{"step": 10}\n', encoding="utf-8")
+    assert job.progress().startswith("retnet_1m_lr0.001_seed0: step 10/40, 30")  # as long again for each ten

@@ -1,0 +1,128 @@
+"""The pages of docs/: their Python runs, in order, on tiny models; their commands parse; their links lead somewhere.
+
+A block of Python that is followed by a block of text has printed that text. `make docs` builds the site from the pages.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+import retentive
+from retentive import cli
+from retentive.checkpoint import save_model
+from retentive.data.pack import pack
+from retentive.data.sources import Document
+from retentive.data.tokenizer import train_bpe
+from retentive.models import RetNet, preset
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if page.name != "LOG.md")
+ROOMS = sorted(folder.parent.name for folder in Path(retentive.__file__).parent.glob("*/__init__.py"))
+EXTRAS = ("lm_eval", "llguidance", "openai")  # blocks that import one which is not installed are skipped
+COMPILED_ONLY = {"scale-out.md": "talks with a server"}
+PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
+
+
+def read(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What the pages speak of: my_texts/, data/mine packed from it, and an untrained model of the smallest size."""
+    root = tmp_path_factory.mktemp("docs")
+    texts = [f"Once upon a time, {n} foxes lived in a wood.\n" * 40 for n in range(12)]
+    (root / "my_texts").mkdir()
+    for n, text in enumerate(texts):
+        (root / "my_texts" / f"{n}.txt").write_text(text, encoding="utf-8")
+    tokenizer = train_bpe(texts, 300)
+    found = [Document(str(n), text) for n, text in enumerate(texts)]
+    pack(root / "data" / "mine", tokenizer, found[2:], found[:2])
+    torch.manual_seed(0)
+    save_model(root / "runs" / "mine", RetNet(preset("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
+    (root / "runs" / "demo").symlink_to("mine")
+    return root
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if PYTHON.search(read(page))])
+def test_python(page, place, monkeypatch):
+    monkeypatch.chdir(place)
+    names: dict = {"__name__": page}
+    for code, output in PYTHON.findall(read(page)):
+        compiled = compile(code, page, "exec")
+        missing = [name for name in EXTRAS if f"import {name}" in code and not importlib.util.find_spec(name)]
+        if page in COMPILED_ONLY or missing:
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compiled, names)
+        assert not output or printed.getvalue() == output
+
+
+class Parsed(BaseException):
+    """A command line was understood; nothing is to be done about it."""
+
+
+def commands(text: str) -> list[str]:
+    """Lines that call `retentive`, in blocks of shell or indented, without remarks."""
+    shell = "\n".join(re.findall(r"^```(?:sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    indented = re.findall(r"^    (?=(?:\w+=\S+ )?retentive ).*$", text, re.MULTILINE)
+    lines = [*shell.splitlines(), *indented]
+    found = [re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )?(retentive .*)", line) for line in lines]
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(read(page))])
+def test_commands_parse(page, monkeypatch):
+    parse = tyro.cli
+
+    def parsed(*args, **options):
+        parse(*args, **options)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", parsed)
+    monkeypatch.chdir(ROOT)  # where recipes/ is
+    for command in commands(read(page)):
+        words = [word.replace("…", "") or "x" for word in shlex.split(command, comments=True)[1:]]
+        with pytest.raises(Parsed):
+            cli.run([{"SIZE": "5m", "RUN": "runs/mine"}.get(word, word) for word in words])
+
+
+@pytest.mark.parametrize("command", ["retentive train --data a --out b --sise 5m", "retentive teach"])
+def test_the_check_of_commands_sees_a_flag_that_is_not_there(command):
+    with pytest.raises((SystemExit, ValueError)):
+        cli.run(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!\w+:)([^)\s#]+)", read(page)):
+        target = (DOCS / page).parent / link
+        made = target.name == "tables.md"  # by docs/hooks.py, when the site is built
+        assert target.exists() or made, link
+
+
+def test_every_page_has_its_place_in_the_site():
+    listed = re.findall(r": ([\w/.-]+\.md)$|- ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = {a or b for a, b in listed}
+    made = {"CHANGELOG.md", "CONTRIBUTING.md", "results/tables.md", "results/files.md"}
+    made |= {f"results/{page.name}" for page in (ROOT / "results").glob("*.md") if page.name != "README.md"}
+    assert listed == made | {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_its_page_of_api(room):
+    assert f"<!-- modules of retentive.{room}: " in read(f"api/{room}.md")
+
+
+def test_one_address_of_the_repository():
+    files = ["README.md", "pyproject.toml", "mkdocs.yml", "CITATION.cff", "docs/index.md"]
+    found = {file: set(re.findall(r"github\.com/([\w.-]+/retentive)\b", (ROOT / file).read_text())) for file in files}
+    assert len(set.union(*found.values())) == 1 and all(found.values()), found

@@ -1,0 +1,84 @@
+"""What people and other programs are told: lines, sizes, and the writers of TensorBoard and W&B, really run."""
+
+import json
+
+import pytest
+
+from retentive.evals.heldout import HeldOut
+from retentive.train import TrainConfig
+from retentive.train.log import Log, check_extras
+
+STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5, "memory": 2**30}
+
+
+def write(folder, config) -> None:
+    """Two steps, an evaluation and a sample."""
+    folder.mkdir()
+    with Log(folder, config, start=0) as log:
+        for step in (1, 2):
+            log.step({"step": step, **STEP, "loss": 2.5 / step})
+        log.held_out(2, HeldOut(2.0, 3.0, 40, 2_500_000))
+        log.held_out(2, HeldOut(2.0, 3.5, 400, 12_345), last=True)
+        log.sample(2, "some text")
+
+
+def test_an_evaluation_at_the_end_is_told_from_the_one_before_it(tmp_path, capsys):
+    write(tmp_path / "run", TrainConfig(steps=2))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
+    assert lines == [
+        "step 2: held-out 3.000 bits per byte of 2.50 MB",
+        "step 2: held-out 3.500 bits per byte of 12.3 kB (the longer part, read once at the end)",
+    ]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra `log` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path / "run", TrainConfig(steps=2, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
+    assert [(e.step, e.value) for e in events.Scalars("final_bits_per_byte")] == [(2, 3.5)]
+    assert "sample" not in events.Tags()["scalars"]
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """The library as in a new process of somebody who has never logged in."""
+    library = pytest.importorskip("wandb", reason="the extra `log` is not installed")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    library.teardown()
+    yield library
+    library.teardown()
+
+
+@pytest.mark.filterwarnings("default")  # wandb's own
+def test_wandb_keeps_what_was_written(tmp_path, monkeypatch, wandb):
+    """Offline: the records go into a file that `wandb sync` would upload."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = TrainConfig(steps=2, wandb="project")
+    check_extras(config)
+    write(tmp_path / "run", config)
+    wandb.teardown()  # its own process writes the file to its end
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert all(name in content for name in (b"project", b"tokens_per_second", b"final_bits_per_byte"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_wandb_without_a_login_is_told_before_anything_is_made(monkeypatch, wandb, refuses):
+    monkeypatch.setattr("sys.stdin", None)  # in a terminal it asks
+    with refuses("--wandb needs a login: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"):
+        check_extras(TrainConfig(wandb="project"))
+
+
+def test_metrics_are_lines_of_json(tmp_path):
+    write(tmp_path / "run", TrainConfig(steps=2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2, 2, 2]
+    assert lines[0] == {"step": 1, **STEP} and lines[4] == {"step": 2, "sample": "some text"}

@@ -1,0 +1,290 @@
+"""Whole runs from Python: what goes on, what is lengthened, begun anew or from given weights, and what is refused."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+import retentive
+from retentive.checkpoint import save_model
+from retentive.data.pack import pack
+from retentive.data.packed import Packed
+from retentive.data.sources import Document
+from retentive.data.tokenizer import train_bpe
+from retentive.models import RetNetConfig, build, cost
+from retentive.train import TrainConfig, TrainRun, language_modelling
+from retentive.train.checkpoints import folders
+from retentive.train.loop import accumulate_gradients
+from retentive.train.optim import adamw, learning_rate
+
+SMALL = {"dim": 32, "layers": 1, "heads": 2}
+BRIEF = dict(steps=4, warmup=2, lr=5e-3, save_every=2, precision="fp32", device="cpu", eval_every=0, sample_every=0)
+
+
+@pytest.fixture
+def made(packed, tmp_path):
+    """`made(name, **options)`: a run on the stories, `options` in one row as `retentive.train` takes them."""
+
+    def make(name: str, **options) -> TrainRun:
+        small = {"size": "1m", "set": SMALL, "batch": 2, "length": 32}
+        return TrainRun.of(packed, tmp_path / name, **small | BRIEF | options)
+
+    return make
+
+
+def cut_back(run: Path) -> None:
+    """As if it had been killed before its newest checkpoint."""
+    shutil.rmtree(folders(run)[-1])
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+
+
+def test_one_call_trains(packed, tmp_path, made, same_end):
+    options = {"size": "1m", "set": SMALL, "batch": 2, "length": 32, **BRIEF}
+    run = retentive.train(packed, tmp_path / "called", **options)
+    assert run == tmp_path / "called" and retentive.load(run)[0].config.dim == 32
+    same_end(run, made("made").run(quiet=True))
+    with pytest.raises(TypeError, match="no option 'legnth': did you mean length"):
+        retentive.train(packed, tmp_path / "b", legnth=3)
+    with pytest.raises(TypeError, match="no option 'zzz': expected one of accumulate, batch, "):
+        TrainRun.of(packed, tmp_path / "b", zzz=3)
+
+
+@pytest.mark.parametrize("speed", [0.5, 2.0], ids=["fp32", "bf16"])
+def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, same_end):
+    """All fields count here, as for a comparison that is started twice."""
+    rate = {torch.float32: 1.0, torch.bfloat16: speed}
+    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
+    whole = made("whole", precision="auto").run(quiet=True)
+    run = made("cut", precision="auto", resume=True)
+    run.run(quiet=True)
+    cut_back(run.out)
+    rate[torch.bfloat16] = 1 / speed
+    same_end(run.run(quiet=True), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"precision": "bf16"}, "--precision bf16 contradicts the run at"),
+        ({"lr": 0.5}, "--lr 0.5 contradicts the run at"),
+        ({"set": {"dim": 64}}, "--set dim=64 contradicts the run at"),
+        ({"steps": 8}, "--steps 8 contradicts the run at"),
+    ],
+    ids=["precision", "lr", "set", "steps"],
+)
+def test_what_is_computed_is_not_changed_midway(change, words, made, refuses):
+    made("a").run(quiet=True)
+    with refuses(words):
+        made("a", resume=True, **change).run(quiet=True)
+
+
+def test_what_alters_nothing_may_change(made):
+    run = made("a").run(quiet=True)
+    cut_back(run)
+    made("a", resume=True, keep=1).run(overrides={"keep"}, quiet=True)
+    assert json.loads((run / "train.json").read_text(encoding="utf-8"))["train"]["keep"] == 1 and len(folders(run)) == 1
+
+
+def test_its_own_options_hold(made, same_end):
+    """Whoever goes on need not repeat what was typed at first, nor does a default speak against it."""
+    whole = made("whole").run(quiet=True)
+    run = made("cut").run(quiet=True)
+    cut_back(run)
+    TrainRun(made("cut").data, run, resume=True).run(overrides={"data", "out", "resume"}, quiet=True)
+    same_end(run, whole)
+
+
+def test_a_longer_run_at_a_constant_rate_is_the_longer_run(made):
+    how = dict(schedule="constant", lr=1e-3)
+    whole = made("whole", steps=8, **how).run(quiet=True)
+    made("a", **how).run(quiet=True)
+    run = made("a", steps=8, resume=True, **how).run(overrides={"steps"}, quiet=True)
+    assert losses(run) == losses(whole)
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_longer_run_takes_the_rates_of_a_run_of_so_many_steps(made, metrics, capsys):
+    made("a").run(quiet=True)
+    run = made("a", steps=8, resume=True).run(overrides={"steps"})
+    told = "going on from step 4, to 8 instead of 4: with the learning rates of a run of 8"
+    assert told in capsys.readouterr().err.splitlines()
+    rates = [line["lr"] for line in metrics(run) if "lr" in line]
+    first, rest = (replace(made("a").train, steps=steps) for steps in (4, 8))
+    assert rates == [learning_rate(n, first if n < 4 else rest) for n in range(8)]
+
+
+def test_a_run_may_not_be_shorter_than_what_is_done(made, refuses):
+    made("a").run(quiet=True)
+    with refuses("--steps 3 is less than the 4 that the run at"):
+        made("a", steps=3, resume=True).run(overrides={"steps"})
+
+
+def test_going_on_and_being_done_are_said(made, capsys):
+    run = made("a").run()
+    cut_back(run)
+    capsys.readouterr()
+    made("a", resume=True).run()
+    assert capsys.readouterr().err.splitlines()[0] == "going on from step 2 of 4"
+    before = losses(run)
+    made("a", resume=True).run()
+    assert capsys.readouterr().err == f"done: {run} is at step 4 of 4 (more --steps lengthen it)\n"
+    assert losses(run) == before
+
+
+def test_overwriting_begins_anew_and_leaves_what_is_not_the_runs(made, same_end):
+    first = made("a", lr=1e-2, steps=6).run(quiet=True)
+    (first / "notes.md").write_text("mine")
+    same_end(made("a", overwrite=True).run(quiet=True), made("whole").run(quiet=True))
+    assert (first / "notes.md").read_text() == "mine"
+    assert [folder.name for folder in folders(first)] == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("more", [{}, {"resume": True}], ids=["again", "resume"])
+def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(more, made, same_end, refuses):
+    """A rate that was too high, and the same command with a lower one."""
+    with refuses("no checkpoint had been saved yet; try a lower --lr", FloatingPointError):
+        made("a", lr=1e30, clip=0.0, warmup=0, save_every=100).run(quiet=True)
+    same_end(
+        made("a", **more).run(overrides={"lr", "clip", "warmup", "save_every"}, quiet=True), made("b").run(quiet=True)
+    )
+
+
+def test_resuming_and_overwriting_at_once_is_refused(made, refuses):
+    with refuses("resume and overwrite exclude each other"):
+        made("a", resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("existing", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
+def test_one_process_at_a_run(existing, made, refuses):
+    out = made("a").out
+    if existing:
+        cut_back(made("a").run(quiet=True))
+    out.mkdir(exist_ok=True)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    with FileLock(out / ".lock"), refuses("another process is training the run at", BlockingIOError):
+        made("a", **existing).run(quiet=True)
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file() and f.name != ".lock"} == {
+        f: content for f, content in before.items() if f.name != ".lock"
+    }
+    made("a", **existing).run(quiet=True)
+
+
+def first_loss(run: TrainRun, folder: Path) -> float:
+    """Of the run's first batch, by the model of a folder."""
+    model = retentive.load(folder)[0].train()
+    options = TrainConfig(precision="fp32", device="cpu")
+    return accumulate_gradients(model, run.batches(Packed(run.data)), language_modelling, options, 0)[0]
+
+
+def test_training_on_from_given_weights(made, same_end, tmp_path):
+    base = made("base", steps=20).run(quiet=True)
+    tuned = made("tuned", set={}, size="5m", init=str(base), lr=1e-3)
+    want = first_loss(tuned, base)
+    run = tuned.run(quiet=True)
+    assert losses(run)[0] == pytest.approx(want, rel=1e-6) and want < losses(base)[0]
+    shutil.rmtree(base)
+    shutil.copytree(run, tmp_path / "copy")
+    cut_back(run)
+    made("tuned", set={}, size="5m", init=str(base), lr=1e-3, resume=True).run(quiet=True)  # needs it no longer
+    same_end(run, tmp_path / "copy")
+
+
+def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
+    torch.manual_seed(5)
+    model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper"))
+    save_model(tmp_path / "theirs", model, layout="torchscale")
+    run = made("tuned", init=str(tmp_path / "theirs"), set={"dropout": 0.5})
+    assert losses(run.run(quiet=True))[0] != pytest.approx(first_loss(run, tmp_path / "theirs"), rel=1e-3)
+    config = retentive.load(run.out)[0].config
+    assert (config.dropout, config.decay, config.layers) == (0.5, "paper", 2)
+
+
+def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuses, packed):
+    base = made("base").run(quiet=True)
+    with refuses("brings its architecture: only dropout can be --set"):
+        made("a", init=str(base), set={"dim": 64}).run(quiet=True)
+    pack(tmp_path / "bpe", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
+    with refuses("has another tokenizer than"):
+        replace(made("a", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
+    (base / "tokenizer.json").unlink()
+    with refuses("knows 257 tokens, "):
+        replace(made("a", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
+    with refuses("no model folder at", FileNotFoundError):
+        made("a", init=str(tmp_path / "nowhere"), set={}).run(quiet=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("change", [{"batch": 10**9}, {"size": "torchscale-65b", "set": {}}], ids=["batch", "size"])
+def test_what_cannot_fit_is_refused_before_anything_is_made(change, made, refuses):
+    run = made("a", **change)
+    with refuses("GB at the very least, "):
+        run.run(quiet=True)
+    assert not run.out.exists()
+
+
+@pytest.mark.parametrize("model", ["retnet", "transformer", "hybrid"])
+def test_what_a_step_takes_at_least_is_less_than_what_it_takes(model, made, packed):
+    """Weights, gradients and moments are counted to the byte; of the rest, the inputs of the blocks."""
+    run = made("a", model=model, set={**SMALL, "layers": 4})
+    config, trained = run.build(Packed(packed))
+    optimizer = adamw(trained, run.train)
+    kept = 0
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += x.nbytes if x.dtype == torch.float32 and not isinstance(x, torch.nn.Parameter) else 0
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        accumulate_gradients(trained, run.batches(Packed(packed)), language_modelling, run.train, 0)
+    optimizer.step()
+    held = sum(p.nbytes + p.grad.nbytes for p in trained.parameters())
+    held += sum(x.nbytes for s in optimizer.state.values() for name, x in s.items() if name != "step")
+    assert cost.least_training_bytes(config, 0) == held
+    assert held < cost.least_training_bytes(config, run.batch * run.length) < held + kept
+
+
+def test_memory_that_is_free_is_enough(made, monkeypatch, refuses):
+    """To the byte: what is needed at least is no more than what there is."""
+    run = made("a")
+    need = cost.least_training_bytes(run.config(257), run.batch * run.length)
+    monkeypatch.setattr("retentive.machine.free_memory", lambda device: need - 1)
+    with refuses("choose a smaller --size, --batch or --length"):
+        run.run(quiet=True)
+    monkeypatch.setattr("retentive.machine.free_memory", lambda device: need)
+    run.run(quiet=True)
+
+
+def test_seconds_per_step_are_the_median_without_the_first(made, monkeypatch):
+    ticks = iter([0, 100, 100, 101, 200, 203, 300, 302])
+    monkeypatch.setattr("retentive.train.run.time.perf_counter", lambda: next(ticks))
+    run = made("a")
+    assert run.seconds_per_step() == 2 and not run.out.exists()
+
+
+def test_the_seed_initialises_the_model(made, packed):
+    first, again, other = (made("a", seed=seed).build(Packed(packed))[1].head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_options_that_are_damaged_are_named(made, refuses):
+    run = made("a").run(quiet=True)
+    for content in ("", "{}", '{"train": {"precision": "fp32"}, "command": {"set": ["dim=3"]}}'):
+        (run / "train.json").write_text(content, encoding="utf-8")
+        with refuses("train.json does not hold a run's options"):
+            made("a", resume=True).run(quiet=True)
+
+
+def test_no_held_out_text_no_evaluation(made, tmp_path, metrics):
+    pack(tmp_path / "bare", Packed(made("a").data).tokenizer, [Document("a", "text " * 99)], [])
+    run = replace(made("a"), data=tmp_path / "bare").run(quiet=True)
+    assert len(metrics(run)) == 4 and all(math.isfinite(line["loss"]) for line in metrics(run))
