@@ -138,8 +138,9 @@ def test_all_results_are_in_the_page_of_tables(monkeypatch):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_its_page_of_api(room):
+def test_every_room_has_its_page_of_api_and_its_line(room):
     assert f"<!-- modules of retentive.{room}: " in read(f"api/{room}.md")
+    assert f"| `{room}` |" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_one_address_of_the_repository():
