@@ -8,6 +8,7 @@ minute and when reading is interrupted, so that the same call goes on from there
 """
 
 import hashlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,6 +76,8 @@ def write_memory(
         start = load_memory(memory, model, start.model)
     texts = Texts(sources, say)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):  # better now than after hours of reading
+        raise PermissionError(f"cannot write to {out.parent}: choose another place for {out.name}")
     if separate:
         merge([start])  # a model whose memories cannot be merged is refused before anything is read
         found = _apart(model, tokenizer, start.model, texts, tell)

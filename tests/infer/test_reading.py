@@ -110,3 +110,11 @@ def test_what_is_left_out_of_a_folder_is_said(reader, tmp_path):
     said: list[str] = []
     write_memory(*reader, [tmp_path / "texts"], tmp_path / "a.mem", say=said.append)
     assert len(said) == 1 and ".png" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_read(reader, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
+    told: list[Progress] = []
+    with pytest.raises(PermissionError, match=r"cannot write to .*: choose another place for a\.mem"):
+        write_memory(*reader, texts, tmp_path / "a.mem", tell=told.append)
+    assert told == []
