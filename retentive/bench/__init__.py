@@ -5,7 +5,8 @@ Every module has the same shape, so that one verb and the report serve them all:
     Options                      a frozen dataclass, a line of text under each field: the command line's flags
     measure(options, say)        a dictionary that is JSON, `say` called with a line now and then
     table(result)                Markdown
-    plot(result, path, title=)   a PNG, where PICTURE, its title with the options' fields in braces, is not None
+    plot(result, path, title=)   a PNG, where PICTURE, its title with the options' fields in braces, is not None;
+                                 ModuleNotFoundError without matplotlib (extra `plot`)
 """
 
 BENCHES = {

@@ -316,11 +316,7 @@ def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG as the paper's Figure 6: memory and throughput against context at the largest batch, latency against batch.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch."""
     figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
     most = max(row["batch"] for row in result["rows"])
     contexts = sorted({row["context"] for row in result["rows"]})

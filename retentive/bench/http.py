@@ -61,14 +61,15 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
     for n, (connection, answer, (_, want)) in enumerate(zip(sockets, answers, asked, strict=True)):
         connection.close()
         if (got := text_of(bytes(answer))) != want:
-            raise ArithmeticError(f"stream {n} through the server gave another text than alone: {got[:80]!r}")
+            raise ArithmeticError(f"stream {n} through the server gave another text than alone: {got[:120]!r}")
     selector.close()
     return seconds
 
 
 def text_of(answer: bytes) -> str:
-    """The text in a response's events, or what it says in their place."""
+    """The text in a response's events, or its status and how it ends where that is no stream."""
     events = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")]
     if not events or b"data: [DONE]" not in answer:
-        return answer[-300:].decode(errors="replace")
+        status, _, rest = answer.decode(errors="replace").partition("\r\n")
+        return f"{status} {rest[-200:]}"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)

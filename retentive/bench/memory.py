@@ -101,11 +101,7 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: memory left, time right.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG: memory left, time right."""
     rows = result["rows"]
     contexts = [row["context"] for row in rows]
     figure, axes = panels(title)

@@ -94,13 +94,8 @@ def ask(model: Model, file: Path, prompt: torch.Tensor) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        [
-            f"{row['tokens']:,}",
-            size(row["file_bytes"]),
-            duration(row["median"] / 1e3),
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        asked = [size(row["file_bytes"]), duration(row["median"] / 1e3)]
+        lines.append([f"{row['tokens']:,}", *asked, f"{row['tokens_per_second']:,.0f}"])
     return markdown(["tokens read", "file", "a question", "read at (tokens/s)"], lines)

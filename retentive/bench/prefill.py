@@ -113,11 +113,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: tokens/s against length.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG: tokens/s against length."""
     figure, ((axis,),) = grid(title, 1, 1, size=(6, 4.2))
     lengths = [row["length"] for row in result["rows"]]
     for n, name in enumerate(result["parameters"]):

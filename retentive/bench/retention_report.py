@@ -136,11 +136,7 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG, a column a shape: time, memory and fraction of the limit against T.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG, a column a shape: time, memory and fraction of the limit against T."""
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     figure, axes = grid(title, 3, len(shapes), size=(5.5, 3.4))
     for column, shape in enumerate(shapes):

@@ -185,11 +185,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
-    """Memory and throughput over time.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Memory and throughput over time."""
     figure, (memory, speed) = panels(title)
     samples = result["samples"]
     minutes = [s["seconds"] / 60 for s in samples]

@@ -1,4 +1,4 @@
-"""The clients of the soak: what they send, what must come back, and all that they do which nobody should.
+"""The clients of the soak: what they send, what must come back, and the misuse that a server must survive.
 
 Every reply that comes whole is held against the text that `generate` gave for that request, alone with the model; so a
 token lost, doubled or meant for somebody else is seen.

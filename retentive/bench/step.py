@@ -262,11 +262,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG, a column a shape: time of a step and fraction of the limit against the batch.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG, a column a shape: time of a step and fraction of the limit against the batch."""
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     figure, axes = grid(title, 2, len(shapes), size=(5.5, 3.6))
     for (time, fraction), shape in zip(axes.T, shapes, strict=True):

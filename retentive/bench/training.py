@@ -187,11 +187,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: tokens/s and memory against length.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG: tokens/s and memory against length."""
     figure, ((left, right),) = grid(title, 1, 2)
     lengths = [row["length"] for row in result["rows"]]
     for axis, key, unit, label in (

@@ -3,7 +3,7 @@
 One verb serves all benches and studies, since all have one shape (`retentive.bench`).
 """
 
-import importlib
+import importlib.util
 import shlex
 import sys
 from dataclasses import make_dataclass
@@ -14,9 +14,12 @@ import tyro
 
 from retentive.bench import BENCHES
 from retentive.files import write_json, write_together
-from retentive.studies import STUDIES
 
-MODULES = BENCHES | STUDIES
+MODULES = dict(BENCHES)
+if importlib.util.find_spec("retentive.studies"):  # a leaf room: an installation may leave it out
+    from retentive.studies import STUDIES
+
+    MODULES |= STUDIES
 
 
 def main(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from retentive.report.sections import SECTIONS, Section, table
@@ -74,8 +75,8 @@ def page(files: Sequence[File]) -> str:
         f"{html.escape(machine(file.result))}</li>"
         for file in rest
     )
-    return TEMPLATE.format(
-        style=STYLE,
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
         contents=contents,
         hardware=hardware,
         sections="".join(parts),
@@ -146,32 +147,3 @@ def _row(tag: str, cells: list[str]) -> str:
 
 def _anchor(title: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in title.lower())
-
-
-STYLE = """
-:root { color-scheme: light dark; --line: light-dark(#d5d5d0, #44443f); --soft: light-dark(#f6f5f1, #24241f);
-  --text: light-dark(#1d1d1a, #e8e7e0); --ground: light-dark(#fffffc, #191916); --quiet: light-dark(#5d5d57, #a4a39a) }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--ground); margin: 0 auto;
-  max-width: 62rem; padding: 2rem 1.2rem 5rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem } h2 { margin: 3.2rem 0 .4rem; font-size: 1.35rem }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem } p { margin: .5rem 0 } a { color: inherit }
-.question { font-size: 1.08rem } .where, .differs { color: var(--quiet); font-size: .9rem }
-.paper { background: var(--soft); border-left: 3px solid var(--line); padding: .2rem 1rem .8rem; margin: 1rem 0 }
-code { font-size: .82rem; overflow-wrap: anywhere } img { max-width: 100%; background: white; margin: .6rem 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; margin: .7rem 0 }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line) }
-td { white-space: nowrap } th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
-ul.contents { columns: 2; padding-left: 1.2rem }
-"""
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Retentive Networks: what was measured</title><style>{style}</style></head><body>
-<h1>Retentive Networks: what was measured</h1>
-<p>The questions of the paper (arXiv 2307.08621), asked again with the same tokens and the same budget on both sides.
-Each table names its machine and its command; nothing is estimated.</p>
-<ul class="contents">{contents}</ul>
-<h3>Machines</h3><ul>{hardware}</ul>
-{sections}{others}
-</body></html>
-"""

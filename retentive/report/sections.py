@@ -6,14 +6,18 @@ A file is known by the command that made it, which stands in it.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
-from retentive.report import paper
 from retentive.studies import STUDIES, compare
 
 Result = dict[str, Any]
+
+PARTS = Path(__file__).with_name("paper.md").read_text(encoding="utf-8").split("\n## ")[1:]
+PAPER = {heading: text for heading, _, text in (part.partition("\n") for part in PARTS)}
+"""What the paper and others report, Markdown, by the headings of paper.md."""
 
 
 def table(kind: str, result: Result) -> str | None:
@@ -65,7 +69,7 @@ SECTIONS = (
     Section(
         "Quality by size",
         "Is a RetNet as good a language model as a Transformer of its size, trained on the same tokens?",
-        paper.SCALING,
+        PAPER["scaling"],
         _compares("sizes"),
         "The paper's models are a thousand times larger than what trains on a laptop, and its text is another: the "
         "order of the two and the slope can be compared, the values cannot.",
@@ -73,7 +77,7 @@ SECTIONS = (
     Section(
         "Ablations",
         "What do the parts of retention contribute, and what do changes that the paper did not try?",
-        paper.ABLATIONS,
+        PAPER["ablations"],
         _compares("parts"),
         "The paper does not say whether what a variant takes away is given back; here all have the same number of "
         "parameters, so that a part must be worth more than a wider feed-forward layer.",
@@ -81,7 +85,7 @@ SECTIONS = (
     Section(
         "Other efficient models",
         "How do other architectures do on the same tokens?",
-        paper.OTHERS,
+        PAPER["others"],
         _compares("others"),
         "The peers are the transformers library's own code and initialisation, in our training loop; RetNet without "
         "decay, among the ablations, is linear attention with the norms and gate of retention.",
@@ -89,7 +93,7 @@ SECTIONS = (
     Section(
         "Longer contexts",
         "What is a longer context worth, in perplexity of the same last tokens?",
-        paper.CONTEXTS,
+        PAPER["contexts"],
         _eval(by_context=True),
         "The paper trains at the longest length that it measures. Lengths beyond that of training show what a model "
         "makes of more context than it has learnt from. Tables with another longest length are of other tokens.",
@@ -97,7 +101,7 @@ SECTIONS = (
     Section(
         "Recall",
         "How much can a state of constant size recall, beside attention, which keeps everything?",
-        paper.RECALL,
+        PAPER["recall"],
         _is("bench recall"),
         "A synthetic task on tiny models shows the mechanism alone; the loss of recalled tokens in the tables of "
         "comparisons shows it in text.",
@@ -105,7 +109,7 @@ SECTIONS = (
     Section(
         "Tasks",
         "Zero-shot and few-shot accuracy on the paper's tasks.",
-        paper.TASKS,
+        PAPER["tasks"],
         _eval(by_context=False),
         "Models of a few million parameters are near chance on these tasks (25 % of four choices, 50 % of two), and "
         "the intervals say what is more; a part of a split is not comparable with the whole.",
@@ -113,7 +117,7 @@ SECTIONS = (
     Section(
         "The cost of training",
         "Tokens per second and memory of a training step, beside a Transformer with SDPA.",
-        paper.TRAINING,
+        PAPER["training"],
         _is("bench train"),
         "The paper's rows are eight GPUs with FlashAttention's first version beside plain PyTorch. The ratio grows "
         "with the length, since attention's work does.",
@@ -121,7 +125,7 @@ SECTIONS = (
     Section(
         "The cost of inference",
         "Memory, throughput and latency of decoding, and the time to read a prompt, against context and batch.",
-        paper.DECODING,
+        PAPER["decoding"],
         _is("bench decode", "bench prefill", "bench memory"),
         "The ratio depends on the sizes of state, cache and weights and on the context, not only on the machine; the "
         "context from which RetNet needs less memory is stated for full and for grouped heads.",

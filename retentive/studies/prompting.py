@@ -439,11 +439,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """Accuracy against groups as a PNG, a panel for each set.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """Accuracy against groups as a PNG, a panel for each set."""
     figure, axes = grid(title, 1, len(result["sets"]), size=(4.6, 4.4))
     groups = result["groups"]
     everywhere = [v for found in result["sets"].values() for row in found["accuracy"].values() for v in row.values()]

@@ -166,16 +166,11 @@ def table(result: dict[str, Any]) -> str:
     pairs = list(result["rows"][0]["accuracy"])
     longest = 4 * max(int(n) for n in pairs)
     heads = ["width", "variant", "parameters", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
-    lines = [
-        [
-            str(row["dim"]),
-            row["variant"],
-            f"{row['parameters'] / 1e3:,.0f} k",
-            "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB",
-            *(f"{row['accuracy'][n]:.1%}" for n in pairs),
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        memory = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB"
+        cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", memory]
+        lines.append([*cells, *(f"{row['accuracy'][n]:.1%}" for n in pairs)])
     unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]
     if not unlearned:
         return markdown(heads, lines)
@@ -186,11 +181,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: accuracy against pairs, a panel a width.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """A PNG: accuracy against pairs, a panel a width."""
     dims = list(dict.fromkeys(row["dim"] for row in result["rows"]))
     figure, (axes,) = grid(title, 1, len(dims), size=(5.2, 4))
     for axis, dim in zip(axes, dims, strict=True):

@@ -81,11 +81,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
-    """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-    """
+    """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right."""
     figure, (left, right) = panels(title)
     for axis, points, label in (
         (left, result["train_loss"], "training loss (nats per token)"),

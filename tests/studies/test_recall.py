@@ -7,7 +7,7 @@ import torch
 
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import recall
-from retentive.studies.recall import KEYS, VALUES, Rows, accuracy, rows
+from retentive.studies.recall import KEYS, VALUES, Options, Rows, accuracy, rows
 
 
 @pytest.mark.parametrize("n", [1, 4, 64])
@@ -48,30 +48,38 @@ def test_accuracy_of_whoever_knows(right, share):
         assert found == share and asked >= 500
 
 
-def test_a_small_model_learns_two_pairs(tmp_path, lines):
-    """Attention learns to answer; the result says so, and a second call does not train again."""
-    how = dict(variants=("transformer",), dims=(32,), pairs=(2,), tokens=512, lr=4e-3)
-    result = recall.measure(tmp_path, steps=400, **how)
+def measured(out, say=lambda line: None, **how):
+    return recall.measure(Options(out=out, **how), say)
+
+
+def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
+    """Of two keys and eight values, so that it learns in 120 steps; a second call does not train again."""
+    monkeypatch.setattr(recall, "KEYS", 2)
+    monkeypatch.setattr(recall, "VALUES", 8)
+    how = dict(variants=("retnet",), dims=(32,), pairs=(2,), tokens=512, lr=1e-2, steps=120)
+    said = []
+    result = measured(tmp_path, said.append, **how)
     assert json.loads(json.dumps(result)) == result
     (row,) = result["rows"]
-    assert row["accuracy"]["2"] > 0.3  # chance is 1 in 64, one of the two values 0.5
-    before = (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns
-    assert recall.measure(tmp_path, steps=400, **how)["rows"] == result["rows"]
-    assert (tmp_path / "transformer_32" / "model.safetensors").stat().st_mtime_ns == before
-    for shares, told in (({"8": 0.1}, False), ({"8": 0.1, "2": 0.95}, False), ({"8": 0.1, "2": 0.5}, True)):
+    # without the keys: one of the two values at first, the other one afterwards, (1/2 + 1/16 + 1) / 2 = 0.78 right
+    assert row["accuracy"]["2"] > 0.95 and said == [f"retnet, width 32: 2 pairs {row['accuracy']['2']:.1%}"]
+    before = (tmp_path / "retnet_32" / "model.safetensors").stat().st_mtime_ns
+    assert measured(tmp_path, **how)["rows"] == result["rows"]
+    assert (tmp_path / "retnet_32" / "model.safetensors").stat().st_mtime_ns == before
+    for shares, said_so in (({"8": 0.1}, False), ({"8": 0.1, "2": 0.95}, False), ({"8": 0.1, "2": 0.5}, True)):
         row["accuracy"] = shares  # eight pairs are missed for want of memory, two are not
-        assert ("transformer (32): wrong even about 4 pairs or fewer" in recall.table(result)) is told
+        assert ("retnet (32): wrong even about 4 pairs or fewer" in recall.table(result)) is said_so
     recall.plot(result, tmp_path / "a.png", title="t")
-    assert list(lines) == ["transformer, not trained to the end"]
+    assert list(lines) == ["retnet, not trained to the end"]
 
 
 def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
     how = dict(variants=("transformer",), dims=(16,), pairs=(2,), steps=2, tokens=64)
-    recall.measure(tmp_path, **how)
+    measured(tmp_path, **how)
     kept = (tmp_path / "transformer_16" / "train.json").read_text()
     for change in (dict(lr=1e-5), dict(pairs=(4,)), dict(steps=3), dict(tokens=128)):
         with refuses("was trained otherwise"):
-            recall.measure(tmp_path, **how | change)
+            measured(tmp_path, **how | change)
     assert (tmp_path / "transformer_16" / "train.json").read_text() == kept
 
 
@@ -82,4 +90,4 @@ def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
     with refuses(words):
-        recall.measure(tmp_path, **how)
+        measured(tmp_path, **how)
