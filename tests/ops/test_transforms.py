@@ -115,6 +115,25 @@ def test_the_loss_is_not_differentiated_twice_in_silence():
         dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("way", ["inside", "dual"])
+def test_a_compiled_graph_loses_no_tangent(way, same):
+    (q, *others), d = tensors(5, torch.float64), torch.randn(B, 5, H, K, dtype=torch.float64)
+
+    def function(q):
+        return run(q, *others)
+
+    want = torch.func.jvp(function, (q,), (d,))[1]
+    torch._dynamo.reset()
+    if way == "inside":
+        compiled = torch.compile(lambda q, d: torch.func.jvp(function, (q,), (d,))[1], fullgraph=True, backend="eager")
+        same(compiled(q, d), want, EXACT)
+        return
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    same(compiled(q), function(q), EXACT)  # a graph that must not be taken for the next call
+    with forward_ad.dual_level():
+        same(forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, d))).tangent, want, EXACT)
+
+
 def test_outside_of_them_it_is_seen_that_there_is_none():
     assert not transformed()
     with forward_ad.dual_level():
