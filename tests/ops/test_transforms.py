@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from retentive.ops import retention, retention_step, rotary
+from retentive.ops import Ring, retention, retention_step, rotary
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.ops.rows import rms_norm, rotate
 from retentive.ops.transforms import transformed
@@ -81,6 +81,17 @@ def test_a_step_goes_forward_too(same):
         return torch.cat([x.flatten() for x in retention_step(q, k, v, log_decay, state=state)])
 
     same(torch.func.jvp(step, tuple(inputs), tuple(tangents))[1], by_hand(step, inputs, tangents).detach(), CLOSE)
+
+
+def test_a_ring_has_no_derivative_and_retention_takes_its_state(refuses, same):
+    q, k, v, log_decay, state = tensors(1, torch.float64)
+    ring, d = Ring.open(state.clone(), state.dtype), torch.randn_like(q)
+    with refuses("a ring is updated in place and has no gradients"):
+        torch.func.jvp(lambda q: retention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state=ring)[0], (q,), (d,))
+    with torch.no_grad():
+        got = torch.func.jvp(lambda q: retention(q, k, v, log_decay, state=ring)[0], (q,), (d,))[1]
+    same(got, retention(d, k, v, log_decay, state=state)[0], EXACT)  # o is linear in q
+    assert not ring.written.any()
 
 
 COS, SIN = rotary.phases(torch.arange(9), 8, "half")
