@@ -36,6 +36,7 @@ from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
@@ -286,7 +287,9 @@ def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["info", size, "--vocab-size", "1000"])
     config = retentive.models.preset(size, vocab_size=1000)
-    assert f"{cost.parameters(config):,} parameters" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{cost.parameters(config):,} parameters" in shown
+    assert f"retention on this machine's CPU: {backends.describe()}" in shown
 
 
 def test_info_lists_the_sizes(capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from retentive.models import LanguageModel
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import recall
 from retentive.studies.recall import KEYS, VALUES, Options, Rows, accuracy, rows
@@ -28,7 +29,7 @@ def test_rows_are_a_function_of_seed_and_step():
     assert one[0].ids.numel() <= 256
 
 
-class Oracle(torch.nn.Module):
+class Oracle(LanguageModel):
     """Knows what followed each token first, or something else."""
 
     def __init__(self, right: bool):
