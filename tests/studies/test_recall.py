@@ -31,6 +31,8 @@ def test_rows_are_a_function_of_seed_and_step():
 class Oracle(torch.nn.Module):
     """Knows what followed each token first, or something else."""
 
+    device = torch.device("cpu")
+
     def __init__(self, right: bool):
         super().__init__()
         self.embed, self.head, self.right = torch.nn.Embedding(1, 1), torch.nn.Identity(), right
