@@ -18,7 +18,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.plot import panels
+from retentive.bench.lab.plot import grid
 from retentive.bench.lab.server import server
 from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
 from retentive.data.tokenizer import ByteTokenizer
@@ -186,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     """Memory and throughput over time."""
-    figure, (memory, speed) = panels(title)
+    figure, ((memory, speed),) = grid(title, 1, 2)
     samples = result["samples"]
     minutes = [s["seconds"] / 60 for s in samples]
     memory.plot(minutes, [s["rss_mb"] for s in samples])
