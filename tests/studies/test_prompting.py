@@ -94,6 +94,23 @@ def test_learning_the_game_lowers_the_loss():
     assert torch.equal(twice[0].head.weight, twice[1].head.weight)
 
 
+def test_the_model_is_trained_once_and_then_read(tmp_path, monkeypatch):
+    trained, found = [], classes(8, 40)
+
+    def learn(config, tokenizer, families, *, steps, say):
+        trained.append((steps, len(families)))
+        return build(config)
+
+    monkeypatch.setattr(prompting, "kinds", lambda options: found)
+    monkeypatch.setattr(prompting, "activities", lambda options: found)
+    monkeypatch.setattr(prompting, "learn", learn)
+    monkeypatch.setattr(prompting, "of_model", lambda model, _, sets, **how: (model.head.weight, list(sets), how))
+    options = Options(tmp_path, out=tmp_path / "model", steps=7, episodes=3)
+    (weight, sets, how), (again, *_) = prompting.measure(options), prompting.measure(options)
+    assert trained == [(7, 2)] and torch.equal(weight, again) and how["episodes"] == 3
+    assert sets == ["kinds of text", "activities", "activities never seen"]
+
+
 @pytest.fixture
 def result():
     model = build(RetNetConfig(vocab_size=261, dim=32, layers=2, heads=2)).eval()
