@@ -4,8 +4,9 @@ A block of Python that is followed by a block of text has printed that text. `ma
 """
 
 import contextlib
-import importlib.util
+import importlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -26,8 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if page.name != "LOG.md")
 ROOMS = sorted(folder.parent.name for folder in Path(retentive.__file__).parent.glob("*/__init__.py"))
-EXTRAS = ("lm_eval", "llguidance", "openai")  # blocks that import one which is not installed are skipped
-COMPILED_ONLY = {"scale-out.md": "talks with a server"}
+COMPILED_ONLY = {"scale-out.md", "evaluation.md"}  # they talk with a server, and with the hub
 PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 
 
@@ -49,6 +49,9 @@ def place(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_model(root / "runs" / "mine", RetNet(preset("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
     (root / "runs" / "demo").symlink_to("mine")
+    question = {"goal": "To see a fox,", "sol1": "go into the wood.", "sol2": "go to sea.", "label": 0}
+    (root / "eval_files").mkdir()
+    (root / "eval_files" / "piqa.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     return root
 
 
@@ -57,10 +60,12 @@ def test_python(page, place, monkeypatch):
     monkeypatch.chdir(place)
     names: dict = {"__name__": page}
     for code, output in PYTHON.findall(read(page)):
-        compiled = compile(code, page, "exec")
-        missing = [name for name in EXTRAS if f"import {name}" in code and not importlib.util.find_spec(name)]
-        if page in COMPILED_ONLY or missing:
+        brief = re.sub(r"\bsteps=\d+", "steps=2", re.sub(r"\bmax_tokens=\d+", "max_tokens=4", code))
+        compiled = compile(brief, page, "exec")
+        if page in COMPILED_ONLY:
             continue
+        if "infer.structured" in code:
+            pytest.importorskip("llguidance", reason="needs the extra `structured`")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compiled, names)
         assert not output or printed.getvalue() == output
@@ -109,6 +114,13 @@ def test_links_lead_somewhere(page):
         assert target.exists() or made, link
 
 
+@pytest.mark.parametrize("diagram", sorted(DOCS.glob("diagrams/*.svg")), ids=lambda path: path.stem)
+def test_diagrams_name_files_that_are_there(diagram):
+    named = re.findall(r'class="file"[^>]*>([\w/.]+)<', diagram.read_text(encoding="utf-8"))
+    files = [name for name in named if "/" in name]
+    assert len(files) > 5 and [name for name in files if not (ROOT / "retentive" / name).exists()] == []
+
+
 def test_every_page_has_its_place_in_the_site():
     listed = re.findall(r": ([\w/.-]+\.md)$|- ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     listed = {a or b for a, b in listed}
@@ -117,9 +129,18 @@ def test_every_page_has_its_place_in_the_site():
     assert listed == made | {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
 
 
+def test_all_results_are_in_the_page_of_tables(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    text = importlib.import_module("figures").tables()
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").glob("*.json")]
+    commands = [result["command"] for result in results if "command" in result]
+    assert len(commands) > 20 and [command for command in commands if command not in text] == []
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_its_page_of_api(room):
+def test_every_room_has_its_page_of_api_and_its_line(room):
     assert f"<!-- modules of retentive.{room}: " in read(f"api/{room}.md")
+    assert f"| `{room}` |" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_one_address_of_the_repository():

@@ -120,7 +120,6 @@ def test_the_check_sees_a_planted_violation(case, tmp_path):
     assert len(found) == 1 and found[0].startswith(path)
 
 
-@pytest.mark.xfail(reason="recipes return commands of the command line")
 def test_recipes_lean_on_the_library_and_never_on_the_command_line():
     recipes = {path: ast.parse(path.read_text(encoding="utf-8")) for path in RECIPES.glob("*.py")}
     assert recipes

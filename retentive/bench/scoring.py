@@ -19,7 +19,7 @@ from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.likelihood import Request, encode, score, shared
+from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
 from retentive.models import Model
@@ -89,7 +89,7 @@ def logprobs(model: Model, groups: list[list[Request]], share: bool) -> list[flo
 def token_ratio(groups: list[list[Request]]) -> float:
     """How many times as many tokens the model reads where it reads every row whole, padding apart."""
     whole = sum(len(r.context) + len(r.continuation) - 1 for group in groups for r in group)
-    saved = sum(shared(group) * (len(group) - 1) for group in groups)
+    saved = sum(common_prefix(group) * (len(group) - 1) for group in groups)
     return whole / (whole - saved)
 
 

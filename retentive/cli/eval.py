@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import write_json, write_text
 from retentive.models import MODELS, cost
+
+SECONDS = 15
+"""Between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +89,20 @@ def run(command: EvalCommand, typed: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Say]:
-    """A bar for each task on stderr, where that is a terminal."""
+    """A bar for each task on stderr where that is a terminal; a line now and then elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         ids: dict[str, Any] = {}
+        said = time.monotonic()
 
         def say(name: str, total: int, done: int) -> None:
             if name not in ids:
                 ids[name] = bars.add_task(name, total=total)
             bars.update(ids[name], completed=done)
+            nonlocal said
+            if not console.is_terminal and time.monotonic() - said >= SECONDS:
+                said = time.monotonic()
+                print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
         yield say

@@ -54,7 +54,9 @@ def prompt_text(prompt: str) -> str:
 def type_out(prompt: str, pieces: Iterator[str]) -> None:
     """Print a prompt and what comes after it, as it comes."""
     sys.stdout.write(prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # an error has a line of its own
+        sys.stdout.write("\n")

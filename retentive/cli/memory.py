@@ -106,17 +106,21 @@ def write(command: WriteCommand) -> None:
     model, tokenizer = command.load()
     kept = reading.unfinished(command.out)
     if kept.exists() and not command.separate:
-        print(f"going on after {head(kept)['tokens']:,} tokens ({kept})", file=sys.stderr)
+        say(f"going on after {head(kept)['tokens']:,} tokens ({kept})")
     how: dict[str, Any] = {"memory": command.memory, "separate": command.separate}
     try:
         with sigterm_is_ctrl_c(), progress() as tell:
-            reading.write_memory(model, tokenizer, command.files, command.out, **how, tell=tell)
+            reading.write_memory(model, tokenizer, command.files, command.out, **how, tell=tell, say=say)
     except KeyboardInterrupt:
         if kept.exists() and not command.separate:
             read = head(kept)["tokens"]
-            print(f"read {read:,} tokens, kept in {kept}: the same command goes on", file=sys.stderr)
+            say(f"read {read:,} tokens, kept in {kept}: the same command goes on")
         raise
     print(described(show(command.out), command.out))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -158,7 +162,7 @@ def progress() -> Iterator[Callable[[reading.Progress], None]]:
             if not console.is_terminal and now - said >= SECONDS:
                 said = now
                 share = "" if told.share is None else f" ({told.share:.0%})"
-                print(f"read {told.tokens:,} tokens{share}, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+                say(f"read {told.tokens:,} tokens{share}, {speed:,.0f} tokens/s")
 
         yield tell
 

@@ -89,7 +89,7 @@ def score(
     return scores
 
 
-def shared(group: Sequence[Request]) -> int:
+def common_prefix(group: Sequence[Request]) -> int:
     """Tokens with which all contexts begin, short of the shortest by one: the last predicts the continuation."""
     if len(group) == 1:
         return 0
@@ -103,15 +103,15 @@ def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> 
     """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
     room = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
-    prefixes = [shared(group) if share else 0 for group in groups]
-    rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]
+    prefixes = [common_prefix(group) if share else 0 for group in groups]
+    rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]  # of the longest row
     batch: list[int] = []
 
     def too_large(more: list[int]) -> bool:
         rows = sum(len(lengths[n]) for n in more)
-        if packs(model, max(max(lengths[n]) for n in more)):
+        if packs(model, max(max(lengths[n]) for n in more)):  # each token once
             tokens = sum(prefixes[n] + sum(lengths[n]) - len(lengths[n]) * prefixes[n] for n in more)
-        else:
+        else:  # as many for every row as the longest has
             tokens = max(max(rests[n] for n in more) * rows, max(prefixes[n] for n in more) * len(more))
         return tokens > BUDGET or rows > room
 
@@ -134,9 +134,9 @@ def packs(model: Model, longest: int) -> bool:
 
 def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
     """Of one batch."""
-    counts = [shared(group) if share else 0 for group in groups]
+    counts = [common_prefix(group) if share else 0 for group in groups]
     state: Any = None
-    if any(counts):
+    if any(counts):  # a group without a common prefix has an empty row, whose state is blank
         prefixes = [group[0].context[:count] for group, count in zip(groups, counts, strict=True)]
         *_, (_, _, _, state) = _read(model, prefixes, None)
         parents = [n for n, group in enumerate(groups) for _ in group]
@@ -148,8 +148,9 @@ def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[l
 
 def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
     """Scores of the rows from the state, which is used up."""
-    sums = torch.zeros(len(rows), dtype=torch.float64)
+    sums = torch.zeros(len(rows), dtype=torch.float64)  # thousands of terms: in float32 they would lose digits
     wrong = torch.zeros(len(rows), dtype=torch.int64)
+    # where a row's continuation is predicted, and by which position: one before its token
     targets = _padded([[-1] * (len(r.context) - 1) + r.continuation for r in rows], -1)
     for begin, end, x, _ in _read(model, [r.context + r.continuation[:-1] for r in rows], state):
         wanted = targets[:, begin:end].to(x.device)

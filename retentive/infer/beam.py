@@ -16,8 +16,9 @@ from torch import Tensor
 
 from retentive.infer.generate import Token, checked, prefill
 from retentive.infer.sample import SamplingParams, check_finite
-from retentive.models import Model
+from retentive.models import Model, cost
 from retentive.models.state import State
+from retentive.threads import threads_for
 
 
 @torch.no_grad()
@@ -96,5 +97,6 @@ def _reordered(state: Any, parents: Tensor) -> Any:
 
 
 def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
-    x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
-    return model.head(x[:, -1]), state
+    with threads_for(len(tokens) * cost.matrix_parameters(model.config)):
+        x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
+        return model.head(x[:, -1]), state

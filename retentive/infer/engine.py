@@ -100,14 +100,7 @@ class Engine:
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
         check_prompt(ids, vocab)
-        if not 1 <= n <= self.slots:
-            raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        if not 0 <= returns.top <= vocab:
-            raise ValueError(f"top must be from 0 to the {vocab} tokens of the vocabulary, got {returns.top}")
-        if state is not None and shapes(state) != shapes(self.decoder.init_state()):
-            raise ValueError(f"the state is not that of one sequence of this model: {shapes(state)}")
+        self._check(n, max_tokens, returns, state)
         requests = []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
             own = params if params.seed is None else replace(params, seed=params.seed + i)
@@ -125,6 +118,17 @@ class Engine:
             self.counts["requests"] += n
             self.wake.notify()
         return [request.stream for request in requests]
+
+    def _check(self, n: int, max_tokens: int | None, returns: Returns, state: State | None) -> None:
+        vocab = self.decoder.vocab_size
+        if not 1 <= n <= self.slots:
+            raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if not 0 <= returns.top <= vocab:
+            raise ValueError(f"top must be from 0 to the {vocab} tokens of the vocabulary, got {returns.top}")
+        if state is not None and shapes(state) != shapes(self.decoder.init_state()):
+            raise ValueError(f"the state is not that of one sequence of this model: {shapes(state)}")
 
     # one step
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from retentive.infer.sample import Sampler, SamplingParams
-from retentive.models import Model
+from retentive.models import Model, cost
 from retentive.models.state import State
+from retentive.threads import threads_for
 
 
 class Token(NamedTuple):
@@ -32,11 +33,13 @@ def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) 
     Raises:
         ValueError: a model that keeps no state (another library's).
     """
+    if not model.keeps_state:
+        raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
     for part in ids.split(chunk, 1):
-        x, state = model.hidden(part, state)
-        if state is None:
-            raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
-    return model.head(x[:, -1]), state
+        with threads_for(part.numel() * cost.matrix_parameters(model.config)):
+            x, state = model.hidden(part, state)
+            logits = model.head(x[:, -1])
+    return logits, state
 
 
 def generate(

@@ -9,6 +9,7 @@ minute and when reading is interrupted, so that the same call goes on from there
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ def write_memory(
     memory: str | Path | None = None,
     separate: bool = False,
     tell: Tell = lambda progress: None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Memory:
     """The memory of all documents of `sources`, which is saved to `out`; memory does not grow with their length.
 
@@ -58,6 +60,7 @@ def write_memory(
         memory: the file of a memory to go on from.
         separate: read each document for itself and merge them, so that all are equally near (structured prompting).
         tell: is told how far it is, after each prefill chunk.
+        say: is told in a line what is left out of a folder.
 
     Raises:
         ValueError, OSError: what `check` refuses; a file that is no text; `OUT.unfinished` of other documents.
@@ -70,7 +73,7 @@ def write_memory(
     start = blank(model)
     if memory is not None:
         start = load_memory(memory, model, start.model)
-    texts = Texts(sources)
+    texts = Texts(sources, say)
     out.parent.mkdir(parents=True, exist_ok=True)
     if separate:
         merge([start])  # a model whose memories cannot be merged is refused before anything is read
@@ -103,11 +106,12 @@ def unfinished(out: Path) -> Path:
 class Texts:
     """The documents of several sources, and how much of their text has been encoded."""
 
-    def __init__(self, sources: Sequence[str | Path]):
-        self.sources, self.total, self.done = sources, total_bytes(sources), 0
+    def __init__(self, sources: Sequence[str | Path], say: Callable[[str], None]):
+        self.sources, self.say = sources, say
+        self.total, self.done = total_bytes(sources), 0
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for source in self.sources for document in documents(source))
+        return (document for source in self.sources for document in documents(source, say=self.say))
 
     @property
     def share(self) -> float | None:
@@ -125,15 +129,15 @@ def total_bytes(sources: Sequence[str | Path]) -> int | None:
 # the ways of reading
 
 
-def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, place: Path, tell: Tell) -> Memory:
-    """`before`, and then all documents; goes on from the file at `place` if there is one."""
+def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, tell: Tell) -> Memory:
+    """`before`, and then all documents; goes on from the file at `path` if there is one."""
     known: list[str] = []
     sources: list[dict] = []
     memory = start = before
-    if place.exists():
-        memory = start = load_memory(place, model, before.model)
+    if path.exists():
+        memory = start = load_memory(path, model, before.model)
         if start.sources[: len(before.sources)] != before.sources:
-            raise ValueError(f"{place} went on from another memory: give the same --memory, or delete it")
+            raise ValueError(f"{path} went on from another memory: give the same --memory, or delete it")
         known = [source["sha256"] for source in start.sources[len(before.sources) :]]
     # what the unfinished file holds is encoded once more, but not read: its documents are known by their hashes
     skip = start.tokens - before.tokens - len(before.pending) if start is not before else 0
@@ -142,16 +146,16 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
 
     def keep() -> None:
         memory.sources = before.sources + sources
-        save(memory, place)
+        save(memory, path)
 
     try:
         for memory in ingest(model, ids, start):
-            _check_same(sources, known, place)
+            _check_same(sources, known, path)
             tell(Progress(memory.tokens, texts.share))
             if time.monotonic() - saved >= SAVE_EVERY:
                 keep()
                 saved = time.monotonic()
-        _check_same(sources, known, place, whole=True)
+        _check_same(sources, known, path, whole=True)
     except KeyboardInterrupt:
         if memory is not start:
             keep()
@@ -209,11 +213,11 @@ def _after(count: int, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
         count = max(count - len(ids), 0)
 
 
-def _check_same(sources: list[dict], known: list[str], place: Path, *, whole: bool = False) -> None:
+def _check_same(sources: list[dict], known: list[str], path: Path, *, whole: bool = False) -> None:
     """Refuses to go on from what was read of other documents."""
     hashes = [source["sha256"] for source in sources[: len(known)]]
     if hashes != (known if whole else known[: len(hashes)]):
-        raise ValueError(f"{place} has read other documents: give the same files in the same order, or delete it")
+        raise ValueError(f"{path} has read other documents: give the same files in the same order, or delete it")
 
 
 # ids

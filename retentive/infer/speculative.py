@@ -18,8 +18,9 @@ from torch import Tensor
 
 from retentive.infer.generate import Token, checked, prefill
 from retentive.infer.sample import Sampler, SamplingParams, check_finite, draw
-from retentive.models import Model
+from retentive.models import Model, cost
 from retentive.models.state import State
+from retentive.threads import threads_for
 
 GRAMS = (3, 2)
 """Tokens that must have occurred before for a look-up, the best first."""
@@ -92,8 +93,9 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
 @torch.no_grad()
 def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
     """Logits `[T, vocab]` after each of the ids, float32 on the CPU, and the state; they can be taken back from it."""
-    x, state = model.hidden(torch.tensor([ids], device=model.device), state)
-    logits = model.head(x[0]).float().cpu()
+    with threads_for(len(ids) * cost.matrix_parameters(model.config)):
+        x, state = model.hidden(torch.tensor([ids], device=model.device), state)
+        logits = model.head(x[0]).float().cpu()
     check_finite(logits)
     return logits, state
 

@@ -111,7 +111,7 @@ def refuses_cpu(call: Call) -> str | None:
 
 
 def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
-    """`cpu.c`, keeping states for a backward pass only where there will be one."""
+    """The C code of `cpu.py`, keeping states for a backward pass only where there will be one."""
     tensors = (call.q, call.k, call.v, per_token(call), call.state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     o, state, _ = cpu_module.cpu(*tensors, call.cu_seqlens, call.scale, chunk_size(call), keep)

@@ -1,8 +1,8 @@
-"""Retention by `cpu.c`: the same chunkwise computation as `blocked.py`, one head at a time with its state in the cache.
+"""Retention in C: the same chunkwise computation as `blocked.py`, one head at a time with its state in the cache.
 
-The C file is compiled by the machine's own compiler at first use and kept in the user's cache; `unavailable()` says why
-it cannot be where that is so, and `auto` then takes `blocked`. It is worth it because the vector units reach twice what
-the BLAS behind torch.matmul does on some CPUs, and because nothing but q, k, v and o goes to memory.
+The files of `c/` are compiled by the machine's own compiler at first use and kept in the user's cache; `unavailable()`
+says why they cannot be where that is so, and `auto` then takes `blocked`. It is worth it because the vector units reach
+twice what the BLAS behind torch.matmul does on some CPUs, and because nothing but q, k, v and o goes to memory.
 """
 
 import ctypes
@@ -23,9 +23,9 @@ from torch import Tensor
 from retentive.ops.blocked import check_borders, refuse_second_derivative
 from retentive.ops.ring import Ring
 
-SOURCE = Path(__file__).with_suffix(".c")
-BESIDE = (SOURCE.with_name("rows.c"), SOURCE.with_name("numbers.h"))
-"""What is compiled with it (rows.py), and included."""
+FOLDER = Path(__file__).with_name("c")
+UNITS = ("cpu.c", "rows.c")
+"""What is compiled by itself; they include the others. The second is for rows.py."""
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
 LINK = ["-lm", "-pthread"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def struct(numbers: str, pointers: str, *, real: str = "scale") -> list[tuple[st
 
 
 class Call(ctypes.Structure):
-    """struct Call of cpu.c."""
+    """struct Call of c/chunks.h."""
 
     _fields_ = struct(
         "N H K V C group dtype pair per_token threads q_stride k_stride v_stride do_stride",
@@ -54,7 +54,7 @@ class Call(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """struct Step of cpu.c."""
+    """struct Step of c/step.c."""
 
     _fields_ = struct(
         "B H K V slots dtype threads decay_stride",
@@ -84,7 +84,7 @@ def build(compiler: list[str], folder: Path) -> Path:
     Raises:
         NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
     """
-    texts = [file.read_bytes() for file in (SOURCE, *BESIDE)]
+    texts = [file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]"))]
     key = _hash(repr((texts, compiler, FLAGS, _cpu())).encode())
     for library in sorted(folder.glob(f"cpu-{key}-*.so")):
         if library.stem.endswith(_hash(library.read_bytes())):
@@ -95,7 +95,7 @@ def build(compiler: list[str], folder: Path) -> Path:
         # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
         # threads of a second one would spin against those of the first
         built = Path(scratch) / "cpu.so"
-        units = {file: str(Path(scratch) / f"{n}.o") for n, file in enumerate((SOURCE, *BESIDE)) if file.suffix == ".c"}
+        units = {FOLDER / name: str(Path(scratch) / f"{name}.o") for name in UNITS}
         compiling = [[*FLAGS, "-c", str(file), "-o", unit] for file, unit in units.items()]
         for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
             _compile(compiler, command)
@@ -125,12 +125,12 @@ def _compile(compiler: list[str], arguments: list[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise NotBuilt(f"{shlex.join(compiler)} took more than {PATIENCE} s to compile cpu.c") from None
+            raise NotBuilt(f"{shlex.join(compiler)} took more than {PATIENCE} s to compile the kernels") from None
         raise
     if process.returncode:
         lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
         complaint = next((line for line in lines if "error" in line), lines[0])
-        raise NotBuilt(f"{shlex.join(compiler)} could not compile cpu.c: {complaint}")
+        raise NotBuilt(f"{shlex.join(compiler)} could not compile the kernels: {complaint}")
 
 
 @functools.cache

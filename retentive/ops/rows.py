@@ -4,7 +4,7 @@
     rotate(x)   = scale * rotary.rotate(x)
 
 In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
-model's time (docs/LOG.md). `rows.c`, compiled with cpu.c, does each in one. Without it, on other devices, in float64,
+model's time (docs/LOG.md). `c/rows.c` does each in one. Without it, on other devices, in float64,
 in compiled graphs, where the compiler fuses, and under torch.func, they are PyTorch's own operations. Arithmetic is
 float32 or wider, results have the dtype of x.
 """
@@ -21,13 +21,13 @@ from retentive.ops.transforms import transformed
 
 
 class Norm(ctypes.Structure):
-    """struct Norm of rows.c."""
+    """struct Norm of c/rows.c."""
 
     _fields_ = struct("rows n dtype weight_dtype threads", "x weight dy y dx scale dweight", real="eps")
 
 
 class Rotate(ctypes.Structure):
-    """struct Rotate of rows.c."""
+    """struct Rotate of c/rows.c."""
 
     _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
 

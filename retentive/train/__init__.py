@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from retentive.train.config import TrainConfig
-from retentive.train.loop import Hooks, Interrupted, train
+from retentive.train.loop import Hooks, train
 from retentive.train.objective import language_modelling
 from retentive.train.run import TrainRun
+from retentive.train.signals import Interrupted
 
 __all__ = ["Hooks", "Interrupted", "TrainConfig", "TrainRun", "language_modelling", "train"]
 

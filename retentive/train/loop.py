@@ -4,12 +4,9 @@ Everything is a function of the config, the data and the step: a run that was ki
 same bits as one that was not. Techniques (autocast, compile, recomputation) are put on from outside the model.
 """
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from retentive.train.directory import RunDirectory, read_options
 from retentive.train.log import Log, check_extras, say
 from retentive.train.objective import Objective
 from retentive.train.optim import adamw, learning_rate
+from retentive.train.signals import Interrupted, stop_signals
 
 
 class Batches(Protocol):
@@ -55,15 +53,6 @@ class Hooks:
     """A line to begin the log with."""
     quiet: bool = False
     """Nothing for people, metrics.jsonl only."""
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; a checkpoint was saved."""
-
-    def __init__(self, message: str, number: int = signal.SIGTERM):
-        super().__init__(message)
-        self.number = number
-        """Of the signal."""
 
 
 def train(
@@ -219,31 +208,3 @@ def wrap_blocks(model: Model, config: TrainConfig) -> None:
             block.compile()
         if config.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-class Stop:
-    """Whether to stop."""
-
-    signal = 0
-    """The number of the first signal that came, 0 before."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once. Only the main thread can listen."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

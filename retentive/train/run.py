@@ -23,7 +23,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
-from retentive.models import Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.models import MODELS, Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
@@ -133,6 +133,8 @@ class TrainRun:
         """The config of the model, for this vocabulary; that of `init` if there is one."""
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
+        if (self.size, self.model) != (TrainRun.size, TrainRun.model):
+            raise ValueError(f"--init {self.init} brings its architecture: leave out --size and --model")
         if set(self.set) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
@@ -146,9 +148,8 @@ class TrainRun:
         resumes = self.resume and folders(self.out)
         config = load_config(self.out)[0] if resumes and self.init else self.config(data.meta.vocab_size)
         if self.mode == "carry" and type(config) is not RetNetConfig:
-            raise ValueError(
-                f"mode carry hands on a state of constant size, which a {self.model} has not: use another mode"
-            )
+            kind = MODELS[type(config)].__name__
+            raise ValueError(f"mode carry hands on a state of constant size, which a {kind} has not: use another mode")
         check_fits(config, self.batch, self.length, pick_device(self.train.device))
         torch.manual_seed(self.train.seed)
         model = build(config)

@@ -55,6 +55,15 @@ def test_examples_before_each_question(place, capsys):
     assert capsys.readouterr().out.splitlines()[2].startswith("| piqa | 4 | 2 | acc |")
 
 
+def test_a_pipe_gets_a_line_now_and_then(place, monkeypatch, capsys):
+    monkeypatch.setattr("retentive.cli.eval.SECONDS", 0)
+    main(["eval", "run", "--tasks", "piqa", "--data", "data"])
+    assert capsys.readouterr().err.splitlines()[-1] == "piqa: 5 of 5"
+    monkeypatch.setattr("retentive.cli.eval.SECONDS", 1000)
+    main(["eval", "run", "--tasks", "piqa", "--data", "data"])
+    assert capsys.readouterr().err == ""
+
+
 def no_tokenizer() -> None:
     Path("run/tokenizer.json").unlink()
 

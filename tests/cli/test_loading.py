@@ -9,7 +9,7 @@ from retentive.cli.convert import ConvertCommand
 from retentive.cli.eval import EvalCommand
 from retentive.cli.generate import GenerateCommand
 from retentive.cli.info import InfoCommand
-from retentive.cli.loading import prompt_text
+from retentive.cli.loading import prompt_text, type_out
 from retentive.cli.memory import VERBS
 
 COMMANDS = {"generate": GenerateCommand, "eval": EvalCommand, "info": InfoCommand, "convert": ConvertCommand}
@@ -37,3 +37,9 @@ def test_the_usage_names_what_is_wanted(name, capsys):
         tyro.cli((COMMANDS | VERBS)[name], args=["--help"])
     usage = capsys.readouterr().out.split("\n\n")[0].split("\n╭")[0]
     assert any(word in usage for word in ("RUN", "FILE")) and "STR" not in usage
+
+
+def test_an_error_has_a_line_of_its_own(capsys):
+    with pytest.raises(ArithmeticError):
+        type_out("Once", (1 / 0 for _ in "a"))
+    assert capsys.readouterr().out == "Once\n"

@@ -87,6 +87,8 @@ def test_a_hidden_number_is_asked_for_within_its_context(tokenizer, context):
 class Reader(torch.nn.Module):
     """Knows what it has read: of two characters, after those two, the ones that followed them before."""
 
+    keeps_state, device = True, torch.device("cpu")
+
     def __init__(self, sure: float):
         super().__init__()
         self.embed, self.sure = torch.nn.Embedding(257, 1), sure

@@ -7,7 +7,7 @@ import torch
 
 from retentive.evals import likelihood
 from retentive.evals.answers import windows
-from retentive.evals.likelihood import Request, encode, score, shared
+from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.models import RetNetConfig, build, peer
 
 
@@ -87,13 +87,13 @@ def test_the_model_is_left_in_training_mode(model):
     assert model.training
 
 
-def test_shared():
+def test_common_prefix():
     a = [1, 2, 3, 4]
-    assert shared([Request(a, [5]), Request(a, [6])]) == 3  # the last token predicts the choice
-    assert shared([Request(a, [5]), Request([1, 2, 9, 4], [6])]) == 2
-    assert shared([Request(a, [5]), Request([1, 2], [6])]) == 1
-    assert shared([Request(a, [5]), Request([9], [6])]) == 0
-    assert shared([Request(a, [5])]) == 0
+    assert common_prefix([Request(a, [5]), Request(a, [6])]) == 3  # the last token predicts the choice
+    assert common_prefix([Request(a, [5]), Request([1, 2, 9, 4], [6])]) == 2
+    assert common_prefix([Request(a, [5]), Request([1, 2], [6])]) == 1
+    assert common_prefix([Request(a, [5]), Request([9], [6])]) == 0
+    assert common_prefix([Request(a, [5])]) == 0
 
 
 def test_spaces_at_the_end_of_a_prompt_belong_to_what_follows(tokenizer):

@@ -101,3 +101,12 @@ def test_what_a_killed_process_had_read_is_there(reader, texts, tmp_path, monkey
     got = load_memory(tmp_path / "a.mem").state
     for x, y in zip(got.layers, whole.state.layers, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # float32, other chunks
+
+
+def test_what_is_left_out_of_a_folder_is_said(reader, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("A text.", encoding="utf-8")
+    (tmp_path / "texts/a.png").write_bytes(b"no text")
+    said: list[str] = []
+    write_memory(*reader, [tmp_path / "texts"], tmp_path / "a.mem", say=said.append)
+    assert len(said) == 1 and ".png" in said[0]

@@ -1,4 +1,4 @@
-"""`cpu.c` against `reference`: by the gold rule, with every gradient; what it reads, writes, keeps; how it is built."""
+"""The C kernels against `reference`: by the gold rule, with every gradient; what they read, write, keep; the build."""
 
 import ctypes
 import functools
@@ -719,10 +719,11 @@ def fresh(monkeypatch, tmp_path):
     """As a process begins: no library yet, an empty cache, and a source that is soon compiled. Returns the cache."""
     monkeypatch.setattr(module, "library", functools.cache(module.library.__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "small.c"
+    source = tmp_path / "c" / "small.c"
+    source.parent.mkdir()
     source.write_text("int answer(void) { return 42; }\n", encoding="utf-8")
-    monkeypatch.setattr(module, "SOURCE", source)
-    monkeypatch.setattr(module, "BESIDE", ())
+    monkeypatch.setattr(module, "FOLDER", source.parent)
+    monkeypatch.setattr(module, "UNITS", ("small.c",))
     return tmp_path / "cache" / "retentive"
 
 
@@ -749,21 +750,23 @@ def test_another_source_other_flags_or_another_compiler_is_another_library(fresh
     monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, "-DX"])
     libraries.add(module.build(["gcc"], folder))
     libraries.add(module.build([script(tmp_path / "cc", 'exec gcc "$@"\n')], folder))
-    module.SOURCE.write_text("int answer(void) { return 43; }\n", encoding="utf-8")
+    (module.FOLDER / "small.c").write_text("int answer(void) { return 43; }\n", encoding="utf-8")
+    libraries.add(module.build(["gcc"], folder))
+    (module.FOLDER / "included.h").write_text("/* may change what is compiled */\n", encoding="utf-8")
     libraries.add(module.build(["gcc"], folder))
     monkeypatch.setattr(module, "_cpu", lambda: "another machine on the same home directory")
     libraries.add(module.build(["gcc"], folder))
-    assert len(libraries) == 5 and set(folder.iterdir()) == libraries
+    assert len(libraries) == 6 and set(folder.iterdir()) == libraries
 
 
 FAILURES = {
     "no-such": ("", "no C compiler found (looked for {cc})"),
     "complains": ("echo 'cpu.c:1: it is Monday' >&2\necho 'and more' >&2\nexit 1\n",
-                  "{cc} could not compile cpu.c: cpu.c:1: it is Monday"),
+                  "{cc} could not compile the kernels: cpu.c:1: it is Monday"),
     "tells-where": ("echo 'cpu.c: In function f:' >&2\necho 'cpu.c:1: error: it is Monday' >&2\nexit 1\n",
-                    "{cc} could not compile cpu.c: cpu.c:1: error: it is Monday"),
-    "silent": ("exit 3\n", "{cc} could not compile cpu.c: exit code 3"),
-    "killed": ("kill -9 $$\n", "{cc} could not compile cpu.c: exit code -9"),
+                    "{cc} could not compile the kernels: cpu.c:1: error: it is Monday"),
+    "silent": ("exit 3\n", "{cc} could not compile the kernels: exit code 3"),
+    "killed": ("kill -9 $$\n", "{cc} could not compile the kernels: exit code -9"),
     "makes-nothing": ("exit 0\n", "No such file or directory"),
     "writes-half": ('for x; do [ "$o" = -o ] && echo half > "$x"; o=$x; done\nexit 1\n', "exit code 1"),
 }  # fmt: skip
@@ -820,11 +823,19 @@ def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(fresh, monke
     pids = tmp_path / "pids"
     hangs = script(tmp_path / "cc", f"sleep 600 &\necho $! $$ > {pids}\nwait\n")
     monkeypatch.setenv("CC", hangs)
-    assert module.unavailable() == f"{hangs} took more than 0.5 s to compile cpu.c"
+    assert module.unavailable() == f"{hangs} took more than 0.5 s to compile the kernels"
     for pid in pids.read_text().split():
         state = Path(f"/proc/{pid}/stat")
         assert not state.exists() or state.read_text().split()[2] == "Z"  # gone, or a zombie that nobody asked after
     assert not list(fresh.iterdir())
+
+
+def test_the_step_stands_by_itself(tmp_path):
+    """One file of C and the headers that it includes: what other engines compile alone."""
+    flags = [flag for flag in module.FLAGS if flag != "-fopenmp"]
+    command = ["gcc", *flags, "-shared", str(module.FOLDER / "step.c"), "-o", str(tmp_path / "step.so"), *module.LINK]
+    subprocess.run(command, check=True)
+    assert ctypes.CDLL(str(tmp_path / "step.so")).retention_step
 
 
 def test_the_compiler_may_be_named_with_what_it_is_always_given(fresh, monkeypatch):

@@ -10,7 +10,7 @@ from retentive.ops.rows import rms_norm, rotate
 from retentive.ops.transforms import transformed
 
 # torch's own forward mode loads decompositions by a function that torch has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 B, H, K, V = 1, 2, 4, 6
 # float64 has 53 bits, 1e-16: a dozen tokens summed in another order cost some hundred times that. In float32, 6e-8
 EXACT, CLOSE = 1e-13, 1e-5

@@ -18,7 +18,7 @@ from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
 from retentive.models import RetNetConfig, build, twin
 from retentive.train.checkpoints import folders
-from retentive.train.loop import Interrupted
+from retentive.train.signals import Interrupted
 
 TINY = RetNetConfig(dim=32, layers=2, heads=2, dropout=0.1)
 

@@ -202,7 +202,7 @@ def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
     torch.manual_seed(5)
     model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper"))
     save_model(tmp_path / "theirs", model, layout="torchscale")
-    run = made("tuned", init=str(tmp_path / "theirs"), set={"dropout": 0.5})
+    run = made("tuned", size="5m", init=str(tmp_path / "theirs"), set={"dropout": 0.5})
     assert losses(run.run(quiet=True))[0] != pytest.approx(first_loss(run, tmp_path / "theirs"), rel=1e-3)
     config = retentive.load(run.out)[0].config
     assert (config.dropout, config.decay, config.layers) == (0.5, "paper", 2)
@@ -210,16 +210,18 @@ def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
 
 def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuses, packed):
     base = made("base").run(quiet=True)
+    with refuses("brings its architecture: leave out --size and --model"):
+        made("a", init=str(base), set={}).run(quiet=True)
     with refuses("brings its architecture: only dropout can be --set"):
-        made("a", init=str(base), set={"dim": 64}).run(quiet=True)
+        made("a", size="5m", init=str(base), set={"dim": 64}).run(quiet=True)
     pack(tmp_path / "bpe", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
     with refuses("has another tokenizer than"):
-        replace(made("a", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
+        replace(made("a", size="5m", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
     (base / "tokenizer.json").unlink()
     with refuses("knows 257 tokens, "):
-        replace(made("a", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
+        replace(made("a", size="5m", init=str(base), set={}), data=tmp_path / "bpe").run(quiet=True)
     with refuses("no model folder at", FileNotFoundError):
-        made("a", init=str(tmp_path / "nowhere"), set={}).run(quiet=True)
+        made("a", size="5m", init=str(tmp_path / "nowhere"), set={}).run(quiet=True)
     assert not (tmp_path / "a").exists()
 
 

@@ -60,11 +60,8 @@ class Comparison:
         """All runs, a seed after the other, so that what an interruption leaves is of use.
 
         Raises:
-            ValueError: an unknown variant or size, something given twice, too little held-out text.
-            ModuleNotFoundError: a variant of another library that is not installed.
+            ValueError: an unknown variant or size, or something given twice or not at all.
         """
-        if self.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         if self.train.seed != TrainConfig.seed:
             raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
         known(self.variants, VARIANTS, "variant")
@@ -74,6 +71,18 @@ class Comparison:
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"a {what} is given twice: {', '.join(map(str, values))}")
+        return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.variants)]
+
+    def check(self) -> None:
+        """Raises what stands against the plan on this machine, before anything is written.
+
+        Raises:
+            ValueError: too little held-out text, a model that cannot be built.
+            ModuleNotFoundError: a variant of another library that is not installed.
+        """
+        if self.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
+        runs = self.plan()
         others = [v for v in self.variants if VARIANTS[v].model in KINDS]
         if others and not find_spec("transformers"):
             raise ModuleNotFoundError(
@@ -82,10 +91,8 @@ class Comparison:
         packed = Packed(self.data)
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
-        runs = [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.variants)]
         for run in runs:
             self.train_run(run).config(packed.meta.vocab_size)
-        return runs
 
     def train_run(self, run: Run) -> TrainRun:
         """The training run that is meant, as `retentive train` would do it."""
@@ -121,6 +128,7 @@ class Comparison:
             Interrupted: Ctrl-C or SIGTERM; all is saved, and the same comparison goes on.
             ValueError: the plan is impossible, or results of unlike machines would stand in one table.
         """
+        self.check()
         runs = self.plan()
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0
         tasks = [

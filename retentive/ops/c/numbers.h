@@ -1,4 +1,6 @@
-/* Vectors of the machine's own width, and numbers of three types in and out of float32: what cpu.c and rows.c share. */
+/* Vectors of the machine's own width, numbers of three types in and out of float32, exp: what all files here share. */
+
+#pragma once
 
 #include <math.h>
 #include <stdint.h>
@@ -98,4 +100,23 @@ static inline float dot(const float *a, const float *b, i64 n) {
     for (int i = 0; i < LANES; i++) all += sum[i];
     for (; j < n; j++) all += a[j] * b[j];
     return all;
+}
+
+INLINE float bounded(float log_decay) { return log_decay < -100 ? -100 : log_decay; } /* blocked.FORGOTTEN; NaN stays */
+
+INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops of it become vectors */
+    float y = x < -87.0f ? -87.0f : x;
+    float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : p * power;
 }

@@ -1,0 +1,135 @@
+/* The backward pass of one head of one sequence, from the last chunk to the first.
+
+    dP = scale * (do v^T) * D                       P, D, G, S: those of forward.c
+    dq = scale * exp(G) * (do S^T) + dP k
+    dk = exp(G_C - G) * (v dS'^T) + dP^T q          dS' = gradient of the state after the chunk
+    dv = P^T do + (exp(G_C - G) k) dS'
+    dS = exp(G_C) dS' + (scale * exp(G) q)^T do
+
+The states before the chunks of a group are computed again, from the one that forward left, when it is entered.
+*/
+
+#include "chunks.h"
+
+/* S^T before each of the chunks of a group that begins at token t */
+static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 checkpoint) {
+    i64 K = s->K, V = s->V, C = c->C;
+    memset(s->ST[0], 0, round_up(K, NC) * V * 4);
+    as_panels_of_transpose(c->checkpoints + (checkpoint * c->H + h) * c->K * c->V, c->V, c->K, c->V, s->ST[0], V);
+    for (i64 g = 0; g < c->group && t < end; g++, t += C) {
+        if (c->pair) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
+        if (g + 1 == c->group || t + C >= end) break;
+        set_decays(c, &s->decays, t, h, C);
+        READ(k, k_stride, t, C, c->K, s->k, K, C);
+        READ(v, v_stride, t, C, c->V, s->v, V, C);
+        scale_rows(s->k, C, K, s->decays.end);
+        as_panels(c->pair, s->k, K, C, K, s->kend_panels);
+        as_panels(c->pair, s->v, V, C, V, s->v_panels);
+        i64 units = c->pair ? C / 2 : C;
+        Operand v_panels = {s->v_panels, units}, kend_panels = {s->kend_panels, units};
+        multiply_transposed(c, FULL, V, K, units, v_panels, kend_panels, s->ST[g], s->decays.total,
+                            (Result){s->ST[g + 1], NC, V * NC});
+    }
+}
+
+/* the operands that are made of dS: its panels, and those of its transpose */
+static void operands_of_dS(const Call *c, Space *s) {
+    i64 K = s->K, V = s->V;
+    if (!c->pair || c->per_token)
+        for (i64 n = 0; n < V; n += NC)
+            as_panels_of_transpose(s->dS + n * K, NC, K, smaller(NC, V - n), s->dST + n * NC, V);
+    if (!c->pair) return;
+    pair_panels(s->dS, K, V, s->dS_panels);
+    for (i64 n = 0; n < V; n += NC) {
+        const float *rows = as_rows(1, s->dS + n * K, K, NC, s->out);
+        as_panels_of_transpose(rows, NC / 2, K, smaller(NC, V - n) / 2, s->dST_panels + n / 2 * NC, V / 2);
+    }
+}
+
+static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
+    i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = c->pair ? rows / 2 : rows;
+    i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
+    const Decays *d = &s->decays;
+    set_decays(c, &s->decays, t, h, count);
+    READ(q, q_stride, t, count, c->K, s->q, K, rows);
+    READ(k, k_stride, t, count, c->K, s->k, K, rows);
+    READ(v, v_stride, t, count, c->V, s->v, V, rows);
+    READ(dout, do_stride, t, count, c->V, s->dout, V, rows);
+    Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
+    Operand v_rows = {as_rows(c->pair, s->v, rows, V, s->v_rows), Vu};
+    Operand dout_rows = {as_rows(c->pair, s->dout, rows, V, s->dout_rows), Vu};
+    as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
+    as_panels_of_transpose(v_rows.p, Vu, rows, Vu, s->vT_panels, Vu);
+    as_panels(c->pair, s->q, K, rows, K, s->q_panels);
+    as_panels(c->pair, s->k, K, rows, K, s->k_panels);
+    as_panels(c->pair, s->dout, V, rows, V, s->dout_panels);
+    Operand q_panels = {s->q_panels, units}, k_panels = {s->k_panels, units}, dout_panels = {s->dout_panels, units};
+
+    multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
+    multiply(c, LOWER, rows, rows, Vu, dout_rows, (Operand){s->vT_panels, Vu}, NULL, NULL, (Result){s->dscore, C, NC});
+    decay_scores(c, d, rows, s->score);
+    if (c->per_token) { /* score_ij dscore_ij has exp(G_i - G_j) in it: + for G_i, - for G_j */
+        memset(s->dG, 0, C * 4);
+        for (i64 i = 0; i < count; i++)
+            for (i64 j = 0; j <= i; j++) {
+                float x = s->score[i * C + j] * s->dscore[i * C + j];
+                s->dG[i] += x, s->dG[j] -= x;
+            }
+    }
+    decay_scores(c, d, rows, s->dscore);
+    as_panels(c->pair, s->score, C, rows, rows, s->score_panels);
+    as_panels(c->pair, s->dscore, C, rows, rows, s->dscore_panels);
+    Operand dscore_rows = {as_rows(c->pair, s->dscore, rows, C, s->dscore_rows), Cu};
+
+    Result dq = {s->out, K, NC}, dk = dq, dv = {s->out, V, NC};
+    multiply(c, FULL, rows, K, Vu, dout_rows, (Operand){s->ST_panels[g], Vu}, NULL, NULL, dq);
+    if (c->per_token)
+        for (i64 i = 0; i < count; i++) s->dG[i] += d->start[i] * dot(s->q + i * K, s->out + i * K, K);
+    multiply(c, UP_TO_ROW, rows, K, units, dscore_rows, k_panels, s->out, d->start, dq);
+    WRITE(dq, s->out, K, t, count, c->K);
+
+    multiply(c, FULL, rows, K, Vu, v_rows, (Operand){s->dST_panels, Vu}, NULL, NULL, dk);
+    if (c->per_token) {
+        double kept = 0; /* the sum of all products of S and dS */
+        for (i64 i = 0; i < count; i++) {
+            float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
+            s->dG[i] -= x, kept += x;
+        }
+        for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
+            for (i64 r = 0; r < V; r++) {
+                i64 at = n * V + r * NC;
+                kept += d->total[0] * dot(s->ST[g] + at, s->dST + at, smaller(NC, K - n));
+            }
+        s->dG[count - 1] += (float)kept;
+        float sum = 0;
+        for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];
+    }
+    multiply_transposed(c, FROM_ROW, rows, K, units, (Operand){s->dscore_panels, units}, q_panels, s->out, d->end, dk);
+    WRITE(dk, s->out, K, t, count, c->K);
+
+    scale_rows(s->k, rows, K, d->end);
+    Operand kend_rows = {as_rows(c->pair, s->k, rows, K, s->kend_rows), Ku};
+    multiply(c, FULL, rows, V, Ku, kend_rows, (Operand){s->dS_panels, Ku}, NULL, NULL, dv);
+    multiply_transposed(c, FROM_ROW, rows, V, units, (Operand){s->score_panels, units}, dout_panels, s->out, NULL, dv);
+    WRITE(dv, s->out, V, t, count, c->V);
+
+    scale_rows(s->q, rows, K, d->start);
+    as_panels(c->pair, s->q, K, rows, K, s->qstart_panels);
+    multiply_transposed(c, FULL, K, V, units, (Operand){s->qstart_panels, units}, dout_panels, s->dS, d->total,
+                        (Result){s->dS, NC, K * NC});
+    operands_of_dS(c, s);
+}
+
+static void backward_head(const Call *c, Space *s, i64 n, i64 h) {
+    i64 begin = c->begin[n], end = c->begin[n + 1], C = c->C, span = C * c->group;
+    s->decays.count = 0;
+    read_state(c, s, c->dstate + (n * c->H + h) * c->K * c->V, s->dS);
+    operands_of_dS(c, s);
+    for (i64 group = (end - begin - 1) / span; group >= 0; group--) {
+        i64 first = begin + group * span, chunks = smaller(c->group, (end - first + C - 1) / C);
+        states_of_group(c, s, h, first, end, c->first_checkpoint[n] + group);
+        for (i64 g = chunks - 1; g >= 0; g--)
+            backward_chunk(c, s, h, first + g * C, smaller(C, end - first - g * C), g);
+    }
+    write_state(c, s, s->dS, c->dinitial + (n * c->H + h) * c->K * c->V);
+}

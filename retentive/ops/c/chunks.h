@@ -1,0 +1,172 @@
+/* What both passes over chunks share: what Python hands over, decays, the work space, states, rows in and out. */
+
+#pragma once
+#include "memory.h"
+#include "products.h"
+
+/* ---- what Python hands over (struct Call of cpu.py) ---- */
+
+typedef struct {
+    i64 N, H, K, V, C, group, dtype, pair, per_token, threads; /* dtype 0 float32, 1 bfloat16, 2 float16 */
+    i64 q_stride, k_stride, v_stride, do_stride;               /* elements from token to token */
+    double scale;
+    const i64 *begin;            /* [N+1] first token of each sequence, of all tokens in a row */
+    const i64 *first_checkpoint; /* [N] */
+    const void *q, *k, *v, *dout;
+    const float *log_decay, *state, *dstate; /* [H] or [tokens,H]; [N,H,K,V] */
+    float *checkpoints;                      /* [checkpoints,H,K,V], or NULL */
+    void *o, *dq, *dk, *dv;                  /* contiguous */
+    float *final, *dlog_decay, *dinitial;
+} Call;
+
+/* ---- decays ---- */
+
+typedef struct {
+    float *start, *end, *total, *lag, *since; /* [C] scale * exp(G); [C] exp(G_C - G); [wide] exp(G_C), repeated */
+    i64 wide, count;                          /* [2C] scale * gamma^(C-1-x), then zeros; [C] G; tokens it is for */
+} Decays;
+
+/* for `count` tokens of head h from token t on */
+static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
+    if (!c->per_token && d->count == count) return; /* the same in every full chunk */
+    double G = 0, since[c->C];
+    for (i64 i = 0; i < c->C; i++) {
+        if (i < count) G += bounded(c->log_decay[c->per_token ? (t + i) * c->H + h : h]);
+        since[i] = G, d->since[i] = (float)G;
+    }
+    for (i64 i = 0; i < c->C; i++) {
+        d->start[i] = i < count ? (float)(c->scale * exp(d->since[i])) : 0;
+        d->end[i] = i < count ? (float)exp(G - since[i]) : 0;
+    }
+    for (i64 i = 0; i < d->wide; i++) d->total[i] = (float)exp(G);
+    if (!c->per_token && d->count == 0)
+        for (i64 x = 0; x < c->C; x++) {
+            double lag = (c->C - 1 - x) * bounded(c->log_decay[h]);
+            d->lag[x] = (float)(c->scale * exp(lag)), d->lag[c->C + x] = 0;
+        }
+    d->count = count;
+}
+
+/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, since a score there may be NaN */
+static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
+    for (i64 i = 0; i < rows; i++, score += c->C) {
+        i64 width = round_up(i / MR * MR + MR, NC);
+        const float *lag = d->lag + c->C - 1 - i, since = d->since[i], scale = (float)c->scale;
+        if (c->per_token)
+            for (i64 j = 0; j < width; j++) {
+                float D = exp_of(j <= i ? since - d->since[j] : 0) * scale;
+                score[j] = j <= i ? score[j] * D : 0;
+            }
+        else
+            for (i64 j = 0; j < width; j++) score[j] = j <= i ? score[j] * lag[j] : 0;
+    }
+}
+
+static void scale_rows(float *x, i64 rows, i64 width, const float *factor) {
+    for (i64 i = 0; i < rows; i++, x += width)
+        for (i64 j = 0; j < width; j++) x[j] *= factor[i];
+}
+
+/* ---- the work space of a thread ---- */
+
+typedef struct {
+    i64 K, V; /* padded */
+    Decays decays;
+    float *q, *k, *v, *dout, *out, *score, *dscore;                        /* rows */
+    float *q_rows, *k_rows, *v_rows, *dout_rows, *score_rows, *dscore_rows; /* operands */
+    float *q_panels, *k_panels, *v_panels, *dout_panels, *score_panels, *dscore_panels, *kT_panels, *vT_panels;
+    float *kend_rows, *kend_panels, *qstart_panels, *S_panels, *dS_panels, *dST_panels;
+    float *S, *dS, *dST, *dG;                      /* S, dS: panels of [K][V]; dST: of [V][K] */
+    float *ST[MOST_GROUP], *ST_panels[MOST_GROUP]; /* before each chunk of a group, panels of [V][K] */
+} Space;
+
+static float *take(char **at, i64 floats) {
+    float *p = (float *)*at;
+    *at += round_up(floats * 4, 64) + 64; /* the gap keeps arrays of 2^n floats from falling on the same cache lines */
+    return p;
+}
+
+/* lays out a space from `at` on, returns its end */
+static char *arrange(const Call *c, int backward, Space *s, char *at) {
+    i64 C = c->C, whole = c->pair == 2 ? BLOCK : WHOLE;
+    i64 K = s->K = round_up(c->K, whole), V = s->V = round_up(c->V, whole), wide = K > V ? K : V;
+    i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), CC = C * C, KV = round_up(K, NC) * round_up(V, NC);
+    Decays *d = &s->decays;
+    d->wide = wide, d->count = 0;
+    d->start = take(&at, C), d->end = take(&at, C), d->since = take(&at, C);
+    d->total = take(&at, wide), d->lag = take(&at, 2 * C);
+    s->q = take(&at, CK), s->q_rows = take(&at, CK);
+    s->k = take(&at, CK), s->k_rows = take(&at, CK), s->kT_panels = take(&at, CK), s->kend_panels = take(&at, CK);
+    s->v = take(&at, CV), s->v_panels = take(&at, CV), s->out = take(&at, CK > CV ? CK : CV);
+    s->score = take(&at, CC), s->score_rows = take(&at, CC);
+    s->S = take(&at, KV), s->S_panels = c->pair ? take(&at, KV / 2) : s->S;
+    if (!backward) return at;
+    s->q_panels = take(&at, CK), s->qstart_panels = take(&at, CK);
+    s->k_panels = take(&at, CK), s->kend_rows = take(&at, CK);
+    s->v_rows = take(&at, CV), s->vT_panels = take(&at, CV);
+    s->dout = take(&at, CV), s->dout_rows = take(&at, CV), s->dout_panels = take(&at, CV);
+    s->score_panels = take(&at, CC), s->dscore = take(&at, CC);
+    s->dscore_rows = take(&at, CC), s->dscore_panels = take(&at, CC), s->dG = take(&at, C);
+    s->dS = take(&at, KV), s->dS_panels = c->pair ? take(&at, KV / 2) : s->dS;
+    s->dST = c->pair && !c->per_token ? NULL : take(&at, KV), s->dST_panels = c->pair ? take(&at, KV / 2) : s->dST;
+    for (i64 g = 0; g < c->group; g++)
+        s->ST[g] = take(&at, KV), s->ST_panels[g] = c->pair ? take(&at, KV / 2) : s->ST[g];
+    return at;
+}
+
+static int get_space(const Call *c, int backward, Space *s) {
+    char *at = space_of_thread_with((intptr_t)arrange(c, backward, s, NULL)); /* from 0 on, it ends at its size */
+    if (at) arrange(c, backward, s, at);
+    return at != NULL;
+}
+
+/* ---- states ---- */
+
+static void read_state(const Call *c, const Space *s, const float *from, float *panels) { /* [K][V] -> panels */
+    memset(panels, 0, round_up(s->V, NC) * s->K * 4);
+    for (i64 n = 0; n < c->V; n += NC)
+        for (i64 k = 0; k < c->K; k++)
+            memcpy(panels + n * s->K + k * NC, from + k * c->V + n, smaller(NC, c->V - n) * 4);
+}
+
+static void write_state(const Call *c, const Space *s, const float *panels, float *to) {
+    for (i64 n = 0; n < c->V; n += NC)
+        for (i64 k = 0; k < c->K; k++)
+            memcpy(to + k * c->V + n, panels + n * s->K + k * NC, smaller(NC, c->V - n) * 4);
+}
+
+/* pairs of rows of float panels [cols / NC][rows][NC] */
+static void pair_panels(const float *from, i64 rows, i64 cols, float *to) {
+    for (i64 n = 0; n < cols; n += NC) as_panels(1, from + n * rows, NC, rows, NC, to + n * rows / 2);
+}
+
+/* rows that `count` tokens take in the work space, zeros after the last */
+INLINE i64 padded(const Call *c, i64 count) { return round_up(count, c->pair == 2 ? BLOCK : MR); }
+
+INLINE void multiply(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
+                     const float *beta, Result to) {
+#ifdef TILES
+    if (c->pair == 2) {
+        tiles(0, shape, M, N, units, A, B, from, beta, to);
+        return;
+    }
+#endif
+    (c->pair ? product_pairs : product_floats)(shape, M, N, units, A, B, from, beta, to);
+}
+
+INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
+                                const float *from, const float *beta, Result to) {
+#ifdef TILES
+    if (c->pair == 2) {
+        tiles(1, shape, M, N, units, A, B, from, beta, to);
+        return;
+    }
+#endif
+    (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
+}
+
+/* head h of an input as padded rows from token t on; the same back to a result, which is contiguous [tokens,H,n] */
+#define READ(x, stride, t, count, n, to, width, rows)                                                          \
+    read_rows(c->dtype, element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n, to, width, rows)
+#define WRITE(x, from, width, t, count, n) \
+    write_rows(c->dtype, from, width, count, n, (void *)element(c->x, c->dtype, ((t) * c->H + h) * (n)), c->H * (n))

@@ -1,0 +1,75 @@
+/* Chunkwise retention and the decode step for CPUs, one unit for the compiler; the formulas are those of blocked.py.
+
+Built by cpu.py with the machine's own compiler at first use. One task is one head of one sequence: it goes through its
+chunks in order, with its state in the cache, and tasks share nothing, so results do not depend on the threads. All that
+is no operand of a product is float32: S, dS, decays.
+*/
+
+#include "forward.c"
+#include "backward.c"
+#include "step.c"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+/* Large results are fresh memory, which the kernel hands out page by page as it is first written to; with pages of 4 KB
+   that took as long as the arithmetic (docs/LOG.md). Advice: no harm where it is not taken. */
+static void in_large_pages(const void *p, i64 bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t page = 1 << 21, first = round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
+    if (p && end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
+/* 0, or 1 when there was no memory */
+static int for_each_head(const Call *c, int backward) {
+    int failed = 0;
+    i64 elements = c->begin[c->N] * c->H, size = size_of(c->dtype), span = c->C * c->group, last = c->N - 1;
+    i64 checkpoints = c->first_checkpoint[last] + (c->begin[c->N] - c->begin[last] + span - 1) / span;
+    in_large_pages(c->o, elements * c->V * size), in_large_pages(c->dv, elements * c->V * size);
+    in_large_pages(c->dq, elements * c->K * size), in_large_pages(c->dk, elements * c->K * size);
+    if (!backward) in_large_pages(c->checkpoints, checkpoints * c->H * c->K * c->V * 4);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads)
+    for (i64 task = 0; task < c->N * c->H; task++) {
+        Space s;
+        if (!get_space(c, backward, &s)) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+#ifdef TILES
+        TileConfig before;
+        if (c->pair == 2) open_tiles(&before);
+#endif
+        (backward ? backward_head : forward_head)(c, &s, task / c->H, task % c->H);
+#ifdef TILES
+        if (c->pair == 2) close_tiles(&before);
+#endif
+    }
+    return failed;
+}
+
+int retention_forward(const Call *c) { return for_each_head(c, 0); }
+int retention_backward(const Call *c) { return for_each_head(c, 1); }
+
+int has_half(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* 0 no, 1 in vectors, 2 in tiles */
+int can_multiply_pairs(void) {
+#ifdef TILES
+    if (tiles_are_allowed()) return 2;
+#endif
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}

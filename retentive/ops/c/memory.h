@@ -1,0 +1,23 @@
+/* The work space of a thread. */
+
+#pragma once
+#include "numbers.h"
+#include <pthread.h>
+#include <stdlib.h>
+
+/* kept from call to call, since fresh pages cost more than the work of a short call, and freed with its thread */
+static pthread_key_t space_key;
+static int have_key;
+__attribute__((constructor)) static void make_space_key(void) { have_key = !pthread_key_create(&space_key, free); }
+
+static void *space_of_thread_with(i64 bytes) {
+    static _Thread_local void *space;
+    static _Thread_local i64 size;
+    if (bytes > size) {
+        free(space);
+        space = aligned_alloc(64, round_up(bytes, 64));
+        size = space ? bytes : 0;
+        if (have_key) pthread_setspecific(space_key, space);
+    }
+    return space;
+}
