@@ -32,15 +32,17 @@ from retentive.cli import (
 )
 from retentive.cli import eval as evaluation
 from retentive.cli import train as training
+from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
 from retentive.serve.options import Options
+from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
 
 COMMANDS = {
     "demo": demo.DemoCommand,
-    "data": data.DataConfig,
+    "data": data.DataCommand,
     "train": TrainRun,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
@@ -57,6 +59,7 @@ COMMANDS = {
     **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
+INNER |= {"comparison": Comparison, "config": DataConfig}
 """Fields that are dataclasses themselves, whose fields are the command's."""
 
 
@@ -242,10 +245,10 @@ def test_a_loss_that_is_no_number_is_told_of_with_the_checkpoint_that_is_good(pl
     assert all(p.isfinite().all() for p in retentive.load("new")[0].parameters())
 
 
-def test_skipped_documents_are_told_of(place):
+def test_skipped_documents_are_told_of(place, capsys):
     Path("corpus/latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.warns(UserWarning, match=r"skipped 1 documents that are not UTF-8, the first is latin\.txt"):
-        main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
+    main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
+    assert "skipped 1 documents that are not UTF-8, the first is latin.txt" in capsys.readouterr().out.replace("\n", "")
     assert sum(split["documents"] for split in json.loads(Path("new/meta.json").read_text())["splits"].values()) == 6
 
 

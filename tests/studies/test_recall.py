@@ -35,7 +35,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, right: bool):
         super().__init__()
-        self.embed, self.head, self.right = torch.nn.Embedding(1, 1), torch.nn.Identity(), right
+        self.head, self.right, self.device = torch.nn.Identity(), right, torch.device("cpu")
 
     def hidden(self, ids):
         first = (ids[:, None, :] == ids[:, :, None]).int().argmax(-1)  # where each token stands first
