@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import retentive
+from retentive.bench import BENCHES
 from retentive.cli import (
     VERBS,
-    bench,
     chat,
     compare,
     convert,
@@ -57,7 +57,7 @@ COMMANDS = {
     "convert": convert.ConvertCommand,
     "compare": compare.CompareCommand,
     "report": report.ReportCommand,
-    **{f"bench {name}": importlib.import_module(module).Options for name, module in bench.MODULES.items()},
+    **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
 INNER |= {"comparison": Comparison, "config": DataConfig}

@@ -32,6 +32,8 @@ def test_rows_are_a_function_of_seed_and_step():
 class Oracle(LanguageModel):
     """Knows what followed each token first, or something else."""
 
+    device = torch.device("cpu")
+
     def __init__(self, right: bool):
         super().__init__()
         self.head, self.right, self.device = torch.nn.Identity(), right, torch.device("cpu")
