@@ -1,9 +1,10 @@
-"""Beam search: the likeliest continuations that keeping a few at a time can find.
+"""Beam search: the likeliest continuations that can be found by keeping a few of them at each step.
 
     score = log p(tokens, stop) / length ^ length_penalty           length: tokens, the stop among them
 
-A beam that ends in a stop is kept with its score, and the others go on with one beam less (Sutskever et al., arXiv
-1409.3215). One beam is greedy decoding; as many beams as there are continuations find the likeliest of all.
+A beam that ends in a stop is done: it is set aside with its score, and the others go on with one beam less (Sutskever
+et al., arXiv 1409.3215). One beam is greedy decoding; as many beams as there are continuations find the likeliest of
+all.
 """
 
 import itertools
@@ -50,16 +51,17 @@ def beam_search(
     if min(beams, max_tokens) < 1:
         raise ValueError(f"beams and max_tokens must be at least 1, got {beams} and {max_tokens}")
     logits, state = prefill(model, prompt, state)
-    live: list[list[int]] = [[]]
-    sums = torch.zeros(1, dtype=torch.float64)
+    live: list[list[int]] = [[]]  # tokens of the beams that go on; row i of the state is that of live[i]
+    sums = torch.zeros(1, dtype=torch.float64)  # their log probabilities
     done: list[tuple[list[int], float]] = []
+    stops = frozenset(stop_ids)
     for length in itertools.count(1):
         check_finite(logits)
         totals = sums[:, None] + logits.double().log_softmax(-1).cpu()
         if length == 1 and first_ids is not None:
             totals = torch.full_like(totals, -torch.inf).index_copy_(1, torch.tensor(first_ids), totals[:, first_ids])
         best, rows, tokens = _best(totals, beams - len(done))
-        ended = [token in set(stop_ids) for token in tokens]
+        ended = [token in stops for token in tokens]
         done += [
             (live[row], float(total) / length**length_penalty)
             for total, row, end in zip(best, rows, ended, strict=True)
@@ -71,6 +73,7 @@ def beam_search(
             break
         sums, parents = best[kept], torch.tensor([rows[n] for n in kept])
         logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, parents))
+    # beams that are still live have all reached max_tokens
     done += [(beam, float(best[n]) / max_tokens**length_penalty) for n, beam in zip(kept, live, strict=True)]
     return sorted(done, key=lambda pair: -pair[1])
 
@@ -78,25 +81,29 @@ def beam_search(
 def likeliest(
     model: Model, ids: Sequence[int] | Tensor, params: SamplingParams | None = None, *, beams: int, **how: Any
 ) -> Iterator[Token]:
-    """The best continuation as `generate` would give it, without log probabilities; there is nothing to sample."""
+    """The tokens of the best continuation, as `generate` gives them but with NaN for log probabilities.
+
+    `params` is there for the signature that `write_on` calls: nothing is sampled.
+    """
     tokens, _ = beam_search(model, ids, beams=beams, **how)[0]
     yield from (Token(token, math.nan) for token in tokens)
 
 
 def _best(totals: Tensor, count: int) -> tuple[Tensor, list[int], list[int]]:
-    """The highest of `totals` `[n, vocab]`, which row they are of and which token; none that is impossible."""
+    """(the `count` highest of `totals` `[n, vocab]`, the row of each, its token), without any that is impossible."""
     best, where = totals.flatten().topk(min(count, totals.numel()))
     where = where[best > -torch.inf]
     return best[: len(where)], (where // totals.shape[1]).tolist(), (where % totals.shape[1]).tolist()
 
 
 def _reordered(state: Any, parents: Tensor) -> Any:
-    """Each beam with the state of the one that it grew from."""
+    """The state with row i that of the beam that beam i grew from; itself if no row moves, which spares a copy."""
     same = torch.equal(parents, torch.arange(len(state.position)))
     return state if same else state.select(parents)
 
 
 def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
+    """(logits `[n, vocab]`, state) after one more token of each of n beams."""
     with threads_for(len(tokens) * cost.matrix_parameters(model.config)):
         x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
         return model.head(x[:, -1]), state

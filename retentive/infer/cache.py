@@ -1,9 +1,9 @@
-"""States of prompts that were read before: who begins as another did goes on from there.
+"""Prefix cache: states of prompts that were read before, from which a prompt with the same beginning goes on.
 
-A prefix is kept where a reader stops at a multiple of `every` tokens, before a prompt's last token, and before that
-of a reply. It is found by a hash of its tokens, longest first, and is exact: the state is the very one. Whoever was
-used last stays longest, within a bound in bytes; what is evicted goes to `folder`, if there is one, as a memory file
-(`memory.py`), within a bound of its own. What cannot be written or read is not kept: it can be computed anew.
+The engine stores a state at multiples of `every` tokens, before a prompt's last token, and before the last of a
+completion. It is found by a hash of its tokens, longest prefix first, and is exact: the very state that was stored. The
+least recently used is evicted when a bound in bytes is reached; it goes to `folder`, if there is one, as a memory file
+(`memory.py`), within a bound of its own. A file that cannot be written or read is forgotten: all can be computed anew.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from retentive.infer.memory import Memory, head, load_memory, save
 from retentive.models.state import State
 
 
-def names(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, str]]:
-    """(length, name) of the prefixes of `ids` of these ascending lengths; 128 bits, so that two that differ never meet.
+def prefix_hashes(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, str]]:
+    """(length, hash in hex) of the prefixes of `ids` of these ascending lengths; 128 bits, so that none collide.
 
-    The ids are gone through once, however many lengths there are.
+    Takes one pass over the ids, however many lengths there are.
     """
     raw, digest, before, found = array("q", ids).tobytes(), hashlib.blake2b(digest_size=16), 0, []
-    for length in lengths:
+    for length in lengths:  # the running digest is copied at each length and goes on; an id takes 8 bytes ("q")
         digest.update(raw[8 * before : 8 * length])
         before = length
         found.append((length, digest.copy().hexdigest()))
@@ -31,14 +31,14 @@ def names(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, str]]:
 
 
 class PrefixCache:
-    """`longest(ids)` and `store(ids, state)`, for states of one sequence of one model, from any thread.
+    """States of one sequence of one model by what they have read: `longest(ids)`, `store(ids, state)`. Thread-safe.
 
     Args:
         most_bytes: of states in memory.
         every: tokens between kept states of a long prompt.
-        folder: where states go that memory has no room for; None drops them.
-        most_bytes_on_disk: of those; the oldest go first.
-        model: its fingerprint, so that a folder's states are never read by another; needed with a folder.
+        folder: where evicted states go; None drops them.
+        most_bytes_on_disk: of those; the least recently used are deleted first.
+        model: the model's fingerprint, needed with a folder: other models' files there are left alone.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class PrefixCache:
             raise ValueError("a prefix cache with a folder needs the model's fingerprint: other models may share it")
         self.most_bytes, self.every, self.folder = most_bytes, every, folder
         self.most_bytes_on_disk, self.model = most_bytes_on_disk, model
-        self.states: OrderedDict[str, tuple[int, State]] = OrderedDict()
-        self.files: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name: tokens, bytes
+        # by hash, the least recently used first; a state that was read back from disk is in both
+        self.states: OrderedDict[str, tuple[int, State]] = OrderedDict()  # tokens, state
+        self.files: OrderedDict[str, tuple[int, int]] = OrderedDict()  # tokens, bytes
         self.nbytes = self.nbytes_on_disk = self.hits = self.misses = 0
         self.lock = threading.Lock()
         if folder is not None:
@@ -65,24 +66,29 @@ class PrefixCache:
             self._find_files(folder)
 
     def longest(self, ids: Sequence[int]) -> tuple[int, State | None]:
-        """(tokens, a copy of the state after them) for the longest prefix known, short of `ids` by a token at least."""
+        """(tokens, a copy of the state after them) for the longest known prefix of `ids`; (0, None) if there is none.
+
+        It is shorter than `ids` by a token at least: the last one must be decoded to give logits.
+        """
         with self.lock:
+            # only lengths that occur are hashed; of equal lengths the hash tells whether the tokens are the same
             known = {n for n, _ in (*self.states.values(), *self.files.values()) if n < len(ids)}
-            for length, name in reversed(names(ids, sorted(known))):
+            for length, name in reversed(prefix_hashes(ids, sorted(known))):
                 if name in self.states:
                     self.states.move_to_end(name)
                     self.hits += 1
-                    return length, self.states[name][1].clone()
+                    return length, self.states[name][1].clone()  # decoding writes into a state in place
                 if name in self.files and (state := self._read(name)) is not None:
                     self.hits += 1
-                    self._keep(name, length, state)
-                    return length, state.clone()
+                    if state.nbytes <= self.most_bytes:  # else it would evict all others, and then itself
+                        self._keep(name, length, state.clone())
+                    return length, state
             self.misses += 1
             return 0, None
 
     def store(self, ids: Sequence[int], state: State) -> None:
-        """Keeps a copy of `state`, which has read `ids`."""
-        ((length, name),) = names(ids, [len(ids)])
+        """Keeps a copy of `state`, which has read `ids`; one that is larger than the whole cache is not kept."""
+        ((length, name),) = prefix_hashes(ids, [len(ids)])
         with self.lock:
             if name in self.states:
                 self.states.move_to_end(name)
@@ -90,6 +96,7 @@ class PrefixCache:
                 self._keep(name, length, state.clone())
 
     def _keep(self, name: str, length: int, state: State) -> None:
+        """Adds a state that is not there yet, and evicts others until all fit. Called under the lock."""
         self.states[name] = (length, state)
         self.nbytes += state.nbytes
         while self.nbytes > self.most_bytes:
@@ -105,7 +112,7 @@ class PrefixCache:
         return self.folder / f"{name}.safetensors"
 
     def _write(self, name: str, tokens: int, state: State) -> None:
-        if name in self.files:
+        if name in self.files:  # it was read back from there: the file is still the same
             self.files.move_to_end(name)
             return
         path = self._path(name)
@@ -114,9 +121,10 @@ class PrefixCache:
             size = path.stat().st_size
         except OSError:  # a full disk, a folder taken away
             return
-        self._found(name, tokens, size)
+        self._add_file(name, tokens, size)
 
-    def _found(self, name: str, tokens: int, size: int) -> None:
+    def _add_file(self, name: str, tokens: int, size: int) -> None:
+        """Counts a file of the folder, and deletes the least recently used ones until all fit."""
         self.files[name] = (tokens, size)
         self.nbytes_on_disk += size
         while self.nbytes_on_disk > self.most_bytes_on_disk:
@@ -126,7 +134,7 @@ class PrefixCache:
         self.files.move_to_end(name)
         try:
             return load_memory(self._path(name), expected=self.model).state
-        except (OSError, ValueError):  # somebody tidied up, or wrote into it
+        except (OSError, ValueError):  # another process deleted it, or damaged it
             self._remove(name)
             return None
 
@@ -134,18 +142,18 @@ class PrefixCache:
         self.nbytes_on_disk -= self.files.pop(name)[1]
         try:
             self._path(name).unlink(missing_ok=True)
-        except OSError:  # not ours to delete any more
+        except OSError:  # no right to delete it: it is out of the count all the same
             return
 
     def _find_files(self, folder: Path) -> None:
-        """What an earlier process left there, of this model."""
+        """Takes up the files that an earlier process left there for this model, the oldest first."""
         found = []
         for path in folder.glob("*.safetensors"):
             try:
                 stat, about = path.stat(), head(path)
-            except (OSError, ValueError):  # taken away meanwhile, or damaged
+            except (OSError, ValueError):  # deleted meanwhile by another process, or damaged
                 continue
             if about["model"] == self.model:
                 found.append((stat.st_mtime, path.stem, about["tokens"], stat.st_size))
-        for _, name, tokens, size in sorted(found):
-            self._found(name, tokens, size)
+        for _, name, tokens, size in sorted(found):  # by time of writing: as if they had been evicted in that order
+            self._add_file(name, tokens, size)

@@ -1,12 +1,12 @@
-"""A conversation with a model, and what is remembered of it: a state of constant size, whatever was said.
+"""A conversation with a model, remembered in a state of constant size, however much was said.
 
     conversation = Conversation(engine, tokenizer, template, blank(model))
     for piece in conversation.say("Who is there?", max_tokens=400):
         print(piece, end="")
     save(conversation.memory, "tea.safetensors")
 
-The terminal talks with it through `say`; the server, which answers many at once, asks for the ids to read (`turn`,
-`lead`), submits them, and has the end remembered (`remember`, `put_off`).
+The terminal uses `say`. The server, which answers many at once, asks for the ids to read (`turn`, `lead`), submits
+them, and at the end calls `remember`, or `put_off` if the stream's state has read more than the client was given.
 """
 
 from collections import deque
@@ -22,13 +22,13 @@ from retentive.infer.sample import SamplingParams
 from retentive.infer.text import Text
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
-"""Of a saved conversation, wherever people choose one: nothing that a path could be made of."""
+"""What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
 
 
 class Conversation:
-    """What a model remembers of one conversation, and how it goes on.
+    """One conversation: a memory, and how the next messages go on from it.
 
-    `memory` is replaced after every answer and never written to: many may begin from the same one.
+    `memory` is replaced after every answer and never written to, so that many conversations may share one.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, memory: Memory):
@@ -38,18 +38,18 @@ class Conversation:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was said: what comes next then goes on from it."""
+        """Whether anything was said or read; the next messages are then encoded as a continuation."""
         return bool(self.memory.tokens or self.memory.pending)
 
     @property
     def nbytes(self) -> int:
-        """What remembering it takes, above the blank state that all share."""
+        """Bytes that remembering it takes, beyond the blank state that all conversations share."""
         return (self.memory.nbytes if self.memory.tokens else 0) + 8 * len(self.memory.pending)
 
     # what is to be read
 
     def turn(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids to read for `messages`, after those that are pending.
+        """The ids to read for `messages`, the pending ones first.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -59,23 +59,23 @@ class Conversation:
 
     @property
     def lead(self) -> list[int]:
-        """What is read before a text that goes on: the pending ids, or the end of text after which documents begin."""
+        """The ids to read before a plain text: the pending ones, or the end-of-text token that begins a document."""
         return list(self.memory.pending) if self.begun else [self.tokenizer.eos_id]
 
     def submit(self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[Stream]:
-        """Streams of tokens after `ids`, from what is remembered: see `Engine.submit`."""
-        # one that has read nothing may begin from a cached state
+        """Streams of tokens after `ids`, going on from the memory; options as for `Engine.submit`."""
+        # With nothing read yet no state is passed: the engine then may begin from its prefix cache.
         state = self.memory.state if self.memory.tokens else None
         return self.engine.submit(ids, params, state=state, **options)
 
     # what is remembered
 
     def remember(self, stream: Stream, pending: Sequence[int]) -> None:
-        """The state that a stream (with `Returns.state`) has left at its end.
+        """Takes over the state that a finished stream (with `Returns.state`) has left.
 
         Args:
-            pending: those of `stream.pending` that belong to the conversation: not the end of an answer, which the
-                template writes.
+            pending: those of `stream.pending` that belong to the conversation. A stop token does not: the template
+                writes the end of an answer itself, before the next message.
         """
         old, state = self.memory, stream.state
         assert state is not None
@@ -83,14 +83,14 @@ class Conversation:
         self.memory = Memory(state, list(pending), old.tokens + read, old.model, old.sources, old.config)
 
     def put_off(self, ids: Sequence[int]) -> None:
-        """The state as it was; `ids`, pending ones and all, are read with whatever comes next."""
+        """Keeps the state as it was; `ids` (with the pending ones) become pending, to be read with the next turn."""
         old = self.memory
         self.memory = Memory(old.state, list(ids), old.tokens, old.model, old.sources, old.config)
 
     # one answer after the other
 
     def say(self, message: str, params: SamplingParams | None = None, *, max_tokens: int) -> Generator[str, None, None]:
-        """The answer in pieces, as it comes. Whoever stops reading it, stops it; what came so far is remembered.
+        """The answer in pieces, as it comes. Closing the generator stops it, and what came so far is remembered.
 
         Raises:
             ValueError: the template refuses the message.
@@ -113,16 +113,16 @@ class Conversation:
                 whole = True
                 if piece := text.flush():
                     yield piece
-        finally:
+        finally:  # also when the caller closes the generator, or Ctrl-C is pressed while it waits for a token
             _end(stream)
             if whole and stream.state is not None:
                 self.remember(stream, [id for id in stream.pending if id not in stop_ids])
-            elif stream.reason != "error":  # the state has read more than was given out, or not all of it
+            elif stream.reason != "error":  # the state has read more than was given out: keep the ids, not the state
                 self.put_off([*ids, *text.kept_ids()])
 
 
 def _end(stream: Stream) -> None:
-    """Wait until the engine has let the stream go."""
+    """Cancel the stream if it still runs, and wait until the engine has ended it: its state is final only then."""
     if stream.reason is None:
         stream.cancel()
         deque(stream, maxlen=0)

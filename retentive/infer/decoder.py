@@ -1,10 +1,11 @@
-"""What the engine asks of whoever decodes, and the implementation with torch. A native engine would be another one.
+"""`Decoder`: what the engine asks of a model, and `TorchDecoder`, its implementation with torch.
 
     read(ids, cu_seqlens, states) -> states              prompts, several in one packed call
     score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose own probabilities are wanted
     decode(ids, pool) -> logits                          one token for each of the first rows of a pool, in place
 
-All work on the same states in the same memory (`models/state.py`). Neither side knows text.
+All work on the same states in the same memory (`models/state.py`), so that another implementation, such as one in C,
+can take over between two calls. Neither side knows text.
 """
 
 from collections.abc import Sequence
@@ -28,27 +29,27 @@ class Decoder(Protocol):
         """Of one sequence that has read nothing."""
 
     def adopt(self, state: State) -> State:
-        """The state where this decoder computes (the device); itself if it is there already."""
+        """The state on the device where this decoder computes; itself if it is there already."""
 
     def pool(self, slots: int) -> State:
-        """`slots` sequences to decode in place. It has `put`, and `reserve` for those that need room to grow."""
+        """A blank state of `slots` sequences to decode in place; it has `put`, and `reserve` for caches that grow."""
 
     def read(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> list[State]:
         """The states after each sequence's ids.
 
         Args:
             ids: `[T]`, those of all sequences one after the other.
-            cu_seqlens: `[N+1]`, where each begins, from 0, and where the last ends.
-            states: N of one sequence each, used up.
+            cu_seqlens: `[N+1]`, where each sequence begins, from 0, and where the last ends.
+            states: N states of one sequence each; used up.
         """
 
     def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """(logits `[T, vocab]` after each of the ids, the states) as `read` gives them."""
+        """(logits `[T, vocab]` after each of the ids, states) with arguments as for `read`."""
 
     def decode(self, ids: Tensor, pool: State) -> Tensor:
-        """Logits `[n, vocab]` after ids `[n]`, one for each of the pool's first n sequences, which have read them then.
+        """Logits `[n, vocab]` after ids `[n]`, one for each of the pool's first n sequences, which have then read it.
 
-        The pool has room for them: whoever calls has reserved it.
+        The caller has reserved room for them in the pool.
         """
 
 
@@ -60,7 +61,7 @@ class TorchDecoder:
         self._work = cost.matrix_parameters(model.config)  # multiply-adds a token
         # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
         # as long as the pool and the number of rows stay the same.
-        self._view: tuple[Any, int, Any] = (None, 0, None)
+        self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
 
     def init_state(self) -> State:
         return self.model.init_state(1)
@@ -79,7 +80,7 @@ class TorchDecoder:
         return self.model.head(x).float().cpu(), states
 
     def _hidden(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """(`[T, D]`, the states): one packed row; where it is one sequence alone, packing would only copy."""
+        """(hidden `[T,D]`, states) of sequences packed into one row; a single one needs no packing, which copies."""
         ids = ids[None].to(self.model.device)
         first: Any = states[0]
         if len(states) == 1:
@@ -90,7 +91,8 @@ class TorchDecoder:
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
         n, kept = len(ids), self._view
-        self._view = (None, 0, None)  # after an error nothing holds on to the pool
+        self._view = (None, 0, None)  # so that after an error the pool's memory can be freed
+        # `is`: a pool that grew is another object, and its old views point into memory that nobody writes any more
         view = kept[2] if kept[0] is pool and kept[1] == n else pool.view(n)
         with threads_for(n * self._work):
             x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
@@ -101,9 +103,10 @@ class TorchDecoder:
 
 
 def shapes(state: State) -> list[tuple[int, ...]]:
-    """Of a state's tensors, whatever number of tokens it holds: states that agree in them belong to one model."""
+    """The shapes of a state's tensors, without the number of tokens: equal for states that fit the same model."""
     if isinstance(state, HybridState):
         return [*shapes(state.retention), *shapes(state.cache)]
     if isinstance(state, KVCache):
+        # dim 1 is the slots, which depend on how much was read
         return [(x.shape[0], *x.shape[2:]) for x in (*state.keys, *state.values)]
     return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]

@@ -4,14 +4,14 @@
     step()                                          one prefill chunk, then one token for every running request
     start(), close()                                a thread that steps while there is work
 
-The running requests are the first rows of one pool of states, decoded in place as one batch; who leaves is replaced by
-the last row, so that joining or leaving copies one sequence's state and no more. Prompts are read between the steps
-(chunked prefill), several packed into one call, all but their last token: that is decoded with the others' and gives
-the first of the completion. A request's tokens depend on its own logits and generator alone, and its errors are its
-own: a constraint that fails or a listener that is gone ends one stream.
+The running requests are the first rows of one pool of states, decoded in place as one batch; a row that is done is
+replaced by the last one, so that joining or leaving copies one sequence's state and no more. Prompts are read between
+the steps (chunked prefill), several packed into one call, all but their last token: that is decoded with the others'
+and gives the first of the completion. A request's tokens depend on its own logits and generator alone, and its errors
+are its own: a constraint or a callback that fails ends one stream.
 
-The engine knows token ids and states, no text, and computes nothing itself: what reads and decodes is a `Decoder`. Of a
-state it asks no more than `position`, `reserve`, `put` and `clone`.
+The engine knows token ids and states, no text, and computes nothing itself: a `Decoder` reads and decodes. Of a state
+it asks no more than `position`, `reserve`, `put` and `clone`.
 """
 
 import itertools
@@ -29,18 +29,19 @@ from retentive.infer.cache import PrefixCache
 from retentive.infer.decoder import Decoder, TorchDecoder, shapes
 from retentive.infer.generate import Token, check_prompt
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
-from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick
+from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
 from retentive.models import Model
 from retentive.models.state import State
 
 
 class Engine:
-    """A model that many share. All arguments but the first bound something.
+    """Decodes for many requests at once on one model.
 
     Args:
         model: a model of ours, or any other `Decoder`.
         slots: requests at once; each takes the memory of one state.
-        prefill_chunk: prompt tokens read between two steps: more read prompts sooner, fewer let others' tokens flow.
+        prefill_chunk: prompt tokens read between two steps: more shorten the time to a first token, fewer the time
+            between the tokens of those that are running.
         waiting: requests in the queue; more raise Full.
         cache: states of prompts read before, None for none.
     """
@@ -60,11 +61,12 @@ class Engine:
         self.model: Any = model
         self.decoder: Decoder = TorchDecoder(model) if isinstance(model, torch.nn.Module) else model
         self.slots, self.prefill_chunk, self.most_waiting, self.cache = slots, prefill_chunk, waiting, cache
-        # a request goes from `queue` (any thread, under `wake`) to `reading` to `running` (the stepping thread alone)
+        # A request goes from `queue` to `reading` to `running`. Any thread may touch `queue`, under `wake`; the others
+        # belong to the thread that steps and need no lock.
         self.queue: deque[Prompt] = deque()
         self.reading: list[Prompt] = []
         self.running: list[Request] = []
-        self.pool: Any = None  # a State of `slots` sequences; the one of running[row] is at `row`
+        self.pool: Any = None  # a State of `slots` sequences, made with the first request; row i is that of running[i]
         self.wake = threading.Condition()
         self.thread: threading.Thread | None = None
         self.closing = self.abandoned = False
@@ -88,10 +90,10 @@ class Engine:
         Args:
             max_tokens: None for no end but a stop.
             stop_ids: tokens that end a stream; they are not given out.
-            constraint: makes what says which tokens may come, one for each stream.
-            state: of one sequence, what the model has read before `ids`; it is left as it is.
-            returns: what is wanted beside the tokens.
-            deliver: a callback for each stream, in place of iterating.
+            constraint: makes the constraint of one stream; called for each, since constraints are in different states.
+            state: of one sequence, what the model has read before `ids`; it is copied, never written to.
+            returns: what the streams carry beside the tokens.
+            deliver: a callback for each stream, to be used instead of iterating; called from the stepping thread.
 
         Raises:
             ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1,
@@ -101,6 +103,7 @@ class Engine:
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
         check_prompt(ids, vocab)
         self._check(n, max_tokens, returns, state)
+        # whatever can be wrong with a request is raised here, in its caller's thread, before it is queued
         requests = []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
             own = params if params.seed is None else replace(params, seed=params.seed + i)
@@ -109,7 +112,7 @@ class Engine:
             stops = frozenset(stop_ids) | ({made.eos_id} if made else set())
             stream = Stream(ids, deliver=callback)
             requests.append(Request(stream, sampler, max_tokens, stops, made, returns, cacheable=state is None))
-        with self.wake:
+        with self.wake:  # `closing` too is read under the lock: nothing may be queued behind the last step
             if self.closing:
                 raise Full("the engine is closing")
             if len(self.queue) >= self.most_waiting:
@@ -134,12 +137,12 @@ class Engine:
 
     @property
     def taken(self) -> int:
-        """Slots in use."""
+        """Slots in use; those of prompts that are still being read count, since each will need one."""
         return len(self.running) + sum(len(p.requests) for p in self.reading)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Lets requests in and out, reads a chunk of their prompts, decodes a token each; False if nothing was left."""
+        """Admits and drops requests, reads a chunk of prompts, decodes a token each; False if nothing was to do."""
         self._drop_cancelled()
         self._admit()
         if not self.reading and not self.running:
@@ -155,20 +158,20 @@ class Engine:
 
         with self.wake:
             waiting = list(self.queue)
-        # listeners are called without the lock: they may submit
+        # not under the lock: `_end` calls callbacks, which may submit and would then wait for themselves
         for prompt in [*waiting, *self.reading]:
             for request in [r for r in prompt.requests if cancelled(r)]:
                 prompt.requests.remove(request)
                 self._end(request, "cancelled")
-        with self.wake:
+        with self.wake:  # filtered, not replaced by `waiting`: others may have submitted meanwhile
             self.queue = deque(p for p in self.queue if p.requests)
         self.reading = [p for p in self.reading if p.requests]
-        for row in reversed(range(len(self.running))):  # from the end: who leaves is replaced by the last one
+        for row in reversed(range(len(self.running))):  # from the end, since the last row moves into a gap
             if cancelled(self.running[row]):
                 self._leave(row, "cancelled")
 
     def _admit(self) -> None:
-        """First come, first served: who needs more slots than are free holds back those behind, or would starve."""
+        """First come, first served: whoever needs more slots than are free holds back those behind, or would starve."""
         while True:
             with self.wake:
                 if not self.queue or self.taken + len(self.queue[0].requests) > self.slots:
@@ -177,31 +180,33 @@ class Engine:
                 self.reading.append(prompt)
             try:
                 if prompt.state is not None:
-                    prompt.state = self.decoder.adopt(prompt.state.clone())  # the caller's own stays as it is
+                    # a copy: several requests may go on from one state, and reading uses it up
+                    prompt.state = self.decoder.adopt(prompt.state.clone())
                 elif self.cache is not None and not prompt.scored:  # a cached state has no log probabilities
                     prompt.read, state = self.cache.longest(prompt.ids)
                     prompt.state = None if state is None else self.decoder.adopt(state)
-            except Exception as error:  # no memory
+            except Exception as error:  # such as no memory on the device
                 self._fail([prompt], error)
             for request in prompt.requests:
                 request.stream.cached = prompt.read
             self.counts["cached_tokens"] += prompt.read
 
     def _prefill(self) -> None:
-        """One chunk of the prompts, as one packed call; those that are read then join the batch."""
+        """Reads one chunk of the prompts in one packed call; prompts that are done join the batch."""
         parts = self._parts()
-        # those that are scored go through the output matrix too, in a call of their own
+        # Prompts whose log probabilities are wanted need logits after every token, not after the last alone: a call of
+        # their own, so that the output matrix is not computed for the others.
         for scored in (False, True):
             if group := [(prompt, part) for prompt, part in parts if prompt.scored == scored]:
                 try:
                     self._read(group, scored)
-                except Exception as error:  # of the model, such as no memory
+                except Exception as error:  # the model's, such as no memory: the others go on
                     self._fail([prompt for prompt, _ in group], error)
         for prompt in [p for p in self.reading if not p.left]:
             self._join(prompt)
 
     def _parts(self) -> list[tuple[Prompt, list[int]]]:
-        """What is read next: equal shares of the chunk, and what short prompts leave of theirs for the longer ones.
+        """(prompt, its next ids) for each: equal shares of the chunk; what short prompts leave goes to the longer ones.
 
         So a long prompt does not hold up the short ones, nor many short ones the long one.
         """
@@ -209,13 +214,14 @@ class Engine:
         budget, parts = max(self.prefill_chunk, len(prompts)), []
         for n, prompt in enumerate(prompts):
             take = min(prompt.left, budget // (len(prompts) - n))
-            if self.cache is not None:  # stop where a state is worth keeping
+            if self.cache is not None:  # end the part at a multiple of `every`, where its state is cached
                 take = min(take, self.cache.every - prompt.read % self.cache.every)
             parts.append((prompt, prompt.ids[prompt.read : prompt.read + take]))
             budget -= take
         return parts
 
     def _read(self, parts: list[tuple[Prompt, list[int]]], scored: bool) -> None:
+        """Reads these parts packed into one call, keeps their states, and caches those that others may begin with."""
         ids = torch.tensor([i for _, part in parts for i in part])
         ends = list(itertools.accumulate(len(part) for _, part in parts))
         cu_seqlens = torch.tensor([0, *ends])
@@ -227,6 +233,7 @@ class Engine:
             states, logprobs = self.decoder.read(ids, cu_seqlens, states), ()
         self.counts["prompt_tokens"] += ends[-1]
         for (prompt, part), state in zip(parts, states, strict=True):
+            # only now: after an error above, `read` and `state` still belong together
             prompt.state = state
             prompt.read += len(part)
             if self.cache is not None and prompt.requests[0].cacheable and prompt.worth_keeping(self.cache.every):
@@ -235,27 +242,27 @@ class Engine:
             self._score(prompt, of_prompt)
 
     def _score(self, prompt: Prompt, logprobs: Tensor) -> None:
-        """The tokens that follow those of the part just read, by log probabilities `[T, vocab]` after each of it."""
+        """Notes the log probabilities of the prompt's next tokens, from those `[T, vocab]` after the T just read."""
         following = prompt.ids[prompt.read - len(logprobs) + 1 : prompt.read + 1]
         found = logprobs.gather(1, torch.tensor(following)[:, None]).squeeze(1).tolist()
         for request in prompt.requests:
             request.stream.prompt_logprobs += found
             if request.returns.top:
-                request.stream.prompt_tops += likeliest(logprobs, request.returns.top)
+                request.stream.prompt_tops += top_logprobs(logprobs, request.returns.top)
 
     def _join(self, prompt: Prompt) -> None:
-        """The prompt is read: its requests take the next rows of the pool."""
+        """The prompt is read: each of its requests takes the next row of the pool, with a copy of its state."""
         try:
             state = self.decoder.init_state() if prompt.state is None else prompt.state
             if self.pool is None:
                 self.pool = self.decoder.pool(self.slots)
-            self.pool = self.pool.reserve(int(state.position) + 1)
+            self.pool = self.pool.reserve(int(state.position) + 1)  # slots of a KV cache; a RetNet needs none
             for row in range(len(self.running), len(self.running) + len(prompt.requests)):
                 self.pool.put(row, state)
-        except Exception as error:  # no memory
+        except Exception as error:  # such as no memory; rows beyond `running` may be half written, nobody reads them
             self._fail([prompt], error)
             return
-        self.counts["prompt_tokens"] += 1  # the last one, which is decoded
+        self.counts["prompt_tokens"] += 1  # the last one, which is decoded, not prefilled
         self.reading.remove(prompt)
         self.running += prompt.requests
 
@@ -268,7 +275,7 @@ class Engine:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [r.made[-1] if r.made else r.stream.ids[-1] for r in self.running]
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
-        except Exception as error:  # of the model, such as no memory: the pool may be half written
+        except Exception as error:  # the model's: the pool is written in place and may be half a token on, so all end
             for request in self.running:
                 self._end(request, "error", error)
             self.running, self.pool = [], None
@@ -276,14 +283,14 @@ class Engine:
         self._pick(logits)
 
     def _pick(self, logits: Tensor) -> None:
-        """A token for each row; who has come to its end leaves."""
-        # Errors are kept until all rows are picked: a row that leaves now would move the others under their logits.
+        """Picks a token for each row of logits `[n, vocab]`; requests that are done leave."""
+        # Errors wait until all rows are picked: a row that left now would put another request beside its logits.
         failed: dict[int, Exception] = {}
         masks: list[Tensor | None] = [None] * len(self.running)
         for row, (request, finite) in enumerate(zip(self.running, logits.amax(-1).isfinite().tolist(), strict=True)):
             try:
                 if not finite:
-                    logits[row] = 0  # something to pick from, which nobody will see
+                    logits[row] = 0  # `pick` needs numbers; what it picks here is thrown away
                     raise ArithmeticError(NOT_FINITE)
                 if request.constraint:
                     masks[row] = allowed(request.constraint, logits.shape[1])
@@ -296,11 +303,11 @@ class Engine:
                 if row in failed:
                     raise failed[row]
                 self._take(row, tokens[row], chosen[row], logprobs)
-            except Exception as error:  # of its constraint
+            except Exception as error:  # its constraint's, or one of those kept above
                 self._leave(row, "error", error)
 
     def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
-        """The token is the request's: give it out, and see whether it was the last one."""
+        """Gives the token to the request at `row`, which leaves if it was its last."""
         request = self.running[row]
         request.made.append(token)
         if token in request.stop_ids:
@@ -308,7 +315,7 @@ class Engine:
             return
         if request.constraint:
             request.constraint.accept(token)
-        top = likeliest(logprobs[row : row + 1], request.returns.top)[0] if request.returns.top else ()
+        top = top_logprobs(logprobs[row : row + 1], request.returns.top)[0] if request.returns.top else ()
         self._deliver(request.stream, Token(token, logprob, top))
         self.counts["tokens"] += 1
         if request.constraint and request.constraint.complete:
@@ -319,12 +326,12 @@ class Engine:
     # endings
 
     def _leave(self, row: int, reason: str, error: Exception | None = None) -> None:
-        """The request at `row` ends; the last one takes its place."""
+        """Ends the request at `row`; the last row moves there, so that the running ones stay the first of the pool."""
         request, last = self.running[row], len(self.running) - 1
         cacheable = self.cache is not None and request.cacheable and reason != "cancelled"
         if error is None and (request.returns.state or cacheable):
             try:
-                self._keep(row, request, cacheable)
+                self._keep(row, request, cacheable)  # before the last row is copied over it
             except Exception as no_memory:
                 reason, error = "error", no_memory
         if row != last:
@@ -334,24 +341,24 @@ class Engine:
         self._end(request, reason, error)
 
     def _keep(self, row: int, request: Request, cacheable: bool) -> None:
-        """The state of all tokens but the last, in the cache and in the stream."""
+        """Puts the state at `row` into the cache and the stream; it has read all tokens but the last."""
         state: Any = self.decoder.init_state().reserve(int(self.pool.position[row]))
         state.put(0, self.pool, row)
         if self.cache is not None and cacheable:
             self.cache.store([*request.stream.ids, *request.made[:-1]], state)
         if request.returns.state:
-            with torch.inference_mode(False):  # what is made in that mode cannot be written in place after it
+            with torch.inference_mode(False):  # else the caller could not write to it: it would be an inference tensor
                 request.stream.state, request.stream.pending = state.clone(), request.made[-1:]
 
     def _fail(self, prompts: list[Prompt], error: Exception) -> None:
-        """Prompts that could not be read."""
+        """Ends all requests of prompts that could not be read."""
         for prompt in prompts:
             self.reading.remove(prompt)
             for request in prompt.requests:
                 self._end(request, "error", error)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        request.stream.reason = reason
+        request.stream.reason = reason  # before None is delivered: who sees the end must find why
         if error is not None:
             self._deliver(request.stream, error)
         self._deliver(request.stream, None)
@@ -359,14 +366,14 @@ class Engine:
     def _deliver(self, stream: Stream, item: Token | Exception | None) -> None:
         try:
             (stream.deliver or stream.inbox.put)(item)
-        except Exception:  # whoever listened is gone
+        except Exception:  # the callback's own, such as a closed event loop: nobody listens any more
             stream.cancel()
 
     # a thread of its own
 
     def start(self) -> "Engine":
         """Steps in a thread while there is work, until `close`."""
-        machine.release_workers()
+        machine.release_workers()  # the new thread gets OpenMP workers of its own: twice as many would fight for cores
         self.thread = threading.Thread(target=self._run, name="retentive-engine", daemon=True)
         self.thread.start()
         return self
@@ -375,7 +382,7 @@ class Engine:
         while True:
             if self.step():
                 continue
-            with self.wake:  # looked at again under the lock: a request may have come since
+            with self.wake:  # look again under the lock: a request that came since `step` would never wake us
                 if self.closing and not self.queue:
                     return
                 if not self.queue:
@@ -388,12 +395,5 @@ class Engine:
             self.wake.notify()
         if self.thread is not None:
             self.thread.join()
-        while self.step():  # where there is no thread
+        while self.step():  # without a thread the queue is worked off here
             continue
-
-
-def likeliest(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """For each row of `[T, vocab]` the `count` likeliest tokens with their log probabilities."""
-    top = logprobs.topk(count)
-    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [tuple(zip(*row, strict=True)) for row in rows]

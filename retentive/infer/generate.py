@@ -1,6 +1,7 @@
 """Generation, one sequence at a time: the prompt in chunks, then token by token, from a state that does not grow.
 
-This is the plain loop; whatever is faster must give the same tokens. It knows ids alone: their text is `text.py`.
+This is the plain loop, and the oracle: the engine and speculative decoding must give the same tokens. It knows ids
+alone; their text is `text.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,7 @@ class Token(NamedTuple):
 def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
 
-    Only the last token's logits are computed, and memory does not grow with the prompt beyond the chunk (and, for the
-    Transformer, its cache).
+    Activations take the memory of one chunk, however long the prompt is; a Transformer's cache grows beside them.
 
     Raises:
         ValueError: a model that keeps no state (another library's).
@@ -38,7 +38,7 @@ def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) 
     for part in ids.split(chunk, 1):
         with threads_for(part.numel() * cost.matrix_parameters(model.config)):
             x, state = model.hidden(part, state)
-            logits = model.head(x[:, -1])
+            logits = model.head(x[:, -1])  # of the last token only: all of them would be [T, vocab]
     return logits, state
 
 
@@ -61,25 +61,23 @@ def generate(
         state: what the model has read before the prompt; used up.
 
     Raises:
-        ValueError: an empty prompt, or ids outside the vocabulary.
+        ValueError: an empty prompt, or ids outside the vocabulary; at the call, not at the first token.
+        ArithmeticError: the model's logits are not finite.
     """
+    # checks are here and the loop is in `_tokens`: a generator would not raise before its first `next`
     prompt, params = checked(model, ids), params or SamplingParams()
     return _tokens(model, prompt, params, max_tokens, frozenset(stop_ids), first_ids, state)
 
 
 def checked(model: Model, ids: Sequence[int] | Tensor) -> Tensor:
-    """The prompt, `[1,T]` on the model's device; errors as `check_prompt`."""
+    """The prompt as int64 `[1,T]` on the model's device; raises as `check_prompt`."""
     prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
     check_prompt(prompt[0].tolist(), model.config.vocab_size)
     return prompt.to(model.device)
 
 
 def check_prompt(ids: Sequence[int], vocab: int) -> None:
-    """What every prompt must be.
-
-    Raises:
-        ValueError: it is empty, or ids are outside the vocabulary.
-    """
+    """Raises ValueError for a prompt that is empty, or has ids outside the vocabulary."""
     if not ids:
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     if min(ids) < 0 or max(ids) >= vocab:
@@ -96,5 +94,5 @@ def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> It
             return
         yield Token(token, logprob)
         made += 1
-        if made != max_tokens:
+        if made != max_tokens:  # the last token need not be read
             logits, state = prefill(model, torch.tensor([[token]], device=prompt.device), state)

@@ -1,11 +1,11 @@
-"""What a model has read, as a file: written once, asked any number of times, whatever its length was.
+"""A memory: the state of a model that has read something, as a file. Read once, asked any number of times.
 
     save(memory, path), load_memory(path, model)
     show(path), head(path)                          what a file holds, without a model; without its tensors
 
-`reading.py` makes memories of documents, `merge.py` one memory of several. The file is that of the state, with what was
-read, by which model, and a digest in its metadata. The digest finds damage and mix-ups; it is no signature: who may
-write the file may write another one.
+`reading.py` makes memories of documents, `merge.py` one memory of several. The file is that of the state; its metadata
+say what was read and by which model, with a digest of all. The digest finds damage and mix-ups; it is no signature:
+whoever can write the file can write a matching one.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from retentive.models import Model
 from retentive.models.state import State, load_state
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
-"""What is kept beside the state."""
+"""Fields of `Memory` that are kept as JSON beside the state, and their types."""
 
 
 @dataclass
@@ -30,19 +30,19 @@ class Memory:
     """The state after all tokens but `pending`, and where it comes from."""
 
     state: State
-    """Of one sequence."""
+    """Of one sequence (N = 1)."""
     pending: list[int]
-    """Ids that were picked but not read yet; the next prompt begins with them."""
+    """Ids that belong to the text but were not read yet; the next prompt begins with them."""
     tokens: int
-    """Read in all; more than the state's position where memories were merged."""
+    """Tokens read in all. Where memories were merged, more than the state's position, which is that of the longest."""
     model: str
     """The model's fingerprint."""
     sources: list[dict]
     """name, tokens and sha256 of each document, in the order of reading."""
     config: dict = field(default_factory=dict)
-    """The model's, as a dict; merging needs it."""
+    """The model's config as a dict; merging needs it to rotate the state."""
     errors: list[float] = field(default_factory=list)
-    """Of a merged memory, one a layer, where they were measured: see `merge.chain_errors`."""
+    """Of a merged memory, one for each layer, if they were measured: see `merge.chain_errors`."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class Memory:
 
 
 def fingerprint(model: Model) -> str:
-    """32 hex digits that name a config with these weights, on whatever device they lie."""
+    """32 hex digits that stand for the config and the weights (with their dtype), on whatever device they are."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([type(model).__name__, asdict(model.config)], sort_keys=True).encode())
     for name, x in sorted(model.named_parameters()):
@@ -60,17 +60,18 @@ def fingerprint(model: Model) -> str:
 
 
 def blank(model: Model, name: str | None = None) -> Memory:
-    """The memory of a model that has read nothing; `name` is its fingerprint, where it was computed before."""
+    """The memory of a model that has read nothing; `name` is its fingerprint, to spare hashing all weights again."""
     return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
 
 
 def _hash(digest, x: Tensor) -> None:
+    # dtype and shape go in too: the same bytes in another shape are another tensor
     digest.update(f"{x.dtype}{list(x.shape)}".encode())
-    digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())  # as bytes: NumPy knows no bfloat16
 
 
 def tensors(state: State) -> list[Tensor]:
-    """All that is written of a state, in order; its position comes last."""
+    """All tensors of a state that are written to its file, in order; the position comes last."""
     return [*state.named().values(), state.position]
 
 
@@ -87,7 +88,8 @@ def _digest(state: State, about: str) -> str:
 def save(memory: Memory, path: str | Path) -> None:
     """Write it as one safetensors file, whole or not at all."""
     about = json.dumps({name: getattr(memory, name) for name in ABOUT})
-    about = about.ljust(-(-len(about) // 1024) * 1024)  # else the file would grow by a digit now and then
+    # padded to whole KiB: the file keeps its size while the count of tokens gains digits (constant size is the promise)
+    about = about.ljust(-(-len(about) // 1024) * 1024)
     state = memory.state.detach().to("cpu")
     state.save(path, {"memory": about, "digest": _digest(state, about)})
 
@@ -96,12 +98,12 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
     """The memory that `save` wrote to `path`, on the model's device.
 
     Args:
-        model: whose it must be.
-        expected: that model's fingerprint, where it was computed before.
+        model: the model that must have written it; None accepts any, and leaves the state on the CPU.
+        expected: that model's fingerprint, to spare hashing all weights again.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: no memory, cut short, changed since it was written, or another model's.
+        ValueError: not a memory file, cut short, changed since it was written, or another model's.
     """
     try:
         state = load_state(path)
@@ -125,13 +127,13 @@ def load_memory(path: str | Path, model: Model | None = None, expected: str | No
 
 
 def head(path: str | Path) -> dict[str, Any]:
-    """What a memory file says of itself: the fields of `Memory` but the state. Its tensors are not read.
+    """The fields of `Memory` but the state, from the metadata of a memory file. Its tensors are not read.
 
-    Damage beyond the file's head is found by `load_memory` alone.
+    Damage in the tensors is found by `load_memory` only.
 
     Raises:
-        OSError: not there, or not readable.
-        ValueError: no memory.
+        OSError: no such file, or not readable.
+        ValueError: not a memory file.
     """
     return _parsed(_metadata(path)["memory"], path)
 
@@ -155,7 +157,8 @@ def _parsed(about: str, path: str | Path) -> dict[str, Any]:
 
 
 def _well_formed(about: Any) -> bool:
-    """Whether it is what `save` writes."""
+    """Whether `about` has the fields and types that `save` writes."""
+    # type(), not isinstance: JSON's true would pass for an int
     if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != ABOUT:
         return False
     wanted = {"name": str, "tokens": int, "sha256": str}
@@ -166,10 +169,15 @@ def _well_formed(about: Any) -> bool:
 
 
 def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
-    """Whoever made a file by hand may have put in anything: the shapes must be those of one sequence of the model."""
+    """Raises ValueError unless shapes, dtypes and ids are those of one sequence of the model.
+
+    The digest proves no more than that the file is as it was written: one made by hand may hold anything, and a wrong
+    shape would fail only deep in a kernel.
+    """
     tokens = int(memory.state.position[0]) if memory.state.position.shape == (1,) else -1
     fresh = model.init_state(1)
     want = [
+        # a KV cache has as many slots as tokens were read; a retention state is always as large as a fresh one
         ([1, tokens, *x.shape[2:]] if name.startswith(("keys", "values")) else list(x.shape), x.dtype)
         for name, x in fresh.named().items()
     ]

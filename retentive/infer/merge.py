@@ -3,9 +3,9 @@
     side by side   S = c sum_i R(P - L_i) S_i                    P the largest L_i, c keeps the size of the states
     in a chain     S_AB = exp(L_B log_decay) S_A + R(L_A) S_B
 
-S_i is the state of one head after L_i tokens, R(n) rotates its keys by n positions. Both are exact in the first layer;
-what they are above it, and why c is what it is: docs/memory.md. Structured prompting is that of Hao et al., arXiv
-2212.06713.
+S_i is the state of one head after L_i tokens, R(n) rotates its keys by n positions. Both are exact in the first layer
+and approximations above it; how good they are, and why c is what it is: docs/memory.md. Structured prompting is that of
+Hao et al., arXiv 2212.06713.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,23 +22,23 @@ from retentive.ops import rotary
 
 
 def keep_size(states: Tensor) -> Tensor:
-    """Weight `[H,1,1]` of a sum of states `[M,H,K,V]` that leaves it as large as they are (root mean square), by heads.
+    """Weights `[H,1,1]` that scale the sum of states `[M,H,K,V]` to their own size (root mean square), head by head.
 
-    1/M where all are the same and 1/sqrt(M) where they have nothing in common; why, see docs/memory.md.
+    1/M where all are the same, 1/sqrt(M) where they have nothing in common; docs/memory.md says why.
     """
     squares = states.square().sum((-2, -1), keepdim=True).mean(0)
     total = states.sum(0).square().sum((-2, -1), keepdim=True)
-    return torch.where(total > 0, squares / total, 0).sqrt()
+    return torch.where(total > 0, squares / total, 0).sqrt()  # states that cancel, or are all zero, stay zero
 
 
 def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = keep_size) -> Memory:
-    """Structured prompting: one memory, as if each of `memories` stood right before what comes.
+    """One memory in which each of `memories` stands right before what comes: structured prompting.
 
     Their states are rotated to the same last position and summed, in each layer and head with `weight`. All are equally
-    near, however many there are; merging copies of a memory gives that memory.
+    near, however many there are. Merging copies of one memory gives that memory.
 
     Raises:
-        ValueError: nothing to merge, different models, a Transformer's, or tokens that are still to be read.
+        ValueError: no memories, different models, a Transformer's cache, or tokens that are still to be read.
     """
     config, states = _mergeable(memories)
     end = max(int(s.position[0]) for s in states)
@@ -51,10 +51,10 @@ def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = ke
 
 
 def chain(memories: Sequence[Memory]) -> Memory:
-    """`memories` one after the other, each as old as those behind it are long: a long reading done in parts.
+    """One memory in which `memories` stand one after the other, as if they had been read in a row.
 
-    In the first layer this is what reading on would have given. In those above it is not: there keys and values depend
-    on what came before, and each part was read without.
+    In the first layer it is exactly that. In those above it is not: there keys and values depend on what came before,
+    and each part was read without it.
 
     Raises:
         ValueError: as for `merge`, or decays that depend on the tokens.
@@ -62,8 +62,9 @@ def chain(memories: Sequence[Memory]) -> Memory:
     config, states = _mergeable(memories)
     if config.decay == "gated":
         raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
+    # float64: a rate close to 1 is raised to the power of a document's length
     log_decay = decays.log_decay(config.decay, config.heads, dtype=torch.float64)[:, None, None]
-    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]
+    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]  # broadcast in the first sum
     end = 0
     for state in states:
         length = int(state.position[0])
@@ -75,7 +76,9 @@ def chain(memories: Sequence[Memory]) -> Memory:
 
 
 def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
-    """|chain - whole| / |whole| of each layer: what it did to `memories` that each was read without those before it.
+    """|chain - whole| / |whole| of each layer, where `whole` has read in a row what `memories` have read apart.
+
+    This is what it cost each memory to be read without those before it.
 
     Raises:
         ValueError: `whole` has not read the same documents in that order.
@@ -88,6 +91,7 @@ def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
             f"expected a memory of the same {len(chained.sources)} documents ({chained.tokens} tokens) read in a row, "
             f"got one of {len(whole.sources)} documents ({whole.tokens} tokens)"
         )
+    # the last tensor is the position
     pairs = zip(tensors(chained.state)[:-1], tensors(whole.state)[:-1], strict=True)
     return [float((a - b).norm() / b.norm()) for a, b in pairs]
 
@@ -95,10 +99,11 @@ def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
 def merge_files(
     files: Sequence[str | Path], out: str | Path, *, in_a_chain: bool = False, against: str | Path | None = None
 ) -> Memory:
-    """The memory that `merge`, or `chain`, makes of those in `files`, saved to the new file `out`.
+    """The memory that `merge` makes of those in `files` (or `chain`, with `in_a_chain`), saved to the new file `out`.
 
     Args:
-        against: the file of a memory that has read the same documents in a row; the result holds `chain_errors`.
+        against: the file of a memory that has read the same documents in a row; the result then has `errors`, those of
+            `chain_errors`.
 
     Raises:
         ValueError: fewer than two files, or memories that cannot be merged.
@@ -109,7 +114,7 @@ def merge_files(
         raise ValueError(f"merge needs two memory files or more, got {len(files)}")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
-    memories = [load_memory(file) for file in files]
+    memories = [load_memory(file) for file in files]  # without a model: merging needs only the config in the files
     memory = chain(memories) if in_a_chain else merge(memories)
     if against is not None:
         memory.errors = chain_errors(memories, load_memory(against))
@@ -123,7 +128,7 @@ def _hashes(memory: Memory) -> list[str]:
 
 
 def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[RetentionState]]:
-    """The config that they share, and their states."""
+    """(the config that all share, their states); raises ValueError for memories that cannot be merged."""
     if not memories:
         raise ValueError("merging needs at least one memory, got none")
     first, states = memories[0], []
@@ -146,15 +151,20 @@ def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[Retention
 
 
 def _rotated(state: RetentionState, by: int, config: RetNetConfig) -> list[Tensor]:
-    """The layers as if all tokens stood `by` positions later: their keys' rotation is the state's, exactly."""
+    """The layers `[1,H,K,V]` as if all tokens stood `by` positions later.
+
+    A state is a sum of k v^T, and the rotation of every key acts on K: rotating the sum is exact.
+    """
     layers = state.tensors()
     cos, sin = rotary.phases(
         torch.tensor([by], device=layers[0].device), layers[0].shape[-2], config.rotary, dtype=layers[0].dtype
     )
+    # `rotate` wants the rotated dimension last, where a state has V
     return [rotary.rotate(x.mT, cos, sin, config.rotary).mT.contiguous() for x in layers]
 
 
 def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
+    """The memory of these layers at position `end`; its sources say which part each document came from."""
     first = memories[0]
     state = RetentionState(layers, torch.full_like(first.state.position, end))
     sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]

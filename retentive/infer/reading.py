@@ -1,10 +1,10 @@
-"""Reading documents of any length into a memory file: by prefill chunks, to be broken off and gone on with.
+"""Reading documents of any length into a memory file, in prefill chunks; it can be interrupted and resumed.
 
     write_memory(model, tokenizer, ["library/"], "library.mem")        files and folders into one file
     ingest(model, pieces, memory)                                      ids into a Memory, for other sources
 
-Each document stands after an end-of-text token, as in training. What was read so far is kept beside the file every
-minute and when reading is interrupted, so that the same call goes on from there.
+Each document begins with an end-of-text token, as in training. What was read so far is saved beside the file every
+minute and when reading is interrupted, so that the same call resumes from there.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from retentive.models import Model
 CHUNK = 4096
 """Tokens that go through the model at once."""
 SAVE_EVERY = 60.0
-"""Seconds between two files of what was read so far."""
+"""Seconds between two saves of what was read so far."""
 PLAIN = (".txt", ".md", ".py", ".rst")
-"""Files that are all text, so that their size tells how much there is to read."""
+"""Files that hold nothing but text, so that their size tells how much there is to read."""
 
 
 class Progress(NamedTuple):
     tokens: int
-    """Read so far, those of the memory that was gone on from among them."""
+    """Read so far, with those of the memory that reading began from."""
     share: float | None
-    """Of all that there is to read, 0 to 1; None where that is not known (compressed files, tables, the hub)."""
+    """Of all text to read, 0 to 1; None where its length is not known (compressed files, tables, the hub)."""
 
 
-Tell = Callable[[Progress], object]
+Report = Callable[[Progress], object]
 
 
 def write_memory(
@@ -50,46 +50,46 @@ def write_memory(
     *,
     memory: str | Path | None = None,
     separate: bool = False,
-    progress: Callable[[Progress], object] = lambda told: None,
+    progress: Report = lambda now: None,
     say: Callable[[str], None] = warnings.warn,
 ) -> Memory:
-    """The memory of all documents of `sources`, which is saved to `out`; memory does not grow with their length.
+    """The memory of all documents of `sources`, saved to `out`; its size does not depend on their length.
 
     Args:
         sources: files or folders, or hf:NAME, read in this order.
-        out: a new file, or that of `memory`.
-        memory: the file of a memory to go on from.
+        out: a new file, or that of `memory`, which is then replaced.
+        memory: the file of a memory to begin from.
         separate: read each document for itself and merge them, so that all are equally near (structured prompting).
-        progress: is told how far it is, after each prefill chunk.
-        say: is told in a line what is left out of a folder.
+        progress: called after each prefill chunk.
+        say: called with a line about each file of a folder that is left out.
 
     Raises:
-        ValueError, OSError: what `check` refuses; a file that is no text; `OUT.unfinished` of other documents.
+        ValueError, OSError: what `check` refuses; a file that is not text; an `OUT.unfinished` of other documents.
         ArithmeticError: the model's output is not finite.
-        KeyboardInterrupt: what was read until then is in `OUT.unfinished`, and the same call goes on from there (not
+        KeyboardInterrupt: what was read until then is in `OUT.unfinished`, and the same call resumes from there (not
             if `separate`, which keeps nothing).
     """
     out = Path(out)
     check(sources, out, memory=memory, separate=separate)
     start = blank(model)
     if memory is not None:
-        start = load_memory(memory, model, start.model)
+        start = load_memory(memory, model, start.model)  # its fingerprint is known: weights are hashed once
     texts = Texts(sources, say)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):  # better now than after hours of reading
-        raise PermissionError(f"cannot write to {out.parent}: choose another place for {out.name}")
+        raise PermissionError(f"cannot write to {out.parent}: choose another folder for {out.name}")
     if separate:
         merge([start])  # a model whose memories cannot be merged is refused before anything is read
         found = _apart(model, tokenizer, start.model, texts, progress)
     else:
         found = _in_a_row(model, tokenizer, start, texts, unfinished(out), progress)
     save(found, out)
-    unfinished(out).unlink(missing_ok=True)
+    unfinished(out).unlink(missing_ok=True)  # only after the save: a crash between the two loses nothing
     return found
 
 
 def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None, separate: bool) -> None:
-    """Raises ValueError or OSError for what can be refused before a model is loaded: nothing to read, no place."""
+    """Raises ValueError or OSError for what can be refused before a model is loaded, such as an `out` that exists."""
     if not sources:
         raise ValueError("write needs files to read: retentive memory write RUN FILES… --out FILE")
     if out.exists() and (memory is None or out != Path(memory)):
@@ -102,12 +102,12 @@ def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None
 
 
 def unfinished(out: Path) -> Path:
-    """Where what was read so far lies until `out` is written."""
+    """The file that holds what was read so far, until `out` is written."""
     return out.with_name(out.name + ".unfinished")
 
 
 class Texts:
-    """The documents of several sources, and how much of their text has been encoded."""
+    """The documents of several sources in order, with a count of the bytes of text that have been encoded."""
 
     def __init__(self, sources: Sequence[str | Path], say: Callable[[str], None]):
         self.sources, self.say = sources, say
@@ -118,22 +118,23 @@ class Texts:
 
     @property
     def share(self) -> float | None:
+        """See `Progress.share`."""
         return min(self.done / self.total, 1.0) if self.total else None
 
 
 def total_bytes(sources: Sequence[str | Path]) -> int | None:
-    """Bytes of text in all files; None where there are others than plain text."""
+    """Bytes of text in all files; None if any of them is not plain text, so that its size says nothing."""
     if any(str(source).startswith("hf:") for source in sources):
         return None
     files = [file for source in sources for file in source_files(source).values()]
     return sum(file.stat().st_size for file in files) if all(f.suffix.lower() in PLAIN for f in files) else None
 
 
-# the ways of reading
+# two ways of reading: in a row, and each document for itself
 
 
-def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, progress: Tell) -> Memory:
-    """`before`, and then all documents; goes on from the file at `path` if there is one."""
+def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, report: Report) -> Memory:
+    """The memory after `before` and all documents; resumes from the unfinished file at `path` if there is one."""
     known: list[str] = []
     sources: list[dict] = []
     memory = start = before
@@ -141,8 +142,10 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
         memory = start = load_memory(path, model, before.model)
         if start.sources[: len(before.sources)] != before.sources:
             raise ValueError(f"{path} went on from another memory: give the same --memory, or delete it")
+        # documents that the unfinished file has read, the last of them perhaps in part
         known = [source["sha256"] for source in start.sources[len(before.sources) :]]
-    # what the unfinished file holds is encoded once more, but not read: its documents are known by their hashes
+    # What the unfinished file has read is encoded again, which is cheap, and skipped by its count of tokens; the hashes
+    # tell whether they are the same documents.
     skip = start.tokens - before.tokens - len(before.pending) if start is not before else 0
     ids = _after(skip, _encoded(texts, texts, tokenizer, sources))
     saved = time.monotonic()
@@ -154,29 +157,33 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
     try:
         for memory in ingest(model, ids, start):
             _check_same(sources, known, path)
-            progress(Progress(memory.tokens, texts.share))
+            report(Progress(memory.tokens, texts.share))
             if time.monotonic() - saved >= SAVE_EVERY:
                 keep()
                 saved = time.monotonic()
         _check_same(sources, known, path, whole=True)
     except KeyboardInterrupt:
-        if memory is not start:
+        if memory is not start:  # else nothing new was read, and there is nothing to keep
             keep()
         raise
     memory.sources = before.sources + sources
     return memory
 
 
-def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, progress: Tell) -> Memory:
-    """The documents read each for itself and merged; and in a row too, which tells each layer's error of a chain."""
+def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, report: Report) -> Memory:
+    """The documents read each for itself and merged.
+
+    They are read a second time in a row, if their memories can be chained: the chain's error in each layer tells how
+    much reading them apart has changed.
+    """
     parts: list[Memory] = []
     whole, tokens = blank(model, name), 0
-    chainable = whole.config["decay"] != "gated"  # else there is no chain, and nothing to compare
+    chainable = whole.config["decay"] != "gated"  # else there is no chain to compare with
 
     def read_on(memory: Memory, document: Document, count: Texts | None) -> Memory:
         last = memory
         for last in ingest(model, _encoded([document], count, tokenizer, memory.sources), memory):
-            progress(Progress(tokens if count is None else tokens + last.tokens, texts.share))
+            report(Progress(tokens if count is None else tokens + last.tokens, texts.share))
         return last
 
     for document in texts:
@@ -193,7 +200,10 @@ def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, progress
 def _encoded(
     documents: Iterable[Document], texts: Texts | None, tokenizer: Tokenizer, sources: list[dict]
 ) -> Iterator[list[int]]:
-    """The ids of all documents, a text piece at a time; notes each document in `sources`, and its bytes in `texts`."""
+    """The ids of all documents, a piece of text at a time.
+
+    As it goes it appends each document to `sources`, and counts the bytes encoded in `texts`.
+    """
     for document in documents:
         digest = hashlib.sha256(document.text.encode()).hexdigest()
         source = {"name": document.name, "tokens": 0, "sha256": digest}
@@ -208,29 +218,29 @@ def _encoded(
             yield ids
 
 
-def _after(count: int, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
-    """What comes after the first `count` ids."""
-    for ids in pieces:
+def _after(count: int, lists: Iterable[list[int]]) -> Iterator[list[int]]:
+    """The ids of `lists` after the first `count`."""
+    for ids in lists:
         if count < len(ids):
             yield ids[count:]
         count = max(count - len(ids), 0)
 
 
 def _check_same(sources: list[dict], known: list[str], path: Path, *, whole: bool = False) -> None:
-    """Refuses to go on from what was read of other documents."""
+    """Raises ValueError if the documents met so far are not those that `path` has read; with `whole`, all of them."""
     hashes = [source["sha256"] for source in sources[: len(known)]]
     if hashes != (known if whole else known[: len(hashes)]):
         raise ValueError(f"{path} has read other documents: give the same files in the same order, or delete it")
 
 
-# ids
+# from ids to a state
 
 
 @torch.no_grad()
 def ingest(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, chunk: int = CHUNK) -> Iterator[Memory]:
     """The memory after each prefill chunk of the ids in `pieces`, going on from `memory` (which is used up).
 
-    Reading takes the memory of one chunk, however much there is; `sources` are the caller's to write.
+    Activations take the memory of one chunk, however much there is to read. `sources` are the caller's to write.
 
     Raises:
         ArithmeticError: the model's output is not finite, so that its state would be worth nothing.
@@ -240,12 +250,13 @@ def ingest(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, chu
     for ids in _chunks(pieces, memory.pending, chunk):
         x, state = model.hidden(torch.tensor([ids], device=device), state)
         tokens += len(ids)
-        if not bool(x[:, -1].isfinite().all()):  # it has read the state: NaN in there has come out
+        if not bool(x[:, -1].isfinite().all()):  # it depends on the whole state: NaN in there shows here
             raise ArithmeticError(f"the model's output is not finite after {tokens:,} tokens: nothing to remember")
         yield Memory(state, [], tokens, memory.model, memory.sources, memory.config)
 
 
 def _chunks(pieces: Iterable[Sequence[int]], first: Sequence[int], size: int) -> Iterator[list[int]]:
+    """`first` and the ids of all pieces in lists of `size`, the last one shorter."""
     held = list(first)
     for piece in pieces:
         held += piece

@@ -1,4 +1,8 @@
-"""What goes into the engine and comes out of it: the stream of a request, and what the engine knows of it."""
+"""What goes into the engine and comes out of it: a `Stream` for the caller, a `Request` and a `Prompt` for the engine.
+
+All three are found by identity (eq=False): two equal prompts are two requests, and comparing long ones token by token,
+as a dataclass would, costs time at every `remove`.
+"""
 
 import queue
 from collections.abc import Callable, Iterator
@@ -18,24 +22,24 @@ class Full(Exception):
 
 
 class Constraint(Protocol):
-    """What may come next, as for JSON or a regular expression; one object per request. Its errors end the request."""
+    """Which tokens may come next, as for JSON or a regular expression. One object a stream; its errors end that one."""
 
     eos_id: int
     """The token that ends the text; allowed where the text may end."""
 
     @property
     def complete(self) -> bool:
-        """Nothing but the end may come: the stream stops, as if that had been picked."""
+        """Whether nothing but the end may come: the stream then stops, as if the end had been picked."""
 
     def mask(self) -> Tensor:
-        """Bool `[vocab]`, the tokens allowed now; if shorter, none beyond its end."""
+        """Bool `[vocab]`, the tokens allowed now; a shorter mask allows none beyond its end."""
 
     def accept(self, token: int) -> None:
-        """The token that was picked."""
+        """Take note of the token that was picked."""
 
 
 def allowed(constraint: Constraint, vocab: int) -> Tensor:
-    """The constraint's mask, as long as the vocabulary.
+    """The constraint's mask, bool `[vocab]`.
 
     Raises:
         ValueError: a mask that is longer, or allows nothing.
@@ -43,6 +47,7 @@ def allowed(constraint: Constraint, vocab: int) -> Tensor:
     mask = constraint.mask()
     if mask.dtype != torch.bool or mask.ndim != 1 or len(mask) > vocab or not bool(mask.any()):
         raise ValueError(f"a constraint must allow some of {vocab} tokens, got {mask.dtype} {list(mask.shape)}")
+    # a model may have more rows of logits than its tokenizer has tokens: those are never allowed
     return torch.nn.functional.pad(mask, (0, vocab - len(mask)))
 
 
@@ -51,14 +56,14 @@ class Returns:
     """What a request wants beside its tokens; all of it costs something."""
 
     top: int = 0
-    """So many likeliest tokens come with each token."""
+    """How many of the likeliest tokens come with each token."""
     prompt: bool = False
     """Log probabilities of the prompt too; no cached state is used then, which would not have them."""
     state: bool = False
     """The state at the end is left in the stream, so that another request can go on from there."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """The tokens of one request, as they come: iterate over it. `reason` says at the end why there are no more."""
 
@@ -71,12 +76,13 @@ class Stream:
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of prompt tokens 1, 2, …, given those before; where asked for (`Returns`)."""
     prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """The likeliest tokens in the place of each of those, where asked for both."""
+    """The likeliest tokens at each of those positions, where both were asked for."""
     state: State | None = None
-    """What the model remembers at the end, where asked for: of all tokens but `pending`."""
+    """The state at the end, where asked for: it has read all tokens but `pending`."""
     pending: list[int] = field(default_factory=list)
     """The last token, which has been picked but not read."""
     cancelled: bool = False
+    """Set by any thread, read by the engine's before each step."""
     deliver: Callable[[Token | Exception | None], object] | None = None
     """Called from the engine's thread with each token, an exception, or None at the end; iterate over it otherwise."""
     inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -92,9 +98,9 @@ class Stream:
         self.cancelled = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """One row to be: what the engine knows of a stream."""
+    """What the engine knows of a stream: it waits with its prompt, then decodes in a row of the pool."""
 
     stream: Stream
     sampler: Sampler
@@ -103,17 +109,18 @@ class Request:
     constraint: Constraint | None
     returns: Returns
     cacheable: bool
-    """Not where it began from a state: what that has read is not in the ids, so its prefixes are nobody else's."""
+    """False where it began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
     made: list[int] = field(default_factory=list)
+    """Tokens picked so far, one of `stop_ids` at the end included."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Prompt:
     """A prompt on its way into one state, and the requests that will go on from there (n > 1 share it)."""
 
     ids: list[int]
     requests: list[Request]
-    state: Any  # State | None
+    state: Any  # State | None: after the first `read` ids
     read: int = 0
 
     @property
@@ -123,9 +130,9 @@ class Prompt:
 
     @property
     def left(self) -> int:
-        """Tokens to read; the last one is for decoding."""
+        """Tokens still to read: all but the last, whose decoding gives the first token of the completion."""
         return len(self.ids) - 1 - self.read
 
     def worth_keeping(self, every: int) -> bool:
-        """Whether others may begin with what has been read."""
+        """Whether another prompt may begin with what has been read, so that its state belongs into the cache."""
         return not self.left or self.read % every == 0

@@ -1,7 +1,8 @@
 """From logits to tokens: greedy, temperature, top-k, top-p, min-p, repetition penalty, bias; seeded, for many at once.
 
-They apply in the order of the field: repetition penalty, bias, temperature, top-k, top-p, min-p. A sequence's tokens
-depend on its own logits and its own generator only, whatever else is picked in the same call.
+They apply in this order, as is usual: repetition penalty, bias, temperature, top-k, top-p, min-p. A sequence's tokens
+depend on its own logits and its own generator only, whatever else is picked in the same call. All of it happens on the
+CPU: a vocabulary of logits is small, and a seed then gives the same tokens on every device.
 """
 
 import math
@@ -31,7 +32,7 @@ class SamplingParams:
     bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens; -100 bans a token."""
     seed: int | None = None
-    """The same seed gives the same tokens; None takes a new one."""
+    """The same seed gives the same tokens; None takes a new one each time."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -60,16 +61,16 @@ def check_finite(logits: Tensor) -> None:
 
 
 class Sampler:
-    """What picking tokens for one sequence remembers: its generator, and which tokens occurred."""
+    """Picks the tokens of one sequence; it holds their random generator, and which tokens have occurred."""
 
     def __init__(self, params: SamplingParams, prompt: Tensor, vocab_size: int):
         self.params = params
-        self.generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
+        self.generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
-        self.seen = None
+        self.seen = None  # bool [vocab], only where a repetition penalty needs it
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[prompt.flatten().cpu()] = True
@@ -77,22 +78,22 @@ class Sampler:
             raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
-        """(token, its log probability under the model's own distribution) for logits `[vocab]`; one of `allowed`."""
+        """(token, its log probability before temperature and filters) from logits `[vocab]`; one of `allowed`."""
         check_finite(logits)
         tokens, logprobs = pick(logits[None], [self], [allowed])
         return tokens[0], float(logprobs[0, tokens[0]])
 
     def uniform(self) -> Tensor:
-        """A number `[1]` in [0, 1) of its generator, float64."""
+        """The next number of its generator, `[1]` in [0, 1), float64: 24 bits are too few for rare tokens."""
         return torch.rand(1, generator=self.generator, dtype=torch.float64)
 
     def note(self, token: int) -> None:
-        """The token occurs."""
+        """Counts the token as seen, for the repetition penalty."""
         if self.seen is not None:
             self.seen[token] = True
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities `[vocab]`, float32, with which it picks from logits `[vocab]`; a single one if greedy."""
+        """The probabilities `[vocab]`, float32, with which it picks from logits `[vocab]`; one-hot if greedy."""
         logits = self.adjusted(logits.float().cpu(), None)
         if self.params.temperature == 0:
             return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
@@ -103,6 +104,7 @@ class Sampler:
         """Logits `[vocab]` after penalty and bias, minus infinity where not allowed."""
         if self.seen is not None:
             penalty = self.params.repetition_penalty
+            # dividing a negative logit would make the token likelier
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self.seen, penalised, logits)
         if self.params.bias:
@@ -125,9 +127,9 @@ def pick(
         allowed: for each row the tokens that may be picked, as ids or bool `[vocab]`; None for all.
     """
     logits = logits.float().cpu()
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1)  # before anything is adjusted: these are the model's own
     allowed = allowed or [None] * len(samplers)
-    rows = [
+    rows = [  # `adjusted` copies a vocabulary: only where something changes
         s.adjusted(row, a) if s.seen is not None or s.params.bias or a is not None else row
         for s, row, a in zip(samplers, logits, allowed, strict=True)
     ]
@@ -136,6 +138,7 @@ def pick(
     for n in set(range(len(samplers))) - set(drawn):
         tokens[n] = int(rows[n].argmax())
     if drawn:
+        # one search for all rows, but every u from its own generator: who shares the batch changes nothing
         weights = torch.stack([filtered(rows[n], samplers[n].params) for n in drawn])
         u = torch.cat([samplers[n].uniform() for n in drawn])
         for n, token in zip(drawn, draw(weights, u).tolist(), strict=True):
@@ -145,27 +148,38 @@ def pick(
     return tokens, logprobs
 
 
+def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """For each row of log probabilities `[T, vocab]` the `count` likeliest tokens with theirs, the likeliest first."""
+    top = logprobs.topk(count)
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in rows]
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Token ids `[n]`, as likely as `weights` `[n, vocab]` say, by numbers u `[n]` in [0, 1), float64."""
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    # the first token whose sum exceeds u of the whole: one without probability never does
+    """Token ids `[n]` drawn with probabilities in proportion to `weights` `[n, vocab]`, by u `[n]` in [0, 1), float64.
+
+    Inverse of the cumulative distribution: the first token whose sum exceeds u times the whole. A token of weight 0
+    adds nothing to the sum and so is never the first.
+    """
+    cdf = weights.cumsum(-1, dtype=torch.float64)  # in float32 the tail of a large vocabulary would be rounded away
     whole = cdf[:, -1]
+    # u times the whole may round up to the whole, which no sum exceeds
     below = torch.minimum(u * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(cdf, below[:, None], right=True).squeeze(1)
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Weights `[vocab]`, probabilities after temperature, top-k, top-p and min-p but for a factor; the likeliest stays.
+    """Weights `[vocab]` in proportion to the probabilities after temperature, top-k, top-p and min-p.
 
-    Of tokens that are as likely as each other the first ones are in.
+    The likeliest token always stays. Of equally likely ones at the border the first are kept.
     """
     temperature = min(max(params.temperature, 1e-6), 1e30)  # beyond, float32 finds 0 / 0, or -inf / inf
-    scaled = (logits - logits.max()) / temperature
+    scaled = (logits - logits.max()) / temperature  # the largest is 0, so no exponential overflows
     p = scaled.softmax(-1)
     count = min(params.top_k or len(p), len(p))
     if params.top_p < 1:
         count = nucleus(scaled, p, count, params.top_p)
-    if count < len(p):
+    if count < len(p):  # a threshold in place of a sort, which takes far longer on a whole vocabulary
         least = scaled.topk(count, sorted=False).values.min()
         above = scaled > least
         equal = (scaled == least).nonzero().squeeze(1)[: count - int(above.sum())]
@@ -176,9 +190,9 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def nucleus(scaled: Tensor, p: Tensor, count: int, top_p: float) -> int:
-    """How many of the `count` likeliest tokens it takes to sum up to `top_p` of them all."""
+    """How many of the likeliest tokens make up `top_p` of the `count` likeliest (nucleus, arXiv 1904.09751)."""
     goal = top_p * (p if count == len(p) else p[scaled.topk(count, sorted=False).indices]).sum()
     sums = p[scaled.topk(min(256, count)).indices].cumsum(-1)
-    if sums[-1] < goal and count > 256:  # seldom: to order all takes longer
+    if sums[-1] < goal and count > 256:  # seldom needed, and ordering all takes much longer
         sums = p[scaled.argsort(descending=True)[:count]].cumsum(-1)
     return min(1 + int((sums < goal).sum()), count)  # the token that crosses the sum is the last one in

@@ -2,10 +2,11 @@
 
     accept guess x with probability min(1, p(x) / q(x)); else pick from max(p - q, 0) and drop the guesses after it
 
-p is what the model would pick from, q what the guess was drawn from: what comes out is distributed as without guessing
-(Leviathan et al., arXiv 2211.17192), and greedy decoding gives the same tokens. The guesses come from a smaller model,
-or from the text itself, where its last tokens occurred before ("prompt look-up"). Dropped guesses are taken back from
-the state: a ring of RetNet's still holds them apart, and a KV cache writes over them.
+p is the distribution that the model would sample from, q the one that the guess was drawn from: what comes out is
+distributed as without guessing (Leviathan et al., arXiv 2211.17192), and greedy decoding gives the same tokens. The
+guesses come from a smaller model, or from the text itself, where its last tokens occurred before ("prompt look-up").
+Dropped guesses are taken back from the state (`rollback`): RetNet's ring buffer still holds the last tokens apart from
+the sum, and a KV cache writes over them.
 """
 
 from collections import Counter
@@ -23,7 +24,7 @@ from retentive.models.state import State
 from retentive.threads import threads_for
 
 GRAMS = (3, 2)
-"""Tokens that must have occurred before for a look-up, the best first."""
+"""Lengths of the n-grams that a look-up searches for, the most reliable first."""
 
 
 def speculate(
@@ -42,11 +43,12 @@ def speculate(
     """Tokens after `ids` as `generate` gives them, several to a call of the model where guesses are right.
 
     Args:
-        draft: a smaller model of the same vocabulary that guesses; the text itself if not given.
-        most: guesses a call.
-        counts: told of "calls" of the model, of guesses "made" and "right".
+        draft: a smaller model of the same vocabulary that guesses; if not given, guesses come from the text itself.
+        most: guesses in one call of the model.
+        counts: counts up "calls" of the model, guesses "made" and guesses "right".
 
-    Other arguments as for `generate`; with the same seed other tokens are sampled, as likely as there.
+    Other arguments as for `generate`. The same seed does not give the same samples as there, since random numbers are
+    used up differently; they have the same distribution.
 
     Raises:
         ValueError: as for `generate`; another vocabulary, most below 1.
@@ -72,8 +74,9 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
     yield Token(token, logprob)
     text.append(token)
     state = state.for_decoding(model.dtype, rollback=most)
-    while True:
+    while True:  # until a stop; `speculate` ends it at max_tokens
         guesses, chances = guesser.guess(text, most)
+        # the last token was picked but not read: its logits judge the first guess, and so on; one row more than guesses
         logits, state = score(model, [text[-1], *guesses], state)
         counts.update(calls=1, made=len(guesses))
         for n, row in enumerate(logits):
@@ -83,16 +86,16 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
                 return
             counts.update(right=int(token == guess))
             yield Token(token, float(row.log_softmax(-1)[token]))
-            sampler.note(token)
+            sampler.note(token)  # before the next row: the repetition penalty must know it
             text.append(token)
             if token != guess:
                 break
-        state.rollback(len(guesses) - n)
+        state.rollback(len(guesses) - n)  # row n was the last to count: n guesses were right, the others are dropped
 
 
 @torch.no_grad()
 def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
-    """Logits `[T, vocab]` after each of the ids, float32 on the CPU, and the state; they can be taken back from it."""
+    """(logits `[T, vocab]` after each of the ids, float32 on the CPU; the state, which can be rolled back)."""
     with threads_for(len(ids) * cost.matrix_parameters(model.config)):
         x, state = model.hidden(torch.tensor([ids], device=model.device), state)
         logits = model.head(x[0]).float().cpu()
@@ -101,40 +104,43 @@ def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
 
 
 def judge(sampler: Sampler, logits: Tensor, guess: int | None, q: Tensor | None) -> int:
-    """The guess or another token, distributed as the sampler picks from `logits` `[vocab]`.
+    """The guess if it is accepted, else another token; distributed as the sampler picks from `logits` `[vocab]`.
 
     Args:
-        guess: None for none.
-        q: `[vocab]`, what the guess was drawn from; None for certainty.
+        guess: None if there is none: the token is then picked as usual.
+        q: the distribution `[vocab]` that the guess was drawn from; None if it was certain (probability 1).
     """
     p = sampler.distribution(logits)
     if guess is None:
         return int(draw(p[None], sampler.uniform()))
     chance = 1.0 if q is None else float(q[guess])
-    if float(sampler.uniform()) * chance < float(p[guess]):
+    if float(sampler.uniform()) * chance < float(p[guess]):  # u < p / q without dividing by a q that may be tiny
         return guess
     rest = (p - q).clamp(min=0) if q is not None else p.index_fill(0, torch.tensor(guess), 0)
-    return int(draw((rest if bool(rest.any()) else p)[None], sampler.uniform()))  # none left: p is q, but for rounding
+    if not bool(rest.any()):  # p is q but for rounding
+        rest = p
+    return int(draw(rest[None], sampler.uniform()))
 
 
 class Guesser(Protocol):
     """Where guesses come from."""
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
-        """Up to `most` tokens after `text`, and what each was drawn from, `[vocab]`; no such where it was certain.
+        """(up to `most` tokens after `text`, the distribution `[vocab]` that each was drawn from; none if certain).
 
-        The text grows from call to call by what was right of the guesses and one token more.
+        From call to call the text grows by the guesses that were right and one token more.
         """
 
 
 class Lookup:
-    """Guesses what followed where the last tokens occurred before, the last time they did."""
+    """Prompt look-up: guesses what followed when the text's last n-gram occurred before, the most recent time."""
 
     def __init__(self) -> None:
-        self.after: dict[tuple[int, ...], int] = {}  # some tokens: where in the text the one after them is
-        self.known = 0
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram: index in the text of the token after it
+        self.known = 0  # tokens of the text whose n-grams are in there
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
+        # n-grams that end before the text's end: the last one has nothing after it yet
         for at in range(self.known, len(text)):
             for n in GRAMS:
                 if at >= n:
@@ -142,18 +148,18 @@ class Lookup:
         self.known = len(text)
         for n in GRAMS:
             if (at := self.after.get(tuple(text[-n:]), -1)) >= 0:
-                period = len(text) - at  # what follows may reach the end: then it goes round
+                period = len(text) - at  # beyond the end of the text, the guess is that it goes on repeating
                 return [text[at + i % period] for i in range(most)], []
         return [], []
 
 
 class Draft:
-    """Guesses what a smaller model would write, picked as the large one's tokens are."""
+    """Guesses with a smaller model, sampled with the same parameters and generator as the large one's tokens."""
 
     def __init__(self, model: Model, sampler: Sampler, most: int):
         self.model, self.sampler, self.most = model, sampler, most
         self.state: Any = None
-        self.read = 0  # tokens of the text, or of guesses that were thought to be it
+        self.read = 0  # tokens that `state` has read: of the text, and the guesses after it, right or wrong
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
         if self.state is None:
@@ -161,6 +167,7 @@ class Draft:
             _, state = prefill(self.model, prompt)
             self.state = state.for_decoding(self.model.dtype, rollback=self.most)
             self.read = len(text) - 1
+        # all of the last guesses but the final one were read; those beyond the text without its newest token were wrong
         wrong = max(self.read - (len(text) - 1), 0)
         self.state.rollback(wrong)
         unread, self.read = text[self.read - wrong :], len(text) + most - 1

@@ -3,9 +3,9 @@
     engine.submit(ids, constraint=json_schema({"type": "object", …}, tokenizer))
 
 llguidance (Rust, no dependencies, extra `structured`) parses what was written and says which tokens may follow. JSON
-comes as `json.dumps` writes it, a blank after each comma and colon and no other: where blanks are free, a weak model
-may write nothing else. The text is complete where max_tokens leaves room for it; bound strings (maxLength), arrays
-(maxItems) and numbers in the schema where that matters.
+comes as `json.dumps` writes it, with a space after each comma and colon and no other: where white space is free, a weak
+model may write nothing else. The text is valid only if max_tokens leaves room for its end: bound strings (maxLength),
+arrays (maxItems) and numbers in the schema where that matters.
 """
 
 import functools
@@ -21,13 +21,14 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.infer.requests import Constraint
 
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""llguidance's options for white space in JSON: none but these two."""
 
 
 def json_schema(schema: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[], Constraint]:
-    """Makes constraints to JSON that is valid under `schema`; {"type": "object"} allows any object.
+    """A function that makes constraints to JSON valid under `schema`; {"type": "object"} allows any object.
 
     Raises:
-        ValueError: not a schema, or a keyword of it that is not supported (such as "not").
+        ValueError: not a schema, or one with a keyword that is not supported (such as "not").
         ImportError: the extra is missing.
     """
     library = _library()
@@ -42,10 +43,10 @@ def json_schema(schema: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[],
 
 
 def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
-    """Makes constraints to text that `pattern` matches from beginning to end (Rust's syntax: no look-around).
+    """A function that makes constraints to text that `pattern` matches as a whole (Rust's syntax: no look-around).
 
     Raises:
-        ValueError: not a pattern.
+        ValueError: not a regular expression.
         ImportError: the extra is missing.
     """
     library = _library()
@@ -55,12 +56,12 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
 
 
 def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
-    """Compiled once; a constraint is a copy of its first state."""
+    """The grammar compiled once; each constraint is a copy of the matcher in its first state."""
     library, table = _library(), _table(tokenizer)  # type: ignore[arg-type]
     if problem := library.LLMatcher.validate_grammar(grammar, table):
         raise ValueError(f"the {what} cannot be used: {_one_line(problem)}")
     first = library.LLMatcher(table, grammar, log_level=0)
-    first.compute_bitmask()  # there are schemas that no text ever fits, such as {"$ref": "#"}
+    first.compute_bitmask()  # finds schemas that no text ever fits, such as {"$ref": "#"}, before a request begins
     if first.is_error():
         raise ValueError(f"the {what} cannot be used: {_one_line(first.get_error())}")
     return lambda: Matcher(first.deep_copy(), tokenizer)
@@ -79,8 +80,9 @@ class Matcher:
     def mask(self) -> Tensor:
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
-        mask[self.eos_id] = self.matcher.is_accepting()  # not as part of a text, where it is an ordinary token
-        self._check()
+        # the library would allow end of text inside a string too, as an ordinary token: here it only ends the text
+        mask[self.eos_id] = self.matcher.is_accepting()
+        self._check()  # a grammar may turn out too large only while it is being followed
         return torch.from_numpy(mask)
 
     def accept(self, token: int) -> None:
@@ -102,22 +104,23 @@ def _library() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table(tokenizer: Tokenizer) -> Any:
-    """The tokenizer as the library sees it: the bytes of every token."""
+    """The library's view of a tokenizer, the bytes of every token; takes seconds for a large vocabulary, so kept."""
     library, vocabulary = _library(), tokenizer.vocabulary()
     try:
-        if isinstance(vocabulary, str):
+        if isinstance(vocabulary, str):  # a tokenizer.json, which the library can read itself
             return library.LLTokenizer(vocabulary, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
         wrapped = library.TokenizerWrapper(_Bytes(vocabulary, tokenizer))
         return library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size)
-    except Exception as error:  # the Rust side raises what it likes
+    except Exception as error:  # the Rust side raises exceptions of no common type
         raise ValueError(f"structured output cannot use this tokenizer: {_one_line(str(error))}") from None
 
 
 class _Bytes:
-    """A vocabulary of bytes with the names that the library asks for."""
+    """A vocabulary of bytes with the attributes that the library's TokenizerWrapper asks for."""
 
     def __init__(self, vocabulary: dict[int, bytes], tokenizer: Tokenizer):
         ids = range(tokenizer.vocab_size)
+        # special tokens have no bytes but need some, different for each
         self.tokens = [vocabulary.get(id, f"<unused {id}>".encode()) for id in ids]
         self.special_token_ids = [id for id in ids if id not in vocabulary]
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
@@ -128,6 +131,6 @@ class _Bytes:
 
 
 def _one_line(message: str) -> str:
-    """What it is about: parsers draw pictures around it."""
+    """The line of a parser's message that says what is wrong; the others draw arrows around it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
     return next((line for line in lines if line.startswith("error:")), lines[0])

@@ -1,7 +1,7 @@
 """Text from a prompt in one call: `retentive.generate`, a string, and `retentive.stream_generate`, as it comes.
 
-All ways of finding tokens stand behind it: sampling, guesses that are checked (`speculative.py`), beam search; from the
-start of a document, or from what a memory file holds.
+Every way of decoding is an option of it: sampling, speculative decoding, beam search; from the start of a document, or
+from a memory file.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from retentive.infer.speculative import speculate
 from retentive.models import Model
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
-"""How text is sampled where nothing is said: a little sharper than the model, without its unlikeliest tokens."""
+"""The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
 
 
 def generate(
@@ -34,7 +34,7 @@ def generate(
     stop: Sequence[str] = (),
     **more: Any,
 ) -> str:
-    """What the model writes after `prompt`, without the prompt.
+    """The text that the model writes after `prompt`, without the prompt.
 
     Args:
         prompt: what to go on from; the start of a document if empty.
@@ -71,17 +71,17 @@ def stream_generate(
     lookup: bool = False,
     draft: Model | None = None,
 ) -> Iterator[str]:
-    """What the model writes after `prompt`, in text pieces as they come: the options of `generate`, and these.
+    """The text that the model writes after `prompt`, in pieces as they come. Options as for `generate`, and these.
 
     Args:
         top_k, min_p, repetition_penalty, bias: see `SamplingParams`.
-        memory: what the model has read before the prompt: a file of `retentive memory write`, or what it holds.
-        beams: continuations to follow at once, of which the likeliest is given at the end; 0 samples.
-        lookup: guess tokens from what was written before, several to a call: sooner where the text repeats itself.
-        draft: a smaller model of the same vocabulary that guesses tokens.
+        memory: what the model has read before the prompt: a memory, or a file of `retentive memory write`.
+        beams: beam search with this many beams, whose best text comes as a whole at the end; 0 samples.
+        lookup: speculative decoding with guesses from the text itself (prompt look-up): faster where it repeats itself.
+        draft: speculative decoding with guesses of this smaller model of the same vocabulary.
 
     Raises:
-        ValueError: an option that cannot be used, two ways of finding tokens at once, no tokenizer.
+        ValueError: an option that cannot be used, two ways of decoding at once, no tokenizer.
         ArithmeticError: the model's logits are not finite.
     """
     if tokenizer is None:
@@ -92,13 +92,14 @@ def stream_generate(
     how = _method(params, beams, lookup, draft)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
+    # a copy: decoding writes into the state, and the caller may ask the same memory again
     past: dict[str, Any] = {} if memory is None else {"state": memory.state.clone(), "pending": memory.pending}
     whole = write_on(model, tokenizer, prompt, params, max_tokens=max_tokens, stop=stop, how=how, **past)
     return _without(len(prompt), whole)
 
 
 def _method(params: SamplingParams, beams: int, lookup: bool, draft: Model | None) -> Callable[..., Iterator[Token]]:
-    """How tokens are found: one by one, by guesses, or by beam search."""
+    """The function that decodes: one token at a time, speculatively, or by beam search."""
     if beams < 0:
         raise ValueError(f"beams must be at least 1, or 0 to sample, got {beams}")
     if bool(beams) + lookup + (draft is not None) > 1:
@@ -113,7 +114,7 @@ def _method(params: SamplingParams, beams: int, lookup: bool, draft: Model | Non
 
 
 def _without(count: int, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces after the first `count` characters, which are the prompt's."""
+    """The pieces without the first `count` characters, which are the prompt's; it may end within a piece (healing)."""
     for piece in pieces:
         if len(piece) > count:
             yield piece[count:]

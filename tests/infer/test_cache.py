@@ -9,7 +9,7 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer import cache as module
-from retentive.infer.cache import PrefixCache, names
+from retentive.infer.cache import PrefixCache, prefix_hashes
 from retentive.infer.engine import Engine
 from retentive.infer.memory import fingerprint
 from retentive.models import HybridConfig, RetNetConfig, build, twin
@@ -41,12 +41,12 @@ def prefix(n: int, length: int = 8) -> list[int]:
     return [n, *range(1, length)]
 
 
-def test_names_of_prefixes():
+def test_hashes_of_prefixes():
     rng = random.Random(0)
     ids = [rng.randrange(1 << 40) for _ in range(50)]
-    found = names(ids, [1, 2, 17, 50])
-    assert found == [names(ids[:n], [n])[0] for n in (1, 2, 17, 50)]
-    assert len({name for _, name in found} | {names(ids[::-1], [50])[0][1]}) == 5
+    found = prefix_hashes(ids, [1, 2, 17, 50])
+    assert found == [prefix_hashes(ids[:n], [n])[0] for n in (1, 2, 17, 50)]
+    assert len({name for _, name in found} | {prefix_hashes(ids[::-1], [50])[0][1]}) == 5
 
 
 def test_the_longest_prefix_comes_back_as_it_was(model, same):
@@ -156,7 +156,7 @@ def test_the_bound_on_disk_holds_here_and_for_who_comes_after(model, folder):
     size = next(iter(filled(model, folder / "one", 2).files.values()))[1]
     cache = filled(model, folder, 6, most_bytes_on_disk=2 * size)
     assert len([f for f in folder.iterdir() if f.is_file()]) == len(cache.files) == 2
-    assert list(cache.files) == [names(prefix(n), [8])[0][1] for n in (3, 4)]
+    assert list(cache.files) == [prefix_hashes(prefix(n), [8])[0][1] for n in (3, 4)]
     later = PrefixCache(1 << 20, folder=folder, model=fingerprint(model), most_bytes_on_disk=size)
     assert len([f for f in folder.iterdir() if f.is_file()]) == len(later.files) == 1
     nothing = filled(model, folder / "none", 3, most_bytes_on_disk=0)
@@ -179,7 +179,7 @@ DAMAGE = {"gone": Path.unlink, "truncated": truncate, "flipped": flip, "empty": 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_dropped(damage, model, folder):
     cache = filled(model, folder)
-    path = folder / f"{names(prefix(1), [8])[0][1]}.safetensors"
+    path = folder / f"{prefix_hashes(prefix(1), [8])[0][1]}.safetensors"
     DAMAGE[damage](path)
     assert cache.longest([*prefix(1), 0]) == (0, None)
     assert not path.exists() and len(cache.files) == 2
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_dropped(damage, model, folder):
 @pytest.mark.parametrize("damage", [d for d in DAMAGE if d != "flipped"])
 def test_a_damaged_file_is_not_found_by_who_comes_after(damage, model, folder):
     filled(model, folder)
-    DAMAGE[damage](folder / f"{names(prefix(1), [8])[0][1]}.safetensors")
+    DAMAGE[damage](folder / f"{prefix_hashes(prefix(1), [8])[0][1]}.safetensors")
     (folder / "other.safetensors").write_bytes(b"no such thing")
     assert len(PrefixCache(1 << 20, folder=folder, model=fingerprint(model)).files) == 2
 
@@ -252,3 +252,15 @@ def test_bad_arguments(refuses, tmp_path):
         PrefixCache(1, every=0)
     with refuses("needs the model's fingerprint"):
         PrefixCache(1, folder=tmp_path)
+
+
+def test_a_file_larger_than_memory_evicts_nobody(tmp_path):
+    model, long, short = build(twin(CONFIG)).eval(), list(range(20)), prefix(1)
+    states, name = {n: read(model, ids) for n, ids in (("long", long), ("short", short))}, fingerprint(model)
+    cache = PrefixCache(states["long"].nbytes, folder=tmp_path, model=name)
+    cache.store(long, states["long"])
+    cache.store(short, states["short"])  # evicts the long one, to disk
+    cache = PrefixCache(states["long"].nbytes - 1, folder=tmp_path, model=name)  # as after a restart with less memory
+    cache.store(short, states["short"])
+    assert cache.longest([*long, 1])[0] == 20
+    assert [tokens for tokens, _ in cache.states.values()] == [len(short)]
