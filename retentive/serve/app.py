@@ -4,7 +4,7 @@
     GET, POST /v1/states    POST /v1/states/{name}/restore    DELETE /v1/states/{name}, /v1/sessions/{name}
     GET /health, /metrics, /
 
-What stands before them (keys, names, the count) is in `middleware.py`, what answers in `completion.py`.
+API keys, host names and the count of requests are in `middleware.py`; completions are made in `completion.py`.
 """
 
 import asyncio
@@ -30,32 +30,35 @@ from retentive.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 GRACE = 5
-"""Seconds after the time-out in which a client may take what was written for it."""
-GUARDS = {
+"""Seconds after a request's time-out in which a client may still read what was written for it."""
+SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+"""Of the page's files: it needs nothing but its own scripts, and no other page may frame it."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application of a service; its engine's thread lives as long as the application does."""
+    """The application that serves `service`; the engine's thread runs from its startup to its shutdown."""
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
+        # it waits for requests in flight, whose readers need the event loop meanwhile
         await asyncio.to_thread(service.engine.close)
 
-    app = FastAPI(title="retentive", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="retentive", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # the last one added is the outermost: CORS preflights carry no key and must be answered before keys are checked
     app.add_middleware(AccessMiddleware, service=service)
     if service.options.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.options.cors),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],  # clients have headers of their own, as OpenAI's x-stainless-*
+            allow_headers=["*"],  # clients send headers of their own, such as x-stainless-* of OpenAI's
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     app.add_exception_handler(Refused, _refused)
@@ -73,12 +76,12 @@ def _completions(app: FastAPI, service: Service) -> None:
         request = await receive(http, kind, service.options)
         completion = Completion(service, request, http.state.owner, http.state.request_id)
         await completion.begin(lambda: _disconnect(http.receive))
-        if request.stream:
+        if request.stream:  # the response outlives this call, and closes the completion itself
             return EventStream(completion, service.options.timeout + GRACE)
         try:
             return Response(await completion.whole(), media_type="application/json")
         except ClientLeft:
-            return Response(status_code=499)  # nobody reads it; it is what the metrics count
+            return Response(status_code=499)  # nobody reads it: it is for the metrics
         finally:
             completion.close()
 
@@ -92,32 +95,34 @@ def _completions(app: FastAPI, service: Service) -> None:
 
 
 async def _disconnect(receive: Receive) -> None:
-    """Comes back when the client has left."""
+    """Returns when the client has closed the connection. The body must have been read: its messages come first."""
     while (await receive())["type"] != "http.disconnect":
         continue
 
 
 class EventStream(Response):
-    """A response as server-sent events. A client that does not read is cut off when its time is out."""
+    """A completion as server-sent events. After `seconds` it is cut off: a client may have stopped reading."""
 
     def __init__(self, completion: Completion, seconds: float):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may hold events back
         super().__init__(headers=headers, media_type="text/event-stream")
-        del self.headers["content-length"]
+        del self.headers["content-length"]  # Starlette's, of an empty body
         self.completion, self.seconds = completion, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task, cut_off = asyncio.current_task(), []
+        task, cut_off = asyncio.current_task(), False
         assert task is not None
 
-        def end() -> None:
-            cut_off.append(True)
+        def cut() -> None:
+            nonlocal cut_off
+            cut_off = True
             task.cancel()
 
-        clock = asyncio.get_running_loop().call_later(self.seconds, end)
+        # `send` waits, without end, for a client that does not read
+        timer = asyncio.get_running_loop().call_later(self.seconds, cut)
         events = self.completion.events()
         try:
-            if scope["http_version"] == "1.0":  # it knows no chunked encoding: all at once, with a length
+            if scope["http_version"] == "1.0":  # no chunked encoding there: all events at once, with a length
                 body = b"".join([event async for event in events])
                 self.headers["content-length"] = str(len(body))
                 await self._start(send)
@@ -128,11 +133,11 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
-            if not cut_off:
+            if not cut_off:  # then the server itself is stopping
                 raise
         finally:
-            clock.cancel()
-            await events.aclose()
+            timer.cancel()
+            await events.aclose()  # its `finally` blocks run now, not when it is garbage-collected
             self.completion.close()
 
     async def _start(self, send: Send) -> None:
@@ -172,6 +177,7 @@ def _states(app: FastAPI, service: Service) -> None:
     sessions, saved = service.sessions, service.saved
 
     def named(name: str) -> str:
+        """A name from the path, held to the same rules and errors as one in a body."""
         return parse(Named, json.dumps({"name": name}).encode()).name
 
     @app.get("/v1/states")
@@ -181,6 +187,7 @@ def _states(app: FastAPI, service: Service) -> None:
     @app.post("/v1/states")
     async def save(http: Request) -> dict[str, Any]:
         request = await receive(http, SaveRequest, service.options)
+        # checked out while a thread writes it: no request may change the session meanwhile
         with sessions.checkout(http.state.owner, request.session) as conversation:
             return await asyncio.to_thread(saved.save, http.state.owner, request.name, conversation.memory)
 
@@ -203,14 +210,14 @@ def _states(app: FastAPI, service: Service) -> None:
 
 
 def _page(app: FastAPI) -> None:
-    """The files of the page, by name: what is not among them is not looked for."""
+    """The page's files. They are listed once and names are looked up in that list: no path can leave the folder."""
     files = {file.name: file for file in PAGE.iterdir() if file.is_file()} if PAGE.is_dir() else {}
 
     @app.get("/{name}")
     async def page(name: str) -> Response:
         if name not in files:
             raise HTTPException(404)
-        return FileResponse(files[name], headers=GUARDS)
+        return FileResponse(files[name], headers=SECURITY_HEADERS)
 
     @app.get("/")
     async def index() -> Response:

@@ -1,4 +1,4 @@
-"""A choice of a completion while it grows: tokens of the engine in, pieces of text and their log probabilities out."""
+"""A choice of a completion while it grows: the engine's tokens go in, text and log probabilities come out."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,33 +11,33 @@ from retentive.infer.text import Text
 
 @dataclass
 class Prompt:
-    """What the model is to read for one continuation, or for n."""
+    """A prompt as ids, which one choice continues, or n of them."""
 
     ids: list[int]
     sent: int = 0
-    """So many at the end are what the client sent."""
+    """How many of the ids, at the end, the client sent; those before are a session's or the end-of-text token."""
     text: str | None = None
-    """Those as text, where they are to be echoed."""
+    """The text of those, if it is to be echoed."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token with its log probability, and where in the choice's text its own begins."""
+    """A token, its log probability, and the offset in characters of its text in the choice's text."""
 
     id: int
     logprob: float | None
-    """None of the first token of all: nothing stood before it."""
+    """None for the very first token, which nothing predicts."""
     top: tuple[tuple[int, float], ...]
     offset: int
 
 
 class Delta(NamedTuple):
-    """What a choice has grown by."""
+    """What was added to a choice since the last delta."""
 
     choice: int
     text: str
     logprobs: list[TokenLogprob]
     finish: str | None
-    """Why it has ended, in OpenAI's words: "stop" or "length"; None while it goes on."""
+    """OpenAI's finish_reason: "stop" or "length"; None while it goes on."""
 
 
 @dataclass
@@ -50,19 +50,19 @@ class Choice:
     tokenizer: Tokenizer
     text: Text
     max_tokens: int
-    """0 for nothing but an echo: the engine makes a token all the same, which nobody is shown."""
+    """0 asks for an echo alone: the engine still makes one token, which is thrown away."""
     logprobs: bool
     finish: str | None = None
     first_at: float | None = None
-    """When the first token came."""
+    """When the first token came, in the event loop's time (seconds)."""
     last_at: float = 0
     new_text: str = ""
-    """What `delta` has not given out yet."""
+    """Text that `delta` has not given out yet."""
     new_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def ids(self) -> list[int]:
-        """The tokens made, those of a stop string as well."""
+        """The tokens generated, those of a stop string included."""
         return self.text.ids
 
     @property
@@ -71,7 +71,7 @@ class Choice:
         return len(self.prompt.text or "")
 
     def echo(self) -> None:
-        """Give out the prompt, once it is read; of a long one with log probabilities this takes a while."""
+        """Add the prompt to what `delta` gives out; a long one with log probabilities is work for a thread."""
         if self.prompt.text is None:
             return
         self.new_text = self.prompt.text
@@ -80,21 +80,21 @@ class Choice:
         decoder, offset, stream = self.tokenizer.stream(), 0, self.stream
         first = len(self.prompt.ids) - self.prompt.sent
         for n, id in enumerate(self.prompt.ids[first:], first):
-            # the stream has those of the prompt's second token and on
+            # the stream's lists begin with the prompt's second token
             logprob = stream.prompt_logprobs[n - 1] if n else None
             top = stream.prompt_tops[n - 1] if n and stream.prompt_tops else ()
             self.new_logprobs.append(TokenLogprob(id, logprob, top, offset))
             offset += len(decoder.push(id))
 
     def push(self, token: Token | None, now: float) -> None:
-        """Take in a token, or (None) that there are no more."""
+        """Take in a token; None says that there are no more."""
         self.first_at = now if self.first_at is None else self.first_at
         self.last_at = now
         if token is None:
             self.new_text += self.text.flush()
             self.finish = "length" if self.stream.reason == "length" and not self.text.stopped else "stop"
         elif self.max_tokens:
-            offset = self.echoed + self.text.decoded
+            offset = self.echoed + self.text.decoded  # before the push: where this token's text begins
             self.new_text += self.text.push(token.id)
             if self.logprobs:
                 self.new_logprobs.append(TokenLogprob(token.id, token.logprob, token.top, offset))
@@ -103,11 +103,12 @@ class Choice:
                 self.stream.cancel()
 
     def delta(self) -> Delta | None:
-        """What there is to give out, once."""
+        """What has come since the last call; None if nothing, so that no empty event is sent."""
         if not self.new_text and self.finish is None:
             return None
         end, ready = self.echoed + self.text.given, self.new_logprobs
-        if self.text.stopped or self.finish is None:  # not of text that is held back, or cut off
+        # tokens whose text is held back, or cut off by a stop string, must not show in the log probabilities either
+        if self.text.stopped or self.finish is None:
             ready = [each for each in ready if each.offset < end]
         delta = Delta(self.index, self.new_text, ready, self.finish)
         self.new_text, self.new_logprobs = "", self.new_logprobs[len(ready) :]

@@ -1,13 +1,13 @@
-"""One request on its way through the engine: submitted, its choices grown, its session's memory kept, and the response.
+"""One request's way through the engine: submitted, its choices grown, its session remembered, and the response.
 
     completion = Completion(service, request, owner)
     await completion.begin(client_leaves)           submits it, or is refused
     await completion.whole() / completion.events()  the response
-    completion.close()                              in any case: whatever still runs gives its slot back
+    completion.close()                              in any case: cancels what still runs, gives the session back
 
-All choices of all prompts of a request share one mailbox, and what has come by the time it is opened goes out together.
-A session is checked out from before its prompt is encoded until the last byte but the closing ones: whoever has got the
-end of an answer may go on with the session at once.
+All choices of all prompts of a request share one mailbox, and what has come by the time it is emptied goes out
+together. A session is checked out from before its prompt is encoded until just before the closing bytes: a client that
+has got the end of an answer may use the session again at once.
 """
 
 import asyncio
@@ -29,24 +29,24 @@ from retentive.serve.responses import ChatResponses, CompletionResponses, Respon
 from retentive.serve.service import Service
 
 LONG = 20_000
-"""So many characters of a prompt, or log probabilities of a response, are work for a thread."""
+"""Characters of a prompt, or log probabilities of a response, above which the work is done in a thread."""
 MOST_ECHOED = 1 << 18
-"""Log probabilities of prompts in one response: with one likeliest token each, those of 131,072 tokens."""
+"""Log probabilities of echoed prompts in one response at most; it is held in memory as a whole."""
 
 log = logging.getLogger("retentive.serve")
 T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """Nobody reads the response any more."""
+    """The client has closed the connection: nobody reads the response."""
 
 
 class Completion:
-    """One request being answered; see the module.
+    """One request being answered: see the module for the order of calls.
 
     Args:
-        owner: whose sessions it may go on with.
-        request_id: what the log calls it.
+        owner: whose sessions it may use.
+        request_id: the id in the log.
     """
 
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, owner: str, request_id: str = ""):
@@ -58,26 +58,27 @@ class Completion:
         self.mailbox = Mailbox()
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
+        # undone in reverse by `close`: timers, streams, the session's checkout, the place among those in flight
         self.exits = ExitStack()
         usage = request.stream_options is not None and request.stream_options.include_usage
         kind: type[Responses] = ChatResponses if isinstance(request, ChatRequest) else CompletionResponses
         self.responses = kind(service.name, service.tokenizer, logprobs=self.top is not None, usage=usage)
 
     async def begin(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
-        """Submit it to the engine.
+        """Checks the request and submits it to the engine.
 
         Args:
-            client_leaves: comes back when the client has left.
+            client_leaves: returns when the client has left.
 
         Raises:
-            Refused: anything that is wrong with it, or no room.
+            Refused: something is wrong with the request, or there is no room.
         """
         request, service = self.request, self.service
         service.check_model(request.model)
         request.refuse_what_is_not_served()
         try:
             self.exits.enter_context(service.admit())
-            if request.session is not None:
+            if request.session is not None:  # before encoding: the prompt depends on what the session remembers
                 checkout = service.sessions.checkout(self.owner, request.session, new=True)
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
@@ -85,23 +86,23 @@ class Completion:
             self.prompts = await _in_thread(request.characters > LONG, partial(request.prompts, self.conversation))
             self._check_prompts()
             self.stop_ids, self.stop = request.stops(self.conversation)
-            self.exits.callback(self._cancel)
+            self.exits.callback(self._cancel)  # before the first submit: the queue may be full at the second
             for prompt in self.prompts:
                 self._submit(prompt)
-        except BaseException:
+        except BaseException:  # a cancelled task too must give back its slots and session
             self.close()
             raise
         self._watch(client_leaves())
 
     def close(self) -> None:
-        """Whatever still runs gives its slot back, and the session may be checked out again."""
+        """Cancels what still runs and gives back slots and session; a second call does nothing."""
         self.exits.close()
 
     async def whole(self) -> bytes:
-        """The response as one JSON object.
+        """The response as one JSON object, when all choices have ended.
 
         Raises:
-            Refused: time is out, or the model failed.
+            Refused: the time is over, or the model failed.
             ClientLeft: the client has left.
         """
         parts: list[list[Delta]] = [[] for _ in self.choices]
@@ -117,7 +118,7 @@ class Completion:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response in server-sent events. An error that comes too late for a status is an event."""
+        """The response as server-sent events. After the first one an error cannot change the status: it is an event."""
         try:
             with self._failures():
                 if opening := self.responses.opening(len(self.choices)):
@@ -133,25 +134,25 @@ class Completion:
             return
         self._measure()
         closing = self.responses.closing(usage=self._usage(), **self._session())
-        self.close()  # the client may go on with its session
+        self.close()  # before the last bytes: on reading them the client may use its session again
         yield closing
 
-    # before
+    # checking and submitting
 
     def _check_fields(self) -> None:
-        """Raises Refused for what the engine would not take, with the field at fault."""
+        """Raises Refused for values that the engine would not take, naming the field at fault."""
         engine, vocab = self.service.engine, self.service.model.config.vocab_size
         if self.n > engine.slots:
             raise Refused(400, f"n must be from 1 to this server's {engine.slots} slots, got {self.n}", param="n")
         if outside := [id for id in self.params.bias if not 0 <= id < vocab]:
             raise Refused(400, f"tokens must be in [0, {vocab}), got {outside[0]}", param="logit_bias")
-        most = self.service.options.queue
+        most = self.service.options.queue  # each prompt takes a place in it
         if isinstance(self.request, CompletionRequest) and len(self.request.prompt) > most:
             message = f"{len(self.request.prompt)} prompts in a request; {most} may wait here"
             raise Refused(400, message, param="prompt")
 
     def _check_prompts(self) -> None:
-        """Raises Refused for prompts that are empty, too long, or of ids that are none."""
+        """Raises Refused for prompts that are empty, too long, or have ids outside the vocabulary."""
         options, param = self.service.options, self.request.prompt_field
         for prompt in self.prompts:
             if not prompt.ids:
@@ -169,7 +170,7 @@ class Completion:
             raise Refused(400, message, param="logprobs")
 
     async def _constraint(self) -> Callable[[], Constraint] | None:
-        """What response_format allows; compiled in a thread."""
+        """A maker of constraints for response_format; None if any text will do. Raises Refused for a bad schema."""
         form = self.request.response_format
         if form is None or form.type == "text":
             return None
@@ -179,25 +180,26 @@ class Completion:
                 raise Refused(400, "json_schema is missing", param="response_format.json_schema")
             schema = form.json_schema.json_schema
         try:
-            from retentive.infer.structured import json_schema
+            from retentive.infer.structured import json_schema  # an extra that most requests do without
 
+            # a large schema takes seconds to compile
             return await asyncio.to_thread(json_schema, schema, self.service.tokenizer)
         except (ImportError, ValueError) as error:
             raise Refused(400, str(error), param="response_format") from None
 
     def _submit(self, prompt: Prompt) -> None:
-        """Its choices; raises Refused where the queue is full."""
+        """Submits a prompt and adds its n choices; raises Refused if the queue is full."""
         engine, first, echo = self.service.engine, len(self.choices), prompt.text is not None
         try:
             streams = self.conversation.submit(
                 prompt.ids,
                 self.params,
-                max_tokens=max(self.max_tokens, 1),
+                max_tokens=max(self.max_tokens, 1),  # the engine makes one at least; see Choice.max_tokens
                 stop_ids=sorted(self.stop_ids),
                 n=self.n,
                 constraint=self.constraint,
                 returns=Returns(
-                    top=min(self.top or 0, self.service.model.config.vocab_size),
+                    top=min(self.top or 0, self.service.model.config.vocab_size),  # a small model has fewer than asked
                     prompt=echo and self.top is not None,
                     state=self.request.session is not None,
                 ),
@@ -214,7 +216,7 @@ class Completion:
             self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs))
 
     def _watch(self, client_leaves: Awaitable[None]) -> None:
-        """From now on a client that leaves, and the end of its time, are items of the mailbox like any other."""
+        """From now on a client that leaves, and the end of its time, come as items of the mailbox like any other."""
         loop = asyncio.get_running_loop()
 
         async def wait() -> None:
@@ -229,13 +231,15 @@ class Completion:
         for choice in self.choices:
             choice.stream.cancel()
 
-    # meanwhile
+    # while it runs
 
     async def _deltas(self) -> AsyncIterator[list[Delta]]:
-        """What has come since the last time, a delta for each choice that grew, until all have ended.
+        """A delta for each choice that has grown since the last time, until all have ended.
 
         Raises:
-            ClientLeft, TimeoutError, Refused: the server is stopping; or what has gone wrong in the engine.
+            ClientLeft, TimeoutError: as `_watch` puts them.
+            Refused: the server is stopping.
+            Exception: the engine's.
         """
         left = len(self.choices)
         while left:
@@ -246,10 +250,10 @@ class Completion:
                     raise item
                 choice = self.choices[index]
                 if choice.finish is not None:
-                    continue  # what came after a stop string
+                    continue  # tokens after a stop string, made before the stream was cancelled
                 if item is None and choice.stream.reason == "cancelled":
                     raise try_later("the server is stopping", status=503)
-                if choice.first_at is None:
+                if choice.first_at is None:  # its first token: the prompt is read, and its log probabilities are there
                     await _in_thread(choice.prompt.sent > LONG, choice.echo)
                 choice.push(item, now)
                 grown[index] = choice
@@ -259,7 +263,7 @@ class Completion:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """What goes wrong, in words for the client."""
+        """Turns what goes wrong into a Refused for the client; the log gets the traceback."""
         try:
             yield
         except TimeoutError:
@@ -269,28 +273,28 @@ class Completion:
             raise
         except Exception as error:
             if isinstance(error, ValueError) and self.constraint is not None:
-                # a grammar that is too large shows only when text comes to the large part of it
+                # a grammar that is too large fails only when the text comes to the large part of it
                 raise Refused(400, str(error), param="response_format", code="schema_refused") from None
             log.error("request %s failed", self.request_id, exc_info=error)
             raise Refused(500, f"the model failed on this request: {error}", code="model_failed") from None
 
-    # after
+    # when it has ended
 
     async def _remember(self) -> None:
-        """Now the session has read it all; until here it is as it was."""
+        """Takes the end of the stream into the session, which until here was as it was before the request."""
         if self.request.session is None:
             return
         [choice] = self.choices
-        if choice.text.stopped:  # the stream has read beyond the stop
+        if choice.text.stopped:  # the stream's state has read beyond the stop string: keep the ids up to it instead
             self.conversation.put_off([*choice.prompt.ids, *choice.text.kept_ids()])
             await self._catch_up()
             return
-        # the token of an answer of no tokens is nobody's; the end of an answer is the template's
+        # max_tokens 0: the one token that was made belongs to nobody; and a stop token is the template's to write
         made = choice.stream.pending if self.max_tokens else []
         self.conversation.remember(choice.stream, [id for id in made if id not in self.stop_ids])
 
     async def _catch_up(self) -> None:
-        """Read what was put off, or where there is no room leave it to the session's next request."""
+        """Reads the pending ids now, so that the next request is fast; if the queue is full, that one reads them."""
         mailbox, conversation, engine = Mailbox(), self.conversation, self.service.engine
         try:
             deliver = engine.into(mailbox, 0, 1)
@@ -308,10 +312,10 @@ class Completion:
             conversation.remember(stream, [])
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens read and made, as OpenAI counts them."""
+        """Tokens of prompts and completions, as OpenAI counts them."""
         read = sum(len(prompt.ids) for prompt in self.prompts)
         made = sum(len(choice.ids) for choice in self.choices)
-        cached = sum(choice.stream.cached for choice in self.choices[:: self.n])
+        cached = sum(choice.stream.cached for choice in self.choices[:: self.n])  # n choices share one prompt
         return {
             "prompt_tokens": read,
             "completion_tokens": made,
@@ -320,26 +324,27 @@ class Completion:
         }
 
     def _session(self) -> dict[str, Any]:
+        """The response's field about the session, if there is one."""
         if self.request.session is None:
             return {}
         return {"session": described(self.request.session, self.conversation)}
 
     def _measure(self) -> None:
-        """Tell the metrics how long it took."""
+        """Observes latencies in the metrics."""
         now, metrics = asyncio.get_running_loop().time(), self.service.metrics
         metrics.seconds.observe(now - self.began)
         for choice in self.choices:
             if choice.first_at is not None:
                 metrics.first.observe(choice.first_at - self.began)
-                if len(choice.ids) > 1:
+                if len(choice.ids) > 1:  # of the tokens after the first
                     metrics.token.observe((choice.last_at - choice.first_at) / (len(choice.ids) - 1))
 
 
 def described(name: str, conversation: Conversation) -> dict[str, Any]:
-    """A session as clients are told of it."""
+    """The JSON of a session in responses."""
     return {"name": name, "tokens": conversation.memory.tokens, "bytes": conversation.nbytes}
 
 
 async def _in_thread(large: bool, work: Callable[[], T]) -> T:
-    """The result of `work`; if it is `large` from a thread: on the event loop it would hold up everybody's tokens."""
+    """The result of `work`, done in a thread if `large`: on the event loop it would hold up everybody's tokens."""
     return await asyncio.to_thread(work) if large else work()

@@ -1,13 +1,14 @@
-"""What a client did wrong, or the server cannot do now, in the shape that OpenAI's clients read."""
+"""Errors as OpenAI's clients read them: what a client did wrong, or the server cannot do now."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""OpenAI's error types by status, where it is not the general one."""
 
 
 class Refused(Exception):
-    """A request that is answered with `status` and one line.
+    """Raised anywhere in the server; answered with `status` and a message of one line.
 
     Args:
         param: the field at fault, such as `messages[0].content`.
@@ -29,12 +30,13 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON body of the answer."""
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def try_later(message: str, *, status: int = 429, seconds: int = 1) -> Refused:
-    """No room now; the client may try again."""
+    """A refusal because there is no room now; OpenAI's clients try again by themselves after `seconds`."""
     code = "queue_full" if status == 429 else "draining"
     return Refused(status, message, code=code, headers={"Retry-After": str(seconds)})
 

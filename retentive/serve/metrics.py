@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus: counts of this server, and the engine's own figures as they stand when asked for."""
+"""Metrics for Prometheus: this server's own counts, and the engine's figures, read at the time of each scrape."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,11 @@ from retentive.infer.engine import Engine
 from retentive.serve.sessions import Sessions
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Upper bounds of the histograms' buckets, up to the default time-out."""
 
 
 class Metrics:
-    """A registry of one server."""
+    """The metrics of one server, in a registry of their own: two servers in a process do not mix."""
 
     def __init__(self, engine: Engine, sessions: Sessions):
         self.registry = CollectorRegistry()
@@ -33,10 +34,13 @@ class Metrics:
         self.registry.register(_Figures(engine, sessions))
 
     def text(self) -> bytes:
+        """All of them in the text format that Prometheus scrapes."""
         return generate_latest(self.registry)
 
 
 class _Figures(Collector):
+    """Reads the engine at each scrape. Its thread goes on meanwhile, so that numbers may be a step apart."""
+
     def __init__(self, engine: Engine, sessions: Sessions):
         self.engine, self.sessions = engine, sessions
 

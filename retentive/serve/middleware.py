@@ -1,4 +1,4 @@
-"""What stands before every endpoint: API keys, the name that the server is called by, request ids, and the count."""
+"""Middleware before every endpoint: API keys, host names (DNS rebinding), request ids, and the count of requests."""
 
 import ipaddress
 import uuid
@@ -13,22 +13,23 @@ from retentive.serve.service import Service
 from retentive.serve.sessions import owner_of
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/states", "/v1/sessions", "/v1/info")
+"""Endpoints that need an API key, if there are keys; what follows them in a path is a name."""
 
 
 class AccessMiddleware:
-    """ASGI middleware: whoever is let in finds in `scope["state"]` the `owner` and the `request_id` of the request."""
+    """ASGI middleware that puts the `owner` and the `request_id` of an authorised request into `scope["state"]`."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
         self.owners = {owner_of(key) for key in service.options.api_key}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # lifespan
             await self.app(scope, receive, send)
             return
         status, request_id = 499, uuid.uuid4().hex  # 499: the client left before there was a status
 
-        async def noting(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -38,38 +39,39 @@ class AccessMiddleware:
         if scope["method"] == "HEAD":  # GET without the body, which uvicorn leaves out
             scope = {**scope, "method": "GET"}
         try:
-            owner = self._let_in(scope, Headers(scope=scope))
+            owner = self._authorize(scope, Headers(scope=scope))
             scope["state"] = {**scope.get("state", {}), "owner": owner, "request_id": request_id}
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_with_id)
         except Refused as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, noting)
-        except Exception:
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_with_id)
+        except Exception:  # FastAPI's own handler outside of this answers 500
             status = 500
             raise
         finally:
             self.service.metrics.requests.labels(_endpoint(scope["path"]), str(status)).inc()
 
-    def _let_in(self, scope: Scope, headers: Headers) -> str | None:
-        """The owner; None for the page and /health, which are for everybody.
+    def _authorize(self, scope: Scope, headers: Headers) -> str | None:
+        """The owner of what the request may see; None for the page and /health, which are open to all.
 
         Raises:
-            Refused: 400 no name of the server; 401 no key; 403 a name that may be anybody's.
+            Refused: 400 no Host header; 401 no valid key; 403 a Host that may be another site's (DNS rebinding).
         """
         if scope["http_version"] == "1.1" and len(headers.getlist("host")) != 1:
             raise Refused(400, "HTTP/1.1 needs one Host header")
-        if not self.owners:
+        if not self.owners:  # a key protects too: a foreign page does not have it
             _prevent_dns_rebinding(headers.get("host", ""))
+        # paths of one part are the page's files and /health
         if scope["path"].count("/") == 1 and scope["path"] != "/metrics":
             return None
         return self._owner(headers.get("authorization"))
 
     def _owner(self, authorization: str | None) -> str:
-        """Whose key it is; raises Refused (401) if it is nobody's."""
+        """The owner that an Authorization header's key stands for; raises Refused (401) if the key is not valid."""
         if not self.owners:
             return owner_of("")
         scheme, _, key = (authorization or "").partition(" ")
         owner = owner_of(key.strip())
-        # all are compared, each in the same time
+        # each in constant time, and all of them: the time taken tells nothing of any key
         if scheme.lower() != "bearer" or not sum(compare_digest(owner, each) for each in self.owners):
             said = "wrong API key" if authorization else "an API key is needed: Authorization: Bearer KEY"
             raise Refused(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -77,12 +79,12 @@ class AccessMiddleware:
 
 
 def _prevent_dns_rebinding(host: str) -> None:
-    """Raises Refused (403) for names of the web.
+    """Raises Refused (403) for a Host that is a public domain name.
 
-    DNS rebinding: a page has its own name lead to this machine's address, and then, being of the same origin, reads all
-    answers. It cannot do that with an address or with a name that has no dot.
+    DNS rebinding: a web page makes its own domain resolve to this machine's address; for the browser the server is then
+    of the same origin, and the page can read all answers. An IP address, or a name without a dot, cannot be rebound.
     """
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host  # without the port; [::1] has none
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
@@ -92,6 +94,6 @@ def _prevent_dns_rebinding(host: str) -> None:
 
 
 def _endpoint(path: str) -> str:
-    """The endpoint, without names that clients make up: labels of metrics must be few."""
+    """The endpoint of a path, without names that clients make up: a metric keeps every label it was given, for ever."""
     found = next((route for route in ROUTES if path == route or path.startswith(route + "/")), None)
     return found or (path if path in ("/", "/health", "/metrics") else "other")

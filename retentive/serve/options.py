@@ -1,4 +1,4 @@
-"""The options of a server; the command line is made from them, so this needs no package of the extra."""
+"""The options of a server. The command line is made from them, so this imports nothing of the extra `serve`."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+"""What browsers send as Origin: scheme and host, no path; or * for any."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Options:
 
     @property
     def most_body(self) -> int:
-        """Bytes of a request: a prompt of max_prompt ids in JSON, with room to spare."""
+        """Bytes of a request's body: max_prompt ids of up to 16 characters in JSON, and room for the other fields."""
         return 65536 + 16 * self.max_prompt
 
     def with_environment_keys(self, environment: Mapping[str, str] | None = None) -> "Options":
-        """The same with the keys in RETENTIVE_API_KEY (of this process, if no other `environment` is given) besides."""
+        """These options and the keys in RETENTIVE_API_KEY; `environment` is that of this process if not given."""
         found = (os.environ if environment is None else environment).get("RETENTIVE_API_KEY", "").split(",")
         return replace(self, api_key=(*self.api_key, *(key.strip() for key in found if key.strip())))

@@ -1,10 +1,11 @@
-"""HTTP connections with bounds: what uvicorn's own protocol leaves open to whoever may connect, key or no key.
+"""HTTP connections with bounds in bytes and seconds, which uvicorn's own protocol lacks: anyone can connect, even
+without an API key.
 
-- A request's head (its first line and headers) and the trailers after a chunked body are bounded in bytes: 431. The
-  parser keeps a header until its end has come, however long, and copies it at every packet.
-- Heads and bodies that come slowly, and connections that say nothing, are closed in time.
-- Of pipelined requests all hear that the client has left, not the last alone.
-- Offers to upgrade (WebSocket, h2c) are ignored, and nonsense is refused, without a line in the log for each.
+- A request's head (first line and headers) and the trailers after a chunked body are bounded in bytes: 431. The parser
+  keeps a header until its end has come, however long, and copies it at every packet.
+- Heads and bodies that come slowly (slowloris), and idle connections, are closed after some seconds.
+- When the client leaves, all of its pipelined requests hear of it, not the last alone.
+- Offers to upgrade (WebSocket, h2c) are ignored and malformed requests refused, without a line in the log for each.
 """
 
 import asyncio
@@ -21,17 +22,17 @@ from retentive.serve.requests import BODY_SECONDS
 from retentive.serve.responses import to_json
 
 MOST_HEAD = 65536
-"""Bytes of a head."""
+"""Bytes of a head at most."""
 HEAD_SECONDS = 20
-"""In which a head must have come, if the server's time-out is not shorter still."""
+"""Time for a head to come, if the server's time-out is not shorter."""
 GRACE = 5
-"""Seconds after which a body that is late is not waited for any more: by then the endpoint has said so itself."""
+"""Seconds after BODY_SECONDS until a late body closes the connection: first the endpoint may answer 408 itself."""
 LINGER = 2
-"""Seconds in which a client that was refused may take the answer, while what it still sends is thrown away."""
+"""Seconds in which a refused client may read the answer, while what it still sends is thrown away."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. The parser calls the `on_` methods as it comes to the parts of a request."""
+    """One connection. The parser (httptools) calls the `on_` methods as it comes to the parts of a request."""
 
     head_seconds, body_seconds = float(HEAD_SECONDS), float(BODY_SECONDS + GRACE)
 
@@ -39,10 +40,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport)
         self.cycles: list[Any] = []  # uvicorn's RequestResponseCycle of requests that are not answered yet
-        self.head = 0  # bytes since the last that belonged to a body, or the end of a request
-        self.awaited: str | None = None  # the "head" or "body" that has begun and not ended
+        self.head = 0  # bytes of the head (or trailers) so far: since the last byte of a body, or the end of a request
+        self.awaited: str | None = None  # the part that has begun and not ended: "head" or "body"
         self.refused = False
-        self.clock: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self._expect(self.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _disconnect(self) -> None:
-        """Whoever still answers hears that nobody listens."""
+        """Tells every request that is still being answered that its client has left; uvicorn tells only the last."""
         self.pipeline.clear()
         for cycle in self._unanswered():
             cycle.disconnected = True
@@ -59,16 +60,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        if self.clock is None and not self.refused:
+        if self.timer is None and not self.refused:
             self._expect(self.head_seconds)
         while data and not self.refused:
-            # in parts, so that a head is never held beyond its bound
+            # no more at a time than the head may still have, so that the parser never holds more
             part, data = data[: MOST_HEAD + 1 - self.head], data[MOST_HEAD + 1 - self.head :]
             self.head += len(part)
             try:
                 self.parser.feed_data(part)
             except httptools.HttpParserUpgrade as offer:
-                data = part[offer.args[0] :] + data  # what follows is the next request (RFC 9110, 7.8)
+                # ignored, as a server may (RFC 9110, 7.8): the bytes from this offset on are the next request
+                data = part[offer.args[0] :] + data
             except httptools.HttpParserError:
                 self._refuse(Refused(400, "this is not HTTP/1.1"))
             if self.head > MOST_HEAD:
@@ -77,7 +79,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.awaited = "head"
-        if self.clock is None:  # it came in one packet with the end of the request before
+        if self.timer is None:  # pipelined: it came in one packet with the end of the request before
             self._expect(self.head_seconds)
 
     def on_headers_complete(self) -> None:
@@ -87,7 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect(self.body_seconds)
 
     def on_body(self, body: bytes) -> None:
-        self.head = 0
+        self.head = 0  # bytes of a body are the endpoint's to count
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -96,13 +98,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _expect(self, seconds: float | None) -> None:
-        """The rest of a head or body is to come in so many seconds; None: nothing is."""
-        if self.clock is not None:
-            self.clock.cancel()
-        self.clock = None if seconds is None else self.loop.call_later(seconds, self._late)
+        """Starts the time in which the rest of a head or body must come; None stops it."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = None if seconds is None else self.loop.call_later(seconds, self._late)
 
     def _late(self) -> None:
-        if self.flow.read_paused or (self.awaited != "body" and self._unanswered()):  # busy with the request before
+        """The time is over: refuses a late head, closes an idle connection or one with a late body."""
+        # no fault of the client: we do not read, or it waits for the answer to its last request
+        if self.flow.read_paused or (self.awaited != "body" and self._unanswered()):
             self._expect(self.head_seconds)
         elif self.awaited == "head":
             self._refuse(Refused(408, f"the head of a request did not come within {self.head_seconds:g} s"))
@@ -110,27 +114,32 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _unanswered(self) -> list[Any]:
+        """The cycles of requests whose answers are not complete."""
         return [cycle for cycle in self.cycles if not cycle.response_complete]
 
     def _refuse(self, error: Refused) -> None:
-        """The last answer on this connection. Closed at once, the system would throw it away with what is unread."""
+        """Writes the last answer on this connection, and closes it after LINGER.
+
+        Closed at once with bytes unread, the kernel would send RST, and the client could lose the answer.
+        """
         if self.refused or self.transport.is_closing():
             return
         self.refused = True
-        if not any(cycle.response_started for cycle in self._unanswered()):  # else it would land in another's answer
+        # else these bytes would land in the middle of another answer
+        if not any(cycle.response_started for cycle in self._unanswered()):
             self._disconnect()
             body = to_json(error.body)
             status = f"{error.status} {HTTPStatus(error.status).phrase}"
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
             self.transport.write_eof()
-        if self.clock is not None:
-            self.clock.cancel()
-        self.clock = self.loop.call_later(LINGER, self.transport.close)
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(LINGER, self.transport.close)
 
 
 class _Flow(FlowControl):
-    """uvloop raises where a connection that is closed is paused or resumed."""
+    """Flow control that leaves a closing connection alone: uvloop raises when one is paused or resumed."""
 
     def pause_reading(self) -> None:
         if not self._transport.is_closing():
@@ -142,7 +151,7 @@ class _Flow(FlowControl):
 
 
 def bounded(options: Options) -> type[BoundedProtocol]:
-    """The protocol of a server with these options: none of its waits is longer than its time-out."""
+    """The protocol class of a server with these options: it waits no longer than the server's time-out."""
 
     class Protocol(BoundedProtocol):
         head_seconds = min(HEAD_SECONDS, options.timeout)

@@ -1,8 +1,8 @@
-"""The server as a Ray Serve deployment, extra `ray`: replicas of a model, each conversation where its state is.
+"""The server as a Ray Serve deployment (extra `ray`): replicas of a model, with each session on the one that has it.
 
 Every replica is a whole server: its own weights, engine, slots and sessions. Ray's proxies send requests with the same
 X-Session-Id header to the same replica, by consistent hashing, and spread those without one; the page sets it, and so
-must clients that use sessions. Saved states lie in a folder that all replicas see.
+must clients that use sessions. The folder of saved states must be one that all replicas see.
 
     serve run retentive.serve.ray:application run=runs/demo replicas=2
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+"""By name: Ray imports it in its own processes."""
 
 
 def deployed(
@@ -41,7 +42,8 @@ def deployed(
     options = options or Options()
 
     def build() -> Any:
-        """In the replica: its own model and engine."""
+        """Runs in each replica: its own model and engine."""
+        # imported there: importing this module needs neither FastAPI nor a model
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
 
@@ -50,18 +52,21 @@ def deployed(
     server = serve.deployment(
         name="retentive",
         num_replicas=replicas,
-        # the server itself tells clients to come again before Ray would let them wait
+        # more than the server admits: it answers 429 itself, where Ray would let clients wait
         max_ongoing_requests=8 * (options.slots + options.queue),
         graceful_shutdown_timeout_s=options.timeout,
         ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if device.startswith("cuda") else 0},
-        # none but the replica that has the state will do
+        # no fallback to another replica: it would not have the session's state
         request_router_config={"request_router_class": ROUTER, "request_router_kwargs": {"num_fallback_replicas": 0}},
     )
     return server(serve.ingress(build)()).bind()
 
 
 def application(args: Mapping[str, Any]) -> "Application":
-    """What `serve run retentive.serve.ray:application run=RUN …` runs; arguments are those of `deployed` and Options.
+    """The application that `serve run retentive.serve.ray:application run=RUN …` runs.
+
+    Args:
+        args: those of `deployed`, and the fields of Options.
 
     Raises:
         ValueError: no run, an argument that is not known, or not of its type.
@@ -72,7 +77,7 @@ def application(args: Mapping[str, Any]) -> "Application":
         raise ValueError(f"unknown arguments {', '.join(unknown)}: expected {', '.join([*known, *sorted(of_options)])}")
     if "run" not in args:
         raise ValueError("run is missing: run=FOLDER, a run directory or model folder")
-    try:
+    try:  # from the command line all are strings, from a config file they have types: pydantic takes both
         options = TypeAdapter(Options).validate_python({k: v for k, v in args.items() if k in of_options})
         own: dict[str, Any] = {k: TypeAdapter(kind).validate_python(args[k]) for k, kind in known.items() if k in args}
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""What clients send: the fields of OpenAI's requests that are served here, and ours beside them, checked by type.
+"""Requests: OpenAI's fields that are served here, and our own beside them, validated by pydantic.
 
-Fields that are not known are ignored, as OpenAI's server does; known ones that are not served are refused, by name.
-A request knows what of it the model is to read (`prompts`); what becomes of that is `completion.py`.
+Unknown fields are ignored, as OpenAI's server does; known ones that are not served are refused by name. A request turns
+itself into prompts (`prompts`) and sampling parameters (`sampling`); `completion.py` runs them.
 """
 
 import asyncio
@@ -19,22 +19,26 @@ from retentive.serve.errors import Refused, field
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
-"""In which a body must have come, if the server's time-out is not shorter still."""
+"""Time for a body to come, if the server's time-out is not shorter."""
 COLDEST = 1e-4
-"""Below this temperature the likeliest token is taken: dividing by less would overflow."""
+"""Below this temperature decoding is greedy: dividing logits by less would overflow."""
 SHORT_ANSWER = 16
-"""Tokens of a completion whose request does not say, as OpenAI has it."""
+"""max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
 
 Name = Annotated[str, Field(pattern=NAME)]
 T = TypeVar("T", bound=BaseModel)
 
 
+# Validators run before pydantic's own check of types, so they pass on what they do not know.
+
+
 def _as_list(value: Any) -> Any:
+    """`stop` may be one string or a list."""
     return [value] if isinstance(value, str) else value
 
 
 def _as_prompts(value: Any) -> Any:
-    """A text, ids, or a list of either, as a list of texts and ids."""
+    """`prompt` may be a text, ids, or a list of either: the same as a list."""
     prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)) else value
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("expected a string, a list of token ids, or a list of either")
@@ -45,11 +49,11 @@ def _as_prompts(value: Any) -> Any:
 
 
 def _are_ids(value: list) -> bool:
-    return bool(value) and all(type(i) is int for i in value)
+    return bool(value) and all(type(i) is int for i in value)  # type(): true is no id
 
 
 def _as_text(value: Any) -> Any:
-    """A message's content: a string, or parts that are text."""
+    """A message's `content` may be a string, or parts of type text: the text."""
     if not isinstance(value, list):
         return value
     if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
@@ -58,10 +62,12 @@ def _as_text(value: Any) -> Any:
 
 
 class Body(BaseModel):
+    """The base of all bodies: strict, so that "1" is no number, and without NaN, which JSON does not have."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-# what every token is held against must be little, or one request would take the time of all
+# Every token is checked against these, in a thread that all requests share: unbounded, one would slow down all.
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
 ]
@@ -73,6 +79,7 @@ class StreamOptions(Body):
 
 
 class Schema(Body):
+    # pydantic's own `schema` method stands in the way of the field's name
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
 
 
@@ -87,9 +94,10 @@ class Message(Body):
 
 
 class Generation(Body, ABC):
-    """What both kinds of completion take. null is as good as not given."""
+    """The fields of both kinds of completion. null is the same as not given, which is why all may be None."""
 
     prompt_field: ClassVar[str]
+    """The field that holds the prompt, for errors."""
 
     model: str | None = None
     stream: bool | None = None
@@ -107,22 +115,23 @@ class Generation(Body, ABC):
     response_format: ResponseFormat | None = None
     session: Name | None = None
 
+    # known, but not served
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
 
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
-        """So many likeliest tokens are to come with each; None for no log probabilities."""
+        """How many of the likeliest tokens come with each token; None for no log probabilities at all."""
 
     @property
     @abstractmethod
     def characters(self) -> int:
-        """Of all its prompts: how long encoding them may take."""
+        """Characters of all prompts (or ids): how much work encoding them is."""
 
     @abstractmethod
     def prompts(self, conversation: Conversation) -> list[Prompt]:
-        """What the model is to read, as ids, where `conversation` goes on with it.
+        """The prompts as ids, each going on from `conversation`.
 
         Raises:
             Refused: messages that the template refuses.
@@ -130,18 +139,18 @@ class Generation(Body, ABC):
 
     @abstractmethod
     def length(self, most: int) -> int:
-        """Tokens of an answer at most, on a server that makes no more than `most`.
+        """max_tokens of the engine, on a server that allows no more than `most`.
 
         Raises:
             Refused: it asks for more.
         """
 
     def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
-        """The ids and the strings that end an answer."""
+        """(ids, strings) that end a completion."""
         return frozenset({conversation.tokenizer.eos_id}), list(self.stop or ())
 
     def refuse_what_is_not_served(self) -> None:
-        """Raises Refused for the fields of OpenAI's that this server knows of and has nothing for."""
+        """Raises Refused for OpenAI's fields that this server does not serve, if they would change the answer."""
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(self, name):
                 raise Refused(400, f"{name} is not served: use repetition_penalty", param=name)
@@ -149,6 +158,7 @@ class Generation(Body, ABC):
             raise Refused(400, "a session goes on in one way: n must be 1", param="n")
 
     def sampling(self) -> SamplingParams:
+        """The sampling parameters, with OpenAI's defaults for what is not given."""
         temperature = 1.0 if self.temperature is None else self.temperature
         return SamplingParams(
             temperature=temperature if temperature >= COLDEST else 0,
@@ -161,6 +171,7 @@ class Generation(Body, ABC):
         )
 
     def _bias(self) -> dict[int, float]:
+        """logit_bias with ids for keys: JSON has only strings there."""
         try:
             return {int(token): value for token, value in (self.logit_bias or {}).items()}
         except ValueError:
@@ -184,11 +195,11 @@ class CompletionRequest(Generation):
         return sum(map(len, self.prompt))
 
     def prompts(self, conversation: Conversation) -> list[Prompt]:
-        """A text begins as documents do, after an end-of-text token; ids are taken as they are."""
+        """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
             if isinstance(prompt, str):
-                [ids] = tokenizer.encode_batch([prompt])  # which lets other threads run meanwhile, as `encode` does not
+                [ids] = tokenizer.encode_batch([prompt])  # releases the GIL, which `encode` does not
                 before, text = conversation.lead, prompt
             else:
                 ids, before = prompt, conversation.memory.pending
@@ -228,8 +239,8 @@ class ChatRequest(Generation):
         return sum(len(message.content) for message in self.messages)
 
     def prompts(self, conversation: Conversation) -> list[Prompt]:
-        """The whole conversation, or in a session what is new of it, as the chat template writes it."""
-        roles = {"developer": "system"}  # the name that OpenAI's newer models have for it
+        """The messages (in a session only the new ones are sent) as the chat template writes them."""
+        roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
         messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
         try:
             return [Prompt(conversation.turn(messages))]
@@ -242,7 +253,7 @@ class ChatRequest(Generation):
         return most if self.max_tokens is None else _at_most(most, self.max_tokens, "max_tokens")
 
     def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
-        """The template's ends besides."""
+        """(ids, strings) of the template's end of an answer, and of the request's `stop`."""
         template = conversation.template
         return template.stop_ids, [*(self.stop or ()), *template.stop]
 
@@ -278,9 +289,9 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
     """The request in the body of an HTTP request.
 
     Raises:
-        Refused: 400 with the field at fault; 408 too slow, 413 too large, 415 not said to be JSON as it is (which a
-            page of another origin cannot say without asking).
+        Refused: 400 with the field at fault; 408 too slow; 413 too large; 415 not JSON by its headers, or compressed.
     """
+    # A page of another origin can post forms and plain text without asking; JSON needs a CORS preflight (no CSRF).
     said = http.headers.get("content-type", "").split(";")[0].strip().lower()
     if said != "application/json":
         raise Refused(415, f"expected Content-Type: application/json, got {said or 'none'}")
@@ -296,8 +307,9 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
 
 
 async def _body(http: HTTPRequest, most: int) -> bytes:
+    """The body, never more than `most` bytes of it in memory; raises Refused (413)."""
     too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large")
-    size = http.headers.get("content-length", "")
+    size = http.headers.get("content-length", "")  # what the client says; a chunked body says nothing
     if size.isdecimal() and int(size) > most:
         raise too_large
     body = bytearray()

@@ -1,4 +1,4 @@
-"""What clients get: the JSON of OpenAI's completions and chat completions, whole or in chunks of server-sent events."""
+"""Responses: the JSON of OpenAI's completions and chat completions, whole or as chunks in server-sent events."""
 
 import json
 import time
@@ -11,11 +11,11 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.serve.choices import Delta, TokenLogprob
 
 UNLIKELY = -9999.0
-"""What OpenAI writes for minus infinity, which JSON has not."""
+"""OpenAI's value for minus infinity, which JSON does not have."""
 
 
 def to_json(value: dict[str, Any]) -> bytes:
-    """In UTF-8, without blanks."""
+    """Compact JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -25,13 +25,14 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 class Responses(ABC):
-    """The responses to one request: one whole, or chunks that share its id. The class's names are OpenAI's.
+    """The response to one request: whole, or in chunks that share its id.
 
     Args:
-        logprobs: of each token.
-        usage: each chunk says that there is none yet: the last one has it.
+        logprobs: give the log probability of each token.
+        usage: end a stream with a chunk that has `usage` (OpenAI's include_usage); it is null in all others.
     """
 
+    # OpenAI's `object` of whole responses and of chunks, and what its ids begin with
     whole_name, chunk_name, prefix = "", "", ""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, usage: bool = False):
@@ -40,7 +41,7 @@ class Responses(ABC):
         self._texts: dict[int, str] = {}
 
     def whole(self, deltas: Sequence[Sequence[Delta]], **more: Any) -> bytes:
-        """The response whose choices are these deltas, joined."""
+        """The whole response, from the deltas of each choice; `more` are further fields."""
         choices = []
         for n, parts in enumerate(deltas):
             logprobs = [each for part in parts for each in part.logprobs]
@@ -52,11 +53,11 @@ class Responses(ABC):
         return b"".join(self._chunk([self._chunk_choice(delta)]) for delta in deltas)
 
     def opening(self, n: int) -> bytes:
-        """The event before there is any text, of n choices; some have none."""
+        """The event before any text, for n choices; nothing for plain completions."""
         return b""
 
     def closing(self, **more: Any) -> bytes:
-        """The events at the end: usage where it was asked for, and the word that there are no more."""
+        """The events at the end: `usage` if it was asked for, and OpenAI's mark that there are no more."""
         return (
             event({**self._head(self.chunk_name), "choices": [], **more}) if self.usage else b""
         ) + b"data: [DONE]\n\n"
@@ -69,14 +70,14 @@ class Responses(ABC):
 
     @abstractmethod
     def _choice(self, delta: Delta) -> dict[str, Any]:
-        """A choice of a whole response."""
+        """The JSON of a choice in a whole response."""
 
     @abstractmethod
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
+        """The JSON of a choice in a chunk."""
 
     def _text(self, id: int) -> str:
-        """Of one token; the same few come again and again."""
+        """The text of one token, kept: the same few come again and again."""
         if id not in self._texts:
             self._texts[id] = self.tokenizer.decode([id])
         return self._texts[id]
@@ -101,7 +102,7 @@ class CompletionResponses(Responses):
         }
 
     def _likeliest(self, token: TokenLogprob) -> dict[str, float]:
-        """By text, the likelier of two that look alike; the token itself is always there."""
+        """The likeliest tokens by their text, and the token itself; of two with the same text the likelier."""
         found: dict[str, float] = {}
         for id, logprob in (*token.top, (token.id, token.logprob or 0.0)):
             found.setdefault(self._text(id), max(logprob, UNLIKELY))
@@ -133,5 +134,6 @@ class ChatResponses(Responses):
 
     def _one(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._text(id)
-        whole = None if "\ufffd" in text else list(text.encode())  # of part of a character the bytes are not known
+        # a token that is part of a character decodes to U+FFFD: its bytes are not known here
+        whole = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, UNLIKELY), "bytes": whole}

@@ -1,4 +1,4 @@
-"""The server's life: uvicorn until a signal; then no new requests, those in flight to their ends, and exit code 0."""
+"""Running the server: uvicorn until a signal, then a graceful drain: no new requests, those in flight are finished."""
 
 import os
 import signal
@@ -14,11 +14,14 @@ from retentive.serve.service import Service
 
 
 def serve(service: Service, host: str, port: int) -> None:
-    """Answer on host:port until SIGTERM or SIGINT; a second signal ends it at once. Port 0 takes a free one.
+    """Answer on host:port until SIGTERM or SIGINT, then drain and return; a second signal ends the process at once.
+
+    Port 0 takes a free one; the line on stderr says which.
 
     Raises:
         OSError: the address is taken, or is none of this machine's.
     """
+    # our own socket: uvicorn's would log an error and exit where the address is taken
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -32,7 +35,7 @@ def serve(service: Service, host: str, port: int) -> None:
 
 
 def config(service: Service) -> uvicorn.Config:
-    """What uvicorn is told."""
+    """uvicorn's configuration: our bounded protocol, no WebSockets, no log of each request."""
     return uvicorn.Config(
         create_app(service), http=bounded(service.options), ws="none",
         log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
@@ -40,6 +43,8 @@ def config(service: Service) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
+    """uvicorn, but a signal only begins to drain; it stops when the last completion has ended."""
+
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.service = service
@@ -47,11 +52,12 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.draining:
             sys.stderr.flush()
-            os._exit(128 + sig)  # files are written beside their places: none is left by halves
+            # no clean-up, which could hang: files appear whole or not at all, so none is left half-written
+            os._exit(128 + sig)
         self.service.draining = True
         print(f"retentive: {signal.Signals(sig).name}: finishing {self.service.in_flight} requests", file=sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second: true when the server is to end."""
+        """Whether the server is to stop; uvicorn calls it ten times a second."""
         done = self.service.draining and not self.service.in_flight
         return await super().on_tick(counter) or done

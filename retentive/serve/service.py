@@ -1,4 +1,4 @@
-"""What a server serves: one model, its engine, its template, the conversations, and within which bounds."""
+"""What a server serves: one model with its engine, template, sessions and saved states, within given bounds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ from retentive.serve.sessions import SavedStates, Sessions
 
 @dataclass
 class Service:
-    """One model with all that requests share. For the thread of one event loop."""
+    """One model with all that requests share; used by one event loop's thread only, so it has no locks."""
 
     name: str
-    """What clients call the model."""
+    """The model's name in requests and responses."""
     model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -45,8 +45,9 @@ class Service:
 
     def __post_init__(self):
         options, model = self.options, self.model
-        name = fingerprint(model)
+        name = fingerprint(model)  # hashes all weights: once, and handed on
         self._blank: Memory = blank(model, name)
+        # the pool is allocated with the first request: better to fail now than then
         needed = options.slots * self._blank.nbytes
         if needed > (free := machine.free_memory(self._blank.state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
@@ -60,7 +61,7 @@ class Service:
         self.metrics = Metrics(self.engine, self.sessions)
 
     def new_conversation(self) -> Conversation:
-        """One in which nothing was said; they all share the blank state."""
+        """A conversation in which nothing was said; all of them share one blank state, which is never written to."""
         return Conversation(self.engine, self.tokenizer, self.template, self._blank)
 
     def check_model(self, name: str | None) -> None:
@@ -78,7 +79,7 @@ class Service:
         """
         if self.draining:
             raise try_later("the server is stopping", status=503, seconds=5)
-        # far more than have or await a slot: the others are written, and do not read their answers
+        # Far more than can have or await a slot: the others are finished, but their clients do not read the answers.
         if self.in_flight >= 4 * (self.options.slots + self.options.queue):
             raise try_later(f"{self.in_flight} requests are in flight already")
         self.in_flight += 1
@@ -88,13 +89,13 @@ class Service:
             self.in_flight -= 1
 
     def info(self) -> dict[str, Any]:
-        """What the page, and whoever wants to know, is told."""
+        """The JSON of /v1/info: what the page shows of the model and its bounds."""
         return {
             "model": self.name,
             "kind": type(self.model).__name__,
             "parameters": cost.parameters(self.model.config),
             "state_bytes": self._blank.nbytes,
-            "context": None,  # without end
+            "context": None,  # no limit
             "slots": self.options.slots,
             "max_tokens": self.options.max_tokens,
             "max_prompt": self.options.max_prompt,
@@ -112,7 +113,7 @@ def open_service(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Service:
-    """The service of a run directory, model folder or hub's name.
+    """The service for a run directory, a model folder, or a name on the hub.
 
     Raises:
         FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is

@@ -1,6 +1,6 @@
-"""Conversations whose state stays in the server, and their files. What one key owns, no other key sees.
+"""Sessions: conversations whose state stays in the server; and states saved as files. One API key never sees another's.
 
-A session is checked out by one request at a time and changes only when that request is done: what breaks off leaves it
+A session is checked out by one request at a time and changes only when that request is done: one that fails leaves it
 as it was. In memory all sessions together are bounded in bytes; the least recently used is evicted first.
 """
 
@@ -20,18 +20,18 @@ from retentive.models import Model
 from retentive.serve.errors import Refused
 
 MOST_FILES = 1000
-"""Saved states of one key."""
+"""Saved states of one API key at most."""
 EVICTED = 1000
-"""So many evicted sessions are remembered by name, so that none is begun anew behind its client's back."""
+"""How many evicted sessions are remembered by name: a client must learn that its session is not the one it was."""
 
 log = logging.getLogger("retentive.serve")
 
 
 class Sessions:
-    """Conversations by owner and name; for one thread, the event loop's.
+    """Conversations by owner and name; used in the event loop's thread only.
 
     Args:
-        most_bytes: of all that is remembered, of those that no request has checked out.
+        most_bytes: of all conversations; one that a request has checked out counts, but is not evicted.
         new: makes a conversation in which nothing was said.
     """
 
@@ -39,17 +39,18 @@ class Sessions:
         self.most_bytes, self.new = most_bytes, new
         self.held: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         """The least recently used first."""
-        self.busy: set[tuple[str, str]] = set()
+        self.busy: set[tuple[str, str]] = set()  # checked out
         self.evicted: deque[tuple[str, str]] = deque(maxlen=EVICTED)
         self.evictions = 0
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all conversations held."""
         return sum(conversation.nbytes for conversation in self.held.values())
 
     @contextmanager
     def checkout(self, owner: str, name: str, *, new: bool = False) -> Iterator[Conversation]:
-        """The conversation for one request alone; where there is none and `new` allows it, a new one.
+        """The conversation, for one request alone until the block ends; a new one if there is none and `new` is set.
 
         Raises:
             Refused: 404 there is none; 409 another request has it; 410 it was evicted.
@@ -71,32 +72,33 @@ class Sessions:
             yield conversation
         finally:
             self.busy.discard(key)
-            if not conversation.begun:
+            if not conversation.begun:  # a first request that failed, or `drop`: nothing to remember
                 self.held.pop(key, None)
             self._evict()
 
     def put(self, owner: str, name: str, memory: Memory) -> Conversation:
-        """The conversation of that name, which goes on from `memory` now; Refused 409 if another request has it."""
+        """The conversation of that name, new or not, going on from `memory` now; Refused 409 if it is checked out."""
         self._forget_eviction(owner, name)
         with self.checkout(owner, name, new=True) as conversation:
             conversation.memory = memory
         return conversation
 
     def drop(self, owner: str, name: str) -> None:
-        """Forget it; errors as `checkout`, but for 410."""
+        """Forget a session, an evicted one too; raises Refused 404 and 409 as `checkout`."""
         if self._forget_eviction(owner, name):
             return
         with self.checkout(owner, name) as conversation:
-            conversation.memory = self.new().memory
+            conversation.memory = self.new().memory  # blank: `checkout` then drops it
 
     def _forget_eviction(self, owner: str, name: str) -> bool:
-        """Whether it was evicted; from now on the name is free."""
+        """Makes the name of an evicted session free again; whether it was one."""
         with suppress(ValueError):
             self.evicted.remove((owner, name))
             return True
         return False
 
     def _evict(self) -> None:
+        """Drops sessions that are not checked out, the least recently used first, until all fit in `most_bytes`."""
         excess = self.nbytes - self.most_bytes
         for key in [key for key in self.held if key not in self.busy]:
             if excess <= 0:
@@ -107,12 +109,15 @@ class Sessions:
 
 
 def owner_of(key: str) -> str:
-    """What stands for an API key wherever something is kept: it cannot be turned back."""
+    """A one-way hash that stands for an API key in memory and in folder names, so that neither holds the key."""
     return hashlib.sha256(b"retentive " + key.encode()).hexdigest()[:32]
 
 
 class SavedStates:
-    """States as files, FOLDER/OWNER/NAME.safetensors; names are checked before they come here, and here again."""
+    """Saved states, FOLDER/OWNER/NAME.safetensors. For any thread.
+
+    Requests' names were checked when they were parsed, and are checked here again: they become paths.
+    """
 
     def __init__(self, folder: Path, model: Model, fingerprint: str, model_name: str):
         self.folder, self.model, self.fingerprint, self.model_name = folder, model, fingerprint, model_name
@@ -124,7 +129,7 @@ class SavedStates:
         return self.folder / owner / f"{name}.safetensors"
 
     def save(self, owner: str, name: str, memory: Memory) -> dict[str, Any]:
-        """Write it, in place of what had that name, and describe it; from any thread.
+        """Write a state, over one of the same name, and return its description.
 
         Raises:
             Refused: 409 nothing read, or too many states; 507 the folder cannot be written to.
@@ -135,12 +140,13 @@ class SavedStates:
         if not memory.tokens:
             raise Refused(409, "the session has read nothing yet", param="session", code="session_empty")
         with self._changing():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # files in it are for whoever may read others
+            # 0o700: the files themselves have the usual rights, but other users of the machine do not get at them
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             save(memory, path)
         return self._describe(path)
 
     def load(self, owner: str, name: str) -> Memory:
-        """What was saved.
+        """The memory saved under that name.
 
         Raises:
             Refused: 404 not there; 409 another model's, cut short or changed.
@@ -151,11 +157,11 @@ class SavedStates:
         except FileNotFoundError:
             raise _not_found(name) from None
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).replace(str(path), f"state {name!r}")  # paths are nobody's business
+            reason = str(error).replace(str(path), f"state {name!r}")  # clients need not learn our paths
             raise Refused(409, reason, param="name", code="state_refused") from None
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
-        """What is saved, by name; a damaged file is listed too, so that it can be deleted."""
+        """A description of each saved state, by name; a damaged file is listed too, so that it can be deleted."""
         return [self._describe(path) for path in self._files(owner)]
 
     def delete(self, owner: str, name: str) -> None:
@@ -172,7 +178,7 @@ class SavedStates:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """One change at a time; what the system says against it goes to the log, since it names paths."""
+        """One change at a time. An OSError goes to the log, and to the client without its text, which names paths."""
         try:
             with self.writing:
                 yield
@@ -181,7 +187,7 @@ class SavedStates:
             raise Refused(507, "the state cannot be written: the server's log says more", code="not_saved") from None
 
     def _describe(self, path: Path) -> dict[str, Any]:
-        """From the file's head: its tensors are looked at when it is restored."""
+        """The JSON of a saved state, from the file's head; its tensors are checked when it is restored."""
         tokens, model, about = 0, None, path.stat()
         with suppress(ValueError, OSError):
             found = head(path)
