@@ -1,4 +1,4 @@
-"""Evaluation: tasks in local files, scored by log-likelihood from states that are read once and cloned."""
+"""Evaluation: tasks in local files, scored by log-likelihood. What prompts share is read once, and its state copied."""
 
 from retentive.evals.likelihood import Request, Score, encode, score
 from retentive.evals.run import Evaluation, evaluate

@@ -1,11 +1,11 @@
-"""What a longer context is worth: texts and a hidden number, at one length of context after the other.
+"""What a longer context is worth: the loss on texts, and a hidden number, at several lengths of context.
 
-Texts: the last `last` tokens of a window are predicted, from windows of every length that end at the same places: all
-lengths predict the same tokens, and only what stands before differs (the protocol of the paper's 2024 version, table 6,
-where `last` is 128). Windows begin in the middle of a document, as training's do.
+Texts: the last `last` tokens of a window are predicted, from windows of every length that end at the same positions:
+all lengths predict the same tokens, and only what comes before differs (the protocol of the paper's 2024 version, table
+6, where `last` is 128). Windows begin in the middle of a document, as training's do.
 
-passkey: a number stands somewhere in dull text, and is asked for at its end (Mohtashami and Jaggi, arXiv 2305.16300).
-It must be likelier than nine others of its kind; to write it out takes more.
+passkey: a number is hidden in dull text, and asked for at its end (Mohtashami and Jaggi, arXiv 2305.16300). It must be
+likelier than nine others of its kind (`acc`), or be what greedy decoding writes (`written`), which is harder.
 """
 
 import math
@@ -23,11 +23,13 @@ from retentive.evals.tasks import PASSKEY, TASKS
 from retentive.models import Model
 
 LAST = 128
+"""Tokens of a window that are predicted, if nothing else is said."""
 WINDOWS = 8
-"""Places in each document where windows end."""
+"""Positions in each document where windows end, at most."""
 KEYS = 20
 """Numbers hidden at each length, from the beginning of the text to its end."""
 OTHERS = 9
+"""Wrong numbers beside the right one: guessing is right once in ten."""
 
 
 def score_contexts(
@@ -41,15 +43,15 @@ def score_contexts(
     limit: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row of each task, length and metric, a record of each window or question).
+    """(a row for each task, length and metric, a record for each window or question).
 
     Args:
-        names: of TASKS those of kind text; "passkey".
-        folder: where the texts lie; passkey needs none.
-        contexts: tokens of a window, those that are predicted among them.
+        names: those of kind text in TASKS, or "passkey".
+        folder: where the texts are; passkey needs none.
+        contexts: lengths of windows in tokens, those that are predicted included.
         last: tokens of each window that are predicted.
         limit: documents of each task, from the beginning of its file.
-        progress: is told how far it is.
+        progress: called with each task, its number of windows or questions and how many are done.
 
     Raises:
         FileNotFoundError: a task without a file.
@@ -75,7 +77,7 @@ def score_contexts(
 
 
 def check(names: Sequence[str], contexts: Sequence[int], last: int) -> None:
-    """Raises ValueError for names and lengths that this cannot measure."""
+    """Raises ValueError for tasks that have no contexts to vary, and for contexts that are too short."""
     texts = [name for name, task in TASKS.items() if task.kind == "text"]
     for name in names:
         if name not in (*texts, PASSKEY):
@@ -91,7 +93,7 @@ def check(names: Sequence[str], contexts: Sequence[int], last: int) -> None:
 def _windows(
     name: str, tokenizer: Tokenizer, folder: Path | None, contexts: Sequence[int], last: int, limit: int | None
 ) -> Iterator[tuple[dict[str, Any], list[Request]]]:
-    """Of each document that is long enough for all lengths, at each of its places, a window of every length."""
+    """(about, request) of windows of every length at up to WINDOWS positions of each document that is long enough."""
     if folder is None:
         raise ValueError(f"task {name} needs --data: the folder of its texts")
     if limit is not None and limit < 1:
@@ -99,22 +101,23 @@ def _windows(
     file, longest, found = find(name, folder), max(contexts), 0
     for line, text in parse(TASKS[name], file, limit=limit):
         ids = tokenizer.encode(text)
-        spare = len(ids) - longest
-        places = min(WINDOWS, spare // last + 1)
-        for n in range(places):
-            end = len(ids) - n * (spare // max(1, places - 1))
+        spare = len(ids) - longest  # how far the end of the longest window can move
+        ends = min(WINDOWS, spare // last + 1)  # at least `last` apart: no token is predicted twice
+        for n in range(ends):
+            end = len(ids) - n * (spare // max(1, ends - 1))
             nbytes = _bytes(tokenizer, ids, end - last, end)
             for context in contexts:
                 about = {"line": line, "end": end, "context": context, "tokens": last, "bytes": nbytes}
                 yield about, [Request(ids[end - context : end - last], ids[end - last : end])]
-        found += max(0, places)
+        found += max(0, ends)
     if not found:
         raise ValueError(f"{file}: no document has the {longest} tokens of the longest context")
 
 
 def _bytes(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int) -> int:
-    """Of UTF-8 that ids[start:end] stand for; a character of several tokens counts where it ends."""
+    """Bytes of UTF-8 that ids[start:end] stand for; a character of several tokens counts where it ends."""
     begin = max(0, start - 8)  # no character has more bytes than that
+    # without the replacement character of one that is incomplete
     until_start, until_end = (tokenizer.decode(ids[begin:stop]).rstrip("\ufffd") for stop in (start, end))
     return len(until_end.encode()) - len(until_start.encode())
 
@@ -126,8 +129,9 @@ ASK = "\nWhat is the pass key? The pass key is"
 
 
 def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple[dict[str, Any], list[Request]]]:
-    """Questions, a group of OTHERS + 1 choices each; the first is right."""
+    """(about, requests) of KEYS questions for each length; of the OTHERS + 1 choices the first is right."""
     draw, asked = random.Random(0), []
+    # tokens of all but the dull text, with some to spare for the number; and of one repetition of the dull text
     fixed = len(tokenizer.encode(BEGIN + HIDDEN.format(key=10**5 - 1) + ASK)) + 8
     dull = len(tokenizer.encode(DULL * 8)) / 8
     for context in contexts:
@@ -136,7 +140,7 @@ def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple
             raise ValueError(f"a pass key needs a context of {fixed + math.ceil(dull)} tokens at least, got {context}")
         for n in range(KEYS):
             keys = draw.sample(range(10**4, 10**5), OTHERS + 1)
-            before = round(count * n / (KEYS - 1))
+            before = round(count * n / (KEYS - 1))  # from the very beginning to the very end
             text = BEGIN + DULL * before + HIDDEN.format(key=keys[0]) + DULL * (count - before) + ASK
             about = {"context": context, "depth": n / (KEYS - 1), "key": keys[0]}
             asked.append((about, [encode(tokenizer, text, f" {key}") for key in keys]))
@@ -144,6 +148,7 @@ def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple
 
 
 def _record(name: str, about: dict[str, Any], scores: list[Score]) -> dict[str, Any]:
+    """The record of a window or question: what it was, and its scores."""
     if name != PASSKEY:
         return {**about, "logprob": scores[0].logprob}
     logprobs = [s.logprob for s in scores]
@@ -151,6 +156,7 @@ def _record(name: str, about: dict[str, Any], scores: list[Score]) -> dict[str, 
 
 
 def _rows(name: str, records: list[dict[str, Any]], contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each length and metric."""
     for context in contexts:
         mine = [r for r in records if r["context"] == context]
         of = {"context": context, "n": len(mine)}
@@ -160,6 +166,7 @@ def _rows(name: str, records: list[dict[str, Any]], contexts: Sequence[int]) -> 
                 yield {**of, "metric": metric, "value": right / len(mine), "interval": wilson(right, len(mine))}
             continue
         for metric, unit, finish in (("perplexity", "tokens", math.exp), ("bits_per_byte", "bytes", _bits)):
+            # summed over a document's windows first: the bootstrap draws documents
             by_document: dict[int, list[float]] = {}
             for r in mine:
                 sums = by_document.setdefault(r["line"], [0.0, 0.0])

@@ -1,10 +1,11 @@
 """lm-eval's tasks on our models (extra `eval`): its prompts, filters and metrics, and our way of scoring.
 
-A native class of lm-eval's: the choices of one question go on from one state, texts are read uncut or in windows, and
-generation runs on a state of constant size. Prompts begin after an end-of-text token, as documents do in training.
+Our own subclass of its LM: the choices of one question go on from one state, texts are read uncut or in windows, and
+generation runs on a state of constant size. Prompts come after an end-of-text token, as documents do in training.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +33,10 @@ STOCK = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
 }
-"""Where lm-eval describes the tasks that we have files for."""
+"""The tasks that can be read from local files, and lm-eval's description of each, below its folder of tasks."""
 
 SHARES = ("acc", "exact_match", "em", "f1")
-"""What names of metrics begin with that lie in [0, 1]: the normal interval would reach beyond for few questions."""
+"""Beginnings of the names of metrics in [0, 1]: their intervals are cut there, since normal ones reach beyond."""
 BOOTSTRAP = 1000
 """Draws for the standard errors of perplexities."""
 
@@ -50,11 +51,11 @@ def run_tasks(
     limit: int | None = None,
     window: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, records) as `score_tasks` gives them, of lm-eval's tasks.
+    """(rows, records) as those of `score_tasks`, from lm-eval's own tasks.
 
     Args:
-        names: of STOCK, where a folder is given; else any of lm-eval's, whose data come from the hub.
-        folder: of the tasks' files.
+        names: names in STOCK if a folder is given; else any of lm-eval's, whose data come from the hub.
+        folder: that of the tasks' files.
         shots: answered examples before each question.
         limit: questions of each task.
         window: tokens that texts are read in; uncut if not given.
@@ -89,9 +90,9 @@ def run_tasks(
 
 
 def describe(names: list[str], folder: Path, out: Path) -> None:
-    """Writes what lm-eval must know of local files into the folder `out`: its own tasks, and where their data lie.
+    """Writes a YAML file for each task into the folder `out`: lm-eval's own task, with local files as its data.
 
-    All of a file is lm-eval's test split, so that a question is never among the examples before it.
+    A file is lm-eval's test split and the source of examples, so that it leaves a question out of its own examples.
     """
     tasks = Path(_library().__file__).parent / "tasks"
     for name in names:
@@ -113,11 +114,11 @@ def describe(names: list[str], folder: Path, out: Path) -> None:
 
 
 def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
-    """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`; texts uncut if no window is given."""
-    _library()
+    """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`; without a window texts are read uncut."""
+    _library()  # its error names the extra
     from lm_eval.api.model import LM
 
-    class NativeLM(LM):
+    class NativeLM(LM):  # here, since its base class needs the extra
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             answers = [(s.logprob, s.greedy) for s in likelihoods(model, tokenizer, requests)]
             for request, answer in zip(requests, answers, strict=True):
@@ -138,18 +139,19 @@ def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> 
 
 
 def likelihoods(model: Model, tokenizer: Tokenizer, requests: Sequence[Any]) -> list[Score]:
-    """Of lm-eval's requests; those of one question share what their contexts begin with."""
+    """The scores of lm-eval's requests; those of one question share what their contexts begin with."""
     groups: dict[Any, list[int]] = {}
     for n, request in enumerate(requests):
         question = request.args[0] if request.doc_id is None else (request.task_name, request.doc_id)
         groups.setdefault(question, []).append(n)
     found = score(model, [[encode(tokenizer, *requests[n].args) for n in group] for group in groups.values()])
+    # back from groups to the order of the requests
     scores = dict(zip((n for group in groups.values() for n in group), (s for f in found for s in f), strict=True))
     return [scores[n] for n in range(len(requests))]
 
 
 def rolling(model: Model, tokenizer: Tokenizer, text: str, window: int | None = None) -> float:
-    """Log-likelihood of a text: uncut, or each token from at most `window` before it; 0 of an empty one."""
+    """The log-likelihood of a text, uncut or in windows of `window` tokens; 0 of an empty one."""
     ids = tokenizer.encode(text)
     if not ids:
         return 0.0
@@ -158,13 +160,14 @@ def rolling(model: Model, tokenizer: Tokenizer, text: str, window: int | None = 
 
 
 KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+"""lm-eval's options for generating that are understood; with others the result would not be what a task asks for."""
 
 
 def write(model: Model, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
-    """What follows the prompt, up to a string of `until`, the end of the text, or `max_gen_toks`.
+    """The text generated after the prompt, up to a string of `until`, end of text, or `max_gen_toks`.
 
     Raises:
-        ValueError: an option that there is none for.
+        ValueError: an option that is not in KNOWN.
     """
     for name in options:
         if name not in KNOWN:
@@ -185,11 +188,11 @@ def _rows(found: dict[str, Any], shots: int) -> list[dict[str, Any]]:
     for task, results in found["results"].items():
         of = {"task": task, "shots": shots, "n": found["n-samples"].get(task, {}).get("effective", 0)}
         for key, value in results.items():
-            metric, _, filtered = key.partition(",")
+            metric, _, filtered = key.partition(",")  # keys are "metric,filter"; others ("alias") are no metrics
             if metric.endswith("_stderr") or not isinstance(value, float | int) or not filtered:
                 continue
             error = results.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, float) and error == error
+            known = isinstance(error, float) and not math.isnan(error)  # "N/A" or NaN where it is not computed
             interval: Interval = (value - Z * error, value + Z * error) if known else None
             if interval and metric.startswith(SHARES):
                 interval = max(0.0, interval[0]), min(1.0, interval[1])

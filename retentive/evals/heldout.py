@@ -1,7 +1,7 @@
 """Held-out text token by token: bits per byte, loss by position in the context, and how well a model recalls.
 
-A token is *recalled* where the pair of it and the token before stands earlier in the same context, and is rare in the
-training text: it can be known from the context alone. This is the associative-recall slice of Arora et al. (Zoology,
+A token is *recalled* where the pair of it and the token before it occurs earlier in the same context and is rare in the
+training text: only the context can have told it. This is the associative-recall slice of Arora et al. (Zoology,
 arXiv 2312.04927), where most of the gap between attention and models with a state of constant size lies.
 """
 
@@ -16,56 +16,57 @@ from torch import Tensor
 
 from retentive.data.loader import Batch
 from retentive.data.packed import Packed
+from retentive.evals.likelihood import in_eval_mode
 from retentive.models import Model
 from retentive.models.carry import states_in, states_out
 
 TOGETHER = 8192
-"""Tokens that go through the model at once: as many windows as they hold, one at least."""
+"""Tokens that go through the model at once: as many whole windows as fit in, one at least."""
 RARE = 1e-6
-"""A pair is rare if it makes up no more of the training text."""
+"""A pair is rare if it makes up no more than this share of the training text's pairs."""
 MOST = 100_000_000
 """Tokens of training text, from its beginning, whose pairs are counted."""
 CHUNK = 1024
-"""Tokens whose logits exist at a time."""
+"""Tokens whose logits are in memory at a time."""
 
 
 class HeldOut(NamedTuple):
-    """What the held-out text costs a model."""
+    """A model's loss on held-out text."""
 
     loss: float
     """Nats per predicted token."""
     bits_per_byte: float
-    """All bits over all bytes of the text: comparable between tokenizers, and with a compressor."""
+    """All bits over all bytes of the text: comparable between tokenizers, and with a compressor's."""
     tokens: int
-    """How many were predicted."""
+    """Tokens predicted."""
     bytes: int
-    """Of their text."""
+    """Bytes of their text in UTF-8."""
 
 
 class Tokens(NamedTuple):
-    """Every predicted token of the held-out text, in order."""
+    """Every predicted token of the held-out text, in order; a column for each property, all `[n]`."""
 
     losses: np.ndarray
-    """Nats, float64 `[n]`."""
+    """Nats, float64."""
     ids: np.ndarray
-    """int64 `[n]`."""
+    """The tokens, int64."""
     before: np.ndarray
-    """The token before each."""
+    """The token before each, int64."""
     context: np.ndarray
-    """Which context each lies in; contexts end with the window and with the document."""
+    """The number of the context that each is in; a context ends with its window or its document."""
     position: np.ndarray
-    """Tokens of its context before each, from 1."""
+    """How many tokens of its context come before each; 1 at least."""
 
 
 def held_out_loss(
     model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
 ) -> HeldOut:
-    """The loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
+    """The mean loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
     return _summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
 
 
 def _summed(tokens: Tokens, nbytes: int) -> HeldOut:
-    total, count = float(tokens.losses.sum()), len(tokens.losses)
+    total, count = float(tokens.losses.sum()), len(tokens.losses)  # a held-out text of one token predicts none
     return HeldOut(total / max(count, 1), total / math.log(2) / max(nbytes, 1), count, nbytes)
 
 
@@ -73,46 +74,51 @@ def _summed(tokens: Tokens, nbytes: int) -> HeldOut:
 def token_losses(model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False) -> Tokens:
     """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`.
 
-    A window knows nothing of the one before it unless `carry` hands the state on (which needs one of constant size),
-    and no document of the one before. All tokens but the very first are predicted.
+    The model begins each window with a blank state, or with `carry` goes on from the one before (which needs a state of
+    constant size); each document begins with a blank state in any case. All tokens but the very first are predicted.
     """
-    training, device = model.training, model.device
-    model.eval()
+    with in_eval_mode(model):
+        return _token_losses(model, data, length, tokens, carry)
+
+
+def _token_losses(model: Model, data: Packed, length: int, tokens: int | None, carry: bool) -> Tokens:
+    device = model.device
     parts: list[tuple[np.ndarray, ...]] = []
+    # contexts counted so far, tokens of the last one, and the state that `carry` hands on
     contexts, before, state = 0, 0, None
     windows = data.held_out(length=length, tokens=tokens)
     for batch in windows if carry else _several(windows, TOGETHER // length):
         assert batch.cu_seqlens is not None
-        counts = batch.cu_seqlens.diff()
-        # A window that begins with an end of text goes on from no document.
+        counts = batch.cu_seqlens.diff()  # tokens of each document (or part of one) in the batch
+        # a window that begins with an end-of-text token begins a document: it does not go on from the one before
         goes_on = int(carry and state is not None and int(batch.ids[0, 0]) != data.meta.eos_id)
         if carry:
             first, continues = torch.tensor([0], device=device), torch.tensor([bool(goes_on)], device=device)
             state = states_in(model, state, first, continues, len(counts))
         x, state = model.hidden(batch.ids.to(device), state, cu_seqlens=batch.cu_seqlens.to(device))
+        # the first part belongs to the last context where it goes on from it: the same number, later positions
         context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])
         position[: int(counts[0])] += before * goes_on
         columns = (_losses(model, x[0], batch.targets[0]), batch.targets[0], batch.ids[0], context, position)
         parts.append(tuple(column.numpy() for column in columns))
         contexts, before = int(context[-1]) + 1, int(position[-1])
-        state = states_out(state, torch.tensor([len(counts) - 1])) if carry else None
-    model.train(training)
+        state = states_out(state, torch.tensor([len(counts) - 1])) if carry else None  # of the last document
     return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _losses(model: Model, x: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target, float64 `[T]` on the CPU; the logits are made a chunk at a time."""
+    """Nats of each target, float64 `[T]` on the CPU, from hidden states x `[T,D]`; logits of a chunk at a time."""
     losses = []
     for y, target in zip(x.split(CHUNK), targets.to(x.device).split(CHUNK), strict=True):
         logits = model.head(y)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # softmax in bfloat16 would be too coarse
         losses.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
     return torch.cat(losses)
 
 
 def _several(windows: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """`count` windows in a row, one at least, each a sequence of its own still."""
+    """The windows packed `count` at a time (one at least) into one row; each stays a sequence of its own."""
     held: list[Batch] = []
     for window in windows:
         held.append(window)
@@ -131,29 +137,31 @@ def _joined(windows: list[Batch]) -> Batch:
 
 
 class Pairs:
-    """How often each pair of neighbouring tokens stands in the training text."""
+    """How often each pair of neighbouring tokens (bigram) occurs in the training text."""
 
     def __init__(self, data: Packed):
         ids = data.first_tokens("train", MOST)
         self._vocab_size = data.meta.vocab_size
         self._codes, self._counts = np.unique(self.codes(ids[:-1], ids[1:]), return_counts=True)
         self.most = max(1, int(RARE * len(ids)))
-        """A pair that stands there more often is not rare."""
+        """A pair that occurs more often is not rare."""
 
     def codes(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """A number for each pair."""
+        """A number for each pair: one int64 sorts and compares faster than two."""
         return before * self._vocab_size + ids
 
     def rare(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """bool `[n]`"""
+        """Whether each pair is rare in the training text, bool `[n]`."""
         codes = self.codes(before, ids)
+        # binary search; one beyond the last code is clipped to it, and then compares unequal
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[at] == codes, self._counts[at], 0) <= self.most
 
 
 def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
-    """bool `[n]`: the pair stands earlier in the same context, and is rare in the training text."""
+    """Whether each token is recalled, bool `[n]`: its pair occurs earlier in its context and is rare in training."""
     codes = np.stack([tokens.context, pairs.codes(tokens.before, tokens.ids)], 1)
+    # all but the first occurrence of each (context, pair) were seen before
     _, first = np.unique(codes, axis=0, return_index=True)
     seen = np.ones(len(codes), bool)
     seen[first] = False
@@ -161,7 +169,10 @@ def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
 
 
 def report(model: Model, data: Packed, pairs: Pairs, *, length: int) -> dict[str, Any]:
-    """Bits per byte, nats per token of those that are recalled and of the others, nats per token by position."""
+    """Held-out loss in bits per byte, and in nats per token: of recalled tokens, of the others, by position.
+
+    Positions are in ranges from one power of two to the next.
+    """
     tokens = token_losses(model, data, length=length)
     found, recall = _summed(tokens, data.held_out_bytes()), recalled(tokens, pairs)
     begins = [2**n for n in range(int(math.log2(length)) + 1)]
@@ -182,4 +193,5 @@ def report(model: Model, data: Packed, pairs: Pairs, *, length: int) -> dict[str
 
 
 def _mean(losses: np.ndarray) -> dict[str, Any]:
+    """The number and mean loss of some tokens; None for the mean of none."""
     return {"tokens": len(losses), "loss": float(losses.mean()) if len(losses) else None}

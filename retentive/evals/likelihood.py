@@ -1,13 +1,13 @@
-"""Log-likelihoods of continuations: what a question's prompts share is read once, and its state is cloned.
+"""Log-likelihoods of continuations: what a question's prompts share is read once, and its state is copied.
 
     log p(continuation | prompt) = sum over its tokens of log p(token | document so far)
 
-Rows of one batch are packed, or (for attention) padded on the right, which are both exact, and only the positions that
-predict a continuation go through the output matrix. A prompt begins after an end-of-text token, as documents do in
-training.
+Rows of one batch are packed, or (for attention) padded on the right; both are exact. Only the positions that predict a
+continuation go through the output matrix. A prompt comes after an end-of-text token, as documents do in training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,20 +19,20 @@ from retentive.infer.sample import NOT_FINITE
 from retentive.models import Hybrid, Model, RetNet
 
 BUDGET = 8192
-"""Tokens of a batch, padding included."""
+"""Tokens of a batch at most, padding included."""
 CHUNK = 4096
-"""Tokens of a row that are read at once; longer ones hand their state on."""
+"""Tokens of a row that are read at once; a longer row hands its state on from chunk to chunk."""
 STATES = 1 << 30
-"""Bytes of states that a batch's rows may take."""
+"""Bytes that the states of a batch's rows may take."""
 HEAD = 256
-"""Positions that go through the output matrix at once."""
+"""Positions whose logits are in memory at a time."""
 
 Progress = Callable[[str, int, int], None]
-"""Is told of a task, how much there is of it and how much is done."""
+"""Called with a task's name, its number of questions, and how many are done."""
 
 
 class Request(NamedTuple):
-    """Token ids; both must have one at least."""
+    """A continuation to score after a context, as token ids; both must have one at least."""
 
     context: list[int]
     continuation: list[int]
@@ -42,18 +42,20 @@ class Score(NamedTuple):
     logprob: float
     """Natural log of the continuation's probability."""
     greedy: bool
-    """Whether each of its tokens is the likeliest."""
+    """Whether each of its tokens is the likeliest: greedy decoding would write it."""
     tokens: int
+    """Of the continuation."""
 
 
 def encode(tokenizer: Tokenizer, prompt: str, continuation: str) -> Request:
-    """The ids of both, as lm-eval divides them: spaces at the prompt's end belong to the continuation.
+    """The ids of both, divided as lm-eval does: spaces at the prompt's end belong to the continuation.
 
     Raises:
         ValueError: a continuation without a token of its own.
     """
     stripped = prompt.rstrip()
     before = tokenizer.encode(stripped)
+    # encoded together, since a token may span the border: its count of tokens says where the continuation begins
     after = tokenizer.encode(prompt + continuation)[len(before) :]
     if not after:
         raise ValueError(f"the continuation {continuation!r:.60} has no token of its own after {prompt[-30:]!r}")
@@ -68,42 +70,50 @@ def score(
     share: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Score]]:
-    """The scores of each group's requests; the beginning that a group's contexts share is read once for all of them.
+    """The scores of each group's requests; the common prefix of a group's contexts is read once for all of them.
 
     Args:
-        share: False reads every row whole: the same numbers, later.
-        progress: is told how many groups are done.
+        share: False reads every row whole: the same numbers, slower.
+        progress: called with the number of groups that are done.
 
     Raises:
         ArithmeticError: the model's logits are not finite.
     """
-    training, done = model.training, 0
-    share = share and model.keeps_state
-    model.eval()
+    done, share = 0, share and model.keeps_state
     scores: list[list[Score]] = [[] for _ in groups]
-    try:
+    with in_eval_mode(model):
         for batch in _batches(model, groups, share):
             for n, found in zip(batch, _score(model, [groups[n] for n in batch], share), strict=True):
                 scores[n] = found
             done += len(batch)
             progress(done)
-    finally:
-        model.train(training)
     return scores
 
 
+@contextmanager
+def in_eval_mode(model: Model) -> Iterator[None]:
+    """Dropout and the like are off within the block; then the model is as it was, after an error too."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def common_prefix(group: Sequence[Request]) -> int:
-    """Tokens with which all contexts begin, short of the shortest by one: the last predicts the continuation."""
+    """Tokens that all contexts begin with, without the last of the shortest, which predicts the continuation."""
     if len(group) == 1:
         return 0
     contexts = [request.context for request in group]
     most = min(map(len, contexts)) - 1
-    first, last = min(contexts), max(contexts)  # what the first and the last in order have in common, all have
+    # in lexicographic order: what the first and the last have in common, all between them have too
+    first, last = min(contexts), max(contexts)
     return next((n for n in range(most) if first[n] != last[n]), most)
 
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
-    """Groups of about one length, the longest first, so that what does not fit in memory shows at once."""
+    """Groups' indices in batches of about one length, the longest first: what does not fit in memory fails at once."""
     room = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
     prefixes = [common_prefix(group) if share else 0 for group in groups]
@@ -112,9 +122,9 @@ def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> 
 
     def too_large(more: list[int]) -> bool:
         rows = sum(len(lengths[n]) for n in more)
-        if packs(model, max(max(lengths[n]) for n in more)):  # each token once
+        if packs(model, max(max(lengths[n]) for n in more)):  # common prefixes once, and what comes after them
             tokens = sum(prefixes[n] + sum(lengths[n]) - len(lengths[n]) * prefixes[n] for n in more)
-        else:  # as many for every row as the longest has
+        else:  # padded: every row is as long as the longest, in both passes (prefixes, rests)
             tokens = max(max(rests[n] for n in more) * rows, max(prefixes[n] for n in more) * len(more))
         return tokens > BUDGET or rows > room
 
@@ -128,20 +138,21 @@ def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> 
 
 
 def packs(model: Model, longest: int) -> bool:
-    """Whether rows go through the model one after the other in one row, without padding: where attention does not mind.
+    """Whether a batch is packed into one row instead of padded: if there is no attention, and no row needs chunks.
 
-    Choices of one question are as unlike in length as their questions are: padding doubles what is computed.
+    Lengths differ so much from question to question that padding doubles what is computed.
     """
     return isinstance(model, RetNet) and not isinstance(model, Hybrid) and longest <= CHUNK
 
 
 def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
-    """Of one batch."""
+    """The scores of one batch's groups."""
     counts = [common_prefix(group) if share else 0 for group in groups]
     state: Any = None
-    if any(counts):  # a group without a common prefix has an empty row, whose state is blank
+    if any(counts):  # a group without a common prefix gets an empty row, and from it a blank state
         prefixes = [group[0].context[:count] for group, count in zip(groups, counts, strict=True)]
         *_, (_, _, _, state) = _read(model, prefixes, None)
+        # a copy of its group's state for every row
         parents = [n for n, group in enumerate(groups) for _ in group]
         state = state.select(torch.tensor(parents))
     rows = [(r, count) for group, count in zip(groups, counts, strict=True) for r in group]
@@ -150,21 +161,21 @@ def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[l
 
 
 def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
-    """Scores of the rows from the state, which is used up."""
+    """The scores of the rows, read on from the state, which is used up."""
     sums = torch.zeros(len(rows), dtype=torch.float64)  # thousands of terms: in float32 they would lose digits
     wrong = torch.zeros(len(rows), dtype=torch.int64)
-    # where a row's continuation is predicted, and by which position: one before its token
+    # the token that each position is to predict, the one after it; -1 where it belongs to no continuation
     targets = _padded([[-1] * (len(r.context) - 1) + r.continuation for r in rows], -1)
     for begin, end, x, _ in _read(model, [r.context + r.continuation[:-1] for r in rows], state):
         wanted = targets[:, begin:end].to(x.device)
         row, _ = where = (wanted >= 0).nonzero(as_tuple=True)
-        for y, target, n in zip(x[where].split(HEAD), wanted[where].split(HEAD), row.split(HEAD), strict=True):
+        for y, target, of in zip(x[where].split(HEAD), wanted[where].split(HEAD), row.split(HEAD), strict=True):
             logits = model.head(y)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-            sums.index_add_(0, n.cpu(), logprob.double().cpu())
-            wrong.index_add_(0, n.cpu(), (logits.argmax(-1) != target).long().cpu())
-    if bool(sums.isnan().any()):  # argmax over NaN is token 0: it would look like an answer
+            sums.index_add_(0, of.cpu(), logprob.double().cpu())
+            wrong.index_add_(0, of.cpu(), (logits.argmax(-1) != target).long().cpu())
+    if bool(sums.isnan().any()):  # else a NaN would look like an answer: its argmax is token 0
         raise ArithmeticError(NOT_FINITE)
     return [
         Score(total, missed == 0, len(r.continuation))
@@ -173,10 +184,10 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
 
 
 def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
-    """(begin, end, what the model makes of the rows' tokens between them): hidden `[B,T,D]` and the state after."""
+    """(begin, end, hidden `[B,T,D]` of the rows' tokens from begin to end, state after them), a chunk at a time."""
     device = model.device
     lengths = [len(row) for row in rows]
-    if packs(model, max(lengths)) and min(lengths):
+    if packs(model, max(lengths)) and min(lengths):  # an empty row cannot be packed
         ids = torch.tensor([id for row in rows for id in row], device=device)[None]
         borders = torch.tensor([0, *accumulate(lengths)], device=device)
         x, state = model.hidden(ids, state, cu_seqlens=borders)
@@ -187,6 +198,7 @@ def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int
     for begin in range(0, ids.shape[1], chunk):
         part = ids[:, begin : begin + chunk]
         valid = (counts - begin).clamp(0, part.shape[1])
+        # rows that end within this chunk are padded; `lengths` keeps padding out of their states
         even = bool((valid == part.shape[1]).all())
         x, state = model.hidden(part.to(device), state, lengths=None if even else valid)
         yield begin, begin + part.shape[1], x, state

@@ -1,6 +1,6 @@
-"""Files of tasks: JSONL (or CSV with a head), a row a question; or a folder of .txt, a text each.
+"""Reading files of tasks: JSONL (or CSV with a header), a row a question; or a folder of .txt files, a text each.
 
-What is wrong with one names its file and line.
+Errors name the file and the line.
 """
 
 import csv
@@ -13,21 +13,21 @@ from typing import Any, NamedTuple
 from retentive.evals.tasks import PASSKEY, TASKS, Question, Task
 
 SEED = 1234
-"""lm-eval's, for the choice of examples."""
+"""lm-eval's seed, for drawing the same examples."""
 
 
 class Item(NamedTuple):
     line: int
-    """In its file, from 1."""
+    """Line in its file, from 1; in a folder, the number of the file."""
     content: Any
-    """A Question, or a text."""
+    """A Question; for tasks of kind text, a string."""
 
 
 def known(names: list[str]) -> list[str]:
-    """The names, if each is a task's and there is one.
+    """The names, checked.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: one is not a task's, or there is none.
     """
     expected = f"expected some of {', '.join(TASKS)}, or {PASSKEY} with --contexts"
     for name in names:
@@ -39,10 +39,10 @@ def known(names: list[str]) -> list[str]:
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file of a task.
+    """The file (or folder) of a task: the first of those it may have that exists.
 
     Raises:
-        FileNotFoundError: none of those that it may be in.
+        FileNotFoundError: none of them does.
     """
     paths = [folder / path for path in TASKS[name].files or (f"{name}.jsonl",)]
     for path in paths:
@@ -52,16 +52,17 @@ def find(name: str, folder: Path) -> Path:
 
 
 def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
-    """The questions or texts of a file, the first `limit` of them, each after `shots` others with their answers.
+    """The first `limit` questions or texts of a file, each after `shots` answered examples.
 
-    The examples are drawn from the whole file, for one question after the other from one seed, never itself: those that
-    lm-eval shows where it draws them from the split that it scores.
+    The examples are drawn from the whole file, never the question itself, with one generator for all questions in
+    order: the same ones as lm-eval's, where it draws them from the split that it scores.
 
     Raises:
         ValueError: a line that cannot be used, or none; fewer rows than the examples need.
     """
     items: list[Item] = []
     for line, row in _rows(file):
+        # with examples all rows are needed: they are drawn from the whole file
         if limit is not None and shots == 0 and len(items) == limit:
             break
         try:
@@ -81,9 +82,10 @@ def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -
 
 
 def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> Item:
-    """The question with examples before it."""
+    """The question with `shots` examples before it."""
+    # lm-eval draws one more than it needs, and drops the question itself if it is among them
     drawn = [other.content for other in draw.sample(items, shots + 1) if other.content != item.content]
-    if len(drawn) < shots:  # the same question stands in the file twice
+    if len(drawn) < shots:  # the file has the same question twice, and both were drawn
         drawn = [i.content for i in draw.sample([i for i in items if i.content != item.content], shots)]
     examples = "".join(other.shot + "\n\n" for other in drawn[:shots])
     question: Question = item.content
@@ -94,12 +96,12 @@ def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> It
 
 
 def where(file: Path, line: int) -> str:
-    """Where a row stands, for people."""
+    """The file and line of a row, for error messages."""
     return str(sorted(file.glob("*.txt"))[line - 1]) if file.is_dir() else f"{file} line {line}"
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of what is not blank; of a folder the number of each file in order, and its text."""
+    """(line, row) of each line that is not blank; of a folder (number, text) of each file in order."""
     if file.is_dir():
         for n, one in enumerate(sorted(file.glob("*.txt")), 1):
             try:
@@ -107,7 +109,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{one} is not UTF-8 text ({error.reason} at {error.start})") from None
         return
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with open(file, encoding="utf-8-sig", newline="") as lines:  # newline="" is what the csv module asks for
         try:
             if file.suffix == ".csv":
                 reader = csv.DictReader(lines)
@@ -123,11 +125,12 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{file} line {reader.line_num}: {error}; is a quotation mark missing?") from None
 
 
-def _object(line: str, place: str) -> dict[str, Any]:
+def _object(line: str, at: str) -> dict[str, Any]:
+    """The JSON object in a line; raises ValueError, with `at` for where, if it is none."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place} is not JSON ({error})") from None
+        raise ValueError(f"{at} is not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"{at}: expected a JSON object, got {type(row).__name__}")
     return row

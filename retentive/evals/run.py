@@ -1,4 +1,4 @@
-"""A model's scores in one call: `retentive.evaluate`, over all ways of scoring that there are."""
+"""`retentive.evaluate`: a model's scores on tasks in one call, by our own scorer, by context length, or by lm-eval."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from retentive.models import Model
 
 
 class Evaluation(NamedTuple):
-    """What came out; printed, it is a Markdown table."""
+    """The results; as a string, a Markdown table."""
 
     rows: list[dict[str, Any]]
-    """Of each task and metric: task, shots, n, metric, value, and interval (95 %; None where there is too little)."""
+    """One for each task and metric: task, shots, n, metric, value, interval (95 %; None for too few questions)."""
     records: list[dict[str, Any]]
-    """Of each question, window or text: what it was and what came out of it."""
+    """One for each question, window or text: its line, and its scores."""
 
     def __str__(self) -> str:
         return table(self.rows)
@@ -53,7 +53,7 @@ def evaluate(
         contexts: lengths of context: of windows of so many tokens the last ones are predicted (texts, passkey).
         last: tokens of each of those windows that are predicted.
         lm_eval: run lm-eval's own tasks of these names, from the files in `data` if given, else from the hub.
-        progress: is told the task, how much there is of it and how much is done.
+        progress: called with each task, its number of questions and how many are done.
 
     Raises:
         ValueError: an unknown task, options that exclude each other, a line or a question that cannot be used.
@@ -69,9 +69,9 @@ def evaluate(
         raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
     if folder is None and not (lm_eval or contexts):
         raise ValueError(f"--data is needed: the folder of {', '.join(names) or 'the tasks'} (NAME.jsonl each)")
-    model, tokenizer = _loaded(model, tokenizer)
+    model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
     if lm_eval:
-        from retentive.evals.harness import run_tasks
+        from retentive.evals.harness import run_tasks  # an extra, and slow to import
 
         found = run_tasks(model, tokenizer, names, folder, shots=shots, limit=limit, window=window)
     elif contexts:
@@ -85,6 +85,7 @@ def evaluate(
 
 
 def _loaded(model: Model | str | Path, tokenizer: Tokenizer | str | None) -> tuple[Model, Tokenizer]:
+    """The model and its tokenizer, from either form that `evaluate` takes; raises ValueError for a mixture."""
     if isinstance(model, str | Path):
         if tokenizer is not None and not isinstance(tokenizer, str):
             raise ValueError("a tokenizer beside a model's path must be a name: bytes, or a tokenizer.json")

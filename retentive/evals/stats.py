@@ -1,5 +1,5 @@
-"""95 % confidence intervals: Wilson's for shares, percentiles of the bootstrap for ratios over documents, Student's t
-for means of few runs whose spread is pooled."""
+"""95 % confidence intervals: Wilson's for shares, the percentile bootstrap for ratios over documents, Student's t for
+means of few runs whose spread is pooled."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,14 +7,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 Z = 1.959964
-"""Of the normal distribution, two-sided 95 %."""
+"""The normal distribution's quantile for a two-sided 95 %."""
 
 Interval = tuple[float, float] | None
-"""None where there is too little to say."""
+"""(low, high); None where there are too few values to say."""
 
 
 def wilson(right: int, of: int) -> Interval:
-    """Of a share (Wilson 1927): within [0, 1] and sound for small numbers, unlike the normal one."""
+    """The interval of a share `right` / `of` (Wilson 1927): within [0, 1], and sound for small numbers.
+
+    The normal approximation would have width 0 for 10 right of 10.
+    """
     share, width = right / of, Z * Z / of
     middle = (share + width / 2) / (1 + width)
     half = Z / (1 + width) * math.sqrt(share * (1 - share) / of + width / of / 4)
@@ -22,7 +25,7 @@ def wilson(right: int, of: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Of a mean, by its standard error."""
+    """The interval of a mean, from its standard error; None for fewer than two values."""
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -30,7 +33,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def ratio_interval(over: Sequence[float], under: Sequence[float], *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Of sum(over) / sum(under), documents drawn anew `draws` times."""
+    """The interval of sum(over) / sum(under): percentiles of the bootstrap over documents, `draws` times.
+
+    Documents are drawn, not tokens: those of one document are not independent. The seed makes it reproducible.
+    """
     if len(over) < 2:
         return None
     a, b = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
@@ -43,19 +49,19 @@ def ratio_interval(over: Sequence[float], under: Sequence[float], *, draws: int 
     return float(low), float(high)
 
 
-# two-sided 95 % of Student's t for 1, 2, … degrees of freedom
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; a table, to need no SciPy
 T: tuple[float, ...]
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def t95(freedom: int) -> float:
-    """Student's t, two-sided 95 %; infinite where nothing is known of the spread."""
+    """Student's t, two-sided 95 %, for `freedom` degrees of freedom; above 30 that of 30, which is a little wide."""
     return math.inf if freedom < 1 else T[min(freedom, len(T)) - 1]
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
-    """(standard deviation within groups, its degrees of freedom)."""
+    """(standard deviation within groups, its degrees of freedom), as if all groups had the same spread."""
     arrays = [np.asarray(g, float) for g in groups]
     freedom = sum(len(g) - 1 for g in arrays)
     squares = sum(float(((g - g.mean()) ** 2).sum()) for g in arrays)
@@ -63,5 +69,5 @@ def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
 
 
 def half_width(deviation: float, freedom: int, n: int) -> float | None:
-    """Of the 95 % interval of a mean of n; None where nothing is known of the spread."""
+    """Half the width of the 95 % interval of a mean of n values; None without degrees of freedom."""
     return t95(freedom) * deviation / math.sqrt(n) if freedom else None

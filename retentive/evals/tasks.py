@@ -1,4 +1,4 @@
-"""The tasks: how a row of each file becomes a prompt, what may follow it, and which of that is right.
+"""The tasks: how a row of a task's file becomes a question, with its prompts, choices and the right answer.
 
 Prompts, choices and metrics are those of lm-eval 0.4.13's stock tasks, the two spaces that it puts before COPA's and
 Winograd's continuations included. Winogrande and Winograd are scored as Trinh and Le do (arXiv 1806.02847): one prompt
@@ -14,24 +14,25 @@ PROMPTS = "0.4.13"
 """The version of lm-eval whose prompts these are."""
 
 PASSKEY = "passkey"
-"""The one task without a file: contexts.py writes its questions."""
+"""The one task without a file: contexts.py makes its questions up."""
 
 Row = Mapping[str, Any]
+"""A row of a file, by field."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Of one row; prompts and continuations are one each for every choice."""
+    """A question with its choices, a prompt and a continuation for each."""
 
     prompts: tuple[str, ...]
     continuations: tuple[str, ...]
-    """With the space that divides them from the prompt."""
+    """Each with the space that separates it from its prompt."""
     gold: int
-    """The right one."""
+    """The index of the right choice."""
     choices: tuple[str, ...]
-    """What the lengths are taken of that normalise log-likelihoods."""
+    """The choices' own texts, whose lengths normalise log-likelihoods (acc_norm, acc_bytes)."""
     shot: str
-    """Prompt and right answer, to show before other questions."""
+    """Prompt and right answer, as an example before other questions."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Task:
     """Makes a Question of a row (the text, where the kind is text). Raises ValueError for one that it cannot use."""
     metrics: tuple[str, ...]
     files: tuple[str, ...] = ()
-    """Where it lies below the data folder if not in NAME.jsonl; of texts also a folder, a .txt file each."""
+    """Its file below the data folder, the first of these that exists, if not NAME.jsonl; a folder of .txt for texts."""
 
 
-# What rows hold
+# fields of rows
 
 
 def string(row: Row, field: str) -> str:
-    """The text of a field."""
+    """The string in a field; raises ValueError if there is none."""
     if field not in row:
         raise ValueError(f"no field {field!r}, expected one beside {', '.join(map(repr, row)) or 'nothing'}")
     if not isinstance(row[field], str):
@@ -59,7 +60,7 @@ def string(row: Row, field: str) -> str:
 
 
 def strings(row: Row, field: str) -> list[str]:
-    """Two texts or more."""
+    """The list of two strings or more in a field; raises ValueError if there is none."""
     values = row.get(field)
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) for v in values):
         raise ValueError(f"field {field!r} must be a list of two strings or more, got {values!r:.80}")
@@ -67,25 +68,25 @@ def strings(row: Row, field: str) -> list[str]:
 
 
 def one_of(row: Row, field: str, names: list[Any]) -> int:
-    """Which of `names` a field's value is; numbers and their digits are the same."""
+    """The index in `names` of a field's value, where 1 and "1" are the same; raises ValueError for any other."""
     value = str(row.get(field)).strip()
     if value not in map(str, names):
         raise ValueError(f"field {field!r} must be one of {', '.join(map(str, names))}, got {row.get(field)!r:.80}")
     return [str(name) for name in names].index(value)
 
 
-# Questions
+# questions
 
 
 def ask(prompt: str, choices: list[str], gold: int) -> Question:
-    """One prompt, and a choice to follow it after a space."""
+    """The question with one prompt, which each of the choices follows after a space."""
     _no_empty(choices)
     continuations = tuple(" " + choice for choice in choices)
     return Question((prompt,) * len(choices), continuations, gold, tuple(choices), prompt + continuations[gold])
 
 
 def fill(beginnings: list[str], end: str, gold: int) -> Question:
-    """A prompt for each choice, and the same end after a space."""
+    """The question with a prompt for each choice, which the same end follows after a space."""
     _some(end)
     n = len(beginnings)
     return Question(tuple(beginnings), (" " + end,) * n, gold, tuple(beginnings), f"{beginnings[gold]} {end}")
@@ -110,7 +111,7 @@ def hellaswag(row: Row) -> Question:
 
 
 def _without_marks(text: str) -> str:
-    """WikiHow's headings and brackets."""
+    """The text without WikiHow's headings and brackets, as lm-eval cleans it."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -128,7 +129,7 @@ def copa(row: Row) -> Question:
     word = ("because", "therefore")[one_of(row, "question", ["cause", "effect"])]
     choices = [string(row, "choice1"), string(row, "choice2")]
     _no_empty(choices)
-    prompt = f"{string(row, 'premise').strip()[:-1]} {word}"
+    prompt = f"{string(row, 'premise').strip()[:-1]} {word}"  # the premise without its full stop
     return ask(prompt, [f" {c[0].lower()}{c[1:]}" for c in choices], one_of(row, "label", [0, 1]))
 
 
@@ -141,7 +142,7 @@ def winogrande(row: Row) -> Question:
 
 
 UPPER = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their")
-"""Words that begin an option in capitals and stand in the middle of the sentence."""
+"""First words of options that are not names: lower case in the middle of a sentence."""
 
 
 def wsc273(row: Row) -> Question:
@@ -154,16 +155,17 @@ def wsc273(row: Row) -> Question:
 
 
 def _fitted(option: str, text: str, pronoun: str, place: int) -> str:
-    """The option as it stands in place of the pronoun."""
+    """The option as it is written instead of the pronoun."""
     _no_empty([option])
     if pronoun.lower() in ("my", "his", "her", "our", "their"):
         option += "'s"
     first = option.split()[0]
+    # two characters before the pronoun: a full stop and a space, or it is not the beginning of a sentence
     return option.replace(first, first.lower()) if first in UPPER and text[place - 2] != "." else option
 
 
 def lettered(prompt: Callable[[Row], str]) -> Callable[[Row], Question]:
-    """Choices with names, as ARC and OpenBookQA have them."""
+    """A builder of questions whose choices have labels, as those of ARC and OpenBookQA."""
 
     def build(row: Row) -> Question:
         choices = row.get("choices")
@@ -178,7 +180,7 @@ def lettered(prompt: Callable[[Row], str]) -> Callable[[Row], Question]:
 
 
 def storycloze(row: Row) -> Question:
-    """Of lm-eval's fields, or of the authors' CSV."""
+    """From lm-eval's field names, or those of the authors' CSV."""
     new = "input_sentence_1" in row
     sentences = [string(row, f"input_sentence_{n}" if new else f"InputSentence{n}") for n in range(1, 5)]
     ends = [string(row, f"sentence_quiz{n}" if new else f"RandomFifthSentenceQuiz{n}") for n in (1, 2)]
@@ -188,10 +190,11 @@ def storycloze(row: Row) -> Question:
 def lambada(row: Row) -> Question:
     prompt, _, word = string(row, "text").rpartition(" ")
     _some(word)
+    # two spaces in examples: lm-eval joins the prompt and " word" with one more
     return Question((prompt,), (" " + word,), 0, (word,), f"{prompt}  {word}")
 
 
-# Texts
+# texts
 
 
 def text(row: Row) -> str:
