@@ -1,4 +1,4 @@
-"""`retentive VERB …`: one table of verbs, each in a module of its own that is imported when it is called."""
+"""`retentive VERB …`: a table of verbs, each in a module of its own that is imported only when it is called."""
 
 import importlib
 import io
@@ -23,6 +23,7 @@ VERBS = {
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }
+"""Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has had enough
+        print(file=sys.stderr)  # after the terminal's ^C
+        sys.exit(130)  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:  # the reader has had enough, as `| head`; stdout is flushed once more at exit, to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if os.environ.get("RETENTIVE_DEBUG"):
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def mend_streams() -> None:
-    """Closed standard streams (`<&-`, `>&-`) become the null device; what a locale cannot write becomes "?"."""
+    """Makes standard streams usable: closed ones (`<&-`) become the null device; what a locale cannot write, "?".
+
+    Python has None for a closed stream, on which every print would fail.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
@@ -61,8 +65,8 @@ def run(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
     elif argv[0] in VERBS:
-        bound_spinning()
-        from retentive import machine  # imports torch, so not for --help, and after the spin is bounded
+        bound_spinning()  # read by OpenMP when torch loads it, so before anything imports torch
+        from retentive import machine
 
         machine.keep_freed_memory()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
@@ -71,6 +75,7 @@ def run(argv: list[str]) -> None:
 
 
 def usage() -> str:
+    """The list of verbs."""
     lines = ["usage: retentive VERB [OPTIONS]    (retentive VERB --help tells each verb's options)", ""]
     lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)

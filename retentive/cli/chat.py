@@ -1,13 +1,13 @@
-"""`retentive chat`: a conversation in the terminal, which can be saved, and gone on from another day.
+"""`retentive chat`: a conversation in the terminal, which can be saved and continued another day.
 
-What is remembered is infer/conversation.py; the engine runs in a thread, so that an answer can be stopped at any token.
+The conversation is infer/conversation.py. The engine runs in a thread, so that Ctrl-C stops an answer at any token.
 """
 
 import re
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, load_memory, save
+from retentive.infer.writing import TEXT
 
 HELP = """\
 /save NAME   keep all that was said and read in a file
@@ -43,9 +44,7 @@ class ChatCommand(Loading):
     """A chat template (jinja2) in place of the model's own."""
     max_tokens: int = 400
     """Tokens of an answer at most."""
-    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: SamplingParams(temperature=0.8, top_p=0.95)
-    )
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
 def main(argv: list[str]) -> None:
@@ -64,9 +63,9 @@ def run(command: ChatCommand) -> None:
     try:
         talk.until_the_input_ends()
     finally:
-        engine.close(drain=False)
+        engine.close(drain=False)  # Ctrl-C in an answer: the rest of it is not wanted
     if talk.unsaved and not talk.at_terminal:
-        sys.exit(2)  # a script must hear of it
+        sys.exit(2)  # a script must notice; at a terminal the message was seen
 
 
 class Talk:
@@ -76,12 +75,12 @@ class Talk:
         self.conversation, self.command = conversation, command
         self.at_terminal = sys.stdin.isatty()
         self.first = self.others = 0.0
-        """Seconds until the last answer's text began, prompt and all, and those that the rest took."""
+        """Seconds from the last question to the first text of its answer, and from there to its end."""
         self.unsaved = False
-        """A /save has failed."""
+        """Whether a /save has failed."""
 
     def until_the_input_ends(self) -> None:
-        """Read a line, answer it. At a terminal errors and Ctrl-C end the line they concern; elsewhere, everything."""
+        """Read lines and answer them. An error or Ctrl-C ends one line at a terminal; in a script it ends all."""
         console = Console(highlight=False, markup=False)
         if self.at_terminal:
             with suppress(ImportError):
@@ -98,7 +97,7 @@ class Talk:
                         console.print(self.describe(), style="dim", soft_wrap=True)
             except EOFError:
                 if self.at_terminal:
-                    print()
+                    print()  # the shell's prompt begins on a line of its own
                 return
             except KeyboardInterrupt:
                 if not self.at_terminal:
@@ -113,17 +112,17 @@ class Talk:
         """Print it as it comes."""
         visible, began, self.first = sys.stdout.isatty(), time.perf_counter(), 0.0
         said = self.conversation.say(message, self.command.sampling, max_tokens=self.command.max_tokens)
-        with closing(said) as pieces:
+        with closing(said) as pieces:  # on Ctrl-C the conversation remembers at once what came so far
             for piece in pieces:
                 self.first = self.first or time.perf_counter() - began
-                if visible:  # a model may write anything: no orders to the terminal
+                if visible:  # a model may write anything: no escape sequences to the terminal
                     piece = "".join(c for c in piece if c.isprintable() or c in "\n\t")
                 print(piece, end="", flush=True)
         self.others = time.perf_counter() - began - self.first
         print(flush=True)
 
     def describe(self) -> str:
-        """How much was read, what remembering it takes, and how fast the last answer came."""
+        """A line: tokens read, bytes that remembering them takes, and the speed of the last answer."""
         conversation, made = self.conversation, self.conversation.made
         line = f"{self.read:,} tokens read, remembered in {megabytes(conversation.memory.nbytes)}"
         if self.first:
@@ -134,11 +133,15 @@ class Talk:
 
     @property
     def read(self) -> int:
-        """Tokens of the conversation so far."""
+        """Tokens of the conversation so far, those that are yet to be read by the model included."""
         return self.conversation.memory.tokens + len(self.conversation.memory.pending)
 
     def obey(self, line: str) -> str:
-        """What a command has to say."""
+        """Carries out a command such as `/save tea`; what is to be printed.
+
+        Raises:
+            ValueError, OSError: an unknown command, a bad name, a file that cannot be loaded.
+        """
         conversation, memory = self.conversation, self.conversation.memory
         verb, _, name = line.partition(" ")
         name = name.strip()
@@ -151,7 +154,8 @@ class Talk:
                 save(memory, path)
             except OSError as error:
                 self.unsaved = True
-                return f"not saved, the conversation goes on: {error}"  # a full disk: nothing of it is lost
+                # such as a full disk: not raised, since in a script that would end the conversation unsaved
+                return f"not saved, the conversation goes on: {error}"
             return f"saved {self.read:,} tokens' memory: {path}"
         if verb == "/load":
             conversation.memory = load_memory(path, conversation.engine.model, memory.model)

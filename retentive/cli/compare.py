@@ -3,7 +3,6 @@
 import shlex
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +10,11 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from retentive.cli.progress import Lines
 from retentive.cli.train import RECIPE, read_recipe
 from retentive.files import write_json, write_together
 from retentive.studies.compare import Comparison, plot, table
 from retentive.train import Interrupted
-
-EVERY = 15.0
-"""Seconds between lines of progress where nobody looks at a terminal."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +39,29 @@ def main(argv: list[str]) -> None:
     comparison, console = command.comparison, Console(stderr=True)
     stopped: Interrupted | None = None
     with console.status("") as status:
-        last = time.monotonic()
+        lines = Lines()
 
         def progress(line: str) -> None:
-            nonlocal last
             status.update(line)
-            if not console.is_terminal and time.monotonic() - last > EVERY:
-                last = time.monotonic()
-                print(line, file=sys.stderr, flush=True)
+            if not console.is_terminal:
+                lines(line)
 
         def say(line: str) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         try:
             result = comparison.run(say, progress)
-        except Interrupted as error:
+        except Interrupted as error:  # show what is done so far
             stopped, result = error, comparison.result()
     show(result, command, shlex.join(["retentive", "compare", *argv]))
     if stopped:
         print(f"{stopped} (the same command goes on)", file=sys.stderr)
-        if stopped.number == signal.SIGINT:
+        if stopped.number == signal.SIGINT:  # so that `compare && next` does not go on
             sys.exit(130)
 
 
 def show(result: dict, command: CompareCommand, typed: str) -> None:
-    """Print what came of it, and keep it with its picture where a file is given."""
+    """Print the table of results, and write them with a picture if a file is given."""
     done = len(result["runs"]) + len(result["failed"])
     if done < result["planned"]:
         print(f"{done} of {result['planned']} runs are done", file=sys.stderr)

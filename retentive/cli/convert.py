@@ -25,6 +25,7 @@ class ConvertCommand:
 
 def main(argv: list[str]) -> None:
     command = tyro.cli(ConvertCommand, prog="retentive convert", args=argv)
+    # before loading, which takes longer; `replace_folder` alone would replace it
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
     model, tokenizer = retentive.load(command.source)

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def _shown(console: Console) -> Iterator[Progress]:
-    """A function that draws how far it is, on a terminal."""
+    """A function that draws a progress bar on a terminal, one for each stage."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,7 +55,7 @@ def _shown(console: Console) -> Iterator[Progress]:
         task = bar.add_task("reading", total=None)
 
         def show(stage: str, done: int, total: int | None) -> None:
-            if stage != bar.tasks[0].description:
+            if stage != bar.tasks[0].description:  # a new stage begins at zero, with a clock of its own
                 bar.reset(task, description=stage, total=total)
             bar.update(task, completed=done, total=total)
 
@@ -63,6 +63,7 @@ def _shown(console: Console) -> Iterator[Progress]:
 
 
 def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
+    """Print what was packed, and what to do next."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("split", "documents", "tokens", "text", "bytes/token", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -83,7 +84,7 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
 
 
 def _size(count: int) -> str:
-    """Bytes to three digits, in the unit that they fit."""
+    """A number of bytes with three digits and a fitting unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.{max(0, 3 - len(str(int(count / size))))}f} {unit}"

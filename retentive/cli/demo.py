@@ -1,7 +1,7 @@
 """`retentive demo`: in a few minutes, from the Python library's own source to a RetNet that writes Python.
 
-It trains on what every machine has, holds whole modules out, and then shows: held-out bits per byte beside two
-yardsticks, the three forms of the trained model agreeing, what the model writes, and what its memory costs beside a
+It trains on text that every machine has, holds whole modules out, and then shows: held-out bits per byte beside two
+yardsticks, that the three forms of the trained model agree, what the model writes, and what its memory costs beside a
 Transformer's.
 """
 
@@ -29,8 +29,8 @@ from retentive.studies import training_run
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.run import sample_text
 
-# Held out whole, with their tests: packages and modules that most readers know.
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
+"""Packages and modules that are held out whole, with their tests; most readers know them."""
 SKIPPED = (
     "site-packages",
     "dist-packages",
@@ -41,6 +41,7 @@ SKIPPED = (
     "bad_coding",
     "badsyntax",
 )
+"""Parts of paths that are left out: installed packages, caches, and tests of files that are no valid Python."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,22 @@ def run(command: DemoCommand) -> None:
 
 
 def check(command: DemoCommand, data: Path) -> None:
-    """Raises what is wrong with the options, before the first second of work."""
+    """Raises ValueError or OSError for what is wrong with the options, before any work is done."""
     if not command.minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {command.minutes:g}")
     if command.vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
-    preset(command.size, vocab_size=command.vocab_size)
+    preset(command.size, vocab_size=command.vocab_size)  # raises for an unknown size
     if not command.overwrite and ((command.out / "train.json").exists() or data.exists()):
         raise FileExistsError(f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out")
     check_free(data, overwrite=command.overwrite)
 
 
 def library() -> Iterator[tuple[Document, bool]]:
-    """(module's source, whether it is held out), in the order of the names; tests of held-out modules are left out."""
+    """(module's source, whether it is held out), in the order of the names.
+
+    Tests of held-out modules are in neither split: they quote the modules.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     tests = {f"test_{Path(name).stem}" for name in HELD_OUT}
     for path in sorted(root.rglob("*.py")):
@@ -132,7 +136,7 @@ def prepare(console: Console, data: Path, command: DemoCommand) -> None:
     documents = list(library())
     train = [d for d, held in documents if not held]
     valid = [d for d, held in documents if held]
-    tokenizer = train_bpe((d.text for d in train[::2]), command.vocab_size)
+    tokenizer = train_bpe((d.text for d in train[::2]), command.vocab_size)  # half of them are enough to learn from
     meta = pack(data, tokenizer, train, valid, overwrite=command.overwrite)
     for name, split in meta.splits.items():
         console.print(
@@ -143,10 +147,10 @@ def prepare(console: Console, data: Path, command: DemoCommand) -> None:
 
 
 def planned(command: DemoCommand, data: Path) -> TrainRun:
-    """The run that takes the minutes given, by the time of a few steps on this machine."""
-    # many small steps: at so few tokens they learn more than half as many of twice the size
+    """The training run that takes about the minutes given, from the time of a few steps on this machine."""
+    # small batches: with so few tokens, many small steps learn more than half as many of twice the size
     first = TrainRun(data, command.out, size=command.size, batch=4, length=512, overwrite=command.overwrite)
-    overhead = 1.12  # evaluations, samples, checkpoints
+    overhead = 1.12  # for evaluations, samples and checkpoints
     steps = max(20, min(5000, int(command.minutes * 60 / (overhead * first.seconds_per_step()))))
     often = max(steps // 4, 1)
     options = TrainConfig(
@@ -173,16 +177,16 @@ def yardsticks(console: Console, data: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def forms(console: Console, model: RetNet, data: Path) -> None:
-    """Logits of the trained model on held-out text in all forms, and handed over between them, against float64."""
+    """Print how far float32 logits on held-out text are from float64 ones, in each form and handed over between two."""
     ids = next(Packed(data).held_out(length=1024)).ids
     with using(form="recurrent"):
-        exact, _ = model.double()(ids)
+        exact, _ = model.double()(ids)  # in place, not a copy; float32 values survive the way there and back
     model.float()
     results = {}
     for form in ("parallel", "recurrent", "chunkwise"):
         with using(form=form):
             results[form], _ = model(ids)
-    with using(form="parallel"):
+    with using(form="parallel"):  # a prompt in one form, then token by token: 777 is no multiple of a chunk
         first, state = model(ids[:, :777])
     rest = []
     for t in range(777, ids.shape[1]):
@@ -195,12 +199,12 @@ def forms(console: Console, model: RetNet, data: Path) -> None:
 
 
 def costs(console: Console, model: RetNet, out: Path) -> None:
-    """State against KV cache: table, JSON and picture in the run directory."""
+    """Print the memory of a state and of a KV cache, and write JSON and a picture into the run directory."""
     result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
     console.print(Markdown(memory.table(result)))
     write_json(out / "memory.json", result)
     try:
         memory.plot(result, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
         console.print(f"the picture: {out / 'memory.png'}")
-    except ModuleNotFoundError as missing:
+    except ModuleNotFoundError as missing:  # matplotlib is an extra: the demo does without the picture
         console.print(str(missing), markup=False)

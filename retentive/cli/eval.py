@@ -1,9 +1,7 @@
-"""`retentive eval`: a model's answers to the tasks of the field, from local files or through lm-eval."""
+"""`retentive eval`: a model's scores on the tasks of the field, from local files or through lm-eval."""
 
 import json
 import shlex
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +16,13 @@ from rich.progress import Progress as Bars
 
 from retentive import machine
 from retentive.cli.loading import Loading
+from retentive.cli.progress import Lines
 from retentive.evals.contexts import LAST
 from retentive.evals.likelihood import Progress
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import write_json, write_text
 from retentive.models import MODELS, cost
-
-SECONDS = 15
-"""Between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(command: EvalCommand, typed: str) -> None:
-    """Print the table, and keep what was asked for."""
+    """Print the table of scores, and write the files that were asked for."""
     model, tokenizer = command.load()
     names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
     options = {name: getattr(command, name) for name in names}
@@ -90,20 +86,18 @@ def run(command: EvalCommand, typed: str) -> None:
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """A bar for each task on stderr where that is a terminal; a line now and then elsewhere."""
+    """A function that shows progress: a bar for each task if stderr is a terminal, else a line now and then."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
-        ids: dict[str, Any] = {}
-        said = time.monotonic()
+        ids: dict[str, Any] = {}  # of the bars, by task
+        lines = Lines()
 
         def progress(name: str, total: int, done: int) -> None:
             if name not in ids:
                 ids[name] = bars.add_task(name, total=total)
             bars.update(ids[name], completed=done)
-            nonlocal said
-            if not console.is_terminal and time.monotonic() - said >= SECONDS:
-                said = time.monotonic()
-                print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            if not console.is_terminal:
+                lines(f"{name}: {done:,} of {total:,}")
 
         yield progress

@@ -1,4 +1,4 @@
-"""`retentive generate`: a model writes on from a prompt, character by character as it thinks."""
+"""`retentive generate`: a model writes on from a prompt, printed as it comes."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(command: GenerateCommand) -> None:
-    """Print the prompt and what the model makes of it, as it comes."""
+    """Print the prompt and what the model writes after it, as it comes."""
     model, tokenizer = command.load()
     draft = None if command.draft is None else retentive.load(command.draft, device=command.device)[0]
     prompt = prompt_text(command.prompt)

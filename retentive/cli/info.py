@@ -1,4 +1,4 @@
-"""`retentive info`: what a model is made of, and what it costs."""
+"""`retentive info`: what a model is made of, and what it costs in memory and arithmetic."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -16,8 +16,9 @@ from retentive.ops import backends
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
+"""Tokens for which memory is shown."""
 WIDE = 1000
-"""Columns where there is no terminal: nothing is cut or wrapped in a pipe."""
+"""Columns if the output is no terminal, so that nothing is cut or wrapped in a pipe."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class InfoCommand:
 def main(argv: list[str]) -> None:
     command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-    with console.capture() as shown:
+    with console.capture() as shown:  # printed at once: an error leaves no half a page
         show(console, command)
     print(shown.get(), end="")
 
@@ -46,7 +47,7 @@ def show(console: Console, command: InfoCommand) -> None:
         console.print(sizes(command.vocab_size))
     elif not command.run:
         raise ValueError("info needs a run, a model folder or a size (retentive info --sizes lists them)")
-    elif command.run in PRESETS and not Path(command.run).exists():
+    elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
         describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
     else:
         folder = find(command.run)
@@ -63,12 +64,13 @@ def describe(console: Console, config: Config, title: str) -> None:
     console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
     parameters = f"{cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks"
     console.print(f"\n  {parameters}")
-    if isinstance(config, PeerConfig):
+    if isinstance(config, PeerConfig):  # another library's model: its memory and FLOPs are not known here
         return
     console.print(
         f"  {megabytes(cost.weight_bytes(config))} of weights in float32, "
         f"{cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
+    # the RetNet beside its Transformer twin; a Transformer by itself
     retnet = config if isinstance(config, RetNetConfig) else None
     other = twin(config) if isinstance(config, RetNetConfig) else config
     table = Table(title="memory of one sequence, float32", title_justify="left")
@@ -88,7 +90,7 @@ def describe(console: Console, config: Config, title: str) -> None:
 
 
 def progress(console: Console, folder: Path) -> None:
-    """Print how far a run has come, if the folder is one."""
+    """Print how far training has come, if the folder is a run directory."""
     if not (folder / "metrics.jsonl").is_file():
         return
     records = read_metrics(folder)
@@ -124,4 +126,5 @@ def sizes(vocab_size: int) -> Table:
 
 
 def megabytes(count: float) -> str:
+    """A number of bytes in MB, or GB if it is large."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

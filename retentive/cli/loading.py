@@ -1,4 +1,4 @@
-"""What commands for a model share: which model, how it is loaded, its prompt and the text that it writes."""
+"""What verbs for a model share: the flags that say which model and how it is loaded, and printing prompt and text."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from retentive.models import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Which model, and how."""
+    """The flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder (ours, torchscale's or fla's), or hf:owner/name on the hub."""
@@ -28,7 +28,7 @@ class Loading:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for that of the file."""
+        """The dtype to load the weights in; None for that of the file."""
         return None if self.dtype == "stored" else getattr(torch, self.dtype)
 
     def load(self) -> tuple[Model, Tokenizer]:
@@ -44,7 +44,7 @@ def prompt_text(prompt: str) -> str:
     """
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # in some locales Python lets through what is no text, as lone surrogates
+        text.encode()  # Python reads bytes that are no UTF-8 in arguments as lone surrogates: they fail here
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         where = "standard input" if prompt == "-" else "the prompt"
         raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
@@ -52,11 +52,11 @@ def prompt_text(prompt: str) -> str:
 
 
 def type_out(prompt: str, pieces: Iterator[str]) -> None:
-    """Print a prompt and what comes after it, as it comes."""
+    """Print a prompt and the pieces of text after it, as they come."""
     sys.stdout.write(prompt)
     try:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    finally:  # an error has a line of its own
+    finally:  # an error message, or the shell's prompt, begins on a line of its own
         sys.stdout.write("\n")

@@ -1,4 +1,4 @@
-"""`retentive memory write|ask|merge|show`: read once, keep what was read as one file, ask it any number of times."""
+"""`retentive memory write|ask|merge|show`: read documents once, keep the state in a file, ask it many times."""
 
 import signal
 import sys
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from retentive.cli.loading import Loading, prompt_text, type_out
+from retentive.cli.progress import Lines
 from retentive.infer import SamplingParams, reading
 from retentive.infer.memory import head, show
 from retentive.infer.merge import merge_files
@@ -22,8 +23,6 @@ from retentive.infer.writing import TEXT, stream_generate
 
 SHOWN = 20
 """Documents that are listed by name."""
-SECONDS = 15
-"""Between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,8 @@ def main(argv: list[str]) -> None:
 
 
 def write(command: WriteCommand) -> None:
-    """Read the files and save the memory, telling how far it is."""
+    """Read the files and save the memory, showing progress."""
+    # before the model is loaded, which may take a minute
     reading.check(command.files, command.out, memory=command.memory, separate=command.separate)
     model, tokenizer = command.load()
     kept = reading.unfinished(command.out)
@@ -126,7 +126,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
-    """Whoever ends the process politely (a batch system, `timeout`) loses no more than whoever presses Ctrl-C."""
+    """Within the block SIGTERM, as a batch system or `timeout` sends it, is Ctrl-C: what was read is kept."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -140,7 +140,7 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def shown() -> Iterator[Callable[[reading.Progress], None]]:
-    """A function that shows how far the reading is: a bar on a terminal, a line now and then elsewhere."""
+    """A function that shows how far reading is: a bar if stderr is a terminal, else a line now and then."""
     console = Console(stderr=True)
     columns = (
         TextColumn("reading {task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s"),
@@ -149,21 +149,20 @@ def shown() -> Iterator[Callable[[reading.Progress], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    began = said = time.monotonic()
-    first: int | None = None
+    began, lines = time.monotonic(), Lines()
+    first: int | None = None  # tokens at the first call; a memory that reading went on from does not count as speed
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, tokens=0, speed=0.0)
 
-        def progress(told: reading.Progress) -> None:
-            nonlocal said, first
-            first, now = told.tokens if first is None else first, time.monotonic()
-            speed = (told.tokens - first) / max(now - began, 1e-9)
-            total = None if told.share is None else 1.0
-            bar.update(task, completed=told.share or 0.0, total=total, tokens=told.tokens, speed=speed)
-            if not console.is_terminal and now - said >= SECONDS:
-                said = now
-                share = "" if told.share is None else f" ({told.share:.0%})"
-                say(f"read {told.tokens:,} tokens{share}, {speed:,.0f} tokens/s")
+        def progress(now: reading.Progress) -> None:
+            nonlocal first
+            first = now.tokens if first is None else first
+            speed = (now.tokens - first) / max(time.monotonic() - began, 1e-9)
+            total = None if now.share is None else 1.0
+            bar.update(task, completed=now.share or 0.0, total=total, tokens=now.tokens, speed=speed)
+            if not console.is_terminal:
+                share = "" if now.share is None else f" ({now.share:.0%})"
+                lines(f"read {now.tokens:,} tokens{share}, {speed:,.0f} tokens/s")
 
         yield progress
 
@@ -172,7 +171,7 @@ def shown() -> Iterator[Callable[[reading.Progress], None]]:
 
 
 def ask(command: AskCommand) -> None:
-    """Print the prompt and what the model makes of it after what the memory has read, as it comes."""
+    """Print the prompt and what the model writes after it, going on from the memory, as it comes."""
     prompt = prompt_text(command.prompt)
     if not prompt:
         raise ValueError("ask needs a prompt: --prompt TEXT, or --prompt - to read standard input")
@@ -182,7 +181,7 @@ def ask(command: AskCommand) -> None:
 
 
 def described(about: dict[str, Any], path: Path) -> str:
-    """What `show` found, for reading."""
+    """What `show` found, as lines to print."""
     config, sources = about["config"], about["sources"]
     lines = [
         f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",

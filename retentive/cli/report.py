@@ -20,7 +20,7 @@ class ReportCommand:
 
 
 def main(argv: list[str]) -> None:
-    from retentive.report import build
+    from retentive.report import build  # late: --help comes at once
 
     command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
     if command.out.is_dir():

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
 def run(command: ServeCommand) -> None:
     """Serve until a signal."""
-    try:
+    try:  # an extra: --help works without it
         from retentive.serve.server import serve
         from retentive.serve.service import open_service
     except ModuleNotFoundError as error:

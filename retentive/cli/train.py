@@ -1,4 +1,4 @@
-"""`retentive train`: a model from packed data, in a run directory that is enough to go on from."""
+"""`retentive train`: train a model on packed data, in a run directory that holds all it takes to resume."""
 
 import json
 import runpy
@@ -19,6 +19,7 @@ from retentive.train.run import told
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
 OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
+"""Every option of a run, by its field's name."""
 DEFAULTS = {f.name: f.default for f in fields(HybridConfig)}
 """Every field that --set may name, and a value of its type."""
 
@@ -35,8 +36,9 @@ def main(argv: list[str]) -> None:
         default=tyro.MISSING_NONPROP if recipe is None else recipe,
         registry=CHANGES,
     )
+    # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
     typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
-    if "set" in typed:
+    if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
         run = replace(run, set=read_changes(list(run.set)))
     try:
         run.run(overrides=typed if recipe is None else OPTIONS)
@@ -50,8 +52,9 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
     """What the function of --recipe FILE.py returns, and the arguments without it.
 
     Raises:
-        ValueError: the file is no recipe, or has an error, which is told with its line.
+        ValueError: the file is no recipe, or has an error; the message names its line.
     """
+    # --recipe is taken out before tyro sees it: the recipe is tyro's default
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
     if "--recipe" not in argv:
         return None, argv
@@ -66,7 +69,7 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
     try:
         recipe = runpy.run_path(str(path)).get("recipe")
         made = recipe() if callable(recipe) else None
-    except Exception as error:
+    except Exception as error:  # a recipe is any Python
         raise ValueError(f"{line_of(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(made, kind):
         raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a {kind.__name__}")
@@ -74,7 +77,7 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
 
 
 def line_of(error: Exception, path: Path) -> str:
-    """FILE:LINE of a recipe that an error comes from: the innermost line that is in the recipe's folder."""
+    """FILE:LINE in the recipe that an error comes from: the innermost frame that is in the recipe's folder."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -114,7 +117,7 @@ def read_value(item: str, text: str, kind: type) -> Any:
 
 
 CHANGES = ConstructorRegistry()
-"""How the command line writes a mapping of fields to values."""
+"""tyro's rule for the one option that is a mapping, --set."""
 
 
 @CHANGES.primitive_rule

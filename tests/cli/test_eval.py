@@ -56,10 +56,10 @@ def test_examples_before_each_question(place, capsys):
 
 
 def test_a_pipe_gets_a_line_now_and_then(place, monkeypatch, capsys):
-    monkeypatch.setattr("retentive.cli.eval.SECONDS", 0)
+    monkeypatch.setattr("retentive.cli.progress.SECONDS", 0)
     main(["eval", "run", "--tasks", "piqa", "--data", "data"])
     assert capsys.readouterr().err.splitlines()[-1] == "piqa: 5 of 5"
-    monkeypatch.setattr("retentive.cli.eval.SECONDS", 1000)
+    monkeypatch.setattr("retentive.cli.progress.SECONDS", 1000)
     main(["eval", "run", "--tasks", "piqa", "--data", "data"])
     assert capsys.readouterr().err == ""
 

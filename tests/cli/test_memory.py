@@ -10,7 +10,6 @@ import torch
 import retentive
 from retentive.checkpoint import save_model
 from retentive.cli import main
-from retentive.cli import memory as command
 from retentive.infer import SamplingParams, generate, reading
 from retentive.infer.memory import load_memory, show
 from retentive.models import RetNetConfig, build, twin
@@ -121,7 +120,7 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(place, interrup
 
 def test_a_pipe_gets_a_line_now_and_then(place, interrupted, monkeypatch, capsys):
     interrupted(None)
-    monkeypatch.setattr(command, "SECONDS", 0)
+    monkeypatch.setattr("retentive.cli.progress.SECONDS", 0)
     write(*STORIES, "--out", "lib.mem")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 5 and lines[0].startswith("read 256 tokens (") and "tokens/s" in lines[0]
@@ -129,7 +128,7 @@ def test_a_pipe_gets_a_line_now_and_then(place, interrupted, monkeypatch, capsys
     interrupted(2)
     with pytest.raises(SystemExit):
         write(*STORIES, "--out", "new.mem")
-    monkeypatch.setattr(command, "SECONDS", 1000)
+    monkeypatch.setattr("retentive.cli.progress.SECONDS", 1000)
     interrupted(None)
     capsys.readouterr()
     write(*STORIES, "--out", "new.mem")

@@ -102,6 +102,14 @@ def test_it_disturbs_nothing(data):
     assert all(p.grad is None and torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
+def test_a_failed_evaluation_leaves_the_model_in_its_mode(data, model, monkeypatch):
+    monkeypatch.setattr(model, "hidden", lambda *args, **options: 1 / 0)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        heldout.token_losses(model, data, length=8)
+    assert model.training
+
+
 @pytest.mark.parametrize("length", [7, 16, 64])
 def test_losses_are_those_of_each_context_alone(data, model, length):
     """Contexts end with the window and with the document; several windows go through the model at once."""
