@@ -27,6 +27,7 @@ class CompareCommand:
 
 
 def main(argv: list[str]) -> None:
+    """`retentive compare ARGV`."""
     default, rest = read_recipe(argv, Comparison)
     command = tyro.cli(
         CompareCommand,

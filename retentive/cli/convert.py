@@ -24,6 +24,7 @@ class ConvertCommand:
 
 
 def main(argv: list[str]) -> None:
+    """`retentive convert ARGV`."""
     command = tyro.cli(ConvertCommand, prog="retentive convert", args=argv)
     # before loading, which takes longer; `replace_folder` alone would replace it
     if command.out.exists():

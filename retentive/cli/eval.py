@@ -40,9 +40,9 @@ class EvalCommand(Loading):
     max_length: int | None = None
     """Tokens that a question may take; any number if not given."""
     window: int | None = None
-    """Tokens that texts are read in for the windowed perplexity, 2048 if not given; --lm-eval then reads them uncut."""
+    """Tokens of a window for the windowed perplexity of texts, 2048 if not given; --lm-eval then reads them uncut."""
     contexts: tuple[int, ...] = ()
-    """Texts by length of context: of windows of so many tokens the last ones are predicted. Also for passkey."""
+    """Lengths of context in tokens: the last tokens of windows of each length are predicted. For texts and passkey."""
     last: int = LAST
     """Tokens of each of those windows that are predicted."""
     lm_eval: bool = False

@@ -81,6 +81,7 @@ VERBS = {"write": WriteCommand, "ask": AskCommand, "merge": MergeCommand, "show"
 
 
 def main(argv: list[str]) -> None:
+    """`retentive memory ARGV`: its own four verbs, so that each has a --help of its own."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive memory VERB [OPTIONS]\n")
         for name, cls in VERBS.items():

@@ -20,6 +20,7 @@ class ReportCommand:
 
 
 def main(argv: list[str]) -> None:
+    """`retentive report ARGV`."""
     from retentive.report import build  # late: --help comes at once
 
     command = tyro.cli(ReportCommand, prog="retentive report", args=argv)

@@ -27,6 +27,7 @@ Recipe = TypeVar("Recipe")
 
 
 def main(argv: list[str]) -> None:
+    """`retentive train ARGV`."""
     recipe, argv = read_recipe(argv, TrainRun)
     run = tyro.cli(
         TrainRun,

@@ -114,7 +114,7 @@ def common_prefix(group: Sequence[Request]) -> int:
 
 def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups' indices in batches of about one length, the longest first: what does not fit in memory fails at once."""
-    room = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
+    most_rows = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
     prefixes = [common_prefix(group) if share else 0 for group in groups]
     rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]  # of the longest row
@@ -126,7 +126,7 @@ def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> 
             tokens = sum(prefixes[n] + sum(lengths[n]) - len(lengths[n]) * prefixes[n] for n in more)
         else:  # padded: every row is as long as the longest, in both passes (prefixes, rests)
             tokens = max(max(rests[n] for n in more) * rows, max(prefixes[n] for n in more) * len(more))
-        return tokens > BUDGET or rows > room
+        return tokens > BUDGET or rows > most_rows
 
     for n in sorted(range(len(groups)), key=lambda n: (max(lengths[n]), rests[n]), reverse=True):
         if batch and too_large([*batch, n]):

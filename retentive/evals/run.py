@@ -49,8 +49,8 @@ def evaluate(
         shots: answered examples before each question, drawn from its file.
         limit: questions of each task, from the beginning of its file.
         max_length: tokens that a question may take; any number if not given.
-        window: tokens that texts are read in for the windowed perplexity, 2048 if not given; lm-eval then reads uncut.
-        contexts: lengths of context: of windows of so many tokens the last ones are predicted (texts, passkey).
+        window: tokens of a window for the windowed perplexity of texts, 2048 if not given; lm-eval then reads uncut.
+        contexts: lengths of context in tokens: the last ones of windows of each length are predicted (texts, passkey).
         last: tokens of each of those windows that are predicted.
         lm_eval: run lm-eval's own tasks of these names, from the files in `data` if given, else from the hub.
         progress: called with each task, its number of questions and how many are done.

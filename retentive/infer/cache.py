@@ -112,6 +112,7 @@ class PrefixCache:
         return self.folder / f"{name}.safetensors"
 
     def _write(self, name: str, tokens: int, state: State) -> None:
+        """Puts an evicted state on disk, if there is room; an unwritten one is lost, which costs only time."""
         if name in self.files:  # it was read back from there: the file is still the same
             self.files.move_to_end(name)
             return

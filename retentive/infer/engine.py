@@ -123,6 +123,7 @@ class Engine:
         return [request.stream for request in requests]
 
     def _check(self, n: int, max_tokens: int | None, returns: Returns, state: State | None) -> None:
+        """Raises ValueError for arguments of `submit` that are out of range."""
         vocab = self.decoder.vocab_size
         if not 1 <= n <= self.slots:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
@@ -153,6 +154,8 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
+        """Ends cancelled requests, wherever they are on their way."""
+
         def cancelled(request: Request) -> bool:
             return request.stream.cancelled or self.abandoned
 
@@ -171,7 +174,7 @@ class Engine:
                 self._leave(row, "cancelled")
 
     def _admit(self) -> None:
-        """First come, first served: whoever needs more slots than are free holds back those behind, or would starve."""
+        """First come, first served: a request for many slots holds back those behind it, or it would starve."""
         while True:
             with self.wake:
                 if not self.queue or self.taken + len(self.queue[0].requests) > self.slots:
@@ -233,7 +236,6 @@ class Engine:
             states, logprobs = self.decoder.read(ids, cu_seqlens, states), ()
         self.counts["prompt_tokens"] += ends[-1]
         for (prompt, part), state in zip(parts, states, strict=True):
-            # only now: after an error above, `read` and `state` still belong together
             prompt.state = state
             prompt.read += len(part)
             if self.cache is not None and prompt.requests[0].cacheable and prompt.worth_keeping(self.cache.every):
@@ -267,7 +269,7 @@ class Engine:
         self.running += prompt.requests
 
     def _decode(self) -> None:
-        """One token for each running request."""
+        """Decodes one token for each running request, in one call."""
         n = len(self.running)
         if n == 0:
             return
@@ -379,6 +381,7 @@ class Engine:
         return self
 
     def _run(self) -> None:
+        """The thread: steps while there is work, and sleeps until `submit` or `close` wakes it."""
         while True:
             if self.step():
                 continue

@@ -85,6 +85,7 @@ def check_prompt(ids: Sequence[int], vocab: int) -> None:
 
 
 def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
+    """The loop of `generate`."""
     sampler = Sampler(params, prompt, model.config.vocab_size)
     logits, state = prefill(model, prompt, state)
     made = 0

@@ -139,6 +139,7 @@ def head(path: str | Path) -> dict[str, Any]:
 
 
 def _metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a memory file; raises ValueError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -66,6 +66,7 @@ def speculate(
 
 
 def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, counts) -> Iterator[Token]:
+    """The loop of `speculate`, without an end but a stop."""
     text = prompt[0].tolist()
     logits, state = prefill(model, prompt, state)
     token, logprob = sampler(logits[0], first_ids)

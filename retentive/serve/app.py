@@ -72,6 +72,8 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _completions(app: FastAPI, service: Service) -> None:
+    """The routes of completions."""
+
     async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         request = await receive(http, kind, service.options)
         completion = Completion(service, request, http.state.owner, http.state.request_id)
@@ -145,6 +147,7 @@ class EventStream(Response):
 
 
 def _about(app: FastAPI, service: Service) -> None:
+    """The routes that describe the model and the server's health."""
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "retentive"}
 
     @app.get("/v1/models")
@@ -174,6 +177,7 @@ def _about(app: FastAPI, service: Service) -> None:
 
 
 def _states(app: FastAPI, service: Service) -> None:
+    """The routes of saved states and sessions. Files are read and written in threads: a state may be 100 MB."""
     sessions, saved = service.sessions, service.saved
 
     def named(name: str) -> str:

@@ -17,28 +17,28 @@ class Options:
     slots: int = 16
     """Requests answered at once; each takes the memory of one state."""
     queue: int = 64
-    """Requests that may wait for a slot; more are told to come again (429)."""
+    """Requests that may wait for a slot; more are refused for now (429)."""
     max_tokens: int = 4096
     """Tokens of an answer at most."""
     max_prompt: int = 131072
     """Tokens of a prompt at most. The model itself has no such bound: reading takes time, not memory."""
     timeout: float = 600
-    """Seconds for a request."""
+    """Seconds that a request may take."""
     cache: int = 1 << 28
-    """Bytes of states of prompts read before; 0 for none."""
+    """Bytes of the prefix cache, which has states of prompts read before; 0 for none."""
     cache_folder: Path | None = None
-    """Where those go that memory has no room for."""
+    """Folder for states that the prefix cache has no room for; they survive a restart."""
     sessions: int = 1 << 30
-    """Bytes of conversations' states in memory; who was silent longest goes first."""
+    """Bytes of conversations' states in memory; the least recently used is evicted first."""
     states: Path | None = None
-    """Folder of saved states; by default states in the run's folder."""
+    """Folder of saved states; by default `states` in the run's folder."""
     template: Path | None = None
     """A chat template (jinja) in place of the model's own."""
     api_key: tuple[str, ...] = ()
-    """Keys that are let in; everybody if there are none. Others see them in the list of processes: better put them,
-    with commas between, in the environment's RETENTIVE_API_KEY."""
+    """Keys that are accepted; without any, no key is needed. Other users of the machine see command lines: better put
+    keys, separated by commas, into the environment variable RETENTIVE_API_KEY."""
     cors: tuple[str, ...] = ()
-    """Origins whose pages may ask, such as https://example.org."""
+    """Origins whose web pages may use the server, such as https://example.org; * for any."""
 
     def __post_init__(self):
         for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):

@@ -59,6 +59,7 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
+        """Feeds the parser; what uvicorn does here, with bounds and without its log lines."""
         self._unset_keepalive_if_required()
         if self.timer is None and not self.refused:
             self._expect(self.head_seconds)

@@ -50,6 +50,7 @@ class _Server(uvicorn.Server):
         self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The signal handler: the first signal begins to drain, a second ends the process."""
         if self.service.draining:
             sys.stderr.flush()
             # no clean-up, which could hang: files appear whole or not at all, so none is left half-written
