@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from retentive.models import cost, preset, twin
+from retentive.report.page import machine, read
+from retentive.report.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/numbers.md")
@@ -274,6 +276,24 @@ def compression() -> str:
         f"{demo['this model']:.2f}",
     ]
     return table("held-out bits per byte | order-0 entropy | `xz -9` | RetNet 5m", *lines)
+
+
+def tables() -> str:
+    """The page of all tables: every file of results/ as its command shows it, by question, the paper first."""
+    found = [read(path) for path in sorted((ROOT / "results").glob("*.json"))]
+    parts = ["# All tables\n\nEach file of `results/` as the command that made it prints it, by question.\n"]
+    for section in SECTIONS:
+        parts.append(f"## {section.title}\n\n{section.question}\n")
+        if section.paper:
+            parts.append(f"**The paper, and others**\n\n{section.paper.strip()}\n")
+        for file in (file for file in found if file.table and section.takes(file.kind, file.result)):
+            name, picture = file.path.stem.split("_")[0], file.path.with_suffix(".png")
+            parts.append(f"### {name}\n\n{machine(file.result)}\n\n    {file.result['command']}\n")
+            if picture.exists():
+                parts.append(f"![{name}]({picture.name})\n")
+            parts.append(file.table.strip() + "\n")
+        parts.append(f"*{section.differs}*\n")
+    return "\n".join(parts)
 
 
 def written(text: str) -> str:

@@ -7,14 +7,18 @@ so that they take its light or dark colours.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+import figures
+
+ROOT = figures.ROOT
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
 LINK = re.compile(r"(\]\()(?!\w+:)([^)\s#]+)")
-DIAGRAM = re.compile(r"!\[[^\]]*\]\((figures/[\w-]+\.svg)\)")
+DIAGRAM = re.compile(r"!\[[^\]]*\]\((diagrams/[\w-]+\.svg)\)")
 MODULES = re.compile(r"<!-- modules of ([\w.]+): ([\w. ]*)-->")
 
 
@@ -25,7 +29,7 @@ def on_files(files, config):
     outside |= {ROOT / name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
     for path, uri in outside.items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))
-    files.append(File.generated(config, "results/tables.md", content=tables()))
+    files.append(File.generated(config, "results/tables.md", content=figures.tables()))
     return files
 
 
@@ -56,24 +60,3 @@ def modules(room: str, first: list[str]) -> str:
     }
     order = [name for name in first if name in names] + sorted(names - set(first))
     return "\n\n".join(f"## {room}.{name} {{ #{room}.{name} }}\n\n::: {room}.{name}" for name in order)
-
-
-def tables() -> str:
-    """Every file of results/ as its command prints it, by question, the paper's own numbers first."""
-    from retentive.report.page import machine, read
-    from retentive.report.sections import SECTIONS, TABLES
-
-    found = [read(path) for path in sorted(RESULTS.glob("*.json"))]
-    parts = ["# All tables\n\nEach file of `results/` as the command that made it prints it, by question.\n"]
-    for section in SECTIONS:
-        parts.append(f"## {section.title}\n\n{section.question}\n")
-        if section.paper:
-            parts.append(f"**The paper, and others**\n\n{section.paper.strip()}\n")
-        for file in (file for file in found if section.takes(file.kind, file.result)):
-            name, picture = file.path.stem.split("_")[0], file.path.with_suffix(".png")
-            parts.append(f"### {name}\n\n{machine(file.result)}\n\n    {file.result['command']}\n")
-            if picture.exists():
-                parts.append(f"![{name}]({picture.name})\n")
-            parts.append(TABLES[file.kind](file.result).strip() + "\n")
-        parts.append(f"*{section.differs}*\n")
-    return "\n".join(parts)

@@ -4,6 +4,7 @@ A block of Python that is followed by a block of text has printed that text. `ma
 """
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -113,7 +114,7 @@ def test_links_lead_somewhere(page):
         assert target.exists() or made, link
 
 
-@pytest.mark.parametrize("diagram", sorted(DOCS.glob("figures/*.svg")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("diagram", sorted(DOCS.glob("diagrams/*.svg")), ids=lambda path: path.stem)
 def test_diagrams_name_files_that_are_there(diagram):
     named = re.findall(r'class="file"[^>]*>([\w/.]+)<', diagram.read_text(encoding="utf-8"))
     files = [name for name in named if "/" in name]
@@ -128,9 +129,18 @@ def test_every_page_has_its_place_in_the_site():
     assert listed == made | {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
 
 
+def test_all_results_are_in_the_page_of_tables(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    text = importlib.import_module("figures").tables()
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").glob("*.json")]
+    commands = [result["command"] for result in results if "command" in result]
+    assert len(commands) > 20 and [command for command in commands if command not in text] == []
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_its_page_of_api(room):
+def test_every_room_has_its_page_of_api_and_its_line(room):
     assert f"<!-- modules of retentive.{room}: " in read(f"api/{room}.md")
+    assert f"| `{room}` |" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_one_address_of_the_repository():

@@ -14,12 +14,15 @@ BENCHES = {
     "prefill": "retentive.bench.prefill",
     "decode": "retentive.bench.decode",
     "memory": "retentive.bench.memory",
+    "run": "retentive.studies.training_run",
     "retention": "retentive.bench.retention",
     "step": "retentive.bench.step",
+    "prompting": "retentive.studies.prompting",
+    "recall": "retentive.studies.recall",
     "ask": "retentive.bench.memory_file",
     "serving": "retentive.bench.serving",
     "speculation": "retentive.bench.speculation",
     "scoring": "retentive.bench.scoring",
     "soak": "retentive.bench.soak",
 }
-"""The module of each name, imported when it is called for."""
+"""The module of each name, imported when it is called for; studies in the same shape are among them."""

@@ -15,7 +15,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.plot import dress, panels, tokens
+from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.models import Model, build, twin
 
@@ -104,7 +104,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: memory left, time right."""
     rows = result["rows"]
     contexts = [row["context"] for row in rows]
-    figure, axes = panels(title)
+    figure, (axes,) = grid(title, 1, 2)
     curves = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
     for axis, (key, unit, label) in zip(axes, curves, strict=True):
         for name, colour, marker in zip(_names(result), ("C0", "C1"), "os", strict=True):

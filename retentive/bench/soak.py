@@ -18,8 +18,9 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.plot import panels
+from retentive.bench.lab.plot import grid
 from retentive.bench.lab.server import server
+from retentive.bench.lab.tables import markdown
 from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import Model, RetNetConfig, build
@@ -169,24 +170,23 @@ def peak(samples: list[dict[str, float]]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The counts, a line each."""
-    lines = [f"{name:<24}{count:>10,}" for name, count in result["counts"].items()]
-    rss = result["rss_mb"]
+    """The counts as a Markdown table, under it what went wrong."""
+    rss, drained = result["rss_mb"], result["drained"]
+    lines = [[name, f"{count:,}"] for name, count in result["counts"].items()]
     lines += [
-        f"{'tokens per second':<24}{result['tokens_per_second']:>10,.0f}",
-        f"{'memory, MB':<24}{rss['first_half']:>10,.1f} -> {rss['second_half']:,.1f} ({rss['growth']:+.2%})",
-        f"{'left over':<24}{sum(result['left_over'].values()):>10,.0f}",
-        f"{'SIGTERM':<24}{result['drained']['streams']:>10} streams, exit code {result['drained']['exit_code']}",
-        f"{'wrong replies':<24}{result['wrong_count']:>10,}",
-        *result["wrong"],
-        *result["drained"]["wrong"],
+        ["tokens per second", f"{result['tokens_per_second']:,.0f}"],
+        ["memory, MB", f"{rss['first_half']:,.1f} -> {rss['second_half']:,.1f} ({rss['growth']:+.2%})"],
+        ["left over", f"{sum(result['left_over'].values()):,.0f}"],
+        ["SIGTERM", f"{drained['streams']} streams, exit code {drained['exit_code']}"],
+        ["wrong replies", f"{result['wrong_count']:,}"],
     ]
-    return "\n".join(lines)
+    wrong = "\n".join(f"- {line}" for line in (*result["wrong"], *drained["wrong"]))
+    return "\n\n".join(part for part in (markdown(["of the server", ""], lines), wrong) if part)
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     """Memory and throughput over time."""
-    figure, (memory, speed) = panels(title)
+    figure, ((memory, speed),) = grid(title, 1, 2)
     samples = result["samples"]
     minutes = [s["seconds"] / 60 for s in samples]
     memory.plot(minutes, [s["rss_mb"] for s in samples])

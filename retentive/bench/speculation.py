@@ -6,7 +6,7 @@ Greedy, so that the correctness gate is exact: every way must give the tokens of
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,12 +56,29 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return of_models(model.eval(), texts, draft=draft, say=say, **how)
 
 
+class Way(NamedTuple):
+    """A way of writing: plainly, or with so many guesses a call, from the text itself (look-up) or by a draft model."""
+
+    name: str
+    most: int
+    draft: Model | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} with {self.most} guesses" if self.most else self.name
+
+    def write(self, model: Model, ids: list[int], tokens: int, counts: Counter[str]) -> list[int]:
+        """The tokens after `ids`; `counts` becomes the calls of the model and the guesses made and right."""
+        if not self.most:
+            return [t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)]
+        how: dict[str, Any] = {"draft": self.draft, "most": self.most, "max_tokens": tokens}
+        return [t.id for t in speculate(model, ids, GREEDY, counts=counts, **how)]
+
+
 class Repetition(NamedTuple):
-    """One way of writing, once over all texts."""
+    """One way, once over all texts."""
 
     seconds: float
     counts: Counter[str]
-    """As `speculate` counts: calls of the model, guesses made and right; none for plain generation."""
 
 
 def of_models(
@@ -80,42 +97,21 @@ def of_models(
         ArithmeticError: a way gave other tokens than plain generation.
     """
     at_least_one("most, tokens and repeats", [*most, tokens, repeats])
-    wanted = [[t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)] for ids in texts]
+    ways = [Way("plain", 0), *(Way("look-up", n) for n in most)]
+    if draft is not None:
+        ways += [Way("draft", n, draft) for n in most]
+    wanted = [ways[0].write(model, ids, tokens, Counter()) for ids in texts]
 
-    def repetition(way: str, write: Callable[[list[int], Counter[str]], Any]) -> Repetition:
+    def repetition(way: Way) -> Repetition:
         counts, began = Counter[str](), time.perf_counter()
-        made = [[t.id for t in write(ids, counts)] for ids in texts]
+        made = [way.write(model, ids, tokens, counts) for ids in texts]
         seconds = time.perf_counter() - began
         if made != wanted:
             raise ArithmeticError(f"{way} gave other tokens than plain generation: not counted")
         say(f"{way}: {len(texts) * tokens} tokens in {duration(seconds)}")
         return Repetition(seconds, counts)
 
-    def guessing(n: int, by: Model | None) -> Callable[[list[int], Counter[str]], Any]:
-        how: dict[str, Any] = {"draft": by, "most": n, "max_tokens": tokens}
-        return lambda ids, counts: speculate(model, ids, GREEDY, counts=counts, **how)
-
-    ways: dict[tuple[str, int], Callable[[list[int], Counter[str]], Any]] = {
-        ("plain", 0): lambda ids, counts: generate(model, ids, GREEDY, max_tokens=tokens)
-    }
-    ways |= {("look-up", n): guessing(n, None) for n in most}
-    if draft is not None:
-        ways |= {("draft", n): guessing(n, draft) for n in most}
-    called = {way: f"{way[0]} with {way[1]} guesses" if way[1] else way[0] for way in ways}
-    found = list(turns({called[way]: partial(repetition, called[way], run) for way, run in ways.items()}, repeats))
-    rows = []
-    for way, name in called.items():
-        counts = found[-1][name].counts
-        rows.append(
-            {
-                "way": way[0],
-                "most": way[1],
-                "tokens_per_second": len(texts) * tokens / statistics.median(turn[name].seconds for turn in found),
-                "tokens_per_call": len(texts) * tokens / counts["calls"] if counts else 1.0,
-                "guesses_right": counts["right"] / counts["made"] if counts["made"] else 0.0,
-                "over_plain": statistics.median(turn["plain"].seconds / turn[name].seconds for turn in found),
-            }
-        )
+    found = list(turns({str(way): partial(repetition, way) for way in ways}, repeats))
     parameters = {"model": count(model)} | ({"draft": count(draft)} if draft is not None else {})
     return {
         "what": "speculative decoding, greedy",
@@ -123,7 +119,20 @@ def of_models(
         "parameters": parameters,
         "texts": len(texts),
         "tokens": tokens,
-        "rows": rows,
+        "rows": [summary(way, found, len(texts) * tokens) for way in ways],
+    }
+
+
+def summary(way: Way, found: list[dict[str, Repetition]], tokens: int) -> dict[str, Any]:
+    """The row of a way that wrote so many tokens in every turn."""
+    counts = found[-1][str(way)].counts
+    return {
+        "way": way.name,
+        "most": way.most,
+        "tokens_per_second": tokens / statistics.median(turn[str(way)].seconds for turn in found),
+        "tokens_per_call": tokens / counts["calls"] if counts else 1.0,
+        "guesses_right": counts["right"] / counts["made"] if counts["made"] else 0.0,
+        "over_plain": statistics.median(turn["plain"].seconds / turn[str(way)].seconds for turn in found),
     }
 
 

@@ -15,7 +15,7 @@ from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.files import save_tensors, write_together
 from retentive.machine import pick_device
-from retentive.models import Config, HybridConfig, Model, PeerConfig, RetNetConfig, TransformerConfig, build
+from retentive.models import Config, HybridConfig, LanguageModel, PeerConfig, RetNetConfig, TransformerConfig, build
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
@@ -27,7 +27,7 @@ PADDING = 1024
 
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Model, Tokenizer | None]:
+) -> tuple[LanguageModel, Tokenizer | None]:
     """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or from the hub.
 
     Args:
@@ -62,7 +62,7 @@ def load_with_tokenizer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> tuple[Model, Tokenizer]:
+) -> tuple[LanguageModel, Tokenizer]:
     """(model, tokenizer) for text: the model's own tokenizer, or the one named (bytes, or a file).
 
     Raises:
@@ -191,7 +191,7 @@ def _check_dtypes(tensors: dict[str, Tensor], asked: torch.dtype | None, folder:
 
 
 def save_model(
-    folder: str | Path, model: Model, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
+    folder: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
 ) -> None:
     """Write a model folder in our layout, "torchscale" or "fla"; files of that name in it are replaced.
 

@@ -3,7 +3,7 @@
 One verb serves all benches and studies, since all have one shape (`retentive.bench`).
 """
 
-import importlib.util
+import importlib
 import shlex
 import sys
 from dataclasses import make_dataclass
@@ -15,23 +15,17 @@ import tyro
 from retentive.bench import BENCHES
 from retentive.files import write_json, write_together
 
-MODULES = dict(BENCHES)
-if importlib.util.find_spec("retentive.studies"):  # a leaf room: an installation may leave it out
-    from retentive.studies import STUDIES
-
-    MODULES |= STUDIES
-
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
-        for name, module in MODULES.items():
+        for name, module in BENCHES.items():
             print(f"  {name:<11} {importlib.import_module(module).Options.__doc__}")
         return
     name = argv[0]
-    if name not in MODULES:
-        raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(MODULES)}")
-    bench: Any = importlib.import_module(MODULES[name])
+    if name not in BENCHES:
+        raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(BENCHES)}")
+    bench: Any = importlib.import_module(BENCHES[name])
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
     result = bench.measure(command, progress)
     print(bench.table(result))

@@ -56,9 +56,6 @@ def run(command: ChatCommand) -> None:
     """Talk until the input ends."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
-    for stream, name in ((sys.stdin, "input"), (sys.stdout, "output")):
-        if stream is None:
-            raise ValueError(f"a chat needs a terminal or pipes: standard {name} is closed")
     model, tokenizer = command.load()
     template = load_template(find(command.run), tokenizer, command.template)
     memory = load_memory(command.memory, model) if command.memory else blank(model)

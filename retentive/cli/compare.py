@@ -22,6 +22,8 @@ EVERY = 15.0
 
 @dataclass(frozen=True)
 class CompareCommand:
+    """Train variants of a model on the same tokens in the same order, and say how they compare."""
+
     comparison: Annotated[Comparison, tyro.conf.arg(name="")]
     json: Path | None = None
     """File for the result; a picture is put beside it."""
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
         CompareCommand,
         prog="retentive compare",
         args=rest,
-        description=f"{Comparison.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
+        description=f"{CompareCommand.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
         config=(tyro.conf.OmitArgPrefixes,),
     )

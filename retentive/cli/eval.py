@@ -13,12 +13,13 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from retentive import machine
 from retentive.cli.loading import Loading
-from retentive.evals.answers import Say
 from retentive.evals.contexts import LAST
+from retentive.evals.likelihood import Progress
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import write_json, write_text
@@ -66,8 +67,8 @@ def run(command: EvalCommand, typed: str) -> None:
     model, tokenizer = command.load()
     names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
     options = {name: getattr(command, name) for name in names}
-    with progress() as say:
-        found = evaluate(model, command.tasks, command.data, tokenizer=tokenizer, **options, say=say)
+    with shown() as progress:
+        found = evaluate(model, command.tasks, command.data, tokenizer=tokenizer, **options, progress=progress)
     print(found)
     if command.json:
         scorer = f"lm-eval {version('lm-eval')}" if command.lm_eval else f"retentive, prompts of lm-eval {PROMPTS}"
@@ -88,15 +89,15 @@ def run(command: EvalCommand, typed: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Say]:
+def shown() -> Iterator[Progress]:
     """A bar for each task on stderr where that is a terminal; a line now and then elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
         ids: dict[str, Any] = {}
         said = time.monotonic()
 
-        def say(name: str, total: int, done: int) -> None:
+        def progress(name: str, total: int, done: int) -> None:
             if name not in ids:
                 ids[name] = bars.add_task(name, total=total)
             bars.update(ids[name], completed=done)
@@ -105,4 +106,4 @@ def progress() -> Iterator[Say]:
                 said = time.monotonic()
                 print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
-        yield say
+        yield progress

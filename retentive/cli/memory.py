@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from retentive.cli.loading import Loading, prompt_text, type_out
 from retentive.infer import SamplingParams, reading
@@ -109,8 +110,8 @@ def write(command: WriteCommand) -> None:
         say(f"going on after {head(kept)['tokens']:,} tokens ({kept})")
     how: dict[str, Any] = {"memory": command.memory, "separate": command.separate}
     try:
-        with sigterm_is_ctrl_c(), progress() as tell:
-            reading.write_memory(model, tokenizer, command.files, command.out, **how, tell=tell, say=say)
+        with sigterm_is_ctrl_c(), shown() as progress:
+            reading.write_memory(model, tokenizer, command.files, command.out, **how, progress=progress, say=say)
     except KeyboardInterrupt:
         if kept.exists() and not command.separate:
             read = head(kept)["tokens"]
@@ -138,7 +139,7 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[reading.Progress], None]]:
+def shown() -> Iterator[Callable[[reading.Progress], None]]:
     """A function that shows how far the reading is: a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
     columns = (
@@ -150,10 +151,10 @@ def progress() -> Iterator[Callable[[reading.Progress], None]]:
     )
     began = said = time.monotonic()
     first: int | None = None
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, tokens=0, speed=0.0)
 
-        def tell(told: reading.Progress) -> None:
+        def progress(told: reading.Progress) -> None:
             nonlocal said, first
             first, now = told.tokens if first is None else first, time.monotonic()
             speed = (told.tokens - first) / max(now - began, 1e-9)
@@ -164,7 +165,7 @@ def progress() -> Iterator[Callable[[reading.Progress], None]]:
                 share = "" if told.share is None else f" ({told.share:.0%})"
                 say(f"read {told.tokens:,} tokens{share}, {speed:,.0f} tokens/s")
 
-        yield tell
+        yield progress
 
 
 # ask, show

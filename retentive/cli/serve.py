@@ -33,7 +33,7 @@ def run(command: ServeCommand) -> None:
         raise ImportError(f"the server needs {error.name}: pip install 'retentive[serve]'") from None
     if not 0 <= command.port < 65536:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
-    options = command.options.with_keys_of()
+    options = command.options.with_environment_keys()
     service = open_service(
         command.run, options, tokenizer=command.tokenizer, device=command.device, dtype=command.torch_dtype
     )

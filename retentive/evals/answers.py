@@ -11,23 +11,20 @@ that know one token of what was before, the last one filled up with context, as 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.likelihood import Request, Score, encode, score
+from retentive.evals.likelihood import Progress, Request, Score, encode, score
 from retentive.evals.read import Item, find, known, parse, where
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS, Task
 from retentive.models import Model
 
 WINDOW = 2048
-
-Say = Callable[[str, int, int], None]
-"""Told of the task, how much there is of it and how much is done."""
 
 
 def score_tasks(
@@ -40,7 +37,7 @@ def score_tasks(
     limit: int | None = None,
     max_length: int | None = None,
     window: int = WINDOW,
-    say: Say = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(a row of each task and metric, a record of each question).
 
@@ -51,7 +48,7 @@ def score_tasks(
         limit: questions of each task, from the beginning of its file.
         max_length: tokens that a question may take; any number if not given.
         window: tokens that a windowed reading of a text sees at once.
-        say: is told how far it is.
+        progress: is told how far it is.
 
     Raises:
         FileNotFoundError: a task without a file.
@@ -71,8 +68,8 @@ def score_tasks(
     }
     rows, records = [], []
     for name, items in asked.items():
-        say(name, len(groups[name]), 0)
-        found = score(model, groups[name], say=partial(say, name, len(groups[name])))
+        progress(name, len(groups[name]), 0)
+        found = score(model, groups[name], progress=partial(progress, name, len(groups[name])))
         new = list(_records(TASKS[name], items, iter(found), window))
         rows += [{"task": name, "shots": shots, "n": len(new), **row} for row in summary(TASKS[name], new)]
         records += [{"task": name, **record} for record in new]

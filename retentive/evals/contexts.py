@@ -10,13 +10,13 @@ It must be likelier than nine others of its kind; to write it out takes more.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.likelihood import Request, Score, encode, score
+from retentive.evals.likelihood import Progress, Request, Score, encode, score
 from retentive.evals.read import find, parse
 from retentive.evals.stats import ratio_interval, wilson
 from retentive.evals.tasks import PASSKEY, TASKS
@@ -29,8 +29,6 @@ KEYS = 20
 """Numbers hidden at each length, from the beginning of the text to its end."""
 OTHERS = 9
 
-Say = Callable[[str, int, int], None]
-
 
 def score_contexts(
     model: Model,
@@ -41,7 +39,7 @@ def score_contexts(
     *,
     last: int = LAST,
     limit: int | None = None,
-    say: Say = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(a row of each task, length and metric, a record of each window or question).
 
@@ -51,7 +49,7 @@ def score_contexts(
         contexts: tokens of a window, those that are predicted among them.
         last: tokens of each window that are predicted.
         limit: documents of each task, from the beginning of its file.
-        say: is told how far it is.
+        progress: is told how far it is.
 
     Raises:
         FileNotFoundError: a task without a file.
@@ -68,8 +66,8 @@ def score_contexts(
     }
     rows, records = [], []
     for name, about in asked.items():
-        say(name, len(about), 0)
-        found = score(model, [group for _, group in about], say=partial(say, name, len(about)))
+        progress(name, len(about), 0)
+        found = score(model, [group for _, group in about], progress=partial(progress, name, len(about)))
         new = [_record(name, what, scores) for (what, _), scores in zip(about, found, strict=True)]
         rows += [{"task": name, "shots": 0, **row} for row in _rows(name, new, contexts)]
         records += [{"task": name, **record} for record in new]

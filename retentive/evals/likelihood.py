@@ -27,6 +27,9 @@ STATES = 1 << 30
 HEAD = 256
 """Positions that go through the output matrix at once."""
 
+Progress = Callable[[str, int, int], None]
+"""Is told of a task, how much there is of it and how much is done."""
+
 
 class Request(NamedTuple):
     """Token ids; both must have one at least."""
@@ -63,13 +66,13 @@ def score(
     groups: Sequence[Sequence[Request]],
     *,
     share: bool = True,
-    say: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Score]]:
     """The scores of each group's requests; the beginning that a group's contexts share is read once for all of them.
 
     Args:
         share: False reads every row whole: the same numbers, later.
-        say: is told how many groups are done.
+        progress: is told how many groups are done.
 
     Raises:
         ArithmeticError: the model's logits are not finite.
@@ -83,7 +86,7 @@ def score(
             for n, found in zip(batch, _score(model, [groups[n] for n in batch], share), strict=True):
                 scores[n] = found
             done += len(batch)
-            say(done)
+            progress(done)
     finally:
         model.train(training)
     return scores

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.answers import WINDOW, Say, score_tasks
+from retentive.evals.answers import WINDOW, score_tasks
 from retentive.evals.contexts import LAST, score_contexts
+from retentive.evals.likelihood import Progress
 from retentive.models import Model
 
 
@@ -36,7 +37,7 @@ def evaluate(
     contexts: Sequence[int] = (),
     last: int = LAST,
     lm_eval: bool = False,
-    say: Say = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """The scores of a model on tasks: a row for each metric, and a record for each question.
 
@@ -52,7 +53,7 @@ def evaluate(
         contexts: lengths of context: of windows of so many tokens the last ones are predicted (texts, passkey).
         last: tokens of each of those windows that are predicted.
         lm_eval: run lm-eval's own tasks of these names, from the files in `data` if given, else from the hub.
-        say: is told the task, how much there is of it and how much is done.
+        progress: is told the task, how much there is of it and how much is done.
 
     Raises:
         ValueError: an unknown task, options that exclude each other, a line or a question that cannot be used.
@@ -74,12 +75,12 @@ def evaluate(
 
         found = run_tasks(model, tokenizer, names, folder, shots=shots, limit=limit, window=window)
     elif contexts:
-        found = score_contexts(model, tokenizer, names, folder, contexts, last=last, limit=limit, say=say)
+        found = score_contexts(model, tokenizer, names, folder, contexts, last=last, limit=limit, progress=progress)
     else:
         assert folder is not None
         window = WINDOW if window is None else window
         how: dict[str, Any] = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
-        found = score_tasks(model, tokenizer, names, folder, **how, say=say)
+        found = score_tasks(model, tokenizer, names, folder, **how, progress=progress)
     return Evaluation(*found)
 
 

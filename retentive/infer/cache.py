@@ -2,7 +2,7 @@
 
 A prefix is kept where a reader stops at a multiple of `every` tokens, before a prompt's last token, and before that
 of a reply. It is found by a hash of its tokens, longest first, and is exact: the state is the very one. Whoever was
-used last stays longest, within a bound in bytes; what is pushed out goes to `folder`, if there is one, as a memory file
+used last stays longest, within a bound in bytes; what is evicted goes to `folder`, if there is one, as a memory file
 (`memory.py`), within a bound of its own. What cannot be written or read is not kept: it can be computed anew.
 """
 

@@ -8,6 +8,7 @@ minute and when reading is interrupted, so that the same call goes on from there
 """
 
 import hashlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +50,7 @@ def write_memory(
     *,
     memory: str | Path | None = None,
     separate: bool = False,
-    tell: Tell = lambda progress: None,
+    progress: Callable[[Progress], object] = lambda told: None,
     say: Callable[[str], None] = warnings.warn,
 ) -> Memory:
     """The memory of all documents of `sources`, which is saved to `out`; memory does not grow with their length.
@@ -59,7 +60,7 @@ def write_memory(
         out: a new file, or that of `memory`.
         memory: the file of a memory to go on from.
         separate: read each document for itself and merge them, so that all are equally near (structured prompting).
-        tell: is told how far it is, after each prefill chunk.
+        progress: is told how far it is, after each prefill chunk.
         say: is told in a line what is left out of a folder.
 
     Raises:
@@ -75,11 +76,13 @@ def write_memory(
         start = load_memory(memory, model, start.model)
     texts = Texts(sources, say)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):  # better now than after hours of reading
+        raise PermissionError(f"cannot write to {out.parent}: choose another place for {out.name}")
     if separate:
         merge([start])  # a model whose memories cannot be merged is refused before anything is read
-        found = _apart(model, tokenizer, start.model, texts, tell)
+        found = _apart(model, tokenizer, start.model, texts, progress)
     else:
-        found = _in_a_row(model, tokenizer, start, texts, unfinished(out), tell)
+        found = _in_a_row(model, tokenizer, start, texts, unfinished(out), progress)
     save(found, out)
     unfinished(out).unlink(missing_ok=True)
     return found
@@ -129,7 +132,7 @@ def total_bytes(sources: Sequence[str | Path]) -> int | None:
 # the ways of reading
 
 
-def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, tell: Tell) -> Memory:
+def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, progress: Tell) -> Memory:
     """`before`, and then all documents; goes on from the file at `path` if there is one."""
     known: list[str] = []
     sources: list[dict] = []
@@ -151,7 +154,7 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
     try:
         for memory in ingest(model, ids, start):
             _check_same(sources, known, path)
-            tell(Progress(memory.tokens, texts.share))
+            progress(Progress(memory.tokens, texts.share))
             if time.monotonic() - saved >= SAVE_EVERY:
                 keep()
                 saved = time.monotonic()
@@ -164,7 +167,7 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
     return memory
 
 
-def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, tell: Tell) -> Memory:
+def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, progress: Tell) -> Memory:
     """The documents read each for itself and merged; and in a row too, which tells each layer's error of a chain."""
     parts: list[Memory] = []
     whole, tokens = blank(model, name), 0
@@ -173,7 +176,7 @@ def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, tell: Te
     def read_on(memory: Memory, document: Document, count: Texts | None) -> Memory:
         last = memory
         for last in ingest(model, _encoded([document], count, tokenizer, memory.sources), memory):
-            tell(Progress(tokens if count is None else tokens + last.tokens, texts.share))
+            progress(Progress(tokens if count is None else tokens + last.tokens, texts.share))
         return last
 
     for document in texts:

@@ -57,7 +57,7 @@ def speculate(
     if draft is not None and draft.config.vocab_size != vocab:
         raise ValueError(f"the draft model has {draft.config.vocab_size} tokens, the model {vocab}: they must agree")
     sampler = Sampler(params or SamplingParams(), prompt, vocab)
-    guesser = Lookup() if draft is None else Draft(draft, sampler, most)
+    guesser: Guesser = Lookup() if draft is None else Draft(draft, sampler, most)
     counts = Counter() if counts is None else counts
     tokens = _tokens(model, prompt, sampler, guesser, most, frozenset(stop_ids), first_ids, state, counts)
     return islice(tokens, max_tokens)
@@ -118,6 +118,8 @@ def judge(sampler: Sampler, logits: Tensor, guess: int | None, q: Tensor | None)
 
 
 class Guesser(Protocol):
+    """Where guesses come from."""
+
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
         """Up to `most` tokens after `text`, and what each was drawn from, `[vocab]`; no such where it was certain.
 

@@ -78,8 +78,9 @@ class Text:
         return self._give(skipped + held[: len(held) - keep])
 
     def _give(self, piece: str) -> str:
-        self.pieces.append(piece)
-        self.given += len(piece)
+        if piece:
+            self.pieces.append(piece)
+            self.given += len(piece)
         return piece
 
 

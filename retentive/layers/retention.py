@@ -33,7 +33,8 @@ class Phases(NamedTuple):
 class MultiScaleRetention(nn.Module):
     """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, a different decay for each head.
 
-    Decays and phases are no buffers: they are computed when needed, and no cast of the module reaches them.
+    Where one token comes without gradients the state becomes a Ring, and later tokens go into that in place. Decays and
+    phases are no buffers: they are computed when needed, and no cast of the module reaches them.
     """
 
     def __init__(

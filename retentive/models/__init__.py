@@ -52,6 +52,7 @@ __all__ = [
 Config = OwnConfig | PeerConfig
 """The config of any model that `build` makes."""
 Model = LanguageModel
+"""The short name, for annotations."""
 MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
 
 

@@ -193,7 +193,8 @@ def retention_step(
     _check_qkv(q, k, v, ndim=3)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if isinstance(state, Ring):
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, state.state)):
+        learned = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, state.state))
+        if learned or transformed():
             raise ValueError("a ring is updated in place and has no gradients: use torch.no_grad(), or ring.to_state()")
         if state.k.dtype != k.dtype:
             raise ValueError(f"the ring was opened for {state.k.dtype}, got {k.dtype}")

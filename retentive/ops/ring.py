@@ -92,7 +92,7 @@ class Ring:
 
     def takes(self, q: Tensor) -> bool:
         """Whether tokens q `[B,T,H,K]` can go into it one after the other: as many as it has slots, in its dtype."""
-        return q.ndim == 4 and q.shape[1] <= self.k.shape[2] and q.dtype == self.k.dtype
+        return q.ndim == 4 and 0 < q.shape[1] <= self.k.shape[2] and q.dtype == self.k.dtype
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
         """`f` of every tensor.

@@ -10,7 +10,5 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """True inside a torch.func transform or a forward-mode derivative; in a compiled graph, never."""
-    if torch.compiler.is_compiling():
-        return False
+    """True inside a torch.func transform or a forward-mode derivative, in compiled graphs too."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

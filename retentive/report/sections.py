@@ -11,7 +11,7 @@ from typing import Any
 
 from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
-from retentive.studies import STUDIES, compare
+from retentive.studies import compare
 
 Result = dict[str, Any]
 
@@ -22,9 +22,9 @@ PAPER = {heading: text for heading, _, text in (part.partition("\n") for part in
 
 def table(kind: str, result: Result) -> str | None:
     """What the command `kind` ("compare", "bench decode", …) shows of its result, as Markdown; None for others."""
-    modules = {f"bench {name}": module for name, module in (BENCHES | STUDIES).items()}
-    if kind in modules:
-        return importlib.import_module(modules[kind]).table(result)
+    verb, _, name = kind.partition(" ")
+    if verb == "bench" and name in BENCHES:
+        return importlib.import_module(BENCHES[name]).table(result)
     tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
     return tables[kind](result) if kind in tables else None
 

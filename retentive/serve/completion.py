@@ -81,13 +81,13 @@ class Completion:
                 checkout = service.sessions.checkout(self.owner, request.session, new=True)
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
-            constraint = await self._constraint()
+            self.constraint = await self._constraint()
             self.prompts = await _in_thread(request.characters > LONG, partial(request.prompts, self.conversation))
             self._check_prompts()
             self.stop_ids, self.stop = request.stops(self.conversation)
             self.exits.callback(self._cancel)
             for prompt in self.prompts:
-                self._submit(prompt, constraint)
+                self._submit(prompt)
         except BaseException:
             self.close()
             raise
@@ -185,7 +185,7 @@ class Completion:
         except (ImportError, ValueError) as error:
             raise Refused(400, str(error), param="response_format") from None
 
-    def _submit(self, prompt: Prompt, constraint: Callable[[], Constraint] | None) -> None:
+    def _submit(self, prompt: Prompt) -> None:
         """Its choices; raises Refused where the queue is full."""
         engine, first, echo = self.service.engine, len(self.choices), prompt.text is not None
         try:
@@ -195,7 +195,7 @@ class Completion:
                 max_tokens=max(self.max_tokens, 1),
                 stop_ids=sorted(self.stop_ids),
                 n=self.n,
-                constraint=constraint,
+                constraint=self.constraint,
                 returns=Returns(
                     top=min(self.top or 0, self.service.model.config.vocab_size),
                     prompt=echo and self.top is not None,
@@ -268,7 +268,7 @@ class Completion:
         except (Refused, ClientLeft, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:
-            if isinstance(error, ValueError) and self.request.response_format is not None:
+            if isinstance(error, ValueError) and self.constraint is not None:
                 # a grammar that is too large shows only when text comes to the large part of it
                 raise Refused(400, str(error), param="response_format", code="schema_refused") from None
             log.error("request %s failed", self.request_id, exc_info=error)

@@ -61,7 +61,7 @@ class Options:
         """Bytes of a request: a prompt of max_prompt ids in JSON, with room to spare."""
         return 65536 + 16 * self.max_prompt
 
-    def with_keys_of(self, environment: Mapping[str, str] = os.environ) -> "Options":
-        """The same with the keys in RETENTIVE_API_KEY besides."""
-        found = environment.get("RETENTIVE_API_KEY", "").split(",")
+    def with_environment_keys(self, environment: Mapping[str, str] | None = None) -> "Options":
+        """The same with the keys in RETENTIVE_API_KEY (of this process, if no other `environment` is given) besides."""
+        found = (os.environ if environment is None else environment).get("RETENTIVE_API_KEY", "").split(",")
         return replace(self, api_key=(*self.api_key, *(key.strip() for key in found if key.strip())))

@@ -45,7 +45,7 @@ def deployed(
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
 
-        return create_app(open_service(run, options.with_keys_of(), device=device))
+        return create_app(open_service(run, options.with_environment_keys(), device=device))
 
     server = serve.deployment(
         name="retentive",

@@ -14,23 +14,18 @@ that it knows and on activities that it has never seen. Demonstrations in a row 
 chained; merged groups are all equally near.
 """
 
-import hashlib
-import json
 import math
 import random
-import re
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
@@ -45,15 +40,9 @@ from retentive.infer.merge import chain, chain_errors, keep_size, merge
 from retentive.infer.reading import ingest
 from retentive.models import RetNet, RetNetConfig, preset
 from retentive.ops import decay
+from retentive.studies.prompting_tasks import NAMES, SHOWN, Files, Texts, activities, kinds, line, split, tasks
 
-NAMES = ("A", "B", "C", "D")
-GROUPS = (1, 2, 4, 8, 16, 32, 64)
-WORDS = 6
-"""Of a text, at most."""
-SHOWN, ASKED = max(GROUPS), 24
-"""Texts that a class needs to be measured: to be demonstrated, and to be asked about."""
-EPISODE = 48
-"""Demonstrations of a task in training."""
+GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
 
 WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
     "merged": keep_size,
@@ -67,11 +56,9 @@ PICTURE = "Structured prompting"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Files):
     """Structured prompting: few-shot accuracy from merged groups, from the same in a row, and from nothing."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder of texts, in which the files below are."""
     out: Path = Path("runs/prompting")
     """Folder of the model, which is trained first if it is not there."""
     size: str = "1m"
@@ -80,131 +67,6 @@ class Options:
     """Training steps of 8 tasks."""
     episodes: int = 20
     """Tasks of each set of texts that are measured."""
-    novels: str = "novels/train"
-    """Folder of novels, a text file each."""
-    play: str = "tinyshakespeare/input.txt"
-    """Plays in one text file: speeches with a blank line between them, their first lines the names of the speakers."""
-    meetings: str = "qmsum/train.jsonl"
-    """Meetings, as QMSum has them."""
-    papers: str = "summarization/scitldr/train.jsonl"
-    """Abstracts of papers, as SciTLDR has them."""
-    reports: str = "gov_report/gov_report.jsonl"
-    """Reports, as GovReport has them."""
-    articles: str = "eval/boolq.jsonl"
-    """Passages of articles, as BoolQ has them."""
-    english: str = "translation/enja/train.en"
-    """English phrases, a line each."""
-    japanese: str = "translation/enja/train.ja"
-    """Japanese phrases, a line each."""
-    hellaswag: str = "eval/hellaswag.jsonl"
-    """HellaSwag: sentences about videos, with the activity that each shows."""
-
-
-Classes = dict[str, dict[str, list[str]]]
-"""{class: {source: texts}}; the texts of a source, such as a video or a book, are held out together."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts of each class that are shown as demonstrations, and those that are asked about."""
-
-    shown: dict[str, list[str]]
-    asked: dict[str, list[str]]
-
-
-# texts with classes
-
-
-def rows(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None:
-    """The first words of each text, where it has enough of them and is new."""
-    kept = classes[label][source]
-    for text in texts:
-        words = text.split()[:WORDS]
-        if len(words) > 3 and (short := " ".join(words)) not in kept:
-            kept.append(short)
-
-
-def sentences(text: str, most: int = 20) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+", text)[:most]
-
-
-def activities(options: Options) -> Classes:
-    """The sentences of HellaSwag about videos, by activity; a video a source."""
-    classes: Classes = defaultdict(lambda: defaultdict(list))
-    for row in rows(options.data / options.hellaswag):
-        if row["source_id"].startswith("activitynet"):
-            ending = f"{row['ctx_b']} {row['endings'][int(row['label'])]}"
-            add(classes, row["activity_label"], row["source_id"], (row["ctx_a"], ending))
-    return classes
-
-
-def kinds(options: Options) -> Classes:
-    """Sentences of eight sorts of text, by sort."""
-    classes: Classes = defaultdict(lambda: defaultdict(list))
-    data = options.data
-    for book in sorted((data / options.novels).glob("*.txt")):
-        add(classes, "novel", book.stem, book.read_text(encoding="utf-8").split("\n\n")[20:60])
-    for n, speech in enumerate((data / options.play).read_text(encoding="utf-8").split("\n\n")[:2000]):
-        add(classes, "play", f"play {n // 20}", [speech.partition("\n")[2]])
-    for n, meeting in enumerate(rows(data / options.meetings)):
-        add(classes, "meeting", f"meeting {n}", [turn["content"] for turn in meeting["meeting_transcripts"][:40]])
-    for n, paper in enumerate(rows(data / options.papers)):
-        add(classes, "paper", f"paper {n}", paper["source"][:3])
-    for report in rows(data / options.reports):
-        add(classes, "report", report["id"], sentences(report["document"], 200))
-    for n, row in enumerate(rows(data / options.articles)):
-        add(classes, "article", f"passage {n}", sentences(row["passage"], 3))
-    for language, name in (("English", options.english), ("Japanese", options.japanese)):
-        with open(data / name, encoding="utf-8") as file:
-            for n, line in enumerate(islice(file, 3000)):
-                add(classes, language, f"phrase {n}", [line])
-    return classes
-
-
-def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, Texts]:
-    """(texts to train on, texts of known classes, texts of new ones).
-
-    A fifth of the sources is asked about, and never shown. Classes are measured where they have texts enough; with
-    `new`, about half of those are kept from training.
-    """
-    train: dict[str, list[str]] = {}
-    measured = Texts({}, {}), Texts({}, {})
-    for label, sources in sorted(classes.items()):
-        shown = [text for source, texts in sources.items() if bucket(source) for text in texts]
-        asked = [text for source, texts in sources.items() if not bucket(source) for text in texts]
-        large = len(shown) >= SHOWN and len(asked) >= ASKED
-        unseen = new and large and bucket(label) < 2
-        if large:
-            measured[unseen].shown[label], measured[unseen].asked[label] = shown, asked
-        if shown and not unseen:
-            train[label] = shown
-    return train, *measured
-
-
-def bucket(name: str) -> int:
-    """0 to 4 by the name's hash, so that a source is always held out or never."""
-    return hashlib.sha256(name.encode()).digest()[0] % 5
-
-
-def line(text: str, label: str, name: str) -> str:
-    """A demonstration."""
-    return f"{text} -> {label} {name}\n"
-
-
-def tasks(families: Sequence[Mapping[str, Sequence[str]]], count: int, seed: int) -> Iterator[Document]:
-    """`count` tasks to learn the game from, a document each, of 2, 3 or 4 classes; from each family in turn."""
-    rng = random.Random(seed)
-    for n in range(count):
-        texts = families[n % len(families)]
-        names = rng.sample(NAMES, rng.randint(2, len(NAMES)))
-        named = list(zip(rng.sample(sorted(texts), len(names)), names, strict=True))
-        drawn = (rng.choice(named) for _ in range(EPISODE))
-        yield Document(f"task {n}", "".join(line(rng.choice(texts[label]), label, name) for label, name in drawn))
 
 
 # learning the game
@@ -264,9 +126,12 @@ def answers_of(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[Ten
             mark += [False] * len(begin) + [True] * (len(end) - 1) + [False]
         rows.append(row)
         marks.append(mark)
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return ids, torch.tensor([mark + [False] * (longest - len(mark)) for mark in marks])
+    return padded(rows), padded(marks)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """`[N,T]`, zeros (or False) on the right of shorter rows."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 # measuring
@@ -402,11 +267,9 @@ class Questions:
         begins = [tokenizer.encode(f"{text} ->") for text in texts]
         ends = [tokenizer.encode(f" {label}") for label in classes]
         rows = [begin + end for begin in begins for end in ends]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        for row, into in zip(rows, ids, strict=True):
-            into[: len(row)] = torch.tensor(row)
         begin = torch.tensor([len(begin) for begin in begins]).repeat_interleave(len(ends))
-        return Questions(ids, begin, torch.tensor(list(map(len, rows))), torch.tensor([name[0] for name in names]))
+        lengths = torch.tensor([len(row) for row in rows])
+        return Questions(padded(rows), begin, lengths, torch.tensor([name[0] for name in names]))
 
 
 def score(model: RetNet, memory: Memory, asked: Questions, answers: Tensor) -> float:

@@ -13,7 +13,7 @@ import tyro
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.plot import panels
+from retentive.bench.lab.plot import grid
 from retentive.bench.lab.tables import markdown
 from retentive.data.packed import Packed
 from retentive.train.log import read_metrics
@@ -82,7 +82,7 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right."""
-    figure, (left, right) = panels(title)
+    figure, ((left, right),) = grid(title, 1, 2)
     for axis, points, label in (
         (left, result["train_loss"], "training loss (nats per token)"),
         (right, result["held_out"], "held-out bits per byte"),

@@ -33,7 +33,7 @@ class Log:
         self._task = self._bar.add_task("", total=config.steps, completed=start)
         self._steps, self._start, self._began = config.steps, start, time.monotonic()
         self._last_print = time.monotonic()
-        self._held_out = ""
+        self._held_out, self._read = "", 0
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config) if config.wandb else None
 
@@ -71,6 +71,9 @@ class Log:
         self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
+        if last and result.bytes == self._read:
+            return  # it was all the text, and has been said
+        self._read = result.bytes
         size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
         which = " (the longer part, read once at the end)" if last else ""
         self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}")

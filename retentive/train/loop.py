@@ -163,9 +163,11 @@ def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int)
     """Evaluate and sample after `done` steps, where it is time to."""
     last = done == config.steps
     if hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
-        log.held_out(done, hooks.evaluate(model, config.eval_tokens))
-    if hooks.evaluate and last:
-        log.held_out(done, hooks.evaluate(model, 10 * config.eval_tokens), last=True)
+        found = hooks.evaluate(model, config.eval_tokens)
+        log.held_out(done, found)
+        if last:
+            whole = found.tokens < config.eval_tokens - 1  # there is no more text
+            log.held_out(done, found if whole else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
     if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
         log.sample(done, hooks.sample(model))
 

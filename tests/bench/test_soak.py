@@ -16,7 +16,9 @@ def test_a_short_soak_finds_nothing_wrong(tmp_path):
     assert set(result["left_over"].values()) == {0}
     counts = result["counts"]
     assert counts["status 200"] > 20 and counts["stream checked"] > 5 and counts["aborted"] > 0
-    assert "wrong replies" in soak.table(result)
+    assert soak.table(result).endswith("| wrong replies | 0 |")
+    bad = soak.table({**result, "wrong_count": 1, "wrong": ["whole: got 'a', expected 'b'"]})
+    assert bad.endswith("| wrong replies | 1 |\n\n- whole: got 'a', expected 'b'")
     soak.plot(result, tmp_path / "soak.png", title="t")
     assert (tmp_path / "soak.png").stat().st_size > 1000
 

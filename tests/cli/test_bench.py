@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from retentive.bench import decode, memory, step
+from retentive.bench import BENCHES, decode, memory, step
 from retentive.cli import bench, main
 from retentive.models import PRESETS
 
@@ -14,9 +14,9 @@ STEP = ["bench", "step", "--shapes", "small", "--device", "cpu"]
 HARDWARE = {"cpu": "a CPU", "threads": 2, "gpu": "a GPU"}
 
 
-@pytest.mark.parametrize("name", bench.MODULES)
+@pytest.mark.parametrize("name", BENCHES)
 def test_every_bench_has_the_one_shape(name):
-    module = importlib.import_module(bench.MODULES[name])
+    module = importlib.import_module(BENCHES[name])
     assert all(callable(getattr(module, part)) for part in ("Options", "measure", "table"))
     assert module.PICTURE is None or callable(module.plot)
 

@@ -53,20 +53,6 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
     assert stop.value.code == 2  # in a script it has failed all the same
 
 
-@pytest.mark.parametrize("name", ["stdin", "stdout"])
-def test_without_input_or_output_there_is_no_chat(name, place, monkeypatch, capsys):
-    """`<&-` and `>&-`: Python then has None there."""
-    monkeypatch.setattr(sys, name, None)
-    with pytest.raises(SystemExit) as stop:
-        main(["chat", "run"])
-    monkeypatch.undo()
-    error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and error == f"retentive: a chat needs a terminal or pipes: standard {name[3:]}put is closed\n"
-    )
-
-
 def test_what_is_remembered_grows_and_its_bytes_do_not(chat):
     lines = chat("/stats\nHello\n/stats\n" + "Tell me more of it.\n" * 3 + "/stats\n/forget\n/stats\n").split("\n")
     stats = [line for line in lines if "tokens read, remembered in" in line]

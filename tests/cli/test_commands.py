@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import retentive
+from retentive.bench import BENCHES
 from retentive.cli import (
     VERBS,
-    bench,
     chat,
     compare,
     convert,
@@ -32,15 +32,18 @@ from retentive.cli import (
 )
 from retentive.cli import eval as evaluation
 from retentive.cli import train as training
+from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.ops import backends
 from retentive.serve.options import Options
+from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
 
 COMMANDS = {
     "demo": demo.DemoCommand,
-    "data": data.DataConfig,
+    "data": data.DataCommand,
     "train": TrainRun,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
@@ -54,9 +57,10 @@ COMMANDS = {
     "convert": convert.ConvertCommand,
     "compare": compare.CompareCommand,
     "report": report.ReportCommand,
-    **{f"bench {name}": importlib.import_module(module).Options for name, module in bench.MODULES.items()},
+    **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
+INNER |= {"comparison": Comparison, "config": DataConfig}
 """Fields that are dataclasses themselves, whose fields are the command's."""
 
 
@@ -242,10 +246,10 @@ def test_a_loss_that_is_no_number_is_told_of_with_the_checkpoint_that_is_good(pl
     assert all(p.isfinite().all() for p in retentive.load("new")[0].parameters())
 
 
-def test_skipped_documents_are_told_of(place):
+def test_skipped_documents_are_told_of(place, capsys):
     Path("corpus/latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.warns(UserWarning, match=r"skipped 1 documents that are not UTF-8, the first is latin\.txt"):
-        main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
+    main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
+    assert "skipped 1 documents that are not UTF-8 text, the first is corpus/latin.txt" in capsys.readouterr().out
     assert sum(split["documents"] for split in json.loads(Path("new/meta.json").read_text())["splits"].values()) == 6
 
 
@@ -283,7 +287,9 @@ def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["info", size, "--vocab-size", "1000"])
     config = retentive.models.preset(size, vocab_size=1000)
-    assert f"{cost.parameters(config):,} parameters" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{cost.parameters(config):,} parameters" in shown
+    assert f"retention on this machine's CPU: {backends.describe()}" in shown
 
 
 def test_info_lists_the_sizes(capsys, monkeypatch):

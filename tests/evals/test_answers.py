@@ -131,7 +131,9 @@ def test_refused_before_anything_is_asked(case, bigram, tokenizer, write, refuse
     told = []
     with refuses(words):
         folder = write("piqa", [piqa("xxx", "yyy", 0)])
-        score_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, say=lambda *a: told.append(a), **how)
+        score_tasks(
+            bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, progress=lambda *a: told.append(a), **how
+        )
     assert told == []
 
 

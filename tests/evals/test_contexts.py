@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from retentive.cli import main
 from retentive.evals import contexts
 from retentive.evals.contexts import score_contexts
+from retentive.models import LanguageModel
 
 TEXTS = ["".join(chr(97 + (n * n + k) % 26) for n in range(400)) for k in range(3)] + ["too short"]
 
@@ -84,10 +85,10 @@ def test_a_hidden_number_is_asked_for_within_its_context(tokenizer, context):
     assert depths == sorted(depths) and depths[0] < 120 and depths[-1] > context - 320
 
 
-class Reader(torch.nn.Module):
+class Reader(LanguageModel):
     """Knows what it has read: of two characters, after those two, the ones that followed them before."""
 
-    keeps_state, device = True, torch.device("cpu")
+    state_type = object
 
     def __init__(self, sure: float):
         super().__init__()

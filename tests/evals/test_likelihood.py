@@ -44,7 +44,7 @@ def test_batches_states_and_chunks_change_nothing(model, monkeypatch, budget, ch
     monkeypatch.setattr(likelihood, "CHUNK", chunk)
     monkeypatch.setattr(likelihood, "HEAD", 5)
     asked, told = groups(), []
-    found = score(model, asked, share=share, say=told.append)
+    found = score(model, asked, share=share, progress=told.append)
     assert told[-1] == len(asked)
     for requests, scores in zip(asked, found, strict=True):
         for request, got in zip(requests, scores, strict=True):
@@ -57,7 +57,7 @@ def test_where_states_are_large_each_question_is_a_batch(model, monkeypatch):
     asked, told = groups(), []
     expected = score(model, asked)
     monkeypatch.setattr(likelihood, "STATES", 1)
-    for one, other in zip(score(model, asked, say=told.append), expected, strict=True):
+    for one, other in zip(score(model, asked, progress=told.append), expected, strict=True):
         assert [x.logprob for x in one] == pytest.approx([x.logprob for x in other], rel=1e-10)
     assert told == list(range(1, len(asked) + 1))
 

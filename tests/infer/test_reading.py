@@ -64,19 +64,19 @@ def reader():
 
 def test_progress_goes_from_nothing_to_all(reader, texts, tmp_path):
     told: list[Progress] = []
-    memory = write_memory(*reader, texts, tmp_path / "a.mem", tell=told.append)
+    memory = write_memory(*reader, texts, tmp_path / "a.mem", progress=told.append)
     assert [p.tokens for p in told[:2]] == [256, 512] and told[-1].tokens == memory.tokens
     shares = [p.share for p in told]
     assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[-1] == 1
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
     told.clear()
-    write_memory(*reader, [texts[0], tmp_path / "rows.jsonl"], tmp_path / "b.mem", tell=told.append)
+    write_memory(*reader, [texts[0], tmp_path / "rows.jsonl"], tmp_path / "b.mem", progress=told.append)
     assert {p.share for p in told} == {None}  # how much of those lines is text is not known before
 
 
 def test_progress_of_documents_read_apart(reader, texts, tmp_path):
     told: list[Progress] = []
-    memory = write_memory(*reader, texts, tmp_path / "a.mem", separate=True, tell=told.append)
+    memory = write_memory(*reader, texts, tmp_path / "a.mem", separate=True, progress=told.append)
     assert told[-1] == (memory.tokens, 1.0) and len(told) > 2 * 3  # each document twice, in several chunks
     tokens = [p.tokens for p in told]
     assert tokens == sorted(tokens)
@@ -92,10 +92,10 @@ def test_what_a_killed_process_had_read_is_there(reader, texts, tmp_path, monkey
             raise RuntimeError("kill -9")
 
     with pytest.raises(RuntimeError):
-        write_memory(*reader, texts, tmp_path / "a.mem", tell=killed)
+        write_memory(*reader, texts, tmp_path / "a.mem", progress=killed)
     assert head(tmp_path / "a.mem.unfinished")["tokens"] == 768
     first: list[Progress] = []
-    write_memory(*reader, texts, tmp_path / "a.mem", tell=first.append)
+    write_memory(*reader, texts, tmp_path / "a.mem", progress=first.append)
     assert first[0].tokens > 768
     assert show(tmp_path / "a.mem")["sources"] == whole.sources and not (tmp_path / "a.mem.unfinished").exists()
     got = load_memory(tmp_path / "a.mem").state
@@ -110,3 +110,11 @@ def test_what_is_left_out_of_a_folder_is_said(reader, tmp_path):
     said: list[str] = []
     write_memory(*reader, [tmp_path / "texts"], tmp_path / "a.mem", say=said.append)
     assert len(said) == 1 and ".png" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_read(reader, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
+    told: list[Progress] = []
+    with pytest.raises(PermissionError, match=r"cannot write to .*: choose another place for a\.mem"):
+        write_memory(*reader, texts, tmp_path / "a.mem", progress=told.append)
+    assert told == []

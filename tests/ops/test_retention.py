@@ -79,6 +79,8 @@ def test_shapes_are_checked_with_a_ring_too(refuses):
         retention(q, k[:, :2], v, log_decay, state=ring)
     with refuses("log_decay must be at most 0"):
         retention(q[:, :1], k[:, :1], v[:, :1], log_decay + 2, state=ring)
+    with refuses("at least one row and one token"):
+        retention(q[:, :0], k[:, :0], v[:, :0], log_decay, state=ring)
     assert ring.written.tolist() == [0, 0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from retentive.ops import retention, retention_step, rotary
+from retentive.ops import Ring, retention, retention_step, rotary
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.ops.rows import rms_norm, rotate
 from retentive.ops.transforms import transformed
@@ -83,6 +83,17 @@ def test_a_step_goes_forward_too(same):
     same(torch.func.jvp(step, tuple(inputs), tuple(tangents))[1], by_hand(step, inputs, tangents).detach(), CLOSE)
 
 
+def test_a_ring_has_no_derivative_and_retention_takes_its_state(refuses, same):
+    q, k, v, log_decay, state = tensors(1, torch.float64)
+    ring, d = Ring.open(state.clone(), state.dtype), torch.randn_like(q)
+    with refuses("a ring is updated in place and has no gradients"):
+        torch.func.jvp(lambda q: retention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state=ring)[0], (q,), (d,))
+    with torch.no_grad():
+        got = torch.func.jvp(lambda q: retention(q, k, v, log_decay, state=ring)[0], (q,), (d,))[1]
+    same(got, retention(d, k, v, log_decay, state=state)[0], EXACT)  # o is linear in q
+    assert not ring.written.any()
+
+
 COS, SIN = rotary.phases(torch.arange(9), 8, "half")
 WEIGHT, TARGETS = torch.randn(8), torch.tensor([3, -100, 6, 0, 2, 1, 5, 4, 0])
 AROUND = {
@@ -113,6 +124,25 @@ def test_the_loss_is_not_differentiated_twice_in_silence():
     (dx,) = torch.autograd.grad(cross_entropy(x, torch.eye(8)[:7], TARGETS).square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("way", ["inside", "dual"])
+def test_a_compiled_graph_loses_no_tangent(way, same):
+    (q, *others), d = tensors(5, torch.float64), torch.randn(B, 5, H, K, dtype=torch.float64)
+
+    def function(q):
+        return run(q, *others)
+
+    want = torch.func.jvp(function, (q,), (d,))[1]
+    torch._dynamo.reset()
+    if way == "inside":
+        compiled = torch.compile(lambda q, d: torch.func.jvp(function, (q,), (d,))[1], fullgraph=True, backend="eager")
+        same(compiled(q, d), want, EXACT)
+        return
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    same(compiled(q), function(q), EXACT)  # a graph that must not be taken for the next call
+    with forward_ad.dual_level():
+        same(forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, d))).tangent, want, EXACT)
 
 
 def test_outside_of_them_it_is_seen_that_there_is_none():

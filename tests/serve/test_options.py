@@ -24,8 +24,8 @@ def test_options_that_make_no_sense(refuses, tmp_path):
 
 def test_keys_of_the_environment_are_let_in_too():
     options = Options(api_key=("a",), slots=3)
-    assert options.with_keys_of({"RETENTIVE_API_KEY": " b, c ,,"}) == Options(api_key=("a", "b", "c"), slots=3)
-    assert options.with_keys_of({}) == options
+    assert options.with_environment_keys({"RETENTIVE_API_KEY": " b, c ,,"}) == Options(api_key=("a", "b", "c"), slots=3)
+    assert options.with_environment_keys({}) == options
 
 
 def test_origins_of_all_kinds_are_taken():

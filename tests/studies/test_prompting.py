@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections import defaultdict
 
 import pytest
 import torch
@@ -12,17 +11,10 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
 from retentive.studies import prompting
-from retentive.studies.prompting import NAMES, WAYS, Options, Texts
+from retentive.studies.prompting import WAYS, Options
+from retentive.studies.prompting_tasks import NAMES, Texts
 
 GROUPS = (1, 2, 4)
-
-
-def classes(count: int, sources: int) -> prompting.Classes:
-    found = defaultdict(lambda: defaultdict(list))
-    for c in range(count):
-        for s in range(sources):
-            prompting.add(found, f"class {c}", f"{c} source {s}", [f"one two {c} {s} {n}" for n in range(2)])
-    return found
 
 
 class Words(ByteTokenizer):
@@ -34,41 +26,6 @@ class Words(ByteTokenizer):
         for n, name in enumerate(NAMES):
             text = re.sub(rf" {name}(?=\n|$)", chr(0xE000 + n), text)
         return [257 + ord(c) - 0xE000 if ord(c) >= 0xE000 else ord(c) for c in text]
-
-
-def test_texts_are_short_new_and_kept_by_source():
-    found = classes(0, 0)
-    prompting.add(found, "c", "s", ["a b c", "a b c d", "a  b\nc d", " ".join("abcdefghijklmnop")])
-    assert found["c"]["s"] == ["a b c d", "a b c d e f"]
-
-
-@pytest.mark.parametrize("new", [False, True])
-def test_what_is_asked_was_never_shown(new):
-    found = classes(20, 100)
-    found["small"] = {"x": ["one two three four"]}
-    train, known, unseen = prompting.split(found, new=new)
-    assert set(known.asked) | set(unseen.asked) == set(found) - {"small"}
-    assert set(known.asked) <= set(train) and not set(unseen.asked) & set(train)
-    assert bool(unseen.asked) == new
-    for texts in (known, unseen):
-        for label, asked in texts.asked.items():
-            assert len(asked) >= prompting.ASKED and len(texts.shown[label]) >= prompting.SHOWN
-            assert not set(asked) & set(texts.shown[label]) and not set(asked) & set(train.get(label, ()))
-
-
-def test_tasks_name_classes_anew_and_are_the_same_for_a_seed():
-    texts = {f"class {c}": [f"text of {c} number {n}" for n in range(9)] for c in range(6)}
-    tasks = list(prompting.tasks([texts], 30, seed=3))
-    assert tasks == list(prompting.tasks([texts], 30, seed=3)) != list(prompting.tasks([texts], 30, seed=4))
-    namings = set()
-    for task in tasks:
-        lines = task.text.splitlines()
-        assert len(lines) == prompting.EPISODE
-        assert all(line.split(" -> ")[1].split(" ")[1] == line.split()[2] for line in lines)
-        pairs = {(line.split()[2], line[-1]) for line in lines}
-        assert len(pairs) == len({c for c, _ in pairs}) == len({n for _, n in pairs}) in (2, 3, 4)
-        namings.add(frozenset(pairs))
-    assert len(namings) > 20
 
 
 def test_classes_and_names_count_and_texts_do_not():
@@ -92,6 +49,24 @@ def test_learning_the_game_lowers_the_loss():
     assert len(losses) == 2 and losses[1] < 2 * math.log(4) / 3 < losses[0] and not model.training
     twice = [prompting.learn(config, Words(), [texts], steps=2, batch=1) for _ in range(2)]
     assert torch.equal(twice[0].head.weight, twice[1].head.weight)
+
+
+def test_the_model_is_trained_once_and_then_read(tmp_path, monkeypatch):
+    trained = []
+    found = {f"class {c}": {f"{c} source {s}": [f"one two {c} {s}"] for s in range(40)} for c in range(8)}
+
+    def learn(config, tokenizer, families, *, steps, say):
+        trained.append((steps, len(families)))
+        return build(config)
+
+    monkeypatch.setattr(prompting, "kinds", lambda options: found)
+    monkeypatch.setattr(prompting, "activities", lambda options: found)
+    monkeypatch.setattr(prompting, "learn", learn)
+    monkeypatch.setattr(prompting, "of_model", lambda model, _, sets, **how: (model.head.weight, list(sets), how))
+    options = Options(tmp_path, out=tmp_path / "model", steps=7, episodes=3)
+    (weight, sets, how), (again, *_) = prompting.measure(options), prompting.measure(options)
+    assert trained == [(7, 2)] and torch.equal(weight, again) and how["episodes"] == 3
+    assert sets == ["kinds of text", "activities", "activities never seen"]
 
 
 @pytest.fixture
@@ -155,40 +130,3 @@ def test_the_table_and_the_plot_show_what_was_measured(result, tmp_path, lines):
     assert set(lines) == set(WAYS)
     found = result["sets"]["letters"]["accuracy"]
     assert all(lines[w] == [(list(GROUPS), [found[w][str(m)][0] for m in GROUPS])] for w in WAYS)
-
-
-def test_the_texts_are_where_the_options_say(tmp_path):
-    """Every file that is read is named by an option; the classes are their sorts, the sources hold together."""
-    files = {
-        "books/a.txt": "\n\n".join(f"paragraph number {n} of a" for n in range(30)),
-        "a play.txt": "ANN:\nwhat a fine day it is\n\nBOB:\nit is not at all",
-        "meetings": json.dumps({"meeting_transcripts": [{"content": "let us begin now please"}]}),
-        "papers": json.dumps({"source": ["we show that it works"]}),
-        "reports": json.dumps({"id": "r1", "document": "The first of its sentences. The second of its sentences."}),
-        "articles": json.dumps({"passage": "A passage of an article."}),
-        "en": "a phrase of four\n",
-        "ja": "this stands for Japanese\n",
-        "videos": json.dumps(
-            {"source_id": "activitynet~1", "activity_label": "Ice fishing", "label": "1", "ctx_a": "a man kneels on",
-             "ctx_b": "he", "endings": ["flies away from it", "waits for a fish"]}
-        ),
-    }  # fmt: skip
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    names = ("play", "meetings", "papers", "reports", "articles", "english", "japanese", "hellaswag")
-    paths = ("a play.txt", "meetings", "papers", "reports", "articles", "en", "ja", "videos")
-    options = Options(tmp_path, novels="books", **dict(zip(names, paths, strict=True)))
-    found = {label: dict(sources) for label, sources in prompting.kinds(options).items()}
-    assert found["novel"] == {"a": [f"paragraph number {n} of a" for n in range(20, 30)]}
-    assert found["play"] == {"play 0": ["what a fine day it is", "it is not at all"]}
-    assert found["report"] == {"r1": ["The first of its sentences.", "The second of its sentences."]}
-    assert set(found) == {"novel", "play", "meeting", "paper", "report", "article", "English", "Japanese"}
-    videos = {"Ice fishing": {"activitynet~1": ["a man kneels on", "he waits for a fish"]}}
-    assert prompting.activities(options) == videos
-    with pytest.raises(FileNotFoundError, match="missing"):
-        prompting.kinds(Options(tmp_path, novels="books", play="missing"))
-
-
-def test_sentences_are_cut_at_their_ends():
-    assert prompting.sentences("One two. Three? Four! Five", 3) == ["One two.", "Three?", "Four!"]

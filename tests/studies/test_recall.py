@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from retentive.models import LanguageModel
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import recall
 from retentive.studies.recall import KEYS, VALUES, Options, Rows, accuracy, rows
@@ -28,12 +29,14 @@ def test_rows_are_a_function_of_seed_and_step():
     assert one[0].ids.numel() <= 256
 
 
-class Oracle(torch.nn.Module):
+class Oracle(LanguageModel):
     """Knows what followed each token first, or something else."""
+
+    device = torch.device("cpu")
 
     def __init__(self, right: bool):
         super().__init__()
-        self.embed, self.head, self.right = torch.nn.Embedding(1, 1), torch.nn.Identity(), right
+        self.head, self.right, self.device = torch.nn.Identity(), right, torch.device("cpu")
 
     def hidden(self, ids):
         first = (ids[:, None, :] == ids[:, :, None]).int().argmax(-1)  # where each token stands first

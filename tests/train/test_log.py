@@ -31,6 +31,15 @@ def test_an_evaluation_at_the_end_is_told_from_the_one_before_it(tmp_path, capsy
     ]
 
 
+def test_what_was_all_the_text_is_told_once_and_recorded_twice(tmp_path, capsys):
+    with Log(tmp_path, TrainConfig(steps=2), start=0) as log:
+        for last in (False, True):
+            log.held_out(2, HeldOut(2.0, 3.0, 40, 12_345), last=last)
+    assert capsys.readouterr().err == "step 2: held-out 3.000 bits per byte of 12.3 kB\n"
+    kinds = [set(json.loads(line)) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "bits_per_byte" in kinds[0] and "final_bits_per_byte" in kinds[1]
+
+
 def test_tensorboard_reads_what_was_written(tmp_path):
     pytest.importorskip("tensorboard", reason="the extra `log` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -176,6 +176,18 @@ def test_metrics_tell_every_step_and_evaluation(run, metrics):
     assert asked == [50, 50, 50, 500]
 
 
+def test_held_out_text_that_is_read_whole_is_not_read_again(run, metrics):
+    """Of 30 tokens 29 are predicted: more cannot be asked for."""
+    asked = []
+
+    def evaluate(model, tokens):
+        asked.append(tokens)
+        return HeldOut(2.0, 3.0, 29, 1000)
+
+    lines = metrics(run("a", steps=1, eval_tokens=50, evaluate=evaluate))
+    assert asked == [50] and lines[-1]["final_bits_per_byte"] == 3.0
+
+
 def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run):
     seen = {}
 

@@ -12,11 +12,6 @@ from retentive import machine
 T = TypeVar("T")
 
 
-def mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """The machine's rates around a group of measurements."""
-    return {name: (before[name] + after[name]) / 2 for name in before}
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The least, the median and the most of them."""
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}

@@ -8,18 +8,8 @@ STYLES = {"fp32": "-", "bf16": "--", "fp16": ":"}
 """Lines of the dtypes."""
 
 
-def panels(title: str) -> tuple[Any, Any]:
-    """(figure, two axes side by side), to draw on and then `figure.savefig(path, dpi=120)`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    figure, axes = grid(title, 1, 2)
-    return figure, axes[0]
-
-
 def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
-    """(figure, axes `[rows, columns]`), each of `size` inches.
+    """(figure, axes `[rows, columns]`), each of `size` inches, to draw on and then `figure.savefig(path, dpi=120)`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -37,7 +37,6 @@ def test_the_rate_of_a_run_is_the_mean_of_before_and_after(monkeypatch):
 
 
 def test_numbers_of_several_measurements():
-    assert clock.mean({"read": 1.0}, {"read": 3.0}) == {"read": 2.0}
     assert clock.spread([4.0, 1.0, 2.0]) == {"least": 1.0, "median": 2.0, "most": 4.0}
 
 
