@@ -46,5 +46,5 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, refuses):
         model = build(RetNetConfig(vocab_size=vocab, dim=32, layers=1, heads=2))
         save_model(tmp_path / str(vocab), model, ByteTokenizer())
     assert open_service(tmp_path / "300").tokenizer.vocab_size == 257
-    with refuses("the tokenizer has 257 tokens, the model 4096: they do not belong together"):
+    with refuses("the tokenizer has 257 tokens, the model 4,096: they do not belong together"):
         open_service(tmp_path / "4096")
