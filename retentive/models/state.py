@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from retentive.files import write_tensors
+from retentive.files import load_tensors, write_tensors
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.ops import Ring
 from retentive.ops.ring import slots
@@ -346,12 +345,7 @@ def load_state(path: str | Path) -> State:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no state file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): save the state again") from None
+    tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
 
