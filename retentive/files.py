@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: written beside their place, then moved there (an atomic rename).
+"""Files that appear whole or not at all: written under another name beside the target, then renamed over it.
 
-A full disk, a crash or a Ctrl-C leaves what was there before as it was. Two processes at once on one folder are kept
-apart by `only_writer`.
+A rename is atomic, so that a full disk, a crash or a Ctrl-C leaves what was there before. `only_writer` keeps two
+processes from writing one folder at once.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Call each function with a path beside its own, then move all files there: all are new, or all as they were.
+    """Writes several files that belong together: all are new afterwards, or all are as they were.
+
+    Args:
+        files: for each path the function that writes its content, called with a temporary path beside it.
 
     Raises:
         OSError: the disk is full or not writable; nothing has changed.
@@ -33,8 +36,8 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
         for path, write in files.items():
             partial[path].unlink(missing_ok=True)
             write(partial[path])
-            with open(partial[path], "rb") as file:
-                os.fsync(file.fileno())
+            _flush_to_disk(partial[path])
+        # All that can fail for want of space has been done by now: no file is renamed before the last one is written.
         for path in files:
             partial[path].replace(path)
     finally:
@@ -43,28 +46,28 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as an indented JSON file."""
+    """Writes `value` as an indented JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8, line ends as they are."""
+    """Writes `text` in UTF-8, its line ends kept as they are, whole or not at all."""
     write_together({path: lambda partial: partial.write_text(text, encoding="utf-8", newline="\n")})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, readable by whoever may read other new files."""
+    """Writes one safetensors file, whole or not at all, with the permissions that new files have here."""
     write_together({path: lambda partial: save_tensors(partial, tensors, metadata)})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """As `write_tensors`, but right at `path`: for the functions that `write_together` and `replace_folder` call.
+    """As `write_tensors`, but directly to `path`: for the functions that `write_together` and `replace_folder` call.
 
     Raises:
-        OSError: it could not be written (the library's own error is none).
+        OSError: it could not be written (safetensors itself raises an error of another kind).
     """
     path.touch()
-    mode = path.stat().st_mode  # what the umask gives; safetensors' own files are for their owner alone
+    mode = path.stat().st_mode  # as the umask has it; safetensors makes files that their owner alone may read
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
@@ -72,8 +75,27 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path.chmod(mode)
 
 
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of one safetensors file.
+
+    Raises:
+        ValueError: it is cut short, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copied, since get_tensor gives views of the mapped file: they would keep all of it in memory, and reading
+            # one after somebody has cut the file short would end the process (SIGBUS).
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): copy or save it again") from None
+
+
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
-    """What `write` returns, called with a folder beside `path`, which is then moved there in place of what was.
+    """What `write` returns, which fills a new folder; that folder then replaces the one at `path`.
+
+    Args:
+        write: called with a temporary folder beside `path`. Puts files into it, no folders.
 
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
@@ -82,11 +104,12 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = partial.with_suffix(".old")
     try:
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
         result = write(partial)
         for file in partial.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+            _flush_to_disk(file)
+        # A folder cannot be renamed over one that holds files. Killed between the two renames, a process leaves
+        # `old`, which the next `only_writer` puts back.
         if path.exists():
             path.replace(old)
         try:
@@ -101,20 +124,29 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _flush_to_disk(file: Path) -> None:
+    """Else a power cut may leave an empty file under the new name: a rename can reach the disk before the data."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Holds the lock beside `path`, its folder made and what a killed `replace_folder` left there cleaned up.
+    """No other process writes `path` in this block, by a lock file beside it.
+
+    The parent folder is made, and what a killed `replace_folder` has left is cleaned up.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process is writing it.
         OSError: nothing can be written there.
+        ValueError: a path that ends in no name, such as "." or "/".
     """
     if not path.name:
         raise ValueError(f"cannot write {path}: give a folder with a name of its own")
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()  # FileLock takes some errors of the disk for another process
+        lock.touch()  # on some errors of the disk FileLock would say that another process holds it
         held = FileLock(lock, timeout=0)
         held.acquire()
     except Timeout:
@@ -126,16 +158,17 @@ def only_writer(path: Path) -> Iterator[None]:
         _clear_partial(path)
         yield
     finally:
-        with suppress(OSError):  # Windows keeps files that are open
+        # Removed while it is held: after the release another process might hold it already, and lose its file.
+        with suppress(OSError):  # Windows removes no file that is open
             lock.unlink()
         held.release()
 
 
 def _clear_partial(path: Path) -> None:
-    """Deletes unfinished folders of `path`; one killed between its two moves gets back what was there."""
-    made = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(partial|old)")
-    for left in [entry for entry in path.parent.iterdir() if made.fullmatch(entry.name)]:
-        if left.suffix == ".old" and not path.exists():
-            left.replace(path)
+    """Deletes what killed calls of `replace_folder` left beside `path`; puts back a folder that was moved away only."""
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(partial|old)")  # as mkdtemp names them
+    for entry in [entry for entry in path.parent.iterdir() if temporary.fullmatch(entry.name)]:
+        if entry.suffix == ".old" and not path.exists():
+            entry.replace(path)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""This machine: its devices and their names, the memory that is free and held, its rates of multiplying and reading."""
+"""This machine: its devices and their names, how much memory is free and in use, how fast it multiplies and reads."""
 
 import contextlib
 import ctypes
@@ -17,15 +17,20 @@ import torch
 from retentive import __version__
 
 STATUS = Path("/proc/self/status")
+"""What Linux says of this process."""
+MEMORY = Path("/proc/meminfo")
+"""What Linux says of the memory of the system."""
 READ = 1 << 29
-"""Bytes that are read for the bandwidth: more than any cache holds."""
+"""Bytes that are read to measure the bandwidth of memory: more than any cache holds."""
+UNBOUNDED = 1 << 62
+"""Bytes that are free, where the system does not say."""
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU where there is one.
 
     Raises:
-        ValueError: a name that is none, or of a device that is not here.
+        ValueError: no name of a device, or that of one which this machine does not have.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -42,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores, GPU, versions: what every results file carries."""
+    """Processor, cores, GPU, versions: what every file of results records about the machine."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
@@ -57,7 +62,7 @@ def describe() -> dict[str, str | int]:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name with its family and model, as far as the system tells it."""
+    """The processor's name with its family and model; less where the system does not say."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or platform.machine()
@@ -74,60 +79,69 @@ def cpu_name() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc use the memory of freed tensors again; where there is another C library, nothing.
+    """Has glibc keep the memory of freed tensors for the next ones; with another C library it does nothing.
 
-    By default large blocks go back to the system at once, and getting them anew, page by page, costs a training step on
-    a CPU a tenth of its time (docs/LOG.md).
+    By default large blocks go back to the system at once, and faulting them in again, page by page, costs a training
+    step on a CPU a tenth of its time (docs/LOG.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+    mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which free() would unmap
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def give_back_freed_memory() -> None:
-    """Hands to the system what this process has freed and glibc keeps; with another C library, nothing."""
+    """Returns to the system what this process has freed and glibc keeps; with another C library it does nothing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_workers() -> None:
-    """Ends the OpenMP workers of the calling thread, which come back when it computes again.
+    """Ends the OpenMP workers of the calling thread; they are made again when it computes again.
 
-    Each thread that computes has workers of its own. Where there are more of them than cores, GNU's OpenMP lets them
-    sleep between two operations in place of spinning, and a small model's step takes twice as long (docs/LOG.md).
+    Each thread that computes has a pool of workers of its own. With more of them than cores, GNU's OpenMP has them
+    sleep between two operations instead of spinning, and a step of a small model takes twice as long (docs/LOG.md).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another runtime, or none
-        ctypes.CDLL(None).omp_pause_resource_all(1)
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # 1 is omp_pause_soft: thread-private data stay
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had now: of the GPU, or of the system, as far as it tells (else no bound).
+    """Bytes that can be allocated now: on the GPU, or in the system's memory (UNBOUNDED where it does not say).
 
-    What this process has freed and kept is given back first.
+    What this process has freed but not returned is returned first.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     give_back_freed_memory()
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return 1 << 62
-    lines = info.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = _bytes_in(MEMORY, "MemAvailable")
+    return UNBOUNDED if free is None else free
 
 
 def held_memory(key: str = "VmRSS") -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM its high-water mark, VmData what was asked for.
+    """Bytes that this process holds: resident now (VmRSS), the most so far (VmHWM), or reserved (VmData).
 
-    Without /proc the high-water mark, whatever the key.
+    Where the system does not say, the most so far, whatever the key.
     """
-    if STATUS.exists():
-        line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(key + ":"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = _bytes_in(STATUS, key)
+    if held is not None:
+        return held
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _bytes_in(file: Path, key: str) -> int | None:
+    """The number of a line such as `VmRSS:  1234 kB`, in bytes; None without the file (no Linux) or the line."""
+    if not file.is_file():
+        return None
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    return None  # sandboxes such as gVisor leave lines out
 
 
 def peak_memory(device: torch.device) -> int:
@@ -136,18 +150,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Bytes held now, from which on the high-water mark rises again (where there is no /proc: the mark so far)."""
+    """Bytes held now, to which the high-water mark is set back (where that is not possible: the mark so far)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    if STATUS.exists():
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if STATUS.is_file():
+        with contextlib.suppress(OSError):  # a container may forbid it
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: VmHWM becomes VmRSS
     return peak_memory(device)
 
 
 def take_no_more_than_is_free() -> None:
-    """From now on an allocation beyond nine tenths of what is free fails, instead of the machine with it."""
-    if STATUS.exists():
+    """From now on an allocation beyond nine tenths of what is free fails, instead of the whole machine."""
+    if STATUS.is_file():
         free = free_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (held_memory("VmData") + free * 9 // 10,) * 2)
 
@@ -156,7 +171,7 @@ def take_no_more_than_is_free() -> None:
 
 
 def clock(device: torch.device, run: Callable[[], Any]) -> float:
-    """Seconds that `run` takes, waiting for the GPU by its own events."""
+    """Seconds that `run` takes; on a CUDA GPU by its own events, so that launching kernels does not count."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -170,9 +185,14 @@ def clock(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, *, size: int = 0, repeats: int = 6) -> float:
-    """FLOP/s of a large matrix product in `dtype`, measured now: of `size` rows and columns, by default large ones."""
+    """FLOP/s of a matrix product in `dtype`, measured now, the best of `repeats`.
+
+    Args:
+        size: rows and columns; 0 for as many as saturate the device.
+    """
     n = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    # item() waits for devices that `clock` knows no events of; n^3 multiply-adds are two FLOPs each
     return 2 * n**3 / min(clock(device, lambda: (a @ b).sum().item()) for _ in range(repeats))
 
 
@@ -182,7 +202,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
-    """Bytes/s of summing rows (the fastest reader that torch has) and of copying (read and write counted)."""
+    """Bytes/s of reading (by summing rows, which torch does fastest) and of copying (read and written both count)."""
     x = numbers(device, size)
     y = torch.empty_like(x)
     copy = min(clock(device, lambda: y.copy_(x)) for _ in range(10))
@@ -190,7 +210,7 @@ def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
 
 
 def numbers(device: torch.device, size: int = READ) -> torch.Tensor:
-    """`size` bytes to read, in rows."""
+    """A tensor of `size` bytes to read: rows of 4096 float32."""
     return torch.ones(size // 4 // 4096, 4096, device=device)
 
 

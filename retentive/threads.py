@@ -1,12 +1,12 @@
-"""Threads that leave room for a neighbour: how long they wait by spinning, and how many a piece of work is worth.
+"""Threads that leave room for other processes: how long they spin while they wait, and how many a step should use.
 
-Between two parallel regions the threads of OpenMP wait by spinning, for milliseconds at a time, as if the machine were
-theirs. Beside another busy process that is how a program stops: a region ends when its last thread does, and that one
-waits for a core which another is spinning on. With the default, decoding with a model of 130 M parameters falls to a
-third of its speed beside one busy process on one of two cores, and with a longer spin to a tenth; a bounded spin keeps
-half of it and costs nothing while the machine is quiet (docs/threads.md has the figures).
+Between two parallel regions OpenMP's threads spin, for milliseconds at a time, as if no other program were running.
+Beside another busy process that stalls a program: a region ends when its last thread does, and that one waits for a
+core which another thread is spinning on. With the default, decoding with a model of 130 M parameters falls to a third
+of its speed beside one busy process on one of two cores, and with a longer spin to a tenth; a bounded spin keeps half
+of it and costs nothing on an idle machine (docs/threads.md has the figures).
 
-Imports no torch: `bound_spinning` must come before it.
+This module does not import torch: `bound_spinning` must run before torch is loaded.
 """
 
 import contextlib
@@ -15,23 +15,24 @@ import sys
 from collections.abc import Iterator
 
 SPIN = "1500"
-"""Iterations of GNU OpenMP's waiting loop, some microseconds. Fewer, and threads are asleep when the next region of a
-quiet machine begins; more, and they hold the core that a neighbour's time slice should end on."""
+"""Iterations of GNU OpenMP's waiting loop, some microseconds. With fewer, threads are asleep when the next region
+begins on an idle machine; with more, they hold the core that another process is waiting for."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-WORTH = 10_000_000
+"""Environment variables by which users choose how threads wait."""
+WORK_PER_THREAD = 10_000_000
 """Multiply-adds of one step that are worth a thread: below twice that a second one gains less than it costs."""
 
 
 def bounded_spin() -> dict[str, str]:
-    """What the environment of a process needs for a bounded spin; nothing where the user has said how threads wait."""
+    """Environment variables of a process whose threads spin a bounded time; none where the user has set them."""
     return {} if any(name in os.environ for name in WAITING) else {"GOMP_SPINCOUNT": SPIN}
 
 
 def bound_spinning() -> bool:
-    """Whether threads will wait in a bounded spin from now on, by GNU OpenMP, which torch's own wheels for Linux have.
+    """Bounds the spinning of this process's threads; returns whether it did.
 
-    The environment variable is read when the library is loaded, so nothing changes once torch is imported; nor where
-    the user has said how threads wait. Processes that this one starts inherit it.
+    Works with GNU OpenMP, which torch's own wheels for Linux bring. That library reads the variable when it is loaded,
+    so nothing is changed once torch is imported; nor where the user has set it. Child processes inherit it.
     """
     spin = {} if "torch" in sys.modules else bounded_spin()
     os.environ.update(spin)
@@ -40,14 +41,14 @@ def bound_spinning() -> bool:
 
 @contextlib.contextmanager
 def threads_for(multiply_adds: int) -> Iterator[int]:
-    """As many threads as the work is worth, at least one and at most as many as there were; those are back afterwards.
+    """Runs the block with as many threads as the work is worth, at most as many as there were; yields their number.
 
-    A token of a small model is over before a second thread has begun, and alone a thread waits for nobody.
+    A token of a small model is over before a second thread has begun, and one thread alone waits for no other.
     """
-    import torch
+    import torch  # see the module: it must be possible to import this one first
 
     before = torch.get_num_threads()
-    threads = max(1, min(before, multiply_adds // WORTH))
+    threads = max(1, min(before, multiply_adds // WORK_PER_THREAD))
     if threads != before:
         torch.set_num_threads(threads)
     try:

@@ -4,6 +4,7 @@ Lazy imports count. A room without a floor is an error: it gets one here first.
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,13 @@ PACKAGE = Path(retentive.__file__).parent
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+parse = cache(ast.parse)  # several tests look at the same trees
+
+
 def modules(package: Path) -> list[tuple[Path, ast.Module]]:
     """Each module's path below the package, and its tree."""
     files = sorted(package.rglob("*.py"))
-    return [(file.relative_to(package), ast.parse(file.read_text(encoding="utf-8"), str(file))) for file in files]
+    return [(file.relative_to(package), parse(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def room_of(path: Path) -> str:

@@ -8,12 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.files import save_tensors, write_together
+from retentive.files import load_tensors, save_tensors, write_together
 from retentive.machine import pick_device
 from retentive.models import Config, HybridConfig, LanguageModel, PeerConfig, RetNetConfig, TransformerConfig, build
 
@@ -149,17 +148,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f" (it has {other[0]}, but pickled weights are never loaded: convert them)" if other else ""
             raise FileNotFoundError(f"{folder} holds no {file.name}{hint}")
-        tensors |= read_file(file)
+        tensors |= load_tensors(file)[0]
     return tensors
-
-
-def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}): copy or save it again") from None
 
 
 def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder: Path) -> None:

@@ -16,17 +16,17 @@ from retentive.ops.rows import rotate
 
 
 class Phases(NamedTuple):
-    """What depends on positions alone and so is the same in every layer."""
+    """What depends on positions alone, computed once for all layers."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
-    starts: list[int]  # [N], position of each sequence's first token: slots of a cache are sliced by Python's integers
+    starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the slots of a cache
 
 
 class Attention(nn.Module):
     """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is (keys, values), each `[N,S,kv_heads,K]`, S slots.
 
-    The token at position p lies in slot p. A cache handed in is written in place and must have the slots for it.
+    The token at position p lies in slot p. A cache that is passed in is written in place and must have enough slots.
     """
 
     def __init__(self, D: int, *, heads: int, kv_heads: int):
@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask_BTS: Tensor | None = None
     ) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA has heads before tokens
         mask = None if mask_BTS is None else mask_BTS[:, None]
         grouped = self.kv_heads != self.H
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
@@ -77,25 +77,25 @@ class Attention(nn.Module):
         positions: Positions,
         starts: list[int],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Write k and v to their slots, attend to all slots up to each token's own."""
+        """Writes k and v to their slots, then attends to all slots up to each token's own."""
         B, T = k.shape[:2]
         if cache is None:
             cache = (torch.zeros_like(k), torch.zeros_like(v))
         keys, values = cache
         S = max(starts) + T
-        same = min(starts) == max(starts)
-        if same and positions.valid is None:
+        aligned = min(starts) == max(starts)
+        position_BT = positions.of_token.expand(B, T)
+        if aligned and positions.valid is None:
             keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
         else:
-            index = positions.of_token.expand(B, T)
-            rows, columns = torch.ones_like(index, dtype=torch.bool).nonzero(as_tuple=True)
-            if positions.valid is not None:
-                rows, columns = positions.valid.nonzero(as_tuple=True)
-            slots = index[rows, columns]
+            # Padding must not be written: its positions may be those of real tokens, whose slots it would overwrite.
+            written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
+            rows, columns = written.nonzero(as_tuple=True)
+            slots = position_BT[rows, columns]
             keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
-        mask_BTS = None
-        if not (same and T == 1):
-            mask_BTS = torch.arange(S, device=k.device) <= positions.of_token.expand(B, T)[..., None]
+        mask_BTS = None  # needless where each row has one token, the last of all slots: SDPA's fast path takes no mask
+        if not (aligned and T == 1):
+            mask_BTS = torch.arange(S, device=k.device) <= position_BT[..., None]
         return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
 
     def _packed(
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Sequence after sequence: on CPU, SDPA has no packed form, and one masked call would be quadratic in all of T.
 
-        While training no cache is kept: padded to the longest sequence, it would outweigh the batch.
+        While training no cache is kept: padded to the longest sequence, it would be larger than the batch.
         """
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and not self.training:
@@ -111,19 +111,19 @@ class Attention(nn.Module):
             cache = (k.new_zeros(len(spans), S, *k.shape[2:]), v.new_zeros(len(spans), S, *v.shape[2:]))
         out = []
         for n, (a, b, start) in enumerate(spans):
-            if start == 0:
+            if start == 0:  # no past: plain causal attention, SDPA's fast path
                 out.append(self._attend(q[:, a:b], k[:, a:b], v[:, a:b], causal=True))
                 if cache is not None:
                     cache[0][n, : b - a], cache[1][n, : b - a] = k[0, a:b], v[0, a:b]
                 continue
             assert cache is not None  # a sequence that has a past comes with its cache
             here = positions_of(1, b - a, torch.tensor([start], device=k.device), None, None, k.device)
-            one = (cache[0][n : n + 1], cache[1][n : n + 1])
+            one = (cache[0][n : n + 1], cache[1][n : n + 1])  # views: what `_cached` writes is in the cache returned
             out.append(self._cached(q[:, a:b], k[:, a:b], v[:, a:b], one, here, [start])[0])
         return torch.cat(out, 1), cache
 
     def reset_parameters(self) -> None:
-        """Xavier with the gains of the retention layer, so that the twins start alike."""
+        """Xavier with the gains of the retention layer, so that twins start alike."""
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)

@@ -12,12 +12,12 @@ ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
 class FeedForward(nn.Module):
     """`[..., D]` -> `[..., D]` through width F, no biases."""
 
-    def __init__(self, D: int, F_: int, *, activation: str = "swish", gated: bool = True):
+    def __init__(self, D: int, width: int, *, activation: str = "swish", gated: bool = True):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_proj = nn.Linear(D, F_, bias=False)
-        self.up_proj = nn.Linear(D, F_, bias=False) if gated else None
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.gate_proj = nn.Linear(D, width, bias=False)
+        self.up_proj = nn.Linear(D, width, bias=False) if gated else None
+        self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation(self.gate_proj(x))

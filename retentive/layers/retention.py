@@ -22,19 +22,20 @@ from retentive.ops.rows import rotate
 
 
 class Phases(NamedTuple):
-    """What depends on positions alone and so is the same in every layer; float32, or float64 in a float64 model."""
+    """What depends on positions alone, computed once for all layers; float32, or float64 in a float64 model."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     q_scale: Tensor  # [T or 1, H] or [B, T, H]: K^-1/2, times the row norm
-    log_decay: Tensor  # [H]; empty where each layer computes it from x
+    log_decay: Tensor  # [H]; empty where each layer computes its own from x (decay "gated")
 
 
 class MultiScaleRetention(nn.Module):
-    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, a different decay for each head.
+    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, with a decay of its own for each head.
 
-    Where one token comes without gradients the state becomes a Ring, and later tokens go into that in place. Decays and
-    phases are no buffers: they are computed when needed, and no cast of the module reaches them.
+    A call with one token and without gradients is decoding: the state then becomes a Ring, which later tokens are
+    written to in place. Decays and phases are not buffers but computed for each call, so that no `.half()` of the
+    module reaches them.
     """
 
     def __init__(
@@ -87,15 +88,17 @@ class MultiScaleRetention(nn.Module):
         k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, self.rotary)
         log_decay = phases.log_decay
         if self.decay_proj is not None:  # a decay per token, gated retention (YOCO, arXiv 2405.05254)
+            # 16 is that paper's temperature: without it a fresh head would forget half at every token
             log_decay = F.logsigmoid(self.decay_proj(x).to(phases.cos.dtype)) / 16
-        if positions.valid is not None:  # padding writes nothing and does not decay
+        if positions.valid is not None:  # k = 0 and no decay: padding leaves the state as it is
             k_BTHK = k_BTHK * positions.valid[..., None, None]
             log_decay = log_decay * positions.valid[..., None]
         if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
             k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
 
         if x.shape[1] == 1 and positions.cu_seqlens is None and not torch.is_grad_enabled():
-            state = Ring.over(state, k_BTHK, v_BTHV)  # decoding, from here on in place
+            state = Ring.over(state, k_BTHK, v_BTHV)
+        # scale 1: q_scale has 1/sqrt(K) and the row norm, which differs by position
         o, state = retention(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
         if self.head_norm is not None:
             o = self.head_norm(o)

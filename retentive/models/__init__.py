@@ -1,4 +1,7 @@
-"""RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with."""
+"""RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with.
+
+build(config_of("retnet", "5m", vocab_size=257))      a model by its name and size
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -62,10 +65,12 @@ def build(config: Config) -> LanguageModel:
 
 
 def config_of(name: str, size: str, *, vocab_size: int, **changes: Any) -> Config:
-    """The config of a model by its name, in a named size: "retnet", "transformer" (its twin), "hybrid", or a peer's.
+    """The config of a model in a named size.
 
     Args:
-        changes: fields of the RetNet's config (of the hybrid's) that are not the size's; the others follow them.
+        name: "retnet", "transformer" (its twin), "hybrid", or the kind of a peer.
+        changes: fields of the RetNet's config, or of the hybrid's, that differ from the size's. Twins and peers are
+            made as wide as the RetNet with these changes.
 
     Raises:
         ValueError: an unknown name, size or field; the known ones are named.
@@ -75,7 +80,7 @@ def config_of(name: str, size: str, *, vocab_size: int, **changes: Any) -> Confi
 
 
 def matching(name: str, config: RetNetConfig) -> Config:
-    """The config of the model of that name which is as wide and deep as a RetNet, with about its parameters."""
+    """The config of the model `name` that is as wide and deep as this RetNet and has about as many parameters."""
     if name == "retnet":
         return config
     if name == "transformer":

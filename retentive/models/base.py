@@ -1,4 +1,4 @@
-"""What every model here is to the floors above: `LanguageModel`, of tokens (or embeddings) and a state.
+"""What every model here offers to the rest of the package: `LanguageModel`, from tokens (or embeddings) and a state.
 
 x, state = model.hidden(ids, state)      [B,T,D], what the output matrix is applied to
 logits = model.head(x)                   [B,T,vocab]
@@ -21,17 +21,17 @@ class LanguageModel(nn.Module):
     """
 
     config: Any
-    """What it is made of: a frozen dataclass with vocab_size, dim, layers and tie_embeddings at least."""
+    """A frozen dataclass that has at least vocab_size, dim, layers and tie_embeddings."""
     embed: nn.Embedding
     head: nn.Linear
     blocks: nn.ModuleList
-    """Its blocks, first to last: what is compiled, recomputed or sharded one by one."""
+    """Its blocks, first to last: they are compiled, recomputed or sharded one by one."""
     state_type: ClassVar[Any] = None
-    """The kind of state that it goes on from; None for one that keeps none."""
+    """The class of its states; None for a model that keeps no state."""
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it can go on from where it stopped; without, it can be trained and scored, not decoded."""
+        """Whether it can go on from where it stopped; a model that cannot is trained and scored, not decoded."""
         return self.state_type is not None
 
     @property
@@ -75,12 +75,12 @@ class LanguageModel(nn.Module):
 
         Args:
             ids: int64 `[B,T]`.
-            state: the state to go on from, of B sequences (N with cu_seqlens), which is used up; from the beginning if
-                not given.
-            embeds: `[B,T,D]` in place of ids, for inputs that are no tokens.
-            cu_seqlens: `[N+1]`, with B = 1: where the N sequences packed into the row begin and end.
+            state: the state to go on from, of B sequences (N with cu_seqlens); None for the beginning. It may be
+                written in place: use the one that comes back, or `clone()` it before.
+            embeds: `[B,T,D]` instead of ids, for inputs that are not tokens.
+            cu_seqlens: `[N+1]`, with B = 1: where the N sequences packed into the row begin, and where the last ends.
             lengths: `[B]` valid tokens a row, padding right, or `[B,2]` begin and end of the valid tokens. Padding is
-                exact: what it yields is meaningless, and nothing else depends on it.
+                exact: its own logits are meaningless, and nothing else depends on it.
 
         Raises:
             ValueError: no token, shapes that do not fit, or another model's state.
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
     def begin(
         self, ids: Tensor | None, state: Any, embeds: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Positions]:
-        """Embedded tokens `[B,T,D]` and their positions: with that every `hidden` begins."""
+        """Embedded tokens `[B,T,D]` and their positions; the first step of every `hidden`."""
         if state is not None:
             self._check(state)
         x = self.embed(ids) if embeds is None else embeds
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         return x, positions_of(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
 
     def _check(self, state: Any) -> None:
-        """Whose state is it?"""
+        """Raises ValueError where the state is of another kind of model, or of one with another number of blocks."""
         name, kind = type(self).__name__, self.state_type
         if kind is None or not isinstance(state, kind):
             wanted = "no state" if kind is None else f"a {kind.__name__}"
@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the state is of {state.blocks} blocks, this {name} has {len(self.blocks)}")
 
     def reset_parameters(self) -> None:
-        """torchscale's choice: embedding and output N(0, 1/D), mixing layers see there, the rest as nn.Linear does."""
+        """torchscale's choice: embedding and output N(0, 1/D), mixing layers as they say, the rest as nn.Linear."""
         for matrix in (self.embed.weight, self.head.weight):
             nn.init.normal_(matrix, std=self.config.dim**-0.5)
         for block in self.blocks:

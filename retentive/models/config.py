@@ -1,7 +1,7 @@
 """What a model is made of: RetNetConfig, TransformerConfig, HybridConfig, the named sizes, and the twin of a RetNet.
 
-Every variant of the architecture that published weights use is a field here, so that torchscale's and fla's models
-are this one with other values.
+Every variant of the architecture that published weights use is a field here: torchscale's and fla's models are this
+one with other values. No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,9 +12,10 @@ from retentive.ops import decay as decays
 from retentive.ops import rotary as rotaries
 
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
-WIDEST = 2**20
-"""Of every other whole number. What is larger is a slip, and the machine would be lost in building it."""
+LIMIT = 2**20
+"""Of every other whole number. What is larger is a typing error, and building it would take all memory."""
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""What messages call the types of fields."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RetNetConfig:
     ffn_gate: bool = True
     """A gated feed-forward layer of three matrices; if not, the paper's first one, of two."""
     decay: str | tuple[float, ...] = "lm"
-    """How heads forget: lm, paper, none, gated (from the token itself), or log(gamma) of each head."""
+    """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
     rotary: str = "interleaved"
     """Pairs and angles of the rotation: interleaved (torchscale) or half (fla)."""
     score_norm: bool = True
@@ -67,15 +68,15 @@ class RetNetConfig:
     """Dropout of embeddings and of each sublayer's output while training."""
 
     def __post_init__(self):
-        fill = object.__setattr__  # the one place where a frozen config sets its own derived defaults
+        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
         check_fields(self)
         _positive(self, "vocab_size", "dim", "layers", "heads")
         fill(self, "kv_heads", self.kv_heads or self.heads)
         fill(self, "key_dim", self.key_dim or self.dim)
         unit = 8 * self.heads
-        fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))
+        fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))  # -(-a // b) rounds up
         fill(self, "ffn_dim", self.ffn_dim or self.value_dim)
-        _positive(self, "kv_heads", "key_dim", "value_dim", "ffn_dim")
+        _positive(self, "kv_heads", "key_dim", "value_dim", "ffn_dim")  # again: the user may have given negative ones
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} {getattr(self, name)} is not divisible by heads {self.heads}: change either")
@@ -87,11 +88,11 @@ class RetNetConfig:
         _one_of("rotary", self.rotary, rotaries.VARIANTS)
         if not isinstance(self.decay, str):
             try:
-                fill(self, "decay", tuple(float(x) for x in self.decay))
+                fill(self, "decay", tuple(float(x) for x in self.decay))  # JSON has lists, which are not hashable
             except (TypeError, ValueError):
                 raise ValueError(f"decay must be a name or a log decay for each head, got {self.decay!r}") from None
         if self.decay != "gated":
-            decays.values(self.decay, self.heads)
+            decays.values(self.decay, self.heads)  # raises for an unknown name, or decays for other heads
         elif self.score_norm:
             raise ValueError(
                 "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
@@ -101,7 +102,7 @@ class RetNetConfig:
 
 @dataclass(frozen=True)
 class HybridConfig(RetNetConfig):
-    """A RetNet some of whose blocks are its twin's: attention, of as many parameters."""
+    """A RetNet of which some blocks are those of its twin: attention, with as many parameters."""
 
     attention_every: int = 4
     """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention."""
@@ -159,23 +160,23 @@ class TransformerConfig:
 
 
 OwnConfig = RetNetConfig | TransformerConfig
-"""Of the architectures that are written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
+"""The config of an architecture written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
 
 
 def check_fields(config) -> None:
-    """Looks at each field's type and size, since a JSON file may hold anything.
+    """Raises ValueError where a field holds another type than its own, or a whole number beyond any model's.
 
-    Raises:
-        ValueError: a value of another type than the field's, or a whole number far beyond any model's.
+    A config may come from a JSON file, which may hold anything.
     """
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
         if kind not in KINDS:
-            continue  # a decay, of several types
+            continue  # decay has several types, and a check of its own
         allowed = (int, float) if kind is float else kind
+        # bool is a subclass of int: True would pass for the number 1
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
             raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
-        most = LIMITS.get(field.name, WIDEST)
+        most = LIMITS.get(field.name, LIMIT)
         if kind is int and value > most:
             raise ValueError(f"{field.name} must be at most {most:,}, got {value:,}")
 
@@ -209,6 +210,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
             0: every head has its own.
     """
     shared = config.kv_heads / config.heads
+    # All in units of D parameters: what one block of the RetNet has, less what the twin's attention takes.
     retention = (1 + shared) * config.key_dim + (shared + (2 if config.gate else 1)) * config.value_dim
     feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
     attention = 2 * config.dim * (1 + (kv_heads or config.heads) / config.heads)
@@ -218,7 +220,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
         layers=config.layers,
         heads=config.heads,
         kv_heads=kv_heads,
-        ffn_dim=round((feed_forward + retention - attention) / 3),
+        ffn_dim=round((feed_forward + retention - attention) / 3),  # SwiGLU has three matrices
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
         dropout=config.dropout,
@@ -226,15 +228,19 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
 
 
 def of_one_kind(config: OwnConfig) -> list[Any]:
-    """The config; of a hybrid that of a RetNet and that of a Transformer which have its blocks between them."""
+    """The configs whose blocks are all alike: this one; of a hybrid a RetNet's and a Transformer's, in this order.
+
+    The two have the hybrid's blocks between them, so that costs and states of a hybrid are sums over both.
+    """
     if not isinstance(config, HybridConfig):
         return [config]
-    attend = sum(map(config.attends, range(config.layers)))
+    attending = sum(map(config.attends, range(config.layers)))
     same = {f.name: getattr(config, f.name) for f in fields(RetNetConfig)}
-    return [RetNetConfig(**same | {"layers": config.layers - attend}), replace(twin(config), layers=attend)]
+    return [RetNetConfig(**same | {"layers": config.layers - attending}), replace(twin(config), layers=attending)]
 
 
 def _small(dim: int, layers: int, heads: int) -> dict:
+    """Tied embeddings: untied, they would be most of a small model's parameters."""
     return dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True)
 
 
@@ -266,7 +272,7 @@ def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> d
 
 
 PRESETS: dict[str, dict] = {
-    # one dial for small machines, named by the parameters of their blocks
+    # our own series for small machines, named by the parameters of the blocks
     "1m": _small(128, 5, 2),
     "2m": _small(192, 5, 3),
     "5m": _small(256, 6, 4),
@@ -292,7 +298,7 @@ PRESETS: dict[str, dict] = {
 
 
 def preset(size: str, *, vocab_size: int, kind: type[RetNetConfig] = RetNetConfig, **changes) -> RetNetConfig:
-    """The RetNet of a named size (or a hybrid, by `kind`), fields changed as given.
+    """The config of a RetNet of a named size (or of a hybrid, by `kind`), fields changed as given.
 
     Raises:
         ValueError: an unknown size (the known ones are named) or an unknown field.

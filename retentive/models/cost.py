@@ -11,7 +11,7 @@ from retentive.models.peers import Peer, PeerConfig
 
 
 def block_parameters(config: OwnConfig | PeerConfig) -> int:
-    """Parameters of the blocks, without embedding, output and last norm (which a peer's count, small, includes)."""
+    """Parameters of the blocks, without embedding, output and last norm (a peer's count includes that norm)."""
     if isinstance(config, PeerConfig):
         return parameters(config) - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return sum(c.layers * (_matrices(c) + _vectors(c)) for c in of_one_kind(config))
@@ -37,17 +37,17 @@ def _vectors(c: OwnConfig) -> int:
 def parameters(config: OwnConfig | PeerConfig) -> int:
     """All parameters; tied embeddings count once."""
     if isinstance(config, PeerConfig):
-        with torch.device("meta"):
+        with torch.device("meta"):  # built without memory, only to be counted
             return sum(p.numel() for p in Peer(config).parameters())
     c = config
     embeddings = c.vocab_size * c.dim * (1 if c.tie_embeddings else 2)
     retnet = isinstance(c, RetNetConfig)
-    norms = (1 + c.embed_norm if c.final_norm else int(c.embed_norm)) if retnet else 1
+    norms = c.final_norm + c.embed_norm if retnet else 1
     return block_parameters(c) + embeddings + norms * c.dim
 
 
 def matrix_parameters(config: OwnConfig) -> int:
-    """Parameters that every token is multiplied with: the blocks' matrices and the output."""
+    """Parameters that every token is multiplied with: the blocks' matrices and the output, not the embedding."""
     blocks = sum(c.layers * _matrices(c) for c in of_one_kind(config))
     return blocks + config.vocab_size * config.dim
 
@@ -57,6 +57,7 @@ def flops_per_token(config: OwnConfig, context: int) -> int:
     mixing = 0
     for c in of_one_kind(config):
         retains = isinstance(c, RetNetConfig)
+        # two multiply-adds of 2 FLOPs: k v and q S for each number of the state, or q k and p v for each token before
         mixing += c.layers * 4 * (c.key_dim // c.heads * c.value_dim if retains else c.dim * context)
     return 2 * matrix_parameters(config) + mixing
 
@@ -89,7 +90,7 @@ def cache_bytes(config: TransformerConfig, context: int, *, sequences: int = 1, 
 
 
 def memory_bytes(config: OwnConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """What a model remembers `context` tokens in: the constant state, the growing cache, or some of both."""
+    """Bytes in which a model remembers `context` tokens: a state of constant size, a growing cache, or both."""
     return sum(
         state_bytes(c, sequences=sequences)
         if isinstance(c, RetNetConfig)
@@ -99,14 +100,14 @@ def memory_bytes(config: OwnConfig, context: int, *, sequences: int = 1, bytes_p
 
 
 def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:
-    """Context from which the state is smaller than the other's cache."""
+    """Tokens of context from which on the state is smaller than the other's cache."""
     return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
 
 
 def least_training_bytes(config: OwnConfig | PeerConfig, tokens: int) -> int:
-    """Bytes that no training step of so many tokens at a time can do without; a real one takes more.
+    """Bytes that a training step on so many tokens at a time needs at the very least; a real one takes more.
 
-    Weights, gradients and AdamW's two moments in float32; the tokens and their targets; and the input of every block,
-    which even a backward pass that recomputes all else must keep.
+    Weights, gradients and AdamW's two moments in float32 (4 x 4 bytes a parameter); the tokens and their targets
+    (2 x 8 bytes each); and the float32 input of every block, which even a backward pass that recomputes all else keeps.
     """
     return 16 * parameters(config) + tokens * (16 + 4 * config.dim * config.layers)

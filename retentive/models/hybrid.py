@@ -1,4 +1,4 @@
-"""Hybrid: a RetNet in which every n-th block attends, and so recalls what a state of constant size has let go.
+"""Hybrid: a RetNet in which every n-th block is attention, which recalls what a state of constant size has forgotten.
 
 Its blocks are those of `retnet.py` and of the twin in `transformer.py`, unchanged. Its memory grows, n times slower
 than the Transformer's. Source: the hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427),
@@ -41,7 +41,7 @@ class Hybrid(RetNet):
     ) -> tuple[Tensor, HybridState]:
         """What the output matrix `head` is applied to, `[B,T,D]`, and the state; arguments as for `forward`."""
         x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
-        retention = self.blocks[0].phases(positions, x.dtype)
+        retention = self.blocks[0].phases(positions, x.dtype)  # never attention: attention_every is at least 2
         attention = self.blocks[self.config.attention_every - 1].phases(positions, x.dtype)
         cache = None if state is None else state.cache.reserve(max(attention.starts) + x.shape[1])
         layers: list[Any] = []

@@ -1,7 +1,7 @@
-"""Other people's architectures of the transformers library (extra `peers`), behind our interface, to compare with.
+"""Peers: other architectures, from the transformers library (extra `peers`), behind our interface, to compare with.
 
-They train in our loop, on our data, with our loss and output matrix; what mixes tokens and how it is initialised is
-theirs. They have no state of ours: they can be trained and scored, not served.
+They train in our loop, on our data, with our loss and output matrix; how they mix tokens and initialise their blocks is
+theirs. Their states are not those of `state.py`: they can be trained and scored, not decoded or served.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from retentive.models.base import LanguageModel
 from retentive.models.config import RetNetConfig, check_fields, twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
+"""The names that transformers itself gives these architectures."""
 
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """What a peer of a RetNet is made of; `peer` chooses the numbers."""
+    """The config of a peer; the function `peer` chooses the numbers for a RetNet."""
 
     kind: str
-    """llama, mamba, mamba2 or rwkv, transformers' own names."""
+    """llama, mamba, mamba2 or rwkv."""
     vocab_size: int
     """Rows of the embedding."""
     dim: int
@@ -29,9 +30,9 @@ class PeerConfig:
     layers: int
     """Blocks."""
     heads: int
-    """Heads, of what has some."""
+    """Heads, where the architecture has them."""
     ffn_dim: int
-    """Width of the feed-forward layer, of what has one."""
+    """Width of the feed-forward layer, where the architecture has one."""
     tie_embeddings: bool = False
     """Use the embedding as the output matrix."""
 
@@ -55,10 +56,11 @@ class PeerConfig:
 
 
 def peer(config: RetNetConfig, kind: str) -> PeerConfig:
-    """A model of another kind, as wide as the RetNet and with about its parameters.
+    """The config of a model of another kind that is as wide as the RetNet and has about as many parameters.
 
-    Llama is the twin. A block of Mamba has some 6 D^2 parameters and no feed-forward layer, half of a RetNet's block:
-    there are twice as many. RWKV's time mixing has 4 D^2 and the gate of its channel mixing D^2.
+    Llama has the twin's numbers. A block of Mamba has some 6 D^2 parameters and no feed-forward layer, half of a
+    RetNet's block: it gets twice as many blocks. RWKV's time mixing has 4 D^2, and its channel mixing, of two matrices,
+    a gate of D^2 more.
     """
     other = twin(config)
     ffn = (3 * other.ffn_dim - config.dim) // 2 if kind == "rwkv" else other.ffn_dim
@@ -90,7 +92,7 @@ class Peer(LanguageModel):
             raise ModuleNotFoundError(
                 f"{config.kind} is a model of the transformers library: pip install 'retentive[peers]'"
             ) from None
-        self.config, self.blocks = config, nn.ModuleList()  # none that training could wrap
+        self.config, self.blocks = config, nn.ModuleList()  # empty: the library's blocks cannot be wrapped one by one
         self.backbone: Any = AutoModel.from_config(AutoConfig.for_model(config.kind, **config.theirs()))
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -119,6 +121,7 @@ class Peer(LanguageModel):
         if cu_seqlens is None:
             return self.backbone(ids, use_cache=False).last_hidden_state, None
         counts = cu_seqlens.diff().tolist()
-        rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)  # causal: what follows is unseen
+        # A row a sequence, padded on the right: all are causal, so that no token sees the padding after it.
+        rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)
         x = self.backbone(rows, use_cache=False).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])[None], None

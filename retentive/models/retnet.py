@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim, activation=config.activation, gated=config.ffn_gate)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
-        """What depends on positions alone: of one block, for all."""
+        """What depends on positions alone; one block computes it for all."""
         return self.retention.phases(positions, dtype)
 
     def forward(
@@ -85,7 +85,7 @@ class RetNet(LanguageModel):
         return RetentionState.empty(self.config, batch, self.dtype, self.device)
 
     def begin(self, *inputs: Any) -> tuple[Tensor, Positions]:
-        """As for every model, then scaled, normalised and dropped out as the config says."""
+        """As for every model; then scaled and normalised as the config says, with dropout."""
         x, positions = super().begin(*inputs)
         if self.config.embed_scale:
             x = x * self.config.dim**0.5

@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
-        """What depends on positions alone: of one block, for all."""
+        """What depends on positions alone; one block computes it for all."""
         return self.attention.phases(positions, dtype)
 
     def forward(
@@ -44,7 +44,7 @@ class Block(nn.Module):
 class Transformer(LanguageModel):
     """`model(ids) -> (logits, state)`, then `model(more_ids, state)`; the state is a KVCache.
 
-    With cu_seqlens in training mode the state comes back without keys and values (see `Attention`).
+    With cu_seqlens in training mode the state that comes back has no keys and values (see `Attention`).
     """
 
     config: TransformerConfig
@@ -78,6 +78,7 @@ class Transformer(LanguageModel):
         x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
         x = F.dropout(x, self.config.dropout, self.training)
         phases = self.blocks[0].phases(positions, x.dtype)
+        # Room for all new tokens before any block writes: a block cannot make its cache larger, only fill it.
         cache = None if state is None else state.reserve(max(phases.starts) + x.shape[1])
         pairs = []
         for i, block in enumerate(self.blocks):

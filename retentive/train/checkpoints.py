@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from retentive.checkpoint.io import read_file
-from retentive.files import replace_folder, save_tensors, write_json
+from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 
 
@@ -73,7 +72,7 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         return 0, None
     folder = found[-1]
     step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
-    weights, moments = read_file(folder / "model.safetensors"), read_file(folder / "optimizer.safetensors")
+    weights, moments = (load_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "optimizer"))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])

@@ -151,7 +151,10 @@ def test_settled_it_has_no_rings_and_goes_on(kind, make, goes_on):
     layers = [] if kind == "transformer" else (settled.retention if kind == "hybrid" else settled).layers
     assert not any(isinstance(x, Ring) for x in layers)
     goes_on(model, list(ids), settled.clone())
-    goes_on(model, list(ids), state)  # which is as it was
+    goes_on(model, list(ids), state.clone())  # which is as it was
+    state.rollback(1)  # in place: the settled one stays where it is, and a hybrid's two parts stay together
+    assert settled.position.tolist() == [5, 5] or settled is state
+    assert kind != "hybrid" or state.cache.position.tolist() == state.position.tolist() == [4, 4]
 
 
 @both

@@ -142,7 +142,12 @@ def test_a_compiled_graph_loses_no_tangent(way, same):
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     same(compiled(q), function(q), EXACT)  # a graph that must not be taken for the next call
     with forward_ad.dual_level():
-        same(forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, d))).tangent, want, EXACT)
+        try:
+            got = compiled(forward_ad.make_dual(q, d))
+        except torch._dynamo.exc.Unsupported as refused:  # by torch 2.15 itself
+            assert "tangent" in str(refused)
+        else:
+            same(forward_ad.unpack_dual(got).tangent, want, EXACT)
 
 
 def test_outside_of_them_it_is_seen_that_there_is_none():

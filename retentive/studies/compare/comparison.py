@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from filelock import FileLock
 
 from retentive.bench.lab.tables import known
 from retentive.data.packed import Packed
+from retentive.files import write_text
+from retentive.machine import pick_device
 from retentive.models import preset
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
@@ -23,6 +26,7 @@ from retentive.studies.compare.records import Run, check_hardware, machines, rec
 from retentive.studies.compare.summary import report
 from retentive.studies.compare.variants import VARIANTS, changes
 from retentive.train import TrainConfig, TrainRun
+from retentive.train.loop import pick_precision
 from retentive.train.run import FREE
 
 
@@ -131,12 +135,22 @@ class Comparison:
         self.check()
         runs = self.plan()
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0
-        tasks = [
-            Task(run, self.out / run.name, self.about(run), json.dumps([self.described(), run, threads]))
-            for run in runs
-        ]
+        told, precision = self.described(), self.precision()
+        orders = [json.dumps([told, run, precision, threads]) for run in runs]
+        tasks = [Task(r, self.out / r.name, self.about(r), order) for r, order in zip(runs, orders, strict=True)]
         work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()
+
+    def precision(self) -> str:
+        """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""
+        if self.train.precision != "auto":
+            return self.train.precision
+        file = self.out / ".precision"
+        self.out.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.out / ".precision.lock"):
+            if not file.is_file():
+                write_text(file, pick_precision("auto", pick_device(self.train.device)))
+            return file.read_text(encoding="utf-8")
 
     def result(self) -> dict[str, Any]:
         """What came of the runs that are done: `summary.report`, the machines, and all that decided it."""

@@ -99,7 +99,9 @@ def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
 def table(result: dict[str, Any]) -> str:
     """Rows and laws in Markdown."""
     heads = ["size", "variant", "parameters", "seeds", "bits per byte", "± ", f"against {result['baseline']}", "±"]
-    heads += ["recalled", "others", "tokens/s", "memory"]
+    heads += ["recalled", "others", "tokens/s"]
+    measured = any(row["memory"] is not None for row in result["rows"])  # not in results of old
+    heads += ["memory"] * measured
     lines = []
     several = len({row["lr"] for row in result["rows"]}) > 1
     for row in sorted(result["rows"], key=lambda row: (row["block_parameters"] // 10**5, row["bits_per_byte"])):
@@ -112,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
             _number(row["others"], ".3f"),
         ]
         memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f} GB"
-        cells += [f"{row['tokens_per_second']:,.0f}", memory]
+        cells += [f"{row['tokens_per_second']:,.0f}", *[memory] * measured]
         lines.append(cells)
     notes = ["* The best rate of each; differences are taken between these."] if several else []
     notes += [

@@ -1,6 +1,6 @@
 """One run of a comparison, trained and scored in this process, which is made for it.
 
-python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], threads]'
+python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], precision, threads]'
 """
 
 import json
@@ -10,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +27,21 @@ from retentive.studies.compare.comparison import Comparison
 from retentive.studies.compare.queue import STOPPED, TAKEN, Task
 from retentive.studies.compare.records import RECORD, Run
 from retentive.train import Interrupted
+from retentive.train.config import Precision
+from retentive.train.directory import read_options
 from retentive.train.log import read_metrics
 
 
-def train_and_score(comparison: Comparison, run: Run) -> dict[str, Any]:
+def train_and_score(comparison: Comparison, run: Run, precision: Precision) -> dict[str, Any]:
     """What came of the run: its record. A loss that is not a number is something that came of it too."""
     record = run._asdict() | {"name": run.name, "about": comparison.about(run), "hardware": machine.describe()}
     device = pick_device(comparison.train.device)
     before = machine.reset_peak_memory(device)
+    training = comparison.train_run(run)
+    if not read_options(training.out):  # one that goes on keeps its own
+        training = replace(training, train=replace(training.train, precision=precision))
     try:
-        comparison.train_run(run).run(quiet=True)
+        training.run(quiet=True)
     except FloatingPointError as error:
         return record | {"failed": str(error)}
     record["memory"] = machine.peak_memory(device) - before  # of training: scoring is no part of its cost
@@ -73,7 +79,7 @@ def end_with_the_parent(parent: int) -> None:
 
 def main(order: str) -> int:
     """Exit code: 0 done, TAKEN where another process is at the run, STOPPED where a signal came (all is saved)."""
-    raw, fields, threads = json.loads(order)
+    raw, fields, precision, threads = json.loads(order)
     comparison, run = Comparison.from_description(raw), Run(*fields)
     machine.keep_freed_memory()
     if threads:
@@ -82,7 +88,7 @@ def main(order: str) -> int:
     folder = comparison.out / run.name
     try:
         with Task(run, folder, {}, "").lock:
-            record = train_and_score(comparison, run)
+            record = train_and_score(comparison, run, precision)
             folder.mkdir(exist_ok=True)
             write_json(folder / RECORD, record)
     except Timeout:

@@ -62,6 +62,15 @@ def test_a_worker_is_told_the_whole_comparison(comparison):
     assert Comparison.from_description(told.described()) == told
 
 
+def test_what_precision_auto_means_is_decided_once(comparison, monkeypatch):
+    """Measured by each run on a machine that is busy now and then, two variants could train in different ones."""
+    found = iter(["bf16", "fp32"])
+    monkeypatch.setattr("retentive.studies.compare.comparison.pick_precision", lambda *_: next(found))
+    assert [comparison.precision(), comparison.precision()] == ["bf16", "bf16"]
+    fixed = replace(comparison, out=comparison.out / "other", train=TrainConfig(precision="fp32"))
+    assert fixed.precision() == "fp32" and not fixed.out.exists()
+
+
 def test_a_run_is_what_train_would_do_at_its_rate_and_seed(comparison):
     run = replace(comparison, variants=("gated",), seeds=(5,), lrs=(3e-3,)).plan()[0]
     made = comparison.train_run(run)
