@@ -72,10 +72,10 @@ def run(command: DemoCommand) -> None:
     console.rule("1. Text: the Python standard library")
     prepare(console, data, command)
     console.rule("2. Training")
-    made = planned(command, data)
-    tokens = f"{made.batch} x {made.length} tokens"
-    console.print(f"{made.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
-    made.run()
+    training = planned(command, data)
+    tokens = f"{training.batch} x {training.length} tokens"
+    console.print(f"{training.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
+    training.run()
     model, tokenizer = load_with_tokenizer(command.out)
     assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
