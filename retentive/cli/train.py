@@ -53,7 +53,7 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
     """What the function of --recipe FILE.py returns, and the arguments without it.
 
     Raises:
-        ValueError: the file is no recipe, or has an error; the message names its line.
+        ValueError: the file is no recipe, or has an error, named with its line.
     """
     # --recipe is taken out before tyro sees it: the recipe is tyro's default
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
