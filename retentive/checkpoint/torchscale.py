@@ -23,6 +23,7 @@ TABLE = [
     ("blocks.{i}.retention.v_proj.weight", "layers.{i}.retention.v_proj.weight"),
     ("blocks.{i}.retention.g_proj.weight", "layers.{i}.retention.g_proj.weight"),
     ("blocks.{i}.retention.out_proj.weight", "layers.{i}.retention.out_proj.weight"),
+    # what it calls gate is multiplied with, and fc1 goes through the activation
     ("blocks.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.fc1.weight"),
     ("blocks.{i}.ffn.up_proj.weight", "layers.{i}.ffn.gate.weight"),
     ("blocks.{i}.ffn.down_proj.weight", "layers.{i}.ffn.fc2.weight"),
@@ -100,6 +101,7 @@ def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str,
     out = rename(tensors, TABLE)
     if config.tie_embeddings:  # its state_dict has both names; safetensors stores no two names of one memory
         out["output_projection.weight"] = out["embed_tokens.weight"].clone()
+    # One angle for each pair of neighbouring features, as in `ops.rotary`; computed in float64, kept in float32.
     half = config.key_dim // config.heads // 2
     angle = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
     out["retnet_rel_pos.angle"] = angle.repeat_interleave(2).float()

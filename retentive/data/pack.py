@@ -255,7 +255,7 @@ def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
     """(ids, UTF-8 bytes, whether the document ends here) of piece after piece."""
     batch: list[tuple[str, bool]] = []
-    waiting = 0
+    waiting = 0  # characters in the batch
 
     def flush() -> Iterator[tuple[list[int], int, bool]]:
         texts = [piece for piece, _ in batch]
@@ -264,7 +264,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
         batch.clear()
 
     for document in documents:
-        left = len(document.text)
+        left = len(document.text)  # 0 after its last piece; an empty document has none, and yields nothing
         for piece in pieces(document.text):
             left -= len(piece)
             waiting += len(piece)
@@ -317,6 +317,7 @@ def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype:
                 ends.append(tokens)
                 if tokens >= shard_tokens:
                     break
+    # Ends are few, and wait in memory; ids are written as they come.
     with open(target.with_suffix(".idx"), "wb") as file:
         _write(file, np.array(ends, "<u8").tobytes())
     return Shard(tokens, len(ends), digest.hexdigest())

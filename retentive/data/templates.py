@@ -213,6 +213,7 @@ def _compile(source: str) -> Any:
             raise ValueError(f"it reaches for {attribute!r} of {type(obj).__name__}, which is out of its sandbox")
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            # "%999999999d" % 1 pads to any width, and 9 ** 9 ** 9 computes without end
             if operator != "*" and (isinstance(left, str) or operator == "**"):
                 raise ValueError(f"the operator {operator} is not allowed here")
             if operator == "*" and _length(left) * _length(right) > MOST_CHARACTERS:

@@ -95,10 +95,7 @@ def train(
             return run
         if done == 0:
             save_model(run, model, directory.tokenizer)  # so that the run can be loaded before its first checkpoint
-        # MFU, model FLOPs utilisation (PaLM, arXiv 2204.02311): of the rate of one large product on this machine
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        flops = cost.training_flops_per_token(model.config, batches.length)
-        mfu_per_rate = flops / gemm_rate(device, dtype, size=1024, repeats=4)
+        mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
             for step in range(done, config.steps):
@@ -179,6 +176,16 @@ def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int)
             log.held_out(done, found if whole else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
     if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
         log.sample(done, hooks.sample(model))
+
+
+def utilisation(model: Model, length: int, config: TrainConfig, device: torch.device) -> float:
+    """MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) of one token a second.
+
+    The peak that it is a fraction of is the rate of a large matrix product on this machine, measured now.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    flops = cost.training_flops_per_token(model.config, length)
+    return flops / gemm_rate(device, dtype, size=1024, repeats=4)
 
 
 def resumed_line(done: int, steps: int, planned: int) -> str:

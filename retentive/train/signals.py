@@ -46,6 +46,7 @@ def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
 
+    # Whoever had a handler gets it back: a notebook, pytest, or a program that trains in between.
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
