@@ -1,4 +1,9 @@
-"""Models on disk: our own folders, and those of torchscale and flash-linear-attention in both directions."""
+"""Models on disk: our own folders, and those of torchscale and flash-linear-attention (fla) in both directions.
+
+io          `load` and `save_model`: any layout in, the one that is asked for out
+torchscale, fla    that project's config fields and tensor names, each with the same five functions
+keys        renaming tensors by a table, and the checks that both share
+"""
 
 from retentive.checkpoint.io import (
     load,

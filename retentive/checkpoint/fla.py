@@ -28,17 +28,22 @@ UNFUSED = ("blocks.{i}.retention.head_norm.weight", "model.layers.{i}.attn.g_nor
 
 
 def recognises(config: dict) -> bool:
+    """Whether a config.json is of this project."""
     return config.get("model_type") == "retnet" and "hidden_size" in config
 
 
 def read_config(config: dict) -> RetNetConfig:
-    """Ours from its RetNetConfig fields, its defaults where they are left out."""
+    """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
+
+    Raises:
+        ValueError: it asks for what is not supported here.
+    """
     # use_short_conv and conv_size are fields that its model never passes on to its layers
     refuse(config, "fla", attn=None, feature_map=None, attnres_block_size=None)
     dim = config.get("hidden_size", 2048)
     ffn = config.get("intermediate_size")
     if ffn is None:
-        ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)
+        ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)  # its own rule: up to 256s
     activation = config.get("hidden_act", "swish")
     return RetNetConfig(
         vocab_size=config.get("vocab_size", 32000),
@@ -61,13 +66,17 @@ def read_config(config: dict) -> RetNetConfig:
 
 
 def _ratio(width: int, dim: int) -> float:
-    """width / dim, as much above as fla's int(dim * ratio) needs to be width again."""
+    """width / dim, or the next float above: fla's int(dim * ratio) rounds down, and must give width again."""
     ratio = width / dim
     return ratio if int(dim * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def write_config(config: RetNetConfig) -> dict:
-    """Its fields for a config of ours that its architecture can express."""
+    """The fields of its config.json for a config of ours.
+
+    Raises:
+        ValueError: its architecture cannot express it; all fields that differ are named.
+    """
     shared = dict(decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True, activation="swish")
     require(config, "fla", **shared, embed_scale=False, embed_norm=False, final_norm=True)
     return {
@@ -90,7 +99,7 @@ def write_config(config: RetNetConfig) -> dict:
 
 
 def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
-    """Our names. Files from before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
+    """The tensors by our names. Files from before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
     out = {}
     for name, x in tensors.items():
         if name.endswith("rotary.inv_freq"):
@@ -100,10 +109,10 @@ def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, 
         else:
             out[name] = x
     if config.tie_embeddings:
-        out.pop("lm_head.weight", None)
+        out.pop("lm_head.weight", None)  # a copy of the embedding, where it is stored at all
     return rename(out, flip([*TABLE, UNFUSED]))
 
 
 def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
-    """Its names."""
+    """The tensors by its names."""
     return rename(tensors, TABLE if config.gate else [UNFUSED, *TABLE])

@@ -21,13 +21,13 @@ KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": Hyb
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PADDING = 1024
-"""Rows that an embedding may have beyond its tokenizer's tokens: vocabularies are rounded up to such multiples."""
+"""Rows that an embedding may have beyond its tokenizer's tokens: sizes of vocabularies are rounded up to multiples."""
 
 
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LanguageModel, Tokenizer | None]:
-    """(model in eval mode, tokenizer or None) from a folder of ours, torchscale's or fla's layout, or from the hub.
+    """(model in eval mode, tokenizer or None), from a folder in our layout, torchscale's or fla's, or from the hub.
 
     Args:
         path: a run directory or model folder; or `hf:owner/name`, a Hugging Face repository, which is downloaded.
@@ -35,8 +35,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder, or it holds no model.
-        ValueError: a layout that is not known, tensors that do not fit the config or are no floating numbers, matrices
-            of several dtypes (where none is asked for), or a truncated file.
+        ValueError: an unknown layout, a truncated file, tensors that do not fit the config or are not floating point,
+            or matrices of several dtypes (where none is asked for).
     """
     folder = find(path)
     device = pick_device(device) if isinstance(device, str) else device
@@ -44,13 +44,16 @@ def load(
     tensors = read_tensors(folder)
     if layout in FOREIGN:
         tensors = FOREIGN[layout].read_tensors(tensors, config)
-    with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):  # a peer has buffers of its own
+    # On "meta" nothing is allocated or initialised. A peer has buffers too, which no file holds: it must be real.
+    with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):
         model = build(config)
     _check_fit(tensors, dict(model.named_parameters()), folder)
     _check_dtypes(tensors, dtype, folder)
+    # assign: the tensors become the parameters, since those on "meta" have no memory to copy into. Not strict: of tied
+    # matrices the file has one, and all else has been checked.
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, strict=False, assign=True)
     if config.tie_embeddings:
-        model.head.weight = model.embed.weight
+        model.head.weight = model.embed.weight  # `assign` has untied them
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return model.eval(), tokenizer
 
@@ -62,10 +65,13 @@ def load_with_tokenizer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """(model, tokenizer) for text: the model's own tokenizer, or the one named (bytes, or a file).
+    """(model, tokenizer), for whatever reads or writes text.
+
+    Args:
+        tokenizer: "bytes" or a file, in place of the model's own.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`; or no tokenizer, or one that is not the model's by its size.
+        FileNotFoundError, ValueError: as `load`; or there is no tokenizer, or its size is not that of the model's.
     """
     model, found = load(path, device=device, dtype=dtype)
     if tokenizer:
@@ -79,9 +85,13 @@ def load_with_tokenizer(
 
 
 def find(path: str | Path) -> Path:
-    """The local folder of a model, for `hf:owner/name` after a download from the Hugging Face hub.
+    """The local folder of a model; that of `hf:owner/name` is downloaded from the Hugging Face hub.
 
-    Without `hf:` nothing is downloaded: a slip in a path would fetch a stranger's model.
+    Without `hf:` nothing is downloaded: a typing error in a path would fetch a stranger's model.
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub has no such model.
+        ValueError: a file instead of a folder.
     """
     name, folder = str(path), Path(path)
     if name.startswith("hf:"):
@@ -95,7 +105,7 @@ def find(path: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """The folder in the hub's own cache."""
+    """The folder of a repository in the hub's own cache. Weights are fetched as safetensors only."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -107,7 +117,12 @@ def _download(name: str) -> Path:
 
 
 def load_config(folder: Path) -> tuple[Config, str]:
-    """The config of a model folder, and whose layout it has: "retentive", "torchscale" or "fla"."""
+    """(config, layout) of a model folder; the layout is "retentive", "torchscale" or "fla".
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: it is damaged, or describes a model that is not known or not supported.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: expected a run directory or a model folder")
@@ -132,14 +147,19 @@ def load_config(folder: Path) -> tuple[Config, str]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, by their names there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one that is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} lists no shards: the folder is damaged, copy it again") from None
-        files = [folder / Path(name).name for name in sorted(set(shards))]
+        files = [folder / Path(name).name for name in sorted(set(shards))]  # name: an index cannot point elsewhere
     else:
         files = [folder / "model.safetensors"]
     tensors: dict[str, Tensor] = {}
@@ -153,6 +173,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder: Path) -> None:
+    """Raises ValueError unless the tensors are those of the model, by names and shapes."""
     missing = sorted(set(parameters) - set(tensors))
     extra = sorted(set(tensors) - set(parameters))
     wrong = [n for n in parameters if n in tensors and parameters[n].shape != tensors[n].shape]
@@ -168,12 +189,13 @@ def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder
 
 
 def _check_dtypes(tensors: dict[str, Tensor], asked: torch.dtype | None, folder: Path) -> None:
+    """Raises ValueError where weights are not floating point, or no single dtype can be chosen for the model."""
     odd = next((name for name, x in tensors.items() if x.dtype not in DTYPES), None)
     if odd:
         raise ValueError(
             f"weights in {folder}: {odd} is {tensors[odd].dtype}, expected floating numbers of 16 to 64 bits"
         )
-    # gains of norms may be wider than the matrices, as mixed precision has it
+    # Gains of norms may be wider than the matrices, as in mixed precision.
     matrices = {x.dtype: name for name, x in tensors.items() if x.ndim > 1}
     if asked is None and len(matrices) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in matrices.items())
@@ -183,10 +205,14 @@ def _check_dtypes(tensors: dict[str, Tensor], asked: torch.dtype | None, folder:
 def save_model(
     folder: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
 ) -> None:
-    """Write a model folder in our layout, "torchscale" or "fla"; files of that name in it are replaced.
+    """Writes a model folder; files of the same names in it are replaced.
+
+    Args:
+        layout: "retentive", "torchscale" or "fla".
 
     Raises:
-        ValueError: an architecture that the other project cannot express (the field is named).
+        ValueError: an architecture that the other project cannot express (all fields that differ are named).
+        OSError: the folder cannot be written; what was there remains.
     """
     folder = Path(folder)
     config = model.config
@@ -207,6 +233,6 @@ def save_model(
             folder / "config.json": lambda partial: partial.write_text(described, encoding="utf-8"),
         }
     )
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # it would point to other weights
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of older weights, which `load` would prefer
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -1,4 +1,4 @@
-"""Renaming tensors by a table of (our name, their name), `{i}` standing for a block's number."""
+"""Renaming tensors by a table of (our name, their name), where `{i}` is a block's number; what configs must have."""
 
 import re
 from collections.abc import Iterable
@@ -12,29 +12,28 @@ def rename(tensors: dict[str, Tensor], table: Iterable[tuple[str, str]]) -> dict
     Raises:
         ValueError: a tensor that the table does not know.
     """
-    patterns = [(re.compile(re.escape(a).replace(re.escape("{i}"), r"(?P<i>\d+)") + "$"), b) for a, b in table]
+    patterns = [(re.compile(re.escape(a).replace(re.escape("{i}"), r"(?P<i>\d+)")), b) for a, b in table]
     out = {}
     for name, tensor in tensors.items():
         for pattern, target in patterns:
-            match = pattern.match(name)
-            if match:
+            if match := pattern.fullmatch(name):
                 out[target.format(**match.groupdict())] = tensor
                 break
-        else:
+        else:  # no pattern matched
             raise ValueError(f"unexpected tensor {name!r} {list(tensor.shape)}: this layout is not known")
     return out
 
 
 def flip(table: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The table read the other way round."""
+    """The table from their names to ours."""
     return [(b, a) for a, b in table]
 
 
 def refuse(config: dict, project: str, **allowed) -> None:
-    """Looks whether fields of a foreign config have the value that we can compute, or None.
+    """Raises ValueError where fields of a foreign config ask for what is not supported here; it names all of them.
 
-    Raises:
-        ValueError: with all that have not.
+    Args:
+        allowed: for each field the one value that is supported; a field that is None or not there is so too.
     """
     other = {name: value for name, value in allowed.items() if config.get(name, value) not in (value, None)}
     if other:
@@ -43,10 +42,12 @@ def refuse(config: dict, project: str, **allowed) -> None:
 
 
 def require(config, project: str, **needed) -> None:
-    """Looks whether the fields of a config of ours have the one value that the other project's architecture has.
+    """Raises ValueError where fields of a config of ours differ from the other project's architecture.
 
-    Raises:
-        ValueError: with all that have not, so that a model is not trained anew for each.
+    It names all of them, so that a model need not be trained anew for each.
+
+    Args:
+        needed: for each field the one value that the other project can express.
     """
     other = {name: value for name, value in needed.items() if getattr(config, name) != value}
     if other:

@@ -1,6 +1,6 @@
 """torchscale's RetNetDecoder (microsoft/torchscale, architecture/retnet.py): its config fields and tensor names.
 
-Ours computes what its recurrent mode does. Its parallel mode divides scores besides by max(1, sum of their magnitudes),
+Ours computes what its recurrent mode does. Its parallel mode also divides the scores by max(1, sum of magnitudes),
 which has no recurrent form; where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
 """
 
@@ -23,19 +23,26 @@ TABLE = [
     ("blocks.{i}.retention.v_proj.weight", "layers.{i}.retention.v_proj.weight"),
     ("blocks.{i}.retention.g_proj.weight", "layers.{i}.retention.g_proj.weight"),
     ("blocks.{i}.retention.out_proj.weight", "layers.{i}.retention.out_proj.weight"),
+    # what it calls gate is multiplied with, and fc1 goes through the activation
     ("blocks.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.fc1.weight"),
     ("blocks.{i}.ffn.up_proj.weight", "layers.{i}.ffn.gate.weight"),
     ("blocks.{i}.ffn.down_proj.weight", "layers.{i}.ffn.fc2.weight"),
 ]
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
+"""What it stores beside its parameters, computed from the config."""
 
 
 def recognises(config: dict) -> bool:
+    """Whether a config.json is of this project."""
     return "decoder_retention_heads" in config
 
 
 def read_config(config: dict) -> RetNetConfig:
-    """Ours from its RetNetConfig fields, its defaults where they are left out."""
+    """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
+
+    Raises:
+        ValueError: it asks for what is not supported here.
+    """
     refuse(config, "torchscale", moe_freq=0, deepnorm=False, multiway=False, no_output_layer=False, xpos_rel_pos=False)
     return RetNetConfig(
         vocab_size=config["vocab_size"],
@@ -56,7 +63,11 @@ def read_config(config: dict) -> RetNetConfig:
 
 
 def write_config(config: RetNetConfig) -> dict:
-    """Its fields for a config of ours that its architecture can express."""
+    """The fields of its config.json for a config of ours.
+
+    Raises:
+        ValueError: its architecture cannot express it; all fields that differ are named.
+    """
     widths = dict(kv_heads=config.heads, key_dim=config.dim)
     norms = dict(score_norm=True, head_norm=True, head_norm_affine=False)
     require(config, "torchscale", decay="paper", rotary="interleaved", **norms, gate=True, ffn_gate=True, **widths)
@@ -78,7 +89,7 @@ def write_config(config: RetNetConfig) -> dict:
 
 
 def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
-    """Our names. Its buffers of angles and decays are left out: ours are rebuilt from float64."""
+    """The tensors by our names, without its buffers of angles and decays: ours are computed from float64."""
     tensors = {name: x for name, x in tensors.items() if name not in BUFFERS}
     if config.tie_embeddings:
         tensors.pop("output_projection.weight", None)
@@ -86,10 +97,11 @@ def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, 
 
 
 def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
-    """Its names, with the buffers that its strict loading expects."""
+    """The tensors by its names, with the buffers that its strict loading expects."""
     out = rename(tensors, TABLE)
-    if config.tie_embeddings:
+    if config.tie_embeddings:  # its state_dict has both names; safetensors stores no two names of one memory
         out["output_projection.weight"] = out["embed_tokens.weight"].clone()
+    # One angle for each pair of neighbouring features, as in `ops.rotary`; computed in float64, kept in float32.
     half = config.key_dim // config.heads // 2
     angle = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
     out["retnet_rel_pos.angle"] = angle.repeat_interleave(2).float()

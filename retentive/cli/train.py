@@ -15,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from retentive.models import HybridConfig
 from retentive.train import Interrupted, TrainConfig, TrainRun
-from retentive.train.run import told
+from retentive.train.run import as_typed
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
 OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
@@ -131,5 +131,5 @@ def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar="FIELD=VALUE",
         instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
         is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: told(value).split(" "),
+        str_from_instance=lambda value: as_typed(value).split(" "),
     )

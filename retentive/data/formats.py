@@ -1,4 +1,4 @@
-"""What the files hold that are read here: a file in, its texts out, whatever is wrong named by file and line.
+"""The formats of files: a file in, its texts out. What is wrong is named by file and line.
 
     .txt .md .py .rst   one document a file, as it is
     .html .htm          one document a file, its text without the markup
@@ -8,7 +8,7 @@
     .csv .tsv           one document a row, the column `field`, named in the first line
     .gz .xz .bz2 .zst   after any of these but .parquet: the same, compressed
 
-Text is UTF-8; a document that is not is refused by name, or skipped and counted.
+Text is UTF-8; a document that is not is refused by its name, or skipped and counted.
 """
 
 import bz2
@@ -30,12 +30,12 @@ PLAIN = (".txt", ".md", ".py", ".rst")
 HTML = (".html", ".htm")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 READABLE = (*PLAIN, *HTML, ".jsonl", ".parquet")
-# Read where they are asked for only: a folder of notes may hold a package.json, in which there is no field "text".
 TABLES = (".json", ".csv", ".tsv")
+"""Read only where asked for: a folder of notes may hold a package.json, which has no field "text"."""
 
 OnBadText = Literal["refuse", "skip"]
 
-# The longest first: UTF-32's little-endian mark begins with UTF-16's.
+# Byte order marks, the longest first: UTF-32's little-endian one begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -54,7 +54,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 class TextCheck:
-    """Tells good text from bad, and remembers what it skipped."""
+    """`check(name, raw)` is the text of a document, or None where it is bad and skipped; `skipped` has their names."""
 
     def __init__(self, on_bad_text: OnBadText):
         if on_bad_text not in ("refuse", "skip"):
@@ -63,7 +63,7 @@ class TextCheck:
         self.skipped: list[str] = []
 
     def __call__(self, name: str, raw: bytes | str) -> str | None:
-        """The text, or None where it is not UTF-8 (a str: holds half a surrogate pair) and may be skipped."""
+        """The text, or None where it is not UTF-8 (a str: half a surrogate pair, as JSON may hold) and skipped."""
         if isinstance(raw, str):
             try:
                 raw.encode("utf-8")
@@ -77,17 +77,22 @@ class TextCheck:
             self.bad(name, "is not UTF-8 text (NUL bytes, as in binary files and UTF-16)", "convert it or leave it out")
         else:
             try:
-                return raw.decode("utf-8-sig")
+                return raw.decode("utf-8-sig")  # drops the mark that some editors put before UTF-8
             except UnicodeDecodeError as error:
                 self.undecodable(name, error)
         return None
 
     def undecodable(self, name: str, error: UnicodeDecodeError) -> None:
+        """As `bad`, for bytes that are not UTF-8."""
         where = f"({error.reason} at {error.start})"
         self.bad(name, f"is not UTF-8 text {where}", "convert it (iconv -f LATIN1 -t UTF-8)")
 
     def bad(self, name: str, what: str, cure: str) -> None:
-        """Refuses the document, or notes that it is skipped."""
+        """Refuses the document, or takes a note that it is skipped.
+
+        Raises:
+            ValueError: bad text is refused here.
+        """
         if not self.skips:
             raise ValueError(
                 f'{name} {what}: {cure}, or skip such documents with on_bad_text="skip" (--on-bad-text skip)'
@@ -96,10 +101,11 @@ class TextCheck:
 
 
 def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    """(what names the document within its file, its text): "" for a whole file, ":3" for the third line or row.
+    """(name within the file, text) of each document: "" for a whole file, ":3" for the third line or row.
 
     Raises:
-        ValueError: damaged, or not what its suffix says; a document that is no text.
+        ValueError: the file is damaged or not what its suffix says, or a document is not text.
+        OSError: the file cannot be read.
     """
     kind, compression = kind_of(path)
     if kind == ".parquet":
@@ -119,12 +125,16 @@ def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]
 
 
 def unreadable(path: Path, error: OSError) -> OSError:
-    """The system's error in a line of ours."""
+    """The system's error, as one line that names the file."""
     return type(error)(f"cannot read {path}: {str(error.strerror).lower()}")
 
 
 def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str | None:
-    """The string under `field`, or None where it is no good text and may be skipped."""
+    """The string under `field` of a row, or None where it is bad text and skipped.
+
+    Raises:
+        ValueError: no such field, or no string in it.
+    """
     if not isinstance(row.get(field), str):
         got = f"{type(row[field]).__name__} in" if field in row else "no"
         fields = ", ".join(row) or "none"
@@ -133,6 +143,7 @@ def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str
 
 
 def _rows(path: Path, rows: Iterator[tuple[int, Any]], field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+    """As `texts`, from (number, object or row) of each document."""
     for number, row in rows:
         name = f"{path}:{number}"
         if not isinstance(row, dict):
@@ -166,10 +177,11 @@ def _json_objects(path: Path, text: str, field: str, check: TextCheck) -> Iterat
 
 
 def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    csv.field_size_limit(2**31 - 1)  # by default a cell ends at 128 kB
+    csv.field_size_limit(2**31 - 1)  # by default a cell of more than 128 kB is an error
+    # newline="": the line ends within cells stay as they are; strict: a quote that is never closed is an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    _check_column(path, field, reader.fieldnames or [])
     try:
+        _check_column(path, field, reader.fieldnames or [])  # reads the first line
         yield from _rows(path, enumerate(({field: row[field]} for row in reader), 1), field, check)
     except csv.Error as error:
         raise ValueError(f"{path} is no table after line {reader.line_num} ({error})") from None
@@ -179,6 +191,7 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
     pyarrow = _pyarrow(path)
 
     def values(table: Any) -> Iterator[tuple[int, Any]]:
+        # The one column alone, a batch at a time: the file may be larger than memory.
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=[field]):
             for value in batch.column(0):
@@ -193,7 +206,7 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
             _check_column(path, field, table.schema_arrow.names)
             yield from _rows(path, values(table), field, check)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's own have no number
             raise unreadable(path, error) from None
         raise ValueError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
 
@@ -205,6 +218,7 @@ def _check_column(path: Path, field: str, columns: Any) -> None:
 
 @contextmanager
 def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
+    """The file, decompressed while it is read; errors of both are raised in one line each."""
     openers: dict[str, Callable[..., Any]] = {
         "": lambda path: path.open("rb"),
         ".gz": gzip.open,
@@ -216,7 +230,7 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
         with openers[compression](path) as file:
             yield file
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        # The system's own errors (no permission, a failing disk) have a number; the formats' have none.
+        # The system's errors (no permission, a failing disk) have a number; those of the formats have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise ValueError(

@@ -12,10 +12,12 @@ _SILENT = frozenset(("script", "style", "template", "noscript"))
 
 
 class _HTMLText(HTMLParser):
+    """Collects the text of a page in `parts`, with a line break before and after every block."""
+
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self.silent = self.verbatim = 0
+        self.silent = self.verbatim = 0  # how many elements are open whose content is no text, or kept as it is
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.silent += tag in _SILENT
@@ -24,6 +26,7 @@ class _HTMLText(HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
+        # Never below 0: pages have end tags without a start.
         self.silent = max(0, self.silent - (tag in _SILENT))
         self.verbatim = max(0, self.verbatim - (tag == "pre"))
         if _BLOCKS.fullmatch(tag):
@@ -35,7 +38,7 @@ class _HTMLText(HTMLParser):
         if not self.verbatim:
             data = re.sub(r"\s+", " ", data)
             if not self.parts or self.parts[-1].endswith((" ", "\n")):
-                data = data.lstrip()
+                data = data.lstrip()  # as browsers do: one space between words, none at the start of a line
         if data:
             self.parts.append(data)
 

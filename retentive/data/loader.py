@@ -1,16 +1,16 @@
 """Packed tokens to batches, each a pure function of (seed, step): to resume, only the step is needed.
 
-    packed   windows of `length` tokens in a new keyed order every epoch; documents run into each other
+    packed   windows of `length` tokens in a new order every epoch; documents run into each other
     reset    the same windows, and `cu_seqlens` so that no state passes from document to document
     carry    truncated back-propagation through time: the documents, in a new order every epoch, make a stream
-             cut into `batch` rows; at every step each goes on where it stopped, its state carried over
+             that is cut into `batch` rows; at every step each row reads on, with the state that it stopped in
 
 The end-of-text token after a document is the first of the next one's sequence: every token is predicted, and a
-model has learnt to begin a document from it.
+model learns to begin a document from it.
 
-All ranks see slices of the same global batch: the order does not depend on how many they are. It comes from
-a Feistel network keyed with (seed, epoch), which permutes [0, n) without a table (Luby and Rackoff, 1988;
-what lands outside goes through again, Black and Rogaway, 2002).
+All ranks get slices of the same global batch: the order does not depend on their number. It comes from a Feistel
+network keyed with (seed, epoch), which permutes [0, n) without a table (Luby and Rackoff, 1988; what lands outside
+goes through again, cycle walking: Black and Rogaway, 2002).
 """
 
 import hashlib
@@ -26,14 +26,14 @@ Mode = Literal["reset", "packed", "carry"]
 
 
 class Carry(NamedTuple):
-    """Which states pass from a batch to the next (`models.carry` passes them)."""
+    """Which states pass from a batch to the next (`models.carry` hands them on)."""
 
     first: Tensor
-    """int64 [B]: which of the N sequences is each row's first in this batch."""
+    """int64 [B]: which of the batch's N sequences is the first of each row."""
     last: Tensor
-    """int64 [B]: which is its last, whose final state the next step may need."""
+    """int64 [B]: which is the last of each row; the next step may go on from its final state."""
     continues: Tensor
-    """bool [B]: the first goes on from the last of the step before, or starts afresh."""
+    """bool [B]: whether the first goes on from the row's last one of the step before, or begins afresh."""
 
 
 class Batch(NamedTuple):
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     targets: Tensor
     """The next token of each, the same shape."""
     cu_seqlens: Tensor | None
-    """int32 [N+1]: where the sequences of the flattened batch start, rows included, and its length."""
+    """int32 [N+1]: where the sequences of the flattened batch begin (so does every row), and its length."""
     carry: Carry | None
     """Only in mode "carry"."""
 
@@ -56,9 +56,17 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """`batches[step]` for any step from 0 on, without end; see the module for the modes.
+    """`batches[step]` is the batch of any step from 0 on, without end.
 
-    `batch` counts the rows of all ranks together, `length` the tokens T of a row.
+    Args:
+        mode: see the module.
+        batch: rows of all ranks together.
+        length: tokens T of a row.
+        seed: chooses the order.
+        rank, world: this process's number and how many there are; each gets `batch / world` of the rows.
+
+    Raises:
+        ValueError: numbers that do not fit together, or too little text for one batch.
     """
 
     def __init__(
@@ -81,16 +89,16 @@ class Batches:
         self._stream, self.tokens = stream, stream.tokens
         self.mode, self.length, self.seed = mode, length, seed
         self._batch, self._rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
-        self._windows = (self.tokens - 1) // length
+        self._windows = (self.tokens - 1) // length  # the last token of a window is predicted by a target beyond it
         needed, what = (batch, f"{batch} rows") if mode == "carry" else (1, "a window")
         if self._windows < needed:
             raise ValueError(
                 f"the {stream.name} holds {self.tokens:,} tokens, too few for {what} of length {length} and a "
                 f"target: use a smaller length or batch, or more text"
             )
-        carried, all_once = self._windows // batch, -(-self._windows // batch)
-        self.steps_per_epoch = carried if mode == "carry" else all_once
-        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
+        # Rows that are carried are of equal length, and leave a rest; windows are all read, the last batch with others.
+        self.steps_per_epoch = self._windows // batch if mode == "carry" else -(-self._windows // batch)
+        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None  # of the epoch last asked for
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -99,7 +107,7 @@ class Batches:
 
     def _shuffled(self, step: int) -> Batch:
         epochs, index = np.divmod(step * self._batch + np.array(self._rows), self._windows)
-        # A batch may hold the last windows of one epoch and the first of the next.
+        # A batch may hold the last windows of one epoch and the first ones of the next.
         for epoch in np.unique(epochs):
             index[epochs == epoch] = permute(index[epochs == epoch], self._windows, (self.seed, epoch))
         starts = [int(window) * self.length for window in index]
@@ -117,7 +125,8 @@ class Batches:
         for row in self._rows:
             start = (row * self.steps_per_epoch + step) * self.length
             document = int(np.searchsorted(starts, start, "right")) - 1
-            continues.append(step > 0 and start + 1 != starts[document + 1])  # not on an end of text
+            # A row that begins on an end-of-text token begins with the next document's sequence, and so afresh.
+            continues.append(step > 0 and start + 1 != starts[document + 1])
             stop = int(np.searchsorted(starts, start + self.length, "right"))
             ends.append(starts[document + 1 : stop] - start)
             rows.append(self._read_ordered(order, starts, document, start, self.length + 1))
@@ -126,7 +135,7 @@ class Batches:
         return batch._replace(carry=carry)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """This epoch's documents in order, and where each starts in their stream, whose length comes last."""
+        """The documents of an epoch in their order, and where each begins in the stream they make; its length last."""
         if self._layout is None or self._layout[0] != epoch:
             ends = self._stream.ends_in(0, self.tokens)
             order = permute(np.arange(len(ends)), len(ends), (self.seed, epoch))
@@ -135,7 +144,7 @@ class Batches:
         return self._layout[1:]
 
     def _read_ordered(self, order: np.ndarray, starts: np.ndarray, document: int, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the documents in their order, from `start` on, which lies in the document of that index."""
+        """`count` tokens of the documents in their order, from `start` on, which lies in the `document`-th of them."""
         parts = []
         while count:
             stop = min(start + count, int(starts[document + 1]))
@@ -146,7 +155,10 @@ class Batches:
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where the keyed permutation of [0, n) sends each index; int64."""
+    """Where the permutation of [0, n) that `key` chooses sends each index; int64.
+
+    A Feistel network permutes [0, 4^half), the smallest such range that holds n; `key` salts its six rounds.
+    """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     word = np.uint64(32)
@@ -156,25 +168,32 @@ def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     def shuffled(value: np.ndarray) -> np.ndarray:
         left, right = value >> half, value & mask
         for salt in salts:
-            mixed = (right + salt) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as meant
+            mixed = (right + salt) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as a hash should
             mixed = (mixed ^ mixed >> word) * np.uint64(0xD6E8FEB86659FD93) >> word
             left, right = right, left ^ mixed & mask
         return left << half | right
 
     out = shuffled(index.astype(np.uint64))
+    # Cycle walking: what lands outside [0, n) goes on until it is inside, which leaves a permutation. Less than four
+    # rounds on average, since 4^half < 4 n.
     while (outside := out >= n).any():
         out[outside] = shuffled(out[outside])
     return out.astype(np.int64)
 
 
 def flattened(rows: list[np.ndarray], ends: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
-    """Rows of T+1 tokens with document ends in (0, T] flattened; each row's first sequence, and their count."""
+    """(the rows as one batch [1, B*T], the index of each row's first sequence and, last, the number of sequences N).
+
+    Args:
+        rows: T+1 tokens each: T to read, and the last one's target.
+        ends: the document ends in (0, T] of each row.
+    """
     starts: list[np.ndarray] = []
     first: list[int] = []
     length = 0
     for row, end in zip(rows, ends, strict=True):
         first.append(sum(len(s) for s in starts))
-        marks = end - 1  # where the end-of-text tokens stand
+        marks = end - 1  # positions of the end-of-text tokens, with which the next document's sequence begins
         starts.append(length + np.concatenate([[0], marks[marks > 0]]))
         length += len(row) - 1
     cu_seqlens = np.concatenate([*starts, [length]]).astype(np.int32)

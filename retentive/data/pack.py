@@ -1,4 +1,4 @@
-"""Documents to a folder of token shards that can be memory-mapped: what every run reads its data from.
+"""From documents to a folder of token shards that can be memory-mapped, which every run reads its data from.
 
     train-00000.bin   token ids, an end-of-text id after every document; little-endian uint16, or uint32 where
                       the vocabulary is larger
@@ -30,8 +30,10 @@ from retentive.files import only_writer, replace_folder, write_text
 
 FORMAT, VERSION = "retentive-pack", 1
 SPLITS = ("train", "valid")
-PIECE = 1 << 16  # characters that are encoded at a time: larger ones are slower with HF tokenizers
-BATCH = 1 << 22  # characters that are encoded together, on all cores
+PIECE = 1 << 16
+"""Characters that are encoded as one text: with longer ones HF tokenizers are slower."""
+BATCH = 1 << 22
+"""Characters that are encoded in one call, on all cores."""
 _OURS = re.compile(r"meta\.json|tokenizer\.json|tokenizer_config\.json|(train|valid)-\d{5,}\.(bin|idx)")
 
 
@@ -49,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """All that is held of `train` or of `valid`."""
+    """The text to train on, or the held-out text."""
 
     documents: int
     """How many documents."""
@@ -63,7 +65,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Meta:
-    """What meta.json says."""
+    """The content of meta.json."""
 
     dtype: str
     """"uint16" or "uint32": the type of the ids, little-endian."""
@@ -92,13 +94,17 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Meta:
-    """The meta of the folder `out`, once written. `train` is read to its end before `valid`, maybe empty.
+    """The meta of the folder `out`, once written.
 
-    A shard ends with the document that takes it to `shard_tokens`. `progress` is told the bytes of text done.
+    Args:
+        train: documents to train on, read to their end before `valid`.
+        valid: held-out documents, maybe none.
+        shard_tokens: a shard ends with the document that takes it to so many tokens.
+        progress: called with the bytes of text that are done, again and again.
 
     Raises:
         ValueError: there is nothing to train on.
-        FileExistsError: `out` is taken, see `check_free`.
+        FileExistsError: `out` holds something already, see `check_free`.
         BlockingIOError: another process is writing it.
     """
     with only_writer(Path(out)):
@@ -115,7 +121,7 @@ def write_packed(
     shard_tokens: int = 100_000_000,
     progress: Callable[[int], None] | None = None,
 ) -> Meta:
-    """What `pack` returns, by the same arguments: for who is the `only_writer` of `out` and has found it free."""
+    """As `pack`, for a caller that is the `only_writer` of `out` already and has found it free."""
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -124,11 +130,11 @@ def write_packed(
         splits = {}
         for name, documents in zip(SPLITS, (train, valid), strict=True):
             splits[name] = _write_split(folder, name, documents, tokenizer, dtype, shard_tokens, progress)
-            if not splits["train"].tokens:
+            if not splits["train"].tokens:  # after the first split: the second is not worth encoding then
                 raise ValueError("no training text: every document was empty or held out for validation")
         meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
-        with _nothing_kept():
+        with _named_as_ours():
             tokenizer.save(folder)
             write_text(folder / "meta.json", json.dumps(content, indent=1))
         return meta
@@ -137,7 +143,7 @@ def write_packed(
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> None:
-    """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) an earlier pack and no more."""
+    """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) holds earlier packed data alone."""
     out = Path(out)
     try:
         out.stat()
@@ -157,7 +163,15 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> None:
 
 
 def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
-    """The meta of a packed folder, its files all there in full length; `verify` compares their hashes too."""
+    """The meta of a packed folder whose files are all there in full length.
+
+    Args:
+        verify: compare the hashes of the shards too, which reads them whole.
+
+    Raises:
+        FileNotFoundError: no such folder, or no packed data in it.
+        ValueError: it is damaged, incomplete, or of another version.
+    """
     path = Path(path)
     file = path / "meta.json"
     if not file.is_file():
@@ -176,6 +190,10 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
         for name, split in splits.items():
             splits[name] = Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
         meta = Meta(**content, splits=splits)
+        if meta.dtype not in ("uint16", "uint32"):
+            raise TypeError(f"ids of type {meta.dtype!r}")
+        if missing := set(SPLITS) - set(splits):
+            raise KeyError(*missing)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): pack the data again") from None
     _check_shards(path, meta, verify)
@@ -185,10 +203,13 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
 def split_documents(
     docs: Iterable[Document], valid_fraction: float, seed: int = 0
 ) -> tuple[Iterator[Document], Iterator[Document]]:
-    """The documents to train on, and those held out: about `valid_fraction`, by a hash of name and seed.
+    """(documents to train on, documents held out): about `valid_fraction` of them, by a hash of name and seed.
 
     One pass: read the first to its end before the second; held-out documents wait in memory meanwhile.
     With a positive fraction both get something: of few documents one is held out, a single one is cut.
+
+    Raises:
+        ValueError: a fraction below 0 or not below 1.
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
@@ -196,13 +217,16 @@ def split_documents(
     done = False
 
     def share(document: Document) -> float:
-        name = document.name.encode("utf-8", "backslashreplace")
+        # By the name alone: whether a document is held out depends on no other, nor on their order.
+        name = document.name.encode("utf-8", "backslashreplace")  # names of files may be no UTF-8
         return int.from_bytes(hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest(), "little") / 2**64
 
     def training() -> Iterator[Document]:
         nonlocal done
         trained = 0
-        spare: Document | None = None  # what is held out if nothing else is: the smallest share so far
+        # The document of the smallest share so far, held back as long as nothing is held out: if the text ends
+        # like that, it is the one.
+        spare: Document | None = None
         for document in docs:
             ready: Document | None = document
             if share(document) < valid_fraction:
@@ -215,7 +239,7 @@ def split_documents(
                 yield ready
         if spare is not None:
             held.append(spare)
-        if held and not trained:
+        if held and not trained:  # all are held out: one goes back, or the only one is cut in two
             last = held.pop()
             if not held:
                 last, tail = _cut(last, valid_fraction)
@@ -235,17 +259,22 @@ def split_documents(
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """The text in pieces of at most `size` characters that end at line ends where there are any."""
+    """The text in pieces of at most `size` characters, each of which ends at a line end if it holds one.
+
+    At a cut the ids may differ from those of the whole text (a tokenizer may have a token for two line ends): once in
+    PIECE characters that does no harm.
+    """
     start = 0
     while start < len(text):
         end = start + size
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
+            end = text.rfind("\n", start, end) + 1 or end  # rfind gives -1 for none
         yield text[start:end]
         start = end
 
 
 def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
+    """The document's beginning to train on and its end to hold out, cut at a line end if there is one near."""
     text = document.text
     end = max(1, round(len(text) * (1 - valid_fraction)))
     end = text.rfind("\n", end // 2, end) + 1 or end
@@ -253,9 +282,9 @@ def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
-    """(ids, UTF-8 bytes, whether the document ends here) of piece after piece."""
+    """(ids, UTF-8 bytes, whether the document ends here) of each piece of text, in order."""
     batch: list[tuple[str, bool]] = []
-    waiting = 0
+    waiting = 0  # characters in the batch
 
     def flush() -> Iterator[tuple[list[int], int, bool]]:
         texts = [piece for piece, _ in batch]
@@ -264,7 +293,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
         batch.clear()
 
     for document in documents:
-        left = len(document.text)
+        left = len(document.text)  # 0 after its last piece; an empty document has none, and yields nothing
         for piece in pieces(document.text):
             left -= len(piece)
             waiting += len(piece)
@@ -284,6 +313,7 @@ def _write_split(
     shard_tokens: int,
     progress: Callable[[int], None] | None,
 ) -> Split:
+    """Writes all shards of a split."""
     text_bytes = 0
     shards: list[Shard] = []
 
@@ -291,12 +321,13 @@ def _write_split(
         nonlocal text_bytes
         for ids, size, last in _encoded(documents, tokenizer):
             yield ([*ids, tokenizer.eos_id] if last else ids), last
+            # from here on the ids are written: whoever reads this generator asks for more
             text_bytes += size
             if progress:
                 progress(size)
 
     encoded = counted()
-    for first in encoded:  # each turn takes one shard's worth
+    for first in encoded:  # both this loop and `_write_shard` read from it: a round takes one shard's worth
         target = shard_path(folder, split, len(shards), ".bin")
         shards.append(_write_shard(target, itertools.chain([first], encoded), np.dtype(dtype), shard_tokens))
     count = sum(shard.documents for shard in shards)
@@ -304,6 +335,7 @@ def _write_split(
 
 
 def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype: np.dtype, shard_tokens: int) -> Shard:
+    """Writes one .bin with its .idx: documents until it has `shard_tokens` or there are no more."""
     tokens = 0
     ends: list[int] = []
     digest = hashlib.sha256()
@@ -317,14 +349,15 @@ def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype:
                 ends.append(tokens)
                 if tokens >= shard_tokens:
                     break
+    # Ends are few, and wait in memory; ids are written as they come.
     with open(target.with_suffix(".idx"), "wb") as file:
         _write(file, np.array(ends, "<u8").tobytes())
     return Shard(tokens, len(ends), digest.hexdigest())
 
 
 @contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Around what only writes: an error of the disk must not look like one of a source."""
+def _named_as_ours() -> Iterator[None]:
+    """An OSError in this block is one of writing: named so, since sources are read meanwhile and may fail as well."""
     try:
         yield
     except OSError as error:
@@ -333,12 +366,13 @@ def _nothing_kept() -> Iterator[None]:
 
 
 def _write(file: BinaryIO, data: bytes) -> None:
-    with _nothing_kept():
+    with _named_as_ours():
         file.write(data)
-        file.flush()  # so that a full disk shows here and not at close
+        file.flush()  # so that a full disk is an error here, and not at close
 
 
 def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
+    """Raises ValueError where a shard is missing or cut short, or (`verify`) has another content."""
     item = np.dtype(meta.dtype).itemsize
     for split, held in meta.splits.items():
         if sum(shard.tokens for shard in held.shards) != held.tokens:

@@ -1,4 +1,4 @@
-"""A folder that `retentive data` made, opened once: what is in it, its tokenizer, and its text as batches.
+"""A folder that `retentive data` has made, opened once: its meta, its tokenizer, and its text as batches.
 
 data = Packed("data/mine")
 data.meta.vocab_size, data.tokenizer.decode([…])
@@ -20,7 +20,7 @@ from retentive.data.tokenizer import load_tokenizer
 
 
 class Packed:
-    """Packed data and the tokenizer that made them.
+    """Packed data and the tokenizer that they were made with.
 
     Raises:
         FileNotFoundError: no such folder, or something is missing from it.
@@ -44,7 +44,7 @@ class Packed:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of meta.json, which holds that of every shard: equal data have it, wherever they lie."""
+        """The sha256 of meta.json, which holds that of every shard: the same for the same data in any folder."""
         return hashlib.sha256((self.path / "meta.json").read_bytes()).hexdigest()
 
     def stream(self, split: str) -> TokenStream:
@@ -57,16 +57,16 @@ class Packed:
         self, *, mode: Mode = "reset", batch: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
     ) -> Batches:
         """The training text as `batches[step]` for any step; arguments as for `loader.Batches`."""
-        how = {"seed": seed, "rank": rank, "world": world}
-        return Batches(self.stream("train"), mode=mode, batch=batch, length=length, **how)
+        stream = self.stream("train")
+        return Batches(stream, mode=mode, batch=batch, length=length, seed=seed, rank=rank, world=world)
 
     def held_out(self, *, length: int, tokens: int | None = None) -> Iterator[Batch]:
         """The held-out text in order, as batches [1, length] with `cu_seqlens`, the last one shorter.
 
-        Covers the first `tokens` tokens (default: all). Each but the very first is predicted once.
+        They cover the first `tokens` tokens (default: all). Each of these but the very first is predicted once.
 
         Raises:
-            ValueError: at once: there is no held-out text, or a number is too small.
+            ValueError: there is no held-out text, or a number is too small; raised by the call, not by the first batch.
         """
         if length < 1:
             raise ValueError(f"length is {length}: expected at least 1")
@@ -86,8 +86,10 @@ class Packed:
             return self.meta.splits["valid"].bytes
         size = start = 0
         for end in [*stream.ends_in(0, count - 1).tolist(), count]:
-            # Where the count ends inside a character, that character is not covered.
-            size += len(self.tokenizer.decode(stream.read(start, end).tolist()).rstrip("\ufffd").encode())
+            text = self.tokenizer.decode(stream.read(start, end).tolist())
+            if end == count:  # it may be inside a character, which decodes to U+FFFD and is not covered
+                text = text.rstrip("\ufffd")
+            size += len(text.encode())
             start = end
         return size
 
@@ -97,6 +99,7 @@ class Packed:
         return stream.read(0, min(stream.tokens, most))
 
     def _held_out(self, tokens: int | None) -> tuple[TokenStream, int]:
+        """The held-out stream, and how many of its tokens are meant."""
         stream = self.stream("valid")
         if tokens is not None and tokens < 2:
             raise ValueError(f"tokens is {tokens}: expected at least 2, one to read and one to predict")

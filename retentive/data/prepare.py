@@ -1,4 +1,4 @@
-"""From text to a folder that training reads, in one call: what is held out, which tokenizer, then packing.
+"""From text to a folder that training reads, in one call: text is held out, a tokenizer found, and all of it packed.
 
 prepare("my_texts", "data/mine", vocab_size=8192)
 """
@@ -17,15 +17,15 @@ from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from retentive.files import only_writer
 
 SAMPLE = 64_000_000
-"""Characters that a new tokenizer is learnt from, at most: more of them hardly changes it."""
+"""Characters that a new tokenizer is learnt from, at most: more of them hardly change it."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Told again and again: the stage, the bytes of text done in it, and those that there are where the files tell."""
+"""Called again and again with the stage, the bytes of text done in it, and their number if the files' sizes say it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How text becomes training data."""
+    """Options of `prepare`: how text becomes training data."""
 
     tokenizer: str = "train"
     """"train" learns a byte-level BPE; or "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
@@ -58,27 +58,30 @@ def prepare(
 ) -> Meta:
     """The meta of the packed folder `out`, once written: whole, or nothing of it.
 
-    `sources` are files, folders or hf:NAME (see `sources.documents`), read one after the other; the options are the
-    fields of `DataConfig`. `progress` is told how far it is, `say` what is left out of the sources.
+    Args:
+        sources: files, folders or hf:NAME (see `sources.documents`), read one after the other.
+        progress: called with how far it is.
+        say: called with a line on what is left out of the sources.
+        options: fields of `DataConfig`.
 
     Raises:
-        ValueError: nothing to train on, text that is no text, an option that cannot be.
-        FileExistsError: `out` is taken.
-        OSError: a source is missing or unreadable, `out` cannot be written or another process is at it.
+        ValueError: nothing to train on, bytes that are not text, an impossible option.
+        FileExistsError: `out` holds something already.
+        OSError: a source is missing or unreadable, `out` cannot be written, or another process is writing it.
     """
     config = DataConfig(**options)
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if not sources:
         raise ValueError("no source: expected files, folders or hf:NAME")
     check_free(out, overwrite=config.overwrite)
-    tell = progress or (lambda stage, done, total: None)
-    # Before anything is made: missing sources are said at once. Learning a tokenizer reads them once more.
+    report = progress or (lambda stage, done, total: None)
+    # First of all, since missing sources raise here. Learning a tokenizer reads the sources once more.
     train, valid = _splits(sources, config, say)
     everything = sources if config.valid is None else [*sources, config.valid]
     with only_writer(Path(out)):
         check_free(out, overwrite=config.overwrite)  # another process may have been quicker
-        tokenizer = _tokenizer(sources, config, tell)
-        return write_packed(out, tokenizer, train, valid, progress=_adding_up(tell, "packing", everything, config))
+        tokenizer = _tokenizer(sources, config, report)
+        return write_packed(out, tokenizer, train, valid, progress=_adding_up(report, "packing", everything, config))
 
 
 def _splits(
@@ -87,24 +90,25 @@ def _splits(
     def read(source: str | Path) -> Iterator[Document]:
         return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
 
-    everything = itertools.chain(*[read(source) for source in sources])
+    everything = itertools.chain(*[read(source) for source in sources])  # a list: what is missing raises now, not later
     if config.valid is not None:
         return everything, read(config.valid)
     return split_documents(everything, config.valid_fraction, config.seed)
 
 
-def _tokenizer(sources: Sequence[str | Path], config: DataConfig, tell: Progress) -> Tokenizer:
+def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress) -> Tokenizer:
+    """The tokenizer that the config names, or one that is learnt from the text to train on."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     train, _ = _splits(sources, config, say=lambda remark: None)  # held-out text stays unseen
     hub = any(str(source).startswith("hf:") for source in sources)
-    sample = _sample(train, _adding_up(tell, "reading a sample", sources, config), all_of_it=not hub)
-    tell("learning a tokenizer", 0, None)
+    sample = _sample(train, _adding_up(report, "reading a sample", sources, config), all_of_it=not hub)
+    report("learning a tokenizer", 0, None)
     return train_bpe(sample, config.vocab_size)
 
 
 def _sample(train: Iterator[Document], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
-    """Pieces from all over the text, or its beginning where reading it all would mean to download it."""
+    """Pieces of text, SAMPLE characters at most: from all over it, or from its beginning where it is downloaded."""
     sample: list[str] = []
     size = seen = 0
     stride = 1
@@ -123,21 +127,23 @@ def _sample(train: Iterator[Document], advance: Callable[[int], None], all_of_it
     return sample
 
 
-def _adding_up(tell: Progress, stage: str, sources: Sequence[str | Path], config: DataConfig) -> Callable[[int], None]:
-    """A function that is told sizes and tells their sum."""
+def _adding_up(
+    report: Progress, stage: str, sources: Sequence[str | Path], config: DataConfig
+) -> Callable[[int], None]:
+    """A function that takes the bytes of each step, and reports their sum."""
     total = _bytes_of(sources, config)
     done = 0
 
     def advance(size: int) -> None:
         nonlocal done
         done += size
-        tell(stage, done, total)
+        report(stage, done, total)
 
     return advance
 
 
 def _bytes_of(sources: Sequence[str | Path], config: DataConfig) -> int | None:
-    """The size of what will be read, where the files tell."""
+    """The bytes of text in the sources; None where the files' sizes do not say it."""
     size = 0
     for source in sources:
         if str(source).startswith("hf:"):

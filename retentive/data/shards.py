@@ -1,4 +1,4 @@
-"""The shards of a packed split as one stream of tokens and one list of document ends, both left on disk."""
+"""The shards of a packed split as one stream of tokens and one list of document ends, both mapped from disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +9,20 @@ from retentive.data.pack import Meta, shard_path
 
 
 class TokenStream:
-    """All tokens of a split in order; tokens and documents count from 0, whichever shard they lie in."""
+    """All tokens of a split in order. Tokens and documents count from 0, across all shards.
+
+    Raises:
+        ValueError: no such split, or a damaged shard.
+    """
 
     def __init__(self, folder: str | Path, meta: Meta, split: str):
         if split not in meta.splits:
             raise ValueError(f"no split {split!r} in {folder}: it has {', '.join(meta.splits)}")
         shards = meta.splits[split].shards
         self.name = f"{split} split of {folder}"
-        """For messages."""
+        """What messages call it."""
         self._files = [shard_path(folder, split, n, ".bin") for n in range(len(shards))]
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
+        dtype = np.dtype(meta.dtype).newbyteorder("<")  # as in the file, whatever the machine's own order
         self._ids = [np.memmap(file, dtype, "r") for file in self._files]
         self._ends = [np.memmap(file.with_suffix(".idx"), "<u8", "r") for file in self._files]
         for file, ids, ends in zip(self._files, self._ids, self._ends, strict=True):
@@ -28,13 +32,13 @@ class TokenStream:
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._document_starts = np.cumsum([0, *(shard.documents for shard in shards)])
         self.tokens = int(self._token_starts[-1])
-        """How many."""
+        """Their number."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The token ids from `start` to before `stop`, int64 [stop - start].
 
         Raises:
-            ValueError: one is beyond the vocabulary, which an embedding could only answer with an IndexError.
+            ValueError: one is beyond the vocabulary (an embedding would fail without saying why, on a GPU for good).
         """
 
         def within(shard: int, low: int, high: int, _: int) -> np.ndarray:
@@ -49,24 +53,27 @@ class TokenStream:
         return self._across(start, stop, within)
 
     def ends_in(self, start: int, stop: int) -> np.ndarray:
-        """The document ends e with start < e <= stop; int64."""
+        """The document ends e with start < e <= stop, each just after an end-of-text token; int64."""
 
         def within(shard: int, low: int, high: int, base: int) -> np.ndarray:
             ends = self._ends[shard]
-            # A Python int would send a uint64 search through float64.
+            # uint64 as the file has it: with a Python int numpy would convert all ends to float64 first.
             first, last = np.searchsorted(ends, np.array([low, high], np.uint64), "right")
             return ends[first:last].astype(np.int64) + base
 
         return self._across(start, stop, within)
 
     def start_of(self, document: int) -> int:
-        """Where the document of this number begins."""
+        """The position in the stream at which the document of this number begins."""
         shard = int(np.searchsorted(self._document_starts, document, "right")) - 1
         local = document - int(self._document_starts[shard])
         return int(self._token_starts[shard]) + (int(self._ends[shard][local - 1]) if local else 0)
 
     def _across(self, start: int, stop: int, take: Callable[[int, int, int, int], np.ndarray]) -> np.ndarray:
-        """`take(shard, low, high, base)` of every shard that holds tokens of [start, stop), joined."""
+        """`take(shard, low, high, base)` of every shard that holds tokens of [start, stop), joined.
+
+        low and high count from the shard's own start, which is at `base` of the stream.
+        """
         parts = []
         shard = int(np.searchsorted(self._token_starts, start, "right")) - 1
         while shard < len(self._ids) and (base := int(self._token_starts[shard])) < stop:

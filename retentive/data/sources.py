@@ -1,10 +1,10 @@
-"""Named documents out of files, folders and data sets, one at a time; `formats` knows what is in a file.
+"""Named documents from files, folders and data sets, one at a time; `formats` reads what is in a file.
 
     a folder   all files in it whose suffix is known, by name; hidden ones and links to folders are not entered
     a file     any that `formats` knows, and one without a suffix, which is read as plain text
     hf:NAME    a data set of the Hugging Face hub, streamed: hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT
 
-What is left out of a source is said.
+What is left out of a source is reported, never silently skipped.
 """
 
 import os
@@ -28,19 +28,25 @@ from retentive.data.formats import (
 )
 
 Say = Callable[[str], None]
+"""Called with a line for people."""
 
 
 class Document(NamedTuple):
+    """A text and its name."""
+
     name: str
     """Where the text is from, relative to the source; lines of .jsonl and rows of tables add `:number`."""
     text: str
+    """All of it."""
 
 
 class Found(NamedTuple):
+    """The files of a source."""
+
     files: dict[str, Path]
     """Name -> path of the files to read, in order."""
     left_out: str
-    """What else there is and why it is not read, in a line; "" where there is nothing."""
+    """What else there is and why it is not read, in a line; "" if there is nothing else."""
 
 
 def documents(
@@ -51,15 +57,21 @@ def documents(
     suffixes: Iterable[str] = (),
     say: Say = warnings.warn,
 ) -> Iterator[Document]:
-    """The documents of a file, of a folder or of hf:NAME, empty ones left out.
+    """The documents of a file, of a folder or of hf:NAME, without empty ones.
 
-    `suffixes` are read beside those of `formats.READABLE`: .json, .csv and .tsv by their `field`, any other as plain
-    text, "none" for names without one. `say` is told in a line what is left out of a folder, and what was skipped.
+    Args:
+        source: a path, or hf:NAME (see the module).
+        on_bad_text: what to do with documents that are not UTF-8.
+        field: which field or column holds the text, in files that have such.
+        suffixes: more kinds of files to read in folders than `formats.READABLE`: .json, .csv and .tsv by their field,
+            any other as plain text, "none" for names without a suffix.
+        say: called with a line on what is left out of a folder, and on what was skipped.
 
     Raises:
-        OSError: no such source, or it may not be read: at once.
-        ValueError: nothing to read in it: at once, or at the end; text that is no text, with file and line.
+        OSError: no such file or folder, or it may not be read. The call raises it, not the first document.
+        ValueError: nothing to read in it, raised by the call or at the end; or what is not text, with file and line.
     """
+    # No generator itself, so that a missing source raises here. A data set of the hub is opened by its first document.
     check = TextCheck(on_bad_text)
     if str(source).startswith("hf:"):
         return _nonempty(_hub_rows(str(source), field, check), source, check, say)
@@ -71,18 +83,23 @@ def documents(
 
 
 def source_files(source: str | Path, suffixes: Iterable[str] = ()) -> dict[str, Path]:
-    """Name -> path of the files that `documents` reads, in its order; raises what it raises at once."""
+    """Name -> path of the files that `documents` reads, in its order; raises what that call raises."""
     return find_files(source, suffixes).files
 
 
 def find_files(source: str | Path, suffixes: Iterable[str] = ()) -> Found:
-    """The files of `source` that can be read, and what else is there."""
+    """The files of `source` that can be read, and what else is there.
+
+    Raises:
+        OSError: no such file or folder, or it may not be read.
+        ValueError: a file of a kind that is not read, or a folder with none that is.
+    """
     path = Path(source)
     wanted = {*READABLE, *_suffixes(suffixes)}
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        mode = 0
+        mode = 0  # neither a file nor a folder
     except OSError as error:  # in a folder that may not be entered
         raise unreadable(path, error) from None
     if stat.S_ISREG(mode):
@@ -110,7 +127,7 @@ def _suffixes(wanted: Iterable[str]) -> set[str]:
 
 
 def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
-    """The files below `top` of a kind that is wanted, relative to it, and what was left out."""
+    """The files below `top` of a kind that is wanted, relative to it; and in a line what was left out."""
     found: list[Path] = []
     kinds: Counter[str] = Counter()
     links = 0
@@ -122,11 +139,11 @@ def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
         locked.append(Path(error.filename).relative_to(top).as_posix())
 
     for folder, folders, names in os.walk(top, onerror=skip):
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "."]  # in place: os.walk enters what is left in it
         links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         for file in (Path(folder, name) for name in names if name[0] != "."):
             kind, compression = kind_of(file)
-            if not file.is_file():
+            if not file.is_file():  # a broken link, or a device, a pipe or a socket
                 links += file.is_symlink()
             elif kind in wanted:
                 found.append(file.relative_to(top))
@@ -136,6 +153,7 @@ def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
 
 
 def _left_out(kinds: Counter[str], links: int, locked: list[str]) -> str:
+    """What was left out of a folder, in a line: files by kind, links, folders that may not be entered."""
     parts = []
     if kinds:
         named = " ".join(kind for kind, _ in kinds.most_common(8)) + " …" * (len(kinds) > 8)
@@ -153,6 +171,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, say: Say) -> Iterator[Document]:
+    """The documents that hold text; at the end says what was skipped, and raises ValueError if there was none."""
     empty = True
     for document in rows:
         if document.text:
@@ -166,6 +185,7 @@ def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, sa
 
 
 def _hub_rows(source: str, field: str, check: TextCheck) -> Iterator[Document]:
+    """The documents of hf:NAME, downloaded as they are read."""
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise ValueError(f"cannot read {source!r}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")

@@ -1,12 +1,13 @@
-"""Chats as token ids: by the model's own chat template or by a plain one, in jinja's immutable sandbox.
+"""Chats as token ids: by the model's own chat template or by a built-in one, in jinja's immutable sandbox.
 
     template = load_template(folder, tokenizer)
     template.first(messages)    a conversation, up to where the answer begins
     template.next(messages)     what follows an answer that the model's state holds already
 
-What people say stays text: the name of a special token in a message is encoded as the characters that it is, while
-names in the template itself are tokens. A template comes from whoever made the model: it sees no attribute of Python's,
-its ranges, products and output are bounded, and one that tries more is refused.
+What people say stays text: the name of a special token in a message is encoded as the characters that it is (no
+prompt injection by special tokens), while names in the template itself are tokens. A template is a program from the
+internet: it sees no attribute of Python's, and its ranges, products and output are bounded; one that tries more is
+refused. It can still use much memory, by concatenation.
 """
 
 import json
@@ -29,20 +30,26 @@ BUILT_IN = """\
 Assistant:"""
 
 MOST_CHARACTERS = 16 << 20
-"""Of what a template gives out, and of any product of strings in it."""
+"""Characters that a template puts out, or that a product of strings in it has."""
 MOST_ROUNDS = 100_000
-"""Of all `range` loops of one rendering together."""
+"""Numbers that all `range` calls of one rendering give together."""
 ANSWER = "\ue000\ue001"
-"""Stands for an answer while its surroundings are looked for; no message holds it (see `_shielded`)."""
+"""Stands for an answer while the text around it is looked for; no message holds it (see `_shielded`)."""
 QUESTION = "\ue002"
-"""Stands for a question."""
+"""Stands for a question there."""
 SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
 
 Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """A template that is known to render. `own` says whether it came with the model.
+    """A template that has been tried out.
+
+    Args:
+        source: in jinja's language.
+        special: name -> id of the special tokens, which the template may put out.
+        own: whether it came with the model.
+        bos: the beginning-of-text token, which templates ask for by the name `bos_token`.
 
     Raises:
         ValueError: it does not compile, does not render a plain conversation, or tries to leave the sandbox.
@@ -52,11 +59,11 @@ class ChatTemplate:
         self.tokenizer, self.special, self.own, self.bos = tokenizer, dict(special), own, bos
         self.eos = next((name for name, id in special.items() if id == tokenizer.eos_id), END_OF_TEXT)
         self.special[self.eos] = tokenizer.eos_id
-        names = sorted(self.special, key=len, reverse=True)
+        names = sorted(self.special, key=len, reverse=True)  # a regular expression takes the first that matches
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._to_shield = re.compile("|".join(map(re.escape, ["\ue000", *names])))
         self._template = _compile(source)
-        self.first([{"role": "user", "content": "."}])
+        self.first([{"role": "user", "content": "."}])  # a template that cannot render is refused now, not by a request
         self.stop_ids, self.stop = self._ends()
 
     def first(self, messages: Sequence[Message]) -> list[int]:
@@ -68,19 +75,23 @@ class ChatTemplate:
         return self._encode(self._render(self._shielded(messages)))
 
     def next(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of `messages` and of what the template puts after an answer; errors as `first`."""
+        """The ids of `messages`, after those of what the template puts after an answer; errors as `first`.
+
+        The conversation so far is in the state, and is not rendered again.
+        """
         after = self._after_answer(self._shielded(messages))
         if after is None:
             raise ValueError("the chat template does not show each message once: a session cannot go on with it")
         return self._encode(after)
 
     def _after_answer(self, messages: Sequence[Message]) -> str | None:
+        """What is rendered after an answer that `messages` follow; None where the template does not show it once."""
         before = [{"role": "user", "content": "."}, {"role": "assistant", "content": ANSWER}]
         parts = self._render([*before, *messages]).split(ANSWER)
         return parts[1] if len(parts) == 2 else None
 
     def _ends(self) -> tuple[frozenset[int], tuple[str, ...]]:
-        """What ends an answer: the tokens or, where there are none, the text that the template puts after one."""
+        """(stop ids, stop strings): the token that the template puts after an answer, or the text if it is none."""
         ends, after = {self.tokenizer.eos_id}, self._after_answer([{"role": "user", "content": QUESTION}])
         between = (after or "").split(QUESTION)[0]
         if found := self._special.match(between.lstrip()):
@@ -88,6 +99,7 @@ class ChatTemplate:
         return frozenset(ends), (between.rstrip(),) if between.strip() else ()
 
     def _render(self, messages: Sequence[Message]) -> str:
+        """The text that the template makes of the messages, up to where the answer begins."""
         values = {
             "messages": list(messages),
             "add_generation_prompt": True,
@@ -96,7 +108,7 @@ class ChatTemplate:
         }
         pieces, size = [], 0
         try:
-            for piece in self._template.generate(**values, range=_Ranges()):
+            for piece in self._template.generate(**values, range=_BoundedRange()):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MOST_CHARACTERS:
@@ -106,7 +118,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _shielded(self, messages: Sequence[Message]) -> list[Message]:
-        """Special tokens' names in what was said in hexadecimal, so that the template's own can be told from them."""
+        """The messages, special tokens' names in them in hexadecimal: those left after rendering are the template's."""
 
         def shield(content: str) -> str:
             return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", content)
@@ -117,14 +129,14 @@ class ChatTemplate:
         """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
         parts = self._special.split(rendered)  # every second one is a special token's name
         texts = [SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), part) for part in parts[::2]]
-        ids = self.tokenizer.encode_batch(texts)  # which lets other threads run meanwhile, as `encode` does not
+        ids = self.tokenizer.encode_batch(texts)  # which releases the GIL meanwhile, as `encode` does not
         for n, part in enumerate(parts[1::2]):
             ids[n].append(self.special[part])
         return [id for each in ids for id in each]
 
 
 def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
-    """The template in `file`, or the one that came with the model in `folder`, or the plain one.
+    """The template in `file`, or the one that came with the model in `folder`, or the built-in one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -149,7 +161,7 @@ def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) 
 
 
 def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[str | None, Path | str]:
-    """(source, where it is from); None for the plain one."""
+    """(source, where it is from); None for the built-in one."""
     if file is None and (folder / "chat_template.jinja").is_file():
         file = folder / "chat_template.jinja"
     if file is not None:
@@ -157,7 +169,7 @@ def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[s
             raise FileNotFoundError(f"no chat template at {file}")
         return file.read_text(encoding="utf-8"), file
     source = config.get("chat_template")
-    if isinstance(source, list):
+    if isinstance(source, list):  # several by name, such as one for tools
         source = next((each["template"] for each in source if each.get("name") == "default"), None)
     return source, folder / "tokenizer_config.json"
 
@@ -173,8 +185,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 # the sandbox
 
 
-class _Ranges:
-    """`range` of templates: all of one rendering together are bounded."""
+class _BoundedRange:
+    """What a template calls as `range`: all ranges of one rendering together have at most MOST_ROUNDS numbers."""
 
     def __init__(self) -> None:
         self.left = MOST_ROUNDS
@@ -201,6 +213,7 @@ def _compile(source: str) -> Any:
             raise ValueError(f"it reaches for {attribute!r} of {type(obj).__name__}, which is out of its sandbox")
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            # "%999999999d" % 1 pads to any width, and 9 ** 9 ** 9 computes without end
             if operator != "*" and (isinstance(left, str) or operator == "**"):
                 raise ValueError(f"the operator {operator} is not allowed here")
             if operator == "*" and _length(left) * _length(right) > MOST_CHARACTERS:
@@ -208,6 +221,7 @@ def _compile(source: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    # What transformers offers to templates, with the same results: its tojson escapes nothing for HTML.
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -218,6 +232,7 @@ def _compile(source: str) -> Any:
 
 
 def _length(x: Any) -> int:
+    """The factor by which x makes a product longer."""
     return abs(x) if isinstance(x, int) else len(x) if isinstance(x, (str, list, tuple)) else 1
 
 

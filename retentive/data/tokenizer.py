@@ -43,41 +43,41 @@ TIKTOKEN_PATTERNS = {
 
 
 class TextStream:
-    """Text out of ids that come one by one, never half a character; the pieces join to `decode` of all ids.
+    """Text from ids that come one by one, never half a character; the pieces of text join to `decode` of all ids.
 
-    Decodes the ids since the last piece together with those of that piece, the context that tokenizers with a
-    mark at word starts need. Exact for byte-level ones; others may differ where the ids are not valid UTF-8.
+    Decodes the ids since the last piece together with those of that piece, which tokenizers that mark the starts of
+    words need as context. Exact for byte-level ones; others may differ where the ids are not valid UTF-8.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode = decode
         self._start([])
 
-    def _start(self, given: list[int]) -> None:
-        self._ids = given  # the ids of the last piece, to which those that follow are added
-        self._given = len(given)
-        self._text = self._decode(given)
+    def _start(self, context: list[int]) -> None:
+        self._ids = context  # the ids of the last piece, to which those that follow are added
+        self._context = len(context)
+        self._text = self._decode(context)
 
     def push(self, id: int) -> str:
         """The text that became complete with this id, often empty."""
         self._ids.append(id)
         text = self._decode(self._ids)
-        # An unfinished character decodes to U+FFFD: wait for the rest of it.
+        # An unfinished character decodes to U+FFFD: wait for the rest of it. Some ids, special ones, have no text.
         if text.endswith("\ufffd") or len(text) <= len(self._text):
             return ""
         piece = text[len(self._text) :]
-        self._start(self._ids[self._given :])
+        self._start(self._ids[self._context :])
         return piece
 
     def flush(self) -> str:
-        """What is left: an unfinished character comes out as U+FFFD. The stream can then be used anew."""
+        """The rest of the text, an unfinished character as U+FFFD. The stream can then be used for other text."""
         piece = self._decode(self._ids)[len(self._text) :]
         self._start([])
         return piece
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer here has; nothing else may be relied on."""
+    """What all tokenizers here have in common; the rest of the package uses nothing else of them."""
 
     vocab_size: int
     """The highest id plus one: the rows that an embedding table needs."""
@@ -86,23 +86,33 @@ class Tokenizer(Protocol):
     sha256: str
     """Hash of the content, however the file is laid out: the same before and after `save`."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text, without special tokens."""
+        ...
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores where the library can."""
+        ...
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        ...
 
-    def stream(self) -> TextStream: ...
+    def stream(self) -> TextStream:
+        """For text from ids that come one by one."""
+        ...
 
-    def save(self, folder: str | Path) -> None: ...
+    def save(self, folder: str | Path) -> None:
+        """Writes it into the folder, so that `load_tokenizer(folder)` is one of the same `sha256`."""
+        ...
 
     def vocabulary(self) -> dict[int, bytes] | str:
-        """The bytes of every id that text is made of; or, of Hugging Face's, the text of its tokenizer.json."""
+        """id -> bytes, special tokens left out; of a Hugging Face tokenizer the text of its tokenizer.json."""
         ...
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8 and an end of text: no dependency, no training, lossless."""
+    """The 256 bytes and an end-of-text token: no dependency, no training, lossless."""
 
     vocab_size = 257
     eos_id = 256
@@ -131,9 +141,13 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Any Hugging Face tokenizer (BPE, unigram, word pieces), made of the text of its tokenizer.json.
+    """Any Hugging Face tokenizer (BPE, unigram, word pieces), from the text of its tokenizer.json.
 
-    `eos` names the token that ends a document; by default the first of END_NAMES in the vocabulary.
+    Args:
+        eos: the token that ends a document; by default the first of END_NAMES in the vocabulary.
+
+    Raises:
+        ValueError: no tokenizer.json, or none of these tokens in it.
     """
 
     def __init__(self, text: str, *, eos: str | None = None):
@@ -145,8 +159,8 @@ class BPETokenizer:
             raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {error}") from None
         self._text = text  # saved as it came, so that the hash outlives versions of the library
         self.eos, self.eos_id = _end_token(self._tokenizer.token_to_id, eos)
-        self._tokenizer.add_special_tokens([self.eos])  # where the file holds it as an ordinary token
-        self._tokenizer.encode_special_tokens = True  # text stays text
+        self._tokenizer.add_special_tokens([self.eos])  # some files hold it as an ordinary token, which decodes to text
+        self._tokenizer.encode_special_tokens = True  # text stays text: the name of a special token is encoded as such
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
@@ -170,7 +184,7 @@ class BPETokenizer:
         _save(folder, self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
         if self.eos != (_configured_end(folder) or found):
-            # tokenizer.json has no field for it; this is where transformers looks as well.
+            # tokenizer.json has no field for it: it goes where transformers looks as well.
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
             write_text(
@@ -183,7 +197,12 @@ class BPETokenizer:
 
 
 class TiktokenTokenizer:
-    """tiktoken's byte-level BPE over a table of ranks, several times faster; needs the package tiktoken."""
+    """tiktoken's byte-level BPE over a table of ranks, several times faster than Hugging Face's.
+
+    Raises:
+        ImportError: the package tiktoken is not installed (extra `tiktoken`).
+        ValueError: an unknown pattern.
+    """
 
     def __init__(self, ranks: dict[bytes, int], *, pattern: str = "cl100k", eos_id: int | None = None):
         if pattern not in TIKTOKEN_PATTERNS:
@@ -233,7 +252,13 @@ class TiktokenTokenizer:
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
     """The tokenizer that `spec` names: "bytes", a tokenizer.json, a folder with one, or a .tiktoken file.
 
-    `eos` overrides the end-of-text token of a tokenizer.json; `pattern` says how a .tiktoken file cuts words.
+    Args:
+        eos: the end-of-text token of a tokenizer.json, if not the one that the files name.
+        pattern: how a .tiktoken file cuts words, a key of TIKTOKEN_PATTERNS.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged or no tokenizer.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -274,7 +299,10 @@ def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-level BPE learnt from `texts`: lossless, GPT-2's word boundaries, every digit by itself.
 
-    May hold fewer than `vocab_size` tokens where there is little text: a pair seen once is not merged.
+    Of little text it has fewer than `vocab_size` tokens: a pair that is seen once is not merged.
+
+    Raises:
+        ValueError: an impossible size, or no text.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
@@ -292,7 +320,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, also those not seen: lossless
         show_progress=False,
     )
     characters = 0
@@ -315,6 +343,7 @@ def _save(folder: Path, text: str) -> None:
 
 
 def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> tuple[str, int]:
+    """(name, id) of the end-of-text token: the one that is wanted, else the first of END_NAMES that there is."""
     names = END_NAMES if wanted is None else (wanted,)
     for name in names:
         if (id := token_to_id(name)) is not None:
@@ -338,6 +367,7 @@ def _configured_end(folder: Path) -> str | None:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    """bytes -> rank, from the lines of a .tiktoken file."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():

@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """torchscale's choice: embedding and output N(0, 1/D), mixing layers as they say, the rest as nn.Linear."""
-        for matrix in (self.embed.weight, self.head.weight):
+        for matrix in (self.embed.weight, self.head.weight):  # tied, it is one matrix, drawn twice
             nn.init.normal_(matrix, std=self.config.dim**-0.5)
         for block in self.blocks:
             block.reset_parameters()

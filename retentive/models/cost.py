@@ -20,9 +20,10 @@ def block_parameters(config: OwnConfig | PeerConfig) -> int:
 def _matrices(c: OwnConfig) -> int:
     """Parameters of one block's matrices."""
     if isinstance(c, TransformerConfig):
-        kv = c.dim // c.heads * c.kv_heads
+        kv = c.dim // c.heads * c.kv_heads  # width of k, and of v, over all kv heads
         return 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.ffn_dim
     K, V = c.key_dim // c.heads, c.value_dim // c.heads
+    # q; k and v of each kv head; out, and g where there is a gate
     matrices = c.dim * (c.key_dim + (K + V) * c.kv_heads + (2 if c.gate else 1) * c.value_dim)
     matrices += c.dim * c.ffn_dim * (3 if c.ffn_gate else 2)
     return matrices + (c.dim * c.heads if c.decay == "gated" else 0)

@@ -72,7 +72,7 @@ class RetNet(LanguageModel):
         self.blocks = nn.ModuleList(self.block(i) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
+        if config.tie_embeddings:  # one parameter of two names, updated and saved once
             self.head.weight = self.embed.weight
         self.reset_parameters()
 

@@ -1,8 +1,8 @@
-"""Training: one loop for any model of this package, and whatever runs through it.
+"""Training: one loop for any model, any batches and any objective; and runs, which are that loop with all it needs.
 
 retentive.train("data/mine", "runs/mine", size="5m", steps=1000)       a whole run, in one call
 TrainRun(data=…, out=…, train=TrainConfig(steps=1000)).run()           the same as a value (`run`)
-train(model, batches, objective, config, out)                          the loop alone, for what is your own (`loop`)
+train(model, batches, objective, config, out)                          the loop alone, for parts of your own (`loop`)
 """
 
 import sys
@@ -19,7 +19,8 @@ __all__ = ["Hooks", "Interrupted", "TrainConfig", "TrainRun", "language_modellin
 
 
 class _Callable(ModuleType):
-    """Importing this package puts it where the function `retentive.train` was: so it can be called like that one."""
+    """A module that can be called. Importing this package replaces the function `retentive.train` by the package, as
+    Python sets a subpackage on its parent; so the package must do what the function does."""
 
     def __call__(self, data: Any, out: Any, **options: Any) -> Any:
         return TrainRun.of(data, out, **options).run(overrides=options)

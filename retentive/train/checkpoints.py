@@ -1,7 +1,9 @@
-"""Training checkpoints: everything to go on exactly, in safetensors and JSON, each folder whole or absent.
+"""Training checkpoints: all that is needed to go on exactly, in safetensors and JSON. Each folder is whole or absent.
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
-RUN/model.safetensors            the newest of those weights, for whoever loads the run
+RUN/model.safetensors            the newest of those weights, which `retentive.load` reads
+
+The state of the random numbers is not kept: the loop seeds them anew at every step.
 """
 
 import json
@@ -19,7 +21,11 @@ from retentive.models.state import State, load_state
 def save(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, state: State | None, keep: int
 ) -> Path:
-    """Write the checkpoint of `step` finished steps, point the run's weights at it, drop all but the newest `keep`.
+    """The folder of the checkpoint of `step` finished steps, once written; its weights are the run's from then on.
+
+    Args:
+        state: what the next batch goes on from (mode "carry"), or None.
+        keep: checkpoints that remain, the newest; older ones are deleted.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
@@ -37,23 +43,24 @@ def save(
             state.save(folder / "state.safetensors")
         write_json(folder / "training.json", {"step": step})
 
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = run / "checkpoints" / f"step-{step:08d}"  # with zeros, so that names sort by step
     replace_folder(folder, write)
     publish(run, folder)
+    # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
     for old in folders(run)[:-keep]:
         shutil.rmtree(old)
     return folder
 
 
 def publish(run: Path, folder: Path) -> None:
-    """Make the checkpoint's weights the run's: a hard link where the file system has them, else a copy."""
+    """Makes the checkpoint's weights the run's: by a hard link where the file system has them, else by a copy."""
     partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
-    partial.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)  # of a process that was killed here
     if target.exists() and target.samefile(folder / "model.safetensors"):
-        return  # a rename between two links to one file does nothing, and would leave the other link there
+        return  # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
     try:
         os.link(folder / "model.safetensors", partial)
-    except OSError:
+    except OSError:  # no hard links, as on FAT
         shutil.copyfile(folder / "model.safetensors", partial)
     partial.replace(target)
 
@@ -64,7 +71,10 @@ def folders(run: Path) -> list[Path]:
 
 
 def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
-    """Load the newest checkpoint into model and optimiser: (finished steps, carried state); (0, None) without one."""
+    """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
+
+    Without a checkpoint, (0, None).
+    """
     for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
         shutil.rmtree(rest)
     found = folders(run)
@@ -75,10 +85,10 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     weights, moments = (load_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "optimizer"))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(weights[name])
+            p.copy_(weights[name])  # in place: the optimiser holds these very tensors
             if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
     state = load_state(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else None
-    publish(run, folder)
+    publish(run, folder)  # a process killed after saving may not have come to it
     return step, state

@@ -1,4 +1,4 @@
-"""What training does, apart from the model and the data."""
+"""The options of training, apart from the model and the data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +31,7 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose gradients make one step."""
     precision: Precision = "auto"
-    """Autocast of matrix products; auto takes bf16 where a product is faster in it on this machine."""
+    """Precision of matrix products (autocast); auto takes bf16 where this machine multiplies faster in it."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -39,11 +39,11 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     seed: int = 0
-    """Of initialisation, data order, dropout and samples."""
+    """Seed of initialisation, data order, dropout and samples."""
     eval_every: int = 250
     """Steps between evaluations on held-out text; 0 for none but the last."""
     eval_tokens: int = 65536
-    """Held-out tokens of those, the same every time; at the end, up to ten times as many are read once."""
+    """Held-out tokens of an evaluation, the same every time; the one at the end reads up to ten times as many."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep: int = 2

@@ -1,10 +1,10 @@
-"""A run directory: where a run is written, by one process at a time, and what happens to a run that is there already.
+"""A run directory: where a run is written, by one process at a time, and what is done where a run is there already.
 
 RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
 RUN/train.json                                      the options, for the record and for --resume
 RUN/metrics.jsonl                                   a line per step, evaluation and sample
 RUN/checkpoints/                                    what --resume goes on from, see `checkpoints`
-RUN/.lock                                           held by the process that is at it
+RUN/.lock                                           locked by the process that trains it; the file itself stays
 """
 
 import contextlib
@@ -20,25 +20,25 @@ from filelock import FileLock, Timeout
 from retentive.data.tokenizer import Tokenizer
 from retentive.train.checkpoints import folders
 
-WRITTEN = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
-"""What goes when a run begins anew; the options and the model's files are replaced, files of others left alone."""
+DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
+"""What is deleted when a run begins anew. The options and the model's files are replaced, all other files are kept."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run goes."""
+    """Where a run is written."""
 
     path: Path
-    """The directory, made if need be."""
+    """The directory, made if it does not exist."""
     tokenizer: Tokenizer | None = None
-    """Kept beside the model, so that the run alone is enough to write text."""
+    """Saved beside the model, so that the run alone is enough to generate text."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """What else to keep in train.json."""
+    """What else is kept in train.json."""
     existing: Literal["refuse", "resume", "overwrite"] = "refuse"
-    """What is done where a run has left checkpoints; where it has left none, nothing is lost and it begins anew."""
+    """What is done where a run has left checkpoints; one that has left none is begun anew, since nothing is lost."""
 
     def check(self) -> None:
-        """Raises FileExistsError unless a run may begin or go on here; changes nothing."""
+        """Raises FileExistsError unless a run may begin or go on here. Changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file: choose a folder for the run (--out)")
         if not (self.path / "train.json").exists():
@@ -52,16 +52,17 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The directory, made, and no other process's until the block ends.
+        """Makes the directory, ready for the run, and keeps other processes out of it in this block.
 
         Raises:
-            BlockingIOError: another process is at this run.
+            BlockingIOError: another process is training there.
+            FileExistsError: as `check`.
         """
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / ".lock", timeout=0):
-                self.check()  # another process may have made a run of it meanwhile
+                self.check()  # again: another process may have begun a run there before this one had the lock
                 if self.existing == "overwrite" or not folders(self.path):
                     self._clear()
                 yield
@@ -69,18 +70,18 @@ class RunDirectory:
             raise BlockingIOError(f"another process is training the run at {self.path}: wait, or stop that") from None
 
     def _clear(self) -> None:
-        for name in WRITTEN:
+        for name in DELETED:
             path, old = self.path / name, self.path / f".{name}.old"
             shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
             if path.is_dir():
-                path.rename(old)  # at once: half a checkpoint must not count as one
+                path.rename(old)  # deleting takes time: killed in between, half a checkpoint must not count as one
                 shutil.rmtree(old)
             else:
                 path.unlink(missing_ok=True)
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """What a run's train.json holds; {} where there is none.
+    """The content of a run's train.json; {} where there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -90,7 +91,7 @@ def read_options(run: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        _ = found["train"]["precision"]
+        _ = found["train"]["precision"]  # a run's options have at least this
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not hold a run's options ({error}): the run cannot go on") from None
     return found

@@ -1,4 +1,4 @@
-"""What training says: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for."""
+"""The log of a run: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for."""
 
 import importlib
 import json
@@ -14,9 +14,17 @@ from retentive.evals.heldout import HeldOut
 from retentive.files import write_text
 from retentive.train.config import TrainConfig
 
+SECONDS = 15
+"""Between two lines of progress where there is no terminal, and so no bar."""
+
 
 class Log:
-    """One line of metrics.jsonl a step, and the same to the progress bar and the optional writers."""
+    """Writes one line of metrics.jsonl a step, and the same to the progress bar and the optional writers.
+
+    Args:
+        start: the finished steps that the run goes on from; what the file has of later ones is dropped.
+        quiet: nothing on stderr.
+    """
 
     def __init__(self, run: Path, config: TrainConfig, *, start: int, quiet: bool = False):
         self.path = run / "metrics.jsonl"
@@ -33,7 +41,8 @@ class Log:
         self._task = self._bar.add_task("", total=config.steps, completed=start)
         self._steps, self._start, self._began = config.steps, start, time.monotonic()
         self._last_print = time.monotonic()
-        self._held_out, self._read = "", 0
+        self._held_out = ""  # of the last evaluation, as the progress bar shows it
+        self._evaluated = 0  # bytes of text that it covered
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config) if config.wandb else None
 
@@ -52,46 +61,46 @@ class Log:
             self._wandb.finish()
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Record a step's metrics; `step` among them counts finished steps."""
+        """Records a step's metrics; `step` among them counts finished steps."""
         self._write(metrics)
         text = (
             f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
             f"MFU {metrics['mfu']:.0%}  {metrics['memory'] / 2**30:.1f} GB{self._held_out}"
         )
         self._bar.update(self._task, completed=metrics["step"], description=text)
-        if not self._console.is_terminal and time.monotonic() - self._last_print > 15:
+        if not self._console.is_terminal and time.monotonic() - self._last_print > SECONDS:
             self._last_print = time.monotonic()
             rate = (time.monotonic() - self._began) / max(metrics["step"] - self._start, 1)
             left = rate * (self._steps - metrics["step"])
             self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
 
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        """Record an evaluation: on the same part of the text every time, and in the end (`last`) on a longer one."""
+        """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
         self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
-        if last and result.bytes == self._read:
-            return  # it was all the text, and has been said
-        self._read = result.bytes
+        if last and result.bytes == self._evaluated:
+            return  # there is no longer part: this very result has been printed
+        self._evaluated = result.bytes
         size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
         which = " (the longer part, read once at the end)" if last else ""
         self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}")
 
     def sample(self, step: int, text: str) -> None:
-        """Show a sample of what the model writes, and record it."""
+        """Records and shows a sample of what the model writes."""
         self._write({"step": step, "sample": text})
         shown = "\n    ".join(text.strip("\n").splitlines()[:6])
         self.say(f"step {step}, a sample:\n    {shown}")
 
     def say(self, text: str) -> None:
-        """A line for people, if there is something to say."""
+        """Prints a line for people; nothing for ""."""
         if text:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.flush()  # others read it while the run goes on
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard:
             for name, value in numbers.items():
@@ -100,7 +109,7 @@ class Log:
             self._wandb.log(numbers, step=record["step"])
 
     def _keep_until(self, step: int) -> None:
-        """Drop what an interrupted run wrote after the checkpoint that this one goes on from."""
+        """Drops what an interrupted run wrote after the checkpoint that this one goes on from."""
         if not self.path.is_file():
             return
         kept = []
@@ -114,7 +123,7 @@ class Log:
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A line for people, where there is no log to write."""
+    """Prints a line for people where there is no Log."""
     Console(stderr=True, quiet=quiet).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -125,21 +134,24 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def check_extras(config: TrainConfig) -> None:
-    """Before anything is written: ModuleNotFoundError if a writer that is asked for is not installed, ValueError if it
-    wants a login that is not there."""
-    try:
-        if config.tensorboard:
-            importlib.import_module("torch.utils.tensorboard")
-        if config.wandb:
-            importlib.import_module("wandb")
-    except ImportError:
-        flag = "--wandb" if config.wandb and not config.tensorboard else "--tensorboard"
-        raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
+    """Looks, before anything is written, whether the optional writers can be used.
+
+    Raises:
+        ModuleNotFoundError: one that is asked for is not installed.
+        ValueError: Weights & Biases needs a login.
+    """
+    writers = {"--tensorboard": (config.tensorboard, "torch.utils.tensorboard"), "--wandb": (config.wandb, "wandb")}
+    for flag, (wanted, module) in writers.items():
+        try:
+            if wanted:
+                importlib.import_module(module)
+        except ImportError:
+            raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
     if config.wandb and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         try:
-            wandb.login(verify=False)  # asks in a terminal
+            wandb.login(verify=False)  # in a terminal it asks for the key, elsewhere it raises
         except wandb.Error:
             how = "run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"
             raise ValueError(f"--wandb needs a login: {how}") from None

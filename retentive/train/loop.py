@@ -1,7 +1,7 @@
 """The training loop: batches and an objective in, a run directory out.
 
 Everything is a function of the config, the data and the step: a run that was killed and resumed ends, on CPU, in the
-same bits as one that was not. Techniques (autocast, compile, recomputation) are put on from outside the model.
+same bits as one that was not. Autocast, compilation and recomputation are applied from outside: no model knows them.
 """
 
 import math
@@ -31,28 +31,30 @@ from retentive.train.signals import Interrupted, stop_signals
 
 
 class Batches(Protocol):
-    """What the loop reads: a pure function of the index, so that a run that goes on sees what it would have seen."""
+    """What the loop reads: a pure function of the index, so that a resumed run reads what it would have read."""
 
     length: int
-    """Tokens of a row, which the FLOPs of a token are counted from."""
+    """Tokens of a row, on which the FLOPs of a token depend."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """The batch `index`, without end: step * accumulate + j for the j-th of a step. It has `ids` and
-        `to(device)`; the rest is between it and the objective."""
+        """The batch of any index from 0 on; the j-th of a step has the index step * accumulate + j.
+
+        A batch has `ids` and `to(device)`; what else it has concerns the objective alone.
+        """
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run does beside its steps."""
+    """What a run does beside its steps, and what it prints."""
 
     evaluate: Callable[[Model, int], HeldOut] | None = None
     """(model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end."""
     sample: Callable[[Model], str] | None = None
     """model -> text, called every `sample_every` steps."""
     title: str = ""
-    """A line to begin the log with."""
+    """The line that the log begins with."""
     quiet: bool = False
-    """Nothing for people, metrics.jsonl only."""
+    """Write metrics.jsonl only, and print nothing."""
 
 
 def train(
@@ -63,10 +65,10 @@ def train(
     out: RunDirectory | str | Path,
     hooks: Hooks | None = None,
 ) -> Path:
-    """Train `model` in place, or on from the run's newest checkpoint, and return its run directory.
+    """The run directory, once `model` is trained in place, from the run's newest checkpoint where it is resumed.
 
     Raises:
-        FileExistsError: `out` holds a run, and is not a RunDirectory that says what to do with it.
+        FileExistsError: `out` holds a run already, and is not a RunDirectory that says what to do with it.
         BlockingIOError: another process is training there.
         FloatingPointError: the loss or the gradient is no longer finite; the last good checkpoint is kept.
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
@@ -74,11 +76,12 @@ def train(
     """
     directory = out if isinstance(out, RunDirectory) else RunDirectory(Path(out))
     run, hooks = directory.path, hooks or Hooks()
+    # What can be refused is refused before anything is written or moved to a GPU.
     check_extras(config)
     directory.check()
     device, resume = pick_device(config.device), directory.existing == "resume"
     before = read_options(run).get("train", {}) if resume else {}
-    if config.precision == "auto":  # what it meant at first, it means on resuming
+    if config.precision == "auto":  # measured once a run: a resumed one keeps what was found then
         config = replace(config, precision=before.get("precision", "auto"))
     config = replace(config, precision=pick_precision(config.precision, device))
     model.to(device).train()
@@ -91,28 +94,27 @@ def train(
             say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
         if done == 0:
-            save_model(run, model, directory.tokenizer)  # from its first minute the run can be loaded
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        flops = cost.training_flops_per_token(model.config, batches.length)
-        mfu = flops / gemm_rate(device, dtype, size=1024, repeats=4)
+            save_model(run, model, directory.tokenizer)  # so that the run can be loaded before its first checkpoint
+        mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
-            log.say(going_on(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
+            log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
             for step in range(done, config.steps):
                 began = time.perf_counter()
                 try:
                     metrics, carried = take_step(model, batches, objective, config, optimizer, step, carried)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"{error}: {what_is_left(run)}") from None
+                    raise FloatingPointError(f"{error}: {advice_after_failure(run)}") from None
                 rate = metrics.pop("tokens") / (time.perf_counter() - began)
-                speed = {"tokens_per_second": rate, "mfu": rate * mfu, "memory": peak_memory(device)}
+                speed = {"tokens_per_second": rate, "mfu": rate * mfu_per_rate, "memory": peak_memory(device)}
                 log.step({"step": step + 1, **metrics, **speed})
                 report(model, config, hooks, log, step + 1)
                 last = step + 1 == config.steps
+                # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
                 if last or stop.signal or (step + 1) % config.save_every == 0:
                     checkpoints.save(run, model, optimizer, step=step + 1, state=carried, keep=config.keep)
                 if stop.signal and not last:
-                    told = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
-                    raise Interrupted(told, stop.signal)
+                    message = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
+                    raise Interrupted(message, stop.signal)
     return run
 
 
@@ -125,16 +127,17 @@ def take_step(
     step: int,
     carried: Any = None,
 ) -> tuple[dict[str, Any], Any]:
-    """(loss, lr, grad_norm and tokens of optimiser step `step`, the state to go on from).
+    """(loss, lr, grad_norm and tokens of optimiser step `step`, from 0; the state to go on from).
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the weights are as before.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout is a function of the step too
+    # Dropout is a function of the step too. Seeds are far apart, so that runs of neighbouring seeds do not share them.
+    torch.manual_seed(config.seed * 1_000_003 + step)
     loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))  # inf: measured, not clipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss} and gradient norm {norm} at step {step + 1}")
     optimizer.step()
@@ -145,7 +148,10 @@ def take_step(
 def accumulate_gradients(
     model: Model, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
 ) -> tuple[float, int, Any]:
-    """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters."""
+    """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters.
+
+    Every batch of the step weighs the same, whatever the number of its losses.
+    """
     device = model.device
     total, tokens = 0.0, 0
     for micro in range(config.accumulate):
@@ -153,34 +159,44 @@ def accumulate_gradients(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             losses, count, carried = objective(model, batch, carried)
             loss = losses / max(count, 1)
-        (loss / config.accumulate).backward()
+        (loss / config.accumulate).backward()  # outside of autocast, as torch asks for
         total += loss.item() / config.accumulate
         tokens += batch.ids.numel()
     return total, tokens, carried
 
 
 def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int) -> None:
-    """Evaluate and sample after `done` steps, where it is time to."""
+    """Evaluates and samples after `done` steps, where it is time to."""
     last = done == config.steps
     if hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
         found = hooks.evaluate(model, config.eval_tokens)
         log.held_out(done, found)
         if last:
-            whole = found.tokens < config.eval_tokens - 1  # there is no more text
+            whole = found.tokens < config.eval_tokens - 1  # the text is shorter; of n tokens n - 1 are predicted
             log.held_out(done, found if whole else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
     if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
         log.sample(done, hooks.sample(model))
 
 
-def going_on(done: int, steps: int, planned: int) -> str:
-    """What is said of a run that goes on."""
+def utilisation(model: Model, length: int, config: TrainConfig, device: torch.device) -> float:
+    """MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) of one token a second.
+
+    The peak that it is a fraction of is the rate of a large matrix product on this machine, measured now.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    flops = cost.training_flops_per_token(model.config, length)
+    return flops / gemm_rate(device, dtype, size=1024, repeats=4)
+
+
+def resumed_line(done: int, steps: int, planned: int) -> str:
+    """The first line of the log of a resumed run."""
     if steps == planned:
         return f"going on from step {done} of {steps}"
     return f"going on from step {done}, to {steps} instead of {planned}: with the learning rates of a run of {steps}"
 
 
-def what_is_left(run: Path) -> str:
-    """What a run has saved, and what to do, where it cannot go on."""
+def advice_after_failure(run: Path) -> str:
+    """What a run that cannot go on has saved, and what to do."""
     kept = checkpoints.folders(run)
     if kept:
         return f"training stopped, the last good checkpoint is {kept[-1]}; try a lower --lr, with --overwrite"
@@ -198,7 +214,7 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
 
 
 def wrap_blocks(model: Model, config: TrainConfig) -> None:
-    """Compile the blocks or recompute them in the backward pass, from outside: the model does not know.
+    """Compiles the blocks, or has them recomputed in the backward pass (activation checkpointing), as the config says.
 
     Raises:
         ValueError: a model whose blocks are another library's.
@@ -207,6 +223,6 @@ def wrap_blocks(model: Model, config: TrainConfig) -> None:
         raise ValueError("the blocks are another library's here: leave out --compile and --checkpoint-activations")
     for block in model.blocks:
         if config.compile:
-            block.compile()
+            block.compile()  # in place: names of parameters, and so checkpoints, stay as they are
         if config.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,9 +1,9 @@
-"""What training lowers: an objective is a function of the model and a batch, and the loop knows no other.
+"""What training minimises: a function of the model and a batch, which is all that the loop knows of the loss.
 
-    objective(model, batch, state) -> (sum of losses, how many they are, state)
+    objective(model, batch, state) -> (sum of losses, number of losses, state)
 
-The sum is a scalar with a graph, so that batches of different counts can be weighed alike. The state is what the next
-batch of the same rows goes on from: None before the first, and for objectives that carry nothing.
+The sum is a scalar with a graph; the loop divides it by the number. The state is what the next batch of the same rows
+goes on from: None before the first batch, and for objectives that carry nothing.
 """
 
 from typing import Any, Protocol
@@ -21,16 +21,16 @@ class Objective(Protocol):
 
 
 def language_modelling(model: Any, batch: Any, state: Any) -> tuple[Tensor, int, Any]:
-    """The losses of the next tokens, in nats; targets that are IGNORE do not count.
+    """The sum of the next tokens' losses in nats, and their number; targets that are IGNORE do not count.
 
     Args:
-        batch: ids, targets and cu_seqlens as of `retentive.data.loader.Batch`; where it says which states carry over
-            (mode "carry"), those do.
+        batch: ids, targets and cu_seqlens as of `retentive.data.loader.Batch`. Its `carry` (mode "carry") says which
+            rows go on from `state`; without, every sequence begins afresh.
     """
-    carry, first = batch.carry, None
+    carry, before = batch.carry, None
     if carry is not None:
-        first = states_in(model, state, carry.first, carry.continues, len(batch.cu_seqlens) - 1)
-    x, after = model.hidden(batch.ids, first, cu_seqlens=batch.cu_seqlens)
+        before = states_in(model, state, carry.first, carry.continues, len(batch.cu_seqlens) - 1)
+    x, after = model.hidden(batch.ids, before, cu_seqlens=batch.cu_seqlens)
     total = cross_entropy(x, model.head.weight, batch.targets)
     count = int((batch.targets != IGNORE).sum())
     return total, count, None if carry is None else states_out(after, carry.last)

@@ -1,6 +1,7 @@
-"""A training run as a value: which data, which model, which options, which directory. `TrainRun(…).run()` does it.
+"""A training run as a value: its data, model, options and directory. `TrainRun(…).run()` carries it out.
 
 The command line, `compare`, the demo and the recipes all make one of these; `retentive.train` is the short form.
+Below the class, in this order: checks before a run, resuming one, options as dictionaries.
 """
 
 import difflib
@@ -27,12 +28,12 @@ from retentive.models import MODELS, Config, Model, PeerConfig, RetNetConfig, bu
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
-from retentive.train.loop import Hooks, pick_precision, take_step, train
+from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
 from retentive.train.optim import adamw
 
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
-"""What a run that goes on may change at any time: none of these alters what is computed."""
+"""Options that a resumed run may change at any time: none of them alters what is computed."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class TrainRun:
 
     @classmethod
     def of(cls, data: str | Path, out: str | Path, **options: Any) -> "TrainRun":
-        """A run from keywords: fields of TrainRun and of TrainConfig in one row.
+        """A run from keywords, which are fields of TrainRun or of TrainConfig.
 
         Raises:
-            TypeError: one that neither has.
+            TypeError: a keyword that neither has.
         """
-        inner = {f.name for f in fields(TrainConfig)}
-        known = {f.name for f in fields(cls)} - {"data", "out", "train"} | inner
+        of_training = {f.name for f in fields(TrainConfig)}
+        known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
         for name in set(options) - known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
@@ -79,18 +80,18 @@ class TrainRun:
         return with_options(cls(Path(data), Path(out)), options)
 
     def __post_init__(self):
-        object.__setattr__(self, "data", Path(self.data))
+        object.__setattr__(self, "data", Path(self.data))  # strings are welcome too; a frozen dataclass wants this way
         object.__setattr__(self, "out", Path(self.out))
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
-        """Train, and return the run directory.
+        """The run directory, once the model is trained.
 
         Args:
-            overrides: where a run goes on (`resume`), the names of the fields that were chosen and not left at their
-                defaults: they must be as in the run, but for `steps` and for what alters nothing that is computed.
-                If not given, all fields count as chosen, and `steps` must be as in the run as well.
+            overrides: where a run is resumed, the names of the fields that the user has chosen, and not left at their
+                defaults. They must be as in the run on disk, but for `steps` and for FREE; all others are taken from
+                it. If not given, all fields count as chosen, and `steps` must be as in the run as well.
             quiet: nothing on stderr.
 
         Raises:
@@ -98,10 +99,10 @@ class TrainRun:
             FileExistsError, BlockingIOError, FloatingPointError, Interrupted, OSError: as `loop.train`.
         """
         data = Packed(self.data)
-        was = read_options(self.out) if self.resume else {}
-        run = going_on(self, was, data.fingerprint, overrides) if was else self
+        saved = read_options(self.out) if self.resume else {}
+        run = resumed(self, saved, data.fingerprint, overrides) if saved else self
         batches, directory = run.batches(data), run.directory(data)
-        directory.check()
+        directory.check()  # the loop does so too, but building a large model takes long
         config, model = run.build(data)
         what = run.init or f"{run.model} {run.size}"
         title = (
@@ -113,54 +114,60 @@ class TrainRun:
         return train(model, batches, language_modelling, run.train, directory, hooks)
 
     def seconds_per_step(self) -> float:
-        """Seconds that a step of this run takes on this machine, the median of three; nothing is written."""
+        """Seconds that a step of this run takes on this machine, the median of three. Writes nothing."""
         data = Packed(self.data)
         config = replace(self.train, precision=pick_precision(self.train.precision, pick_device(self.train.device)))
         batches, (_, model) = self.batches(data), self.build(data)
         model.to(pick_device(config.device)).train()
+        wrap_blocks(model, config)
         optimizer, carried, times = adamw(model, config), None, []
-        for step in range(4):  # the first one allocates
+        for step in range(4):  # the first one allocates and compiles, and is left out
             began = time.perf_counter()
             _, carried = take_step(model, batches, language_modelling, config, optimizer, step, carried)
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
     def batches(self, data: Packed) -> Batches:
-        """What is trained on, in order."""
+        """The batches that are trained on, in order."""
         return data.batches(mode=self.mode, batch=self.batch, length=self.length, seed=self.train.seed)
 
     def config(self, vocab_size: int) -> Config:
-        """The config of the model, for this vocabulary; that of `init` if there is one."""
+        """The config of the model for a vocabulary; with `init`, that of the model there.
+
+        Raises:
+            ValueError: no such size or field, or an architecture beside that of `init`.
+        """
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
-        if (self.size, self.model) != (TrainRun.size, TrainRun.model):
+        if (self.size, self.model) != (TrainRun.size, TrainRun.model):  # a field's default is the class's attribute
             raise ValueError(f"--init {self.init} brings its architecture: leave out --size and --model")
         if set(self.set) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
 
     def build(self, data: Packed) -> tuple[Config, Model]:
-        """The model to begin with, and its config.
+        """(config, model) to begin with.
 
         Raises:
-            ValueError: it does not go with the data or the mode, or cannot fit into memory; told before it is made.
+            ValueError: they do not fit the data, the mode or the memory; found before the model is made.
         """
         resumes = self.resume and folders(self.out)
+        # A resumed run has its config and its weights: the model that it began from may be there no more.
         config = load_config(self.out)[0] if resumes and self.init else self.config(data.meta.vocab_size)
-        if self.mode == "carry" and type(config) is not RetNetConfig:
+        if self.mode == "carry" and type(config) is not RetNetConfig:  # a HybridConfig is one too, by inheritance
             kind = MODELS[type(config)].__name__
             raise ValueError(f"mode carry hands on a state of constant size, which a {kind} has not: use another mode")
         check_fits(config, self.batch, self.length, pick_device(self.train.device))
-        torch.manual_seed(self.train.seed)
+        torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         model = build(config)
         if self.init and not resumes:
-            given, tokenizer = load(self.init, dtype=torch.float32)
+            given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
             model.load_state_dict(given.state_dict())
         return config, model
 
     def hooks(self, data: Packed, config: Config) -> Hooks:
-        """Evaluation on the held-out text, if there is some, and samples of what the model writes, if it can."""
+        """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""
         how: dict[str, Any] = {"length": self.length, "carry": self.mode == "carry"}
 
         def evaluate(model: Model, tokens: int) -> HeldOut:
@@ -169,11 +176,11 @@ class TrainRun:
         def sample(model: Model) -> str:
             return sample_text(model, data.tokenizer, self.train.sample_prompt)
 
-        has_valid = data.meta.splits["valid"].tokens > self.length
+        has_valid = data.meta.splits["valid"].tokens > self.length  # at least one whole row and its targets
         return Hooks(evaluate if has_valid else None, None if isinstance(config, PeerConfig) else sample)
 
     def directory(self, data: Packed) -> RunDirectory:
-        """Where it goes, with what is kept there for the record."""
+        """Where the run is written, with what train.json records of it for `resume`."""
         apart = ("train", "resume", "overwrite")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         record = {"command": plain(options), "data_sha256": data.fingerprint}
@@ -182,7 +189,7 @@ class TrainRun:
 
 
 def sample_text(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
-    """What the model writes after `prompt` now, always with the same seed."""
+    """What the model writes after `prompt`, always with the same seed: only training makes samples differ."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
     text = "".join(write_on(model.eval(), tokenizer, prompt, params, max_tokens=tokens))
@@ -191,7 +198,7 @@ def sample_text(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int 
 
 
 def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
-    """Raises ValueError where a step cannot fit into the memory that is free now: what is sure, not what is likely."""
+    """Raises ValueError where a step certainly cannot fit into the memory that is free now (it may still not fit)."""
     least, free = cost.least_training_bytes(config, batch * length), machine.free_memory(device)
     if least > free:
         raise ValueError(
@@ -202,7 +209,7 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
 
 
 def check_vocabulary(init: str, model: Model, tokenizer: Tokenizer | None, data: Packed) -> None:
-    """Raises ValueError where a model's weights are for other tokens than those of the data."""
+    """Raises ValueError where the model's embedding is for other tokens than those of the data."""
     if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(
             f"{init} has another tokenizer than {data.path}: pack the text with that one "
@@ -215,18 +222,22 @@ def check_vocabulary(init: str, model: Model, tokenizer: Tokenizer | None, data:
         )
 
 
-def going_on(run: TrainRun, was: Mapping[str, Any], fingerprint: str, overrides: Collection[str] | None) -> TrainRun:
-    """The run at `run.out` as it goes on: its own options (`was`), and of the new ones what may change.
+def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides: Collection[str] | None) -> TrainRun:
+    """The run at `run.out` as it is resumed: with its own options (`saved`), and with those of `run` that may change.
 
-    The folder of the data may have been moved, but must be the same. A run without a checkpoint has nothing to keep to.
+    The folder of the data may have been moved, but its content must be the same. A run that has no checkpoint yet may
+    change in anything.
+
+    Raises:
+        ValueError: an option that may not change, other data, or a damaged train.json.
     """
     chosen = set(options_of(run)) if overrides is None else set(overrides) & set(options_of(run))
     free = FREE if overrides is None else FREE | {"steps"}
     kept = folders(run.out)
     try:
-        own = was["command"] | {"data": run.data, "out": run.out, "set": dict(was["command"]["set"])}
-        before = TrainRun(**own, train=TrainConfig(**was["train"]), resume=True)
-        same_data = was["data_sha256"] == fingerprint
+        own = saved["command"] | {"data": run.data, "out": run.out, "set": dict(saved["command"]["set"])}
+        before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True)
+        same_data = saved["data_sha256"] == fingerprint
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
     if not kept:
@@ -235,11 +246,12 @@ def going_on(run: TrainRun, was: Mapping[str, Any], fingerprint: str, overrides:
         raise ValueError(f"{run.data} holds other data than the run at {run.out} was trained on: name those")
     new, old = options_of(run), options_of(before)
     for name in sorted(chosen - free):
-        same_precision = name == "precision" and new[name] == "auto"  # which became what the run has
+        # train.json has the precision that "auto" was found to mean, and JSON's lists for tuples
+        same_precision = name == "precision" and new[name] == "auto"
         if plain(new[name]) != plain(old[name]) and not same_precision:
             flag = name.replace("_", "-")
             raise ValueError(
-                f"--{flag} {told(new[name])} contradicts the run at {run.out}, which has {told(old[name])}: "
+                f"--{flag} {as_typed(new[name])} contradicts the run at {run.out}, which has {as_typed(old[name])}: "
                 f"leave it out"
             )
     done = int(kept[-1].name.removeprefix("step-")) if kept else 0
@@ -249,24 +261,24 @@ def going_on(run: TrainRun, was: Mapping[str, Any], fingerprint: str, overrides:
 
 
 def options_of(run: TrainRun) -> dict[str, Any]:
-    """All fields in one row, but for where the data and the run are and what is done with a run that is there."""
+    """All options that say what is trained, by name: those of TrainRun and of TrainConfig, without the folders."""
     apart = ("data", "out", "resume", "overwrite", "train")
     own = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in apart}
     return own | {f.name: getattr(run.train, f.name) for f in fields(run.train)}
 
 
 def with_options(run: TrainRun, options: Mapping[str, Any]) -> TrainRun:
-    """The run with fields changed, its own and TrainConfig's in one row."""
-    inner = {f.name for f in fields(TrainConfig)}
-    train = replace(run.train, **{name: value for name, value in options.items() if name in inner})
-    return replace(run, **{name: value for name, value in options.items() if name not in inner}, train=train)
+    """The run with some fields changed, its own and those of its TrainConfig."""
+    of_training = {f.name for f in fields(TrainConfig)}
+    train = replace(run.train, **{name: value for name, value in options.items() if name in of_training})
+    return replace(run, **{name: value for name, value in options.items() if name not in of_training}, train=train)
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
 
 
-def told(value: Any) -> str:
-    """A value as it is typed on the command line."""
+def as_typed(value: Any) -> str:
+    """The value of an option as it is typed on the command line."""
     return " ".join(f"{name}={x}" for name, x in value.items()) or "none" if isinstance(value, Mapping) else str(value)

@@ -1,4 +1,8 @@
-"""SIGTERM and Ctrl-C: a run ends the step that it is at, saves, and stops."""
+"""SIGTERM and Ctrl-C: a run finishes the step under way, saves, and stops.
+
+A handler may run between any two instructions of Python, also while a checkpoint is written: so it only takes a note,
+and the loop looks at that where it can stop.
+"""
 
 import contextlib
 import signal
@@ -13,29 +17,36 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int = signal.SIGTERM):
         super().__init__(message)
         self.number = number
-        """Of the signal."""
+        """The number of the signal, which exit codes are made of."""
 
 
 class Stop:
-    """Whether to stop."""
+    """Whether a signal has asked to stop."""
 
     signal = 0
     """The number of the first signal that came, 0 before."""
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once. Only the main thread can listen."""
+def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
+    """Takes a note of SIGTERM and SIGINT in this block, instead of ending the process.
+
+    In another thread than the main one nothing is noted: Python lets that one alone set handlers.
+
+    Args:
+        insistent: a SIGINT after the first signal raises KeyboardInterrupt at once, for who will not wait.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
+        if insistent and stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.signal = number
+        stop.signal = stop.signal or number
 
+    # Whoever had a handler gets it back: a notebook, pytest, or a program that trains in between.
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop

@@ -32,7 +32,7 @@ def small(monkeypatch):
     monkeypatch.setitem(PRESETS, "2m", dict(dim=24, layers=2, heads=2, tie_embeddings=True))
 
     def start(task: queue.Task) -> queue.Job:
-        code = worker.main(task.order)
+        code = worker.main(task.argument)
         return queue.Job(task, SimpleNamespace(poll=lambda: code, returncode=code, terminate=lambda: None))
 
     monkeypatch.setattr(queue, "start", start)

@@ -117,6 +117,9 @@ def test_tables_have_their_columns_named_in_the_first_line(tmp_path, suffix, com
     file.write_text(f'n{comma}text\n1{comma}"never closed\n', "utf-8")
     with refuses(f"x{suffix} is no table after line 1 (unexpected end of data)"):
         read(file)
+    file.write_text(f'n{comma}"never closed\n', "utf-8")
+    with refuses(f"x{suffix} is no table after line 0 (unexpected end of data)"):
+        read(file)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

@@ -238,6 +238,10 @@ def test_load_meta_says_what_is_wrong(tmp_path):
     assert "another program" in message(edit(format="other"))
     assert "format version 99, this program reads 1" in message(edit(version=99))
     assert "is damaged" in message(edit(surplus=1))
+    assert "is damaged (ids of type 'float8')" in message(edit(dtype="float8"))
+    assert "is damaged ('train')" in message(
+        edit(splits={"valid": json.loads((good / "meta.json").read_text())["splits"]["valid"]})
+    )
     assert "train-00000.bin is missing" in message(lambda f: (f / "train-00000.bin").unlink())
     assert "incomplete" in message(lambda f: (f / "valid-00000.idx").write_bytes(b""))
     cut = message(lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-2]))

@@ -65,6 +65,13 @@ def test_held_out_bytes(packed):
     assert packed.held_out_bytes(first - 1) == first - 4, "half a character counts for nothing"
 
 
+def test_held_out_bytes_of_a_document_that_ends_in_a_replacement_character(tmp_path):
+    """Text that was decoded badly once holds U+FFFD itself, three bytes: only one that the cut makes is none of it."""
+    pack(tmp_path / "data", ByteTokenizer(), [Document("t", "text")], [Document("a", "a\ufffd"), Document("b", "bcd")])
+    data = Packed(tmp_path / "data")
+    assert data.held_out_bytes(7) == len("a\ufffdbc".encode())  # a and its three bytes, an end of text, b, c
+
+
 def test_another_tokenizer_beside_the_data_is_refused(folder, refuses):
     (folder / "tokenizer.json").unlink()
     train_bpe(TRAIN, 260).save(folder)

@@ -1,6 +1,8 @@
 """What people and other programs are told: lines, sizes, and the writers of TensorBoard and W&B, really run."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -77,6 +79,14 @@ def test_wandb_keeps_what_was_written(tmp_path, monkeypatch, wandb):
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
     assert all(name in content for name in (b"project", b"tokens_per_second", b"final_bits_per_byte"))
+
+
+def test_the_writer_that_is_missing_is_the_one_that_is_named(monkeypatch, refuses):
+    """None in sys.modules is how Python says that there is no such module."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("here"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with refuses("--wandb needs an extra: pip install 'retentive[log]'", ModuleNotFoundError):
+        check_extras(TrainConfig(tensorboard=True, wandb="project"))
 
 
 @pytest.mark.filterwarnings("default")

@@ -17,6 +17,7 @@ from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
 from retentive.models import RetNetConfig, build, cost
+from retentive.models.retnet import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
 from retentive.train.checkpoints import folders
 from retentive.train.loop import accumulate_gradients
@@ -271,6 +272,19 @@ def test_seconds_per_step_are_the_median_without_the_first(made, monkeypatch):
     monkeypatch.setattr("retentive.train.run.time.perf_counter", lambda: next(ticks))
     run = made("a")
     assert run.seconds_per_step() == 2 and not run.out.exists()
+
+
+def test_seconds_per_step_are_those_of_the_options(made, monkeypatch):
+    """Recomputing each block in the backward pass takes a third more time: the step that is timed must do it too."""
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *args: (calls.append(block), forward(block, *args))[1])
+    counts = []
+    for recomputed in (False, True):
+        calls.clear()
+        made("a", checkpoint_activations=recomputed).seconds_per_step()
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0] > 0
 
 
 def test_the_seed_initialises_the_model(made, packed):

@@ -1,8 +1,12 @@
-"""A fair comparison: several models on the same tokens, in the same order, with the same budget, and what comes of it.
+"""A fair comparison: several models trained on the same tokens in the same order with the same budget, and the results.
 
-    Comparison(data=…, out=…, variants=("retnet", "transformer"), sizes=("1m", "5m"), seeds=(0, 1)).run()
+Comparison(data=…, out=…, variants=("retnet", "transformer"), sizes=("1m", "5m"), seeds=(0, 1)).run()
 
-`comparison.py` says which runs there are, `queue.py` has workers do them, `summary.py` makes numbers of their records.
+comparison  the options, and the training runs that they mean
+variants    the models that can be compared
+queue       runs them, each in a process of its own, which is `worker`
+records     what each run leaves on disk
+summary     all records as a table with intervals, and scaling laws; `pictures` plots them
 """
 
 from retentive.studies.compare.comparison import Comparison

@@ -1,6 +1,6 @@
 """A comparison: its options, and the training runs that they mean.
 
-Each is a run directory of `retentive train` and could have been made by it; what is done is not done again.
+Each run is a run directory that `retentive train` could have made; a run that is done is not done again.
 """
 
 import json
@@ -39,13 +39,13 @@ class Comparison:
     out: Path
     """Folder for the runs, made if need be; what is done there already is not done again."""
     variants: tuple[str, ...] = ("retnet", "transformer")
-    """What is compared; the first is the baseline. A wrong name lists all."""
+    """Names of what is compared; the first is the baseline. An unknown name lists all."""
     sizes: tuple[str, ...] = ("1m",)
     """Sizes as `retentive train --size` takes them."""
     seeds: tuple[int, ...] = (0, 1)
-    """Of initialisation and order of the text."""
+    """Seeds of the initialisation and the order of the text; each variant is trained with all of them."""
     lrs: tuple[float, ...] = ()
-    """Peak learning rates, of which each variant's best counts; that of --lr if not given."""
+    """Peak learning rates; each variant is trained with all of them, and its best counts. By default that of --lr."""
     mode: Literal["reset", "packed"] = "reset"
     """As `retentive train --mode`."""
     batch: int = 8
@@ -53,7 +53,7 @@ class Comparison:
     length: int = 1024
     """Tokens of a row, in training and in evaluation."""
     jobs: int = 1
-    """Processes at work side by side, each with its share of the cores."""
+    """Runs at a time, each in a process with its share of the cores."""
     mixed: bool = False
     """Allow runs of unlike machines in one table."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
@@ -61,10 +61,10 @@ class Comparison:
     )
 
     def plan(self) -> list[Run]:
-        """All runs, a seed after the other, so that what an interruption leaves is of use.
+        """All runs, one seed after the other: one that is stopped early leaves whole comparisons of fewer seeds.
 
         Raises:
-            ValueError: an unknown variant or size, or something given twice or not at all.
+            ValueError: an unknown variant, or something that is given twice or not at all.
         """
         if self.train.seed != TrainConfig.seed:
             raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
@@ -78,63 +78,64 @@ class Comparison:
         return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.variants)]
 
     def check(self) -> None:
-        """Raises what stands against the plan on this machine, before anything is written.
+        """Looks whether all runs are possible on this machine. Writes nothing.
 
         Raises:
-            ValueError: too little held-out text, a model that cannot be built.
-            ModuleNotFoundError: a variant of another library that is not installed.
+            ValueError: too little held-out text, or a model that cannot be built.
+            ModuleNotFoundError: a variant comes from a library that is not installed.
         """
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         runs = self.plan()
-        others = [v for v in self.variants if VARIANTS[v].model in KINDS]
-        if others and not find_spec("transformers"):
+        peers = [v for v in self.variants if VARIANTS[v].model in KINDS]
+        if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
             raise ModuleNotFoundError(
-                f"{others[0]} is a model of the transformers library: pip install 'retentive[peers]'"
+                f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
             )
         packed = Packed(self.data)
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
         for run in runs:
-            self.train_run(run).config(packed.meta.vocab_size)
+            self.train_run(run).config(packed.meta.vocab_size)  # raises what the worker would raise hours later
 
     def train_run(self, run: Run) -> TrainRun:
-        """The training run that is meant, as `retentive train` would do it."""
+        """The training run of `retentive train` that a run of this comparison is."""
         return TrainRun(
             data=self.data,
             out=self.out / run.name,
             size=run.size,
             model=VARIANTS[run.variant].model,  # type: ignore[arg-type]
-            set=changes(run.variant, preset(run.size, vocab_size=2)),
+            set=changes(run.variant, preset(run.size, vocab_size=2)),  # no change depends on the vocabulary
             mode=self.mode,
             batch=self.batch,
             length=self.length,
-            resume=True,
+            resume=True,  # a run that was stopped goes on from its checkpoint
             train=replace(self.train, lr=run.lr, seed=run.seed, sample_every=0),
         )
 
     def about(self, run: Run) -> dict[str, Any]:
-        """All that decides what comes out of a run but its name."""
+        """All that the result of a run depends on, apart from what is in its name."""
         train = {name: value for name, value in asdict(self.train_run(run).train).items() if name not in FREE}
-        told = {"mode": self.mode, "batch": self.batch, "length": self.length, "train": train}
-        return {"data_sha256": Packed(self.data).fingerprint, **told}
+        batches = {"mode": self.mode, "batch": self.batch, "length": self.length}
+        return {"data_sha256": Packed(self.data).fingerprint, **batches, "train": train}
 
     def run(
         self, say: Callable[[str], None] = lambda line: None, progress: Callable[[str], None] = lambda line: None
     ) -> dict[str, Any]:
-        """What came of all runs that are done, those that were missing trained first: see `result`.
+        """The result of all runs, once those that are missing are trained and scored: see `result`.
 
         Args:
-            say: told when a run is done, in a line.
-            progress: told about once a second how far the runs under way are.
+            say: called with a line when a run is done.
+            progress: called some times a second with a line on the runs under way.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; all is saved, and the same comparison goes on.
-            ValueError: the plan is impossible, or results of unlike machines would stand in one table.
+            Interrupted: Ctrl-C or SIGTERM; all is saved, and the same comparison goes on from there.
+            ValueError: a run is impossible, or one table would have results of unlike machines.
+            ModuleNotFoundError, ChildProcessError: as `check` and `queue.work`.
         """
         self.check()
         runs = self.plan()
-        threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0
+        threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
         told, precision = self.described(), self.precision()
         orders = [json.dumps([told, run, precision, threads]) for run in runs]
         tasks = [Task(r, self.out / r.name, self.about(r), order) for r, order in zip(runs, orders, strict=True)]
@@ -153,7 +154,7 @@ class Comparison:
             return file.read_text(encoding="utf-8")
 
     def result(self) -> dict[str, Any]:
-        """What came of the runs that are done: `summary.report`, the machines, and all that decided it."""
+        """The result of the runs that are done: `summary.report`, with the machines and options behind it."""
         runs = self.plan()
         found = records(self.out, runs)
         check_hardware(found, mixed=self.mixed)
@@ -165,11 +166,12 @@ class Comparison:
         return {"what": "comparison", "hardware": kinds[0], "about": about, "machines": kinds, **result}
 
     def described(self) -> dict[str, Any]:
-        """The fields as JSON has them, for `from_description`."""
+        """The fields as JSON has them, of which `from_description` makes the same comparison again."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_description(cls, raw: dict[str, Any]) -> "Comparison":
+        """The comparison that `described` was called on."""
         lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
         paths = {"data": Path(raw["data"]), "out": Path(raw["out"])}
         return cls(**raw | lists | paths | {"train": TrainConfig(**raw["train"])})

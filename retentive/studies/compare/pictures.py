@@ -1,4 +1,4 @@
-"""Pictures of a comparison: bits per byte by size, learning rate or variant, curves of training, recalled tokens."""
+"""Plots of a comparison: bits per byte by size, rate or variant; curves of training; loss of recalled tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,11 @@ from retentive.studies.compare.summary import best_rates
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: bits per byte by size (of one size, by learning rate or by variant), curves, loss of recalled tokens.
+    """Writes a PNG of three plots: bits per byte (by size, or by learning rate or variant if there is one size), curves
+    of training, and the loss of recalled tokens.
+
+    Args:
+        result: what `Comparison.result` returns.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
@@ -16,9 +20,9 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     best = best_rates(result["rows"])
     rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
     figure, ((left, middle, right),) = grid(title, 1, 3, size=(5.2, 4.6))
-    from matplotlib import colormaps  # grid says it where there is none
+    from matplotlib import colormaps  # after `grid`, which names the extra where it is missing
 
-    pairs = colormaps["tab20"]  # the ten usual colours, each followed by a lighter one
+    pairs = colormaps["tab20"]  # ten colours, each followed by a lighter one: those only from the eleventh variant on
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     colours = {variant: pairs(2 * n % 20 + n // 10 % 2) for n, variant in enumerate(variants)}
     if len({row["size"] for row in rows}) > 1:
@@ -37,6 +41,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 def _by_size(
     axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str
 ) -> None:
+    """Points with intervals over the parameters of the blocks, and the fitted law of each variant that has one."""
     for variant, colour in colours.items():
         mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
         x, y = [row["block_parameters"] / 1e6 for row in mine], [row[key] for row in mine]
@@ -45,7 +50,9 @@ def _by_size(
         for found in laws:
             if found["variant"] == variant:
                 fitted = [found["a"] * n ** -found["b"] for n in x]
-                axis.plot(x, fitted, color=colour, linewidth=1, label=f"_{variant}, fitted")
+                axis.plot(
+                    x, fitted, color=colour, linewidth=1, label=f"_{variant}, fitted"
+                )  # _: no entry in the legend
     axis.set_xscale("log")
     ticks = sorted({row["block_parameters"] / 1e6 for row in rows})
     axis.set_xticks(ticks, [f"{n:.1f}" for n in ticks])
@@ -57,6 +64,7 @@ def _by_size(
 
 
 def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    """A line over the learning rates for each variant, of one size."""
     for variant, colour in colours.items():
         mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
         rates, bits = zip(*mine, strict=True)
@@ -72,6 +80,7 @@ def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> 
 
 
 def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str) -> None:
+    """A point with its interval for each variant, the best on top, of one size."""
     order = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=True)
     for n, row in enumerate(order):
         error = row["half_width"] if key == "bits_per_byte" else None
@@ -82,7 +91,7 @@ def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], 
 
 
 def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    """Held-out bits per byte while training, of the largest size."""
+    """Held-out bits per byte in the course of training: a line for each run of the largest size."""
     largest = max(runs, key=lambda r: r["block_parameters"])["size"]
     labels: set[str] = set()
     for r in (r for r in runs if r["size"] == largest):
@@ -92,6 +101,6 @@ def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any]) -> N
         axis.plot([t / 1e6 for t in tokens], bits, color=colours[r["variant"]], linewidth=1, label=label)
     axis.set_title(f"{largest}, every seed", fontsize=9)
     axis.set_xlabel("tokens trained on (millions)")
-    axis.set_ylabel("held-out bits per byte (the first stretch)")
+    axis.set_ylabel("bits per byte (first part of the held-out text)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

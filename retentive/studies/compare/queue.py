@@ -1,19 +1,17 @@
 """The queue of a comparison: each run in a process of its own (`worker.py`), some of them at a time.
 
-A process of its own, so that a run's memory is its own, whatever ran before. It locks the run while it is at it, so
-that the same command may be started twice; and it saves and ends when it is told to, or when whoever started it is
-gone. Whoever comes next goes on from there.
+In a process of its own a run's peak memory is its own, whatever ran before. A worker locks its run, so that the same
+comparison may be started twice; and it saves and ends on SIGTERM, or when the process that started it has ended. The
+next start goes on from there.
 """
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +22,11 @@ from retentive.bench.lab.tables import duration
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
+from retentive.train.signals import stop_signals
 
 STOPPED, TAKEN = 130, 75
-"""Exit codes of a worker: it was told to stop and has saved; another process is at this run. One that is told while it
-loads or scores has nothing to save, and ends by the signal."""
+"""Exit codes of a worker: a signal has come and the run is saved; another process has locked the run. A worker that is
+signalled while it loads or scores has nothing to save, and ends by the signal."""
 
 
 class Task(NamedTuple):
@@ -35,14 +34,19 @@ class Task(NamedTuple):
 
     run: Run
     folder: Path
+    """Its run directory."""
     about: dict[str, Any]
-    """All that decides what comes out of it."""
-    order: str
-    """What the worker is told, JSON."""
+    """All that its result depends on."""
+    argument: str
+    """The worker's command-line argument, JSON: see `worker.main`."""
 
     @property
     def done(self) -> bool:
-        """Whether its record is there; ValueError where that is of another comparison."""
+        """Whether its record is there.
+
+        Raises:
+            ValueError: the record is of another comparison.
+        """
         if not (self.folder / RECORD).is_file():
             return False
         check_done(self.folder / RECORD, self.about)
@@ -50,24 +54,29 @@ class Task(NamedTuple):
 
     @property
     def lock(self) -> FileLock:
-        """Held by whoever is at it."""
-        return FileLock(self.folder.with_name(f".{self.folder.name}.lock"), timeout=0)
+        """Held by the process that trains or scores it."""
+        return lock_of(self.folder)
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock of a run; beside its directory, which has a lock of its own while it is trained."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
 
 
 @dataclass
 class Job:
-    """A worker that is at a task."""
+    """A task with the worker that does it."""
 
     task: Task
     process: subprocess.Popen
     began: float = field(default_factory=time.monotonic)
 
     def progress(self) -> str:
-        """How far it is, by the last line of its metrics."""
+        """A line on how far it is, by the last line of its metrics."""
         try:
             last = (self.task.folder / "metrics.jsonl").read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
             steps = json.loads(last)["step"]
-        except (OSError, ValueError, KeyError):  # it has not begun, or is just writing
+        except (OSError, ValueError, KeyError):  # nothing is written yet, or half a line
             return f"{self.task.run.name}: begins"
         of = self.task.about["train"]["steps"]
         left = (time.monotonic() - self.began) * (of - steps) / max(steps, 1)
@@ -75,44 +84,52 @@ class Job:
 
 
 def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progress: Callable[[str], None]) -> None:
-    """Train and score each run that is not done and that no other process is at, `jobs` at a time.
+    """Trains and scores each run that is neither done nor locked by another process, `jobs` of them at a time.
 
-    A run whose loss is not a number is done as well: its record says so.
+    A run whose loss is no longer finite is done as well: its record says so.
+
+    Args:
+        say: called with a line when a run is done.
+        progress: called some times a second with a line on the runs under way.
 
     Raises:
         Interrupted: a signal came; the runs that were under way are saved.
-        ChildProcessError: a run failed for another reason, which it has told; the others are saved.
+        ChildProcessError: a worker failed for another reason, which it has printed; the other runs are saved.
     """
     waiting = [task for task in tasks if not task.done]
     active: list[Job] = []
     failed = ""
-    with stop_signals() as came:
-        while active or (waiting and not came and not failed):
-            while waiting and len(active) < jobs and not came and not failed:
-                if not taken(task := waiting.pop(0)):
+    # Not insistent: a second Ctrl-C must not stop the wait for the workers, which are saving.
+    with stop_signals(insistent=False) as stop:
+        while active or (waiting and not stop.signal and not failed):
+            while waiting and len(active) < jobs and not stop.signal and not failed:
+                if not locked_or_done(task := waiting.pop(0)):
                     active.append(start(task))
             time.sleep(0.1)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
                 code = job.process.returncode
                 if code == 0:
-                    say(f"{told(job)} ({sum(task.done for task in tasks)} of {len(tasks)})")
+                    say(f"{outcome(job)} ({sum(task.done for task in tasks)} of {len(tasks)})")
                 elif code not in (STOPPED, TAKEN, -signal.SIGTERM):
-                    failed = f"{job.task.run.name} ended with exit code {code}, it says why above"
-            if came or failed:
-                for job in active:
+                    failed = f"{job.task.run.name} {ending(code)}"
+            if stop.signal or failed:
+                for job in active:  # in every round, which does no harm: a worker takes a note of it, or has ended
                     job.process.terminate()
             elif active:
                 progress("   ".join(job.progress() for job in active))
     if failed:
         raise ChildProcessError(failed)
-    if came:
+    if stop.signal:
         done = sum(task.done for task in tasks)
-        raise Interrupted(f"stopped with {done} of {len(tasks)} runs done, all else saved", came[0])
+        raise Interrupted(f"stopped with {done} of {len(tasks)} runs done, all else saved", stop.signal)
 
 
-def taken(task: Task) -> bool:
-    """Whether another process is at it, or has just done it."""
+def locked_or_done(task: Task) -> bool:
+    """Whether another process is doing the task, or has done it since it was put on the list.
+
+    The worker locks it again: another process may be faster, and then the worker ends with TAKEN.
+    """
     task.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with task.lock:
@@ -122,29 +139,25 @@ def taken(task: Task) -> bool:
 
 
 def start(task: Task) -> Job:
-    """A worker for the task, in a session of its own: a Ctrl-C in the terminal reaches us, and we tell it."""
-    command = [sys.executable, "-m", "retentive.studies.compare.worker", task.order]
+    """A worker that does the task.
+
+    It has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then stops it.
+    """
+    command = [sys.executable, "-m", "retentive.studies.compare.worker", task.argument]
     environment = os.environ | bounded_spin()
     return Job(task, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
 
 
-def told(job: Job) -> str:
-    """What came of it, in a line."""
+def outcome(job: Job) -> str:
+    """The result of a job that is done, in a line."""
     record = read_record(job.task.folder / RECORD)
-    what = record.get("failed") or f"{record['bits_per_byte']:.4f} bits per byte"
-    return f"{job.task.run.name}: {what}, {duration(time.monotonic() - job.began)}"
+    result = record.get("failed") or f"{record['bits_per_byte']:.4f} bits per byte"
+    return f"{job.task.run.name}: {result}, {duration(time.monotonic() - job.began)}"
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The numbers of SIGTERM and SIGINT that have come, at any time. Only the main thread can listen."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield came
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def ending(code: int) -> str:
+    """How a worker has ended that did not do its task."""
+    if code < 0:  # Popen's way to say that a signal ended it
+        hint = ", as when memory runs out" if code == -signal.SIGKILL else ""
+        return f"was ended by signal {-code}{hint}"
+    return f"ended with exit code {code}, it says why above"

@@ -1,4 +1,4 @@
-"""What each run of a comparison leaves: OUT/NAME/compared.json, written last, so that it says that the run is done."""
+"""The record of a run of a comparison: OUT/NAME/compared.json, written last, so that it says that the run is done."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RECORD = "compared.json"
-"""In a run's directory, what came out of it."""
+"""The file in a run's directory with its result."""
 MACHINE = ("cpu", "threads", "gpu")
-"""What of the hardware must be the same in one table."""
+"""What of the hardware must be the same for all runs of one table, since speeds and memory are compared."""
 
 
 class Run(NamedTuple):
-    """One training run of a plan."""
+    """One training run of a comparison."""
 
     variant: str
     size: str
@@ -21,11 +21,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of its directory."""
         return f"{self.variant}_{self.size}_lr{self.lr:g}_seed{self.seed}"
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What came out of a run.
+    """The content of a record.
 
     Raises:
         ValueError: it is damaged.
@@ -41,31 +42,31 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def records(out: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """What came out of the runs that are done."""
+    """The records of those runs that are done."""
     files = [out / run.name / RECORD for run in runs]
     return [read_record(file) for file in files if file.is_file()]
 
 
 def check_done(file: Path, wanted: dict[str, Any]) -> None:
-    """Raises ValueError where the run that left this record is not the one that is wanted."""
-    was = read_record(file)["about"]
-    flat = [x | x["train"] for x in (was, wanted)]
-    for name in flat[1]:
-        if name != "train" and flat[0].get(name) != flat[1][name]:
+    """Raises ValueError where the run that left this record had other options than those that are wanted."""
+    about = read_record(file)["about"]
+    had, want = (x | x["train"] for x in (about, wanted))  # the options of training beside the others, by their names
+    for name in want:
+        if name != "train" and had.get(name) != want[name]:
             raise ValueError(
-                f"{file.parent} is of another comparison ({name} {flat[0].get(name)}, now {flat[1][name]}): "
+                f"{file.parent} is of another comparison ({name} {had.get(name)}, now {want[name]}): "
                 f"choose another --out"
             )
 
 
 def machines(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By what sets kinds of machine apart, of each kind one of the results."""
+    """One result of each kind of machine, by what tells the kinds apart."""
     return {", ".join(f"{key} {r['hardware'][key]}" for key in MACHINE): r for r in results}
 
 
 def check_hardware(results: Sequence[dict[str, Any]], *, mixed: bool = False) -> None:
-    """Raises ValueError where results of unlike machines would stand in one table, unless that is wanted (`mixed`)."""
+    """Raises ValueError where one table would have results of unlike machines, unless that is allowed (`mixed`)."""
     kinds = machines(results)
     if len(kinds) > 1 and not mixed:
-        places = "; ".join(f"{r['name']} on {kind}" for kind, r in kinds.items())
-        raise ValueError(f"results of {len(kinds)} kinds of machine in one table ({places}): --mixed allows it")
+        examples = "; ".join(f"{r['name']} on {kind}" for kind, r in kinds.items())
+        raise ValueError(f"results of {len(kinds)} kinds of machine in one table ({examples}): --mixed allows it")

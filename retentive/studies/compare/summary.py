@@ -1,9 +1,10 @@
-"""What comes out of the runs of a comparison, with its uncertainty: rows, laws of size, and both as Markdown.
+"""The records of a comparison as a table with confidence intervals, as scaling laws, and both as Markdown.
 
-Each variant counts at the best of the learning rates that all were given. Uncertainty is that of seeds: initialisation
-and order of the text. A cell has few of them, so that their standard deviation is pooled over all cells of the table
-(it is one noise, nearly), which gives the interval its degrees of freedom. Differences to the baseline, best against
-best, are taken seed by seed, since half of the noise is the order that both share.
+Each variant counts at the best of the learning rates that all were given. The uncertainty is that of seeds, which are
+the initialisation and the order of the text. A cell (one variant, size and rate) has few of them: their standard
+deviation is pooled over all cells of the table, in which the noise is nearly the same, and that gives the interval its
+degrees of freedom. Differences to the baseline, best rate against best rate, are paired seed by seed, since half of the
+noise is the order of the text, which both share.
 """
 
 import math
@@ -17,23 +18,27 @@ from retentive.evals.stats import half_width, pooled, t95
 
 
 def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """A row for each variant, size and learning rate: means over the seeds; where the rate is the variant's best, the
-    difference to the baseline at its own."""
+    """A row for each size, learning rate and variant: means over the seeds, with 95 % intervals.
+
+    Where the rate is the variant's best, also the difference to the baseline at the baseline's best rate.
+    """
+    # (size, lr, variant) -> seed -> record
     cells: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = {}
     for r in found:
         cells.setdefault((r["size"], r["lr"], r["variant"]), {})[r["seed"]] = r
     bits = {key: [r["bits_per_byte"] for r in cell.values()] for key, cell in cells.items()}
     best = best_rates({"size": s, "lr": r, "variant": v, "bits_per_byte": np.mean(b)} for (s, r, v), b in bits.items())
-    pairs: dict[tuple[str, float, str], list[float]] = {}
+    # the same key -> differences to the baseline, one for each seed that both have; none for the baseline itself
+    differences: dict[tuple[str, float, str], list[float]] = {}
     for (size, variant), lr in best.items():
         base, mine = cells.get((size, best.get((size, baseline), lr), baseline), {}), cells[size, lr, variant]
         shared = [seed for seed in mine if seed in base and variant != baseline]
-        pairs[size, lr, variant] = [mine[seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in shared]
+        differences[size, lr, variant] = [mine[s]["bits_per_byte"] - base[s]["bits_per_byte"] for s in shared]
     spread, freedom = pooled(bits.values())
-    of_pairs, pairs_freedom = pooled(d for d in pairs.values() if d)
+    paired_spread, paired_freedom = pooled(d for d in differences.values() if d)
     rows = []
     for key, cell in cells.items():
-        runs, difference = list(cell.values()), pairs.get(key)
+        runs, difference = list(cell.values()), differences.get(key)
         row = {"size": key[0], "lr": key[1], "variant": key[2], "seeds": sorted(cell)}
         row["best_rate"] = best[key[0], key[2]] == key[1]
         row |= {name: runs[0][name] for name in ("parameters", "block_parameters", "tokens")}
@@ -41,8 +46,8 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
         row["half_width"] = half_width(spread, freedom, len(runs))
         if difference:
             row["difference"] = float(np.mean(difference))
-            row["difference_half_width"] = half_width(of_pairs, pairs_freedom, len(difference))
-        for part in ("recalled", "others"):
+            row["difference_half_width"] = half_width(paired_spread, paired_freedom, len(difference))
+        for part in ("recalled", "others"):  # tokens that the context can recall, and all others (`evals.heldout`)
             losses = [r[part]["loss"] for r in runs if r[part]["loss"] is not None]
             row[part] = float(np.mean(losses)) if losses else None
         row["tokens_per_second"] = float(np.median([r["tokens_per_second"] for r in runs]))
@@ -52,7 +57,7 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
 
 
 def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Of each size and variant the learning rate that did best."""
+    """(size, variant) -> its best learning rate, by bits per byte."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         key = (row["size"], row["variant"])
@@ -62,10 +67,10 @@ def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 
 def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
-    """Rows of all runs, and the laws of those variants that have sizes enough, at the best learning rate of each.
+    """The rows of all runs, and the scaling laws of those variants that have enough sizes, each at its best rate.
 
-    Runs that did not train (`"failed"` in their record says why) are named, and whoever has one at a rate has no row
-    there.
+    Runs that diverged (`"failed"` in their record says why) are named. A variant that diverged at a rate for any seed
+    has no row there: the mean of the other seeds would flatter it.
     """
     failed = {(r["size"], r["lr"], r["variant"]) for r in found if "failed" in r}
     trained = [r for r in found if (r["size"], r["lr"], r["variant"]) not in failed]
@@ -80,8 +85,8 @@ def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
 def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
     """bits per byte = a * (parameters of the blocks / 10^6)^-b over the runs of a variant; None below three sizes.
 
-    Least squares of logarithms. The interval of b is that of the line's slope: what the runs lie off it, for their seed
-    or because the law does not hold, widens it.
+    Least squares of the logarithms. The interval of b is that of the line's slope: runs that lie off the line, by their
+    seed or because the law does not hold, make it wider.
     """
     mine = [r for r in found if r["variant"] == variant]
     if len({r["size"] for r in mine}) < 3:
@@ -89,7 +94,7 @@ def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
     x = np.log([r["block_parameters"] / 1e6 for r in mine])
     y = np.log([r["bits_per_byte"] for r in mine])
     slope, intercept = np.polyfit(x, y, 1)
-    freedom = len(x) - 2
+    freedom = len(x) - 2  # two numbers are fitted
     squares = float(((y - slope * x - intercept) ** 2).sum())
     error = math.sqrt(squares / freedom / float(((x - x.mean()) ** 2).sum()))
     fitted = {"a": math.exp(intercept), "b": -float(slope), "b_half_width": t95(freedom) * error}
@@ -97,13 +102,14 @@ def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Rows and laws in Markdown."""
+    """The rows, laws and failures of a `report`, as Markdown."""
     heads = ["size", "variant", "parameters", "seeds", "bits per byte", "± ", f"against {result['baseline']}", "±"]
     heads += ["recalled", "others", "tokens/s"]
     measured = any(row["memory"] is not None for row in result["rows"])  # not in results of old
     heads += ["memory"] * measured
     lines = []
     several = len({row["lr"] for row in result["rows"]}) > 1
+    # By size, to a tenth of a million: variants of one size differ in the last parameters. The best of each first.
     for row in sorted(result["rows"], key=lambda row: (row["block_parameters"] // 10**5, row["bits_per_byte"])):
         name = f"{row['variant']}, lr {row['lr']:g}" + " *" * row["best_rate"] if several else row["variant"]
         cells = [row["size"], name, f"{row['parameters'] / 1e6:.2f} M", str(len(row["seeds"]))]

@@ -1,7 +1,7 @@
 """The variants of a comparison: a RetNet with some fields changed, its Transformer twin, and other people's models.
 
-All variants of a size have the same number of parameters (Mamba's nearly): what a variant takes away, its feed-forward
-layer gets, as the twin's does. A new variant is one line of the table.
+All variants of a size have the same number of parameters (Mamba nearly): the feed-forward layer gets what a variant
+takes away, as in the twin. A new variant is one line of the table.
 """
 
 import math
@@ -14,27 +14,29 @@ from retentive.ops import decay
 
 
 class Variant(NamedTuple):
+    """A model that can be compared."""
+
     model: str
-    """As `retentive train --model` takes it."""
+    """Its name for `retentive train --model`."""
     changes: Callable[[RetNetConfig], dict[str, Any]]
-    """Of the RetNet's config; the feed-forward width is then fitted to the parameters."""
+    """What differs in the RetNet's config; the feed-forward width is then fitted to the number of parameters."""
     about: str
     """What it is, for people."""
 
 
-def same(config: RetNetConfig) -> dict[str, Any]:
+def none(config: RetNetConfig) -> dict[str, Any]:
     """No change."""
     return {}
 
 
 def short_head(heads: int) -> tuple[float, ...]:
-    """log(gamma) of each head: as usual, but that the first forgets at once, and so sees the token before."""
+    """log(gamma) of each head: the usual ones, but for the first, which forgets so fast that it sees the last token."""
     return (-1.0, *decay.values("lm", heads)[1:])
 
 
 VARIANTS = {
-    "retnet": Variant("retnet", same, "RetNet, decays of the paper's language models"),
-    "transformer": Variant("transformer", same, "Transformer twin: rotary positions, SwiGLU, RMSNorm, SDPA"),
+    "retnet": Variant("retnet", none, "RetNet, decays of the paper's language models"),
+    "transformer": Variant("transformer", none, "Transformer twin: rotary positions, SwiGLU, RMSNorm, SDPA"),
     "no-gate": Variant("retnet", lambda c: dict(gate=False), "without the swish gate"),
     "no-head-norm": Variant("retnet", lambda c: dict(head_norm=False), "without the norm of each head's output"),
     "no-decay": Variant("retnet", lambda c: dict(decay="none"), "without decay: linear attention"),
@@ -43,7 +45,7 @@ VARIANTS = {
     ),
     "small-heads": Variant(
         "retnet",
-        lambda c: dict(heads=4 * c.heads, kv_heads=0, value_dim=c.value_dim),
+        lambda c: dict(heads=4 * c.heads, kv_heads=0, value_dim=c.value_dim),  # kv_heads=0: as many as there are now
         "four times as many heads, a quarter as wide",
     ),
     "paper-decay": Variant("retnet", lambda c: dict(decay="paper"), "decays of the paper's equation 8"),
@@ -56,25 +58,25 @@ VARIANTS = {
     "gated": Variant(
         "retnet", lambda c: dict(decay="gated", score_norm=False), "a decay for each token: gated retention"
     ),
-    "hybrid": Variant("hybrid", same, "one block of four attends"),
-    "llama": Variant("llama", same, "Llama of the transformers library"),
-    "mamba": Variant("mamba", same, "Mamba of the transformers library"),
-    "mamba2": Variant("mamba2", same, "Mamba-2 of the transformers library"),
-    "rwkv": Variant("rwkv", same, "RWKV-4 of the transformers library"),
+    "hybrid": Variant("hybrid", none, "one block of four attends"),
+    "llama": Variant("llama", none, "Llama of the transformers library"),
+    "mamba": Variant("mamba", none, "Mamba of the transformers library"),
+    "mamba2": Variant("mamba2", none, "Mamba-2 of the transformers library"),
+    "rwkv": Variant("rwkv", none, "RWKV-4 of the transformers library"),
 }
 
 
 def changes(variant: str, config: RetNetConfig) -> dict[str, Any]:
-    """What `--set` must change of a size's config for the variant, its feed-forward layer fitted to the parameters."""
+    """The fields of a size's config that differ for the variant (`--set`), with a width that keeps the parameters."""
     changed = VARIANTS[variant].changes(config)
     if not changed:
         return {}
-    bare = replace(config, **changed)
-    spare = cost.block_parameters(config) - cost.block_parameters(bare)
-    unit = config.layers * config.dim * (3 if config.ffn_gate else 2)
-    return changed | {"ffn_dim": config.ffn_dim + round(spare / unit)} if round(spare / unit) else changed
+    spare = cost.block_parameters(config) - cost.block_parameters(replace(config, **changed))
+    per_width = config.layers * config.dim * (3 if config.ffn_gate else 2)  # parameters of one more feed-forward unit
+    wider = round(spare / per_width)
+    return changed | {"ffn_dim": config.ffn_dim + wider} if wider else changed
 
 
 def config_of(variant: str, config: RetNetConfig) -> Config:
-    """The config of a variant of a RetNet."""
+    """The config of a variant, as wide and deep as this RetNet."""
     return matching(VARIANTS[variant].model, replace(config, **changes(variant, config)))

@@ -1,4 +1,4 @@
-"""One run of a comparison, trained and scored in this process, which is made for it.
+"""One run of a comparison, trained and scored in a process of its own, which `queue` starts.
 
 python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], precision, threads]'
 """
@@ -24,7 +24,7 @@ from retentive.files import write_json
 from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.studies.compare.comparison import Comparison
-from retentive.studies.compare.queue import STOPPED, TAKEN, Task
+from retentive.studies.compare.queue import STOPPED, TAKEN, lock_of
 from retentive.studies.compare.records import RECORD, Run
 from retentive.train import Interrupted
 from retentive.train.config import Precision
@@ -33,7 +33,7 @@ from retentive.train.log import read_metrics
 
 
 def train_and_score(comparison: Comparison, run: Run, precision: Precision) -> dict[str, Any]:
-    """What came of the run: its record. A loss that is not a number is something that came of it too."""
+    """The record of the run, once trained and scored; a loss that is no longer finite is a result too."""
     record = run._asdict() | {"name": run.name, "about": comparison.about(run), "hardware": machine.describe()}
     device = pick_device(comparison.train.device)
     before = machine.reset_peak_memory(device)
@@ -44,18 +44,18 @@ def train_and_score(comparison: Comparison, run: Run, precision: Precision) -> d
         training.run(quiet=True)
     except FloatingPointError as error:
         return record | {"failed": str(error)}
-    record["memory"] = machine.peak_memory(device) - before  # of training: scoring is no part of its cost
+    record["memory"] = machine.peak_memory(device) - before  # before scoring, which does not belong to training's cost
     return record | score(comparison, run)
 
 
 def score(comparison: Comparison, run: Run) -> dict[str, Any]:
-    """How well a trained run does on the held-out text, and how its training went."""
+    """How well a trained run does on the held-out text, and its curves and speed of training."""
     folder, packed = comparison.out / run.name, Packed(comparison.data)
     model, _ = retentive.load(folder)
     metrics = read_metrics(folder)
     steps = [r for r in metrics if "loss" in r]
-    size = comparison.batch * comparison.length * comparison.train.accumulate
-    every = max(1, len(steps) // 100)
+    size = comparison.batch * comparison.length * comparison.train.accumulate  # tokens of a step
+    every = max(1, len(steps) // 100)  # the curve of the training loss has some 100 points, each a mean
     return {
         "parameters": cost.parameters(model.config),
         "block_parameters": cost.block_parameters(model.config),
@@ -71,15 +71,19 @@ def score(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 
 def end_with_the_parent(parent: int) -> None:
-    """SIGTERM to this process, which saves then, as soon as the one that started it is gone."""
-    while os.getppid() == parent:
+    """Sends SIGTERM to this process, which then saves and ends, as soon as the one that started it has ended."""
+    while os.getppid() == parent:  # an orphan gets another parent; polled, since Linux alone can signal that
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(order: str) -> int:
-    """Exit code: 0 done, TAKEN where another process is at the run, STOPPED where a signal came (all is saved)."""
-    raw, fields, precision, threads = json.loads(order)
+def main(argument: str) -> int:
+    """The exit code: 0 done, TAKEN if another process has locked the run, STOPPED if a signal came (all is saved).
+
+    Args:
+        argument: JSON of the comparison's fields, the run's, its precision, the number of threads (0: torch's choice).
+    """
+    raw, fields, precision, threads = json.loads(argument)
     comparison, run = Comparison.from_description(raw), Run(*fields)
     machine.keep_freed_memory()
     if threads:
@@ -87,9 +91,10 @@ def main(order: str) -> int:
     threading.Thread(target=end_with_the_parent, args=(os.getppid(),), daemon=True).start()
     folder = comparison.out / run.name
     try:
-        with Task(run, folder, {}, "").lock:
+        with lock_of(folder):
             record = train_and_score(comparison, run, precision)
             folder.mkdir(exist_ok=True)
+            # Last of all: the record says that the run is done.
             write_json(folder / RECORD, record)
     except Timeout:
         return TAKEN

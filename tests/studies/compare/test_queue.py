@@ -12,7 +12,7 @@ from retentive.studies.compare.records import Run
 from retentive.train import Interrupted
 
 FAKE = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 folder, how = sys.argv[1:]
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
@@ -23,6 +23,8 @@ if how == "waits":
     sys.exit(130)
 if how == "fails":
     sys.exit(2)
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
 Path(folder).mkdir(exist_ok=True)
 record = {"name": Path(folder).name, "about": {"train": {}}, "bits_per_byte": 2.5}
@@ -49,8 +51,8 @@ def tasks(tmp_path, monkeypatch):
         runs = [Run(how, "1m", n, 1e-3) for n, how in enumerate(hows)]
         about = {"train": {"steps": 10}}
         wanted = [about if how == "waits" else {"train": {}} for how in hows]
-        orders = [json.dumps([str(f), how]) for f, how in zip(folders, hows, strict=True)]
-        return [queue.Task(*x) for x in zip(runs, folders, wanted, orders, strict=True)]
+        arguments = [json.dumps([str(f), how]) for f, how in zip(folders, hows, strict=True)]
+        return [queue.Task(*x) for x in zip(runs, folders, wanted, arguments, strict=True)]
 
     return make
 
@@ -74,6 +76,12 @@ def test_a_failure_stops_the_queue_and_the_others_save(tasks):
     with pytest.raises(ChildProcessError, match="ended with exit code 2, it says why above"):
         work([failing, waiting, never], jobs=2)
     assert not never.done
+
+
+def test_a_worker_that_was_killed_has_not_said_why(tasks):
+    """The system ends a process so that takes too much memory: there is nothing above to read."""
+    with pytest.raises(ChildProcessError, match="was ended by signal 9, as when memory runs out"):
+        work(tasks("killed"))
 
 
 def test_what_another_process_is_at_is_left_to_it(tasks):
