@@ -268,16 +268,26 @@ class Engine:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [r.made[-1] if r.made else r.stream.ids[-1] for r in self.running]
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
+            tokens, logprobs, failed = self._pick(logits)
         except Exception as error:  # of the model, such as no memory: the pool may be half written
             for request in self.running:
                 self._end(request, "error", error)
             self.running, self.pool = [], None
             return
-        self._pick(logits)
+        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
+        for row in reversed(range(n)):  # from the end: who leaves is replaced by the last one
+            try:
+                if row in failed:
+                    raise failed[row]
+                self._take(row, tokens[row], chosen[row], logprobs)
+            except Exception as error:  # of its constraint
+                self._leave(row, "error", error)
 
-    def _pick(self, logits: Tensor) -> None:
-        """A token for each row; who has come to its end leaves."""
-        # Errors are kept until all rows are picked: a row that leaves now would move the others under their logits.
+    def _pick(self, logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
+        """A token for each row, log probabilities `[n, vocab]`, and errors of single rows.
+
+        Those are kept until all are picked: a row that left now would move the others under their logits.
+        """
         failed: dict[int, Exception] = {}
         masks: list[Tensor | None] = [None] * len(self.running)
         for row, (request, finite) in enumerate(zip(self.running, logits.amax(-1).isfinite().tolist(), strict=True)):
@@ -289,15 +299,7 @@ class Engine:
                     masks[row] = allowed(request.constraint, logits.shape[1])
             except Exception as error:
                 failed[row] = error
-        tokens, logprobs = pick(logits, [r.sampler for r in self.running], masks)
-        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
-        for row in reversed(range(len(self.running))):
-            try:
-                if row in failed:
-                    raise failed[row]
-                self._take(row, tokens[row], chosen[row], logprobs)
-            except Exception as error:  # of its constraint
-                self._leave(row, "error", error)
+        return *pick(logits, [r.sampler for r in self.running], masks), failed
 
     def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
         """The token is the request's: give it out, and see whether it was the last one."""
