@@ -277,16 +277,26 @@ class Engine:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [r.made[-1] if r.made else r.stream.ids[-1] for r in self.running]
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
+            tokens, logprobs, failed = self._pick(logits)
         except Exception as error:  # the model's: the pool is written in place and may be half a token on, so all end
             for request in self.running:
                 self._end(request, "error", error)
             self.running, self.pool = [], None
             return
-        self._pick(logits)
+        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
+        for row in reversed(range(n)):  # from the end: who leaves is replaced by the last one
+            try:
+                if row in failed:
+                    raise failed[row]
+                self._take(row, tokens[row], chosen[row], logprobs)
+            except Exception as error:  # of its constraint
+                self._leave(row, "error", error)
 
-    def _pick(self, logits: Tensor) -> None:
-        """Picks a token for each row of logits `[n, vocab]`; requests that are done leave."""
-        # Errors wait until all rows are picked: a row that left now would put another request beside its logits.
+    def _pick(self, logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
+        """A token for each row, log probabilities `[n, vocab]`, and errors of single rows.
+
+        Those are kept until all are picked: a row that left now would move the others under their logits.
+        """
         failed: dict[int, Exception] = {}
         masks: list[Tensor | None] = [None] * len(self.running)
         for row, (request, finite) in enumerate(zip(self.running, logits.amax(-1).isfinite().tolist(), strict=True)):
@@ -298,15 +308,7 @@ class Engine:
                     masks[row] = allowed(request.constraint, logits.shape[1])
             except Exception as error:
                 failed[row] = error
-        tokens, logprobs = pick(logits, [r.sampler for r in self.running], masks)
-        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
-        for row in reversed(range(len(self.running))):
-            try:
-                if row in failed:
-                    raise failed[row]
-                self._take(row, tokens[row], chosen[row], logprobs)
-            except Exception as error:  # its constraint's, or one of those kept above
-                self._leave(row, "error", error)
+        return *pick(logits, [r.sampler for r in self.running], masks), failed
 
     def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
         """Gives the token to the request at `row`, which leaves if it was its last."""

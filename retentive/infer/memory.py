@@ -151,7 +151,10 @@ def _metadata(path: str | Path) -> dict[str, str]:
 
 
 def _parsed(about: str, path: str | Path) -> dict[str, Any]:
-    found = json.loads(about)
+    try:
+        found = json.loads(about)
+    except (ValueError, RecursionError):  # no JSON, or brackets without end
+        found = None
     if not _well_formed(found):
         raise ValueError(f"{path} does not say what was read as this version does: write it again")
     return found

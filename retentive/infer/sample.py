@@ -103,13 +103,15 @@ class Sampler:
     def adjusted(self, logits: Tensor, allowed: Sequence[int] | Tensor | None) -> Tensor:
         """Logits `[vocab]` after penalty and bias, minus infinity where not allowed."""
         if self.seen is not None:
-            penalty = self.params.repetition_penalty
+            penalty = min(max(self.params.repetition_penalty, 1e-30), 1e30)  # beyond, float32 finds 0 / 0, or 0 * inf
             # dividing a negative logit would make the token likelier
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self.seen, penalised, logits)
         if self.params.bias:
             ids = torch.tensor(list(self.params.bias))
-            logits = logits.index_add(0, ids, torch.tensor(list(self.params.bias.values())))
+            logits = logits.index_add(0, ids, torch.tensor(list(self.params.bias.values()), dtype=logits.dtype))
+        # finite, whatever was asked for: the difference of two infinite ones is NaN
+        logits = logits.clamp(torch.finfo(logits.dtype).min, torch.finfo(logits.dtype).max)
         if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
             logits = logits.masked_fill(~allowed, -torch.inf)
         elif allowed is not None:

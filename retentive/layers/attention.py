@@ -51,6 +51,9 @@ class Attention(nn.Module):
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
         q_BTHK = rotate(q_BTHK, phases.cos, phases.sin, "half")
         k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, "half")
+        if cache is not None and cache[0].shape[2:] != k_BTHK.shape[2:]:
+            want, got = list(k_BTHK.shape[2:]), list(cache[0].shape[2:])
+            raise ValueError(f"the cache must be of kv_heads, K = {want}, got {got}: another model's state?")
         if positions.cu_seqlens is not None:
             o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, positions.cu_seqlens.tolist(), phases.starts)
         elif cache is None and positions.valid is None:

@@ -78,6 +78,8 @@ def retention(
     B, T, H, K = q.shape
     if T == 0 or B == 0:
         raise ValueError(f"retention needs at least one row and one token, got q of shape {tuple(q.shape)}")
+    if 0 in (H, K, v.shape[-1]):
+        raise ValueError(f"retention needs heads and numbers in them, got q {tuple(q.shape)}, v {tuple(v.shape)}")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
     if chunk_size is not None and chunk_size <= 0:
@@ -105,6 +107,8 @@ class _Choices(NamedTuple):
 _forced: ContextVar[_Choices | None] = ContextVar("retentive.ops.using", default=None)
 _forced_in_graphs: _Choices | None = None
 """The same for graphs that are compiled: Dynamo can read and guard a global, but no context variable."""
+_entered: list[_Choices] = []
+"""Of all threads, the last one entered holds in graphs. They leave in any order."""
 
 
 @contextmanager
@@ -121,21 +125,27 @@ def using(*, form: str | None = None, backend: str | None = None, chunk_size: in
     Raises:
         ValueError: an unknown form or backend, or a chunk length below 1.
     """
-    global _forced_in_graphs
     if form is not None and form not in FORMS:
         raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
     if backend is not None and backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}, expected auto, {', '.join(BACKENDS)}")
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    outer, outer_in_graphs = _forced.get() or _Choices(), _forced_in_graphs
+    outer = _forced.get() or _Choices()
     inner = _Choices(form or outer.form, chunk_size or outer.chunk_size, backend or outer.backend)
-    token, _forced_in_graphs = _forced.set(inner), inner
+    token = _forced.set(inner)
+    _force_in_graphs([*_entered, inner])
     try:
         yield
     finally:
         _forced.reset(token)
-        _forced_in_graphs = outer_in_graphs
+        _force_in_graphs([each for each in _entered if each is not inner])
+
+
+def _force_in_graphs(entered: list[_Choices]) -> None:
+    global _forced_in_graphs
+    _entered[:] = entered
+    _forced_in_graphs = entered[-1] if entered else None
 
 
 def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int | None, str]:
@@ -156,7 +166,10 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | N
     if q.shape[1] == 1:  # by far the most frequent: no view and no copy too many
         decay = log_decay.squeeze(1) if per_token else log_decay
         return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
+    # all is looked at before the first token is written
     _check_qkv(q, k, v, ndim=4)
+    _check_decay_and_state(q, v, log_decay, q.shape[:3], ring.state, q.shape[0])
+    check_values(log_decay)
     outputs = []
     for t in range(q.shape[1]):
         decay = log_decay[:, t] if per_token else log_decay

@@ -147,9 +147,14 @@ class Completion:
         if outside := [id for id in self.params.bias if not 0 <= id < vocab]:
             raise Refused(400, f"tokens must be in [0, {vocab}), got {outside[0]}", param="logit_bias")
         most = self.service.options.queue  # each prompt takes a place in it
-        if isinstance(self.request, CompletionRequest) and len(self.request.prompt) > most:
+        if not isinstance(self.request, CompletionRequest):
+            return
+        if len(self.request.prompt) > most:
             message = f"{len(self.request.prompt)} prompts in a request; {most} may wait here"
             raise Refused(400, message, param="prompt")
+        for prompt in self.request.prompt:
+            if not isinstance(prompt, str):
+                self._check_ids(prompt)  # before an echo has them decoded
 
     def _check_prompts(self) -> None:
         """Raises Refused for prompts that are empty, too long, or have ids outside the vocabulary."""
@@ -160,14 +165,17 @@ class Completion:
             if len(prompt.ids) > options.max_prompt:
                 message = f"the prompt has {len(prompt.ids)} tokens, this server takes {options.max_prompt}"
                 raise Refused(400, message, param=param, code="context_length_exceeded")
-            try:
-                check_prompt(prompt.ids, self.service.model.config.vocab_size)
-            except ValueError as error:
-                raise Refused(400, str(error), param=param) from None
+            self._check_ids(prompt.ids)
         echoed = sum(prompt.sent for prompt in self.prompts if prompt.text is not None)
         if self.top is not None and (asked := echoed * self.n * (1 + self.top)) > MOST_ECHOED:
             message = f"an echo has at most {MOST_ECHOED} log probabilities, this one would have {asked}"
             raise Refused(400, message, param="logprobs")
+
+    def _check_ids(self, ids: list[int]) -> None:
+        try:
+            check_prompt(ids, self.service.model.config.vocab_size)
+        except ValueError as error:
+            raise Refused(400, str(error), param=self.request.prompt_field) from None
 
     async def _constraint(self) -> Callable[[], Constraint] | None:
         """A maker of constraints for response_format; None if any text will do. Raises Refused for a bad schema."""

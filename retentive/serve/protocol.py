@@ -42,7 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.cycles: list[Any] = []  # uvicorn's RequestResponseCycle of requests that are not answered yet
         self.head = 0  # bytes of the head (or trailers) so far: since the last byte of a body, or the end of a request
         self.awaited: str | None = None  # the part that has begun and not ended: "head" or "body"
-        self.refused = False
+        self.refused = self.muted = False
         self.timer: asyncio.TimerHandle | None = None
         self._expect(self.head_seconds)
 
@@ -69,21 +69,47 @@ class BoundedProtocol(HttpToolsProtocol):
             self.head += len(part)
             try:
                 self.parser.feed_data(part)
-            except httptools.HttpParserUpgrade as offer:
-                # ignored, as a server may (RFC 9110, 7.8): the bytes from this offset on are the next request
-                data = part[offer.args[0] :] + data
+            except httptools.HttpParserUpgrade as offer:  # ignored, as a server may (RFC 9110, 7.8)
+                data = self._body_anew() + part[offer.args[0] :] + data
             except httptools.HttpParserError:
                 self._refuse(Refused(400, "this is not HTTP/1.1"))
             if self.head > MOST_HEAD:
                 self._refuse(Refused(431, f"the head of a request is larger than {MOST_HEAD} bytes"))
 
+    def _body_anew(self) -> bytes:
+        """Has a new parser read the body of a request that offers to upgrade, and gives the head that it needs for it.
+
+        The old one takes the body for another protocol. HTTP clients of Java make that offer with every request.
+        """
+        if not (framing := self._framing()):
+            return b""
+        self.parser, self.muted = httptools.HttpRequestParser(self), True
+        return b"POST / HTTP/1.1\r\n" + b"".join(b"%s: %s\r\n" % header for header in framing) + b"\r\n"
+
+    def _framing(self) -> list[tuple[bytes, bytes]]:
+        """The headers that say how long the body is; none where there is no body."""
+        return [(name, value) for name, value in self.headers if name in (b"content-length", b"transfer-encoding")]
+
     def on_message_begin(self) -> None:
+        if self.muted:
+            return
         super().on_message_begin()
         self.awaited = "head"
         if self.timer is None:  # pipelined: it came in one packet with the end of the request before
             self._expect(self.head_seconds)
 
+    def on_url(self, url: bytes) -> None:
+        if not self.muted:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.muted:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        if self.muted:
+            self.muted = False
+            return
         super().on_headers_complete()
         self.cycles = [*self._unanswered(), self.cycle]
         self.awaited = "body"
@@ -94,6 +120,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self._framing():
+            return  # its body is still to come
         self.head, self.awaited = 0, None
         self._expect(None)
         super().on_message_complete()

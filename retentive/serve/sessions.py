@@ -143,26 +143,34 @@ class SavedStates:
             # 0o700: the files themselves have the usual rights, but other users of the machine do not get at them
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             save(memory, path)
-        return self._describe(path)
+            return self._describe(path)
 
     def load(self, owner: str, name: str) -> Memory:
         """The memory saved under that name.
 
         Raises:
-            Refused: 404 not there; 409 another model's, cut short or changed.
+            Refused: 404 not there; 409 another model's, cut short, changed or not readable.
         """
         path = self._path(owner, name)
         try:
             return load_memory(path, self.model, self.fingerprint)
         except FileNotFoundError:
             raise _not_found(name) from None
+        except OSError as error:
+            log.error("state %s cannot be read: %s", name, error)
+            message = f"state {name!r} cannot be read: the server's log says more"
+            raise Refused(409, message, param="name", code="state_refused") from None
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).replace(str(path), f"state {name!r}")  # clients need not learn our paths
             raise Refused(409, reason, param="name", code="state_refused") from None
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
         """A description of each saved state, by name; a damaged file is listed too, so that it can be deleted."""
-        return [self._describe(path) for path in self._files(owner)]
+        found = []
+        for path in self._files(owner):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                found.append(self._describe(path))
+        return found
 
     def delete(self, owner: str, name: str) -> None:
         """Remove the file.

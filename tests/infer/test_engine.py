@@ -232,34 +232,36 @@ def test_a_state_full_of_nan_ends_its_own_request_alone(model):
     assert [t.id for t in good] == greedy(model, [2], 8)
 
 
-@pytest.mark.parametrize("where", ["read", "decode", "join"])
+@pytest.mark.parametrize("where", ["read", "decode", "join", "pick"])
 def test_errors_of_the_model_reach_those_concerned_and_the_engine_goes_on(where, model, monkeypatch):
     engine, hidden = Engine(model, slots=4), model.hidden
     (running,) = engine.submit([1], SamplingParams(temperature=0), max_tokens=20)
     engine.step()
 
     def fails(ids, state=None, **how):
-        if (where == "read") == (ids.shape[1] > 2) and where != "join":
+        if (where == "read") == (ids.shape[1] > 2) and where not in ("join", "pick"):
             raise RuntimeError("no memory")
         return hidden(ids, state, **how)
 
-    def put(*args):
+    def no_memory(*args):
         raise MemoryError("no memory")
 
     (reading,) = engine.submit([1, 2, 3, 4], max_tokens=5)
     with monkeypatch.context() as patch:
         patch.setattr(model, "hidden", fails)
         if where == "join":
-            patch.setattr(type(engine.pool), "put", put)
+            patch.setattr(type(engine.pool), "put", no_memory)
+        if where == "pick":
+            patch.setattr("retentive.infer.engine.pick", no_memory)
         engine.step()
-    concerned, free = (running, reading) if where == "decode" else (reading, running)
+    concerned, free = (running, reading) if where in ("decode", "pick") else (reading, running)
     with pytest.raises((RuntimeError, MemoryError), match="no memory"):
         list(concerned)
     assert concerned.reason == "error"
     (after,) = engine.submit([2], SamplingParams(temperature=0), max_tokens=8)
     run(engine)
     assert [t.id for t in after] == greedy(model, [2], 8) and engine.taken == 0
-    if where != "decode":
+    if free is running:
         assert [t.id for t in free] == greedy(model, [1], 20)
 
 

@@ -177,16 +177,17 @@ def test_a_state_of_the_other_kind_is_refused(tmp_path, refuses):
         load_memory(tmp_path / "a", retnet)
 
 
-def test_metadata_of_another_version_is_refused(tmp_path, refuses):
+@pytest.mark.parametrize("about", [json.dumps({"tokens": 1}), "[" * 100_000], ids=["version", "nested"])
+def test_metadata_of_another_version_is_refused(tmp_path, refuses, about):
     model = build(CONFIG).eval()
     save(remember(model, [1]), tmp_path / "a")
     memory = load_memory(tmp_path / "a")
     from retentive.infer.memory import _digest
 
-    about = json.dumps({"tokens": 1})
     memory.state.save(tmp_path / "a", {"memory": about, "digest": _digest(memory.state, about)})
-    with refuses("does not say what was read"):
-        load_memory(tmp_path / "a")
+    for read in (load_memory, head):
+        with refuses("does not say what was read"):
+            read(tmp_path / "a")
 
 
 def test_a_missing_file_and_one_without_tensors(tmp_path, refuses):

@@ -114,6 +114,20 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     assert pick(logits, prompt=[1], temperature=0, repetition_penalty=0.5)[0] == 1  # below 1 it rewards: 3.0 > 2.0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_may_be_whole_numbers(temperature):
+    bias = {n: -100 for n in range(6) if n != 3}
+    assert pick(P.log(), temperature=temperature, bias=bias, seed=0)[0] == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1e-320), dict(bias={3: 1e39})], ids=["penalty", "bias"])
+def test_what_float32_cannot_hold_is_a_great_deal(temperature, options):
+    """Not NaN, from which nothing can be picked."""
+    logits = P.log().index_fill(0, torch.tensor([3]), 1.0).index_fill(0, torch.tensor([0]), 0.0)
+    assert pick(logits, temperature=temperature, seed=0, prompt=[0, 3], **options)[0] == 3
+
+
 def test_what_was_picked_is_penalised_from_then_on():
     logits = torch.tensor([3.0, 2.0, 1.0])
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=4.0), torch.tensor([], dtype=torch.int64), 3)

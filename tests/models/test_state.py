@@ -229,6 +229,14 @@ def test_a_file_that_holds_no_state_is_refused(tmp_path, refuses):
             load_state(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("other", [dict(dim=48), dict(heads=4, kv_heads=1)], ids=["K", "kv-heads"])
+def test_a_cache_of_other_widths_is_refused(other, T, make, refuses):
+    _, state = make(TransformerConfig(**SMALL | other))(ids_of(2, 4))
+    with refuses("the cache must be of kv_heads, K = [2, 12], got"):
+        make(CONFIGS["transformer"])(ids_of(2, T), state)
+
+
 def test_a_kind_of_state_from_later_on_is_refused(saved, refuses):
     path, _ = saved
     save_file({"position": torch.zeros(1)}, path, metadata={"format": "retentive-state-1", "kind": "tree"})

@@ -1,5 +1,6 @@
 """`retention` with a ring, and `using`: which of the ways that give the same numbers is taken, and by whom."""
 
+import contextvars
 import threading
 
 import pytest
@@ -81,7 +82,20 @@ def test_shapes_are_checked_with_a_ring_too(refuses):
         retention(q[:, :1], k[:, :1], v[:, :1], log_decay + 2, state=ring)
     with refuses("at least one row and one token"):
         retention(q[:, :0], k[:, :0], v[:, :0], log_decay, state=ring)
+    with refuses("log_decay must be [3] or [2, 3, 3], got [2, 4, 3]"):
+        retention(q, k, v, log_decay.expand(B, 4, H), state=ring)
+    with refuses("log_decay must be at most 0"):  # of the last token: the others are not in the ring either
+        retention(q, k, v, torch.stack([log_decay, log_decay, log_decay + 2]).expand(B, 3, H), state=ring)
     assert ring.written.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+def test_no_heads_and_heads_of_nothing_are_refused(backend, refuses):
+    q, k, v, log_decay = tensors(3)
+    for heads, keys, values in ((0, K, V), (H, 0, V), (H, K, 0)):
+        with refuses("needs heads and numbers in them"):
+            x = q[:, :, :heads, :keys], k[:, :, :heads, :keys], v[:, :, :heads, :values]
+            retention(*x, log_decay[:heads], backend=backend)
 
 
 @torch.no_grad()
@@ -182,6 +196,23 @@ def test_a_compiled_graph_obeys_and_forgets(T, same):
     same(compiled(*x), want, EXACT)
     # float64: auto takes blocked, and of one token plain steps; the fourth call has the first one's graph again
     assert seen == (["plain", "plain", "blocked"] if T == 1 else ["blocked", "plain", "blocked"])
+
+
+def test_graphs_forget_in_whatever_order_threads_leave(same):
+    first, way = contextvars.copy_context(), using(backend="reference")
+    first.run(way.__enter__)  # as in a thread of its own
+    with using(backend="reference"):
+        first.run(way.__exit__, None, None, None)
+    graphs = []
+
+    def look(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = tensors(5)
+    same(torch.compile(lambda *x: retention(*x), backend=look)(*x), retention(*x, backend="reference"), EXACT)
+    assert "retentive.blocked" in graphs[0]
 
 
 BAD = {

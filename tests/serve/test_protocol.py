@@ -123,6 +123,26 @@ def test_offers_to_upgrade_are_ignored_in_silence(retnet, case, caplog, capfd):
     assert caplog.text == "" and capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_body_comes_with_an_offer_to_upgrade(retnet, chunked, parts):
+    """As from Java's HTTP clients and `curl --http2`; what looks like a request in it is none."""
+    inner = HEALTH.decode() + "\r\n"
+    sent = post({"prompt": inner, "echo": True, "max_tokens": 0}, OFFERS["h2c"].decode().removesuffix("\r\n"))
+    if chunked:
+        head, body = sent.split(b"\r\n\r\n", 1)
+        head = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
+        sent = head + b"\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    sent += HEALTH + b"Connection: close\r\n\r\n"
+    size = -(-len(sent) // parts)
+    with connected(retnet) as raw:
+        for begin in range(0, len(sent), size):
+            raw.sendall(sent[begin : begin + size])
+        said = answer(raw).decode()
+    assert said.count("HTTP/1.1 200 OK") == 2 and said.count('{"status":"ok"}') == 1
+    assert f'"text":{json.dumps(inner)}' in said
+
+
 def test_nonsense_is_refused_in_silence(retnet, caplog, capfd):
     for nonsense in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"nonsense\r\n\r\n"):
         with connected(retnet) as raw:

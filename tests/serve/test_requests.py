@@ -22,6 +22,7 @@ FIELDS = {
     "prompt-a-number": (TEXT, {"prompt": 5}, 400, "prompt", "expected a string, a list of token ids"),
     "prompt-of-nothing": (TEXT, {"prompt": []}, 400, "prompt", "expected a string, a list of token ids"),
     "prompt-mixed": (TEXT, {"prompt": [1, "a"]}, 400, "prompt", "expected a string, a list of token ids"),
+    "echoed-id-outside": (TEXT, {"prompt": [-1], "echo": True}, 400, "prompt", "token ids must be in [0, 257)"),
     "id-outside": (TEXT, {"prompt": [257]}, 400, "prompt", "token ids must be in [0, 257)"),
     "max-tokens-a-string": (TEXT, {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "valid integer"),
     "max-tokens-true": (TEXT, {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "valid integer"),

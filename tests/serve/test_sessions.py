@@ -210,6 +210,24 @@ def test_a_bad_file_is_refused_with_the_reason(serve, tmp_path, how):
     assert server.http().delete("/v1/states/n").status_code == 200
 
 
+def test_a_file_that_goes_or_cannot_be_read_is_no_failure(serve, monkeypatch, caplog):
+    server = serve()
+    http, saved = server.http(), server.service.saved
+    chat(http, "a", max_tokens=1)
+    assert http.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    [file] = saved.folder.rglob("*.safetensors")
+
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("retentive.serve.sessions.load_memory", unreadable)
+    response = http.post("/v1/states/n/restore", json={"session": "t"})
+    assert response.status_code == 409 and "the server's log says more" in response.text
+    assert "Permission denied" in caplog.text and str(file) not in response.text
+    monkeypatch.setattr(saved, "_files", lambda owner: [file, file.with_name("gone.safetensors")])
+    assert [state["name"] for state in http.get("/v1/states").json()["data"]] == ["n"]
+
+
 TRICKS = ["..", ".", "../n", "a/b", "..%2fn", "%2e%2e%2fn", "a%00b", "-n", "a b", "n" * 65, "C:n", "ä", "a\\b"]
 
 
