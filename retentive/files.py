@@ -4,6 +4,7 @@ A full disk, a crash or a Ctrl-C leaves what was there before as it was. Two pro
 apart by `only_writer`.
 """
 
+import errno
 import json
 import os
 import re
@@ -25,21 +26,60 @@ T = TypeVar("T")
 def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
     """Call each function with a path beside its own, then move all files there: all are new, or all as they were.
 
+    Folders are made if need be.
+
     Raises:
-        OSError: the disk is full or not writable; nothing has changed.
+        OSError: the disk is full or not writable, or what is there is no file; nothing has changed.
     """
+    for path in files:
+        check_place(path)
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, write in files.items():
-            partial[path].unlink(missing_ok=True)
-            write(partial[path])
-            with open(partial[path], "rb") as file:
-                os.fsync(file.fileno())
+            with _naming(path):
+                partial[path].unlink(missing_ok=True)
+                write(partial[path])
+                with open(partial[path], "rb") as file:
+                    os.fsync(file.fileno())
         for path in files:
-            partial[path].replace(path)
+            with _naming(path):
+                partial[path].replace(path)
     finally:
         for path in files:
-            partial[path].unlink(missing_ok=True)
+            with suppress(OSError):
+                partial[path].unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes its folder."""
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a rename would replace even a device
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, if need be.
+
+    Raises:
+        OSError: it cannot be made, or there is a file.
+    """
+    with _naming(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name `path`, as its user did, and not a file beside it; others stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(f"cannot write {path}: {error.strerror or error} (choose another place)") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,8 +118,9 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = partial.with_suffix(".old")
     try:
         partial.chmod(0o755)
