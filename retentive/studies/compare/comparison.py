@@ -16,6 +16,7 @@ import tyro
 
 from retentive.bench.lab.tables import known
 from retentive.data.packed import Packed
+from retentive.machine import pick_device
 from retentive.models import preset
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
@@ -83,6 +84,7 @@ class Comparison:
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         runs = self.plan()
+        pick_device(self.train.device)
         others = [v for v in self.variants if VARIANTS[v].model in KINDS]
         if others and not find_spec("transformers"):
             raise ModuleNotFoundError(

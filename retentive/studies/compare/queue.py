@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
+from retentive.files import make_folder
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
@@ -91,6 +92,8 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
             while waiting and len(active) < jobs and not came and not failed:
                 if not taken(task := waiting.pop(0)):
                     active.append(start(task))
+                elif not task.done:
+                    say(f"{task.run.name}: another process is at it, the same command goes on when that has ended")
             time.sleep(0.1)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
@@ -113,7 +116,7 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
 
 def taken(task: Task) -> bool:
     """Whether another process is at it, or has just done it."""
-    task.folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(task.folder.parent)
     try:
         with task.lock:
             return task.done
@@ -123,7 +126,7 @@ def taken(task: Task) -> bool:
 
 def start(task: Task) -> Job:
     """A worker for the task, in a session of its own: a Ctrl-C in the terminal reaches us, and we tell it."""
-    command = [sys.executable, "-m", "retentive.studies.compare.worker", task.order]
+    command = [sys.executable, "-m", "retentive.studies.compare.worker", str(os.getpid()), task.order]
     environment = os.environ | bounded_spin()
     return Job(task, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
 

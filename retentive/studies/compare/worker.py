@@ -1,6 +1,6 @@
 """One run of a comparison, trained and scored in this process, which is made for it.
 
-python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], threads]'
+python -m retentive.studies.compare.worker PARENT '[{the comparison}, [variant, size, seed, lr], threads]'
 """
 
 import json
@@ -66,19 +66,20 @@ def score(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 def end_with_the_parent(parent: int) -> None:
     """SIGTERM to this process, which saves then, as soon as the one that started it is gone."""
-    while os.getppid() == parent:
+    while os.getppid() == parent:  # it may have gone while this one was still importing
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(order: str) -> int:
+def main(order: str, parent: int | None = None) -> int:
     """Exit code: 0 done, TAKEN where another process is at the run, STOPPED where a signal came (all is saved)."""
     raw, fields, threads = json.loads(order)
     comparison, run = Comparison.from_description(raw), Run(*fields)
     machine.keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    threading.Thread(target=end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=end_with_the_parent, args=(parent,), daemon=True).start()
     folder = comparison.out / run.name
     try:
         with Task(run, folder, {}, "").lock:
@@ -96,4 +97,4 @@ def main(order: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[2], int(sys.argv[1])))
