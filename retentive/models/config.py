@@ -91,6 +91,8 @@ class RetNetConfig:
             except (TypeError, ValueError):
                 raise ValueError(f"decay must be a name or a log decay for each head, got {self.decay!r}") from None
         if self.decay != "gated":
+            if isinstance(self.decay, str):
+                _one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
             decays.values(self.decay, self.heads)
         elif self.score_norm:
             raise ValueError(

@@ -1,9 +1,12 @@
 """What training does, apart from the model and the data."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16"]
+LARGEST_SEED = 10**12
+"""Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,15 @@ class TrainConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("warmup", "final_lr", "eval_every", "sample_every", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("lr", "final_lr", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"seed must be from -{LARGEST_SEED:,} to {LARGEST_SEED:,}, got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
