@@ -5,6 +5,7 @@ yardsticks, the three forms of the trained model agreeing, what the model writes
 Transformer's.
 """
 
+import math
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
-from retentive.files import write_json
+from retentive.files import make_folder, write_json
 from retentive.models import RetNet, build, preset, twin
 from retentive.ops import using
 from retentive.studies import training_run
@@ -100,13 +101,16 @@ def run(command: DemoCommand) -> None:
 
 def check(command: DemoCommand, data: Path) -> None:
     """Raises what is wrong with the options, before the first second of work."""
-    if not command.minutes > 0:
-        raise ValueError(f"--minutes must be above 0, got {command.minutes:g}")
+    if not 0 < command.minutes < math.inf:
+        raise ValueError(f"--minutes must be above 0 and finite, got {command.minutes:g}")
+    if not command.out.name or (command.out.exists() and not command.out.is_dir()):
+        raise FileExistsError(f"--out {command.out} is no new folder: choose another for the run (its data go beside)")
     if command.vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
     preset(command.size, vocab_size=command.vocab_size)
     if not command.overwrite and ((command.out / "train.json").exists() or data.exists()):
         raise FileExistsError(f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out")
+    make_folder(command.out.parent)
     check_free(data, overwrite=command.overwrite)
 
 

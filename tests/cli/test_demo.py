@@ -53,8 +53,12 @@ def test_the_steps_fill_the_minutes(minutes, seconds, steps, monkeypatch, tmp_pa
 
 
 BAD = {
-    "minutes": (["--minutes", "-1"], "--minutes must be above 0, got -1"),
-    "no-time": (["--minutes", "0"], "--minutes must be above 0, got 0"),
+    "minutes": (["--minutes", "-1"], "--minutes must be above 0 and finite, got -1"),
+    "no-time": (["--minutes", "0"], "--minutes must be above 0 and finite, got 0"),
+    "no-end": (["--minutes", "inf"], "--minutes must be above 0 and finite, got inf"),
+    "here": (["--out", "."], "--out . is no new folder"),
+    "out-is-a-file": (["--out", __file__], "is no new folder"),
+    "out-below-a-file": (["--out", f"{__file__}/run"], f"cannot write {__file__}: File exists"),
     "size": (["--size", "zz"], "unknown size 'zz', expected one of 1m"),
     "vocabulary": (["--vocab-size", "100"], "--vocab-size must be at least 257"),
 }
