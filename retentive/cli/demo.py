@@ -6,6 +6,7 @@ Transformer's.
 """
 
 import math
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from retentive.files import make_folder, write_json
 from retentive.models import RetNet, build, preset, twin
 from retentive.ops import using
 from retentive.studies import training_run
-from retentive.train import TrainConfig, TrainRun
+from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.run import sample_text
 
 # Held out whole, with their tests: packages and modules that most readers know.
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> None:
 def run(command: DemoCommand) -> None:
     """The whole demo, step by step."""
     console, began = Console(highlight=False), time.monotonic()
+    if not command.out.name:
+        raise ValueError(f"--out {command.out} has no name of its own: the data go beside it, to NAME-data")
     data = command.out.with_name(command.out.name + "-data")
     check(command, data)
     console.rule("1. Text: the Python standard library")
@@ -75,7 +78,11 @@ def run(command: DemoCommand) -> None:
     made = planned(command, data)
     tokens = f"{made.batch} x {made.length} tokens"
     console.print(f"{made.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
-    made.run()
+    try:
+        made.run()
+    except Interrupted as stop:
+        console.print(f"{stop}: retentive train --data {data} --out {command.out} --resume", markup=False)
+        sys.exit(128 + stop.number)
     model, tokenizer = load_with_tokenizer(command.out)
     assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
@@ -103,8 +110,8 @@ def check(command: DemoCommand, data: Path) -> None:
     """Raises what is wrong with the options, before the first second of work."""
     if not 0 < command.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0 and finite, got {command.minutes:g}")
-    if not command.out.name or (command.out.exists() and not command.out.is_dir()):
-        raise FileExistsError(f"--out {command.out} is no new folder: choose another for the run (its data go beside)")
+    if command.out.exists() and not command.out.is_dir():
+        raise FileExistsError(f"--out {command.out} is a file: choose a folder for the run")
     if command.vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
     preset(command.size, vocab_size=command.vocab_size)

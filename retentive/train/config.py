@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["cosine", "linear", "constant"]
 LARGEST_SEED = 10**12
 """Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
 
@@ -17,7 +18,7 @@ class TrainConfig:
     """Optimiser steps."""
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int = 50
     """Steps over which it first rises from 0."""
@@ -61,6 +62,9 @@ class TrainConfig:
     """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
+        for name, names in {"schedule": get_args(Schedule), "precision": get_args(Precision)}.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -304,3 +304,10 @@ def test_a_run_whose_changes_are_kept_as_typed_goes_on(made, same_end):
     (run / "train.json").write_text(json.dumps(record), encoding="utf-8")
     made("old", set=changes, resume=True).run(quiet=True)
     same_end(whole, run)
+
+
+@pytest.mark.parametrize("name", ["schedule", "precision"])
+def test_a_word_that_is_none_of_those_known_is_refused(name, refuses):
+    """The command line knows the words; from Python it would have been taken for one of them in silence."""
+    with refuses(f"{name} is 'wat', expected one of "):
+        TrainConfig(**{name: "wat"})
