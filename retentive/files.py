@@ -4,6 +4,7 @@ A rename is atomic, so that a full disk, a crash or a Ctrl-C leaves what was the
 processes from writing one folder at once.
 """
 
+import errno
 import json
 import os
 import re
@@ -28,21 +29,60 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
     Args:
         files: for each path the function that writes its content, called with a temporary path beside it.
 
+    Folders are made if need be.
+
     Raises:
-        OSError: the disk is full or not writable; nothing has changed.
+        OSError: the disk is full or not writable, or what is there is no file; nothing has changed.
     """
+    for path in files:
+        check_place(path)
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, write in files.items():
-            partial[path].unlink(missing_ok=True)
-            write(partial[path])
-            _flush_to_disk(partial[path])
+            with _naming(path):
+                partial[path].unlink(missing_ok=True)
+                write(partial[path])
+                _flush_to_disk(partial[path])
         # All that can fail for want of space has been done by now: no file is renamed before the last one is written.
         for path in files:
-            partial[path].replace(path)
+            with _naming(path):
+                partial[path].replace(path)
     finally:
         for path in files:
-            partial[path].unlink(missing_ok=True)
+            with suppress(OSError):
+                partial[path].unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes its folder."""
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a rename would replace even a device
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, if need be.
+
+    Raises:
+        OSError: it cannot be made, or there is a file.
+    """
+    with _naming(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name `path`, as its user did, and not a file beside it; others stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(f"cannot write {path}: {error.strerror or error} (choose another place)") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,8 +140,9 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = partial.with_suffix(".old")
     try:
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone

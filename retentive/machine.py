@@ -38,10 +38,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+        here = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        available = here[device.type]()
+    except (RuntimeError, KeyError):  # KeyError: torch knows more, of which some compute nothing (meta)
         raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or mps") from None
-    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type in here and not here[device.type]():
+    if not available:
         raise ValueError(f"device {name!r} is not here: torch finds no such GPU on this machine")
     return device
 

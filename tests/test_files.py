@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from retentive.files import (
+    check_place,
+    make_folder,
     only_writer,
     replace_folder,
     save_tensors,
@@ -106,3 +108,39 @@ def test_tensors_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("a.txt/out", "File exists"), pytest.param("/proc/out", "No such file or directory", marks=PROC)],
+)
+def test_an_error_names_what_was_asked_for_and_no_file_beside_it(folder, path, why, tmp_path, refuses):
+    (tmp_path / "a.txt").write_text("mine", encoding="utf-8")
+    with refuses(f"cannot write {tmp_path / path}: {why}", OSError):
+        if folder:
+            replace_folder(tmp_path / path, lambda made: None)
+        else:
+            write_text(tmp_path / path, "new")
+    assert names(tmp_path) == {"a.txt"}
+
+
+def test_a_place_is_checked_before_hours_of_work(tmp_path, refuses):
+    (tmp_path / "a.txt").write_text("mine", encoding="utf-8")
+    check_place(tmp_path / "new/folder/a.json")
+    check_place(tmp_path / "a.txt")
+    with refuses(f"cannot write {tmp_path}/a.txt/b: File exists", OSError):
+        check_place(tmp_path / "a.txt/b")
+    with refuses(f"cannot write {tmp_path}/a.txt: File exists", OSError):
+        make_folder(tmp_path / "a.txt")
+    assert names(tmp_path) == {"a.txt", "new"} and (tmp_path / "a.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_only_files_are_replaced(tmp_path, refuses):
+    """A rename would put a file in place of a pipe or, for root, of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, what in (("pipe", "no regular file"), ("folder", "a folder")):
+        with refuses(f"cannot write {tmp_path / name}: it is {what}", FileExistsError):
+            write_text(tmp_path / name, "new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and names(tmp_path) == {"pipe", "folder"}

@@ -134,11 +134,16 @@ def load_config(folder: Path) -> tuple[Config, str]:
         raise ValueError(f"{file} is not a model's config: expected a JSON object, got {type(raw).__name__}")
     try:
         if raw.get("format") == FORMAT:
-            return KINDS[raw["kind"]](**raw["config"]), "retentive"
+            kind, config = raw["kind"], raw["config"]
+            if kind not in list(KINDS) or not isinstance(config, dict):
+                raise TypeError(f'expected "kind" to be one of {", ".join(KINDS)} and "config" to be its fields')
+            return KINDS[kind](**config), "retentive"
         for name, layout in FOREIGN.items():
             if layout.recognises(raw):
                 return layout.read_config(raw), name
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{file} does not describe a model of this version: it has no {error}") from None
+    except TypeError as error:
         raise ValueError(f"{file} does not describe a model of this version: {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from retentive.bench import BENCHES
-from retentive.files import write_json, write_together
+from retentive.files import check_place, write_json, write_together
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(BENCHES)}")
     bench: Any = importlib.import_module(BENCHES[name])
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
+    if command.json:
+        check_place(command.json)
     result = bench.measure(command, progress)
     print(bench.table(result))
     if command.json:
@@ -49,8 +51,7 @@ def progress(line: str) -> None:
 
 
 def keep(path: Path, bench: Any, options: Any, result: dict[str, Any]) -> None:
-    """Write a result, its folder made if need be, and its picture: each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a result and its picture: each whole or not at all."""
     write_json(path, result)
     if bench.PICTURE is None:
         return

@@ -89,6 +89,7 @@ class Talk:
         while True:
             try:
                 line = input("> " if self.at_terminal else "")
+                line.encode()  # in some locales Python lets through what is no text, as lone surrogates
                 if line.startswith("/"):
                     print(self.obey(line), flush=True)
                 elif line.strip():
@@ -104,8 +105,10 @@ class Talk:
                     raise
                 print()
             except (ValueError, OSError) as error:
+                if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
+                    error = ValueError(f"the message is not UTF-8 text ({error.reason} at {error.start})")
                 if not self.at_terminal:
-                    raise
+                    raise error from None
                 print("retentive:", " ".join(str(error).split()), file=sys.stderr)
 
     def answer(self, message: str) -> None:
@@ -150,7 +153,6 @@ class Talk:
         path = self.command.states / f"{name}.safetensors"
         if verb == "/save":
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 save(memory, path)
             except OSError as error:
                 self.unsaved = True

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from retentive.cli.progress import Lines
 from retentive.cli.train import RECIPE, read_recipe
-from retentive.files import write_json, write_together
+from retentive.files import check_place, write_json, write_together
 from retentive.studies.compare import Comparison, plot, table
 from retentive.train import Interrupted
 
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     comparison, console = command.comparison, Console(stderr=True)
+    if command.json:
+        check_place(command.json)
     stopped: Interrupted | None = None
     with console.status("") as status:
         lines = Lines()
@@ -70,7 +72,6 @@ def show(result: dict, command: CompareCommand, typed: str) -> None:
         return
     print(table(result))
     if command.json:
-        command.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(command.json, {"command": typed, **result})
         title = f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {result['hardware']['cpu']}"
         write_together({command.json.with_suffix(".png"): lambda path: plot(result, path, title=title)})

@@ -5,6 +5,8 @@ yardsticks, that the three forms of the trained model agree, what the model writ
 Transformer's.
 """
 
+import math
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -22,11 +24,11 @@ from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
-from retentive.files import write_json
+from retentive.files import make_folder, write_json
 from retentive.models import RetNet, build, preset, twin
 from retentive.ops import using
 from retentive.studies import training_run
-from retentive.train import TrainConfig, TrainRun
+from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.run import sample_text
 
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
@@ -67,6 +69,8 @@ def main(argv: list[str]) -> None:
 def run(command: DemoCommand) -> None:
     """The whole demo, step by step."""
     console, began = Console(highlight=False), time.monotonic()
+    if not command.out.name:
+        raise ValueError(f"--out {command.out} has no name of its own: the data go beside it, to NAME-data")
     data = command.out.with_name(command.out.name + "-data")
     check(command, data)
     console.rule("1. Text: the Python standard library")
@@ -75,7 +79,11 @@ def run(command: DemoCommand) -> None:
     training = planned(command, data)
     tokens = f"{training.batch} x {training.length} tokens"
     console.print(f"{training.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
-    training.run()
+    try:
+        training.run()
+    except Interrupted as stop:
+        console.print(f"{stop}: retentive train --data {data} --out {command.out} --resume", markup=False)
+        sys.exit(128 + stop.number)
     model, tokenizer = load_with_tokenizer(command.out)
     assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
@@ -101,13 +109,16 @@ def run(command: DemoCommand) -> None:
 
 def check(command: DemoCommand, data: Path) -> None:
     """Raises ValueError or OSError for what is wrong with the options, before any work is done."""
-    if not command.minutes > 0:
-        raise ValueError(f"--minutes must be above 0, got {command.minutes:g}")
+    if not 0 < command.minutes < math.inf:
+        raise ValueError(f"--minutes must be above 0 and finite, got {command.minutes:g}")
+    if command.out.exists() and not command.out.is_dir():
+        raise FileExistsError(f"--out {command.out} is a file: choose a folder for the run")
     if command.vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
     preset(command.size, vocab_size=command.vocab_size)  # raises for an unknown size
     if not command.overwrite and ((command.out / "train.json").exists() or data.exists()):
         raise FileExistsError(f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out")
+    make_folder(command.out.parent)
     check_free(data, overwrite=command.overwrite)
 
 

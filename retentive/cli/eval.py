@@ -21,7 +21,7 @@ from retentive.evals.contexts import LAST
 from retentive.evals.likelihood import Progress
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
-from retentive.files import write_json, write_text
+from retentive.files import check_place, write_json, write_text
 from retentive.models import MODELS, cost
 
 
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
 
 def run(command: EvalCommand, typed: str) -> None:
     """Print the table of scores, and write the files that were asked for."""
+    for path in filter(None, (command.json, command.examples)):
+        check_place(path)
     model, tokenizer = command.load()
     names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
     options = {name: getattr(command, name) for name in names}
@@ -76,10 +78,8 @@ def run(command: EvalCommand, typed: str) -> None:
             "device": command.device,
             "dtype": str(model.dtype),
         }
-        command.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(command.json, {"command": typed, **described, "hardware": machine.describe(), "results": found.rows})
     if command.examples:
-        command.examples.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found.records)
         write_text(command.examples, lines)
 

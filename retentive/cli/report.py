@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from retentive.files import write_text
+from retentive.files import check_place, write_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         raise IsADirectoryError(
             f"{command.out} is a folder: name the file of the page, as -o {command.out}/report.html"
         )
+    check_place(command.out)
     page = build(command.results)
-    command.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(command.out, page)
     print(f"{command.out}  {len(page) / 1e6:.1f} MB")

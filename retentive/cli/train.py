@@ -20,7 +20,7 @@ from retentive.train.run import as_typed
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
 OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
 """Every option of a run, by its field's name."""
-DEFAULTS = {f.name: f.default for f in fields(HybridConfig)}
+DEFAULTS = {f.name: f.default for f in fields(HybridConfig) if f.name != "vocab_size"}  # the data's
 """Every field that --set may name, and a value of its type."""
 
 Recipe = TypeVar("Recipe")
@@ -95,8 +95,8 @@ def read_changes(items: Sequence[str]) -> dict[str, Any]:
     """
     changes = {}
     for item in items:
-        name, _, text = item.partition("=")
-        if name not in DEFAULTS or name == "vocab_size":
+        name, equals, text = item.partition("=")
+        if name not in DEFAULTS or not equals:
             raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(DEFAULTS)}")
         changes[name] = read_value(item, text, type(DEFAULTS[name]))
     return changes

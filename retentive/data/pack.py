@@ -362,7 +362,9 @@ def _named_as_ours() -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot write the packed data ({why}): nothing was kept") from None
+        told = OSError(f"cannot write the packed data ({why}): nothing was kept")
+        told.errno = error.errno  # given with the text, it would stand before it
+        raise told from None
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

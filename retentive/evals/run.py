@@ -9,6 +9,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.answers import WINDOW, score_tasks
 from retentive.evals.contexts import LAST, score_contexts
 from retentive.evals.likelihood import Progress
+from retentive.evals.read import known
 from retentive.models import Model
 
 
@@ -68,7 +69,7 @@ def evaluate(
     if contexts and (shots or max_length is not None or window is not None):
         raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
     if folder is None and not (lm_eval or contexts):
-        raise ValueError(f"--data is needed: the folder of {', '.join(names) or 'the tasks'} (NAME.jsonl each)")
+        raise ValueError(f"--data is needed: the folder of {', '.join(known(names))} (NAME.jsonl each)")
     model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
     if lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import

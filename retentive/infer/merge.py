@@ -118,7 +118,6 @@ def merge_files(
     memory = chain(memories) if in_a_chain else merge(memories)
     if against is not None:
         memory.errors = chain_errors(memories, load_memory(against))
-    out.parent.mkdir(parents=True, exist_ok=True)
     save(memory, out)
     return memory
 

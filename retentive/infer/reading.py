@@ -8,7 +8,6 @@ minute and when reading is interrupted, so that the same call resumes from there
 """
 
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from retentive.data.pack import pieces
 from retentive.data.sources import Document, documents, source_files
 from retentive.data.tokenizer import Tokenizer
+from retentive.files import check_place
 from retentive.infer.memory import Memory, blank, load_memory, save
 from retentive.infer.merge import chain_errors, merge
 from retentive.models import Model
@@ -75,9 +75,7 @@ def write_memory(
     if memory is not None:
         start = load_memory(memory, model, start.model)  # its fingerprint is known: weights are hashed once
     texts = Texts(sources, say)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):  # better now than after hours of reading
-        raise PermissionError(f"cannot write to {out.parent}: choose another folder for {out.name}")
+    check_place(out)  # better now than after hours of reading
     if separate:
         merge([start])  # a model whose memories cannot be merged is refused before anything is read
         found = _apart(model, tokenizer, start.model, texts, progress)

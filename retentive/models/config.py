@@ -92,7 +92,9 @@ class RetNetConfig:
             except (TypeError, ValueError):
                 raise ValueError(f"decay must be a name or a log decay for each head, got {self.decay!r}") from None
         if self.decay != "gated":
-            decays.values(self.decay, self.heads)  # raises for an unknown name, or decays for other heads
+            if isinstance(self.decay, str):
+                _one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
+            decays.values(self.decay, self.heads)  # raises for decays of other heads
         elif self.score_norm:
             raise ValueError(
                 "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"

@@ -51,7 +51,7 @@ def read(path: Path) -> File:
     try:
         shown = table(kind, result)
         any(section.takes(kind, result) for section in SECTIONS)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
         ) from None

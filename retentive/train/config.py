@@ -1,9 +1,13 @@
 """The options of training, apart from the model and the data."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["cosine", "linear", "constant"]
+LARGEST_SEED = 10**12
+"""Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class TrainConfig:
     """Optimiser steps."""
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int = 50
     """Steps over which it first rises from 0."""
@@ -58,14 +62,22 @@ class TrainConfig:
     """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
+        for name, names in {"schedule": get_args(Schedule), "precision": get_args(Precision)}.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("warmup", "final_lr", "eval_every", "sample_every", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("lr", "final_lr", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"seed must be from -{LARGEST_SEED:,} to {LARGEST_SEED:,}, got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from retentive.data.tokenizer import Tokenizer
+from retentive.files import make_folder
 from retentive.train.checkpoints import folders
 
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
@@ -41,6 +42,8 @@ class RunDirectory:
         """Raises FileExistsError unless a run may begin or go on here. Changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file: choose a folder for the run (--out)")
+        if (self.path / "meta.json").exists():
+            raise FileExistsError(f"{self.path} holds packed data: choose another folder for the run (--out)")
         if not (self.path / "train.json").exists():
             if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
                 raise FileExistsError(f"{self.path} holds a model that is no run: choose another --out")
@@ -59,7 +62,7 @@ class RunDirectory:
             FileExistsError: as `check`.
         """
         self.check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 self.check()  # again: another process may have begun a run there before this one had the lock

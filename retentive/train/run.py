@@ -8,7 +8,7 @@ import difflib
 import json
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -235,8 +235,9 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     free = FREE if overrides is None else FREE | {"steps"}
     kept = folders(run.out)
     try:
-        own = saved["command"] | {"data": run.data, "out": run.out, "set": dict(saved["command"]["set"])}
+        own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}
         before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True)
+        check_types(before)
         same_data = saved["data_sha256"] == fingerprint
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
@@ -258,6 +259,24 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     if "steps" in chosen & free and run.train.steps < done:
         raise ValueError(f"--steps {run.train.steps} is less than the {done} that the run at {run.out} has done")
     return with_options(before, {name: new[name] for name in chosen & free})
+
+
+def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """The config's changes as train.json has them; runs from before 26 November 2026 have FIELD=VALUE strings."""
+    if isinstance(stored, Mapping):
+        return dict(stored)
+    pairs = [item.partition("=")[::2] for item in stored]
+    numbers = {name: text for name, text in pairs if text[:1] in "[-0123456789" or text in ("true", "false")}
+    return dict(pairs) | {name: json.loads(text) for name, text in numbers.items()}
+
+
+def check_types(run: TrainRun) -> None:
+    """Raises TypeError for an option whose value is not of its default's type, as a damaged train.json may have it."""
+    usual = options_of(TrainRun(run.data, run.out))
+    for name, value in options_of(run).items():
+        whole = type(usual[name]) is float and type(value) is int
+        if type(value) is not type(usual[name]) and not whole:
+            raise TypeError(f"{name} is {value!r}")
 
 
 def options_of(run: TrainRun) -> dict[str, Any]:

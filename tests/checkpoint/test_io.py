@@ -213,7 +213,19 @@ CONFIGS = {
     "llama": ('{"model_type": "llama"}', "describes 'llama'; expected a retentive, torchscale RetNet or fla RetNet"),
     "empty": ("{}", "describes 'nothing known'"),
     "unknown-field": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"width": 3}}', "width"),
-    "unknown-kind": ('{"format": "retentive-model-1", "kind": "rwkv", "config": {}}', "does not describe a model"),
+    "unknown-kind": (
+        '{"format": "retentive-model-1", "kind": "rwkv", "config": {}}',
+        'does not describe a model of this version: expected "kind" to be one of retnet, transformer, hybrid, peer',
+    ),
+    "list-of-kinds": (
+        '{"format": "retentive-model-1", "kind": [], "config": {}}',
+        'expected "kind" to be one of',
+    ),
+    "list-of-fields": (
+        '{"format": "retentive-model-1", "kind": "retnet", "config": []}',
+        "to be its fields",
+    ),
+    "no-fields": ('{"format": "retentive-model-1", "kind": "retnet"}', "it has no 'config'"),
     "wrong-type": (
         '{"format": "retentive-model-1", "kind": "retnet", "config": {"dim": "3"}}',
         "model/config.json: dim must be a whole number, got '3'",

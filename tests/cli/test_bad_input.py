@@ -111,7 +111,15 @@ TRAINING = {
     "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
-    "field-without-value": (["--set", "heads"], "--set heads: '' is no number, true or false"),
+    "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, layers"),
+    "all-decays": (["--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
+    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, layers"),
+    "large-seed": (["--seed", str(2**70)], "seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
+    "infinite-rate": (["--lr", "inf"], "lr must be finite, got inf"),
+    "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
+    "device-that-computes-nothing": (["--device", "meta"], "unknown device 'meta'"),
+    "out-is-the-data": (["--out", "data"], "data holds packed data: choose another folder for the run (--out)"),
+    "out-below-a-file": (["--out", "corpus/0.txt/run"], "cannot write corpus/0.txt/run"),
     "field-with-a-fraction": (["--set", "layers=2.5"], "--set layers=2.5"),
     "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),
     "field-with-a-list": (["--set", "dim=[32]"], "--set dim=[32]"),
@@ -180,9 +188,14 @@ def test_resuming_with_options_that_contradict(case, refused, train):
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"train": ', "{}", '{"train": {}}', '{"train": {"x": 1}, "command": {}}', "[]"]
+    "content",
+    ["", '{"train": ', "{}", '{"train": {}}', '{"train": {"x": 1}, "command": {}}', "[]", {"batch": "x"}, {"mode": []}],
+    ids=str,
 )
 def test_resuming_a_run_whose_options_are_damaged(content, refused, train):
+    if isinstance(content, dict):  # in place of what the run has
+        record = json.loads(Path("run/train.json").read_text(encoding="utf-8"))
+        content = json.dumps({**record, "command": record["command"] | content})
     write("run/train.json", content)
     refused(train("run", "--resume"), "run/train.json")
 

@@ -53,6 +53,16 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
     assert stop.value.code == 2  # in a script it has failed all the same
 
 
+def test_a_message_that_is_no_text_is_refused(place, monkeypatch, capsys):
+    """A pipe of bytes in a UTF-8 locale, and in one where Python hands on lone surrogates."""
+    for errors in ("strict", "surrogateescape"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"Hel\xfflo\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as stop:
+            main(["chat", "run"])
+        assert stop.value.code == 2 and "the message is not UTF-8 text (" in capsys.readouterr().err
+
+
 def test_what_is_remembered_grows_and_its_bytes_do_not(chat):
     lines = chat("/stats\nHello\n/stats\n" + "Tell me more of it.\n" * 3 + "/stats\n/forget\n/stats\n").split("\n")
     stats = [line for line in lines if "tokens read, remembered in" in line]

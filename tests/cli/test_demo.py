@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import signal
 
 import pytest
 
 from retentive.bench import memory
 from retentive.cli import demo
 from retentive.models import PRESETS
-from retentive.train import TrainRun
+from retentive.train import Interrupted, TrainRun
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
@@ -53,8 +54,12 @@ def test_the_steps_fill_the_minutes(minutes, seconds, steps, monkeypatch, tmp_pa
 
 
 BAD = {
-    "minutes": (["--minutes", "-1"], "--minutes must be above 0, got -1"),
-    "no-time": (["--minutes", "0"], "--minutes must be above 0, got 0"),
+    "minutes": (["--minutes", "-1"], "--minutes must be above 0 and finite, got -1"),
+    "no-time": (["--minutes", "0"], "--minutes must be above 0 and finite, got 0"),
+    "no-end": (["--minutes", "inf"], "--minutes must be above 0 and finite, got inf"),
+    "here": (["--out", "."], "--out . has no name of its own"),
+    "out-is-a-file": (["--out", __file__], "is a file: choose a folder"),
+    "out-below-a-file": (["--out", f"{__file__}/run"], f"cannot write {__file__}: File exists"),
     "size": (["--size", "zz"], "unknown size 'zz', expected one of 1m"),
     "vocabulary": (["--vocab-size", "100"], "--vocab-size must be at least 257"),
 }
@@ -64,9 +69,23 @@ BAD = {
 def test_arguments_are_checked_before_any_work(case, tmp_path, monkeypatch, refuses):
     argv, words = BAD[case]
     monkeypatch.setattr(demo, "library", lambda: pytest.fail("it reads the library already"))
-    with refuses(words):
+    with refuses(words, Exception):
         demo.main(["--out", str(tmp_path / "run"), *argv])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_while_it_trains_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise Interrupted("stopped at step 5 of 20, saved; go on with --resume", signal.SIGINT)
+
+    monkeypatch.setattr(demo, "prepare", lambda *_: None)
+    monkeypatch.setattr(demo, "planned", lambda *_: TrainRun(tmp_path / "run-data", tmp_path / "run"))
+    monkeypatch.setattr(TrainRun, "run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--out", str(tmp_path / "run")])
+    said = "".join(capsys.readouterr().out.split())
+    assert stop.value.code == 130
+    assert said.endswith(f"retentivetrain--data{tmp_path}/run-data--out{tmp_path}/run--resume")
 
 
 def test_held_out_modules_are_whole():

@@ -81,6 +81,7 @@ def break_line() -> None:
 
 REFUSED = {
     "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
+    "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
     "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, or passkey with --contexts"),
     "passkey-without-contexts": (lambda: None, ["--tasks", "passkey", "--data", "data"], "passkey needs --contexts"),
@@ -114,3 +115,11 @@ def test_bad_input(case, place, capsys):
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("retentive: ") and line.count("\n") == 1 and words in line
     assert {f: f.read_bytes() for f in place.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("flag", ["--json", "--examples"])
+def test_no_place_for_the_result_is_told_before_anything_is_scored(flag, place, capsys, monkeypatch):
+    monkeypatch.setattr("retentive.cli.eval.evaluate", lambda *_, **__: pytest.fail("it scored"))
+    with pytest.raises(SystemExit):
+        main(["eval", "run", "--tasks", "piqa", "--data", "data", flag, "data/piqa.jsonl/x"])
+    assert "cannot write data/piqa.jsonl/x: File exists" in capsys.readouterr().err

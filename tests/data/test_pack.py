@@ -143,7 +143,7 @@ def test_nothing_is_left_on_a_full_disk(tmp_path, monkeypatch, allowed):
             return super().write(data)
 
     monkeypatch.setattr(module, "open", File, raising=False)
-    with pytest.raises(OSError, match=r"cannot write the packed data.*No space left.*nothing was kept") as caught:
+    with pytest.raises(OSError, match=r"^cannot write the packed data.*No space left.*nothing was kept") as caught:
         pack(tmp_path / "out", ByteTokenizer(), TRAIN, VALID, overwrite=True, shard_tokens=100)
     assert caught.value.errno == errno.ENOSPC
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == before

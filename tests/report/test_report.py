@@ -93,6 +93,10 @@ BAD = {
     "no-command": (json.dumps({"command": 3, "hardware": HARDWARE}), "is no file of results"),
     "open-quotation": (json.dumps({"command": "retentive 'eval", "hardware": HARDWARE}), "is no file of results"),
     "no-rows": (json.dumps({"command": "retentive bench decode", "hardware": HARDWARE}), "does not hold what"),
+    "no-failures": (
+        json.dumps({"command": "retentive compare --data x", "hardware": HARDWARE, "rows": [], "failed": None}),
+        "does not hold what",
+    ),
     "other-rows": (
         json.dumps({"command": "retentive compare --data x", "hardware": HARDWARE, "rows": [{"a": 1}]}),
         "does not hold what",

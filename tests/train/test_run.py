@@ -304,3 +304,24 @@ def test_no_held_out_text_no_evaluation(made, tmp_path, metrics):
     pack(tmp_path / "bare", Packed(made("a").data).tokenizer, [Document("a", "text " * 99)], [])
     run = replace(made("a"), data=tmp_path / "bare").run(quiet=True)
     assert len(metrics(run)) == 4 and all(math.isfinite(line["loss"]) for line in metrics(run))
+
+
+def test_a_run_whose_changes_are_kept_as_typed_goes_on(made, same_end):
+    """As runs were kept before 26 November 2026."""
+    changes = {"dim": 32, "layers": 1, "heads": 2, "decay": [-0.5, -0.1], "score_norm": False, "activation": "gelu"}
+    whole = made("whole", set=changes).run(quiet=True)
+    run = made("old", set=changes).run(quiet=True)
+    cut_back(run)
+    record = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    del record["command"]["init"]
+    record["command"]["set"] = [f"{name}={x if type(x) is str else json.dumps(x)}" for name, x in changes.items()]
+    (run / "train.json").write_text(json.dumps(record), encoding="utf-8")
+    made("old", set=changes, resume=True).run(quiet=True)
+    same_end(whole, run)
+
+
+@pytest.mark.parametrize("name", ["schedule", "precision"])
+def test_a_word_that_is_none_of_those_known_is_refused(name, refuses):
+    """The command line knows the words; from Python it would have been taken for one of them in silence."""
+    with refuses(f"{name} is 'wat', expected one of "):
+        TrainConfig(**{name: "wat"})

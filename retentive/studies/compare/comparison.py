@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from retentive.bench.lab.tables import known
 from retentive.data.packed import Packed
-from retentive.files import write_text
+from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
 from retentive.models import preset
 from retentive.models.peers import KINDS
@@ -87,6 +87,7 @@ class Comparison:
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         runs = self.plan()
+        pick_device(self.train.device)
         peers = [v for v in self.variants if VARIANTS[v].model in KINDS]
         if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
             raise ModuleNotFoundError(
@@ -147,7 +148,7 @@ class Comparison:
         if self.train.precision != "auto":
             return self.train.precision
         file = self.out / ".precision"
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with FileLock(self.out / ".precision.lock"):
             if not file.is_file():
                 write_text(file, pick_precision("auto", pick_device(self.train.device)))

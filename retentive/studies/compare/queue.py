@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
+from retentive.files import make_folder
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
@@ -105,6 +106,8 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
             while waiting and len(active) < jobs and not stop.signal and not failed:
                 if not locked_or_done(task := waiting.pop(0)):
                     active.append(start(task))
+                elif not task.done:
+                    say(f"{task.run.name}: another process is at it, the same command goes on when that has ended")
             time.sleep(0.1)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
@@ -130,7 +133,7 @@ def locked_or_done(task: Task) -> bool:
 
     The worker locks it again: another process may be faster, and then the worker ends with TAKEN.
     """
-    task.folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(task.folder.parent)
     try:
         with task.lock:
             return task.done
@@ -143,7 +146,7 @@ def start(task: Task) -> Job:
 
     It has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then stops it.
     """
-    command = [sys.executable, "-m", "retentive.studies.compare.worker", task.argument]
+    command = [sys.executable, "-m", "retentive.studies.compare.worker", str(os.getpid()), task.argument]
     environment = os.environ | bounded_spin()
     return Job(task, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
 

@@ -1,6 +1,6 @@
 """One run of a comparison, trained and scored in a process of its own, which `queue` starts.
 
-python -m retentive.studies.compare.worker '[{the comparison}, [variant, size, seed, lr], precision, threads]'
+python -m retentive.studies.compare.worker PARENT '[{the comparison}, [variant, size, seed, lr], precision, threads]'
 """
 
 import json
@@ -72,23 +72,26 @@ def score(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 def end_with_the_parent(parent: int) -> None:
     """Sends SIGTERM to this process, which then saves and ends, as soon as the one that started it has ended."""
-    while os.getppid() == parent:  # an orphan gets another parent; polled, since Linux alone can signal that
+    # An orphan gets another parent; polled, since Linux alone can signal that. It may be one already when it begins.
+    while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(argument: str) -> int:
+def main(argument: str, parent: int | None = None) -> int:
     """The exit code: 0 done, TAKEN if another process has locked the run, STOPPED if a signal came (all is saved).
 
     Args:
         argument: JSON of the comparison's fields, the run's, its precision, the number of threads (0: torch's choice).
+        parent: the process that started this one, which ends with it; None for none.
     """
     raw, fields, precision, threads = json.loads(argument)
     comparison, run = Comparison.from_description(raw), Run(*fields)
     machine.keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    threading.Thread(target=end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=end_with_the_parent, args=(parent,), daemon=True).start()
     folder = comparison.out / run.name
     try:
         with lock_of(folder):
@@ -107,4 +110,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[2], int(sys.argv[1])))

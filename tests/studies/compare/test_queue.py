@@ -1,7 +1,10 @@
 """The queue: workers of their own, what is done stays done, a stop at any time, memory of each run alone."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -87,9 +90,27 @@ def test_a_worker_that_was_killed_has_not_said_why(tasks):
 def test_what_another_process_is_at_is_left_to_it(tasks):
     one, other = tasks("done", "done")
     one.folder.parent.mkdir()
+    lines = []
     with one.lock:
-        work([one, other])
+        work([one, other], say=lines.append)
     assert other.done and not one.done
+    assert lines[0].endswith("another process is at it, the same command goes on when that has ended")
+
+
+def test_a_worker_whose_parent_went_while_it_was_starting_ends():
+    """It must not train on alone for hours, at a run that the same command wants to go on with."""
+    parent = subprocess.Popen([sys.executable, "-c", ""])
+    parent.wait()
+    code = "import sys; from retentive.studies.compare.worker import end_with_the_parent as end; end(int(sys.argv[1]))"
+    gone = subprocess.run([sys.executable, "-c", code, str(parent.pid)], timeout=60)
+    assert gone.returncode == -signal.SIGTERM
+
+
+def test_a_worker_is_told_its_parent(tasks, monkeypatch):
+    started = []
+    monkeypatch.setattr(queue.subprocess, "Popen", lambda command, **how: started.append(command))
+    queue.start(tasks("done")[0])
+    assert started[0][-2] == str(os.getpid())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
