@@ -321,7 +321,7 @@ def _write_split(
         nonlocal text_bytes
         for ids, size, last in _encoded(documents, tokenizer):
             yield ([*ids, tokenizer.eos_id] if last else ids), last
-            # from here on the ids are written: whoever reads this generator asks for more
+            # from here on the ids are written: the reader of this generator has asked for more
             text_bytes += size
             if progress:
                 progress(size)
