@@ -36,7 +36,6 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
     """
     for path in files:
         check_place(path)
-        make_folder(path.parent)
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, write in files.items():
@@ -55,15 +54,13 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; writes nothing."""
+    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes its folder."""
     with _naming(path):
-        folder = next(parent for parent in path.absolute().parents if parent.exists())  # the others will be made
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a rename would replace even a device
             what = "a folder" if path.is_dir() else "no regular file"
             raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
-        if not os.access(folder, os.W_OK):
+        if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
