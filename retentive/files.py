@@ -40,6 +40,7 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
     try:
         for path, write in files.items():
             with _naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 partial[path].unlink(missing_ok=True)
                 write(partial[path])
                 _flush_to_disk(partial[path])
@@ -54,13 +55,15 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes its folder."""
+    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes nothing."""
     with _naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a rename would replace even a device
             what = "a folder" if path.is_dir() else "no regular file"
             raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
-        if not os.access(path.parent, os.W_OK):
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

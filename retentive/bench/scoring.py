@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -33,7 +33,7 @@ PICTURE = None
 class Options:
     """Scoring the choices of questions from one state each, beside reading every row whole."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder."""
     data: Path
     """Folder of the task's file."""

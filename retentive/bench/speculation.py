@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -31,9 +31,9 @@ PICTURE = None
 class Options:
     """Speculative decoding beside plain: tokens a call of the model and tokens/s, by look-up and by a draft model."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder."""
-    texts: tyro.conf.Positional[tuple[Path, ...]]
+    texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")]
     """Text files; the model goes on from the beginning of each."""
     draft: str | None = None
     """Run directory of a smaller model of the same vocabulary."""
@@ -49,6 +49,8 @@ class Options:
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `of_models`, of the models and texts that the options name."""
+    if not options.texts:
+        raise ValueError("no text given: retentive bench speculation RUN FILES")
     model, tokenizer = load_with_tokenizer(options.run)
     texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: options.prompt] for path in options.texts]
     draft = load_with_tokenizer(options.draft)[0].eval() if options.draft else None

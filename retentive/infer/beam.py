@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retentive import machine
 from retentive.infer.generate import Token, checked, prefill
 from retentive.infer.sample import SamplingParams, check_finite
 from retentive.models import Model, cost
@@ -44,13 +45,18 @@ def beam_search(
         state: what the model has read before the prompt; used up.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, beams or max_tokens below 1.
+        ValueError: an empty prompt, ids outside the vocabulary, beams or max_tokens below 1, states beyond the memory.
         ArithmeticError: the model's logits are not finite.
     """
     prompt = checked(model, ids)
     if min(beams, max_tokens) < 1:
         raise ValueError(f"beams and max_tokens must be at least 1, got {beams} and {max_tokens}")
     logits, state = prefill(model, prompt, state)
+    needed, free = beams * state.nbytes, machine.free_memory(model.device)
+    if needed > free:
+        raise ValueError(
+            f"{beams:,} beams keep {needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free: take fewer"
+        )
     live: list[list[int]] = [[]]  # tokens of the beams that go on; row i of the state is that of live[i]
     sums = torch.zeros(1, dtype=torch.float64)  # their log probabilities
     done: list[tuple[list[int], float]] = []

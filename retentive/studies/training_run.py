@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,7 +26,7 @@ PICTURE = "The training run {run}"
 class Options:
     """A training run: its curve, and held-out bits per byte beside order-0 entropy and xz -9."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     data: Path
     """The packed data that it was trained on."""

@@ -52,3 +52,8 @@ def test_models_and_texts_are_read_from_files(model, tmp_path, monkeypatch):
     monkeypatch.setattr(speculation, "of_models", lambda model, texts, **how: seen.update(texts=texts))
     speculation.measure(Options(run, texts, prompt=5))
     assert seen["texts"] == [list(b"abcab")]
+
+
+def test_no_text_is_no_measurement(refuses):
+    with refuses("no text given: retentive bench speculation RUN FILES"):
+        speculation.measure(Options("run", ()))

@@ -122,4 +122,4 @@ def test_no_place_for_the_result_is_told_before_anything_is_scored(flag, place, 
     monkeypatch.setattr("retentive.cli.eval.evaluate", lambda *_, **__: pytest.fail("it scored"))
     with pytest.raises(SystemExit):
         main(["eval", "run", "--tasks", "piqa", "--data", "data", flag, "data/piqa.jsonl/x"])
-    assert "cannot write data/piqa.jsonl/x: File exists" in capsys.readouterr().err
+    assert "cannot write data/piqa.jsonl/x: Not a directory" in capsys.readouterr().err

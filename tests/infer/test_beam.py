@@ -112,3 +112,9 @@ def test_a_past_and_first_tokens(model):
 def test_bad_arguments(model, bad, refuses):
     with refuses("beams and max_tokens must be at least 1"):
         beam_search(model, PROMPT, **bad)
+
+
+def test_more_beams_than_there_is_memory_for_are_refused(model, monkeypatch, refuses):
+    monkeypatch.setattr("retentive.infer.beam.machine.free_memory", lambda device: 10_000)
+    with refuses("1,000,000 beams keep "):
+        beam_search(model, PROMPT, beams=1_000_000, max_tokens=DEPTH)
