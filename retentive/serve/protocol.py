@@ -70,7 +70,9 @@ class BoundedProtocol(HttpToolsProtocol):
             try:
                 self.parser.feed_data(part)
             except httptools.HttpParserUpgrade as offer:  # ignored, as a server may (RFC 9110, 7.8)
-                data = self._body_anew() + part[offer.args[0] :] + data
+                rest = part[offer.args[0] :]
+                self.head -= len(rest)
+                data = self._body_anew() + rest + data
             except httptools.HttpParserError:
                 self._refuse(Refused(400, "this is not HTTP/1.1"))
             if self.head > MOST_HEAD:

@@ -128,7 +128,9 @@ def test_offers_to_upgrade_are_ignored_in_silence(retnet, case, caplog, capfd):
 def test_a_body_comes_with_an_offer_to_upgrade(retnet, chunked, parts):
     """As from Java's HTTP clients and `curl --http2`; what looks like a request in it is none."""
     inner = HEALTH.decode() + "\r\n"
-    sent = post({"prompt": inner, "echo": True, "max_tokens": 0}, OFFERS["h2c"].decode().removesuffix("\r\n"))
+    larger_than_a_head = "b" * 90_000
+    body_of = {"prompt": inner, "echo": True, "max_tokens": 0, "user": larger_than_a_head}
+    sent = post(body_of, OFFERS["h2c"].decode().removesuffix("\r\n"))
     if chunked:
         head, body = sent.split(b"\r\n\r\n", 1)
         head = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
