@@ -90,7 +90,7 @@ class TextCheck:
         """Refuses the document, or notes that it is skipped."""
         if not self.skips:
             raise ValueError(
-                f'{name} {what}: {cure}, or skip such documents with on_bad_text="skip" (--on-bad-text skip)'
+                f'{name} {what}: {cure}, or skip such documents (retentive data --on-bad-text skip, on_bad_text="skip")'
             )
         self.skipped.append(name)
 
