@@ -64,6 +64,21 @@ def folders(run: Path) -> list[Path]:
     return sorted(p.parent for p in (run / "checkpoints").glob("step-*/training.json"))
 
 
+def step_of(folder: Path) -> int:
+    """The finished steps of a checkpoint.
+
+    Raises:
+        ValueError: its training.json is damaged.
+    """
+    try:
+        step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if type(step) is not int or folder.name != f"step-{step:08d}":
+        raise ValueError(f"{folder / 'training.json'} is damaged: delete {folder} to go on from the one before it")
+    return step
+
+
 def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
     """Load the newest checkpoint into model and optimiser: (finished steps, carried state); (0, None) without one."""
     for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
@@ -72,7 +87,7 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     if not found:
         return 0, None
     folder = found[-1]
-    step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
+    step = step_of(folder)
     weights, moments = read_file(folder / "model.safetensors"), read_file(folder / "optimizer.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():
