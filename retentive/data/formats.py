@@ -95,7 +95,7 @@ class TextCheck:
         """
         if not self.skips:
             raise ValueError(
-                f'{name} {what}: {cure}, or skip such documents with on_bad_text="skip" (--on-bad-text skip)'
+                f'{name} {what}: {cure}, or skip such documents (retentive data --on-bad-text skip, on_bad_text="skip")'
             )
         self.skipped.append(name)
 

@@ -70,6 +70,21 @@ def folders(run: Path) -> list[Path]:
     return sorted(p.parent for p in (run / "checkpoints").glob("step-*/training.json"))
 
 
+def step_of(folder: Path) -> int:
+    """The finished steps of a checkpoint.
+
+    Raises:
+        ValueError: its training.json is damaged.
+    """
+    try:
+        step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if type(step) is not int or folder.name != f"step-{step:08d}":
+        raise ValueError(f"{folder / 'training.json'} is damaged: delete {folder} to go on from the one before it")
+    return step
+
+
 def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
     """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
 
@@ -81,7 +96,7 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     if not found:
         return 0, None
     folder = found[-1]
-    step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
+    step = step_of(folder)
     weights, moments = (load_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "optimizer"))
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -128,9 +128,23 @@ def say(text: str, *, quiet: bool = False) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line that is still being written is left out."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a run's metrics.jsonl; a last line that is still being written is left out.
+
+    Raises:
+        FileNotFoundError: no run there; ValueError: the file is damaged.
+    """
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no run of `retentive train`: it has no metrics.jsonl")
+    records = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(json.loads(line))
+                _ = records[-1]["step"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}:{number} is no record of training: the file is damaged") from None
+    return records
 
 
 def check_extras(config: TrainConfig) -> None:

@@ -265,7 +265,7 @@ def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """The config's changes as train.json has them; runs from before 26 November 2026 have FIELD=VALUE strings."""
     if isinstance(stored, Mapping):
         return dict(stored)
-    pairs = [item.partition("=")[::2] for item in stored]
+    pairs = [str.partition(item, "=")[::2] for item in stored]
     numbers = {name: text for name, text in pairs if text[:1] in "[-0123456789" or text in ("true", "false")}
     return dict(pairs) | {name: json.loads(text) for name, text in numbers.items()}
 

@@ -189,7 +189,17 @@ def test_resuming_with_options_that_contradict(case, refused, train):
 
 @pytest.mark.parametrize(
     "content",
-    ["", '{"train": ', "{}", '{"train": {}}', '{"train": {"x": 1}, "command": {}}', "[]", {"batch": "x"}, {"mode": []}],
+    [
+        "",
+        '{"train": ',
+        "{}",
+        '{"train": {}}',
+        '{"train": {"x": 1}, "command": {}}',
+        "[]",
+        {"batch": "x"},
+        {"mode": []},
+        {"set": [1]},
+    ],
     ids=str,
 )
 def test_resuming_a_run_whose_options_are_damaged(content, refused, train):
@@ -198,6 +208,12 @@ def test_resuming_a_run_whose_options_are_damaged(content, refused, train):
         content = json.dumps({**record, "command": record["command"] | content})
     write("run/train.json", content)
     refused(train("run", "--resume"), "run/train.json")
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"step": "x"}', '{"step": -5}', '{"step": 3}'])
+def test_resuming_from_a_checkpoint_that_does_not_know_its_step(content, refused, train):
+    write("run/checkpoints/step-00000004/training.json", content)
+    refused(train("run", "--resume"), "step-00000004/training.json is damaged: delete run/checkpoints/step-00000004")
 
 
 def test_resuming_from_a_damaged_checkpoint(refused, train):

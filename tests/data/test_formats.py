@@ -140,7 +140,7 @@ def test_bad_documents_are_refused_or_remembered(tmp_path, refuses):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         assert list(texts(tmp_path / name, "text", check)) == []
-        with refuses("--on-bad-text skip"):
+        with refuses("(retentive data --on-bad-text skip, "):
             read(tmp_path / name)
     with refuses("b.txt is not UTF-8 text (NUL bytes"):  # no advice to convert it from Latin-1
         read(tmp_path / "b.txt")

@@ -102,3 +102,11 @@ def test_the_plot_and_the_table_show_the_report(made, data, tmp_path, lines):
 def test_a_run_is_measured_by_its_folders(made, data):
     result = training_run.measure(Options(made(LINES), data))
     assert result["final"] == [802, 2.25] and result["yardsticks"]["bytes"] == 802
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"command": {"batch": 2}}'])
+def test_a_run_whose_options_are_damaged_is_refused(content, made, data, refuses):
+    run = made(LINES)
+    (run / "train.json").write_text(content, encoding="utf-8")
+    with refuses("train.json does not say how the run was made"):
+        training_run.report(run, Packed(data))

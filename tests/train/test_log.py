@@ -8,7 +8,7 @@ import pytest
 
 from retentive.evals.heldout import HeldOut
 from retentive.train import TrainConfig
-from retentive.train.log import Log, check_extras
+from retentive.train.log import Log, check_extras, read_metrics
 
 STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5, "memory": 2**30}
 
@@ -101,3 +101,20 @@ def test_metrics_are_lines_of_json(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2, 2, 2]
     assert lines[0] == {"step": 1, **STEP} and lines[4] == {"step": 2, "sample": "some text"}
+
+
+@pytest.mark.parametrize("line", ["junk{", "[]", "5", "{}", "\udcff"])
+def test_a_damaged_record_is_named_with_its_line(line, tmp_path, refuses):
+    write(tmp_path / "run", TrainConfig(steps=2))
+    with open(tmp_path / "run/metrics.jsonl", "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line)
+    assert len(read_metrics(tmp_path / "run")) == 5  # as if it were still being written
+    with open(tmp_path / "run/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n")
+    with refuses(f"{tmp_path}/run/metrics.jsonl:6 is no record of training"):
+        read_metrics(tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run(tmp_path, refuses):
+    with refuses(f"{tmp_path} is no run of `retentive train`", FileNotFoundError):
+        read_metrics(tmp_path)
