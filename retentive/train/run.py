@@ -25,6 +25,7 @@ from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.ops import backends
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
@@ -110,6 +111,8 @@ class TrainRun:
             f"{data.meta.splits['train'].tokens / 1e6:.1f} M tokens, {run.batch} x {run.length} a batch, "
             f"{run.train.steps} steps on {pick_device(run.train.device)}"
         )
+        if "faster" in (backend := backends.describe(pick_device(run.train.device))):  # such as no C compiler
+            title += f", retention by {backend}"
         hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
         return train(model, batches, language_modelling, run.train, directory, hooks)
 

@@ -78,3 +78,12 @@ def test_after_ctrl_c_a_script_does_not_go_on(number, code, monkeypatch, capsys)
         ended = stop.code
     assert ended == code
     assert capsys.readouterr().err == "stopped at step 3 of 4, saved; go on with --resume\n"
+
+
+def test_a_slower_backend_is_told_of_when_training_begins(train, place, monkeypatch, capsys):
+    monkeypatch.setattr("retentive.ops.backends.describe", lambda *_: "cpu")
+    main(train("quiet"))
+    assert "retention by" not in capsys.readouterr().err
+    monkeypatch.setattr("retentive.ops.backends.describe", lambda *_: "blocked (cpu, which is faster: no C compiler)")
+    main(train("told"))
+    assert "steps on cpu, retention by blocked (cpu, which is faster: no C compiler)" in capsys.readouterr().err
