@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from retentive import machine
-from retentive.infer.generate import Token, checked, prefill
+from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import SamplingParams, check_finite
-from retentive.models import Model, cost
+from retentive.models import Model
 from retentive.models.state import State
-from retentive.threads import threads_for
 
 
 @torch.no_grad()
@@ -110,6 +109,6 @@ def _reordered(state: Any, parents: Tensor) -> Any:
 
 def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
     """(logits `[n, vocab]`, state) after one more token of each of n beams."""
-    with threads_for(len(tokens) * cost.matrix_parameters(model.config)):
+    with step_threads(model, len(tokens), state):
         x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
         return model.head(x[:, -1]), state

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from retentive.models import Model, cost
+from retentive.infer.generate import step_threads
+from retentive.models import Model
 from retentive.models.state import HybridState, KVCache, State
 from retentive.ops import Ring
-from retentive.threads import threads_for
 
 
 class Decoder(Protocol):
@@ -58,7 +58,6 @@ class TorchDecoder:
 
     def __init__(self, model: Model):
         self.model, self.vocab_size = model.eval(), model.config.vocab_size
-        self._work = cost.matrix_parameters(model.config)  # multiply-adds a token
         # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
         # as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
@@ -94,7 +93,7 @@ class TorchDecoder:
         self._view = (None, 0, None)  # so that after an error the pool's memory can be freed
         # `is`: a pool that grew is another object, and its old views point into memory that nobody writes any more
         view = kept[2] if kept[0] is pool and kept[1] == n else pool.view(n)
-        with threads_for(n * self._work):
+        with step_threads(self.model, n, view):
             x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
             pool.position[:n] = state.position  # the one part of a state that is not written in place
             logits = self.model.head(x[:, -1]).float().cpu()

@@ -5,6 +5,7 @@ alone; their text is `text.py`.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,14 @@ class Token(NamedTuple):
     """The likeliest tokens and their log probabilities, where they were asked for."""
 
 
+def step_threads(model: Model, tokens: int, state: Any) -> AbstractContextManager:
+    """As many threads as reading so many tokens after `state` is worth, inside the block."""
+    context = (
+        0 if state is None or model.device.type != "cpu" else int(state.position.max())
+    )  # a GPU would be waited for
+    return threads_for(cost.multiply_adds(model.config, tokens, context))
+
+
 @torch.no_grad()
 def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
@@ -36,7 +45,7 @@ def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) 
     if not model.keeps_state:
         raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
     for part in ids.split(chunk, 1):
-        with threads_for(part.numel() * cost.matrix_parameters(model.config)):
+        with step_threads(model, part.numel(), state):
             x, state = model.hidden(part, state)
             logits = model.head(x[:, -1])  # of the last token only: all of them would be [T, vocab]
     return logits, state

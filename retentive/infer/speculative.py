@@ -17,11 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from retentive.infer.generate import Token, checked, prefill
+from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import Sampler, SamplingParams, check_finite, draw
-from retentive.models import Model, cost
+from retentive.models import Model
 from retentive.models.state import State
-from retentive.threads import threads_for
 
 GRAMS = (3, 2)
 """Lengths of the n-grams that a look-up searches for, the most reliable first."""
@@ -97,7 +96,7 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
 @torch.no_grad()
 def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
     """(logits `[T, vocab]` after each of the ids, float32 on the CPU; the state, which can be rolled back)."""
-    with threads_for(len(ids) * cost.matrix_parameters(model.config)):
+    with step_threads(model, len(ids), state):
         x, state = model.hidden(torch.tensor([ids], device=model.device), state)
         logits = model.head(x[0]).float().cpu()
     check_finite(logits)

@@ -4,6 +4,8 @@ A multiply-add counts as two FLOPs. Retention counts as its recurrent form, what
 written and one read, per head and token. Elementwise work (norms, gates, rotations) is left out.
 """
 
+import functools
+
 import torch
 
 from retentive.models.config import OwnConfig, RetNetConfig, TransformerConfig, of_one_kind
@@ -61,6 +63,19 @@ def flops_per_token(config: OwnConfig, context: int) -> int:
         # two multiply-adds of 2 FLOPs: k v and q S for each number of the state, or q k and p v for each token before
         mixing += c.layers * 4 * (c.key_dim // c.heads * c.value_dim if retains else c.dim * context)
     return 2 * matrix_parameters(config) + mixing
+
+
+def multiply_adds(config: OwnConfig, tokens: int, context: int) -> int:
+    """Of so many tokens, each at context `context`: what decides how many threads a step is worth."""
+    fixed, more = _linear(config)
+    return tokens * (fixed + more * context)
+
+
+@functools.cache  # asked for at every token
+def _linear(config: OwnConfig) -> tuple[int, int]:
+    """Multiply-adds of a token without context, and those that each token of context adds."""
+    fixed, one = (flops_per_token(config, context) // 2 for context in (0, 1))
+    return fixed, one - fixed
 
 
 def training_flops_per_token(config: OwnConfig | PeerConfig, length: int) -> int:

@@ -7,7 +7,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retentive.models import PRESETS, HybridConfig, RetNetConfig, TransformerConfig, build, cost, preset, twin
+from retentive.models import (
+    PRESETS,
+    HybridConfig,
+    RetNetConfig,
+    TransformerConfig,
+    build,
+    config_of,
+    cost,
+    preset,
+    twin,
+)
 
 SMALL = dict(vocab_size=61, dim=24, layers=3, heads=2)
 CONFIGS = {
@@ -156,3 +166,10 @@ def test_break_even_by_hand():
     config = RetNetConfig(dim=16, layers=4, heads=2, value_dim=48)
     assert cost.break_even(config, TransformerConfig(dim=16, layers=4, heads=2)) == 13
     assert cost.break_even(replace(config, value_dim=32), TransformerConfig(dim=16, layers=4, heads=2)) == 9
+
+
+@pytest.mark.parametrize("kind", ["retnet", "transformer", "hybrid"])
+def test_multiply_adds_are_half_the_flops_at_every_context(kind):
+    config = config_of(kind, "1m", vocab_size=300)
+    for context in (0, 1, 7, 4096):
+        assert cost.multiply_adds(config, 3, context) == 3 * cost.flops_per_token(config, context) // 2
