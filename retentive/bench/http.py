@@ -16,7 +16,7 @@ from pathlib import Path
 
 from retentive.data.tokenizer import Tokenizer, train_bpe
 from retentive.infer import SamplingParams, generate
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 PATH = "/v1/completions"
 
@@ -27,7 +27,9 @@ def library_tokenizer(vocab_size: int) -> Tokenizer:
     return train_bpe((file.read_text(encoding="utf-8", errors="replace") for file in islice(files, 150)), vocab_size)
 
 
-def requests(model: Model, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int) -> list[tuple[bytes, str]]:
+def requests(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int
+) -> list[tuple[bytes, str]]:
     """(HTTP request, text it must be answered with) of each stream; with seeds that lead to no end of text."""
     made = []
     for ids, first in zip(prompts, count(0, 1000), strict=False):

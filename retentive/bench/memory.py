@@ -17,7 +17,7 @@ from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, markdown
-from retentive.models import Model, build, twin
+from retentive.models import LanguageModel, build, twin
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 PICTURE = "What remembering costs: a RetNet ({size}) and a Transformer of its size"
@@ -44,7 +44,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 @torch.inference_mode()
 def of_models(
-    models: Mapping[str, Model],
+    models: Mapping[str, LanguageModel],
     *,
     contexts: Sequence[int] = CONTEXTS,
     batch: int = 1,
@@ -72,7 +72,7 @@ def of_models(
     return {"what": "memory and time per token against context", "hardware": machine.describe(), "rows": rows}
 
 
-def _decode(model: Model, state: Any, ids: torch.Tensor) -> list[float]:
+def _decode(model: LanguageModel, state: Any, ids: torch.Tensor) -> list[float]:
     """Seconds of each step over `ids` `[B,T]`."""
 
     def step(token: torch.Tensor) -> None:

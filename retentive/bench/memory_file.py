@@ -22,7 +22,7 @@ from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
 from retentive.infer.memory import blank, load_memory, save
 from retentive.infer.reading import ingest
-from retentive.models import Model, build
+from retentive.models import LanguageModel, build
 
 PROMPT, REPLY = 16, 32
 """Tokens of a question."""
@@ -67,7 +67,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     }
 
 
-def write(model: Model, tokens: int, file: Path, say: Say) -> dict[str, Any]:
+def write(model: LanguageModel, tokens: int, file: Path, say: Say) -> dict[str, Any]:
     """The row of a new memory file that has read so many random tokens."""
     generator, began = torch.Generator().manual_seed(tokens), time.perf_counter()
     parts = (
@@ -83,7 +83,7 @@ def write(model: Model, tokens: int, file: Path, say: Say) -> dict[str, Any]:
     return {"tokens": tokens, **held, "tokens_per_second": tokens / seconds}
 
 
-def ask(model: Model, file: Path, prompt: torch.Tensor) -> float:
+def ask(model: LanguageModel, file: Path, prompt: torch.Tensor) -> float:
     """Seconds of one question."""
     began = time.perf_counter()
     memory = load_memory(file, model)

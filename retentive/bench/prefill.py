@@ -17,7 +17,7 @@ from retentive.bench.lab import clock, models
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown
-from retentive.models import Model, cost
+from retentive.models import LanguageModel, cost
 
 MODELS = ("retnet", "transformer", "grouped")
 PICTURE = "Reading a prompt ({size})"
@@ -53,7 +53,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     at_least_one("repeats", [options.repeats])
     known(names, MODELS, "model")
     dtype = models.PRECISIONS[options.precision]
-    rivals: dict[str, Model] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
+    rivals: dict[str, LanguageModel] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
     for model in rivals.values():
         models.check_decoding(model)
     rows = []
@@ -75,7 +75,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def interleaved(
-    rivals: dict[str, Model], length: int, dtype: torch.dtype, device: torch.device, options: Options
+    rivals: dict[str, LanguageModel], length: int, dtype: torch.dtype, device: torch.device, options: Options
 ) -> dict[str, dict[str, Any]]:
     """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
     gemm = machine.gemm_rate(device, dtype)

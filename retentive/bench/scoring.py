@@ -22,7 +22,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""
@@ -81,7 +81,7 @@ def questions(options: Options, tokenizer: Tokenizer, shots: int) -> list[list[R
     return [[encode(tokenizer, *pair) for pair in of_one] for of_one in pairs]
 
 
-def logprobs(model: Model, groups: list[list[Request]], share: bool) -> list[float]:
+def logprobs(model: LanguageModel, groups: list[list[Request]], share: bool) -> list[float]:
     """The log-likelihoods of all choices, from one state a question where `share`."""
     return [s.logprob for scores in score(model, groups, share=share) for s in scores]
 

@@ -31,7 +31,7 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
-from retentive.models import Model, build
+from retentive.models import LanguageModel, build
 
 EARLY = 100
 """Tokens after which a stream's memory is looked at first."""
@@ -67,7 +67,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return {"size": options.size, **of_model(build(options.config).eval(), options, say)}
 
 
-def of_model(model: Model, options: Options, say: Say = silent) -> dict[str, Any]:
+def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[str, Any]:
     """As `measure`, of this model."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
     at_least_one("streams, tokens, prompt and repeats", [streams, tokens, options.prompt, repeats])
@@ -100,7 +100,7 @@ def of_model(model: Model, options: Options, say: Say = silent) -> dict[str, Any
     return result
 
 
-def beside_server(model: Model, engine: Callable[[], float], options: Options, say: Say) -> dict[str, Any]:
+def beside_server(model: LanguageModel, engine: Callable[[], float], options: Options, say: Say) -> dict[str, Any]:
     """Tokens/s of the streams through the engine and through `retentive serve`, in turns, and their ratio.
 
     Raises:
@@ -132,12 +132,12 @@ def paired(found: list[dict[str, float]], above: str, below: str) -> float:
     return statistics.median(turn[above] / turn[below] for turn in found)
 
 
-def prompts(model: Model, count: int, length: int, seed: int = 0) -> list[list[int]]:
+def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
 
 
-def gate(model: Model, streams: int) -> None:
+def gate(model: LanguageModel, streams: int) -> None:
     """Raises ArithmeticError unless streams that join one by one give the tokens that `generate` gives."""
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
@@ -151,7 +151,7 @@ def gate(model: Model, streams: int) -> None:
             raise ArithmeticError(f"stream {n} of {streams} gave other tokens than alone: not timed")
 
 
-def through_engine(model: Model, streams: int, slots: int, tokens: int) -> float:
+def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) -> float:
     """Tokens/s of `streams` requests at once, delivered to callbacks, from the engine's own thread."""
     engine, heard = Engine(model, slots=slots), [0] * streams
 
@@ -172,7 +172,7 @@ def through_engine(model: Model, streams: int, slots: int, tokens: int) -> float
 
 
 @torch.inference_mode()
-def bare(model: Model, rows: int, tokens: int) -> float:
+def bare(model: LanguageModel, rows: int, tokens: int) -> float:
     """Tokens/s of the batched step and `pick` alone."""
     begin = prompts(model, rows, 2)
     samplers = [
@@ -188,7 +188,7 @@ def bare(model: Model, rows: int, tokens: int) -> float:
     return rows * tokens / (time.perf_counter() - began)
 
 
-def first_tokens(model: Model, length: int, repeats: int) -> tuple[list[float], list[float]]:
+def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds to the first token of prompts never seen, and of the same ones seen before."""
     engine = Engine(model, cache=PrefixCache(1 << 30)).start()
 
@@ -206,7 +206,7 @@ def first_tokens(model: Model, length: int, repeats: int) -> tuple[list[float], 
     return misses[1:], hits[1:]
 
 
-def long_stream(model: Model, slots: int, tokens: int) -> dict[str, Any]:
+def long_stream(model: LanguageModel, slots: int, tokens: int) -> dict[str, Any]:
     """Bytes of one stream's state and of the process after the first tokens and after the last."""
     engine, seen, count = Engine(model, slots=slots), [], 0
 

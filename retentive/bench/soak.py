@@ -23,7 +23,7 @@ from retentive.bench.lab.server import server
 from retentive.bench.lab.tables import markdown
 from retentive.bench.soak_clients import Asked, Clients, Tally, ask, conversations, long_requests, requests, send
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import Model, RetNetConfig, build
+from retentive.models import LanguageModel, RetNetConfig, build
 
 SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
@@ -82,7 +82,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     }
 
 
-def tiny(seed: int) -> Model:
+def tiny(seed: int) -> LanguageModel:
     """Random, and peaked enough that no two tokens are equally likely."""
     torch.manual_seed(seed)
     model = build(RetNetConfig(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()

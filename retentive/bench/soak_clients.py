@@ -18,7 +18,7 @@ from typing import Any
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.text import stream_text
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BAD: list[tuple[str, bytes, int]] = [
@@ -63,7 +63,7 @@ class Tally:
 # what is asked, and what the answer must be
 
 
-def write(model: Model, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str:
+def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str:
     """What the model writes after the prompt, alone."""
     tokenizer = ByteTokenizer()
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
@@ -71,14 +71,14 @@ def write(model: Model, prompt: str, params: SamplingParams, max_tokens: int, st
     return "".join(stream_text(tokens, tokenizer, stop=stop))
 
 
-def long_requests(model: Model, count: int, tokens: int) -> list[Asked]:
+def long_requests(model: LanguageModel, count: int, tokens: int) -> list[Asked]:
     """Greedy ones that take a while."""
     bodies = [{"prompt": f"Long {n}", "max_tokens": tokens, "temperature": 0} for n in range(count)]
     greedy = SamplingParams(temperature=0)
     return [Asked(TEXT, body, [write(model, f"Long {n}", greedy, tokens, [])]) for n, body in enumerate(bodies)]
 
 
-def requests(model: Model, count: int, seed: int) -> list[Asked]:
+def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
     """Texts of all lengths, greedy and drawn, with and without stop strings, one choice and three."""
     rng, made = random.Random(seed), []
     for n in range(count):
@@ -92,7 +92,7 @@ def requests(model: Model, count: int, seed: int) -> list[Asked]:
     return made
 
 
-def conversations(model: Model, count: int, seed: int) -> list[list[Asked]]:
+def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Asked]]:
     """Turns of chats; each request holds the new message alone, the session remembers the others."""
     rng, made = random.Random(seed), []
     for _ in range(count):

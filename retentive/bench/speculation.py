@@ -21,7 +21,7 @@ from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import load_with_tokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 GREEDY = SamplingParams(temperature=0)
 PICTURE = None
@@ -63,12 +63,12 @@ class Way(NamedTuple):
 
     name: str
     most: int
-    draft: Model | None = None
+    draft: LanguageModel | None = None
 
     def __str__(self) -> str:
         return f"{self.name} with {self.most} guesses" if self.most else self.name
 
-    def write(self, model: Model, ids: list[int], tokens: int, counts: Counter[str]) -> list[int]:
+    def write(self, model: LanguageModel, ids: list[int], tokens: int, counts: Counter[str]) -> list[int]:
         """The tokens after `ids`; `counts` becomes the calls of the model and the guesses made and right."""
         if not self.most:
             return [t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)]
@@ -84,10 +84,10 @@ class Repetition(NamedTuple):
 
 
 def of_models(
-    model: Model,
+    model: LanguageModel,
     texts: Sequence[list[int]],
     *,
-    draft: Model | None = None,
+    draft: LanguageModel | None = None,
     most: Sequence[int] = (2, 4, 8),
     tokens: int = 200,
     repeats: int = 3,
@@ -138,7 +138,7 @@ def summary(way: Way, found: list[dict[str, Repetition]], tokens: int) -> dict[s
     }
 
 
-def count(model: Model) -> int:
+def count(model: LanguageModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 

@@ -24,7 +24,7 @@ from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.models import Model, RetNet, RetNetConfig, cost
+from retentive.models import LanguageModel, RetNet, RetNetConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.train.config import TrainConfig
 from retentive.train.loop import wrap_blocks
@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(self, name: str, step: Step):
         device = torch.device(step.device)
-        self.model: Model = models.make(name, step.config, device).train()
+        self.model: LanguageModel = models.make(name, step.config, device).train()
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import tyro
 
 from retentive.checkpoint import load_with_tokenizer
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Loading:
         """The dtype to load the weights in; None for that of the file."""
         return None if self.dtype == "stored" else getattr(torch, self.dtype)
 
-    def load(self) -> tuple[Model, Tokenizer]:
+    def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer that fits it; errors as `load_with_tokenizer`."""
         return load_with_tokenizer(self.run, self.tokenizer, device=self.device, dtype=self.torch_dtype)
 

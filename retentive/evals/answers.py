@@ -22,14 +22,14 @@ from retentive.evals.likelihood import Progress, Request, Score, encode, score
 from retentive.evals.read import Item, find, known, parse, where
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS, Task
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 WINDOW = 2048
 """Tokens of a window, if nothing else is said."""
 
 
 def score_tasks(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     names: list[str],
     folder: Path,

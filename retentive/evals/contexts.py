@@ -20,7 +20,7 @@ from retentive.evals.likelihood import Progress, Request, Score, encode, score
 from retentive.evals.read import find, parse
 from retentive.evals.stats import ratio_interval, wilson
 from retentive.evals.tasks import PASSKEY, TASKS
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 LAST = 128
 """Tokens of a window that are predicted, if nothing else is said."""
@@ -33,7 +33,7 @@ OTHERS = 9
 
 
 def score_contexts(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     names: Sequence[str],
     folder: Path | None,

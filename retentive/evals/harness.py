@@ -18,7 +18,7 @@ from retentive.evals.read import find
 from retentive.evals.stats import Interval, Z
 from retentive.infer import SamplingParams, generate
 from retentive.infer.text import stream_text
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 STOCK = {
     "hellaswag": "hellaswag/hellaswag.yaml",
@@ -42,7 +42,7 @@ BOOTSTRAP = 1000
 
 
 def run_tasks(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     names: list[str],
     folder: Path | None,
@@ -113,7 +113,7 @@ def describe(names: list[str], folder: Path, out: Path) -> None:
         (out / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
 
 
-def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
+def native(model: LanguageModel, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
     """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`; without a window texts are read uncut."""
     _library()  # its error names the extra
     from lm_eval.api.model import LM
@@ -138,7 +138,7 @@ def native(model: Model, tokenizer: Tokenizer, *, window: int | None = None) -> 
     return NativeLM()
 
 
-def likelihoods(model: Model, tokenizer: Tokenizer, requests: Sequence[Any]) -> list[Score]:
+def likelihoods(model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Any]) -> list[Score]:
     """The scores of lm-eval's requests; those of one question share what their contexts begin with."""
     groups: dict[Any, list[int]] = {}
     for n, request in enumerate(requests):
@@ -150,7 +150,7 @@ def likelihoods(model: Model, tokenizer: Tokenizer, requests: Sequence[Any]) -> 
     return [scores[n] for n in range(len(requests))]
 
 
-def rolling(model: Model, tokenizer: Tokenizer, text: str, window: int | None = None) -> float:
+def rolling(model: LanguageModel, tokenizer: Tokenizer, text: str, window: int | None = None) -> float:
     """The log-likelihood of a text, uncut or in windows of `window` tokens; 0 of an empty one."""
     ids = tokenizer.encode(text)
     if not ids:
@@ -163,7 +163,7 @@ KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
 """lm-eval's options for generating that are understood; with others the result would not be what a task asks for."""
 
 
-def write(model: Model, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
+def write(model: LanguageModel, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
     """The text generated after the prompt, up to a string of `until`, end of text, or `max_gen_toks`.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from retentive.data.loader import Batch
 from retentive.data.packed import Packed
 from retentive.evals.likelihood import in_eval_mode
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.carry import states_in, states_out
 
 TOGETHER = 8192
@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
 
 
 def held_out_loss(
-    model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
+    model: LanguageModel, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
 ) -> HeldOut:
     """The mean loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
     return _summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
@@ -71,7 +71,9 @@ def _summed(tokens: Tokens, nbytes: int) -> HeldOut:
 
 
 @torch.no_grad()
-def token_losses(model: Model, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False) -> Tokens:
+def token_losses(
+    model: LanguageModel, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
+) -> Tokens:
     """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`.
 
     The model begins each window with a blank state, or with `carry` goes on from the one before (which needs a state of
@@ -81,7 +83,7 @@ def token_losses(model: Model, data: Packed, *, length: int, tokens: int | None 
         return _token_losses(model, data, length, tokens, carry)
 
 
-def _token_losses(model: Model, data: Packed, length: int, tokens: int | None, carry: bool) -> Tokens:
+def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int | None, carry: bool) -> Tokens:
     device = model.device
     parts: list[tuple[np.ndarray, ...]] = []
     # contexts counted so far, tokens of the last one, and the state that `carry` hands on
@@ -107,7 +109,7 @@ def _token_losses(model: Model, data: Packed, length: int, tokens: int | None, c
     return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _losses(model: Model, x: Tensor, targets: Tensor) -> Tensor:
+def _losses(model: LanguageModel, x: Tensor, targets: Tensor) -> Tensor:
     """Nats of each target, float64 `[T]` on the CPU, from hidden states x `[T,D]`; logits of a chunk at a time."""
     losses = []
     for y, target in zip(x.split(CHUNK), targets.to(x.device).split(CHUNK), strict=True):
@@ -168,7 +170,7 @@ def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
     return seen & pairs.rare(tokens.before, tokens.ids)
 
 
-def report(model: Model, data: Packed, pairs: Pairs, *, length: int) -> dict[str, Any]:
+def report(model: LanguageModel, data: Packed, pairs: Pairs, *, length: int) -> dict[str, Any]:
     """Held-out loss in bits per byte, and in nats per token: of recalled tokens, of the others, by position.
 
     Positions are in ranges from one power of two to the next.

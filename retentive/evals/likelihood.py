@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.sample import NOT_FINITE
-from retentive.models import Hybrid, Model, RetNet
+from retentive.models import Hybrid, LanguageModel, RetNet
 
 BUDGET = 8192
 """Tokens of a batch at most, padding included."""
@@ -64,7 +64,7 @@ def encode(tokenizer: Tokenizer, prompt: str, continuation: str) -> Request:
 
 @torch.no_grad()
 def score(
-    model: Model,
+    model: LanguageModel,
     groups: Sequence[Sequence[Request]],
     *,
     share: bool = True,
@@ -91,7 +91,7 @@ def score(
 
 
 @contextmanager
-def in_eval_mode(model: Model) -> Iterator[None]:
+def in_eval_mode(model: LanguageModel) -> Iterator[None]:
     """Dropout and the like are off within the block; then the model is as it was, after an error too."""
     training = model.training
     model.eval()
@@ -112,7 +112,7 @@ def common_prefix(group: Sequence[Request]) -> int:
     return next((n for n in range(most) if first[n] != last[n]), most)
 
 
-def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
+def _batches(model: LanguageModel, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
     """Groups' indices in batches of about one length, the longest first: what does not fit in memory fails at once."""
     most_rows = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
@@ -137,7 +137,7 @@ def _batches(model: Model, groups: Sequence[Sequence[Request]], share: bool) -> 
         yield batch
 
 
-def packs(model: Model, longest: int) -> bool:
+def packs(model: LanguageModel, longest: int) -> bool:
     """Whether a batch is packed into one row instead of padded: if there is no attention, and no row needs chunks.
 
     Lengths differ so much from question to question that padding doubles what is computed.
@@ -145,7 +145,7 @@ def packs(model: Model, longest: int) -> bool:
     return isinstance(model, RetNet) and not isinstance(model, Hybrid) and longest <= CHUNK
 
 
-def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
+def _score(model: LanguageModel, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
     """The scores of one batch's groups."""
     counts = [common_prefix(group) if share else 0 for group in groups]
     state: Any = None
@@ -160,7 +160,7 @@ def _score(model: Model, groups: list[Sequence[Request]], share: bool) -> list[l
     return [[next(found) for _ in group] for group in groups]
 
 
-def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
+def _continue(model: LanguageModel, rows: list[Request], state: Any) -> list[Score]:
     """The scores of the rows, read on from the state, which is used up."""
     sums = torch.zeros(len(rows), dtype=torch.float64)  # thousands of terms: in float32 they would lose digits
     wrong = torch.zeros(len(rows), dtype=torch.int64)
@@ -183,7 +183,7 @@ def _continue(model: Model, rows: list[Request], state: Any) -> list[Score]:
     ]
 
 
-def _read(model: Model, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
+def _read(model: LanguageModel, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
     """(begin, end, hidden `[B,T,D]` of the rows' tokens from begin to end, state after them), a chunk at a time."""
     device = model.device
     lengths = [len(row) for row in rows]

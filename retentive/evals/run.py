@@ -10,7 +10,7 @@ from retentive.evals.answers import WINDOW, score_tasks
 from retentive.evals.contexts import LAST, score_contexts
 from retentive.evals.likelihood import Progress
 from retentive.evals.read import known
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 
 class Evaluation(NamedTuple):
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Model | str | Path,
+    model: LanguageModel | str | Path,
     tasks: str | Sequence[str],
     data: str | Path | None = None,
     *,
@@ -85,7 +85,7 @@ def evaluate(
     return Evaluation(*found)
 
 
-def _loaded(model: Model | str | Path, tokenizer: Tokenizer | str | None) -> tuple[Model, Tokenizer]:
+def _loaded(model: LanguageModel | str | Path, tokenizer: Tokenizer | str | None) -> tuple[LanguageModel, Tokenizer]:
     """The model and its tokenizer, from either form that `evaluate` takes; raises ValueError for a mixture."""
     if isinstance(model, str | Path):
         if tokenizer is not None and not isinstance(tokenizer, str):

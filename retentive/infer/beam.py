@@ -18,13 +18,13 @@ from torch import Tensor
 from retentive import machine
 from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import SamplingParams, check_finite
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import State
 
 
 @torch.no_grad()
 def beam_search(
-    model: Model,
+    model: LanguageModel,
     ids: Sequence[int] | Tensor,
     *,
     beams: int,
@@ -84,7 +84,7 @@ def beam_search(
 
 
 def likeliest(
-    model: Model, ids: Sequence[int] | Tensor, params: SamplingParams | None = None, *, beams: int, **how: Any
+    model: LanguageModel, ids: Sequence[int] | Tensor, params: SamplingParams | None = None, *, beams: int, **how: Any
 ) -> Iterator[Token]:
     """The tokens of the best continuation, as `generate` gives them but with NaN for log probabilities.
 
@@ -107,7 +107,7 @@ def _reordered(state: Any, parents: Tensor) -> Any:
     return state if same else state.select(parents)
 
 
-def _step(model: Model, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
+def _step(model: LanguageModel, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
     """(logits `[n, vocab]`, state) after one more token of each of n beams."""
     with step_threads(model, len(tokens), state):
         x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)

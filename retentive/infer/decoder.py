@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.generate import step_threads
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import HybridState, KVCache, State
 from retentive.ops import Ring
 
@@ -56,7 +56,7 @@ class Decoder(Protocol):
 class TorchDecoder:
     """The `Decoder` of any model of ours."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: LanguageModel):
         self.model, self.vocab_size = model.eval(), model.config.vocab_size
         # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
         # as long as the pool and the number of rows stay the same.

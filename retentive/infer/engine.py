@@ -30,7 +30,7 @@ from retentive.infer.decoder import Decoder, TorchDecoder, shapes
 from retentive.infer.generate import Token, check_prompt
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import State
 
 
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model | Decoder,
+        model: LanguageModel | Decoder,
         *,
         slots: int = 16,
         prefill_chunk: int = 512,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.sample import Sampler, SamplingParams
-from retentive.models import Model, cost
+from retentive.models import LanguageModel, cost
 from retentive.models.state import State
 from retentive.threads import threads_for
 
@@ -25,7 +25,7 @@ class Token(NamedTuple):
     """The likeliest tokens and their log probabilities, where they were asked for."""
 
 
-def step_threads(model: Model, tokens: int, state: Any) -> AbstractContextManager:
+def step_threads(model: LanguageModel, tokens: int, state: Any) -> AbstractContextManager:
     """As many threads as reading so many tokens after `state` is worth, inside the block."""
     context = (
         0 if state is None or model.device.type != "cpu" else int(state.position.max())
@@ -34,7 +34,7 @@ def step_threads(model: Model, tokens: int, state: Any) -> AbstractContextManage
 
 
 @torch.no_grad()
-def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
+def prefill(model: LanguageModel, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
 
     Activations take the memory of one chunk, however long the prompt is; a Transformer's cache grows beside them.
@@ -52,7 +52,7 @@ def prefill(model: Model, ids: Tensor, state: Any = None, *, chunk: int = 4096) 
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     ids: Sequence[int] | Tensor,
     params: SamplingParams | None = None,
     *,
@@ -78,7 +78,7 @@ def generate(
     return _tokens(model, prompt, params, max_tokens, frozenset(stop_ids), first_ids, state)
 
 
-def checked(model: Model, ids: Sequence[int] | Tensor) -> Tensor:
+def checked(model: LanguageModel, ids: Sequence[int] | Tensor) -> Tensor:
     """The prompt as int64 `[1,T]` on the model's device; raises as `check_prompt`."""
     prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
     check_prompt(prompt[0].tolist(), model.config.vocab_size)

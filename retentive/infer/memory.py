@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import State, load_state
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
@@ -49,7 +49,7 @@ class Memory:
         return self.state.nbytes
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: LanguageModel) -> str:
     """32 hex digits that stand for the config and the weights (with their dtype), on whatever device they are."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([type(model).__name__, asdict(model.config)], sort_keys=True).encode())
@@ -59,7 +59,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def blank(model: Model, name: str | None = None) -> Memory:
+def blank(model: LanguageModel, name: str | None = None) -> Memory:
     """The memory of a model that has read nothing; `name` is its fingerprint, to spare hashing all weights again."""
     return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
 
@@ -94,7 +94,7 @@ def save(memory: Memory, path: str | Path) -> None:
     state.save(path, {"memory": about, "digest": _digest(state, about)})
 
 
-def load_memory(path: str | Path, model: Model | None = None, expected: str | None = None) -> Memory:
+def load_memory(path: str | Path, model: LanguageModel | None = None, expected: str | None = None) -> Memory:
     """The memory that `save` wrote to `path`, on the model's device.
 
     Args:
@@ -172,7 +172,7 @@ def _well_formed(about: Any) -> bool:
     )
 
 
-def _check_fit(memory: Memory, model: Model, path: str | Path) -> None:
+def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
     """Raises ValueError unless shapes, dtypes and ids are those of one sequence of the model.
 
     The digest proves no more than that the file is as it was written: one made by hand may hold anything, and a wrong

@@ -22,7 +22,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.files import check_place
 from retentive.infer.memory import Memory, blank, load_memory, save
 from retentive.infer.merge import chain_errors, merge
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 CHUNK = 4096
 """Tokens that go through the model at once."""
@@ -43,7 +43,7 @@ Report = Callable[[Progress], object]
 
 
 def write_memory(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     sources: Sequence[str | Path],
     out: str | Path,
@@ -131,7 +131,9 @@ def total_bytes(sources: Sequence[str | Path]) -> int | None:
 # two ways of reading: in a row, and each document for itself
 
 
-def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, report: Report) -> Memory:
+def _in_a_row(
+    model: LanguageModel, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, report: Report
+) -> Memory:
     """The memory after `before` and all documents; resumes from the unfinished file at `path` if there is one."""
     known: list[str] = []
     sources: list[dict] = []
@@ -168,7 +170,7 @@ def _in_a_row(model: Model, tokenizer: Tokenizer, before: Memory, texts: Texts, 
     return memory
 
 
-def _apart(model: Model, tokenizer: Tokenizer, name: str, texts: Texts, report: Report) -> Memory:
+def _apart(model: LanguageModel, tokenizer: Tokenizer, name: str, texts: Texts, report: Report) -> Memory:
     """The documents read each for itself and merged.
 
     They are read a second time in a row, if their memories can be chained: the chain's error in each layer tells how
@@ -235,7 +237,9 @@ def _check_same(sources: list[dict], known: list[str], path: Path, *, whole: boo
 
 
 @torch.no_grad()
-def ingest(model: Model, pieces: Iterable[Sequence[int]], memory: Memory, *, chunk: int = CHUNK) -> Iterator[Memory]:
+def ingest(
+    model: LanguageModel, pieces: Iterable[Sequence[int]], memory: Memory, *, chunk: int = CHUNK
+) -> Iterator[Memory]:
     """The memory after each prefill chunk of the ids in `pieces`, going on from `memory` (which is used up).
 
     Activations take the memory of one chunk, however much there is to read. `sources` are the caller's to write.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import Sampler, SamplingParams, check_finite, draw
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import State
 
 GRAMS = (3, 2)
@@ -27,11 +27,11 @@ GRAMS = (3, 2)
 
 
 def speculate(
-    model: Model,
+    model: LanguageModel,
     ids: Sequence[int] | Tensor,
     params: SamplingParams | None = None,
     *,
-    draft: Model | None = None,
+    draft: LanguageModel | None = None,
     most: int = 4,
     max_tokens: int | None = None,
     stop_ids: Sequence[int] = (),
@@ -94,7 +94,7 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
 
 
 @torch.no_grad()
-def score(model: Model, ids: list[int], state: Any) -> tuple[Tensor, Any]:
+def score(model: LanguageModel, ids: list[int], state: Any) -> tuple[Tensor, Any]:
     """(logits `[T, vocab]` after each of the ids, float32 on the CPU; the state, which can be rolled back)."""
     with step_threads(model, len(ids), state):
         x, state = model.hidden(torch.tensor([ids], device=model.device), state)
@@ -156,7 +156,7 @@ class Lookup:
 class Draft:
     """Guesses with a smaller model, sampled with the same parameters and generator as the large one's tokens."""
 
-    def __init__(self, model: Model, sampler: Sampler, most: int):
+    def __init__(self, model: LanguageModel, sampler: Sampler, most: int):
         self.model, self.sampler, self.most = model, sampler, most
         self.state: Any = None
         self.read = 0  # tokens that `state` has read: of the text, and the guesses after it, right or wrong

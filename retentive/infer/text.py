@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.generate import Token, generate
 from retentive.infer.sample import SamplingParams
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.models.state import State
 
 
@@ -100,7 +100,7 @@ def stream_text(
 
 
 def write_on(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     params: SamplingParams | None = None,

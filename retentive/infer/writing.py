@@ -16,14 +16,14 @@ from retentive.infer.beam import likeliest
 from retentive.infer.memory import Memory, load_memory
 from retentive.infer.sample import SamplingParams
 from retentive.infer.speculative import speculate
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
 """The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompt: str = "",
     *,
@@ -53,7 +53,7 @@ def generate(
 
 
 def stream_generate(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompt: str = "",
     *,
@@ -69,7 +69,7 @@ def stream_generate(
     memory: Memory | str | Path | None = None,
     beams: int = 0,
     lookup: bool = False,
-    draft: Model | None = None,
+    draft: LanguageModel | None = None,
 ) -> Iterator[str]:
     """The text that the model writes after `prompt`, in pieces as they come. Options as for `generate`, and these.
 
@@ -98,7 +98,9 @@ def stream_generate(
     return _without(len(prompt), whole)
 
 
-def _method(params: SamplingParams, beams: int, lookup: bool, draft: Model | None) -> Callable[..., Iterator[Token]]:
+def _method(
+    params: SamplingParams, beams: int, lookup: bool, draft: LanguageModel | None
+) -> Callable[..., Iterator[Token]]:
     """The function that decodes: one token at a time, speculatively, or by beam search."""
     if beams < 0:
         raise ValueError(f"beams must be at least 1, or 0 to sample, got {beams}")

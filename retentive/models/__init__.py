@@ -33,7 +33,6 @@ __all__ = [
     "HybridState",
     "KVCache",
     "LanguageModel",
-    "Model",
     "Peer",
     "PeerConfig",
     "RetNet",
@@ -54,8 +53,6 @@ __all__ = [
 
 Config = OwnConfig | PeerConfig
 """The config of any model that `build` makes."""
-Model = LanguageModel
-"""The short name, for annotations."""
 MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
 
 

@@ -16,7 +16,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import Conversation
 from retentive.infer.memory import Memory, blank, fingerprint
-from retentive.models import Model, cost
+from retentive.models import LanguageModel, cost
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.metrics import Metrics
@@ -30,7 +30,7 @@ class Service:
 
     name: str
     """The model's name in requests and responses."""
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     template: ChatTemplate
     options: Options

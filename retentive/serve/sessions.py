@@ -16,7 +16,7 @@ from typing import Any
 
 from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.memory import Memory, head, load_memory, save
-from retentive.models import Model
+from retentive.models import LanguageModel
 from retentive.serve.errors import Refused
 
 MOST_FILES = 1000
@@ -119,7 +119,7 @@ class SavedStates:
     Requests' names were checked when they were parsed, and are checked here again: they become paths.
     """
 
-    def __init__(self, folder: Path, model: Model, fingerprint: str, model_name: str):
+    def __init__(self, folder: Path, model: LanguageModel, fingerprint: str, model_name: str):
         self.folder, self.model, self.fingerprint, self.model_name = folder, model, fingerprint, model_name
         self.writing = threading.Lock()
 

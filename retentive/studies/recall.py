@@ -23,7 +23,7 @@ from retentive.bench.lab.plot import dress, grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
-from retentive.models import Model, PeerConfig, RetNetConfig, build, cost
+from retentive.models import LanguageModel, PeerConfig, RetNetConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
 from retentive.train import Hooks, TrainConfig, language_modelling, train
@@ -86,7 +86,7 @@ def rows(n: int, count: int, generator: torch.Generator) -> Batch:
 
 
 @torch.no_grad()
-def accuracy(model: Model, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
+def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
     """(share of answers that are the likeliest token, answers), over rows that training has not seen."""
     generator = torch.Generator().manual_seed(seed + n)
     right = total = 0

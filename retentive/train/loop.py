@@ -20,7 +20,7 @@ from retentive.checkpoint.io import save_model
 from retentive.evals.heldout import HeldOut
 from retentive.files import write_json
 from retentive.machine import gemm_rate, peak_memory, pick_device
-from retentive.models import Model, cost
+from retentive.models import LanguageModel, cost
 from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
 from retentive.train.directory import RunDirectory, read_options
@@ -47,9 +47,9 @@ class Batches(Protocol):
 class Hooks:
     """What a run does beside its steps, and what it prints."""
 
-    evaluate: Callable[[Model, int], HeldOut] | None = None
+    evaluate: Callable[[LanguageModel, int], HeldOut] | None = None
     """(model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end."""
-    sample: Callable[[Model], str] | None = None
+    sample: Callable[[LanguageModel], str] | None = None
     """model -> text, called every `sample_every` steps."""
     title: str = ""
     """The line that the log begins with."""
@@ -58,7 +58,7 @@ class Hooks:
 
 
 def train(
-    model: Model,
+    model: LanguageModel,
     batches: Batches,
     objective: Objective,
     config: TrainConfig,
@@ -119,7 +119,7 @@ def train(
 
 
 def take_step(
-    model: Model,
+    model: LanguageModel,
     batches: Batches,
     objective: Objective,
     config: TrainConfig,
@@ -146,7 +146,7 @@ def take_step(
 
 
 def accumulate_gradients(
-    model: Model, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
+    model: LanguageModel, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
 ) -> tuple[float, int, Any]:
     """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters.
 
@@ -165,7 +165,7 @@ def accumulate_gradients(
     return total, tokens, carried
 
 
-def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int) -> None:
+def report(model: LanguageModel, config: TrainConfig, hooks: Hooks, log: Log, done: int) -> None:
     """Evaluates and samples after `done` steps, where it is time to."""
     last = done == config.steps
     if hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
@@ -178,7 +178,7 @@ def report(model: Model, config: TrainConfig, hooks: Hooks, log: Log, done: int)
         log.sample(done, hooks.sample(model))
 
 
-def utilisation(model: Model, length: int, config: TrainConfig, device: torch.device) -> float:
+def utilisation(model: LanguageModel, length: int, config: TrainConfig, device: torch.device) -> float:
     """MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) of one token a second.
 
     The peak that it is a fraction of is the rate of a large matrix product on this machine, measured now.
@@ -213,7 +213,7 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
     return "bf16" if bf16 > 1.3 * fp32 else "fp32"
 
 
-def wrap_blocks(model: Model, config: TrainConfig) -> None:
+def wrap_blocks(model: LanguageModel, config: TrainConfig) -> None:
     """Compiles the blocks, or has them recomputed in the backward pass (activation checkpointing), as the config says.
 
     Raises:

@@ -24,7 +24,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
-from retentive.models import MODELS, Config, Model, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
@@ -148,7 +148,7 @@ class TrainRun:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
 
-    def build(self, data: Packed) -> tuple[Config, Model]:
+    def build(self, data: Packed) -> tuple[Config, LanguageModel]:
         """(config, model) to begin with.
 
         Raises:
@@ -173,10 +173,10 @@ class TrainRun:
         """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""
         how: dict[str, Any] = {"length": self.length, "carry": self.mode == "carry"}
 
-        def evaluate(model: Model, tokens: int) -> HeldOut:
+        def evaluate(model: LanguageModel, tokens: int) -> HeldOut:
             return held_out_loss(model, data, tokens=tokens, **how)
 
-        def sample(model: Model) -> str:
+        def sample(model: LanguageModel) -> str:
             return sample_text(model, data.tokenizer, self.train.sample_prompt)
 
         has_valid = data.meta.splits["valid"].tokens > self.length  # at least one whole row and its targets
@@ -191,7 +191,7 @@ class TrainRun:
         return RunDirectory(self.out, data.tokenizer, record, existing)
 
 
-def sample_text(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
     """What the model writes after `prompt`, always with the same seed: only training makes samples differ."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
@@ -211,7 +211,7 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
         )
 
 
-def check_vocabulary(init: str, model: Model, tokenizer: Tokenizer | None, data: Packed) -> None:
+def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Packed) -> None:
     """Raises ValueError where the model's embedding is for other tokens than those of the data."""
     if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(

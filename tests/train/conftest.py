@@ -13,7 +13,7 @@ from retentive.data.pack import pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import Model, RetNetConfig, TransformerConfig, build
+from retentive.models import LanguageModel, RetNetConfig, TransformerConfig, build
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.checkpoints import folders
 from retentive.train.directory import RunDirectory
@@ -76,7 +76,7 @@ TINY = RetNetConfig(dim=32, layers=2, heads=2)
 class Acting:
     """Batches, and something that happens as one of them is about to be read."""
 
-    def __init__(self, batches: Batches, model: Model, at: int, act: Callable[[Model], None] | None):
+    def __init__(self, batches: Batches, model: LanguageModel, at: int, act: Callable[[LanguageModel], None] | None):
         self.batches, self.model, self.at, self.act = batches, model, at, act
         self.length = batches.length
 

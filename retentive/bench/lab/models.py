@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from retentive.bench.lab.tables import known
-from retentive.models import Config, Model, RetNet, RetNetConfig, build, peer, twin
+from retentive.models import Config, LanguageModel, RetNet, RetNetConfig, build, peer, twin
 from retentive.ops import using
 
 NAMES = {
@@ -73,7 +73,7 @@ def check_forms(model: RetNet, length: int) -> float:
 
 
 @torch.inference_mode()
-def check_decoding(model: Model, length: int = 48) -> float:
+def check_decoding(model: LanguageModel, length: int = 48) -> float:
     """The largest difference of logits between reading a text at once and token by token, in the model's dtype.
 
     Raises:
@@ -94,7 +94,7 @@ def check_decoding(model: Model, length: int = 48) -> float:
     return worst
 
 
-def _ids(model: Model, length: int) -> torch.Tensor:
+def _ids(model: LanguageModel, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     return ids.to(model.device)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import Tokenizer
-from retentive.models import Model
+from retentive.models import LanguageModel
 
 
 @contextmanager
-def server(model: Model, tokenizer: Tokenizer, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+def server(model: LanguageModel, tokenizer: Tokenizer, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
     """(process, port) of `retentive serve` with this model and these options, killed at the end of the block.
 
     Raises:
