@@ -1,8 +1,8 @@
 """`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
 
-A step decodes one token of every sequence. States and caches are filled with numbers instead of being read (what a step
-costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are interleaved.
-The correctness gate: each model of ours must decode, token by token, the logits that it gives for a text read whole.
+A step decodes one token of every sequence. States and caches are filled with random numbers instead of reading a prompt
+(what a step costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are
+interleaved. The correctness gate: each model of ours must decode, token by token, the logits of a text read whole.
 
     memory      weights, and the state with its ring of newest tokens, or the cache at that context
     limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
@@ -48,7 +48,7 @@ class Options(OnDevice, Sized):
     steps: int = 16
     """Tokens decoded in a repetition."""
     repeats: int = 3
-    """Repetitions timed of each, in turns; the best counts."""
+    """Repetitions timed of each, interleaved; the best counts."""
     neighbour: bool = False
     """Also time the RetNet, at the first batch and context, beside one other busy process."""
 
@@ -86,6 +86,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "device": str(device),
         "precision": options.precision,
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
+        # the first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
         "break_even": {
             name: rivals["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
             for name, one in rivals.items()
@@ -120,32 +121,33 @@ class Rival:
         return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
-        """Raises ArithmeticError where it does not decode what it reads."""
+        """The correctness gate: raises ArithmeticError where it decodes other logits than it reads."""
         models.check_decoding(self.model)
 
     def fill(self, batch: int, context: int, room: int) -> Any:
-        """A state as after `context` tokens, with room for so many more."""
+        """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
         state = self.model.init_state(batch).reserve(context + room)
         layers = (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers
         for x in layers:
-            # written, not zeros: pages that nobody has written are all the same one, and in the cache
+            # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
+            # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
         state.position.fill_(context)
         return state.for_decoding(self.dtype)
 
     def step(self, ids: Tensor, state: Any) -> Any:
-        """The state after one more token of each sequence."""
+        """The state after one more token of each sequence; its logits are computed and dropped."""
         x, state = self.model.hidden(ids, state)
         self.model.head(x)
         return state
 
     def remembers(self, batch: int, context: int) -> int:
-        """Bytes of state and ring, or of the cache."""
+        """Bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
         memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
         return memory + batch * self.ring_bytes
 
     def moves(self, batch: int, context: int) -> float:
-        """Bytes that a step must move: weights, memory."""
+        """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
         c, weights = self.config, cost.matrix_parameters(self.config) * self.dtype.itemsize
         if isinstance(c, RetNetConfig):
             heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
@@ -190,7 +192,7 @@ RIVALS: dict[str, type[Rival]] = {"llama": Llama}
 
 
 class Decoding:
-    """A rival at work: its state of a batch and a context, and the steps that go on from it."""
+    """A rival that decodes: its state for a batch and a context, and the steps that go on from it."""
 
     def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
         self.rival, self.steps = rival, steps
@@ -206,7 +208,7 @@ class Decoding:
 def batches_that_fit(
     rivals: dict[str, Rival], batch: int, context: int, free: int
 ) -> tuple[list[list[str]], list[str]]:
-    """(names whose states fit in memory together, in order; who does not even fit alone)."""
+    """(groups of rivals whose states fit in `free` bytes together, in order; those that do not even fit alone)."""
     found: list[list[str]] = [[]]
     left_out, taken = [], 0
     for name, one in rivals.items():
@@ -223,15 +225,15 @@ def batches_that_fit(
 
 
 def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
-    """Of every rival seconds a step, memory, fraction of the limit; those are interleaved that fit in memory."""
-    gc.collect()
+    """Of every rival seconds a step, memory, fraction of the limit; those that fit in memory are interleaved."""
+    gc.collect()  # the states of the last row, before what is free is asked for
     device = next(iter(rivals.values())).device
     together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
     for names in filter(None, together):
         results |= timed({name: rivals[name] for name in names}, batch, context, options)
         gc.collect()
-        machine.free_memory(device)
+        machine.free_memory(device)  # called for what it does first: freed memory goes back to the system
     return {name: results[name] for name in rivals}
 
 
@@ -239,6 +241,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     """Of every rival seconds a step in the best and the median repetition, memory, fraction of the limit."""
     one = next(iter(rivals.values()))
     device, dtype = one.device, one.dtype
+    # one turn more than is counted: the first warms up
     room = (options.repeats + 1) * options.steps
     runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
     gemm = machine.gemm_rate(device, dtype)
