@@ -53,6 +53,7 @@ def read(path: Path) -> File:
         words = shlex.split(command)[1:] or ["?"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
+    # `words` are those after "retentive": a verb, and for a bench its name
     kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     try:
         shown = table(kind, result)
@@ -71,7 +72,7 @@ def page(files: Sequence[File]) -> str:
     for section in SECTIONS:
         mine = [file for file in files if section.takes(file.kind, file.result)]
         taken |= {file.path for file in mine}
-        parts.append(_section(section, mine))
+        parts.append(_section(section, mine))  # also where there is no file: what is missing is to be seen
     rest = [file for file in files if file.path not in taken]
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{html.escape(s.title)}</a></li>' for s in SECTIONS)
     machines = sorted({name for file in files for name in machine(file.result).split("; ")})
@@ -100,6 +101,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def _section(section: Section, files: list[File]) -> str:
+    """One question: what the paper says, our files on it, and why the numbers differ; says so where there are none."""
     blocks = [f'<section id="{_anchor(section.title)}"><h2>{html.escape(section.title)}</h2>']
     blocks.append(f'<p class="question">{html.escape(section.question)}</p>')
     if section.paper:
@@ -120,7 +122,7 @@ def _file(file: File) -> str:
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
-    name = file.path.stem.split("_")[0]
+    name = file.path.stem.split("_")[0]  # of NAME_MACHINE_MONTH.json
     mixed = "<strong>Several machines</strong>: " if len(file.result.get("machines", [])) > 1 else ""
     where = mixed + html.escape(machine(file.result))
     return (
@@ -136,6 +138,7 @@ def to_html(markdown: str) -> str:
 
 
 def _blocks(blocks: list[list[str]]) -> Iterator[str]:
+    """HTML of each block of lines: a table (its second line is the rule), a list, or a paragraph."""
     for lines in blocks:
         if lines[0].startswith("|"):
             head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)

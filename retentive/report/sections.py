@@ -31,6 +31,8 @@ def table(kind: str, result: Result) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
+    """A question of the report."""
+
     title: str
     question: str
     paper: str
