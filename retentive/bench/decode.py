@@ -96,6 +96,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     }
     if options.neighbour:
         batch, context = options.batches[0], options.contexts[0]
+        # without room: a state takes any number of further tokens
         decoding = Decoding(rivals["retnet"], batch, context, options.steps)
         kept = neighbour.speed_kept(decoding.run, device, repeats=options.repeats)
         kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
@@ -179,7 +180,7 @@ class Llama(Rival):
         for layer in range(c.layers):
             keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=self.device)
             keys = keys.expand(batch, c.heads, context, -1)
-            cache.update(keys, keys, layer)
+            cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
         return cache
 
     def step(self, ids: Tensor, state: Any) -> Any:
@@ -250,6 +251,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     for name, one in rivals.items():
         seconds = [repetition.seconds / options.steps for repetition in found[name]]
         computing = batch * cost.flops_per_token(one.config, context) / gemm
+        # the roofline of each repetition, at the rate of reading around it
         limits = [max(one.moves(batch, context) / repetition.rate, computing) for repetition in found[name]]
         results[name] = {
             "seconds": min(seconds),
@@ -309,6 +311,7 @@ def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None
     )
     if not mine:
         return None
+    # the longest context at which RetNet is still slower decides: timings may cross more than once
     slower = [context for context, faster in mine if not faster]
     if not slower:
         return f"at all of these contexts, from {mine[0][0]:,} tokens,"

@@ -49,6 +49,7 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
         ArithmeticError: a stream's text is not the one it must be.
     """
     selector, answers = selectors.DefaultSelector(), [bytearray() for _ in asked]
+    # connected before the clock starts: it is the streams that are compared with the engine
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in asked]
     for connection, answer in zip(sockets, answers, strict=True):
         selector.register(connection, selectors.EVENT_READ, answer)

@@ -187,7 +187,7 @@ def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
 
 def estimate(name: str, work: Work, one: Rival) -> float:
     """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
-    short = replace(work, T=min(work.T, 2048))
+    short = replace(work, T=min(work.T, 2048))  # torchscale's chunks divide 2048
     if short == work:
         return 0
     return warm(rivals.make(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
@@ -202,6 +202,7 @@ def warm(one: Rival, work: Work) -> float:
 def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
     """Times of all that are quick enough to be repeated, into their dictionaries."""
     device = torch.device(work.device)
+    # what one isolated pass took, for all; those that are quick get better numbers below
     ready = [(name, way) for name, way in ways if "skipped" not in way]
     for _, way in ready:
         way |= {"repeats": 1, "median_seconds": way["seconds"]}
@@ -209,7 +210,7 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     if not quick:
         return
     ones = [rivals.make(name, work, way["chunk"]) for name, way in quick]
-    inputs = isolated.flat(work, ones)
+    inputs = isolated.flat(work, ones)  # one set for all rivals, each with its own view: memory is that of the largest
     times: list[list[tuple[float, float]]] = [[] for _ in ones]
     for _ in range(repeats + 1):
         for (_, way), one, measured in zip(quick, ones, times, strict=True):

@@ -84,6 +84,7 @@ def _growth(rows: list[dict[str, Any]]) -> str:
 def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Pairs of rows that differ by their length only, the shorter one first."""
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    # groupby takes neighbours together: rows come shape by shape and dtype by dtype
     for _, same in groupby(rows, lambda row: (row["shape"], row["dtype"])):
         ordered = sorted(same, key=lambda row: row["T"])
         pairs += pairwise(ordered)

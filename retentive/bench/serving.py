@@ -216,6 +216,7 @@ def long_stream(model: Model, slots: int, tokens: int) -> dict[str, Any]:
         nonlocal count
         count += item is not None
         if item is not None and count in (EARLY, tokens):
+            # the only stream is in the first slot
             seen.append({"tokens": count, "state": engine.pool.view(1).nbytes, "process": machine.held_memory()})
 
     engine.submit([1, 2], SamplingParams(seed=0), max_tokens=tokens, deliver=[hear])

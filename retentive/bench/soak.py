@@ -54,7 +54,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
         began = time.monotonic()
         watcher = threading.Thread(target=watch, args=(process, port, began, began + 60 * minutes, samples, say))
-        watcher.start()
+        watcher.start()  # only it writes `samples`, which are read after it has ended
         clients.run(THREADS, began + 60 * minutes)
         watcher.join()
         alive, left = process.poll() is None, settle(port)
@@ -200,7 +200,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     memory.plot(minutes, [s["rss_mb"] for s in samples])
     memory.set_ylabel("resident memory of the server, MB")
     memory.set_ylim(0, 1.25 * peak(samples))
-    window = 10
+    window = 10  # samples, one a second
     pairs = list(zip(samples, samples[window:], strict=False))
     rates = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
     speed.plot(minutes[window:], rates)

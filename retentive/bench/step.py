@@ -142,12 +142,12 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
         ArithmeticError: it is above the tolerance, or not a number.
     """
     H, K, V = shape
-    B, tokens = 3, 3 * slots(K, V)
+    B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
-    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()
+    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
     gamma = log_decay("paper", H, device=device, dtype=torch.float64).exp()[:, None, None]
     for t in range(tokens):
         o, state = RIVALS[name].step(q[t], k[t], v[t], decays, state)

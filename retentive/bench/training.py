@@ -61,6 +61,7 @@ class Trainer:
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)
+        # one token more than a row: the targets are the same row, shifted by one
         self.ids = torch.randint(step.config.vocab_size, (step.batch, step.length + 1), generator=generator).to(device)
         self.precision = step.precision
 

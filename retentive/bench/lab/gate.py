@@ -85,7 +85,7 @@ def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def runner(name: str, work: Work, chunk: int | None):
     """The rival as a function of q, k, v `[B,T,H,n]`, whatever its own layout is."""
-    one = rivals.make(name, work, chunk)
+    one = rivals.make(name, work, chunk)  # q, k [B,H,T,K] and v [B,T,H V] for torchscale, its o in chunks
     if name != "torchscale":
         return one.run
     return lambda q, k, v: one.run(
