@@ -1,9 +1,9 @@
-"""Benches: what this machine does with our code, measured beside the alternative, in turns, behind a correctness gate.
+"""Benches: how fast our code is on this machine, beside the alternative: interleaved, behind a correctness gate.
 
 Every module has the same shape, so that one verb and the report serve them all:
 
     Options                      a frozen dataclass, a line of text under each field: the command line's flags
-    measure(options, say)        a dictionary that is JSON, `say` called with a line now and then
+    measure(options, say)        a dictionary that is JSON; `say` is called with lines of progress
     table(result)                Markdown
     plot(result, path, title=)   a PNG, where PICTURE, its title with the options' fields in braces, is not None;
                                  ModuleNotFoundError without matplotlib (extra `plot`)
@@ -25,4 +25,5 @@ BENCHES = {
     "scoring": "retentive.bench.scoring",
     "soak": "retentive.bench.soak",
 }
-"""The module of each name, imported when it is called for; studies in the same shape are among them."""
+"""The module of each name, imported when its bench runs. Studies have the same shape; they are named here and not
+imported, since their floor is above this one."""

@@ -1,8 +1,8 @@
 """`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
 
-A step decodes one token of every sequence. States and caches are filled with numbers instead of being read (what a step
-costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are interleaved.
-The correctness gate: each model of ours must decode, token by token, the logits that it gives for a text read whole.
+A step decodes one token of every sequence. States and caches are filled with random numbers instead of reading a prompt
+(what a step costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are
+interleaved. The correctness gate: each model of ours must decode, token by token, the logits of a text read whole.
 
     memory      weights, and the state with its ring of newest tokens, or the cache at that context
     limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
@@ -26,7 +26,6 @@ from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
-from retentive.infer.generate import step_threads
 from retentive.models import KVCache, RetNetConfig, cost
 
 LATENCY_AT = 8192
@@ -49,7 +48,7 @@ class Options(OnDevice, Sized):
     steps: int = 16
     """Tokens decoded in a repetition."""
     repeats: int = 3
-    """Repetitions timed of each, in turns; the best counts."""
+    """Repetitions timed of each, interleaved; the best counts."""
     neighbour: bool = False
     """Also time the RetNet, at the first batch and context, beside one other busy process."""
 
@@ -87,6 +86,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "device": str(device),
         "precision": options.precision,
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
+        # the first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
         "break_even": {
             name: rivals["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
             for name, one in rivals.items()
@@ -96,6 +96,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     }
     if options.neighbour:
         batch, context = options.batches[0], options.contexts[0]
+        # without room: a state takes any number of further tokens
         decoding = Decoding(rivals["retnet"], batch, context, options.steps)
         kept = neighbour.speed_kept(decoding.run, device, repeats=options.repeats)
         kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
@@ -121,33 +122,33 @@ class Rival:
         return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
-        """Raises ArithmeticError where it does not decode what it reads."""
+        """The correctness gate: raises ArithmeticError where it decodes other logits than it reads."""
         models.check_decoding(self.model)
 
     def fill(self, batch: int, context: int, room: int) -> Any:
-        """A state as after `context` tokens, with room for so many more."""
+        """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
         state = self.model.init_state(batch).reserve(context + room)
         layers = (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers
         for x in layers:
-            # written, not zeros: pages that nobody has written are all the same one, and in the cache
+            # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
+            # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
         state.position.fill_(context)
         return state.for_decoding(self.dtype)
 
     def step(self, ids: Tensor, state: Any) -> Any:
-        """The state after one more token of each sequence."""
-        with step_threads(self.model, len(ids), state):  # as everything that decodes
-            x, state = self.model.hidden(ids, state)
-            self.model.head(x)
+        """The state after one more token of each sequence; its logits are computed and dropped."""
+        x, state = self.model.hidden(ids, state)
+        self.model.head(x)
         return state
 
     def remembers(self, batch: int, context: int) -> int:
-        """Bytes of state and ring, or of the cache."""
+        """Bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
         memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
         return memory + batch * self.ring_bytes
 
     def moves(self, batch: int, context: int) -> float:
-        """Bytes that a step must move: weights, memory."""
+        """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
         c, weights = self.config, cost.matrix_parameters(self.config) * self.dtype.itemsize
         if isinstance(c, RetNetConfig):
             heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
@@ -179,7 +180,7 @@ class Llama(Rival):
         for layer in range(c.layers):
             keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=self.device)
             keys = keys.expand(batch, c.heads, context, -1)
-            cache.update(keys, keys, layer)
+            cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
         return cache
 
     def step(self, ids: Tensor, state: Any) -> Any:
@@ -192,7 +193,7 @@ RIVALS: dict[str, type[Rival]] = {"llama": Llama}
 
 
 class Decoding:
-    """A rival at work: its state of a batch and a context, and the steps that go on from it."""
+    """A rival that decodes: its state for a batch and a context, and the steps that go on from it."""
 
     def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
         self.rival, self.steps = rival, steps
@@ -208,7 +209,7 @@ class Decoding:
 def batches_that_fit(
     rivals: dict[str, Rival], batch: int, context: int, free: int
 ) -> tuple[list[list[str]], list[str]]:
-    """(names whose states fit in memory together, in order; who does not even fit alone)."""
+    """(groups of rivals whose states fit in `free` bytes together, in order; those that do not even fit alone)."""
     found: list[list[str]] = [[]]
     left_out, taken = [], 0
     for name, one in rivals.items():
@@ -225,15 +226,15 @@ def batches_that_fit(
 
 
 def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
-    """Of every rival seconds a step, memory, fraction of the limit; those are interleaved that fit in memory."""
-    gc.collect()
+    """Of every rival seconds a step, memory, fraction of the limit; those that fit in memory are interleaved."""
+    gc.collect()  # the states of the last row, before what is free is asked for
     device = next(iter(rivals.values())).device
     together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
     for names in filter(None, together):
         results |= timed({name: rivals[name] for name in names}, batch, context, options)
         gc.collect()
-        machine.free_memory(device)
+        machine.free_memory(device)  # called for what it does first: freed memory goes back to the system
     return {name: results[name] for name in rivals}
 
 
@@ -241,6 +242,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     """Of every rival seconds a step in the best and the median repetition, memory, fraction of the limit."""
     one = next(iter(rivals.values()))
     device, dtype = one.device, one.dtype
+    # one turn more than is counted: the first warms up
     room = (options.repeats + 1) * options.steps
     runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
     gemm = machine.gemm_rate(device, dtype)
@@ -249,6 +251,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     for name, one in rivals.items():
         seconds = [repetition.seconds / options.steps for repetition in found[name]]
         computing = batch * cost.flops_per_token(one.config, context) / gemm
+        # the roofline of each repetition, at the rate of reading around it
         limits = [max(one.moves(batch, context) / repetition.rate, computing) for repetition in found[name]]
         results[name] = {
             "seconds": min(seconds),
@@ -308,6 +311,7 @@ def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None
     )
     if not mine:
         return None
+    # the longest context at which RetNet is still slower decides: timings may cross more than once
     slower = [context for context, faster in mine if not faster]
     if not slower:
         return f"at all of these contexts, from {mine[0][0]:,} tokens,"

@@ -1,6 +1,6 @@
-"""The client of `bench serving --server`: streams asked for over HTTP, by sockets whose answers are read afterwards.
+"""The client of `bench serving --server`: many streamed completions over HTTP at once, by plain sockets.
 
-The client is this process, whose one thread takes what the sockets have and looks at it only when the time is taken, so
+The client is this process, whose one thread only collects bytes while the clock runs and parses them afterwards, so
 that as little as possible of the measured time is its own. Every stream's text must be the one that `generate` gives
 alone: a server that lost tokens would look fast.
 """
@@ -22,7 +22,7 @@ PATH = "/v1/completions"
 
 
 def library_tokenizer(vocab_size: int) -> Tokenizer:
-    """One of the text that every machine has, the source of Python's library."""
+    """A tokenizer trained on text that every machine has, the source of Python's standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return train_bpe((file.read_text(encoding="utf-8", errors="replace") for file in islice(files, 150)), vocab_size)
 
@@ -30,10 +30,10 @@ def library_tokenizer(vocab_size: int) -> Tokenizer:
 def requests(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int
 ) -> list[tuple[bytes, str]]:
-    """(HTTP request, text it must be answered with) of each stream; with seeds that lead to no end of text."""
+    """(HTTP request, text it must be answered with) of each stream."""
     made = []
     for ids, first in zip(prompts, count(0, 1000), strict=False):
-        for seed in count(first):
+        for seed in count(first):  # the first one whose text does not end early: all streams have `tokens` tokens
             written = [t.id for t in generate(model, ids, SamplingParams(seed=seed), max_tokens=tokens)]
             if tokenizer.eos_id not in written:
                 break
@@ -45,8 +45,13 @@ def requests(
 
 
 def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
-    """Seconds from the first request to the last byte of the answers."""
+    """Seconds from the first request to the last byte of the responses.
+
+    Raises:
+        ArithmeticError: a stream's text is not the one it must be.
+    """
     selector, answers = selectors.DefaultSelector(), [bytearray() for _ in asked]
+    # connected before the clock starts: it is the streams that are compared with the engine
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in asked]
     for connection, answer in zip(sockets, answers, strict=True):
         selector.register(connection, selectors.EVENT_READ, answer)
@@ -57,7 +62,7 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
         for key, _ in selector.select():
             part = key.fileobj.recv(1 << 16)
             key.data.extend(part)
-            if not part:
+            if not part:  # the server has closed it: this response is complete
                 selector.unregister(key.fileobj)
     seconds = time.perf_counter() - began
     for n, (connection, answer, (_, want)) in enumerate(zip(sockets, answers, asked, strict=True)):
@@ -69,7 +74,7 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
 
 
 def text_of(answer: bytes) -> str:
-    """The text in a response's events, or its status and how it ends where that is no stream."""
+    """The text in a response's events; its status and its last bytes where it is no complete stream."""
     events = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")]
     if not events or b"data: [DONE]" not in answer:
         status, _, rest = answer.decode(errors="replace").partition("\r\n")

@@ -53,7 +53,7 @@ def of_models(
 ) -> dict[str, Any]:
     """A row per context: for each of the two models the bytes of its memory, median milliseconds of a decoding step.
 
-    At every context one model is measured right after the other, so that both meet the machine in the same state.
+    At every context one model is measured right after the other, so that a slow spell of the machine meets both.
     """
     vocab = next(iter(models.values())).config.vocab_size
     ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=torch.Generator().manual_seed(0))
@@ -62,8 +62,10 @@ def of_models(
     for context in sorted(contexts):
         row: dict[str, Any] = {"context": context}
         for name, model in models.items():
+            # goes on from the state at the last context: no token is read twice
             for part in ids[:, read:context].split(2048, 1):
                 _, states[name] = model.hidden(part, states[name])
+            # a clone, since the cache is written in place; the first two steps warm up
             times = _decode(model, states[name].clone(), ids[:, context : context + steps])
             row[name] = {"bytes": states[name].nbytes, "ms_per_token": 1e3 * statistics.median(times[2:])}
         read = context
@@ -96,7 +98,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _names(result: dict[str, Any]) -> list[str]:
-    """Of the two models."""
+    """The names of the two models."""
     return [name for name in result["rows"][0] if name != "context"]
 
 

@@ -1,4 +1,4 @@
-"""What asking a memory costs after little and after much was read: the file, and the time of a whole question.
+"""What asking a memory file costs after it has read little and much: its size, and the time of a whole question.
 
 A question is what `retentive memory ask` does once the model is loaded: read the file, check it against the model, read
 the prompt, write the reply. Questions to the memories are interleaved.
@@ -38,7 +38,7 @@ class Options(Sized):
     lengths: tuple[int, ...] = (1_000, 1_000_000)
     """Tokens that each memory has read."""
     repeats: int = 15
-    """Questions timed of each, in turns; the median counts."""
+    """Questions timed of each, interleaved; the median counts."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     model = build(options.config).eval()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(options.vocab_size, (PROMPT,), generator=generator)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # names are numbered: the same length may be given twice
         files = {f"{n} {tokens}": Path(folder) / f"{n}.safetensors" for n, tokens in enumerate(options.lengths)}
         rows = [write(model, n, file, say) for n, file in zip(options.lengths, files.values(), strict=True)]
         asks = {name: partial(ask, model, file, prompt) for name, file in files.items()}
@@ -74,6 +74,7 @@ def write(model: LanguageModel, tokens: int, file: Path, say: Say) -> dict[str, 
         torch.randint(model.config.vocab_size, (min(4096, tokens - at),), generator=generator).tolist()
         for at in range(0, tokens, 4096)
     )
+    # a memory comes after every chunk; a deque of one keeps the last
     memory = deque(ingest(model, parts, blank(model)), maxlen=1).pop()
     memory.sources = [{"name": "random", "tokens": tokens, "sha256": 64 * "0"}]
     save(memory, file)

@@ -34,9 +34,9 @@ class Options(OnDevice, Sized):
     precision: str = "bf16"
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""
     repeats: int = 3
-    """Prompts timed of each, in turns; the best counts."""
+    """Prompts timed of each, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; of what takes longer one prompt must do."""
+    """Seconds; a model that takes longer for a prompt reads it once, without repetitions."""
 
 
 @torch.inference_mode()
@@ -86,7 +86,7 @@ def interleaved(
     results = {}
     for name, times in timed.items():
         config = rivals[name].config
-        # a prompt's tokens have half of it before them on average; its logits are not asked for
+        # a token has half of the prompt before it on average; the output matrix (2 V D FLOPs) is not applied
         flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
         results[name] = {
             "seconds": min(times),

@@ -1,9 +1,9 @@
 """`retentive bench retention`: the operator against its rivals and against what the machine can do at all.
 
 For each shape and dtype: the correctness gate; the machine's own rates; then for each length the memory of every rival
-in a process of its own, and forward and backward passes, interleaved, the best of which counts; the rates again. What
-takes longer than LONG runs once, in the process that its memory is measured in. Nothing is left out silently: what is
-not timed has the reason in its place.
+in a process of its own, and forward and backward passes, interleaved, the best of which counts; the rates again. A
+rival that takes longer than LONG seconds runs once, in the process that its memory is measured in. Nothing is left out
+silently: where a time is missing, the reason stands in its place.
 """
 
 import statistics
@@ -28,7 +28,7 @@ __all__ = ["PICTURE", "Options", "measure", "plot", "table"]
 LONG = 20.0
 """Seconds of one forward and backward pass beyond which it is not repeated."""
 CLOSE = 1.5
-"""Chunk lengths of torchscale whose first pass is at most so much slower than the best one's are timed further."""
+"""Chunk lengths of torchscale are timed further if their first pass takes at most this multiple of the best one's."""
 
 
 class Shape(NamedTuple):
@@ -100,7 +100,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def chosen(asked: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """All that take part, ours first, and why the others do not. "auto" asks for all of them, "none" for none."""
+    """(rivals that take part, ours first; why the others do not). "auto" asks for all of them, "none" for none.
+
+    Raises:
+        ValueError: an unknown name, or one asked for by name that cannot take part.
+    """
     known(asked, ("auto", "none", *rivals.OTHERS), "rival")
     names = rivals.OTHERS if "auto" in asked else [name for name in asked if name != "none"]
     absent = {name: why for name in names if (why := rivals.missing(name, device))}
@@ -112,6 +116,7 @@ def chosen(asked: list[str], device: torch.device) -> tuple[list[str], dict[str,
 def group(shape: str, works: list[Work], names: list[str], options: Options, say: Say) -> list[dict[str, Any]]:
     """The rows of one shape and dtype."""
     device = torch.device(works[0].device)
+    # torchscale is checked below, for the chunk lengths that are timed; SDPA is another function
     errors = {name: gate.check(name, works[0]) for name in names if name not in ("torchscale", "sdpa")}
     before = machine.rates(device, works[0].torch_dtype)
     rows = []
@@ -135,9 +140,9 @@ def group(shape: str, works: list[Work], names: list[str], options: Options, say
 
 
 def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
-    """How the rival will run, its memory, and its first time; or why it will not run.
+    """How the rival will run, its memory, and its first time; or why it will not run ("skipped").
 
-    One dictionary, but for torchscale one for each chunk length that may be its best.
+    One dictionary; for torchscale one for each chunk length that may be its best.
     """
     if name != "torchscale":
         return [_prepare(name, work, None, patience)]
@@ -173,7 +178,7 @@ def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[
 
 
 def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
-    """The way with the best time, and what the others took."""
+    """The way with the best time, and the times of the others."""
     best = min(ways, key=_seconds)
     if "tried" in best:
         best["seconds_by_chunk"] = {str(way["chunk"]): way["seconds"] for way in ways if "seconds" in way}
@@ -182,7 +187,7 @@ def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
 
 def estimate(name: str, work: Work, one: Rival) -> float:
     """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
-    short = replace(work, T=min(work.T, 2048))
+    short = replace(work, T=min(work.T, 2048))  # torchscale's chunks divide 2048
     if short == work:
         return 0
     return warm(rivals.make(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
@@ -197,6 +202,7 @@ def warm(one: Rival, work: Work) -> float:
 def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
     """Times of all that are quick enough to be repeated, into their dictionaries."""
     device = torch.device(work.device)
+    # what one isolated pass took, for all; those that are quick get better numbers below
     ready = [(name, way) for name, way in ways if "skipped" not in way]
     for _, way in ready:
         way |= {"repeats": 1, "median_seconds": way["seconds"]}
@@ -204,14 +210,15 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     if not quick:
         return
     ones = [rivals.make(name, work, way["chunk"]) for name, way in quick]
-    inputs = isolated.flat(work, ones)
+    inputs = isolated.flat(work, ones)  # one set for all rivals, each with its own view: memory is that of the largest
     times: list[list[tuple[float, float]]] = [[] for _ in ones]
     for _ in range(repeats + 1):
         for (_, way), one, measured in zip(quick, ones, times, strict=True):
+            # LONG is also the budget of all repetitions of one; the first, which warms up, does not count
             if (len(measured) - 1) * way["seconds"] <= LONG:
                 measured.append(both_and_forward(one, isolated.tensors(one, work, inputs), device))
     for (_, way), measured in zip(quick, times, strict=True):
-        whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))  # the first one warmed up
+        whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))
         way |= {
             "repeats": len(whole),
             "seconds": min(whole),
@@ -222,16 +229,16 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
 
 
 def both_and_forward(one: Rival, inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
-    """Seconds of both passes, then of a forward pass alone that keeps nothing for another."""
+    """(seconds of both passes, seconds of a forward pass that keeps nothing for a backward pass)."""
     seconds = machine.clock(device, lambda: isolated.both(one, inputs))
     with torch.no_grad():
         return seconds, machine.clock(device, lambda: one.run(*inputs[:3]))
 
 
 def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dict[str, float]) -> None:
-    """Puts the machine's rates and the limit into the row, and the fraction of it that each rival reaches.
+    """Puts the machine's rates, the limit, and the fraction of it that each rival reaches into the row.
 
-    The retentions share ours, whose work is that of the chunk length that our backend takes; attention has its own.
+    All retentions share one limit, that of the chunk length that our backend takes; attention has its own.
     """
     rates = {name: (before[name] + after[name]) / 2 for name in before}
     _, chunk = rivals.taken(work, "auto")
@@ -249,7 +256,7 @@ def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dic
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in short, while others are still measured."""
+    """A row in one line of progress."""
     said = []
     for name, result in row["contestants"].items():
         how = duration(result["seconds"]) if "seconds" in result else result["skipped"]

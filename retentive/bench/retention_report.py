@@ -12,7 +12,7 @@ COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3",
 MARKERS = {"retentive": "o", "blocked": "v", "torchscale": "s", "sdpa": "^", "fla": "D"}
 
 DISTURBED = 0.15
-"""Relative difference of the GEMM rate around a row beyond which other work must have taken part of the machine."""
+"""Relative difference of the GEMM rate before and after a row: beyond it, something else must have used the machine."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def _apart(before: dict[str, float], after: dict[str, float]) -> float:
 
 
 def _growth(rows: list[dict[str, Any]]) -> str:
-    """By what time and memory are multiplied from each length to the next."""
+    """A table of how many times as much time and memory each length takes as the one before."""
     lines: list[list[str]] = []
     names = list(rows[0]["contestants"])
     for a, b in _neighbours(rows):
@@ -84,6 +84,7 @@ def _growth(rows: list[dict[str, Any]]) -> str:
 def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Pairs of rows that differ by their length only, the shorter one first."""
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    # groupby takes neighbours together: rows come shape by shape and dtype by dtype
     for _, same in groupby(rows, lambda row: (row["shape"], row["dtype"])):
         ordered = sorted(same, key=lambda row: row["T"])
         pairs += pairwise(ordered)
@@ -91,7 +92,7 @@ def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[s
 
 
 def _dtypes(rows: list[dict[str, Any]]) -> str:
-    """What narrower inputs bring against float32."""
+    """A table of how much faster 16-bit inputs are than float32 ones."""
     wide = {(row["shape"], row["T"]): row for row in rows if row["dtype"] == "fp32"}
     lines = []
     for row in rows:

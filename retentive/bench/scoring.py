@@ -1,6 +1,6 @@
 """Scoring choices: the shared context read once and its state copied, beside every row read whole.
 
-Both ways are batched alike and interleaved, and count only where their log-likelihoods agree.
+Both ways are batched alike and interleaved. The correctness gate: their log-likelihoods agree.
 """
 
 import statistics
@@ -44,7 +44,7 @@ class Options:
     limit: int = 100
     """Questions."""
     repeats: int = 5
-    """Repetitions timed of each, in turns; the median counts."""
+    """Repetitions timed of each, interleaved; the median counts."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def logprobs(model: LanguageModel, groups: list[list[Request]], share: bool) -> 
 
 
 def token_ratio(groups: list[list[Request]]) -> float:
-    """How many times as many tokens the model reads where it reads every row whole, padding apart."""
+    """How many times as many tokens the model reads where it reads every row whole; padding does not count."""
+    # - 1: the last token of a continuation is predicted and never read
     whole = sum(len(r.context) + len(r.continuation) - 1 for group in groups for r in group)
     saved = sum(common_prefix(group) * (len(group) - 1) for group in groups)
     return whole / (whole - saved)
@@ -106,9 +107,10 @@ def compared(name: str, ways: Mapping[str, Callable[[], list[float]]], repeats: 
         return time.perf_counter() - began, found
 
     found = list(turns({key: partial(timed, way) for key, way in ways.items()}, repeats))
+    # any turn would do: the scores are the same in all of them
     pairs = zip(found[-1]["once"][1], found[-1]["whole"][1], strict=True)
     gaps = [abs(a - b) / max(1, abs(b)) for a, b in pairs]
-    if not all(gap <= TOLERANCE for gap in gaps):  # nor may one be NaN, which max() would overlook
+    if not all(gap <= TOLERANCE for gap in gaps):  # `not all`: a NaN fails too, which max() would pass over
         raise ArithmeticError(f"{name}: log-likelihoods differ by {max(gaps):.1e} of them, more than {TOLERANCE:.0e}")
     return {
         "once_seconds": statistics.median(turn["once"][0] for turn in found),

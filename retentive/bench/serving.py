@@ -1,4 +1,4 @@
-"""The engine beside the bare batched step, many streams beside one, a prompt read before beside a new one.
+"""The engine beside the bare batched step, many streams beside one, a hit of the prefix cache beside a miss.
 
 The correctness gate: as many streams as slots, joining one by one, give the tokens that each gives alone. Interleaved:
 
@@ -8,8 +8,8 @@ The correctness gate: as many streams as slots, joining one by one, give the tok
 
     miss, hit     from `submit` to the first token, for a prompt never seen and for one seen before
 
-Then one stream for very many tokens, the bytes of its state and of the process at the beginning and at the end; and on
-request the same streams once more through the HTTP server (`http.py`), interleaved with the engine.
+Then one stream of very many tokens, with the bytes of its state and of the process at its beginning and its end; and
+with --server the same streams through the HTTP server (`http.py`), interleaved with the engine.
 """
 
 import statistics
@@ -34,7 +34,7 @@ from retentive.infer.sample import Sampler, pick
 from retentive.models import LanguageModel, build
 
 EARLY = 100
-"""Tokens after which a stream's memory is looked at first."""
+"""Tokens after which a stream's memory is measured first."""
 PICTURE = None
 
 
@@ -53,7 +53,7 @@ class Options(Sized):
     long: int = 100_000
     """Tokens of the long stream; 0 leaves it out."""
     repeats: int = 5
-    """Repetitions timed of each, in turns; the median counts."""
+    """Repetitions timed of each, interleaved; the median counts."""
     server: bool = False
     """The same streams through the HTTP server as well."""
 
@@ -101,7 +101,7 @@ def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[
 
 
 def beside_server(model: LanguageModel, engine: Callable[[], float], options: Options, say: Say) -> dict[str, Any]:
-    """Tokens/s of the streams through the engine and through `retentive serve`, in turns, and their ratio.
+    """Tokens/s of the streams through the engine and through `retentive serve`, interleaved, and their ratio.
 
     Raises:
         ArithmeticError: a stream's text is not what the model writes alone.
@@ -109,6 +109,7 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
     streams, tokens = options.streams, options.tokens
     tokenizer = http.library_tokenizer(model.config.vocab_size)
     asked = http.requests(model, tokenizer, prompts(model, streams, 2), tokens)
+    # no prefix cache: a repetition must not be quicker than the first for having read the prompts already
     with server(model, tokenizer, "--slots", str(streams), "--cache", "0") as (_, port):
         runs = {"engine": engine, "server": lambda: streams * tokens / http.through_server(port, asked)}
         found = in_turns(runs, options.repeats, say)
@@ -119,7 +120,7 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
 
 
 def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int, say: Say) -> list[dict[str, float]]:
-    """Tokens/s of each run, a dictionary a turn."""
+    """Tokens/s of each run by name, a dictionary for each turn."""
     found = []
     for turn in turns(runs, repeats):
         found.append(turn)
@@ -142,7 +143,7 @@ def gate(model: LanguageModel, streams: int) -> None:
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
         made += engine.submit(ids, SamplingParams(seed=n), max_tokens=24)
-        engine.step()
+        engine.step()  # the next one joins a batch that is decoding already
     while engine.step():
         continue
     for n, (ids, stream) in enumerate(zip(prompts(model, streams, 9), made, strict=True)):
@@ -157,12 +158,13 @@ def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) 
 
     def listener(n: int) -> Callable[[Any], object]:
         def hear(item: Any) -> None:
-            heard[n] += item is not None
+            heard[n] += item is not None  # None ends a stream
 
         return hear
 
     for n, ids in enumerate(prompts(model, streams, 2)):
         engine.submit(ids, SamplingParams(seed=n), max_tokens=tokens, deliver=[listener(n)])
+    # all are queued before the thread starts; close() returns when the last one has ended
     began = time.perf_counter()
     engine.start().close()
     seconds = time.perf_counter() - began
@@ -173,7 +175,7 @@ def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) 
 
 @torch.inference_mode()
 def bare(model: LanguageModel, rows: int, tokens: int) -> float:
-    """Tokens/s of the batched step and `pick` alone."""
+    """Tokens/s of the batched step and of sampling alone: what an engine without any cost of its own would reach."""
     begin = prompts(model, rows, 2)
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
@@ -189,7 +191,7 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
 
 
 def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds to the first token of prompts never seen, and of the same ones seen before."""
+    """(seconds to the first token of each prompt when it is new, and when it comes again: misses, hits)."""
     engine = Engine(model, cache=PrefixCache(1 << 30)).start()
 
     def once(ids: list[int]) -> float:
@@ -203,17 +205,18 @@ def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[
         misses.append(once(ids))
         hits.append(once(ids))
     engine.close()
-    return misses[1:], hits[1:]
+    return misses[1:], hits[1:]  # the first prompt warmed up
 
 
 def long_stream(model: LanguageModel, slots: int, tokens: int) -> dict[str, Any]:
-    """Bytes of one stream's state and of the process after the first tokens and after the last."""
+    """Bytes of one stream's state and of the process after EARLY tokens and after the last, with its tokens/s."""
     engine, seen, count = Engine(model, slots=slots), [], 0
 
     def hear(item: Any) -> None:
         nonlocal count
         count += item is not None
         if item is not None and count in (EARLY, tokens):
+            # the only stream is in the first slot
             seen.append({"tokens": count, "state": engine.pool.view(1).nbytes, "process": machine.held_memory()})
 
     engine.submit([1, 2], SamplingParams(seed=0), max_tokens=tokens, deliver=[hear])

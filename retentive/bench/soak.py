@@ -1,8 +1,8 @@
 """The server under random clients for minutes: nothing lost or mixed up, no slot or session left over, memory flat.
 
-A tiny random model in a server process of its own; clients that ask, stream, hang up, flood, dawdle, talk nonsense and
-hold conversations (`soak_clients.py`). Afterwards all must be as before; then SIGTERM comes while streams run, which
-must reach their ends.
+A tiny random model in a server process of its own; clients that ask, stream, hang up, flood, read slowly, send invalid
+requests and hold conversations (`soak_clients.py`). Afterwards no request may be left in flight and no session; then
+SIGTERM comes while streams run, which must reach their ends.
 """
 
 import signal
@@ -28,7 +28,7 @@ from retentive.models import LanguageModel, RetNetConfig, build
 SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
 LITTLE += ["--cache", str(4 << 20)]
-"""Options of the server: little room for everything."""
+"""Options of the server: little room for everything, so that its limits are reached."""
 PICTURE = "The server under random clients"
 
 
@@ -37,7 +37,7 @@ class Options:
     """The server under random clients: no reply lost or mixed up, nothing left over, memory flat, SIGTERM drains."""
 
     minutes: float = 10
-    """How long."""
+    """How long the clients are at it."""
 
 
 def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any]:
@@ -54,11 +54,12 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
         began = time.monotonic()
         watcher = threading.Thread(target=watch, args=(process, port, began, began + 60 * minutes, samples, say))
-        watcher.start()
+        watcher.start()  # only it writes `samples`, which are read after it has ended
         clients.run(THREADS, began + 60 * minutes)
         watcher.join()
         alive, left = process.poll() is None, settle(port)
         drained = drain(process, port, long)
+    # the first quarter is left out, in which caches and the allocator still grow
     settled = [s for s in samples if s["seconds"] >= 60 * minutes / 4] or samples
     half = len(settled) // 2 or 1
     rss = [sum(s["rss_mb"] for s in part) / len(part) for part in (settled[:half], settled[half:] or settled)]
@@ -83,26 +84,29 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
 
 
 def tiny(seed: int) -> LanguageModel:
-    """Random, and peaked enough that no two tokens are equally likely."""
+    """A random model with weights so large that no two tokens are nearly equally likely.
+
+    Else rounding, which differs with the batch that a row is in, would now and then choose another token.
+    """
     torch.manual_seed(seed)
     model = build(RetNetConfig(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
                 torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5)
-        model.head.weight[128:256] *= 0.2  # few bytes that are no characters
+        model.head.weight[128:256] *= 0.2  # few bytes that are not valid UTF-8 by themselves
     return model
 
 
 def figures(port: int) -> dict[str, float]:
-    """The server's metrics."""
+    """The server's metrics by name, as Prometheus would read them."""
     with closing(send(port, "GET", "/metrics")) as response:
         lines = response.read().decode().splitlines()
     return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
 
 
 def resident(process: subprocess.Popen) -> float:
-    """Megabytes of the process in memory."""
+    """Megabytes (2^20) of the process in memory; NaN where the system does not say."""
     status = Path(f"/proc/{process.pid}/status")
     if not status.is_file():
         return float("nan")  # not Linux
@@ -111,7 +115,7 @@ def resident(process: subprocess.Popen) -> float:
 
 
 def watch(process: subprocess.Popen, port: int, began: float, until: float, samples: list, say: Say) -> None:
-    """A sample a second, a line for people a minute."""
+    """Appends a sample to `samples` every second, and says a line every minute, until `until` or the server's end."""
     while time.monotonic() < until and process.poll() is None:
         found, seconds = figures(port), time.monotonic() - began
         samples.append(
@@ -130,7 +134,10 @@ def watch(process: subprocess.Popen, port: int, began: float, until: float, samp
 
 
 def settle(port: int, seconds: float = 30) -> dict[str, float]:
-    """What is left when all clients have gone: zeros, as soon as the last broken-off stream is noticed."""
+    """Requests and sessions that are left after the last client: zeros, once the server has noticed who hung up.
+
+    That may take it a moment, so this waits up to `seconds` for it.
+    """
     names, end = ("running", "queue_length", "sessions"), time.monotonic() + seconds
     while True:
         left = {name: figures(port)[f"retentive_{name}"] for name in names}
@@ -140,7 +147,7 @@ def settle(port: int, seconds: float = 30) -> dict[str, float]:
 
 
 def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, Any]:
-    """SIGTERM while streams run: they end as they should, then the process does."""
+    """Sends SIGTERM while streams run; `ok` where each came to its end and the process then ended with code 0."""
     tally = Tally()
 
     def listen(asked: Asked) -> None:
@@ -151,6 +158,7 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     for thread in threads:
         thread.start()
     end = time.monotonic() + 20
+    # not before all are in a slot: one that was still queued would prove nothing
     while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
         continue
     process.send_signal(signal.SIGTERM)
@@ -170,7 +178,7 @@ def peak(samples: list[dict[str, float]]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The counts as a Markdown table, under it what went wrong."""
+    """The counts as a Markdown table, and below it what went wrong."""
     rss, drained = result["rss_mb"], result["drained"]
     lines = [[name, f"{count:,}"] for name, count in result["counts"].items()]
     lines += [
@@ -192,7 +200,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     memory.plot(minutes, [s["rss_mb"] for s in samples])
     memory.set_ylabel("resident memory of the server, MB")
     memory.set_ylim(0, 1.25 * peak(samples))
-    window = 10
+    window = 10  # samples, one a second
     pairs = list(zip(samples, samples[window:], strict=False))
     rates = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
     speed.plot(minutes[window:], rates)

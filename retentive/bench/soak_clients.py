@@ -1,7 +1,7 @@
 """The clients of the soak: what they send, what must come back, and the misuse that a server must survive.
 
-Every reply that comes whole is held against the text that `generate` gave for that request, alone with the model; so a
-token lost, doubled or meant for somebody else is seen.
+Every complete response is compared with the text that `generate` gave for that request without a server, so that a
+token lost, doubled or meant for another client is seen.
 """
 
 import http.client
@@ -39,7 +39,7 @@ BAD: list[tuple[str, bytes, int]] = [
 
 @dataclass
 class Asked:
-    """A request and the texts that it must be answered with, a choice each."""
+    """A request, and the text that each choice of its response must have."""
 
     path: str
     body: dict[str, Any]
@@ -48,38 +48,39 @@ class Asked:
 
 @dataclass
 class Tally:
-    """What happened; threads add to it."""
+    """What happened. Threads add to it without a lock: an append is atomic, a count may miss one."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    """Replies that were not what they had to be."""
+    """Responses that were not what they had to be, a line each."""
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
+        """Notes that a response was checked, and both values where they differ."""
         self.counts[f"{what} checked"] += 1
         if got != wanted:
             self.wrong.append(f"{what}: got {str(got)[:200]!r}, expected {str(wanted)[:200]!r}")
 
 
-# what is asked, and what the answer must be
+# requests and their expected responses
 
 
 def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str:
-    """What the model writes after the prompt, alone."""
-    tokenizer = ByteTokenizer()
+    """What the model writes after the prompt without a server."""
+    tokenizer = ByteTokenizer()  # the server begins a text with end-of-text too, as in training
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id])
     return "".join(stream_text(tokens, tokenizer, stop=stop))
 
 
 def long_requests(model: LanguageModel, count: int, tokens: int) -> list[Asked]:
-    """Greedy ones that take a while."""
+    """Greedy requests of so many tokens that they still run when SIGTERM comes."""
     bodies = [{"prompt": f"Long {n}", "max_tokens": tokens, "temperature": 0} for n in range(count)]
     greedy = SamplingParams(temperature=0)
     return [Asked(TEXT, body, [write(model, f"Long {n}", greedy, tokens, [])]) for n, body in enumerate(bodies)]
 
 
 def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
-    """Texts of all lengths, greedy and drawn, with and without stop strings, one choice and three."""
+    """Requests of all lengths, greedy and sampled, with and without stop strings, for one choice or three."""
     rng, made = random.Random(seed), []
     for n in range(count):
         prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
@@ -93,12 +94,13 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
 
 
 def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Asked]]:
-    """Turns of chats; each request holds the new message alone, the session remembers the others."""
+    """Chats of three turns; each request holds the new message alone, since the session remembers the others."""
     rng, made = random.Random(seed), []
     for _ in range(count):
         said, turns = "", []
         for turn in range(3):
             content = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([3, 30, 200])))
+            # the whole transcript by the chat template: what the session's state must have read
             said += f"{'' if turn == 0 else chr(10)}User: {content}\nAssistant:"
             stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.5 else []
             text = write(model, said, SamplingParams(temperature=0), 30, [*stop, "\nUser:"])
@@ -114,11 +116,11 @@ def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Aske
     return made
 
 
-# the wire
+# HTTP
 
 
 def send(port: int, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
-    """The response, its connection to be closed with it."""
+    """The response, its body unread; closing it closes the connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
     return connection.getresponse()
@@ -129,8 +131,11 @@ def ask(
 ) -> tuple[int, list[str]]:
     """(status, texts of the choices); streamed if `stream` is among `more`.
 
+    For streams that begin well but do not end well the status is made up: 0 where this client hung up, 598 where the
+    last chunk (that of `include_usage`) is missing, 599 where an error came in the stream.
+
     Args:
-        slow: seconds between reads.
+        slow: seconds between two reads of a stream.
         leave_after: events after which the client hangs up.
     """
     body = json.dumps({**asked.body, **more}).encode()
@@ -152,10 +157,12 @@ def ask(
 
 
 def text_of(choice: dict[str, Any]) -> str:
+    """The text of a choice: of a completion, of a chat, or of a chunk of either."""
     return choice.get("text") or choice.get("delta", choice.get("message", {})).get("content") or ""
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The server-sent events of a response, without the final [DONE]."""
     while line := response.readline():
         if line.startswith(b"data: {"):
             yield json.loads(line[6:])
@@ -165,7 +172,7 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 class Clients:
-    """Threads that do something at random until `until`, each by a seed of its own; a flood is of `flood` at once."""
+    """Threads that do random things to the server, each by a seed of its own; a flood is `flood` requests at once."""
 
     def __init__(self, port: int, single: list[Asked], chats: list[list[Asked]], tally: Tally, *, flood: int):
         self.port, self.single, self.chats, self.tally, self.flood = port, single, chats, tally, flood
@@ -177,6 +184,7 @@ class Clients:
 
     def _client(self, number: int, until: float) -> None:
         rng = random.Random(number)
+        # what a client may do, and how often relative to the rest
         doings: dict[Callable[[random.Random], None], int] = {
             self._whole: 30,
             self._stream: 30,
@@ -194,7 +202,7 @@ class Clients:
                 self.tally.wrong.append(f"{doing.__name__[1:]}: {type(error).__name__} {error}")
 
     def _reply(self, what: str, asked: Asked, **how: Any) -> int:
-        """Ask, and check what comes; 429 is an answer too, after which one waits."""
+        """Sends a request, checks the response, returns its status; 429 (queue full) is right too, after a pause."""
         status, texts = ask(self.port, asked, **how)
         self.tally.counts[f"status {status}"] += 1
         if status == 429:
@@ -213,7 +221,7 @@ class Clients:
         self._reply("slow", rng.choice(self.single), slow=0.05, stream=True, stream_options={"include_usage": True})
 
     def _abort(self, rng: random.Random) -> None:
-        asked = rng.choice(self.single)
+        asked = rng.choice(self.single)  # with more tokens than it has: it must still run when the client leaves
         ask(self.port, asked, leave_after=rng.randrange(4), stream=True, max_tokens=2000, stop=[])
         self.tally.counts["aborted"] += 1
 
@@ -224,7 +232,7 @@ class Clients:
         self.tally.check("bad", (path, body[:60], response.status), (path, body[:60], wanted))
 
     def _flood(self, rng: random.Random) -> None:
-        """More at once than there is room for, each with a connection of its own."""
+        """Sends more requests at once than slots and queue have room for, each with a connection of its own."""
         many = [rng.choice(self.single) for _ in range(self.flood)]
         with ThreadPoolExecutor(len(many)) as pool:
             statuses = list(pool.map(lambda asked: self._reply("flood", asked), many))
@@ -232,7 +240,7 @@ class Clients:
         self.tally.counts["refused in floods"] += sum(s == 429 for s in statuses)
 
     def _chat(self, rng: random.Random) -> None:
-        """Three turns of a session, saved, restored and forgotten between them."""
+        """Three turns of a session; in half of them it is saved, deleted and restored before the last."""
         name = f"s{rng.randrange(10**12)}"
         for turn, asked in enumerate(rng.choice(self.chats)):
             while self._reply("session", asked, session=name) == 429:

@@ -1,4 +1,4 @@
-"""Guessing beside not guessing: tokens a call and tokens/s of speculative decoding, on texts that one names.
+"""Speculative decoding beside plain decoding: tokens a call of the model and tokens/s, on texts that one gives.
 
 Greedy, so that the correctness gate is exact: every way must give the tokens of plain generation. Ways are interleaved.
 """
@@ -42,9 +42,9 @@ class Options:
     tokens: int = 200
     """Tokens that are written after each."""
     most: tuple[int, ...] = (2, 4, 8)
-    """Guesses a call."""
+    """Tokens guessed before each call of the model; each number is timed."""
     repeats: int = 3
-    """Repetitions timed of each, in turns; the median counts."""
+    """Repetitions timed of each, interleaved; the median counts."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -69,7 +69,10 @@ class Way(NamedTuple):
         return f"{self.name} with {self.most} guesses" if self.most else self.name
 
     def write(self, model: LanguageModel, ids: list[int], tokens: int, counts: Counter[str]) -> list[int]:
-        """The tokens after `ids`; `counts` becomes the calls of the model and the guesses made and right."""
+        """The tokens after `ids`; `counts` is increased by the calls of the model and the guesses made and right.
+
+        Plain generation counts nothing: it is one call a token.
+        """
         if not self.most:
             return [t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)]
         how: dict[str, Any] = {"draft": self.draft, "most": self.most, "max_tokens": tokens}
@@ -126,7 +129,7 @@ def of_models(
 
 
 def summary(way: Way, found: list[dict[str, Repetition]], tokens: int) -> dict[str, Any]:
-    """The row of a way that wrote so many tokens in every turn."""
+    """The row of a way that wrote `tokens` tokens in every turn; its counts are the same in all of them."""
     counts = found[-1][str(way)].counts
     return {
         "way": way.name,

@@ -1,22 +1,23 @@
 """`retentive bench step`: the decoding step against plain torch and against the memory that it must read.
 
-A step goes through the states of many layers in turn, SPREAD bytes in all, as a model does: no cache holds them. A
-repetition is as many tokens as a ring takes between two writes of its state, F = R / 2, so that each has its share of
-them. The correctness gate: 3 R steps of every rival against the recurrence in float64.
+A step goes through the states of many layers, SPREAD bytes in all, as a model does, so that no cache holds them. A
+repetition is F = R / 2 tokens, as many as a ring takes between two writes of its state, so that each has one write. The
+correctness gate: 3 R steps of every rival against the recurrence in float64.
 
     ring     retention_step(..., state=Ring), by the fastest code there is       reads the state, writes it once in F
     plain    retention_step(..., state=tensor)                                   reads it and writes new ones
     torch    the recurrence in three operations of torch, in place               reads it three times, writes it twice
 
-New tensors beyond some MB are new memory from the system each time, which costs more than the step (plain, B large).
+Where states are larger than some MB (plain, B large), each new one is fresh memory from the system, and its page faults
+cost more than the step.
 
 The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
 on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. The
 rate of a shared machine changes from one second to the next, so it is measured around every repetition, and the
 fraction is the median of theirs.
 
-That rate is reached over half a GB in one call. A call for little never reaches it, whatever it computes: the way from
-Python and the start and end of the threads take some microseconds, and memory is slow to begin. So each turn has one
+That rate is reached over half a GB in one call. A call for little never reaches it, whatever it computes: the overhead
+of Python and of waking the threads is some microseconds, and prefetchers have to start. So each turn has one
 more repetition, in which torch only reads: `torch.sum` of as many bytes as the limit counts, in memory that no cache
 holds, as often as a step is called.
 """
@@ -44,6 +45,7 @@ from retentive.ops.decay import log_decay
 from retentive.ops.ring import slots
 
 SPREAD = 1 << 29
+"""Bytes of the states that a repetition goes through: more than any cache holds."""
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}
 """Of the norm of the gold. fp32: rounding at 6e-8 over some hundred terms. bf16, fp16: o is rounded once, at 2e-3
 (2e-4) of itself at most; states and sums are float32."""
@@ -68,7 +70,7 @@ class Rival(NamedTuple):
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as one writes it with care for memory."""
+    """(o, state) of the recurrence in torch, written with care for memory: the state is updated in place."""
     state.mul_(log_decay_H.exp()[:, None, None])
     state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
     return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
@@ -127,7 +129,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def backend(device: torch.device, dtype: str) -> str:
-    """What computes a step with a ring here."""
+    """The code that computes a step with a ring here, for the table."""
     if device.type == "cuda" and "triton" in backends.BACKENDS:
         return "triton"
     return "cpu" if device.type == "cpu" and cpu_module.unavailable(DTYPES[dtype]) is None else "torch"
@@ -140,12 +142,12 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
         ArithmeticError: it is above the tolerance, or not a number.
     """
     H, K, V = shape
-    B, tokens = 3, 3 * slots(K, V)
+    B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
-    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()
+    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
     gamma = log_decay("paper", H, device=device, dtype=torch.float64).exp()[:, None, None]
     for t in range(tokens):
         o, state = RIVALS[name].step(q[t], k[t], v[t], decays, state)
@@ -192,10 +194,11 @@ def interleaved(
 
     runs: dict[str, Callable[[], None]] = {"alone": reads}
     for name, one in RIVALS.items():
-        # written, not zeros: pages that nobody has written are all the same one, and in the cache
+        # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds
         states = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
         runs[name] = partial(steps, one.step, states)
     timed, rates = clock.beside_reading(runs, numbers, repeats=repeats)
+    # `alone` counts as a step for every `nbytes` that it reads, so that its seconds compare with a step's
     steps_in = dict.fromkeys(runs, float(tokens * layers)) | {"alone": pieces[0].nbytes * len(pieces) / nbytes}
     seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
@@ -212,13 +215,13 @@ def interleaved(
 
 
 def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
-    """`numbers` cut into pieces of about `nbytes`, of whole rows: what `machine.read_rate` sums at once."""
+    """`numbers` cut into tensors of about `nbytes`, of whole rows: what `machine.read_rate` sums in one call."""
     each = min(max(round(nbytes / numbers[0].nbytes), 1), len(numbers))
     return list(numbers[: len(numbers) // each * each].split(each))
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
-    """Bytes that a step with a ring moves on average."""
+    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
     fold = slots(K, V) // 2
     rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
     return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))

@@ -36,12 +36,12 @@ PICTURE = "A training step ({size})"
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made over; all but the model's name and the length stays the same."""
+    """A training step but for the model's name; in one bench all steps differ by their length only."""
 
     config: RetNetConfig
     length: int
     tokens: int
-    """Of a step: as many rows as they fill, one at least."""
+    """Tokens of a step: as many rows of `length` as they fill, one at least."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     checkpoint_activations: bool = False
@@ -61,6 +61,7 @@ class Trainer:
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)
+        # one token more than a row: the targets are the same row, shifted by one
         self.ids = torch.randint(step.config.vocab_size, (step.batch, step.length + 1), generator=generator).to(device)
         self.precision = step.precision
 
@@ -88,9 +89,9 @@ class Options(OnDevice, Sized):
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass, for models and lengths that memory has no room for otherwise."""
     repeats: int = 5
-    """Steps timed of each, in turns; the best counts."""
+    """Steps timed of each, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; of what takes longer one step must do."""
+    """Seconds; a model whose step takes longer makes one, without repetitions."""
     neighbour: bool = False
     """Also time the RetNet, at the first length, beside one other busy process."""
 
@@ -137,11 +138,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
-    """Of both models the best and the median of their steps, in tokens/s and of the GEMM rate."""
+    """Of both models the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
     device = torch.device(step.device)
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
     assert isinstance(retnet, RetNet)
+    # 1024 tokens are many chunks already, and the recurrent form goes through them one by one
     models.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
     gemm = machine.gemm_rate(device, models.PRECISIONS[step.precision])
@@ -162,7 +164,7 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
 
 
 def memory(name: str, step: Step) -> dict[str, Any]:
-    """{"peak_bytes": …} of a step in a process of its own; {} where that failed, as for want of memory."""
+    """{"peak_bytes": …} of a step in a process of its own; {} where that failed, for instance for want of memory."""
     command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
     done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
@@ -209,10 +211,10 @@ def main(argument: str) -> None:
     """Prints the memory of one model's step."""
     task = json.loads(argument)
     device = torch.device(task["device"])
-    before = machine.reset_peak_memory(device)
+    before = machine.reset_peak_memory(device)  # before the model is made: weights count
     config = RetNetConfig(**task.pop("config"))
     trainer = Trainer(task.pop("name"), Step(config=config, **task))
-    trainer.run(length=1)  # the step that counts has the optimiser's moments from the beginning
+    trainer.run(length=1)  # makes the optimiser's moments, which the step that counts then has from the beginning
     trainer.run()
     print(json.dumps({"peak_bytes": machine.peak_memory(device) - before}))
 

@@ -27,18 +27,18 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(BENCHES)}")
     bench: Any = importlib.import_module(BENCHES[name])
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
-    if command.json:
+    if command.json:  # known before hours of measuring
         check_place(command.json)
     result = bench.measure(command, progress)
     print(bench.table(result))
     if command.json:
         keep(command.json, bench, command, {"command": shlex.join(["retentive", "bench", *argv]), **result})
-    if not result.get("ok", True):
+    if not result.get("ok", True):  # only after the result was kept, which shows what is wrong
         raise ValueError(f"the {name} found what must not be: see above")
 
 
 def command_of(bench: Any) -> Any:
-    """The bench's options with --json."""
+    """The bench's `Options` with a field `json` more: writing files is the verb's, benches return dictionaries."""
     text = "File for the result; a picture is put beside it." if bench.PICTURE else "File for the result."
     json = ("json", Annotated[Path | None, tyro.conf.arg(help=text)], None)
     return make_dataclass(
@@ -47,11 +47,12 @@ def command_of(bench: Any) -> Any:
 
 
 def progress(line: str) -> None:
+    """Prints a line to stderr, so that stdout has the table alone."""
     print(line, file=sys.stderr, flush=True)
 
 
 def keep(path: Path, bench: Any, options: Any, result: dict[str, Any]) -> None:
-    """Write a result and its picture: each whole or not at all."""
+    """Writes a result and its picture, each whole or not at all; the result first, since plotting may fail."""
     write_json(path, result)
     if bench.PICTURE is None:
         return

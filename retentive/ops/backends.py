@@ -1,4 +1,4 @@
-"""Which code can compute retention, what each can do, and the one that `auto` takes; the same for a step in place.
+"""The backends of retention, what each can do, and which one `auto` takes; the same for a decode step with a ring.
 
 A backend is a row of BACKENDS: a name, a function that says why it cannot take a call (None when it can), the function
 itself, and the device that it was written for. A backend named by the caller never falls back; only "auto" chooses.
@@ -43,7 +43,7 @@ class Backend(NamedTuple):
 
 
 def exactly(device: torch.device) -> AbstractContextManager:
-    """No autocast; devices that have none, such as meta, are left alone."""
+    """A context without autocast, which would round states to 16 bits; devices that know none (meta) are left alone."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
@@ -65,6 +65,7 @@ def run_reference(call: Call) -> tuple[Tensor, Tensor]:
 
     def one(q, k, v, log_decay, state):
         q, k, v = (x.to(state.dtype) for x in (q, k, v))
+        # the page itself takes no -inf: differences of its sums would be NaN
         log_decay = log_decay.clamp(min=blocked_module.FORGOTTEN)
         return function(q, k, v, log_decay, scale=call.scale, state=state, **extra)
 
@@ -85,6 +86,7 @@ def refuses_triton(call: Call) -> str | None:
         return f"it needs an NVIDIA GPU, and the tensors are on {call.q.device}"
     if call.form in ("recurrent", "parallel"):
         return f"it computes the chunkwise form, not the {call.form} one"
+    # optional and slow to import, so only where there is a GPU
     if find_spec("triton") is None:
         return "it needs an extra: pip install 'retentive[triton]'"
     from retentive.ops import triton as room
@@ -119,7 +121,10 @@ def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def per_token(call: Call) -> Tensor:
-    """The log decay; one per head that is learned becomes one per token, whose gradient autograd sums up."""
+    """The log decay as the kernels need it: they give a gradient per token only.
+
+    One per head `[H]` that is learned is expanded to `[B,T,H]`, and autograd sums the gradient over B and T.
+    """
     learned = call.log_decay.ndim == 1 and call.log_decay.requires_grad
     return call.log_decay.expand(call.q.shape[:3]) if learned else call.log_decay
 
@@ -151,7 +156,7 @@ def choose(name: str, call: Call) -> Backend:
     Raises:
         ValueError: an unknown name, or a named backend that cannot do this (with its reason).
     """
-    if name == "auto":
+    if name == "auto":  # there is always one: the reference refuses nothing
         return next(BACKENDS[other] for other in BACKENDS if refuses(other, call) is None)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
@@ -169,7 +174,7 @@ def refuses(name: str, call: Call) -> str | None:
 
 
 def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend that "auto" takes there for q, k and v of `dtype`, in a line, and why no faster one.
+    """The backend that "auto" takes on `device` for q, k and v of `dtype`, in a line, and why no faster one.
 
     For instance "cpu", or "blocked (cpu, which is faster: no C compiler found (looked for gcc, clang, cc))".
     """
@@ -187,8 +192,8 @@ def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`o` after one more token in the ring, by the fastest code that can."""
-    if torch.compiler.is_compiling():
+    """`o` `[B,H,V]` after one more token in the ring, by the fastest code there is for its device and dtype."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace C: an opaque operator, which calls this when the graph runs
         return decode_step_op(
             q, k, v, log_decay, scale, ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded
         )
@@ -221,7 +226,7 @@ def decode_step_op(
     written: Tensor,
     folded: Tensor,
 ) -> Tensor:
-    """`decode_step` as one node of a compiled graph."""
+    """`decode_step` as one node of a compiled graph; the new Ring is made of the same tensors, not of copies."""
     return decode_step(q, k, v, log_decay, scale, Ring(state, ring_k, ring_v, ring_decay, written, folded))
 
 

@@ -35,7 +35,10 @@ class Layout(NamedTuple):
 
 
 def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
-    """The chunks of B rows of T tokens, or of the sequences cu_seqlens [N+1] cuts one row of T tokens into."""
+    """The chunks of B rows of T tokens, or of the sequences that cu_seqlens [N+1] cuts one row of T tokens into.
+
+    With cu_seqlens on a GPU this waits for the device: the number of chunks is a shape.
+    """
     if cu_seqlens is None:
         C = min(C, T)
         per_row = -(-T // C)
@@ -52,6 +55,7 @@ def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.devi
     chunks = -(-lengths // C)
     sequence_M = torch.repeat_interleave(torch.arange(len(lengths), device=device), chunks)
     first_N = chunks.cumsum(0) - chunks
+    # rank: the number of a chunk within its sequence; fillers get the index T, one past the last token
     rank_M = torch.arange(len(sequence_M), device=device) - first_N[sequence_M]
     length_M = (lengths[sequence_M] - rank_M * C).clamp(max=C)
     offset_C = torch.arange(C, device=device)
@@ -73,6 +77,7 @@ def to_chunks(x: Tensor, at: Layout) -> Tensor:
         x = x.reshape(-1, at.C, *x.shape[2:])
     else:
         x = x.flatten(0, 1)
+        # a row of zeros at index T, which fillers read
         x = torch.cat((x, x.new_zeros(1, *x.shape[1:])))[at.token_MC]
     return x.transpose(1, 2).contiguous()
 
@@ -84,7 +89,7 @@ def from_chunks(x_MHC: Tensor, at: Layout) -> Tensor:
         x = x.reshape(at.B, -1, *x.shape[2:])[:, : at.T]
         return x.contiguous()
     out = x.new_empty(at.T + 1, *x.shape[2:])
-    out[at.token_MC] = x  # row T takes what the fillers hold
+    out[at.token_MC] = x  # row T takes what the fillers hold, and is cut off
     return out[: at.T].unsqueeze(0).contiguous()
 
 
@@ -105,7 +110,7 @@ def decays(log_decay: Tensor, at: Layout) -> Decays:
     if log_decay.ndim == 1:
         since_MHC = log_decay[None, :, None] * (position + 1)
         whole_MH1 = since_MHC[..., -1:]
-        end_MHC = since_MHC.flip(-1) - log_decay[:, None]
+        end_MHC = since_MHC.flip(-1) - log_decay[:, None]  # (C - 1 - j) log_decay
         if at.length_M is not None:
             whole_MH1 = log_decay[None, :, None] * at.length_M[:, None, None]
             rest_MC = (at.length_M[:, None] - 1 - position).clamp(min=0)
@@ -127,10 +132,10 @@ def scan(local_MHKV: Tensor, total_MH11: Tensor, state_NHKV: Tensor, order: list
     state' = total * state + local, along `order`. Given the order reversed it is also its own backward pass.
     """
     before_MHKV = torch.empty_like(local_MHKV)
-    state_NHKV = state_NHKV.clone(memory_format=torch.contiguous_format)
+    state_NHKV = state_NHKV.clone(memory_format=torch.contiguous_format)  # updated in place, the caller's is not
     varies = total_MH11.shape[0] > 1
     for chunks, rows in order:
-        state = state_NHKV[rows]
+        state = state_NHKV[rows]  # a view where rows is a slice, a copy where it is indices: hence written back below
         before_MHKV[chunks] = state.to(local_MHKV.dtype)
         state_NHKV[rows] = state.mul_(total_MH11[chunks] if varies else total_MH11).add_(local_MHKV[chunks])
     return before_MHKV, state_NHKV
@@ -142,7 +147,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_mm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """c += a @ b, in place."""
+    """c += a @ b, in place. c must be contiguous: `flatten` of anything else is a copy, and the sum would be lost."""
     c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
     return c
 
@@ -202,6 +207,7 @@ def blocked_backward(
         do_MHCV = to_chunks(do, at)
         score_MHCC = _mm(q_MHCK, k_MHCK.mT).mul_(inside)
         dscore_MHCC = _mm(do_MHCV, v_MHCV.mT)
+        # the score carries the decay already: this comes before `inside` goes into dscore too
         if log_decay.ndim == 3:
             product_MHCC = score_MHCC.to(log_decay.dtype) * dscore_MHCC
             dG_MHC = product_MHCC.sum(-1) - product_MHCC.sum(-2)
@@ -216,6 +222,7 @@ def blocked_backward(
         dq_MHCK = _mm(do_MHCV, before_MHKV.mT).mul_(start)
         dk_MHCK = _mm(v_MHCV, after_MHKV.mT).mul_(end)
         dlog_decay = log_decay.new_empty(0)
+        # dq and dk are the shares of the states alone here, which _decay_gradient needs: the scores' come after it
         if log_decay.ndim == 3:
             kept_MH = (before_MHKV.to(log_decay.dtype) * after_MHKV).sum((-1, -2)) * total[..., 0, 0]
             dlog_decay = _decay_gradient(dG_MHC, q_MHCK, dq_MHCK, k_MHCK, dk_MHCK, kept_MH, at)
@@ -244,17 +251,17 @@ def _decay_gradient(
 
 
 def check_borders(cu_seqlens: Tensor, T: int) -> None:
-    """Looks at the values of cu_seqlens: packed sequences lie end to end and are not empty.
+    """Checks that cu_seqlens ascends from 0 to T: packed sequences lie end to end and none is empty.
 
     Raises:
-        ValueError: they do not ascend from 0 to T.
+        ValueError: it does not.
     """
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or not bool((cu_seqlens.diff() > 0).all()):
         raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu_seqlens.tolist()[:8]}…")
 
 
 def refuse_second_derivative(backward) -> None:
-    """Lets a derivative of the custom op `backward` fail with a word on what to do instead."""
+    """Makes a derivative of the custom op `backward` raise RuntimeError, with what to do instead."""
 
     def refuse(ctx, *gradients):
         raise RuntimeError(

@@ -25,19 +25,20 @@ from retentive.ops.ring import Ring
 
 FOLDER = Path(__file__).with_name("c")
 UNITS = ("cpu.c", "rows.c")
-"""What is compiled by itself; they include the others. The second is for rows.py."""
+"""The translation units; they include the other files of `c/`. The second is for rows.py."""
+# no -ffast-math, which assumes that there are no NaNs
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
 LINK = ["-lm", "-pthread"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATIENCE = 300
-"""Seconds until a compiler is given up."""
+"""Seconds after which a compiler is killed."""
 GROUP = 4
-"""Chunks from one state kept for the backward pass to the next."""
+"""Chunks between two checkpoints: states that the forward pass keeps for the backward pass."""
 
 
 def struct(numbers: str, pointers: str, *, real: str = "scale") -> list[tuple[str, type]]:
-    """The fields of a C struct: numbers (int64), one that is `real` (double), pointers."""
-    return [
+    """The fields of a C struct, in its order: numbers (int64), one that is `real` (double), pointers."""
+    return [  # all 8 bytes wide, so that no compiler puts padding between them
         *((name, ctypes.c_int64) for name in numbers.split()),
         (real, ctypes.c_double),
         *((name, ctypes.c_void_p) for name in pointers.split()),
@@ -89,9 +90,9 @@ def build(compiler: list[str], folder: Path) -> Path:
     for library in sorted(folder.glob(f"cpu-{key}-*.so")):
         if library.stem.endswith(_hash(library.read_bytes())):
             return library
-        library.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        library.unlink(missing_ok=True)  # another process may have deleted it first
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
         # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
         # threads of a second one would spin against those of the first
         built = Path(scratch) / "cpu.so"
@@ -109,7 +110,7 @@ def _hash(data: bytes) -> str:
 
 
 def _compile(compiler: list[str], arguments: list[str]) -> None:
-    # in a session of its own, since a compiler starts other programs, which must end with it
+    # in a session of its own: gcc starts cc1, as and ld, and killpg below must end them too
     process = subprocess.Popen(
         [*compiler, *arguments],
         stdin=subprocess.DEVNULL,
@@ -121,7 +122,7 @@ def _compile(compiler: list[str], arguments: list[str]) -> None:
     )
     try:
         _, said = process.communicate(timeout=PATIENCE)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C as well as the timeout
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
@@ -135,7 +136,7 @@ def _compile(compiler: list[str], arguments: list[str]) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL | NotBuilt:
-    """The compiled library, or why there is none; asked for once in a process."""
+    """The compiled library, or why there is none; looked for once in a process, even if that failed."""
     try:
         names = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["clang"], ["cc"]]
         compiler = next(([path, *more] for name, *more in names if (path := shutil.which(name))), None)
@@ -162,22 +163,24 @@ def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
     return "its compiler has no float16" if dtype == torch.float16 and not built.has_half() else None
 
 
-# what torch.compiler.assume_constant_result does, which would load the whole compiler: asked once while a graph is made
+# Dynamo takes the answer as a constant of the graph. This is all that torch.compiler.assume_constant_result does, but
+# calling that would import the whole compiler
 setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tensor, Tensor, int]:
     """Begin of each sequence [N+1] and its first checkpoint [N], int64; the number of checkpoints at most."""
     if cu_seqlens is not None:
-        check_borders(cu_seqlens, T)  # in a compiled graph nobody has before, and C would write past the end
+        check_borders(cu_seqlens, T)  # in a compiled graph not checked before, and C would write past the end
     begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     groups = -(-begin.diff() // span)
+    # packed: each sequence has at most one group that is not full; the fake operator below must come to the same number
     most = B * -(-T // span) if cu_seqlens is None else T // span + len(begin) - 1
     return begin, groups.cumsum(0) - groups, most
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [B,T,H,n] such that elements and heads are neighbours and all B * T tokens are the same stride apart."""
+    """x [B,T,H,n], copied only if need be, with [H,n] contiguous and all B * T tokens the same stride apart."""
     B, T, H, n = x.shape
     if T == 1:  # the stride of its one token may be anything
         return x.clone(memory_format=torch.contiguous_format)
@@ -193,6 +196,7 @@ def _check(code: int) -> None:
 
 
 def _run(function: str, **fields) -> None:
+    """Runs a function of cpu.c. `fields` keeps the tensors alive until it returns: `Call` has their addresses only."""
     call = Call(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in fields.items()})
     _check(getattr(library(), function)(ctypes.byref(call)))
 
@@ -220,7 +224,7 @@ def cpu(
     chunk_size: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints); those are empty unless `keep`, which a backward pass needs."""
+    """(o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints); these are empty unless `keep`, which a backward pass needs."""
     B, T, H, K = q.shape
     begin, first, most = _chunks(cu_seqlens, B, T, chunk_size * GROUP)
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -293,10 +297,11 @@ refuse_second_derivative(cpu_backward)
 
 
 class Plan:
-    """A step over one ring, prepared: what stays the same from token to token is checked and written down once.
+    """A decode step over one ring, prepared: what stays the same from token to token is written down once.
 
-    Checks and pointers cost more than the step itself where states are small (docs/LOG.md), and no cache holds a plan
-    from one token to the next: it has slots, not a dictionary.
+    Checks and pointers cost more than the step itself where states are small (docs/LOG.md). Between two tokens the
+    other layers push a plan out of the CPU's caches, so it is small: `__slots__`, no dictionary. The addresses stay
+    valid since a ring is frozen. Not for two threads at once: they would share `call`, and ctypes releases the GIL.
     """
 
     __slots__ = ("call", "decays", "dtype", "pointer", "qk", "scale", "step", "v")
@@ -317,7 +322,7 @@ class Plan:
         self.pointer = ctypes.byref(self.call)
 
     def fits(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> bool:
-        """Whether the arguments are so that `run` can take them as they are; where not, they may still be valid."""
+        """Whether `run` can take the arguments as they are. If not they may still be valid, by the slower way."""
         dtype = self.dtype
         return (
             q.shape == self.qk and k.shape == self.qk and v.shape == self.v and log_decay.shape in self.decays
@@ -327,7 +332,7 @@ class Plan:
         )  # fmt: skip
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
-        """`o`, and the token is in the ring."""
+        """`o` `[B,H,V]`; the token is in the ring afterwards. All tensors contiguous on the CPU, see `fits`."""
         call, o = self.call, torch.empty_like(v)
         call.q, call.k, call.v, call.o = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
         call.log_decay, call.decay_stride = log_decay.data_ptr(), self.qk[1] if log_decay.ndim == 2 else 0
@@ -345,5 +350,5 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
         ValueError: a log decay above 0, or NaN.
     """
     if ring.plan is None:
-        object.__setattr__(ring, "plan", Plan(ring))
+        object.__setattr__(ring, "plan", Plan(ring))  # a ring is frozen, but this is a cache and no part of its value
     return ring.plan.run(q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous(), scale)

@@ -29,14 +29,14 @@ class _CrossEntropy(torch.autograd.Function):
             logits = (x @ w.T).to(total.dtype)
             log_z = logits.logsumexp(-1, keepdim=True)
             valid = (target != IGNORE)[:, None]
-            index = target.clamp(min=0)[:, None]
+            index = target.clamp(min=0)[:, None]  # gather takes no -100; `valid` drops these rows afterwards
             total += ((log_z - logits.gather(1, index)) * valid).sum()
             p = logits.sub_(log_z).exp_()  # the gradient of the logits: softmax, less 1 at the target
             p.scatter_add_(1, index, p.new_full((len(p), 1), -1.0)).mul_(valid)
             p = p.to(dtype)
             dx[t : t + chunk] = p @ w
             dw += p.T @ x
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, dw)  # complete but for the factor that comes from above
         return total
 
     @staticmethod
@@ -59,8 +59,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 10
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, targets = x.flatten(0, -2), targets.flatten()
     if torch.is_grad_enabled() and not transformed():
+        # without autocast: the dtypes are chosen by hand there, the weight cast once and not for every chunk
         with torch.autocast(device, enabled=False):
             return _CrossEntropy.apply(x, weight, targets, chunk, dtype)
+    # without gradients nothing is kept from chunk to chunk, and F.linear follows autocast by itself
     return sum(  # type: ignore[return-value]
         F.cross_entropy(F.linear(a, weight).to(torch.promote_types(x.dtype, torch.float32)), b, reduction="sum")
         for a, b in zip(x.split(chunk), targets.split(chunk), strict=True)

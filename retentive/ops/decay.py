@@ -47,13 +47,15 @@ def log_decay(
 
 
 def check_values(log_decay: Tensor) -> None:
-    """Looks at log decays where that costs no wait for a device and breaks no compiled graph and no torch.func.
+    """Checks the values of log decays on a CPU only: elsewhere reading them would wait for the device.
+
+    Compiled graphs and torch.func transforms are not checked either: there the values are not known yet.
 
     Raises:
         ValueError: one is above 0, or NaN.
     """
     if log_decay.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
-        return  # (under vmap a tensor has many values where this function sees one)
+        return  # under vmap one tensor stands for many, and `bool` of it fails
     if not bool((log_decay <= 0).all()):
         worst = float(log_decay.detach().max())  # max of a tensor with NaN is NaN
         raise ValueError(f"log_decay must be at most 0 everywhere (gamma <= 1), got {worst:g}")
@@ -66,6 +68,7 @@ def row_norm(log_decay_H: Tensor, count: Tensor) -> Tensor:
     alone it is the same in every form.
     """
     n = count.to(log_decay_H.dtype).clamp(min=1)[..., None]
+    # the geometric series (1 - gamma^n) / (1 - gamma), by expm1: 1 - gamma itself cancels where gamma is close to 1
     forgets = log_decay_H < 0
     safe = torch.where(forgets, log_decay_H, -1.0)  # where() evaluates both sides: keep 0/0 out of the one not taken
     total = torch.where(forgets, torch.expm1(n * safe) / torch.expm1(safe), n)

@@ -2,8 +2,8 @@
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
 
-One docstring, the checks, the choice between chunks and single steps, `using` to force a choice from outside. The idea
-itself is in `reference.py`.
+Here are the checks, the choice between chunks and single steps, and `using`, which forces a choice from outside. The
+idea itself is in `reference.py`, the code that computes it in `backends.py`.
 """
 
 from collections.abc import Iterator
@@ -71,6 +71,7 @@ def retention(
     form, chunk_size, backend = _chosen(form, chunk_size, backend)
     single = form == backend == "auto" and cu_seqlens is None  # tokens may go one by one
     if isinstance(state, Ring):
+        # it is updated in place, which neither autograd nor torch.func can follow
         if single and state.takes(q) and not torch.is_grad_enabled() and not transformed():
             return _decode(q, k, v, log_decay, scale, state), state
         state = state.to_state()
@@ -97,7 +98,7 @@ def retention(
 
 
 class _Choices(NamedTuple):
-    """What `using` forces; None where it says nothing."""
+    """What `using` forces; None for what it leaves open."""
 
     form: str | None = None
     chunk_size: int | None = None
@@ -108,7 +109,8 @@ _forced: ContextVar[_Choices | None] = ContextVar("retentive.ops.using", default
 _forced_in_graphs: _Choices | None = None
 """The same for graphs that are compiled: Dynamo can read and guard a global, but no context variable."""
 _entered: list[_Choices] = []
-"""Of all threads, the last one entered holds in graphs. They leave in any order."""
+"""The open `using` blocks of all threads; graphs follow the last one entered. Threads leave theirs in any order, hence
+a list and not one previous value."""
 
 
 @contextmanager
@@ -139,6 +141,7 @@ def using(*, form: str | None = None, backend: str | None = None, chunk_size: in
         yield
     finally:
         _forced.reset(token)
+        # `is`, not `==`: another thread may force the same
         _force_in_graphs([each for each in _entered if each is not inner])
 
 
@@ -149,7 +152,7 @@ def _force_in_graphs(entered: list[_Choices]) -> None:
 
 
 def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int | None, str]:
-    """The arguments, and in place of those left out what `using` says."""
+    """The arguments, those left open ("auto" or None) replaced by what `using` forces."""
     forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
     if forced is None:
         return form, chunk_size, backend
@@ -166,7 +169,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | N
     if q.shape[1] == 1:  # by far the most frequent: no view and no copy too many
         decay = log_decay.squeeze(1) if per_token else log_decay
         return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
-    # all is looked at before the first token is written
+    # everything is checked before the first token is written: an error halfway would leave the ring changed
     _check_qkv(q, k, v, ndim=4)
     _check_decay_and_state(q, v, log_decay, q.shape[:3], ring.state, q.shape[0])
     check_values(log_decay)
@@ -200,7 +203,7 @@ def retention_step(
         ValueError: as for `retention`; a ring where gradients are asked for.
     """
     if not torch.compiler.is_compiling() and isinstance(state, Ring) and not torch.is_grad_enabled():
-        plan = state.plan  # the next token of many: checks and choices were made for the first
+        plan = state.plan  # made at the first token, which was checked: from the second on nothing is looked up again
         if plan is not None and plan.fits(q, k, v, log_decay):
             return plan.run(q, k, v, log_decay, plan.scale if scale is None else scale), state
     _check_qkv(q, k, v, ndim=3)
@@ -222,7 +225,7 @@ def _one_token(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in torch's operations: `o` `[B,H,V]` and a new state."""
-    with exactly(q.device):
+    with exactly(q.device):  # autocast would multiply the float32 state in 16 bits
         q_BH1K, k_BHK1, v_BH1V = (scale * q.to(state.dtype))[:, :, None], k[..., None].to(state.dtype), v[:, :, None]
         state = torch.addcmul(log_decay.exp()[..., None, None] * state, k_BHK1, v_BH1V.to(state.dtype))
         o = torch.matmul(q_BH1K, state).squeeze(2)
@@ -245,7 +248,11 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, ndim: int) -> None:
 def _check_decay_and_state(
     q: Tensor, v: Tensor, log_decay: Tensor, per_token: tuple[int, ...], state: Tensor | None, N: int
 ) -> tuple[Tensor, Tensor]:
-    """log_decay and state in the state's dtype, a state of zeros where none is given."""
+    """(log_decay, state), both float32 (float64 for float64 inputs); the state is zeros where none is given.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit q and v.
+    """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if tuple(log_decay.shape) not in (per_token[-1:], tuple(per_token)):
         raise ValueError(f"log_decay must be {list(per_token[-1:])} or {list(per_token)}, got {list(log_decay.shape)}")
@@ -262,7 +269,11 @@ def _check_decay_and_state(
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> int:
-    """N, the number of sequences. The values are looked at only where that costs no wait for a device."""
+    """N, the number of sequences. Values are checked on a CPU only: elsewhere reading them would wait for the device.
+
+    Raises:
+        ValueError: a shape or dtype that is not that of cu_seqlens, B above 1, values that do not ascend from 0 to T.
+    """
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be [N+1] int32 or int64, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if B != 1:

@@ -25,11 +25,12 @@ from retentive.ops.decay import check_values
 
 def slots(K: int, V: int) -> int:
     """Slots R for which the fewest bytes move: a fold writes K V numbers, a step reads 3/4 R rows of K + V."""
+    # F where K V / F + 3/2 F (K + V), the numbers moved in a step, is least; then the nearest power of two
     ideal = (K * V / (1.5 * (K + V))) ** 0.5
     return 2 * max(2 ** round(math.log2(ideal)), 2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # frozen: compiled code keeps pointers to its tensors, which are updated in place
 class Ring:
     """The state of B sequences while they are decoded: a state, and the tokens that are not yet in it."""
 
@@ -46,23 +47,24 @@ class Ring:
     folded: Tensor
     """int64 `[B]`: how many of them are in the state."""
     plan: Any = field(default=None, init=False, repr=False)
-    """What the code that steps it has prepared for the next token (cpu.py)."""
+    """A `cpu.Plan` once the ring was stepped on a CPU: addresses of these very tensors, so never shared with a copy."""
 
     def __post_init__(self):
+        # not made contiguous here: the caller would go on with tensors that are no longer updated
         for name, x in self.tensors().items():
             if isinstance(x, Tensor) and not x.is_contiguous():  # (torch.export puts other things in their places)
                 raise ValueError(f"the tensors of a ring must be contiguous, got {name} with strides {x.stride()}")
 
-    def __reduce__(self):  # a copy has tensors, and so a plan, of its own
+    def __reduce__(self):  # copy and pickle leave the plan out: it points to the tensors of the original
         return Ring, tuple(self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name; all have the sequences first."""
+        """The tensors by name, `plan` left out; the first dimension of all is B."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @staticmethod
     def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
-        """A ring over `state` `[B,H,K,V]`, which is its own from now on, for k and v of `dtype`.
+        """An empty ring for k and v of `dtype` over `state` `[B,H,K,V]`, which is updated in place from now on.
 
         Args:
             size: slots, even; by default such that the fewest bytes move.
@@ -72,9 +74,10 @@ class Ring:
         if R < 2 or R % 2:
             raise ValueError(f"a ring needs an even number of slots, got {R}")
         if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or state.is_inference()):
-            with torch.inference_mode(False):  # what is made in that mode cannot be updated in place after it
+            with torch.inference_mode(False):  # tensors made in that mode cannot be updated in place outside it
                 return Ring.open(state.clone() if state.is_inference() else state, dtype, R)
         zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
+        # not zeroed: what is in a slot without a token, NaN included, is masked wherever slots are read
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
 
@@ -108,6 +111,7 @@ class Ring:
             for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
                 mine[row] = theirs[source]
             return
+        # other slots or another dtype: all tokens are folded into a state, and the row begins with an empty ring
         whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
         self.state[row], self.written[row], self.folded[row] = whole, 0, 0
 
@@ -118,6 +122,7 @@ class Ring:
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens in the ring, oldest first: k `[B,H,R,K]` and v, zeros after the last one; G_j `[B,H,R]`."""
         R = self.k.shape[2]
+        # slots from the oldest token on; those without a token are masked and not multiplied by 0: 0 * NaN is NaN
         age_BR = torch.arange(R, device=self.k.device)
         slot_BHR = ((self.folded[:, None] + age_BR) % R)[:, None].expand(self.log_decay.shape)
         free_BHR = (age_BR >= (self.written - self.folded)[:, None])[:, None].expand(slot_BHR.shape)
@@ -132,10 +137,11 @@ class Ring:
         return self._fold(self.state, self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """`state` with the `tokens` `[B]` oldest tokens of each sequence in it, and nothing of others, be it NaN."""
+        """`state` after the `tokens` `[B]` oldest tokens of each sequence; later ones leave no trace, even if NaN."""
         k_BHRK, v_BHRV, since_BHR = self.held()
         last_B11 = (tokens - 1)[:, None, None]
         later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
+        # gather takes no index -1: a row that folds no token gets log decay 0 in the next line
         whole_BH1 = since_BHR.gather(2, last_B11.clamp(min=0).expand(*since_BHR.shape[:2], 1))
         whole_BH1 = torch.where(last_B11 < 0, 0, whole_BH1)
         weight_BHR = (whole_BH1 - since_BHR).masked_fill(later_BHR, -torch.inf).exp()
@@ -152,7 +158,7 @@ class Ring:
         tokens = torch.as_tensor(tokens, device=held.device)
         if bool(((tokens < 0) | (tokens > held)).any()):
             raise ValueError(f"the ring holds {held.tolist()} tokens, cannot take back {tokens.tolist()} of them")
-        self.written.sub_(tokens)
+        self.written.sub_(tokens)  # they stay in their slots until the next tokens overwrite them
 
 
 pytree.register_dataclass(Ring, serialized_type_name="retentive.Ring")
@@ -161,7 +167,7 @@ pytree.register_dataclass(Ring, serialized_type_name="retentive.Ring")
 def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
     """`o` `[B,H,V]` of one more token, which is put into the ring; the arguments are those of `retention_step`.
 
-    In torch's operations: what computes where there is no compiled code (`backends.decode_step`).
+    This is the version in torch's operations, for devices without compiled code (see `backends.decode_step`).
     """
     check_values(log_decay)
     R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
@@ -171,12 +177,13 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     ring.written.add_(1)
     q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
     k_BHRK, v_BHRV, since_BHR = ring.held()
-    whole_BH1 = since_BHR[..., -1:]
+    whole_BH1 = since_BHR[..., -1:]  # slots without a token count as log decay 0, so the last sum is that of all
     score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
     o = whole_BH1.exp()[..., None] * (q_BH1K @ ring.state) + score_BH1R @ v_BHRV
+    # after o, which needs the state as it was; a full ring folds at once, so that the next token finds a free slot
     full = (ring.written - ring.folded == R).nonzero().squeeze(1)
     if len(full):
-        ripe = ring.map(lambda x: x[full])
+        ripe = ring.map(lambda x: x[full])  # a copy of the full rows, folded and written back
         ring.state[full] = ripe._fold(ripe.state, torch.full_like(full, R // 2))
         ring.folded[full] += R // 2
     return o.squeeze(2).to(v.dtype)

@@ -35,7 +35,8 @@ def phases(
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str) -> Tensor:
     """x rotated, same shape; cos and sin `[T, K/2]` or `[B, T, K/2]`. The result has the dtype of `cos` or wider."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    # each pair is a complex number a + ib, multiplied by exp(i angle)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     if variant == "interleaved":
         a, b = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)

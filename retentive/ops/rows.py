@@ -1,12 +1,12 @@
-"""What stands around retention in a layer, row by row: RMSNorm, and the rotation of q and k with their scale.
+"""The row-wise operations around retention in a layer: RMSNorm, and the rotation of q and k with their scale.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight
     rotate(x)   = scale * rotary.rotate(x)
 
 In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
-model's time (docs/LOG.md). `c/rows.c` does each in one. Without it, on other devices, in float64,
-in compiled graphs, where the compiler fuses, and under torch.func, they are PyTorch's own operations. Arithmetic is
-float32 or wider, results have the dtype of x.
+model's time (docs/LOG.md). `c/rows.c` does each in one. PyTorch's own operations take over where that cannot be used:
+without a compiler, on other devices, in float64, under torch.func, and in compiled graphs, whose compiler fuses them.
+Arithmetic is float32 or wider, results have the dtype of x.
 """
 
 import ctypes
@@ -43,6 +43,7 @@ def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
 
 
 def _call(function: str, call: ctypes.Structure) -> None:
+    """Runs a function of rows.c. `call` holds addresses only: the caller keeps the tensors alive until it returns."""
     if getattr(library(), function)(ctypes.byref(call)):
         raise MemoryError("no memory for the work space of a row")
 
@@ -55,6 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
+    # compiled graphs and torch.func differentiate F.rms_norm by themselves, and cannot look into _RMSNorm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
         return _RMSNorm.apply(x, weight, eps)
     if compiled(x, weight):
@@ -63,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None) -> Tensor:
-    """By rows.c; what each row was multiplied with goes into `scale`."""
+    """`rms_norm` by rows.c for a contiguous x; `scale`, if given, gets 1 / sqrt(mean(x^2) + eps) of each row."""
     y, n = torch.empty_like(x), x.shape[-1]
     call = Norm(
         x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype),
@@ -86,6 +88,7 @@ class _RMSNorm(torch.autograd.Function):
             ctx.save_for_backward(x, scale[..., None], weight)
             return y
         wide = torch.promote_types(x.dtype, torch.float32)
+        # summed in float32 without a float32 copy of x, which x.float().square().mean() would make
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
@@ -98,6 +101,7 @@ class _RMSNorm(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         if ctx.compiled:
             grad, dx, n, threads = grad.contiguous(), torch.empty_like(x), x.shape[-1], torch.get_num_threads()
+            # a row for each thread, zeroed by C and added up in order: no atomics, the same bits every time
             sums = None if weight is None else torch.empty(threads, n, dtype=torch.float64)
             call = Norm(
                 x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype), threads,
@@ -111,7 +115,7 @@ class _RMSNorm(torch.autograd.Function):
         if weight is not None:
             grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
             grad = grad.to(scale.dtype) * weight
-        along = (grad * y).mean(-1, keepdim=True)  # what of the gradient only changes the length of x
+        along = (grad * y).mean(-1, keepdim=True)  # the part along x only changes its length, which is normalised
         return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None
 
 
@@ -132,18 +136,20 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor
 
 
 class _Rotate(torch.autograd.Function):
-    """Its gradient is the same with the opposite angle."""
+    """`rotate` by rows.c; its gradient is the same rotation by the opposite angle (`sign`)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, sign: float) -> Tensor:
         ctx.variant, ctx.sign = variant, sign
         ctx.save_for_backward(cos, sin, scale)
         B, T, H, K = x.shape
+        # a slice of a wider projection is read where it lies, if all its tokens are one stride apart
         even = x.stride(3) == 1 and x.stride(2) == K and (B == 1 or x.stride(0) == T * x.stride(1))
         if not even:
             x = x.contiguous()
         y, rows = torch.empty(x.shape, dtype=x.dtype), [t if t is None else t.contiguous() for t in (cos, sin, scale)]
         cos, sin, scale = rows  # type: ignore[assignment]
+        # a dimension of size 1 may have any stride: the token stride is taken from one that has more, if there is one
         call = Rotate(
             B * T, T, H, K, DTYPES.index(x.dtype), variant == "half", cos.numel() // (K // 2),
             0 if scale is None else scale.numel() // H, x.stride(1) if T > 1 else (x.stride(0) if B > 1 else H * K),

@@ -11,4 +11,5 @@ from torch.autograd import forward_ad
 
 def transformed() -> bool:
     """True inside a torch.func transform or a forward-mode derivative, in compiled graphs too."""
+    # private names: torch has no public way to ask for either
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -1,4 +1,4 @@
-"""The page: files of results in, one self-contained HTML file out. No number is computed here, and none is left out.
+"""The page: files of results in, one self-contained HTML file out. No number is computed here and no file left out.
 
 Each file is shown by itself, with the name of its machine, or of several where a comparison was allowed to mix them.
 """
@@ -16,12 +16,14 @@ from retentive.report.sections import SECTIONS, Section, table
 
 
 class File(NamedTuple):
+    """A file of results."""
+
     path: Path
     kind: str
     """The command that made it: "compare", "bench decode", …"""
     result: dict[str, Any]
     table: str | None
-    """What that command shows of it, Markdown; None where it is none of ours."""
+    """The table that the command prints of it, Markdown; None for a command that has none."""
 
 
 def build(folder: Path) -> str:
@@ -40,17 +42,22 @@ def build(folder: Path) -> str:
 
 
 def read(path: Path) -> File:
-    """A file of results, and the command that made it."""
+    """A file of results, and the command that made it.
+
+    Raises:
+        ValueError: it is damaged, or holds not what its command writes.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         command, _ = result.get("command", ""), machine(result)
         words = shlex.split(command)[1:] or ["?"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
+    # `words` are those after "retentive": a verb, and for a bench its name
     kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     try:
         shown = table(kind, result)
-        any(section.takes(kind, result) for section in SECTIONS)
+        any(section.takes(kind, result) for section in SECTIONS)  # fails here, where the file's name is known
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
@@ -59,13 +66,13 @@ def read(path: Path) -> File:
 
 
 def page(files: Sequence[File]) -> str:
-    """The HTML."""
+    """The page of these files as HTML, pictures included; files that no section takes are listed at its end."""
     taken: set[Path] = set()
     parts = []
     for section in SECTIONS:
         mine = [file for file in files if section.takes(file.kind, file.result)]
         taken |= {file.path for file in mine}
-        parts.append(_section(section, mine))
+        parts.append(_section(section, mine))  # also where there is no file: what is missing is to be seen
     rest = [file for file in files if file.path not in taken]
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{html.escape(s.title)}</a></li>' for s in SECTIONS)
     machines = sorted({name for file in files for name in machine(file.result).split("; ")})
@@ -85,7 +92,7 @@ def page(files: Sequence[File]) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Hardware and versions of a result, in a line; of each kind of machine where there are several."""
+    """Hardware and versions of a result, in a line; "; " between those of several kinds of machine."""
     lines = []
     for h in result.get("machines", [result["hardware"]]):
         gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
@@ -94,6 +101,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def _section(section: Section, files: list[File]) -> str:
+    """One question: what the paper says, our files on it, and why the numbers differ; says so where there are none."""
     blocks = [f'<section id="{_anchor(section.title)}"><h2>{html.escape(section.title)}</h2>']
     blocks.append(f'<p class="question">{html.escape(section.question)}</p>')
     if section.paper:
@@ -108,13 +116,13 @@ def _section(section: Section, files: list[File]) -> str:
 
 
 def _file(file: File) -> str:
-    """One result: what and where, its picture, its table, its command."""
+    """One result: what was measured and where, its command, its picture, its table."""
     picture = file.path.with_suffix(".png")
     image = ""
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
-    name = file.path.stem.split("_")[0]
+    name = file.path.stem.split("_")[0]  # of NAME_MACHINE_MONTH.json
     mixed = "<strong>Several machines</strong>: " if len(file.result.get("machines", [])) > 1 else ""
     where = mixed + html.escape(machine(file.result))
     return (
@@ -125,11 +133,12 @@ def _file(file: File) -> str:
 
 
 def to_html(markdown: str) -> str:
-    """Tables, lists and paragraphs of Markdown; nothing else of it is used in results."""
+    """HTML of Markdown's tables, lists and paragraphs: results use nothing else of it."""
     return "".join(_blocks([block.splitlines() for block in markdown.strip().split("\n\n") if block.strip()]))
 
 
 def _blocks(blocks: list[list[str]]) -> Iterator[str]:
+    """HTML of each block of lines: a table (its second line is the rule), a list, or a paragraph."""
     for lines in blocks:
         if lines[0].startswith("|"):
             head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)

@@ -1,6 +1,6 @@
-"""The questions of the report: what the paper says to each, which files of ours answer, why the numbers differ.
+"""The questions of the report: what the paper says to each, which of our files answer it, why the numbers differ.
 
-A file is known by the command that made it, which stands in it.
+Which question a file answers is told by the command that made it, which every file of results holds.
 """
 
 import importlib
@@ -21,7 +21,7 @@ PAPER = {heading: text for heading, _, text in (part.partition("\n") for part in
 
 
 def table(kind: str, result: Result) -> str | None:
-    """What the command `kind` ("compare", "bench decode", …) shows of its result, as Markdown; None for others."""
+    """The table that the command `kind` ("compare", "bench decode", …) prints, Markdown; None where it has none."""
     verb, _, name = kind.partition(" ")
     if verb == "bench" and name in BENCHES:
         return importlib.import_module(BENCHES[name]).table(result)
@@ -31,6 +31,8 @@ def table(kind: str, result: Result) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
+    """A question of the report."""
+
     title: str
     question: str
     paper: str
@@ -42,7 +44,10 @@ class Section:
 
 
 def _compares(about: str) -> Callable[[str, Result], bool]:
-    """Comparisons of "sizes" (or of learning rates), of "others" (architectures of other libraries), of "parts"."""
+    """A `Section.takes` for comparisons of "sizes" (or learning rates), of "others" (other libraries), of "parts".
+
+    The rows decide: any model of another library makes it "others"; else several sizes or rates make it "sizes".
+    """
 
     def takes(kind: str, result: Result) -> bool:
         if kind != "compare":
@@ -58,10 +63,12 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
 
 
 def _is(*kinds: str) -> Callable[[str, Result], bool]:
+    """A `Section.takes` for the files of these commands."""
     return lambda kind, result: kind in kinds
 
 
 def _eval(by_context: bool) -> Callable[[str, Result], bool]:
+    """A `Section.takes` for files of `retentive eval`: those with rows by context length, or the others."""
     return lambda kind, result: kind == "eval" and by_context == any("context" in row for row in result["results"])
 
 

@@ -1,17 +1,17 @@
 """Structured prompting measured: few-shot classification from M groups of demonstrations, merged or in a row.
 
 A task draws four classes of text and gives each a name from A to D at random, so that only the demonstrations tell
-which is which; a group is one demonstration of each, text, class and name:
+which is which. A group has one demonstration of each class: a text, its class and the name.
 
     A man is kneeling on a -> Ice fishing C
 
-A question is a text, and the answer the name of its class: the model has to know what it reads, and to remember what
-that is called.
+A question is a text, and the answer is the name of its class: the model has to recognise the class, and to remember the
+name that the demonstrations gave it.
 
-Two sorts of classes: what a sentence is from (a novel, a report, …), and the activity in the video that a sentence of
-HellaSwag describes. The model has learnt the game from tasks of its own, and is measured on held-out texts of classes
-that it knows and on activities that it has never seen. Demonstrations in a row grow old, and so do groups that are
-chained; merged groups are all equally near.
+There are two sorts of classes: where a sentence is from (a novel, a report, …), and the activity in the video that a
+sentence of HellaSwag describes. The model is trained on such tasks, and measured on held-out texts of classes that it
+was trained on and on activities that it has never seen. Demonstrations in a row, and groups that are chained, decay
+with their distance from the question; merged groups are all equally near.
 """
 
 import math
@@ -43,6 +43,7 @@ from retentive.ops import decay
 from retentive.studies.prompting_tasks import NAMES, SHOWN, Files, Texts, activities, kinds, line, split, tasks
 
 GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
+"""Values of M."""
 
 WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
     "merged": keep_size,
@@ -50,7 +51,9 @@ WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
     "merged: sum / sqrt(M)": lambda states: len(states) ** -0.5,
     "merged: sum": lambda states: 1,
 }
+"""The ways of merging, by the weight `c` of the sum of states `[M,H,K,V]` (infer/merge.py)."""
 WAYS = ("nothing", "in a row", "chained", *WEIGHTS)
+"""The ways of remembering the demonstrations, in the order of the tables."""
 
 PICTURE = "Structured prompting"
 
@@ -69,11 +72,14 @@ class Options(Files):
     """Tasks of each set of texts that are measured."""
 
 
-# learning the game
+# training on tasks
 
 
 def decays(heads: int) -> tuple[float, ...]:
-    """log(gamma): the paper's, but that the first head forgets at once, and so sees the token before."""
+    """log(gamma) of each head: the paper's, except that the first keeps 1/e of its state from token to token.
+
+    It sees little more than the last two tokens, which is how a model finds out what stood before the present one.
+    """
     return (-1.0, *decay.values("lm", heads)[1:])
 
 
@@ -88,10 +94,11 @@ def learn(
     seed: int = 0,
     say: Say = silent,
 ) -> RetNet:
-    """A model trained on `batch` new tasks a step; classes and names count in the loss, the texts do not."""
+    """A model trained on `batch` new tasks a step; the loss is that of classes and names, and not of the texts."""
     torch.manual_seed(seed)
     model = RetNet(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    # 100 steps of warm-up, then a cosine from `lr` down to a twentieth of it
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * n / steps)) / 2)
     )
@@ -101,7 +108,7 @@ def learn(
         ids, counts = answers_of(tokenizer, [next(drawn) for _ in range(batch)])
         with torch.autocast("cpu", torch.bfloat16):
             x, _ = model.hidden(ids)
-            logits = model.head(x[:, :-1][counts[:, 1:]])
+            logits = model.head(x[:, :-1][counts[:, 1:]])  # only where the next token counts
         loss = F.cross_entropy(logits.float(), ids[:, 1:][counts[:, 1:]])
         optimizer.zero_grad()
         loss.backward()
@@ -115,12 +122,13 @@ def learn(
 
 
 def answers_of(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
-    """(ids `[N,T]`, padded on the right, bool `[N,T]`: which of them are classes and names)."""
+    """(ids `[N,T]`, padded on the right; bool `[N,T]`, True at the tokens of classes and names)."""
     rows, marks = [], []
     for document in documents:
         row, mark = [tokenizer.eos_id], [False]
         for demonstration in document.text.splitlines(keepends=True):
             text, _, answer = demonstration.rpartition(" -> ")
+            # apart, as Questions does: text and answer may not share a token. The last token is the end of the line
             begin, end = tokenizer.encode(f"{text} ->"), tokenizer.encode(f" {answer}")
             row += begin + end
             mark += [False] * len(begin) + [True] * (len(end) - 1) + [False]
@@ -155,7 +163,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def train_model(options: Options, families: Sequence[Mapping[str, Sequence[str]]], say: Say) -> None:
-    """Write the model, which has learnt the game from these texts, and its tokenizer to `out`."""
+    """Writes a model trained on tasks from these texts, with its tokenizer, to `out`."""
     tokenizer = train_bpe((d.text for d in tasks(families, 3000, seed=1)), 4096)
     config = preset(options.size, vocab_size=tokenizer.vocab_size, heads=4, decay=decays(4))
     save_model(options.out, learn(config, tokenizer, families, steps=options.steps, say=say), tokenizer)
@@ -174,7 +182,7 @@ def of_model(
 ) -> dict[str, Any]:
     """Accuracy of each way of remembering, for each set of texts and number of groups, over `episodes` tasks.
 
-    All ways see the same demonstrations and answer the same `queries` of each class.
+    All ways see the same demonstrations and answer the same `queries` questions of each class.
     """
     found: dict[str, Any] = {}
     for name, texts in sets.items():
@@ -212,11 +220,12 @@ def interval(values: Sequence[float]) -> list[float]:
 def episode(
     model: RetNet, tokenizer: Tokenizer, texts: Texts, groups: Sequence[int], queries: int, rng: random.Random
 ) -> tuple[dict[tuple[str, int], float], list[float]]:
-    """({(way, groups): accuracy}, error of each layer of all groups chained) for one task."""
+    """({(way, groups): accuracy}, relative error of each layer's state when all groups are chained) for one task."""
     classes = rng.sample(sorted(texts.asked), len(NAMES))
     shown = [rng.sample(texts.shown[c], max(groups)) for c in classes]
     parts = []
     for n in range(max(groups)):
+        # classes in a new order in every group, so that the order tells nothing
         order = rng.sample(range(len(NAMES)), len(NAMES))
         parts.append("".join(line(shown[i][n], classes[i], NAMES[i]) for i in order))
     asked = [(text, i) for i, c in enumerate(classes) for text in rng.sample(texts.asked[c], queries)]
@@ -224,7 +233,7 @@ def episode(
     answers = torch.tensor([i for _, i in asked])
     empty, begin = blank(model, "bench"), [tokenizer.eos_id]
 
-    def remember(ids: Sequence[int]) -> Memory:
+    def remember(ids: Sequence[int]) -> Memory:  # from a clone: `ingest` uses up the memory that it goes on from
         return last(ingest(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
 
     ids = [tokenizer.encode(part) for part in parts]
@@ -237,6 +246,7 @@ def episode(
         accuracy["nothing", m] = nothing
         for way, memory in states.items():
             accuracy[way, m] = score(model, memory, batch, answers)
+    # every group with its own end-of-text token, as those in `apart` have, so that the two are comparable
     whole = remember([i for part in ids for i in begin + part])
     return accuracy, chain_errors(apart, whole)
 
@@ -248,19 +258,24 @@ def last(memories: Iterable[Memory]) -> Memory:
 
 @dataclass(frozen=True)
 class Questions:
-    """N texts, each followed by each of the C classes in turn: N * C rows, padded on the right."""
+    """N texts, each followed by each of the C classes: N * C rows, text by text, padded on the right."""
 
     ids: Tensor
     """`[N * C, T]`."""
     begin: Tensor
-    """Tokens before the class, `[N * C]`."""
+    """Tokens of the text, up to the class, `[N * C]`."""
     lengths: Tensor
-    """Tokens with the class, `[N * C]`."""
+    """Tokens of text and class, `[N * C]`."""
     names: Tensor
-    """The token of each name."""
+    """The one token of each name, `[C]`."""
 
     @staticmethod
     def of(tokenizer: Tokenizer, texts: Sequence[str], classes: Sequence[str]) -> "Questions":
+        """The questions of N texts and C classes.
+
+        Raises:
+            ValueError: a name is more than one token.
+        """
         names = [tokenizer.encode(f" {name}") for name in NAMES]
         if any(len(name) != 1 for name in names):
             raise ValueError(f"the names {' '.join(NAMES)} must be one token each: learn a larger vocabulary")
@@ -273,11 +288,16 @@ class Questions:
 
 
 def score(model: RetNet, memory: Memory, asked: Questions, answers: Tensor) -> float:
-    """The part of the questions whose right name is the likeliest, whatever class the model takes the text for."""
+    """The share of questions whose right name is the likeliest.
+
+    A name's probability is summed over the classes that may stand before it: sum_c p(c | text) p(name | text, c).
+    """
     rows, T = asked.ids.shape
+    # a copy of the one state for every row
     state: Any = memory.state.select(torch.zeros(rows, dtype=torch.int64))
     x, _ = model.hidden(asked.ids, state, lengths=asked.lengths)
     position = torch.arange(1, T)
+    # the tokens of the classes; x at position - 1 predicts them
     of_class = (position >= asked.begin[:, None]) & (position < asked.lengths[:, None])
     each = model.head(x[:, :-1][of_class]).log_softmax(-1).gather(1, asked.ids[:, 1:][of_class][:, None])[:, 0]
     classes = torch.zeros(rows).index_add(0, of_class.nonzero()[:, 0], each)[:, None]
@@ -305,6 +325,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """Accuracy against groups as a PNG, a panel for each set."""
     figure, axes = grid(title, 1, len(result["sets"]), size=(4.6, 4.4))
     groups = result["groups"]
+    # one scale for all panels
     everywhere = [v for found in result["sets"].values() for row in found["accuracy"].values() for v in row.values()]
     top = max(mean + half for mean, half in everywhere) + 0.02
     styles = dict(zip(WAYS, ("0.6", "C0", "C4", "C3", "C1", "C2", "C5"), strict=True))

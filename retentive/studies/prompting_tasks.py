@@ -16,9 +16,9 @@ from retentive.data.sources import Document
 
 NAMES = ("A", "B", "C", "D")
 WORDS = 6
-"""Of a text, at most."""
+"""Words of a text that are kept, at most."""
 SHOWN, ASKED = 64, 24
-"""Texts that a class needs to be measured: to be demonstrated, and to be asked about."""
+"""Texts that a class needs, to be measured: so many for demonstrations, and so many for questions."""
 EPISODE = 48
 """Demonstrations of a task in training."""
 
@@ -61,12 +61,13 @@ class Texts:
 
 
 def rows(path: Path) -> Iterator[dict]:
+    """The objects of a JSON Lines file."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None:
-    """The first words of each text, where it has enough of them and is new."""
+    """Adds the first WORDS words of each text to a class and source, but none twice and no text under four words."""
     kept = classes[label][source]
     for text in texts:
         words = text.split()[:WORDS]
@@ -75,11 +76,12 @@ def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None
 
 
 def sentences(text: str, most: int = 20) -> list[str]:
+    """The first `most` sentences: what ends with . ! or ? and white space."""
     return re.split(r"(?<=[.!?])\s+", text)[:most]
 
 
 def activities(files: Files) -> Classes:
-    """The sentences of HellaSwag about videos, by activity; a video a source."""
+    """The sentences of HellaSwag about videos (not those of WikiHow), by activity; each video is a source."""
     classes: Classes = defaultdict(lambda: defaultdict(list))
     for row in rows(files.data / files.hellaswag):
         if row["source_id"].startswith("activitynet"):
@@ -89,7 +91,7 @@ def activities(files: Files) -> Classes:
 
 
 def kinds(files: Files) -> Classes:
-    """Sentences of eight sorts of text, by sort."""
+    """The beginnings of sentences or paragraphs of eight sorts of text, by sort; novels without their front matter."""
     classes: Classes = defaultdict(lambda: defaultdict(list))
     for book in sorted((files.data / files.novels).glob("*.txt")):
         add(classes, "novel", book.stem, book.read_text(encoding="utf-8").split("\n\n")[20:60])
@@ -113,11 +115,11 @@ def kinds(files: Files) -> Classes:
 def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, Texts]:
     """(texts to train on, texts of known classes, texts of new ones).
 
-    A fifth of the sources is asked about, and never shown. Classes are measured where they have texts enough; with
-    `new`, about half of those are kept from training.
+    A fifth of the sources, whose bucket is 0, is for questions and is never shown. Classes are measured if they have
+    texts enough; with `new`, about two fifths of those are kept out of training.
     """
     train: dict[str, list[str]] = {}
-    measured = Texts({}, {}), Texts({}, {})
+    measured = Texts({}, {}), Texts({}, {})  # by `unseen`: known classes, new ones
     for label, sources in sorted(classes.items()):
         shown = [text for source, texts in sources.items() if bucket(source) for text in texts]
         asked = [text for source, texts in sources.items() if not bucket(source) for text in texts]
@@ -136,12 +138,12 @@ def bucket(name: str) -> int:
 
 
 def line(text: str, label: str, name: str) -> str:
-    """A demonstration."""
+    """A demonstration, one line of text."""
     return f"{text} -> {label} {name}\n"
 
 
 def tasks(families: Sequence[Mapping[str, Sequence[str]]], count: int, seed: int) -> Iterator[Document]:
-    """`count` tasks to learn the game from, a document each, of 2, 3 or 4 classes; from each family in turn."""
+    """`count` tasks for training, a document each, of 2, 3 or 4 classes; the families take turns."""
     rng = random.Random(seed)
     for n in range(count):
         texts = families[n % len(families)]

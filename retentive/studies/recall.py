@@ -4,8 +4,10 @@ A row names n pairs of a key and a value, drawn anew for every row, and then ask
 
     k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
 
-All that has to be known stands in the row. A model is trained on rows of all numbers of pairs in turn, and asked with
-each number. Source: Arora et al., Zoology (arXiv 2312.04927), whose queries lie further apart.
+All that is needed to answer stands in the row. A model is trained on rows of every number of pairs, one number a step,
+and its accuracy is measured for each.
+
+Source: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart.
 """
 
 import json
@@ -33,9 +35,10 @@ PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
 PICTURE = "Associative recall"
 ASKED = 4096
-"""Answers that an accuracy is taken of, at least."""
+"""Answers that an accuracy is the mean of, at least."""
 FEW, LEARNED = 4, 0.9
-"""So few pairs every model here can hold: one that is right about them less often has not learned the task."""
+"""Every model here has room for FEW pairs: one that is right about them less often than LEARNED, a share, has not
+learned the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,12 @@ class Options:
 
 
 class Rows:
-    """`rows[step]` for training: rows of one number of pairs, the numbers in turn; a function of (seed, step)."""
+    """The batches of training: `rows[step]` has rows of one number of pairs, a pure function of (seed, step)."""
 
     def __init__(self, *, tokens: int, pairs: Sequence[int] = PAIRS, seed: int = 0):
         self.tokens, self.pairs, self.seed = tokens, pairs, seed
         self.length = sum(4 * n - 1 for n in pairs) // len(pairs)
-        """On average, which is what a step's FLOPs are counted from."""
+        """The mean length of a row, from which the FLOPs of a step are counted."""
 
     def __getitem__(self, step: int) -> Batch:
         n = self.pairs[step % len(self.pairs)]
@@ -73,22 +76,23 @@ class Rows:
 
 
 def rows(n: int, count: int, generator: torch.Generator) -> Batch:
-    """`count` rows of n pairs: ids `[B,4n-1]`, of the targets all but the answers left out."""
+    """`count` rows of n pairs: ids and targets `[B,4n-1]`; all targets but the answers are IGNORE."""
+    # argsort of random numbers is a random order: n different keys, and then the order in which they are asked
     keys = torch.rand(count, KEYS, generator=generator).argsort(-1)[:, :n]
     values = torch.randint(KEYS, KEYS + VALUES, (count, n), generator=generator)
     order = torch.rand(count, n, generator=generator).argsort(-1)
     asked = torch.stack((keys.gather(1, order), values.gather(1, order)), -1)
     ids = torch.cat((torch.stack((keys, values), -1).flatten(1), asked.flatten(1)), 1)
     targets = ids[:, 1:].clone()
-    targets[:, : 2 * n] = IGNORE
-    targets[:, 1::2] = IGNORE  # what follows a value is the next key, which nobody can know
+    targets[:, : 2 * n] = IGNORE  # the pairs, and the first key that is asked
+    targets[:, 1::2] = IGNORE  # after an answer comes the next key, which is random
     return Batch(ids[:, :-1], targets, None, None)
 
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
     """(share of answers that are the likeliest token, answers), over rows that training has not seen."""
-    generator = torch.Generator().manual_seed(seed + n)
+    generator = torch.Generator().manual_seed(seed + n)  # above the seeds of training, which are its steps
     right = total = 0
     while total < asked:
         batch = rows(n, max(4096 // (4 * n), 1), generator)
@@ -121,7 +125,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     found = []
     for dim, variant in product(dims, variants):
         folder = options.out / f"{variant}_{dim}"
-        check_done(folder, trained)
+        check_done(folder, trained)  # "resume" below does nothing for a model that is trained: it must be the right one
         base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
         config = compare.config_of(variant, base)
         torch.manual_seed(0)
@@ -132,6 +136,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         model.eval()
         scores = {str(n): accuracy(model, n)[0] for n in pairs}
         row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
+        # the cost formulas do not know the peers
         remembers = None if isinstance(config, PeerConfig) else cost.memory_bytes(config, 4 * max(pairs))
         row |= {"memory_bytes": remembers, "accuracy": scores}
         found.append(row)
@@ -148,7 +153,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def check_done(folder: Path, options: dict[str, Any]) -> None:
-    """Raises ValueError where a model of other options lies in the folder."""
+    """Raises ValueError where the folder holds a model trained with other options."""
     file = folder / "train.json"
     if file.is_file():
         had = json.loads(file.read_text(encoding="utf-8")).get("recall")
@@ -157,12 +162,12 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
 
 
 def learned(row: dict[str, Any]) -> bool:
-    """Whether the model learned the task: if it fails about FEW pairs, its row tells of training, not of memory."""
+    """Whether the model learned the task: if it fails at FEW pairs, its row tells of training and not of memory."""
     return all(share >= LEARNED for n, share in row["accuracy"].items() if int(n) <= FEW)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table, under it the models whose rows say nothing about memory."""
+    """The rows as a Markdown table, and below it the models whose rows say nothing about memory."""
     pairs = list(result["rows"][0]["accuracy"])
     longest = 4 * max(int(n) for n in pairs)
     heads = ["width", "variant", "parameters", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]

@@ -22,7 +22,7 @@ def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[st
 
     A first turn warms up (allocates, compiles, fills caches) and is not among them.
     """
-    for turn in range(repeats + 1):
+    for turn in range(repeats + 1):  # in each one all runs, and not all turns of one run: the machine's speed drifts
         found = {name: run() for name, run in runs.items()}
         if turn:
             yield found
@@ -31,10 +31,10 @@ def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[st
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, patience: float
 ) -> dict[str, list[float]]:
-    """Seconds of each run's repetitions, all runs once after the other.
+    """Seconds of each run's repetitions; in every turn all runs go once, one after the other.
 
-    A first turn, which allocates, does not count, unless it takes longer than `patience` seconds: then it is the only
-    one, since what it allocates is little beside what it computes.
+    The first turn allocates and does not count. But a run that takes longer than `patience` seconds in it is not
+    repeated: that time is its result, since allocating is little beside what it computes.
     """
     first = {name: machine.clock(device, run) for name, run in runs.items()}
     quick = {name: partial(machine.clock, device, run) for name, run in runs.items() if first[name] <= patience}
@@ -65,7 +65,7 @@ def beside_reading(
     def timed(run: Callable[[], Any]) -> Timed:
         seconds = machine.clock(numbers.device, run)
         rates.append(machine.read_rate(numbers))
-        return Timed(seconds, statistics.mean(rates[-2:]))
+        return Timed(seconds, statistics.mean(rates[-2:]))  # the last two: right before the run and right after it
 
     found = list(turns({name: partial(timed, run) for name, run in runs.items()}, repeats))
     return {name: [turn[name] for turn in found] for name in runs}, rates

@@ -28,6 +28,8 @@ RIVAL_TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 1e-2}
 
 
 class Checked(NamedTuple):
+    """What is compared: an output and its gradients."""
+
     o: Tensor
     dq: Tensor
     dk: Tensor
@@ -40,6 +42,7 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
     Raises:
         ArithmeticError: it is above the tolerance, or not a number.
     """
+    # torchscale takes whole chunks only
     length = LENGTH if name != "torchscale" else max(2 * (chunk or 0), 512)
     short = replace(work, B=1, T=length)
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +54,7 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
     errors = {part: distance(x, y) for part, x, y in zip(Checked._fields, got, gold, strict=True)}
     if name in OURS:
         errors["state"] = distance(state(name, q, k, v), state("gold", q, k, v))
+    # a NaN counts as the worst, which max() alone would pass over; for the same reason it is `not <=` below and not `>`
     worst = max(errors, key=lambda part: float("inf") if errors[part] != errors[part] else errors[part])
     tolerance = (TOLERANCE if name in OURS else RIVAL_TOLERANCE)[work.dtype]
     if not errors[worst] <= tolerance:
@@ -62,14 +66,14 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
 
 
 def golden(work: Work):
-    """float64 retention of q, k, v `[B,T,H,n]`."""
+    """A function of q, k, v `[1,T,H,n]` in float64: the reference's o."""
     decays = log_decay("paper", work.H, dtype=torch.float64, device=work.device)
     zeros = torch.zeros(1, work.H, work.K, work.V, dtype=torch.float64, device=work.device)
     return lambda q, k, v: reference.parallel(q, k, v, decays, scale=work.K**-0.5, state=zeros)[0]
 
 
 def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The state after the last token: ours, or "gold"."""
+    """The state after the last token, `[1,H,K,V]`: by our backend `name`, or in float64 by the reference ("gold")."""
     H, device = q.shape[2], q.device
     if name == "gold":
         q, k, v = q.double(), k.double(), v.double()
@@ -81,7 +85,7 @@ def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def runner(name: str, work: Work, chunk: int | None):
     """The rival as a function of q, k, v `[B,T,H,n]`, whatever its own layout is."""
-    one = rivals.make(name, work, chunk)
+    one = rivals.make(name, work, chunk)  # q, k [B,H,T,K] and v [B,T,H V] for torchscale, its o in chunks
     if name != "torchscale":
         return one.run
     return lambda q, k, v: one.run(

@@ -1,10 +1,10 @@
 """An isolated run: one forward and backward pass of one rival, its time and the most memory beyond its inputs.
 
-On a CPU this needs a process of its own: what other passes left in the allocator would be taken for free. A pass over a
-short sequence goes first, for code and threads to be there; then the system's high-water mark is reset, and what it
-rises by counts: o, the three gradients and all that comes and goes between them; not q, k, v and the gradient of o,
-which are there before. The process may not take more memory than is free: a rival that needs more is reported so,
-instead of being killed by the system, or the machine with it.
+On a CPU this needs a process of its own: memory that other passes left in the allocator would be used without being
+counted. A pass over a short sequence loads the code and starts the threads; then the system's high-water mark is reset,
+and what it rises by counts: o, the three gradients and all that comes and goes between them; not q, k, v and the
+gradient of o, which are there before. The process may not take more memory than is free: a rival that needs more is
+reported so, instead of being killed by the system, or the machine with it.
 
     python -m retentive.bench.lab.isolated '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'    one JSON line
 """
@@ -33,7 +33,7 @@ def tensors(one: Rival, work: Work, share: list[Tensor] | None = None) -> list[T
 
 
 def flat(work: Work, several: list[Rival]) -> list[Tensor]:
-    """Normal numbers, enough for the q, k, v and gradient of o of any of the rivals."""
+    """Normal numbers, four flat tensors, each long enough for the q, k, v or gradient of o of any of the rivals."""
     generator = torch.Generator(work.device).manual_seed(0)
     sizes = [max(_size(one.shapes[n]) for one in several) for n in range(4)]
     return [torch.randn(n, generator=generator, device=work.device, dtype=work.torch_dtype) for n in sizes]
@@ -62,7 +62,8 @@ def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     both(one, tensors(one, short))
     one = rivals.make(name, work, chunk)
     inputs, outputs = tensors(one, work), list[Tensor]()
-    before = reset_peak_memory(device)
+    before = reset_peak_memory(device)  # after the inputs, which do not count
+    # o is held in a list: between the two clocks it keeps the graph alive
     ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
     back = clock(device, lambda: outputs[0].backward(inputs[3]))
     return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": peak_memory(device) - before}
@@ -76,12 +77,12 @@ def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str,
     """
     if torch.device(work.device).type == "cuda":
         torch.cuda.empty_cache()
-        measure(name, work, chunk)  # kernels are compiled for each new shape
+        measure(name, work, chunk)  # the first pass compiles kernels for this shape
         return measure(name, work, chunk)
     task = {"name": name, "work": asdict(work), "chunk": chunk, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "retentive.bench.lab.isolated", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == -9:  # by the system, which had none left
+    if done.returncode == -9:  # SIGKILL: the system had no memory left
         return {"skipped": NO_MEMORY}
     if done.returncode:
         raise ChildProcessError(f"{name} failed at T={work.T}: {(done.stderr.strip() or '?').splitlines()[-1]}")
@@ -89,11 +90,12 @@ def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str,
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether an allocator raised it: torch's on a CPU has no class of its own for that."""
+    """Whether it was raised for want of memory: torch raises a plain RuntimeError for that on a CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def main(argument: str) -> None:
+    """Prints the result of `measure` for a task in JSON, as one line of JSON: the child of `in_own_process`."""
     task = json.loads(argument)
     torch.set_num_threads(task["threads"])
     take_no_more_than_is_free()

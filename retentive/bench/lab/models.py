@@ -2,7 +2,7 @@
 
 retnet        the RetNet itself
 transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
-grouped       the twin with one head of keys and values for four of queries (or the next number that divides)
+grouped       the twin with one head of keys and values for every four of queries (or nearly: the number must divide)
 llama         Llama of the transformers library with its static cache, where that is installed: another engine
 """
 
@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def config_of(name: str, config: RetNetConfig) -> Config:
-    """The config of a rival of the RetNet."""
+    """The config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
     if name == "llama":
         return peer(config, "llama")
     if name == "grouped":
@@ -37,7 +37,7 @@ def config_of(name: str, config: RetNetConfig) -> Config:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The names whose models can be made here.
+    """The names in the order of NAMES, without those whose package is not installed.
 
     Raises:
         ValueError: an unknown name; RetNet, to which all others are compared, not among them.
@@ -49,7 +49,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The rival with random weights, the same every time."""
+    """The model with random weights, the same at every call, ready for inference."""
     torch.manual_seed(0)
     return build(config_of(name, config)).to(device, dtype).eval()
 
@@ -86,6 +86,7 @@ def check_decoding(model: LanguageModel, length: int = 48) -> float:
         logits, state = model(ids[:, t : t + 1], state)
         parts.append(logits)
     worst = float((torch.cat(parts, 1) - want).abs().max())
+    # one rounding to bf16 is off by 2^-8 of a number at most
     bound = TOLERANCE if want.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
     if not worst <= bound:
         raise ArithmeticError(

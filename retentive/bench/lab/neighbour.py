@@ -28,7 +28,7 @@ print(flush=True)
 while os.getppid() == parent:
     sum(range(100_000))
 """
-"""A plain loop, which ends by itself where whoever began it has died."""
+"""A plain loop that ends by itself when its parent process has died."""
 
 
 @contextmanager
@@ -37,15 +37,15 @@ def neighbour() -> Iterator[subprocess.Popen]:
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
-            process.stdout.readline()  # it is at work
+            process.stdout.readline()  # an empty line: it is running now, and not still starting
             yield process
         finally:
             process.kill()
 
 
 def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) -> dict[str, Any]:
-    """Seconds of `run` alone and beside a neighbour, in turns, and the part of its speed that it keeps."""
-    run()
+    """Seconds of `run` alone and beside a neighbour, interleaved, and the share of its speed that it keeps (`kept`)."""
+    run()  # warms up
     once = machine.clock(device, run)
     times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
 

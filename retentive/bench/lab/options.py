@@ -9,11 +9,11 @@ from retentive.machine import pick_device
 from retentive.models import RetNetConfig, preset
 
 Say = Callable[[str], object]
-"""Hears a line now and then, while a bench is at work."""
+"""Called with a line of progress now and then."""
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """A `Say` that drops the lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,11 @@ class Sized:
 
     @property
     def config(self) -> RetNetConfig:
-        """Of the RetNet; ValueError for an unknown size."""
+        """The RetNet's config.
+
+        Raises:
+            ValueError: an unknown size.
+        """
         return preset(self.size, vocab_size=self.vocab_size)
 
 
@@ -40,9 +44,13 @@ class OnDevice:
 
     @property
     def torch_device(self) -> torch.device:
-        """ValueError for a device that is not here, or that benches don't measure."""
+        """The device.
+
+        Raises:
+            ValueError: a device that this machine does not have, or that benches don't measure.
+        """
         name = self.device
-        if name == "auto":
+        if name == "auto":  # not pick_device's own "auto", which may be MPS
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = pick_device(name)
         if device.type not in ("cpu", "cuda"):
@@ -51,5 +59,5 @@ class OnDevice:
 
 
 def words(names: Sequence[str]) -> list[str]:
-    """Names, also where there are commas between them."""
+    """The names one by one: `--dtypes fp32 bf16` and `--dtypes fp32,bf16` mean the same."""
     return [part for name in names for part in name.split(",") if part]

@@ -5,7 +5,7 @@ from textwrap import fill
 from typing import Any
 
 STYLES = {"fp32": "-", "bf16": "--", "fp16": ":"}
-"""Lines of the dtypes."""
+"""The line style of each dtype, in all pictures."""
 
 
 def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
@@ -24,18 +24,18 @@ def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5,
 
 
 def tokens(n: int) -> str:
-    """8192 as 8k."""
+    """A number of tokens in short: 8192 is 8k."""
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
 def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> None:
-    """Logarithmic axes with these ticks along x, and round numbers along y."""
+    """Makes both axes logarithmic, with these ticks along x and round numbers along y; call it after plotting."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, names)
     axis.set_yscale("log")
-    low, high = axis.get_ylim()
+    low, high = axis.get_ylim()  # of what is plotted so far: over few decades 1, 2 and 5 get ticks, over many 1 alone
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if y < 100 else f"{y:,.0f}"))
     for part in (axis.xaxis, axis.yaxis):
@@ -45,7 +45,7 @@ def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> 
 
 
 def linear(axis: Any) -> None:
-    """A y axis of fractions, from 0, with a line at 1."""
+    """Makes the y axis one of percentages, from 0, with a line at 100%."""
     from matplotlib.ticker import AutoLocator, PercentFormatter
 
     axis.set_yscale("linear")
@@ -60,6 +60,7 @@ def legend(figure: Any, axes: Any) -> None:
     handles = {
         name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    # a row for each dtype where there is room
     dtypes = [dtype for dtype in STYLES if any(name.endswith(dtype) for name in handles)]
     order = sorted(handles, key=lambda name: [name.endswith(dtype) for dtype in dtypes], reverse=True)
     columns = max(len(handles) // max(len(dtypes), 1), 1)
@@ -71,5 +72,5 @@ def legend(figure: Any, axes: Any) -> None:
 
 
 def _by_columns(names: list[str], columns: int) -> list[str]:
-    """Rows of names in the order in which a legend fills its columns."""
+    """The names reordered so that they read row by row: matplotlib fills a legend column by column."""
     return [name for n in range(columns) for name in names[n::columns]]

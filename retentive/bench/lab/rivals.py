@@ -39,9 +39,9 @@ class Rival:
     shapes: tuple[tuple[int, ...], ...]
     """Of q, k, v and o."""
     flops: Callable[[Work], int]
-    """Forward and backward, for any length: from them its time is estimated."""
+    """FLOPs of forward and backward for any length: from them the time of a long pass is estimated."""
     backend: str
-    """What computes it."""
+    """The code that computes it, for the table."""
     chunk: int | None = None
 
 
@@ -54,7 +54,7 @@ def missing(rival: str, device: torch.device) -> str | None:
 
 
 def version(rival: str) -> str:
-    """The rival's version, as its package tells it."""
+    """The version of the rival's package; "?" where that is not installed as one."""
     try:
         return importlib.metadata.version({"sdpa": "torch", "fla": "flash-linear-attention"}.get(rival, rival))
     except importlib.metadata.PackageNotFoundError:
@@ -87,7 +87,7 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
         )  # fmt: skip
     from fla.ops.retention import chunk_retention
 
-    # older ones took heads before tokens unless told otherwise
+    # older versions expect [B,H,T,n] unless head_first is false; newer ones have no such argument
     layout = {"head_first": False} if "head_first" in inspect.signature(chunk_retention).parameters else {}
     return Rival(
         lambda q, k, v: chunk_retention(q, k, v, **layout)[0],
@@ -96,8 +96,9 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
 
 
 def taken(work: Work, name: str) -> tuple[str, int]:
-    """The backend that `name` comes to for this work, and the length of its chunks."""
+    """(backend, chunk length) that `backend=name` comes to for this work."""
     q, v = (torch.empty(1, 1, work.H, n, dtype=work.torch_dtype, device=work.device) for n in (work.K, work.V))
+    # the choice looks at shapes, dtypes and devices only: expanded and meta tensors have those and take no memory
     q, v = (x.expand(work.B, work.T, *x.shape[2:]) for x in (q, v))
     state = torch.empty(work.B, work.H, work.K, work.V, device="meta")
     call = backends.Call(q, q, v, log_decay("paper", work.H, device=q.device), 1.0, state, "auto", None, None)
@@ -113,7 +114,7 @@ def taken(work: Work, name: str) -> tuple[str, int]:
 def torchscale(work: Work, chunk: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """torchscale's chunkwise algorithm: (q, k, v) -> o `[B,T/C,C,H,V]`, each row divided by a positive number.
 
-    Of its layer the algorithm needs three numbers, and the decays that RetNetRelPos would hand it.
+    Its method is called without its layer: of `self` it needs three numbers, and the decays come from a formula.
     """
     from torchscale.component.multiscale_retention import MultiScaleRetention
 
@@ -125,7 +126,7 @@ def torchscale(work: Work, chunk: int) -> Callable[[Tensor, Tensor, Tensor], Ten
 def torchscale_decays(
     H: int, C: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What RetNetRelPos hands to the chunkwise algorithm, from the formulas: with gamma of the head and i, j < C,
+    """What torchscale's RetNetRelPos gives to its chunkwise algorithm, by formula. For gamma of the head and i, j < C:
 
     inside a chunk   gamma^(i-j) / sqrt(r_i)         r_i = 1 + gamma + … + gamma^i, the row's sum
     chunk to chunk   gamma^C

@@ -56,7 +56,7 @@ class Work:
         return self.qkvo_bytes * (2 if backward else 1)
 
     def flops(self, chunk: int, *, backward: bool) -> int:
-        """Of the chunkwise form; the last chunk has the tokens that are left."""
+        """FLOPs of the chunkwise form; the last chunk has the tokens that are left."""
         full, left = divmod(self.T, chunk)
         per_head = full * pairs(chunk) * 2 * (self.K + self.V) + pairs(left) * 2 * (self.K + self.V)
         per_head += 4 * self.T * self.K * self.V
@@ -77,10 +77,10 @@ def pairs(n: int) -> int:
 class Limit(NamedTuple):
     seconds: float
     by: str
-    """compute or memory."""
+    """What takes that long: "compute" or "memory"."""
 
 
 def limit(flops: float, nbytes: float, flops_rate: float, byte_rate: float) -> Limit:
-    """The time that the slower of computing and moving takes at these rates."""
+    """The longer of the two times, of computing at `flops_rate` (FLOP/s) and of moving at `byte_rate` (bytes/s)."""
     compute, memory = flops / flops_rate, nbytes / byte_rate
     return Limit(compute, "compute") if compute >= memory else Limit(memory, "memory")

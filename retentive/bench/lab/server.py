@@ -30,13 +30,13 @@ def server(model: LanguageModel, tokenizer: Tokenizer, *options: str) -> Iterato
                 line = process.stderr.readline()
                 if "serving" not in line:
                     raise OSError(f"the server did not start: {line.strip()}")
-                aside.submit(_pass_on, process.stderr)  # a full pipe would stop it
+                aside.submit(_pass_on, process.stderr)  # a full pipe would block the server
                 yield process, int(line.rsplit(":", 1)[1])
-            finally:
+            finally:  # before the thread pool waits for `_pass_on`, which ends when the process has
                 process.kill()
 
 
 def _pass_on(lines: Iterable[str]) -> None:
-    """What the server says, for whoever watches."""
+    """Prints what the server writes to stderr."""
     for line in lines:
         print("server:", line, end="", file=sys.stderr)

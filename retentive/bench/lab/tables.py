@@ -1,4 +1,4 @@
-"""What the tables of benches share: checks of what was asked for, numbers for people, Markdown."""
+"""What benches share: checks of their options, numbers with units for people, Markdown tables."""
 
 from collections.abc import Collection, Sequence
 
@@ -19,7 +19,7 @@ def at_least_one(what: str, numbers: Sequence[int]) -> None:
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, all but the first column to the right; nothing where there are no lines."""
+    """A Markdown table, all but the first column aligned to the right; "" where there are no lines."""
     if not lines:
         return ""
     rule = ["---:" if n else "---" for n in range(len(heads))]
@@ -27,18 +27,18 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def span(values: Sequence[float]) -> str:
-    """The lowest and the highest, or the one that both round to."""
+    """The least and the most of the values, rounded, as "12 to 34"; one number where both round to that."""
     low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
     return low if low == high else f"{low} to {high}"
 
 
 def duration(seconds: float) -> str:
-    """Three digits in s, ms or us."""
+    """Seconds as text, three digits in s, ms or us."""
     unit, name = next(u for u in ((1, "s"), (1e-3, "ms"), (1e-6, "us")) if seconds >= u[0] or u[1] == "us")
     return f"{float(f'{seconds / unit:.3g}'):g} {name}"
 
 
 def size(nbytes: float) -> str:
-    """In GB, MB or kB."""
+    """Bytes as text, three digits in GB, MB or kB (of 1000, not 1024)."""
     unit, name = next(u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u[0] or u[1] == "kB")
     return f"{float(f'{nbytes / unit:.3g}'):g} {name}"

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 MAX_K, MAX_V = 256, 512
-SHORTEST = 16
+SHORTEST = 16  # rows of the smallest tile that tensor cores take
 MAX_INT = 2**31 - 1
 
 
@@ -46,7 +46,7 @@ def refuses(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int 
 
 
 def refuses_shapes(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int = 0) -> str | None:
-    """`refuses` but for the device."""
+    """Why q and v cannot be taken, whatever their device; None if they can."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -61,6 +61,7 @@ def refuses_shapes(q: Tensor, v: Tensor, chunk_size: int | None = None, sequence
         return f"chunk_size must be a power of two from {SHORTEST} to {longest} here, got {C}"
     row = tiles.tiles_for(q, C)
     slots, widest = B * triton.cdiv(T, C) + sequences, triton.cdiv(max(K, V), min(row.read.columns, max(K, V)))
+    # a grid has at most 2^31 - 1 programs, and offsets inside a tile are int32
     programs = H * max(slots * widest, max(B, sequences) * row.scan.within(K, V).needed(K, V))
     if programs > MAX_INT or B * T > MAX_INT or C * H * max(K, V) > MAX_INT:
         return f"B {B}, T {T} and H {H} are more than its grids and tiles can count"
@@ -79,7 +80,7 @@ def triton_retention(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """(o `[B,T,H,V]`, state `[N,H,K,V]`); the arguments are those of `blocked`."""
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of q
         return chunkwise(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
 
 

@@ -59,6 +59,7 @@ def decay_gradient(
     product_CC = score_CC * dscore_CC * decay_CC * scale
     dG_C = tl.sum(product_CC, 1) - tl.sum(product_CC, 0)
 
+    # <S, dS>, the gradient of the whole chunk's decay
     kept_KV = tl.zeros([BK, BV], tl.float32)
     for begin_K in range(0, K, BK):
         for begin_V in range(0, V, BV):
@@ -117,6 +118,7 @@ def chunkwise_backward(
     do, dstate, q, k, v, state = (x.contiguous() for x in (do, dstate, q, k, v, state))
     at = chunks_of(q, log_decay, cu_seqlens, scale, C)
     learned = log_decay.ndim == 3
+    # the states are computed again and not kept, so that training memory is that of q, k and v
     before, _ = run_scan(k, v, state, at, backward=False)
     after, dinitial = run_scan(q, do, dstate, at, backward=True)
     dv, _ = run_read(k, q, do, after, at, backward=True)

@@ -71,9 +71,9 @@ def token_step(
         k_RK = tl.load(ring_k + slot_R[:, None] * K + k_K[None, :], mask=is_old[:, None] & mask_K[None, :], other=0.0)
         k_RK = tl.where(is_new[:, None], k_new_K[None, :], k_RK).to(tl.float32)
         score_R += tl.sum(q_K[None, :] * k_RK, 1)
-        if tile == 0:
+        if tile == 0:  # all tiles of a head have the same k
             tl.store(ring_k + new_slot * K + k_K, k_new_K, mask=mask_K)
-        if held == R:
+        if held == R:  # the F oldest are folded; the new token is not among them, so all are in their slots
             k_KR = tl.load(
                 ring_k + slot_R[None, :] * K + k_K[:, None], mask=(j < F)[None, :] & mask_K[:, None], other=0.0
             )
@@ -135,5 +135,6 @@ def decode_step(
             K=K, V=V, R=R, BR=max(16, triton.next_power_of_2(R)), BK=tile.rows, BV=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        # a kernel of its own: only at its launch have all programs of the step read the counts
         count[(triton.cdiv(B, 128),)](written, folded, B, R=R, BLOCK=128, num_warps=4)
     return o

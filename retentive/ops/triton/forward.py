@@ -78,7 +78,7 @@ def decays(log_decay, head, h, left, H, C: tl.constexpr, PER_TOKEN: tl.constexpr
     return since_C, tl.minimum(total - since_C, 0.0), total
 
 
-@triton.jit(do_not_specialize=["T", "scale"])
+@triton.jit(do_not_specialize=["T", "scale"])  # else it compiles anew where T is 1 or divides by 16
 def scan(
     x, y, log_decay, initial, before, final, cu, T, scale, H,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -100,7 +100,7 @@ def scan(
     at_KV = k_K[:, None] * V + v_V[None, :]
     mask_KV = (k_K[:, None] < K) & (v_V[None, :] < V)
     S_KV = tl.load(initial + nh.to(tl.int64) * (K * V) + at_KV, mask=mask_KV, other=0.0)
-    chunks = tl.cdiv(length, C)
+    chunks = tl.cdiv(length, C)  # the only loop along time: all else is parallel in T
     for step in range(0, chunks):
         if BACKWARD:
             chunk = chunks - 1 - step
@@ -108,7 +108,7 @@ def scan(
             chunk = step
         tl.store(before + ((first + chunk) * H + h) * (K * V) + at_KV, S_KV.to(before.dtype.element_ty), mask=mask_KV)
         left = length - chunk * C
-        head = (start + chunk * C) * H + h
+        head = (start + chunk * C) * H + h  # index of the chunk's first token in [BT,H]
         x_KC = tl.load(x + head * K + at_KC, mask=(i < left)[None, :] & (k_K < K)[:, None], other=0.0)
         y_CV = tl.load(y + head * V + at_CV, mask=(i < left)[:, None] & (v_V < V)[None, :], other=0.0)
         since_C, to_end_C, total = decays(log_decay, head, h, left, H, C, PER_TOKEN)
@@ -136,7 +136,7 @@ def read(
     tile, mh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     slot, h = (mh // H).to(tl.int64), mh % H
     token, left = place_of(slot, cu, sequence, T, C)
-    if left <= 0:
+    if left <= 0:  # an empty slot
         return
     i = tl.arange(0, C)
     head = token * H + h
@@ -172,6 +172,7 @@ def read(
     decay_CC = tl.exp(tl.where(seen_CC, tl.minimum(lag_CC, 0.0), float("-inf")))
     score_CC = (score_CC * (scale * decay_CC)).to(z.dtype.element_ty)
     from_state_CO = from_state_CO * w_C[:, None]
+    # each tile of O has a share of its own, summed by the reader: no atomics, the same bits every time
     if own is not None:
         own_CO = tl.load(own + head * O + at_CO, mask=mask_CO, other=0.0)
         share_C = tl.sum(own_CO.to(tl.float32) * from_state_CO, 1)
@@ -196,13 +197,14 @@ class Chunks(NamedTuple):
 
 
 def chunks_of(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, scale: float, C: int) -> Chunks:
+    """How the tokens of q `[B,T,H,K]` lie in chunks of C; for packed sequences without a wait for the device."""
     B, T = q.shape[:2]
     tiles, log_decay = tiles_for(q, C), log_decay.contiguous()
     if cu_seqlens is None:
         return Chunks(tiles, C, log_decay, scale, B, T, B * triton.cdiv(T, C), None, None)
     cu = cu_seqlens.to(device=q.device, dtype=torch.int64)
     N = len(cu) - 1
-    slots = T // C + N
+    slots = T // C + N  # at most so many chunks, however the sequences are cut: the exact number is on the device
     first_N = cu[:-1] // C + torch.arange(N, device=q.device)
     sequence = torch.searchsorted(first_N, torch.arange(slots, device=q.device), right=True) - 1
     return Chunks(tiles, C, log_decay, scale, N, T, slots, cu, sequence)

@@ -1,4 +1,4 @@
-"""The tile table: how large a piece one program takes, by GPU and width of the operands.
+"""The tile table: how large a tile one program takes, by GPU and width of the operands.
 
 Chosen by what the compiler reports (tests/ops/triton/compile_report.py) for states of up to 256 x 512: no register
 spills, shared memory within the limit, tensor cores in use. Among those, a wide `read` and a long chunk: `read`
@@ -14,6 +14,8 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
+    """What one program holds at a time, and the warps and pipeline stages that it is compiled for."""
+
     rows: int  # of the state tile: K in `scan`, the side summed over in `read`
     columns: int  # V in `scan`, the side that comes out in `read`
     warps: int
@@ -31,7 +33,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A row of the table; its chunk is the default and the longest."""
+    """A row of the table: a tile for each kernel. `chunk`, in tokens, is the default and the longest."""
 
     chunk: int
     scan: Tile
@@ -58,10 +60,10 @@ TABLE = {
 """By family and kind: bfloat16 and float16 ("half"), float32 multiplied as TF32, and exactly ("ieee")."""
 
 STEP = Tile(64, 32, 4, 1)
-"""Of the state in the decode step, on any GPU: narrow, so that one row of 8 heads gives most processors something."""
+"""Of the state in the decode step, on any GPU: narrow, so that one row of 8 heads keeps most multiprocessors busy."""
 
 
-@torch.compiler.assume_constant_result  # Dynamo has no graph for it; so for the GPU's name below
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the call; the same for the GPU's family below
 def precision() -> str:
     """How float32 is multiplied: exactly, or as TF32 where torch's own switch allows that for its products."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -77,6 +79,7 @@ def family(capability: tuple[int, int]) -> int | None:
 
 @torch.compiler.assume_constant_result
 def device_family(index: int) -> int | None:
+    """The family of the GPU with this index, None where the table has none for it."""
     return family(torch.cuda.get_device_capability(index))
 
 
