@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+# A suite begun in the background of a shell inherits an ignored Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

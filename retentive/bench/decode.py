@@ -26,6 +26,7 @@ from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
+from retentive.infer.generate import step_threads
 from retentive.models import KVCache, RetNetConfig, cost
 
 LATENCY_AT = 8192
@@ -138,8 +139,9 @@ class Rival:
 
     def step(self, ids: Tensor, state: Any) -> Any:
         """The state after one more token of each sequence; its logits are computed and dropped."""
-        x, state = self.model.hidden(ids, state)
-        self.model.head(x)
+        with step_threads(self.model, len(ids), state):  # as everything that decodes
+            x, state = self.model.hidden(ids, state)
+            self.model.head(x)
         return state
 
     def remembers(self, batch: int, context: int) -> int:

@@ -58,9 +58,12 @@ def report(run: Path, data: Packed) -> dict[str, Any]:
     final = [[r["bytes"], r["final_bits_per_byte"]] for r in records if "final_bits_per_byte" in r]
     if not steps or not final:
         raise ValueError(f"the run at {run} has no last evaluation yet: let it end (retentive train … --resume)")
-    options = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    command = options["command"]
-    tokens_per_step = command["batch"] * command["length"] * options["train"]["accumulate"]
+    try:
+        options = json.loads((run / "train.json").read_text(encoding="utf-8"))
+        command = options["command"]
+        tokens_per_step = command["batch"] * command["length"] * options["train"]["accumulate"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{run / 'train.json'} does not say how the run was made: it is damaged") from None
     every = max(len(steps) // 200, 1)  # steps of a mean
     return {
         "what": "training run",

@@ -1,5 +1,6 @@
 """Rows of every task against the prompts that lm-eval 0.4.13 makes of them, written out; and rows that are refused."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -143,8 +144,12 @@ def test_names_and_places(tmp_path, refuses):
 
 def test_a_csv_file_with_an_open_quotation(tmp_path, refuses):
     (tmp_path / "storycloze.csv").write_text('a,b\n1,"' + "x" * 140_000, encoding="utf-8")
-    with refuses("storycloze.csv line 1: field larger than field limit"):
-        parse(TASKS["storycloze"], tmp_path / "storycloze.csv")
+    limit = csv.field_size_limit(131_072)  # the process's own, which `retentive data` raises
+    try:
+        with refuses("storycloze.csv line 1: field larger than field limit"):
+            parse(TASKS["storycloze"], tmp_path / "storycloze.csv")
+    finally:
+        csv.field_size_limit(limit)
 
 
 def test_the_authors_csv_of_storycloze(tmp_path):
