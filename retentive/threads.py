@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-SPIN = "1500"
+SPIN = "2000"
 """Iterations of GNU OpenMP's waiting loop, some microseconds. With fewer, threads are asleep when the next region
 begins on an idle machine; with more, they hold the core that another process is waiting for."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

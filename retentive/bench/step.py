@@ -26,6 +26,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
 from retentive.bench.lab.roofline import DTYPES
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
-from retentive.ops import Ring, backends, retention_step
+from retentive.ops import Ring, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
 from retentive.ops.ring import slots
@@ -130,7 +131,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 def backend(device: torch.device, dtype: str) -> str:
     """The code that computes a step with a ring here, for the table."""
-    if device.type == "cuda" and "triton" in backends.BACKENDS:
+    if device.type == "cuda" and find_spec("triton") is not None:
         return "triton"
     return "cpu" if device.type == "cpu" and cpu_module.unavailable(DTYPES[dtype]) is None else "torch"
 

@@ -6,6 +6,7 @@ Here are the checks, the choice between chunks and single steps, and `using`, wh
 idea itself is in `reference.py`, the code that computes it in `backends.py`.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -111,6 +112,7 @@ _forced_in_graphs: _Choices | None = None
 _entered: list[_Choices] = []
 """The open `using` blocks of all threads; graphs follow the last one entered. Threads leave theirs in any order, hence
 a list and not one previous value."""
+_entering = threading.Lock()
 
 
 @contextmanager
@@ -136,19 +138,21 @@ def using(*, form: str | None = None, backend: str | None = None, chunk_size: in
     outer = _forced.get() or _Choices()
     inner = _Choices(form or outer.form, chunk_size or outer.chunk_size, backend or outer.backend)
     token = _forced.set(inner)
-    _force_in_graphs([*_entered, inner])
+    _force_in_graphs(inner, enter=True)
     try:
         yield
     finally:
         _forced.reset(token)
-        # `is`, not `==`: another thread may force the same
-        _force_in_graphs([each for each in _entered if each is not inner])
+        _force_in_graphs(inner, enter=False)
 
 
-def _force_in_graphs(entered: list[_Choices]) -> None:
+def _force_in_graphs(choices: _Choices, *, enter: bool) -> None:
     global _forced_in_graphs
-    _entered[:] = entered
-    _forced_in_graphs = entered[-1] if entered else None
+    with _entering:  # threads enter and leave in any order
+        # `is`, not `==`: another thread may force the same
+        others = [each for each in _entered if each is not choices]
+        _entered[:] = [*others, choices] if enter else others
+        _forced_in_graphs = _entered[-1] if _entered else None
 
 
 def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int | None, str]:
@@ -204,7 +208,7 @@ def retention_step(
     """
     if not torch.compiler.is_compiling() and isinstance(state, Ring) and not torch.is_grad_enabled():
         plan = state.plan  # made at the first token, which was checked: from the second on nothing is looked up again
-        if plan is not None and plan.fits(q, k, v, log_decay):
+        if plan is not None and not transformed() and plan.fits(q, k, v, log_decay):
             return plan.run(q, k, v, log_decay, plan.scale if scale is None else scale), state
     _check_qkv(q, k, v, ndim=3)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

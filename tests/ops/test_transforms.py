@@ -88,7 +88,13 @@ def test_a_ring_has_no_derivative_and_retention_takes_its_state(refuses, same):
     ring, d = Ring.open(state.clone(), state.dtype), torch.randn_like(q)
     with refuses("a ring is updated in place and has no gradients"):
         torch.func.jvp(lambda q: retention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state=ring)[0], (q,), (d,))
+    used = Ring.open(state.float(), torch.float32)
+    one = [x[:, 0].float() for x in (q, k, v)]
     with torch.no_grad():
+        retention_step(*one, log_decay.float(), state=used)  # from now on in its plan
+        with forward_ad.dual_level(), refuses("a ring is updated in place and has no gradients"):
+            dual = forward_ad.make_dual(one[0], torch.randn_like(one[0]))
+            retention_step(dual, *one[1:], log_decay.float(), state=used)
         got = torch.func.jvp(lambda q: retention(q, k, v, log_decay, state=ring)[0], (q,), (d,))[1]
     same(got, retention(d, k, v, log_decay, state=state)[0], EXACT)  # o is linear in q
     assert not ring.written.any()
