@@ -3,8 +3,8 @@
 Between two parallel regions OpenMP's threads spin, for milliseconds at a time, as if no other program were running.
 Beside another busy process that stalls a program: a region ends when its last thread does, and that one waits for a
 core which another thread is spinning on. With the default, decoding with a model of 130 M parameters falls to a third
-of its speed beside one busy process on one of two cores, and with a longer spin to a tenth; a bounded spin keeps half
-of it and costs nothing on an idle machine (docs/threads.md has the figures).
+of its speed beside one busy process on one of two cores, and with a longer spin to a tenth. A bounded spin, and a core
+left to whoever is met there, keep more than half of it (docs/threads.md has the figures).
 
 This module does not import torch: `bound_spinning` must run before torch is loaded.
 """
@@ -12,9 +12,15 @@ This module does not import torch: `bound_spinning` must run before torch is loa
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 
-SPIN = "2000"
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+SPIN = "3000"
 """Iterations of GNU OpenMP's waiting loop, some microseconds. With fewer, threads are asleep when the next region
 begins on an idle machine; with more, they hold the core that another process is waiting for."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -41,18 +47,56 @@ def bound_spinning() -> bool:
 
 @contextlib.contextmanager
 def threads_for(multiply_adds: int) -> Iterator[int]:
-    """Runs the block with as many threads as the work is worth, at most as many as there were; yields their number.
+    """As many threads as the work is worth, at least one and at most as many as there were; those are back afterwards.
 
-    A token of a small model is over before a second thread has begun, and one thread alone waits for no other.
+    A token of a small model is over before a second thread has begun, and alone a thread waits for nobody. Where
+    neighbours were met a moment ago their cores are left to them: one thread is then faster than two that wait for
+    each other.
     """
-    import torch  # see the module: it must be possible to import this one first
+    import torch
 
     before = torch.get_num_threads()
-    threads = max(1, min(before, multiply_adds // WORK_PER_THREAD))
+    threads = max(1, min(before - _neighbours.cores(), multiply_adds // WORK_PER_THREAD))
     if threads != before:
         torch.set_num_threads(threads)
+    began, preempted = time.monotonic(), preemptions()
     try:
         yield threads
     finally:
         if threads != before:
             torch.set_num_threads(before)
+        if threads > 1:
+            _neighbours.look(preemptions() - preempted, time.monotonic() - began)
+
+
+def preemptions() -> int:
+    """How often the system has taken a core away from this process; 0 where it does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
+
+class Neighbours:
+    """How many cores other processes seem to need.
+
+    A thread that spins beside a neighbour is preempted over a thousand times a second, on a quiet machine thirty times.
+    """
+
+    CROWDED = 300.0
+    """Preemptions a second that tell of a neighbour."""
+    AT_LEAST = 5
+    """Of them, for work so short that a few would be as many."""
+    SECONDS = 1.0
+    """After so long all cores are tried again."""
+
+    def __init__(self) -> None:
+        self._cores, self._until = 0, 0.0
+
+    def cores(self) -> int:
+        return self._cores if time.monotonic() < self._until else 0
+
+    def look(self, preempted: int, seconds: float) -> None:
+        """Take note of work that several threads did."""
+        if preempted > max(self.CROWDED * seconds, self.AT_LEAST):
+            self._cores, self._until = self.cores() + 1, time.monotonic() + self.SECONDS
+
+
+_neighbours = Neighbours()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from retentive.threads import SPIN, WAITING, threads_for
+from retentive.threads import SPIN, WAITING, Neighbours, threads_for
 
 SAYS = """
 import os, sys
@@ -57,5 +57,38 @@ def test_threads_go_with_the_work_and_come_back(work, want):
         with pytest.raises(KeyError), threads_for(work):
             raise KeyError
         assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cores_are_left_to_neighbours_for_a_while(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("retentive.threads.time.monotonic", lambda: now)
+    neighbours = Neighbours()
+    neighbours.look(4, 0.001)  # many a second, but only a few
+    neighbours.look(29, 0.1)
+    assert neighbours.cores() == 0
+    neighbours.look(31, 0.1)
+    assert neighbours.cores() == 1
+    neighbours.look(31, 0.1)  # there is another one
+    assert neighbours.cores() == 2
+    now = 0.9
+    assert neighbours.cores() == 2
+    now = 1.0
+    assert neighbours.cores() == 0
+
+
+def test_beside_a_neighbour_a_thread_less_is_taken(monkeypatch):
+    counts = iter([0, 1000, 1000, 1000, 1000])
+    monkeypatch.setattr("retentive.threads.preemptions", lambda: next(counts))
+    monkeypatch.setattr("retentive.threads._neighbours", Neighbours())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(10**9) as first:
+            pass
+        with threads_for(10**9) as second:
+            pass
+        assert (first, second) == (2, 1) and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -161,7 +161,7 @@ def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table
     per_step = {"quiet_seconds": 0.003, "beside_seconds": 0.006}  # a run is of two steps
     assert result["neighbour"] == {"batch": 1, "context": 8, **seconds, **per_step} and ran == [None]
     last = decode.table(result).splitlines()[-1]
-    assert "a step of RetNet (batch 1, context 8) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads at most)" in last
+    assert "a step of RetNet (batch 1, context 8) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads)" in last
     assert "neighbour" not in measured(models=("retnet",), contexts=(8,), batches=(1,))
 
 

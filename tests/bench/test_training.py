@@ -134,7 +134,7 @@ def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table
     monkeypatch.setattr(training.neighbour, "speed_kept", lambda run, *_, **__: ran.append(run()) or found)
     result = measured(neighbour=True)
     assert result["neighbour"] == {"length": 16, "batch": 5, **found} and ran == [None]
-    line = "a training step of RetNet (5 x 16 tokens) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads at most)"
+    line = "a training step of RetNet (5 x 16 tokens) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads)"
     assert line in training.table(result).splitlines()[-1]
 
 

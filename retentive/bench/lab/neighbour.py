@@ -71,5 +71,5 @@ def note(found: dict[str, Any], of: str) -> str:
     return (
         f"- Beside one other busy process, {of} keeps {found['kept']:.0%} of its speed: "
         f"{duration(found['beside_seconds'])} instead of {duration(found['quiet_seconds'])} "
-        f"({found['threads']} threads at most)."
+        f"({found['threads']} threads)."
     )

@@ -68,7 +68,7 @@ def test_quiet_and_beside_are_measured_in_turns(monkeypatch):
     line = neighbour.note(found, "a step")
     assert (
         line
-        == f"- Beside one other busy process, a step keeps 25% of its speed: 4 s instead of 1 s ({threads} threads at most)."
+        == f"- Beside one other busy process, a step keeps 25% of its speed: 4 s instead of 1 s ({threads} threads)."
     )
 
 
