@@ -9,6 +9,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from retentive.bench.lab.tables import duration
 
 LONG_ENOUGH = 0.5
 """Seconds of a timed repetition, at least: many times as long as a scheduler lets a process run."""
+SETTLE = 1.2
+"""Seconds after which nobody makes room any more for a neighbour who has gone (`retentive.threads.Neighbours`)."""
 BUSY = """
 import os
 parent = os.getppid()
@@ -49,12 +52,16 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
     once = machine.clock(device, run)
     times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
 
-    def quiet() -> float:
+    def timed() -> float:
         return machine.clock(device, lambda: [run() for _ in range(times)]) / times
+
+    def quiet() -> float:
+        time.sleep(SETTLE)
+        return timed()
 
     def beside() -> float:
         with neighbour():
-            return quiet()
+            return timed()
 
     found = list(turns({"quiet": quiet, "beside": beside}, repeats))
     return {
