@@ -39,7 +39,7 @@ from retentive.infer.memory import Memory, blank
 from retentive.infer.merge import chain, chain_errors, keep_size, merge
 from retentive.infer.reading import ingest
 from retentive.models import RetNet, RetNetConfig, preset
-from retentive.ops import decay
+from retentive.studies.compare.variants import short_head
 from retentive.studies.prompting_tasks import NAMES, SHOWN, Files, Texts, activities, kinds, line, split, tasks
 
 GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
@@ -73,14 +73,6 @@ class Options(Files):
 
 
 # training on tasks
-
-
-def decays(heads: int) -> tuple[float, ...]:
-    """log(gamma) of each head: the paper's, except that the first keeps 1/e of its state from token to token.
-
-    It sees little more than the last two tokens, which is how a model finds out what stood before the present one.
-    """
-    return (-1.0, *decay.values("lm", heads)[1:])
 
 
 def learn(
@@ -165,7 +157,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def train_model(options: Options, families: Sequence[Mapping[str, Sequence[str]]], say: Say) -> None:
     """Writes a model trained on tasks from these texts, with its tokenizer, to `out`."""
     tokenizer = train_bpe((d.text for d in tasks(families, 3000, seed=1)), 4096)
-    config = preset(options.size, vocab_size=tokenizer.vocab_size, heads=4, decay=decays(4))
+    config = preset(options.size, vocab_size=tokenizer.vocab_size, heads=4, decay=short_head(4))
     save_model(options.out, learn(config, tokenizer, families, steps=options.steps, say=say), tokenizer)
 
 

@@ -11,6 +11,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
 from retentive.studies import prompting
+from retentive.studies.compare.variants import short_head
 from retentive.studies.prompting import WAYS, Options
 from retentive.studies.prompting_tasks import NAMES, Texts
 
@@ -40,7 +41,7 @@ def test_classes_and_names_count_and_texts_do_not():
 
 
 def test_learning_the_game_lowers_the_loss():
-    config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, decay=prompting.decays(2))
+    config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, decay=short_head(2))
     assert config.decay[0] == -1 and -0.01 < config.decay[1] < 0
     texts, said = {"x": ["a b c d"], "y": ["e f g h"], "z": ["i j k l"], "w": ["m n o p"]}, []
     model = prompting.learn(config, Words(), [texts], steps=100, batch=1, lr=2e-2, say=said.append)

@@ -30,7 +30,10 @@ def none(config: RetNetConfig) -> dict[str, Any]:
 
 
 def short_head(heads: int) -> tuple[float, ...]:
-    """log(gamma) of each head: the usual ones, but for the first, which forgets so fast that it sees the last token."""
+    """log(gamma) of each head: the language models', except that the first keeps 1/e of its state from token to token.
+
+    It sees little more than the last two tokens, which is how a model finds out what stood before the present one.
+    """
     return (-1.0, *decay.values("lm", heads)[1:])
 
 
