@@ -1,6 +1,6 @@
 """A Retentive Network in one file: it trains on Python's own library, then writes Python, and nothing is hidden.
 
-    python examples/minimal.py      # needs torch alone; a few minutes on two cores
+    python examples/minimal.py      # needs torch alone; a minute or two on two cores
 
 From top to bottom: retention in two forms, the layer, the model, the training loop, and writing from a state that does
 not grow. It is the package's default architecture over bytes, and its parameters have the package's names:
