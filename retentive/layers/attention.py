@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retentive.layers.config import AttentionConfig
 from retentive.layers.positions import Positions, positions_of
 from retentive.ops import rotary
 from retentive.ops.rows import rotate
@@ -29,8 +30,10 @@ class Attention(nn.Module):
     The token at position p lies in slot p. A cache that is passed in is written in place and must have enough slots.
     """
 
-    def __init__(self, D: int, *, heads: int, kv_heads: int):
+    def __init__(self, config: AttentionConfig):
         super().__init__()
+        self.config = config
+        D, heads, kv_heads = config.dim, config.heads, config.kv_heads
         self.H, self.kv_heads, self.K = heads, kv_heads, D // heads
         self.q_proj = nn.Linear(D, D, bias=False)
         self.k_proj = nn.Linear(D, self.K * kv_heads, bias=False)

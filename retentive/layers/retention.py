@@ -5,6 +5,7 @@
     out = (swish(g) * y) Wo
 
 Source: arXiv 2307.08621 equation 8; torchscale's multiscale_retention.py for the details that the paper leaves open.
+With decay "gated" log(gamma) is log sigmoid(x Wd) / 16 of each token: gated retention (YOCO, arXiv 2405.05254).
 """
 
 import math
@@ -14,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retentive.layers.config import RetentionConfig
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions
 from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
 from retentive.ops.rows import rotate
+
+GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
 
 class Phases(NamedTuple):
@@ -38,58 +42,45 @@ class MultiScaleRetention(nn.Module):
     module reaches them.
     """
 
-    def __init__(
-        self,
-        D: int,
-        *,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        decay: str | tuple[float, ...],
-        rotary: str,
-        score_norm: bool,
-        head_norm: bool,
-        head_norm_affine: bool,
-        gate: bool,
-        eps: float,
-    ):
+    def __init__(self, config: RetentionConfig):
         super().__init__()
-        self.H, self.kv_heads, self.K, self.V = heads, kv_heads, key_dim // heads, value_dim // heads
-        self.decay, self.rotary, self.score_norm = decay, rotary, score_norm
-        self.q_proj = nn.Linear(D, key_dim, bias=False)
-        self.k_proj = nn.Linear(D, self.K * kv_heads, bias=False)
-        self.v_proj = nn.Linear(D, self.V * kv_heads, bias=False)
-        self.g_proj = nn.Linear(D, value_dim, bias=False) if gate else None
-        self.decay_proj = nn.Linear(D, heads, bias=False) if decay == "gated" else None
-        self.head_norm = RMSNorm(self.V, eps=eps, affine=head_norm_affine) if head_norm else None
-        self.out_proj = nn.Linear(value_dim, D, bias=False)
+        self.config = c = config
+        self.H, self.kv_heads, self.K, self.V = c.heads, c.kv_heads, c.key_dim // c.heads, c.value_dim // c.heads
+        self.q_proj = nn.Linear(c.dim, c.key_dim, bias=False)
+        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
+        self.v_proj = nn.Linear(c.dim, self.V * c.kv_heads, bias=False)
+        self.g_proj = nn.Linear(c.dim, c.value_dim, bias=False) if c.gate else None
+        self.decay_proj = nn.Linear(c.dim, c.heads, bias=c.decay_bias) if c.decay == "gated" else None
+        self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
+        # ones: a fresh head then also reads what its decay alone weighs, whatever the tokens are
+        self.q_bias = nn.Parameter(torch.ones(c.key_dim)) if c.qk_bias else None
+        self.k_bias = nn.Parameter(torch.ones(self.K * c.kv_heads)) if c.qk_bias else None
+        self.head_norm = RMSNorm(self.V, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
+        self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         device = positions.of_token.device
-        cos, sin = rotary.phases(positions.of_token, self.K, self.rotary, dtype=wide)
+        cos, sin = rotary.phases(positions.of_token, self.K, self.config.rotary, dtype=wide)
         q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
-        if self.decay == "gated":
+        if self.decay_proj is not None:
             return Phases(cos, sin, q_scale, q_scale.new_empty(0))
-        log_decay = decays.log_decay(self.decay, self.H, device=device, dtype=wide)
-        if self.score_norm:
+        log_decay = torch.tensor(self.config.log_decay(), dtype=wide, device=device)
+        if self.config.score_norm:
             q_scale = q_scale * decays.row_norm(log_decay, positions.of_token + 1)
         return Phases(cos, sin, q_scale, log_decay)
 
     def forward(
         self, x: Tensor, state: Tensor | Ring | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, Tensor | Ring]:
-        q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
-        k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
+        q_BTHK = self._feature(x, self.q_proj, self.q_norm, self.q_bias, phases, phases.q_scale)
+        k_BTHK = self._feature(x, self.k_proj, self.k_norm, self.k_bias, phases)
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
-        q_BTHK = rotate(q_BTHK, phases.cos, phases.sin, self.rotary, phases.q_scale)
-        k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, self.rotary)
         log_decay = phases.log_decay
-        if self.decay_proj is not None:  # a decay per token, gated retention (YOCO, arXiv 2405.05254)
-            # 16 is that paper's temperature: without it a fresh head would forget half at every token
-            log_decay = F.logsigmoid(self.decay_proj(x).to(phases.cos.dtype)) / 16
+        if self.decay_proj is not None:
+            log_decay = F.logsigmoid(self.decay_proj(x).to(phases.cos.dtype)) / self.config.decay_scale
         if positions.valid is not None:  # k = 0 and no decay: padding leaves the state as it is
             k_BTHK = k_BTHK * positions.valid[..., None, None]
             log_decay = log_decay * positions.valid[..., None]
@@ -104,12 +95,40 @@ class MultiScaleRetention(nn.Module):
             o = self.head_norm(o)
         o = o.flatten(-2)
         if self.g_proj is not None:
-            o = F.silu(self.g_proj(x)) * o
+            o = GATES[self.config.gate_activation](self.g_proj(x)) * o
         return self.out_proj(o), state
 
+    def _feature(
+        self,
+        x: Tensor,
+        proj: nn.Linear,
+        norm: RMSNorm | None,
+        bias: Tensor | None,
+        phases: Phases,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """q or k, `[B,T,heads,K]`: projected, and as the config says normalised, shifted and rotated; then scaled."""
+        y = proj(x).unflatten(-1, (-1, self.K))
+        if norm is not None:
+            y = norm(y)
+        if bias is not None:
+            y = y + bias.to(y.dtype).unflatten(-1, (-1, self.K))
+        return rotate(y, phases.cos, phases.sin, self.config.rotary, scale)
+
     def reset_parameters(self) -> None:
-        """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves."""
+        """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves.
+
+        A bias of the decay is set so that a fresh model, whose projections are near 0, has the decays of decay_range.
+        """
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.decay_proj):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, gain=math.pow(2, -2.5))
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
+        if self.decay_proj is not None and self.decay_proj.bias is not None:
+            first = decays.log_decay("lm", self.H, dtype=torch.float64, lm_range=self.config.decay_range)
+            log_kept = self.config.decay_scale * first  # of the sigmoid; its logit is log(p) - log(1 - p)
+            with torch.no_grad():
+                self.decay_proj.bias.copy_(log_kept - torch.log(-torch.expm1(log_kept)))
+        for vector in (self.q_bias, self.k_bias):
+            if vector is not None:
+                nn.init.ones_(vector)

@@ -7,55 +7,24 @@ one with other values. No `from __future__ import annotations` in this file: `ch
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from retentive.layers.config import AttentionConfig, RetentionConfig, one_of, positive
 from retentive.layers.ffn import ACTIVATIONS
-from retentive.ops import decay as decays
-from retentive.ops import rotary as rotaries
-
-LIMITS = {"vocab_size": 2**24, "layers": 10_000}
-LIMIT = 2**20
-"""Of every other whole number. What is larger is a typing error, and building it would take all memory."""
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-"""What messages call the types of fields."""
 
 
 @dataclass(frozen=True)
-class RetNetConfig:
-    """A Retentive Network. Defaults: torchscale's current architecture with the paper's language-model decay."""
+class RetNetConfig(RetentionConfig):
+    """A Retentive Network: the layer's fields, and these."""
 
     vocab_size: int = 257
     """Rows of the embedding."""
-    dim: int = 256
-    """Model width D."""
     layers: int = 6
     """Blocks of retention and feed-forward."""
-    heads: int = 4
-    """Retention heads H; the key head dim K = key_dim / heads must be even."""
-    kv_heads: int = 0
-    """Heads of k and v, each shared by heads / kv_heads query heads; 0: every head has its own."""
-    key_dim: int = 0
-    """Width of q and k over all heads; 0: dim."""
-    value_dim: int = 0
-    """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 a head."""
     ffn_dim: int = 0
     """Width of the feed-forward layer; 0: value_dim."""
     activation: str = "swish"
     """Activation of the feed-forward layer: swish or gelu."""
     ffn_gate: bool = True
     """A gated feed-forward layer of three matrices; if not, the paper's first one, of two."""
-    decay: str | tuple[float, ...] = "lm"
-    """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
-    rotary: str = "interleaved"
-    """Pairs and angles of the rotation: interleaved (torchscale) or half (fla)."""
-    score_norm: bool = True
-    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser)."""
-    head_norm: bool = True
-    """RMSNorm over each head's output (the paper's group norm)."""
-    head_norm_affine: bool = False
-    """A gain, shared by the heads, in the head norm (fla)."""
-    gate: bool = True
-    """Swish gate on the head outputs."""
-    norm_eps: float = 1e-6
-    """Epsilon of every norm."""
     embed_scale: bool = False
     """Multiply embeddings by sqrt(dim) (torchscale's fairseq models)."""
     embed_norm: bool = False
@@ -68,38 +37,12 @@ class RetNetConfig:
     """Dropout of embeddings and of each sublayer's output while training."""
 
     def __post_init__(self):
-        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
-        check_fields(self)
-        _positive(self, "vocab_size", "dim", "layers", "heads")
-        fill(self, "kv_heads", self.kv_heads or self.heads)
-        fill(self, "key_dim", self.key_dim or self.dim)
-        unit = 8 * self.heads
-        fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))  # -(-a // b) rounds up
-        fill(self, "ffn_dim", self.ffn_dim or self.value_dim)
-        _positive(self, "kv_heads", "key_dim", "value_dim", "ffn_dim")  # again: the user may have given negative ones
-        for name in ("key_dim", "value_dim"):
-            if getattr(self, name) % self.heads:
-                raise ValueError(f"{name} {getattr(self, name)} is not divisible by heads {self.heads}: change either")
-        if self.key_dim // self.heads % 2:
-            raise ValueError(f"the key head dim must be even for the rotation, got {self.key_dim} / {self.heads} heads")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("rotary", self.rotary, rotaries.VARIANTS)
-        if not isinstance(self.decay, str):
-            try:
-                fill(self, "decay", tuple(float(x) for x in self.decay))  # JSON has lists, which are not hashable
-            except (TypeError, ValueError):
-                raise ValueError(f"decay must be a name or a log decay for each head, got {self.decay!r}") from None
-        if self.decay != "gated":
-            if isinstance(self.decay, str):
-                _one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
-            decays.values(self.decay, self.heads)  # raises for decays of other heads
-        elif self.score_norm:
-            raise ValueError(
-                "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
-            )
-        _check_ranges(self)
+        super().__post_init__()
+        positive(self, "vocab_size", "layers")
+        object.__setattr__(self, "ffn_dim", self.ffn_dim or self.value_dim)
+        positive(self, "ffn_dim")
+        one_of("activation", self.activation, ACTIVATIONS)
+        _check_dropout(self.dropout)
 
 
 @dataclass(frozen=True)
@@ -108,6 +51,11 @@ class HybridConfig(RetNetConfig):
 
     attention_every: int = 4
     """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention."""
+    attention_window: int = 0
+    """Tokens that a token attends to in these blocks, itself included; 0: all before it. With a window the state of the
+    whole model has a constant size."""
+    attention_rotary: str = "half"
+    """Rotation in these blocks: half, interleaved, or none, which leaves order to retention."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,88 +65,47 @@ class HybridConfig(RetNetConfig):
                 f"got {self.attention_every}"
             )
 
+        self.attention()  # raises for a window or rotation that is none
+
+    def attention(self) -> "TransformerConfig":
+        """The config of the blocks that attend, as wide as the twin's."""
+        return replace(twin(self), attention_window=self.attention_window, rotary=self.attention_rotary)
+
     def attends(self, block: int) -> bool:
         """Whether the block of this index, from 0, is one of attention."""
         return (block + 1) % self.attention_every == 0
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(AttentionConfig):
     """The twin: a modern Transformer (rotary positions, RMSNorm, SwiGLU, grouped heads where wanted)."""
 
     vocab_size: int = 257
     """Rows of the embedding."""
-    dim: int = 256
-    """Model width D."""
     layers: int = 6
     """Blocks of attention and feed-forward."""
-    heads: int = 4
-    """Attention heads; the head dim dim / heads must be even."""
-    kv_heads: int = 0
-    """Heads of k and v (grouped-query attention); 0: every head has its own."""
     ffn_dim: int = 0
     """Width of the feed-forward layer; 0: 8/3 dim, rounded up to 8."""
-    norm_eps: float = 1e-6
-    """Epsilon of every norm."""
     tie_embeddings: bool = False
     """Use the embedding as the output matrix."""
     dropout: float = 0.0
     """Dropout of embeddings and of each sublayer's output while training."""
 
     def __post_init__(self):
-        fill = object.__setattr__
-        check_fields(self)
-        _positive(self, "vocab_size", "dim", "layers", "heads")
-        fill(self, "kv_heads", self.kv_heads or self.heads)
-        fill(self, "ffn_dim", self.ffn_dim or 8 * -(-self.dim // 3))
-        _positive(self, "kv_heads", "ffn_dim")
-        if self.dim % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"dim {self.dim} must divide by heads {self.heads}, and heads by kv_heads {self.kv_heads}: change one"
-            )
-        if self.dim // self.heads % 2:
-            raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
-        _check_ranges(self)
+        super().__post_init__()
+        positive(self, "vocab_size", "layers")
+        object.__setattr__(self, "ffn_dim", self.ffn_dim or 8 * -(-self.dim // 3))
+        positive(self, "ffn_dim")
+        _check_dropout(self.dropout)
 
 
 OwnConfig = RetNetConfig | TransformerConfig
 """The config of an architecture written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
 
 
-def check_fields(config) -> None:
-    """Raises ValueError where a field holds another type than its own, or a whole number beyond any model's.
-
-    A config may come from a JSON file, which may hold anything.
-    """
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if kind not in KINDS:
-            continue  # decay has several types, and a check of its own
-        allowed = (int, float) if kind is float else kind
-        # bool is a subclass of int: True would pass for the number 1
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
-            raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
-        most = LIMITS.get(field.name, LIMIT)
-        if kind is int and value > most:
-            raise ValueError(f"{field.name} must be at most {most:,}, got {value:,}")
-
-
-def _positive(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def _one_of(name: str, value: str, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-
-
-def _check_ranges(config: OwnConfig) -> None:
-    if not 0 <= config.norm_eps <= 1:
-        raise ValueError(f"norm_eps must be in [0, 1], got {config.norm_eps}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+def _check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
 def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
@@ -214,6 +121,7 @@ def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
     shared = config.kv_heads / config.heads
     # All in units of D parameters: what one block of the RetNet has, less what the twin's attention takes.
     retention = (1 + shared) * config.key_dim + (shared + (2 if config.gate else 1)) * config.value_dim
+    retention += config.heads if config.decay == "gated" else 0
     feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
     attention = 2 * config.dim * (1 + (kv_heads or config.heads) / config.heads)
     return TransformerConfig(
@@ -238,7 +146,7 @@ def of_one_kind(config: OwnConfig) -> list[Any]:
         return [config]
     attending = sum(map(config.attends, range(config.layers)))
     same = {f.name: getattr(config, f.name) for f in fields(RetNetConfig)}
-    return [RetNetConfig(**same | {"layers": config.layers - attending}), replace(twin(config), layers=attending)]
+    return [RetNetConfig(**same | {"layers": config.layers - attending}), replace(config.attention(), layers=attending)]
 
 
 def _small(dim: int, layers: int, heads: int) -> dict:

@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from retentive.models import retnet, transformer
 from retentive.models.config import OwnConfig, RetNetConfig, TransformerConfig, of_one_kind
 from retentive.models.peers import Peer, PeerConfig
 
@@ -16,25 +17,16 @@ def block_parameters(config: OwnConfig | PeerConfig) -> int:
     """Parameters of the blocks, without embedding, output and last norm (a peer's count includes that norm)."""
     if isinstance(config, PeerConfig):
         return parameters(config) - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    return sum(c.layers * (_matrices(c) + _vectors(c)) for c in of_one_kind(config))
+    return sum(c.layers * sum(_of_block(c)) for c in of_one_kind(config))
 
 
-def _matrices(c: OwnConfig) -> int:
-    """Parameters of one block's matrices."""
-    if isinstance(c, TransformerConfig):
-        kv = c.dim // c.heads * c.kv_heads  # width of k, and of v, over all kv heads
-        return 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.ffn_dim
-    K, V = c.key_dim // c.heads, c.value_dim // c.heads
-    # q; k and v of each kv head; out, and g where there is a gate
-    matrices = c.dim * (c.key_dim + (K + V) * c.kv_heads + (2 if c.gate else 1) * c.value_dim)
-    matrices += c.dim * c.ffn_dim * (3 if c.ffn_gate else 2)
-    return matrices + (c.dim * c.heads if c.decay == "gated" else 0)
-
-
-def _vectors(c: OwnConfig) -> int:
-    """Parameters of one block's norms."""
-    affine = isinstance(c, RetNetConfig) and c.head_norm and c.head_norm_affine
-    return 2 * c.dim + (c.value_dim // c.heads if affine else 0)
+@functools.cache
+def _of_block(c: OwnConfig) -> tuple[int, int]:
+    """Parameters of one block's matrices, and of its vectors (norms and biases)."""
+    with torch.device("meta"):  # built without memory, only to be counted: no option of a layer is forgotten here
+        block = transformer.Block(c) if isinstance(c, TransformerConfig) else retnet.Block(c)
+    of_dims = [(p.ndim, p.numel()) for p in block.parameters()]
+    return sum(n for dims, n in of_dims if dims > 1), sum(n for dims, n in of_dims if dims == 1)
 
 
 def parameters(config: OwnConfig | PeerConfig) -> int:
@@ -51,7 +43,7 @@ def parameters(config: OwnConfig | PeerConfig) -> int:
 
 def matrix_parameters(config: OwnConfig) -> int:
     """Parameters that every token is multiplied with: the blocks' matrices and the output, not the embedding."""
-    blocks = sum(c.layers * _matrices(c) for c in of_one_kind(config))
+    blocks = sum(c.layers * _of_block(c)[0] for c in of_one_kind(config))
     return blocks + config.vocab_size * config.dim
 
 

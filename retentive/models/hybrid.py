@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from retentive.models import transformer
-from retentive.models.config import HybridConfig, of_one_kind, twin
+from retentive.models.config import HybridConfig, of_one_kind
 from retentive.models.retnet import RetNet
 from retentive.models.state import HybridState, KVCache, RetentionState
 
@@ -22,7 +22,7 @@ class Hybrid(RetNet):
     state_type = HybridState
 
     def block(self, i: int) -> nn.Module:
-        return transformer.Block(twin(self.config)) if self.config.attends(i) else super().block(i)
+        return transformer.Block(self.config.attention()) if self.config.attends(i) else super().block(i)
 
     def init_state(self, batch: int) -> HybridState:  # type: ignore[override]  # a state of its own kind
         """The state before the first token, for `batch` sequences."""

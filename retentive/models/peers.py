@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retentive.layers.config import check_fields
 from retentive.models.base import LanguageModel
-from retentive.models.config import RetNetConfig, check_fields, twin
+from retentive.models.config import RetNetConfig, twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
 """The names that transformers itself gives these architectures."""

@@ -25,20 +25,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.retention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.retention = MultiScaleRetention(
-            config.dim,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            key_dim=config.key_dim,
-            value_dim=config.value_dim,
-            decay=config.decay,
-            rotary=config.rotary,
-            score_norm=config.score_norm,
-            head_norm=config.head_norm,
-            head_norm_affine=config.head_norm_affine,
-            gate=config.gate,
-            eps=config.norm_eps,
-        )
+        self.retention = MultiScaleRetention(config)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim, activation=config.activation, gated=config.ffn_gate)
 

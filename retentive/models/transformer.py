@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config.dim, heads=config.heads, kv_heads=config.kv_heads)
+        self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
 

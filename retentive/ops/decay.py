@@ -1,7 +1,8 @@
 """Decay schedules: how fast each head forgets, as log(gamma) per head, and the row norm that goes with it.
 
 `paper`   gamma_h = 1 - 2^(-5-h), h = 0 … H-1 (equation 8; torchscale and fla)
-`lm`      gamma_h = 1 - exp(linspace(log 1/32, log 1/512, H)) (section 3.1: the paper's language models)
+`lm`      gamma_h = 1 - exp(linspace(log 1/32, log 1/512, H)) (section 3.1: the paper's language models), or between
+          two other numbers
 `none`    gamma_h = 1: linear attention without decay (the paper's ablation)
 
 Everything is built from float64 with log1p: in float32, 1 - 2^-25 is 1, and heads 20 and up would never forget.
@@ -16,10 +17,15 @@ from torch import Tensor
 from retentive.ops.transforms import transformed
 
 SCHEDULES = ("paper", "lm", "none")
+LM_RANGE = (1 / 32, 1 / 512)
 
 
-def values(schedule: str | Sequence[float], heads: int) -> list[float]:
-    """log(gamma) of each head as Python floats; a sequence of H log decays is checked and returned as it is."""
+def values(schedule: str | Sequence[float], heads: int, lm_range: tuple[float, float] = LM_RANGE) -> list[float]:
+    """log(gamma) of each head as Python floats; a sequence of H log decays is checked and returned as it is.
+
+    Args:
+        lm_range: 1 - gamma of the first and of the last head, for `lm`.
+    """
     if not isinstance(schedule, str):
         if len(schedule) != heads or not all(x <= 0 for x in schedule):
             raise ValueError(f"decay needs {heads} log decays <= 0, one for each head, got {tuple(schedule)}")
@@ -27,7 +33,7 @@ def values(schedule: str | Sequence[float], heads: int) -> list[float]:
     if schedule == "paper":
         return [math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
     if schedule == "lm":
-        first, last = math.log(1 / 32), math.log(1 / 512)
+        first, last = (math.log(x) for x in lm_range)
         steps = [first + (last - first) * h / max(heads - 1, 1) for h in range(heads)]
         return [math.log1p(-math.exp(x)) for x in steps]
     if schedule == "none":
@@ -41,9 +47,10 @@ def log_decay(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    lm_range: tuple[float, float] = LM_RANGE,
 ) -> Tensor:
     """log(gamma), `[H]`, for `retention(..., log_decay=...)`. Built when called, so no cast of a model reaches it."""
-    return torch.tensor(values(schedule, heads), dtype=dtype, device=device)
+    return torch.tensor(values(schedule, heads, lm_range), dtype=dtype, device=device)
 
 
 def check_values(log_decay: Tensor) -> None:

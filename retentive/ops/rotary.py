@@ -4,12 +4,13 @@ Two variants, named for which features make a pair; they differ in their angles 
 
 `interleaved`   pairs (0,1), (2,3), …; angles 10000^-linspace(0, 1, K/2), both ends included (torchscale)
 `half`          pairs (i, i + K/2); angles 10000^(-2i/K) (fla, NeoX, Llama)
+`none`          no rotation
 """
 
 import torch
 from torch import Tensor
 
-VARIANTS = ("interleaved", "half")
+VARIANTS = ("interleaved", "half", "none")
 
 
 def phases(
@@ -25,6 +26,9 @@ def phases(
     if K % 2:
         raise ValueError(f"rotation pairs up features: the key head dim must be even, got {K}")
     half = K // 2
+    if variant == "none":  # the angle 0: what shares these phases needs no case of its own
+        shape, device = (*position.shape, half), position.device
+        return torch.ones(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     if variant == "interleaved":
         power = torch.linspace(0, 1, half, dtype=torch.float64, device=position.device)
     else:
@@ -35,6 +39,8 @@ def phases(
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str) -> Tensor:
     """x rotated, same shape; cos and sin `[T, K/2]` or `[B, T, K/2]`. The result has the dtype of `cos` or wider."""
+    if variant == "none":
+        return x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
     # each pair is a complex number a + ib, multiplied by exp(i angle)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     if variant == "interleaved":

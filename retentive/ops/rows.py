@@ -129,7 +129,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor
         cos, sin: `[T, K/2]` or `[B, T, K/2]`, see `rotary.phases`.
         scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 if not given.
     """
-    if compiled(x_BTHK) and cos.dtype == torch.float32:
+    if variant != "none" and compiled(x_BTHK) and cos.dtype == torch.float32:
         return _Rotate.apply(x_BTHK, cos, sin, variant, scale, 1.0)
     y = rotary.rotate(x_BTHK, cos, sin, variant)
     return (y if scale is None else y * scale[..., None]).to(x_BTHK.dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from retentive.layers import Attention, FeedForward, RMSNorm, positions_of
+from retentive.layers.config import AttentionConfig
 
 D, H, K, T = 24, 4, 6, 11
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; a layer is some hundred products and sums in a row
@@ -31,7 +32,7 @@ def formula(layer: Attention, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
-    layer = Attention(D, heads=H, kv_heads=kv_heads).double()
+    layer = Attention(AttentionConfig(dim=D, heads=H, kv_heads=kv_heads)).double()
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=D**-0.5)
     x = torch.randn(2, T, D, dtype=torch.float64)

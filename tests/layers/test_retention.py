@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from retentive.layers import MultiScaleRetention, positions_of
+from retentive.layers.config import RetentionConfig
 from retentive.ops import decay, using
 
 D, H, K, V, EPS = 24, 4, 6, 10, 1e-6
@@ -14,6 +15,7 @@ D, H, K, V, EPS = 24, 4, 6, 10, 1e-6
 EXACT = 1e-12
 
 PLAIN = dict(
+    dim=D,
     heads=H,
     kv_heads=H,
     key_dim=H * K,
@@ -24,7 +26,7 @@ PLAIN = dict(
     head_norm=True,
     head_norm_affine=False,
     gate=True,
-    eps=EPS,
+    norm_eps=EPS,
 )
 VARIANTS = {
     "default": {},
@@ -39,13 +41,23 @@ VARIANTS = {
     "kv-heads-1": dict(kv_heads=1),
     "gated-decay": dict(decay="gated", score_norm=False),
     "gated-decay-kv-heads": dict(decay="gated", score_norm=False, kv_heads=2),
+    "gated-decay-scale-bias": dict(decay="gated", score_norm=False, decay_scale=3.0, decay_bias=True),
+    "decay-range": dict(decay_range=(1 / 4, 1 / 64)),
+    "no-rotation": dict(rotary="none"),
+    "qk-norm": dict(qk_norm=True, kv_heads=2),
+    "qk-bias": dict(qk_bias=True, kv_heads=2),
+    "qk-norm-bias": dict(qk_norm=True, qk_bias=True, rotary="half"),
+    "sigmoid-gate": dict(gate_activation="sigmoid"),
+    "all-new": dict(
+        decay="gated", score_norm=False, decay_bias=True, qk_norm=True, qk_bias=True, head_norm=False, rotary="none"
+    ),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def make(variant: str = "default", *, dtype=torch.float64, **changes) -> MultiScaleRetention:
     """A layer whose every weight matters: matrices N(0, 1/width), gains around 1."""
-    layer = MultiScaleRetention(D, **{**PLAIN, **VARIANTS[variant], **changes})
+    layer = MultiScaleRetention(RetentionConfig(**{**PLAIN, **VARIANTS[variant], **changes}))
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
     return layer.to(dtype)
@@ -59,28 +71,34 @@ def run(layer, x, state=None, *, start=None, lengths=None, **how):
 
 def formula(layer: MultiScaleRetention, x: torch.Tensor, variant: str) -> torch.Tensor:
     """(swish(x Wg) * norm((Q K^T / sqrt(K) * D) V)) Wo, for all pairs of tokens at once."""
-    c = {**PLAIN, **VARIANTS[variant]}
+    c = vars(RetentionConfig(**{**PLAIN, **VARIANTS[variant]}))
     T = x.shape[1]
     half = c["rotary"] == "half"
     powers = [i / (K // 2) if half else i / (K // 2 - 1) for i in range(K // 2)]
     angle = torch.tensor([[[t * 10000.0**-p for p in powers]] for t in range(T)], dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angle), angle)
+    turn = torch.polar(torch.ones_like(angle), angle * (c["rotary"] != "none"))
 
     def turned(y):
         """The product of the tokens' complex numbers with e^(i angle position), as real and imaginary parts."""
         pairs = y.unflatten(-1, (2, -1)).mT if half else y.unflatten(-1, (-1, 2))
         return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
 
-    def project(proj, heads):
+    def project(proj, heads, norm=None, bias=None):
         y = (x @ proj.weight.T).unflatten(-1, (heads, -1))
+        if norm is not None:
+            y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.weight
+        y = y if bias is None else y + bias.unflatten(-1, (heads, -1))
         return torch.stack([y[:, :, h * heads // H] for h in range(H)], 2)
 
-    q, k = turned(project(layer.q_proj, H)), turned(project(layer.k_proj, c["kv_heads"]))
+    q = turned(project(layer.q_proj, H, layer.q_norm, layer.q_bias))
+    k = turned(project(layer.k_proj, c["kv_heads"], layer.k_norm, layer.k_bias))
     if c["decay"] == "gated":
-        since = (torch.log(torch.sigmoid(x @ layer.decay_proj.weight.T)) / 16).cumsum(1).transpose(1, 2)
+        bias = layer.decay_proj.bias if c["decay_bias"] else 0
+        kept = torch.sigmoid(x @ layer.decay_proj.weight.T + bias)
+        since = (torch.log(kept) / c["decay_scale"]).cumsum(1).transpose(1, 2)
         mask = (since[..., :, None] - since[..., None, :]).exp().tril()
     else:
-        gamma = torch.tensor([math.exp(g) for g in decay.values(c["decay"], H)], dtype=torch.float64)
+        gamma = torch.tensor([math.exp(g) for g in decay.values(c["decay"], H, c["decay_range"])], dtype=torch.float64)
         lag = torch.arange(T)[:, None] - torch.arange(T)
         mask = (gamma[:, None, None] ** lag.clamp(min=0)).tril()
     if c["score_norm"]:
@@ -90,7 +108,10 @@ def formula(layer: MultiScaleRetention, x: torch.Tensor, variant: str) -> torch.
     if c["head_norm"]:
         o = o / (o.square().mean(-1, keepdim=True) + EPS).sqrt()
     o = (o * layer.head_norm.weight if c["head_norm_affine"] else o).flatten(-2)
-    return (F.silu(x @ layer.g_proj.weight.T) * o if c["gate"] else o) @ layer.out_proj.weight.T
+    if c["gate"]:
+        g = x @ layer.g_proj.weight.T
+        o = (F.silu(g) if c["gate_activation"] == "swish" else torch.sigmoid(g)) * o
+    return o @ layer.out_proj.weight.T
 
 
 @variants
@@ -114,7 +135,7 @@ def test_a_chunk_is_its_tokens_one_by_one(variant, same):
 
 
 @pytest.mark.parametrize("form", ["auto", "parallel", "recurrent", "chunkwise"])
-@pytest.mark.parametrize("variant", ["default", "half-affine", "gated-decay", "kv-heads-2"])
+@pytest.mark.parametrize("variant", ["default", "half-affine", "gated-decay", "kv-heads-2", "all-new"])
 def test_padding_neither_writes_nor_decays_nor_counts(variant, form, same):
     layer, x = make(variant), torch.randn(4, 9, D, dtype=torch.float64)
     spans = [(0, 9), (0, 4), (5, 9), (2, 3)]  # none, right, left, both sides
@@ -123,6 +144,61 @@ def test_padding_neither_writes_nor_decays_nor_counts(variant, form, same):
         want, state = run(layer, x[row : row + 1, a:b])
         same((out[row : row + 1, a:b], states[row : row + 1]), (want, state), EXACT, f"row {row}")
     assert out.isfinite().all()
+
+
+@variants
+def test_all_forms_have_the_same_gradients(variant, same):
+    """Of the input, of what came before and of every weight, through the formula and through each form."""
+    layer, x = make(variant), torch.randn(2, 19, D, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    toward = torch.randn(2, 19, D, dtype=torch.float64)
+    want = torch.autograd.grad(formula(layer, x, variant), inputs, toward)
+    for form in ("parallel", "recurrent", "chunkwise"):
+        out, _ = run(layer, x, form=form, chunk_size=5)
+        same(list(torch.autograd.grad(out, inputs, toward)), list(want), EXACT, form)
+
+
+@variants
+def test_packed_sequences_are_the_sequences(variant, same):
+    layer, x = make(variant), torch.randn(1, 19, D, dtype=torch.float64)
+    cu = torch.tensor([0, 7, 8, 19])
+    positions = positions_of(1, 19, None, None, cu, x.device)
+    out, states = layer(x, None, positions, layer.phases(positions, x.dtype))
+    for n, (a, b) in enumerate([(0, 7), (7, 8), (8, 19)]):
+        want, state = run(layer, x[:, a:b])
+        same((out[:, a:b], states[n : n + 1]), (want, state), EXACT, f"sequence {n}")
+
+
+def test_a_fresh_decay_bias_has_the_decays_of_its_range():
+    layer = MultiScaleRetention(
+        RetentionConfig(dim=D, heads=H, decay="gated", score_norm=False, decay_bias=True, decay_range=(1 / 4, 1 / 99))
+    )
+    layer.reset_parameters()
+    fresh = F.logsigmoid(layer.decay_proj.bias) / 16
+    want = torch.tensor(decay.values("lm", H, (1 / 4, 1 / 99)))
+    torch.testing.assert_close(fresh, want, rtol=1e-5, atol=0)  # float32 parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(decay="gated"), "score_norm"),
+        (dict(decay_bias=True), "decay='gated'"),
+        (dict(decay_range=(0.5, float("nan"))), "decay_range"),
+        (dict(decay_range=(0.5,)), "decay_range"),
+        (dict(decay_range=7), "decay_range"),
+        (dict(decay_scale=0.0), "decay_scale"),
+        (dict(decay_scale=float("nan")), "decay_scale"),
+        (dict(decay=(-0.1, float("nan"), -0.1, -0.1)), "log decays <= 0"),
+        (dict(rotary="full"), "rotary"),
+        (dict(gate_activation="relu"), "gate_activation"),
+        (dict(qk_norm=1), "true or false"),
+        (dict(norm_eps=float("nan")), "norm_eps"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RetentionConfig(dim=D, heads=H, **changes)
 
 
 def test_a_row_of_padding_alone_leaves_its_state_as_it_was(same):

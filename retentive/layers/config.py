@@ -1,0 +1,199 @@
+"""What a layer is made of: RetentionConfig and AttentionConfig, and the checks that every config here has.
+
+A model's config is its layer's with more fields: `models/config.py`. Every variant of the layer is a field, a new one
+is a line here and one in the layer. No `from __future__ import annotations` in this file: `check_fields` reads the
+fields' types.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from retentive.ops import decay as decays
+from retentive.ops import rotary as rotaries
+
+LIMITS = {"vocab_size": 2**24, "layers": 10_000}
+LIMIT = 2**20
+"""Of every other whole number. What is larger is a typing error, and building it would take all memory."""
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""What messages call the types of fields."""
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """Gated multi-scale retention. Defaults: the architecture of torchscale, decays of the paper's language models."""
+
+    dim: int = 256
+    """Model width D."""
+    heads: int = 4
+    """Retention heads H; the key head dim K = key_dim / heads must be even."""
+    kv_heads: int = 0
+    """Heads of k and v, each shared by heads / kv_heads query heads; 0: every head has its own."""
+    key_dim: int = 0
+    """Width of q and k over all heads; 0: dim."""
+    value_dim: int = 0
+    """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 a head."""
+    decay: str | tuple[float, ...] = "lm"
+    """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
+    decay_range: tuple[float, float] = decays.LM_RANGE
+    """1 - gamma of the first and of the last head, for decay lm and for where decay_bias begins."""
+    decay_scale: float = 16.0
+    """What the log sigmoid of a decay per token is divided by (YOCO's temperature): a fresh head keeps 2^(-1/16)."""
+    decay_bias: bool = False
+    """A bias in the projection of a decay per token, so that a fresh model has the decays of decay_range."""
+    rotary: str = "interleaved"
+    """Pairs and angles of the rotation: interleaved (torchscale), half (fla), or none."""
+    qk_norm: bool = False
+    """RMSNorm with a gain over each head's q and k, before their rotation."""
+    qk_bias: bool = False
+    """A bias for each feature of q and k, 1 in a fresh model, before their rotation and after their norm."""
+    score_norm: bool = True
+    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser)."""
+    head_norm: bool = True
+    """RMSNorm over each head's output (the paper's group norm)."""
+    head_norm_affine: bool = False
+    """A gain, shared by the heads, in the head norm (fla)."""
+    gate: bool = True
+    """A gate on the head outputs."""
+    gate_activation: str = "swish"
+    """Activation of the gate: swish (the paper) or sigmoid."""
+    norm_eps: float = 1e-6
+    """Epsilon of every norm."""
+
+    def __post_init__(self):
+        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
+        check_fields(self)
+        positive(self, "dim", "heads")
+        fill(self, "kv_heads", self.kv_heads or self.heads)
+        fill(self, "key_dim", self.key_dim or self.dim)
+        unit = 8 * self.heads
+        fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))  # -(-a // b) rounds up
+        positive(self, "kv_heads", "key_dim", "value_dim")  # the user may have given negative ones
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) % self.heads:
+                raise ValueError(f"{name} {getattr(self, name)} is not divisible by heads {self.heads}: change either")
+        if self.key_dim // self.heads % 2:
+            raise ValueError(f"the key head dim must be even for the rotation, got {self.key_dim} / {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
+        one_of("rotary", self.rotary, rotaries.VARIANTS)
+        one_of("gate_activation", self.gate_activation, ("swish", "sigmoid"))
+        check_norm_eps(self.norm_eps)
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        fill = object.__setattr__
+        if not isinstance(self.decay, str):
+            fill(self, "decay", numbers("decay", self.decay, "a name or a log decay for each head"))
+        fill(
+            self,
+            "decay_range",
+            numbers("decay_range", self.decay_range, "two numbers, 1 - gamma of the first head and of the last"),
+        )
+        if len(self.decay_range) != 2 or not all(0 < x < 1 for x in self.decay_range):  # NaN fails too
+            raise ValueError(f"decay_range must be two numbers between 0 and 1, got {self.decay_range}")
+        if not 0 < self.decay_scale < math.inf:
+            raise ValueError(f"decay_scale must be above 0, got {self.decay_scale}")
+        if self.decay == "gated":
+            if self.score_norm:
+                raise ValueError(
+                    "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
+                )
+            return
+        if self.decay_bias:
+            raise ValueError(f"decay_bias is of a decay per token: set decay='gated' with it, got decay={self.decay!r}")
+        if isinstance(self.decay, str):
+            one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
+        self.log_decay()  # raises for decays of other heads
+
+    def log_decay(self) -> list[float]:
+        """log(gamma) of each head, for decays that are no function of the token."""
+        return decays.values(self.decay, self.heads, self.decay_range)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention: rotary positions, grouped heads, and what is known to help it."""
+
+    dim: int = 256
+    """Model width D."""
+    heads: int = 4
+    """Attention heads; the head dim dim / heads must be even."""
+    kv_heads: int = 0
+    """Heads of k and v (grouped-query attention); 0: every head has its own."""
+    rotary: str = "half"
+    """Pairs and angles of the rotation: half (Llama), interleaved, or none."""
+    qk_norm: bool = False
+    """RMSNorm with a gain over each head's q and k, before their rotation."""
+    forget_gate: bool = False
+    """A score falls by the log sigmoids, of a projection of each token, that lie between key and query (arXiv
+    2503.02130); every head needs keys of its own."""
+    attention_window: int = 0
+    """Tokens that a token attends to, itself included; 0: all before it. The cache then has a constant size."""
+    norm_eps: float = 1e-6
+    """Epsilon of every norm."""
+
+    def __post_init__(self):
+        check_fields(self)
+        positive(self, "dim", "heads")
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        positive(self, "kv_heads")
+        if self.dim % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"dim {self.dim} must divide by heads {self.heads}, and heads by kv_heads {self.kv_heads}: change one"
+            )
+        if self.dim // self.heads % 2:
+            raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
+        one_of("rotary", self.rotary, rotaries.VARIANTS)
+        if self.attention_window < 0:
+            raise ValueError(f"attention_window must be at least 1 token, or 0 for all, got {self.attention_window}")
+        if self.forget_gate and self.kv_heads != self.heads:
+            raise ValueError(
+                f"forget_gate needs keys of its own for every head: set kv_heads to {self.heads}, got {self.kv_heads}"
+            )
+        check_norm_eps(self.norm_eps)
+
+
+def check_fields(config) -> None:
+    """Raises ValueError where a field holds another type than its own, or a whole number beyond any model's.
+
+    A config may come from a JSON file, which may hold anything.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind not in KINDS:
+            continue  # decays have several types, and a check of their own
+        allowed = (int, float) if kind is float else kind
+        # bool is a subclass of int: True would pass for the number 1
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
+            raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
+        most = LIMITS.get(field.name, LIMIT)
+        if kind is int and value > most:
+            raise ValueError(f"{field.name} must be at most {most:,}, got {value:,}")
+
+
+def positive(config, *names: str) -> None:
+    """Raises ValueError where a field is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def one_of(name: str, value: str, allowed) -> None:
+    """Raises ValueError where a field holds none of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+
+
+def numbers(name: str, value: Any, wanted: str) -> tuple[float, ...]:
+    """The value as a tuple of numbers, which JSON keeps as a list that is not hashable."""
+    try:
+        return tuple(float(x) for x in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+
+
+def check_norm_eps(eps: float) -> None:
+    """Raises ValueError for an epsilon that is none."""
+    if not 0 <= eps <= 1:
+        raise ValueError(f"norm_eps must be in [0, 1], got {eps}")
