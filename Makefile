@@ -4,7 +4,8 @@ WORKERS ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
-OLDEST  ?= $(firstword $(shell command -v python3.10 python3.11 python3.12) $(PYTHON))
+# the first that runs: a version manager may have a command for each, and an interpreter behind few of them
+OLDEST  ?= $(firstword $(foreach p,python3.10 python3.11 python3.12,$(shell $(p) -c "print('$(p)')" 2>/dev/null)) $(PYTHON))
 
 .PHONY: setup demo test test-oldest test-newest check docs docs-serve clean
 

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from retentive.checkpoint.keys import flip, refuse, rename, require
-from retentive.models import RetNetConfig
+from retentive.models import ARCHITECTURES, RetNetConfig
 
 TABLE = [
     ("embed.weight", "model.embeddings.weight"),
@@ -55,10 +55,7 @@ def read_config(config: dict) -> RetNetConfig:
         value_dim=int(dim * config.get("expand_v", 2)),
         ffn_dim=ffn,
         activation="swish" if activation == "silu" else activation,
-        decay="paper",
-        rotary="half",
-        score_norm=False,
-        head_norm_affine=config.get("elementwise_affine", True),
+        **ARCHITECTURES["fla"] | dict(head_norm_affine=config.get("elementwise_affine", True)),
         gate=config.get("use_output_gate", True),
         norm_eps=config.get("norm_eps", config.get("rms_norm_eps", 1e-6)),  # its name before 2024-04-28
         tie_embeddings=config.get("tie_word_embeddings", False),
@@ -77,8 +74,9 @@ def write_config(config: RetNetConfig) -> dict:
     Raises:
         ValueError: its architecture cannot express it; all fields that differ are named.
     """
-    shared = dict(decay="paper", rotary="half", score_norm=False, head_norm=True, ffn_gate=True, activation="swish")
-    require(config, "fla", **shared, embed_scale=False, embed_norm=False, final_norm=True)
+    meant = {name: value for name, value in ARCHITECTURES["fla"].items() if name != "head_norm_affine"}  # a field
+    others = dict(ffn_gate=True, activation="swish", embed_scale=False, embed_norm=False, final_norm=True)
+    require(config, "fla", **meant, **others)
     return {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",

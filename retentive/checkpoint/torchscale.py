@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retentive.checkpoint.keys import flip, refuse, rename, require
-from retentive.models import RetNetConfig
+from retentive.models import ARCHITECTURES, RetNetConfig
 from retentive.ops import decay
 
 TABLE = [
@@ -52,9 +52,8 @@ def read_config(config: dict) -> RetNetConfig:
         value_dim=config.get("decoder_value_embed_dim", 1280),
         ffn_dim=config.get("decoder_ffn_embed_dim", 1280),
         activation=config.get("activation_fn", "gelu"),
-        decay="paper",
+        **ARCHITECTURES["torchscale"] | dict(embed_scale=not config.get("no_scale_embedding", True)),
         norm_eps=config.get("layernorm_eps", 1e-6),
-        embed_scale=not config.get("no_scale_embedding", True),
         embed_norm=config.get("layernorm_embedding", False),
         final_norm=config.get("decoder_normalize_before", True),
         tie_embeddings=config.get("share_decoder_input_output_embed", False),
@@ -68,9 +67,9 @@ def write_config(config: RetNetConfig) -> dict:
     Raises:
         ValueError: its architecture cannot express it; all fields that differ are named.
     """
+    meant = {name: value for name, value in ARCHITECTURES["torchscale"].items() if name != "embed_scale"}  # a field
     widths = dict(kv_heads=config.heads, key_dim=config.dim)
-    norms = dict(score_norm=True, head_norm=True, head_norm_affine=False)
-    require(config, "torchscale", decay="paper", rotary="interleaved", **norms, gate=True, ffn_gate=True, **widths)
+    require(config, "torchscale", **meant, head_norm_affine=False, gate=True, ffn_gate=True, **widths)
     return {
         "vocab_size": config.vocab_size,
         "decoder_embed_dim": config.dim,

@@ -1,17 +1,19 @@
 """`retentive compare`: several models on the same tokens, in the same order, with the same budget."""
 
+import re
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from retentive.cli.progress import Lines
-from retentive.cli.train import RECIPE, read_recipe
+from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
 from retentive.files import check_place, write_json, write_together
 from retentive.studies.compare import Comparison, plot, table
 from retentive.train import Interrupted
@@ -36,8 +38,11 @@ def main(argv: list[str]) -> None:
         description=f"{CompareCommand.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=CHANGES,
     )
     comparison, console = command.comparison, Console(stderr=True)
+    if None in comparison.set.values():  # NAME:FIELD=VALUE strings so far; a recipe's own `set` has values already
+        comparison = replace(comparison, set=read_variants(list(comparison.set)))
     if command.json:
         check_place(command.json)
     stopped: Interrupted | None = None
@@ -61,6 +66,24 @@ def main(argv: list[str]) -> None:
         print(f"{stopped} (the same command goes on)", file=sys.stderr)
         if stopped.number == signal.SIGINT:  # so that `compare && next` does not go on
             sys.exit(130)
+
+
+def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The variants that NAME:FIELD=VALUE,FIELD=VALUE strings define; model=NAME is the model that they change.
+
+    Raises:
+        ValueError: no name, an unknown field, or a value that is not of its type.
+    """
+    variants = {}
+    for item in items:
+        name, colon, text = item.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", name) or not colon or not text:  # a part of a folder's name
+            raise ValueError(f"--set {item}: expected NAME:FIELD=VALUE,FIELD=VALUE, NAME of letters, digits, . and -")
+        parts = re.split(r",(?![^\[]*\])", text)  # not the commas within a list of numbers
+        model = [part.removeprefix("model=") for part in parts if part.startswith("model=")]
+        fields = read_changes([part for part in parts if not part.startswith("model=")])
+        variants[name] = ({"model": model[0]} if model else {}) | fields
+    return variants
 
 
 def show(result: dict, command: CompareCommand, typed: str) -> None:

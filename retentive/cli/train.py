@@ -8,20 +8,22 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from retentive.models import HybridConfig
+from retentive.models import HybridConfig, TransformerConfig
 from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.run import as_typed
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
 OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
 """Every option of a run, by its field's name."""
-DEFAULTS = {f.name: f.default for f in fields(HybridConfig) if f.name != "vocab_size"}  # the data's
-"""Every field that --set may name, and a value of its type."""
+FIELDS: dict[str, Any] = {f.name: f.type for kind in (TransformerConfig, HybridConfig) for f in fields(kind)}
+"""Every field that --set may name, and its type."""
+del FIELDS["vocab_size"]  # the data's
 
 Recipe = TypeVar("Recipe")
 
@@ -96,25 +98,31 @@ def read_changes(items: Sequence[str]) -> dict[str, Any]:
     changes = {}
     for item in items:
         name, equals, text = item.partition("=")
-        if name not in DEFAULTS or not equals:
-            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(DEFAULTS)}")
-        changes[name] = read_value(item, text, type(DEFAULTS[name]))
+        if name not in FIELDS or not equals:
+            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(FIELDS)}")
+        changes[name] = read_value(item, text, FIELDS[name])
     return changes
 
 
-def read_value(item: str, text: str, kind: type) -> Any:
-    """The value of --set FIELD=text for a field whose default is of this kind; a list of numbers may be a decay."""
-    if kind is str and not text.startswith("["):
+WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def read_value(item: str, text: str, kind: Any) -> Any:
+    """The value of --set FIELD=text for a field of this type; what is no text is written as in JSON."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if str in kinds and not text.startswith("["):  # a list of numbers may be a decay
         return text
     try:
         value = json.loads(text)
     except ValueError:
-        raise ValueError(f"--set {item}: {text!r} is no number, true or false") from None
-    fits = {str: type(value) is list, bool: type(value) is bool, int: type(value) is int}
-    if not fits.get(kind, type(value) in (int, float)):
-        wanted = {str: "numbers", bool: "true or false", int: "a whole number"}.get(kind, "a number")
-        raise ValueError(f"--set {item}: expected {wanted}, got {text}")
-    return tuple(value) if kind is str else value
+        value = text
+    if type(value) in kinds or (value is None and NoneType in kinds):
+        return value
+    if float in kinds and type(value) is int:
+        return value
+    if type(value) is list and any(get_origin(k) is tuple for k in kinds):
+        return tuple(value)
+    raise ValueError(f"--set {item}: expected {WANTED.get(kinds[0], 'numbers as in [1, 2]')}, got {text}")
 
 
 CHANGES = ConstructorRegistry()

@@ -17,7 +17,6 @@ from torch import Tensor
 from retentive.infer.memory import Memory, load_memory, save, tensors
 from retentive.models import RetNetConfig
 from retentive.models.state import RetentionState
-from retentive.ops import decay as decays
 from retentive.ops import rotary
 
 
@@ -63,7 +62,7 @@ def chain(memories: Sequence[Memory]) -> Memory:
     if config.decay == "gated":
         raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
     # float64: a rate close to 1 is raised to the power of a document's length
-    log_decay = decays.log_decay(config.decay, config.heads, dtype=torch.float64)[:, None, None]
+    log_decay = torch.tensor(config.log_decay(), dtype=torch.float64)[:, None, None]
     layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]  # broadcast in the first sum
     end = 0
     for state in states:

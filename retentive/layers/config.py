@@ -21,7 +21,7 @@ KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true o
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """Gated multi-scale retention. Defaults: the architecture of torchscale, decays of the paper's language models."""
+    """Gated multi-scale retention. Defaults: this package's own, `docs/idea.md` says what differs from the paper's."""
 
     dim: int = 256
     """Model width D."""
@@ -33,7 +33,7 @@ class RetentionConfig:
     """Width of q and k over all heads; 0: dim."""
     value_dim: int = 0
     """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 a head."""
-    decay: str | tuple[float, ...] = "lm"
+    decay: str | tuple[float, ...] = "gated"
     """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
     decay_range: tuple[float, float] = decays.LM_RANGE
     """1 - gamma of the first and of the last head, for decay lm and for where decay_bias begins."""
@@ -47,9 +47,9 @@ class RetentionConfig:
     """RMSNorm with a gain over each head's q and k, before their rotation."""
     qk_bias: bool = False
     """A bias for each feature of q and k, 1 in a fresh model, before their rotation and after their norm."""
-    score_norm: bool = True
-    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser)."""
-    head_norm: bool = True
+    score_norm: bool = False
+    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser); not with decay gated."""
+    head_norm: bool = False
     """RMSNorm over each head's output (the paper's group norm)."""
     head_norm_affine: bool = False
     """A gain, shared by the heads, in the head norm (fla)."""

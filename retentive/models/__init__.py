@@ -3,11 +3,12 @@
 build(config_of("retnet", "5m", vocab_size=257))      a model by its name and size
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from retentive.models.base import LanguageModel
 from retentive.models.config import (
+    ARCHITECTURES,
     PRESETS,
     HybridConfig,
     OwnConfig,
@@ -25,7 +26,9 @@ from retentive.models.state import HybridState, KVCache, RetentionState, load_st
 from retentive.models.transformer import Transformer
 
 __all__ = [
+    "ARCHITECTURES",
     "MODELS",
+    "NAMES",
     "PRESETS",
     "Config",
     "Hybrid",
@@ -43,7 +46,6 @@ __all__ = [
     "build",
     "config_of",
     "load_state",
-    "matching",
     "of_one_kind",
     "peer",
     "preset",
@@ -61,32 +63,31 @@ def build(config: Config) -> LanguageModel:
     return MODELS[type(config)](config)
 
 
+COMMON = {"vocab_size", "dim", "layers", "heads", "norm_eps", "tie_embeddings", "dropout"}
+"""Fields in which a RetNet and its twin are the same."""
+NAMES = (*ARCHITECTURES, "transformer", "hybrid", *PEERS)
+"""The models that `config_of` knows."""
+
+
 def config_of(name: str, size: str, *, vocab_size: int, **changes: Any) -> Config:
     """The config of a model in a named size.
 
     Args:
-        name: "retnet", "transformer" (its twin), "hybrid", or the kind of a peer.
-        changes: fields of the RetNet's config, or of the hybrid's, that differ from the size's. Twins and peers are
-            made as wide as the RetNet with these changes.
+        name: "retnet", another of ARCHITECTURES, "transformer" (the RetNet's twin), "hybrid", or the kind of a peer.
+        changes: fields of the config that differ from the size's. Of a twin: its own fields, and those of the RetNet
+            that it is as wide and as large as. Of a peer: of that RetNet.
 
     Raises:
-        ValueError: an unknown name, size or field; the known ones are named.
+        ValueError: an unknown name, size or field (the known ones are named), or a change that contradicts the name.
     """
-    kind = HybridConfig if name == "hybrid" else RetNetConfig
-    return matching(name, preset(size, vocab_size=vocab_size, kind=kind, **changes))
-
-
-def matching(name: str, config: RetNetConfig) -> Config:
-    """The config of the model `name` that is as wide and deep as this RetNet and has about as many parameters."""
-    if name == "retnet":
-        return config
-    if name == "transformer":
-        return twin(config)
     if name == "hybrid":
-        if isinstance(config, HybridConfig):
-            return config
-        shared = {f.name: getattr(config, f.name) for f in fields(config)}
-        return HybridConfig(**shared, attention_every=min(HybridConfig.attention_every, config.layers))
+        return preset(size, vocab_size=vocab_size, kind=HybridConfig, **changes)
+    if name in ARCHITECTURES:
+        return preset(size, vocab_size=vocab_size, architecture=name, **changes)
+    if name == "transformer":
+        own = {f.name for f in fields(TransformerConfig)} - COMMON
+        base = preset(size, vocab_size=vocab_size, **{k: v for k, v in changes.items() if k not in own})
+        return replace(twin(base), **{k: v for k, v in changes.items() if k in own})
     if name in PEERS:
-        return peer(config, name)
-    raise ValueError(f"unknown model {name!r}, expected one of retnet, transformer, hybrid, {', '.join(PEERS)}")
+        return peer(preset(size, vocab_size=vocab_size, **changes), name)
+    raise ValueError(f"unknown model {name!r}, expected one of {', '.join(NAMES)}")

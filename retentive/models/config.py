@@ -1,14 +1,16 @@
 """What a model is made of: RetNetConfig, TransformerConfig, HybridConfig, the named sizes, and the twin of a RetNet.
 
-Every variant of the architecture that published weights use is a field here: torchscale's and fla's models are this
-one with other values. No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
+Every variant of the architecture is a field here or in the layer's config; those that have a name, the paper's RetNet,
+torchscale's and fla's, are values of these fields. No `from __future__ import annotations` in this file: `check_fields`
+reads the fields' types.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from retentive.layers.config import AttentionConfig, RetentionConfig, one_of, positive
 from retentive.layers.ffn import ACTIVATIONS
+from retentive.ops import decay as decays
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class RetNetConfig(RetentionConfig):
 class HybridConfig(RetNetConfig):
     """A RetNet of which some blocks are those of its twin: attention, with as many parameters."""
 
-    attention_every: int = 4
-    """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention."""
+    attention_every: int = 0
+    """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention. 0: 4, or all
+    blocks where there are fewer."""
     attention_window: int = 0
     """Tokens that a token attends to in these blocks, itself included; 0: all before it. With a window the state of the
     whole model has a constant size."""
@@ -59,6 +62,7 @@ class HybridConfig(RetNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "attention_every", self.attention_every or min(4, self.layers))
         if not 2 <= self.attention_every <= self.layers:
             raise ValueError(
                 f"attention_every must be from 2 to layers, {self.layers}, for blocks of both kinds to be there, "
@@ -149,39 +153,49 @@ def of_one_kind(config: OwnConfig) -> list[Any]:
     return [RetNetConfig(**same | {"layers": config.layers - attending}), replace(config.attention(), layers=attending)]
 
 
-def _small(dim: int, layers: int, heads: int) -> dict:
+PLAIN: dict[str, Any] = dict(qk_norm=False, qk_bias=False, decay_bias=False, gate_activation="swish", head_norm=True)
+"""What no published RetNet has, but for the norm of each head's output, which all have."""
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "retnet": {},
+    # the paper's language models, in the parts that its authors published later: RMSNorm, a gated feed-forward layer
+    "retnet-paper": PLAIN | dict(decay="lm", decay_range=decays.LM_RANGE, rotary="interleaved", score_norm=True),
+    "torchscale": PLAIN | dict(decay="paper", rotary="interleaved", score_norm=True, embed_scale=True),
+    "fla": PLAIN | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
+}
+"""The RetNets that have a name, by the fields that the name stands for. `retnet`, this package's own, is the fields'
+defaults and stands for nothing else: any of them may be changed."""
+
+
+class Size(NamedTuple):
+    """A named size: shapes, and the architecture that they were published with."""
+
+    shape: dict[str, Any]
+    architecture: str = "retnet"
+
+
+def _small(dim: int, layers: int, heads: int) -> Size:
     """Tied embeddings: untied, they would be most of a small model's parameters."""
-    return dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True)
+    return Size(dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True))
 
 
-def _paper(dim: int, layers: int, heads: int) -> dict:
+def _paper(dim: int, layers: int, heads: int) -> Size:
     """arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 parameters a block."""
     plain = dict(ffn_dim=2 * dim, ffn_gate=False, activation="gelu")
-    return dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain)
+    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain), "retnet-paper")
 
 
-def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> dict:
+def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> Size:
     """The architectures that torchscale registers with fairseq."""
-    return dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn, decay="paper", embed_scale=True)
+    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn), "torchscale")
 
 
-def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> dict:
+def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> Size:
     """The configs behind fla-hub's checkpoints."""
-    return dict(
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        value_dim=2 * dim,
-        ffn_dim=ffn,
-        decay="paper",
-        rotary="half",
-        score_norm=False,
-        head_norm_affine=True,
-        tie_embeddings=tie,
-    )
+    shape = dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, ffn_dim=ffn, tie_embeddings=tie)
+    return Size(shape, "fla")
 
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, Size] = {
     # our own series for small machines, named by the parameters of the blocks
     "1m": _small(128, 5, 2),
     "2m": _small(192, 5, 3),
@@ -207,15 +221,36 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def preset(size: str, *, vocab_size: int, kind: type[RetNetConfig] = RetNetConfig, **changes) -> RetNetConfig:
+def preset(
+    size: str,
+    *,
+    vocab_size: int,
+    architecture: str = "retnet",
+    kind: type[RetNetConfig] = RetNetConfig,
+    **changes: Any,
+) -> RetNetConfig:
     """The config of a RetNet of a named size (or of a hybrid, by `kind`), fields changed as given.
 
+    Args:
+        architecture: a name of ARCHITECTURES; "retnet" is that of the size where it was published with another.
+
     Raises:
-        ValueError: an unknown size (the known ones are named) or an unknown field.
+        ValueError: an unknown size or architecture (the known ones are named), an unknown field, or one that
+            contradicts the architecture's name.
     """
     if size not in PRESETS:
         raise ValueError(f"unknown size {size!r}, expected one of {', '.join(PRESETS)}")
+    one_of("architecture", architecture, ARCHITECTURES)
+    shape, published = PRESETS[size]
+    if architecture != "retnet" and published not in ("retnet", architecture):
+        raise ValueError(f"size {size} is of the architecture {published}, got {architecture}: name a size of our own")
     unknown = set(changes) - set(kind.__dataclass_fields__)
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-    return kind(vocab_size=vocab_size, **{**PRESETS[size], **changes})
+    name = published if architecture == "retnet" else architecture
+    meant = ARCHITECTURES[name]
+    other = {field: value for field, value in changes.items() if field in meant and value != meant[field]}
+    if other:
+        stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
+        raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
+    return kind(**{"vocab_size": vocab_size, **shape, **meant, **changes})

@@ -5,6 +5,7 @@ written and one read, per head and token. Elementwise work (norms, gates, rotati
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,19 @@ def _of_block(c: OwnConfig) -> tuple[int, int]:
         block = transformer.Block(c) if isinstance(c, TransformerConfig) else retnet.Block(c)
     of_dims = [(p.ndim, p.numel()) for p in block.parameters()]
     return sum(n for dims, n in of_dims if dims > 1), sum(n for dims, n in of_dims if dims == 1)
+
+
+def fitted(config: OwnConfig, wanted: int) -> OwnConfig:
+    """The config with a feed-forward width by which its blocks have `wanted` parameters.
+
+    A difference below a four-hundredth is left: the model is then the one that goes by its name, and not nearly so.
+    """
+    spare = wanted - block_parameters(config)
+    if abs(spare) * 400 < wanted:
+        return config
+    step = 24  # units of the width at a time: the twin's width in a hybrid is a rounded fraction of it
+    each = (block_parameters(replace(config, ffn_dim=config.ffn_dim + step)) - block_parameters(config)) / step
+    return replace(config, ffn_dim=config.ffn_dim + round(spare / each))
 
 
 def parameters(config: OwnConfig | PeerConfig) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
+from retentive.models import PEERS
 from retentive.studies import compare
 
 Result = dict[str, Any]
@@ -53,8 +54,8 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
         if kind != "compare":
             return False
         rows = result["rows"]
-        models = {compare.VARIANTS[row["variant"]].model for row in rows}
-        if models - {"retnet", "transformer", "hybrid"}:
+        known = [compare.VARIANTS[row["variant"]] for row in rows if row["variant"] in compare.VARIANTS]
+        if {variant.model for variant in known} & set(PEERS):
             return about == "others"
         several = any(len({row[key] for row in rows}) > 1 for key in ("size", "lr"))
         return about == ("sizes" if several else "parts")

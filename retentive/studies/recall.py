@@ -25,7 +25,7 @@ from retentive.bench.lab.plot import dress, grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
-from retentive.models import LanguageModel, PeerConfig, RetNetConfig, build, cost
+from retentive.models import LanguageModel, PeerConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
 from retentive.train import Hooks, TrainConfig, language_modelling, train
@@ -126,8 +126,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     for dim, variant in product(dims, variants):
         folder = options.out / f"{variant}_{dim}"
         check_done(folder, trained)  # "resume" below does nothing for a model that is trained: it must be the right one
-        base = RetNetConfig(vocab_size=KEYS + VALUES, dim=dim, layers=2, heads=2, tie_embeddings=True)
-        config = compare.config_of(variant, base)
+        shape = dict(dim=dim, layers=2, heads=2)
+        config = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
         torch.manual_seed(0)
         model = build(config)
         directory = RunDirectory(folder, record={"recall": trained}, existing="resume")

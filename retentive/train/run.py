@@ -47,10 +47,13 @@ class TrainRun:
     """Run directory to make."""
     size: str = "5m"
     """1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info --sizes)."""
-    model: Literal["retnet", "transformer", "hybrid", "llama", "mamba", "mamba2", "rwkv"] = "retnet"
-    """Or, as wide and with as many parameters: its Transformer twin, a hybrid of both, or a peer (extra `peers`)."""
+    model: Literal[
+        "retnet", "retnet-paper", "torchscale", "fla", "transformer", "hybrid", "llama", "mamba", "mamba2", "rwkv"
+    ] = "retnet"
+    """A RetNet: ours, the paper's, or torchscale's or fla's. Or, as wide and with as many parameters: its Transformer
+    twin, a hybrid of both, or a peer (extra `peers`)."""
     set: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the RetNet's config, such as decay=paper heads=2 dropout=0.1."""
+    """Changes to the model's config, such as decay=paper heads=2 dropout=0.1."""
     init: str = ""
     """Model folder to train on from, a run or a converted model: its weights and architecture in place of a size's."""
     mode: Mode = "reset"
@@ -156,7 +159,8 @@ class TrainRun:
         """
         resumes = self.resume and folders(self.out)
         # A resumed run has its config and its weights: the model that it began from may be there no more.
-        config = load_config(self.out)[0] if resumes and self.init else self.config(data.meta.vocab_size)
+        # So may the defaults of this version be others than those that it began with.
+        config = load_config(self.out)[0] if resumes else self.config(data.meta.vocab_size)
         if self.mode == "carry" and type(config) is not RetNetConfig:  # a HybridConfig is one too, by inheritance
             kind = MODELS[type(config)].__name__
             raise ValueError(f"mode carry hands on a state of constant size, which a {kind} has not: use another mode")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from retentive.models import HybridConfig, PeerConfig, config_of, cost, matching, preset, twin
+from retentive.models import HybridConfig, PeerConfig, config_of, cost, preset, twin
 
 
 def test_every_name_in_one_size_has_about_as_many_parameters():
@@ -23,17 +23,55 @@ def test_changes_reach_the_retnet_that_others_are_fitted_to():
     assert config_of("rwkv", "1m", vocab_size=99, layers=2).layers == 2
 
 
-def test_a_hybrid_beside_a_retnet_keeps_its_widths():
-    """With fewer blocks than four, the last one attends."""
-    retnet = preset("1m", vocab_size=99, layers=3, decay="paper")
-    hybrid = matching("hybrid", retnet)
-    assert (hybrid.attention_every, hybrid.decay, hybrid.value_dim) == (3, "paper", retnet.value_dim)
-    assert matching("hybrid", hybrid) is hybrid and matching("retnet", retnet) is retnet
-    assert matching("hybrid", replace(retnet, layers=8)).attention_every == 4
+def test_a_change_of_a_twin_is_of_the_twin_where_it_has_such_a_field():
+    """And of the RetNet whose twin it is where it has none, or both have it."""
+    twin_4 = config_of("transformer", "1m", vocab_size=99, heads=4)
+    assert twin_4 == twin(preset("1m", vocab_size=99, heads=4))
+    changed = config_of("transformer", "1m", vocab_size=99, heads=4, qk_norm=True, kv_heads=2, ffn_dim=8)
+    assert changed == replace(twin_4, qk_norm=True, kv_heads=2, ffn_dim=8)
+    assert config_of("transformer", "1m", vocab_size=99, value_dim=64).ffn_dim < twin_4.ffn_dim
+
+
+def test_a_hybrid_of_fewer_blocks_than_four_attends_in_the_last():
+    hybrid = config_of("hybrid", "1m", vocab_size=99, layers=3, decay="none")
+    assert (hybrid.attention_every, hybrid.decay) == (3, "none")
+    assert config_of("hybrid", "1m", vocab_size=99, layers=8).attention_every == 4
+
+
+PAPER = dict(decay="lm", score_norm=True, head_norm=True, head_norm_affine=False, rotary="interleaved", qk_norm=False)
+NAMED = {
+    "retnet-paper": PAPER | dict(embed_scale=False, decay_range=(1 / 32, 1 / 512)),
+    "torchscale": PAPER | dict(decay="paper", embed_scale=True),
+    "fla": PAPER | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True, embed_scale=False),
+}
+OTHERS = dict(qk_bias=False, decay_bias=False, gate=True, gate_activation="swish", ffn_gate=True, activation="swish")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_architectures_stand_for_what_was_published(name, refuses):
+    """In every field, whatever the defaults of this package are."""
+    config = config_of(name, "1m", vocab_size=99)
+    assert {field: getattr(config, field) for field in NAMED[name] | OTHERS} == NAMED[name] | OTHERS
+    assert config_of(name, "1m", vocab_size=99, decay=NAMED[name]["decay"], dropout=0.1) == replace(config, dropout=0.1)
+    with refuses(f"{name} stands for qk_norm=False (got True)"):
+        config_of(name, "1m", vocab_size=99, qk_norm=True)
+
+
+def test_published_sizes_have_the_architecture_that_they_were_published_with(refuses):
+    for size, name in (("paper-1.3b", "retnet-paper"), ("torchscale-base", "torchscale"), ("fla-340m", "fla")):
+        config = config_of("retnet", size, vocab_size=99)
+        assert {field: getattr(config, field) for field in NAMED[name]} == NAMED[name]
+        assert config_of(name, size, vocab_size=99) == config
+        with refuses(f"{name} stands for qk_norm=False (got True)"):
+            config_of("retnet", size, vocab_size=99, qk_norm=True)
+    with refuses("size fla-340m is of the architecture fla, got torchscale"):
+        config_of("torchscale", "fla-340m", vocab_size=99)
 
 
 def test_what_is_unknown_is_named(refuses):
-    with refuses("unknown model 'lstm', expected one of retnet, transformer, hybrid, llama"):
+    with refuses(
+        "unknown model 'lstm', expected one of retnet, retnet-paper, torchscale, fla, transformer, hybrid, llama"
+    ):
         config_of("lstm", "1m", vocab_size=99)
     with refuses("unknown size '3m', expected one of 1m, 2m"):
         config_of("retnet", "3m", vocab_size=99)

@@ -13,6 +13,6 @@ from retentive.studies.compare.comparison import Comparison
 from retentive.studies.compare.pictures import plot
 from retentive.studies.compare.records import Run
 from retentive.studies.compare.summary import table
-from retentive.studies.compare.variants import VARIANTS, Variant, config_of
+from retentive.studies.compare.variants import VARIANTS, Variant, config_of_variant
 
-__all__ = ["VARIANTS", "Comparison", "Run", "Variant", "config_of", "plot", "table"]
+__all__ = ["VARIANTS", "Comparison", "Run", "Variant", "config_of_variant", "plot", "table"]

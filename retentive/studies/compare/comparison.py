@@ -5,7 +5,7 @@ Each run is a run directory that `retentive train` could have made; a run that i
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
@@ -19,12 +19,11 @@ from retentive.bench.lab.tables import known
 from retentive.data.packed import Packed
 from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
-from retentive.models import preset
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
 from retentive.studies.compare.records import Run, check_hardware, machines, records
 from retentive.studies.compare.summary import report
-from retentive.studies.compare.variants import VARIANTS, changes
+from retentive.studies.compare.variants import VARIANTS, Variant, changes, own_variant
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.loop import pick_precision
 from retentive.train.run import FREE
@@ -40,6 +39,9 @@ class Comparison:
     """Folder for the runs, made if need be; what is done there already is not done again."""
     variants: tuple[str, ...] = ("retnet", "transformer")
     """Names of what is compared; the first is the baseline. An unknown name lists all."""
+    set: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Variants of your own: the name of each, and its fields; `model` among them is the model that is changed, or else
+    it is retnet. They are compared with the others."""
     sizes: tuple[str, ...] = ("1m",)
     """Sizes as `retentive train --size` takes them."""
     seeds: tuple[int, ...] = (0, 1)
@@ -68,14 +70,27 @@ class Comparison:
         """
         if self.train.seed != TrainConfig.seed:
             raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
-        known(self.variants, VARIANTS, "variant")
+        known(self.names, self.table, "variant")
+        again = [name for name in self.set if name in VARIANTS]
+        if again:
+            raise ValueError(f"--set {again[0]}:…: that is a variant already, choose another name")
         lrs = self.lrs or (self.train.lr,)
-        for what, values in (("size", self.sizes), ("seed", self.seeds), ("variant", self.variants), ("lr", lrs)):
+        for what, values in (("size", self.sizes), ("seed", self.seeds), ("variant", self.names), ("lr", lrs)):
             if not values:
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"a {what} is given twice: {', '.join(map(str, values))}")
-        return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.variants)]
+        return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all variants that are compared."""
+        return self.variants + tuple(name for name in self.set if name not in self.variants)
+
+    @property
+    def table(self) -> dict[str, Variant]:
+        """All variants that are known."""
+        return VARIANTS | {name: own_variant(fields) for name, fields in self.set.items()}
 
     def check(self) -> None:
         """Looks whether all runs are possible on this machine. Writes nothing.
@@ -88,7 +103,7 @@ class Comparison:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         runs = self.plan()
         pick_device(self.train.device)
-        peers = [v for v in self.variants if VARIANTS[v].model in KINDS]
+        peers = [v for v in self.names if self.table[v].model in KINDS]
         if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
             raise ModuleNotFoundError(
                 f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
@@ -105,8 +120,8 @@ class Comparison:
             data=self.data,
             out=self.out / run.name,
             size=run.size,
-            model=VARIANTS[run.variant].model,  # type: ignore[arg-type]
-            set=changes(run.variant, preset(run.size, vocab_size=2)),  # no change depends on the vocabulary
+            model=self.table[run.variant].model,  # type: ignore[arg-type]
+            set=changes(self.table[run.variant], run.size),
             mode=self.mode,
             batch=self.batch,
             length=self.length,
@@ -139,7 +154,10 @@ class Comparison:
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
         told, precision = self.described(), self.precision()
         orders = [json.dumps([told, run, precision, threads]) for run in runs]
-        tasks = [Task(r, self.out / r.name, self.about(r), order) for r, order in zip(runs, orders, strict=True)]
+        tasks = [
+            Task(r, self.out / r.name, self.about(r), self.train_run(r).config(2), order)
+            for r, order in zip(runs, orders, strict=True)
+        ]
         work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()
 
@@ -159,7 +177,7 @@ class Comparison:
         runs = self.plan()
         found = records(self.out, runs)
         check_hardware(found, mixed=self.mixed)
-        result = {"planned": len(runs), **report(found, self.variants[0])}
+        result = {"planned": len(runs), **report(found, self.names[0])}
         if not found:
             return result
         kinds = [r["hardware"] for r in machines(found).values()]

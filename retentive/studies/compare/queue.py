@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
+from retentive.checkpoint.io import load_config
 from retentive.files import make_folder
+from retentive.models import Config
 from retentive.studies.compare.records import RECORD, Run, check_done, read_record
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
@@ -37,7 +39,9 @@ class Task(NamedTuple):
     folder: Path
     """Its run directory."""
     about: dict[str, Any]
-    """All that its result depends on."""
+    """All that its result depends on, beside the model."""
+    config: Config
+    """The model's, but for the vocabulary."""
     argument: str
     """The worker's command-line argument, JSON: see `worker.main`."""
 
@@ -46,8 +50,10 @@ class Task(NamedTuple):
         """Whether its record is there.
 
         Raises:
-            ValueError: the record is of another comparison.
+            ValueError: the record, or the model that is there, is of another comparison.
         """
+        if (self.folder / "config.json").is_file():
+            check_model(self.folder, self.config)
         if not (self.folder / RECORD).is_file():
             return False
         check_done(self.folder / RECORD, self.about)
@@ -57,6 +63,18 @@ class Task(NamedTuple):
     def lock(self) -> FileLock:
         """Held by the process that trains or scores it."""
         return lock_of(self.folder)
+
+
+def check_model(folder: Path, wanted: Config) -> None:
+    """Raises ValueError where the model in the folder is not the one that this variant's name stands for now."""
+    found, _ = load_config(folder)
+    a, b = ({name: value for name, value in asdict(c).items() if name != "vocab_size"} for c in (found, wanted))
+    other = sorted(name for name in a | b if a.get(name) != b.get(name))
+    if other:
+        raise ValueError(
+            f"{folder} is of another comparison: its model has {other[0]}={a.get(other[0])!r}, this variant "
+            f"{b.get(other[0])!r}: choose another --out, or another name for the variant"
+        )
 
 
 def lock_of(folder: Path) -> FileLock:
