@@ -64,9 +64,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
-    numbers = {"contexts": options.contexts, "batches": options.batches}
-    for what, values in (numbers | {"steps": [options.steps], "repeats": [options.repeats]}).items():
-        at_least_one(what, values)
+    at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models))
     rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
     for one in rivals.values():
@@ -256,8 +254,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
         # the roofline of each repetition, at the rate of reading around it
         limits = [max(one.moves(batch, context) / repetition.rate, computing) for repetition in found[name]]
         results[name] = {
-            "seconds": min(seconds),
-            "median_seconds": statistics.median(seconds),
+            **clock.best(seconds),
             "tokens_per_second": batch / min(seconds),
             "state_bytes": one.remembers(batch, context),
             "memory_bytes": cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)

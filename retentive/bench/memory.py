@@ -35,8 +35,7 @@ class Options(Sized):
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `of_models`, of a RetNet and its twin with random weights."""
-    at_least_one("contexts", options.contexts)
-    at_least_one("batch", [options.batch])
+    at_least_one(options, "contexts", "batch")
     models = {"RetNet": build(options.config).eval(), "Transformer twin": build(twin(options.config)).eval()}
     result = of_models(models, contexts=options.contexts, batch=options.batch, say=say)
     return {"size": options.size, "vocab_size": options.vocab_size, **result, "batch": options.batch}

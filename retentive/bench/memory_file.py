@@ -33,8 +33,6 @@ PICTURE = None
 class Options(Sized):
     """A question to a memory that has read little and to one that has read much: time and bytes."""
 
-    size: str = "5m"
-    """Size of the RetNet, freshly initialised."""
     lengths: tuple[int, ...] = (1_000, 1_000_000)
     """Tokens that each memory has read."""
     repeats: int = 15
@@ -43,8 +41,7 @@ class Options(Sized):
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length: bytes, and median milliseconds of a question, with the ratio of the last one to the first."""
-    at_least_one("lengths", options.lengths)
-    at_least_one("repeats", (options.repeats,))
+    at_least_one(options, "lengths", "repeats")
     torch.manual_seed(0)
     model = build(options.config).eval()
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,6 @@ One sequence is read at once, without gradients, up to the hidden state of its l
 it; the models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read whole.
 """
 
-import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,8 +48,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     device, names = options.torch_device, words(options.models)
     known([options.precision], models.PRECISIONS, "precision")
-    at_least_one("lengths", options.lengths)
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "lengths", "repeats")
     known(names, MODELS, "model")
     dtype = models.PRECISIONS[options.precision]
     rivals: dict[str, LanguageModel] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
@@ -89,9 +87,7 @@ def interleaved(
         # a token has half of the prompt before it on average; the output matrix (2 V D FLOPs) is not applied
         flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
         results[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
-            "repeats": len(times),
+            **clock.best(times),
             "tokens_per_second": length / min(times),
             "fraction": flops * length / min(times) / gemm,
         }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive import machine
-from retentive.bench.lab import gate, isolated, rivals
+from retentive.bench.lab import clock, gate, isolated, rivals
 from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.rivals import Rival
 from retentive.bench.lab.roofline import DTYPES, Work, limit
@@ -81,8 +81,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("lengths", options.lengths or [1])
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "repeats", *(["lengths"] if options.lengths else []))
     names, absent = chosen(words(options.rivals), device)
     rows: list[dict[str, Any]] = []
     for shape, dtype in product(shapes, dtypes):
@@ -220,9 +219,7 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     for (_, way), measured in zip(quick, times, strict=True):
         whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))
         way |= {
-            "repeats": len(whole),
-            "seconds": min(whole),
-            "median_seconds": statistics.median(whole),
+            **clock.best(whole),
             "forward_seconds": min(part),
             "median_forward_seconds": statistics.median(part),
         }

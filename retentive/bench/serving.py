@@ -23,7 +23,7 @@ import torch
 
 from retentive import machine
 from retentive.bench import http
-from retentive.bench.lab.clock import spread, turns
+from retentive.bench.lab.clock import median_ratio, spread, turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
@@ -31,7 +31,7 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
-from retentive.models import LanguageModel, build
+from retentive.models import LanguageModel, build, cost
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
@@ -42,8 +42,6 @@ PICTURE = None
 class Options(Sized):
     """The engine beside the bare batched step, many streams beside one, a prefix hit beside a miss, a long stream."""
 
-    size: str = "5m"
-    """Size of the RetNet, freshly initialised."""
     streams: int = 16
     """Streams at once."""
     tokens: int = 256
@@ -70,7 +68,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[str, Any]:
     """As `measure`, of this model."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
-    at_least_one("streams, tokens, prompt and repeats", [streams, tokens, options.prompt, repeats])
+    at_least_one(options, "streams", "tokens", "prompt", "repeats")
     gate(model, streams)
     runs = {
         "one": partial(through_engine, model, 1, streams, tokens),
@@ -83,13 +81,13 @@ def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[
     result: dict[str, Any] = {
         "what": "serving: the engine",
         "hardware": machine.describe(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": cost.parameters(model.config),
         "streams": streams,
         "tokens": tokens,
         "prompt": options.prompt,
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
-        "streams_over_one": paired(found, "engine", "one"),
-        "engine_over_bare": paired(found, "engine", "bare"),
+        "streams_over_one": median_ratio(found, "engine", "one"),
+        "engine_over_bare": median_ratio(found, "engine", "bare"),
         "first_token": {"miss": spread(misses), "hit": spread(hits)},
         "miss_over_hit": statistics.median(misses) / statistics.median(hits),
     }
@@ -115,7 +113,7 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
         found = in_turns(runs, options.repeats, say)
     return {
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
-        "server_over_engine": paired(found, "server", "engine"),
+        "server_over_engine": median_ratio(found, "server", "engine"),
     }
 
 
@@ -126,11 +124,6 @@ def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int, say: Say) ->
         found.append(turn)
         say(", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in turn.items()))
     return found
-
-
-def paired(found: list[dict[str, float]], above: str, below: str) -> float:
-    """The median of the turns' ratios: the two runs of a turn are neighbours in time."""
-    return statistics.median(turn[above] / turn[below] for turn in found)
 
 
 def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> list[list[int]]:

@@ -109,8 +109,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("batches", options.batches)
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "batches", "repeats")
     rows: list[dict[str, Any]] = []
     for name, dtype in product(shapes, dtypes):
         shape = SHAPES[name]
@@ -203,15 +202,14 @@ def interleaved(
     steps_in = dict.fromkeys(runs, float(tokens * layers)) | {"alone": pieces[0].nbytes * len(pieces) / nbytes}
     seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
-    def summary(name: str) -> dict[str, float]:
+    def summary(name: str) -> dict[str, Any]:
         fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
-        taken = {"seconds": min(seconds[name]), "median_seconds": statistics.median(seconds[name])}
-        return taken | {"fraction": statistics.median(fractions)}
+        return clock.best(seconds[name]) | {"fraction": statistics.median(fractions)}
 
     def of_reading(name: str) -> float:
         return statistics.median(read / own for read, own in zip(seconds["alone"], seconds[name], strict=True))
 
-    results = {name: summary(name) | {"of_reading": of_reading(name), "repeats": repeats} for name in RIVALS}
+    results = {name: summary(name) | {"of_reading": of_reading(name)} for name in RIVALS}
     return results, rates, summary("alone")
 
 
@@ -237,7 +235,7 @@ def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], erro
     return row | {
         "state_bytes": 4 * B * H * K * V,
         "slots": slots(K, V),
-        "machine": {"read": {"least": min(read), "median": statistics.median(read), "most": max(read)}, "alone": alone},
+        "machine": {"read": clock.spread(read), "alone": alone},
         "limit": {"bytes": nbytes, "seconds": nbytes / statistics.median(read), "by": "memory"},
     }
 

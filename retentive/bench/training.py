@@ -10,7 +10,6 @@ that the allocator held).
 
 import gc
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -105,8 +104,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
-    for what, values in (("lengths", options.lengths), ("tokens", [options.tokens]), ("repeats", [options.repeats])):
-        at_least_one(what, values)
+    at_least_one(options, "lengths", "tokens", "repeats")
     how = (options.tokens, options.precision, options.checkpoint_activations, str(device))
     steps = [Step(config, length, *how) for length in options.lengths]
     rows = []
@@ -153,11 +151,9 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
         model = trainers[name].model
         rate = step.batch * step.length / min(times)
         results[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
-            "repeats": len(times),
+            **clock.best(times),
             "tokens_per_second": rate,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": cost.parameters(model.config),
             "fraction_of_gemm_rate": rate * cost.training_flops_per_token(model.config, step.length) / gemm,
         }
     return results

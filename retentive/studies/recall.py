@@ -114,8 +114,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, compare.VARIANTS, "variant")
-    for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [options.tokens])):
-        at_least_one(what, numbers)
+    at_least_one(options, "pairs", "dims", "steps", "tokens")
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
     trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "lr": options.lr}

@@ -17,6 +17,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
+def best(times: Sequence[float]) -> dict[str, Any]:
+    """The best and the median of the seconds, and how many there are, as results name them."""
+    # the best is what counts between rivals: what else a machine does only ever adds to a time
+    return {"seconds": min(times), "median_seconds": statistics.median(times), "repeats": len(times)}
+
+
+def median_ratio(found: Sequence[Mapping[str, float]], above: str, below: str) -> float:
+    """The median over the turns of one run's number divided by another's.
+
+    Not the ratio of medians: the two numbers of a turn are neighbours in time, and a slow spell of the machine that
+    meets both drops out.
+    """
+    return statistics.median(turn[above] / turn[below] for turn in found)
+
+
 def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
     """What each run returned, a dictionary a turn; in a turn all run once, one after the other.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from retentive import machine
-from retentive.bench.lab.clock import turns
+from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.tables import duration
 
 LONG_ENOUGH = 0.5
@@ -67,7 +67,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
     return {
         "quiet_seconds": statistics.median(turn["quiet"] for turn in found),
         "beside_seconds": statistics.median(turn["beside"] for turn in found),
-        "kept": statistics.median(turn["quiet"] / turn["beside"] for turn in found),
+        "kept": median_ratio(found, "quiet", "beside"),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
     }

@@ -21,7 +21,7 @@ class Sized:
     """A RetNet of a named size."""
 
     size: str = "5m"
-    """Size of the RetNet; the others have its parameters."""
+    """Size of the RetNet, freshly initialised; what it is compared with has its parameters."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
 
