@@ -23,7 +23,7 @@ from torch import Tensor
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
 from retentive.infer.generate import step_threads
@@ -323,30 +323,17 @@ def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch."""
     figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
-    most = max(row["batch"] for row in result["rows"])
-    contexts = sorted({row["context"] for row in result["rows"]})
-    batches = sorted({row["batch"] for row in result["rows"]})
+    rows, names = result["rows"], {name: models.NAMES[name] for name in result["parameters"]}
+    most = max(row["batch"] for row in rows)
+    contexts = sorted({row["context"] for row in rows})
     at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
-    for n, name in enumerate(result["parameters"]):
-        how: dict[str, Any] = {"color": f"C{n}", "marker": "osv^"[n], "label": models.NAMES[name]}
-        for axis, key, unit in ((memory, "memory_bytes", 1e9), (throughput, "tokens_per_second", 1)):
-            points = _points(result["rows"], name, key, "context", batch=most)
-            axis.plot([x for x, _ in points], [y / unit for _, y in points], **how)
-        points = _points(result["rows"], name, "seconds", "batch", context=at)
-        latency.plot([x for x, _ in points], [1e3 * y for _, y in points], **how)
-    for axis, label in ((memory, f"memory at batch {most} (GB)"), (throughput, f"tokens/s at batch {most}")):
-        dress(axis, contexts, [tokens(c) for c in contexts], label)
-        axis.set_xlabel("context (tokens)")
-    dress(latency, batches, [str(b) for b in batches], f"one step at context {tokens(at)} (ms)")
-    latency.set_xlabel("batch")
+    by_context = [(row["context"], row["models"]) for row in rows if row["batch"] == most]
+    by_batch = [(row["batch"], row["models"]) for row in rows if row["context"] == at]
+    curves(memory, by_context, names, "memory_bytes", unit=1e9)
+    curves(throughput, by_context, names, "tokens_per_second")
+    curves(latency, by_batch, names, "seconds", unit=1e-3)
+    dress(memory, contexts, f"memory at batch {most} (GB)", "context (tokens)")
+    dress(throughput, contexts, f"tokens/s at batch {most}", "context (tokens)")
+    dress(latency, sorted({row["batch"] for row in rows}), f"one step at context {tokens(at)} (ms)", "batch")
     memory.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
-
-
-def _points(rows: list[dict[str, Any]], name: str, key: str, along: str, **at: int) -> list[tuple[int, float]]:
-    """(value of `along`, value of the rival's `key`) of the rows that are at these values."""
-    return [
-        (row[along], row["models"][name][key])
-        for row in rows
-        if all(row[k] == v for k, v in at.items()) and key in row["models"][name]
-    ]

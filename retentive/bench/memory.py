@@ -15,7 +15,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.models import LanguageModel, build, twin
 
@@ -103,17 +103,14 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: memory left, time right."""
-    rows = result["rows"]
-    contexts = [row["context"] for row in rows]
-    figure, (axes,) = grid(title, 1, 2)
-    curves = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
-    for axis, (key, unit, label) in zip(axes, curves, strict=True):
-        for name, colour, marker in zip(_names(result), ("C0", "C1"), "os", strict=True):
-            axis.plot(contexts, [row[name][key] / unit for row in rows], color=colour, marker=marker, label=name)
-        dress(axis, contexts, [tokens(c) for c in contexts], label)
-        if key != "bytes":  # on a linear axis the state would be a line on the floor
-            axis.set_yscale("linear")
-            axis.set_ylim(bottom=0)
-        axis.set_xlabel("context (tokens)")
+    points = [(row["context"], row) for row in result["rows"]]
+    names = {name: name for name in _names(result)}
+    figure, ((memory, speed),) = grid(title, 1, 2)
+    curves(memory, points, names, "bytes", unit=1e6)
+    curves(speed, points, names, "ms_per_token")
+    for axis, label in ((memory, "memory of one sequence (MB)"), (speed, "time per token (ms)")):
+        dress(axis, [context for context, _ in points], label, "context (tokens)")
         axis.legend()
+    speed.set_yscale("linear")  # `memory` stays logarithmic: on a linear axis the state would be a line on the floor
+    speed.set_ylim(bottom=0)
     figure.savefig(path, dpi=120, format="png")

@@ -14,7 +14,7 @@ import torch
 from retentive import machine
 from retentive.bench.lab import clock, models
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown
 from retentive.models import LanguageModel, cost
 
@@ -111,11 +111,8 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s against length."""
     figure, ((axis,),) = grid(title, 1, 1, size=(6, 4.2))
-    lengths = [row["length"] for row in result["rows"]]
-    for n, name in enumerate(result["parameters"]):
-        rates = [row["models"][name]["tokens_per_second"] for row in result["rows"]]
-        axis.plot(lengths, rates, color=f"C{n}", marker="osv"[n], label=models.NAMES[name])
-    dress(axis, lengths, [tokens(n) for n in lengths], "tokens/s")
-    axis.set_xlabel("tokens of the prompt")
+    points = [(row["length"], row["models"]) for row in result["rows"]]
+    curves(axis, points, {name: models.NAMES[name] for name in result["parameters"]}, "tokens_per_second")
+    dress(axis, [length for length, _ in points], "tokens/s", "tokens of the prompt")
     axis.legend(fontsize=9)
     figure.savefig(path, dpi=120, format="png")

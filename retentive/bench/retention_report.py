@@ -157,7 +157,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
                 _curves(same, name, dtype, (time, memory, fraction))
         lengths = sorted({row["T"] for row in rows})
         for axis, label in ((time, "forward + backward (ms)"), (memory, "memory (MB)"), (fraction, "of the limit")):
-            dress(axis, lengths, [tokens(n) for n in lengths], label)
+            dress(axis, lengths, label)
         linear(fraction)
         fraction.set_xlabel("tokens")
     legend(figure, axes)

@@ -285,7 +285,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
                 time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
                 fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)
         for axis, label in ((time, "one step of one layer (us)"), (fraction, "of the limit")):
-            dress(axis, [row["B"] for row in rows], [str(row["B"]) for row in rows], label)
+            dress(axis, [row["B"] for row in rows], label)
         linear(fraction)
         fraction.set_xlabel("sequences decoded together")
     legend(figure, axes)

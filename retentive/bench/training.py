@@ -21,7 +21,7 @@ import torch
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.models import LanguageModel, RetNet, RetNetConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
@@ -187,18 +187,12 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s and memory against length."""
     figure, ((left, right),) = grid(title, 1, 2)
-    lengths = [row["length"] for row in result["rows"]]
-    for axis, key, unit, label in (
-        (left, "tokens_per_second", 1, "tokens/s"),
-        (right, "peak_bytes", 1e9, "memory of a step (GB)"),
-    ):
-        for n, name in enumerate(MODELS):
-            points = [(row["length"], row[name][key] / unit) for row in result["rows"] if key in row[name]]
-            if points:
-                how: dict[str, Any] = {"color": f"C{n}", "marker": "os"[n], "label": models.NAMES[name]}
-                axis.plot(*zip(*points, strict=True), **how)
-        dress(axis, lengths, [tokens(n) for n in lengths], label)
-        axis.set_xlabel("length (tokens)")
+    points = [(row["length"], row) for row in result["rows"]]
+    names = {name: models.NAMES[name] for name in MODELS}
+    curves(left, points, names, "tokens_per_second")
+    curves(right, points, names, "peak_bytes", unit=1e9)
+    for axis, label in ((left, "tokens/s"), (right, "memory of a step (GB)")):
+        dress(axis, [length for length, _ in points], label, "length (tokens)")
         axis.legend(fontsize=9)
     figure.savefig(path, dpi=120, format="png")
 
