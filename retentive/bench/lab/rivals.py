@@ -25,7 +25,8 @@ from retentive.bench.lab.roofline import Work
 from retentive.ops import backends, retention
 from retentive.ops.decay import log_decay
 
-OURS = ("retentive", "blocked")
+OURS = {"retentive": "auto", "blocked": "blocked"}
+"""Those of ours, and the `backend` that each asks for."""
 OTHERS = ("torchscale", "sdpa", "fla")
 CHUNKS = (64, 128, 256, 512)
 """Chunk lengths that torchscale is tried with."""
@@ -66,11 +67,10 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
     B, H, K, V, T, device = work.B, work.H, work.K, work.V, work.T, torch.device(work.device)
     tokens_first = ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, V))
     if name in OURS:
-        backend, C = taken(work, "auto" if name == "retentive" else name)
+        backend, C = taken(work, OURS[name])
         decays = log_decay("paper", H, device=device)
-        ours = "auto" if name == "retentive" else name
         return Rival(
-            lambda q, k, v: retention(q, k, v, decays, backend=ours)[0],
+            lambda q, k, v: retention(q, k, v, decays, backend=OURS[name])[0],
             tokens_first, lambda w: w.flops(C, backward=True), backend, C,
         )  # fmt: skip
     if name == "torchscale":
