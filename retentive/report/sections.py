@@ -24,6 +24,7 @@ def table(kind: str, result: Result) -> str | None:
     """The table that the command `kind` ("compare", "bench decode", …) prints, Markdown; None where it has none."""
     verb, _, name = kind.partition(" ")
     if verb == "bench" and name in BENCHES:
+        # the bench's own table: page and command can't differ
         return importlib.import_module(BENCHES[name]).table(result)
     tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
     return tables[kind](result) if kind in tables else None
@@ -53,7 +54,9 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
         if kind != "compare":
             return False
         rows = result["rows"]
+        # the class that a variant is of, since many variants are RetNets
         models = {compare.VARIANTS[row["variant"]].model for row in rows}
+        # first, since such a comparison may have several sizes as well
         if models - {"retnet", "transformer", "hybrid"}:
             return about == "others"
         several = any(len({row[key] for row in rows}) > 1 for key in ("size", "lr"))
