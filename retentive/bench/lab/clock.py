@@ -51,6 +51,7 @@ def interleaved(
     The first turn allocates and does not count. But a run that takes longer than `patience` seconds in it is not
     repeated: that time is its result, since allocating is little beside what it computes.
     """
+    # one after the other and all before the first repetition: it decides which of them are repeated
     first = {name: machine.clock(device, run) for name, run in runs.items()}
     quick = {name: partial(machine.clock, device, run) for name, run in runs.items() if first[name] <= patience}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -75,6 +76,7 @@ def beside_reading(
 
     The rate of a shared machine changes from one second to the next, so it is measured between any two runs.
     """
+    # n runs have n + 1 rates between and around them
     rates = [machine.read_rate(numbers)]
 
     def timed(run: Callable[[], Any]) -> Timed:

@@ -44,7 +44,9 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
     """
     # torchscale takes whole chunks only
     length = LENGTH if name != "torchscale" else max(2 * (chunk or 0), 512)
+    # one row: float64 on a CPU takes long, and rows do not know each other
     short = replace(work, B=1, T=length)
+    # on the CPU, so that every device and dtype is given the same numbers
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, length, work.H, n) for n in (work.K, work.K, work.V, work.V)]
     q, k, v, do = (torch.randn(s, generator=generator).to(work.device, short.torch_dtype) for s in shapes)
@@ -69,6 +71,7 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
 
 def golden(work: Work):
     """A function of q, k, v `[1,T,H,n]` in float64: the reference's o and its state after the last token."""
+    # in float64 from the beginning: decays that were rounded first would be other decays
     decays = log_decay("paper", work.H, dtype=torch.float64, device=work.device)
     zeros = torch.zeros(1, work.H, work.K, work.V, dtype=torch.float64, device=work.device)
     return lambda q, k, v: reference.parallel(q, k, v, decays, scale=work.K**-0.5, state=zeros)
@@ -89,6 +92,7 @@ def gradients(run, q: Tensor, k: Tensor, v: Tensor, do: Tensor, norm: bool) -> C
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = run(*leaves).double()
     if norm:
+        # within the graph, so that gradients lose the factor as well
         o = o / o.square().mean(-1, keepdim=True).sqrt()
     dq, dk, dv = torch.autograd.grad(o, leaves, do.double())
     return Checked(*(x.detach().double() for x in (o, dq, dk, dv)))

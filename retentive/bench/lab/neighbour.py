@@ -49,6 +49,7 @@ def neighbour() -> Iterator[subprocess.Popen]:
 def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) -> dict[str, Any]:
     """Seconds of `run` alone and beside a neighbour, interleaved, and the share of its speed that it keeps (`kept`)."""
     run()  # warms up
+    # warm, so that `times` is reckoned from what a repetition will take
     once = machine.clock(device, run)
     times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
 
@@ -56,6 +57,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
         return machine.clock(device, lambda: [run() for _ in range(times)]) / times
 
     def quiet() -> float:
+        # else this would be the speed of threads that still leave cores to the last neighbour
         time.sleep(SETTLE)
         return timed()
 

@@ -53,6 +53,7 @@ class OnDevice:
         if name == "auto":  # not pick_device's own "auto", which may be MPS
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = pick_device(name)
+        # on others `machine.clock` would stop before the device is done
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"measured on cpu and cuda only, got device {name!r}")
         return device

@@ -37,6 +37,7 @@ def curves(
         points: (x, what was measured there of each model). A model that was skipped there has no `key`, and no point.
     """
     for n, (name, label) in enumerate(names.items()):
+        # colours go by the name's place, also where a model has no curve: it looks the same in all pictures
         found = [(x, of[name][key] / unit) for x, of in points if key in of[name]]
         if found:
             axis.plot(*zip(*found, strict=True), color=f"C{n}", marker="osv^"[n], label=label)
@@ -46,6 +47,7 @@ def dress(axis: Any, ticks: Sequence[int], label: str, along: str = "") -> None:
     """Makes both axes logarithmic, with these ticks along x and round numbers along y; call it after plotting."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    # lengths and batches double from one to the next
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [tokens(n) for n in ticks])
     axis.set_yscale("log")
