@@ -66,10 +66,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models))
+    # made once for all batches and contexts, which differ by their states only
     rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
     for one in rivals.values():
-        one.check()
+        one.check()  # all of them before anything is timed: a wrong step may well be a fast one
     rows = []
+    # each once and rising, whatever the order they were given in: tables and curves read so
     for batch in sorted(set(options.batches)):
         for context in sorted(set(options.contexts)):
             row: dict[str, Any] = {"batch": batch, "context": context}
@@ -132,8 +134,8 @@ class Rival:
             # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
             # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
-        state.position.fill_(context)
-        return state.for_decoding(self.dtype)
+        state.position.fill_(context)  # rotations and masks of the next token depend on it
+        return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
 
     def step(self, ids: Tensor, state: Any) -> Any:
         """The state after one more token of each sequence; its logits are computed and dropped."""
@@ -198,12 +200,12 @@ class Decoding:
     def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
         self.rival, self.steps = rival, steps
         self.state = rival.fill(batch, context, room)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)  # any tokens: all take the same time
 
     def run(self) -> None:
         """`steps` more tokens of each sequence."""
         for _ in range(self.steps):
-            self.state = self.rival.step(self.ids, self.state)
+            self.state = self.rival.step(self.ids, self.state)  # the context grows meanwhile: `room` is for that
 
 
 def batches_that_fit(
@@ -217,6 +219,7 @@ def batches_that_fit(
         if need > free:
             left_out.append(name)
             continue
+        # in the order given, as many as fit: only those of one group are interleaved
         if taken + need > free:
             found.append([])
             taken = 0
@@ -230,6 +233,7 @@ def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Opt
     gc.collect()  # the states of the last row, before what is free is asked for
     device = next(iter(rivals.values())).device
     together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
+    # of free memory a fifth is left to activations and to what else the machine does
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
     for names in filter(None, together):
         results |= timed({name: rivals[name] for name in names}, batch, context, options)
@@ -245,6 +249,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     # one turn more than is counted: the first warms up
     room = (options.repeats + 1) * options.steps
     runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
+    # measured once, and not around each repetition as reading is: a step is seldom bound by its products
     gemm = machine.gemm_rate(device, dtype)
     found, _ = clock.beside_reading(runs, machine.numbers(device), repeats=options.repeats)
     results = {}
@@ -298,6 +303,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    # above 1: the other takes longer, or more
     return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
 
 

@@ -55,13 +55,15 @@ def of_models(
     At every context one model is measured right after the other, so that a slow spell of the machine meets both.
     """
     vocab = next(iter(models.values())).config.vocab_size
+    # the same tokens for both; `steps` more than the longest context are decoded after it
     ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=torch.Generator().manual_seed(0))
     states: dict[str, Any] = dict.fromkeys(models)
     read, rows = 0, []
     for context in sorted(contexts):
         row: dict[str, Any] = {"context": context}
         for name, model in models.items():
-            # goes on from the state at the last context: no token is read twice
+            # goes on from the state at the last context, so that no token is read twice; in parts, which bounds what
+            # attention and activations take
             for part in ids[:, read:context].split(2048, 1):
                 _, states[name] = model.hidden(part, states[name])
             # a clone, since the cache is written in place; the first two steps warm up

@@ -55,6 +55,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     for model in rivals.values():
         models.check_decoding(model)
     rows = []
+    # each once and rising, as tables and curves read
     for length in sorted(set(options.lengths)):
         found = interleaved(rivals, length, dtype, device, options)
         rows.append({"length": length, "models": found})
@@ -79,6 +80,7 @@ def interleaved(
     gemm = machine.gemm_rate(device, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
+    # hidden states, and no logits: of a prompt only the last token has any use for them
     runs = {name: partial(model.hidden, ids) for name, model in rivals.items()}
     timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
     results = {}

@@ -58,6 +58,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     asked = {f"{options.task}, {n} shots": questions(options, tokenizer, n) for n in options.shots}
     rows = []
     for name, groups in asked.items():
+        # both through the same batching code: what differs is the sharing alone
         ways = {way: partial(logprobs, model, groups, way == "once") for way in ("once", "whole")}
         row = {"what": name, "questions": len(groups), **compared(name, ways, options.repeats)}
         rows.append(row | {"token_ratio": token_ratio(groups)})
@@ -100,6 +101,7 @@ def compared(name: str, ways: Mapping[str, Callable[[], list[float]]], repeats: 
     Raises:
         ArithmeticError: further than the tolerance; nothing was timed.
     """
+    # relative to the log-likelihood, but absolute near 0, where any rounding would be large beside it
     gaps = [abs(a - b) / max(1, abs(b)) for a, b in zip(ways["once"](), ways["whole"](), strict=True)]
     if not all(gap <= TOLERANCE for gap in gaps):  # `not all`: a NaN fails too, which max() would pass over
         raise ArithmeticError(f"{name}: log-likelihoods differ by {max(gaps):.1e} of them, more than {TOLERANCE:.0e}")

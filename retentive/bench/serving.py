@@ -69,6 +69,7 @@ def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[
     """As `measure`, of this model."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
     at_least_one(options, "streams", "tokens", "prompt", "repeats")
+    # a batch that mixes up its rows would be as fast as a right one
     gate(model, streams)
     runs = {
         "one": partial(through_engine, model, 1, streams, tokens),
@@ -133,6 +134,7 @@ def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> lis
 
 def gate(model: LanguageModel, streams: int) -> None:
     """Raises ArithmeticError unless streams that join one by one give the tokens that `generate` gives."""
+    # stepped from here and not by its thread, so that the order in which streams join is always the same
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
         made += engine.submit(ids, SamplingParams(seed=n), max_tokens=24)
@@ -173,6 +175,7 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
     ]
+    # as the engine has it, so that only the engine's own work is between the two
     state: Any = model.init_state(rows).for_decoding(model.dtype)
     last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
@@ -185,15 +188,17 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
 
 def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[float], list[float]]:
     """(seconds to the first token of each prompt when it is new, and when it comes again: misses, hits)."""
+    # a cache of 1 GB holds every prompt of the bench: no hit may turn into a miss
     engine = Engine(model, cache=PrefixCache(1 << 30)).start()
 
     def once(ids: list[int]) -> float:
         began = time.perf_counter()
         (stream,) = engine.submit(ids, SamplingParams(seed=0), max_tokens=1)
-        list(stream)
+        list(stream)  # waits for its only token
         return time.perf_counter() - began
 
     misses, hits = [], []
+    # a miss, then its hit: the pair meets the same speed of the machine
     for ids in prompts(model, repeats + 1, length, seed=1):
         misses.append(once(ids))
         hits.append(once(ids))

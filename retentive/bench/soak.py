@@ -59,6 +59,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     left = dict[str, float]()
     drained: dict[str, Any] = {"streams": 0, "wrong": [], "exit_code": None, "ok": False}
     with ThreadPoolExecutor(1) as aside, server(model, ByteTokenizer(), *LITTLE) as (process, port):
+        # more at once than slots and queue together have room for
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
         watching = aside.submit(watch, process, port, 60 * minutes, samples, say)
         watching.add_done_callback(lambda _: clients.over.set())  # at the end of the minutes or of the server
@@ -181,6 +182,7 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     # not before all are in a slot: one that was still queued would prove nothing
     while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
         continue
+    # as a service manager or Kubernetes does it
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
@@ -188,6 +190,7 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
         code = process.wait(timeout=60)
     except subprocess.TimeoutExpired:
         code = None  # it is killed by `server` then
+    # a stream that was cut off is in `wrong`; the code tells a clean end from a crash after the last stream
     return {"streams": len(threads), "wrong": tally.wrong, "exit_code": code, "ok": code == 0 and not tally.wrong}
 
 

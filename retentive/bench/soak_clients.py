@@ -85,6 +85,7 @@ def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens:
     """What the model writes after the prompt without a server."""
     tokenizer = ByteTokenizer()  # the server begins a text with end-of-text too, as in training
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    # by `generate`, which knows no batches, slots or queues: what those break is then seen
     tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id])
     return "".join(stream_text(tokens, tokenizer, stop=stop))
 
@@ -101,10 +102,12 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
     rng, made = random.Random(seed), []
     for n in range(count):
         prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
+        # few long ones: slots must come free all the time, so that requests join running batches
         length, choices = rng.choice([1, 10, 40, 120]), rng.choice([1, 1, 1, 3])
         drawn: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.0]), "top_p": rng.choice([1.0, 0.9]), "seed": n}
         stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.3 else []
         body = {"prompt": prompt, "max_tokens": length, "n": choices, "stop": stop, **drawn}
+        # each choice has a seed of its own, counted from the request's
         params = [SamplingParams(**{**drawn, "seed": n + i}) for i in range(choices)]
         made.append(Asked(TEXT, body, [write(model, prompt, p, length, stop) for p in params]))
     return made

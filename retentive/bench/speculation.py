@@ -75,6 +75,7 @@ class Way(NamedTuple):
         if not self.most:
             return [t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)]
         how: dict[str, Any] = {"draft": self.draft, "most": self.most, "max_tokens": tokens}
+        # both kinds of guesses go through the same loop; without a draft model it looks them up in the text
         return [t.id for t in speculate(model, ids, GREEDY, counts=counts, **how)]
 
 
@@ -105,11 +106,13 @@ def of_models(
     ways = [Way("plain", 0), *(Way("look-up", n) for n in options.most)]
     if draft is not None:
         ways += [Way("draft", n, draft) for n in options.most]
+    # the gate: greedy text is the same by every way, token for token, or the way is wrong
     wanted = [ways[0].write(model, ids, tokens, Counter()) for ids in texts]
 
     def repetition(way: Way) -> Repetition:
         counts, began = Counter[str](), time.perf_counter()
         made = [way.write(model, ids, tokens, counts) for ids in texts]
+        # before the comparison, which is the bench's own work
         seconds = time.perf_counter() - began
         if made != wanted:
             raise ArithmeticError(f"{way} gave other tokens than plain generation: not counted")

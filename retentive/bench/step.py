@@ -72,6 +72,7 @@ class Rival(NamedTuple):
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """(o, state) of the recurrence in torch, written with care for memory: the state is updated in place."""
+    # in place: with new tensors in every step the allocator would be timed too
     state.mul_(log_decay_H.exp()[:, None, None])
     state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
     return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
@@ -113,6 +114,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, dtype in product(shapes, dtypes):
         shape = SHAPES[name]
+        # once for all batches: the gate has one of its own
         errors = {rival: check(rival, shape, dtype, device) for rival in RIVALS}
         for B in options.batches:
             results, rates, alone = interleaved(shape, B, dtype, device, options.repeats)
@@ -145,6 +147,7 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
     B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
+    # from some state and not from zeros: decay of what was there must be right as well
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
     state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
@@ -177,14 +180,17 @@ def interleaved(
     """
     H, K, V = shape
     nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
+    # rounded up: together at least SPREAD bytes
     layers, tokens = -(-SPREAD // (4 * B * H * K * V)), slots(K, V) // 2
     q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
     decays = log_decay("paper", H, device=device)
     pieces = in_pieces(numbers, nbytes)
+    # allocated once: `reads` shall do nothing but read
     sums = torch.empty(pieces[0].shape[0], device=device)
 
     def steps(step: Callable, states: list[Any]) -> None:
         for _ in range(tokens):
+            # layer by layer as in a model: until its next step a state has left every cache
             for n, state in enumerate(states):
                 _, states[n] = step(q, k, v, decays, state)
 
@@ -203,6 +209,7 @@ def interleaved(
     seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
     def summary(name: str) -> dict[str, Any]:
+        # each by the rate around it, and the median of these: the rate changes from second to second
         fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
         return clock.best(seconds[name]) | {"fraction": statistics.median(fractions)}
 
@@ -249,6 +256,7 @@ def table(result: dict[str, Any]) -> str:
         ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
         cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        # older files of results lack it
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
         lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])

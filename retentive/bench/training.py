@@ -69,6 +69,7 @@ class Trainer:
         ids, targets = self.ids[:, :-1][:, :length], self.ids[:, 1:][:, :length]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x, _ = self.model.hidden(ids)
+            # fused as in training: the logits of all tokens would need more memory than the rest
             loss = cross_entropy(x, self.model.head.weight, targets) / targets.numel()
         loss.backward()
         self.optimizer.step()
@@ -110,6 +111,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows = []
     for step in steps:
         row: dict[str, Any] = {"length": step.length, "batch": step.batch}
+        # times first, in this process; then memory, in processes of their own with nothing beside them
         row |= interleaved(step, options.repeats, options.patience)
         gc.collect()
         machine.free_memory(device)  # gives back what the next processes need
@@ -138,6 +140,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
     """Of both models the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
     device = torch.device(step.device)
+    # both in memory at once, since they take turns
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
     assert isinstance(retnet, RetNet)
@@ -163,6 +166,7 @@ def memory(name: str, step: Step) -> dict[str, Any]:
     """{"peak_bytes": …} of a step in a process of its own; {} where that failed, for instance for want of memory."""
     command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
     done = subprocess.run(command, capture_output=True, text=True)
+    # the last line: libraries may print before it
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
