@@ -23,7 +23,7 @@ from torch import Tensor
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
 from retentive.infer.generate import step_threads
@@ -64,14 +64,14 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
-    numbers = {"contexts": options.contexts, "batches": options.batches}
-    for what, values in (numbers | {"steps": [options.steps], "repeats": [options.repeats]}).items():
-        at_least_one(what, values)
+    at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models))
+    # made once for all batches and contexts, which differ by their states only
     rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
     for one in rivals.values():
-        one.check()
+        one.check()  # all of them before anything is timed: a wrong step may well be a fast one
     rows = []
+    # each once and rising, whatever the order they were given in: tables and curves read so
     for batch in sorted(set(options.batches)):
         for context in sorted(set(options.contexts)):
             row: dict[str, Any] = {"batch": batch, "context": context}
@@ -134,8 +134,8 @@ class Rival:
             # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
             # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
-        state.position.fill_(context)
-        return state.for_decoding(self.dtype)
+        state.position.fill_(context)  # rotations and masks of the next token depend on it
+        return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
 
     def step(self, ids: Tensor, state: Any) -> Any:
         """The state after one more token of each sequence; its logits are computed and dropped."""
@@ -200,12 +200,12 @@ class Decoding:
     def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
         self.rival, self.steps = rival, steps
         self.state = rival.fill(batch, context, room)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)  # any tokens: all take the same time
 
     def run(self) -> None:
         """`steps` more tokens of each sequence."""
         for _ in range(self.steps):
-            self.state = self.rival.step(self.ids, self.state)
+            self.state = self.rival.step(self.ids, self.state)  # the context grows meanwhile: `room` is for that
 
 
 def batches_that_fit(
@@ -219,6 +219,7 @@ def batches_that_fit(
         if need > free:
             left_out.append(name)
             continue
+        # in the order given, as many as fit: only those of one group are interleaved
         if taken + need > free:
             found.append([])
             taken = 0
@@ -232,6 +233,7 @@ def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Opt
     gc.collect()  # the states of the last row, before what is free is asked for
     device = next(iter(rivals.values())).device
     together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
+    # of free memory a fifth is left to activations and to what else the machine does
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
     for names in filter(None, together):
         results |= timed({name: rivals[name] for name in names}, batch, context, options)
@@ -247,6 +249,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
     # one turn more than is counted: the first warms up
     room = (options.repeats + 1) * options.steps
     runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
+    # measured once, and not around each repetition as reading is: a step is seldom bound by its products
     gemm = machine.gemm_rate(device, dtype)
     found, _ = clock.beside_reading(runs, machine.numbers(device), repeats=options.repeats)
     results = {}
@@ -256,8 +259,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
         # the roofline of each repetition, at the rate of reading around it
         limits = [max(one.moves(batch, context) / repetition.rate, computing) for repetition in found[name]]
         results[name] = {
-            "seconds": min(seconds),
-            "median_seconds": statistics.median(seconds),
+            **clock.best(seconds),
             "tokens_per_second": batch / min(seconds),
             "state_bytes": one.remembers(batch, context),
             "memory_bytes": cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
@@ -301,6 +303,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    # above 1: the other takes longer, or more
     return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
 
 
@@ -326,30 +329,17 @@ def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch."""
     figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
-    most = max(row["batch"] for row in result["rows"])
-    contexts = sorted({row["context"] for row in result["rows"]})
-    batches = sorted({row["batch"] for row in result["rows"]})
+    rows, names = result["rows"], {name: models.NAMES[name] for name in result["parameters"]}
+    most = max(row["batch"] for row in rows)
+    contexts = sorted({row["context"] for row in rows})
     at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
-    for n, name in enumerate(result["parameters"]):
-        how: dict[str, Any] = {"color": f"C{n}", "marker": "osv^"[n], "label": models.NAMES[name]}
-        for axis, key, unit in ((memory, "memory_bytes", 1e9), (throughput, "tokens_per_second", 1)):
-            points = _points(result["rows"], name, key, "context", batch=most)
-            axis.plot([x for x, _ in points], [y / unit for _, y in points], **how)
-        points = _points(result["rows"], name, "seconds", "batch", context=at)
-        latency.plot([x for x, _ in points], [1e3 * y for _, y in points], **how)
-    for axis, label in ((memory, f"memory at batch {most} (GB)"), (throughput, f"tokens/s at batch {most}")):
-        dress(axis, contexts, [tokens(c) for c in contexts], label)
-        axis.set_xlabel("context (tokens)")
-    dress(latency, batches, [str(b) for b in batches], f"one step at context {tokens(at)} (ms)")
-    latency.set_xlabel("batch")
+    by_context = [(row["context"], row["models"]) for row in rows if row["batch"] == most]
+    by_batch = [(row["batch"], row["models"]) for row in rows if row["context"] == at]
+    curves(memory, by_context, names, "memory_bytes", unit=1e9)
+    curves(throughput, by_context, names, "tokens_per_second")
+    curves(latency, by_batch, names, "seconds", unit=1e-3)
+    dress(memory, contexts, f"memory at batch {most} (GB)", "context (tokens)")
+    dress(throughput, contexts, f"tokens/s at batch {most}", "context (tokens)")
+    dress(latency, sorted({row["batch"] for row in rows}), f"one step at context {tokens(at)} (ms)", "batch")
     memory.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
-
-
-def _points(rows: list[dict[str, Any]], name: str, key: str, along: str, **at: int) -> list[tuple[int, float]]:
-    """(value of `along`, value of the rival's `key`) of the rows that are at these values."""
-    return [
-        (row[along], row["models"][name][key])
-        for row in rows
-        if all(row[k] == v for k, v in at.items()) and key in row["models"][name]
-    ]

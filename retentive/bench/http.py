@@ -32,12 +32,14 @@ def requests(
 ) -> list[tuple[bytes, str]]:
     """(HTTP request, text it must be answered with) of each stream."""
     made = []
+    # a thousand seeds for each stream, so that no two streams come to the same one
     for ids, first in zip(prompts, count(0, 1000), strict=False):
         for seed in count(first):  # the first one whose text does not end early: all streams have `tokens` tokens
             written = [t.id for t in generate(model, ids, SamplingParams(seed=seed), max_tokens=tokens)]
             if tokenizer.eos_id not in written:
                 break
         body = json.dumps({"prompt": ids, "max_tokens": tokens, "seed": seed, "stream": True}).encode()
+        # "close": the end of the connection is then the end of the response, and nothing is parsed while the clock runs
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         made.append((request, tokenizer.decode(written)))

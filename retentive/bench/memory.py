@@ -15,7 +15,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.models import LanguageModel, build, twin
 
@@ -35,8 +35,7 @@ class Options(Sized):
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `of_models`, of a RetNet and its twin with random weights."""
-    at_least_one("contexts", options.contexts)
-    at_least_one("batch", [options.batch])
+    at_least_one(options, "contexts", "batch")
     models = {"RetNet": build(options.config).eval(), "Transformer twin": build(twin(options.config)).eval()}
     result = of_models(models, contexts=options.contexts, batch=options.batch, say=say)
     return {"size": options.size, "vocab_size": options.vocab_size, **result, "batch": options.batch}
@@ -56,13 +55,15 @@ def of_models(
     At every context one model is measured right after the other, so that a slow spell of the machine meets both.
     """
     vocab = next(iter(models.values())).config.vocab_size
+    # the same tokens for both; `steps` more than the longest context are decoded after it
     ids = torch.randint(vocab, (batch, max(contexts) + steps), generator=torch.Generator().manual_seed(0))
     states: dict[str, Any] = dict.fromkeys(models)
     read, rows = 0, []
     for context in sorted(contexts):
         row: dict[str, Any] = {"context": context}
         for name, model in models.items():
-            # goes on from the state at the last context: no token is read twice
+            # goes on from the state at the last context, so that no token is read twice; in parts, which bounds what
+            # attention and activations take
             for part in ids[:, read:context].split(2048, 1):
                 _, states[name] = model.hidden(part, states[name])
             # a clone, since the cache is written in place; the first two steps warm up
@@ -104,17 +105,14 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: memory left, time right."""
-    rows = result["rows"]
-    contexts = [row["context"] for row in rows]
-    figure, (axes,) = grid(title, 1, 2)
-    curves = [("bytes", 1e6, "memory of one sequence (MB)"), ("ms_per_token", 1, "time per token (ms)")]
-    for axis, (key, unit, label) in zip(axes, curves, strict=True):
-        for name, colour, marker in zip(_names(result), ("C0", "C1"), "os", strict=True):
-            axis.plot(contexts, [row[name][key] / unit for row in rows], color=colour, marker=marker, label=name)
-        dress(axis, contexts, [tokens(c) for c in contexts], label)
-        if key != "bytes":  # on a linear axis the state would be a line on the floor
-            axis.set_yscale("linear")
-            axis.set_ylim(bottom=0)
-        axis.set_xlabel("context (tokens)")
+    points = [(row["context"], row) for row in result["rows"]]
+    names = {name: name for name in _names(result)}
+    figure, ((memory, speed),) = grid(title, 1, 2)
+    curves(memory, points, names, "bytes", unit=1e6)
+    curves(speed, points, names, "ms_per_token")
+    for axis, label in ((memory, "memory of one sequence (MB)"), (speed, "time per token (ms)")):
+        dress(axis, [context for context, _ in points], label, "context (tokens)")
         axis.legend()
+    speed.set_yscale("linear")  # `memory` stays logarithmic: on a linear axis the state would be a line on the floor
+    speed.set_ylim(bottom=0)
     figure.savefig(path, dpi=120, format="png")

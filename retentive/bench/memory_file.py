@@ -33,8 +33,6 @@ PICTURE = None
 class Options(Sized):
     """A question to a memory that has read little and to one that has read much: time and bytes."""
 
-    size: str = "5m"
-    """Size of the RetNet, freshly initialised."""
     lengths: tuple[int, ...] = (1_000, 1_000_000)
     """Tokens that each memory has read."""
     repeats: int = 15
@@ -43,8 +41,7 @@ class Options(Sized):
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length: bytes, and median milliseconds of a question, with the ratio of the last one to the first."""
-    at_least_one("lengths", options.lengths)
-    at_least_one("repeats", (options.repeats,))
+    at_least_one(options, "lengths", "repeats")
     torch.manual_seed(0)
     model = build(options.config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -70,12 +67,14 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def write(model: LanguageModel, tokens: int, file: Path, say: Say) -> dict[str, Any]:
     """The row of a new memory file that has read so many random tokens."""
     generator, began = torch.Generator().manual_seed(tokens), time.perf_counter()
+    # drawn part by part, as documents come: a million tokens are never held at once
     parts = (
         torch.randint(model.config.vocab_size, (min(4096, tokens - at),), generator=generator).tolist()
         for at in range(0, tokens, 4096)
     )
     # a memory comes after every chunk; a deque of one keeps the last
     memory = deque(ingest(model, parts, blank(model)), maxlen=1).pop()
+    # what `retentive memory write` would note: it is part of the file, and of the reading that is timed
     memory.sources = [{"name": "random", "tokens": tokens, "sha256": 64 * "0"}]
     save(memory, file)
     seconds = time.perf_counter() - began

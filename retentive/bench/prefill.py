@@ -4,7 +4,6 @@ One sequence is read at once, without gradients, up to the hidden state of its l
 it; the models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read whole.
 """
 
-import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from retentive import machine
 from retentive.bench.lab import clock, models
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown
 from retentive.models import LanguageModel, cost
 
@@ -49,14 +48,14 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     device, names = options.torch_device, words(options.models)
     known([options.precision], models.PRECISIONS, "precision")
-    at_least_one("lengths", options.lengths)
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "lengths", "repeats")
     known(names, MODELS, "model")
     dtype = models.PRECISIONS[options.precision]
     rivals: dict[str, LanguageModel] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
     for model in rivals.values():
         models.check_decoding(model)
     rows = []
+    # each once and rising, as tables and curves read
     for length in sorted(set(options.lengths)):
         found = interleaved(rivals, length, dtype, device, options)
         rows.append({"length": length, "models": found})
@@ -81,6 +80,7 @@ def interleaved(
     gemm = machine.gemm_rate(device, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
+    # hidden states, and no logits: of a prompt only the last token has any use for them
     runs = {name: partial(model.hidden, ids) for name, model in rivals.items()}
     timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
     results = {}
@@ -89,9 +89,7 @@ def interleaved(
         # a token has half of the prompt before it on average; the output matrix (2 V D FLOPs) is not applied
         flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
         results[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
-            "repeats": len(times),
+            **clock.best(times),
             "tokens_per_second": length / min(times),
             "fraction": flops * length / min(times) / gemm,
         }
@@ -115,11 +113,8 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s against length."""
     figure, ((axis,),) = grid(title, 1, 1, size=(6, 4.2))
-    lengths = [row["length"] for row in result["rows"]]
-    for n, name in enumerate(result["parameters"]):
-        rates = [row["models"][name]["tokens_per_second"] for row in result["rows"]]
-        axis.plot(lengths, rates, color=f"C{n}", marker="osv"[n], label=models.NAMES[name])
-    dress(axis, lengths, [tokens(n) for n in lengths], "tokens/s")
-    axis.set_xlabel("tokens of the prompt")
+    points = [(row["length"], row["models"]) for row in result["rows"]]
+    curves(axis, points, {name: models.NAMES[name] for name in result["parameters"]}, "tokens_per_second")
+    dress(axis, [length for length, _ in points], "tokens/s", "tokens of the prompt")
     axis.legend(fontsize=9)
     figure.savefig(path, dpi=120, format="png")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive import machine
-from retentive.bench.lab import gate, isolated, rivals
+from retentive.bench.lab import clock, gate, isolated, rivals
 from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.rivals import Rival
 from retentive.bench.lab.roofline import DTYPES, Work, limit
@@ -81,8 +81,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("lengths", options.lengths or [1])
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "repeats", *(["lengths"] if options.lengths else []))
     names, absent = chosen(words(options.rivals), device)
     rows: list[dict[str, Any]] = []
     for shape, dtype in product(shapes, dtypes):
@@ -118,6 +117,7 @@ def group(shape: str, works: list[Work], names: list[str], options: Options, say
     device = torch.device(works[0].device)
     # torchscale is checked below, for the chunk lengths that are timed; SDPA is another function
     errors = {name: gate.check(name, works[0]) for name in names if name not in ("torchscale", "sdpa")}
+    # before and after all lengths: a difference between the two tells of other work on the machine
     before = machine.rates(device, works[0].torch_dtype)
     rows = []
     for work in works:
@@ -147,6 +147,7 @@ def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
     if name != "torchscale":
         return [_prepare(name, work, None, patience)]
     ways: list[dict[str, Any]] = []
+    # from the longest on: the shorter ones are not tried once they get slower
     for chunk in sorted(rivals.CHUNKS, reverse=True):
         if work.T % chunk == 0:
             ways.append(_prepare(name, work, chunk, patience))
@@ -155,6 +156,7 @@ def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
                 break  # shorter chunks have more states to keep, and are slower yet
     if not ways:
         return [{"skipped": f"needs a multiple of {rivals.CHUNKS[0]} tokens"}]
+    # what was tried stands in the file, so that nobody wonders whether another chunk would have been faster
     tried = {str(way["chunk"]): way.get("seconds", way.get("skipped")) for way in ways}
     return [way | {"tried": tried} for way in ways if _seconds(way) <= CLOSE * best]
 
@@ -168,6 +170,7 @@ def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[
     result = {"backend": one.backend, "chunk": one.chunk}
     try:
         expected = estimate(name, work, one)
+        # known from a short pass, since a pass that has begun can't be taken back
         if expected > patience:
             return result | {"skipped": f"would take {expected:.0f} s"}
         return result | isolated.in_own_process(name, work, one.chunk)
@@ -181,6 +184,7 @@ def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
     """The way with the best time, and the times of the others."""
     best = min(ways, key=_seconds)
     if "tried" in best:
+        # beside "tried", which has the first pass alone: the best of the repetitions
         best["seconds_by_chunk"] = {str(way["chunk"]): way["seconds"] for way in ways if "seconds" in way}
     return best
 
@@ -190,6 +194,7 @@ def estimate(name: str, work: Work, one: Rival) -> float:
     short = replace(work, T=min(work.T, 2048))  # torchscale's chunks divide 2048
     if short == work:
         return 0
+    # by counted FLOPs: good enough to tell seconds from hours, which is all that it is for
     return warm(rivals.make(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
 
 
@@ -220,9 +225,7 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     for (_, way), measured in zip(quick, times, strict=True):
         whole, part = ([pair[i] for pair in measured[1:]] for i in (0, 1))
         way |= {
-            "repeats": len(whole),
-            "seconds": min(whole),
-            "median_seconds": statistics.median(whole),
+            **clock.best(whole),
             "forward_seconds": min(part),
             "median_forward_seconds": statistics.median(part),
         }
@@ -240,6 +243,7 @@ def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dic
 
     All retentions share one limit, that of the chunk length that our backend takes; attention has its own.
     """
+    # one speed for all of a group's rows: the mean of its beginning and its end
     rates = {name: (before[name] + after[name]) / 2 for name in before}
     _, chunk = rivals.taken(work, "auto")
     row["machine"] = {"before": before, "after": after}
@@ -250,6 +254,7 @@ def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dic
         for name, result in row["contestants"].items():
             seconds = result.get("seconds" if backward else "forward_seconds")
             if seconds:
+                # as many numbers in q, k, v and o, but other arithmetic
                 own = work.attention_flops(backward=backward) if name == "sdpa" else flops
                 fraction = limit(own, nbytes, rates["gemm"], rates["read"]).seconds / seconds
                 result["fraction" if backward else "forward_fraction"] = fraction

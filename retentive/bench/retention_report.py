@@ -22,6 +22,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _rows(result: dict[str, Any]) -> str:
+    # rivals that could not take part have a column too, with the reason in place of times
     absent = [name for name in result["rivals"] if name not in result["rows"][0]["contestants"]]
     others = [name for name in result["rows"][0]["contestants"] if name != "retentive"]
     heads = ["shape", "T", "inputs", "retentive", "forward", "of the limit"]
@@ -93,6 +94,7 @@ def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[s
 
 def _dtypes(rows: list[dict[str, Any]]) -> str:
     """A table of how much faster 16-bit inputs are than float32 ones."""
+    # of the same shape and length: only the dtype may differ
     wide = {(row["shape"], row["T"]): row for row in rows if row["dtype"] == "fp32"}
     lines = []
     for row in rows:
@@ -122,10 +124,12 @@ def _notes(result: dict[str, Any]) -> str:
             f"This machine meanwhile: {dtype} GEMM {span(gemm)} GFLOP/s, reading {span(read)} GB/s "
             f"({result['hardware']['cpu'] if result['device'] == 'cpu' else result['hardware']['gpu']})."
         )
+    # said and not corrected: nobody knows which rows the other work has met
     if any(_apart(*row["machine"].values()) > DISTURBED for row in result["rows"]):
         lines.append(
             "The machine did other work too: its GEMM rate before and after some rows differs, and so do they."
         )
+    # a reader would take it for a mistake of the measurement
     if any(one.get("fraction", 0) > 1 for row in result["rows"] for one in row["contestants"].values()):
         lines.append(
             "Above 100%: torch's GEMM does not use this machine's widest vectors, and a kernel that does passes it."
@@ -149,6 +153,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
             same = [row for row in rows if row["dtype"] == dtype]
             lengths = [row["T"] for row in same]
             limit = [1e3 * row["limit"]["seconds"] for row in same]
+            # below its own inputs and outputs no pass can come
             least = [row["qkvo_bytes"] / 1e6 for row in same]
             grey = {"color": "0.6", "linestyle": STYLES[dtype], "linewidth": 1}
             time.plot(lengths, limit, label=f"limit, {dtype}", **grey)
@@ -157,7 +162,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
                 _curves(same, name, dtype, (time, memory, fraction))
         lengths = sorted({row["T"] for row in rows})
         for axis, label in ((time, "forward + backward (ms)"), (memory, "memory (MB)"), (fraction, "of the limit")):
-            dress(axis, lengths, [tokens(n) for n in lengths], label)
+            dress(axis, lengths, label)
         linear(fraction)
         fraction.set_xlabel("tokens")
     legend(figure, axes)
@@ -171,5 +176,6 @@ def _curves(rows: list[dict[str, Any]], name: str, dtype: str, axes: tuple[Any, 
         return
     how = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": STYLES[dtype], "markersize": 5}
     for axis, key, unit in zip(axes, ("seconds", "peak_bytes", "fraction"), (1e3, 1e-6, 1), strict=True):
+        # NaN leaves a gap in the line where one of the three is missing
         values = [(row["T"], unit * row["contestants"][name].get(key, float("nan"))) for row in ran]
         axis.plot(*zip(*values, strict=True), label=f"{NAMES[name]}, {dtype}", **how)

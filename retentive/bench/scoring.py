@@ -4,17 +4,17 @@ Both ways are batched alike and interleaved. The correctness gate: their log-lik
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from retentive import machine
-from retentive.bench.lab.clock import turns
+from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import load_with_tokenizer
@@ -22,7 +22,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
-from retentive.models import LanguageModel
+from retentive.models import LanguageModel, cost
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""
@@ -53,11 +53,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     Raises:
         ArithmeticError: the two ways do not agree.
     """
-    at_least_one("repeats", (options.repeats,))
+    at_least_one(options, "repeats")
     model, tokenizer = load_with_tokenizer(options.run)
     asked = {f"{options.task}, {n} shots": questions(options, tokenizer, n) for n in options.shots}
     rows = []
     for name, groups in asked.items():
+        # both through the same batching code: what differs is the sharing alone
         ways = {way: partial(logprobs, model, groups, way == "once") for way in ("once", "whole")}
         row = {"what": name, "questions": len(groups), **compared(name, ways, options.repeats)}
         rows.append(row | {"token_ratio": token_ratio(groups)})
@@ -67,7 +68,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "hardware": machine.describe(),
         "rows": rows,
         "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": cost.parameters(model.config),
     }
 
 
@@ -98,24 +99,17 @@ def compared(name: str, ways: Mapping[str, Callable[[], list[float]]], repeats: 
     """Median seconds of both ways, "once" and "whole", and of their ratio, and how far their results differ.
 
     Raises:
-        ArithmeticError: further than the tolerance.
+        ArithmeticError: further than the tolerance; nothing was timed.
     """
-
-    def timed(way: Callable[[], list[float]]) -> tuple[float, list[float]]:
-        began = time.perf_counter()
-        found = way()
-        return time.perf_counter() - began, found
-
-    found = list(turns({key: partial(timed, way) for key, way in ways.items()}, repeats))
-    # any turn would do: the scores are the same in all of them
-    pairs = zip(found[-1]["once"][1], found[-1]["whole"][1], strict=True)
-    gaps = [abs(a - b) / max(1, abs(b)) for a, b in pairs]
+    # relative to the log-likelihood, but absolute near 0, where any rounding would be large beside it
+    gaps = [abs(a - b) / max(1, abs(b)) for a, b in zip(ways["once"](), ways["whole"](), strict=True)]
     if not all(gap <= TOLERANCE for gap in gaps):  # `not all`: a NaN fails too, which max() would pass over
         raise ArithmeticError(f"{name}: log-likelihoods differ by {max(gaps):.1e} of them, more than {TOLERANCE:.0e}")
+    cpu = torch.device("cpu")
+    found = list(turns({key: partial(machine.clock, cpu, way) for key, way in ways.items()}, repeats))
     return {
-        "once_seconds": statistics.median(turn["once"][0] for turn in found),
-        "whole_seconds": statistics.median(turn["whole"][0] for turn in found),
-        "ratio": statistics.median(turn["whole"][0] / turn["once"][0] for turn in found),
+        **{f"{way}_seconds": statistics.median(turn[way] for turn in found) for way in ways},
+        "ratio": median_ratio(found, "whole", "once"),
         "largest_difference": max(gaps),
     }
 

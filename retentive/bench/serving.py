@@ -23,7 +23,7 @@ import torch
 
 from retentive import machine
 from retentive.bench import http
-from retentive.bench.lab.clock import spread, turns
+from retentive.bench.lab.clock import median_ratio, spread, turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
 from retentive.bench.lab.tables import at_least_one, duration, markdown, size
@@ -31,7 +31,7 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
-from retentive.models import LanguageModel, build
+from retentive.models import LanguageModel, build, cost
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
@@ -42,8 +42,6 @@ PICTURE = None
 class Options(Sized):
     """The engine beside the bare batched step, many streams beside one, a prefix hit beside a miss, a long stream."""
 
-    size: str = "5m"
-    """Size of the RetNet, freshly initialised."""
     streams: int = 16
     """Streams at once."""
     tokens: int = 256
@@ -70,7 +68,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[str, Any]:
     """As `measure`, of this model."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
-    at_least_one("streams, tokens, prompt and repeats", [streams, tokens, options.prompt, repeats])
+    at_least_one(options, "streams", "tokens", "prompt", "repeats")
+    # a batch that mixes up its rows would be as fast as a right one
     gate(model, streams)
     runs = {
         "one": partial(through_engine, model, 1, streams, tokens),
@@ -83,13 +82,13 @@ def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[
     result: dict[str, Any] = {
         "what": "serving: the engine",
         "hardware": machine.describe(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": cost.parameters(model.config),
         "streams": streams,
         "tokens": tokens,
         "prompt": options.prompt,
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
-        "streams_over_one": paired(found, "engine", "one"),
-        "engine_over_bare": paired(found, "engine", "bare"),
+        "streams_over_one": median_ratio(found, "engine", "one"),
+        "engine_over_bare": median_ratio(found, "engine", "bare"),
         "first_token": {"miss": spread(misses), "hit": spread(hits)},
         "miss_over_hit": statistics.median(misses) / statistics.median(hits),
     }
@@ -115,7 +114,7 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
         found = in_turns(runs, options.repeats, say)
     return {
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
-        "server_over_engine": paired(found, "server", "engine"),
+        "server_over_engine": median_ratio(found, "server", "engine"),
     }
 
 
@@ -128,11 +127,6 @@ def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int, say: Say) ->
     return found
 
 
-def paired(found: list[dict[str, float]], above: str, below: str) -> float:
-    """The median of the turns' ratios: the two runs of a turn are neighbours in time."""
-    return statistics.median(turn[above] / turn[below] for turn in found)
-
-
 def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
@@ -140,6 +134,7 @@ def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> lis
 
 def gate(model: LanguageModel, streams: int) -> None:
     """Raises ArithmeticError unless streams that join one by one give the tokens that `generate` gives."""
+    # stepped from here and not by its thread, so that the order in which streams join is always the same
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
         made += engine.submit(ids, SamplingParams(seed=n), max_tokens=24)
@@ -180,6 +175,7 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
     ]
+    # as the engine has it, so that only the engine's own work is between the two
     state: Any = model.init_state(rows).for_decoding(model.dtype)
     last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
@@ -192,15 +188,17 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
 
 def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[float], list[float]]:
     """(seconds to the first token of each prompt when it is new, and when it comes again: misses, hits)."""
+    # a cache of 1 GB holds every prompt of the bench: no hit may turn into a miss
     engine = Engine(model, cache=PrefixCache(1 << 30)).start()
 
     def once(ids: list[int]) -> float:
         began = time.perf_counter()
         (stream,) = engine.submit(ids, SamplingParams(seed=0), max_tokens=1)
-        list(stream)
+        list(stream)  # waits for its only token
         return time.perf_counter() - began
 
     misses, hits = [], []
+    # a miss, then its hit: the pair meets the same speed of the machine
     for ids in prompts(model, repeats + 1, length, seed=1):
         misses.append(once(ids))
         hits.append(once(ids))

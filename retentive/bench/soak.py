@@ -2,13 +2,16 @@
 
 A tiny random model in a server process of its own; clients that ask, stream, hang up, flood, read slowly, send invalid
 requests and hold conversations (`soak_clients.py`). Afterwards no request may be left in flight and no session; then
-SIGTERM comes while streams run, which must reach their ends.
+SIGTERM comes while streams run, which must reach their ends. A server that dies or no longer answers ends the soak at
+once, with a result that says so.
 """
 
 import signal
+import statistics
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from retentive import machine
+from retentive.bench import soak_clients
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
 from retentive.bench.lab.server import server
@@ -29,6 +33,8 @@ SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
 LITTLE += ["--cache", str(4 << 20)]
 """Options of the server: little room for everything, so that its limits are reached."""
+SAMPLED = {"tokens": "generated_tokens_total", "running": "running", "queue": "queue_length", "sessions": "sessions"}
+"""What a sample holds: its names, and those of the server's metrics."""
 PICTURE = "The server under random clients"
 
 
@@ -50,33 +56,39 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     single, chats = requests(model, 60, seed), conversations(model, 12, seed)
     long = long_requests(model, SLOTS // 2, 1500)
     tally, samples = Tally(), list[dict[str, float]]()
-    with server(model, ByteTokenizer(), *LITTLE) as (process, port):
+    left = dict[str, float]()
+    drained: dict[str, Any] = {"streams": 0, "wrong": [], "exit_code": None, "ok": False}
+    with ThreadPoolExecutor(1) as aside, server(model, ByteTokenizer(), *LITTLE) as (process, port):
+        # more at once than slots and queue together have room for
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
-        began = time.monotonic()
-        watcher = threading.Thread(target=watch, args=(process, port, began, began + 60 * minutes, samples, say))
-        watcher.start()  # only it writes `samples`, which are read after it has ended
-        clients.run(THREADS, began + 60 * minutes)
-        watcher.join()
-        alive, left = process.poll() is None, settle(port)
-        drained = drain(process, port, long)
+        watching = aside.submit(watch, process, port, 60 * minutes, samples, say)
+        watching.add_done_callback(lambda _: clients.over.set())  # at the end of the minutes or of the server
+        clients.run(THREADS)
+        gone = watching.result()
+        alive = process.poll() is None
+        if not gone:
+            try:
+                left = settle(port)
+                drained = drain(process, port, long)
+            except Exception as error:  # whatever a dying server sends: the minutes before were measured
+                gone = f"the server failed after its last client: {type(error).__name__} {error}"
     # the first quarter is left out, in which caches and the allocator still grow
     settled = [s for s in samples if s["seconds"] >= 60 * minutes / 4] or samples
-    half = len(settled) // 2 or 1
-    rss = [sum(s["rss_mb"] for s in part) / len(part) for part in (settled[:half], settled[half:] or settled)]
     return {
         "minutes": minutes,
         "clients": THREADS,
         "slots": SLOTS,
         "queue": QUEUE,
         "counts": dict(sorted(tally.counts.items())),
+        "gone": gone,
         "wrong": tally.wrong[:20],
         "wrong_count": len(tally.wrong),
         "alive": alive,
         "left_over": left,
         "drained": drained,
         "tokens_per_second": tokens_per_second(settled),
-        "rss_mb": {"first_half": rss[0], "second_half": rss[1], "growth": rss[1] / rss[0] - 1, "peak": peak(samples)},
-        "ok": not tally.wrong and alive and not any(left.values()) and drained["ok"],
+        "rss_mb": {**halves(settled), "peak": peak(samples)},
+        "ok": not gone and not tally.wrong and alive and not any(left.values()) and drained["ok"],
         "samples": samples,
         "device": "cpu",
         "hardware": machine.describe(),
@@ -114,23 +126,31 @@ def resident(process: subprocess.Popen) -> float:
     return int(line.split()[1]) / 1024
 
 
-def watch(process: subprocess.Popen, port: int, began: float, until: float, samples: list, say: Say) -> None:
-    """Appends a sample to `samples` every second, and says a line every minute, until `until` or the server's end."""
-    while time.monotonic() < until and process.poll() is None:
-        found, seconds = figures(port), time.monotonic() - began
-        samples.append(
-            {
-                "seconds": seconds,
-                "rss_mb": resident(process),
-                "tokens": found["retentive_generated_tokens_total"],
-                "running": found["retentive_running"],
-                "queue": found["retentive_queue_length"],
-                "sessions": found["retentive_sessions"],
-            }
-        )
-        if len(samples) % 60 == 0:
-            say(f"{seconds:.0f} s: {samples[-1]['tokens']:,.0f} tokens, {samples[-1]['rss_mb']:.0f} MB")
+def watch(process: subprocess.Popen, port: int, seconds: float, samples: list[dict[str, float]], say: Say) -> str:
+    """Appends a sample to `samples` every second, and says a line every minute, for so many seconds.
+
+    Returns:
+        why the server is gone, as soon as it is; "" where it was there to the end.
+    """
+    began = answered = time.monotonic()
+    while (now := time.monotonic()) < began + seconds:
+        if process.poll() is not None:
+            return f"the server ended by itself after {now - began:.0f} s, exit code {process.returncode}"
+        try:
+            found = figures(port)
+            sample = {"seconds": now - began, "rss_mb": resident(process)}
+            sample |= {name: found[f"retentive_{key}"] for name, key in SAMPLED.items()}
+        except Exception as error:  # a busy machine may miss one answer; many in a row are another matter
+            if time.monotonic() > answered + soak_clients.PATIENCE:
+                silence = f"the server did not answer for {soak_clients.PATIENCE:.0f} s"
+                return f"{silence}: {type(error).__name__} {error}"
+        else:
+            answered = time.monotonic()
+            samples.append(sample)
+            if len(samples) % 60 == 0:
+                say(f"{sample['seconds']:.0f} s: {sample['tokens']:,.0f} tokens, {sample['rss_mb']:.0f} MB")
         time.sleep(1)
+    return ""
 
 
 def settle(port: int, seconds: float = 30) -> dict[str, float]:
@@ -151,8 +171,9 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     tally = Tally()
 
     def listen(asked: Asked) -> None:
-        got = ask(port, asked, stream=True, stream_options={"include_usage": True})
-        tally.check("drained", got, (200, asked.texts))
+        with tally.noting("drained"):
+            got = ask(port, asked, stream=True, stream_options={"include_usage": True})
+            tally.check("drained", got, (200, asked.texts))
 
     threads = [threading.Thread(target=listen, args=(asked,)) for asked in long]
     for thread in threads:
@@ -161,24 +182,39 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     # not before all are in a slot: one that was still queued would prove nothing
     while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
         continue
+    # as a service manager or Kubernetes does it
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
-    code = process.wait(timeout=60)
+    try:
+        code = process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        code = None  # it is killed by `server` then
+    # a stream that was cut off is in `wrong`; the code tells a clean end from a crash after the last stream
     return {"streams": len(threads), "wrong": tally.wrong, "exit_code": code, "ok": code == 0 and not tally.wrong}
 
 
 def tokens_per_second(samples: list[dict[str, float]]) -> float:
+    if not samples:
+        return 0.0
     first, last = samples[0], samples[-1]
     return (last["tokens"] - first["tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)
 
 
+def halves(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Mean megabytes of the first and of the second half of the samples, and by what share they grew."""
+    rss = [s["rss_mb"] for s in samples] or [float("nan")]
+    half = len(rss) // 2 or 1
+    first, second = (statistics.fmean(part) for part in (rss[:half], rss[half:] or rss))
+    return {"first_half": first, "second_half": second, "growth": second / first - 1}
+
+
 def peak(samples: list[dict[str, float]]) -> float:
-    return max(s["rss_mb"] for s in samples)
+    return max((s["rss_mb"] for s in samples), default=float("nan"))
 
 
 def table(result: dict[str, Any]) -> str:
-    """The counts as a Markdown table, and below it what went wrong."""
+    """The counts as a Markdown table, and below it what went wrong; where the server is gone, that first."""
     rss, drained = result["rss_mb"], result["drained"]
     lines = [[name, f"{count:,}"] for name, count in result["counts"].items()]
     lines += [
@@ -188,7 +224,8 @@ def table(result: dict[str, Any]) -> str:
         ["SIGTERM", f"{drained['streams']} streams, exit code {drained['exit_code']}"],
         ["wrong replies", f"{result['wrong_count']:,}"],
     ]
-    wrong = "\n".join(f"- {line}" for line in (*result["wrong"], *drained["wrong"]))
+    gone = [result["gone"]] if result.get("gone") else []  # older files of results have no such line
+    wrong = "\n".join(f"- {line}" for line in (*gone, *result["wrong"], *drained["wrong"]))
     return "\n\n".join(part for part in (markdown(["of the server", ""], lines), wrong) if part)
 
 
@@ -199,7 +236,7 @@ def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
     minutes = [s["seconds"] / 60 for s in samples]
     memory.plot(minutes, [s["rss_mb"] for s in samples])
     memory.set_ylabel("resident memory of the server, MB")
-    memory.set_ylim(0, 1.25 * peak(samples))
+    memory.set_ylim(0, 1.25 * peak(samples) if samples else 1)
     window = 10  # samples, one a second
     pairs = list(zip(samples, samples[window:], strict=False))
     rates = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]

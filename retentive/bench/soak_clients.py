@@ -7,11 +7,12 @@ token lost, doubled or meant for another client is seen.
 import http.client
 import json
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from retentive.infer.text import stream_text
 from retentive.models import LanguageModel
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PATIENCE = 120.0
+"""Seconds without an answer after which a request has failed, and after which the server counts as gone."""
 BAD: list[tuple[str, bytes, int]] = [
     (TEXT, b"{", 400),
     (TEXT, b'{"prompt": 5}', 400),
@@ -48,17 +51,31 @@ class Asked:
 
 @dataclass
 class Tally:
-    """What happened. Threads add to it without a lock: an append is atomic, a count may miss one."""
+    """What happened, as all clients tell it: its methods may be called by several threads at once."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     """Responses that were not what they had to be, a line each."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, what: str, number: int = 1) -> None:
+        with self._lock:  # += reads, adds and writes: between two of these another thread's count would be lost
+            self.counts[what] += number
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
         """Notes that a response was checked, and both values where they differ."""
-        self.counts[f"{what} checked"] += 1
+        self.count(f"{what} checked")
         if got != wanted:
             self.wrong.append(f"{what}: got {str(got)[:200]!r}, expected {str(wanted)[:200]!r}")
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """What is raised in the block is noted as wrong and goes no further."""
+        try:
+            yield
+        # anything: a connection that broke, half an event, JSON of another shape. None may cost what others found
+        except Exception as error:
+            self.wrong.append(f"{what}: {type(error).__name__} {error}")
 
 
 # requests and their expected responses
@@ -68,6 +85,7 @@ def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens:
     """What the model writes after the prompt without a server."""
     tokenizer = ByteTokenizer()  # the server begins a text with end-of-text too, as in training
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    # by `generate`, which knows no batches, slots or queues: what those break is then seen
     tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id])
     return "".join(stream_text(tokens, tokenizer, stop=stop))
 
@@ -84,10 +102,12 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
     rng, made = random.Random(seed), []
     for n in range(count):
         prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
+        # few long ones: slots must come free all the time, so that requests join running batches
         length, choices = rng.choice([1, 10, 40, 120]), rng.choice([1, 1, 1, 3])
         drawn: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.0]), "top_p": rng.choice([1.0, 0.9]), "seed": n}
         stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.3 else []
         body = {"prompt": prompt, "max_tokens": length, "n": choices, "stop": stop, **drawn}
+        # each choice has a seed of its own, counted from the request's
         params = [SamplingParams(**{**drawn, "seed": n + i}) for i in range(choices)]
         made.append(Asked(TEXT, body, [write(model, prompt, p, length, stop) for p in params]))
     return made
@@ -121,9 +141,13 @@ def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Aske
 
 def send(port: int, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
     """The response, its body unread; closing it closes the connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
-    return connection.getresponse()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
+        return connection.getresponse()
+    except BaseException:
+        connection.close()  # there is no response whose closing would do it
+        raise
 
 
 def ask(
@@ -176,13 +200,16 @@ class Clients:
 
     def __init__(self, port: int, single: list[Asked], chats: list[list[Asked]], tally: Tally, *, flood: int):
         self.port, self.single, self.chats, self.tally, self.flood = port, single, chats, tally, flood
+        self.over = threading.Event()
+        """Once it is set, every client ends what it does and begins nothing new."""
 
-    def run(self, threads: int, until: float) -> None:
+    def run(self, threads: int) -> None:
+        """Returns when all clients have ended, after `over`."""
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(self._client, n, until) for n in range(threads)]:
+            for done in [pool.submit(self._client, n) for n in range(threads)]:
                 done.result()
 
-    def _client(self, number: int, until: float) -> None:
+    def _client(self, number: int) -> None:
         rng = random.Random(number)
         # what a client may do, and how often relative to the rest
         doings: dict[Callable[[random.Random], None], int] = {
@@ -194,17 +221,18 @@ class Clients:
             self._slow: 4,
             self._flood: 1,
         }
-        while time.monotonic() < until:
+        while not self.over.is_set():
             (doing,) = rng.choices(list(doings), list(doings.values()))
-            try:
+            with self.tally.noting(doing.__name__[1:]):
                 doing(rng)
-            except (OSError, http.client.HTTPException) as error:
-                self.tally.wrong.append(f"{doing.__name__[1:]}: {type(error).__name__} {error}")
+                continue
+            # it failed. Without a pause a server that is gone would refuse thousands of requests a second
+            self.over.wait(1)
 
     def _reply(self, what: str, asked: Asked, **how: Any) -> int:
         """Sends a request, checks the response, returns its status; 429 (queue full) is right too, after a pause."""
         status, texts = ask(self.port, asked, **how)
-        self.tally.counts[f"status {status}"] += 1
+        self.tally.count(f"status {status}")
         if status == 429:
             time.sleep(0.2)
         else:
@@ -223,7 +251,7 @@ class Clients:
     def _abort(self, rng: random.Random) -> None:
         asked = rng.choice(self.single)  # with more tokens than it has: it must still run when the client leaves
         ask(self.port, asked, leave_after=rng.randrange(4), stream=True, max_tokens=2000, stop=[])
-        self.tally.counts["aborted"] += 1
+        self.tally.count("aborted")
 
     def _bad(self, rng: random.Random) -> None:
         path, body, wanted = rng.choice(BAD)
@@ -236,21 +264,23 @@ class Clients:
         many = [rng.choice(self.single) for _ in range(self.flood)]
         with ThreadPoolExecutor(len(many)) as pool:
             statuses = list(pool.map(lambda asked: self._reply("flood", asked), many))
-        self.tally.counts["floods"] += 1
-        self.tally.counts["refused in floods"] += sum(s == 429 for s in statuses)
+        self.tally.count("floods")
+        self.tally.count("refused in floods", sum(s == 429 for s in statuses))
 
     def _chat(self, rng: random.Random) -> None:
         """Three turns of a session; in half of them it is saved, deleted and restored before the last."""
         name = f"s{rng.randrange(10**12)}"
         for turn, asked in enumerate(rng.choice(self.chats)):
+            end = time.monotonic() + PATIENCE
             while self._reply("session", asked, session=name) == 429:
-                continue
+                if time.monotonic() > end:  # without a bound, a queue that is stuck would hold this client for ever
+                    raise TimeoutError(f"the queue was full for {PATIENCE:.0f} s")
             if turn == 1 and rng.random() < 0.5:
                 self._call("POST", "/v1/states", {"session": name, "name": name})
                 self._call("DELETE", f"/v1/sessions/{name}")
                 self._call("POST", f"/v1/states/{name}/restore", {"session": name})
                 self._call("DELETE", f"/v1/states/{name}")
-                self.tally.counts["saved and restored"] += 1
+                self.tally.count("saved and restored")
         self._call("DELETE", f"/v1/sessions/{name}")
 
     def _call(self, method: str, path: str, body: dict | None = None) -> None:

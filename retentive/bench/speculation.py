@@ -21,7 +21,7 @@ from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import load_with_tokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
-from retentive.models import LanguageModel
+from retentive.models import LanguageModel, cost
 
 GREEDY = SamplingParams(temperature=0)
 PICTURE = None
@@ -54,8 +54,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     model, tokenizer = load_with_tokenizer(options.run)
     texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: options.prompt] for path in options.texts]
     draft = load_with_tokenizer(options.draft)[0].eval() if options.draft else None
-    how: dict[str, Any] = {"most": options.most, "tokens": options.tokens, "repeats": options.repeats}
-    return of_models(model.eval(), texts, draft=draft, say=say, **how)
+    return of_models(model.eval(), texts, options, draft=draft, say=say)
 
 
 class Way(NamedTuple):
@@ -76,6 +75,7 @@ class Way(NamedTuple):
         if not self.most:
             return [t.id for t in generate(model, ids, GREEDY, max_tokens=tokens)]
         how: dict[str, Any] = {"draft": self.draft, "most": self.most, "max_tokens": tokens}
+        # both kinds of guesses go through the same loop; without a draft model it looks them up in the text
         return [t.id for t in speculate(model, ids, GREEDY, counts=counts, **how)]
 
 
@@ -89,39 +89,42 @@ class Repetition(NamedTuple):
 def of_models(
     model: LanguageModel,
     texts: Sequence[list[int]],
+    options: Options,
     *,
     draft: LanguageModel | None = None,
-    most: Sequence[int] = (2, 4, 8),
-    tokens: int = 200,
-    repeats: int = 3,
     say: Say = silent,
 ) -> dict[str, Any]:
     """A row per way: plain, look-up and, where there is one, the draft model, each with `most` guesses a call.
 
+    Of the options `most`, `tokens` and `repeats` count.
+
     Raises:
         ArithmeticError: a way gave other tokens than plain generation.
     """
-    at_least_one("most, tokens and repeats", [*most, tokens, repeats])
-    ways = [Way("plain", 0), *(Way("look-up", n) for n in most)]
+    at_least_one(options, "most", "tokens", "repeats")
+    tokens = options.tokens
+    ways = [Way("plain", 0), *(Way("look-up", n) for n in options.most)]
     if draft is not None:
-        ways += [Way("draft", n, draft) for n in most]
+        ways += [Way("draft", n, draft) for n in options.most]
+    # the gate: greedy text is the same by every way, token for token, or the way is wrong
     wanted = [ways[0].write(model, ids, tokens, Counter()) for ids in texts]
 
     def repetition(way: Way) -> Repetition:
         counts, began = Counter[str](), time.perf_counter()
         made = [way.write(model, ids, tokens, counts) for ids in texts]
+        # before the comparison, which is the bench's own work
         seconds = time.perf_counter() - began
         if made != wanted:
             raise ArithmeticError(f"{way} gave other tokens than plain generation: not counted")
         say(f"{way}: {len(texts) * tokens} tokens in {duration(seconds)}")
         return Repetition(seconds, counts)
 
-    found = list(turns({str(way): partial(repetition, way) for way in ways}, repeats))
-    parameters = {"model": count(model)} | ({"draft": count(draft)} if draft is not None else {})
+    found = list(turns({str(way): partial(repetition, way) for way in ways}, options.repeats))
+    counted = {"model": model} | ({"draft": draft} if draft is not None else {})
     return {
         "what": "speculative decoding, greedy",
         "hardware": machine.describe(),
-        "parameters": parameters,
+        "parameters": {name: cost.parameters(one.config) for name, one in counted.items()},
         "texts": len(texts),
         "tokens": tokens,
         "rows": [summary(way, found, len(texts) * tokens) for way in ways],
@@ -139,10 +142,6 @@ def summary(way: Way, found: list[dict[str, Repetition]], tokens: int) -> dict[s
         "guesses_right": counts["right"] / counts["made"] if counts["made"] else 0.0,
         "over_plain": statistics.median(turn["plain"].seconds / turn[str(way)].seconds for turn in found),
     }
-
-
-def count(model: LanguageModel) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def table(result: dict[str, Any]) -> str:

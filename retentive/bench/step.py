@@ -72,6 +72,7 @@ class Rival(NamedTuple):
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """(o, state) of the recurrence in torch, written with care for memory: the state is updated in place."""
+    # in place: with new tensors in every step the allocator would be timed too
     state.mul_(log_decay_H.exp()[:, None, None])
     state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
     return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
@@ -109,11 +110,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
     known(dtypes, DTYPES, "dtype")
-    at_least_one("batches", options.batches)
-    at_least_one("repeats", [options.repeats])
+    at_least_one(options, "batches", "repeats")
     rows: list[dict[str, Any]] = []
     for name, dtype in product(shapes, dtypes):
         shape = SHAPES[name]
+        # once for all batches: the gate has one of its own
         errors = {rival: check(rival, shape, dtype, device) for rival in RIVALS}
         for B in options.batches:
             results, rates, alone = interleaved(shape, B, dtype, device, options.repeats)
@@ -146,6 +147,7 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
     B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
+    # from some state and not from zeros: decay of what was there must be right as well
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
     state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
@@ -178,14 +180,17 @@ def interleaved(
     """
     H, K, V = shape
     nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
+    # rounded up: together at least SPREAD bytes
     layers, tokens = -(-SPREAD // (4 * B * H * K * V)), slots(K, V) // 2
     q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
     decays = log_decay("paper", H, device=device)
     pieces = in_pieces(numbers, nbytes)
+    # allocated once: `reads` shall do nothing but read
     sums = torch.empty(pieces[0].shape[0], device=device)
 
     def steps(step: Callable, states: list[Any]) -> None:
         for _ in range(tokens):
+            # layer by layer as in a model: until its next step a state has left every cache
             for n, state in enumerate(states):
                 _, states[n] = step(q, k, v, decays, state)
 
@@ -203,15 +208,15 @@ def interleaved(
     steps_in = dict.fromkeys(runs, float(tokens * layers)) | {"alone": pieces[0].nbytes * len(pieces) / nbytes}
     seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
-    def summary(name: str) -> dict[str, float]:
+    def summary(name: str) -> dict[str, Any]:
+        # each by the rate around it, and the median of these: the rate changes from second to second
         fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
-        taken = {"seconds": min(seconds[name]), "median_seconds": statistics.median(seconds[name])}
-        return taken | {"fraction": statistics.median(fractions)}
+        return clock.best(seconds[name]) | {"fraction": statistics.median(fractions)}
 
     def of_reading(name: str) -> float:
         return statistics.median(read / own for read, own in zip(seconds["alone"], seconds[name], strict=True))
 
-    results = {name: summary(name) | {"of_reading": of_reading(name), "repeats": repeats} for name in RIVALS}
+    results = {name: summary(name) | {"of_reading": of_reading(name)} for name in RIVALS}
     return results, rates, summary("alone")
 
 
@@ -237,7 +242,7 @@ def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], erro
     return row | {
         "state_bytes": 4 * B * H * K * V,
         "slots": slots(K, V),
-        "machine": {"read": {"least": min(read), "median": statistics.median(read), "most": max(read)}, "alone": alone},
+        "machine": {"read": clock.spread(read), "alone": alone},
         "limit": {"bytes": nbytes, "seconds": nbytes / statistics.median(read), "by": "memory"},
     }
 
@@ -251,6 +256,7 @@ def table(result: dict[str, Any]) -> str:
         ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
         cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        # older files of results lack it
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
         lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])
@@ -287,7 +293,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
                 time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
                 fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)
         for axis, label in ((time, "one step of one layer (us)"), (fraction, "of the limit")):
-            dress(axis, [row["B"] for row in rows], [str(row["B"]) for row in rows], label)
+            dress(axis, [row["B"] for row in rows], label)
         linear(fraction)
         fraction.set_xlabel("sequences decoded together")
     legend(figure, axes)

@@ -10,7 +10,6 @@ that the allocator held).
 
 import gc
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
-from retentive.bench.lab.plot import dress, grid, tokens
+from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.models import LanguageModel, RetNet, RetNetConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
@@ -70,6 +69,7 @@ class Trainer:
         ids, targets = self.ids[:, :-1][:, :length], self.ids[:, 1:][:, :length]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x, _ = self.model.hidden(ids)
+            # fused as in training: the logits of all tokens would need more memory than the rest
             loss = cross_entropy(x, self.model.head.weight, targets) / targets.numel()
         loss.backward()
         self.optimizer.step()
@@ -105,13 +105,13 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
-    for what, values in (("lengths", options.lengths), ("tokens", [options.tokens]), ("repeats", [options.repeats])):
-        at_least_one(what, values)
+    at_least_one(options, "lengths", "tokens", "repeats")
     how = (options.tokens, options.precision, options.checkpoint_activations, str(device))
     steps = [Step(config, length, *how) for length in options.lengths]
     rows = []
     for step in steps:
         row: dict[str, Any] = {"length": step.length, "batch": step.batch}
+        # times first, in this process; then memory, in processes of their own with nothing beside them
         row |= interleaved(step, options.repeats, options.patience)
         gc.collect()
         machine.free_memory(device)  # gives back what the next processes need
@@ -140,6 +140,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
     """Of both models the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
     device = torch.device(step.device)
+    # both in memory at once, since they take turns
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
     assert isinstance(retnet, RetNet)
@@ -153,11 +154,9 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
         model = trainers[name].model
         rate = step.batch * step.length / min(times)
         results[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
-            "repeats": len(times),
+            **clock.best(times),
             "tokens_per_second": rate,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": cost.parameters(model.config),
             "fraction_of_gemm_rate": rate * cost.training_flops_per_token(model.config, step.length) / gemm,
         }
     return results
@@ -167,6 +166,7 @@ def memory(name: str, step: Step) -> dict[str, Any]:
     """{"peak_bytes": …} of a step in a process of its own; {} where that failed, for instance for want of memory."""
     command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
     done = subprocess.run(command, capture_output=True, text=True)
+    # the last line: libraries may print before it
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
@@ -191,18 +191,12 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s and memory against length."""
     figure, ((left, right),) = grid(title, 1, 2)
-    lengths = [row["length"] for row in result["rows"]]
-    for axis, key, unit, label in (
-        (left, "tokens_per_second", 1, "tokens/s"),
-        (right, "peak_bytes", 1e9, "memory of a step (GB)"),
-    ):
-        for n, name in enumerate(MODELS):
-            points = [(row["length"], row[name][key] / unit) for row in result["rows"] if key in row[name]]
-            if points:
-                how: dict[str, Any] = {"color": f"C{n}", "marker": "os"[n], "label": models.NAMES[name]}
-                axis.plot(*zip(*points, strict=True), **how)
-        dress(axis, lengths, [tokens(n) for n in lengths], label)
-        axis.set_xlabel("length (tokens)")
+    points = [(row["length"], row) for row in result["rows"]]
+    names = {name: models.NAMES[name] for name in MODELS}
+    curves(left, points, names, "tokens_per_second")
+    curves(right, points, names, "peak_bytes", unit=1e9)
+    for axis, label in ((left, "tokens/s"), (right, "memory of a step (GB)")):
+        dress(axis, [length for length, _ in points], label, "length (tokens)")
         axis.legend(fontsize=9)
     figure.savefig(path, dpi=120, format="png")
 

@@ -5,7 +5,6 @@ One verb serves all benches and studies, since all have one shape (`retentive.be
 
 import importlib
 import shlex
-import sys
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from retentive.bench import BENCHES
+from retentive.cli.progress import say
 from retentive.files import check_place, write_json, write_together
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
     if command.json:  # known before hours of measuring
         check_place(command.json)
-    result = bench.measure(command, progress)
+    result = bench.measure(command, say)
     print(bench.table(result))
     if command.json:
         keep(command.json, bench, command, {"command": shlex.join(["retentive", "bench", *argv]), **result})
@@ -44,11 +44,6 @@ def command_of(bench: Any) -> Any:
     return make_dataclass(
         "Command", [json], bases=(bench.Options,), frozen=True, namespace={"__doc__": bench.Options.__doc__}
     )
-
-
-def progress(line: str) -> None:
-    """Prints a line to stderr, so that stdout has the table alone."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def keep(path: Path, bench: Any, options: Any, result: dict[str, Any]) -> None:

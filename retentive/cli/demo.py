@@ -179,8 +179,7 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
 def yardsticks(console: Console, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
     result = training_run.report(out, Packed(data))
-    figures = {name: result["yardsticks"][name] for name in ("order-0 entropy", "xz -9")}
-    figures["this model"] = result["final"][1]
+    figures = training_run.bits_per_byte(result)
     for name, value in figures.items():
         console.print(f"  {name:<26}{value:6.3f}")
     write_json(out / "held_out.json", {**figures, "bytes": result["yardsticks"]["bytes"]})

@@ -1,7 +1,6 @@
 """`retentive memory write|ask|merge|show`: read documents once, keep the state in a file, ask it many times."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from retentive.cli.loading import Loading, prompt_text, type_out
-from retentive.cli.progress import Lines
+from retentive.cli.progress import Lines, say
 from retentive.infer import SamplingParams, reading
 from retentive.infer.memory import head, show
 from retentive.infer.merge import merge_files
@@ -119,10 +118,6 @@ def write(command: WriteCommand) -> None:
             say(f"read {read:,} tokens, kept in {kept}: the same command goes on")
         raise
     print(described(show(command.out), command.out))
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Progress where nobody looks at a terminal, as in a batch job's log: a line on stderr now and then."""
+"""Lines of progress on stderr, so that stdout has the result alone."""
 
 import sys
 import time
@@ -7,8 +7,13 @@ SECONDS = 15.0
 """Between two lines."""
 
 
+def say(line: str) -> None:
+    """Prints a line to stderr at once, also where that is a file."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Lines:
-    """Prints a line of progress on stderr, unless another was printed less than SECONDS ago."""
+    """Says a line where nobody looks at a bar, as in a batch job's log, unless another was less than SECONDS ago."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()  # so the first line comes after SECONDS too: what is quick says nothing
@@ -17,4 +22,4 @@ class Lines:
         now = time.monotonic()
         if now - self.last >= SECONDS:
             self.last = now
-            print(line, file=sys.stderr, flush=True)
+            say(line)

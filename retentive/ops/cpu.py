@@ -192,7 +192,7 @@ def _check(code: int) -> None:
     if code == 1:
         raise MemoryError("retention found no memory for its work space")
     if code == 2:
-        raise ValueError("log_decay must be at most 0 everywhere, got a larger one or NaN")
+        raise ValueError("log_decay must be at most 0 everywhere, got a larger one, or NaN for a head")
 
 
 def _run(function: str, **fields) -> None:

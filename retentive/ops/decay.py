@@ -59,11 +59,12 @@ def check_values(log_decay: Tensor) -> None:
     Compiled graphs and torch.func transforms are not checked either: there the values are not known yet.
 
     Raises:
-        ValueError: one is above 0, or NaN.
+        ValueError: one is above 0, or the decay of a head is NaN. That of a token goes on as NaN, as in k or v: it is
+            computed from the token, and a batch may have other rows.
     """
     if log_decay.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
         return  # under vmap one tensor stands for many, and `bool` of it fails
-    if not bool((log_decay <= 0).all()):
+    if bool((log_decay > 0).any() if log_decay.ndim > 1 else not (log_decay <= 0).all()):
         worst = float(log_decay.detach().max())  # max of a tensor with NaN is NaN
         raise ValueError(f"log_decay must be at most 0 everywhere (gamma <= 1), got {worst:g}")
 

@@ -35,6 +35,7 @@ def build(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name the one with the files of results")
+    # all are read before anything is shown: a damaged one is named, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no result: retentive bench, eval and compare write them with --json")
@@ -75,6 +76,7 @@ def page(files: Sequence[File]) -> str:
         parts.append(_section(section, mine))  # also where there is no file: what is missing is to be seen
     rest = [file for file in files if file.path not in taken]
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{html.escape(s.title)}</a></li>' for s in SECTIONS)
+    # one line for each machine, though many files are from the same
     machines = sorted({name for file in files for name in machine(file.result).split("; ")})
     hardware = "".join(f"<li>{html.escape(name)}</li>" for name in machines)
     others = "".join(
@@ -94,6 +96,7 @@ def page(files: Sequence[File]) -> str:
 def machine(result: dict[str, Any]) -> str:
     """Hardware and versions of a result, in a line; "; " between those of several kinds of machine."""
     lines = []
+    # only comparisons hold several; all others name their one machine as "hardware"
     for h in result.get("machines", [result["hardware"]]):
         gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
         lines.append(f"{h['cpu']}, {h['threads']} threads{gpu}, torch {h['torch']}, Python {h['python']}")
@@ -120,6 +123,7 @@ def _file(file: File) -> str:
     picture = file.path.with_suffix(".png")
     image = ""
     if picture.is_file():
+        # inside the page, so that it can be sent or kept as one file
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
     name = file.path.stem.split("_")[0]  # of NAME_MACHINE_MONTH.json

@@ -25,6 +25,7 @@ def table(kind: str, result: Result) -> str | None:
     """The table that the command `kind` ("compare", "bench decode", …) prints, Markdown; None where it has none."""
     verb, _, name = kind.partition(" ")
     if verb == "bench" and name in BENCHES:
+        # the bench's own table: page and command can't differ
         return importlib.import_module(BENCHES[name]).table(result)
     tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
     return tables[kind](result) if kind in tables else None
@@ -54,7 +55,9 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
         if kind != "compare":
             return False
         rows = result["rows"]
+        # a variant of the user's own is of a model of ours, or it would not be there: peers have no fields to set
         known = [compare.VARIANTS[row["variant"]] for row in rows if row["variant"] in compare.VARIANTS]
+        # first, since such a comparison may have several sizes as well
         if {variant.model for variant in known} & set(PEERS):
             return about == "others"
         several = any(len({row[key] for row in rows}) > 1 for key in ("size", "lr"))

@@ -114,8 +114,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, compare.VARIANTS, "variant")
-    for what, numbers in (("pairs", pairs), ("dims", dims), ("steps", [steps]), ("tokens", [options.tokens])):
-        at_least_one(what, numbers)
+    at_least_one(options, "pairs", "dims", "steps", "tokens")
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
     trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "lr": options.lr}
@@ -195,10 +194,9 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
             style, more = ("-", "") if learned(row) else (":", ", not trained to the end")
             how = {"color": f"C{n}", "marker": "osv^Dx"[n % 6], "linestyle": style, "label": row["variant"] + more}
             axis.plot(pairs, list(row["accuracy"].values()), **how)
-        dress(axis, pairs, [str(count) for count in pairs], "answers that are right")
+        dress(axis, pairs, "answers that are right", "pairs to remember")
         axis.set_yscale("linear")
         axis.set_ylim(0, 1.03)
         axis.set_title(f"width {dim}, two layers", fontsize=9)
-        axis.set_xlabel("pairs to remember")
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -83,10 +83,14 @@ def report(run: Path, data: Packed) -> dict[str, Any]:
     }
 
 
+def bits_per_byte(result: dict[str, Any]) -> dict[str, float]:
+    """Held-out bits per byte of the yardsticks and of the model, by name."""
+    return {name: result["yardsticks"][name] for name in YARDSTICKS} | {"this model": result["final"][1]}
+
+
 def table(result: dict[str, Any]) -> str:
     """Held-out bits per byte of the yardsticks and of the model."""
-    found = {name: result["yardsticks"][name] for name in YARDSTICKS} | {"this model": result["final"][1]}
-    return markdown(["", "bits per byte"], [[name, f"{value:.3f}"] for name, value in found.items()])
+    return markdown(["", "bits per byte"], [[name, f"{value:.3f}"] for name, value in bits_per_byte(result).items()])
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:

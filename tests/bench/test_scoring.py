@@ -11,14 +11,14 @@ from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import RetNetConfig, build
 
 
-def test_ways_take_turns_and_the_first_turn_is_not_counted():
+def test_ways_take_turns_after_the_gate_and_the_first_turn_is_not_counted():
     called = []
 
     def way(name):
         return lambda: called.append(name) or [-3.0, -0.5]
 
     found = scoring.compared("x", {"once": way("once"), "whole": way("whole")}, 2)
-    assert called == ["once", "whole"] * 3 and found["largest_difference"] == 0 and found["ratio"] > 0
+    assert called == ["once", "whole"] * 4 and found["largest_difference"] == 0 and found["ratio"] > 0
 
 
 @pytest.mark.parametrize("other", [-3.001, float("nan")])

@@ -39,11 +39,6 @@ def test_a_small_run_measures_everything(config, monkeypatch):
     assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7 MB |" in shown
 
 
-def test_ratios_are_of_neighbours_in_time():
-    found = [{"a": 1.0, "b": 2.0}, {"a": 30.0, "b": 20.0}, {"a": 4.0, "b": 4.0}]
-    assert serving.paired(found, "a", "b") == 1.0
-
-
 def test_the_server_is_measured_beside_the_engine(monkeypatch):
     """Every stream's tokens in the seconds that the client took, in turns."""
     seconds, order, given = iter([9.0, 1.0, 4.0]), [], []

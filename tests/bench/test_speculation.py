@@ -23,8 +23,8 @@ def model():
 
 def test_it_counts_what_was_guessed(model):
     said = []
-    how = dict(draft=model, most=(2,), tokens=12, repeats=1, say=said.append)
-    result = speculation.of_models(model, [[1, 2, 3] * 5, [4, 5]], **how)
+    options = Options("run", (), most=(2,), tokens=12, repeats=1)
+    result = speculation.of_models(model, [[1, 2, 3] * 5, [4, 5]], options, draft=model, say=said.append)
     rows = {row["way"]: row for row in result["rows"]}
     assert set(rows) == {"plain", "look-up", "draft"} and rows["plain"]["tokens_per_call"] == 1
     assert rows["plain"]["over_plain"] == 1
@@ -38,7 +38,7 @@ def test_it_counts_what_was_guessed(model):
 def test_the_gate_sees_other_tokens(model, monkeypatch, refuses):
     monkeypatch.setattr(speculation, "speculate", lambda *args, **how: iter(()))
     with refuses("look-up with 2 guesses gave other tokens", ArithmeticError):
-        speculation.of_models(model, [[1, 2]], most=(2,), tokens=3, repeats=1)
+        speculation.of_models(model, [[1, 2]], Options("run", (), most=(2,), tokens=3, repeats=1))
 
 
 def test_models_and_texts_are_read_from_files(model, tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_models_and_texts_are_read_from_files(model, tmp_path, monkeypatch):
     assert json.loads(json.dumps(result)) == result and (result["texts"], result["tokens"]) == (1, 9)
     assert [row["way"] for row in result["rows"]] == ["plain", "look-up", "draft"]
     seen = {}
-    monkeypatch.setattr(speculation, "of_models", lambda model, texts, **how: seen.update(texts=texts))
+    monkeypatch.setattr(speculation, "of_models", lambda model, texts, *_, **__: seen.update(texts=texts))
     speculation.measure(Options(run, texts, prompt=5))
     assert seen["texts"] == [list(b"abcab")]
 

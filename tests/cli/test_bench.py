@@ -9,6 +9,7 @@ import pytest
 from retentive.bench import BENCHES, decode, memory, step
 from retentive.cli import bench, main
 from retentive.models import PRESETS
+from retentive.models.config import Size
 
 STEP = ["bench", "step", "--shapes", "small", "--device", "cpu"]
 HARDWARE = {"cpu": "a CPU", "threads": 2, "gpu": "a GPU"}
@@ -112,7 +113,7 @@ def test_bad_options_are_told_in_a_line(case, tmp_path, capsys):
 
 
 def test_a_bench_without_a_picture_keeps_its_file_alone(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(PRESETS, "tiny", dict(dim=16, layers=1, heads=2))
+    monkeypatch.setitem(PRESETS, "tiny", Size(dict(dim=16, layers=1, heads=2)))
     argv = ["bench", "ask", "--size", "tiny", "--vocab-size", "31", "--lengths", "9", "--repeats", "1"]
     main([*argv, "--json", str(tmp_path / "ask.json")])
     assert capsys.readouterr().out.startswith("| tokens read |")

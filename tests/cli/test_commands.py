@@ -36,6 +36,7 @@ from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.models.config import Size
 from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.studies.compare import Comparison
@@ -330,7 +331,7 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("retentive.machine.gemm_rate", lambda *_, **__: 1e12)
-    monkeypatch.setitem(PRESETS, "1m", dict(dim=16, layers=1, heads=2))
+    monkeypatch.setitem(PRESETS, "1m", Size(dict(dim=16, layers=1, heads=2)))
     out = tmp_path / "results" / "bench.json"
     main([*argv.split(), "--size", "1m", "--vocab-size", "31", "--json", str(out)])
     assert capsys.readouterr().out.startswith("|")

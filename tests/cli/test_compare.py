@@ -15,6 +15,7 @@ from filelock import FileLock
 import retentive
 from retentive.cli import main
 from retentive.models import PRESETS
+from retentive.models.config import Size
 from retentive.studies.compare import queue, worker
 from retentive.train import TrainRun
 
@@ -28,8 +29,8 @@ ONE_M = PRESETS["1m"]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiny models, and workers that are no processes of their own, which would not know them."""
-    monkeypatch.setitem(PRESETS, "1m", dict(dim=16, layers=2, heads=2, tie_embeddings=True))
-    monkeypatch.setitem(PRESETS, "2m", dict(dim=24, layers=2, heads=2, tie_embeddings=True))
+    monkeypatch.setitem(PRESETS, "1m", Size(dict(dim=16, layers=2, heads=2, tie_embeddings=True)))
+    monkeypatch.setitem(PRESETS, "2m", Size(dict(dim=24, layers=2, heads=2, tie_embeddings=True)))
 
     def start(task: queue.Task) -> queue.Job:
         code = worker.main(task.argument)

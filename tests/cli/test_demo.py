@@ -9,6 +9,7 @@ import pytest
 from retentive.bench import memory
 from retentive.cli import demo
 from retentive.models import PRESETS
+from retentive.models.config import Size
 from retentive.train import Interrupted, TrainRun
 
 
@@ -17,7 +18,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     held = [(d, h) for d, h in demo.library() if d.name == "textwrap.py"]
     part = [(d, False) for d, _ in everything] + [(d, True) for d, _ in held]
     monkeypatch.setattr(demo, "library", lambda: iter(part))
-    monkeypatch.setitem(PRESETS, "1m", dict(dim=32, layers=2, heads=2, tie_embeddings=True))
+    monkeypatch.setitem(PRESETS, "1m", Size(dict(dim=32, layers=2, heads=2, tie_embeddings=True)))
     real = memory.of_models
     monkeypatch.setattr(memory, "of_models", lambda models: real(models, contexts=(64, 128), steps=4))
     out = tmp_path / "runs" / "demo"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from retentive.ops import Ring, backends, reference, retention_step
+from retentive.ops import Ring, backends, reference, retention, retention_step, using
 from retentive.ops import cpu as cpu_module
 from retentive.ops import ring as ring_module
 from retentive.ops.ring import slots
@@ -433,12 +433,40 @@ def test_a_decay_above_0_is_refused_and_nothing_changed(per, bad, refuses, same)
     before = [x.clone() for x in tensors(ring)]
     q, k, v, log_decay = token(per=per)
     log_decay.view(-1)[-1] = BAD_DECAYS[bad]
+    if bad == "nan" and log_decay.ndim > 1:
+        pytest.skip("a token's goes on as NaN: the test below")
     with refuses("log_decay must be at most 0 everywhere"):
         retention_step(q, k, v, log_decay, state=ring)
     if cpu_module.unavailable() is None:  # the C function looks for itself: in a compiled graph nobody else does
-        with refuses("log_decay must be at most 0 everywhere, got a larger one or NaN"):
+        with refuses("log_decay must be at most 0 everywhere, got a larger one, or NaN for a head"):
             cpu_module.decode_step(q, k, v, log_decay, 0.3, ring)
     same(tensors(ring), before, 0)
+
+
+def test_a_decay_of_nan_for_one_row_goes_on_in_that_row_alone(step, same):
+    """Through the ring and through folds: its o and state are NaN from then on, as with NaN in k or v."""
+    ring = opened(4)
+    healthy, tokens = clone(ring), [token(per="row") for _ in range(7)]
+    tokens[2][3][1] = torch.nan
+    for n, x in enumerate(tokens):
+        o, want = step(*x, 0.3, ring), step(*(y.nan_to_num() for y in x), 0.3, healthy)
+        others = [0, 2]
+        same(o[others], want[others], 0)
+        assert o[1].isnan().all() == (n >= 2), n
+    assert ring.to_state()[1].isnan().all() and ring.to_state()[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by C and by torch's operations
+def test_a_decay_of_nan_for_one_token_goes_on_in_its_sequence_and_head(dtype):
+    q, k, v = torch.randn(3, 2, 9, 2, 4, dtype=dtype)
+    log_decay = -torch.rand(2, 9, 2, dtype=dtype)
+    log_decay[1, 5, 0] = torch.nan
+    for form in ("parallel", "recurrent", "chunkwise"):
+        with using(form=form, chunk_size=4):
+            o, state = retention(q, k, v, log_decay)
+        assert state[1, 0].isnan().all() and o[1, 6:, 0].isnan().all(), form
+        assert o[0].isfinite().all() and state[0].isfinite().all() and state[1, 1].isfinite().all(), form
+        assert o[1, :, 1].isfinite().all() and o[1, :4, 0].isfinite().all(), form
 
 
 @pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "log_decay", "state"])

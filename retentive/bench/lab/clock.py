@@ -17,6 +17,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
+def best(times: Sequence[float]) -> dict[str, Any]:
+    """The best and the median of the seconds, and how many there are, as results name them."""
+    # the best is what counts between rivals: what else a machine does only ever adds to a time
+    return {"seconds": min(times), "median_seconds": statistics.median(times), "repeats": len(times)}
+
+
+def median_ratio(found: Sequence[Mapping[str, float]], above: str, below: str) -> float:
+    """The median over the turns of one run's number divided by another's.
+
+    Not the ratio of medians: the two numbers of a turn are neighbours in time, and a slow spell of the machine that
+    meets both drops out.
+    """
+    return statistics.median(turn[above] / turn[below] for turn in found)
+
+
 def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
     """What each run returned, a dictionary a turn; in a turn all run once, one after the other.
 
@@ -36,6 +51,7 @@ def interleaved(
     The first turn allocates and does not count. But a run that takes longer than `patience` seconds in it is not
     repeated: that time is its result, since allocating is little beside what it computes.
     """
+    # one after the other and all before the first repetition: it decides which of them are repeated
     first = {name: machine.clock(device, run) for name, run in runs.items()}
     quick = {name: partial(machine.clock, device, run) for name, run in runs.items() if first[name] <= patience}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -60,6 +76,7 @@ def beside_reading(
 
     The rate of a shared machine changes from one second to the next, so it is measured between any two runs.
     """
+    # n runs have n + 1 rates between and around them
     rates = [machine.read_rate(numbers)]
 
     def timed(run: Callable[[], Any]) -> Timed:

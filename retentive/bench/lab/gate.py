@@ -44,16 +44,20 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
     """
     # torchscale takes whole chunks only
     length = LENGTH if name != "torchscale" else max(2 * (chunk or 0), 512)
+    # one row: float64 on a CPU takes long, and rows do not know each other
     short = replace(work, B=1, T=length)
+    # on the CPU, so that every device and dtype is given the same numbers
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, length, work.H, n) for n in (work.K, work.K, work.V, work.V)]
     q, k, v, do = (torch.randn(s, generator=generator).to(work.device, short.torch_dtype) for s in shapes)
     norm = name == "torchscale"
-    gold = gradients(golden(work), q.double(), k.double(), v.double(), do.double(), norm)
+    by_reference, exact = golden(work), (q.double(), k.double(), v.double())
+    gold = gradients(lambda *qkv: by_reference(*qkv)[0], *exact, do.double(), norm)
     got = gradients(runner(name, short, chunk), q, k, v, do, norm)
     errors = {part: distance(x, y) for part, x, y in zip(Checked._fields, got, gold, strict=True)}
     if name in OURS:
-        errors["state"] = distance(state(name, q, k, v), state("gold", q, k, v))
+        _, state = retention(q, k, v, log_decay("paper", work.H, device=q.device), backend=OURS[name])
+        errors["state"] = distance(state, by_reference(*exact)[1])  # type: ignore[arg-type]
     # a NaN counts as the worst, which max() alone would pass over; for the same reason it is `not <=` below and not `>`
     worst = max(errors, key=lambda part: float("inf") if errors[part] != errors[part] else errors[part])
     tolerance = (TOLERANCE if name in OURS else RIVAL_TOLERANCE)[work.dtype]
@@ -66,21 +70,11 @@ def check(name: str, work: Work, chunk: int | None = None) -> float:
 
 
 def golden(work: Work):
-    """A function of q, k, v `[1,T,H,n]` in float64: the reference's o."""
+    """A function of q, k, v `[1,T,H,n]` in float64: the reference's o and its state after the last token."""
+    # in float64 from the beginning: decays that were rounded first would be other decays
     decays = log_decay("paper", work.H, dtype=torch.float64, device=work.device)
     zeros = torch.zeros(1, work.H, work.K, work.V, dtype=torch.float64, device=work.device)
-    return lambda q, k, v: reference.parallel(q, k, v, decays, scale=work.K**-0.5, state=zeros)[0]
-
-
-def state(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The state after the last token, `[1,H,K,V]`: by our backend `name`, or in float64 by the reference ("gold")."""
-    H, device = q.shape[2], q.device
-    if name == "gold":
-        q, k, v = q.double(), k.double(), v.double()
-    backend = {"retentive": "auto", "gold": "reference"}.get(name, name)
-    decays = log_decay("paper", H, dtype=torch.float64 if name == "gold" else torch.float32, device=device)
-    form = "parallel" if name == "gold" else "auto"
-    return retention(q, k, v, decays, form=form, backend=backend)[1]  # type: ignore[return-value]
+    return lambda q, k, v: reference.parallel(q, k, v, decays, scale=work.K**-0.5, state=zeros)
 
 
 def runner(name: str, work: Work, chunk: int | None):
@@ -98,6 +92,7 @@ def gradients(run, q: Tensor, k: Tensor, v: Tensor, do: Tensor, norm: bool) -> C
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = run(*leaves).double()
     if norm:
+        # within the graph, so that gradients lose the factor as well
         o = o / o.square().mean(-1, keepdim=True).sqrt()
     dq, dk, dv = torch.autograd.grad(o, leaves, do.double())
     return Checked(*(x.detach().double() for x in (o, dq, dk, dv)))

@@ -34,6 +34,7 @@ def tensors(one: Rival, work: Work, share: list[Tensor] | None = None) -> list[T
 
 def flat(work: Work, several: list[Rival]) -> list[Tensor]:
     """Normal numbers, four flat tensors, each long enough for the q, k, v or gradient of o of any of the rivals."""
+    # drawn on the device itself: on the CPU that would take longer than the passes, and a copy after it
     generator = torch.Generator(work.device).manual_seed(0)
     sizes = [max(_size(one.shapes[n]) for one in several) for n in range(4)]
     return [torch.randn(n, generator=generator, device=work.device, dtype=work.torch_dtype) for n in sizes]
@@ -57,6 +58,7 @@ def both(one: Rival, inputs: list[Tensor]) -> None:
 def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
     """`seconds` of both passes, `forward_seconds` of them, `peak_bytes`; in this process, once."""
     device = torch.device(work.device)
+    # a whole chunk, or the code of full chunks would be loaded in the pass that counts
     short = replace(work, B=1, T=min(work.T, chunk or 256))
     one = rivals.make(name, short, chunk)
     both(one, tensors(one, short))
@@ -79,6 +81,7 @@ def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str,
         torch.cuda.empty_cache()
         measure(name, work, chunk)  # the first pass compiles kernels for this shape
         return measure(name, work, chunk)
+    # threads too: the child would take all cores, whatever this process was told
     task = {"name": name, "work": asdict(work), "chunk": chunk, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "retentive.bench.lab.isolated", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)

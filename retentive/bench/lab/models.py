@@ -50,6 +50,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
     """The model with random weights, the same at every call, ready for inference."""
+    # so that repetitions, and the process that memory is measured in, have the same model
     torch.manual_seed(0)
     return build(config_of(name, config)).to(device, dtype).eval()
 
@@ -63,10 +64,13 @@ def check_forms(model: RetNet, length: int) -> float:
     """
     ids = _ids(model, length)
     logits = {}
+    # all three: which one a model takes depends on length and state, so that any may run while it is timed
     for form in ("parallel", "chunkwise", "recurrent"):
         with using(form=form):
             logits[form] = model(ids)[0]
+    # held against `parallel`, which has no state to carry and no chunks to join
     worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
+    # `not <=` and not `>`: a NaN is worse than any bound
     if not worst <= TOLERANCE:
         raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
     return worst

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from retentive import machine
-from retentive.bench.lab.clock import turns
+from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.tables import duration
 
 LONG_ENOUGH = 0.5
@@ -49,6 +49,7 @@ def neighbour() -> Iterator[subprocess.Popen]:
 def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) -> dict[str, Any]:
     """Seconds of `run` alone and beside a neighbour, interleaved, and the share of its speed that it keeps (`kept`)."""
     run()  # warms up
+    # warm, so that `times` is reckoned from what a repetition will take
     once = machine.clock(device, run)
     times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
 
@@ -56,6 +57,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
         return machine.clock(device, lambda: [run() for _ in range(times)]) / times
 
     def quiet() -> float:
+        # else this would be the speed of threads that still leave cores to the last neighbour
         time.sleep(SETTLE)
         return timed()
 
@@ -67,7 +69,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
     return {
         "quiet_seconds": statistics.median(turn["quiet"] for turn in found),
         "beside_seconds": statistics.median(turn["beside"] for turn in found),
-        "kept": statistics.median(turn["quiet"] / turn["beside"] for turn in found),
+        "kept": median_ratio(found, "quiet", "beside"),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
     }

@@ -21,7 +21,7 @@ class Sized:
     """A RetNet of a named size."""
 
     size: str = "5m"
-    """Size of the RetNet; the others have its parameters."""
+    """Size of the RetNet, freshly initialised; what it is compared with has its parameters."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
 
@@ -53,6 +53,7 @@ class OnDevice:
         if name == "auto":  # not pick_device's own "auto", which may be MPS
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = pick_device(name)
+        # on others `machine.clock` would stop before the device is done
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"measured on cpu and cuda only, got device {name!r}")
         return device

@@ -1,6 +1,6 @@
 """Pictures of measurements; matplotlib comes with the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
@@ -24,16 +24,32 @@ def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5,
 
 
 def tokens(n: int) -> str:
-    """A number of tokens in short: 8192 is 8k."""
+    """A number of tokens in short: 8192 is 8k, 1000 is 1000."""
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> None:
+def curves(
+    axis: Any, points: Sequence[tuple[int, Mapping[str, Any]]], names: Mapping[str, str], key: str, *, unit: float = 1
+) -> None:
+    """Draws `key` / `unit` of each model in `names` (model: its label), against the x of `points`.
+
+    Args:
+        points: (x, what was measured there of each model). A model that was skipped there has no `key`, and no point.
+    """
+    for n, (name, label) in enumerate(names.items()):
+        # colours go by the name's place, also where a model has no curve: it looks the same in all pictures
+        found = [(x, of[name][key] / unit) for x, of in points if key in of[name]]
+        if found:
+            axis.plot(*zip(*found, strict=True), color=f"C{n}", marker="osv^"[n], label=label)
+
+
+def dress(axis: Any, ticks: Sequence[int], label: str, along: str = "") -> None:
     """Makes both axes logarithmic, with these ticks along x and round numbers along y; call it after plotting."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    # lengths and batches double from one to the next
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, names)
+    axis.set_xticks(ticks, [tokens(n) for n in ticks])
     axis.set_yscale("log")
     low, high = axis.get_ylim()  # of what is plotted so far: over few decades 1, 2 and 5 get ticks, over many 1 alone
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
@@ -41,6 +57,7 @@ def dress(axis: Any, ticks: Sequence[int], names: Sequence[str], label: str) -> 
     for part in (axis.xaxis, axis.yaxis):
         part.set_minor_locator(NullLocator())
     axis.set_ylabel(label)
+    axis.set_xlabel(along)
     axis.grid(alpha=0.3)
 
 

@@ -25,7 +25,8 @@ from retentive.bench.lab.roofline import Work
 from retentive.ops import backends, retention
 from retentive.ops.decay import log_decay
 
-OURS = ("retentive", "blocked")
+OURS = {"retentive": "auto", "blocked": "blocked"}
+"""Those of ours, and the `backend` that each asks for."""
 OTHERS = ("torchscale", "sdpa", "fla")
 CHUNKS = (64, 128, 256, 512)
 """Chunk lengths that torchscale is tried with."""
@@ -66,11 +67,10 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
     B, H, K, V, T, device = work.B, work.H, work.K, work.V, work.T, torch.device(work.device)
     tokens_first = ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, V))
     if name in OURS:
-        backend, C = taken(work, "auto" if name == "retentive" else name)
+        backend, C = taken(work, OURS[name])
         decays = log_decay("paper", H, device=device)
-        ours = "auto" if name == "retentive" else name
         return Rival(
-            lambda q, k, v: retention(q, k, v, decays, backend=ours)[0],
+            lambda q, k, v: retention(q, k, v, decays, backend=OURS[name])[0],
             tokens_first, lambda w: w.flops(C, backward=True), backend, C,
         )  # fmt: skip
     if name == "torchscale":
@@ -80,11 +80,13 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
         return Rival(
             torchscale(work, chunk), shapes, lambda w: w.flops(chunk, backward=True), "torchscale, chunkwise", chunk
         )
+    # heads of (K + V) / 2, so that it reads and writes as many numbers as retention
     if name == "sdpa":
         return Rival(
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
             ((B, H, T, work.attention_dim),) * 4, lambda w: w.attention_flops(backward=True), "torch attention",
         )  # fmt: skip
+    # imported here: only machines with an NVIDIA GPU have it
     from fla.ops.retention import chunk_retention
 
     # older versions expect [B,H,T,n] unless head_first is false; newer ones have no such argument
@@ -104,6 +106,7 @@ def taken(work: Work, name: str) -> tuple[str, int]:
     call = backends.Call(q, q, v, log_decay("paper", work.H, device=q.device), 1.0, state, "auto", None, None)
     chosen = backends.choose(name, call)
     found = next(name for name, backend in backends.BACKENDS.items() if backend is chosen)
+    # Triton's chunk is its own, and lies beside its kernels
     if found == "triton":
         from retentive.ops import triton
 

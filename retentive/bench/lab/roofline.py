@@ -58,14 +58,17 @@ class Work:
     def flops(self, chunk: int, *, backward: bool) -> int:
         """FLOPs of the chunkwise form; the last chunk has the tokens that are left."""
         full, left = divmod(self.T, chunk)
+        # the table above, row by row: pairs of every chunk, then what each token costs whatever the chunk
         per_head = full * pairs(chunk) * 2 * (self.K + self.V) + pairs(left) * 2 * (self.K + self.V)
         per_head += 4 * self.T * self.K * self.V
         if backward:
             n = full * pairs(chunk) + pairs(left)
+            # in the pairs scores again and P^T do, then the three with do and dP; per token 8 + 2 times K V
             per_head += n * (2 * (self.K + self.V) + 2 * (self.V + 2 * self.K)) + 10 * self.T * self.K * self.V
         return self.B * self.H * per_head
 
     def attention_flops(self, *, backward: bool) -> int:
+        # two products forward and five backward, each of 2 D FLOPs a pair
         return self.B * self.H * pairs(self.T) * 2 * self.attention_dim * (7 if backward else 2)
 
 
@@ -82,5 +85,6 @@ class Limit(NamedTuple):
 
 def limit(flops: float, nbytes: float, flops_rate: float, byte_rate: float) -> Limit:
     """The longer of the two times, of computing at `flops_rate` (FLOP/s) and of moving at `byte_rate` (bytes/s)."""
+    # the longer, not the sum: while one tile is computed, the next can be loaded
     compute, memory = flops / flops_rate, nbytes / byte_rate
     return Limit(compute, "compute") if compute >= memory else Limit(memory, "memory")

@@ -23,7 +23,9 @@ def server(model: LanguageModel, tokenizer: Tokenizer, *options: str) -> Iterato
     with tempfile.TemporaryDirectory(prefix="retentive-bench-", ignore_cleanup_errors=True) as folder:
         run = Path(folder) / "model"
         save_model(run, model, tokenizer)
+        # port 0: a free one, which the first line of stderr names
         command = [sys.executable, "-m", "retentive", "serve", str(run), "--port", "0", *options]
+        # a process of its own: in this one, server and clients would share Python's lock and be timed together
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as aside:
             assert process.stderr is not None
             try:

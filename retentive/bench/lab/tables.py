@@ -1,6 +1,7 @@
 """What benches share: checks of their options, numbers with units for people, Markdown tables."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 
 def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
@@ -12,10 +13,13 @@ def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
         raise ValueError(f"no {what} given, expected one of {', '.join(all_names)}")
 
 
-def at_least_one(what: str, numbers: Sequence[int]) -> None:
-    """Raises ValueError for a number below 1, or where there is none."""
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{what} must be at least 1, got {min(numbers) if numbers else 'none'}")
+def at_least_one(options: Any, *fields: str) -> None:
+    """Raises ValueError where one of these fields, a number or a tuple of them, has a number below 1, or has none."""
+    for field in fields:
+        value = getattr(options, field)
+        numbers = [value] if isinstance(value, int) else value
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{field} must be at least 1, got {min(numbers) if numbers else 'none'}")
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:

@@ -172,12 +172,13 @@ static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
-/* 0; 1 when there was no memory; 2 for a log decay above 0 or NaN, and then nothing was written */
+/* 0; 1 when there was no memory; 2 for a log decay above 0, or for a head's that is NaN, and then nothing was written.
+ * A token's NaN goes on: see decay.check_values */
 int retention_step(const Step *c) {
     i64 heads = c->B * c->H;
     int failed = 0;
     for (i64 i = 0; i < (c->decay_stride ? heads : c->H); i++)
-        if (!(c->log_decay[i] <= 0)) return 2;
+        if (c->decay_stride ? c->log_decay[i] > 0 : !(c->log_decay[i] <= 0)) return 2;
 #pragma omp parallel for schedule(static) num_threads(c->threads)
     for (i64 part = 0; part < c->threads; part++) {
         i64 begin = heads * part / c->threads, end = heads * (part + 1) / c->threads;

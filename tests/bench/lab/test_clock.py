@@ -38,6 +38,12 @@ def test_the_rate_of_a_run_is_the_mean_of_before_and_after(monkeypatch):
 
 def test_numbers_of_several_measurements():
     assert clock.spread([4.0, 1.0, 2.0]) == {"least": 1.0, "median": 2.0, "most": 4.0}
+    assert clock.best([4.0, 1.0, 2.0]) == {"seconds": 1.0, "median_seconds": 2.0, "repeats": 3}
+
+
+def test_ratios_are_of_neighbours_in_time():
+    found = [{"a": 1.0, "b": 2.0}, {"a": 30.0, "b": 20.0}, {"a": 4.0, "b": 4.0}]
+    assert clock.median_ratio(found, "a", "b") == 1.0
 
 
 def test_rates_are_of_this_machine():

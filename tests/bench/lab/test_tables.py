@@ -1,5 +1,7 @@
 """Numbers for people, and the checks of what was asked for."""
 
+from types import SimpleNamespace
+
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
 
 
@@ -16,12 +18,12 @@ def test_a_table_of_no_lines_is_none():
 
 def test_what_is_asked_for_is_checked(refuses):
     known(["a"], ("a", "b"), "letter")
-    at_least_one("numbers", [1, 2])
+    options = SimpleNamespace(right=(1, 2), one=1, small=(3, 0), nothing=(), zero=0)
+    at_least_one(options, "right", "one")
     with refuses("unknown letter 'c', expected one of a, b"):
         known(["a", "c"], ("a", "b"), "letter")
     with refuses("no letter given, expected one of a, b"):
         known([], ("a", "b"), "letter")
-    with refuses("numbers must be at least 1, got 0"):
-        at_least_one("numbers", [3, 0])
-    with refuses("numbers must be at least 1, got none"):
-        at_least_one("numbers", [])
+    for field, got in (("small", "0"), ("zero", "0"), ("nothing", "none")):
+        with refuses(f"{field} must be at least 1, got {got}"):
+            at_least_one(options, "right", field)

@@ -7,13 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+from retentive.checkpoint.io import save_model
+from retentive.models import build, preset
 from retentive.studies.compare import queue
 from retentive.studies.compare.records import Run
 from retentive.train import Interrupted
 
+CONFIG = preset("1m", vocab_size=2)
 FAKE = """
 import json, os, signal, sys, time
 folder, how = sys.argv[1:]
@@ -55,7 +59,7 @@ def tasks(tmp_path, monkeypatch):
         about = {"train": {"steps": 10}}
         wanted = [about if how == "waits" else {"train": {}} for how in hows]
         arguments = [json.dumps([str(f), how]) for f, how in zip(folders, hows, strict=True)]
-        return [queue.Task(*x) for x in zip(runs, folders, wanted, arguments, strict=True)]
+        return [queue.Task(*x, CONFIG, argument) for *x, argument in zip(runs, folders, wanted, arguments, strict=True)]
 
     return make
 
@@ -132,8 +136,17 @@ def test_a_record_of_another_comparison_is_refused(tasks, refuses):
         work([one._replace(about={"train": {"steps": 5}})])
 
 
+def test_a_model_that_the_variants_name_no_longer_stands_for_is_refused(tasks, refuses):
+    """As after the defaults have changed, or a variant of one's own: the same name must not mean two models."""
+    (one,) = tasks("done")
+    work([one])
+    save_model(one.folder, build(replace(CONFIG, rotary="none")))
+    with refuses("its model has rotary='none', this variant 'interleaved': choose another --out"):
+        work([one])
+
+
 def test_progress_is_read_off_the_metrics(tmp_path):
-    task = queue.Task(Run("retnet", "1m", 0, 1e-3), tmp_path, {"train": {"steps": 40}}, "")
+    task = queue.Task(Run("retnet", "1m", 0, 1e-3), tmp_path, {"train": {"steps": 40}}, CONFIG, "")
     job = queue.Job(task, None, time.monotonic() - 10)
     assert job.progress() == "retnet_1m_lr0.001_seed0: begins"
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n{"step": 10}\n', encoding="utf-8")
