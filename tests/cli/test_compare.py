@@ -45,12 +45,10 @@ def record(name: str) -> dict:
 
 def test_a_comparison_from_end_to_end(place, capsys):
     pytest.importorskip("matplotlib")
-    variants = ["retnet", "transformer", "hybrid", "no-gate"]
-    # two blocks: a hybrid of four has none that attends
-    with pytest.raises(SystemExit):
-        main([*ARGS, "--variants", *variants])
-    assert "attention_every must be from 2 to layers, 2" in capsys.readouterr().err and not Path("cmp").exists()
-    variants.remove("hybrid")
+    variants = ["retnet", "transformer", "no-gate"]
+    with pytest.raises(SystemExit):  # before the first run, and not when its turn comes
+        main([*ARGS, "--variants", *variants, "--set", "odd:heads=3"])
+    assert "key_dim 16 is not divisible by heads 3" in capsys.readouterr().err and not Path("cmp").exists()
     main([*ARGS, "--variants", *variants, "--sizes", "1m", "2m", "--json", "out/a.json"])
     out, said = capsys.readouterr()
     assert "(12 of 12)" in said and out.startswith("| size | variant |") and out.count("transformer") == 2
@@ -66,6 +64,46 @@ def test_a_comparison_from_end_to_end(place, capsys):
     assert {c["train"]["seed"] for c in commands} == {0, 1} and len({c["data_sha256"] for c in commands}) == 1
     main(["report", "--results", "out", "-o", "report.html"])
     assert "<td>no-gate</td>" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_variants_of_ones_own_are_compared_under_their_names(place, capsys):
+    own = ["bare:rotary=none,decay=[-0.5,-0.1]", "narrow:model=transformer,kv_heads=1"]
+    main([*ARGS, "--seeds", "0", "--variants", "retnet", "--set", *own, "--json", "out/a.json"])
+    rows = {row["variant"]: row for row in json.loads(Path("out/a.json").read_text(encoding="utf-8"))["rows"]}
+    assert set(rows) == {"retnet", "bare", "narrow"}
+    bare, narrow = (
+        json.loads(Path("cmp", f"{v}_1m_lr0.002_seed0", "config.json").read_text()) for v in rows if v != "retnet"
+    )
+    assert (bare["kind"], bare["config"]["rotary"], bare["config"]["decay"]) == ("retnet", "none", [-0.5, -0.1])
+    assert (narrow["kind"], narrow["config"]["kv_heads"]) == ("transformer", 1)
+    # of two feed-forward layers one unit of width
+    assert abs(rows["narrow"]["block_parameters"] - rows["retnet"]["block_parameters"]) <= 2 * 3 * 16
+    main(["report", "--results", "out", "-o", "report.html"])
+    assert "<td>narrow</td>" in Path("report.html").read_text(encoding="utf-8")
+
+
+WRONG = {
+    "no-name": ("gate=false", "expected NAME:FIELD=VALUE"),
+    "no-fields": ("mine:", "expected NAME:FIELD=VALUE"),
+    "a-name-of-a-folder-elsewhere": ("../mine:gate=false", "expected NAME:FIELD=VALUE"),
+    "unknown-field": ("mine:gates=false", "FIELD one of"),
+    "wrong-type": ("mine:gate=maybe", "expected true or false"),
+    "contradiction": ("mine:score_norm=true", "score_norm needs decays that are known beforehand"),
+    "unknown-model": ("mine:model=lstm", "unknown model 'lstm'"),
+    "of-another-model": ("mine:forget_gate=true", "RetNetConfig has no field forget_gate"),
+    "named-architecture": ("mine:model=fla,qk_norm=true", "fla stands for qk_norm=False"),
+    "taken": ("no-gate:rotary=none", "that is a variant already"),
+    "bias-of-nan": ("mine:decay=[NaN,-0.1]", "log decays <= 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_variant_that_is_none_is_refused_before_anything_is_written(case, place, capsys):
+    typed, message = WRONG[case]
+    with pytest.raises(SystemExit) as stop:
+        main([*ARGS, "--set", typed])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1 and not Path("cmp").exists()
 
 
 def test_what_is_done_is_not_done_again_and_more_can_be_asked(place, capsys):

@@ -1,0 +1,25 @@
+"""What single changes are worth, to the paper's RetNet, to ours and to the Transformer twin: one size, eight seeds.
+
+    retentive compare --recipe recipes/compare_changes.py        (after recipes/compare_sizes.py, on the same data)
+
+2 M tokens of novels a run, one minute and a half on one core: some hours for all of them.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from retentive.studies.compare import Comparison
+
+PAPER = ("retnet-paper", "no-head-norm", "gated", "fast-decay", "fixed", "qk-norm")
+OURS = ("retnet-no-gate", "retnet-sigmoid", "retnet-no-rotation", "retnet-qk-norm", "retnet-qk-bias")
+OURS += ("retnet-qk-norm-bias", "retnet-decay-bias", "retnet-scale-4", "retnet-small-heads")
+TWIN = ("transformer", "transformer-qk-norm", "transformer-forget", "transformer-qk-norm-forget")
+
+
+def recipe() -> Comparison:
+    sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]()
+    train = replace(sizes.train, steps=250)
+    variants = ("retnet", *PAPER, *OURS, *TWIN)
+    out = Path("runs/compare-changes")
+    return replace(sizes, out=out, variants=variants, sizes=("1m",), seeds=tuple(range(8)), lrs=(8e-3,), train=train)
