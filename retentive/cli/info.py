@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from retentive.checkpoint.io import find, load_config
-from retentive.models import MODELS, PRESETS, Config, HybridConfig, PeerConfig, RetNetConfig, cost, preset, twin
+from retentive.models import (
+    ARCHITECTURES,
+    MODELS,
+    PRESETS,
+    Config,
+    HybridConfig,
+    PeerConfig,
+    RetNetConfig,
+    cost,
+    preset,
+    twin,
+)
 from retentive.ops import backends
 from retentive.train.log import read_metrics
 
@@ -26,11 +37,13 @@ class InfoCommand:
     """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory or model folder, or a size such as 5m or paper-1.3b."""
+    """Run directory or model folder, a size such as 5m or paper-1.3b, or an architecture such as retnet-paper."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
-    """Vocabulary, where a named size is asked for."""
+    """Vocabulary, where a named size or architecture is asked for."""
+    size: str = "5m"
+    """Size in which an architecture is shown."""
 
 
 def main(argv: list[str]) -> None:
@@ -46,9 +59,16 @@ def show(console: Console, command: InfoCommand) -> None:
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif not command.run:
-        raise ValueError("info needs a run, a model folder or a size (retentive info --sizes lists them)")
+        raise ValueError(
+            f"info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture "
+            f"({', '.join(ARCHITECTURES)})"
+        )
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
         describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
+    elif command.run in ARCHITECTURES and not Path(command.run).exists():
+        config = preset(command.size, vocab_size=command.vocab_size, architecture=command.run)
+        describe(console, config, f"architecture {command.run} in size {command.size}")
+        console.print("\n" + differences(config, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = find(command.run)
         config, layout = load_config(folder)
@@ -87,6 +107,16 @@ def describe(console: Console, config: Config, title: str) -> None:
     console.print(table)
     if retnet and not isinstance(config, HybridConfig):
         console.print(f"  The state is the smaller one from {cost.break_even(retnet, other):,} tokens of context on.")
+
+
+def differences(config: RetNetConfig, size: str, vocab_size: int) -> str:
+    """What the config has otherwise than this package's RetNet of that size."""
+    ours = asdict(preset(size, vocab_size=vocab_size))
+    theirs = {name: value for name, value in asdict(config).items() if value != ours[name]}
+    if not theirs:
+        return "  This is what `--model retnet` means."
+    each = ", ".join(f"{name}={value} (ours: {ours[name]})" for name, value in theirs.items())
+    return f"  Other than `--model retnet`: {each}"
 
 
 def progress(console: Console, folder: Path) -> None:

@@ -37,8 +37,9 @@ def span(values: Sequence[float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text, three digits in s, ms or us."""
-    unit, name = next(u for u in ((1, "s"), (1e-3, "ms"), (1e-6, "us")) if seconds >= u[0] or u[1] == "us")
+    """Seconds as text, three digits in h, min, s, ms or us; two minutes are still 120 s."""
+    units = ((7200, 3600, "h"), (180, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms"), (0, 1e-6, "us"))
+    unit, name = next((unit, name) for least, unit, name in units if seconds >= least)
     return f"{float(f'{seconds / unit:.3g}'):g} {name}"
 
 

@@ -5,20 +5,23 @@ Each run is a run directory that `retentive train` could have made; a run that i
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from filelock import FileLock
 
-from retentive.bench.lab.tables import known
+from retentive.bench.lab.tables import duration, known
 from retentive.data.packed import Packed
 from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
+from retentive.models import cost
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
 from retentive.studies.compare.records import Run, check_hardware, machines, records
@@ -158,8 +161,29 @@ class Comparison:
             Task(r, self.out / r.name, self.about(r), self.train_run(r).config(2), order)
             for r, order in zip(runs, orders, strict=True)
         ]
+        for line in self.estimate([task.run for task in tasks if not task.done], threads):
+            say(line)
         work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()
+
+    def estimate(self, runs: Sequence[Run], threads: int) -> Iterator[str]:
+        """A line for each variant and size on what its runs cost, by a few steps made now, and one for all of them."""
+        counts = Counter((run.size, run.variant) for run in runs)
+        first = {(run.size, run.variant): run for run in reversed(runs)}
+        before, total, vocabulary = torch.get_num_threads(), 0.0, Packed(self.data).meta.vocab_size
+        torch.set_num_threads(threads or before)
+        try:
+            for key, count in counts.items():
+                training = self.train_run(first[key])
+                step = replace(training, train=replace(training.train, precision=self.precision())).seconds_per_step()
+                seconds, parameters = step * self.train.steps, cost.parameters(training.config(vocabulary))
+                total += seconds * count
+                each = f"{parameters / 1e6:.3f} M parameters, {duration(step)} a step, {duration(seconds)} a run"
+                yield f"{first[key].variant} {first[key].size}: {each}, {count} runs"
+        finally:
+            torch.set_num_threads(before)
+        if counts:
+            yield f"{len(runs)} runs, about {duration(total / self.jobs)} in all"
 
     def precision(self) -> str:
         """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""
