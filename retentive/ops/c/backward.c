@@ -46,6 +46,32 @@ static void operands_of_dS(const Call *c, Space *s) {
     }
 }
 
+/* With a decay per token: both scores times scale * D, and what they say of G. score_ij dscore_ij has exp(G_i - G_j) in
+   it: + for G_i, - for G_j. One exp serves both, and no vector goes past the diagonal, where a score may be NaN. */
+static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, float *score, float *dscore, float *dG) {
+    float D[round_up(c->C, LANES)], scale = (float)c->scale;
+    memset(dG, 0, c->C * 4);
+    for (i64 i = 0; i < rows; i++, score += c->C, dscore += c->C) {
+        i64 width = round_up(i / MR * MR + MR, NC);
+        float since = d->since[i];
+        for (i64 j = 0; j < width; j++) {
+            D[j] = exp_of(j <= i ? since - d->since[j] : 0) * scale;
+            score[j] = j <= i ? score[j] * D[j] : 0;
+            dscore[j] = j <= i ? dscore[j] : 0;
+        }
+        if (i < count) {
+            vf sum = {0};
+            i64 j = 0;
+            for (; j < i + 1; j += LANES) { /* a part of a vector is zeros */
+                vf x = load(score + j) * load(dscore + j);
+                sum += x, store(dG + j, load(dG + j) - x);
+            }
+            for (int l = 0; l < LANES; l++) dG[i] += sum[l];
+        }
+        for (i64 j = 0; j < width; j++) dscore[j] *= D[j];
+    }
+}
+
 static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
     i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = c->pair ? rows / 2 : rows;
     i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
@@ -67,16 +93,8 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
 
     multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
     multiply(c, LOWER, rows, rows, Vu, dout_rows, (Operand){s->vT_panels, Vu}, NULL, NULL, (Result){s->dscore, C, NC});
-    decay_scores(c, d, rows, s->score);
-    if (c->per_token) { /* score_ij dscore_ij has exp(G_i - G_j) in it: + for G_i, - for G_j */
-        memset(s->dG, 0, C * 4);
-        for (i64 i = 0; i < count; i++)
-            for (i64 j = 0; j <= i; j++) {
-                float x = s->score[i * C + j] * s->dscore[i * C + j];
-                s->dG[i] += x, s->dG[j] -= x;
-            }
-    }
-    decay_scores(c, d, rows, s->dscore);
+    if (c->per_token) decay_both(c, d, rows, count, s->score, s->dscore, s->dG);
+    else decay_scores(c, d, rows, s->score), decay_scores(c, d, rows, s->dscore);
     as_panels(c->pair, s->score, C, rows, rows, s->score_panels);
     as_panels(c->pair, s->dscore, C, rows, rows, s->dscore_panels);
     Operand dscore_rows = {as_rows(c->pair, s->dscore, rows, C, s->dscore_rows), Cu};
@@ -95,11 +113,9 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
             float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
             s->dG[i] -= x, kept += x;
         }
-        for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
-            for (i64 r = 0; r < V; r++) {
-                i64 at = n * V + r * NC;
-                kept += d->total[0] * dot(s->ST[g] + at, s->dST + at, smaller(NC, K - n));
-            }
+        for (i64 r = 0; r < V; r++) /* rows of panels in turn: one sum of all would be as long as K V */
+            for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
+                kept += d->total[0] * dot(s->ST[g] + n * V + r * NC, s->dST + n * V + r * NC, smaller(NC, K - n));
         s->dG[count - 1] += (float)kept;
         float sum = 0;
         for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];
