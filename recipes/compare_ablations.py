@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retentive.studies.compare import Comparison
 
-VARIANTS = ("retnet", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
+VARIANTS = ("retnet-paper", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
 VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
 
 

@@ -15,4 +15,4 @@ from retentive.studies.compare import Comparison
 
 def recipe() -> Comparison:
     ablations = runpy.run_path(str(Path(__file__).with_name("compare_ablations.py")))["recipe"]
-    return replace(ablations(), variants=("retnet", "transformer", "llama", "mamba2", "rwkv"), seeds=(0,))
+    return replace(ablations(), variants=("retnet-paper", "transformer", "llama", "mamba2", "rwkv"), seeds=(0,))

@@ -16,6 +16,7 @@ def recipe() -> Comparison:
     return Comparison(
         data=Path("data/novels"),
         out=Path("runs/compare-rates"),
+        variants=("retnet-paper", "transformer"),
         sizes=("1m",),
         seeds=(0,),
         lrs=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
