@@ -66,9 +66,9 @@ def show(console: Console, command: InfoCommand) -> None:
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
         describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
     elif command.run in ARCHITECTURES and not Path(command.run).exists():
-        config = preset(command.size, vocab_size=command.vocab_size, architecture=command.run)
-        describe(console, config, f"architecture {command.run} in size {command.size}")
-        console.print("\n" + differences(config, command.size, command.vocab_size), markup=False, soft_wrap=True)
+        named = preset(command.size, vocab_size=command.vocab_size, architecture=command.run)
+        describe(console, named, f"architecture {command.run} in size {command.size}")
+        console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = find(command.run)
         config, layout = load_config(folder)

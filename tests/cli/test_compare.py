@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,27 @@ def test_what_is_done_is_not_done_again_and_more_can_be_asked(place, capsys):
     said = capsys.readouterr().err
     assert "seed1" in said and "seed0" not in said
     assert Path("cmp/retnet_1m_lr0.002_seed0/compared.json").stat().st_mtime_ns == before
+
+
+def test_runs_of_an_earlier_result_are_not_done_again(place, capsys, refuses):
+    """Wherever their folders are: the file is enough, and one that is of another comparison is refused."""
+    main([*ARGS, "--seeds", "0", "--json", "first.json"])
+    shutil.rmtree("cmp")
+    capsys.readouterr()
+    main([*ARGS, "--seeds", "0", "1", "--earlier", "first.json", "--json", "both.json"])
+    said = capsys.readouterr().err
+    assert "seed1: " in said and "seed0: " not in said and not Path("cmp/retnet_1m_lr0.002_seed0/config.json").exists()
+    first, both = (json.loads(Path(name).read_text(encoding="utf-8"))["runs"] for name in ("first.json", "both.json"))
+    assert [run for run in both if run["seed"] == 0] == first and len(both) == 2 * len(first)
+    for typed, message in (
+        (["--earlier", "none.json"], "no result at none.json"),
+        (["--earlier", "data/meta.json"], "is no result of a comparison"),
+        (["--earlier", "first.json", "--batch", "3"], "is of another comparison (batch"),
+    ):
+        shutil.rmtree("again", ignore_errors=True)
+        with pytest.raises(SystemExit):
+            main([*[a if a != "cmp" else "again" for a in ARGS], "--seeds", "0", *typed])
+        assert message in capsys.readouterr().err
 
 
 def test_several_learning_rates(place, capsys):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import tyro
@@ -24,10 +24,11 @@ from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
-from retentive.studies.compare.records import Run, check_hardware, machines, records
+from retentive.studies.compare.records import Run, adopt, check_hardware, machines, records
 from retentive.studies.compare.summary import report
 from retentive.studies.compare.variants import VARIANTS, Variant, changes, own_variant
 from retentive.train import TrainConfig, TrainRun
+from retentive.train.config import Precision
 from retentive.train.loop import pick_precision
 from retentive.train.run import FREE
 
@@ -57,6 +58,8 @@ class Comparison:
     """Rows of a batch."""
     length: int = 1024
     """Tokens of a row, in training and in evaluation."""
+    earlier: tuple[Path, ...] = ()
+    """Results of earlier comparisons, files that --json wrote: runs in them are not done again."""
     jobs: int = 1
     """Runs at a time, each in a process with its share of the cores."""
     mixed: bool = False
@@ -154,6 +157,8 @@ class Comparison:
         """
         self.check()
         runs = self.plan()
+        for file in self.earlier:
+            adopt(file, self.out, [run.name for run in runs])
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
         told, precision = self.described(), self.precision()
         orders = [json.dumps([told, run, precision, threads]) for run in runs]
@@ -185,7 +190,7 @@ class Comparison:
         if counts:
             yield f"{len(runs)} runs, about {duration(total / self.jobs)} in all"
 
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""
         if self.train.precision != "auto":
             return self.train.precision
@@ -194,7 +199,7 @@ class Comparison:
         with FileLock(self.out / ".precision.lock"):
             if not file.is_file():
                 write_text(file, pick_precision("auto", pick_device(self.train.device)))
-            return file.read_text(encoding="utf-8")
+            return cast(Precision, file.read_text(encoding="utf-8"))
 
     def result(self) -> dict[str, Any]:
         """The result of the runs that are done: `summary.report`, with the machines and options behind it."""
@@ -216,5 +221,5 @@ class Comparison:
     def from_description(cls, raw: dict[str, Any]) -> "Comparison":
         """The comparison that `described` was called on."""
         lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
-        paths = {"data": Path(raw["data"]), "out": Path(raw["out"])}
+        paths = {"data": Path(raw["data"]), "out": Path(raw["out"]), "earlier": tuple(map(Path, raw["earlier"]))}
         return cls(**raw | lists | paths | {"train": TrainConfig(**raw["train"])})

@@ -22,7 +22,7 @@ from retentive.bench.lab.tables import duration
 from retentive.checkpoint.io import load_config
 from retentive.files import make_folder
 from retentive.models import Config
-from retentive.studies.compare.records import RECORD, Run, check_done, read_record
+from retentive.studies.compare.records import RECORD, Run, check_done, check_model, read_record
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
 from retentive.train.signals import stop_signals
@@ -52,29 +52,17 @@ class Task(NamedTuple):
         Raises:
             ValueError: the record, or the model that is there, is of another comparison.
         """
-        if (self.folder / "config.json").is_file():
-            check_model(self.folder, self.config)
-        if not (self.folder / RECORD).is_file():
-            return False
-        check_done(self.folder / RECORD, self.about)
-        return True
+        if (self.folder / RECORD).is_file():
+            check_done(self.folder / RECORD, self.about, self.config)
+            return True
+        if (self.folder / "config.json").is_file():  # it is under way
+            check_model(self.folder, asdict(load_config(self.folder)[0]), self.config)
+        return False
 
     @property
     def lock(self) -> FileLock:
         """Held by the process that trains or scores it."""
         return lock_of(self.folder)
-
-
-def check_model(folder: Path, wanted: Config) -> None:
-    """Raises ValueError where the model in the folder is not the one that this variant's name stands for now."""
-    found, _ = load_config(folder)
-    a, b = ({name: value for name, value in asdict(c).items() if name != "vocab_size"} for c in (found, wanted))
-    other = sorted(name for name in a | b if a.get(name) != b.get(name))
-    if other:
-        raise ValueError(
-            f"{folder} is of another comparison: its model has {other[0]}={a.get(other[0])!r}, this variant "
-            f"{b.get(other[0])!r}: choose another --out, or another name for the variant"
-        )
 
 
 def lock_of(folder: Path) -> FileLock:

@@ -1,9 +1,13 @@
 """The record of a run of a comparison: OUT/NAME/compared.json, written last, so that it says that the run is done."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from retentive.files import make_folder, write_json
+from retentive.models import Config
 
 RECORD = "compared.json"
 """The file in a run's directory with its result."""
@@ -47,9 +51,10 @@ def records(out: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
     return [read_record(file) for file in files if file.is_file()]
 
 
-def check_done(file: Path, wanted: dict[str, Any]) -> None:
-    """Raises ValueError where the run that left this record had other options than those that are wanted."""
-    about = read_record(file)["about"]
+def check_done(file: Path, wanted: dict[str, Any], config: Config) -> None:
+    """Raises ValueError where the run that left this record had other options or another model than are wanted."""
+    record = read_record(file)
+    about = record["about"]
     had, want = (x | x["train"] for x in (about, wanted))  # the options of training beside the others, by their names
     for name in want:
         if name != "train" and had.get(name) != want[name]:
@@ -57,6 +62,42 @@ def check_done(file: Path, wanted: dict[str, Any]) -> None:
                 f"{file.parent} is of another comparison ({name} {had.get(name)}, now {want[name]}): "
                 f"choose another --out"
             )
+    check_model(file.parent, record.get("config", {}), config)  # records from before 27 November 2026 have none
+
+
+def check_model(folder: Path, found: dict[str, Any], config: Config) -> None:
+    """Raises ValueError where a run's model is not what the variant stands for now, apart from its vocabulary.
+
+    Args:
+        found: the fields of its config, as they are or as JSON has them.
+    """
+    wanted = json.loads(json.dumps(asdict(config)))
+    for name, value in json.loads(json.dumps(found)).items():
+        if name != "vocab_size" and wanted.get(name) != value:
+            raise ValueError(
+                f"{folder} is of another comparison: its model has {name}={value!r}, this variant "
+                f"{wanted.get(name)!r}: choose another --out, or another name for the variant"
+            )
+
+
+def adopt(file: Path, out: Path, names: Collection[str]) -> None:
+    """Puts the records of the runs `names` that a file of `compare --json` holds into `out`, where there are none yet.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no result of a comparison.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found = {record["name"]: record for record in result["runs"]}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no result at {file}: expected a file that compare --json wrote") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{file} is no result of a comparison ({type(error).__name__}: {error})") from None
+    for name in set(names) & set(found):
+        if not (out / name).exists():
+            make_folder(out / name)
+            write_json(out / name / RECORD, found[name])
 
 
 def machines(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
