@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -138,11 +138,19 @@ def test_a_record_of_another_comparison_is_refused(tasks, refuses):
 
 def test_a_model_that_the_variants_name_no_longer_stands_for_is_refused(tasks, refuses):
     """As after the defaults have changed, or a variant of one's own: the same name must not mean two models."""
-    (one,) = tasks("done")
-    work([one])
-    save_model(one.folder, build(replace(CONFIG, rotary="none")))
-    with refuses("its model has rotary='none', this variant 'interleaved': choose another --out"):
-        work([one])
+    words = "its model has rotary='none', this variant 'interleaved': choose another --out"
+    under_way, done = tasks("done", "done")
+    save_model(under_way.folder, build(replace(CONFIG, rotary="none")))
+    with refuses(words):
+        work([under_way])
+    work([done])
+    record = json.loads((done.folder / "compared.json").read_text(encoding="utf-8"))
+    for config in (asdict(CONFIG), asdict(replace(CONFIG, vocab_size=99))):
+        (done.folder / "compared.json").write_text(json.dumps(record | {"config": config}), encoding="utf-8")
+        assert done.done
+    (done.folder / "compared.json").write_text(json.dumps(record | {"config": asdict(CONFIG) | {"rotary": "none"}}))
+    with refuses(words):
+        work([done])
 
 
 def test_progress_is_read_off_the_metrics(tmp_path):
