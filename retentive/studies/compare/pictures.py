@@ -1,4 +1,4 @@
-"""Plots of a comparison: bits per byte by size, rate or variant; curves of training; loss of recalled tokens."""
+"""Plots of a comparison: bits per byte by size, rate or variant; curves of training by tokens and by time; recall."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from retentive.studies.compare.summary import best_rates
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """Writes a PNG of three plots: bits per byte (by size, or by learning rate or variant if there is one size), curves
-    of training, and the loss of recalled tokens.
+    """Writes a PNG of four plots: bits per byte (by size, or by learning rate or variant if there is one size), curves
+    of training against tokens and against time, and the loss of recalled tokens.
 
     Args:
         result: what `Comparison.result` returns.
@@ -19,7 +19,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """
     best = best_rates(result["rows"])
     rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
-    figure, ((left, middle, right),) = grid(title, 1, 3, size=(5.2, 4.6))
+    figure, ((left, right), (by_tokens, by_time)) = grid(title, 2, 2, size=(6.4, 4.6))
     from matplotlib import colormaps  # after `grid`, which names the extra where it is missing
 
     pairs = colormaps["tab20"]  # ten colours, each followed by a lighter one: those only from the eleventh variant on
@@ -34,7 +34,9 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         else:
             _by_variant(left, rows, colours, "bits_per_byte", "held-out bits per byte")
         _by_variant(right, rows, colours, "recalled", "loss of recalled tokens (nats)")
-    _curves(middle, [r for r in result["runs"] if r["lr"] == best[r["size"], r["variant"]]], colours)
+    runs = [r for r in result["runs"] if r["lr"] == best[r["size"], r["variant"]]]
+    _curves(by_tokens, runs, colours, None)
+    _curves(by_time, runs, colours, {(row["size"], row["variant"]): row["tokens_per_second"] for row in rows})
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -90,17 +92,27 @@ def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], 
     axis.grid(alpha=0.3, axis="x")
 
 
-def _curves(axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    """Held-out bits per byte in the course of training: a line for each run of the largest size."""
+def _curves(
+    axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any], speeds: dict[tuple[str, str], float] | None
+) -> None:
+    """Held-out bits per byte in the course of training: a line for each run of the largest size.
+
+    Against tokens, or against the time that they take at the `speeds` of the table's rows, tokens/s of a variant and
+    size: a run that had a busy neighbour is not drawn as slower than the others of its variant.
+    """
     largest = max(runs, key=lambda r: r["block_parameters"])["size"]
     labels: set[str] = set()
     for r in (r for r in runs if r["size"] == largest):
         tokens, bits = zip(*r["curve"], strict=True)
         label = None if r["variant"] in labels else r["variant"]
         labels.add(r["variant"])
-        axis.plot([t / 1e6 for t in tokens], bits, color=colours[r["variant"]], linewidth=1, label=label)
+        unit = 1e6 if speeds is None else 60 * speeds[r["size"], r["variant"]]
+        axis.plot([t / unit for t in tokens], bits, color=colours[r["variant"]], linewidth=1, label=label)
     axis.set_title(f"{largest}, every seed", fontsize=9)
-    axis.set_xlabel("tokens trained on (millions)")
+    axis.set_xlabel(
+        "tokens trained on (millions)" if speeds is None else "minutes of training, as fast as in the table"
+    )
     axis.set_ylabel("bits per byte (first part of the held-out text)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if speeds is None:  # the plot beside it has the same colours
+        axis.legend(fontsize=8)
