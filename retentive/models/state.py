@@ -503,6 +503,10 @@ def load_state(path: str | Path) -> State:
         raise ValueError(f"{path} holds a state with a window of {window!r}, expected a number of tokens")
     retention = RetentionState(numbered("layers"), tensors["position"])
     cache = KVCache(numbered("keys"), numbered("values"), tensors["position"], numbered("gates"), int(window))
+    if cache.window and cache.keys:
+        slots = min(int(cache.position.max()), cache.window)
+        if cache.slots != slots:
+            raise ValueError(f"{path} holds {cache.slots} slots, its tokens and window need {slots}: write it again")
     states: dict[str, State] = {"retention": retention, "kv": cache, "hybrid": HybridState(retention, cache)}
     if metadata.get("kind") not in states:
         raise ValueError(f"{path} holds a state of kind {metadata.get('kind')!r}, expected one of {', '.join(states)}")

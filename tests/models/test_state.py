@@ -385,6 +385,9 @@ def test_files_say_their_window_and_old_ones_have_none(make, tmp_path, refuses):
     for window, want in (({}, 0), ({"window": "4"}, 4)):
         save_file(tensors, path, metadata=about | window)
         assert load_state(path).window == want
+    save_file(tensors, path, metadata=about | {"window": "5"})
+    with refuses("holds 4 slots, its tokens and window need 5: write it again"):
+        load_state(path)
     for window in ("-4", "four", ""):
         save_file(tensors, path, metadata=about | {"window": window})
         with refuses(f"holds a state with a window of '{window}'"):
