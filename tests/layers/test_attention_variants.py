@@ -174,6 +174,19 @@ def test_padded_from_the_beginning(variant, same):
 
 
 @variants
+@pytest.mark.parametrize("T", [13, 3])
+def test_gradients_beside_padding(variant, T, same):
+    """Padding sees no token at all where it stands far from its row's own, whose gradients must not become NaN."""
+    layer, x = make(variant), torch.randn(4, T, D, dtype=torch.float64, requires_grad=True)
+    spans = [(0, T), (0, T // 2), (T - 1, T), (0, 0)]
+    toward, inputs = torch.randn(4, T, D, dtype=torch.float64), [x, *layer.parameters()]
+    y, _ = run(layer, x, lengths=torch.tensor(spans))
+    got = torch.autograd.grad(sum((y[n, a:b] * toward[n, a:b]).sum() for n, (a, b) in enumerate(spans)), inputs)
+    parts = [(formula(layer, x[n : n + 1, a:b]) * toward[n, a:b]).sum() for n, (a, b) in enumerate(spans) if b > a]
+    same(got, torch.autograd.grad(sum(parts), inputs), EXACT)
+
+
+@variants
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @torch.no_grad()
 def test_packed_sequences_are_the_sequences_and_go_on(variant, training, same):
