@@ -81,10 +81,13 @@ def run(layer, x, cache=None, start=None, lengths=None, cu=None):
 
 
 def slots(layer, N: int, S: int, dtype=torch.float64):
-    """An empty cache; what is in a slot before it is written must not matter, but must be finite."""
+    """An empty cache; what is in a slot before it is written must not matter, but must be finite.
+
+    A gate that was summed up all the same would cancel out but for the digits that so large a sum drops.
+    """
     cache = torch.full((2, N, S, layer.kv_heads, layer.K), 7.0, dtype=dtype).unbind()
     wide = torch.promote_types(dtype, torch.float32)
-    return (*cache, torch.full((N, S, H), -7.0, dtype=wide)) if layer.config.forget_gate else cache
+    return (*cache, torch.full((N, S, H), -1e9, dtype=wide)) if layer.config.forget_gate else cache
 
 
 @variants
@@ -173,10 +176,30 @@ def test_padded_from_the_beginning(variant, same):
         same(y[n : n + 1, a:b], formula(layer, x[n : n + 1, a:b]), EXACT, f"row {n}")
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "attention_window" in VARIANTS[name]])
+@pytest.mark.parametrize("T", [13, 3])
+@torch.no_grad()
+def test_no_query_is_left_without_a_key(variant, T, monkeypatch):
+    """Padding too, which may stand far from its row's own tokens: where a softmax of nothing is NaN depends on SDPA."""
+    layer, x, seen = make(variant), torch.randn(4, T, D, dtype=torch.float64), []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, **how):
+        mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        seen.append(mask is None or bool(mask.any(-1).all()))
+        return plain(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    lengths = torch.tensor([(0, T), (0, 1), (T - 1, T), (0, 0)])
+    run(layer, x, lengths=lengths)
+    for more in (slots(layer, 4, layer.window), slots(layer, 4, layer.window + 13)):
+        run(layer, x, more, torch.tensor([0, 5, 2, 0]), lengths)
+    assert len(seen) >= 3 and all(seen)
+
+
 @variants
 @pytest.mark.parametrize("T", [13, 3])
 def test_gradients_beside_padding(variant, T, same):
-    """Padding sees no token at all where it stands far from its row's own, whose gradients must not become NaN."""
     layer, x = make(variant), torch.randn(4, T, D, dtype=torch.float64, requires_grad=True)
     spans = [(0, T), (0, T // 2), (T - 1, T), (0, 0)]
     toward, inputs = torch.randn(4, T, D, dtype=torch.float64), [x, *layer.parameters()]
