@@ -27,7 +27,7 @@ from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
 from retentive.infer.generate import step_threads
-from retentive.models import KVCache, RetNetConfig, cost
+from retentive.models import RetNetConfig, cost
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
@@ -119,7 +119,8 @@ class Rival:
 
     def ring(self) -> int:
         """Bytes that a sequence takes while it is decoded, beside its state or cache."""
-        state = self.model.init_state(1)
+        state: Any = self.model.init_state(1)
+        state = state.reserve(state.window)  # a window's slots are the cache
         return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
@@ -128,9 +129,8 @@ class Rival:
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
-        state = self.model.init_state(batch).reserve(context + room)
-        layers = (*state.keys, *state.values) if isinstance(state, KVCache) else state.layers
-        for x in layers:
+        state: Any = self.model.init_state(batch).reserve(context + room)
+        for x in state.tensors():
             # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
             # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)

@@ -87,7 +87,7 @@ def interleaved(
     for name, times in timed.items():
         config = rivals[name].config
         # a token has half of the prompt before it on average; the output matrix (2 V D FLOPs) is not applied
-        flops = cost.flops_per_token(config, (length + 1) // 2) - 2 * config.vocab_size * config.dim
+        flops = cost.mean_flops_per_token(config, length) - 2 * config.vocab_size * config.dim
         results[name] = {
             **clock.best(times),
             "tokens_per_second": length / min(times),

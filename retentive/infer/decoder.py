@@ -102,10 +102,11 @@ class TorchDecoder:
 
 
 def shapes(state: State) -> list[tuple[int, ...]]:
-    """The shapes of a state's tensors, without the number of tokens: equal for states that fit the same model."""
+    """The shapes of a state's tensors, without the number of tokens, and its window: equal for states that fit the same
+    model."""
     if isinstance(state, HybridState):
         return [*shapes(state.retention), *shapes(state.cache)]
     if isinstance(state, KVCache):
         # dim 1 is the slots, which depend on how much was read
-        return [(x.shape[0], *x.shape[2:]) for x in (*state.keys, *state.values)]
+        return [(state.window,), *((x.shape[0], *x.shape[2:]) for x in state.tensors())]
     return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]

@@ -180,14 +180,15 @@ def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
     """
     tokens = int(memory.state.position[0]) if memory.state.position.shape == (1,) else -1
     fresh = model.init_state(1)
+    slots = min(tokens, fresh.window or tokens)
     want = [
         # a KV cache has as many slots as tokens were read; a retention state is always as large as a fresh one
-        ([1, tokens, *x.shape[2:]] if name.startswith(("keys", "values")) else list(x.shape), x.dtype)
+        ([1, slots, *x.shape[2:]] if name.startswith(("keys", "values", "gates")) else list(x.shape), x.dtype)
         for name, x in fresh.named().items()
     ]
     want.append(([1], torch.int64))
     got = [(list(x.shape), x.dtype) for x in tensors(memory.state)] if tokens >= 0 else []
-    if type(fresh) is not type(memory.state) or got != want:
+    if type(fresh) is not type(memory.state) or fresh.window != memory.state.window or got != want:
         raise ValueError(
             f"{path} does not fit the model: its state is not that of one sequence of {type(model).__name__}"
         )

@@ -1,7 +1,13 @@
 """Softmax attention for the Transformer twin: rotary positions, grouped heads, a cache of keys and values.
 
 A strong modern baseline: PyTorch's scaled_dot_product_attention does the work. Source: Vaswani et al.,
-arXiv 1706.03762; rotation as in Llama (`half`).
+arXiv 1706.03762; rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv
+2004.05150); with a forget gate its score of token j is
+
+    q_i k_j / sqrt(K) + log f_{j+1} + … + log f_i        log f_t = log sigmoid(x_t Wf + b) of each head
+
+(the Forgetting Transformer, arXiv 2503.02130). The cache keeps every token's own log f, not their growing sum: sums are
+taken backwards from the last token, so that near keys have small ones, exact at any length of the text.
 """
 
 from typing import NamedTuple
@@ -11,9 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.config import AttentionConfig
+from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions, positions_of
+from retentive.ops import decay as decays
 from retentive.ops import rotary
 from retentive.ops.rows import rotate
+
+Layer = tuple[Tensor, ...]
+"""(keys, values), each `[N,S,kv_heads,K]`, and with a forget gate the log gates `[N,S,H]`, float32 or wider."""
 
 
 class Phases(NamedTuple):
@@ -22,91 +33,168 @@ class Phases(NamedTuple):
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the slots of a cache
+    q_scale: Tensor | None  # [1, H]; None: SDPA scales the scores
 
 
 class Attention(nn.Module):
-    """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is (keys, values), each `[N,S,kv_heads,K]`, S slots.
+    """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is a `Layer` of S slots.
 
-    The token at position p lies in slot p. A cache that is passed in is written in place and must have enough slots.
+    The token at position p lies in slot p; with a window in slot p mod S, and S is at least the window or the length of
+    the text. A cache that is passed in is written in place and must have enough slots.
     """
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
-        self.config = config
-        D, heads, kv_heads = config.dim, config.heads, config.kv_heads
-        self.H, self.kv_heads, self.K = heads, kv_heads, D // heads
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, self.K * kv_heads, bias=False)
-        self.v_proj = nn.Linear(D, self.K * kv_heads, bias=False)
-        self.out_proj = nn.Linear(D, D, bias=False)
+        self.config = c = config
+        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.dim // c.heads, c.attention_window
+        self.q_proj = nn.Linear(c.dim, c.dim, bias=False)
+        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
+        self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
+        self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
+        self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
+        self.out_proj = nn.Linear(c.dim, c.dim, bias=False)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
-        return Phases(*rotary.phases(positions.of_token, self.K, "half", dtype=wide), starts)
+        cos, sin = rotary.phases(positions.of_token, self.K, self.config.rotary, dtype=wide)
+        # The gates' sums enter SDPA's products unscaled: q is scaled here instead, before it is rounded to its dtype.
+        q_scale = cos.new_full((1, self.H), self.K**-0.5) if self.config.forget_gate else None
+        return Phases(cos, sin, starts, q_scale)
 
     def forward(
-        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, positions: Positions, phases: Phases
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        q_BTHK = self.q_proj(x).unflatten(-1, (self.H, self.K))
-        k_BTHK = self.k_proj(x).unflatten(-1, (self.kv_heads, self.K))
+        self, x: Tensor, cache: Layer | None, positions: Positions, phases: Phases
+    ) -> tuple[Tensor, Layer | None]:
+        q_BTHK = self._feature(self.q_proj(x), self.q_norm, phases, phases.q_scale)
+        k_BTHK = self._feature(self.k_proj(x), self.k_norm, phases)
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
-        q_BTHK = rotate(q_BTHK, phases.cos, phases.sin, "half")
-        k_BTHK = rotate(k_BTHK, phases.cos, phases.sin, "half")
-        if cache is not None and cache[0].shape[2:] != k_BTHK.shape[2:]:
-            want, got = list(k_BTHK.shape[2:]), list(cache[0].shape[2:])
-            raise ValueError(f"the cache must be of kv_heads, K = {want}, got {got}: another model's state?")
+        new: Layer = (k_BTHK, v_BTHK)
+        if self.forget_proj is not None:
+            gate_BTH = F.logsigmoid(self.forget_proj(x).to(phases.cos.dtype))
+            new += (gate_BTH if positions.valid is None else gate_BTH * positions.valid[..., None],)
+        if cache is not None:
+            self._check(cache, new)
         if positions.cu_seqlens is not None:
-            o, cache = self._packed(q_BTHK, k_BTHK, v_BTHK, cache, positions.cu_seqlens.tolist(), phases.starts)
+            o, cache = self._packed(q_BTHK, new, cache, positions.cu_seqlens.tolist(), phases.starts)
         elif cache is None and positions.valid is None:
-            o, cache = self._attend(q_BTHK, k_BTHK, v_BTHK, causal=True), (k_BTHK, v_BTHK)
+            o, cache = self._whole(q_BTHK, new), self._last(new)
         else:
-            o, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, positions, phases.starts)
+            o, cache = self._cached(q_BTHK, new, cache, positions, phases.starts)
         return self.out_proj(o.flatten(-2)), cache
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask_BTS: Tensor | None = None
-    ) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA has heads before tokens
-        mask = None if mask_BTS is None else mask_BTS[:, None]
-        grouped = self.kv_heads != self.H
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return o.transpose(1, 2)
+    def _feature(self, y: Tensor, norm: RMSNorm | None, phases: Phases, scale: Tensor | None = None) -> Tensor:
+        """q or k `[B,T,heads,K]` of its projection: normalised if the config says so, rotated, scaled."""
+        y = y.unflatten(-1, (-1, self.K))
+        return rotate(y if norm is None else norm(y), phases.cos, phases.sin, self.config.rotary, scale)
 
-    def _cached(
+    def _check(self, cache: Layer, new: Layer) -> None:
+        want, got = list(new[0].shape[2:]), list(cache[0].shape[2:])
+        if want != got:
+            raise ValueError(f"the cache must be of kv_heads, K = {want}, got {got}: another model's state?")
+        if len(cache) != len(new):
+            has = ("no", "a")[self.config.forget_gate]
+            raise ValueError(f"this model has {has} forget gate, and the cache is of one that differs in it")
+
+    # attending
+
+    def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
-        positions: Positions,
-        starts: list[int],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Writes k and v to their slots, then attends to all slots up to each token's own."""
-        B, T = k.shape[:2]
+        fade_BSH: Tensor | None = None,
+        *,
+        causal: bool = False,
+        mask_BTS: Tensor | None = None,
+    ) -> Tensor:
+        """SDPA with heads behind tokens.
+
+        Args:
+            fade_BSH: added to all scores of a key: the sum of the log gates after it, up to one token for all queries.
+                Which one makes no difference, since the softmax does not change when all scores of a query do.
+        """
+        bias = None if mask_BTS is None else mask_BTS[:, None]
+        if fade_BSH is not None and q.shape[1] > 1:
+            q, k, v = _with_columns(q, k, v, fade_BSH)
+        elif fade_BSH is not None:  # a single query: a bias is one row, while columns would copy all keys
+            row_BHTS = fade_BSH.mT[:, :, None].to(q.dtype)
+            bias, causal = row_BHTS if bias is None else row_BHTS.masked_fill(~bias, -torch.inf), False
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA has heads before tokens
+        grouped, scale = self.kv_heads != self.H, None if fade_BSH is None else 1.0
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return o.transpose(1, 2)[..., : self.K]
+
+    def _whole(self, q: Tensor, new: Layer) -> Tensor:
+        """All of a text from its first token on: causal attention, SDPA's fast path, as far as the window reaches."""
+        W, T = self.window, q.shape[1]
+        if not W or T <= W:
+            k, v, *gates = new
+            return self._attend(q, k, v, *map(_after, gates), causal=True)
+        first = self._whole(q[:, :W], tuple(x[:, :W] for x in new))
+        return torch.cat((first, self._banded(q[:, W:], new)), 1)
+
+    def _banded(self, q: Tensor, laid: Layer, seen_BS: Tensor | None = None) -> Tensor:
+        """Queries `[B,T,H,K]` over `laid`, `[B,W+T,…]`: the W tokens before the first query, then the queries' own.
+
+        In blocks of W queries, each over the 2 W tokens that its queries can see: linear in T.
+
+        Args:
+            seen_BS: which of `laid` there are; None for all.
+        """
+        W, (B, T) = self.window, q.shape[:2]
+        N = -(-T // W)
+
+        def blocks(x: Tensor, size: int) -> Tensor:  # [B, L, …] -> [B N, size, …], each W further on
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * W - T))
+            return x.unfold(1, size, W).movedim(-1, 2).flatten(0, 1)
+
+        query, key = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+        mask = ((key > query) & (key <= query + W))[None]
+        if seen_BS is not None:  # a token sees itself always: a row of padding would else be a softmax of nothing
+            mask = mask & blocks(seen_BS[..., None], 2 * W).mT | (key == query + W)
+        k, v, *gates = (blocks(x, 2 * W) for x in laid)
+        o = self._attend(blocks(q, W), k, v, *map(_after, gates), mask_BTS=mask)
+        return o.unflatten(0, (B, N)).flatten(1, 2)[:, :T]
+
+    def _cached(
+        self, q: Tensor, new: Layer, cache: Layer | None, positions: Positions, starts: list[int]
+    ) -> tuple[Tensor, Layer]:
+        """Writes the new tokens to their slots, then attends to all slots that a token sees.
+
+        Where they would overwrite what the first of them sees, it attends before it writes.
+        """
+        (B, T), W = q.shape[:2], self.window
+        end = max(starts) + T
         if cache is None:
-            cache = (torch.zeros_like(k), torch.zeros_like(v))
-        keys, values = cache
-        S = max(starts) + T
-        aligned = min(starts) == max(starts)
-        position_BT = positions.of_token.expand(B, T)
-        if aligned and positions.valid is None:
-            keys[:, starts[0] : S], values[:, starts[0] : S] = k, v
-        else:
-            # Padding must not be written: its positions may be those of real tokens, whose slots it would overwrite.
-            written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
-            rows, columns = written.nonzero(as_tuple=True)
-            slots = position_BT[rows, columns]
-            keys[rows, slots], values[rows, slots] = k[rows, columns], v[rows, columns]
-        mask_BTS = None  # needless where each row has one token, the last of all slots: SDPA's fast path takes no mask
-        if not (aligned and T == 1):
-            mask_BTS = torch.arange(S, device=k.device) <= position_BT[..., None]
-        return self._attend(q, keys[:, :S], values[:, :S], mask_BTS=mask_BTS), cache
+            cache = tuple(x.new_zeros(B, min(T, W or T), *x.shape[2:]) for x in new)
+        S = cache[0].shape[1]
+        if W and end > S and T > S - W + 1:
+            o = self._banded(q, *_laid(new, cache, positions, W))
+            self._write(new, cache, positions, starts)
+            return o, cache
+        self._write(new, cache, positions, starts)
+        S = min(end, S)
+        slot, mask_BTS, at_BS = torch.arange(S, device=q.device), None, None
+        if W:  # the position that each slot holds; below 0: none yet
+            last_B1 = positions.end[:, None] - 1
+            at_BS = last_B1 - (last_B1 - slot) % S
+        # No mask where each row has one token that sees all slots: SDPA's fast path takes none.
+        if T > 1 or min(starts) != max(starts) or (W and S > W):
+            p_BT1 = positions.of_token.expand(B, T)[..., None]
+            if at_BS is None:
+                mask_BTS = slot <= p_BT1
+            else:  # its own slot always: padding may see nothing else, and a softmax of nothing is NaN
+                at_B1S = at_BS[:, None]
+                mask_BTS = (at_B1S >= 0) & (at_B1S <= p_BT1) & (at_B1S > p_BT1 - W) | (slot == p_BT1 % S)
+        k, v, *gates = (x[:, :S] for x in cache)
+        fades = [_after_in_slots(gate_BSH, positions.end[:, None], at_BS) for gate_BSH in gates]
+        return self._attend(q, k, v, *fades, mask_BTS=mask_BTS), cache
 
     def _packed(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None, cu: list[int], starts: list[int]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        self, q: Tensor, new: Layer, cache: Layer | None, cu: list[int], starts: list[int]
+    ) -> tuple[Tensor, Layer | None]:
         """Sequence after sequence: on CPU, SDPA has no packed form, and one masked call would be quadratic in all of T.
 
         While training no cache is kept: padded to the longest sequence, it would be larger than the batch.
@@ -114,22 +202,116 @@ class Attention(nn.Module):
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and not self.training:
             S = max(b - a + start for a, b, start in spans)
-            cache = (k.new_zeros(len(spans), S, *k.shape[2:]), v.new_zeros(len(spans), S, *v.shape[2:]))
+            cache = tuple(x.new_zeros(len(spans), min(S, self.window or S), *x.shape[2:]) for x in new)
         out = []
         for n, (a, b, start) in enumerate(spans):
-            if start == 0:  # no past: plain causal attention, SDPA's fast path
-                out.append(self._attend(q[:, a:b], k[:, a:b], v[:, a:b], causal=True))
-                if cache is not None:
-                    cache[0][n, : b - a], cache[1][n, : b - a] = k[0, a:b], v[0, a:b]
+            part = tuple(x[:, a:b] for x in new)
+            here = positions_of(1, b - a, torch.tensor([start], device=q.device), None, None, q.device)
+            # views: what is written there is in the cache returned
+            one = None if cache is None else tuple(x[n : n + 1] for x in cache)
+            if start == 0:  # no past: plain causal attention
+                out.append(self._whole(q[:, a:b], part))
+                if one is not None:
+                    self._write(part, one, here, [0])
                 continue
-            assert cache is not None  # a sequence that has a past comes with its cache
-            here = positions_of(1, b - a, torch.tensor([start], device=k.device), None, None, k.device)
-            one = (cache[0][n : n + 1], cache[1][n : n + 1])  # views: what `_cached` writes is in the cache returned
-            out.append(self._cached(q[:, a:b], k[:, a:b], v[:, a:b], one, here, [start])[0])
+            assert one is not None  # a sequence that has a past comes with its cache
+            out.append(self._cached(q[:, a:b], part, one, here, [start])[0])
         return torch.cat(out, 1), cache
 
+    # the slots of a cache
+
+    def _last(self, new: Layer) -> Layer:
+        """The cache after a whole text: its tokens as they are, or the window's last in a ring."""
+        W, T = self.window, new[0].shape[1]
+        if not W or T < W:
+            return new
+        # a copy at T = W too: the next call writes there, and these are what a backward pass through this one reads
+        return tuple(x[:, -W:].roll(T % W, 1) for x in new)
+
+    def _write(self, new: Layer, cache: Layer, positions: Positions, starts: list[int]) -> None:
+        """Writes the last tokens of each row, as many as there are slots, to their slots."""
+        (B, T), S, end = new[0].shape[:2], cache[0].shape[1], max(starts) + new[0].shape[1]
+        if min(end, self.window or end) > S:
+            raise ValueError(f"the cache has {S} slots, {min(end, self.window or end)} are needed: reserve them before")
+        if min(starts) == max(starts) and positions.valid is None:
+            count, first = min(T, S), (end - min(T, S)) % S
+            straight = min(count, S - first)  # and the rest from slot 0 on
+            for slots, x in zip(cache, new, strict=True):
+                slots[:, first : first + straight] = x[:, T - count : T - count + straight]
+                if straight < count:
+                    slots[:, : count - straight] = x[:, T - count + straight :]
+            return
+        position_BT = positions.of_token.expand(B, T)
+        # Padding must not be written: its positions may be those of real tokens, whose slots it would overwrite.
+        written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
+        rows, columns = (written & (position_BT >= positions.end[:, None] - S)).nonzero(as_tuple=True)
+        at = position_BT[rows, columns] % S
+        for slots, x in zip(cache, new, strict=True):
+            slots[rows, at] = x[rows, columns].to(slots.dtype)
+
     def reset_parameters(self) -> None:
-        """Xavier with the gains of the retention layer, so that twins start alike."""
-        for proj in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
+        """Xavier with the gains of the retention layer, so that twins start alike.
+
+        For the same reason a fresh forget gate has the decays of retention's heads, 1 - f from 1/32 to 1/512 (the
+        Forgetting Transformer spreads its constant gates over the heads in this way). A bias of 0 would forget half at
+        every token.
+        """
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.forget_proj):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
+        if self.forget_proj is not None:
+            log_kept = decays.log_decay("lm", self.H, dtype=torch.float64)
+            with torch.no_grad():  # the logit of f: log f - log(1 - f)
+                self.forget_proj.bias.copy_(log_kept - torch.log(-torch.expm1(log_kept)))
+
+
+def _after(gate_BSH: Tensor) -> Tensor:
+    """The sum of the log gates after each token, up to the last one."""
+    return F.pad(gate_BSH.flip(1).cumsum(1).flip(1)[:, 1:], (0, 0, 0, 1))
+
+
+def _after_in_slots(gate_BSH: Tensor, end_B1: Tensor, at_BS: Tensor | None) -> Tensor:
+    """`_after` for the slots of a cache whose last token is at position end - 1.
+
+    Args:
+        at_BS: the position that each slot of a ring holds; None where slot p holds position p.
+    """
+    S = gate_BSH.shape[1]
+    slot = torch.arange(S, device=gate_BSH.device)
+    if at_BS is None:  # what lies after the last token was taken back, or is another's
+        return _after(gate_BSH.masked_fill((slot >= end_B1)[..., None], 0))
+    gate_BSH = gate_BSH.masked_fill((at_BS < 0)[..., None], 0)
+    oldest_first, back = (slot + end_B1) % S, (slot - end_B1) % S
+    return _after(gate_BSH.take_along_dim(oldest_first[..., None], 1)).take_along_dim(back[..., None], 1)
+
+
+def _with_columns(q: Tensor, k: Tensor, v: Tensor, fade_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with more features, whose products q k also have `fade_BSH` in them: a bias that needs no T x S mask.
+
+    A number that half precision cannot hold is split into three that it can: 24 bits, as many as the float32 in which
+    SDPA adds up their products with 1. v is as wide, with zeros, since SDPA's fast paths want one width.
+    """
+    parts = [fade_BSH.to(q.dtype)]
+    rest = fade_BSH.detach()  # the gradient is that of the first part: all have the same
+    for _ in range(0 if q.dtype == fade_BSH.dtype else 2):
+        rest = rest - parts[-1].detach()
+        parts.append(rest.to(q.dtype))
+    columns = torch.stack(parts, -1)
+    ones = q.new_ones(*q.shape[:-1], len(parts))
+    return torch.cat((q, ones), -1), torch.cat((k.to(q.dtype), columns), -1), F.pad(v, (0, len(parts)))
+
+
+def _laid(new: Layer, cache: Layer, positions: Positions, W: int) -> tuple[Layer, Tensor]:
+    """(the W tokens before each row's first, then its own: `[B,W+T,…]`; which of them there are, `[B,W+T]`).
+
+    Left padding gives way to the tokens before it, so that position and place go together over the whole row.
+    """
+    (B, T), S, device = new[0].shape[:2], cache[0].shape[1], new[0].device
+    place = torch.arange(W + T, device=device)
+    # the position of the last place says where the row lies, whatever its padding
+    position_BL = (positions.of_token[..., -1:] - (W + T - 1) + place).expand(B, -1)
+    start_B1 = position_BL.new_zeros(B, 1) if positions.start is None else positions.start[:, None]
+    index = torch.where(position_BL < start_B1, position_BL % S, S + place - W)
+    rows = torch.arange(B, device=device)[:, None]
+    return tuple(torch.cat(pair, 1)[rows, index] for pair in zip(cache, new, strict=True)), position_BL >= 0

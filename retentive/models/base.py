@@ -35,6 +35,11 @@ class LanguageModel(nn.Module):
         return self.state_type is not None
 
     @property
+    def window(self) -> int:
+        """Tokens that its attention looks back on, the newest included; 0: all, or there is no attention."""
+        return 0
+
+    @property
     def device(self) -> torch.device:
         """Where ids and embeddings go."""
         return self.embed.weight.device
@@ -101,13 +106,15 @@ class LanguageModel(nn.Module):
         return x, positions_of(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
 
     def _check(self, state: Any) -> None:
-        """Raises ValueError where the state is of another kind of model, or of one with another number of blocks."""
+        """Raises ValueError where the state is of another kind of model, another number of blocks or another window."""
         name, kind = type(self).__name__, self.state_type
         if kind is None or not isinstance(state, kind):
             wanted = "no state" if kind is None else f"a {kind.__name__}"
             raise ValueError(f"a {name} goes on from {wanted}, got a {type(state).__name__}: another model's state?")
         if state.blocks != len(self.blocks):
             raise ValueError(f"the state is of {state.blocks} blocks, this {name} has {len(self.blocks)}")
+        if state.window != self.window:
+            raise ValueError(f"the state is of attention_window {state.window}, this {name} has {self.window}")
 
     def reset_parameters(self) -> None:
         """torchscale's choice: embedding and output N(0, 1/D), mixing layers as they say, the rest as nn.Linear."""

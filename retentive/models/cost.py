@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from retentive.models import retnet, transformer
-from retentive.models.config import OwnConfig, RetNetConfig, TransformerConfig, of_one_kind
+from retentive.models.config import HybridConfig, OwnConfig, RetNetConfig, TransformerConfig, of_one_kind
 from retentive.models.peers import Peer, PeerConfig
 
 
@@ -65,33 +65,54 @@ def flops_per_token(config: OwnConfig, context: int) -> int:
     """Forward FLOPs of one token at context `context`, itself included. Training takes three times as many."""
     mixing = 0
     for c in of_one_kind(config):
+        # two multiply-adds of 2 FLOPs: k v and q S for each number of the state, or q k and p v for each token seen
         retains = isinstance(c, RetNetConfig)
-        # two multiply-adds of 2 FLOPs: k v and q S for each number of the state, or q k and p v for each token before
-        mixing += c.layers * 4 * (c.key_dim // c.heads * c.value_dim if retains else c.dim * context)
+        mixing += c.layers * 4 * (c.key_dim // c.heads * c.value_dim if retains else c.dim * _seen(c, context))
     return 2 * matrix_parameters(config) + mixing
+
+
+def _seen(config: TransformerConfig, context: int) -> int:
+    """Tokens that attention sees at this context, itself included."""
+    return min(context, config.attention_window or context)
+
+
+def window_of(config: OwnConfig) -> int:
+    """Tokens beyond which a token sees none, and memory no longer grows; 0: attention sees all, or there is none."""
+    return config.attention_window if isinstance(config, TransformerConfig | HybridConfig) else 0
 
 
 def multiply_adds(config: OwnConfig, tokens: int, context: int) -> int:
     """Of so many tokens, each at context `context`: what decides how many threads a step is worth."""
     fixed, more = _linear(config)
-    return tokens * (fixed + more * context)
+    return tokens * (fixed + more * min(context, window_of(config) or context))
 
 
 @functools.cache  # asked for at every token
 def _linear(config: OwnConfig) -> tuple[int, int]:
-    """Multiply-adds of a token without context, and those that each token of context adds."""
+    """Multiply-adds of a token without context, and those that each token of context adds (of the window)."""
     fixed, one = (flops_per_token(config, context) // 2 for context in (0, 1))
     return fixed, one - fixed
 
 
 def training_flops_per_token(config: OwnConfig | PeerConfig, length: int) -> int:
-    """Forward and backward FLOPs of a token, averaged over a sequence of `length` (attention sees half of it).
+    """Forward and backward FLOPs of a token, averaged over a sequence of `length`.
 
     Of a peer six for each parameter in its blocks and output: how it mixes tokens is left out.
     """
     if isinstance(config, PeerConfig):
         return 6 * (block_parameters(config) + config.vocab_size * config.dim)
-    return 3 * flops_per_token(config, (length + 1) // 2)
+    return 3 * mean_flops_per_token(config, length)
+
+
+def mean_flops_per_token(config: OwnConfig, length: int) -> int:
+    """Forward FLOPs of a token, averaged over a sequence of `length`: attention sees half of it, or of its window's
+    first fill and then all of the window."""
+    window = window_of(config)
+    if not window or length <= window:
+        return flops_per_token(config, (length + 1) // 2)
+    seen = window * (window + 1) // 2 + (length - window) * window  # summed over all tokens
+    fixed, more = _linear(config)
+    return 2 * (fixed * length + more * seen) // length
 
 
 def weight_bytes(config: OwnConfig, *, bytes_per_value: int = 4) -> int:
@@ -106,13 +127,15 @@ def state_bytes(config: RetNetConfig, *, sequences: int = 1) -> int:
 
 
 def cache_bytes(config: TransformerConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """Bytes of the keys and values of `context` tokens."""
+    """Bytes of the keys and values of `context` tokens, or of a window of them, and of their log forget gates."""
     c = config
-    return sequences * c.layers * 2 * (c.dim // c.heads) * c.kv_heads * context * bytes_per_value
+    slot = 2 * (c.dim // c.heads) * c.kv_heads * bytes_per_value
+    slot += c.heads * max(bytes_per_value, 4) if c.forget_gate else 0  # float32 at least
+    return sequences * c.layers * _seen(c, context) * slot
 
 
 def memory_bytes(config: OwnConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """Bytes in which a model remembers `context` tokens: a state of constant size, a growing cache, or both."""
+    """Bytes in which a model remembers `context` tokens: a state of constant size, a cache, or both."""
     return sum(
         state_bytes(c, sequences=sequences)
         if isinstance(c, RetNetConfig)
@@ -121,9 +144,10 @@ def memory_bytes(config: OwnConfig, context: int, *, sequences: int = 1, bytes_p
     )
 
 
-def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int:
-    """Tokens of context from which on the state is smaller than the other's cache."""
-    return state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
+def break_even(config: RetNetConfig, other: TransformerConfig, *, bytes_per_value: int = 4) -> int | None:
+    """Tokens of context from which on the state is smaller than the other's cache; None: never, for its window."""
+    tokens = state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
+    return tokens if _seen(other, tokens) == tokens else None
 
 
 def least_training_bytes(config: OwnConfig | PeerConfig, tokens: int) -> int:

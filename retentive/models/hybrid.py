@@ -1,8 +1,9 @@
 """Hybrid: a RetNet in which every n-th block is attention, which recalls what a state of constant size has forgotten.
 
 Its blocks are those of `retnet.py` and of the twin in `transformer.py`, unchanged. Its memory grows, n times slower
-than the Transformer's. Source: the hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427),
-one block of attention to several that are recurrent.
+than the Transformer's; with a window of attention it stays as it is from that many tokens on. Source: the hybrids of
+Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427), one block of attention, in Griffin over a
+window, to several that are recurrent.
 """
 
 from typing import Any
@@ -20,6 +21,10 @@ class Hybrid(RetNet):
 
     config: HybridConfig
     state_type = HybridState
+
+    @property
+    def window(self) -> int:
+        return self.config.attention_window
 
     def block(self, i: int) -> nn.Module:
         return transformer.Block(self.config.attention()) if self.config.attends(i) else super().block(i)
@@ -48,11 +53,12 @@ class Hybrid(RetNet):
         pairs: list[Any] = []
         for i, block in enumerate(self.blocks):
             if self.config.attends(i):
-                x, pair = block(x, None if cache is None else cache.pair(len(pairs)), positions, attention)
+                x, pair = block(x, None if cache is None else cache.of_layer(len(pairs)), positions, attention)
                 pairs.append(pair)
             else:
                 before = None if state is None else state.retention.layers[len(layers)]
                 x, after = block(x, before, positions, retention)
                 layers.append(after)
         retained = RetentionState(layers, positions.end)
-        return self.norm(x), HybridState(retained, KVCache.of(pairs, positions.end))
+        kept = KVCache.of(pairs, positions.end, self.window, None if cache is None else cache.oldest)
+        return self.norm(x), HybridState(retained, kept)

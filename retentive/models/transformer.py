@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers import Attention, FeedForward, Positions, RMSNorm
-from retentive.layers.attention import Phases
+from retentive.layers.attention import Layer, Phases
 from retentive.models.base import LanguageModel
 from retentive.models.config import TransformerConfig
 from retentive.models.state import KVCache
@@ -30,8 +30,8 @@ class Block(nn.Module):
         return self.attention.phases(positions, dtype)
 
     def forward(
-        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, positions: Positions, phases: Phases
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        self, x: Tensor, cache: Layer | None, positions: Positions, phases: Phases
+    ) -> tuple[Tensor, Layer | None]:
         y, cache = self.attention(self.attention_norm(x), cache, positions, phases)
         x = x + F.dropout(y, self.dropout, self.training)
         x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
@@ -61,6 +61,10 @@ class Transformer(LanguageModel):
             self.head.weight = self.embed.weight
         self.reset_parameters()
 
+    @property
+    def window(self) -> int:
+        return self.config.attention_window
+
     def init_state(self, batch: int) -> KVCache:
         """The state before the first token, for `batch` sequences: no slots yet."""
         return KVCache.empty(self.config, batch, self.dtype, self.device)
@@ -80,8 +84,9 @@ class Transformer(LanguageModel):
         phases = self.blocks[0].phases(positions, x.dtype)
         # Room for all new tokens before any block writes: a block cannot make its cache larger, only fill it.
         cache = None if state is None else state.reserve(max(phases.starts) + x.shape[1])
-        pairs = []
+        layers = []
         for i, block in enumerate(self.blocks):
-            x, pair = block(x, None if cache is None else cache.pair(i), positions, phases)
-            pairs.append(pair)
-        return self.norm(x), KVCache.of(pairs, positions.end)
+            x, layer = block(x, None if cache is None else cache.of_layer(i), positions, phases)
+            layers.append(layer)
+        oldest = None if cache is None else cache.oldest
+        return self.norm(x), KVCache.of(layers, positions.end, self.window, oldest)

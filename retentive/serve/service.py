@@ -48,7 +48,8 @@ class Service:
         name = fingerprint(model)  # hashes all weights: once, and handed on
         self._blank: Memory = blank(model, name)
         # the pool is allocated with the first request: better to fail now than then
-        needed = options.slots * self._blank.nbytes
+        state: Any = self._blank.state
+        needed = options.slots * state.reserve(state.window).nbytes  # a cache of all tokens grows as they come
         if needed > (free := machine.free_memory(self._blank.state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
             raise ValueError(f"--slots {options.slots} need {have}: ask for fewer")

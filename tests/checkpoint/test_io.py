@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import retentive
 from retentive.checkpoint import fla, load_config, load_with_tokenizer, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, TransformerConfig, build, preset
+from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build, preset
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 OURS = {
@@ -23,6 +23,10 @@ OURS = {
     "gated": RetNetConfig(**SMALL, decay="gated", score_norm=False, gate=False, head_norm_affine=True),
     "transformer": TransformerConfig(**SMALL, kv_heads=1),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
+    "transformer-window": TransformerConfig(
+        **SMALL, attention_window=4, forget_gate=True, qk_norm=True, rotary="interleaved"
+    ),
+    "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=4, attention_rotary="none"),
 }
 TORCHSCALE = RetNetConfig(**SMALL, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
 FLA = RetNetConfig(**SMALL, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)

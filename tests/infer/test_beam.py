@@ -1,6 +1,7 @@
 """Beam search against all continuations there are, and against greedy decoding."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,13 @@ from retentive.models import HybridConfig, RetNetConfig, build, twin
 V, DEPTH, STOP = 4, 4, 3
 CONFIG = RetNetConfig(vocab_size=V, dim=16, layers=2, heads=2)
 HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
+MODELS = {
+    "retnet": CONFIG,
+    "transformer": twin(CONFIG),
+    "hybrid": HYBRID,
+    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
+    "hybrid-window": replace(HYBRID, attention_window=5),
+}
 PROMPT = [0, 1, 2, 2, 1]
 
 

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,13 @@ from retentive.models import HybridConfig, RetNetConfig, build, twin
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
 HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {"retnet": CONFIG, "transformer": twin(CONFIG), "hybrid": HYBRID}
+MODELS = {
+    "retnet": CONFIG,
+    "transformer": twin(CONFIG),
+    "hybrid": HYBRID,
+    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
+    "hybrid-window": replace(HYBRID, attention_window=5),
+}
 GREEDY = SamplingParams(temperature=0)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -171,3 +172,6 @@ def test_shapes_tell_states_of_other_models_apart(model):
     grown = model.hidden(torch.tensor([ids(9)]))[1]
     assert shapes(grown) == shapes(model.init_state(1)) != shapes(model.init_state(2))
     assert shapes(model.init_state(1).for_decoding(torch.float64)) == shapes(model.init_state(1))
+    if model.window:
+        other = build(replace(model.config, attention_window=model.window + 1))
+        assert shapes(other.init_state(1)) != shapes(model.init_state(1))

@@ -6,13 +6,15 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.generate import prefill
 from retentive.infer.sample import Sampler
-from retentive.models import RetNetConfig, TransformerConfig, build
+from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
     "retnet-gated": RetNetConfig(**SMALL, decay="gated", score_norm=False),
     "twin": TransformerConfig(**SMALL),
+    "twin-window": TransformerConfig(**SMALL, attention_window=3, forget_gate=True, qk_norm=True),
+    "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=5),
 }
 GREEDY = SamplingParams(temperature=0)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -102,7 +104,7 @@ def test_prefill_in_chunks_of_any_size(name, chunk, same):
     same(model(next_, state)[0], model(next_, end)[0], 1e-12)
 
 
-def test_memory_is_flat_for_retnet_and_grows_for_the_twin(monkeypatch):
+def test_memory_is_flat_for_retnet_and_windows_and_grows_for_the_twin(monkeypatch):
     def sizes(name) -> list[int]:
         model, held = make(name, torch.float32), []
         hidden = model.hidden
@@ -119,6 +121,9 @@ def test_memory_is_flat_for_retnet_and_grows_for_the_twin(monkeypatch):
     for name in ("retnet", "retnet-gated"):
         held = sizes(name)
         assert len(held) >= 300 and len(set(held[1:])) == 1  # after the prompt, the state opens a ring once and for all
+    for name in ("twin-window", "hybrid-window"):  # the prompt of 8 fills the window
+        held = sizes(name)
+        assert len(held) >= 300 and len(set(held[1:])) == 1
     held = sizes("twin")
     assert held[-1] > 20 * held[0]
 

@@ -38,6 +38,10 @@ CONFIGS = {
     "transformer": TransformerConfig(**SMALL),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1, ffn_dim=31),
+    "transformer-window": TransformerConfig(**SMALL, attention_window=7),
+    "transformer-gate": TransformerConfig(**SMALL, forget_gate=True),
+    "transformer-all": TransformerConfig(**SMALL, attention_window=7, forget_gate=True, qk_norm=True),
+    "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=7),
 }
 RETNETS = [name for name in CONFIGS if name.startswith("retnet")]
 TRANSFORMERS = [name for name in CONFIGS if name.startswith("transformer")]
@@ -71,8 +75,8 @@ def test_parameters_of_variants_and_their_twins(name):
 
 
 def held(state) -> int:
-    """Bytes of a state without its position, which is 8 a sequence."""
-    return state.nbytes - state.position.nbytes
+    """Bytes of a state without its position, which is 8 a sequence, and what a window notes beside it, which is too."""
+    return state.nbytes - state.position.nbytes * (2 if state.window else 1)
 
 
 @pytest.mark.parametrize("sequences", [1, 3], ids=lambda n: f"{n}-sequences")
@@ -111,12 +115,12 @@ def counted(model, ids, state=None, gradients=False) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_of_the_matrices_are_torchs(name):
-    """Compared: all products of tokens and weights (aten.mm) in one forward pass over 2 x 7 tokens. Left out on both
-    sides: retention and attention, which the next two tests look at.
+    """Compared: all products of tokens and weights (aten.mm, or addmm with a bias) in one forward pass over 2 x 7
+    tokens. Left out on both sides: retention and attention, which the next two tests look at.
     """
     config = CONFIGS[name]
     flops = counted(build(config).eval(), torch.zeros(2, 7, dtype=torch.int64))
-    assert flops["mm"] == 2 * 7 * 2 * cost.matrix_parameters(config)
+    assert flops["mm"] + flops.get("addmm", 0) == 2 * 7 * 2 * cost.matrix_parameters(config)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -144,11 +148,15 @@ def test_flops_of_retention_are_torchs(name):
     assert flops["bmm"] * 2 == mixing == cost.flops_per_token(config, 10**6) - 2 * cost.matrix_parameters(config)
 
 
-@pytest.mark.parametrize("name", ["retnet", "transformer"])
+@pytest.mark.parametrize("name", ["retnet", "transformer", "transformer-window", "hybrid-window"])
 def test_training_takes_three_forward_passes_at_the_mean_context(name):
     config = CONFIGS[name]
-    forward = [cost.flops_per_token(config, context) for context in range(1, 10)]
-    assert cost.training_flops_per_token(config, 9) == 3 * sum(forward) / 9
+    for length in (5, 7, 9, 21, 700):
+        forward = [cost.flops_per_token(config, context) for context in range(1, length + 1)]
+        if length == 700 and not cost.window_of(config):
+            continue  # a mean context of an even length is rounded down to whole tokens
+        assert cost.mean_flops_per_token(config, length) == sum(forward) // length
+        assert cost.training_flops_per_token(config, length) == 3 * (sum(forward) // length)
 
 
 @pytest.mark.parametrize("size", PRESETS)
@@ -168,8 +176,26 @@ def test_break_even_by_hand():
     assert cost.break_even(replace(config, value_dim=32), TransformerConfig(dim=16, layers=4, heads=2)) == 9
 
 
-@pytest.mark.parametrize("kind", ["retnet", "transformer", "hybrid"])
+def test_a_window_may_stay_smaller_than_the_state_for_ever():
+    """As above 12 tokens are even: a window of 13 is larger once it is full, one of 12 never."""
+    config, other = RetNetConfig(dim=16, layers=4, heads=2, value_dim=48), TransformerConfig(dim=16, layers=4, heads=2)
+    assert cost.break_even(config, replace(other, attention_window=13)) == 13
+    assert cost.break_even(config, replace(other, attention_window=12)) is None
+
+
+@torch.no_grad()
+def test_memory_of_a_window_stays():
+    config = CONFIGS["hybrid-window"]
+    model = build(config).eval()
+    sizes = []
+    for T in (5, 7, 8, 60):
+        sizes.append(held(model(torch.zeros(2, T, dtype=torch.int64))[1]))
+        assert sizes[-1] == cost.memory_bytes(config, T, sequences=2)
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+
+
+@pytest.mark.parametrize("kind", ["retnet", "transformer", "hybrid", "transformer-window", "hybrid-window"])
 def test_multiply_adds_are_half_the_flops_at_every_context(kind):
-    config = config_of(kind, "1m", vocab_size=300)
+    config = CONFIGS[kind] if kind in CONFIGS else config_of(kind, "1m", vocab_size=300)
     for context in (0, 1, 7, 4096):
         assert cost.multiply_adds(config, 3, context) == 3 * cost.flops_per_token(config, context) // 2

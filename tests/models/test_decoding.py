@@ -39,8 +39,15 @@ CONFIGS = {
     "transformer": TransformerConfig(**SMALL),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=2),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
+    "hybrid-window": HybridConfig(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
+    "hybrid-four-window": HybridConfig(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
+    "transformer-window": TransformerConfig(**SMALL, attention_window=4),
+    "transformer-gate": TransformerConfig(**SMALL, forget_gate=True),
+    "transformer-window-gate": TransformerConfig(
+        **SMALL, attention_window=5, forget_gate=True, qk_norm=True, rotary="none"
+    ),
 }
-BOTH = {name: CONFIGS[name] for name in ("retnet", "hybrid", "transformer")}
+BOTH = {name: CONFIGS[name] for name in ("retnet", "hybrid", "transformer", "hybrid-window", "transformer-window-gate")}
 # float64 has 53 bits, 1e-16; two layers of sums in another order, and norms that divide by small numbers, cost up to
 # thousands of that. In float32 (24 bits, 6e-8) they cost tens
 EXACT, CLOSE = 1e-12, 1e-5

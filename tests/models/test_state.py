@@ -4,10 +4,12 @@ The oracle is the model on each row's whole text (test_decoding.py).
 """
 
 import errno
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
 
 from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
 from retentive.ops import Ring, using
@@ -20,11 +22,18 @@ CONFIGS = {
     "hybrid": HybridConfig(**SMALL | dict(layers=3), attention_every=2),
     "transformer": TransformerConfig(**SMALL),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1),
+    "hybrid-window": HybridConfig(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
+    "hybrid-four-window": HybridConfig(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
+    "transformer-window": TransformerConfig(**SMALL, attention_window=4),
+    "transformer-gate": TransformerConfig(**SMALL, forget_gate=True),
+    "transformer-window-gate": TransformerConfig(**SMALL, forget_gate=True, attention_window=4, qk_norm=True),
 }
+WINDOWS = [name for name, config in CONFIGS.items() if "window" in name]
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
 
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 both = pytest.mark.parametrize("kind", ["retnet", "hybrid", "transformer"])
+windows = pytest.mark.parametrize("kind", WINDOWS)
 
 
 def ids_of(B: int, T: int) -> torch.Tensor:
@@ -199,6 +208,190 @@ def test_a_cache_grows_with_the_text_by_less_than_half_too_much(make):
         sizes.add(state.nbytes)
         assert t * slot <= state.nbytes - 8 * N <= 1.5 * t * slot
     assert len(sizes) <= 6  # from 10 to 60 slots by halves: copies stay linear in the length
+
+
+def cache_of(state):
+    return state.cache if state.kind == "hybrid" else state
+
+
+@windows
+@torch.no_grad()
+def test_with_a_window_it_stays_as_large_as_the_window(kind, make):
+    model, N = make(CONFIGS[kind], torch.float32), 3
+    _, full = model(ids_of(N, 20))
+    assert cache_of(full).slots == model.window
+    for T in (model.window, 50):
+        assert model(ids_of(N, T))[1].nbytes == full.nbytes
+    state = model.init_state(N)
+    for _ in range(30):
+        _, state = model(ids_of(N, 1), state)
+        assert cache_of(state).slots <= model.window
+    assert state.settled().nbytes == full.nbytes
+    pool = model.init_state(N).for_decoding(model.dtype, rollback=2)
+    size = pool.nbytes
+    for T in (1, 2, 1, 30, 1):  # a chunk longer than the ring too
+        _, pool = model(ids_of(N, T), pool)
+        assert pool.nbytes == size or kind.startswith("hybrid")  # whose retention has no ring after a chunk
+        assert cache_of(pool).slots == model.window + 2
+
+
+@windows
+@torch.no_grad()
+def test_rings_of_different_sizes_are_joined_and_parted(kind, make, goes_on):
+    """Every token is laid where the joined ring has it: states before, at and far beyond the first turn."""
+    model = make(CONFIGS[kind])
+    texts = [ids_of(1, n) for n in (0, 2, 4, 5, 9, 23)]
+    rings = [model.init_state(1).for_decoding(model.dtype, rollback=3 * (n % 2)) for n in range(len(texts))]
+    states = [model(ids, ring)[1] if ids.shape[1] else ring for ids, ring in zip(texts, rings, strict=True)]
+    joined = type(states[0]).cat(states)
+    assert cache_of(joined).slots == model.window + 3
+    goes_on(model, [ids[0] for ids in texts], joined.clone())
+    goes_on(model, [texts[5][0], texts[1][0]], joined.select(torch.tensor([5, 1])))
+
+
+@pytest.mark.parametrize("slack", [(0, 0), (3, 0), (0, 3)], ids=["same", "into-larger", "into-smaller"])
+@pytest.mark.parametrize("kind", [*WINDOWS, "transformer-gate", "hybrid"])
+@torch.no_grad()
+def test_a_sequence_put_over_another_in_a_pool(kind, slack, make, goes_on):
+    model = make(CONFIGS[kind])
+    texts = [ids_of(1, n) for n in (11, 3, 7)]
+    pool = model.init_state(3).for_decoding(model.dtype, rollback=slack[0]).reserve(12)
+    others = [model(ids)[1].for_decoding(model.dtype, rollback=slack[1]) for ids in texts]
+    for n in (2, 0, 1, 0):
+        pool.put(n, others[n])
+    pool.put(1, pool, 0)
+    goes_on(model, [texts[0][0], texts[0][0], texts[2][0]], pool)
+    both = type(others[0]).cat(others)
+    blank = model.init_state(1).reserve(8)
+    blank.put(0, both, 2)
+    goes_on(model, [texts[2][0]], blank)
+
+
+@windows
+@torch.no_grad()
+def test_a_pool_without_room_is_refused(kind, make, refuses):
+    model = make(CONFIGS[kind])
+    with refuses("the cache has 0 slots, the sequence 9 tokens: reserve them before"):
+        model.init_state(1).put(0, model(ids_of(1, 9))[1])
+
+
+@windows
+@pytest.mark.parametrize("before", [3, 21])
+@torch.no_grad()
+def test_as_many_tokens_are_taken_back_as_were_asked_for(kind, before, make, goes_on, refuses):
+    """Exactly those: token by token and in chunks, one rollback after another, and not one more."""
+    model, ids = make(CONFIGS[kind]), ids_of(2, before)
+    _, state = model(ids)
+    state = state.for_decoding(model.dtype, rollback=3)
+    texts = list(ids)
+
+    def read(state, T):
+        more = ids_of(2, T)
+        _, state = model(more, state)
+        return state, [torch.cat((text, row)) for text, row in zip(texts, more, strict=True)]
+
+    state, texts = read(state, 4)
+    for n, T in ((3, 3), (1, 2), (2, 4), (0, 1), (3, 1)):
+        state.rollback(n)
+        texts = [text[: len(text) - n] for text in texts]
+        branch = state.clone()
+        state, texts_after = read(state, T)
+        goes_on(model, texts, branch)
+        texts = texts_after
+    goes_on(model, texts, state.clone())
+    state, texts = read(state, 4)
+    state.rollback(2)
+    for _ in range(2):  # three in all are held: only one more
+        with refuses("cannot take back 2 tokens: the window of"):
+            state.rollback(2)
+        with refuses("decode with for_decoding(dtype, rollback=2)"):
+            state.rollback(2)
+    texts = [text[:-2] for text in texts]
+    assert state.position.tolist() == [len(text) for text in texts]  # a refused one moves nothing
+    state.rollback(1)
+    goes_on(model, [text[:-1] for text in texts], state)
+
+
+@windows
+@torch.no_grad()
+def test_without_room_nothing_is_taken_back_but_a_beginning(kind, make, refuses):
+    model = make(CONFIGS[kind])
+    state = model.init_state(2).for_decoding(model.dtype)
+    for _ in range(model.window):  # all of the text is in the ring still
+        _, state = model(ids_of(2, 1), state)
+    state.rollback(1)
+    _, state = model(ids_of(2, 1), state)
+    _, state = model(ids_of(2, 1), state)
+    with refuses("cannot take back 1 tokens"):
+        state.rollback(1)
+
+
+@windows
+@torch.no_grad()
+def test_what_a_rollback_lost_stays_lost_in_every_copy(kind, make, tmp_path, refuses):
+    """The ring looks full again after a rollback: that its oldest slots hold other tokens goes with it everywhere."""
+    model = make(CONFIGS[kind])
+    _, state = model(ids_of(1, 20))
+    state = state.for_decoding(model.dtype, rollback=3)
+    for _ in range(4):
+        _, state = model(ids_of(1, 1), state)
+    state.rollback(3)
+    pool = model.init_state(2).for_decoding(model.dtype, rollback=3)
+    pool.put(1, state)
+    one = torch.tensor([1])
+    joined = type(state).cat([model.init_state(1), state])
+    larger = cache_of(state).for_decoding(model.dtype, rollback=9)
+    for copy in (state.clone(), state.select(torch.tensor([0])), state.view(1), pool.select(one), joined.select(one)):
+        with refuses("cannot take back 1 tokens"):
+            copy.rollback(1)
+    with refuses("cannot take back 1 tokens"):
+        larger.rollback(1)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_it_is_a_tree_of_tensors_and_the_window_a_constant(kind, make, goes_on):
+    model, ids = make(CONFIGS[kind]), ids_of(2, 7)
+    _, state = model(ids)
+    leaves, spec = pytree.tree_flatten(state)
+    assert all(isinstance(x, torch.Tensor) for x in leaves)
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+    goes_on(model, list(ids), pytree.tree_map(torch.clone, state))
+    names = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(state)[0]}
+    assert len(names) == len(leaves)
+    position = torch.func.vmap(lambda state: state.position + state.window)(state)  # sequences are the first dimension
+    assert position.tolist() == [7 + model.window] * 2
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@torch.no_grad()
+def test_a_state_of_another_window_is_refused(T, make, tmp_path, refuses):
+    for kind, other in (("transformer", "transformer-window"), ("hybrid-window", "hybrid-window")):
+        config = CONFIGS[other]
+        model = make(replace(config, attention_window=6) if kind == other else CONFIGS[kind])
+        make(config)(ids_of(1, 5))[1].save(tmp_path / "state.safetensors")
+        name = type(model).__name__
+        with refuses(f"the state is of attention_window 4, this {name} has {model.window}"):
+            model(ids_of(1, T), load_state(tmp_path / "state.safetensors"))
+
+
+def test_files_say_their_window_and_old_ones_have_none(make, tmp_path, refuses):
+    path = tmp_path / "state.safetensors"
+    with torch.no_grad():
+        _, state = make(CONFIGS["transformer-window"])(ids_of(1, 9))
+    tensors = state.named() | {"position": state.position}
+    assert {x.shape[1] for x in state.named().values()} == {4}
+    about = {"format": "retentive-state-1", "kind": "kv"}
+    for window, want in (({}, 0), ({"window": "4"}, 4)):
+        save_file(tensors, path, metadata=about | window)
+        assert load_state(path).window == want
+    save_file(tensors, path, metadata=about | {"window": "5"})
+    with refuses("holds 4 slots, its tokens and window need 5: write it again"):
+        load_state(path)
+    for window in ("-4", "four", ""):
+        save_file(tensors, path, metadata=about | {"window": window})
+        with refuses(f"holds a state with a window of '{window}'"):
+            load_state(path)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import RetNetConfig, TransformerConfig, build
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 from retentive.serve.service import open_service
@@ -23,6 +23,14 @@ def test_the_info_for_the_page(server):
 def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refuses):
     with refuses("--slots 1000000000 need"):
         open_service(runs / "retnet", Options(slots=10**9))
+
+
+def test_slots_of_a_window_are_counted_before_they_are_filled(tmp_path, refuses):
+    """A blank state has none of its window's slots yet, but the pool will have all."""
+    config = TransformerConfig(vocab_size=257, dim=32, layers=1, heads=2, attention_window=2**20)
+    save_model(tmp_path, build(config), ByteTokenizer())
+    with refuses("--slots 100000 need 26,843.5 GB of states"):  # 2^20 x 2 x 32 x 4 bytes each
+        open_service(tmp_path, Options(slots=10**5))
 
 
 def test_completions_in_flight_are_counted_and_bounded(runs):
