@@ -46,7 +46,7 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig):
         super().__init__()
         self.config = c = config
-        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.dim // c.heads, c.attention_window
+        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.dim // c.heads, c.attention_window or 0
         self.q_proj = nn.Linear(c.dim, c.dim, bias=False)
         self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
         self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)

@@ -15,7 +15,13 @@ from retentive.ops import rotary as rotaries
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
 """Of every other whole number. What is larger is a typing error, and building it would take all memory."""
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    int | None: "a whole number or null",
+}
 """What messages call the types of fields."""
 
 
@@ -128,8 +134,8 @@ class AttentionConfig:
     forget_gate: bool = False
     """A score falls by the log sigmoids, of a projection of each token, that lie between key and query (arXiv
     2503.02130); every head needs keys of its own."""
-    attention_window: int = 0
-    """Tokens that a token attends to, itself included; 0: all before it. The cache then has a constant size."""
+    attention_window: int | None = None
+    """Tokens that a token attends to, itself included, in a cache of constant size; None (null): all before it."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
@@ -145,8 +151,10 @@ class AttentionConfig:
         if self.dim // self.heads % 2:
             raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
         one_of("rotary", self.rotary, rotaries.VARIANTS)
-        if self.attention_window < 0:
-            raise ValueError(f"attention_window must be at least 1 token, or 0 for all, got {self.attention_window}")
+        if self.attention_window is not None and self.attention_window < 1:
+            raise ValueError(
+                f"attention_window must be at least 1 token, or null for all before it, got {self.attention_window}"
+            )
         if self.forget_gate and self.kv_heads != self.heads:
             raise ValueError(
                 f"forget_gate needs keys of its own for every head: set kv_heads to {self.heads}, got {self.kv_heads}"
@@ -168,7 +176,7 @@ def check_fields(config) -> None:
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
             raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
         most = LIMITS.get(field.name, LIMIT)
-        if kind is int and value > most:
+        if isinstance(value, int) and value > most:
             raise ValueError(f"{field.name} must be at most {most:,}, got {value:,}")
 
 

@@ -54,9 +54,9 @@ class HybridConfig(RetNetConfig):
     attention_every: int = 0
     """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention. 0: 4, or all
     blocks where there are fewer."""
-    attention_window: int = 0
-    """Tokens that a token attends to in these blocks, itself included; 0: all before it. With a window the state of the
-    whole model has a constant size."""
+    attention_window: int | None = None
+    """Tokens that a token attends to in these blocks, itself included; None (null): all before it. With a window the
+    state of the whole model has a constant size."""
     attention_rotary: str = "half"
     """Rotation in these blocks: half, interleaved, or none, which leaves order to retention."""
 

@@ -78,7 +78,7 @@ def _seen(config: TransformerConfig, context: int) -> int:
 
 def window_of(config: OwnConfig) -> int:
     """Tokens beyond which a token sees none, and memory no longer grows; 0: attention sees all, or there is none."""
-    return config.attention_window if isinstance(config, TransformerConfig | HybridConfig) else 0
+    return (config.attention_window or 0) if isinstance(config, TransformerConfig | HybridConfig) else 0
 
 
 def multiply_adds(config: OwnConfig, tokens: int, context: int) -> int:

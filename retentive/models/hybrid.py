@@ -24,7 +24,7 @@ class Hybrid(RetNet):
 
     @property
     def window(self) -> int:
-        return self.config.attention_window
+        return self.config.attention_window or 0
 
     def block(self, i: int) -> nn.Module:
         return transformer.Block(self.config.attention()) if self.config.attends(i) else super().block(i)

@@ -187,7 +187,7 @@ class KVCache:
             empty[1::2],
             torch.zeros(batch, dtype=torch.int64, device=device),
             [torch.zeros(batch, 0, config.heads, dtype=wide, device=device) for _ in range(gates)],
-            config.attention_window,
+            config.attention_window or 0,
         )
 
     @staticmethod

@@ -63,7 +63,7 @@ class Transformer(LanguageModel):
 
     @property
     def window(self) -> int:
-        return self.config.attention_window
+        return self.config.attention_window or 0
 
     def init_state(self, batch: int) -> KVCache:
         """The state before the first token, for `batch` sequences: no slots yet."""

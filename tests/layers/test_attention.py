@@ -49,6 +49,24 @@ def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
     same(cache, (keys, values), EXACT)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(attention_window=0), "at least 1 token, or null for all before it, got 0"),
+        (dict(attention_window=-3), "at least 1 token"),
+        (dict(attention_window=2.5), "attention_window must be a whole number or null, got 2.5"),
+        (dict(attention_window=True), "attention_window must be a whole number or null, got True"),
+        (dict(attention_window=2**40), "attention_window must be at most"),
+        (dict(forget_gate=True, kv_heads=2), "forget_gate needs keys of its own for every head"),
+        (dict(rotary="full"), "unknown rotary 'full'"),
+        (dict(heads=5), "dim 24 must divide by heads 5"),
+    ],
+)
+def test_fields_that_are_none_or_contradict_each_other_are_refused(changes, message, refuses):
+    with refuses(message):
+        AttentionConfig(**dict(dim=D, heads=H) | changes)
+
+
 @pytest.mark.parametrize("activation", ["swish", "gelu"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_feed_forward_is_its_formula(activation, gated, same):
