@@ -128,7 +128,7 @@ BAD_RETNET = BAD | {
     "activation-number": (dict(activation=1), "activation must be text, got 1"),
     "decay-count": (dict(decay=(-0.1, -0.2)), "decay needs 4 log decays <= 0"),
     "decay-positive": (dict(decay=(-0.1, -0.2, 0.3, 0.0)), "decay needs 4 log decays <= 0"),
-    "gated-score-norm": (dict(decay="gated"), "set score_norm=False with decay='gated'"),
+    "gated-score-norm": (dict(score_norm=True), "set score_norm=False with decay='gated'"),
 }
 BAD_TWIN = BAD | {
     "heads-do-not-divide": (dict(dim=250), "dim 250 must divide by heads 4"),
