@@ -14,7 +14,16 @@ from retentive.checkpoint import fla, torchscale
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.files import load_tensors, save_tensors, write_together
 from retentive.machine import pick_device
-from retentive.models import Config, HybridConfig, LanguageModel, PeerConfig, RetNetConfig, TransformerConfig, build
+from retentive.models import (
+    ARCHITECTURES,
+    Config,
+    HybridConfig,
+    LanguageModel,
+    PeerConfig,
+    RetNetConfig,
+    TransformerConfig,
+    build,
+)
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
@@ -137,7 +146,9 @@ def load_config(folder: Path) -> tuple[Config, str]:
             kind, config = raw["kind"], raw["config"]
             if kind not in list(KINDS) or not isinstance(config, dict):
                 raise TypeError(f'expected "kind" to be one of {", ".join(KINDS)} and "config" to be its fields')
-            return KINDS[kind](**config), "retentive"
+            # A field that is not there was not known when the file was written: then all RetNets were the paper's.
+            before = ARCHITECTURES["retnet-paper"] if issubclass(KINDS[kind], RetNetConfig) else {}
+            return KINDS[kind](**before | config), "retentive"
         for name, layout in FOREIGN.items():
             if layout.recognises(raw):
                 return layout.read_config(raw), name

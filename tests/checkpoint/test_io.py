@@ -20,7 +20,8 @@ OURS = {
     "retnet": RetNetConfig(**SMALL),
     "tied": RetNetConfig(**SMALL, tie_embeddings=True),
     "own-decays": RetNetConfig(**SMALL, decay=(-0.3, -0.1), embed_norm=True, final_norm=False, dropout=0.1),
-    "gated": RetNetConfig(**SMALL, decay="gated", score_norm=False, gate=False, head_norm_affine=True),
+    "ungated": RetNetConfig(**SMALL, decay_bias=True, gate=False, head_norm=True, head_norm_affine=True),
+    "all-new": RetNetConfig(**SMALL, qk_norm=True, qk_bias=True, gate_activation="sigmoid", decay_scale=4.0),
     "transformer": TransformerConfig(**SMALL, kv_heads=1),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
     "transformer-window": TransformerConfig(
@@ -28,8 +29,9 @@ OURS = {
     ),
     "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=4, attention_rotary="none"),
 }
-TORCHSCALE = RetNetConfig(**SMALL, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
-FLA = RetNetConfig(**SMALL, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)
+PAPER = RetNetConfig(**SMALL, decay="lm", score_norm=True, head_norm=True)
+TORCHSCALE = replace(PAPER, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
+FLA = replace(PAPER, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)
 FOREIGN = {
     "torchscale": ("torchscale", TORCHSCALE),
     "torchscale-tied": ("torchscale", replace(TORCHSCALE, tie_embeddings=True, embed_norm=False)),
@@ -126,6 +128,7 @@ def test_fields_left_out_have_the_other_projects_defaults():
     """fla: its 1.3B is its default config. torchscale: the defaults of its RetNetConfig at commit 4d1e0e8."""
     assert fla.read_config({"model_type": "retnet", "hidden_size": 2048}) == preset("fla-1.3b", vocab_size=32000)
     sizes = dict(dim=768, layers=12, heads=3, value_dim=1280 + 16, ffn_dim=1280, activation="gelu", decay="paper")
+    sizes |= dict(score_norm=True, head_norm=True)
     raw = {"vocab_size": 100, "decoder_retention_heads": 3, "decoder_value_embed_dim": 1296}
     assert torchscale.read_config(raw) == RetNetConfig(vocab_size=100, **sizes)
 
@@ -285,9 +288,9 @@ def test_foreign_architectures_that_ours_has_not(layout, field, value, tmp_path,
 @pytest.mark.parametrize("layout", ["torchscale", "fla"])
 def test_all_reasons_are_said_at_once(layout, tmp_path, refuses):
     """A default run goes to neither layout: whoever trains anew needs all of the reasons beforehand."""
-    words = f"{layout} needs decay='paper' (this model: 'lm')"
+    words = f"{layout} needs head_norm=True (this model: False), decay='paper' (this model: 'gated')"
     if layout == "fla":
-        words += ", rotary='half' (this model: 'interleaved'), score_norm=False (this model: True)"
+        words += ", rotary='half' (this model: 'interleaved')"
     with refuses(words):
         save_model(tmp_path / "model", build(OURS["retnet"]), layout=layout)
 
@@ -295,10 +298,10 @@ def test_all_reasons_are_said_at_once(layout, tmp_path, refuses):
 INEXPRESSIBLE = {
     "torchscale": [dict(decay="lm"), dict(rotary="half"), dict(score_norm=False), dict(head_norm=False),
                    dict(head_norm_affine=True), dict(gate=False), dict(ffn_gate=False), dict(kv_heads=1),
-                   dict(key_dim=12)],
+                   dict(key_dim=12), dict(qk_norm=True), dict(qk_bias=True), dict(gate_activation="sigmoid")],
     "fla": [dict(decay="lm"), dict(rotary="interleaved"), dict(score_norm=True), dict(head_norm=False),
             dict(ffn_gate=False), dict(embed_scale=True), dict(embed_norm=True), dict(final_norm=False),
-            dict(activation="gelu")],
+            dict(activation="gelu"), dict(qk_norm=True), dict(qk_bias=True), dict(gate_activation="sigmoid")],
 }  # fmt: skip
 
 
@@ -311,6 +314,19 @@ def test_what_the_other_project_cannot_express_is_named_and_nothing_written(layo
     with refuses(f"{layout} needs {next(iter(changes))}="):
         save_model(tmp_path / "model", model, layout=layout)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_config_from_before_a_field_means_what_it_meant_then(tmp_path, same):
+    """Whatever the field's default is now: the first ones knew the paper's RetNet only."""
+    model = build(PAPER)
+    save_model(tmp_path, model)
+    raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    later = ("decay_range", "decay_scale", "decay_bias", "qk_norm", "qk_bias", "gate_activation")
+    for left_out in (later, (*later, "decay", "score_norm", "head_norm", "head_norm_affine")):
+        old = {name: value for name, value in raw["config"].items() if name not in left_out}
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"config": old}), encoding="utf-8")
+        assert load_config(tmp_path)[0] == PAPER
+    same(list(retentive.load(tmp_path)[0].parameters()), list(model.parameters()), 0)
 
 
 def test_the_twin_has_no_foreign_layout(tmp_path, refuses):
