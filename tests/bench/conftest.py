@@ -7,6 +7,7 @@ import torch
 
 from retentive import machine
 from retentive.models import PRESETS
+from retentive.models.config import Size
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def one_thread():
 @pytest.fixture
 def sizes(monkeypatch):
     """Sizes for `Options(size=…)`: "tiny", and "dropped", the same with the dropout that the paper's sizes have."""
-    monkeypatch.setitem(PRESETS, "tiny", dict(dim=32, layers=2, heads=4))
+    monkeypatch.setitem(PRESETS, "tiny", Size(dict(dim=32, layers=2, heads=4)))
     monkeypatch.setitem(PRESETS, "dropped", dict(dim=32, layers=2, heads=4, dropout=0.1))
 
 
