@@ -19,6 +19,7 @@ BENCHES = {
     "step": "retentive.bench.step",
     "prompting": "retentive.studies.prompting",
     "recall": "retentive.studies.recall",
+    "activations": "retentive.studies.activations",
     "ask": "retentive.bench.memory_file",
     "serving": "retentive.bench.serving",
     "speculation": "retentive.bench.speculation",
