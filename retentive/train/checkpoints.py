@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
 RUN/model.safetensors            the newest of those weights, which `retentive.load` reads
+RUN/.untrained                   there until the first checkpoint: those weights are the initial ones
 
 The state of the random numbers is not kept: the loop seeds them anew at every step.
 """
@@ -16,6 +17,8 @@ from torch import nn
 
 from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
+
+UNTRAINED = ".untrained"
 
 
 def save(
@@ -56,13 +59,14 @@ def publish(run: Path, folder: Path) -> None:
     """Makes the checkpoint's weights the run's: by a hard link where the file system has them, else by a copy."""
     partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
     partial.unlink(missing_ok=True)  # of a process that was killed here
-    if target.exists() and target.samefile(folder / "model.safetensors"):
-        return  # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
-    try:
-        os.link(folder / "model.safetensors", partial)
-    except OSError:  # no hard links, as on FAT
-        shutil.copyfile(folder / "model.safetensors", partial)
-    partial.replace(target)
+    # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
+    if not (target.exists() and target.samefile(folder / "model.safetensors")):
+        try:
+            os.link(folder / "model.safetensors", partial)
+        except OSError:  # no hard links, as on FAT
+            shutil.copyfile(folder / "model.safetensors", partial)
+        partial.replace(target)
+    (run / UNTRAINED).unlink(missing_ok=True)
 
 
 def folders(run: Path) -> list[Path]:

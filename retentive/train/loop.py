@@ -94,6 +94,7 @@ def train(
             say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
         if done == 0:
+            (run / checkpoints.UNTRAINED).touch()
             save_model(run, model, directory.tokenizer)  # so that the run can be loaded before its first checkpoint
         mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:

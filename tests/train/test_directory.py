@@ -39,6 +39,7 @@ def test_a_run_with_checkpoints_is_kept_unless_told_otherwise(run, refuses):
 def test_what_has_no_checkpoint_begins_anew(existing, run):
     for folder in folders(run):
         (folder / "training.json").unlink()
+    (run / ".untrained").touch()
     with RunDirectory(run, existing=existing).locked():
         assert not {"metrics.jsonl", "checkpoints"} & names(run)
 
@@ -56,7 +57,7 @@ def test_a_checkpoint_that_is_half_deleted_is_none(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt), RunDirectory(run, existing="overwrite").locked():
             pass
     assert not folders(run)
-    with RunDirectory(run).locked():
+    with RunDirectory(run, existing="overwrite").locked():
         assert ".checkpoints.old" not in names(run)
 
 

@@ -159,6 +159,24 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(more, made
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}], ids=["again", "resume"])
+@pytest.mark.parametrize("gone", ["checkpoints", "training.json"])
+def test_a_trained_model_whose_checkpoints_are_gone_is_not_trained_over(gone, more, made, refuses):
+    run = made("a").run(quiet=True)
+    if gone == "checkpoints":
+        shutil.rmtree(run / "checkpoints")
+    else:
+        for folder in folders(run):
+            (folder / "training.json").unlink()
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    words = f"{run} holds a trained model but no checkpoint to go on from: --overwrite begins anew, --init {run} --out"
+    with refuses(words, FileExistsError):
+        made("a", steps=6, **more).run(overrides={"steps"}, quiet=True)
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+    made("a", overwrite=True).run(quiet=True)
+    assert len(losses(run)) == 4
+
+
 def test_resuming_and_overwriting_at_once_is_refused(made, refuses):
     with refuses("resume and overwrite exclude each other"):
         made("a", resume=True, overwrite=True)
