@@ -48,6 +48,9 @@ class RunDirectory:
         if not (self.path / "train.json").exists():
             if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
                 raise FileExistsError(f"{self.path} holds a model that is no run: choose another --out")
+            others = sorted(f.name for f in self.path.glob("[!.]*"))
+            if others:  # what begins with a dot may be of a run that was killed as it began, such as its lock
+                raise FileExistsError(f"{self.path} holds other things ({others[0]}): choose a new or an empty folder")
         elif self.existing == "refuse" and folders(self.path):
             raise FileExistsError(
                 f"{self.path} already holds a run: add --resume to go on with it, --overwrite to begin anew, "

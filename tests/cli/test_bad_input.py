@@ -119,6 +119,7 @@ TRAINING = {
     "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
     "device-that-computes-nothing": (["--device", "meta"], "unknown device 'meta'"),
     "out-is-the-data": (["--out", "data"], "data holds packed data: choose another folder for the run (--out)"),
+    "out-is-full-of-others": (["--out", "corpus", "--overwrite"], "corpus holds other things (0.txt): choose a new or"),
     "out-below-a-file": (["--out", "corpus/0.txt/run"], "cannot write corpus/0.txt/run"),
     "field-with-a-fraction": (["--set", "layers=2.5"], "--set layers=2.5"),
     "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),

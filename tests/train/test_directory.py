@@ -69,6 +69,18 @@ def test_a_file_and_a_model_that_is_no_run_are_refused(run, refuses):
         RunDirectory(run, existing="overwrite").check()
 
 
+def test_a_folder_of_other_things_is_refused_and_an_empty_one_is_not(tmp_path, refuses):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / ".lock").touch()  # as a run leaves it that is killed at once
+    with RunDirectory(folder).locked():
+        pass
+    (folder / "0.txt").touch()
+    for existing in ("refuse", "resume", "overwrite"):
+        with refuses("mine holds other things (0.txt): choose a new or an empty folder", FileExistsError):
+            RunDirectory(folder, existing=existing).check()
+
+
 def test_options_are_read_or_named_as_damaged(run, tmp_path, refuses):
     assert read_options(run) == {"train": {"precision": "fp32"}} and read_options(tmp_path / "none") == {}
     for content in ("", "[]", "{}", '{"train": 1}'):
