@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
 from retentive.train.checkpoints import folders
-from retentive.train.config import TrainConfig
+from retentive.train.config import TrainConfig, check_type
 from retentive.train.directory import RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
@@ -73,7 +73,7 @@ class TrainRun:
         """A run from keywords, which are fields of TrainRun or of TrainConfig.
 
         Raises:
-            TypeError: a keyword that neither has.
+            TypeError: a keyword that neither has, or a value of another type than the field's.
         """
         of_training = {f.name for f in fields(TrainConfig)}
         known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
@@ -86,6 +86,12 @@ class TrainRun:
     def __post_init__(self):
         object.__setattr__(self, "data", Path(self.data))  # strings are welcome too; a frozen dataclass wants this way
         object.__setattr__(self, "out", Path(self.out))
+        if isinstance(self.init, Path):
+            object.__setattr__(self, "init", str(self.init))
+        for f in fields(self):
+            if f.default is not MISSING:
+                check_type(f.name, getattr(self, f.name), type(f.default))
+        check_type("set", self.set, Mapping)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
 
@@ -244,7 +250,6 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     try:
         own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}
         before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True)
-        check_types(before)
         same_data = saved["data_sha256"] == fingerprint
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
@@ -275,15 +280,6 @@ def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     pairs = [str.partition(item, "=")[::2] for item in stored]
     numbers = {name: text for name, text in pairs if text[:1] in "[-0123456789" or text in ("true", "false")}
     return dict(pairs) | {name: json.loads(text) for name, text in numbers.items()}
-
-
-def check_types(run: TrainRun) -> None:
-    """Raises TypeError for an option whose value is not of its default's type, as a damaged train.json may have it."""
-    usual = options_of(TrainRun(run.data, run.out))
-    for name, value in options_of(run).items():
-        whole = type(usual[name]) is float and type(value) is int
-        if type(value) is not type(usual[name]) and not whole:
-            raise TypeError(f"{name} is {value!r}")
 
 
 def options_of(run: TrainRun) -> dict[str, Any]:

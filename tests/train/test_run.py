@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -57,6 +58,31 @@ def test_one_call_trains(packed, tmp_path, made, same_end):
         retentive.train(packed, tmp_path / "b", legnth=3)
     with pytest.raises(TypeError, match="no option 'zzz': expected one of accumulate, batch, "):
         TrainRun.of(packed, tmp_path / "b", zzz=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"steps": "3"}, "steps must be a whole number, got '3'"),
+        ({"batch": True}, "batch must be a whole number, got True"),
+        ({"length": "64"}, "length must be a whole number, got '64'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"compile": 1}, "compile must be True or False, got 1"),
+        ({"size": 5}, "size must be a string, got 5"),
+        ({"set": ["dim=32"]}, "set must be a dictionary, got ['dim=32']"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_refused_before_anything_is_written(options, words, packed, tmp_path, refuses):
+    with refuses(words, TypeError):
+        retentive.train(packed, tmp_path / "a", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_other_kinds_are_numbers(made, tmp_path):
+    made_of = made("a", lr=np.float64(1e-3), clip=1, init=tmp_path / "base")
+    assert (made_of.train.lr, made_of.train.clip, made_of.init) == (1e-3, 1, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("speed", [0.5, 2.0], ids=["fp32", "bf16"])
