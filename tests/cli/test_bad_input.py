@@ -217,9 +217,15 @@ def test_resuming_from_a_checkpoint_that_does_not_know_its_step(content, refused
     refused(train("run", "--resume"), "step-00000004/training.json is damaged: delete run/checkpoints/step-00000004")
 
 
-def test_resuming_from_a_damaged_checkpoint(refused, train):
-    cut("run/checkpoints/step-00000004/optimizer.safetensors", 300)
-    refused(train("run", "--resume"), "optimizer.safetensors is not a complete safetensors file")
+@pytest.mark.parametrize("name", ["model", "optimizer", "state"])
+def test_resuming_from_a_damaged_checkpoint(name, refused, train):
+    write(f"run/checkpoints/step-00000004/{name}.safetensors", b"half of it")
+    damaged = f"step-00000004/{name}.safetensors is damaged: "
+    refused(
+        train("run", "--resume"), f"{damaged}delete run/checkpoints/step-00000004 to go on from the one before it\n"
+    )
+    shutil.rmtree("run/checkpoints/step-00000002")
+    refused(train("run", "--resume"), f"{damaged}there is no other checkpoint: --overwrite begins anew, --init run")
 
 
 def foreign_folder() -> None:
