@@ -111,6 +111,8 @@ class TrainRun:
         data = Packed(self.data)
         saved = read_options(self.out) if self.resume else {}
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self
+        if run.init and {"size", "model"} & set(overrides or ()):
+            raise ValueError(both_architectures(run.init))
         batches, directory = run.batches(data), run.directory(data)
         directory.check()  # the loop does so too, but building a large model takes long
         config, model = run.build(data)
@@ -152,7 +154,7 @@ class TrainRun:
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
         if (self.size, self.model) != (TrainRun.size, TrainRun.model):  # a field's default is the class's attribute
-            raise ValueError(f"--init {self.init} brings its architecture: leave out --size and --model")
+            raise ValueError(both_architectures(self.init))
         if set(self.set) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
@@ -199,6 +201,11 @@ class TrainRun:
         record = {"command": plain(options), "data_sha256": data.fingerprint}
         existing: Any = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
         return RunDirectory(self.out, data.tokenizer, record, existing)
+
+
+def both_architectures(init: str) -> str:
+    """What is said to who gives a model folder and a size."""
+    return f"--init {init} brings its architecture: leave out --size and --model"
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:

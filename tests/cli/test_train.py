@@ -42,6 +42,13 @@ def test_a_recipe_is_a_run_of_which_everything_is_meant(ran, tmp_path):
     assert {"size", "steps", "lr", "mode"} <= overrides
 
 
+def test_a_recipe_that_trains_on_has_no_size(ran, tmp_path):
+    (tmp_path / "r.py").write_text(RECIPE.replace('size="2m"', 'init="base"'), encoding="utf-8")
+    main(["train", "--recipe", str(tmp_path / "r.py")])
+    main(["train", "--recipe", str(tmp_path / "r.py"), "--model", "retnet"])
+    assert [overrides & {"size", "model", "init"} for _, overrides in ran] == [{"init"}, {"init", "model"}]
+
+
 BROKEN = {
     "syntax": ("x = 1\ndef recipe(:\n", "r.py:2: SyntaxError: "),
     "at-import": ("x = 1\n\ny = x / 0\n", "r.py:3: ZeroDivisionError: division by zero"),

@@ -257,6 +257,9 @@ def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuse
     base = made("base").run(quiet=True)
     with refuses("brings its architecture: leave out --size and --model"):
         made("a", init=str(base), set={}).run(quiet=True)
+    for typed in ("size", "model"):  # at its default, but chosen
+        with refuses("brings its architecture: leave out --size and --model"):
+            made("a", size="5m", init=str(base), set={}).run(overrides={typed}, quiet=True)
     with refuses("brings its architecture: only dropout can be --set"):
         made("a", size="5m", init=str(base), set={"dim": 64}).run(quiet=True)
     pack(tmp_path / "bpe", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
