@@ -92,8 +92,6 @@ class TrainRun:
             if f.default is not MISSING:
                 check_type(f.name, getattr(self, f.name), type(f.default))
         check_type("set", self.set, Mapping)
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
         """The run directory, once the model is trained.
@@ -108,6 +106,8 @@ class TrainRun:
             ValueError: data, model or options that do not go together; what cannot fit into memory.
             FileExistsError, BlockingIOError, FloatingPointError, Interrupted, OSError: as `loop.train`.
         """
+        if self.resume and self.overwrite:  # not when it is made: the parser would put the line into a box of its own
+            raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
         data = Packed(self.data)
         saved = read_options(self.out) if self.resume else {}
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self

@@ -128,6 +128,7 @@ TRAINING = {
     "no-steps": (["--steps", "0"], "steps must be at least 1, got 0"),
     "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "eval_tokens must be at least 2, got 1"),
     "init-and-a-size": (["--init", "run", "--size", "5m"], "--init run brings its architecture: leave out --size"),
+    "going-on-and-anew": (["--resume", "--overwrite"], "resume and overwrite exclude each other: go on with the run"),
     "no-batch": (["--batch", "0"], "batch is 0"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),

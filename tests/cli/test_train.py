@@ -55,7 +55,7 @@ BROKEN = {
     "in-the-function": (RECIPE.replace('"2m"', "size"), "r.py:5: NameError: name 'size' is not defined"),
     "deeper": ("import json\ndef recipe():\n    return json.loads('{')\n", "r.py:3: JSONDecodeError: "),
     "unknown-option": (RECIPE.replace("size=", "sizes="), "r.py:5: TypeError: "),
-    "a-field-out-of-range": (RECIPE.replace('size="2m"', "resume=True, overwrite=True"), "r.py:5: ValueError: resume"),
+    "a-field-of-another-type": (RECIPE.replace('"2m"', "2"), "r.py:5: TypeError: size must be a string, got 2"),
 }
 
 

@@ -205,7 +205,7 @@ def test_a_trained_model_whose_checkpoints_are_gone_is_not_trained_over(gone, mo
 
 def test_resuming_and_overwriting_at_once_is_refused(made, refuses):
     with refuses("resume and overwrite exclude each other"):
-        made("a", resume=True, overwrite=True)
+        made("a", resume=True, overwrite=True).run()
 
 
 @pytest.mark.parametrize("existing", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
