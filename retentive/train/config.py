@@ -1,21 +1,15 @@
 """The options of training, apart from the model and the data."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from retentive.options import check_type
 
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
 LARGEST_SEED = 10**12
 """Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
-KINDS: dict[type, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    Mapping: "a dictionary",
-}
 
 
 @dataclass(frozen=True)
@@ -93,13 +87,3 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-
-def check_type(name: str, value: Any, kind: type) -> None:
-    """Raises TypeError for the value of an option that is not of its kind, one of KINDS.
-
-    Whole numbers are numbers too; truth values are neither.
-    """
-    fits = isinstance(value, (float, int) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be {KINDS[kind]}, got {value!r}")

@@ -4,7 +4,6 @@ The command line, `compare`, the demo and the recipes all make one of these; `re
 Below the class, in this order: checks before a run, resuming one, options as dictionaries.
 """
 
-import difflib
 import json
 import statistics
 import time
@@ -26,8 +25,9 @@ from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
+from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
-from retentive.train.config import TrainConfig, check_type
+from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
@@ -77,10 +77,7 @@ class TrainRun:
         """
         of_training = {f.name for f in fields(TrainConfig)}
         known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
-        for name in set(options) - known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-            raise TypeError(f"a training run has no option {name!r}: {hint}")
+        check_names("a training run", options, known)
         return with_options(cls(Path(data), Path(out)), options)
 
     def __post_init__(self):
