@@ -24,18 +24,19 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(place, capsys):
-    """`refused(argv, words)`: it is, in one line on stderr that holds `words`, and all files are as they were."""
+    """`refused(argv, words)`: it is, in one line on stderr with `words`, all files as they were; gives the output."""
 
-    def check(argv: list[str], words: str) -> None:
+    def check(argv: list[str], words: str) -> str:
         before = files()
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(argv)
-        line = capsys.readouterr().err
+        out, line = capsys.readouterr()
         assert stop.value.code == 2
         assert line.startswith("retentive: ") and line.endswith("\n") and line.count("\n") == 1, line
         assert words in line
         assert files() == before
+        return out
 
     return check
 
@@ -284,6 +285,8 @@ GENERATING = {
     "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "beams look for the likeliest text"),
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
     "large-seed": (["--seed", str(2**70)], "seed must be from -2^63 to 2^63 - 1, got"),
+    "bias": (["--bias", "99999", "1"], "bias is for tokens in [0, 257), got [99999]"),
+    "endless-beams": (["--beams", "1000000000"], "1,000,000,000 beams keep "),
     "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
 }
 
@@ -293,7 +296,7 @@ def test_generate(case, refused):
     argv, words = GENERATING[case]
     shutil.copytree("data", "larger")
     other_tokenizer("larger")
-    refused(["generate", "run", "--max-tokens", "2", *argv], words)
+    assert refused(["generate", "run", "--prompt", "Once", "--max-tokens", "2", *argv], words) == ""
 
 
 def test_generate_without_a_tokenizer(refused):
