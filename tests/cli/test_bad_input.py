@@ -323,6 +323,18 @@ OTHERS = {
     "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
     "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
+    "bench-onto-its-picture": (
+        ["bench", "memory", "--size", "1m", "--json", "new/o.png"],
+        "two files would be written to new/o.png: choose another name",
+    ),
+    "eval-two-in-one": (
+        ["eval", "run", "--tasks", "piqa", "--data", "corpus", "--json", "new/o", "--examples", "corpus/../new/o"],
+        "two files would be written to corpus/../new/o: choose another name",
+    ),
+    "compare-onto-its-picture": (
+        ["compare", "--data", "data", "--out", "new", "--json", "o.png"],
+        "two files would be written to o.png: choose another name",
+    ),
     "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "unknown precision 'fp64', expected one of fp32"),
 }
 
