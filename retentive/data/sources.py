@@ -94,7 +94,7 @@ def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool
 
     Raises:
         OSError: no such file or folder, or it may not be read.
-        ValueError: a file of a kind that is not read, or a folder with none that is.
+        ValueError: a file of a kind that is not read, a device or a pipe, or a folder without files to read.
     """
     path = Path(source)
     wanted = {*READABLE, *_suffixes(suffixes)}
@@ -112,7 +112,9 @@ def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool
                 f"cannot read {path}: expected {' '.join(READABLE)}, perhaps with {' '.join(COMPRESSED)}{cure}"
             )
         return Found({path.name: path}, "")
-    if not stat.S_ISDIR(mode):
+    if mode and not stat.S_ISDIR(mode):
+        raise ValueError(f"{source} is not a regular file, and text is read more than once: save it in one")
+    if not mode:
         hint = f"; for the Hugging Face data set write hf:{source}" if str(source).count("/") == 1 else ""
         raise FileNotFoundError(f"no such file or folder: {source}{hint}")
     files, left_out = _walk(path, wanted, advise)
