@@ -67,6 +67,20 @@ def check_place(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def check_places(*paths: Path | None) -> None:
+    """As `check_place` for each of several files (None for one that is not wanted).
+
+    Raises:
+        OSError: as `check_place`.
+        ValueError: two of them are the same: the second would replace the first.
+    """
+    wanted = [path for path in paths if path is not None]
+    for path in wanted:
+        check_place(path)
+    if len({path.resolve() for path in wanted}) < len(wanted):
+        raise ValueError(f"two files would be written to {wanted[-1]}: choose another name for one of them")
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and those above it, if need be.
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from retentive.files import (
     check_place,
+    check_places,
     make_folder,
     only_writer,
     replace_folder,
@@ -135,6 +136,14 @@ def test_a_place_is_checked_before_hours_of_work(tmp_path, refuses):
     with refuses(f"cannot write {tmp_path}/a.txt: File exists", OSError):
         make_folder(tmp_path / "a.txt")
     assert names(tmp_path) == {"a.txt"} and (tmp_path / "a.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_two_files_in_one_place_are_refused(tmp_path, refuses):
+    check_places(tmp_path / "a", None, tmp_path / "b", None)
+    with refuses(f"two files would be written to {tmp_path}/c/../a: choose another name for one of them"):
+        check_places(tmp_path / "a", tmp_path / "c/../a")
+    with refuses(f"cannot write {tmp_path}: it is a folder", OSError):
+        check_places(tmp_path / "a", tmp_path)
 
 
 def test_only_files_are_replaced(tmp_path, refuses):

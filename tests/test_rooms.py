@@ -12,7 +12,7 @@ import pytest
 import retentive
 
 FLOORS = [
-    "files machine threads",
+    "files machine threads options",
     "ops",
     "layers",
     "models data",

@@ -43,10 +43,15 @@ def load(
         dtype: of the weights; as stored if not given.
 
     Raises:
+        TypeError: a path or a dtype of the wrong type.
         FileNotFoundError: no such folder, or it holds no model.
         ValueError: an unknown layout, a truncated file, tensors that do not fit the config or are not floating point,
             or matrices of several dtypes (where none is asked for).
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path must name a model folder, got {type(path).__name__}")
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
     folder = find(path)
     device = pick_device(device) if isinstance(device, str) else device
     config, layout = load_config(folder)

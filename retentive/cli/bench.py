@@ -13,7 +13,7 @@ import tyro
 
 from retentive.bench import BENCHES
 from retentive.cli.progress import say
-from retentive.files import check_place, write_json, write_together
+from retentive.files import check_places, write_json, write_together
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     bench: Any = importlib.import_module(BENCHES[name])
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
     if command.json:  # known before hours of measuring
-        check_place(command.json)
+        check_places(command.json, command.json.with_suffix(".png") if bench.PICTURE else None)
     result = bench.measure(command, say)
     print(bench.table(result))
     if command.json:

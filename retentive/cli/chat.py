@@ -29,7 +29,8 @@ HELP = """\
 /load NAME   go on from such a file
 /forget      begin anew
 /stats       how much was read, and what remembering it takes
-Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / takes a space before it."""
+/quit        leave, as /exit and Ctrl-D do
+Ctrl-C stops an answer. A message that begins with / takes a space before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def run(command: ChatCommand) -> None:
         talk.until_the_input_ends()
     finally:
         engine.close(drain=False)  # Ctrl-C in an answer: the rest of it is not wanted
-    if talk.unsaved and not talk.at_terminal:
+    if talk.failed and not talk.at_terminal:
         sys.exit(2)  # a script must notice; at a terminal the message was seen
 
 
@@ -76,8 +77,8 @@ class Talk:
         self.at_terminal = sys.stdin.isatty()
         self.first = self.others = 0.0
         """Seconds from the last question to the first text of its answer, and from there to its end."""
-        self.unsaved = False
-        """Whether a /save has failed."""
+        self.failed = False
+        """Whether a /save has failed, or a command was unknown."""
 
     def until_the_input_ends(self) -> None:
         """Read lines and answer them. An error or Ctrl-C ends one line at a terminal; in a script it ends all."""
@@ -90,6 +91,8 @@ class Talk:
             try:
                 line = input("> " if self.at_terminal else "")
                 line.encode()  # in some locales Python lets through what is no text, as lone surrogates
+                if line.strip() in ("/quit", "/exit"):
+                    return
                 if line.startswith("/"):
                     print(self.obey(line), flush=True)
                 elif line.strip():
@@ -143,7 +146,7 @@ class Talk:
         """Carries out a command such as `/save tea`; what is to be printed.
 
         Raises:
-            ValueError, OSError: an unknown command, a bad name, a file that cannot be loaded.
+            ValueError, OSError: a bad name, a file that cannot be loaded.
         """
         conversation, memory = self.conversation, self.conversation.memory
         verb, _, name = line.partition(" ")
@@ -155,7 +158,7 @@ class Talk:
             try:
                 save(memory, path)
             except OSError as error:
-                self.unsaved = True
+                self.failed = True
                 # such as a full disk: not raised, since in a script that would end the conversation unsaved
                 return f"not saved, the conversation goes on: {error}"
             return f"saved {self.read:,} tokens' memory: {path}"
@@ -169,4 +172,5 @@ class Talk:
             return self.describe()
         if verb == "/help":
             return HELP
-        raise ValueError(f"unknown command {verb}: /help tells them")
+        self.failed = True  # not raised, for the same reason as above
+        return f"unknown command {verb}: /help tells them"

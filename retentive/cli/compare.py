@@ -14,7 +14,7 @@ from rich.console import Console
 
 from retentive.cli.progress import Lines
 from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
-from retentive.files import check_place, write_json, write_together
+from retentive.files import check_places, write_json, write_together
 from retentive.studies.compare import Comparison, plot, table
 from retentive.train import Interrupted
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if None in comparison.set.values():  # NAME:FIELD=VALUE strings so far; a recipe's own `set` has values already
         comparison = replace(comparison, set=read_variants(list(comparison.set)))
     if command.json:
-        check_place(command.json)
+        check_places(command.json, command.json.with_suffix(".png"))
     stopped: Interrupted | None = None
     with console.status("") as status:
         lines = Lines()

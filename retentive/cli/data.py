@@ -15,6 +15,7 @@ from rich.table import Table
 
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
+from retentive.train import TrainRun
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     console.print(f"{command.out}  {_size(packed)}", style="bold", markup=False, highlight=False)
     console.print(f"tokenizer: {meta.vocab_size:,} tokens, {origin}", markup=False, highlight=False)
     console.print(table)
+    if meta.splits["train"].tokens <= TrainRun.length:
+        return  # less than a row and the target after it: it can be trained on with a smaller --length only
     todo = f"next: retentive train --data {shlex.quote(str(command.out))} --size 5m --out runs/mine"
     console.print(todo, markup=False, highlight=False, soft_wrap=True)
 

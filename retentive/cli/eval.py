@@ -21,7 +21,7 @@ from retentive.evals.contexts import LAST
 from retentive.evals.likelihood import Progress
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
-from retentive.files import check_place, write_json, write_text
+from retentive.files import check_places, write_json, write_text
 from retentive.models import MODELS, cost
 
 
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> None:
 
 def run(command: EvalCommand, typed: str) -> None:
     """Print the table of scores, and write the files that were asked for."""
-    for path in filter(None, (command.json, command.examples)):
-        check_place(path)
+    check_places(command.json, command.examples)
     model, tokenizer = command.load()
     names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
     options = {name: getattr(command, name) for name in names}

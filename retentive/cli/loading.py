@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Literal
 
 import torch
@@ -52,10 +53,11 @@ def prompt_text(prompt: str) -> str:
 
 
 def type_out(prompt: str, pieces: Iterator[str]) -> None:
-    """Print a prompt and the pieces of text after it, as they come."""
+    """Print a prompt and the pieces of text after it, as they come; nothing if an error comes before the first."""
+    first = next(pieces, "")
     sys.stdout.write(prompt)
     try:
-        for piece in pieces:
+        for piece in chain([first], pieces):
             sys.stdout.write(piece)
             sys.stdout.flush()
     finally:  # an error message, or the shell's prompt, begins on a line of its own

@@ -43,8 +43,11 @@ def main(argv: list[str]) -> None:
     typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
     if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
         run = replace(run, set=read_changes(list(run.set)))
+    chosen = typed if recipe is None else OPTIONS
+    if run.init:  # a recipe has not typed the size that it leaves at its default
+        chosen = chosen - {"size", "model"} | typed
     try:
-        run.run(overrides=typed if recipe is None else OPTIONS)
+        run.run(overrides=chosen)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         if stop.number == signal.SIGINT:

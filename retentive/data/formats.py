@@ -54,12 +54,15 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 class TextCheck:
-    """`check(name, raw)` is the text of a document, or None where it is bad and skipped; `skipped` has their names."""
+    """`check(name, raw)` is the text of a document, or None where it is bad and skipped; `skipped` has their names.
 
-    def __init__(self, on_bad_text: OnBadText):
+    Errors advise options of `retentive data`, unless the caller has none of them (`advise`).
+    """
+
+    def __init__(self, on_bad_text: OnBadText, *, advise: bool = True):
         if on_bad_text not in ("refuse", "skip"):
             raise ValueError(f'on_bad_text is {on_bad_text!r}: expected "refuse" or "skip"')
-        self.skips = on_bad_text == "skip"
+        self.skips, self.advise = on_bad_text == "skip", advise
         self.skipped: list[str] = []
 
     def __call__(self, name: str, raw: bytes | str) -> str | None:
@@ -94,9 +97,8 @@ class TextCheck:
             ValueError: bad text is refused here.
         """
         if not self.skips:
-            raise ValueError(
-                f'{name} {what}: {cure}, or skip such documents (retentive data --on-bad-text skip, on_bad_text="skip")'
-            )
+            skip = ', or skip such documents (retentive data --on-bad-text skip, on_bad_text="skip")'
+            raise ValueError(f"{name} {what}: {cure}{skip if self.advise else ''}")
         self.skipped.append(name)
 
 
@@ -138,7 +140,7 @@ def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str
     if not isinstance(row.get(field), str):
         got = f"{type(row[field]).__name__} in" if field in row else "no"
         fields = ", ".join(row) or "none"
-        raise ValueError(f"{name} has {got} field {field!r}: expected a string; its fields are: {fields} (--field)")
+        raise ValueError(f"{name} has {got} field {field!r}: expected a string; its fields are: {fields}{_flag(check)}")
     return check(name, row[field])
 
 
@@ -181,7 +183,7 @@ def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCh
     # newline="": the line ends within cells stay as they are; strict: a quote that is never closed is an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        _check_column(path, field, reader.fieldnames or [])  # reads the first line
+        _check_column(path, field, reader.fieldnames or [], check)  # reads the first line
         yield from _rows(path, enumerate(({field: row[field]} for row in reader), 1), field, check)
     except csv.Error as error:
         raise ValueError(f"{path} is no table after line {reader.line_num} ({error})") from None
@@ -203,7 +205,7 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            _check_column(path, field, table.schema_arrow.names)
+            _check_column(path, field, table.schema_arrow.names, check)
             yield from _rows(path, values(table), field, check)
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's own have no number
@@ -211,9 +213,14 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
         raise ValueError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _check_column(path: Path, field: str, columns: Any) -> None:
+def _check_column(path: Path, field: str, columns: Any, check: TextCheck) -> None:
     if field not in columns:
-        raise ValueError(f"{path} has no column {field!r}: its columns are: {', '.join(columns)} (--field)")
+        raise ValueError(f"{path} has no column {field!r}: its columns are: {', '.join(columns)}{_flag(check)}")
+
+
+def _flag(check: TextCheck) -> str:
+    """What names another field, at the end of an error."""
+    return " (--field)" if check.advise else ""
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def prepare(
     Args:
         sources: files, folders or hf:NAME (see `sources.documents`), read one after the other.
         progress: called with how far it is.
-        say: called with a line on what is left out of the sources.
+        say: called with a line on what is left out of the sources, and on held-out files that are trained on too.
         options: fields of `DataConfig`.
 
     Raises:
@@ -92,8 +92,18 @@ def _splits(
 
     everything = itertools.chain(*[read(source) for source in sources])  # a list: what is missing raises now, not later
     if config.valid is not None:
-        return everything, read(config.valid)
+        valid = read(config.valid)
+        if both := _files([config.valid], config) & _files(sources, config):
+            more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+            say(f"trained on and held out as well: {min(both)}{more}; held-out scores will be too good")
+        return everything, valid
     return split_documents(everything, config.valid_fraction, config.seed)
+
+
+def _files(sources: Sequence[str | Path], config: DataConfig) -> set[Path]:
+    """The files of the sources, those of the hub left out; links are followed."""
+    local = [source for source in sources if not str(source).startswith("hf:")]
+    return {path.resolve() for source in local for path in source_files(source, config.suffix).values()}
 
 
 def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress) -> Tokenizer:

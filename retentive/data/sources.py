@@ -56,6 +56,7 @@ def documents(
     field: str = "text",
     suffixes: Iterable[str] = (),
     say: Say = warnings.warn,
+    advise: bool = True,
 ) -> Iterator[Document]:
     """The documents of a file, of a folder or of hf:NAME, without empty ones.
 
@@ -66,33 +67,34 @@ def documents(
         suffixes: more kinds of files to read in folders than `formats.READABLE`: .json, .csv and .tsv by their field,
             any other as plain text, "none" for names without a suffix.
         say: called with a line on what is left out of a folder, and on what was skipped.
+        advise: errors name the options of `retentive data` that would help.
 
     Raises:
         OSError: no such file or folder, or it may not be read. The call raises it, not the first document.
         ValueError: nothing to read in it, raised by the call or at the end; or what is not text, with file and line.
     """
     # No generator itself, so that a missing source raises here. A data set of the hub is opened by its first document.
-    check = TextCheck(on_bad_text)
+    check = TextCheck(on_bad_text, advise=advise)
     if str(source).startswith("hf:"):
         return _nonempty(_hub_rows(str(source), field, check), source, check, say)
-    files, left_out = find_files(source, suffixes)
+    files, left_out = find_files(source, suffixes, advise=advise)
     if left_out:
         say(f"left out of {source}: {left_out}")
     rows = (Document(name + within, text) for name, path in files.items() for within, text in texts(path, field, check))
     return _nonempty(rows, source, check, say)
 
 
-def source_files(source: str | Path, suffixes: Iterable[str] = ()) -> dict[str, Path]:
+def source_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool = True) -> dict[str, Path]:
     """Name -> path of the files that `documents` reads, in its order; raises what that call raises."""
-    return find_files(source, suffixes).files
+    return find_files(source, suffixes, advise=advise).files
 
 
-def find_files(source: str | Path, suffixes: Iterable[str] = ()) -> Found:
+def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool = True) -> Found:
     """The files of `source` that can be read, and what else is there.
 
     Raises:
         OSError: no such file or folder, or it may not be read.
-        ValueError: a file of a kind that is not read, or a folder with none that is.
+        ValueError: a file of a kind that is not read, a device or a pipe, or a folder without files to read.
     """
     path = Path(source)
     wanted = {*READABLE, *_suffixes(suffixes)}
@@ -105,15 +107,17 @@ def find_files(source: str | Path, suffixes: Iterable[str] = ()) -> Found:
     if stat.S_ISREG(mode):
         kind, _ = kind_of(path)
         if kind and kind not in {*wanted, *TABLES}:
+            cure = f"; if it is plain text: --suffix {kind}" if advise else ""
             raise ValueError(
-                f"cannot read {path}: expected {' '.join(READABLE)}, perhaps with {' '.join(COMPRESSED)}; "
-                f"if it is plain text: --suffix {kind}"
+                f"cannot read {path}: expected {' '.join(READABLE)}, perhaps with {' '.join(COMPRESSED)}{cure}"
             )
         return Found({path.name: path}, "")
-    if not stat.S_ISDIR(mode):
+    if mode and not stat.S_ISDIR(mode):
+        raise ValueError(f"{source} is not a regular file, and text is read more than once: save it in one")
+    if not mode:
         hint = f"; for the Hugging Face data set write hf:{source}" if str(source).count("/") == 1 else ""
         raise FileNotFoundError(f"no such file or folder: {source}{hint}")
-    files, left_out = _walk(path, wanted)
+    files, left_out = _walk(path, wanted, advise)
     if not files:
         also = f"; left out: {left_out}" if left_out else ""
         raise ValueError(f"no readable text in {path}: expected files that end in {' '.join(READABLE)}{also}")
@@ -126,7 +130,7 @@ def _suffixes(wanted: Iterable[str]) -> set[str]:
     return {"" if word == "none" else f".{word.lstrip('.')}".lower() for word in words}
 
 
-def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
+def _walk(top: Path, wanted: set[str], advise: bool) -> tuple[list[Path], str]:
     """The files below `top` of a kind that is wanted, relative to it; and in a line what was left out."""
     found: list[Path] = []
     kinds: Counter[str] = Counter()
@@ -149,15 +153,15 @@ def _walk(top: Path, wanted: set[str]) -> tuple[list[Path], str]:
                 found.append(file.relative_to(top))
             else:
                 kinds[kind + compression or "none"] += 1
-    return found, _left_out(kinds, links, locked)
+    return found, _left_out(kinds, links, locked, "; --suffix reads more kinds" if advise else "")
 
 
-def _left_out(kinds: Counter[str], links: int, locked: list[str]) -> str:
+def _left_out(kinds: Counter[str], links: int, locked: list[str], advice: str) -> str:
     """What was left out of a folder, in a line: files by kind, links, folders that may not be entered."""
     parts = []
     if kinds:
         named = " ".join(kind for kind, _ in kinds.most_common(8)) + " …" * (len(kinds) > 8)
-        parts.append(f"{_count(kinds.total(), 'file')} of other kinds ({named}; --suffix reads more kinds)")
+        parts.append(f"{_count(kinds.total(), 'file')} of other kinds ({named}{advice})")
     if links:
         parts.append(f"{_count(links, 'link')} (to a folder, or broken)")
     if locked:

@@ -96,7 +96,7 @@ def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None
         raise ValueError("--separate and --memory exclude each other: write apart, then retentive memory merge")
     for source in sources:
         if not str(source).startswith("hf:"):
-            source_files(source)
+            source_files(source, advise=False)
 
 
 def unfinished(out: Path) -> Path:
@@ -112,7 +112,7 @@ class Texts:
         self.total, self.done = total_bytes(sources), 0
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for source in self.sources for document in documents(source, say=self.say))
+        return (document for source in self.sources for document in documents(source, say=self.say, advise=False))
 
     @property
     def share(self) -> float | None:
@@ -124,7 +124,7 @@ def total_bytes(sources: Sequence[str | Path]) -> int | None:
     """Bytes of text in all files; None if any of them is not plain text, so that its size says nothing."""
     if any(str(source).startswith("hf:") for source in sources):
         return None
-    files = [file for source in sources for file in source_files(source).values()]
+    files = [file for source in sources for file in source_files(source, advise=False).values()]
     return sum(file.stat().st_size for file in files) if all(f.suffix.lower() in PLAIN for f in files) else None
 
 

@@ -8,9 +8,12 @@ CPU: a vocabulary of logits is small, and a seed then gives the same tokens on e
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from retentive.options import check_type
 
 NOT_FINITE = "the model's logits are not finite: are there NaN in its weights?"
 
@@ -35,6 +38,15 @@ class SamplingParams:
     """The same seed gives the same tokens; None takes a new one each time."""
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            check_type(name, getattr(self, name), Real)
+        check_type("top_k", self.top_k, Integral)
+        if self.seed is not None:
+            check_type("seed", self.seed, Integral)
+        check_type("bias", self.bias, Mapping)
+        for token, bias in self.bias.items():
+            check_type("a token of bias", token, Integral)
+            check_type("a bias", bias, Real)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0:
@@ -49,6 +61,12 @@ class SamplingParams:
             raise ValueError(f"a bias must be a finite number, got {dict(self.bias)}; -100 bans a token")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {self.seed}")
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ValueError for a bias of tokens outside the vocabulary."""
+    if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
+        raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
 
 
 def check_finite(logits: Tensor) -> None:
@@ -74,8 +92,7 @@ class Sampler:
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[prompt.flatten().cpu()] = True
-        if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
-            raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
+        check_bias(params, vocab_size)
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
         """(token, its log probability before temperature and filters) from logits `[vocab]`; one of `allowed`."""

@@ -7,13 +7,29 @@
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.generate import Token, generate
 from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
 from retentive.models.state import State
+from retentive.options import check_type
+
+
+def stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The stop strings, of which a single one may be given as it is.
+
+    Raises:
+        TypeError: something else than strings.
+        ValueError: an empty one.
+    """
+    strings = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    for string in strings:
+        check_type("a stop string", string, str)
+        if not string:
+            raise ValueError("a stop string must not be empty")
+    return strings
 
 
 class Text:
@@ -23,10 +39,8 @@ class Text:
     was met; it and what follows are left out. The first `skip` characters are not searched for one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip: int = 0):
-        if any(not s for s in stop):
-            raise ValueError("a stop string must not be empty")
-        self.tokenizer, self.decoder, self.stop, self.skip = tokenizer, tokenizer.stream(), tuple(stop), skip
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), *, skip: int = 0):
+        self.tokenizer, self.decoder, self.stop, self.skip = tokenizer, tokenizer.stream(), stops(stop), skip
         self.held, self.stopped = "", False  # held: decoded, but perhaps the beginning of a stop string
         self.ids: list[int] = []
         self.pieces: list[str] = []
@@ -86,7 +100,7 @@ class Text:
 
 
 def stream_text(
-    tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip: int = 0
+    tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: str | Sequence[str] = (), skip: int = 0
 ) -> Iterator[str]:
     """The text of `tokens` in pieces, up to the first of the `stop` strings; see `Text`."""
     text = Text(tokenizer, stop, skip=skip)
@@ -106,7 +120,7 @@ def write_on(
     params: SamplingParams | None = None,
     *,
     max_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     state: State | None = None,
     pending: Sequence[int] = (),
     how: Callable[..., Iterator[Token]] = generate,

@@ -6,17 +6,23 @@ from a memory file.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import Token, write_on
 from retentive.infer import generate as one_by_one
 from retentive.infer.beam import likeliest
 from retentive.infer.memory import Memory, load_memory
-from retentive.infer.sample import SamplingParams
+from retentive.infer.sample import SamplingParams, check_bias
 from retentive.infer.speculative import speculate
+from retentive.infer.text import stops
 from retentive.models import LanguageModel
+from retentive.options import check_names, check_type
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
 """The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
@@ -31,7 +37,7 @@ def generate(
     temperature: float = TEXT.temperature,
     top_p: float = TEXT.top_p,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **more: Any,
 ) -> str:
     """The text that the model writes after `prompt`, without the prompt.
@@ -42,12 +48,13 @@ def generate(
         temperature: divides the logits; 0 always takes the likeliest token (greedy decoding).
         top_p: only the likeliest tokens whose probabilities sum up to it.
         seed: the same seed gives the same text; None takes a new one.
-        stop: strings that end the text; they are not part of it.
+        stop: a string that ends the text, or several; they are not part of it.
         more: all other options of `stream_generate`.
 
     Raises:
-        ValueError, ArithmeticError: as `stream_generate`.
+        TypeError: an option that there is not; others as `stream_generate`.
     """
+    check_names("generate", more, signature(stream_generate).parameters)
     more |= {"temperature": temperature, "top_p": top_p, "seed": seed}
     return "".join(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **more))
 
@@ -65,7 +72,7 @@ def stream_generate(
     repetition_penalty: float = TEXT.repetition_penalty,
     bias: Mapping[int, float] | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     memory: Memory | str | Path | None = None,
     beams: int = 0,
     lookup: bool = False,
@@ -81,14 +88,26 @@ def stream_generate(
         draft: speculative decoding with guesses of this smaller model of the same vocabulary.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an option that cannot be used, two ways of decoding at once, no tokenizer.
         ArithmeticError: the model's logits are not finite.
     """
     if tokenizer is None:
         raise ValueError("text needs a tokenizer, and the model came without one: name one, as load_tokenizer('bytes')")
+    if not isinstance(model, nn.Module):  # compiled or wrapped ones will do
+        raise TypeError(f"model must be a model, as `retentive.load` returns it, got {type(model).__name__}")
+    if isinstance(tokenizer, str | Path):
+        raise TypeError(
+            f"tokenizer must be a tokenizer, as load_tokenizer({str(tokenizer)!r}) returns it, got a string"
+        )
+    check_type("prompt", prompt, str)
+    check_type("max_tokens", max_tokens, Integral)
+    check_type("beams", beams, Integral)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
+    check_bias(params, model.config.vocab_size)
+    stop = stops(stop)  # now, since what follows is a generator
     how = _method(params, beams, lookup, draft)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)

@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
 RUN/model.safetensors            the newest of those weights, which `retentive.load` reads
+RUN/.untrained                   there until the first checkpoint: those weights are the initial ones
 
 The state of the random numbers is not kept: the loop seeds them anew at every step.
 """
@@ -9,13 +10,18 @@ The state of the random numbers is not kept: the loop seeds them anew at every s
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
+
+UNTRAINED = ".untrained"
+T = TypeVar("T")
 
 
 def save(
@@ -56,13 +62,14 @@ def publish(run: Path, folder: Path) -> None:
     """Makes the checkpoint's weights the run's: by a hard link where the file system has them, else by a copy."""
     partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
     partial.unlink(missing_ok=True)  # of a process that was killed here
-    if target.exists() and target.samefile(folder / "model.safetensors"):
-        return  # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
-    try:
-        os.link(folder / "model.safetensors", partial)
-    except OSError:  # no hard links, as on FAT
-        shutil.copyfile(folder / "model.safetensors", partial)
-    partial.replace(target)
+    # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
+    if not (target.exists() and target.samefile(folder / "model.safetensors")):
+        try:
+            os.link(folder / "model.safetensors", partial)
+        except OSError:  # no hard links, as on FAT
+            shutil.copyfile(folder / "model.safetensors", partial)
+        partial.replace(target)
+    (run / UNTRAINED).unlink(missing_ok=True)
 
 
 def folders(run: Path) -> list[Path]:
@@ -81,14 +88,36 @@ def step_of(folder: Path) -> int:
     except (ValueError, KeyError, TypeError):
         step = None
     if type(step) is not int or folder.name != f"step-{step:08d}":
-        raise ValueError(f"{folder / 'training.json'} is damaged: delete {folder} to go on from the one before it")
+        raise damaged(folder / "training.json")
     return step
+
+
+def damaged(file: Path) -> ValueError:
+    """What to raise for a file of a run's newest checkpoint that cannot be read."""
+    folder, run = file.parent, file.parent.parent.parent
+    remedy = f"delete {folder} to go on from the one before it"
+    if len(folders(run)) == 1:
+        remedy = (
+            f"there is no other checkpoint: --overwrite begins anew, --init {run} --out NEW trains on from the model"
+        )
+    return ValueError(f"{file} is damaged: {remedy}")
+
+
+def read(file: Path, load: Callable[[Path], T]) -> T:
+    """What `load` finds in a file of a checkpoint; raises ValueError, with what to do, where it is damaged or gone."""
+    try:
+        return load(file)
+    except (ValueError, FileNotFoundError):
+        raise damaged(file) from None
 
 
 def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
     """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
 
     Without a checkpoint, (0, None).
+
+    Raises:
+        ValueError: one of its files is damaged.
     """
     for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
         shutil.rmtree(rest)
@@ -97,13 +126,14 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         return 0, None
     folder = found[-1]
     step = step_of(folder)
-    weights, moments = (load_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "optimizer"))
+    weights, moments = (read(folder / f"{name}.safetensors", load_tensors)[0] for name in ("model", "optimizer"))
+    kept = folder / "state.safetensors"
+    state = read(kept, load_state) if kept.is_file() else None
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])  # in place: the optimiser holds these very tensors
             if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
-    state = load_state(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else None
     publish(run, folder)  # a process killed after saving may not have come to it
     return step, state

@@ -1,8 +1,10 @@
 """The options of training, apart from the model and the data."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
+
+from retentive.options import check_type
 
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -62,18 +64,22 @@ class TrainConfig:
     """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
+        for f in fields(self):
+            check_type(f.name, getattr(self, f.name), type(f.default))
         for name, names in {"schedule": get_args(Schedule), "precision": get_args(Precision)}.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("warmup", "final_lr", "eval_every", "sample_every", "weight_decay", "clip"):
+        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        for name in ("lr", "final_lr", "weight_decay"):
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr must be in [0, 1], a fraction of lr, got {self.final_lr}")
+        for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if abs(self.seed) > LARGEST_SEED:

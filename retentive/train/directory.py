@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import make_folder
-from retentive.train.checkpoints import folders
+from retentive.train.checkpoints import UNTRAINED, folders
 
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
 """What is deleted when a run begins anew. The options and the model's files are replaced, all other files are kept."""
@@ -36,7 +36,8 @@ class RunDirectory:
     record: Mapping[str, Any] = field(default_factory=dict)
     """What else is kept in train.json."""
     existing: Literal["refuse", "resume", "overwrite"] = "refuse"
-    """What is done where a run has left checkpoints; one that has left none is begun anew, since nothing is lost."""
+    """What is done where a run has left checkpoints; one that was killed before its first is begun anew: nothing is
+    lost. Trained weights whose checkpoints are gone are lost by "overwrite" alone."""
 
     def check(self) -> None:
         """Raises FileExistsError unless a run may begin or go on here. Changes nothing."""
@@ -47,11 +48,24 @@ class RunDirectory:
         if not (self.path / "train.json").exists():
             if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
                 raise FileExistsError(f"{self.path} holds a model that is no run: choose another --out")
+            others = sorted(f.name for f in self.path.glob("[!.]*"))
+            if others:  # what begins with a dot may be of a run that was killed as it began, such as its lock
+                raise FileExistsError(f"{self.path} holds other things ({others[0]}): choose a new or an empty folder")
         elif self.existing == "refuse" and folders(self.path):
             raise FileExistsError(
                 f"{self.path} already holds a run: add --resume to go on with it, --overwrite to begin anew, "
                 f"or choose another --out"
             )
+        elif self.existing != "overwrite" and not folders(self.path) and self._trained:
+            raise FileExistsError(
+                f"{self.path} holds a trained model but no checkpoint to go on from: --overwrite begins anew, "
+                f"--init {self.path} --out NEW trains on from it"
+            )
+
+    @property
+    def _trained(self) -> bool:
+        """Whether there are weights, and others than those that a run begins with."""
+        return (self.path / "model.safetensors").exists() and not (self.path / UNTRAINED).exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

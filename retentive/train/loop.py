@@ -94,6 +94,7 @@ def train(
             say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
         if done == 0:
+            (run / checkpoints.UNTRAINED).touch()
             save_model(run, model, directory.tokenizer)  # so that the run can be loaded before its first checkpoint
         mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
@@ -139,7 +140,7 @@ def take_step(
     loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))  # inf: measured, not clipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss} and gradient norm {norm} at step {step + 1}")
+        raise FloatingPointError(f"loss {loss:.4g} and gradient norm {norm:.4g} at step {step + 1}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "tokens": tokens}, carried

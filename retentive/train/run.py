@@ -4,12 +4,11 @@ The command line, `compare`, the demo and the recipes all make one of these; `re
 Below the class, in this order: checks before a run, resuming one, options as dictionaries.
 """
 
-import difflib
 import json
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ from retentive.infer import SamplingParams, write_on
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
+from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory, read_options
@@ -73,21 +73,22 @@ class TrainRun:
         """A run from keywords, which are fields of TrainRun or of TrainConfig.
 
         Raises:
-            TypeError: a keyword that neither has.
+            TypeError: a keyword that neither has, or a value of another type than the field's.
         """
         of_training = {f.name for f in fields(TrainConfig)}
         known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
-        for name in set(options) - known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-            raise TypeError(f"a training run has no option {name!r}: {hint}")
+        check_names("a training run", options, known)
         return with_options(cls(Path(data), Path(out)), options)
 
     def __post_init__(self):
         object.__setattr__(self, "data", Path(self.data))  # strings are welcome too; a frozen dataclass wants this way
         object.__setattr__(self, "out", Path(self.out))
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
+        if isinstance(self.init, Path):
+            object.__setattr__(self, "init", str(self.init))
+        for f in fields(self):
+            if f.default is not MISSING:
+                check_type(f.name, getattr(self, f.name), type(f.default))
+        check_type("set", self.set, Mapping)
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
         """The run directory, once the model is trained.
@@ -102,9 +103,13 @@ class TrainRun:
             ValueError: data, model or options that do not go together; what cannot fit into memory.
             FileExistsError, BlockingIOError, FloatingPointError, Interrupted, OSError: as `loop.train`.
         """
+        if self.resume and self.overwrite:  # not when it is made: the parser would put the line into a box of its own
+            raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
         data = Packed(self.data)
         saved = read_options(self.out) if self.resume else {}
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self
+        if run.init and {"size", "model"} & set(overrides or ()):
+            raise ValueError(both_architectures(run.init))
         batches, directory = run.batches(data), run.directory(data)
         directory.check()  # the loop does so too, but building a large model takes long
         config, model = run.build(data)
@@ -146,7 +151,7 @@ class TrainRun:
         if not self.init:
             return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
         if (self.size, self.model) != (TrainRun.size, TrainRun.model):  # a field's default is the class's attribute
-            raise ValueError(f"--init {self.init} brings its architecture: leave out --size and --model")
+            raise ValueError(both_architectures(self.init))
         if set(self.set) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **self.set)
@@ -193,6 +198,11 @@ class TrainRun:
         record = {"command": plain(options), "data_sha256": data.fingerprint}
         existing: Any = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
         return RunDirectory(self.out, data.tokenizer, record, existing)
+
+
+def both_architectures(init: str) -> str:
+    """What is said to who gives a model folder and a size."""
+    return f"--init {init} brings its architecture: leave out --size and --model"
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
@@ -244,7 +254,6 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     try:
         own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}
         before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True)
-        check_types(before)
         same_data = saved["data_sha256"] == fingerprint
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
@@ -275,15 +284,6 @@ def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     pairs = [str.partition(item, "=")[::2] for item in stored]
     numbers = {name: text for name, text in pairs if text[:1] in "[-0123456789" or text in ("true", "false")}
     return dict(pairs) | {name: json.loads(text) for name, text in numbers.items()}
-
-
-def check_types(run: TrainRun) -> None:
-    """Raises TypeError for an option whose value is not of its default's type, as a damaged train.json may have it."""
-    usual = options_of(TrainRun(run.data, run.out))
-    for name, value in options_of(run).items():
-        whole = type(usual[name]) is float and type(value) is int
-        if type(value) is not type(usual[name]) and not whole:
-            raise TypeError(f"{name} is {value!r}")
 
 
 def options_of(run: TrainRun) -> dict[str, Any]:

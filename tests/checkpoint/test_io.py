@@ -206,6 +206,13 @@ def test_nothing_there(tmp_path, refuses):
         retentive.load(tmp_path / "file")
 
 
+def test_arguments_of_the_wrong_type(saved, refuses):
+    with refuses("path must name a model folder, got int", TypeError):
+        retentive.load(5)
+    with refuses("dtype must be one of torch's, such as torch.bfloat16, got 'float32'", TypeError):
+        retentive.load(saved[1], dtype="float32")
+
+
 def test_pickled_weights_are_never_loaded(saved, refuses):
     _, folder = saved
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -24,18 +24,19 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(place, capsys):
-    """`refused(argv, words)`: it is, in one line on stderr that holds `words`, and all files are as they were."""
+    """`refused(argv, words)`: it is, in one line on stderr with `words`, all files as they were; gives the output."""
 
-    def check(argv: list[str], words: str) -> None:
+    def check(argv: list[str], words: str) -> str:
         before = files()
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(argv)
-        line = capsys.readouterr().err
+        out, line = capsys.readouterr()
         assert stop.value.code == 2
         assert line.startswith("retentive: ") and line.endswith("\n") and line.count("\n") == 1, line
         assert words in line
         assert files() == before
+        return out
 
     return check
 
@@ -119,6 +120,7 @@ TRAINING = {
     "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
     "device-that-computes-nothing": (["--device", "meta"], "unknown device 'meta'"),
     "out-is-the-data": (["--out", "data"], "data holds packed data: choose another folder for the run (--out)"),
+    "out-is-full-of-others": (["--out", "corpus", "--overwrite"], "corpus holds other things (0.txt): choose a new or"),
     "out-below-a-file": (["--out", "corpus/0.txt/run"], "cannot write corpus/0.txt/run"),
     "field-with-a-fraction": (["--set", "layers=2.5"], "--set layers=2.5"),
     "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),
@@ -126,6 +128,8 @@ TRAINING = {
     "number-with-a-flag": (["--set", "dropout=true"], "--set dropout=true: expected a number, got true"),
     "no-steps": (["--steps", "0"], "steps must be at least 1, got 0"),
     "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "eval_tokens must be at least 2, got 1"),
+    "init-and-a-size": (["--init", "run", "--size", "5m"], "--init run brings its architecture: leave out --size"),
+    "going-on-and-anew": (["--resume", "--overwrite"], "resume and overwrite exclude each other: go on with the run"),
     "no-batch": (["--batch", "0"], "batch is 0"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
@@ -216,9 +220,15 @@ def test_resuming_from_a_checkpoint_that_does_not_know_its_step(content, refused
     refused(train("run", "--resume"), "step-00000004/training.json is damaged: delete run/checkpoints/step-00000004")
 
 
-def test_resuming_from_a_damaged_checkpoint(refused, train):
-    cut("run/checkpoints/step-00000004/optimizer.safetensors", 300)
-    refused(train("run", "--resume"), "optimizer.safetensors is not a complete safetensors file")
+@pytest.mark.parametrize("name", ["model", "optimizer", "state"])
+def test_resuming_from_a_damaged_checkpoint(name, refused, train):
+    write(f"run/checkpoints/step-00000004/{name}.safetensors", b"half of it")
+    damaged = f"step-00000004/{name}.safetensors is damaged: "
+    refused(
+        train("run", "--resume"), f"{damaged}delete run/checkpoints/step-00000004 to go on from the one before it\n"
+    )
+    shutil.rmtree("run/checkpoints/step-00000002")
+    refused(train("run", "--resume"), f"{damaged}there is no other checkpoint: --overwrite begins anew, --init run")
 
 
 def foreign_folder() -> None:
@@ -275,6 +285,8 @@ GENERATING = {
     "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "beams look for the likeliest text"),
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
     "large-seed": (["--seed", str(2**70)], "seed must be from -2^63 to 2^63 - 1, got"),
+    "bias": (["--bias", "99999", "1"], "bias is for tokens in [0, 257), got [99999]"),
+    "endless-beams": (["--beams", "1000000000"], "1,000,000,000 beams keep "),
     "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
 }
 
@@ -284,7 +296,7 @@ def test_generate(case, refused):
     argv, words = GENERATING[case]
     shutil.copytree("data", "larger")
     other_tokenizer("larger")
-    refused(["generate", "run", "--max-tokens", "2", *argv], words)
+    assert refused(["generate", "run", "--prompt", "Once", "--max-tokens", "2", *argv], words) == ""
 
 
 def test_generate_without_a_tokenizer(refused):
@@ -311,6 +323,18 @@ OTHERS = {
     "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
     "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
+    "bench-onto-its-picture": (
+        ["bench", "memory", "--size", "1m", "--json", "new/o.png"],
+        "two files would be written to new/o.png: choose another name",
+    ),
+    "eval-two-in-one": (
+        ["eval", "run", "--tasks", "piqa", "--data", "corpus", "--json", "new/o", "--examples", "corpus/../new/o"],
+        "two files would be written to corpus/../new/o: choose another name",
+    ),
+    "compare-onto-its-picture": (
+        ["compare", "--data", "data", "--out", "new", "--json", "o.png"],
+        "two files would be written to o.png: choose another name",
+    ),
     "bench-in-fp64": (["bench", "train", "--precision", "fp64"], "unknown precision 'fp64', expected one of fp32"),
 }
 

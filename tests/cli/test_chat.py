@@ -53,6 +53,19 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
     assert stop.value.code == 2  # in a script it has failed all the same
 
 
+def test_an_unknown_command_does_not_end_the_chat(chat, capsys):
+    want = chat("Hello\nAnd then?\n").splitlines()
+    with pytest.raises(SystemExit) as stop:
+        chat("Hello\n/sav tea\nAnd then?\n")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [want[0], "unknown command /sav: /help tells them", *want[1:]] and stop.value.code == 2
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit "])
+def test_it_ends_where_it_is_told_to(word, chat):
+    assert chat(f"Hello\n{word}\nAnd then?\n") == chat("Hello\n")
+
+
 def test_a_message_that_is_no_text_is_refused(place, monkeypatch, capsys):
     """A pipe of bytes in a UTF-8 locale, and in one where Python hands on lone surrogates."""
     for errors in ("strict", "surrogateescape"):
@@ -80,14 +93,13 @@ def test_a_memory_of_documents_can_be_talked_with(chat):
 
 def test_help_names_every_command(chat):
     told = chat("/help\n")
-    assert all(f"/{name}" in told for name in ("save", "load", "forget", "stats"))
+    assert all(f"/{name}" in told for name in ("save", "load", "forget", "stats", "quit", "exit"))
 
 
 REFUSED = {
     "no-such-state": ("/load other\n", [], "no state file at states/other.safetensors"),
     "path": ("/save ../x\n", [], "/save needs a name of up to 64 letters, digits"),
     "no-name": ("/load\n", [], "/load needs a name"),
-    "unknown-command": ("/quit\n", [], "unknown command /quit: /help tells them"),
     "no-tokens": ("", ["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
     "no-template": ("", ["--template", "none.jinja"], "no chat template at none.jinja"),
     "no-memory": ("", ["--memory", "none.safetensors"], "no state file at none.safetensors"),

@@ -32,6 +32,15 @@ def test_command_packs_and_reports(tmp_path, capsys):
     assert "tokenizer: 257 tokens, bytes" in lines_of(capsys)
 
 
+def test_what_is_too_little_to_train_on_is_not_sent_to_training(tmp_path, capsys):
+    for tokens in (512, 513):
+        (tmp_path / "a.txt").write_text(" " * (tokens - 1))  # and the token that ends the document
+        options = ["--tokenizer", "bytes", "--valid-fraction", "0", "--overwrite"]
+        command.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "data"), *options])
+        assert load_meta(tmp_path / "data").splits["train"].tokens == tokens
+        assert ("next: retentive train" in capsys.readouterr().out) == (tokens > 512)
+
+
 def test_command_takes_several_sources_and_other_suffixes_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "papers").mkdir()

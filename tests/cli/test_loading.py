@@ -39,7 +39,12 @@ def test_the_usage_names_what_is_wanted(name, capsys):
     assert any(word in usage for word in ("RUN", "FILE")) and "STR" not in usage
 
 
-def test_an_error_has_a_line_of_its_own(capsys):
+def test_an_error_has_a_line_of_its_own_and_no_prompt_before_it(capsys):
+    with pytest.raises(ArithmeticError):
+        type_out("Once", (" upon" if n else 1 / n for n in (1, 0)))
+    assert capsys.readouterr().out == "Once upon\n"
     with pytest.raises(ArithmeticError):
         type_out("Once", (1 / 0 for _ in "a"))
+    assert capsys.readouterr().out == ""
+    type_out("Once", iter(()))
     assert capsys.readouterr().out == "Once\n"

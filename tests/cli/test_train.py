@@ -42,13 +42,20 @@ def test_a_recipe_is_a_run_of_which_everything_is_meant(ran, tmp_path):
     assert {"size", "steps", "lr", "mode"} <= overrides
 
 
+def test_a_recipe_that_trains_on_has_no_size(ran, tmp_path):
+    (tmp_path / "r.py").write_text(RECIPE.replace('size="2m"', 'init="base"'), encoding="utf-8")
+    main(["train", "--recipe", str(tmp_path / "r.py")])
+    main(["train", "--recipe", str(tmp_path / "r.py"), "--model", "retnet"])
+    assert [overrides & {"size", "model", "init"} for _, overrides in ran] == [{"init"}, {"init", "model"}]
+
+
 BROKEN = {
     "syntax": ("x = 1\ndef recipe(:\n", "r.py:2: SyntaxError: "),
     "at-import": ("x = 1\n\ny = x / 0\n", "r.py:3: ZeroDivisionError: division by zero"),
     "in-the-function": (RECIPE.replace('"2m"', "size"), "r.py:5: NameError: name 'size' is not defined"),
     "deeper": ("import json\ndef recipe():\n    return json.loads('{')\n", "r.py:3: JSONDecodeError: "),
     "unknown-option": (RECIPE.replace("size=", "sizes="), "r.py:5: TypeError: "),
-    "a-field-out-of-range": (RECIPE.replace('size="2m"', "resume=True, overwrite=True"), "r.py:5: ValueError: resume"),
+    "a-field-of-another-type": (RECIPE.replace('"2m"', "2"), "r.py:5: TypeError: size must be a string, got 2"),
 }
 
 

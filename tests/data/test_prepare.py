@@ -58,7 +58,7 @@ def test_several_sources_are_read_in_a_row(books, tmp_path):
 
 
 def test_held_out_text_may_have_a_source_of_its_own(books, tmp_path):
-    meta = prepare(books, tmp_path / "data", tokenizer="bytes", valid=str(books / "1.txt"))
+    meta = prepare(books, tmp_path / "data", tokenizer="bytes", valid=str(books / "1.txt"), say=len)
     assert meta.splits["train"].documents == 12
     assert unpacked(tmp_path / "data", "valid") == [(books / "1.txt").read_text("utf-8")]
 
@@ -103,6 +103,21 @@ def test_what_cannot_be_is_refused_before_anything_is_made(books, tmp_path, refu
         assert not out.parent.exists()
     with refuses("books holds other things (0.txt)", FileExistsError):
         prepare(books / "0.txt", books)
+
+
+def test_held_out_files_that_are_trained_on_are_told_of(books, tmp_path):
+    said: list[str] = []
+    (tmp_path / "link.txt").symlink_to(books / "0.txt")
+    options = {"tokenizer": "bytes", "overwrite": True, "say": said.append}
+    prepare(books, tmp_path / "data", valid=str(tmp_path / "link.txt"), **options)
+    assert said == [f"trained on and held out as well: {books}/0.txt; held-out scores will be too good"]
+    prepare(books, tmp_path / "data", valid=str(books), **options)
+    files = len(list(books.iterdir()))
+    assert said[1:] == [
+        f"trained on and held out as well: {books}/0.txt and {files - 1} more; {said[0].split('; ')[1]}"
+    ]
+    prepare(books / "1.txt", tmp_path / "data", valid=str(books / "0.txt"), **options)
+    assert len(said) == 2
 
 
 def test_tokenizers_are_learnt_from_all_over_a_large_text(monkeypatch):

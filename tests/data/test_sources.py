@@ -151,6 +151,10 @@ def test_sources_without_text_are_refused_at_once(tmp_path, refuses):
         documents(tmp_path / "nowhere")
     with refuses("write hf:owner/name", FileNotFoundError):
         documents("owner/name")
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", "/dev/null"):
+        with refuses(f"{source} is not a regular file, and text is read more than once: save it in one"):
+            documents(source)
     (tmp_path / "x.pdf").write_bytes(b"x")
     with refuses(f"no readable text in {tmp_path}: expected files that end in .txt"):
         documents(tmp_path)

@@ -112,6 +112,22 @@ def test_what_is_left_out_of_a_folder_is_said(reader, tmp_path):
     assert len(said) == 1 and ".png" in said[0]
 
 
+def test_errors_advise_no_options_of_other_commands(reader, tmp_path):
+    """`retentive data` can skip bad text, take another field and more suffixes; reading cannot."""
+    contents = {"bad.txt": b"caf\xe9", "a.jsonl": b'{"body": "x"}\n', "b.log": b"x", "c.csv": b"body\nx\n"}
+    said: list[str] = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as info:
+            write_memory(*reader, [tmp_path / name], tmp_path / "a.mem")
+        said.append(str(info.value))
+    (tmp_path / "bad.txt").write_text("good")
+    (tmp_path / "a.jsonl").unlink()
+    write_memory(*reader, [tmp_path], tmp_path / "b.mem", say=said.append)
+    assert len(said) == 5 and "2 files of other kinds (.log .csv)" in said[-1]
+    assert not [line for line in said if "--" in line or "retentive data" in line]
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_read(reader, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
     told: list[Progress] = []

@@ -69,8 +69,9 @@ def test_it_goes_on_from_a_memory_as_often_as_asked(model, tokenizer, tmp_path):
 def test_it_ends_at_a_stop_string(model, tokenizer):
     whole = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0)
     stop = whole[10:12]
-    text = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, stop=[stop])
-    assert text == whole[: whole.index(stop)]
+    for stops in ([stop], (stop, "never"), stop):  # a string is one stop, not its characters
+        text = retentive.generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, stop=stops)
+        assert text == whole[: whole.index(stop)]
 
 
 def test_every_field_of_the_sampling_is_an_option(model):
@@ -86,6 +87,8 @@ REFUSED = {
     "two-ways": ({"beams": 2, "lookup": True}, "beams, lookup and draft exclude each other"),
     "negative-beams": ({"beams": -1}, "beams must be at least 1, or 0 to sample, got -1"),
     "sampled-beams": ({"beams": 2, "top_p": 0.5}, "beams look for the likeliest text"),
+    "bias": ({"bias": {99999: 1.0}}, "bias is for tokens in [0, 257), got [99999]"),
+    "empty-stop": ({"stop": ["a", ""]}, "a stop string must not be empty"),
 }
 
 
@@ -95,6 +98,30 @@ def test_options_that_cannot_be_used(case, model, tokenizer, refuses):
     options, words = REFUSED[case]
     with refuses(words):
         retentive.stream_generate(model, tokenizer, PROMPT, **options)
+
+
+WRONG = {
+    "prompt-number": ({"prompt": 5}, "prompt must be a string, got 5"),
+    "prompt-list": ({"prompt": ["a"]}, "prompt must be a string, got ['a']"),
+    "model": ({"model": "a1"}, "model must be a model, as `retentive.load` returns it, got str"),
+    "tokenizer": ({"tokenizer": "bytes"}, "tokenizer must be a tokenizer, as load_tokenizer('bytes') returns it"),
+    "temperature": ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    "max-tokens": ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
+    "top-k": ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+    "beams": ({"beams": "2"}, "beams must be a whole number, got '2'"),
+    "seed": ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+    "bias": ({"bias": {"a": 1.0}}, "a token of bias must be a whole number, got 'a'"),
+    "stop": ({"stop": [1]}, "a stop string must be a string, got 1"),
+    "no-stop": ({"stop": None}, "a stop string must be a string, got None"),
+    "misspelt": ({"max_token": 2}, "generate has no option 'max_token': did you mean max_tokens?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_of_the_wrong_type(case, model, tokenizer, refuses):
+    arguments, words = WRONG[case]
+    with refuses(words, TypeError):
+        retentive.generate(**{"model": model, "tokenizer": tokenizer, "prompt": PROMPT} | arguments)
 
 
 def test_a_model_without_a_tokenizer(model, refuses):

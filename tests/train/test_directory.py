@@ -39,6 +39,7 @@ def test_a_run_with_checkpoints_is_kept_unless_told_otherwise(run, refuses):
 def test_what_has_no_checkpoint_begins_anew(existing, run):
     for folder in folders(run):
         (folder / "training.json").unlink()
+    (run / ".untrained").touch()
     with RunDirectory(run, existing=existing).locked():
         assert not {"metrics.jsonl", "checkpoints"} & names(run)
 
@@ -56,7 +57,7 @@ def test_a_checkpoint_that_is_half_deleted_is_none(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt), RunDirectory(run, existing="overwrite").locked():
             pass
     assert not folders(run)
-    with RunDirectory(run).locked():
+    with RunDirectory(run, existing="overwrite").locked():
         assert ".checkpoints.old" not in names(run)
 
 
@@ -66,6 +67,18 @@ def test_a_file_and_a_model_that_is_no_run_are_refused(run, refuses):
     (run / "train.json").unlink()
     with refuses("holds a model that is no run", FileExistsError):
         RunDirectory(run, existing="overwrite").check()
+
+
+def test_a_folder_of_other_things_is_refused_and_an_empty_one_is_not(tmp_path, refuses):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / ".lock").touch()  # as a run leaves it that is killed at once
+    with RunDirectory(folder).locked():
+        pass
+    (folder / "0.txt").touch()
+    for existing in ("refuse", "resume", "overwrite"):
+        with refuses("mine holds other things (0.txt): choose a new or an empty folder", FileExistsError):
+            RunDirectory(folder, existing=existing).check()
 
 
 def test_options_are_read_or_named_as_damaged(run, tmp_path, refuses):

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -57,6 +58,31 @@ def test_one_call_trains(packed, tmp_path, made, same_end):
         retentive.train(packed, tmp_path / "b", legnth=3)
     with pytest.raises(TypeError, match="no option 'zzz': expected one of accumulate, batch, "):
         TrainRun.of(packed, tmp_path / "b", zzz=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"steps": "3"}, "steps must be a whole number, got '3'"),
+        ({"batch": True}, "batch must be a whole number, got True"),
+        ({"length": "64"}, "length must be a whole number, got '64'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"compile": 1}, "compile must be True or False, got 1"),
+        ({"size": 5}, "size must be a string, got 5"),
+        ({"set": ["dim=32"]}, "set must be a dictionary, got ['dim=32']"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_refused_before_anything_is_written(options, words, packed, tmp_path, refuses):
+    with refuses(words, TypeError):
+        retentive.train(packed, tmp_path / "a", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_other_kinds_are_numbers(made, tmp_path):
+    made_of = made("a", lr=np.float64(1e-3), clip=1, init=tmp_path / "base")
+    assert (made_of.train.lr, made_of.train.clip, made_of.init) == (1e-3, 1, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("speed", [0.5, 2.0], ids=["fp32", "bf16"])
@@ -159,9 +185,27 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(more, made
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}], ids=["again", "resume"])
+@pytest.mark.parametrize("gone", ["checkpoints", "training.json"])
+def test_a_trained_model_whose_checkpoints_are_gone_is_not_trained_over(gone, more, made, refuses):
+    run = made("a").run(quiet=True)
+    if gone == "checkpoints":
+        shutil.rmtree(run / "checkpoints")
+    else:
+        for folder in folders(run):
+            (folder / "training.json").unlink()
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    words = f"{run} holds a trained model but no checkpoint to go on from: --overwrite begins anew, --init {run} --out"
+    with refuses(words, FileExistsError):
+        made("a", steps=6, **more).run(overrides={"steps"}, quiet=True)
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+    made("a", overwrite=True).run(quiet=True)
+    assert len(losses(run)) == 4
+
+
 def test_resuming_and_overwriting_at_once_is_refused(made, refuses):
     with refuses("resume and overwrite exclude each other"):
-        made("a", resume=True, overwrite=True)
+        made("a", resume=True, overwrite=True).run()
 
 
 @pytest.mark.parametrize("existing", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
@@ -214,6 +258,9 @@ def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuse
     base = made("base").run(quiet=True)
     with refuses("brings its architecture: leave out --size and --model"):
         made("a", init=str(base), set={}).run(quiet=True)
+    for typed in ("size", "model"):  # at its default, but chosen
+        with refuses("brings its architecture: leave out --size and --model"):
+            made("a", size="5m", init=str(base), set={}).run(overrides={typed}, quiet=True)
     with refuses("brings its architecture: only dropout can be --set"):
         made("a", size="5m", init=str(base), set={"dim": 64}).run(quiet=True)
     pack(tmp_path / "bpe", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])

@@ -103,11 +103,16 @@ class Comparison:
 
         Raises:
             ValueError: too little held-out text, or a model that cannot be built.
+            FileExistsError: the folder is not empty and holds no runs.
             ModuleNotFoundError: a variant comes from a library that is not installed.
         """
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         runs = self.plan()
+        found = sorted(self.out.glob("[!.]*"))  # what begins with a dot is ours: locks, the precision
+        ours = {run.name for run in runs}
+        if found and not any(f.name in ours or (f / "train.json").is_file() for f in found):
+            raise FileExistsError(f"{self.out} holds other things ({found[0].name}): choose a new or an empty folder")
         pick_device(self.train.device)
         peers = [v for v in self.names if self.table[v].model in KINDS]
         if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds

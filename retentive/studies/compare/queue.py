@@ -86,6 +86,8 @@ class Job:
         except (OSError, ValueError, KeyError):  # nothing is written yet, or half a line
             return f"{self.task.run.name}: begins"
         of = self.task.about["train"]["steps"]
+        if steps >= of:
+            return f"{self.task.run.name}: scoring"
         left = (time.monotonic() - self.began) * (of - steps) / max(steps, 1)
         return f"{self.task.run.name}: step {steps}/{of}, {duration(left)} left"
 

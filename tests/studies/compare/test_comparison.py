@@ -51,6 +51,20 @@ def test_plans_that_make_no_sense_are_refused_before_anything_is_written(changes
     assert not comparison.out.exists()
 
 
+def test_a_folder_of_other_things_is_refused_and_one_of_runs_is_not(comparison, refuses):
+    comparison.out.mkdir()
+    (comparison.out / ".precision").touch()
+    comparison.check()
+    (comparison.out / "0.txt").touch()
+    with refuses("out holds other things (0.txt): choose a new or an empty folder", FileExistsError):
+        comparison.check()
+    (comparison.out / comparison.plan()[-1].name).mkdir()  # a run that was killed as it began
+    comparison.check()
+    (comparison.out / comparison.plan()[-1].name).rename(comparison.out / "another")
+    (comparison.out / "another" / "train.json").touch()
+    comparison.check()
+
+
 def test_a_missing_library_is_told_before_anything_is_trained(comparison, monkeypatch, refuses):
     monkeypatch.setattr("retentive.studies.compare.comparison.find_spec", lambda name: None)
     with refuses("pip install 'retentive[peers]'", ModuleNotFoundError):

@@ -159,3 +159,5 @@ def test_progress_is_read_off_the_metrics(tmp_path):
     assert job.progress() == "retnet_1m_lr0.001_seed0: begins"
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n{"step": 10}\n', encoding="utf-8")
     assert job.progress().startswith("retnet_1m_lr0.001_seed0: step 10/40, 30")  # as long again for each ten
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40}\n', encoding="utf-8")
+    assert job.progress() == "retnet_1m_lr0.001_seed0: scoring"

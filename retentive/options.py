@@ -1,0 +1,34 @@
+"""Options by their names: what is said of one that there is not, and of a value of the wrong type."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+KINDS: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    Integral: "a whole number",  # NumPy's too
+    float: "a number",
+    Real: "a number",
+    str: "a string",
+    Mapping: "a dictionary",
+}
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError for the value of an option that is not of its kind, one of KINDS.
+
+    Whole numbers are numbers too; truth values are neither.
+    """
+    fits = isinstance(value, (float, int) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {KINDS[kind]}, got {value!r}")
+
+
+def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raises TypeError where one of `names` is not among those that `what` knows, with the nearest of these."""
+    for name in sorted(set(names) - set(known)):
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+        raise TypeError(f"{what} has no option {name!r}: {hint}")

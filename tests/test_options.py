@@ -1,0 +1,41 @@
+"""Options by their names: the types of values, NumPy's among them, and names that are nearly right."""
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+
+import numpy as np
+import pytest
+
+from retentive.options import check_names, check_type
+
+FITS = [(int, 3), (float, 3), (float, np.float64(3)), (bool, True), (str, "x"), (Mapping, {}), (Integral, np.int64(3))]
+FITS += [(Real, np.float32(3)), (Real, 3), (Integral, 3)]
+FAILS = [
+    (int, True, "a whole number, got True"),
+    (int, 2.5, "a whole number, got 2.5"),
+    (int, np.int64(3), "a whole number"),  # JSON does not know them
+    (float, "hot", "a number, got 'hot'"),
+    (Real, True, "a number, got True"),
+    (bool, 1, "True or False, got 1"),
+    (str, None, "a string, got None"),
+    (Mapping, [], "a dictionary, got []"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), FITS, ids=repr)
+def test_what_fits(kind, value):
+    check_type("it", value, kind)
+
+
+@pytest.mark.parametrize(("kind", "value", "words"), FAILS, ids=repr)
+def test_what_does_not(kind, value, words, refuses):
+    with refuses(f"it must be {words}", TypeError):
+        check_type("it", value, kind)
+
+
+def test_names(refuses):
+    check_names("it", ["a"], {"a", "b"})
+    with refuses("it has no option 'max_token': did you mean max_tokens?", TypeError):
+        check_names("it", ["max_token"], ["max_tokens", "stop"])
+    with refuses("it has no option 'zzz': expected one of a, b", TypeError):
+        check_names("it", ["a", "zzz"], ["b", "a"])
