@@ -244,6 +244,7 @@ class Attention(nn.Module):
         position_BT = positions.of_token.expand(B, T)
         # Padding must not be written: its positions may be those of real tokens, whose slots it would overwrite.
         written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
+        # Each slot once: which of two writes to one place stays is not defined.
         rows, columns = (written & (position_BT >= positions.end[:, None] - S)).nonzero(as_tuple=True)
         at = position_BT[rows, columns] % S
         for slots, x in zip(cache, new, strict=True):

@@ -25,6 +25,7 @@ VARIANTS = {
     "forget-gate": dict(forget_gate=True),
     "window": dict(attention_window=4),
     "window-1": dict(attention_window=1),
+    "window-as-long-as-a-chunk": dict(attention_window=5),
     "window-kv-heads": dict(attention_window=3, kv_heads=2),
     "window-gate": dict(attention_window=4, forget_gate=True),
     "window-1-gate": dict(attention_window=1, forget_gate=True),
