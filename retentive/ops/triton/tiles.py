@@ -66,7 +66,8 @@ STEP = Tile(64, 32, 4, 1)
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the call; the same for the GPU's family below
 def precision() -> str:
     """How float32 is multiplied: exactly, or as TF32 where torch's own switch allows that for its products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision() raises where this newer switch was used, and torch 2.9 warns of it
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def family(capability: tuple[int, int]) -> int | None:
