@@ -44,8 +44,12 @@ class Backend(NamedTuple):
 
 def exactly(device: torch.device) -> AbstractContextManager:
     """A context without autocast, which would round states to 16 bits; devices that know none (meta) are left alone."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.9 cannot trace the call
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def chunk_size(call: Call) -> int:

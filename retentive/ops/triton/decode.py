@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.ops.triton.forward import FORGOTTEN
-from retentive.ops.triton.tiles import STEP
+from retentive.ops.triton.tiles import step_tile
 
 MAX_R = 128  # a ring is read into registers
 
@@ -127,7 +127,7 @@ def decode_step(
     if R % 2 or not 2 <= R <= MAX_R:
         raise ValueError(f"the ring needs an even number of slots, 2 to {MAX_R}, got {R}")
     o = torch.empty_like(v)
-    tile = STEP.within(K, V)
+    tile = step_tile(q).within(K, V)
     with torch.cuda.device_of(q):
         token_step[(B * H * triton.cdiv(V, tile.columns),)](
             q, k, v, log_decay, state, ring_k, ring_v, ring_decay, written, folded, o, scale,

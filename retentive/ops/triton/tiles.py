@@ -60,13 +60,16 @@ TABLE = {
 """By family and kind: bfloat16 and float16 ("half"), float32 multiplied as TF32, and exactly ("ieee")."""
 
 STEP = Tile(64, 32, 4, 1)
-"""Of the state in the decode step, on any GPU: narrow, so that one row of 8 heads keeps most multiprocessors busy."""
+"""Of the state in the decode step: narrow, so that one row of 8 heads keeps most multiprocessors busy."""
+EXACT_ON_BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Whether a product in "ieee" is exact there: before, float32 made of 16-bit numbers was multiplied as TF32."""
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the call; the same for the GPU's family below
 def precision() -> str:
     """How float32 is multiplied: exactly, or as TF32 where torch's own switch allows that for its products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision() raises where this newer switch was used, and torch 2.9 warns of it
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def family(capability: tuple[int, int]) -> int | None:
@@ -87,13 +90,23 @@ WITHOUT_GPU = 90
 """The family whose tiles tensors on the CPU get: those that Triton interprets, or is only to compile for."""
 
 
+def family_of(q: Tensor) -> int | None:
+    """The family of the GPU that works on q."""
+    return device_family(q.get_device()) if q.is_cuda else WITHOUT_GPU
+
+
 def tiles_for(q: Tensor, C: int | None = None) -> Tiles:
     """The row for tensors like q and chunks of C; without C, that of the longest chunks.
 
     Chunks under 64 tokens are no work for the wide tensor cores of Hopper and Blackwell, and take small tiles on any
     GPU.
     """
-    arch = device_family(q.get_device()) if q.is_cuda else WITHOUT_GPU
+    arch = family_of(q)
     kind = "half" if q.element_size() == 2 else precision()
     assert arch is not None, "refuses() lets no such GPU through"
     return TABLE[SMALL if C is not None and C < 64 else arch, kind]
+
+
+def step_tile(q: Tensor) -> Tile:
+    """STEP, or half of it where its 64 rows would be taken by tensor cores that are not exact."""
+    return STEP if EXACT_ON_BLACKWELL or family_of(q) != 100 else STEP._replace(rows=32)

@@ -328,12 +328,19 @@ def test_every_gpu_has_a_row():
     assert set(tiles.TABLE) == {(arch, kind) for arch in tiles.FAMILIES for kind in ("half", "tf32", "ieee")}
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # of torch 2.9, of its older switch
 def test_float32_is_exact_unless_torch_says_otherwise():
     assert tiles.precision() == "ieee"
-    torch.set_float32_matmul_precision("high")
+    matmul = torch.backends.cuda.matmul
     try:
+        torch.set_float32_matmul_precision("high")
+        assert tiles.precision() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert tiles.precision() == "ieee"
+        matmul.fp32_precision = "tf32"
         assert tiles.precision() == "tf32"
     finally:
+        matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
 
 
