@@ -282,7 +282,7 @@ def _after_in_slots(gate_BSH: Tensor, end_B1: Tensor, at_BS: Tensor | None) -> T
     slot = torch.arange(S, device=gate_BSH.device)
     if at_BS is None:  # what lies after the last token was taken back, or is another's
         return _after(gate_BSH.masked_fill((slot >= end_B1)[..., None], 0))
-    gate_BSH = gate_BSH.masked_fill((at_BS < 0)[..., None], 0)
+    # What a ring holds beside the last tokens, or nothing yet, comes first there, and so is in no sum of theirs.
     oldest_first, back = (slot + end_B1) % S, (slot - end_B1) % S
     return _after(gate_BSH.take_along_dim(oldest_first[..., None], 1)).take_along_dim(back[..., None], 1)
 

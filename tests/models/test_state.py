@@ -217,7 +217,9 @@ def cache_of(state):
 @windows
 @torch.no_grad()
 def test_with_a_window_it_stays_as_large_as_the_window(kind, make):
-    model, N = make(CONFIGS[kind], torch.float32), 3
+    """7 tokens, which growing by half would jump over."""
+    config = CONFIGS[kind]
+    model, N = make(replace(config, attention_window=7), torch.float32), 3
     _, full = model(ids_of(N, 20))
     assert cache_of(full).slots == model.window
     for T in (model.window, 50):
@@ -245,6 +247,8 @@ def test_rings_of_different_sizes_are_joined_and_parted(kind, make, goes_on):
     states = [model(ids, ring)[1] if ids.shape[1] else ring for ids, ring in zip(texts, rings, strict=True)]
     joined = type(states[0]).cat(states)
     assert cache_of(joined).slots == model.window + 3
+    used = (cache_of(joined).keys[0] != 0).flatten(2).any(-1).sum(1)  # the others are free, and as good as new
+    assert used.tolist() == [min(ids.shape[1], model.window + 3 * (n % 2)) for n, ids in enumerate(texts)]
     goes_on(model, [ids[0] for ids in texts], joined.clone())
     goes_on(model, [texts[5][0], texts[1][0]], joined.select(torch.tensor([5, 1])))
 
@@ -333,6 +337,8 @@ def test_what_a_rollback_lost_stays_lost_in_every_copy(kind, make, tmp_path, ref
     model = make(CONFIGS[kind])
     _, state = model(ids_of(1, 20))
     state = state.for_decoding(model.dtype, rollback=3)
+    with refuses("cannot take back 1 tokens"):  # the ring has room for more, but they are not in it
+        cache_of(state).rollback(1)
     for _ in range(4):
         _, state = model(ids_of(1, 1), state)
     state.rollback(3)
