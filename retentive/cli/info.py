@@ -42,7 +42,7 @@ class InfoCommand:
     """List the named sizes."""
     vocab_size: int = 32000
     """Vocabulary, where a named size or architecture is asked for."""
-    size: str = "5m"
+    size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5m"
     """Size in which an architecture is shown."""
 
 

@@ -47,9 +47,12 @@ def exactly(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.9 cannot trace the call
 def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of torch 2.9 cannot trace the call: a constant of the graph, in the way that cpu.unavailable is one
+setattr(_autocasts, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def chunk_size(call: Call) -> int:

@@ -22,7 +22,7 @@ def one_thread():
 def sizes(monkeypatch):
     """Sizes for `Options(size=…)`: "tiny", and "dropped", the same with the dropout that the paper's sizes have."""
     monkeypatch.setitem(PRESETS, "tiny", Size(dict(dim=32, layers=2, heads=4)))
-    monkeypatch.setitem(PRESETS, "dropped", dict(dim=32, layers=2, heads=4, dropout=0.1))
+    monkeypatch.setitem(PRESETS, "dropped", Size(dict(dim=32, layers=2, heads=4, dropout=0.1)))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 
 from retentive.cli import main
 
-TINY = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "decay=paper", "--batch", "2", "--length", "32"]
+TINY = ["--size", "1m", "--model", "torchscale", "--set", "dim=32", "layers=2", "heads=2"]
+TINY += ["--batch", "2", "--length", "32"]
 BRIEF = ["--steps", "4", "--warmup", "2", "--save-every", "2", "--precision", "fp32", "--device", "cpu"]
 
 

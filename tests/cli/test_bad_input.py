@@ -104,7 +104,7 @@ TRAINING = {
     "odd-key-head-dim": (["--set", "heads=2", "key_dim=6"], "must be even for the rotation"),
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: expected FIELD=VALUE, FIELD one of"),
     "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
-    "unknown-decay": (["--set", "decay=slow"], "unknown decay schedule 'slow'"),
+    "unknown-decay": (["--model", "retnet", "--set", "decay=slow"], "unknown decay schedule 'slow'"),
     "no-rate": (["--lr", "-1"], "lr must be above 0, got -1.0"),
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
@@ -112,9 +112,9 @@ TRAINING = {
     "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
-    "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, layers"),
-    "all-decays": (["--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
-    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, layers"),
+    "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, heads"),
+    "all-decays": (["--model", "retnet", "--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
+    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, heads"),
     "large-seed": (["--seed", str(2**70)], "seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
     "infinite-rate": (["--lr", "inf"], "lr must be finite, got inf"),
     "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
@@ -321,7 +321,10 @@ def test_convert(case, refused):
 OTHERS = {
     "unknown-verb": (["trian"], "unknown verb 'trian', expected one of demo, data, train"),
     "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
-    "info-of-nothing": (["info"], "info needs a run, a model folder or a size"),
+    "info-of-nothing": (
+        ["info"],
+        "info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture",
+    ),
     "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
     "bench-onto-its-picture": (
         ["bench", "memory", "--size", "1m", "--json", "new/o.png"],

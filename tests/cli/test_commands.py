@@ -230,7 +230,7 @@ def test_a_recipe_gives_the_options_and_flags_change_them(place):
 
 def test_fla_gets_and_gives_back_what_it_can_express(place, train):
     widths = ["value_dim=32", "ffn_dim=32", "dim=32", "layers=1", "heads=2"]
-    main(train("new", "--set", "decay=paper", "rotary=half", "score_norm=false", *widths))
+    main(train("new", "--model", "fla", "--set", *widths))
     main(["convert", "new", "theirs", "--to", "fla"])
     assert json.loads(Path("theirs/config.json").read_text(encoding="utf-8"))["model_type"] == "retnet"
     main(["convert", "theirs", "back"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retentive.data.loader import Batch
-from retentive.models import RetNet, RetNetConfig
+from retentive.models import ARCHITECTURES, RetNet, RetNetConfig
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.loop import take_step
 from retentive.train.optim import adamw
@@ -36,6 +36,7 @@ def pair(minimal):
         value_dim=minimal.H * minimal.V,
         ffn_dim=minimal.FFN,
         tie_embeddings=True,
+        **ARCHITECTURES["retnet-paper"],
     )
     small, package = minimal.RetNet().double(), RetNet(config).double()
     package.load_state_dict(small.state_dict())  # strict: the same names and shapes

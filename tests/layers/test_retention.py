@@ -182,8 +182,8 @@ def test_a_fresh_decay_bias_has_the_decays_of_its_range():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(decay="gated"), "score_norm"),
-        (dict(decay_bias=True), "decay='gated'"),
+        (dict(score_norm=True), "score_norm"),
+        (dict(decay="lm", decay_bias=True), "decay='gated'"),
         (dict(decay_range=(0.5, float("nan"))), "decay_range"),
         (dict(decay_range=(0.5,)), "decay_range"),
         (dict(decay_range=7), "decay_range"),

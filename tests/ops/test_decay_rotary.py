@@ -10,6 +10,8 @@ from retentive.ops import decay, rotary
 
 TWO_PI = 2 * Decimal("3.14159265358979323846264338327950288419716939937510")
 
+TURNING = [variant for variant in rotary.VARIANTS if variant != "none"]
+
 
 @pytest.fixture
 def digits():
@@ -92,7 +94,7 @@ def power(variant: str, i: int, K: int) -> Decimal:
 
 @pytest.mark.parametrize("position", [0, 1, 1000, 10**6 + 3, 999_999_937])  # the last is no float32
 @pytest.mark.parametrize("K", [2, 8, 64])
-@pytest.mark.parametrize("variant", rotary.VARIANTS)
+@pytest.mark.parametrize("variant", TURNING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_phases_against_50_digits(variant, K, position, dtype, digits):
     cos, sin = rotary.phases(torch.tensor([position]), K, variant, dtype=dtype)
@@ -107,7 +109,7 @@ def test_phases_against_50_digits(variant, K, position, dtype, digits):
 
 def test_rotation_is_multiplication_by_a_unit_complex_number():
     x, position = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.arange(5)
-    for variant in rotary.VARIANTS:
+    for variant in TURNING:
         cos, sin = rotary.phases(position, 8, variant, dtype=torch.float64)
         turn = torch.complex(cos, sin)[:, None]
         if variant == "interleaved":
@@ -119,7 +121,14 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
         torch.testing.assert_close(rotary.rotate(x, cos, sin, variant), want, rtol=0, atol=2e-15)
 
 
-@pytest.mark.parametrize("variant", rotary.VARIANTS)
+def test_without_rotation_nothing_turns():
+    x, position = torch.randn(2, 5, 3, 8).bfloat16(), torch.tensor([0, 1, 7, 10**6, 999_999_937])
+    cos, sin = rotary.phases(position, 8, "none")
+    assert cos.shape == sin.shape == (5, 4) and bool((cos == 1).all()) and not sin.any()
+    assert torch.equal(rotary.rotate(x, cos, sin, "none"), x.float())
+
+
+@pytest.mark.parametrize("variant", TURNING)
 def test_scores_depend_on_the_distance_alone(variant):
     """The reason for rotating at all: <R_n q, R_m k> is a function of n - m, at rows that start anywhere."""
     q, k = torch.randn(2, 1, 6, 2, 16, dtype=torch.float64)

@@ -9,13 +9,16 @@ import torch
 
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import ARCHITECTURES, RetNetConfig, build
 from retentive.studies import prompting
 from retentive.studies.compare.variants import short_head
 from retentive.studies.prompting import WAYS, Options
 from retentive.studies.prompting_tasks import NAMES, Texts
 
 GROUPS = (1, 2, 4)
+
+FIXED = ARCHITECTURES["retnet-paper"] | {"decay": short_head(2)}
+"""Memories of decays per token cannot be chained."""
 
 
 class Words(ByteTokenizer):
@@ -41,7 +44,7 @@ def test_classes_and_names_count_and_texts_do_not():
 
 
 def test_learning_the_game_lowers_the_loss():
-    config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, decay=short_head(2))
+    config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, **FIXED)
     assert config.decay[0] == -1 and -0.01 < config.decay[1] < 0
     texts, said = {"x": ["a b c d"], "y": ["e f g h"], "z": ["i j k l"], "w": ["m n o p"]}, []
     model = prompting.learn(config, Words(), [texts], steps=100, batch=1, lr=2e-2, say=said.append)
@@ -72,7 +75,7 @@ def test_the_model_is_trained_once_and_then_read(tmp_path, monkeypatch):
 
 @pytest.fixture
 def result():
-    model = build(RetNetConfig(vocab_size=261, dim=32, layers=2, heads=2)).eval()
+    model = build(RetNetConfig(vocab_size=261, dim=32, layers=2, heads=2, **FIXED)).eval()
     texts = Texts(*({f"c{c}": [f"{c} {w} {n}" for n in range(30)] for c in range(5)} for w in ("shown", "asked")))
     return prompting.of_model(model, Words(), {"letters": texts}, groups=GROUPS, episodes=6, queries=4)
 
