@@ -3,7 +3,7 @@
     python examples/minimal.py      # needs torch alone; a minute or two on two cores
 
 From top to bottom: retention in two forms, the layer, the model, the training loop, and writing from a state that does
-not grow. It is the paper's architecture (`--model retnet-paper`) over bytes, and its parameters have the package's names:
+not grow. It is the paper's architecture (`--model retnet-paper`) over bytes, with the package's names of parameters:
 tests/examples/test_minimal.py holds both to the same losses. Source: Retentive Network, arXiv 2307.08621.
 
 B rows, T tokens, H heads, K and V key and value dim of a head, D width, F feed-forward width, C tokens of a chunk.
