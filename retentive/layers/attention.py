@@ -263,8 +263,8 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         if self.forget_proj is not None:
             log_kept = decays.log_decay("lm", self.H, dtype=torch.float64)
-            with torch.no_grad():  # the logit of f: log f - log(1 - f)
-                self.forget_proj.bias.copy_(log_kept - torch.log(-torch.expm1(log_kept)))
+            with torch.no_grad():
+                self.forget_proj.bias.copy_(decays.logit(log_kept))
 
 
 def _after(gate_BSH: Tensor) -> Tensor:

@@ -9,9 +9,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from retentive.ops import decay as decays
 from retentive.ops import rotary as rotaries
 
+GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
+"""Activations of the gate on the head outputs, by the names that configs give them."""
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
 """Of every other whole number. What is larger is a typing error, and building it would take all memory."""
@@ -83,7 +88,7 @@ class RetentionConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
         one_of("rotary", self.rotary, rotaries.VARIANTS)
-        one_of("gate_activation", self.gate_activation, ("swish", "sigmoid"))
+        one_of("gate_activation", self.gate_activation, GATES)
         check_norm_eps(self.norm_eps)
         self._check_decay()
 

@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers.config import RetentionConfig
+from retentive.layers.config import GATES, RetentionConfig
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions
 from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
 from retentive.ops.rows import rotate
-
-GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
 
 class Phases(NamedTuple):
@@ -126,9 +124,8 @@ class MultiScaleRetention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         if self.decay_proj is not None and self.decay_proj.bias is not None:
             first = decays.log_decay("lm", self.H, dtype=torch.float64, lm_range=self.config.decay_range)
-            log_kept = self.config.decay_scale * first  # of the sigmoid; its logit is log(p) - log(1 - p)
             with torch.no_grad():
-                self.decay_proj.bias.copy_(log_kept - torch.log(-torch.expm1(log_kept)))
+                self.decay_proj.bias.copy_(decays.logit(self.config.decay_scale * first))
         for vector in (self.q_bias, self.k_bias):
             if vector is not None:
                 nn.init.ones_(vector)

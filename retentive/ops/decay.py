@@ -53,6 +53,11 @@ def log_decay(
     return torch.tensor(values(schedule, heads, lm_range), dtype=dtype, device=device)
 
 
+def logit(log_p: Tensor) -> Tensor:
+    """The x of which `log_p` < 0 is the log sigmoid: with it as a bias, fresh gates have given decays."""
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
 def check_values(log_decay: Tensor) -> None:
     """Checks the values of log decays on a CPU only: elsewhere reading them would wait for the device.
 

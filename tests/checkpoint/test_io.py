@@ -20,7 +20,7 @@ OURS = {
     "retnet": RetNetConfig(**SMALL),
     "tied": RetNetConfig(**SMALL, tie_embeddings=True),
     "own-decays": RetNetConfig(**SMALL, decay=(-0.3, -0.1), embed_norm=True, final_norm=False, dropout=0.1),
-    "ungated": RetNetConfig(**SMALL, decay_bias=True, gate=False, head_norm=True, head_norm_affine=True),
+    "decay-bias": RetNetConfig(**SMALL, decay_bias=True, gate=False, head_norm=True, head_norm_affine=True),
     "all-new": RetNetConfig(**SMALL, qk_norm=True, qk_bias=True, gate_activation="sigmoid", decay_scale=4.0),
     "transformer": TransformerConfig(**SMALL, kv_heads=1),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),

@@ -1,22 +1,14 @@
 """Small models, and memories of what they have read."""
 
-from dataclasses import replace
-
 import torch
 
 from retentive.infer.memory import Memory, blank
 from retentive.infer.reading import ingest
-from retentive.models import HybridConfig, RetNetConfig, twin
+from retentive.models import RetNetConfig
+from tests.infer.kinds import kinds
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=3, heads=2)
-HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {
-    "retnet": CONFIG,
-    "transformer": twin(CONFIG),
-    "hybrid": HYBRID,
-    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
-    "hybrid-window": replace(HYBRID, attention_window=5),
-}
+MODELS = kinds(CONFIG)
 
 
 def ids(n: int, seed: int = 0) -> list[int]:

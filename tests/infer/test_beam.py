@@ -1,7 +1,6 @@
 """Beam search against all continuations there are, and against greedy decoding."""
 
 import math
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,18 +8,12 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer.beam import beam_search
-from retentive.models import HybridConfig, RetNetConfig, build, twin
+from retentive.models import RetNetConfig, build
+from tests.infer.kinds import kinds
 
 V, DEPTH, STOP = 4, 4, 3
 CONFIG = RetNetConfig(vocab_size=V, dim=16, layers=2, heads=2)
-HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {
-    "retnet": CONFIG,
-    "transformer": twin(CONFIG),
-    "hybrid": HYBRID,
-    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
-    "hybrid-window": replace(HYBRID, attention_window=5),
-}
+MODELS = kinds(CONFIG)
 PROMPT = [0, 1, 2, 2, 1]
 
 

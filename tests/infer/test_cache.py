@@ -2,7 +2,6 @@
 
 import random
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,11 @@ from retentive.infer import cache as module
 from retentive.infer.cache import PrefixCache, prefix_hashes
 from retentive.infer.engine import Engine
 from retentive.infer.memory import fingerprint
-from retentive.models import HybridConfig, RetNetConfig, build, twin
+from retentive.models import RetNetConfig, build, twin
+from tests.infer.kinds import kinds
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
-HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {
-    "retnet": CONFIG,
-    "transformer": twin(CONFIG),
-    "hybrid": HYBRID,
-    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
-    "hybrid-window": replace(HYBRID, attention_window=5),
-}
+MODELS = kinds(CONFIG)
 GREEDY = SamplingParams(temperature=0)
 
 

@@ -11,18 +11,13 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
 from retentive.infer.requests import Returns
-from retentive.models import HybridConfig, RetNetConfig, build, twin
+from retentive.models import RetNetConfig, build, twin
+from tests.infer.kinds import kinds
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
-HYBRID = HybridConfig(vocab_size=CONFIG.vocab_size, dim=CONFIG.dim, layers=2, heads=CONFIG.heads, attention_every=2)
-MODELS = {
-    "retnet": CONFIG,
-    "transformer": twin(CONFIG),
-    "hybrid": HYBRID,
-    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
-    "hybrid-window": replace(HYBRID, attention_window=5),
-    "hybrid-four-window": replace(HYBRID, layers=4, attention_every=4, attention_window=5, attention_rotary="none"),
-}
+MODELS = kinds(CONFIG)
+HYBRID = MODELS["hybrid"]
+MODELS["hybrid-four-window"] = replace(HYBRID, layers=4, attention_every=4, attention_window=5, attention_rotary="none")
 
 
 @pytest.fixture(params=MODELS)

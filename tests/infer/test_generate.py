@@ -6,12 +6,12 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.generate import prefill
 from retentive.infer.sample import Sampler
-from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build
+from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, build
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
-    "retnet-gated": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
     "twin": TransformerConfig(**SMALL),
     "twin-window": TransformerConfig(**SMALL, attention_window=3, forget_gate=True, qk_norm=True),
     "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=5),
@@ -118,7 +118,7 @@ def test_memory_is_flat_for_retnet_and_windows_and_grows_for_the_twin(monkeypatc
         assert len(list(generate(model, PROMPT, SamplingParams(seed=0), max_tokens=300))) == 300
         return held
 
-    for name in ("retnet", "retnet-gated"):
+    for name in ("retnet", "retnet-paper"):
         held = sizes(name)
         assert len(held) >= 300 and len(set(held[1:])) == 1  # after the prompt, the state opens a ring once and for all
     for name in ("twin-window", "hybrid-window"):  # the prompt of 8 fills the window

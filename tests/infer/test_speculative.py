@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 from itertools import islice, product
 
 import pytest
@@ -11,20 +10,12 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.sample import Sampler
 from retentive.infer.speculative import Lookup, judge, speculate
-from retentive.models import HybridConfig, RetNetConfig, build, twin
+from retentive.models import RetNetConfig, build, twin
+from tests.infer.kinds import kinds
 
 CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
 SMALLER = RetNetConfig(vocab_size=61, dim=16, layers=1, heads=1)
-GATED = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2, decay="gated", score_norm=False)
-HYBRID = HybridConfig(vocab_size=61, dim=32, layers=2, heads=2, attention_every=2)
-MODELS = {
-    "retnet": CONFIG,
-    "gated": GATED,
-    "transformer": twin(CONFIG),
-    "hybrid": HYBRID,
-    "transformer-window": replace(twin(CONFIG), attention_window=7, forget_gate=True, qk_norm=True),
-    "hybrid-window": replace(HYBRID, attention_window=5),
-}
+MODELS = kinds(CONFIG)
 GREEDY = SamplingParams(temperature=0)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retentive.models import PRESETS, RetNetConfig, TransformerConfig, build, preset, twin
+from retentive.models import ARCHITECTURES, PRESETS, RetNetConfig, TransformerConfig, build, preset, twin
 
 
 def parameters(config) -> int:
@@ -36,7 +36,7 @@ def test_presets_build_and_their_twins_have_as_many_parameters(size):
         dict(ffn_gate=False),
         dict(key_dim=128),
         dict(value_dim=1024, ffn_dim=512),
-        dict(decay="gated", score_norm=False),
+        ARCHITECTURES["retnet-paper"],
         dict(tie_embeddings=True),
     ],
     ids=str,

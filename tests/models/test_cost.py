@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retentive.models import (
+    ARCHITECTURES,
     PRESETS,
     HybridConfig,
     RetNetConfig,
@@ -27,14 +28,15 @@ CONFIGS = {
     "retnet-widths": RetNetConfig(**SMALL, key_dim=12, value_dim=56, ffn_dim=17),
     "retnet-no-gate": RetNetConfig(**SMALL, gate=False),
     "retnet-plain-ffn": RetNetConfig(**SMALL, ffn_gate=False),
-    "retnet-affine": RetNetConfig(**SMALL, head_norm_affine=True),
+    "retnet-affine": RetNetConfig(**SMALL, head_norm=True, head_norm_affine=True),
+    "retnet-vectors": RetNetConfig(**SMALL, decay_bias=True, qk_norm=True, qk_bias=True),
     "retnet-no-head-norm": RetNetConfig(**SMALL, head_norm=False, head_norm_affine=True),
     "retnet-embed-norm": RetNetConfig(**SMALL, embed_norm=True),
     "retnet-embed-norm-only": RetNetConfig(**SMALL, embed_norm=True, final_norm=False),
     "retnet-no-final-norm": RetNetConfig(**SMALL, final_norm=False),
-    "retnet-gated-decay": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
     "hybrid": HybridConfig(**SMALL, attention_every=2),
-    "hybrid-two": HybridConfig(**SMALL | dict(layers=4), attention_every=2, head_norm_affine=True),
+    "hybrid-two": HybridConfig(**SMALL | dict(layers=4), attention_every=2, head_norm=True, head_norm_affine=True),
     "transformer": TransformerConfig(**SMALL),
     "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1, ffn_dim=31),

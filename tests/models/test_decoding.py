@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from retentive.models import (
+    ARCHITECTURES,
     HybridConfig,
     RetentionState,
     RetNet,
@@ -22,19 +23,22 @@ from retentive.ops import Ring
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
-    "retnet-gated-decay": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
     "retnet-kv-heads": RetNetConfig(**SMALL | dict(heads=4), kv_heads=2),
     "retnet-key-dim": RetNetConfig(**SMALL, key_dim=12, value_dim=56, ffn_dim=17),
-    "retnet-half-affine": RetNetConfig(**SMALL, decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
+    "fla": RetNetConfig(**SMALL, **ARCHITECTURES["fla"]),
     "retnet-no-gate": RetNetConfig(**SMALL, gate=False),
-    "retnet-no-head-norm": RetNetConfig(**SMALL, head_norm=False),
+    "retnet-head-norm": RetNetConfig(**SMALL, head_norm=True),
+    "retnet-all-fields": RetNetConfig(
+        **SMALL, decay_bias=True, decay_scale=4.0, qk_norm=True, qk_bias=True, gate_activation="sigmoid", rotary="none"
+    ),
     "retnet-no-final-norm": RetNetConfig(**SMALL, final_norm=False),
     "retnet-embed-scale-and-norm": RetNetConfig(**SMALL, embed_scale=True, embed_norm=True),
     "retnet-gelu": RetNetConfig(**SMALL, activation="gelu"),
     "retnet-plain-ffn": RetNetConfig(**SMALL, ffn_gate=False),
     "retnet-tied": RetNetConfig(**SMALL, tie_embeddings=True),
-    "retnet-no-decay": RetNetConfig(**SMALL, decay="none"),
-    "retnet-own-decays": RetNetConfig(**SMALL, decay=(-0.3, 0.0)),
+    "retnet-no-decay": RetNetConfig(**SMALL, decay="none", score_norm=True),
+    "retnet-own-decays": RetNetConfig(**SMALL, decay=(-0.3, 0.0), score_norm=True),
     "hybrid": HybridConfig(**SMALL | dict(layers=3), attention_every=2),
     "transformer": TransformerConfig(**SMALL),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=2),
@@ -109,7 +113,7 @@ def test_in_float32_rescoring_and_decoding_agree(name, make, decode, same):
 # a fresh ring, one about to fold, one that has folded: of heads of 12 it has 4 slots
 @pytest.mark.parametrize("T", [1, 3, 10])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("name", ["retnet", "retnet-gated-decay", "retnet-key-dim"])
+@pytest.mark.parametrize("name", ["retnet", "retnet-paper", "retnet-key-dim"])
 @torch.no_grad()
 def test_a_state_amid_decoding_goes_on_whatever_is_done_to_it(name, dtype, T, make, decode, same, tmp_path):
     """Selected, copied, saved or joined with others: each row as on its whole text, by single tokens and by several."""

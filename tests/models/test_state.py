@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, load_state
+from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, load_state
 from retentive.ops import Ring, using
 from retentive.ops.ring import slots
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
-    "retnet-gated": RetNetConfig(**SMALL, decay="gated", score_norm=False),
+    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
     "hybrid": HybridConfig(**SMALL | dict(layers=3), attention_every=2),
     "transformer": TransformerConfig(**SMALL),
     "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1),
@@ -459,3 +459,15 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make,
     with pytest.raises(OSError, match="No space left"):
         state.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@kinds
+def test_what_a_row_held_before_does_not_reach_its_next_sequence(kind, make, goes_on):
+    """Not even NaN, in a row that is longer than the next sequence."""
+    model = make(CONFIGS[kind])
+    texts = [ids_of(1, 3)[0], ids_of(1, 9)[0]]
+    pool = model(ids_of(2, 9))[1].for_decoding(torch.float64)
+    poisoned = pool._map(lambda x: x.fill_(torch.nan) if x.is_floating_point() else x)
+    for row, text in enumerate(texts):
+        poisoned.put(row, model(text[None])[1])
+    goes_on(model, texts, poisoned)
