@@ -47,28 +47,21 @@ static void operands_of_dS(const Call *c, Space *s) {
 }
 
 /* With a decay per token: both scores times scale * D, and what they say of G. score_ij dscore_ij has exp(G_i - G_j) in
-   it: + for G_i, - for G_j. One exp serves both, and no vector goes past the diagonal, where a score may be NaN. */
+   it: + for G_i, - for G_j. No vector goes past the diagonal, where a score may be NaN. */
 static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, float *score, float *dscore, float *dG) {
-    float D[round_up(c->C, LANES)], scale = (float)c->scale;
+    float far[c->C], row[c->C];
     memset(dG, 0, c->C * 4);
-    for (i64 i = 0; i < rows; i++, score += c->C, dscore += c->C) {
-        i64 width = round_up(i / MR * MR + MR, NC);
-        float since = d->since[i];
-        for (i64 j = 0; j < width; j++) {
-            D[j] = exp_of(j <= i ? since - d->since[j] : 0) * scale;
-            score[j] = j <= i ? score[j] * D[j] : 0;
-            dscore[j] = j <= i ? dscore[j] : 0;
+    for (int i = 0; i < rows; i++, score += c->C, dscore += c->C) {
+        int width = (int)round_up(i / MR * MR + MR, NC);
+        set_row(d, i, width, (float)c->scale, far, row);
+        for (int j = i + 1; j < width; j++) score[j] = dscore[j] = 0;
+        vf sum = {0};
+        for (int j = 0; j <= i; j += LANES) { /* a part of a vector is zeros */
+            vf D = load(row + j), P = load(score + j) * D, dD = load(dscore + j), x = P * dD;
+            store(score + j, P), store(dscore + j, dD * D);
+            if (i < count) sum += x, store(dG + j, load(dG + j) - x);
         }
-        if (i < count) {
-            vf sum = {0};
-            i64 j = 0;
-            for (; j < i + 1; j += LANES) { /* a part of a vector is zeros */
-                vf x = load(score + j) * load(dscore + j);
-                sum += x, store(dG + j, load(dG + j) - x);
-            }
-            for (int l = 0; l < LANES; l++) dG[i] += sum[l];
-        }
-        for (i64 j = 0; j < width; j++) dscore[j] *= D[j];
+        for (int l = 0; l < LANES && i < count; l++) dG[i] += sum[l];
     }
 }
 

@@ -47,18 +47,28 @@ static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     d->count = count;
 }
 
+/* Row i of scale * D up to `width`, with a decay per token. Before the vector that i lies in, beginning at m, it is a
+   factor of the row times one of the column, exp(G_i - G_m) exp(G_m - G_j), both at most 1: an exp for each element would
+   take as long as a product. `far` keeps the columns' factors from row to row. */
+static void set_row(const Decays *d, int i, int width, float scale, float *far, float *row) {
+    const float *G = d->since;
+    int m = i / LANES * LANES;
+    float Gi = G[i], Gm = G[m], near = exp_of(Gi - Gm) * scale;
+    if (i == m)
+        for (int j = 0; j < m; j++) far[j] = exp_of(Gm - G[j]);
+    for (int j = 0; j < m; j++) row[j] = far[j] * near;
+    for (int j = m; j < m + LANES; j++) row[j] = exp_of(j <= i ? Gi - G[j] : 0) * scale;
+    for (int j = m + LANES; j < width; j++) row[j] = 0;
+}
+
 /* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, since a score there may be NaN */
 static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
-    for (i64 i = 0; i < rows; i++, score += c->C) {
-        i64 width = round_up(i / MR * MR + MR, NC);
-        const float *lag = d->lag + c->C - 1 - i, since = d->since[i], scale = (float)c->scale;
-        if (c->per_token)
-            for (i64 j = 0; j < width; j++) {
-                float D = exp_of(j <= i ? since - d->since[j] : 0) * scale;
-                score[j] = j <= i ? score[j] * D : 0;
-            }
-        else
-            for (i64 j = 0; j < width; j++) score[j] = j <= i ? score[j] * lag[j] : 0;
+    float far[c->C], row[c->C];
+    for (int i = 0; i < rows; i++, score += c->C) {
+        int width = (int)round_up(i / MR * MR + MR, NC);
+        const float *D = c->per_token ? row : d->lag + c->C - 1 - i;
+        if (c->per_token) set_row(d, i, width, (float)c->scale, far, row);
+        for (int j = 0; j < width; j++) score[j] = j <= i ? score[j] * D[j] : 0;
     }
 }
 
