@@ -25,7 +25,7 @@ from retentive.models import cost
 from retentive.models.peers import KINDS
 from retentive.studies.compare.queue import Task, work
 from retentive.studies.compare.records import Run, adopt, check_hardware, machines, records
-from retentive.studies.compare.summary import report
+from retentive.studies.compare.summary import best_rates, report
 from retentive.studies.compare.variants import VARIANTS, Variant, changes, own_variant
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Precision
@@ -52,6 +52,8 @@ class Comparison:
     """Seeds of the initialisation and the order of the text; each variant is trained with all of them."""
     lrs: tuple[float, ...] = ()
     """Peak learning rates; each variant is trained with all of them, and its best counts. By default that of --lr."""
+    tune: bool = False
+    """Train all rates with the first seed only, and the other seeds with the variant's best of them."""
     mode: Literal["reset", "packed"] = "reset"
     """As `retentive train --mode`."""
     batch: int = 8
@@ -71,6 +73,8 @@ class Comparison:
     def plan(self) -> list[Run]:
         """All runs, one seed after the other: one that is stopped early leaves whole comparisons of fewer seeds.
 
+        With `tune`, runs of the other seeds have no rate until all rates of their size and variant are done.
+
         Raises:
             ValueError: an unknown variant, or something that is given twice or not at all.
         """
@@ -86,7 +90,15 @@ class Comparison:
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"a {what} is given twice: {', '.join(map(str, values))}")
-        return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
+        if not self.tune:
+            return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
+        first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]
+        found = records(self.out, first)
+        done = {record["name"] for record in found}
+        rates = best_rates(record for record in found if "failed" not in record)  # none where all rates diverged
+        waiting = {(run.size, run.variant): None for run in first if run.name not in done}
+        later = product(self.seeds[1:], (rates | waiting).items())
+        return first + [Run(v, size, seed, lr) for seed, ((size, v), lr) in later]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +120,7 @@ class Comparison:
         """
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
-        runs = self.plan()
+        runs = [run for run in self.plan() if run.lr]
         found = sorted(self.out.glob("[!.]*"))  # what begins with a dot is ours: locks, the precision
         ours = {run.name for run in runs}
         if found and not any(f.name in ours or (f / "train.json").is_file() for f in found):
@@ -137,7 +149,7 @@ class Comparison:
             batch=self.batch,
             length=self.length,
             resume=True,  # a run that was stopped goes on from its checkpoint
-            train=replace(self.train, lr=run.lr, seed=run.seed, sample_every=0),
+            train=replace(self.train, lr=run.lr or self.train.lr, seed=run.seed, sample_every=0),
         )
 
     def about(self, run: Run) -> dict[str, Any]:
@@ -161,20 +173,22 @@ class Comparison:
             ModuleNotFoundError, ChildProcessError: as `check` and `queue.work`.
         """
         self.check()
-        runs = self.plan()
         for file in self.earlier:
-            adopt(file, self.out, [run.name for run in runs])
+            adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
-        told, precision = self.described(), self.precision()
-        orders = [json.dumps([told, run, precision, threads]) for run in runs]
-        tasks = [
-            Task(r, self.out / r.name, self.about(r), self.train_run(r).config(2), order)
-            for r, order in zip(runs, orders, strict=True)
-        ]
-        for line in self.estimate([task.run for task in tasks if not task.done], threads):
+        for line in self.estimate(
+            [run for run in self.plan() if not (run.lr and self.task(run, threads).done)], threads
+        ):
             say(line)
-        work(tasks, jobs=self.jobs, say=say, progress=progress)
+        for _ in range(1 + self.tune):  # what the first round finds out are the rates of the second
+            tasks = [self.task(run, threads) for run in self.plan() if run.lr]
+            work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()
+
+    def task(self, run: Run, threads: int) -> Task:
+        """What the queue has to do for a run."""
+        order = json.dumps([self.described(), run, self.precision(), threads])
+        return Task(run, self.out / run.name, self.about(run), self.train_run(run).config(2), order)
 
     def estimate(self, runs: Sequence[Run], threads: int) -> Iterator[str]:
         """A line for each variant and size on what its runs cost, by a few steps made now, and one for all of them."""
@@ -209,7 +223,7 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """The result of the runs that are done: `summary.report`, with the machines and options behind it."""
         runs = self.plan()
-        found = records(self.out, runs)
+        found = records(self.out, [run for run in runs if run.lr])
         check_hardware(found, mixed=self.mixed)
         result = {"planned": len(runs), **report(found, self.names[0])}
         if not found:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from retentive.bench.lab.plot import grid
-from retentive.studies.compare.summary import best_rates
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
@@ -17,8 +16,8 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
     """
-    best = best_rates(result["rows"])
-    rows = [row for row in result["rows"] if row["lr"] == best[row["size"], row["variant"]]]
+    rows = [row for row in result["rows"] if row["best_rate"]]
+    best = {(row["size"], row["variant"]): row["lr"] for row in rows}
     figure, ((left, right), (by_tokens, by_time)) = grid(title, 2, 2, size=(6.4, 4.6))
     from matplotlib import colormaps  # after `grid`, which names the extra where it is missing
 

@@ -21,7 +21,8 @@ class Run(NamedTuple):
     variant: str
     size: str
     seed: int
-    lr: float
+    lr: float | None
+    """None: the best of several rates, which is not known yet."""
 
     @property
     def name(self) -> str:

@@ -1,10 +1,10 @@
 """The records of a comparison as a table with confidence intervals, as scaling laws, and both as Markdown.
 
-Each variant counts at the best of the learning rates that all were given. The uncertainty is that of seeds, which are
-the initialisation and the order of the text. A cell (one variant, size and rate) has few of them: their standard
-deviation is pooled over all cells of the table, in which the noise is nearly the same, and that gives the interval its
-degrees of freedom. Differences to the baseline, best rate against best rate, are paired seed by seed, since half of the
-noise is the order of the text, which both share.
+Each variant counts at the best of the learning rates that all were given, by the seeds that all rates were tried with.
+The uncertainty is that of seeds, which are the initialisation and the order of the text. A cell (one variant, size and
+rate) has few of them: their standard deviation is pooled over all cells of the table, in which the noise is nearly the
+same, and that gives the interval its degrees of freedom. Differences to the baseline, best rate against best rate, are
+paired seed by seed, since half of the noise is the order of the text, which both share.
 """
 
 import math
@@ -27,7 +27,7 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
     for r in found:
         cells.setdefault((r["size"], r["lr"], r["variant"]), {})[r["seed"]] = r
     bits = {key: [r["bits_per_byte"] for r in cell.values()] for key, cell in cells.items()}
-    best = best_rates({"size": s, "lr": r, "variant": v, "bits_per_byte": np.mean(b)} for (s, r, v), b in bits.items())
+    best = best_rates(found)
     # the same key -> differences to the baseline, one for each seed that both have; none for the baseline itself
     differences: dict[tuple[str, float, str], list[float]] = {}
     for (size, variant), lr in best.items():
@@ -56,14 +56,17 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
     return rows
 
 
-def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(size, variant) -> its best learning rate, by bits per byte."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        key = (row["size"], row["variant"])
-        if key not in best or row["bits_per_byte"] < best[key]["bits_per_byte"]:
-            best[key] = row
-    return {key: row["lr"] for key, row in best.items()}
+def best_rates(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(size, variant) -> its best learning rate, by its records' bits per byte with the seeds that all rates have."""
+    tried: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
+    for r in found:
+        tried.setdefault((r["size"], r["variant"]), {}).setdefault(r["lr"], {})[r["seed"]] = r["bits_per_byte"]
+
+    def best(rates: dict[float, dict[int, float]]) -> float:
+        shared = set.intersection(*map(set, rates.values()))
+        return min(rates, key=lambda lr: np.mean([b for seed, b in rates[lr].items() if seed in shared or not shared]))
+
+    return {key: best(rates) for key, rates in tried.items()}
 
 
 def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
     failed = {(r["size"], r["lr"], r["variant"]) for r in found if "failed" in r}
     trained = [r for r in found if (r["size"], r["lr"], r["variant"]) not in failed]
     rows = summary(trained, baseline)
-    best = best_rates(rows)
+    best = best_rates(trained)
     at_best = [r for r in trained if r["lr"] == best[r["size"], r["variant"]]]
     laws = [law(at_best, variant) for variant in dict.fromkeys(r["variant"] for r in trained)]
     named = {r["name"]: r["failed"] for r in found if "failed" in r}

@@ -7,8 +7,11 @@ import pytest
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.files import write_json
 from retentive.studies.compare import Comparison
+from retentive.studies.compare.records import RECORD
 from retentive.train import TrainConfig
+from tests.studies.compare.made_up import record
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,55 @@ def test_a_plan_is_every_run_once_a_seed_after_the_other(comparison):
     runs = wide.plan()
     assert len(runs) == len({run.name for run in runs}) == 16
     assert [run.seed for run in runs] == [0] * 8 + [7] * 8
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """`train(bits)`: workers leave the bits per byte that `bits(run)` gives, or "failed" for None. Returns what ran."""
+
+    def put(bits):
+        ran = []
+
+        def work(tasks, **how):
+            for task in tasks:
+                if not task.done:
+                    ran.append(task.run)
+                    value, made = bits(task.run), record(task.run.variant, 0.0, seed=task.run.seed, lr=task.run.lr)
+                    made |= {"name": task.run.name, "about": task.about}
+                    task.folder.mkdir(parents=True)
+                    write_json(
+                        task.folder / RECORD, made | ({"failed": "nan"} if value is None else {"bits_per_byte": value})
+                    )
+
+        monkeypatch.setattr("retentive.studies.compare.comparison.work", work)
+        monkeypatch.setattr(Comparison, "estimate", lambda self, runs, threads: iter([f"{len(runs)} runs"]))
+        return ran
+
+    return put
+
+
+def test_with_tune_the_first_seed_finds_the_rate_of_the_others(comparison, train, tmp_path):
+    tuned = replace(comparison, variants=("retnet", "gated"), seeds=(3, 0, 7), lrs=(1e-3, 2e-3, 4e-3), tune=True)
+    assert [(run.seed, run.lr) for run in tuned.plan()[-4:]] == [(0, None), (0, None), (7, None), (7, None)]
+    best = {"retnet": 4e-3, "gated": 2e-3}
+    ran, said = train(lambda run: 2 + run.seed + abs(run.lr - best[run.variant])), []
+    result = tuned.run(said.append)
+    assert said == ["10 runs"] and result["planned"] == len(ran) == 10
+    assert {(run.variant, run.lr) for run in ran[6:]} == set(best.items()) and {run.seed for run in ran[6:]} == {0, 7}
+    chosen = {row["variant"]: row["lr"] for row in result["rows"] if row["best_rate"]}
+    assert chosen == best, "told by the first seed, though the others are worse"
+    tuned.run(said.append)
+    assert said[1:] == ["0 runs"] and len(ran) == 10
+    write_json(tmp_path / "result.json", result)
+    again = replace(tuned, out=tmp_path / "again", earlier=(tmp_path / "result.json",))
+    assert again.run(said.append)["rows"] == result["rows"] and len(ran) == 10
+
+
+def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, train):
+    ran = train(lambda run: None if run.variant == "gated" else 2.0)
+    tuned = replace(comparison, variants=("retnet", "gated"), seeds=(0, 1), lrs=(1e-3, 2e-3), tune=True)
+    result = tuned.run()
+    assert [run.variant for run in ran] == ["retnet", "gated"] * 2 + ["retnet"] and result["planned"] == 5
 
 
 @pytest.mark.parametrize(

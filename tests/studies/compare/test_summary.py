@@ -47,12 +47,20 @@ def test_a_law_is_found_again():
 def test_each_variant_counts_at_its_best_rate():
     found = [record("retnet", 2.0, lr=1e-3), record("retnet", 1.8, lr=2e-3), record("gated", 1.9, lr=1e-3),
              record("gated", 2.5, lr=2e-3)]  # fmt: skip
-    assert summary.best_rates(summary.summary(found, "retnet")) == {("1m", "retnet"): 2e-3, ("1m", "gated"): 1e-3}
+    assert summary.best_rates(found) == {("1m", "retnet"): 2e-3, ("1m", "gated"): 1e-3}
     result = summary.report(found, "retnet")
     differences = {(row["variant"], row["lr"]): row.get("difference") for row in result["rows"]}
     assert differences.pop(("gated", 1e-3)) == pytest.approx(0.1) and set(differences.values()) == {None}
     table = summary.table(result)
     assert "| retnet, lr 0.002 * |" in table and "| retnet, lr 0.001 |" in table and "* The best rate of each" in table
+
+
+def test_the_best_rate_is_told_by_the_seeds_that_all_rates_have():
+    found = [record("retnet", 2.0, lr=1e-3), record("retnet", 1.9, lr=2e-3), record("retnet", 2.3, lr=2e-3, seed=1)]
+    (worse, better) = summary.summary(found, "retnet")
+    assert better["best_rate"] and better["bits_per_byte"] == pytest.approx(2.1) and not worse["best_rate"]
+    found[0] = record("retnet", 2.0, lr=1e-3, seed=2)  # none that both have: all count
+    assert summary.best_rates(found) == {("1m", "retnet"): 1e-3}
 
 
 def test_what_did_not_train_is_named_and_counts_for_nobody():
