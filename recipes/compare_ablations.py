@@ -17,4 +17,4 @@ def recipe() -> Comparison:
     sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]
     train = replace(sizes().train, steps=250)
     command = replace(sizes(), out=Path("runs/compare-ablations"), variants=VARIANTS, train=train)
-    return replace(command, sizes=("1m",), lrs=(8e-3,))
+    return replace(command, sizes=("1m",), lrs=(8e-3,), tune=False)

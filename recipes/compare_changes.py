@@ -12,8 +12,8 @@ from pathlib import Path
 from retentive.studies.compare import Comparison
 
 PAPER = ("retnet-paper", "no-head-norm", "gated", "fast-decay", "fixed", "qk-norm")
-OURS = ("retnet-no-gate", "retnet-sigmoid", "retnet-no-rotation", "retnet-qk-norm", "retnet-qk-bias")
-OURS += ("retnet-qk-norm-bias", "retnet-decay-bias", "retnet-scale-4", "retnet-small-heads")
+OURS = ("retnet-no-qk-norm", "retnet-no-gate", "retnet-sigmoid", "retnet-no-rotation", "retnet-head-norm")
+OURS += ("retnet-fixed", "retnet-qk-bias", "retnet-decay-bias", "retnet-scale-4", "retnet-small-heads")
 TWIN = ("transformer", "transformer-qk-norm", "transformer-forget", "transformer-qk-norm-forget")
 
 
@@ -22,4 +22,5 @@ def recipe() -> Comparison:
     train = replace(sizes.train, steps=250)
     variants = ("retnet", *PAPER, *OURS, *TWIN)
     out = Path("runs/compare-changes")
-    return replace(sizes, out=out, variants=variants, sizes=("1m",), seeds=tuple(range(8)), lrs=(8e-3,), train=train)
+    one = replace(sizes, sizes=("1m",), seeds=tuple(range(8)), lrs=(8e-3,), tune=False)
+    return replace(one, out=out, variants=variants, train=train)

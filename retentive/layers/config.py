@@ -54,7 +54,7 @@ class RetentionConfig:
     """A bias in the projection of a decay per token, so that a fresh model has the decays of decay_range."""
     rotary: str = "interleaved"
     """Pairs and angles of the rotation: interleaved (torchscale), half (fla), or none."""
-    qk_norm: bool = False
+    qk_norm: bool = True
     """RMSNorm with a gain over each head's q and k, before their rotation."""
     qk_bias: bool = False
     """A bias for each feature of q and k, 1 in a fresh model, before their rotation and after their norm."""

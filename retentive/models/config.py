@@ -72,8 +72,9 @@ class HybridConfig(RetNetConfig):
         self.attention()  # raises for a window or rotation that is none
 
     def attention(self) -> "TransformerConfig":
-        """The config of the blocks that attend, as wide as the twin's."""
-        return replace(twin(self), attention_window=self.attention_window, rotary=self.attention_rotary)
+        """The config of the blocks that attend, as wide as the twin's, with QK-norm if the others have it."""
+        window, rotary = self.attention_window, self.attention_rotary
+        return replace(twin(self), attention_window=window, rotary=rotary, qk_norm=self.qk_norm)
 
     def attends(self, block: int) -> bool:
         """Whether the block of this index, from 0, is one of attention."""

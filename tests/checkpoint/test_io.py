@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import retentive
 from retentive.checkpoint import fla, load_config, load_with_tokenizer, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build, preset
+from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, build, preset
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 OURS = {
@@ -29,7 +29,7 @@ OURS = {
     ),
     "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=4, attention_rotary="none"),
 }
-PAPER = RetNetConfig(**SMALL, decay="lm", score_norm=True, head_norm=True)
+PAPER = RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"])
 TORCHSCALE = replace(PAPER, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
 FLA = replace(PAPER, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)
 FOREIGN = {
@@ -128,7 +128,7 @@ def test_fields_left_out_have_the_other_projects_defaults():
     """fla: its 1.3B is its default config. torchscale: the defaults of its RetNetConfig at commit 4d1e0e8."""
     assert fla.read_config({"model_type": "retnet", "hidden_size": 2048}) == preset("fla-1.3b", vocab_size=32000)
     sizes = dict(dim=768, layers=12, heads=3, value_dim=1280 + 16, ffn_dim=1280, activation="gelu", decay="paper")
-    sizes |= dict(score_norm=True, head_norm=True)
+    sizes |= dict(score_norm=True, head_norm=True, qk_norm=False)
     raw = {"vocab_size": 100, "decoder_retention_heads": 3, "decoder_value_embed_dim": 1296}
     assert torchscale.read_config(raw) == RetNetConfig(vocab_size=100, **sizes)
 
@@ -295,7 +295,8 @@ def test_foreign_architectures_that_ours_has_not(layout, field, value, tmp_path,
 @pytest.mark.parametrize("layout", ["torchscale", "fla"])
 def test_all_reasons_are_said_at_once(layout, tmp_path, refuses):
     """A default run goes to neither layout: whoever trains anew needs all of the reasons beforehand."""
-    words = f"{layout} needs head_norm=True (this model: False), decay='paper' (this model: 'gated')"
+    words = f"{layout} needs qk_norm=False (this model: True), head_norm=True (this model: False), "
+    words += "decay='paper' (this model: 'gated')"
     if layout == "fla":
         words += ", rotary='half' (this model: 'interleaved')"
     with refuses(words):

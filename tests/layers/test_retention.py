@@ -26,6 +26,7 @@ PLAIN = dict(
     head_norm=True,
     head_norm_affine=False,
     gate=True,
+    qk_norm=False,
     norm_eps=EPS,
 )
 VARIANTS = {

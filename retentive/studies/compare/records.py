@@ -26,8 +26,9 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its directory."""
-        return f"{self.variant}_{self.size}_lr{self.lr:g}_seed{self.seed}"
+        """The name of its directory, once its rate is known."""
+        lr = "?" if self.lr is None else f"{self.lr:g}"
+        return f"{self.variant}_{self.size}_lr{lr}_seed{self.seed}"
 
 
 def read_record(file: Path) -> dict[str, Any]:

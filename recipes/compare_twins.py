@@ -1,0 +1,21 @@
+"""This package's RetNet, the paper's, one with fixed decays and a hybrid beside the Transformer and its best, at 1m.
+
+    retentive compare --recipe recipes/compare_twins.py        (on the data of recipes/compare_sizes.py)
+
+4.1 M tokens a run, three seeds, each at the best of three rates: about four hours on two cores.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from retentive.studies.compare import Comparison
+
+VARIANTS = ("retnet", "retnet-paper", "fixed", "hybrid-window")
+VARIANTS += ("transformer", "transformer-qk-norm", "transformer-qk-norm-forget")
+
+
+def recipe() -> Comparison:
+    sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]()
+    out, lrs = Path("runs/compare-twins"), (4e-3, 8e-3, 1.6e-2)
+    return replace(sizes, out=out, variants=VARIANTS, sizes=("1m",), seeds=(0, 1, 2), lrs=lrs)
