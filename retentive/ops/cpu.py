@@ -36,11 +36,11 @@ GROUP = 4
 """Chunks between two checkpoints: states that the forward pass keeps for the backward pass."""
 
 
-def struct(numbers: str, pointers: str, *, real: str = "scale") -> list[tuple[str, type]]:
-    """The fields of a C struct, in its order: numbers (int64), one that is `real` (double), pointers."""
+def struct(numbers: str, pointers: str, *, real: str = "") -> list[tuple[str, type]]:
+    """The fields of a C struct, in its order: numbers (int64), one that may be `real` (double), pointers."""
     return [  # all 8 bytes wide, so that no compiler puts padding between them
         *((name, ctypes.c_int64) for name in numbers.split()),
-        (real, ctypes.c_double),
+        *((name, ctypes.c_double) for name in real.split()),
         *((name, ctypes.c_void_p) for name in pointers.split()),
     ]
 
@@ -51,6 +51,7 @@ class Call(ctypes.Structure):
     _fields_ = struct(
         "N H K V C group dtype pair per_token threads q_stride k_stride v_stride do_stride",
         "begin first_checkpoint q k v dout log_decay state dstate checkpoints o dq dk dv final dlog_decay dinitial",
+        real="scale",
     )
 
 
@@ -60,6 +61,7 @@ class Step(ctypes.Structure):
     _fields_ = struct(
         "B H K V slots dtype threads decay_stride",
         "q k v log_decay state ring_k ring_v o ring_decay written folded",
+        real="scale",
     )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retentive.ops.rows import softmax_loss
 from retentive.ops.transforms import transformed
 
 IGNORE = -100
@@ -26,14 +27,8 @@ class _CrossEntropy(torch.autograd.Function):
         dx, dw = torch.empty_like(x_TD), torch.zeros_like(weight)
         for t in range(0, len(x_TD), chunk):
             x, target = x_TD[t : t + chunk].to(dtype), target_T[t : t + chunk]
-            logits = (x @ w.T).to(total.dtype)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            valid = (target != IGNORE)[:, None]
-            index = target.clamp(min=0)[:, None]  # gather takes no -100; `valid` drops these rows afterwards
-            total += ((log_z - logits.gather(1, index)) * valid).sum()
-            p = logits.sub_(log_z).exp_()  # the gradient of the logits: softmax, less 1 at the target
-            p.scatter_add_(1, index, p.new_full((len(p), 1), -1.0)).mul_(valid)
-            p = p.to(dtype)
+            loss, p = softmax_loss(x @ w.T, target, IGNORE)  # p: the gradient of the logits
+            total += loss.sum()
             dx[t : t + chunk] = p @ w
             dw += p.T @ x
         ctx.save_for_backward(dx, dw)  # complete but for the factor that comes from above

@@ -1,7 +1,8 @@
-"""The row-wise operations around retention in a layer: RMSNorm, and the rotation of q and k with their scale.
+"""The row-wise operations of a model: RMSNorm, the rotation of q and k with their scale, the loss of logits.
 
-    rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight
-    rotate(x)   = scale * rotary.rotate(x)
+    rms_norm(x)     = x / sqrt(mean(x^2) + eps) * weight
+    rotate(x)       = scale * rotary.rotate(x)
+    softmax_loss(x) = -log softmax(x)[target], and its gradient
 
 In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
 model's time (docs/LOG.md). `c/rows.c` does each in one. PyTorch's own operations take over where that cannot be used:
@@ -32,6 +33,12 @@ class Rotate(ctypes.Structure):
     _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
 
 
+class Softmax(ctypes.Structure):
+    """struct Softmax of c/rows.c."""
+
+    _fields_ = struct("rows n dtype ignore threads", "target x loss")
+
+
 def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether rows.c can take `x`, and `weight` with it."""
     if torch.compiler.is_compiling() or transformed() or not x.numel():
@@ -44,8 +51,11 @@ def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
 
 def _call(function: str, call: ctypes.Structure) -> None:
     """Runs a function of rows.c. `call` holds addresses only: the caller keeps the tensors alive until it returns."""
-    if getattr(library(), function)(ctypes.byref(call)):
+    failed = getattr(library(), function)(ctypes.byref(call))
+    if failed == 1:
         raise MemoryError("no memory for the work space of a row")
+    if failed == 2:
+        raise IndexError("a target is outside of the vocabulary")
 
 
 # ---- RMSNorm ----
@@ -164,3 +174,37 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         cos, sin, scale = ctx.saved_tensors
         return _Rotate.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None
+
+
+# ---- the loss of logits ----
+
+
+def softmax_loss(logits: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """(-log softmax(logits)[target] `[T]` in float32 or wider, its gradient `[T,V]` in the dtype of the logits).
+
+    Nothing of autograd: the caller has done its part. The gradient may lie where the logits were.
+
+    Args:
+        logits: `[T,V]`.
+        target: int64 `[T]`, columns; rows whose target is `ignore` have loss and gradient 0.
+
+    Raises:
+        IndexError, RuntimeError: a target that is no column.
+    """
+    T, V = logits.shape
+    if compiled(logits):
+        logits, target, loss = logits.contiguous(), target.contiguous(), torch.empty(T, dtype=torch.float32)
+        call = Softmax(
+            T, V, DTYPES.index(logits.dtype), ignore, torch.get_num_threads(),
+            target.data_ptr(), logits.data_ptr(), loss.data_ptr(),
+        )  # fmt: skip
+        _call("softmax_loss", call)
+        return loss, logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_z = wide.logsumexp(-1, keepdim=True)
+    valid = (target != ignore)[:, None]
+    index = target.where(valid[:, 0], 0)[:, None]  # gather takes no -100; `valid` drops these rows afterwards
+    loss = (log_z - wide.gather(1, index)).where(valid, 0)[:, 0]
+    p = wide.sub_(log_z).exp_()
+    p.scatter_add_(1, index, p.new_full((T, 1), -1.0))
+    return loss, p.masked_fill_(~valid, 0).to(logits.dtype)

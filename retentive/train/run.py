@@ -168,7 +168,7 @@ class TrainRun:
         config = load_config(self.out)[0] if resumes else self.config(data.meta.vocab_size)
         if self.mode == "carry" and type(config) is not RetNetConfig:  # a HybridConfig is one too, by inheritance
             kind = MODELS[type(config)].__name__
-            raise ValueError(f"mode carry hands on a state of constant size, which a {kind} has not: use another mode")
+            raise ValueError(f"mode carry hands on states of retention, a {kind} attends as well: use another mode")
         check_fits(config, self.batch, self.length, pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         model = build(config)

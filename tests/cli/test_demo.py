@@ -45,7 +45,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "seconds", "steps"), [(4, 0.5, 428), (4, 60, 20), (1000, 0.01, 5000)], ids=["usual", "least", "most"]
+    ("minutes", "seconds", "steps"), [(4, 0.5, 428), (4, 60, 20), (1000, 0.01, 20_000)], ids=["usual", "least", "most"]
 )
 def test_the_steps_fill_the_minutes(minutes, seconds, steps, monkeypatch, tmp_path):
     """With an eighth for what is not a step."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import rms_norm, rotate
+from retentive.ops.rows import rms_norm, rotate, softmax_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -192,3 +192,70 @@ def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
     assert all(t.isfinite().all() for t in found)
     if way == "compiled":
         assert poisoned["empty"] and poisoned["empty_like"]
+
+
+# ---- the loss of logits ----
+
+
+def plain_loss(logits, target):
+    """Its loss, a row each, and its gradient, by autograd in the dtype of the logits."""
+    leaf = logits.clone().requires_grad_()
+    wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+    loss = F.cross_entropy(wide, target, reduction="none")
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (7, 3), (40, 64), (33, 257), (9, 5000)], ids=str)
+@dtypes
+def test_the_loss_and_its_gradient_are_as_close_to_the_truth_as_pytorchs(dtype, shape, gold_rule, same):
+    logits, target = (5 * torch.randn(shape)).to(DTYPES[dtype]), torch.randint(shape[1], shape[:1])
+    gold, plain = plain_loss(logits.double(), target), plain_loss(logits, target)
+    loss, gradient = softmax_loss(logits.clone(), target, -100)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, logits.dtype)
+    # differences of float32 numbers up to 25, which are 1e-6 apart: what a loss is, and the exponent of a gradient
+    same(loss.double(), gold[0], 4e-6)
+    if dtype == "fp32":
+        same(gradient.double(), gold[1], 4e-6)
+    else:
+        gold_rule(gold[1], gradient, plain[1], 0.5 if logits.numel() > 200 else 20, "gradient")
+
+
+def test_rows_that_are_ignored_have_no_loss_whatever_they_hold():
+    logits, target = torch.randn(4, 9), torch.tensor([3, -7, 0, -7])
+    logits[1, 2], logits[3] = torch.nan, torch.inf
+    want, gradient = plain_loss(logits[::2], target[::2])
+    loss, got = softmax_loss(logits.clone(), target, -7)
+    assert loss.tolist()[1::2] == [0, 0] and not got[1::2].any()
+    torch.testing.assert_close((loss[::2], got[::2]), (want, gradient), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_logits_that_is_not_finite_has_no_finite_loss():
+    logits = torch.randn(3, 40)
+    logits[1, 7] = torch.nan
+    loss, gradient = softmax_loss(logits, torch.tensor([1, 2, 3]), -100)
+    assert loss.isfinite().tolist() == [True, False, True] and gradient[0].isfinite().all()
+    assert gradient[1].isnan().any()
+
+
+def test_logits_far_apart(same):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 5.0], [-torch.inf, 2.0, 2.0]])
+    loss, gradient = softmax_loss(logits, torch.tensor([0, 0, 1]), -100)
+    same(loss, torch.tensor([0.0, 2e30, 0.6931472]), 1e-6)
+    same(gradient, torch.tensor([[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [0.0, -0.5, 0.5]]), 1e-6)
+
+
+@pytest.mark.parametrize("target", [9, -1, 2**40])
+def test_a_target_that_is_no_column_is_an_error(target):
+    with pytest.raises((IndexError, RuntimeError), match="out"):
+        softmax_loss(torch.randn(4, 9), torch.tensor([1, target, 2, 3]), -100)
+
+
+def test_losses_do_not_depend_on_threads_or_layout(same):
+    logits, target = torch.randn(2000, 70), torch.randint(70, (2000,))
+    want = softmax_loss(logits.clone(), target, -100)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        same(softmax_loss(logits.T.contiguous().T, target.repeat_interleave(2)[::2], -100), want, 1e-6)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,4 +1,5 @@
-/* RMSNorm and rotation of the rows around retention, each in one pass over memory. The formulas are those of rows.py.
+/* RMSNorm, rotation, and the softmax with its loss, of rows, each in one pass over memory. The formulas are those of
+   rows.py.
 
 Arithmetic is float32. Rows are divided among the threads in order, so that what a sum over rows is made of depends on
 their number only.
@@ -25,6 +26,13 @@ typedef struct {
     const float *cos, *sin, *scale;                                            /* [phase_rows][K/2]; [scale_rows][H] */
     void *y;
 } Rotate;
+
+typedef struct {
+    i64 rows, n, dtype, ignore, threads;
+    const i64 *target; /* [rows] */
+    void *x;
+    float *loss; /* [rows] */
+} Softmax;
 
 static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
 
@@ -123,6 +131,51 @@ int rotate(const Rotate *c) {
                     }
                 write_rows(c->dtype, y, K, 1, K, (char *)c->y + (t * H + h) * K * size, K);
             }
+        }
+        free(x);
+    }
+    return failed;
+}
+
+/* The loss of each row of logits, and over them its gradient. 2 where a target is no column: the rest is done. */
+int softmax_loss(const Softmax *c) {
+    enum { WIDE = 4 * LANES }; /* lanes of a sum or a maximum, which are folded at the end */
+    int failed = 0;
+#pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
+    {
+        i64 n = c->n, wide = round_up(n, WIDE), bytes = n * size_of(c->dtype);
+        float *x = malloc(wide * 4);
+        if (!x) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < c->rows; row++) {
+            i64 target = c->target[row];
+            char *at = (char *)c->x + row * bytes;
+            if (!x || target < 0 || target >= n) {
+                memset(at, 0, bytes), c->loss[row] = 0;
+                if (x && target != c->ignore) {
+#pragma omp atomic write
+                    failed = 2;
+                }
+                continue;
+            }
+            read_row(c->dtype, at, n, x, n);
+            for (i64 j = n; j < wide; j++) x[j] = -INFINITY;
+            float own = x[target], most[WIDE], sum[WIDE] = {0}, top = -INFINITY, all = 0;
+            for (int l = 0; l < WIDE; l++) most[l] = -INFINITY;
+            for (i64 j = 0; j < wide; j += WIDE)
+                for (int l = 0; l < WIDE; l++) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
+            for (int l = 0; l < WIDE; l++) top = most[l] > top ? most[l] : top;
+            for (i64 j = 0; j < wide; j += WIDE)
+                for (int l = 0; l < WIDE; l++) sum[l] += x[j + l] = exp_of(x[j + l] - top); /* NaN goes on as NaN */
+            for (int l = 0; l < WIDE; l++) all += sum[l];
+            c->loss[row] = logf(all) + top - own;
+            all = 1 / all;
+            for (i64 j = 0; j < n; j++) x[j] *= all;
+            x[target] -= 1;
+            write_rows(c->dtype, x, n, 1, n, at, n);
         }
         free(x);
     }
