@@ -7,31 +7,19 @@ twice what the BLAS behind torch.matmul does on some CPUs, and because nothing b
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from retentive.ops.blocked import check_borders, refuse_second_derivative
+from retentive.ops.compiler import FLAGS, NATIVE, NotBuilt, Source, load
 from retentive.ops.ring import Ring
 
 FOLDER = Path(__file__).with_name("c")
-UNITS = ("cpu.c", "rows.c")
-"""The translation units; they include the other files of `c/`. The second is for rows.py."""
-# no -ffast-math, which assumes that there are no NaNs
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"]
-LINK = ["-lm", "-pthread"]
+# the second unit is for rows.py
+SOURCE = Source("cpu", (FOLDER / "cpu.c", FOLDER / "rows.c"), (FOLDER,), (*FLAGS, NATIVE, "-fopenmp"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PATIENCE = 300
-"""Seconds after which a compiler is killed."""
 GROUP = 4
 """Chunks between two checkpoints: states that the forward pass keeps for the backward pass."""
 
@@ -65,94 +53,10 @@ class Step(ctypes.Structure):
     )
 
 
-class NotBuilt(Exception):
-    """The reason why there is no compiled library, in one line."""
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on: a cache in a home directory may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
-    except OSError:
-        return platform.platform() + platform.processor()
-
-
-def build(compiler: list[str], folder: Path) -> Path:
-    """The library compiled by `compiler`, a program and what it is always given, from `folder` or built into it.
-
-    A file's name holds a hash of what it was made from, and one of its own bytes: code from a file that was cut short
-    would end the process (SIGBUS), so such a file is deleted and built anew.
-
-    Raises:
-        NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
-    """
-    texts = [file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]"))]
-    key = _hash(repr((texts, compiler, FLAGS, _cpu())).encode())
-    for library in sorted(folder.glob(f"cpu-{key}-*.so")):
-        if library.stem.endswith(_hash(library.read_bytes())):
-            return library
-        library.unlink(missing_ok=True)  # another process may have deleted it first
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
-        # compiled with OpenMP but linked without: its calls go to the one runtime that PyTorch has loaded, since the
-        # threads of a second one would spin against those of the first
-        built = Path(scratch) / "cpu.so"
-        units = {FOLDER / name: str(Path(scratch) / f"{name}.o") for name in UNITS}
-        compiling = [[*FLAGS, "-c", str(file), "-o", unit] for file, unit in units.items()]
-        for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
-            _compile(compiler, command)
-        library = folder / f"cpu-{key}-{_hash(built.read_bytes())}.so"
-        built.replace(library)  # whole or not at all: another process may be looking
-    return library
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _compile(compiler: list[str], arguments: list[str]) -> None:
-    # in a session of its own: gcc starts cc1, as and ld, and killpg below must end them too
-    process = subprocess.Popen(
-        [*compiler, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        _, said = process.communicate(timeout=PATIENCE)
-    except BaseException as error:  # Ctrl-C as well as the timeout
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise NotBuilt(f"{shlex.join(compiler)} took more than {PATIENCE} s to compile the kernels") from None
-        raise
-    if process.returncode:
-        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
-        complaint = next((line for line in lines if "error" in line), lines[0])
-        raise NotBuilt(f"{shlex.join(compiler)} could not compile the kernels: {complaint}")
-
-
 @functools.cache
 def library() -> ctypes.CDLL | NotBuilt:
     """The compiled library, or why there is none; looked for once in a process, even if that failed."""
-    try:
-        names = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["clang"], ["cc"]]
-        compiler = next(([path, *more] for name, *more in names if (path := shutil.which(name))), None)
-        if compiler is None:
-            return NotBuilt(f"no C compiler found (looked for {', '.join(name for name, *_ in names)})")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
-        built = build(compiler, cache)
-        try:
-            return ctypes.CDLL(str(built))
-        except OSError:  # an empty file, as a power cut leaves behind
-            built.unlink()
-            return ctypes.CDLL(str(build(compiler, cache)))
-    except (NotBuilt, OSError, RuntimeError, ValueError) as error:
-        return NotBuilt(str(error))
+    return load(SOURCE)
 
 
 def unavailable(dtype: torch.dtype = torch.float32) -> str | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from retentive.ops import compiler, reference, retention, retention_step
 from retentive.ops import cpu as module
-from retentive.ops import reference, retention, retention_step
 from retentive.ops.ring import Ring
 from retentive.ops.ring import decode_step as plain_step
 from tests.ops.test_blocked import DECAYS, DTYPES, LENGTHS, inputs, parallel, strided, weights_for, with_gradients
@@ -83,10 +84,8 @@ def compiled(tmp_path_factory):
 
     @functools.cache
     def build(*flags: str) -> ctypes.CDLL:
-        ours = [flag for flag in module.FLAGS if not flag.startswith("-march")]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "FLAGS", [*ours, *flags])
-            return ctypes.CDLL(str(module.build(["gcc"], folder)))
+        ours = tuple(flag for flag in module.SOURCE.flags if flag != compiler.NATIVE)
+        return ctypes.CDLL(str(compiler.build(replace(module.SOURCE, flags=ours + flags), ["gcc"], folder)))
 
     return build
 
@@ -722,8 +721,7 @@ def fresh(monkeypatch, tmp_path):
     source = tmp_path / "c" / "small.c"
     source.parent.mkdir()
     source.write_text("int answer(void) { return 42; }\n", encoding="utf-8")
-    monkeypatch.setattr(module, "FOLDER", source.parent)
-    monkeypatch.setattr(module, "UNITS", ("small.c",))
+    monkeypatch.setattr(module, "SOURCE", replace(module.SOURCE, units=(source,), folders=(source.parent,)))
     return tmp_path / "cache" / "retentive"
 
 
@@ -746,16 +744,16 @@ def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
 
 def test_another_source_other_flags_or_another_compiler_is_another_library(fresh, monkeypatch, tmp_path):
     folder = tmp_path / "libraries"
-    libraries = {module.build(["gcc"], folder)}
-    monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, "-DX"])
-    libraries.add(module.build(["gcc"], folder))
-    libraries.add(module.build([script(tmp_path / "cc", 'exec gcc "$@"\n')], folder))
-    (module.FOLDER / "small.c").write_text("int answer(void) { return 43; }\n", encoding="utf-8")
-    libraries.add(module.build(["gcc"], folder))
-    (module.FOLDER / "included.h").write_text("/* may change what is compiled */\n", encoding="utf-8")
-    libraries.add(module.build(["gcc"], folder))
-    monkeypatch.setattr(module, "_cpu", lambda: "another machine on the same home directory")
-    libraries.add(module.build(["gcc"], folder))
+    libraries = {compiler.build(module.SOURCE, ["gcc"], folder)}
+    source = replace(module.SOURCE, flags=(*module.SOURCE.flags, "-DX"))
+    libraries.add(compiler.build(source, ["gcc"], folder))
+    libraries.add(compiler.build(source, [script(tmp_path / "cc", 'exec gcc "$@"\n')], folder))
+    source.units[0].write_text("int answer(void) { return 43; }\n", encoding="utf-8")
+    libraries.add(compiler.build(source, ["gcc"], folder))
+    (source.folders[0] / "included.h").write_text("/* may change what is compiled */\n", encoding="utf-8")
+    libraries.add(compiler.build(source, ["gcc"], folder))
+    monkeypatch.setattr(compiler, "_cpu", lambda: "another machine on the same home directory")
+    libraries.add(compiler.build(source, ["gcc"], folder))
     assert len(libraries) == 6 and set(folder.iterdir()) == libraries
 
 
@@ -777,9 +775,9 @@ def test_without_a_compiler_that_works_the_reason_is_said_and_auto_does_without(
     failure, fresh, monkeypatch, tmp_path, refuses, capfd, same
 ):
     text, reason = FAILURES[failure]
-    compiler = script(tmp_path / "cc", text) if text else str(tmp_path / "cc")
-    monkeypatch.setenv("CC", compiler)
-    assert reason.format(cc=compiler) in module.unavailable() and "\n" not in module.unavailable()
+    cc = script(tmp_path / "cc", text) if text else str(tmp_path / "cc")
+    monkeypatch.setenv("CC", cc)
+    assert reason.format(cc=cc) in module.unavailable() and "\n" not in module.unavailable()
     q, k, v, log_decay, state = (x.detach() for x in inputs(1, 40, 2, 4, 3, dtype=torch.float32))
     with refuses(f"backend 'cpu' cannot do this: {module.unavailable()}"):
         cpu(q, k, v, log_decay, state)
@@ -809,7 +807,7 @@ def test_a_read_only_cache(fresh, monkeypatch, tmp_path):
 def test_a_library_that_is_broken_is_built_anew(keep, fresh, monkeypatch):
     """As after a power cut. Of one that is half there the loader makes a library whose code is a SIGBUS."""
     monkeypatch.setenv("CC", "gcc")
-    library = module.build([shutil.which("gcc")], fresh)
+    library = compiler.build(module.SOURCE, [shutil.which("gcc")], fresh)
     whole = library.read_bytes()
     library.unlink()
     library.write_bytes(whole[: int(keep * len(whole))])
@@ -819,7 +817,7 @@ def test_a_library_that_is_broken_is_built_anew(keep, fresh, monkeypatch):
 
 
 def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(fresh, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(compiler, "PATIENCE", 0.5)
     pids = tmp_path / "pids"
     hangs = script(tmp_path / "cc", f"sleep 600 &\necho $! $$ > {pids}\nwait\n")
     monkeypatch.setenv("CC", hangs)
@@ -832,8 +830,8 @@ def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(fresh, monke
 
 def test_the_step_stands_by_itself(tmp_path):
     """One file of C and the headers that it includes: what other engines compile alone."""
-    flags = [flag for flag in module.FLAGS if flag != "-fopenmp"]
-    command = ["gcc", *flags, "-shared", str(module.FOLDER / "step.c"), "-o", str(tmp_path / "step.so"), *module.LINK]
+    flags = [flag for flag in module.SOURCE.flags if flag != "-fopenmp"]
+    command = ["gcc", *flags, "-shared", str(module.FOLDER / "step.c"), "-o", str(tmp_path / "step.so"), *compiler.LINK]
     subprocess.run(command, check=True)
     assert ctypes.CDLL(str(tmp_path / "step.so")).retention_step
 
@@ -856,7 +854,7 @@ def test_built_by_several_at_once_it_is_whole_or_not_there(fresh, tmp_path):
     """Threads with a folder in common are to it what processes are: nothing else is shared."""
     slow = [script(tmp_path / "cc", 'sleep 0.1\nexec gcc "$@"\n')]
     with ThreadPoolExecutor(5) as pool:
-        builds = [pool.submit(module.build, slow, fresh) for _ in range(4)]
+        builds = [pool.submit(compiler.build, module.SOURCE, slow, fresh) for _ in range(4)]
         while not all(x.done() for x in builds):  # whatever can be seen meanwhile can be loaded
             for library in fresh.glob("*.so"):
                 assert ctypes.CDLL(str(library)).answer() == 42
