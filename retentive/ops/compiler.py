@@ -63,7 +63,7 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         library.unlink(missing_ok=True)  # another process may have deleted it first
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
-        # whoever is compiled with OpenMP is linked without: its calls go to the one runtime that PyTorch has loaded, since
+        # what is compiled with OpenMP is linked without: its calls go to the one runtime that PyTorch has loaded, since
         # the threads of a second one would spin against those of the first
         built = Path(scratch) / "built.so"
         units = {file: str(Path(scratch) / f"{file.name}.o") for file in source.units}
