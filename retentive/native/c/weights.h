@@ -1,0 +1,55 @@
+/* Matrices of weights as the products read them: each byte once, in order, and no sum across a vector.
+
+A matrix [N][K] lies in panels of 16 rows. A panel is a run of lines of 64 bytes, each a unit of 4 bytes of every row:
+
+    float32   1 column
+    bfloat16  2 columns, which is also what an AMX tile is loaded from
+    int8      4 columns, as w + 128
+    int4      8 columns, as w + 8, the first in the low half of the first byte
+
+Integers have a scale for each row and group of columns, float16, [N / 16][K / group][16]. N is padded to whole panels,
+K to 16 columns or to whole groups; the weights there are 0.
+*/
+
+#pragma once
+#include "numbers.h"
+
+enum { ROWS = 16, LINE = 64, MOST_GROUP_COLUMNS = 256 };
+enum { FLOAT32, BFLOAT16, INT8, INT4 };
+
+typedef struct {
+    i64 N, K, kind, group; /* group: columns with one scale, a multiple of 16; 0 for floats */
+    const uint8_t *lines;
+    const uint16_t *scales;
+} Matrix;
+
+INLINE i64 columns_of_unit(i64 kind) { return (i64)1 << kind; }
+INLINE i64 padded_columns(const Matrix *m) { return round_up(m->K, m->group ? m->group : 16); }
+INLINE i64 lines_of_panel(const Matrix *m) { return padded_columns(m) / columns_of_unit(m->kind); }
+INLINE i64 panels_of(const Matrix *m) { return (m->N + ROWS - 1) / ROWS; }
+INLINE i64 groups_of(const Matrix *m) { return m->group ? padded_columns(m) / m->group : 0; }
+
+/* bytes that `pack` fills: the scales, where there are any, after the lines */
+i64 packed_bytes(const Matrix *m) { return panels_of(m) * (lines_of_panel(m) * LINE + groups_of(m) * ROWS * 2); }
+
+/* The matrix whose rows lie at `rows` as in a file (int4: two's complement, two columns a byte, the first in the low
+   half), with scales [N][groups], into `to`, which is aligned to a line. `m` points there then. */
+void pack(Matrix *m, const uint8_t *rows, const uint16_t *scales, uint8_t *to) {
+    i64 lines = lines_of_panel(m), panels = panels_of(m), groups = groups_of(m);
+    i64 stride = (m->K * 4 + columns_of_unit(m->kind) - 1) / columns_of_unit(m->kind); /* bytes of a row */
+    uint8_t zero = m->kind == INT8 ? 0x80 : m->kind == INT4 ? 0x88 : 0;                /* also what turns the signs */
+    uint16_t *scales_to = (uint16_t *)(to + panels * lines * LINE);
+    for (i64 n = 0; n < panels * ROWS; n++) {
+        i64 have = n < m->N ? stride : 0;
+        const uint8_t *row = rows + n * stride;
+        uint8_t *at = to + n / ROWS * lines * LINE + n % ROWS * 4;
+        for (i64 b = 0; b < lines * 4; b++) at[b / 4 * LINE + b % 4] = (b < have ? row[b] : 0) ^ zero;
+        if (m->kind == INT4 && have && m->K % 2) { /* the half of a byte that is no column */
+            i64 b = stride - 1;
+            at[b / 4 * LINE + b % 4] = (at[b / 4 * LINE + b % 4] & 15) | 0x80;
+        }
+        for (i64 g = 0; g < groups; g++)
+            scales_to[(n / ROWS * groups + g) * ROWS + n % ROWS] = n < m->N ? scales[n * groups + g] : 0;
+    }
+    m->lines = to, m->scales = scales_to;
+}

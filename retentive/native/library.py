@@ -1,0 +1,66 @@
+"""The compiled library: the structs of `c/model.h` and `c/decode.c`, and what is called."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+from retentive.ops.compiler import FLAGS, NATIVE, NotBuilt, Source, load
+from retentive.ops.cpu import FOLDER as OPS
+from retentive.ops.cpu import struct
+
+FOLDER = Path(__file__).with_name("c")
+SOURCE = Source("native", (FOLDER / "decode.c",), (FOLDER, OPS), (*FLAGS, NATIVE, f"-I{OPS}"))
+KINDS = ("float32", "bfloat16", "int8", "int4")
+"""The kinds of weights, as `c/weights.h` counts them."""
+
+
+class Matrix(ctypes.Structure):
+    """struct Matrix of c/weights.h."""
+
+    _fields_ = struct("N K kind group", "lines scales")
+
+
+class Layer(ctypes.Structure):
+    """struct Layer of c/model.h."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("in_", "out", "up", "down")),
+        *struct("", "retention_norm ffn_norm q_norm k_norm q_bias k_bias decay_bias head_norm"),
+    ]
+
+
+class Model(ctypes.Structure):
+    """struct Model of c/model.h."""
+
+    _fields_ = [
+        *struct("D layers H kv K V F vocab rotary gate gate_activation activation ffn_gate", ""),
+        *struct("gated row_norm normed_heads embed_norm_on final_norm_on", "", real="eps decay_scale embed_scale"),
+        *struct("", "log_decay layer"),
+        ("embed", Matrix),
+        ("head", Matrix),
+        *struct("", "embed_norm final_norm"),
+    ]
+
+
+class Rings(ctypes.Structure):
+    """struct Rings of c/decode.c."""
+
+    _fields_ = struct("", "state k v decay written folded")
+
+
+class Call(ctypes.Structure):
+    """struct Call of c/decode.c."""
+
+    _fields_ = struct("n slots dtype", "pool model ids position rings logits")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | NotBuilt:
+    """The compiled library, or why there is none; looked for once in a process, even if that failed."""
+    built = load(SOURCE)
+    if not isinstance(built, NotBuilt):
+        built.packed_bytes.restype = ctypes.c_int64
+        built.native_open.restype = ctypes.c_void_p
+        built.native_open.argtypes = [ctypes.c_int64]
+        built.native_close.argtypes = [ctypes.c_void_p]
+    return built

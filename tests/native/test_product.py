@@ -1,0 +1,143 @@
+"""Packed matrices and their products, by each instruction set, against float64."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+
+from retentive.native.library import FOLDER, KINDS, OPS, Matrix
+from retentive.ops import cpu
+from retentive.ops.compiler import FLAGS
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+HARNESS = """
+#include <stdlib.h>
+#include "product.h"
+void go(const Matrix *m, const float *x, i64 rows, float *y) {
+    i64 K = padded_columns(m), ld = panels_of(m) * ROWS, bytes = round_up(rows * K * 4, 64);
+    Input in = {m->kind, m->group, K, aligned_alloc(64, bytes), aligned_alloc(64, bytes), malloc(bytes), malloc(bytes)};
+    for (i64 r = 0; r < rows; r++) ready_row(&in, r, x + r * m->K, m->K);
+    product(m, &in, rows, 0, panels_of(m), y, ld);
+    free(in.x), free(in.q), free(in.scale), free(in.sum);
+}
+int pairs(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#endif
+    return 0;
+}
+"""
+SETS = {"native": "-march=native", "sse2": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+SHAPES = [(16, 16, 16), (33, 70, 32), (100, 129, 64), (7, 300, 128), (5, 5, 256)]
+
+
+@pytest.fixture(scope="module", params=SETS)
+def library(request, tmp_path_factory):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" and request.param != "native":
+        pytest.skip("this machine cannot run all of them")
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
+    includes = [f"-I{FOLDER}", f"-I{OPS}"]
+    made = ["gcc", *FLAGS, SETS[request.param], *includes, "-shared", "harness.c", "-o", "harness.so", "-lm"]
+    subprocess.run(made, cwd=folder, check=True)
+    loaded = ctypes.CDLL(str(folder / "harness.so"))
+    loaded.packed_bytes.restype = ctypes.c_int64
+    return loaded
+
+
+def quantised(w, group, top):
+    """(integers `[N,K]`, scales `[N,groups]` float16, what they stand for `[N,K]`), rounded to nearest."""
+    K = w.shape[1]
+    parts = torch.nn.functional.pad(w, (0, -K % group)).unflatten(1, (-1, group))
+    scale = (parts.abs().amax(-1) / top).half()
+    q = (parts / scale.float()[..., None]).round().clamp(-top - 1, top)
+    return q.flatten(1)[:, :K].to(torch.int8), scale, (q * scale.float()[..., None]).flatten(1)[:, :K]
+
+
+class Packed:
+    """A random matrix of a kind, packed; `exact` is what it stands for."""
+
+    def __init__(self, library, kind, N, K, group):
+        self.library, w, scales = library, torch.randn(N, K), None
+        self.exact, rows = w.double(), w
+        if kind == "bfloat16":
+            rows = w.bfloat16()
+            self.exact = rows.double()
+        elif kind in ("int8", "int4"):
+            rows, scales, stands = quantised(w, group, 127 if kind == "int8" else 7)
+            self.exact = stands.double()
+            if kind == "int4":
+                nibbles = torch.nn.functional.pad(rows, (0, K % 2), value=5).to(torch.uint8) & 15  # 5 must not count
+                rows = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        self.rows, self.scales = rows.contiguous(), scales
+        self.matrix = Matrix(N, K, KINDS.index(kind), group if scales is not None else 0)
+        size = library.packed_bytes(ctypes.byref(self.matrix))
+        self.blob = torch.full((size + 128,), 77, dtype=torch.uint8)
+        at = -self.blob.data_ptr() % 64
+        library.pack(
+            ctypes.byref(self.matrix), ctypes.c_void_p(self.rows.data_ptr()),
+            ctypes.c_void_p(None if scales is None else scales.data_ptr()), ctypes.c_void_p(self.blob.data_ptr() + at),
+        )  # fmt: skip
+        outside = torch.cat([self.blob[:at], self.blob[at + size :]])
+        assert (outside == 77).all(), "written past its room"
+
+    def __call__(self, x):
+        """`x W^T` with the columns that are padding."""
+        N = self.matrix.N
+        y = torch.full((len(x), -(-N // 16) * 16), torch.nan)
+        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_void_p(y.data_ptr()))
+        self.library.go(ctypes.byref(self.matrix), *pointers)
+        return y
+
+
+@pytest.mark.parametrize(("N", "K", "group"), SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, library, same):
+    packed = Packed(library, kind, N, K, group)
+    x = torch.randn(13, K)
+    read = x.bfloat16() if kind == "bfloat16" and library.pairs() else x
+    # float32 sums; with integers x has 16 bits in each group, 2e-5 of its largest number
+    close = 1e-4 if kind.startswith("int") else 4e-6
+    for rows in (1, 2, 3, 7, 8, 13):
+        y = packed(x[:rows])
+        same(y[:, :N].double(), read[:rows].double() @ packed.exact.T, close)
+        assert not y[:, N:].any()
+        same(y[-1:], packed(x[rows - 1 : rows].clone()), 0)  # the bits that the row gets alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_spoils_its_row_only(kind, library, same):
+    packed = Packed(library, kind, 20, 96, 32)
+    x = torch.randn(3, 96)
+    want = packed(x)
+    for bad in (torch.nan, torch.inf):
+        spoilt = x.clone()
+        spoilt[1, 50] = bad
+        y = packed(spoilt)
+        assert not y[1, :20].isfinite().any()
+        same(y[::2], want[::2], 0)
+
+
+def test_integers_at_their_ends_do_not_overflow(library, same):
+    """-128 and -8 are integers too, and a group of 256 of the largest is the largest sum."""
+    for kind, low in (("int8", -128), ("int4", -8)):
+        packed = Packed(library, kind, 16, 256, 256)
+        rows = torch.full((16, 256), low, dtype=torch.int8)
+        if kind == "int4":
+            rows = (rows[:, ::2].to(torch.uint8) & 15) * 17
+        packed.rows.copy_(rows)
+        at = packed.blob.data_ptr() + -packed.blob.data_ptr() % 64
+        scales = torch.ones(16, 1, dtype=torch.half)
+        pointers = (packed.rows.data_ptr(), scales.data_ptr(), at)
+        library.pack(ctypes.byref(packed.matrix), *map(ctypes.c_void_p, pointers))
+        for x in (torch.ones(1, 256), -torch.ones(1, 256)):
+            same(packed(x), (x.sum() * low).expand(1, 16), 1e-6)
+
+
+def test_zeros_and_the_smallest_numbers_are_no_division_by_zero(library):
+    packed = Packed(library, "int8", 16, 64, 32)
+    x = torch.zeros(2, 64)
+    x[1, :32] = 1e-39
+    assert packed(x).isfinite().all()
