@@ -29,7 +29,7 @@ def by_hand(model, tokens: list[int], first: int) -> torch.Tensor:
     """The first layer's state `[H,K,V]` after `tokens` at positions first, first + 1, …: sum of gamma^age k v^T."""
     c, layer = model.config, model.blocks[0].retention
     x = model.blocks[0].retention_norm(model.embed(torch.tensor(tokens)))
-    k = layer.k_proj(x).view(len(tokens), c.heads, -1)
+    k = layer.k_norm(layer.k_proj(x).view(len(tokens), c.heads, -1))
     v = layer.v_proj(x).view(len(tokens), c.heads, -1)
     log_decay = decay.log_decay(c.decay, c.heads, dtype=torch.float64, lm_range=c.decay_range)
     state = torch.zeros(c.heads, k.shape[-1], v.shape[-1], dtype=torch.float64)
