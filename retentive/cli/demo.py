@@ -163,10 +163,10 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
     first = TrainRun(data, command.out, size=command.size, batch=4, length=512, overwrite=command.overwrite)
     overhead = 1.12  # for evaluations, samples and checkpoints
     steps = max(20, min(20_000, int(command.minutes * 60 / (overhead * first.seconds_per_step()))))
-    often = max(steps // 4, 1)
+    often, width = max(steps // 4, 1), preset(command.size, vocab_size=command.vocab_size).dim
     options = TrainConfig(
         steps=steps,
-        lr=8e-3,
+        lr=2.0 / width,  # 0.016 for 1m (docs/LOG.md), less for wider ones
         warmup=min(50, steps // 10 + 1),
         eval_every=often,
         save_every=max(steps // 2, 1),
