@@ -125,7 +125,7 @@ class TrainRun:
         return train(model, batches, language_modelling, run.train, directory, hooks)
 
     def seconds_per_step(self) -> float:
-        """Seconds that a step of this run takes on this machine: the median of three or of two seconds. Writes nothing."""
+        """Seconds of a step of this run on this machine: the median of three, or of two seconds. Writes nothing."""
         data = Packed(self.data)
         config = replace(self.train, precision=pick_precision(self.train.precision, pick_device(self.train.device)))
         batches, (_, model) = self.batches(data), self.build(data)

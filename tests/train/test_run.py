@@ -1,5 +1,6 @@
 """Whole runs from Python: what goes on, what is lengthened, begun anew or from given weights, and what is refused."""
 
+import itertools
 import json
 import math
 import shutil
@@ -325,7 +326,8 @@ def test_seconds_per_step_are_the_median_without_the_first(made, monkeypatch):
 def test_seconds_per_step_are_those_of_the_options(made, monkeypatch):
     """Recomputing each block in the backward pass takes a third more time: the step that is timed must do it too."""
     calls = []
-    forward = Block.forward
+    forward, seconds = Block.forward, itertools.count()  # as many steps in both
+    monkeypatch.setattr("retentive.train.run.time.perf_counter", lambda: next(seconds))
     monkeypatch.setattr(Block, "forward", lambda block, *args: (calls.append(block), forward(block, *args))[1])
     counts = []
     for recomputed in (False, True):
