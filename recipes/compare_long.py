@@ -1,8 +1,6 @@
 """Whether what learns sooner also ends better: one run each of 20.5 M tokens at 5m, an epoch and two thirds of novels.
 
-    retentive compare --recipe recipes/compare_long.py        (on the data of recipes/compare_sizes.py)
-
-About seven hours on two cores.
+retentive compare --recipe recipes/compare_long.py        (on the data of recipes/compare_sizes.py)
 """
 
 import runpy

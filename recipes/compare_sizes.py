@@ -3,8 +3,8 @@
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels
     retentive compare --recipe recipes/compare_sizes.py
 
-Every run sees 4.1 M tokens, a third of an epoch of 76 books. On two cores about twelve hours; with the result of
-recipes/compare_twins.py as --earlier, the smallest size is done already.
+Every run sees 4.1 M tokens, a third of an epoch of 76 books. With the result of recipes/compare_twins.py as --earlier
+the smallest size is done already.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     retentive compare --recipe recipes/compare_twins.py        (on the data of recipes/compare_sizes.py)
 
-4.1 M tokens a run, three seeds, each at the best of three rates: about four hours on two cores.
+4.1 M tokens a run, three seeds, each at the best of three rates.
 """
 
 import runpy

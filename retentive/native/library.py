@@ -34,7 +34,7 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         *struct("D layers H kv K V F vocab rotary gate gate_activation activation ffn_gate", ""),
-        *struct("gated row_norm normed_heads embed_norm_on final_norm_on", "", real="eps decay_scale embed_scale"),
+        *struct("gated row_norm normed_heads", "", real="eps decay_scale embed_scale"),
         *struct("", "log_decay layer"),
         ("embed", Matrix),
         ("head", Matrix),

@@ -47,7 +47,7 @@ class Options:
 
     out: Path = Path("runs/recall")
     """Folder for the models; those that are there are not trained again."""
-    variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid", "hybrid-window", "transformer-qk-norm")
+    variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid", "hybrid-window", "transformer")
     """As `retentive compare --variants`."""
     dims: tuple[int, ...] = (64,)
     """Widths of the models, of two layers."""

@@ -132,8 +132,7 @@ class TrainRun:
         model.to(pick_device(config.device)).train()
         wrap_blocks(model, config)
         optimizer, carried, times = adamw(model, config), None, []
-        # the first one allocates and compiles, and is left out; short ones vary more
-        for step in range(50):
+        for step in range(50):  # the first one allocates and compiles, and is left out; short ones vary, and are many
             began = time.perf_counter()
             _, carried = take_step(model, batches, language_modelling, config, optimizer, step, carried)
             times.append(time.perf_counter() - began)

@@ -18,6 +18,7 @@ CONFIGS = {
     "kv-heads": dict(heads=4, kv_heads=2, head_norm=True, head_norm_affine=True),
     "biases": dict(decay_bias=True, qk_bias=True, decay_scale=4.0, rotary="none", gate_activation="sigmoid"),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, ffn_dim=50, qk_norm=False),
+    "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),
     "own-decays": dict(decay=(-0.3, 0.0), tie_embeddings=True, embed_norm=True, embed_scale=True, rotary="half"),
 }
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 HARNESS = """
 #include <stdlib.h>
-#include "product.h"
+#include "decode.c"
 void go(const Matrix *m, const float *x, i64 rows, float *y) {
     i64 K = padded_columns(m), ld = panels_of(m) * ROWS, bytes = round_up(rows * K * 4, 64);
     Input in = {m->kind, m->group, K, aligned_alloc(64, bytes), aligned_alloc(64, bytes), malloc(bytes), malloc(bytes)};
@@ -22,6 +22,7 @@ void go(const Matrix *m, const float *x, i64 rows, float *y) {
     product(m, &in, rows, 0, panels_of(m), y, ld);
     free(in.x), free(in.q), free(in.scale), free(in.sum);
 }
+void row(const Matrix *m, i64 id, float *to) { row_of_matrix(m, id, to); }
 int pairs(void) {
 #ifdef __AVX512BF16__
     return 1;
@@ -40,7 +41,18 @@ def library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
     includes = [f"-I{FOLDER}", f"-I{OPS}"]
-    made = ["gcc", *FLAGS, SETS[request.param], *includes, "-shared", "harness.c", "-o", "harness.so", "-lm"]
+    made = [
+        "gcc",
+        *FLAGS,
+        SETS[request.param],
+        *includes,
+        "-shared",
+        "harness.c",
+        "-o",
+        "harness.so",
+        "-lm",
+        "-pthread",
+    ]
     subprocess.run(made, cwd=folder, check=True)
     loaded = ctypes.CDLL(str(folder / "harness.so"))
     loaded.packed_bytes.restype = ctypes.c_int64
@@ -105,6 +117,15 @@ def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, libr
         same(y[:, :N].double(), read[:rows].double() @ packed.exact.T, close)
         assert not y[:, N:].any()
         same(y[-1:], packed(x[rows - 1 : rows].clone()), 0)  # the bits that the row gets alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_can_be_read_alone(kind, library, same):
+    packed, row = Packed(library, kind, 21, 70, 32), torch.full((71,), 7.0)
+    for n in (0, 16, 20):
+        library.row(ctypes.byref(packed.matrix), ctypes.c_int64(n), ctypes.c_void_p(row.data_ptr()))
+        same(row[:70].double(), packed.exact[n], 1e-7)
+    assert row[70] == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)

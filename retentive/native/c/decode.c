@@ -1,10 +1,10 @@
 /* One token for each of a few sequences, through the whole model, in one parallel section.
 
-The threads share the panels of every matrix, and the heads of every sequence. Between phases they meet: five times a
+The threads share the panels of every matrix, and the heads of every sequence. Between phases they meet: nine times a
 layer. The residual stream x, norms, rotations and sums are float32.
 */
 
-#include "../../ops/c/step.c"
+#include "step.c"
 #include "model.h"
 #include "pool.h"
 
@@ -125,13 +125,13 @@ static void add_product(Token *t, const Matrix *w, const Input *in, int thread) 
         for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) t->x[r * w->N + i] += t->y[r * t->ld + i];
 }
 
-/* rows r of this thread: norm(x), ready for a product */
-static void ready_norms(Token *t, const float *weight, int on, int thread) {
+/* rows r of this thread: norm(x), or x where there is no weight, ready for a product */
+static void ready_norms(Token *t, const float *weight, int thread) {
     i64 D = t->model->D;
     float y[D];
     for (i64 r = thread; r < t->n; r += t->pool->threads) {
-        if (on) norm_row(t->x + r * D, weight, D, t->model->eps, y);
-        ready_row(&t->in_D, r, on ? y : t->x + r * D, D);
+        if (weight) norm_row(t->x + r * D, weight, D, t->model->eps, y);
+        ready_row(&t->in_D, r, weight ? y : t->x + r * D, D);
     }
 }
 
@@ -143,7 +143,7 @@ static void through_layer(Token *t, i64 l, int thread, float *space) {
     i64 first, last;
     Step step = {t->n, m->H, m->K, m->V, t->slots, t->dtype, 1, m->H, 1, t->q, t->k, t->v, t->log_decay, rings->state,
                  rings->k, rings->v, t->o, rings->decay, rings->written, rings->folded};
-    ready_norms(t, layer->retention_norm, 1, thread);
+    ready_norms(t, layer->retention_norm, thread);
     meet(t->pool);
     share(panels_of(&layer->in), thread, threads, &first, &last);
     product(&layer->in, &t->in_D, t->n, first, last, t->y, t->ld);
@@ -159,7 +159,7 @@ static void through_layer(Token *t, i64 l, int thread, float *space) {
     meet(t->pool);
     add_product(t, &layer->out, &t->in_HV, thread);
     meet(t->pool);
-    ready_norms(t, layer->ffn_norm, 1, thread);
+    ready_norms(t, layer->ffn_norm, thread);
     meet(t->pool);
     i64 together = m->ffn_gate ? 2 : 1, F = whole(m->F);
     share(panels_of(&layer->up) / together, thread, threads, &first, &last);
@@ -189,13 +189,13 @@ static void through_model(void *what, int thread) {
         float *x = t->x + r * m->D;
         row_of_matrix(&m->embed, t->ids[r], x);
         for (i64 i = 0; i < m->D; i++) x[i] *= (float)m->embed_scale;
-        if (m->embed_norm_on) norm_row(x, m->embed_norm, m->D, m->eps, x);
+        if (m->embed_norm) norm_row(x, m->embed_norm, m->D, m->eps, x);
         turn_of(m, t->position[r], t->turn + r * (m->K + m->H));
     }
     meet(t->pool);
     if (atomic_load(&t->failed)) return; /* all threads see it, and nothing is written yet */
     for (i64 l = 0; l < m->layers; l++) through_layer(t, l, thread, space);
-    ready_norms(t, m->final_norm, (int)m->final_norm_on, thread);
+    ready_norms(t, m->final_norm, thread);
     meet(t->pool);
     i64 first, last;
     share(panels_of(&m->head), thread, t->pool->threads, &first, &last);

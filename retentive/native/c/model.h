@@ -19,12 +19,12 @@ typedef struct {
 typedef struct {
     i64 D, layers, H, kv, K, V, F, vocab;
     i64 rotary, gate, gate_activation, activation, ffn_gate; /* gate, ffn_gate: whether there is one */
-    i64 gated, row_norm, normed_heads, embed_norm_on, final_norm_on;
+    i64 gated, row_norm, normed_heads;
     double eps, decay_scale, embed_scale;
     const double *log_decay; /* [H], where they are no function of the token */
     const Layer *layer;
     Matrix embed, head;
-    const float *embed_norm, *final_norm; /* [D] */
+    const float *embed_norm, *final_norm; /* [D], or NULL */
 } Model;
 
 INLINE i64 whole(i64 rows) { return round_up(rows, ROWS); }

@@ -5,6 +5,7 @@ then, since the processor may be another program's.
 */
 
 #pragma once
+#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -23,7 +24,7 @@ struct Pool {
     pthread_cond_t change;
     pthread_t members[MOST_THREADS];
     Member names[MOST_THREADS];
-    _Alignas(64) atomic_int round; /* of work; odd numbers end the threads */
+    _Alignas(64) atomic_int round; /* of work; a negative number ends the threads */
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int passed; /* barriers so far */
 };
@@ -62,7 +63,7 @@ static void meet(Pool *p) {
         wait_for_change(p, &p->passed, was);
     else {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-        tell_change(p, &p->passed, was + 1);
+        tell_change(p, &p->passed, was == INT_MAX ? 0 : was + 1);
     }
 }
 
@@ -80,7 +81,8 @@ static void *member(void *name) {
 /* `work(what, thread)` in every thread of the pool; returns when all are done */
 static void run(Pool *p, Work *work, void *what) {
     p->work = work, p->what = what;
-    if (p->threads > 1) tell_change(p, &p->round, atomic_load_explicit(&p->round, memory_order_relaxed) + 1);
+    int round = atomic_load_explicit(&p->round, memory_order_relaxed);
+    if (p->threads > 1) tell_change(p, &p->round, round == INT_MAX ? 0 : round + 1);
     work(what, 0);
     meet(p);
 }

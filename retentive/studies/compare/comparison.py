@@ -176,9 +176,8 @@ class Comparison:
         for file in self.earlier:
             adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
-        for line in self.estimate(
-            [run for run in self.plan() if not (run.lr and self.task(run, threads).done)], threads
-        ):
+        missing = [run for run in self.plan() if not (run.lr and self.task(run, threads).done)]
+        for line in self.estimate(missing, threads):
             say(line)
         for _ in range(1 + self.tune):  # what the first round finds out are the rates of the second
             tasks = [self.task(run, threads) for run in self.plan() if run.lr]

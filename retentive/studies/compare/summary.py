@@ -63,8 +63,8 @@ def best_rates(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
         tried.setdefault((r["size"], r["variant"]), {}).setdefault(r["lr"], {})[r["seed"]] = r["bits_per_byte"]
 
     def best(rates: dict[float, dict[int, float]]) -> float:
-        shared = set.intersection(*map(set, rates.values()))
-        return min(rates, key=lambda lr: np.mean([b for seed, b in rates[lr].items() if seed in shared or not shared]))
+        shared = set.intersection(*map(set, rates.values()))  # none: then each rate counts by all that it has
+        return min(rates, key=lambda lr: np.mean([rates[lr][seed] for seed in shared or rates[lr]]))
 
     return {key: best(rates) for key, rates in tried.items()}
 
