@@ -8,7 +8,7 @@ import torch
 
 from retentive.native.library import FOLDER, KINDS, OPS, Matrix
 from retentive.ops import cpu
-from retentive.ops.compiler import FLAGS
+from retentive.ops.compiler import FLAGS, LINK
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -41,18 +41,7 @@ def library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
     includes = [f"-I{FOLDER}", f"-I{OPS}"]
-    made = [
-        "gcc",
-        *FLAGS,
-        SETS[request.param],
-        *includes,
-        "-shared",
-        "harness.c",
-        "-o",
-        "harness.so",
-        "-lm",
-        "-pthread",
-    ]
+    made = ["gcc", *FLAGS, SETS[request.param], *includes, "-shared", "harness.c", "-o", "harness.so", *LINK]
     subprocess.run(made, cwd=folder, check=True)
     loaded = ctypes.CDLL(str(folder / "harness.so"))
     loaded.packed_bytes.restype = ctypes.c_int64
