@@ -272,7 +272,8 @@ def compression() -> str:
     novels, demo = result("novels", EPYC), result("demo", ZEN4)
     marks = novels["yardsticks"]
     lines = [
-        f"four novels, `retnet-paper`, 5m | {marks['order-0 entropy']:.2f} | {marks['xz -9']:.2f} | {novels['final'][1]:.2f}",
+        f"four novels, `retnet-paper`, 5m | {marks['order-0 entropy']:.2f} | {marks['xz -9']:.2f} | "
+        f"{novels['final'][1]:.2f}",
         f"modules of the Python library, `retnet`, 1m in four minutes (`make demo`) | {demo['order-0 entropy']:.2f} | "
         f"{demo['xz -9']:.2f} | {demo['this model']:.2f}",
     ]
