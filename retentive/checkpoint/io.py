@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retentive.checkpoint import fla, torchscale
+from retentive.checkpoint.quantize import Quantization, as_quantized, quantization_of
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.files import load_tensors, save_tensors, write_together
 from retentive.machine import pick_device
@@ -55,19 +56,27 @@ def load(
     folder = find(path)
     device = pick_device(device) if isinstance(device, str) else device
     config, layout = load_config(folder)
+    how = load_quantization(folder)
     tensors = read_tensors(folder)
     if layout in FOREIGN:
         tensors = FOREIGN[layout].read_tensors(tensors, config)
     # On "meta" nothing is allocated or initialised. A peer has buffers too, which no file holds: it must be real.
     with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):
         model = build(config)
-    _check_fit(tensors, dict(model.named_parameters()), folder)
-    _check_dtypes(tensors, dtype, folder)
+        if how:
+            model = as_quantized(model, how, dtype or torch.bfloat16)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    _check_fit(tensors, parameters, folder)
+    kept = {name: x.dtype for name, x in parameters.items() if how and not x.requires_grad}  # integers and their scales
+    _check_dtypes(tensors, kept, dtype, folder)
     # assign: the tensors become the parameters, since those on "meta" have no memory to copy into. Not strict: of tied
     # matrices the file has one, and all else has been checked.
-    model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight  # `assign` has untied them
+    ready = {name: x.to(device, kept.get(name, dtype)) for name, x in tensors.items()}
+    model.load_state_dict(ready, strict=False, assign=True)
+    if config.tie_embeddings:  # `assign` has untied them
+        if how:
+            model.head.scale = model.embed.scale
+        model.head.weight = model.embed.weight
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return model.eval(), tokenizer
 
@@ -167,6 +176,19 @@ def load_config(folder: Path) -> tuple[Config, str]:
     raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
 
 
+def load_quantization(folder: Path) -> Quantization | None:
+    """How the matrices of a model folder are quantised; None if they are floats. Its config has been read before.
+
+    Raises:
+        ValueError: a way that is not known.
+    """
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization")
+    try:
+        return None if said is None else Quantization(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: unknown quantization {said} ({error})") from None
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, by their names there.
 
@@ -209,8 +231,15 @@ def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder
         raise ValueError(f"weights in {folder} do not fit its config: {n} is {got}, expected {expected}")
 
 
-def _check_dtypes(tensors: dict[str, Tensor], asked: torch.dtype | None, folder: Path) -> None:
-    """Raises ValueError where weights are not floating point, or no single dtype can be chosen for the model."""
+def _check_dtypes(
+    tensors: dict[str, Tensor], kept: dict[str, torch.dtype], asked: torch.dtype | None, folder: Path
+) -> None:
+    """Raises ValueError where weights are not floating point, or no single dtype can be chosen for the model; or where
+    those that keep theirs have another."""
+    for name, dtype in kept.items():
+        if tensors[name].dtype != dtype:
+            raise ValueError(f"weights in {folder}: {name} is {tensors[name].dtype}, expected {dtype}")
+    tensors = {name: x for name, x in tensors.items() if name not in kept}
     odd = next((name for name, x in tensors.items() if x.dtype not in DTYPES), None)
     if odd:
         raise ValueError(
@@ -241,7 +270,11 @@ def save_model(
     if layout == "retentive":
         kind = next(k for k, cls in KINDS.items() if type(config) is cls)
         raw = {"format": FORMAT, "kind": kind, "config": asdict(config)}
+        if how := quantization_of(model):
+            raw["quantization"] = asdict(how)
     else:
+        if quantization_of(model):
+            raise ValueError(f"{layout} has no quantised models: write the one that this was made from")
         if type(config) is not RetNetConfig:
             raise ValueError(f"{layout} has RetNets only, this is a {type(model).__name__}")
         raw = FOREIGN[layout].write_config(config)

@@ -21,6 +21,7 @@ VERBS = {
     "compare": ("retentive.cli.compare", "train several models on the same tokens and say how they compare"),
     "report": ("retentive.cli.report", "all results of a folder as one page, the paper's tables beside them"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
+    "quantize": ("retentive.cli.quantize", "a model folder of 8-bit or 4-bit weights"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }
 """Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""

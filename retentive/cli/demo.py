@@ -26,6 +26,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
 from retentive.files import make_folder, write_json
 from retentive.models import RetNet, build, preset, twin
+from retentive.native import with_engine
 from retentive.ops import using
 from retentive.studies import training_run
 from retentive.train import Interrupted, TrainConfig, TrainRun
@@ -91,8 +92,9 @@ def run(command: DemoCommand) -> None:
     console.rule("4. One model, three forms")
     forms(console, model, data)
     console.rule("5. What it writes")
+    writer = with_engine(model)
     for prompt in ("def ", "class ", '"""Return '):
-        console.print(sample_text(model, tokenizer, prompt, tokens=90), markup=False)
+        console.print(sample_text(writer, tokenizer, prompt, tokens=90), markup=False)
         console.print("[dim]" + "·" * 40 + "[/dim]")
     console.rule("6. What its memory costs")
     costs(console, model, command.out)

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 def run(command: GenerateCommand) -> None:
     """Print the prompt and what the model writes after it, as it comes."""
     model, tokenizer = command.load()
-    draft = None if command.draft is None else retentive.load(command.draft, device=command.device)[0]
+    draft = None if command.draft is None else command.ready(retentive.load(command.draft, device=command.device)[0])
     prompt = prompt_text(command.prompt)
     how = {"beams": command.beams, "lookup": command.lookup, "draft": draft, **asdict(command.sampling)}
     type_out(

@@ -1,16 +1,20 @@
 """`retentive info`: what a model is made of, and what it costs in memory and arithmetic."""
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from retentive.checkpoint.io import find, load_config
+from retentive import machine, native
+from retentive.checkpoint.io import find, load_config, load_quantization
+from retentive.checkpoint.quantize import Quantization
 from retentive.models import (
     ARCHITECTURES,
     MODELS,
@@ -44,6 +48,8 @@ class InfoCommand:
     """Vocabulary, where a named size or architecture is asked for."""
     size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5m"
     """Size in which an architecture is shown."""
+    machine: bool = False
+    """What this machine has, and what models are run by on it."""
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +64,9 @@ def show(console: Console, command: InfoCommand) -> None:
     """Print what is asked for."""
     if command.sizes:
         console.print(sizes(command.vocab_size))
+    elif command.machine:
+        for name, value in of_machine().items():
+            console.print(f"  {name:<10} {value}", markup=False, soft_wrap=True)
     elif not command.run:
         raise ValueError(
             f"info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture "
@@ -72,13 +81,24 @@ def show(console: Console, command: InfoCommand) -> None:
     else:
         folder = find(command.run)
         config, layout = load_config(folder)
-        describe(console, config, f"{command.run} ({layout} layout)")
+        describe(console, config, f"{command.run} ({layout} layout)", load_quantization(folder))
         progress(console, folder)
-    if not command.sizes:
+    if not command.sizes and not command.machine:
         console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
 
 
-def describe(console: Console, config: Config, title: str) -> None:
+def of_machine() -> dict[str, str]:
+    """Lines on the processor and on what runs models on it."""
+    free = megabytes(machine.free_memory(torch.device("cpu")))
+    return {
+        "processor": f"{machine.cpu_name()}, {os.cpu_count()} cores, {free} of memory free",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "retention": backends.describe(),
+        "native": f"the whole model in C: {native.describe()}",
+    }
+
+
+def describe(console: Console, config: Config, title: str, quantized: Quantization | None = None) -> None:
     """Print the config and what it costs."""
     console.print(f"[bold]{MODELS[type(config)].__name__}[/bold], {title}")
     console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
@@ -86,9 +106,12 @@ def describe(console: Console, config: Config, title: str) -> None:
     console.print(f"\n  {parameters}")
     if isinstance(config, PeerConfig):  # another library's model: its memory and FLOPs are not known here
         return
+    if quantized:
+        weights = f"weights of {quantized.bits} bits, a scale for each {quantized.group}"
+    else:
+        weights = f"{megabytes(cost.weight_bytes(config))} of weights in float32"
     console.print(
-        f"  {megabytes(cost.weight_bytes(config))} of weights in float32, "
-        f"{cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
+        f"  {weights}, {cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
     # the RetNet beside its Transformer twin; a Transformer by itself
     retnet = config if isinstance(config, RetNetConfig) else None

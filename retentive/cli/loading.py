@@ -10,8 +10,10 @@ import torch
 import tyro
 
 from retentive.checkpoint import load_with_tokenizer
+from retentive.checkpoint.quantize import BITS, quantize
 from retentive.data.tokenizer import Tokenizer
 from retentive.models import LanguageModel
+from retentive.native import with_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,10 @@ class Loading:
     """cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights; the state is float32 in any case. A memory belongs to the dtype that wrote it."""
+    weights: Literal["stored", "int8", "int4"] = "stored"
+    """Quantise while loading; `retentive quantize` writes a folder of such weights once."""
+    engine: Literal["auto", "native", "torch"] = "auto"
+    """What reads tokens on a CPU: native is the model in C, auto takes it where it can run the model."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -33,8 +39,15 @@ class Loading:
         return None if self.dtype == "stored" else getattr(torch, self.dtype)
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """The model and a tokenizer that fits it; errors as `load_with_tokenizer`."""
-        return load_with_tokenizer(self.run, self.tokenizer, device=self.device, dtype=self.torch_dtype)
+        """The model and a tokenizer that fits it; errors as `load_with_tokenizer`, `quantize` and `with_engine`."""
+        model, tokenizer = load_with_tokenizer(self.run, self.tokenizer, device=self.device, dtype=self.torch_dtype)
+        return self.ready(model), tokenizer
+
+    def ready(self, model: LanguageModel) -> LanguageModel:
+        """A loaded model with the weights and the engine that were asked for."""
+        if self.weights != "stored":
+            model = quantize(model, BITS[self.weights], dtype=self.torch_dtype or torch.bfloat16)
+        return with_engine(model, self.engine)
 
 
 def prompt_text(prompt: str) -> str:

@@ -1,7 +1,7 @@
 """`retentive serve`: a model behind OpenAI's HTTP API, with a page to talk with it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,7 +34,6 @@ def run(command: ServeCommand) -> None:
     if not 0 <= command.port < 65536:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
     options = command.options.with_environment_keys()
-    service = open_service(
-        command.run, options, tokenizer=command.tokenizer, device=command.device, dtype=command.torch_dtype
-    )
+    how: dict[str, Any] = {"tokenizer": command.tokenizer, "device": command.device, "dtype": command.torch_dtype}
+    service = open_service(command.run, options, **how, ready=command.ready)
     serve(service, command.host, command.port)

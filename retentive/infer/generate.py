@@ -5,7 +5,7 @@ alone; their text is `text.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,10 @@ class Token(NamedTuple):
 
 def step_threads(model: LanguageModel, tokens: int, state: Any) -> AbstractContextManager:
     """As many threads as reading so many tokens after `state` is worth, inside the block."""
-    context = (
-        0 if state is None or model.device.type != "cpu" else int(state.position.max())
-    )  # a GPU would be waited for
+    if model.own_threads:
+        return nullcontext()
+    # where the position is on a GPU, asking for it would wait for the GPU
+    context = 0 if state is None or model.device.type != "cpu" else int(state.position.max())
     return threads_for(cost.multiply_adds(model.config, tokens, context))
 
 

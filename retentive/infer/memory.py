@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retentive.models import LanguageModel
+from retentive.models import MODELS, LanguageModel
 from retentive.models.state import State, load_state
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
@@ -52,7 +52,7 @@ class Memory:
 def fingerprint(model: LanguageModel) -> str:
     """32 hex digits that stand for the config and the weights (with their dtype), on whatever device they are."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([type(model).__name__, asdict(model.config)], sort_keys=True).encode())
+    digest.update(json.dumps([MODELS[type(model.config)].__name__, asdict(model.config)], sort_keys=True).encode())
     for name, x in sorted(model.named_parameters()):
         digest.update(name.encode())
         _hash(digest, x.detach())
@@ -189,9 +189,8 @@ def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
     want.append(([1], torch.int64))
     got = [(list(x.shape), x.dtype) for x in tensors(memory.state)] if tokens >= 0 else []
     if type(fresh) is not type(memory.state) or fresh.window != memory.state.window or got != want:
-        raise ValueError(
-            f"{path} does not fit the model: its state is not that of one sequence of {type(model).__name__}"
-        )
+        kind = MODELS[type(model.config)].__name__
+        raise ValueError(f"{path} does not fit the model: its state is not that of one sequence of {kind}")
     vocab = model.config.vocab_size
     if not all(0 <= i < vocab for i in memory.pending):
         raise ValueError(f"{path} does not fit the model: pending tokens must be in [0, {vocab})")

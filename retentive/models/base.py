@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retentive.layers import Positions, positions_of
+from retentive.layers.quantized import Quantized
 from retentive.models.state import State
 
 
@@ -28,6 +29,8 @@ class LanguageModel(nn.Module):
     """Its blocks, first to last: they are compiled, recomputed or sharded one by one."""
     state_type: ClassVar[Any] = None
     """The class of its states; None for a model that keeps no state."""
+    own_threads: ClassVar[bool] = False
+    """Whether it decides by itself how many threads a call is worth."""
 
     @property
     def keeps_state(self) -> bool:
@@ -47,7 +50,8 @@ class LanguageModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of embeddings and hidden states (where no autocast is on)."""
-        return self.embed.weight.dtype
+        embed: nn.Module = self.embed
+        return embed.dtype if isinstance(embed, Quantized) else self.embed.weight.dtype
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for `batch` sequences."""

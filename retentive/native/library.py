@@ -1,15 +1,15 @@
-"""The compiled library: the structs of `c/model.h` and `c/decode.c`, and what is called."""
+"""The compiled library: the structs of `c/model.h` and `c/read.c`, and what is called."""
 
 import ctypes
 import functools
 from pathlib import Path
 
-from retentive.ops.compiler import FLAGS, NATIVE, NotBuilt, Source, load
+from retentive.ops.compiler import FLAGS, NotBuilt, Source, load
 from retentive.ops.cpu import FOLDER as OPS
 from retentive.ops.cpu import struct
 
 FOLDER = Path(__file__).with_name("c")
-SOURCE = Source("native", (FOLDER / "decode.c",), (FOLDER, OPS), (*FLAGS, NATIVE, f"-I{OPS}"))
+SOURCE = Source("native", (FOLDER / "read.c",), (FOLDER, OPS), (*FLAGS, f"-I{OPS}"))
 KINDS = ("float32", "bfloat16", "int8", "int4")
 """The kinds of weights, as `c/weights.h` counts them."""
 
@@ -33,9 +33,9 @@ class Model(ctypes.Structure):
     """struct Model of c/model.h."""
 
     _fields_ = [
-        *struct("D layers H kv K V F vocab rotary gate gate_activation activation ffn_gate", ""),
+        *struct("D layers H kv K V F vocab halves gate gate_activation activation ffn_gate", ""),
         *struct("gated row_norm normed_heads", "", real="eps decay_scale embed_scale"),
-        *struct("", "log_decay layer"),
+        *struct("", "frequency log_decay log_decay_f layer"),
         ("embed", Matrix),
         ("head", Matrix),
         *struct("", "embed_norm final_norm"),
@@ -43,15 +43,21 @@ class Model(ctypes.Structure):
 
 
 class Rings(ctypes.Structure):
-    """struct Rings of c/decode.c."""
+    """struct Rings of c/read.c."""
 
     _fields_ = struct("", "state k v decay written folded")
 
 
-class Call(ctypes.Structure):
-    """struct Call of c/decode.c."""
+class Reading(ctypes.Structure):
+    """struct Reading of c/read.c."""
 
-    _fields_ = struct("n slots dtype", "pool model ids position rings logits")
+    _fields_ = struct("N slots dtype threads", "pool model ids begin position rings x")
+
+
+class Heading(ctypes.Structure):
+    """struct Heading of c/read.c."""
+
+    _fields_ = [*struct("n threads", "pool head x logits"), ("input", ctypes.c_byte * 56)]
 
 
 @functools.cache
@@ -63,4 +69,11 @@ def library() -> ctypes.CDLL | NotBuilt:
         built.native_open.restype = ctypes.c_void_p
         built.native_open.argtypes = [ctypes.c_int64]
         built.native_close.argtypes = [ctypes.c_void_p]
+        built.native_instructions.restype = ctypes.c_char_p
     return built
+
+
+def describe() -> str:
+    """The instructions that the library uses, or why there is none, in a line."""
+    built = library()
+    return str(built) if isinstance(built, NotBuilt) else built.native_instructions().decode()

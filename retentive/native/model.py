@@ -1,67 +1,181 @@
-"""NativeModel: one token for each of a few sequences, by the library."""
+"""NativeRetNet: a RetNet whose tokens the library reads, over the states that torch would read them with."""
 
 import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from retentive.models import RetNet
-from retentive.native.library import Call, Rings, library
-from retentive.native.weights import ROWS, Packed, refused
+from retentive.models import LanguageModel, RetentionState, RetNet, RetNetConfig
+from retentive.native.library import Heading, Matrix, Reading, Rings, library
+from retentive.native.threads import Threads
+from retentive.native.weights import ROWS, Packed
+from retentive.ops import Ring, forced
 from retentive.ops.compiler import NotBuilt
 from retentive.ops.cpu import DTYPES
 
+ENGINES = ("auto", "native", "torch")
+"""What may read tokens: auto is native where that can run the model."""
+STEPS = 64
+"""Tokens at most that go through rings one by one; more are read in chunks."""
 
-class NativeModel:
-    """A RetNet that decodes by the library, over the states that the model itself would decode with.
 
-    Its weights are a packed copy: what happens to the model's afterwards does not reach it.
+def refused(model: Any) -> str | None:
+    """Why the library cannot read with this model; None if it can."""
+    if type(model.config) is not RetNetConfig:
+        return f"it runs RetNets, this is a {type(model.config).__name__.removesuffix('Config')}"
+    if model.device.type != "cpu":
+        return f"it runs on the CPU, the model is on {model.device}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 or bfloat16, the model is {str(model.dtype).removeprefix('torch.')}"
+    return str(library()) if isinstance(library(), NotBuilt) else None
+
+
+def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
+    """The model, read by one of ENGINES.
+
+    Raises:
+        ValueError: an unknown engine, or native was asked for and cannot run the model.
+        MemoryError: no memory for the packed weights.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
+    if engine == "torch" or (engine == "auto" and refused(model)):
+        return model
+    return NativeRetNet(model)  # type: ignore[arg-type]  # it refuses what is no RetNet
+
+
+def native_here(*tensors: Tensor | None) -> bool:
+    """Whether a call may leave torch: nobody asks for gradients, and all is on the CPU."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(x is None or x.is_cpu for x in tensors)
+    )
+
+
+class NativeHead(nn.Module):
+    """The output matrix: float32 logits `[..., vocab]` from x `[..., D]`."""
+
+    def __init__(self, head: nn.Module, matrix: Matrix, dtype: torch.dtype, threads: Threads):
+        super().__init__()
+        for name, parameter in head.named_parameters():
+            self.register_parameter(name, parameter)
+        self._torch = (head, dtype)  # in a tuple, or its parameters would be registered once more
+        self._matrix, self._threads = matrix, threads
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not native_here(x):
+            head, dtype = self._torch
+            return head(x.to(dtype))
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        logits = torch.empty(len(rows), -(-self._matrix.N // ROWS) * ROWS)
+        call = Heading(len(rows), head=ctypes.addressof(self._matrix), x=rows.data_ptr(), logits=logits.data_ptr())
+        self._threads.call(library().native_head, call, len(rows))
+        return logits[:, : self._matrix.N].unflatten(0, x.shape[:-1])
+
+
+class NativeRetNet(RetNet):
+    """The same model, with the same parameters: what needs no gradients is read by the library, the rest by torch.
+
+    States are those of any RetNet, so that either can go on where the other stopped. The library has a packed copy of
+    the weights: later changes of the parameters do not reach it.
     """
 
-    def __init__(self, model: RetNet, *, weights: str = "bfloat16", threads: int | None = None):
+    own_threads = True
+
+    def __init__(self, model: RetNet, *, threads: int | None = None):
         """
         Args:
-            weights: float32 or bfloat16.
-            threads: those that share a token; by default torch's number.
+            threads: the most that a call uses; by default torch's number.
 
         Raises:
-            RuntimeError: there is no library, or it cannot run such a model.
-            MemoryError: no memory, or no threads.
+            ValueError: the library cannot run such a model, or there is none.
+            MemoryError: no memory for the packed weights.
         """
-        built = library()
-        if isinstance(built, NotBuilt):
-            raise RuntimeError(str(built))
-        if reason := refused(model.config):
-            raise RuntimeError(f"the native engine cannot run this model: {reason}")
-        self.vocab_size = model.config.vocab_size
-        self._packed = Packed(model, weights)
-        self._threads = built.native_open(threads or torch.get_num_threads())
-        if not self._threads:
-            raise MemoryError("no memory or no threads for the native engine")
+        if reason := refused(model):
+            raise ValueError(f"the native engine cannot run this model: {reason}")
+        LanguageModel.__init__(self)
+        self.config = model.config
+        for name, module in model.named_children():
+            self.add_module(name, module)
+        self._packed = Packed(model)
+        self._torch_reads = self.dtype == torch.bfloat16 and bool(library().native_lacks_tiles())
+        self._threads = Threads(threads or torch.get_num_threads())
+        head: Any = NativeHead(model.head, self._packed.struct.head, self.dtype, self._threads)
+        self.head = head
+        self.train(model.training)
 
-    def __del__(self):
-        if getattr(self, "_threads", None):
-            library().native_close(self._threads)
+    def hidden(
+        self,
+        ids: Tensor | None,
+        state: RetentionState | None = None,
+        *,
+        embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, RetentionState]:
+        """As RetNet's, but float32 where the library has computed it."""
+        if embeds is not None or lengths is not None or ids is None or forced() or not native_here(ids, cu_seqlens):
+            return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
+        if ids.numel() > STEPS and self._torch_reads:
+            return super().hidden(ids, state, cu_seqlens=cu_seqlens)
+        if state is not None:
+            self._check(state)
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            bad = next(i for i in ids.flatten().tolist() if not 0 <= i < self.config.vocab_size)
+            raise IndexError(f"token ids must be from 0 to {self.config.vocab_size - 1}, got {bad}")
+        B, T = ids.shape
+        begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        state = self.init_state(len(begin) - 1) if state is None else state
+        self._check_sizes(begin, T * B, state)
+        by_steps = cu_seqlens is None and self._goes_by_steps(T, state)
+        layers = self._rings(state) if by_steps else [_copied(x) for x in state.layers]
+        x = self._read(ids.contiguous(), begin, state.position, layers)
+        return x.unflatten(0, (B, T)), RetentionState(layers, state.position + begin.diff())
 
-    def decode(self, ids: Tensor, pool: Any) -> Tensor:
-        """Logits `[n, vocab]`, float32, after ids `[n]`: one for each of the first n sequences of the pool (a
-        RetentionState of rings), which have then read it."""
-        n, first = len(ids), pool.layers[0]
-        # a pool of fewer sequences or of another model would be written past its end
-        if not 0 < n <= len(pool.position) or [tuple(r.state.shape[1:]) for r in pool.layers] != self._packed.states:
-            raise ValueError(f"{n} ids do not go with this pool, of {len(pool.position)} sequences")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise IndexError(f"token ids must be from 0 to {self.vocab_size - 1}, got {ids.tolist()}")
-        logits = torch.empty(n, -(-self.vocab_size // ROWS) * ROWS)
-        tensors = [(r.state, r.k, r.v, r.log_decay, r.written, r.folded) for r in pool.layers]
-        rings = (Rings * len(tensors))(*(Rings(*(x.data_ptr() for x in ring)) for ring in tensors))
-        ids, position = ids.contiguous(), pool.position[:n].contiguous()
-        call = Call(
-            n, first.k.shape[2], DTYPES.index(first.k.dtype), self._threads, ctypes.addressof(self._packed.struct),
-            ids.data_ptr(), position.data_ptr(), ctypes.addressof(rings), logits.data_ptr(),
+    def _check_sizes(self, begin: Tensor, tokens: int, state: RetentionState) -> None:
+        """Raises ValueError for what the library would read or write past the end of."""
+        if begin[0] != 0 or begin[-1] != tokens or bool((begin.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0 to the {tokens} tokens, got {begin.tolist()}")
+        wanted = (len(begin) - 1, *self._packed.state)
+        if tuple(state.position.shape) != wanted[:1]:
+            raise ValueError(f"{wanted[0]} sequences need a position each, got {list(state.position.shape)}")
+        for x in state.layers:
+            inner = x.state if isinstance(x, Ring) else x
+            if tuple(inner.shape) != wanted or inner.dtype != torch.float32 or not inner.is_cpu:
+                raise ValueError(f"state must be float32 {list(wanted)}, got {inner.dtype} {list(inner.shape)}")
+
+    def _goes_by_steps(self, T: int, state: RetentionState) -> bool:
+        """Whether tokens go through rings: single ones always, a few where there are rings with room for them."""
+        return T == 1 or (T <= STEPS and self._ready(state) and state.layers[0].k.shape[2] >= T)
+
+    def _ready(self, state: RetentionState) -> bool:
+        """Whether its layers are rings for the model's dtype."""
+        return all(isinstance(x, Ring) and x.k.dtype == self.dtype for x in state.layers)
+
+    def _rings(self, state: RetentionState) -> Any:
+        return state.layers if self._ready(state) else state.for_decoding(self.dtype).layers
+
+    def _read(self, ids: Tensor, begin: Tensor, position: Tensor, layers: Any) -> Tensor:
+        """x `[tokens, D]` after tokens that go into `layers`, in place."""
+        first, x, position = layers[0], torch.empty(ids.numel(), self.config.dim), position.contiguous()
+        if isinstance(first, Ring):
+            slots, tensors = first.k.shape[2], [tuple(r.tensors().values()) for r in layers]
+        else:
+            slots, tensors = 0, [(layer,) for layer in layers]
+        rings = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))
+        call = Reading(
+            len(begin) - 1, slots, DTYPES.index(self.dtype), model=ctypes.addressof(self._packed.struct),
+            ids=ids.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(),
+            rings=ctypes.addressof(rings), x=x.data_ptr(),
         )  # fmt: skip
-        if library().native_decode(ctypes.byref(call)):
-            raise MemoryError("no memory for the work space of a token")
-        pool.position[:n] += 1
-        return logits[:, : self.vocab_size]
+        self._threads.call(library().native_read, call, ids.numel())
+        return x
+
+
+def _copied(x: Tensor | Ring) -> Tensor:
+    """A plain state that may be written over."""
+    return x.to_state() if isinstance(x, Ring) else x.clone(memory_format=torch.contiguous_format)

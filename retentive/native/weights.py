@@ -3,13 +3,16 @@ one below the other."""
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from retentive.models import RetNet, RetNetConfig
+from retentive.layers.quantized import Quantized
+from retentive.models import RetNet
 from retentive.native.library import KINDS, Layer, Matrix, Model, library
+from retentive.ops.rotary import frequencies
 
 ROWS, LINE = 16, 64
 """Rows of a panel, bytes of its lines: c/weights.h."""
@@ -17,82 +20,114 @@ ACTIVATIONS = ("swish", "gelu", "sigmoid")
 """As c/model.h counts them."""
 
 
-def refused(config: Any) -> str | None:
-    """Why the library cannot run a model of this config; None if it can."""
-    if type(config) is not RetNetConfig:
-        return f"it runs RetNets, this is a {type(config).__name__.removesuffix('Config')}"
-    return None
+class Rows(NamedTuple):
+    """Some rows of a matrix as they are stored, with their scales if they are integers."""
+
+    kind: str
+    columns: int
+    group: int
+    """Columns of a scale; 0 for floats."""
+    stored: Tensor
+    scales: Tensor | None = None
+
+    @staticmethod
+    def of(module: nn.Module) -> "Rows":
+        """All rows of a linear layer or an embedding."""
+        weight: Any = module.weight
+        if isinstance(module, Quantized):
+            return Rows(f"int{module.bits}", module.columns, module.group, weight.detach(), module.scale.detach())
+        return Rows(str(weight.dtype).removeprefix("torch."), weight.shape[1], 0, weight.detach())
+
+    def map(self, f: Any) -> "Rows":
+        return self._replace(stored=f(self.stored), scales=None if self.scales is None else f(self.scales))
+
+    def whole(self) -> "Rows":
+        """With rows of zeros up to whole panels."""
+        return self.map(lambda x: F.pad(x, (0, 0, 0, -len(x) % ROWS)))
+
+    def panels(self) -> "list[Rows]":
+        count = -(-len(self.stored) // ROWS)
+        return [self.map(lambda x, n=n: x[n * ROWS : (n + 1) * ROWS]) for n in range(count)]
 
 
 class Packed:
     """A model for the library (`struct Model`), with all memory that it points to."""
 
-    def __init__(self, model: RetNet, kind: str):
-        """
-        Args:
-            kind: of the weights: float32 or bfloat16.
-        """
+    def __init__(self, model: RetNet):
         self._keep: list[Any] = []
-        self.kind, c = kind, model.config
-        state = {name: x.detach() for name, x in model.state_dict().items()}
-        layers = (Layer * c.layers)()
-        for i, layer in enumerate(layers):
-            self._layer(layer, c, {name.removeprefix(f"blocks.{i}."): x for name, x in state.items()})
-        self.states = [(c.heads, c.key_dim // c.heads, c.value_dim // c.heads)] * c.layers
-        """The shape of each layer's state, of one sequence."""
+        c = model.config
+        layers = (Layer * c.layers)(*(self._layer(block) for block in model.blocks))
+        self.state = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
+        """The shape of a layer's state, of one sequence."""
         fixed = [] if c.decay == "gated" else c.log_decay()
+        turning = [] if c.rotary == "none" else frequencies(c.key_dim // c.heads, c.rotary).tolist()
         self.struct = Model(
             D=c.dim, layers=c.layers, H=c.heads, kv=c.kv_heads, K=c.key_dim // c.heads, V=c.value_dim // c.heads,
-            F=c.ffn_dim, vocab=c.vocab_size, rotary=("none", "interleaved", "half").index(c.rotary), gate=c.gate,
+            F=c.ffn_dim, vocab=c.vocab_size, halves=c.rotary == "half", gate=c.gate,
             gate_activation=ACTIVATIONS.index(c.gate_activation), activation=ACTIVATIONS.index(c.activation),
             ffn_gate=c.ffn_gate, gated=c.decay == "gated", row_norm=c.score_norm, normed_heads=c.head_norm,
             eps=c.norm_eps, decay_scale=c.decay_scale, embed_scale=c.dim**0.5 if c.embed_scale else 1.0,
-            log_decay=self._kept((ctypes.c_double * len(fixed))(*fixed)), layer=self._kept(layers),
-            embed=self._matrix([state["embed.weight"]]), head=self._matrix([state["head.weight"]]),
-            embed_norm=self._vector(state.get("embed_norm.weight")), final_norm=self._vector(state.get("norm.weight")),
+            frequency=self._kept((ctypes.c_double * len(turning))(*turning)) if turning else None,
+            log_decay=self._kept((ctypes.c_double * len(fixed))(*fixed)),
+            log_decay_f=self._kept((ctypes.c_float * len(fixed))(*fixed)), layer=self._kept(layers),
+            embed=self._matrix([Rows.of(model.embed)]), head=self._matrix([Rows.of(model.head)]),
+            embed_norm=self._gain(model.embed_norm), final_norm=self._gain(model.norm),
         )  # fmt: skip
 
-    def _layer(self, layer: Layer, c: RetNetConfig, state: dict[str, Tensor]) -> None:
-        def of(name: str) -> Tensor | None:
-            return state.get(f"retention.{name}")
-
-        read = [of(f"{name}_proj.weight") for name in ("q", "k", "v", "g", "decay")]
-        layer.in_ = self._matrix([x for x in read if x is not None])
-        layer.out = self._matrix([state["retention.out_proj.weight"]])
-        gate, up = state["ffn.gate_proj.weight"], state.get("ffn.up_proj.weight")
-        layer.up = self._matrix([gate] if up is None else _in_turn(gate, up))
-        layer.down = self._matrix([state["ffn.down_proj.weight"]])
-        layer.retention_norm = self._vector(state["retention_norm.weight"])
-        layer.ffn_norm = self._vector(state["ffn_norm.weight"])
-        for name in ("q_norm", "k_norm", "head_norm"):
-            setattr(layer, name, self._vector(of(f"{name}.weight")))
-        for name in ("q_bias", "k_bias"):
-            setattr(layer, name, self._vector(of(name)))
-        layer.decay_bias = self._vector(of("decay_proj.bias"))
+    def _layer(self, block: Any) -> Layer:
+        mixing, ffn = block.retention, block.ffn
+        read = [mixing.q_proj, mixing.k_proj, mixing.v_proj, mixing.g_proj, mixing.decay_proj]
+        up = Rows.of(ffn.gate_proj)
+        ups = [up] if ffn.up_proj is None else _in_turn(up, Rows.of(ffn.up_proj))
+        return Layer(
+            in_=self._matrix([Rows.of(proj) for proj in read if proj is not None]),
+            out=self._matrix([Rows.of(mixing.out_proj)]), up=self._matrix(ups),
+            down=self._matrix([Rows.of(ffn.down_proj)]),
+            retention_norm=self._gain(block.retention_norm), ffn_norm=self._gain(block.ffn_norm),
+            q_norm=self._gain(mixing.q_norm), k_norm=self._gain(mixing.k_norm), q_bias=self._vector(mixing.q_bias),
+            k_bias=self._vector(mixing.k_bias), head_norm=self._gain(mixing.head_norm),
+            decay_bias=self._vector(mixing.decay_proj.bias) if mixing.decay_proj is not None else None,
+        )  # fmt: skip
 
     def _kept(self, memory: Any) -> int:
         """The address of something that lives as long as this does."""
         self._keep.append(memory)
         return ctypes.addressof(memory)
 
+    def _gain(self, norm: Any) -> int | None:
+        """Of a norm that is there and has one."""
+        return None if norm is None or isinstance(norm, nn.Identity) else self._vector(norm.weight)
+
     def _vector(self, x: Tensor | None) -> int | None:
         if x is None:
             return None
-        self._keep.append(x := x.float().contiguous().clone())
+        self._keep.append(x := x.detach().float().contiguous().clone())
         return x.data_ptr()
 
-    def _matrix(self, parts: Sequence[Tensor]) -> Matrix:
-        """The parts one below the other, each beginning with a panel."""
-        rows = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, -len(x) % ROWS)) for x in parts[:-1]] + [parts[-1]])
-        rows = rows.to(getattr(torch, self.kind)).contiguous()
-        matrix = Matrix(*rows.shape, KINDS.index(self.kind), 0)
-        blob = torch.empty(library().packed_bytes(ctypes.byref(matrix)) + LINE, dtype=torch.uint8)
+    def _matrix(self, parts: Sequence[Rows]) -> Matrix:
+        """The parts one below the other, each beginning with a panel.
+
+        Raises:
+            MemoryError: no memory for it.
+        """
+        kind, columns, group, *_ = parts[0]
+        below = [part.whole() for part in parts[:-1]] + [parts[-1]]
+        rows = torch.cat([part.stored for part in below]).contiguous()
+        scaled = [part.scales for part in below if part.scales is not None]
+        scales = torch.cat(scaled).contiguous() if scaled else None
+        matrix = Matrix(len(rows), columns, KINDS.index(kind), group)
+        size = library().packed_bytes(ctypes.byref(matrix)) + LINE
+        try:
+            blob = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError:  # torch's allocator
+            raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
         at = blob.data_ptr() + -blob.data_ptr() % LINE
-        library().pack(ctypes.byref(matrix), ctypes.c_void_p(rows.data_ptr()), None, ctypes.c_void_p(at))
+        scales_at = None if scales is None else scales.data_ptr()
+        library().pack(ctypes.byref(matrix), *map(ctypes.c_void_p, (rows.data_ptr(), scales_at, at)))
         self._keep.append(blob)
         return matrix
 
 
-def _in_turn(a: Tensor, b: Tensor) -> list[Tensor]:
+def _in_turn(a: Rows, b: Rows) -> list[Rows]:
     """Panels of both in turn."""
-    return [panel for pair in zip(a.split(ROWS), b.split(ROWS), strict=True) for panel in pair]
+    return [panel for pair in zip(a.panels(), b.panels(), strict=True) for panel in pair]

@@ -1,21 +1,35 @@
-"""C sources compiled by the machine's own compiler at first use, and kept in the user's cache."""
+"""C sources compiled at first use, for the CPU that is here, and kept in the user's cache.
+
+The compiler is the machine's own, or where there is none that of the package ziglang (the extra `compiler`). The
+environment variable RETENTIVE_ISA forces a set of instructions, CC a compiler.
+"""
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 # no -ffast-math, which assumes that there are no NaNs
 FLAGS = ("-O3", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11")
-NATIVE = "-march=native"
 LINK = ("-lm", "-pthread")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+SETS = (
+    {"native": "-mcpu=native", "neon": "-march=armv8-a", "dotprod": "-march=armv8.2-a+dotprod"}
+    if ARM
+    else {"native": "-march=native", "sse2": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+)
+"""Instruction sets by name, and the flag that has a compiler use them."""
+NEEDED = {"avx2": "avx2 fma f16c", "avx512": "avx512f avx512bw avx512dq avx512vl", "dotprod": "asimddp"}
+"""Flags of /proc/cpuinfo without which they would end the process (SIGILL)."""
 PATIENCE = 300
 """Seconds after which a compiler is killed."""
 
@@ -34,16 +48,47 @@ class Source:
     """The files that the compiler is given."""
     folders: tuple[Path, ...]
     """Where these and all headers are that they include."""
-    flags: tuple[str, ...] = (*FLAGS, NATIVE)
+    flags: tuple[str, ...] = FLAGS
+    """The compiler's, those for the instruction set left out."""
 
 
 def _cpu() -> str:
     """What `-march=native` depends on: a cache in a home directory may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
+        return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
     except OSError:
         return platform.platform() + platform.processor()
+
+
+def instruction_flag() -> str:
+    """The compiler's flag for the instruction set that RETENTIVE_ISA forces, or else for this CPU's own.
+
+    Raises:
+        ValueError: an unknown set, or one that this CPU does not have.
+    """
+    name = os.environ.get("RETENTIVE_ISA") or "native"
+    if name not in SETS:
+        raise ValueError(f"RETENTIVE_ISA={name} is unknown here, expected one of {', '.join(SETS)}")
+    has = set(_cpu().split())
+    missing = [flag for flag in NEEDED.get(name, "").split() if has and flag not in has]
+    if missing:
+        raise ValueError(f"RETENTIVE_ISA={name}: this CPU has no {', '.join(missing)}")
+    return SETS[name]
+
+
+def find_compiler() -> list[str] | None:
+    """A C compiler and what it is always given; None where there is none.
+
+    CC may name one, also with flags of its own; else the first of gcc, clang and cc, and then ziglang's.
+    """
+    if os.environ.get("CC"):
+        name, *more = shlex.split(os.environ["CC"])
+        return [path, *more] if (path := shutil.which(name)) else None
+    path = next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
+    if path:
+        return [path]
+    return [sys.executable, "-m", "ziglang", "cc"] if importlib.util.find_spec("ziglang") else None
 
 
 def build(source: Source, compiler: list[str], folder: Path) -> Path:
@@ -55,8 +100,9 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
     Raises:
         NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
     """
+    flags = (instruction_flag(), *source.flags)  # what a source says comes later, and wins
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
-    key = _hash(repr((texts, compiler, list(source.flags), _cpu())).encode())
+    key = _hash(repr((texts, compiler, flags, _cpu())).encode())
     for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):
         if library.stem.endswith(_hash(library.read_bytes())):
             return library
@@ -67,7 +113,7 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         # the threads of a second one would spin against those of the first
         built = Path(scratch) / "built.so"
         units = {file: str(Path(scratch) / f"{file.name}.o") for file in source.units}
-        compiling = [[*source.flags, "-c", str(file), "-o", unit] for file, unit in units.items()]
+        compiling = [[*flags, "-c", str(file), "-o", unit] for file, unit in units.items()]
         for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
             _compile(compiler, command)
         library = folder / f"{source.name}-{key}-{_hash(built.read_bytes())}.so"
@@ -105,12 +151,17 @@ def _compile(compiler: list[str], arguments: list[str]) -> None:
 
 
 def load(source: Source) -> ctypes.CDLL | NotBuilt:
-    """The compiled library, or why there is none."""
+    """The compiled library, or why there is none.
+
+    Raises:
+        ValueError: RETENTIVE_ISA forces what cannot be.
+    """
+    instruction_flag()
     try:
-        names = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["clang"], ["cc"]]
-        compiler = next(([path, *more] for name, *more in names if (path := shutil.which(name))), None)
+        compiler = find_compiler()
         if compiler is None:
-            return NotBuilt(f"no C compiler found (looked for {', '.join(name for name, *_ in names)})")
+            looked = os.environ.get("CC") or "gcc, clang, cc"
+            return NotBuilt(f"no C compiler found (looked for {looked}); pip install 'retentive[compiler]' brings one")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
         built = build(source, compiler, cache)
         try:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from retentive.ops.blocked import check_borders, refuse_second_derivative
-from retentive.ops.compiler import FLAGS, NATIVE, NotBuilt, Source, load
+from retentive.ops.compiler import FLAGS, NotBuilt, Source, load
 from retentive.ops.ring import Ring
 
 FOLDER = Path(__file__).with_name("c")
 # the second unit is for rows.py
-SOURCE = Source("cpu", (FOLDER / "cpu.c", FOLDER / "rows.c"), (FOLDER,), (*FLAGS, NATIVE, "-fopenmp"))
+SOURCE = Source("cpu", (FOLDER / "cpu.c", FOLDER / "rows.c"), (FOLDER,), (*FLAGS, "-fopenmp"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = 4
 """Chunks between two checkpoints: states that the forward pass keeps for the backward pass."""

@@ -146,6 +146,11 @@ def using(*, form: str | None = None, backend: str | None = None, chunk_size: in
         _force_in_graphs(inner, enter=False)
 
 
+def forced() -> bool:
+    """Whether `using` forces anything here."""
+    return _forced.get() is not None
+
+
 def _force_in_graphs(choices: _Choices, *, enter: bool) -> None:
     global _forced_in_graphs
     with _entering:  # threads enter and leave in any order

@@ -13,6 +13,18 @@ from torch import Tensor
 VARIANTS = ("interleaved", "half", "none")
 
 
+def frequencies(K: int, variant: str, *, base: float = 10000.0, device: torch.device | None = None) -> Tensor:
+    """Radians that each pair turns by from one token to the next, float64 `[K/2]`; those of "none" are 0."""
+    half = K // 2
+    if variant == "none":
+        return torch.zeros(half, dtype=torch.float64, device=device)
+    if variant == "interleaved":
+        power = torch.linspace(0, 1, half, dtype=torch.float64, device=device)
+    else:
+        power = torch.arange(half, dtype=torch.float64, device=device) / half
+    return base**-power
+
+
 def phases(
     position: Tensor, K: int, variant: str, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -29,11 +41,7 @@ def phases(
     if variant == "none":  # the angle 0: what shares these phases needs no case of its own
         shape, device = (*position.shape, half), position.device
         return torch.ones(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-    if variant == "interleaved":
-        power = torch.linspace(0, 1, half, dtype=torch.float64, device=position.device)
-    else:
-        power = torch.arange(half, dtype=torch.float64, device=position.device) / half
-    angle = position.to(torch.float64)[..., None] * base**-power
+    angle = position.to(torch.float64)[..., None] * frequencies(K, variant, base=base, device=position.device)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

@@ -1,6 +1,6 @@
 """What a server serves: one model with its engine, template, sessions and saved states, within given bounds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import Conversation
 from retentive.infer.memory import Memory, blank, fingerprint
-from retentive.models import LanguageModel, cost
+from retentive.models import MODELS, LanguageModel, cost
+from retentive.native import with_engine
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.metrics import Metrics
@@ -93,7 +94,7 @@ class Service:
         """The JSON of /v1/info: what the page shows of the model and its bounds."""
         return {
             "model": self.name,
-            "kind": type(self.model).__name__,
+            "kind": MODELS[type(self.model.config)].__name__,
             "parameters": cost.parameters(self.model.config),
             "state_bytes": self._blank.nbytes,
             "context": None,  # no limit
@@ -113,15 +114,19 @@ def open_service(
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    ready: Callable[[LanguageModel], LanguageModel] = with_engine,
 ) -> Service:
     """The service for a run directory, a model folder, or a name on the hub.
 
+    Args:
+        ready: makes of the loaded model the one that reads; in C, where that can.
+
     Raises:
         FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is
-            memory for.
+            memory for; and what `ready` raises.
     """
     options, folder = options or Options(), find(run)
     model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype)
     template = load_template(folder, found, options.template)
     name = folder.resolve().name if Path(run).is_dir() else str(run)
-    return Service(name, model, found, template, options, options.states or folder / "states")
+    return Service(name, ready(model), found, template, options, options.states or folder / "states")

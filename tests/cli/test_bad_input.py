@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from retentive.checkpoint import save_model
+from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.data.pack import pack
 from retentive.data.sources import Document
-from retentive.data.tokenizer import train_bpe
+from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.models import RetNetConfig, build, twin
 
 
@@ -316,6 +317,40 @@ def test_convert(case, refused):
     argv, words = CONVERTING[case]
     save_model("twin", build(twin(RetNetConfig(dim=16, layers=1, heads=2))))
     refused(["convert", *argv], words)
+
+
+QUANTISING = {
+    "taken": (["run", "--out", "data"], "data exists: choose another folder, nothing is overwritten"),
+    "twin": (["twin", "--out", "new"], "only RetNets can be quantised, this is a Transformer"),
+    "group": (["run", "--out", "new", "--group", "24"], "a group must be a multiple of 16 columns, up to 256, got 24"),
+    "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
+    "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "calibration needs at least one token"),
+    "no-tokenizer": (["bare", "--out", "new", "--text", "corpus"], "bare has no tokenizer.json"),
+    "NaN": (["damaged", "--out", "new"], "the weights are damaged: embed.weight holds a number that is not finite"),
+    "twice": (["quantised", "--out", "new"], "the model is quantised already: take the one that it was made from"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISING)
+def test_quantize(case, refused):
+    argv, words = QUANTISING[case]
+    small = RetNetConfig(dim=16, layers=1, heads=2)
+    save_model("twin", build(twin(small)))
+    save_model("bare", build(small))
+    save_model("quantised", quantize(build(small), 8))
+    damaged = build(small)
+    with torch.no_grad():
+        damaged.embed.weight[3, 5] = torch.nan
+    save_model("damaged", damaged)
+    refused(["quantize", *argv, "--to", "int4"], words)
+    assert not Path("new").exists()
+
+
+def test_engines_that_cannot_run_the_model(refused):
+    save_model("twin", build(twin(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
+    words = "the native engine cannot run this model: it runs RetNets, this is a Transformer"
+    refused(["generate", "twin", "--engine", "native"], words)
+    refused(["generate", "twin", "--weights", "int8"], "only RetNets can be quantised, this is a Transformer")
 
 
 OTHERS = {

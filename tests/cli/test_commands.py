@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import retentive
+from retentive import native
 from retentive.bench import BENCHES
 from retentive.cli import (
     VERBS,
@@ -27,6 +28,7 @@ from retentive.cli import (
     info,
     main,
     memory,
+    quantize,
     report,
     serve,
 )
@@ -55,6 +57,7 @@ COMMANDS = {
     "chat": chat.ChatCommand,
     "eval": evaluation.EvalCommand,
     "info": info.InfoCommand,
+    "quantize": quantize.QuantizeCommand,
     "convert": convert.ConvertCommand,
     "compare": compare.CompareCommand,
     "report": report.ReportCommand,
@@ -156,6 +159,40 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
     main(["info", "theirs"])
     assert "theirs (torchscale layout)" in " ".join(capsys.readouterr().out.split())
     assert tokenizer.vocab_size == 257
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_a_quantised_folder_is_taken_like_any_other(to, place, capsys):
+    main(["quantize", "run", "--to", to, "--out", f"new/{to}", "--text", "corpus", "--tokens", "300"])
+    assert re.search(rf"^run -> new/{to}: {to}, [\d.]+ MB -> [\d.]+ MB$", capsys.readouterr().out, re.MULTILINE)
+    greedy = ["--prompt", "The ", "--max-tokens", "12", "--temperature", "0"]
+    texts = {}
+    for engine in ("native", "torch"):
+        main(["generate", f"new/{to}", *greedy, "--engine", engine, "--dtype", "float32"])
+        texts[engine] = capsys.readouterr().out
+    assert texts["native"] == texts["torch"] and texts["native"].startswith("The ")
+    main(["info", f"new/{to}"])
+    assert f"weights of {to[3:]} bits, a scale for each" in capsys.readouterr().out
+    main(["memory", "write", f"new/{to}", "corpus", "--out", "new/mine.mem"])
+    main(["memory", "ask", f"new/{to}", "--memory", "new/mine.mem", "--prompt", "The ", "--max-tokens", "3"])
+    assert "The " in capsys.readouterr().out
+
+
+def test_weights_are_quantised_while_loading(place, capsys):
+    greedy = ["--prompt", "The ", "--max-tokens", "12", "--temperature", "0"]
+    main(["quantize", "run", "--to", "int8", "--out", "new"])
+    capsys.readouterr()
+    main(["generate", "new", *greedy])
+    want = capsys.readouterr().out
+    main(["generate", "run", *greedy, "--weights", "int8"])
+    assert capsys.readouterr().out == want
+
+
+def test_info_of_the_machine_says_what_models_are_run_by(capsys):
+    main(["info", "--machine"])
+    shown = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in " ".join(shown.split())
+    assert f"the whole model in C: {native.describe()}" in shown
 
 
 def test_generate_is_the_librarys(place, capsys):

@@ -14,13 +14,15 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 HARNESS = """
 #include <stdlib.h>
-#include "decode.c"
+#include "read.c"
 void go(const Matrix *m, const float *x, i64 rows, float *y) {
-    i64 K = padded_columns(m), ld = panels_of(m) * ROWS, bytes = round_up(rows * K * 4, 64);
-    Input in = {m->kind, m->group, K, aligned_alloc(64, bytes), aligned_alloc(64, bytes), malloc(bytes), malloc(bytes)};
+    char *at = NULL;
+    input_at(&at, rows, m->K);
+    char *space = at = aligned_alloc(64, round_up((i64)(intptr_t)at, 64));
+    Input all = input_at(&at, rows, m->K), in = input_for(&all, m, 0, rows);
     for (i64 r = 0; r < rows; r++) ready_row(&in, r, x + r * m->K, m->K);
-    product(m, &in, rows, 0, panels_of(m), y, ld);
-    free(in.x), free(in.q), free(in.scale), free(in.sum);
+    product(m, &in, rows, 0, panels_of(m), y, panels_of(m) * ROWS);
+    free(space);
 }
 void row(const Matrix *m, i64 id, float *to) { row_of_matrix(m, id, to); }
 int pairs(void) {

@@ -84,8 +84,8 @@ def compiled(tmp_path_factory):
 
     @functools.cache
     def build(*flags: str) -> ctypes.CDLL:
-        ours = tuple(flag for flag in module.SOURCE.flags if flag != compiler.NATIVE)
-        return ctypes.CDLL(str(compiler.build(replace(module.SOURCE, flags=ours + flags), ["gcc"], folder)))
+        source = replace(module.SOURCE, flags=(*module.SOURCE.flags, *flags))
+        return ctypes.CDLL(str(compiler.build(source, ["gcc"], folder)))
 
     return build
 
@@ -881,7 +881,7 @@ def test_in_a_process_without_a_compiler(tmp_path):
     done = subprocess.run([sys.executable, *warnings, "-c", NO_COMPILER], env=environment, cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "no C compiler found (looked for cc-of-nowhere)\n" and done.stderr == ""
+    assert done.stdout.startswith("no C compiler found (looked for cc-of-nowhere); ") and done.stderr == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -903,3 +903,27 @@ def test_products_of_others_on_the_same_threads_are_left_alone(same):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_the_instruction_set_may_be_forced(monkeypatch, refuses):
+    monkeypatch.delenv("RETENTIVE_ISA", raising=False)
+    native = compiler.instruction_flag()
+    monkeypatch.setenv("RETENTIVE_ISA", list(compiler.SETS)[1])
+    assert compiler.instruction_flag() not in (native, None)
+    monkeypatch.setenv("RETENTIVE_ISA", "none")
+    with refuses("RETENTIVE_ISA=none is unknown here, expected one of native, "):
+        module.library.__wrapped__()
+    strongest = list(compiler.NEEDED)[1 if not compiler.ARM else 2]
+    monkeypatch.setenv("RETENTIVE_ISA", strongest)
+    monkeypatch.setattr(compiler, "_cpu", lambda: "flags : mmx sse sse2")
+    with refuses(f"RETENTIVE_ISA={strongest}: this CPU has no {compiler.NEEDED[strongest].split()[0]}"):
+        module.library.__wrapped__()
+
+
+def test_ziglangs_compiler_is_taken_where_there_is_no_other(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    assert compiler.find_compiler() is None
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert compiler.find_compiler() == [sys.executable, "-m", "ziglang", "cc"]

@@ -6,7 +6,7 @@ import pytest
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, TransformerConfig, build
+from retentive.models import MODELS, RetNetConfig, TransformerConfig, build
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 from retentive.serve.service import open_service
@@ -15,7 +15,7 @@ from retentive.serve.service import open_service
 def test_the_info_for_the_page(server):
     info = server.http().get("/v1/info").json()
     model = server.service.model
-    assert info["model"] == server.service.name and info["kind"] == type(model).__name__
+    assert info["model"] == server.service.name and info["kind"] == MODELS[type(model.config)].__name__
     assert info["parameters"] == sum(p.numel() for p in model.parameters())
     assert info["state_bytes"] == model.init_state(1).nbytes and info["context"] is None and info["chat"] is False
 

@@ -4,7 +4,6 @@
 #include "product.h"
 
 enum { SWISH, GELU, SIGMOID };
-enum { UNROTATED, INTERLEAVED, HALVES };
 
 typedef struct {
     Matrix in;   /* q, k, v, gate, decay: the rows of each rounded up to panels */
@@ -18,10 +17,13 @@ typedef struct {
 
 typedef struct {
     i64 D, layers, H, kv, K, V, F, vocab;
-    i64 rotary, gate, gate_activation, activation, ffn_gate; /* gate, ffn_gate: whether there is one */
+    i64 halves, gate, gate_activation, activation, ffn_gate; /* halves: element i turns with i + K / 2, not
+                                                             2 i with 2 i + 1; gate, ffn_gate: whether there is one */
     i64 gated, row_norm, normed_heads;
     double eps, decay_scale, embed_scale;
-    const double *log_decay; /* [H], where they are no function of the token */
+    const double *frequency;  /* [K / 2] of the rotation, radians a token; NULL for none */
+    const double *log_decay;  /* [H], where they are no function of the token, */
+    const float *log_decay_f; /* and again for the operator */
     const Layer *layer;
     Matrix embed, head;
     const float *embed_norm, *final_norm; /* [D], or NULL */

@@ -1,32 +1,38 @@
-/* A few threads that work on the same token: each runs the same function and meets the others at barriers.
+/* A few threads that work on the same tokens: each runs the same function and meets the others at barriers.
 
 The caller is the first of them. Who waits spins for a moment, since a phase of a token takes microseconds, and sleeps
-then, since the processor may be another program's.
+then, since the processor may be another program's. A call may use fewer threads than there are: the others sleep on.
 */
 
 #pragma once
-#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
 
-enum { MOST_THREADS = 64, SPINS = 4000 }; /* some tens of microseconds */
+enum { MOST_THREADS = 64, SPIN_NANOSECONDS = 50000, SPINS = 16 }; /* between two looks at the clock */
 
 typedef struct Pool Pool;
 typedef void Work(void *what, int thread);
 typedef struct { Pool *pool; int thread; } Member;
 
 struct Pool {
-    int threads;
+    int threads, active; /* that there are, that work now */
+    pid_t process;       /* whose they are */
     Work *work;
     void *what;
+    char *space; /* of the caller's, kept from call to call */
+    int64_t space_bytes;
     pthread_mutex_t lock;
     pthread_cond_t change;
     pthread_t members[MOST_THREADS];
     Member names[MOST_THREADS];
-    _Alignas(64) atomic_int round; /* of work; a negative number ends the threads */
-    _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_int passed; /* barriers so far */
+    atomic_int sleepers;
+    _Alignas(64) atomic_llong round; /* 128 a piece of work, and how many work on it; -1 ends the threads */
+    _Alignas(64) atomic_llong arrived;
+    _Alignas(64) atomic_llong passed; /* barriers so far */
 };
 
 static inline void pause_briefly(void) {
@@ -37,77 +43,109 @@ static inline void pause_briefly(void) {
 #endif
 }
 
+static inline int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
 /* until *number is no longer `was` */
-static void wait_for_change(Pool *p, atomic_int *number, int was) {
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(number, memory_order_acquire) != was) return;
-        pause_briefly();
-    }
+static void wait_for_change(Pool *p, atomic_llong *number, long long was) {
+    int64_t end = 0;
+    do {
+        for (int i = 0; i < SPINS; i++) {
+            if (atomic_load_explicit(number, memory_order_acquire) != was) return;
+            pause_briefly();
+        }
+        if (!end) end = nanoseconds() + SPIN_NANOSECONDS;
+    } while (nanoseconds() < end);
     pthread_mutex_lock(&p->lock);
-    while (atomic_load_explicit(number, memory_order_acquire) == was) pthread_cond_wait(&p->change, &p->lock);
+    atomic_fetch_add(&p->sleepers, 1); /* before the number is looked at: who changes it then sees the sleeper */
+    while (atomic_load(number) == was) pthread_cond_wait(&p->change, &p->lock);
+    atomic_fetch_sub(&p->sleepers, 1);
     pthread_mutex_unlock(&p->lock);
 }
 
-static void tell_change(Pool *p, atomic_int *number, int now) {
-    pthread_mutex_lock(&p->lock);
-    atomic_store_explicit(number, now, memory_order_release);
+static void tell_change(Pool *p, atomic_llong *number, long long now) {
+    atomic_store(number, now);
+    if (!atomic_load(&p->sleepers)) return;
+    pthread_mutex_lock(&p->lock); /* no sleeper is between its look and its sleep */
     pthread_cond_broadcast(&p->change);
     pthread_mutex_unlock(&p->lock);
 }
 
-/* all threads come here before any goes on */
+/* all threads that work come here before any goes on */
 static void meet(Pool *p) {
-    if (p->threads == 1) return;
-    int was = atomic_load_explicit(&p->passed, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 < p->threads)
+    if (p->active == 1) return;
+    long long was = atomic_load_explicit(&p->passed, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 < p->active) {
         wait_for_change(p, &p->passed, was);
-    else {
-        atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-        tell_change(p, &p->passed, was == INT_MAX ? 0 : was + 1);
+        return;
     }
+    atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
+    tell_change(p, &p->passed, was + 1);
 }
 
 static void *member(void *name) {
     Pool *p = ((Member *)name)->pool;
-    for (int round = 0;;) {
+    int thread = ((Member *)name)->thread;
+    for (long long round = 0;;) {
         wait_for_change(p, &p->round, round);
         round = atomic_load_explicit(&p->round, memory_order_acquire);
         if (round < 0) return NULL;
-        p->work(p->what, ((Member *)name)->thread);
+        if (thread >= round % 128) continue;
+        p->work(p->what, thread);
         meet(p);
     }
 }
 
-/* `work(what, thread)` in every thread of the pool; returns when all are done */
-static void run(Pool *p, Work *work, void *what) {
+/* the members, of which none runs; as many as the system gives */
+static void start_members(Pool *p, int threads) {
+    p->process = getpid(), p->active = 1;
+    atomic_init(&p->round, 0), atomic_init(&p->arrived, 0), atomic_init(&p->passed, 0), atomic_init(&p->sleepers, 0);
+    pthread_mutex_init(&p->lock, NULL), pthread_cond_init(&p->change, NULL);
+    for (p->threads = 1; p->threads < threads; p->threads++) {
+        p->names[p->threads] = (Member){p, p->threads};
+        if (pthread_create(&p->members[p->threads], NULL, member, &p->names[p->threads])) return;
+    }
+}
+
+/* `work(what, thread)` in so many threads of the pool; returns when all are done */
+static void run(Pool *p, int threads, Work *work, void *what) {
+    if (p->process != getpid()) start_members(p, p->threads); /* a fork copies memory, but no threads */
+    p->active = threads < 1 ? 1 : threads > p->threads ? p->threads : threads;
     p->work = work, p->what = what;
-    int round = atomic_load_explicit(&p->round, memory_order_relaxed);
-    if (p->threads > 1) tell_change(p, &p->round, round == INT_MAX ? 0 : round + 1);
+    long long round = atomic_load_explicit(&p->round, memory_order_relaxed);
+    if (p->active > 1) tell_change(p, &p->round, (round / 128 + 1) * 128 + p->active);
     work(what, 0);
     meet(p);
 }
 
+/* memory for a call, or NULL */
+static char *space_of_pool(Pool *p, int64_t bytes) {
+    if (bytes <= p->space_bytes) return p->space;
+    free(p->space);
+    p->space = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    p->space_bytes = p->space ? bytes : 0;
+    return p->space;
+}
+
 static void close_pool(Pool *p) {
     if (!p) return;
-    tell_change(p, &p->round, -1);
-    for (int t = 1; t < p->threads; t++) pthread_join(p->members[t], NULL);
-    pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->change);
+    if (p->process == getpid()) {
+        tell_change(p, &p->round, -1);
+        for (int t = 1; t < p->threads; t++) pthread_join(p->members[t], NULL);
+        pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->change);
+    }
+    free(p->space);
     free(p);
 }
 
-/* NULL when there was no memory, or no threads */
+/* NULL when there was no memory */
 static Pool *open_pool(int threads) {
     Pool *p = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
     if (!p) return NULL;
-    p->threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
-    atomic_init(&p->round, 0), atomic_init(&p->arrived, 0), atomic_init(&p->passed, 0);
-    pthread_mutex_init(&p->lock, NULL), pthread_cond_init(&p->change, NULL);
-    for (int t = 1; t < p->threads; t++) {
-        p->names[t] = (Member){p, t};
-        if (!pthread_create(&p->members[t], NULL, member, &p->names[t])) continue;
-        p->threads = t; /* those that began have seen no work yet */
-        close_pool(p);
-        return NULL;
-    }
+    p->space = NULL, p->space_bytes = 0;
+    start_members(p, threads > MOST_THREADS ? MOST_THREADS : threads);
     return p;
 }

@@ -6,70 +6,116 @@ becomes integers of 16 bits, with a scale for each group of columns; their sums 
 */
 
 #pragma once
+#include "products.h"
 #include "weights.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-enum { PARTS = ROWS / LANES, SUMS = 2, AT_ONCE = (int)LANES == 16 ? 8 : 2 }; /* vectors of a line; rows of x in registers */
+enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
+enum { PANELS = (int)LANES == 16 ? 2 : 1 };                        /* of a matrix at once */
 enum { AHEAD_BYTES = 2048 }; /* with one row the hardware's prefetcher keeps up by itself */
 
-typedef struct {      /* rows of x, made ready for matrices of one kind and group */
+typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
-    float *x;         /* [rows][K], or pairs of bfloat16 [rows][K / 2] */
-    int16_t *q;       /* [rows][K], in the order of `paired` */
-    float *scale;     /* [rows][K / group] */
-    int32_t *sum;     /* [rows][K / group], of the integers */
+    i64 width;          /* 1 for a single row, else AT_ONCE */
+    int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers; [rows / width][units][width] */
+    float *scale;       /* [rows][K / group] */
+    int32_t *sum;       /* [rows][K / group], of the integers */
 } Input;
+
+#ifdef __AVX512BF16__
+enum { HAVE_PAIRS = 1 };
+#else
+enum { HAVE_PAIRS = 0 }; /* bfloat16 weights become floats, and x stays so */
+#endif
 
 /* ---- x ---- */
 
-/* Where column k of a unit's columns lies in q: products take pairs whose integers are 16 bits apart in the unit. */
-INLINE i64 paired(i64 kind, i64 k) {
-    i64 half = columns_of_unit(kind) / 2, unit = k & -2 * half;
-    return unit + (k - unit) % half * 2 + (k - unit) / half;
+INLINE i64 units_of(i64 kind, i64 K) { return kind >= INT8 || (kind == BFLOAT16 && HAVE_PAIRS) ? K / 2 : K; }
+
+/* An input of so many rows for matrices of at most K columns, of any kind, in memory from *at on, which moves on. */
+static Input input_at(char **at, i64 rows, i64 K) {
+    i64 wide = round_up(K, MOST_GROUP_COLUMNS), groups = wide / 16;
+    Input in = {0};
+    in.x = (int32_t *)take(at, round_up(rows, AT_ONCE) * wide);
+    in.scale = take(at, rows * groups), in.sum = (int32_t *)take(at, rows * groups);
+    return in;
+}
+
+/* the same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply */
+static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows) {
+    i64 most = round_up(m->K, MOST_GROUP_COLUMNS), group = first * (most / 16);
+    return (Input){m->kind, m->group, padded_columns(m), rows == 1 ? 1 : AT_ONCE,
+                   all->x + first * most, all->scale + group, all->sum + group};
+}
+
+/* Integers of whole units, in the order in which products take them: pairs that are 16 bits apart in the unit. */
+INLINE void put_paired(i64 kind, const int16_t *from, i64 n, int16_t *to) {
+    const int half = kind == INT4 ? 4 : 2;
+    for (i64 k = 0; k < n; k += 2 * half)
+        for (int j = 0; j < half; j++) to[k + 2 * j] = from[k + j], to[k + 2 * j + 1] = from[k + half + j];
+}
+
+/* a group's numbers as integers of 16 bits and their scale; n of `group` are there */
+static void ready_group(i64 kind, const float *x, i64 n, i64 group, int16_t *to, float *scale, int32_t *sum) {
+    int16_t q[MOST_GROUP_COLUMNS] = {0};
+    float most = 0, spoilt = 0;
+    int32_t all = 0;
+    for (i64 k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most, spoilt += x[k] * 0;
+    if (most > 1e-30f && spoilt == 0) { /* what is not finite spoils its row */
+        float inverse = 32767 / most;
+        for (i64 k = 0; k < n; k++) {
+            int32_t rounded = (int32_t)rintf(x[k] * inverse);
+            q[k] = (int16_t)rounded, all += rounded;
+        }
+    }
+    if (kind == INT4) put_paired(INT4, q, group, to);
+    else put_paired(INT8, q, group, to);
+    *scale = most / 32767 + spoilt, *sum = all;
 }
 
 /* a row of x [K] as row `r`; what is padded is 0 */
 static void ready_row(Input *in, i64 r, const float *x, i64 K) {
-    i64 wide = in->K, groups = in->group ? wide / in->group : 0;
-#ifdef __AVX512BF16__
-    if (in->kind == BFLOAT16) {
-        uint16_t *to = (uint16_t *)(in->x + r * wide / 2);
-        for (i64 k = 0; k < wide; k++) to[k] = k < K ? to_bf16(x[k]) : 0;
-        return;
+    i64 wide = in->K, units = units_of(in->kind, wide), groups = in->group ? wide / in->group : 0;
+    int32_t row[units], *to = in->x + r / in->width * in->width * units + r % in->width;
+    if (units == wide) memcpy(row, x, K * 4), memset(row + K, 0, (wide - K) * 4);
+    else if (!groups) {
+        i64 whole = K / 16 * 16;
+        pair_row(x, whole, (float *)row);
+        for (i64 k = whole; k < wide; k++) ((uint16_t *)row)[k] = k < K ? to_bf16(x[k]) : 0;
     }
-#endif
-    if (!groups) memcpy(in->x + r * wide, x, K * 4), memset(in->x + r * wide + K, 0, (wide - K) * 4);
-    for (i64 g = 0; g < groups; g++) {
-        const float *part = x + g * in->group;
-        i64 n = smaller(in->group, K - g * in->group);
-        float most = 0, spoilt = 0;
-        for (i64 k = 0; k < n; k++) most = fabsf(part[k]) > most ? fabsf(part[k]) : most, spoilt += part[k] * 0;
-        float inverse = most > 1e-30f && spoilt == 0 ? 32767 / most : 0; /* what is not finite spoils its row */
-        int32_t sum = 0;
-        for (i64 k = 0; k < in->group; k++) {
-            int32_t q = k < n && inverse ? (int32_t)lrintf(part[k] * inverse) : 0;
-            in->q[r * wide + g * in->group + paired(in->kind, k)] = (int16_t)q, sum += q;
-        }
-        in->scale[r * groups + g] = most / 32767 + spoilt, in->sum[r * groups + g] = sum;
-    }
+    for (i64 g = 0, at; at = g * in->group, g < groups; g++)
+        ready_group(in->kind, x + at, smaller(in->group, K - at), in->group, (int16_t *)row + at,
+                    in->scale + r * groups + g, in->sum + r * groups + g);
+    if (in->width == 1) memcpy(to, row, units * 4);
+    else
+        for (i64 u = 0; u < units; u++) to[u * AT_ONCE] = row[u];
 }
 
 /* ---- a line, times the columns that it is of ---- */
 
-INLINE vf times_floats(int pairs, const uint8_t *line, const float *x, vf sum) {
-    if (!pairs) return load((const float *)line) * splat(*x) + sum;
+INLINE vf times_floats(int pairs, vf w, const int32_t *x, vf sum) {
 #ifdef __AVX512BF16__
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_unit(x), (__m512bh)load((const float *)line));
+    if (pairs) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_unit((const float *)x), (__m512bh)w);
+#endif
+    (void)pairs;
+    vf y = splat_unit((const float *)x); /* said, since a compiler that chooses may choose otherwise for more rows */
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)w, (__m512)y, (__m512)sum);
+#elif defined(__FMA__) && defined(__AVX__)
+    return (vf)_mm256_fmadd_ps((__m256)w, (__m256)y, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)sum, (float32x4_t)w, (float32x4_t)y);
 #else
-    vi units = (vi)load((const float *)line);
-    return (vf)(units << 16) * splat(x[0]) + ((vf)(units & -65536) * splat(x[1]) + sum);
+    return w * y + sum;
 #endif
 }
 
 /* sum + low half of w * low half of x + high half of w * high half of x, in every lane; w at most 255 */
-INLINE vi times_halves(vi w, const int16_t *x, vi sum) {
+INLINE vi times_halves(vi w, const int32_t *x, vi sum) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, (__m512i)splat_unit((const float *)x));
 #elif defined(__AVX512BW__)
@@ -79,11 +125,11 @@ INLINE vi times_halves(vi w, const int16_t *x, vi sum) {
 #elif defined(__SSE2__) && !defined(__AVX__)
     return sum + (vi)_mm_madd_epi16((__m128i)w, (__m128i)splat_unit((const float *)x));
 #else
-    return sum + (w & 65535) * x[0] + (w >> 16) * x[1];
+    return sum + (w & 65535) * (int32_t)(int16_t)*x + (w >> 16) * (*x >> 16);
 #endif
 }
 
-/* scales of 16 rows as floats */
+/* scales of as many rows as a vector has lanes, as floats */
 INLINE vf scales_at(const uint16_t *scales) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
@@ -96,83 +142,88 @@ INLINE vf scales_at(const uint16_t *scales) {
 #endif
 }
 
-/* ---- a panel ---- */
+/* ---- panels: y [rows][16 a panel], of panels `bytes` apart ---- */
 
-INLINE void panel_of_floats(int rows, int pairs, i64 lines, const uint8_t *at, const float *x, i64 stride, float *y, i64 ld) {
-    vf sum[8][SUMS][PARTS] = {{{{0}}}};
-#ifdef __AVX512BF16__
-    const int step = 1;
-#else
-    const int step = pairs ? 2 : 1;
-#endif
-    for (i64 line = 0; line < lines; line += SUMS)
-        for (int s = 0; s < SUMS; s++, at += LINE) {
-            if (rows > 1) __builtin_prefetch(at + AHEAD_BYTES);
+INLINE void panels_of_floats(int panels, int rows, int kind, i64 lines, const uint8_t *at, i64 bytes, const int32_t *x,
+                             i64 width, float *y, i64 ld) {
+    vf sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+    const int pairs = kind == BFLOAT16 && HAVE_PAIRS, columns = kind == BFLOAT16 && !HAVE_PAIRS ? 2 : 1;
+    for (i64 line = 0; line < lines; line++, at += LINE)
+        for (int c = 0; c < columns; c++, x += width)
             for (int p = 0; p < PARTS; p++)
-                for (int r = 0; r < rows; r++)
-                    sum[r][s][p] = times_floats(pairs, at + p * 4 * LANES, x + r * stride + (line + s) * step, sum[r][s][p]);
-        }
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < PARTS; p++) store(y + r * ld + p * LANES, sum[r][0][p] + sum[r][1][p]);
+                for (int n = 0; n < panels; n++) {
+                    const uint8_t *from = at + n * bytes;
+                    if (rows > 1 && !c && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    vf w = load((const float *)(from + p * 4 * LANES));
+                    if (columns == 2) w = (vf)(c ? (vi)w & -65536 : (vi)w << 16);
+                    for (int r = 0; r < rows; r++) sum[n][r][p] = times_floats(pairs, w, x + r, sum[n][r][p]);
+                }
+    for (int n = 0; n < panels; n++)
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
-INLINE void panel_of_integers(int rows, int four, i64 groups, i64 group, const uint8_t *at, const uint16_t *scales,
-                              const int16_t *q, i64 stride, const float *scale, const int32_t *sums, float *y, i64 ld) {
-    vf total[8][PARTS] = {{{0}}};
-    const int unit = four ? 8 : 4, shift = four ? 4 : 8, mask = four ? 0x000f000f : 0x00ff00ff;
+INLINE void panels_of_integers(int panels, int rows, int kind, i64 groups, i64 group, const uint8_t *at, i64 bytes,
+                               const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
+                               const int32_t *sums, float *y, i64 ld) {
+    vf total[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+    const int four = kind == INT4, unit = four ? 8 : 4, shift = four ? 4 : 8, mask = four ? 0x000f000f : 0x00ff00ff;
     for (i64 g = 0; g < groups; g++, scales += ROWS) {
-        vi sum[8][PARTS] = {{{0}}};
-        for (i64 k = g * group; k < (g + 1) * group; k += unit, at += LINE) {
-            if (rows > 1) __builtin_prefetch(at + AHEAD_BYTES);
+        vi sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+        for (i64 k = 0; k < group; k += unit, at += LINE, x += unit / 2 * width)
+            for (int p = 0; p < PARTS; p++)
+                for (int n = 0; n < panels; n++) {
+                    const uint8_t *from = at + n * bytes;
+                    if (rows > 1 && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    vi units = (vi)load((const float *)(from + p * 4 * LANES));
+                    for (int j = 0; j < unit / 2; j++) {
+                        vi w = units >> j * shift & mask; /* signs come down, but not into the mask */
+                        for (int r = 0; r < rows; r++)
+                            sum[n][r][p] = times_halves(w, x + j * width + r, sum[n][r][p]);
+                    }
+                }
+        for (int n = 0; n < panels; n++)
             for (int p = 0; p < PARTS; p++) {
-                vi units = (vi)load((const float *)(at + p * 4 * LANES));
-                for (int j = 0; j < unit; j += 2) {
-                    vi w = units >> j / 2 * shift & mask; /* signs come down, but not into the mask */
-                    for (int r = 0; r < rows; r++) sum[r][p] = times_halves(w, q + r * stride + k + j, sum[r][p]);
+                vf of_rows = scales_at(scales + n * groups * ROWS + p * LANES);
+                for (int r = 0; r < rows; r++) {
+                    vi exact = sum[n][r][p] - (four ? 8 : 128) * sums[r * groups + g];
+                    total[n][r][p] += __builtin_convertvector(exact, vf) * (of_rows * splat(scale[r * groups + g]));
                 }
             }
-        }
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) {
-                vi exact = sum[r][p] - (four ? 8 : 128) * sums[r * groups + g];
-                total[r][p] += __builtin_convertvector(exact, vf) * (scales_at(scales + p * LANES) * splat(scale[r * groups + g]));
-            }
     }
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < PARTS; p++) store(y + r * ld + p * LANES, total[r][p]);
+    for (int n = 0; n < panels; n++)
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, total[n][r][p]);
 }
 
 /* ---- a part of a product ---- */
 
-INLINE void rows_of_panel(int rows, const Matrix *m, const Input *in, i64 r, i64 panel, float *y, i64 ld) {
-    i64 lines = lines_of_panel(m), groups = groups_of(m), wide = in->K;
-    const uint8_t *at = m->lines + panel * lines * LINE;
-#ifdef __AVX512BF16__
-    i64 stride = m->kind == BFLOAT16 ? wide / 2 : wide;
-#else
-    i64 stride = wide;
-#endif
-    if (m->kind == FLOAT32) panel_of_floats(rows, 0, lines, at, in->x + r * stride, stride, y, ld);
-    else if (m->kind == BFLOAT16) panel_of_floats(rows, 1, lines, at, in->x + r * stride, stride, y, ld);
-    else {
-        const uint16_t *scales = m->scales + panel * groups * ROWS;
-        const int16_t *q = in->q + r * wide;
-        const float *scale = in->scale + r * groups;
-        const int32_t *sum = in->sum + r * groups;
-        if (m->kind == INT8) panel_of_integers(rows, 0, groups, m->group, at, scales, q, wide, scale, sum, y, ld);
-        else panel_of_integers(rows, 1, groups, m->group, at, scales, q, wide, scale, sum, y, ld);
-    }
+INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, i64 panel, float *y, i64 ld) {
+    i64 lines = lines_of_panel(m), groups = groups_of(m), bytes = lines * LINE;
+    const uint8_t *at = m->lines + panel * bytes;
+    const uint16_t *scales = m->scales + panel * groups * ROWS;
+    const int32_t *x = in->x + r / in->width * in->width * units_of(m->kind, in->K) + r % in->width;
+    i64 width = rows > 1 ? AT_ONCE : in->width;
+    const float *scale = in->scale + r * groups;
+    const int32_t *sum = in->sum + r * groups;
+    y += r * ld + panel * ROWS;
+    if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, lines, at, bytes, x, width, y, ld);
+    else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, lines, at, bytes, x, width, y, ld);
+    else if (m->kind == INT8)
+        panels_of_integers(panels, rows, INT8, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+    else panels_of_integers(panels, rows, INT4, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+}
+
+INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 panel, float *y, i64 ld) {
+    i64 r = 0;
+    for (; r + AT_ONCE <= rows; r += AT_ONCE) some(panels, AT_ONCE, m, in, r, panel, y, ld);
+    if (AT_ONCE > 4 && r + 4 <= rows) some(panels, 4, m, in, r, panel, y, ld), r += 4;
+    if (r + 2 <= rows) some(panels, 2, m, in, r, panel, y, ld), r += 2;
+    if (r < rows) some(panels, 1, m, in, r, panel, y, ld);
 }
 
 /* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld) {
-    for (i64 panel = first; panel < last; panel++)
-        for (i64 r = 0, n; r < rows; r += n) {
-            float *to = y + r * ld + panel * ROWS;
-            n = smaller(AT_ONCE, rows - r);
-            if (n >= 8) n = 8, rows_of_panel(8, m, in, r, panel, to, ld);
-            else if (n >= 4) n = 4, rows_of_panel(4, m, in, r, panel, to, ld);
-            else if (n >= 2) n = 2, rows_of_panel(2, m, in, r, panel, to, ld);
-            else rows_of_panel(1, m, in, r, panel, to, ld);
-        }
+    for (; PANELS == 2 && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
+    for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }

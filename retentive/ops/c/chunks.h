@@ -90,12 +90,6 @@ typedef struct {
     float *ST[MOST_GROUP], *ST_panels[MOST_GROUP]; /* before each chunk of a group, panels of [V][K] */
 } Space;
 
-static float *take(char **at, i64 floats) {
-    float *p = (float *)*at;
-    *at += round_up(floats * 4, 64) + 64; /* the gap keeps arrays of 2^n floats from falling on the same cache lines */
-    return p;
-}
-
 /* lays out a space from `at` on, returns its end */
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
     i64 C = c->C, whole = c->pair == 2 ? BLOCK : WHOLE;

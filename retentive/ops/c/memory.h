@@ -21,3 +21,10 @@ static void *space_of_thread_with(i64 bytes) {
     }
     return space;
 }
+
+/* the next `floats` of the memory from *at on */
+static float *take(char **at, i64 floats) {
+    float *p = (float *)*at;
+    *at += round_up(floats * 4, 64) + 64; /* the gap keeps arrays of 2^n floats from falling on the same cache lines */
+    return p;
+}

@@ -1,0 +1,259 @@
+"""Models whose matrices are integers: rounded to the nearest, or, with text to calibrate on, with error feedback.
+
+    quantize(model, bits, group)                  each group of columns with the scale of least squared error
+    quantize(model, bits, group, batches=ids)     and what rounding a column does to the outputs is made up for by those
+                                                  that are yet to be rounded: GPTQ, arXiv 2210.17323
+
+The second is for 4 bits: there the outputs of the layers on the given text stay several times closer to the model's own
+than the matrices alone would allow (docs/quantize.md). 8 bits lose next to nothing either way.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retentive.data.sources import Document
+from retentive.data.tokenizer import Tokenizer
+from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
+from retentive.models import LanguageModel, RetNetConfig
+
+BITS = {"int8": 8, "int4": 4}
+GROUPS = {8: 128, 4: 32}
+"""Columns that share a scale, by bits, where nothing else is asked for."""
+SCALES = 24
+"""Scales of a group that are tried."""
+MOST_CHARACTERS = 16
+"""Of a token, on average: so much of a document is looked at."""
+DAMPING = 0.01
+"""Of the mean of the Hessian's diagonal, added to it: directions that the text has nothing of stay bounded."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model's matrices are stored; in config.json, "quantization"."""
+
+    bits: int
+    """8 or 4."""
+    group: int
+    """Columns of a scale, a multiple of 16 up to 256."""
+
+    def __post_init__(self):
+        if self.bits not in BITS.values():
+            raise ValueError(f"weights can have 8 or 4 bits, got {self.bits}")
+        if self.group not in range(16, 257, 16):
+            raise ValueError(f"a group must be a multiple of 16 columns, up to 256, got {self.group}")
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How the model is quantised; None if it is not."""
+    return next((Quantization(m.bits, m.group) for m in model.modules() if isinstance(m, Quantized)), None)
+
+
+def check_quantizable(model: LanguageModel) -> None:
+    """Raises ValueError for a model that cannot be quantised."""
+    if type(model.config) is not RetNetConfig:
+        kind = type(model.config).__name__.removesuffix("Config")
+        raise ValueError(f"only RetNets can be quantised, this is a {kind}")
+    if quantization_of(model):
+        raise ValueError("the model is quantised already: take the one that it was made from")
+    for name, x in model.named_parameters():
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"the weights are damaged: {name} holds a number that is not finite")
+
+
+def as_quantized(model: LanguageModel, how: Quantization, dtype: torch.dtype) -> LanguageModel:
+    """`model`, its matrices replaced by ones of integers that are yet to be filled; in place."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        rows, columns = module.weight.shape
+        with module.weight.device:
+            if isinstance(module, nn.Linear):
+                made: Quantized = QuantizedLinear(rows, columns, how.bits, how.group, dtype, module.bias)
+            else:
+                made = QuantizedEmbedding(rows, columns, how.bits, how.group, dtype)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, made)
+    if model.config.tie_embeddings:
+        model.head.weight, model.head.scale = model.embed.weight, model.embed.scale
+    return model
+
+
+@torch.no_grad()
+def quantize(
+    model: LanguageModel,
+    bits: int,
+    group: int | None = None,
+    *,
+    batches: Iterable[Tensor] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Callable[[int, int], object] = lambda done, blocks: None,
+) -> LanguageModel:
+    """A copy of the model, a RetNet, with integers in place of its matrices.
+
+    Args:
+        bits: 8 or 4.
+        group: columns that share a scale; by default 128 for 8 bits and 32 for 4.
+        batches: ids `[B,T]` of text to calibrate on; none: every group is rounded for itself.
+        dtype: of what the new model computes.
+        progress: called with the blocks done and all there are.
+
+    Raises:
+        ValueError: no RetNet, or one that is quantised already or has numbers that are not finite; bits or a group that
+            are not supported; text on which the model's activations are not finite.
+    """
+    check_quantizable(model)
+    how = Quantization(bits, GROUPS[bits] if group is None else group)
+    exact: Any = copy.deepcopy(model).float().eval()
+    made: Any = as_quantized(copy.deepcopy(exact), how, torch.float32)
+    streams = [exact.begin(ids, None, None, None, None) for ids in batches]
+    _fill(made.embed, exact.embed.weight, None)
+    for i, block in enumerate(exact.blocks):
+        read = _second_moments(block, streams)
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear):
+                _fill(made.blocks[i].get_submodule(name), layer.weight, read.get(_reads(name)))
+        streams = [(_through(made.blocks[i], *stream), stream[1]) for stream in streams]
+        progress(i + 1, len(exact.blocks))
+    if not model.config.tie_embeddings:
+        moments = [_moment(exact.norm(x)) for x, _ in streams]
+        moment = torch.stack(moments).sum(0) if moments else None
+        _fill(made.head, exact.head.weight, moment)
+    return made.to(dtype)
+
+
+def _through(block, x, positions) -> Tensor:
+    """What leaves a block, without a state before it."""
+    return block(x, None, positions, block.phases(positions, x.dtype))[0]
+
+
+def _moment(x: Tensor) -> Tensor:
+    """`x^T x` over all rows, `[K,K]`, in float64."""
+    rows = x.flatten(0, -2).double()
+    return rows.T @ rows
+
+
+def _reads(name: str) -> str:
+    """The first of the layers that read the same input as this one."""
+    part, _, own = name.rpartition(".")
+    same = {"k_proj": "q_proj", "v_proj": "q_proj", "g_proj": "q_proj", "decay_proj": "q_proj", "up_proj": "gate_proj"}
+    return f"{part}.{same.get(own, own)}"
+
+
+@contextmanager
+def _watched(block: nn.Module, found: dict[str, Tensor]):
+    """Adds up in `found` the second moments of the inputs of the block's linear layers, one of those that share it."""
+
+    def watch(name: str):
+        def hook(module, inputs):
+            moment = _moment(inputs[0])
+            found[name] = found[name] + moment if name in found else moment
+
+        return hook
+
+    layers = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear) and _reads(name) == name]
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    with _watched(block, found):
+        for x, positions in streams:
+            _through(block, x, positions)
+    if not all(bool(moment.isfinite().all()) for moment in found.values()):
+        raise ValueError("the model's activations on the text are not finite: nothing to calibrate on")
+    return found
+
+
+def _fill(into: Quantized, weight: Tensor, moment: Tensor | None) -> None:
+    if moment is None:
+        into.store(*rounded(weight, into.bits, into.group))
+    else:
+        into.store(*fed_back(weight, moment, into.bits, into.group))
+
+
+def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """The float16 scales `[rows]` with the least squared error of rounding w `[rows, columns]`, of SCALES tried.
+
+    Args:
+        importance: `[columns]`, weights of the squares.
+    """
+    top, importance = 2 ** (bits - 1), torch.ones(w.shape[1]).to(w) if importance is None else importance
+    # the largest number may become the integer at the far end, -2^(bits-1), which has no counterpart: hence the sign
+    at = w.abs().argmax(1, keepdim=True)
+    full = -w.gather(1, at)[:, 0] / top
+    best, least = full, torch.full_like(full, torch.inf)
+    for step in range(SCALES):
+        scale = (full * (1.1 - 0.6 * step / SCALES)).half().to(w.dtype)
+        error = ((_levels(w, scale, top) * scale[:, None] - w) ** 2 * importance).sum(1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best.half()
+
+
+def _levels(w: Tensor, scale: Tensor, top: int) -> Tensor:
+    """The nearest integers from -top to top - 1; 0 where the scale is 0."""
+    return torch.where(scale[:, None] == 0, 0, w / scale[:, None]).round().clamp(-top, top - 1)
+
+
+def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """(integers `[rows, columns]`, scales `[rows, groups]`), every group for itself."""
+    parts = w.float().split(group, 1)
+    scales = [best_scale(part, bits) for part in parts]
+    q = [_levels(part, scale.float(), 2 ** (bits - 1)) for part, scale in zip(parts, scales, strict=True)]
+    return torch.cat(q, 1).to(torch.int8), torch.stack(scales, 1)
+
+
+def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """The same, each column's error handed on to later ones so that `|w x - scale q x|` is least on the inputs whose
+    second moment `[columns, columns]` is given (GPTQ, in its natural order of columns)."""
+    w, top = w.double().clone(), 2 ** (bits - 1)
+    H = moment + DAMPING * moment.diagonal().mean().clamp(min=1e-9) * torch.eye(len(moment)).double()
+    feed = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    q, scales = torch.zeros(w.shape, dtype=torch.int8), []
+    for begin in range(0, w.shape[1], group):
+        end = min(begin + group, w.shape[1])
+        scales.append(best_scale(w[:, begin:end], bits, feed.diagonal()[begin:end] ** -2))
+        scale = scales[-1].double()
+        errors = torch.empty_like(w[:, begin:end])
+        for k in range(begin, end):
+            level = _levels(w[:, k : k + 1], scale, top)[:, 0]
+            q[:, k] = level.to(torch.int8)
+            errors[:, k - begin] = error = (w[:, k] - level * scale) / feed[k, k]
+            w[:, k + 1 : end] -= error[:, None] * feed[k, k + 1 : end]
+        w[:, end:] -= errors @ feed[begin:end, end:]
+    return q, torch.stack(scales, 1)
+
+
+def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: int, length: int = 512) -> list[Tensor]:
+    """Ids `[1,T]` to calibrate on: the beginnings of as many documents as there are, then what follows in each.
+
+    Args:
+        tokens: how many in all, if there is as much text.
+        length: of each part.
+
+    Raises:
+        ValueError: fewer than one token asked for.
+    """
+    if tokens < 1:
+        raise ValueError(f"calibration needs at least one token, got {tokens}")
+    parts: list[list[list[int]]] = []
+    for document in islice(documents, -(-tokens // length)):
+        ids = [tokenizer.eos_id, *tokenizer.encode(document.text[: tokens * MOST_CHARACTERS])]
+        parts.append([ids[at : at + length] for at in range(0, len(ids), length)])
+    in_turn = (part for round_ in zip_longest(*parts) for part in round_ if part)
+    batches, left = [], tokens
+    while left > 0 and (part := next(in_turn, None)):
+        batches.append(torch.tensor([part[:left]]))
+        left -= len(part)
+    return batches

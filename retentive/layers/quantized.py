@@ -1,0 +1,75 @@
+"""Matrices of integers with a scale for each row and group of columns, where a model has matrices of floats.
+
+    w[n, k] = scale[n, k / group] * q[n, k]        q of 8 bits, or of 4, two columns a byte, the first in the low half
+
+They cannot be trained. Here they become floats at every use, which any device can do; `retentive.native` multiplies the
+integers themselves.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantized(nn.Module):
+    """What a linear layer and an embedding of integers share."""
+
+    def __init__(self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype):
+        """
+        Args:
+            bits: 8 or 4.
+            group: columns of a scale; the last group of a row may have fewer.
+            dtype: of what it computes.
+        """
+        super().__init__()
+        self.rows, self.columns, self.bits, self.group, self.dtype = rows, columns, bits, group, dtype
+        q = torch.empty(rows, columns, dtype=torch.int8) if bits == 8 else torch.empty(rows, -(-columns // 2)).byte()
+        self.weight = nn.Parameter(q, requires_grad=False)
+        scale = torch.empty(rows, -(-columns // group), dtype=torch.float16)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def floats(self, q: Tensor, scale: Tensor) -> Tensor:
+        """Rows as floats `[..., columns]`, from their integers as they are stored and their scales."""
+        if self.bits == 4:
+            q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # with their signs
+        # multiplied in float32: a scale in bfloat16 would be off by more than an integer's own error
+        return (q.float() * scale.float().repeat_interleave(self.group, -1)[..., : self.columns]).to(self.dtype)
+
+    def store(self, q: Tensor, scale: Tensor) -> None:
+        """Takes integers `[rows, columns]` and scales `[rows, groups]`."""
+        if self.bits == 4:
+            q = F.pad(q, (0, self.columns % 2)).view(torch.uint8)
+            q = q[:, 0::2] & 15 | q[:, 1::2] << 4
+        self.weight.data, self.scale.data = q.contiguous(), scale.to(torch.float16).contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # a scale keeps its dtype whatever the model is cast to: of bfloat16's 8 bits, 3 would be lost
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+        self.dtype = moved.dtype
+        for name, x in self._parameters.items():
+            if x is not None:
+                x.data = fn(x.data) if name == "bias" else x.data.to(moved.device)
+        return self
+
+
+class QuantizedLinear(Quantized):
+    """`nn.Linear`; a bias is floats."""
+
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, bias: nn.Parameter | None = None
+    ):
+        super().__init__(rows, columns, bits, group, dtype)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.floats(self.weight, self.scale).to(x.dtype), bias)
+
+
+class QuantizedEmbedding(Quantized):
+    """`nn.Embedding`."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.floats(self.weight[ids], self.scale[ids])

@@ -1,0 +1,200 @@
+"""Integers in place of matrices: how near they are, what calibration gains, and folders of them."""
+
+import json
+
+import pytest
+import torch
+
+from retentive.checkpoint import load, save_model
+from retentive.checkpoint.quantize import (
+    Quantization,
+    as_quantized,
+    batches_of,
+    best_scale,
+    fed_back,
+    quantization_of,
+    quantize,
+    rounded,
+)
+from retentive.data.sources import Document
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.files import load_tensors, save_tensors
+from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
+from retentive.models import ARCHITECTURES, RetNetConfig, TransformerConfig, build, config_of
+
+SMALL = dict(vocab_size=67, dim=48, layers=2, heads=2, ffn_dim=50)
+CONFIGS = {
+    "retnet": {},
+    "tied": dict(tie_embeddings=True),
+    "decay-bias": dict(decay_bias=True, qk_bias=True),
+    "paper": ARCHITECTURES["retnet-paper"],
+    "plain": dict(gate=False, ffn_gate=False, final_norm=False),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return build(RetNetConfig(**SMALL | CONFIGS[request.param])).eval()
+
+
+def error(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("columns", [16, 7, 50])
+def test_what_is_stored_comes_back(bits, columns, same):
+    q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8)
+    scale = torch.rand(5, -(-columns // 16)).half()
+    want = q.float() * scale.float().repeat_interleave(16, 1)[:, :columns]
+    linear = QuantizedLinear(5, columns, bits, 16, dtype=torch.float32)
+    linear.store(q, scale)
+    same(linear(torch.eye(columns)), want.T, 1e-6)
+    embedding = QuantizedEmbedding(5, columns, bits, 16, dtype=torch.float32)
+    embedding.store(q, scale)
+    same(embedding(torch.tensor([[4, 0, 4]])), want[[4, 0, 4]][None], 0)
+    for dtype in (torch.bfloat16, torch.float32):  # scales survive casts of the model
+        embedding.to(dtype)
+        assert embedding(torch.tensor([1])).dtype == dtype
+    same(embedding(torch.tensor([2])), want[[2]], 0)
+
+
+@pytest.mark.parametrize(("bits", "times"), [(8, 1.25), (4, 1.05)])
+def test_the_scale_is_that_of_least_error(bits, times):
+    """By trying 2,000, of which the best also had luck with how numbers fall on integers, the finer the more."""
+    w, top = torch.randn(20, 32), 2 ** (bits - 1)
+    found = best_scale(w, bits).float()
+    least = torch.full((20,), torch.inf)
+    for sign in (1, -1):
+        for factor in torch.linspace(0.4, 1.2, 1000):
+            scale = sign * factor * w.abs().amax(1) / top
+            q = (w / scale[:, None]).round().clamp(-top, top - 1)
+            least = torch.minimum(least, ((q * scale[:, None] - w) ** 2).sum(1))
+    q = (w / found[:, None]).round().clamp(-top, top - 1)
+    assert (((q * found[:, None] - w) ** 2).sum(1)).sum() <= times * least.sum()
+
+
+def test_zeros_stay_zeros():
+    w = torch.zeros(3, 40)
+    w[1, 20] = 1e-30  # below what a float16 scale can say
+    q, scale = rounded(w, 4, 16)
+    assert not q.any() and scale.isfinite().all()
+
+
+def test_errors_fed_back_make_outputs_nearer():
+    """On inputs with few directions, as a model's are, by at least a third; the matrix itself is then farther off."""
+    x = torch.randn(400, 12) @ torch.randn(12, 96) + 0.05 * torch.randn(400, 96)
+    w = torch.randn(40, 96)
+
+    def stands_for(q, scale):
+        return q.float() * scale.float().repeat_interleave(32, 1)
+
+    plain = stands_for(*rounded(w, 4, 32))
+    fed = stands_for(*fed_back(w, x.double().T @ x.double(), 4, 32))
+    assert error(x @ fed.T, x @ w.T) < 0.67 * error(x @ plain.T, x @ w.T)
+    assert error(fed, w) > error(plain, w)
+
+
+@torch.no_grad()
+def test_logits_of_integers(model):
+    ids = torch.randint(67, (2, 30))
+    want = model(ids)[0]
+    bounds = {8: 0.02, 4: 0.3}  # rounding to nearest is off by 2^-8 and 2^-4 of the largest of a group at most
+    for bits, bound in bounds.items():
+        made = quantize(model, bits, dtype=torch.float32)
+        assert error(made(ids)[0], want) < bound
+        assert quantization_of(made) == Quantization(bits, {8: 128, 4: 32}[bits])
+        assert sum(isinstance(m, Quantized) for m in made.modules()) == sum(
+            isinstance(m, torch.nn.Linear | torch.nn.Embedding) for m in model.modules()
+        )
+    assert quantization_of(model) is None  # a copy was quantised
+
+
+@torch.no_grad()
+def test_calibration_brings_logits_nearer_on_text_like_that():
+    model = build(RetNetConfig(**SMALL)).eval()
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    ids = torch.randint(12, (4, 200))  # few of the vocabulary
+    want, seen = model(ids)[0], []
+    plain = quantize(model, 4, dtype=torch.float32)
+    fed = quantize(model, 4, batches=[ids], dtype=torch.float32, progress=lambda *done: seen.append(done))
+    assert error(fed(ids)[0], want) < 0.8 * error(plain(ids)[0], want)
+    assert seen == [(1, 2), (2, 2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_folder_of_integers_is_loaded_as_it_was(model, bits, tmp_path, same):
+    made, ids = quantize(model, bits, dtype=torch.float32), torch.randint(67, (1, 20))
+    save_model(tmp_path, made)
+    again, _ = load(tmp_path, dtype=torch.float32)
+    same(again(ids)[0], made(ids)[0], 0)
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in made.named_parameters()]
+    low, _ = load(tmp_path)
+    assert low.dtype == torch.bfloat16 and error(low(ids)[0], made(ids)[0]) < 0.05
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["quantization"] == {"bits": bits, "group": {8: 128, 4: 32}[bits]}
+
+
+def test_text_to_calibrate_on_comes_from_all_documents_in_turn():
+    documents = [Document("a", "a" * 1000), Document("b", "b"), Document("c", "c" * 30)]
+    parts = batches_of(documents, ByteTokenizer(), tokens=100, length=20)
+    assert [len(part[0]) for part in parts] == [20, 2, 20, 20, 11, 20, 7]
+    assert [ByteTokenizer().decode(part[0].tolist())[-1] for part in parts] == list("abcacaa")
+    assert batches_of(documents[1:2], ByteTokenizer(), tokens=100)[0].shape == (1, 2)
+
+
+def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
+    with refuses("only RetNets can be quantised, this is a Transformer"):
+        quantize(build(TransformerConfig(**{k: v for k, v in SMALL.items() if k != "ffn_dim"})), 8)
+    with refuses("only RetNets can be quantised, this is a Hybrid"):
+        quantize(build(config_of("hybrid", "1m", vocab_size=67)), 8)
+    with refuses("weights can have 8 or 4 bits, got 5"):
+        as_quantized(model, Quantization(5, 32), torch.float32)
+    for group in (24, 0, 512):
+        with refuses(f"a group must be a multiple of 16 columns, up to 256, got {group}"):
+            quantize(model, 4, group)
+    made = quantize(model, 8)
+    with refuses("the model is quantised already: take the one that it was made from"):
+        quantize(made, 4)
+    with refuses("fla has no quantised models"):
+        save_model(tmp_path / "new", made, layout="fla")
+    with refuses("calibration needs at least one token, got 0"):
+        batches_of([], ByteTokenizer(), tokens=0)
+    with torch.no_grad():
+        model.blocks[1].ffn.down_proj.weight[3, 4] = torch.nan
+    with refuses("the weights are damaged: blocks.1.ffn.down_proj.weight holds a number that is not finite"):
+        quantize(model, 8)
+
+
+def damaged_config(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization": {"bits": 3, "group": 32}}))
+
+
+def other_scales(folder):
+    tensors, metadata = load_tensors(folder / "model.safetensors")
+    tensors["embed.scale"] = tensors["embed.scale"].float()
+    save_tensors(folder / "model.safetensors", tensors, metadata)
+
+
+def cut_short(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+DAMAGES = {
+    damaged_config: "unknown quantization {'bits': 3, 'group': 32} (weights can have 8 or 4 bits, got 3)",
+    other_scales: "embed.scale is torch.float32, expected torch.float16",
+    cut_short: "is not a complete safetensors file",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused(damage, tmp_path, refuses):
+    save_model(tmp_path, quantize(build(RetNetConfig(**SMALL)), 4))
+    damage(tmp_path)
+    with refuses(DAMAGES[damage]):
+        load(tmp_path)

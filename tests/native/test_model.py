@@ -1,0 +1,265 @@
+"""The native model against torch: the same logits and states, wherever the other left off."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from retentive import ops
+from retentive.checkpoint.quantize import quantize
+from retentive.infer import SamplingParams
+from retentive.infer.engine import Engine
+from retentive.infer.generate import generate
+from retentive.models import ARCHITECTURES, RetentionState, RetNetConfig, TransformerConfig, build
+from retentive.native import NativeRetNet, refused
+from retentive.native.library import library
+from retentive.ops.compiler import NotBuilt
+
+pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
+
+VOCAB, TOKENS = 53, 40
+SMALL = dict(vocab_size=VOCAB, dim=48, layers=2, heads=2)
+CONFIGS = {
+    "retnet": {},
+    **{name: fields for name, fields in ARCHITECTURES.items() if fields},
+    "kv-heads": dict(heads=4, kv_heads=2, head_norm=True, head_norm_affine=True),
+    "biases": dict(decay_bias=True, qk_bias=True, decay_scale=4.0, rotary="none", gate_activation="sigmoid"),
+    "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, ffn_dim=50, qk_norm=False),
+    "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),
+    "own-decays": dict(decay=(-0.3, 0.0), tie_embeddings=True, embed_norm=True, embed_scale=True, rotary="half"),
+}
+
+
+def mattering(config: RetNetConfig) -> torch.nn.Module:
+    """A model whose every weight matters: matrices N(0, 1/width), vectors around 1."""
+    made = build(config).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return made
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return mattering(RetNetConfig(**{**SMALL, **CONFIGS[request.param]}))
+
+
+@pytest.fixture
+def one():
+    return mattering(RetNetConfig(**SMALL))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """As many threads as torch is set to work on a token."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def decoded(model, ids, state):
+    logits = []
+    for t in range(ids.shape[1]):
+        one, state = model(ids[:, t : t + 1], state)
+        logits.append(one[:, 0])
+    return torch.stack(logits, 1), state
+
+
+def as_close(got, plain, exact, times):
+    """Whether `got` is at most so many times as far from float64's result as torch in the model's own dtype."""
+    return float((got.double() - exact).norm()) <= times * float((plain.double() - exact).norm())
+
+
+def in_float64(model, ids):
+    exact = build(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    return exact(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["decode", "read", "few"])
+def test_logits_and_states_are_torchs_in_float32(model, how, threads, same):
+    ids, native = torch.randint(VOCAB, (3, TOKENS)), NativeRetNet(model)
+    if how == "decode":
+        got, state = decoded(native, ids, None)
+    elif how == "read":
+        got, state = native(ids)
+    else:
+        state, parts = native.init_state(3).for_decoding(torch.float32), []
+        for part in ids.split(3, 1):
+            logits, state = native(part, state)
+            parts.append(logits)
+        got = torch.cat(parts, 1)
+    plain, theirs = model(ids)
+    exact, _ = in_float64(model, ids)
+    # sums in another order: some of the errors are larger, none by much
+    assert as_close(got, plain, exact, 2)
+    assert state.position.tolist() == [TOKENS] * 3
+    same(state.settled().tensors(), theirs.tensors(), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["decode", "read"])
+def test_in_bfloat16_it_is_as_close_as_torch(model, how):
+    ids, low = torch.randint(VOCAB, (2, TOKENS)), model.bfloat16()
+    native = NativeRetNet(low)
+    got = decoded(native, ids, None)[0] if how == "decode" else native(ids)[0]
+    exact, _ = in_float64(low, ids)
+    assert as_close(got, low(ids)[0], exact, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("how", ["decode", "read"])
+def test_integers_give_what_the_floats_that_they_stand_for_give(model, bits, how, same):
+    ids, made = torch.randint(VOCAB, (3, TOKENS)), quantize(model, bits, 32, dtype=torch.float32)
+    native = NativeRetNet(made)
+    got = decoded(native, ids, None)[0] if how == "decode" else native(ids)[0]
+    same(got, made(ids)[0], 1e-3)  # what they multiply has 16 bits, 2e-5 of the largest number of 32, layer after layer
+    assert [name for name, _ in native.named_parameters()] == [name for name, _ in made.named_parameters()]
+    low = NativeRetNet(made.bfloat16())
+    assert low.dtype == torch.bfloat16  # of keys and values; what leaves a layer stays float32
+    same(low(ids)[0], made.float()(ids)[0], 0.05)
+
+
+@torch.no_grad()
+def test_either_goes_on_where_the_other_stopped(model, same):
+    ids, native, state, got = torch.randint(VOCAB, (2, TOKENS)), NativeRetNet(model), None, []
+    for n, part in enumerate(ids.split([9, 1, 1, 5, 1, 1, 12, 1, 1, 8], 1)):
+        logits, state = (native if n % 3 else model)(part, state)
+        got.append(logits)
+    same(torch.cat(got, 1), model(ids)[0], 1e-4)
+
+
+@torch.no_grad()
+def test_sequences_of_any_length_packed_into_a_row(one, threads, same):
+    """Blocks of tokens end within sequences; one sequence has none of its own in this call."""
+    lengths = [300, 1, 0, 250, 7, 256]
+    ids, begin = torch.randint(VOCAB, (1, sum(lengths))), torch.tensor([0, *lengths]).cumsum(0)
+    native = NativeRetNet(one)
+    before = native(torch.randint(VOCAB, (len(lengths), 3)))[1]
+    x, state = native.hidden(ids, before.clone(), cu_seqlens=begin)
+    assert state.position.tolist() == [n + 3 for n in lengths]
+    for n, part in enumerate(ids[0].split(lengths)):
+        own = before.select(torch.tensor([n]))
+        if len(part):
+            want, own = one.hidden(part[None], own)
+            same(x[0, begin[n] : begin[n + 1]], want[0], 1e-4)
+        same([x[n] for x in state.tensors()], [x[0] for x in own.settled().tensors()], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_in_a_batch_gets_the_bits_that_it_gets_alone(model, dtype, threads, same):
+    native, ids = NativeRetNet(model.to(dtype)), torch.randint(VOCAB, (11, 6))
+    together, _ = decoded(native, ids, None)
+    for row in (0, 4, 8, 10):
+        same(decoded(native, ids[row : row + 1], None)[0][0], together[row], 0)
+
+
+@torch.no_grad()
+def test_tokens_taken_back_are_read_again(model, same):
+    native, ids = NativeRetNet(model), torch.randint(VOCAB, (2, 20))
+    pool = model.init_state(2).for_decoding(torch.float32, rollback=5)
+    want, pool = decoded(native, ids, pool)
+    pool.rollback(5)
+    same(native(ids[:, 15:], pool)[0], want[:, 15:], 1e-5)
+
+
+@torch.no_grad()
+def test_the_state_of_a_prompt_is_not_written_over(one, same):
+    """A cache of prefixes keeps it."""
+    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 20))
+    _, state = native(ids)
+    kept = state.clone()
+    native(ids, state)
+    same(state.tensors(), kept.tensors(), 0)
+
+
+@torch.no_grad()
+def test_a_long_run_stays_with_float64(one, same):
+    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 3000))
+    _, state = decoded(native, ids, None)
+    _, exact = in_float64(one, ids)
+    same([x.double() for x in state.tensors()], exact.tensors(), 1e-5)
+
+
+def test_the_engine_and_generate_write_what_they_write_with_torch(one):
+    native = NativeRetNet(one)
+    prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (3, 70, 20)]
+    greedy = SamplingParams(temperature=0.0)
+    engine = Engine(native, slots=2, prefill_chunk=16)
+    streams = [engine.submit(prompt, greedy, max_tokens=12)[0] for prompt in prompts]
+    while engine.step():
+        pass
+    for prompt, stream in zip(prompts, streams, strict=True):
+        want = [token.id for token in generate(one, prompt, greedy, max_tokens=12)]
+        assert [token.id for token in stream] == want
+        assert [token.id for token in generate(native, prompt, greedy, max_tokens=12)] == want
+
+
+def test_what_needs_gradients_or_another_backend_is_left_to_torch(one, same, monkeypatch):
+    native, ids = NativeRetNet(one), torch.randint(VOCAB, (2, 9))
+    monkeypatch.setattr(native, "_read", None)  # what the library is called by
+    logits, _ = native(ids)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in one.parameters())
+    with torch.no_grad(), ops.using(backend="reference"):
+        same(native(ids)[0], one(ids)[0], 0)
+        same(native(ids, lengths=torch.tensor([9, 4]))[0], one(ids, lengths=torch.tensor([9, 4]))[0], 0)
+    assert [name for name, _ in native.named_parameters()] == [name for name, _ in one.named_parameters()]
+
+
+@torch.no_grad()
+def test_many_callers_at_once_get_what_each_gets_alone(one, same):
+    native, ids = NativeRetNet(one, threads=2), torch.randint(VOCAB, (4, 30))
+    want, got = [decoded(native, row[None], None)[0] for row in ids], {}
+
+    @torch.no_grad()
+    def call(n):
+        got[n] = decoded(native, ids[n][None], None)[0]
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    same([got[n] for n in range(4)], want, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_process_has_threads_of_its_own(one, threads):
+    with torch.no_grad():
+        native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 5))
+        want = native(ids)[0]
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(native(ids)[0], want) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert torch.equal(native(ids)[0], want)
+
+
+@torch.no_grad()
+def test_what_it_cannot_do_is_refused(one, refuses):
+    assert refused(one) is None
+    assert "the model is float16" in refused(build(RetNetConfig(**SMALL)).half())
+    with refuses("the native engine cannot run this model: it runs RetNets, this is a Transformer"):
+        NativeRetNet(build(TransformerConfig(**SMALL)))
+    native = NativeRetNet(one)
+    with refuses("the model needs ids [B,T] with at least one token, got [1, 0]"):
+        native(torch.zeros(1, 0, dtype=torch.int64))
+    for bad in (-1, VOCAB):
+        with refuses(f"token ids must be from 0 to 52, got {bad}", IndexError):
+            native(torch.tensor([[3, bad]]))
+    other = build(RetNetConfig(**{**SMALL, "heads": 4})).init_state(1)
+    with refuses("state must be float32 [1, 2, 24, 40], got torch.float32 [1, 4, 12, 24]"):
+        native(torch.zeros(1, 1, dtype=torch.int64), other)
+    short = RetentionState(one.init_state(2).layers, torch.zeros(3, dtype=torch.int64))
+    with refuses("state must be float32 [3, 2, 24, 40], got torch.float32 [2, 2, 24, 40]"):
+        native(torch.zeros(3, 1, dtype=torch.int64), short)
+    with refuses("3 sequences need a position each, got [2]"):
+        native(torch.zeros(3, 1, dtype=torch.int64), one.init_state(2))
+    with refuses("cu_seqlens must ascend from 0 to the 4 tokens, got [0, 5]"):
+        native(torch.zeros(1, 4, dtype=torch.int64), cu_seqlens=torch.tensor([0, 5]))

@@ -1,0 +1,55 @@
+"""How many threads a call is given, with times that the test makes up."""
+
+import pytest
+
+from retentive.native.threads import Pace
+
+
+def chosen(pace, seconds, now, calls=400, apart=0.01):
+    """The numbers of threads of so many calls from `now` on, which take `seconds(threads, now)`."""
+    found = []
+    for n in range(calls):
+        at = now + n * apart
+        found.append(pace.threads(at))
+        pace.note(found[-1], seconds(found[-1], at), at)
+    return found
+
+
+def share(found, threads):
+    return found.count(threads) / len(found)
+
+
+@pytest.mark.parametrize(("speed", "best"), [([1, 0.6], 2), ([1, 1.5], 1), ([1, 0.97], 1), ([1, 0.9], 2)])
+def test_the_fastest_number_is_taken_and_of_equals_the_smaller(speed, best):
+    found = chosen(Pace(2), lambda threads, _: speed[threads - 1], 0.0)
+    assert share(found[6:], best) > 0.9
+
+
+def test_of_many_cores_as_many_as_pay():
+    pace = Pace(12)
+    assert pace.numbers == [1, 2, 4, 8, 12]
+    found = chosen(pace, lambda threads, _: max(1 / threads, 0.25) + 0.01 * threads, 0.0, calls=1000)
+    assert share(found[15:], 4) > 0.85
+
+
+def test_one_thread_is_always_one():
+    assert set(chosen(Pace(1), lambda *_: 1.0, 0.0)) == {1}
+
+
+def test_a_core_is_left_to_a_neighbour_while_there_is_one():
+    """Beside it two threads wait for each other in every third call, for long; from 4 s to 12 s."""
+
+    def seconds(threads, now):
+        stalled = 4 <= now < 12 and round(now * 100) % 3 == 0
+        return 1.0 if threads == 1 else 6.0 if stalled else 0.6
+
+    pace = Pace(2)
+    assert share(chosen(pace, seconds, 0.0), 2) > 0.9
+    assert share(chosen(pace, seconds, 4.0, calls=800), 1) > 0.8
+    assert share(chosen(pace, seconds, 12.0, calls=1000)[100:], 2) > 0.9
+
+
+def test_a_single_stall_is_forgotten_soon():
+    pace = Pace(2)
+    found = chosen(pace, lambda threads, now: 50.0 if now == 2.0 else 1 / threads, 0.0)
+    assert share(found[201:], 1) < 0.1
