@@ -15,8 +15,8 @@ becomes integers of 16 bits, with a scale for each group of columns; their sums 
 #endif
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
-enum { PANELS = (int)LANES == 16 ? 2 : 1 };                        /* of a matrix at once */
-enum { AHEAD_BYTES = 2048 }; /* with one row the hardware's prefetcher keeps up by itself */
+enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
+enum { AHEAD_BYTES = 8192 }; /* what a line takes leaves room for few later ones in flight, and memory is 400 cycles away */
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
@@ -153,7 +153,7 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 lines, const ui
             for (int p = 0; p < PARTS; p++)
                 for (int n = 0; n < panels; n++) {
                     const uint8_t *from = at + n * bytes;
-                    if (rows > 1 && !c && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    if (panels == 1 && !c && !p) __builtin_prefetch(from + AHEAD_BYTES);
                     vf w = load((const float *)(from + p * 4 * LANES));
                     if (columns == 2) w = (vf)(c ? (vi)w & -65536 : (vi)w << 16);
                     for (int r = 0; r < rows; r++) sum[n][r][p] = times_floats(pairs, w, x + r, sum[n][r][p]);
@@ -174,7 +174,7 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 groups, i64 g
             for (int p = 0; p < PARTS; p++)
                 for (int n = 0; n < panels; n++) {
                     const uint8_t *from = at + n * bytes;
-                    if (rows > 1 && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    if (panels == 1 && !p) __builtin_prefetch(from + AHEAD_BYTES);
                     vi units = (vi)load((const float *)(from + p * 4 * LANES));
                     for (int j = 0; j < unit / 2; j++) {
                         vi w = units >> j * shift & mask; /* signs come down, but not into the mask */
@@ -224,6 +224,6 @@ INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 p
 
 /* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld) {
-    for (; PANELS == 2 && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
+    for (; PANELS == 2 && rows > AT_ONCE && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }

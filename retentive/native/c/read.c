@@ -96,6 +96,14 @@ static Input activated(Block *b, const Self *me, const Matrix *w) { /* every sec
     return in;
 }
 
+/* What this thread will read first of w: memory has something to do while threads meet. */
+static void ask(const Block *b, const Matrix *w, i64 together, const Self *me) {
+    i64 first, last, bytes = lines_of_panel(w) * LINE * together;
+    share(panels_of(w) / together, me->thread, b->threads, &first, &last);
+    for (i64 at = 0; at < smaller(AHEAD_BYTES, (last - first) * bytes); at += LINE)
+        __builtin_prefetch(w->lines + first * bytes + at);
+}
+
 /* ---- retention ---- */
 
 /* the tokens of a sequence through the ring of a head, one after the other */
@@ -125,6 +133,7 @@ static void by_steps(Block *b, const Layer *layer, Rings *rings, const Self *me)
     i64 H = c->model->H, first, last;
     share(c->N * H, me->thread, b->threads, &first, &last);
     for (i64 sh = first; sh < last; sh++) step_through(b, layer, rings, sh / H, sh % H, me->space);
+    ask(b, &layer->out, 1, me);
     meet(c->pool);
     for (i64 s = me->thread; s < c->N; s += b->threads)
         for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++)
@@ -183,12 +192,13 @@ static void by_chunks(Block *b, const Layer *layer, const Rings *rings, const Se
 /* ---- a layer ---- */
 
 /* x += w input, the panels of this thread */
-static void add_product(Block *b, const Matrix *w, const Input *in, const Self *me) {
+static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix *next, i64 together, const Self *me) {
     i64 first, last, ld = whole(w->N);
     share(panels_of(w), me->thread, b->threads, &first, &last);
     product(w, in, b->n, first, last, b->added, ld); /* not to y, which another thread may still prepare */
     for (i64 r = 0; r < b->n; r++)
         for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) b->x[r * w->N + i] += b->added[r * ld + i];
+    ask(b, next, together, me);
     meet(b->c->pool);
 }
 
@@ -203,7 +213,7 @@ static void through_layer(Block *b, i64 l, const Self *me) {
     if (b->c->slots) by_steps(b, layer, b->c->rings + l, me);
     else by_chunks(b, layer, b->c->rings + l, me);
     in = gated_heads(b, me, &layer->out);
-    add_product(b, &layer->out, &in, me);
+    add_product(b, &layer->out, &in, &layer->up, together, me);
 
     in = normed(b, me, layer->ffn_norm, &layer->up);
     share(panels_of(&layer->up) / together, me->thread, b->threads, &first, &last);
@@ -213,9 +223,10 @@ static void through_layer(Block *b, i64 l, const Self *me) {
             float *y = b->y + r * b->ld + panel * together * ROWS;
             activate(m->activation, y, m->ffn_gate ? y + ROWS : NULL, ROWS, y);
         }
+    ask(b, &layer->down, 1, me);
     meet(b->c->pool);
     in = activated(b, me, &layer->down);
-    add_product(b, &layer->down, &in, me);
+    add_product(b, &layer->down, &in, l + 1 < m->layers ? &m->layer[l + 1].in : &m->head, 1, me);
 }
 
 /* ---- the model ---- */
