@@ -14,6 +14,7 @@ import gc
 import inspect
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ import torch
 from torch import Tensor
 
 from retentive import machine
-from retentive.bench.lab import clock, models, neighbour
+from retentive.bench.lab import clock, llamacpp, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.bench.step import ring_bytes
+from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
 from retentive.models import RetNetConfig, cost
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
+TRIED = 4
+"""Steps by which the faster setting of llama.cpp is found."""
 PICTURE = "Decoding ({size})"
 
 
@@ -43,7 +47,9 @@ class Options(OnDevice, Sized):
     batches: tuple[int, ...] = (1, 8)
     """Sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
-    """retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, where that is installed)."""
+    """retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, where that is installed),
+    native-bf16, native-int8, native-int4 (the RetNet in C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped
+    twin by llama.cpp, where llama_cpp and gguf are installed)."""
     precision: str = "bf16"
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""
     steps: int = 16
@@ -51,7 +57,7 @@ class Options(OnDevice, Sized):
     repeats: int = 3
     """Repetitions timed of each, interleaved; the best counts."""
     neighbour: bool = False
-    """Also time the RetNet, at the first batch and context, beside one other busy process."""
+    """Also time the RetNet, and those in C, at all batches and the first context, beside one other busy process."""
 
 
 @torch.inference_mode()
@@ -65,7 +71,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
-    dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models))
+    dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models), device, say)
     # made once for all batches and contexts, which differ by their states only
     rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
     for one in rivals.values():
@@ -96,13 +102,23 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "rows": rows,
     }
     if options.neighbour:
-        batch, context = options.batches[0], options.contexts[0]
-        # without room: a state takes any number of further tokens
-        decoding = Decoding(rivals["retnet"], batch, context, options.steps)
-        kept = neighbour.speed_kept(decoding.run, device, repeats=options.repeats)
-        kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
-        result["neighbour"] = {"batch": batch, "context": context, **kept}
+        result["neighbours"] = [
+            beside_neighbour(rivals[name], batch, options)
+            for batch in sorted(set(options.batches))
+            for name in rivals
+            if name == "retnet" or name in models.NATIVE
+        ]
     return result
+
+
+def beside_neighbour(rival: "Rival", batch: int, options: Options) -> dict[str, Any]:
+    """Seconds a step alone and beside a busy process."""
+    context = options.contexts[0]
+    # without room: a state takes any number of further tokens
+    decoding = Decoding(rival, batch, context, options.steps)
+    kept = neighbour.speed_kept(decoding.run, rival.device, repeats=options.repeats)
+    kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
+    return {"model": rival.name, "batch": batch, "context": context, **kept}
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -113,9 +129,18 @@ class Rival:
     """A model that decodes, and what it costs."""
 
     def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
-        self.model, self.device, self.dtype = models.make(name, config, device, dtype), device, dtype
+        self.name, self.device, self.dtype = name, device, dtype
+        self.model = self.made(config)
         self.config: Any = models.config_of(name, config)
         self.ring_bytes = self.ring()
+
+    def made(self, config: RetNetConfig) -> Any:
+        """The model."""
+        return models.make(self.name, config, self.device, self.dtype)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.dtype.itemsize
 
     def ring(self) -> int:
         """Bytes that a sequence takes while it is decoded, beside its state or cache."""
@@ -151,7 +176,7 @@ class Rival:
 
     def moves(self, batch: int, context: int) -> float:
         """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
-        c, weights = self.config, cost.matrix_parameters(self.config) * self.dtype.itemsize
+        c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
         if isinstance(c, RetNetConfig):
             heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
             return weights + c.layers * ring_bytes(batch, *heads, self.dtype.itemsize)
@@ -191,7 +216,55 @@ class Llama(Rival):
         return state
 
 
+class Native(Rival):
+    """The RetNet in C, with a ring of bfloat16."""
+
+    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(name, config, device, torch.bfloat16)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        how = quantization_of(self.model)
+        return 2.0 if how is None else how.bits / 8 + 2 / how.group  # a scale of 16 bits for each group
+
+
+class LlamaCpp(Rival):
+    """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
+
+    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(name, config, device, torch.float16)  # of its cache
+
+    def made(self, config: RetNetConfig) -> Any:
+        return llamacpp.Model(models.grouped(config), self.name.removeprefix("llamacpp-").upper())
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return models.LLAMACPP[self.name] / 8
+
+    def ring(self) -> int:
+        return 0
+
+    def check(self) -> None:
+        """Nothing: how it decodes is tested in its own library."""
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        found = []
+        for flash in (True, False):
+            session = llamacpp.Session(self.model, tokens=context + room + TRIED, sequences=batch, flash=flash)
+            session.read(context)
+            session.step()
+            found.append((machine.clock(self.device, partial(session.steps, TRIED - 1)), session))
+        (_, faster), (_, slower) = sorted(found, key=lambda one: one[0])
+        slower.close()
+        return faster
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        state.step()
+        return state
+
+
 RIVALS: dict[str, type[Rival]] = {"llama": Llama}
+RIVALS |= dict.fromkeys(models.NATIVE, Native) | dict.fromkeys(models.LLAMACPP, LlamaCpp)
 
 
 class Decoding:
@@ -262,8 +335,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
             **clock.best(seconds),
             "tokens_per_second": batch / min(seconds),
             "state_bytes": one.remembers(batch, context),
-            "memory_bytes": cost.weight_bytes(one.config, bytes_per_value=dtype.itemsize)
-            + one.remembers(batch, context),
+            "memory_bytes": int(cost.parameters(one.config) * one.bytes_per_weight) + one.remembers(batch, context),
             "fraction": statistics.median(a / b for a, b in zip(limits, seconds, strict=True)),
         }
     return results
@@ -273,14 +345,14 @@ def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, with where the state begins to be the smaller memory."""
     names = list(result["parameters"])
     heads = ["batch", "context", *(f"{models.NAMES[name]}: a step" for name in names)]
-    heads += ["RetNet, of the limit", "RetNet: memory", *(f"{models.NAMES[name]}: memory" for name in names[1:])]
+    heads += ["RetNet: memory", *(f"{models.NAMES[name]}: memory" for name in names[1:])]
     lines = []
     for row in result["rows"]:
         base, cells = row["models"]["retnet"], [str(row["batch"]), f"{row['context']:,}"]
         for name in names:
             other = row["models"][name]
-            cells.append(_told(other) + ("" if name == "retnet" else _times(other, base, "seconds")))
-        cells.append(f"{base['fraction']:.0%}" if "fraction" in base else "–")
+            limit = f", {other['fraction']:.0%}" if "fraction" in other else ""
+            cells.append(_told(other) + ("" if name == "retnet" else _times(other, base, "seconds")) + limit)
         for name in names:
             other = row["models"][name]
             times = "" if name == "retnet" else _times(other, base, "memory_bytes")
@@ -295,10 +367,10 @@ def table(result: dict[str, Any]) -> str:
             at = faster_from(result["rows"], name, batch)
             if at is not None:
                 notes.append(f"- A step of RetNet is shorter than one of {models.NAMES[name]} {at} at batch {batch}.")
-    if "neighbour" in result:
-        at = result["neighbour"]
-        of = f"a step of RetNet (batch {at['batch']}, context {at['context']:,})"
-        notes.append(neighbour.note(at, of))
+    # before there were models in C there was one
+    for at in result.get("neighbours") or filter(None, [result.get("neighbour")]):
+        name = models.NAMES[at.get("model", "retnet")]
+        notes.append(neighbour.note(at, f"a step of {name} (batch {at['batch']}, context {at['context']:,})"))
     return "\n\n".join([markdown(heads, lines), "\n".join(notes)])
 
 

@@ -4,6 +4,7 @@ One sequence is read at once, without gradients, up to the hidden state of its l
 it; the models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read whole.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 
 from retentive import machine
-from retentive.bench.lab import clock, models
+from retentive.bench.lab import clock, llamacpp, models
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown
-from retentive.models import LanguageModel, cost
+from retentive.models import cost
 
-MODELS = ("retnet", "transformer", "grouped")
+MODELS = ("retnet", "transformer", "grouped", *models.NATIVE, *models.LLAMACPP)
 PICTURE = "Reading a prompt ({size})"
 
 
@@ -29,7 +30,8 @@ class Options(OnDevice, Sized):
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
     """Tokens of the prompt."""
     models: tuple[str, ...] = MODELS
-    """retnet, transformer, grouped (the twin with grouped heads)."""
+    """retnet, transformer, grouped (the twin with grouped heads), native-bf16, native-int8, native-int4 (the RetNet in
+    C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, where that is installed)."""
     precision: str = "bf16"
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""
     repeats: int = 3
@@ -51,9 +53,13 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     at_least_one(options, "lengths", "repeats")
     known(names, MODELS, "model")
     dtype = models.PRECISIONS[options.precision]
-    rivals: dict[str, LanguageModel] = {n: models.make(n, options.config, device, dtype) for n in models.chosen(names)}
-    for model in rivals.values():
-        models.check_decoding(model)
+    rivals: dict[str, Any] = {}
+    for name in models.chosen(names, device, say):
+        if name in models.LLAMACPP:
+            rivals[name] = llamacpp.Model(models.grouped(options.config), name.removeprefix("llamacpp-").upper())
+        else:
+            rivals[name] = models.make(name, options.config, device, dtype)
+            models.check_decoding(rivals[name])
     rows = []
     # each once and rising, as tables and curves read
     for length in sorted(set(options.lengths)):
@@ -74,14 +80,14 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def interleaved(
-    rivals: dict[str, LanguageModel], length: int, dtype: torch.dtype, device: torch.device, options: Options
+    rivals: dict[str, Any], length: int, dtype: torch.dtype, device: torch.device, options: Options
 ) -> dict[str, dict[str, Any]]:
     """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
     gemm = machine.gemm_rate(device, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
     # hidden states, and no logits: of a prompt only the last token has any use for them
-    runs = {name: partial(model.hidden, ids) for name, model in rivals.items()}
+    runs = {name: reading(model, ids) for name, model in rivals.items()}
     timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
     results = {}
     for name, times in timed.items():
@@ -94,6 +100,19 @@ def interleaved(
             "fraction": flops * length / min(times) / gemm,
         }
     return results
+
+
+def reading(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    """A call that reads the prompt from its beginning; llama.cpp's computes the logits of its last token too."""
+    if not isinstance(model, llamacpp.Model):
+        return partial(model.hidden, ids)
+    session = llamacpp.Session(model, tokens=ids.shape[1])
+
+    def read() -> None:
+        session.forget()
+        session.read(ids.shape[1])
+
+    return read
 
 
 def table(result: dict[str, Any]) -> str:

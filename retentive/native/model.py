@@ -84,10 +84,11 @@ class NativeRetNet(RetNet):
 
     own_threads = True
 
-    def __init__(self, model: RetNet, *, threads: int | None = None):
+    def __init__(self, model: RetNet, *, threads: int | None = None, torch_reads: bool | None = None):
         """
         Args:
             threads: the most that a call uses; by default torch's number.
+            torch_reads: leave prompts to torch; by default where its products are faster, by the tiles of AMX.
 
         Raises:
             ValueError: the library cannot run such a model, or there is none.
@@ -100,7 +101,8 @@ class NativeRetNet(RetNet):
         for name, module in model.named_children():
             self.add_module(name, module)
         self._packed = Packed(model)
-        self._torch_reads = self.dtype == torch.bfloat16 and bool(library().native_lacks_tiles())
+        slower = self.dtype == torch.bfloat16 and bool(library().native_lacks_tiles())
+        self._torch_reads = slower if torch_reads is None else torch_reads
         self._threads = Threads(threads or torch.get_num_threads())
         head: Any = NativeHead(model.head, self._packed.struct.head, self.dtype, self._threads)
         self.head = head

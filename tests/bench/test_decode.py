@@ -159,10 +159,39 @@ def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table
     monkeypatch.setattr(decode.neighbour, "speed_kept", lambda run, *_, **__: ran.append(run()) or dict(seconds))
     result = measured(models=("retnet",), neighbour=True)
     per_step = {"quiet_seconds": 0.003, "beside_seconds": 0.006}  # a run is of two steps
-    assert result["neighbour"] == {"batch": 1, "context": 8, **seconds, **per_step} and ran == [None]
-    last = decode.table(result).splitlines()[-1]
-    assert "a step of RetNet (batch 1, context 8) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads)" in last
-    assert "neighbour" not in measured(models=("retnet",), contexts=(8,), batches=(1,))
+    rows = [{"model": "retnet", "batch": batch, "context": 8, **seconds, **per_step} for batch in (1, 3)]
+    assert result["neighbours"] == rows and ran == [None, None]
+    said = "a step of RetNet (batch 1, context 8) keeps 50% of its speed: 6 ms instead of 3 ms (2 threads)"
+    assert said in decode.table(result)
+    del result["neighbours"]  # as results from before there were models in C
+    assert said in decode.table(result | {"neighbour": {"batch": 1, "context": 8, **seconds, **per_step}})
+    assert "neighbours" not in measured(models=("retnet",), contexts=(8,), batches=(1,))
+
+
+@pytest.mark.skipif(models.missing("native-int8", CPU) is not None, reason=str(models.missing("native-int8", CPU)))
+def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
+    names = ("retnet", *models.NATIVE)
+    result = measured(models=names, neighbour=False)
+    matrices = cost.matrix_parameters(CONFIG)
+    rivals = {name: decode.RIVALS.get(name, decode.Rival)(name, CONFIG, CPU, torch.bfloat16) for name in names}
+    state = rivals["retnet"].moves(1, 8) - 2 * matrices
+    for name, bits in (("native-bf16", 16), ("native-int8", 8 + 16 / 128), ("native-int4", 4 + 16 / 32)):
+        assert rivals[name].moves(1, 8) == pytest.approx(state + matrices * bits / 8)
+        assert all(name in row["models"] for row in result["rows"])
+    table = decode.table(result)
+    assert "RetNet in C, int4: a step" in table
+
+
+@pytest.mark.skipif(models.missing("llamacpp-f16", CPU) is not None, reason=str(models.missing("llamacpp-f16", CPU)))
+def test_llamacpp_decodes_what_it_is_given():
+    config = RetNetConfig(vocab_size=64, dim=64, layers=2, heads=4)
+    for name in models.LLAMACPP:
+        one = decode.RIVALS[name](name, config, CPU, torch.bfloat16)
+        session = one.fill(3, 20, room=2)
+        at = session.position
+        one.step(torch.zeros(3, 1, dtype=torch.int64), session)
+        assert session.position == at + 1 and session.sequences == 3
+        session.close()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ retnet        the RetNet itself
 transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
 grouped       the twin with one head of keys and values for every four of queries (or nearly: the number must divide)
 llama         Llama of the transformers library with its static cache, where that is installed: another engine
+native-*      the RetNet by the model in C, with weights of bf16, int8 or int4
+llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, where llama_cpp and gguf are installed
+
+The last two are for CPUs.
 """
 
 from collections.abc import Sequence
@@ -11,33 +15,63 @@ from importlib.util import find_spec
 
 import torch
 
+from retentive.bench.lab.options import Say
 from retentive.bench.lab.tables import known
-from retentive.models import Config, LanguageModel, RetNet, RetNetConfig, build, peer, twin
+from retentive.checkpoint.quantize import quantize
+from retentive.models import Config, LanguageModel, RetNet, RetNetConfig, TransformerConfig, build, peer, twin
+from retentive.native import NativeRetNet
+from retentive.native.library import library
 from retentive.ops import using
+from retentive.ops.compiler import NotBuilt
 
 NAMES = {
     "retnet": "RetNet",
     "transformer": "Transformer twin",
     "grouped": "twin, grouped heads",
     "llama": "Llama, transformers",
+    "native-bf16": "RetNet in C, bf16",
+    "native-int8": "RetNet in C, int8",
+    "native-int4": "RetNet in C, int4",
+    "llamacpp-f16": "grouped twin, llama.cpp F16",
+    "llamacpp-q8_0": "grouped twin, llama.cpp Q8_0",
+    "llamacpp-q4_0": "grouped twin, llama.cpp Q4_0",
 }
+NATIVE = {"native-bf16": None, "native-int8": 8, "native-int4": 4}
+"""Models in C, and the bits of their weights where those are integers."""
+LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
+"""llama.cpp's formats, and their bits a weight: blocks of 32 with a scale of 16 bits."""
 TOLERANCE = 1e-4
 """Largest difference of logits between two ways of computing them in float32: rounding of sums over a whole sequence
 stays well below."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def grouped(config: RetNetConfig) -> TransformerConfig:
+    """The twin with one head of keys and values for every four of queries, or nearly."""
+    return twin(config, kv_heads=next(n for n in range(-(-config.heads // 4), 0, -1) if config.heads % n == 0))
+
+
 def config_of(name: str, config: RetNetConfig) -> Config:
     """The config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
     if name == "llama":
         return peer(config, "llama")
-    if name == "grouped":
-        return twin(config, kv_heads=next(n for n in range(-(-config.heads // 4), 0, -1) if config.heads % n == 0))
+    if name == "grouped" or name in LLAMACPP:
+        return grouped(config)
     return twin(config) if name == "transformer" else config
 
 
-def chosen(names: Sequence[str]) -> list[str]:
-    """The names in the order of NAMES, without those whose package is not installed.
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the model cannot take part here, or None."""
+    packages = ["transformers"] if name == "llama" else ["llama_cpp", "gguf"] if name in LLAMACPP else []
+    if absent := [package for package in packages if not find_spec(package)]:
+        return f"{absent[0]} is not installed"
+    if name in (*NATIVE, *LLAMACPP) and device.type != "cpu":
+        return "it runs on the CPU"
+    return str(library()) if name in NATIVE and isinstance(library(), NotBuilt) else None
+
+
+def chosen(names: Sequence[str], device: torch.device, say: Say) -> list[str]:
+    """The names in the order of NAMES, without those that cannot take part here, which is said.
 
     Raises:
         ValueError: an unknown name; RetNet, to which all others are compared, not among them.
@@ -45,14 +79,22 @@ def chosen(names: Sequence[str]) -> list[str]:
     known(names, NAMES, "model")
     if "retnet" not in names:
         raise ValueError(f"retnet must be among the models, the others are compared with it; got {', '.join(names)}")
-    return [name for name in NAMES if name in names and (name != "llama" or find_spec("transformers"))]
+    reasons = {name: missing(name, device) for name in NAMES if name in names}
+    for name, reason in reasons.items():
+        if reason:
+            say(f"without {name}: {reason}")
+    return [name for name, reason in reasons.items() if not reason]
 
 
 def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
     """The model with random weights, the same at every call, ready for inference."""
     # so that repetitions, and the process that memory is measured in, have the same model
     torch.manual_seed(0)
-    return build(config_of(name, config)).to(device, dtype).eval()
+    if name not in NATIVE:
+        return build(config_of(name, config)).to(device, dtype).eval()
+    model, bits = build(config).bfloat16().eval(), NATIVE[name]
+    made = model if bits is None else quantize(model, bits)
+    return NativeRetNet(made, torch_reads=False)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -91,7 +133,7 @@ def check_decoding(model: LanguageModel, length: int = 48) -> float:
         parts.append(logits)
     worst = float((torch.cat(parts, 1) - want).abs().max())
     # one rounding to bf16 is off by 2^-8 of a number at most
-    bound = TOLERANCE if want.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
+    bound = TOLERANCE if model.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
     if not worst <= bound:
         raise ArithmeticError(
             f"{type(model).__name__} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"

@@ -40,7 +40,7 @@ def curves(
         # colours go by the name's place, also where a model has no curve: it looks the same in all pictures
         found = [(x, of[name][key] / unit) for x, of in points if key in of[name]]
         if found:
-            axis.plot(*zip(*found, strict=True), color=f"C{n}", marker="osv^"[n], label=label)
+            axis.plot(*zip(*found, strict=True), color=f"C{n}", marker="osv^DPX*hd"[n], label=label)
 
 
 def dress(axis: Any, ticks: Sequence[int], label: str, along: str = "") -> None:

@@ -1,0 +1,171 @@
+"""llama.cpp with a Transformer of random weights, through the low-level functions of llama-cpp-python.
+
+    model = Model(config, "Q4_0")           of the twin's sizes, written as GGUF and quantised by llama.cpp itself
+    session = Session(model, tokens=8192)   its cache; read(count) a prompt, step() a token of each
+
+Both settings of its flash attention are tried where something is timed, since which is faster depends on the context.
+"""
+
+import ctypes
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from retentive.models import TransformerConfig
+
+MULTIPLE = 32
+"""Its quantised blocks: widths are rounded to a multiple."""
+UBATCH = 512
+"""Tokens of a prompt that it computes at once, its own default."""
+
+
+def write(config: TransformerConfig, path: Path) -> None:
+    """A GGUF file in F16 with random weights; the tokenizer is none."""
+    import gguf
+
+    rng, c, head = np.random.default_rng(0), config, config.dim // config.heads
+    out = gguf.GGUFWriter(str(path), "llama")
+    out.add_context_length(1 << 20)
+    out.add_embedding_length(c.dim)
+    out.add_block_count(c.layers)
+    out.add_feed_forward_length(c.ffn_dim)
+    out.add_head_count(c.heads)
+    out.add_head_count_kv(c.kv_heads)
+    out.add_rope_dimension_count(head)
+    out.add_layer_norm_rms_eps(c.norm_eps)
+    out.add_vocab_size(c.vocab_size)
+    out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    out.add_tokenizer_model("none")
+
+    def matrix(name: str, *shape: int) -> None:
+        out.add_tensor(f"{name}.weight", (rng.standard_normal(shape, dtype=np.float32) * 0.03).astype(np.float16))
+
+    def gain(name: str) -> None:
+        out.add_tensor(f"{name}.weight", np.ones(c.dim, np.float32))
+
+    matrix("token_embd", c.vocab_size, c.dim)
+    if not c.tie_embeddings:
+        matrix("output", c.vocab_size, c.dim)
+    gain("output_norm")
+    for i in range(c.layers):
+        block = f"blk.{i}"
+        gain(f"{block}.attn_norm")
+        gain(f"{block}.ffn_norm")
+        for name, rows in (("q", c.dim), ("k", head * c.kv_heads), ("v", head * c.kv_heads), ("output", c.dim)):
+            matrix(f"{block}.attn_{name}", rows, c.dim)
+        matrix(f"{block}.ffn_gate", c.ffn_dim, c.dim)
+        matrix(f"{block}.ffn_up", c.ffn_dim, c.dim)
+        matrix(f"{block}.ffn_down", c.dim, c.ffn_dim)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+class Model:
+    """A loaded model; weights are the same for the same config."""
+
+    def __init__(self, config: TransformerConfig, format: str):
+        """
+        Args:
+            format: F16, Q8_0 or Q4_0.
+
+        Raises:
+            RuntimeError: llama.cpp refuses.
+        """
+        import llama_cpp
+
+        self.api: Any = llama_cpp
+        self.config = replace(config, ffn_dim=-(-config.ffn_dim // MULTIPLE) * MULTIPLE)
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "f16.gguf"
+            write(self.config, file)
+            if format != "F16":
+                how = llama_cpp.llama_model_quantize_default_params()
+                how.ftype, how.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}"), torch.get_num_threads()
+                made = file.with_name("quantised.gguf")
+                if llama_cpp.llama_model_quantize(str(file).encode(), str(made).encode(), ctypes.byref(how)):
+                    raise RuntimeError(f"llama.cpp could not quantise to {format}")
+                file = made
+            loading = llama_cpp.llama_model_default_params()
+            loading.n_gpu_layers, loading.use_mmap = 0, False  # the file goes
+            self.pointer = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
+        if not self.pointer:
+            raise RuntimeError("llama.cpp could not load its model")
+
+    def __del__(self):
+        if getattr(self, "pointer", None):
+            self.api.llama_model_free(self.pointer)
+
+
+class Session:
+    """Sequences of a model, with room in their cache."""
+
+    def __init__(self, model: Model, *, tokens: int, sequences: int = 1, flash: bool = True):
+        """
+        Args:
+            tokens: of a sequence, at most.
+            flash: its fused attention.
+
+        Raises:
+            RuntimeError: no memory for the cache.
+        """
+        self.model, self.api, self.sequences, self.position = model, model.api, sequences, 0
+        how = self.api.llama_context_default_params()
+        how.n_ctx, how.n_seq_max, how.n_batch, how.n_ubatch = tokens * sequences, sequences, UBATCH, UBATCH
+        how.n_threads = how.n_threads_batch = torch.get_num_threads()
+        how.flash_attn_type, how.kv_unified = int(flash), True
+        self.pointer = self.api.llama_init_from_model(model.pointer, how)
+        if not self.pointer:
+            raise RuntimeError(f"llama.cpp has no memory for {tokens * sequences:,} tokens")
+        self.batch = self.api.llama_batch_init(UBATCH, 0, 1)
+
+    def close(self) -> None:
+        """Frees the cache."""
+        if self.pointer:
+            self.api.llama_batch_free(self.batch)
+            self.api.llama_free(self.pointer)
+            self.pointer = None
+
+    __del__ = close
+
+    def _decode(self, tokens: list[tuple[int, int]], logits: int) -> None:
+        """Tokens, each (sequence, position); logits of the last so many."""
+        self.batch.n_tokens = len(tokens)
+        for i, (sequence, position) in enumerate(tokens):
+            self.batch.token[i] = i % self.model.config.vocab_size
+            self.batch.pos[i], self.batch.n_seq_id[i], self.batch.seq_id[i][0] = position, 1, sequence
+            self.batch.logits[i] = int(i >= len(tokens) - logits)
+        if code := self.api.llama_decode(self.pointer, self.batch):
+            raise RuntimeError(f"llama.cpp could not decode (code {code})")
+
+    def read(self, count: int) -> None:
+        """A prompt of the first sequence, which all others then have read too."""
+        for at in range(0, count, UBATCH):
+            parts = range(at, min(at + UBATCH, count))
+            self._decode([(0, self.position + t) for t in parts], int(parts.stop == count))
+        self.position += count
+        memory = self.api.llama_get_memory(self.pointer)
+        for sequence in range(1, self.sequences):
+            self.api.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+
+    def step(self) -> None:
+        """One token more of every sequence, with its logits."""
+        self._decode([(sequence, self.position) for sequence in range(self.sequences)], self.sequences)
+        self.position += 1
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def forget(self) -> None:
+        """All that was read."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.pointer), False)
+        self.position = 0
