@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.quantized import Quantized
@@ -38,16 +37,9 @@ class Rows(NamedTuple):
             return Rows(f"int{module.bits}", module.columns, module.group, weight.detach(), module.scale.detach())
         return Rows(str(weight.dtype).removeprefix("torch."), weight.shape[1], 0, weight.detach())
 
-    def map(self, f: Any) -> "Rows":
-        return self._replace(stored=f(self.stored), scales=None if self.scales is None else f(self.scales))
-
-    def whole(self) -> "Rows":
-        """With rows of zeros up to whole panels."""
-        return self.map(lambda x: F.pad(x, (0, 0, 0, -len(x) % ROWS)))
-
-    def panels(self) -> "list[Rows]":
-        count = -(-len(self.stored) // ROWS)
-        return [self.map(lambda x, n=n: x[n * ROWS : (n + 1) * ROWS]) for n in range(count)]
+    @property
+    def panels(self) -> int:
+        return -(-len(self.stored) // ROWS)
 
 
 class Packed:
@@ -77,11 +69,10 @@ class Packed:
     def _layer(self, block: Any) -> Layer:
         mixing, ffn = block.retention, block.ffn
         read = [mixing.q_proj, mixing.k_proj, mixing.v_proj, mixing.g_proj, mixing.decay_proj]
-        up = Rows.of(ffn.gate_proj)
-        ups = [up] if ffn.up_proj is None else _in_turn(up, Rows.of(ffn.up_proj))
+        ups = [Rows.of(proj) for proj in (ffn.gate_proj, ffn.up_proj) if proj is not None]
         return Layer(
             in_=self._matrix([Rows.of(proj) for proj in read if proj is not None]),
-            out=self._matrix([Rows.of(mixing.out_proj)]), up=self._matrix(ups),
+            out=self._matrix([Rows.of(mixing.out_proj)]), up=self._matrix(ups, in_turn=True),
             down=self._matrix([Rows.of(ffn.down_proj)]),
             retention_norm=self._gain(block.retention_norm), ffn_norm=self._gain(block.ffn_norm),
             q_norm=self._gain(mixing.q_norm), k_norm=self._gain(mixing.k_norm), q_bias=self._vector(mixing.q_bias),
@@ -104,30 +95,29 @@ class Packed:
         self._keep.append(x := x.detach().float().contiguous().clone())
         return x.data_ptr()
 
-    def _matrix(self, parts: Sequence[Rows]) -> Matrix:
-        """The parts one below the other, each beginning with a panel.
+    def _matrix(self, parts: Sequence[Rows], *, in_turn: bool = False) -> Matrix:
+        """The parts one below the other, each in panels of its own; or panels of each in turn.
 
         Raises:
             MemoryError: no memory for it.
         """
         kind, columns, group, *_ = parts[0]
-        below = [part.whole() for part in parts[:-1]] + [parts[-1]]
-        rows = torch.cat([part.stored for part in below]).contiguous()
-        scaled = [part.scales for part in below if part.scales is not None]
-        scales = torch.cat(scaled).contiguous() if scaled else None
-        matrix = Matrix(len(rows), columns, KINDS.index(kind), group)
+        panels = sum(part.panels for part in parts)
+        # whole panels count as its rows, but for those of the last part, whose padding nobody asks for
+        rows = (panels - parts[-1].panels) * ROWS + len(parts[-1].stored)
+        matrix = Matrix(rows, columns, KINDS.index(kind), group)
         size = library().packed_bytes(ctypes.byref(matrix)) + LINE
         try:
             blob = torch.empty(size, dtype=torch.uint8)
         except RuntimeError:  # torch's allocator
             raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
-        at = blob.data_ptr() + -blob.data_ptr() % LINE
-        scales_at = None if scales is None else scales.data_ptr()
-        library().pack(ctypes.byref(matrix), *map(ctypes.c_void_p, (rows.data_ptr(), scales_at, at)))
+        library().place(ctypes.byref(matrix), ctypes.c_void_p(blob.data_ptr() + -blob.data_ptr() % LINE))
+        first = 0
+        for n, part in enumerate(parts):
+            stored, scales = part.stored.contiguous(), None if part.scales is None else part.scales.contiguous()
+            pointers = (stored.data_ptr(), None if scales is None else scales.data_ptr())
+            where = (len(stored), n, len(parts)) if in_turn else (len(stored), first, 1)
+            library().pack(ctypes.byref(matrix), *map(ctypes.c_int64, where), *map(ctypes.c_void_p, pointers))
+            first += part.panels
         self._keep.append(blob)
         return matrix
-
-
-def _in_turn(a: Rows, b: Rows) -> list[Rows]:
-    """Panels of both in turn."""
-    return [panel for pair in zip(a.panels(), b.panels(), strict=True) for panel in pair]

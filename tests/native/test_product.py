@@ -79,12 +79,15 @@ class Packed:
         size = library.packed_bytes(ctypes.byref(self.matrix))
         self.blob = torch.full((size + 128,), 77, dtype=torch.uint8)
         at = -self.blob.data_ptr() % 64
-        library.pack(
-            ctypes.byref(self.matrix), ctypes.c_void_p(self.rows.data_ptr()),
-            ctypes.c_void_p(None if scales is None else scales.data_ptr()), ctypes.c_void_p(self.blob.data_ptr() + at),
-        )  # fmt: skip
+        library.place(ctypes.byref(self.matrix), ctypes.c_void_p(self.blob.data_ptr() + at))
+        self.pack()
         outside = torch.cat([self.blob[:at], self.blob[at + size :]])
         assert (outside == 77).all(), "written past its room"
+
+    def pack(self):
+        pointers = (self.rows.data_ptr(), None if self.scales is None else self.scales.data_ptr())
+        where = map(ctypes.c_int64, (self.matrix.N, 0, 1))
+        self.library.pack(ctypes.byref(self.matrix), *where, *map(ctypes.c_void_p, pointers))
 
     def __call__(self, x):
         """`x W^T` with the columns that are padding."""
@@ -139,11 +142,8 @@ def test_integers_at_their_ends_do_not_overflow(library, same):
         rows = torch.full((16, 256), low, dtype=torch.int8)
         if kind == "int4":
             rows = (rows[:, ::2].to(torch.uint8) & 15) * 17
-        packed.rows.copy_(rows)
-        at = packed.blob.data_ptr() + -packed.blob.data_ptr() % 64
-        scales = torch.ones(16, 1, dtype=torch.half)
-        pointers = (packed.rows.data_ptr(), scales.data_ptr(), at)
-        library.pack(ctypes.byref(packed.matrix), *map(ctypes.c_void_p, pointers))
+        packed.rows, packed.scales = rows.contiguous(), torch.ones(16, 1, dtype=torch.half)
+        packed.pack()
         for x in (torch.ones(1, 256), -torch.ones(1, 256)):
             same(packed(x), (x.sum() * low).expand(1, 16), 1e-6)
 

@@ -2,29 +2,43 @@
 
 The caller is the first of them. Who waits spins for a moment, since a phase of a token takes microseconds, and sleeps
 then, since the processor may be another program's. A call may use fewer threads than there are: the others sleep on.
+Where there are no threads, as in a browser, the caller is alone.
 */
 
 #pragma once
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+
+typedef void Work(void *what, int thread);
+
+#ifdef __wasm__
+
+typedef struct { int threads; char *space; int64_t space_bytes; } Pool;
+
+INLINE void meet(Pool *p) { (void)p; }
+INLINE void run(Pool *p, int threads, Work *work, void *what) { (void)p, (void)threads, work(what, 0); }
+INLINE void start_members(Pool *p, int threads) { p->threads = 1, (void)threads; }
+INLINE void end_members(Pool *p) { (void)p; }
+
+#else
+
+#include <pthread.h>
+#include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { MOST_THREADS = 64, SPIN_NANOSECONDS = 50000, SPINS = 16 }; /* between two looks at the clock */
 
 typedef struct Pool Pool;
-typedef void Work(void *what, int thread);
 typedef struct { Pool *pool; int thread; } Member;
 
 struct Pool {
     int threads, active; /* that there are, that work now */
-    pid_t process;       /* whose they are */
+    char *space;         /* of the caller's, kept from call to call */
+    int64_t space_bytes;
+    pid_t process;       /* whose the threads are */
     Work *work;
     void *what;
-    char *space; /* of the caller's, kept from call to call */
-    int64_t space_bytes;
     pthread_mutex_t lock;
     pthread_cond_t change;
     pthread_t members[MOST_THREADS];
@@ -101,6 +115,7 @@ static void *member(void *name) {
 
 /* the members, of which none runs; as many as the system gives */
 static void start_members(Pool *p, int threads) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
     p->process = getpid(), p->active = 1;
     atomic_init(&p->round, 0), atomic_init(&p->arrived, 0), atomic_init(&p->passed, 0), atomic_init(&p->sleepers, 0);
     pthread_mutex_init(&p->lock, NULL), pthread_cond_init(&p->change, NULL);
@@ -110,9 +125,16 @@ static void start_members(Pool *p, int threads) {
     }
 }
 
+static void end_members(Pool *p) {
+    if (p->process != getpid()) return; /* a fork copied the memory, but no threads */
+    tell_change(p, &p->round, -1);
+    for (int t = 1; t < p->threads; t++) pthread_join(p->members[t], NULL);
+    pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->change);
+}
+
 /* `work(what, thread)` in so many threads of the pool; returns when all are done */
 static void run(Pool *p, int threads, Work *work, void *what) {
-    if (p->process != getpid()) start_members(p, p->threads); /* a fork copies memory, but no threads */
+    if (p->process != getpid()) start_members(p, p->threads);
     p->active = threads < 1 ? 1 : threads > p->threads ? p->threads : threads;
     p->work = work, p->what = what;
     long long round = atomic_load_explicit(&p->round, memory_order_relaxed);
@@ -120,6 +142,8 @@ static void run(Pool *p, int threads, Work *work, void *what) {
     work(what, 0);
     meet(p);
 }
+
+#endif
 
 /* memory for a call, or NULL */
 static char *space_of_pool(Pool *p, int64_t bytes) {
@@ -132,11 +156,7 @@ static char *space_of_pool(Pool *p, int64_t bytes) {
 
 static void close_pool(Pool *p) {
     if (!p) return;
-    if (p->process == getpid()) {
-        tell_change(p, &p->round, -1);
-        for (int t = 1; t < p->threads; t++) pthread_join(p->members[t], NULL);
-        pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->change);
-    }
+    end_members(p);
     free(p->space);
     free(p);
 }
@@ -146,6 +166,6 @@ static Pool *open_pool(int threads) {
     Pool *p = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
     if (!p) return NULL;
     p->space = NULL, p->space_bytes = 0;
-    start_members(p, threads > MOST_THREADS ? MOST_THREADS : threads);
+    start_members(p, threads < 1 ? 1 : threads);
     return p;
 }

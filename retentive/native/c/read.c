@@ -10,6 +10,7 @@ rotations, sums and states are float32.
 #include "step.c"
 #include "pool.h"
 #include "token.h"
+#include <stdatomic.h>
 
 typedef struct { /* of a layer, for N sequences: the tensors of retentive.ops.Ring; a plain state is `state` alone */
     float *state;

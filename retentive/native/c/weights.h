@@ -29,27 +29,30 @@ INLINE i64 lines_of_panel(const Matrix *m) { return padded_columns(m) / columns_
 INLINE i64 panels_of(const Matrix *m) { return (m->N + ROWS - 1) / ROWS; }
 INLINE i64 groups_of(const Matrix *m) { return m->group ? padded_columns(m) / m->group : 0; }
 
-/* bytes that `pack` fills: the scales, where there are any, after the lines */
+/* bytes that it takes: the scales, where there are any, after the lines */
 i64 packed_bytes(const Matrix *m) { return panels_of(m) * (lines_of_panel(m) * LINE + groups_of(m) * ROWS * 2); }
 
-/* The matrix whose rows lie at `rows` as in a file (int4: two's complement, two columns a byte, the first in the low
-   half), with scales [N][groups], into `to`, which is aligned to a line. `m` points there then. */
-void pack(Matrix *m, const uint8_t *rows, const uint16_t *scales, uint8_t *to) {
-    i64 lines = lines_of_panel(m), panels = panels_of(m), groups = groups_of(m);
+/* it lies at `to`, which is aligned to a line */
+void place(Matrix *m, uint8_t *to) {
+    m->lines = to, m->scales = (uint16_t *)(to + panels_of(m) * lines_of_panel(m) * LINE);
+}
+
+/* N rows into every `step`-th panel of m from `first` on, filled up with zeros. They lie at `rows` as in a file (int4:
+   two's complement, two columns a byte, the first in the low half), with scales [N][groups]. */
+void pack(const Matrix *m, i64 N, i64 first, i64 step, const uint8_t *rows, const uint16_t *scales) {
+    i64 lines = lines_of_panel(m), groups = groups_of(m);
     i64 stride = (m->K * 4 + columns_of_unit(m->kind) - 1) / columns_of_unit(m->kind); /* bytes of a row */
     uint8_t zero = m->kind == INT8 ? 0x80 : m->kind == INT4 ? 0x88 : 0;                /* also what turns the signs */
-    uint16_t *scales_to = (uint16_t *)(to + panels * lines * LINE);
-    for (i64 n = 0; n < panels * ROWS; n++) {
-        i64 have = n < m->N ? stride : 0;
+    for (i64 n = 0; n < round_up(N, ROWS); n++) {
+        i64 have = n < N ? stride : 0, panel = first + n / ROWS * step;
         const uint8_t *row = rows + n * stride;
-        uint8_t *at = to + n / ROWS * lines * LINE + n % ROWS * 4;
+        uint8_t *at = (uint8_t *)m->lines + panel * lines * LINE + n % ROWS * 4;
         for (i64 b = 0; b < lines * 4; b++) at[b / 4 * LINE + b % 4] = (b < have ? row[b] : 0) ^ zero;
         if (m->kind == INT4 && have && m->K % 2) { /* the half of a byte that is no column */
             i64 b = stride - 1;
             at[b / 4 * LINE + b % 4] = (at[b / 4 * LINE + b % 4] & 15) | 0x80;
         }
         for (i64 g = 0; g < groups; g++)
-            scales_to[(n / ROWS * groups + g) * ROWS + n % ROWS] = n < m->N ? scales[n * groups + g] : 0;
+            ((uint16_t *)m->scales)[(panel * groups + g) * ROWS + n % ROWS] = n < N ? scales[n * groups + g] : 0;
     }
-    m->lines = to, m->scales = scales_to;
 }

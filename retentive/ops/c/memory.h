@@ -2,8 +2,21 @@
 
 #pragma once
 #include "numbers.h"
-#include <pthread.h>
 #include <stdlib.h>
+
+#ifdef __wasm__ /* one thread, whose space lives as long as all else */
+static void *space_of_thread_with(i64 bytes) {
+    static void *space;
+    static i64 size;
+    if (bytes > size) {
+        free(space);
+        space = aligned_alloc(64, round_up(bytes, 64));
+        size = space ? bytes : 0;
+    }
+    return space;
+}
+#else
+#include <pthread.h>
 
 /* kept from call to call, since fresh pages cost more than the work of a short call, and freed with its thread */
 static pthread_key_t space_key;
@@ -21,6 +34,7 @@ static void *space_of_thread_with(i64 bytes) {
     }
     return space;
 }
+#endif
 
 /* the next `floats` of the memory from *at on */
 static float *take(char **at, i64 floats) {

@@ -52,6 +52,21 @@ typedef _Float16 half;
 typedef uint16_t half;
 #endif
 
+INLINE float from_half(half x) {
+#ifdef __FLT16_MAX__
+    return (float)x;
+#else
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = x & 0x7fff, bits;
+    float y;
+    if (rest >= 0x7c00) bits = (rest << 13) + 0x70000000;                        /* infinity, NaN */
+    else if (rest >= 0x400) bits = (rest << 13) + 0x38000000;
+    else return (sign ? -1 : 1) * (float)rest * 5.9604644775390625e-8f;          /* 2^-24: below what is normal */
+    bits |= sign;
+    memcpy(&y, &bits, 4);
+    return y;
+#endif
+}
+
 INLINE i64 size_of(i64 dtype) { return dtype == 0 ? 4 : 2; }
 INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * size_of(dtype); }
 
@@ -63,7 +78,7 @@ INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {
         for (i64 j = 0; j < n; j++) to[j] = from_bf16(x[j]);
     } else {
         const half *x = from;
-        for (i64 j = 0; j < n; j++) to[j] = (float)x[j];
+        for (i64 j = 0; j < n; j++) to[j] = from_half(x[j]);
     }
     for (i64 j = n; j < width; j++) to[j] = 0;
 }

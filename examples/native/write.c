@@ -1,0 +1,115 @@
+/* A RetNet that writes, without Python.
+
+    write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]
+
+MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. The state is as large after a million tokens as
+after one: with --state it goes on from a file, if that is there, and is saved to it in the end.
+*/
+
+#include <math.h>
+#include <retentive.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    const char *model, *prompt, *state;
+    long tokens, threads;
+    double temperature;
+    uint64_t seed;
+} Options;
+
+static void stop(const char *what) {
+    fprintf(stderr, "write: %s\n", what);
+    exit(2);
+}
+
+static Options read_options(int argc, char **argv) {
+    Options o = {NULL, "", NULL, 200, 0, 0.8, 0};
+    for (int i = 1; i < argc; i++) {
+        const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
+        if (flag[0] != '-') {
+            if (o.model) stop("one MODEL, please");
+            o.model = flag;
+            continue;
+        }
+        if (!value) stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]");
+        i++;
+        if (!strcmp(flag, "-p")) o.prompt = value;
+        else if (!strcmp(flag, "-n")) o.tokens = atol(value);
+        else if (!strcmp(flag, "-t")) o.temperature = atof(value);
+        else if (!strcmp(flag, "-s")) o.seed = strtoull(value, NULL, 10);
+        else if (!strcmp(flag, "-j")) o.threads = atol(value);
+        else if (!strcmp(flag, "--state")) o.state = value;
+        else stop("unknown option: -p, -n, -t, -s, -j and --state are known");
+    }
+    if (!o.model) stop("which MODEL? a folder with config.json and model.safetensors");
+    if (o.tokens < 0 || !(o.temperature >= 0)) stop("-n and -t must be at least 0");
+    return o;
+}
+
+/* a number in [0, 1): xorshift64* */
+static double uniform(uint64_t *seed) {
+    uint64_t x = *seed;
+    x ^= x >> 12, x ^= x << 25, x ^= x >> 27, *seed = x;
+    return (double)(x * 0x2545f4914f6cdd1dull >> 11) / 9007199254740992.0;
+}
+
+/* the likeliest token, or one drawn from softmax(logits / temperature) */
+static int64_t pick(const float *logits, int64_t vocabulary, double temperature, uint64_t *seed) {
+    int64_t best = 0;
+    double sum = 0;
+    for (int64_t i = 1; i < vocabulary; i++)
+        if (logits[i] > logits[best]) best = i;
+    if (temperature == 0) return best;
+    for (int64_t i = 0; i < vocabulary; i++) sum += exp((logits[i] - logits[best]) / temperature);
+    sum *= uniform(seed);
+    for (int64_t i = 0; i < vocabulary; i++)
+        if ((sum -= exp((logits[i] - logits[best]) / temperature)) < 0) return i;
+    return best;
+}
+
+static void print_token(const Retentive *model, int64_t id) {
+    int64_t length;
+    const char *bytes = retentive_text(model, id, &length);
+    fwrite(bytes, 1, length, stdout);
+    fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+    char error[256];
+    Options o = read_options(argc, argv);
+    Retentive *model = retentive_open(o.model, (int)o.threads, error);
+    if (!model) stop(error);
+    RetentiveStates *states = retentive_states(model, 1);
+    int64_t vocabulary = retentive_vocabulary(model), bytes = (int64_t)strlen(o.prompt), count = 0;
+    int64_t *ids = malloc((bytes + 1) * sizeof *ids);
+    float *logits = malloc(vocabulary * sizeof *logits);
+    if (!states || !ids || !logits) stop("no memory");
+
+    FILE *there = o.state ? fopen(o.state, "rb") : NULL;
+    if (there) {
+        fclose(there);
+        if (!retentive_load(states, 0, o.state, error)) stop(error);
+    } else if (retentive_end(model) >= 0) ids[count++] = retentive_end(model); /* as every text in training begins */
+    int64_t encoded = retentive_encode(model, o.prompt, bytes, ids + count);
+    if (encoded < 0) stop("this model's tokenizer.json splits words in a way that is not known here");
+    count += encoded;
+    if (!count) stop("a prompt of at least one token, please: -p");
+    if (!retentive_read(states, 0, ids, count, logits)) stop("the prompt could not be read");
+
+    uint64_t seed = o.seed * 0x9e3779b97f4a7c15ull + 0x123456789abcdefull;
+    fputs(o.prompt, stdout);
+    for (long n = 0; n < o.tokens; n++) {
+        int64_t id = pick(logits, vocabulary, o.temperature, &seed);
+        if (id == retentive_end(model)) break;
+        print_token(model, id);
+        if (!retentive_decode(states, 1, &id, logits)) stop("a token could not be read");
+    }
+    putchar('\n');
+    if (o.state && !retentive_save(states, 0, o.state, error)) stop(error);
+    retentive_free(states);
+    retentive_close(model);
+    free(ids), free(logits);
+    return 0;
+}

@@ -1,0 +1,197 @@
+"""The same C without Python: on this machine, for aarch64 under qemu and for WebAssembly under Node, against torch."""
+
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from retentive.checkpoint import load, save_model
+from retentive.checkpoint.quantize import quantize
+from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from retentive.models import ARCHITECTURES, RetNetConfig, build, load_state
+from retentive.native.library import FOLDER, OPS
+from retentive.ops.compiler import FLAGS, LINK
+
+HERE = Path(__file__).parent
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
+NODE = ["node", "--no-warnings", str(HERE / "run_wasi.mjs")]
+TARGETS = {
+    "native": (["gcc"], ["-march=native", *LINK], []),
+    "aarch64": (ZIG, ["-target", "aarch64-linux-musl", "-static", *LINK], ["qemu-aarch64"]),
+    "wasm": (ZIG, ["-target", "wasm32-wasi", "-msimd128", "-lm"], NODE),
+}
+"""The compiler, its flags, and what the program is run by."""
+SOURCES = [f"-I{FOLDER}", f"-I{OPS}", "-Wno-unknown-pragmas", str(FOLDER / "retentive.c")]
+TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\n\n\tnaïve «été» — 東京 don't end "
+SMALL = dict(dim=48, layers=2, heads=2)
+MODELS = {
+    "float32": {},
+    "bfloat16": {},
+    "int8": {},
+    "int4": dict(ffn_dim=50),
+    "paper": ARCHITECTURES["retnet-paper"],
+    "fla": ARCHITECTURES["fla"],
+    "biases": dict(decay_bias=True, qk_bias=True, rotary="half", heads=4, kv_heads=2, tie_embeddings=True),
+    "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, decay="lm", qk_norm=False),
+    "own-decays": dict(decay=(-0.3, 0.0), embed_norm=True, embed_scale=True, rotary="none", gate_activation="sigmoid"),
+}
+
+
+@pytest.fixture(scope="session")
+def programs(once):
+    """`programs(target)`: the command that runs logits.c there, built once for all workers."""
+
+    def program(target):
+        compiler, flags, run = TARGETS[target]
+        missing = [name for name in [compiler[0], *run[:1]] if not shutil.which(name)]
+        if compiler == ZIG and not find_spec("ziglang"):
+            missing = ["ziglang"]
+        if missing:
+            pytest.skip(f"needs {missing[0]}")
+
+        def make(file):
+            command = [*compiler, *FLAGS, *SOURCES, str(HERE / "logits.c"), "-o", str(file), *flags]
+            subprocess.run(command, check=True)
+
+        return [*run, str(once(f"logits-{target}", make))]
+
+    return program
+
+
+@pytest.fixture(params=TARGETS)
+def logits(request, programs):
+    """`logits(folder, state, text, ids)`: the lines that logits.c prints, by their first word."""
+    command = programs(request.param)
+
+    def run(folder, state, text, ids):
+        arguments = [str(folder), str(state), text, *map(str, ids)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        found = {}
+        for line in done.stdout.splitlines():
+            name, _, rest = line.partition(" ")
+            found[name] = rest if name in ("text", "error") else [float(x) for x in rest.split()]
+        found["code"] = done.returncode
+        return found
+
+    return run
+
+
+def folder_of(name, path, tokenizer):
+    torch.manual_seed(3)
+    model = build(RetNetConfig(vocab_size=tokenizer.vocab_size, **SMALL | MODELS[name])).eval()
+    if name in ("int8", "int4"):
+        model = quantize(model, int(name[3:]))
+    elif name == "bfloat16":
+        model = model.bfloat16()
+    save_model(path, model, tokenizer)
+    return load(path)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_states_are_those_of_torch(name, logits, tmp_path, same):
+    model = folder_of(name, tmp_path, ByteTokenizer())
+    ids = torch.randint(257, (1, 31))
+    found = logits(tmp_path, tmp_path / "state.safetensors", "", ids[0].tolist())
+    assert found["code"] == 0, found
+    exact, state = model.float()(ids)
+    close = 1e-4 if model.config.decay == "none" or name not in ("bfloat16", "int8", "int4") else 0.03
+    same(torch.tensor(found["read"]), exact[0, 14], close)
+    same(torch.tensor(found["decoded"]), exact[0, 30], close)
+    same(torch.tensor(found["copied"]), torch.tensor(found["decoded"]), 0)
+    kept = load_state(tmp_path / "state.safetensors")
+    assert kept.position.tolist() == [31]
+    same(kept.tensors(), state.tensors(), close)
+
+
+def test_text_is_split_as_the_tokenizer_splits_it(logits, tmp_path):
+    words = "the days of it isn't don't we'll see 1990 été naïve 東京 — « » end\n\n\t" * 20
+    tokenizer = train_bpe([words, TEXT], 400)
+    assert isinstance(tokenizer, BPETokenizer)
+    folder_of("int4", tmp_path, tokenizer)
+    found = logits(tmp_path, tmp_path / "state.safetensors", TEXT.replace("\n", " "), [1, 2])
+    assert [int(x) for x in found["ids"]] == tokenizer.encode(TEXT.replace("\n", " "))
+    assert found["text"] == TEXT.replace("\n", " ")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "no-folder": (lambda folder: shutil.rmtree(folder), "config.json cannot be read"),
+    "no-json": (lambda folder: (folder / "config.json").write_text('{"format": '), "config.json is not JSON"),
+    "cut-short": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors does not fit config.json: "),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
+    "no-head": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+        "is not a complete safetensors file",
+    ),
+    "foreign": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+        "is none of this package's",
+    ),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 10000), "config.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused(damage, programs, tmp_path):
+    folder_of("int4", tmp_path / "model", ByteTokenizer())
+    change, words = DAMAGES[damage]
+    change(tmp_path / "model")
+    command = [*programs("native"), str(tmp_path / "model"), "state", "", "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout.startswith("error ") and words in done.stdout
+
+
+def test_a_state_of_another_model_is_refused(programs, tmp_path):
+    for name, fields in (("one", "int4"), ("two", "biases")):
+        folder_of(fields, tmp_path / name, ByteTokenizer())
+    state = tmp_path / "state.safetensors"
+    build(RetNetConfig(**SMALL | dict(layers=3))).init_state(1).save(state)
+    program = tmp_path / "load.c"
+    program.write_text("""
+#include <retentive.h>
+#include <stdio.h>
+int main(int argc, char **argv) {
+    char error[256];
+    Retentive *model = retentive_open(argv[1], 1, error);
+    RetentiveStates *states = retentive_states(model, 1);
+    for (int i = 2; i < argc; i++)
+        puts(retentive_load(states, 0, argv[i], error) ? "taken" : error);
+    return argc < 3;
+}
+""")
+    subprocess.run(["gcc", *FLAGS, *SOURCES, str(program), "-o", str(tmp_path / "load"), *LINK], check=True)
+    (tmp_path / "junk").write_bytes(b"no state")
+    paths = [str(state), str(tmp_path / "junk"), str(tmp_path / "one" / "model.safetensors"), str(tmp_path / "none")]
+    done = subprocess.run(
+        [str(tmp_path / "load"), str(tmp_path / "one"), *paths], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"{state} holds no state of one sequence of this model",
+        f"{tmp_path / 'junk'} is not a complete safetensors file",
+        f"{tmp_path / 'one' / 'model.safetensors'} holds no state of one sequence of this model",
+        f"{tmp_path / 'none'} cannot be read",
+    ]
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+def test_the_example_is_built_by_cmake_and_writes_what_torch_writes(tmp_path):
+    from retentive.infer import SamplingParams
+    from retentive.infer.generate import generate
+
+    source = Path(__file__).parents[2] / "examples" / "native"
+    subprocess.run(["cmake", "-B", str(tmp_path / "build"), str(source)], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path / "build")], check=True, capture_output=True)
+    model = folder_of("float32", tmp_path / "model", ByteTokenizer())
+    ids = [256, *b"Once"]
+    tokens = generate(model, ids, SamplingParams(temperature=0.0), max_tokens=20, stop_ids=[256])
+    want = b"Once" + bytes(token.id for token in tokens)
+    command = [str(tmp_path / "build" / "write"), str(tmp_path / "model"), "-p", "Once", "-n", "20", "-t", "0"]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == want + b"\n"
