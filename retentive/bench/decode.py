@@ -29,7 +29,7 @@ from retentive.bench.lab.tables import at_least_one, duration, known, markdown, 
 from retentive.bench.step import ring_bytes
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
-from retentive.models import RetNetConfig, cost
+from retentive.models import RetNetConfig, TransformerConfig, cost, twin
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
@@ -52,6 +52,8 @@ class Options(OnDevice, Sized):
     twin by llama.cpp, where llama_cpp and gguf are installed)."""
     precision: str = "bf16"
     """bf16 or fp32, of weights and caches; the state is float32 in any case."""
+    full_heads: bool = False
+    """Give llama.cpp's twin keys and values for every query head, as `transformer` has them, and not for groups."""
     steps: int = 16
     """Tokens decoded in a repetition."""
     repeats: int = 3
@@ -73,7 +75,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models), device, say)
     # made once for all batches and contexts, which differ by their states only
-    rivals = {name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names}
+    rivals = {
+        name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names if name not in models.LLAMACPP
+    }
+    rivals |= {n: LlamaCpp(n, config, device, full_heads=options.full_heads) for n in names if n in models.LLAMACPP}
     for one in rivals.values():
         one.check()  # all of them before anything is timed: a wrong step may well be a fast one
     rows = []
@@ -92,6 +97,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "hardware": machine.describe(),
         "device": str(device),
         "precision": options.precision,
+        "heads": {name: [one.config.heads, one.config.kv_heads] for name, one in rivals.items()},
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
         # the first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
         "break_even": {
@@ -231,11 +237,16 @@ class Native(Rival):
 class LlamaCpp(Rival):
     """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
 
-    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, config: RetNetConfig, device: torch.device, *, full_heads: bool = False):
+        self.full_heads = full_heads
         super().__init__(name, config, device, torch.float16)  # of its cache
+        self.config = self.theirs(config)
+
+    def theirs(self, config: RetNetConfig) -> TransformerConfig:
+        return twin(config) if self.full_heads else models.grouped(config)
 
     def made(self, config: RetNetConfig) -> Any:
-        return llamacpp.Model(models.grouped(config), self.name.removeprefix("llamacpp-").upper())
+        return llamacpp.Model(self.theirs(config), self.name.removeprefix("llamacpp-").upper())
 
     @property
     def bytes_per_weight(self) -> float:
@@ -264,7 +275,7 @@ class LlamaCpp(Rival):
 
 
 RIVALS: dict[str, type[Rival]] = {"llama": Llama}
-RIVALS |= dict.fromkeys(models.NATIVE, Native) | dict.fromkeys(models.LLAMACPP, LlamaCpp)
+RIVALS |= dict.fromkeys(models.NATIVE, Native)
 
 
 class Decoding:
@@ -362,7 +373,7 @@ def table(result: dict[str, Any]) -> str:
         f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."
         for name, n in result["break_even"].items()
     ]
-    for name in names[1:]:
+    for name in (n for n in names[1:] if n not in models.NATIVE):
         for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
             at = faster_from(result["rows"], name, batch)
             if at is not None:

@@ -186,7 +186,8 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
 def test_llamacpp_decodes_what_it_is_given():
     config = RetNetConfig(vocab_size=64, dim=64, layers=2, heads=4)
     for name in models.LLAMACPP:
-        one = decode.RIVALS[name](name, config, CPU, torch.bfloat16)
+        one = decode.LlamaCpp(name, config, CPU)
+        assert decode.LlamaCpp(name, config, CPU, full_heads=True).config.kv_heads == 4
         session = one.fill(3, 20, room=2)
         at = session.position
         one.step(torch.zeros(3, 1, dtype=torch.int64), session)

@@ -7,6 +7,7 @@ Both settings of its flash attention are tried where something is timed, since w
 """
 
 import ctypes
+import functools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,17 @@ def write(config: TransformerConfig, path: Path) -> None:
     out.close()
 
 
+@functools.cache
+def begin() -> Any:
+    """Starts the library, once, and keeps it silent; what comes back is called by C, and must live."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return quiet
+
+
 class Model:
     """A loaded model; weights are the same for the same config."""
 
@@ -81,9 +93,7 @@ class Model:
 
         self.api: Any = llama_cpp
         self.config = replace(config, ffn_dim=-(-config.ffn_dim // MULTIPLE) * MULTIPLE)
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
+        begin()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "f16.gguf"
             write(self.config, file)

@@ -32,9 +32,9 @@ NAMES = {
     "native-bf16": "RetNet in C, bf16",
     "native-int8": "RetNet in C, int8",
     "native-int4": "RetNet in C, int4",
-    "llamacpp-f16": "grouped twin, llama.cpp F16",
-    "llamacpp-q8_0": "grouped twin, llama.cpp Q8_0",
-    "llamacpp-q4_0": "grouped twin, llama.cpp Q4_0",
+    "llamacpp-f16": "twin, llama.cpp F16",
+    "llamacpp-q8_0": "twin, llama.cpp Q8_0",
+    "llamacpp-q4_0": "twin, llama.cpp Q4_0",
 }
 NATIVE = {"native-bf16": None, "native-int8": 8, "native-int4": 4}
 """Models in C, and the bits of their weights where those are integers."""
