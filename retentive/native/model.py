@@ -1,6 +1,8 @@
 """NativeRetNet: a RetNet whose tokens the library reads, over the states that torch would read them with."""
 
 import ctypes
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +106,8 @@ class NativeRetNet(RetNet):
         slower = self.dtype == torch.bfloat16 and bool(library().native_lacks_tiles())
         self._torch_reads = slower if torch_reads is None else torch_reads
         self._threads = Threads(threads or torch.get_num_threads())
+        self._kept: Places | None = None
+        self._dtype = DTYPES.index(self.dtype)
         head: Any = NativeHead(model.head, self._packed.struct.head, self.dtype, self._threads)
         self.head = head
         self.train(model.training)
@@ -120,64 +124,85 @@ class NativeRetNet(RetNet):
         """As RetNet's, but float32 where the library has computed it."""
         if embeds is not None or lengths is not None or ids is None or forced() or not native_here(ids, cu_seqlens):
             return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
-        if ids.numel() > STEPS and self._torch_reads:
-            return super().hidden(ids, state, cu_seqlens=cu_seqlens)
-        if state is not None:
-            self._check(state)
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
+        if ids.numel() > STEPS and self._torch_reads:
+            return super().hidden(ids, state, cu_seqlens=cu_seqlens)
+        begin, tokens = self._borders(ids, cu_seqlens)
+        state = self.init_state(len(begin) - 1) if state is None else state
+        layers, places = self._layers(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)
+        x = self._read(ids.contiguous(), begin, state.position, places)
+        return x.unflatten(0, ids.shape), RetentionState(layers, state.position + tokens)
+
+    def _borders(self, ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | int]:
+        """Where the sequences begin and end `[N+1]`, and how many tokens each has; raises for what is out of range."""
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             bad = next(i for i in ids.flatten().tolist() if not 0 <= i < self.config.vocab_size)
             raise IndexError(f"token ids must be from 0 to {self.config.vocab_size - 1}, got {bad}")
-        B, T = ids.shape
-        begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        state = self.init_state(len(begin) - 1) if state is None else state
-        self._check_sizes(begin, T * B, state)
-        by_steps = cu_seqlens is None and self._goes_by_steps(T, state)
-        layers = self._rings(state) if by_steps else [_copied(x) for x in state.layers]
-        x = self._read(ids.contiguous(), begin, state.position, layers)
-        return x.unflatten(0, (B, T)), RetentionState(layers, state.position + begin.diff())
+        if cu_seqlens is None:
+            return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
+        begin = cu_seqlens.to(torch.int64).contiguous()
+        tokens = begin.diff()
+        if begin[0] != 0 or begin[-1] != ids.numel() or bool((tokens < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0 to the {ids.numel()} tokens, got {begin.tolist()}")
+        return begin, tokens
 
-    def _check_sizes(self, begin: Tensor, tokens: int, state: RetentionState) -> None:
-        """Raises ValueError for what the library would read or write past the end of."""
-        if begin[0] != 0 or begin[-1] != tokens or bool((begin.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must ascend from 0 to the {tokens} tokens, got {begin.tolist()}")
-        wanted = (len(begin) - 1, *self._packed.state)
-        if tuple(state.position.shape) != wanted[:1]:
-            raise ValueError(f"{wanted[0]} sequences need a position each, got {list(state.position.shape)}")
+    def _layers(self, state: RetentionState, N: int, T: int) -> "tuple[Sequence[Tensor | Ring], Places]":
+        """The layers' states to read tokens into, in place; T tokens for each, 0 for different numbers of them.
+
+        Single tokens go through rings, and a few where there are rings with room for them; more in chunks through plain
+        states.
+
+        Raises:
+            ValueError: the state does not fit the model or the N sequences.
+        """
+        if tuple(state.position.shape) != (N,):
+            raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
+        kept = self._kept  # looked at once: another thread may put its own there
+        if 0 < T <= STEPS and kept is not None and kept.are_of(state.layers) and kept.slots >= T:
+            return state.layers, kept  # the rings that the last token went into, as a rule
+        self._check(state)
+        self._check_shapes(state, N)
+        ready = all(isinstance(x, Ring) and x.k.dtype == self.dtype for x in state.layers)
+        if T == 1 or (T <= STEPS and ready and 0 < T <= state.layers[0].k.shape[2]):
+            layers = state.layers if ready else state.for_decoding(self.dtype).layers
+            self._kept = kept = Places(layers)
+            return layers, kept
+        layers = [x.to_state() if isinstance(x, Ring) else x.clone() for x in state.layers]
+        layers = [x.contiguous() for x in layers]
+        return layers, Places(layers)
+
+    def _check_shapes(self, state: RetentionState, N: int) -> None:
+        """Raises ValueError for states that the library would read or write past the end of."""
+        wanted = (N, *self._packed.state)
         for x in state.layers:
             inner = x.state if isinstance(x, Ring) else x
             if tuple(inner.shape) != wanted or inner.dtype != torch.float32 or not inner.is_cpu:
                 raise ValueError(f"state must be float32 {list(wanted)}, got {inner.dtype} {list(inner.shape)}")
 
-    def _goes_by_steps(self, T: int, state: RetentionState) -> bool:
-        """Whether tokens go through rings: single ones always, a few where there are rings with room for them."""
-        return T == 1 or (T <= STEPS and self._ready(state) and state.layers[0].k.shape[2] >= T)
-
-    def _ready(self, state: RetentionState) -> bool:
-        """Whether its layers are rings for the model's dtype."""
-        return all(isinstance(x, Ring) and x.k.dtype == self.dtype for x in state.layers)
-
-    def _rings(self, state: RetentionState) -> Any:
-        return state.layers if self._ready(state) else state.for_decoding(self.dtype).layers
-
-    def _read(self, ids: Tensor, begin: Tensor, position: Tensor, layers: Any) -> Tensor:
-        """x `[tokens, D]` after tokens that go into `layers`, in place."""
-        first, x, position = layers[0], torch.empty(ids.numel(), self.config.dim), position.contiguous()
-        if isinstance(first, Ring):
-            slots, tensors = first.k.shape[2], [tuple(r.tensors().values()) for r in layers]
-        else:
-            slots, tensors = 0, [(layer,) for layer in layers]
-        rings = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))
+    def _read(self, ids: Tensor, begin: Tensor, position: Tensor, places: "Places") -> Tensor:
+        """x `[tokens, D]` after tokens that go into the states, in place."""
+        x, position = torch.empty(ids.numel(), self.config.dim), position.contiguous()
         call = Reading(
-            len(begin) - 1, slots, DTYPES.index(self.dtype), model=ctypes.addressof(self._packed.struct),
-            ids=ids.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(),
-            rings=ctypes.addressof(rings), x=x.data_ptr(),
+            len(begin) - 1, places.slots, self._dtype, model=ctypes.addressof(self._packed.struct),
+            ids=ids.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(), rings=places.address,
+            x=x.data_ptr(),
         )  # fmt: skip
         self._threads.call(library().native_read, call, ids.numel())
         return x
 
 
-def _copied(x: Tensor | Ring) -> Tensor:
-    """A plain state that may be written over."""
-    return x.to_state() if isinstance(x, Ring) else x.clone(memory_format=torch.contiguous_format)
+class Places:
+    """The addresses of layers' states or rings, written down once for all tokens that go into the same ones."""
+
+    def __init__(self, layers: Sequence[Any]):
+        # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
+        self._rings = [weakref.ref(x) for x in layers if isinstance(x, Ring)]
+        self.slots = layers[0].k.shape[2] if self._rings else 0
+        tensors = [x.tensors().values() if isinstance(x, Ring) else [x] for x in layers]
+        self._array = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))
+        self.address = ctypes.addressof(self._array)
+
+    def are_of(self, layers: Sequence[Any]) -> bool:
+        """Whether these are the very rings."""
+        return len(layers) == len(self._rings) and all(a() is b for a, b in zip(self._rings, layers, strict=True))
