@@ -72,7 +72,8 @@ class NativeHead(nn.Module):
             return head(x.to(dtype))
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         logits = torch.empty(len(rows), -(-self._matrix.N // ROWS) * ROWS)
-        call = Heading(len(rows), head=ctypes.addressof(self._matrix), x=rows.data_ptr(), logits=logits.data_ptr())
+        low = DTYPES.index(self._torch[1])
+        call = Heading(len(rows), low, head=ctypes.addressof(self._matrix), x=rows.data_ptr(), logits=logits.data_ptr())
         self._threads.call(library().native_head, call, len(rows))
         return logits[:, : self._matrix.N].unflatten(0, x.shape[:-1])
 

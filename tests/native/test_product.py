@@ -19,10 +19,11 @@ void go(const Matrix *m, const float *x, i64 rows, float *y) {
     char *at = NULL;
     input_at(&at, rows, m->K);
     char *space = at = aligned_alloc(64, round_up((i64)(intptr_t)at, 64));
-    Input all = input_at(&at, rows, m->K), in = input_for(&all, m, 0, rows);
+    Input all = input_at(&at, rows, m->K), in = input_for(&all, m, 0, rows, 1);
     for (i64 r = 0; r < rows; r++) ready_row(&in, r, x + r * m->K, m->K);
-    product(m, &in, rows, 0, panels_of(m), y, panels_of(m) * ROWS);
-    free(space);
+    uint8_t *expanded = aligned_alloc(64, expanded_bytes(m->K));
+    product(m, &in, rows, 0, panels_of(m), y, panels_of(m) * ROWS, expanded);
+    free(space), free(expanded);
 }
 void row(const Matrix *m, i64 id, float *to) { row_of_matrix(m, id, to); }
 int pairs(void) {
@@ -111,6 +112,19 @@ def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, libr
         same(y[:, :N].double(), read[:rows].double() @ packed.exact.T, close)
         assert not y[:, N:].any()
         same(y[-1:], packed(x[rows - 1 : rows].clone()), 0)  # the bits that the row gets alone
+
+
+@pytest.mark.parametrize(("N", "K", "group"), SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_the_many_rows_of_a_prompt(kind, N, K, group, library, same):
+    """Integers become bfloat16 there, where the CPU multiplies it: rounded at 2^-9, as x is."""
+    packed = Packed(library, kind, N, K, group)
+    x = torch.randn(45, K)
+    y = packed(x)
+    rounds = library.pairs() and kind != "float32"
+    same(y[:, :N].double(), x.double() @ packed.exact.T, 5e-3 if rounds else 1e-4)
+    assert not y[:, N:].any()
+    same(y[33:], packed(x[:45].flip(0))[:12].flip(0), 0)  # wherever in the prompt a row is
 
 
 @pytest.mark.parametrize("kind", KINDS)

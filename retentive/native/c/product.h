@@ -3,6 +3,7 @@
 Sums are made in the same order however many rows there are, so that a sequence in a batch gets the bits that it gets
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
 becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
+Only the many rows of a prompt are multiplied by panels that were made bfloat16 just before, where pairs are at hand.
 */
 
 #pragma once
@@ -16,6 +17,7 @@ becomes integers of 16 bits, with a scale for each group of columns; their sums 
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
 enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
+enum { MANY = 32 };          /* rows of x from which on it pays to make integers bfloat16 */
 enum { AHEAD_BYTES = 8192 }; /* what a line takes leaves room for few later ones in flight, and memory is 400 cycles away */
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
@@ -45,10 +47,14 @@ static Input input_at(char **at, i64 rows, i64 K) {
     return in;
 }
 
+/* whether so many rows are multiplied by integers as bfloat16; `low`: that is as exact as the model is to be */
+INLINE int is_expanded(const Matrix *m, i64 rows, i64 low) { return HAVE_PAIRS && low && m->kind >= INT8 && rows > MANY; }
+
 /* the same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply */
-static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows) {
+static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 low) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), group = first * (most / 16);
-    return (Input){m->kind, m->group, padded_columns(m), rows == 1 ? 1 : AT_ONCE,
+    int expanded = is_expanded(m, rows, low);
+    return (Input){expanded ? BFLOAT16 : m->kind, expanded ? 0 : m->group, padded_columns(m), rows == 1 ? 1 : AT_ONCE,
                    all->x + first * most, all->scale + group, all->sum + group};
 }
 
@@ -222,8 +228,39 @@ INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 p
     if (r < rows) some(panels, 1, m, in, r, panel, y, ld);
 }
 
-/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels */
-static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld) {
+#ifdef __AVX512BF16__
+/* a panel of integers as one of bfloat16 */
+static void expand(const Matrix *m, i64 panel, uint8_t *to) {
+    i64 lines = lines_of_panel(m), groups = groups_of(m), unit = columns_of_unit(m->kind);
+    const uint8_t *at = m->lines + panel * lines * LINE;
+    int shift = m->kind == INT8 ? 8 : 4, mask = m->kind == INT8 ? 255 : 15, zero = m->kind == INT8 ? 128 : 8;
+    for (i64 line = 0; line < lines; line++, at += LINE) {
+        vf scale = scales_at(m->scales + (panel * groups + line * unit / m->group) * ROWS);
+        vi units = (vi)load((const float *)at);
+        for (i64 j = 0; j < unit; j += 2, to += LINE) {
+            float pair[2][16];
+            for (int n = 0; n < 2; n++)
+                store(pair[n], __builtin_convertvector((units >> (int)(j + n) * shift & mask) - zero, vf) * scale);
+            pair_rows(pair[0], pair[1], 16, (float *)to);
+        }
+    }
+}
+#endif
+
+/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels. `space`: of expanded_bytes. */
+static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld, uint8_t *space) {
+#ifdef __AVX512BF16__
+    for (i64 n; m->kind != in->kind && first < last; first += n) {
+        Matrix made = {0, padded_columns(m), BFLOAT16, 0, space, NULL};
+        n = smaller(PANELS, last - first);
+        for (i64 p = 0; p < n; p++) expand(m, first + p, space + p * lines_of_panel(&made) * LINE);
+        if (n == PANELS) strips(PANELS, &made, in, rows, 0, y + first * ROWS, ld);
+        else strips(1, &made, in, rows, 0, y + first * ROWS, ld);
+    }
+#endif
+    (void)space;
     for (; PANELS == 2 && rows > AT_ONCE && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }
+
+INLINE i64 expanded_bytes(i64 K) { return PANELS * round_up(K, MOST_GROUP_COLUMNS) / 2 * LINE; }

@@ -39,10 +39,12 @@ typedef struct {
     void *q, *k, *v, *o;       /* [n][H][K], [n][H][V] in `dtype` */
     float *log_decay;          /* [n][H] */
     Input of_D, of_HV, of_F;   /* products' inputs of three widths */
+    uint8_t *expanded;         /* [threads][each] */
+    i64 each;
     atomic_int failed;
 } Block;
 
-typedef struct { i64 thread, first_row; float *space; } Self; /* a thread; where its rows of inputs begin */
+typedef struct { i64 thread, first_row; float *space; uint8_t *expanded; } Self; /* a thread; where its rows of inputs begin */
 
 static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
     *first = all * thread / threads, *last = all * (thread + 1) / threads;
@@ -64,7 +66,7 @@ static void prepared(const Block *b) {
 /* norm(x), or x where there is no weight, as input of w */
 static Input normed(Block *b, const Self *me, const float *weight, const Matrix *w) {
     i64 D = b->c->model->D, first, last;
-    Input in = input_for(&b->of_D, w, me->first_row, b->n);
+    Input in = input_for(&b->of_D, w, me->first_row, b->n, b->c->dtype);
     float y[D];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -77,7 +79,7 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
 
 static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
     i64 first, last;
-    Input in = input_for(&b->of_HV, w, me->first_row, b->n);
+    Input in = input_for(&b->of_HV, w, me->first_row, b->n, b->c->dtype);
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) ready_row(&in, r, b->z + r * w->K, w->K);
     prepared(b);
@@ -86,7 +88,7 @@ static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
 
 static Input activated(Block *b, const Self *me, const Matrix *w) { /* every second panel of y, or every one */
     i64 first, last, together = b->c->model->ffn_gate ? 2 : 1;
-    Input in = input_for(&b->of_F, w, me->first_row, b->n);
+    Input in = input_for(&b->of_F, w, me->first_row, b->n, b->c->dtype);
     float f[whole(w->K)];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -196,7 +198,7 @@ static void by_chunks(Block *b, const Layer *layer, const Rings *rings, const Se
 static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix *next, i64 together, const Self *me) {
     i64 first, last, ld = whole(w->N);
     share(panels_of(w), me->thread, b->threads, &first, &last);
-    product(w, in, b->n, first, last, b->added, ld); /* not to y, which another thread may still prepare */
+    product(w, in, b->n, first, last, b->added, ld, me->expanded); /* not to y, which another thread may still prepare */
     for (i64 r = 0; r < b->n; r++)
         for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) b->x[r * w->N + i] += b->added[r * ld + i];
     ask(b, next, together, me);
@@ -209,7 +211,7 @@ static void through_layer(Block *b, i64 l, const Self *me) {
     i64 first, last, together = m->ffn_gate ? 2 : 1;
     Input in = normed(b, me, layer->retention_norm, &layer->in);
     share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
-    product(&layer->in, &in, b->n, first, last, b->y, b->ld);
+    product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
     meet(b->c->pool);
     if (b->c->slots) by_steps(b, layer, b->c->rings + l, me);
     else by_chunks(b, layer, b->c->rings + l, me);
@@ -218,7 +220,7 @@ static void through_layer(Block *b, i64 l, const Self *me) {
 
     in = normed(b, me, layer->ffn_norm, &layer->up);
     share(panels_of(&layer->up) / together, me->thread, b->threads, &first, &last);
-    product(&layer->up, &in, b->n, first * together, last * together, b->y, b->ld);
+    product(&layer->up, &in, b->n, first * together, last * together, b->y, b->ld, me->expanded);
     for (i64 r = 0; r < b->n; r++)
         for (i64 panel = first; panel < last; panel++) { /* over the gates, where nobody else reads */
             float *y = b->y + r * b->ld + panel * together * ROWS;
@@ -272,7 +274,7 @@ static void through_model(void *what, int thread) {
     Space space;
     i64 bytes = c->slots ? step_space(&(Step){c->N, m->H, m->K, m->V, c->slots}) * 4
                          : (i64)(intptr_t)arrange(&call, 0, &space, NULL);
-    Self me = {thread, each_alone(b) ? thread * AT_ONCE : 0, space_of_thread_with(bytes)};
+    Self me = {thread, each_alone(b) ? thread * AT_ONCE : 0, space_of_thread_with(bytes), b->expanded + thread * b->each};
     if (!me.space) atomic_store(&b->failed, 1);
     meet(c->pool);
     if (atomic_load(&b->failed)) return; /* all threads see it, and nothing is written yet */
@@ -298,6 +300,9 @@ static char *arrange_block(Block *b, i64 n, char *at) {
     b->q = take(&at, n * m->H * m->K), b->k = take(&at, n * m->H * m->K);
     b->v = take(&at, n * HV), b->o = take(&at, n * HV);
     b->of_D = input_at(&at, rows, m->D), b->of_HV = input_at(&at, rows, HV), b->of_F = input_at(&at, rows, m->F);
+    i64 wide = HV > m->F ? HV : m->F;
+    b->each = expanded_bytes(wide > m->D ? wide : m->D);
+    b->expanded = (uint8_t *)take(&at, n > MANY ? b->threads * b->each / 4 : 0);
     return at;
 }
 
@@ -317,36 +322,42 @@ int native_read(const Reading *c) {
 }
 
 typedef struct {
-    i64 n, threads;
+    i64 n, dtype, threads; /* dtype as of a Reading */
     Pool *pool;
     const Matrix *head;
     const float *x; /* [n][D] */
     float *logits;  /* [n][vocab, whole panels] */
     Input in;
+    uint8_t *expanded;
 } Heading;
+
+enum { HEAD_ROWS = 256 }; /* at a time: their inputs stay in the cache */
 
 static void through_head(void *what, int thread) {
     Heading *c = what;
-    i64 first, last, rows = 64; /* at a time: their inputs and a panel stay in the cache */
+    const Matrix *head = c->head;
+    i64 first, last, wide = whole(head->N);
     for (i64 at = 0, n; at < c->n; at += n) {
-        n = smaller(rows, c->n - at);
+        n = smaller(HEAD_ROWS, c->n - at);
+        Input in = input_for(&c->in, head, 0, n, c->dtype);
         share(n, thread, c->threads, &first, &last);
-        for (i64 r = first; r < last; r++) ready_row(&c->in, r, c->x + (at + r) * c->head->K, c->head->K);
+        for (i64 r = first; r < last; r++) ready_row(&in, r, c->x + (at + r) * head->K, head->K);
         meet(c->pool);
-        share(panels_of(c->head), thread, c->threads, &first, &last);
-        product(c->head, &c->in, n, first, last, c->logits + at * whole(c->head->N), whole(c->head->N));
+        share(panels_of(head), thread, c->threads, &first, &last);
+        product(head, &in, n, first, last, c->logits + at * wide, wide, c->expanded + thread * expanded_bytes(head->K));
         meet(c->pool);
     }
 }
 
-/* logits = head x; 1: no memory. */
+/* logits = head x. 1: no memory. */
 int native_head(Heading *c) {
+    i64 rows = smaller(c->n, HEAD_ROWS), room = rows > MANY ? c->threads * expanded_bytes(c->head->K) : 0;
     char *at = NULL;
-    input_at(&at, smaller(c->n, 64), c->head->K);
-    char *space = space_of_pool(c->pool, (i64)(intptr_t)at);
-    if (!space) return 1;
-    at = space, c->in = input_at(&at, smaller(c->n, 64), c->head->K), c->in = input_for(&c->in, c->head, 0, c->n);
     c->threads = smaller(c->threads, c->pool->threads);
+    for (int pass = 0; pass < 2; pass++) { /* first its size */
+        c->in = input_at(&at, rows, c->head->K), c->expanded = (uint8_t *)take(&at, room / 4);
+        if (!pass && !(at = space_of_pool(c->pool, (i64)(intptr_t)at))) return 1;
+    }
     run(c->pool, (int)c->threads, through_head, c);
     return 0;
 }

@@ -213,7 +213,7 @@ static int head_of(Retentive *r, const float *x, i64 count, float *logits) {
     i64 vocab = r->folder.model.vocab, wide = whole(vocab);
     float *y = wide == vocab ? logits : malloc(count * wide * 4);
     if (!y) return 0;
-    Heading heading = {count, r->threads, r->pool, &r->folder.model.head, x, y};
+    Heading heading = {count, r->folder.model.embed.kind != FLOAT32, r->threads, r->pool, &r->folder.model.head, x, y};
     int good = !native_head(&heading);
     for (i64 n = 0; n < count && y != logits && good; n++) memcpy(logits + n * vocab, y + n * wide, vocab * 4);
     if (y != logits) free(y);
