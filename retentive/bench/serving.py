@@ -23,15 +23,16 @@ import torch
 
 from retentive import machine
 from retentive.bench import http
+from retentive.bench.lab import models
 from retentive.bench.lab.clock import median_ratio, spread, turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
-from retentive.bench.lab.tables import at_least_one, duration, markdown, size
-from retentive.infer import SamplingParams, generate
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
+from retentive.infer import SamplingParams
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
-from retentive.models import LanguageModel, build, cost
+from retentive.models import LanguageModel, cost
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
@@ -54,6 +55,10 @@ class Options(Sized):
     """Repetitions timed of each, interleaved; the median counts."""
     server: bool = False
     """The same streams through the HTTP server as well."""
+    precision: str = "fp32"
+    """bf16 or fp32, of the weights."""
+    native: tuple[str, ...] = ()
+    """Also through engines with the model in C: native-bf16, native-int8, native-int4."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -61,21 +66,34 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
     Raises:
         ArithmeticError: the gate is red.
+        ValueError: an unknown precision or model.
     """
-    return {"size": options.size, **of_model(build(options.config).eval(), options, say)}
+    known([options.precision], models.PRECISIONS, "precision")
+    known(list(options.native), list(models.NATIVE), "model in C")
+    cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
+    others = {name: models.make(name, options.config, cpu) for name in options.native}
+    model = models.make("retnet", options.config, cpu, dtype)
+    return {"size": options.size, "precision": options.precision, **of_model(model, options, say, others)}
 
 
-def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `measure`, of this model."""
+def of_model(
+    model: LanguageModel, options: Options, say: Say = silent, others: Mapping[str, LanguageModel] | None = None
+) -> dict[str, Any]:
+    """As `measure`, of this model; and of others the streams through an engine."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
     at_least_one(options, "streams", "tokens", "prompt", "repeats")
-    # a batch that mixes up its rows would be as fast as a right one
-    gate(model, streams)
+    # A batch that mixes up its rows would be as fast as a right one. (In bf16 torch's sums depend on the batch by more
+    # than the likeliest tokens are apart: the same code is held to it in float32.)
+    if model.dtype == torch.float32:
+        gate(model, streams)
     runs = {
         "one": partial(through_engine, model, 1, streams, tokens),
         "engine": partial(through_engine, model, streams, streams, tokens),
         "bare": partial(bare, model, streams, tokens),
     }
+    for name, other in (others or {}).items():
+        gate(other, streams)
+        runs[name] = partial(through_engine, other, streams, streams, tokens)
     found = in_turns(runs, repeats, say)
     misses, hits = first_tokens(model, options.prompt, repeats)
     say(f"first token of {options.prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
@@ -89,6 +107,7 @@ def of_model(model: LanguageModel, options: Options, say: Say = silent) -> dict[
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
         "streams_over_one": median_ratio(found, "engine", "one"),
         "engine_over_bare": median_ratio(found, "engine", "bare"),
+        "native_over_engine": {name: median_ratio(found, name, "engine") for name in others or {}},
         "first_token": {"miss": spread(misses), "hit": spread(hits)},
         "miss_over_hit": statistics.median(misses) / statistics.median(hits),
     }
@@ -133,7 +152,7 @@ def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> lis
 
 
 def gate(model: LanguageModel, streams: int) -> None:
-    """Raises ArithmeticError unless streams that join one by one give the tokens that `generate` gives."""
+    """Raises ArithmeticError unless streams that join one by one give the tokens that each gives alone."""
     # stepped from here and not by its thread, so that the order in which streams join is always the same
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
@@ -142,8 +161,11 @@ def gate(model: LanguageModel, streams: int) -> None:
     while engine.step():
         continue
     for n, (ids, stream) in enumerate(zip(prompts(model, streams, 9), made, strict=True)):
-        want = [t.id for t in generate(model, ids, SamplingParams(seed=n), max_tokens=24)]
-        if [t.id for t in stream] != want:
+        alone = Engine(model, slots=1)
+        want = alone.submit(ids, SamplingParams(seed=n), max_tokens=24)[0]
+        while alone.step():
+            continue
+        if [t.id for t in stream] != [t.id for t in want]:
             raise ArithmeticError(f"stream {n} of {streams} gave other tokens than alone: not timed")
 
 
@@ -232,6 +254,8 @@ def table(result: dict[str, Any]) -> str:
         [f"{streams} streams", f"{rates['engine']:,.0f}", f"{result['streams_over_one']:.2f} times one stream"],
         [f"bare step, {streams} rows", f"{rates['bare']:,.0f}", f"engine {result['engine_over_bare']:.3f} of it"],
     ]
+    for name, times in result.get("native_over_engine", {}).items():
+        lines.append([f"{streams} streams, {name}", f"{rates[name]:,.0f}", f"{times:.2f} times the engine with torch"])
     if "server" in result:
         through = result["server"]["tokens_per_second"]["server"]["median"]
         beside = f"{result['server']['server_over_engine']:.3f} of the engine"

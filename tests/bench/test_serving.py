@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from retentive import machine
+from retentive import machine, native
 from retentive.bench import http, serving
 from retentive.bench.serving import Options
 from retentive.infer.engine import Engine
@@ -37,6 +37,23 @@ def test_a_small_run_measures_everything(config, monkeypatch):
     assert grown == (config is not CONFIG), "a state does not grow, a cache does"
     shown = serving.table(result)
     assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7 MB |" in shown
+
+
+@pytest.mark.skipif(native.refused(model()) is not None, reason="no library here")
+def test_engines_with_the_model_in_c_are_timed_beside_that_with_torch():
+    one = model()
+    options = Options(streams=2, tokens=4, prompt=9, long=0, repeats=1)
+    result = serving.of_model(one, options, others={"native-bf16": native.NativeRetNet(one)})
+    assert json.loads(json.dumps(result)) == result
+    times = result["native_over_engine"]["native-bf16"]
+    assert times > 0 and f"{times:.2f} times the engine with torch" in serving.table(result)
+
+
+def test_unknown_models_and_precisions_are_refused(refuses):
+    with refuses("unknown model in C 'native-int2', expected one of native-bf16, native-int8, native-int4"):
+        serving.measure(Options(native=("native-int2",)))
+    with refuses("unknown precision 'fp8'"):
+        serving.measure(Options(precision="fp8"))
 
 
 def test_the_server_is_measured_beside_the_engine(monkeypatch):

@@ -19,7 +19,7 @@ void go(const Matrix *m, const float *x, i64 rows, float *y) {
     char *at = NULL;
     input_at(&at, rows, m->K);
     char *space = at = aligned_alloc(64, round_up((i64)(intptr_t)at, 64));
-    Input all = input_at(&at, rows, m->K), in = input_for(&all, m, 0, rows, 1);
+    Input all = input_at(&at, rows, m->K), in = input_for(&all, m, 0, rows, rows > 32);
     for (i64 r = 0; r < rows; r++) ready_row(&in, r, x + r * m->K, m->K);
     uint8_t *expanded = aligned_alloc(64, expanded_bytes(m->K));
     product(m, &in, rows, 0, panels_of(m), y, panels_of(m) * ROWS, expanded);

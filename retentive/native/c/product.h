@@ -3,7 +3,8 @@
 Sums are made in the same order however many rows there are, so that a sequence in a batch gets the bits that it gets
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
 becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
-Only the many rows of a prompt are multiplied by panels that were made bfloat16 just before, where pairs are at hand.
+Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long and
+short ones, so that what is read with them makes no difference.
 */
 
 #pragma once
@@ -17,7 +18,6 @@ Only the many rows of a prompt are multiplied by panels that were made bfloat16 
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
 enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
-enum { MANY = 32 };          /* rows of x from which on it pays to make integers bfloat16 */
 enum { AHEAD_BYTES = 8192 }; /* what a line takes leaves room for few later ones in flight, and memory is 400 cycles away */
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
@@ -47,13 +47,11 @@ static Input input_at(char **at, i64 rows, i64 K) {
     return in;
 }
 
-/* whether so many rows are multiplied by integers as bfloat16; `low`: that is as exact as the model is to be */
-INLINE int is_expanded(const Matrix *m, i64 rows, i64 low) { return HAVE_PAIRS && low && m->kind >= INT8 && rows > MANY; }
-
-/* the same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply */
-static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 low) {
+/* The same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply; `expand`:
+   integers as bfloat16. */
+static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 expand) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), group = first * (most / 16);
-    int expanded = is_expanded(m, rows, low);
+    int expanded = HAVE_PAIRS && expand && m->kind >= INT8;
     return (Input){expanded ? BFLOAT16 : m->kind, expanded ? 0 : m->group, padded_columns(m), rows == 1 ? 1 : AT_ONCE,
                    all->x + first * most, all->scale + group, all->sum + group};
 }

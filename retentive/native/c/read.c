@@ -66,7 +66,7 @@ static void prepared(const Block *b) {
 /* norm(x), or x where there is no weight, as input of w */
 static Input normed(Block *b, const Self *me, const float *weight, const Matrix *w) {
     i64 D = b->c->model->D, first, last;
-    Input in = input_for(&b->of_D, w, me->first_row, b->n, b->c->dtype);
+    Input in = input_for(&b->of_D, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
     float y[D];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -79,7 +79,7 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
 
 static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
     i64 first, last;
-    Input in = input_for(&b->of_HV, w, me->first_row, b->n, b->c->dtype);
+    Input in = input_for(&b->of_HV, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) ready_row(&in, r, b->z + r * w->K, w->K);
     prepared(b);
@@ -88,7 +88,7 @@ static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
 
 static Input activated(Block *b, const Self *me, const Matrix *w) { /* every second panel of y, or every one */
     i64 first, last, together = b->c->model->ffn_gate ? 2 : 1;
-    Input in = input_for(&b->of_F, w, me->first_row, b->n, b->c->dtype);
+    Input in = input_for(&b->of_F, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
     float f[whole(w->K)];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -302,7 +302,7 @@ static char *arrange_block(Block *b, i64 n, char *at) {
     b->of_D = input_at(&at, rows, m->D), b->of_HV = input_at(&at, rows, HV), b->of_F = input_at(&at, rows, m->F);
     i64 wide = HV > m->F ? HV : m->F;
     b->each = expanded_bytes(wide > m->D ? wide : m->D);
-    b->expanded = (uint8_t *)take(&at, n > MANY ? b->threads * b->each / 4 : 0);
+    b->expanded = (uint8_t *)take(&at, b->c->slots ? 0 : b->threads * b->each / 4);
     return at;
 }
 
@@ -331,7 +331,7 @@ typedef struct {
     uint8_t *expanded;
 } Heading;
 
-enum { HEAD_ROWS = 256 }; /* at a time: their inputs stay in the cache */
+enum { HEAD_ROWS = 256, MANY = 64 }; /* at a time: their inputs stay in the cache; more than are decoded together */
 
 static void through_head(void *what, int thread) {
     Heading *c = what;
@@ -339,7 +339,7 @@ static void through_head(void *what, int thread) {
     i64 first, last, wide = whole(head->N);
     for (i64 at = 0, n; at < c->n; at += n) {
         n = smaller(HEAD_ROWS, c->n - at);
-        Input in = input_for(&c->in, head, 0, n, c->dtype);
+        Input in = input_for(&c->in, head, 0, n, c->dtype && c->n > MANY);
         share(n, thread, c->threads, &first, &last);
         for (i64 r = first; r < last; r++) ready_row(&in, r, c->x + (at + r) * head->K, head->K);
         meet(c->pool);
@@ -351,7 +351,7 @@ static void through_head(void *what, int thread) {
 
 /* logits = head x. 1: no memory. */
 int native_head(Heading *c) {
-    i64 rows = smaller(c->n, HEAD_ROWS), room = rows > MANY ? c->threads * expanded_bytes(c->head->K) : 0;
+    i64 rows = smaller(c->n, HEAD_ROWS), room = c->n > MANY ? c->threads * expanded_bytes(c->head->K) : 0;
     char *at = NULL;
     c->threads = smaller(c->threads, c->pool->threads);
     for (int pass = 0; pass < 2; pass++) { /* first its size */
