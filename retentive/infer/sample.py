@@ -174,17 +174,35 @@ def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], 
     return [tuple(zip(*row, strict=True)) for row in rows]
 
 
+BLOCK = 128
+"""Tokens whose weights are added up before one of them is looked for."""
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Token ids `[n]` drawn with probabilities in proportion to `weights` `[n, vocab]`, by u `[n]` in [0, 1), float64.
 
     Inverse of the cumulative distribution: the first token whose sum exceeds u times the whole. A token of weight 0
     adds nothing to the sum and so is never the first.
     """
-    cdf = weights.cumsum(-1, dtype=torch.float64)  # in float32 the tail of a large vocabulary would be rounded away
-    whole = cdf[:, -1]
-    # u times the whole may round up to the whole, which no sum exceeds
-    below = torch.minimum(u * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    return torch.searchsorted(cdf, below[:, None], right=True).squeeze(1)
+    # in float32 the tail of a large vocabulary would be rounded away. Sums of blocks first: a running sum of all takes
+    # longer than all else that is done to a token's logits
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _first_above(sums, u * sums.sum(-1))
+    token, _ = _first_above(blocks[torch.arange(len(weights)), block].double(), rest)
+    return block * BLOCK + token
+
+
+def _first_above(parts: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """Of parts `[n,m]` the first with which the running sum exceeds goal `[n]`, and how much of the goal it has to give.
+
+    A goal that no sum exceeds, for rounding, is the last part that is not 0.
+    """
+    sums = parts.cumsum(-1)
+    goal = torch.minimum(goal, torch.nextafter(sums[:, -1], torch.zeros_like(goal)))
+    found = torch.searchsorted(sums, goal[:, None], right=True).squeeze(1)
+    before = torch.where(found == 0, 0, sums.gather(1, (found - 1).clamp(min=0)[:, None]).squeeze(1))
+    return found, goal - before
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -148,7 +148,7 @@ INLINE vf scales_at(const uint16_t *scales) {
 
 /* ---- panels: y [rows][16 a panel], of panels `bytes` apart ---- */
 
-INLINE void panels_of_floats(int panels, int rows, int kind, i64 lines, const uint8_t *at, i64 bytes, const int32_t *x,
+INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 lines, const uint8_t *at, i64 bytes, const int32_t *x,
                              i64 width, float *y, i64 ld) {
     vf sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
     const int pairs = kind == BFLOAT16 && HAVE_PAIRS, columns = kind == BFLOAT16 && !HAVE_PAIRS ? 2 : 1;
@@ -157,7 +157,7 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 lines, const ui
             for (int p = 0; p < PARTS; p++)
                 for (int n = 0; n < panels; n++) {
                     const uint8_t *from = at + n * bytes;
-                    if (panels == 1 && !c && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    if (ahead && !c && !p) __builtin_prefetch(from + ahead);
                     vf w = load((const float *)(from + p * 4 * LANES));
                     if (columns == 2) w = (vf)(c ? (vi)w & -65536 : (vi)w << 16);
                     for (int r = 0; r < rows; r++) sum[n][r][p] = times_floats(pairs, w, x + r, sum[n][r][p]);
@@ -167,7 +167,7 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 lines, const ui
             for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
-INLINE void panels_of_integers(int panels, int rows, int kind, i64 groups, i64 group, const uint8_t *at, i64 bytes,
+INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at, i64 bytes,
                                const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
                                const int32_t *sums, float *y, i64 ld) {
     vf total[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
@@ -178,7 +178,7 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 groups, i64 g
             for (int p = 0; p < PARTS; p++)
                 for (int n = 0; n < panels; n++) {
                     const uint8_t *from = at + n * bytes;
-                    if (panels == 1 && !p) __builtin_prefetch(from + AHEAD_BYTES);
+                    if (ahead && !p) __builtin_prefetch(from + ahead);
                     vi units = (vi)load((const float *)(from + p * 4 * LANES));
                     for (int j = 0; j < unit / 2; j++) {
                         vi w = units >> j * shift & mask; /* signs come down, but not into the mask */
@@ -210,12 +210,14 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     i64 width = rows > 1 ? AT_ONCE : in->width;
     const float *scale = in->scale + r * groups;
     const int32_t *sum = in->sum + r * groups;
+    /* the first rows bring the panels from memory, the others find them in the cache */
+    i64 ahead = r ? 0 : panels == 1 ? AHEAD_BYTES : panels * bytes;
     y += r * ld + panel * ROWS;
-    if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, lines, at, bytes, x, width, y, ld);
-    else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, lines, at, bytes, x, width, y, ld);
+    if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, ahead, lines, at, bytes, x, width, y, ld);
+    else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, ahead, lines, at, bytes, x, width, y, ld);
     else if (m->kind == INT8)
-        panels_of_integers(panels, rows, INT8, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
-    else panels_of_integers(panels, rows, INT4, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+        panels_of_integers(panels, rows, INT8, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+    else panels_of_integers(panels, rows, INT4, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
 }
 
 INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 panel, float *y, i64 ld) {
@@ -257,7 +259,8 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
     }
 #endif
     (void)space;
-    for (; PANELS == 2 && rows > AT_ONCE && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
+    i64 few = m->kind < INT8 ? AT_ONCE : 2 * AT_ONCE; /* what integers take leaves no register for a second panel */
+    for (; PANELS == 2 && rows > few && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }
 
