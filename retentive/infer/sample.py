@@ -194,7 +194,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def _first_above(parts: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """Of parts `[n,m]` the first with which the running sum exceeds goal `[n]`, and how much of the goal it has to give.
+    """Of parts `[n,m]` the first with which the running sum exceeds goal `[n]`, and what of the goal it has to give.
 
     A goal that no sum exceeds, for rounding, is the last part that is not 0.
     """

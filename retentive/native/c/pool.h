@@ -8,6 +8,7 @@ Where there are no threads, as in a browser, the caller is alone.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 typedef void Work(void *what, int thread);
 
@@ -26,6 +27,9 @@ INLINE void end_members(Pool *p) { (void)p; }
 #include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 enum { MOST_THREADS = 64, SPIN_NANOSECONDS = 50000, SPINS = 16 }; /* between two looks at the clock */
 
@@ -34,6 +38,7 @@ typedef struct { Pool *pool; int thread; } Member;
 
 struct Pool {
     int threads, active; /* that there are, that work now */
+    unsigned caller;     /* the core that the caller is on */
     char *space;         /* of the caller's, kept from call to call */
     int64_t space_bytes;
     pid_t process;       /* whose the threads are */
@@ -61,6 +66,29 @@ static inline int64_t nanoseconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+static inline unsigned core(void) {
+    unsigned number = 0;
+#ifdef __linux__
+    syscall(SYS_getcpu, &number, NULL, NULL);
+#endif
+    return number;
+}
+
+/* Who was woken up on the caller's core goes to another one: the system likes to wake a thread beside its waker, and
+   moves it only after milliseconds, in which both would wait for each other at every barrier. */
+static void leave_core(unsigned callers) {
+#ifdef __linux__
+    unsigned long mask[16] = {0}, others[16]; /* of 1,024 cores */
+    if (core() != callers || callers >= sizeof mask * 8) return;
+    if (syscall(SYS_sched_getaffinity, 0, sizeof mask, mask) < 0) return;
+    memcpy(others, mask, sizeof mask);
+    others[callers / (8 * sizeof *mask)] &= ~(1ul << callers % (8 * sizeof *mask));
+    if (!syscall(SYS_sched_setaffinity, 0, sizeof others, others)) syscall(SYS_sched_setaffinity, 0, sizeof mask, mask);
+#else
+    (void)callers;
+#endif
 }
 
 /* until *number is no longer `was` */
@@ -108,6 +136,7 @@ static void *member(void *name) {
         round = atomic_load_explicit(&p->round, memory_order_acquire);
         if (round < 0) return NULL;
         if (thread >= round % 128) continue;
+        leave_core(p->caller);
         p->work(p->what, thread);
         meet(p);
     }
@@ -135,6 +164,7 @@ static void end_members(Pool *p) {
 /* `work(what, thread)` in so many threads of the pool; returns when all are done */
 static void run(Pool *p, int threads, Work *work, void *what) {
     if (p->process != getpid()) start_members(p, p->threads);
+    p->caller = core();
     p->active = threads < 1 ? 1 : threads > p->threads ? p->threads : threads;
     p->work = work, p->what = what;
     long long round = atomic_load_explicit(&p->round, memory_order_relaxed);
