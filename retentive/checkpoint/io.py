@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from retentive.checkpoint import fla, torchscale
 from retentive.checkpoint.quantize import Quantization, as_quantized, quantization_of
@@ -61,7 +62,7 @@ def load(
     if layout in FOREIGN:
         tensors = FOREIGN[layout].read_tensors(tensors, config)
     # On "meta" nothing is allocated or initialised. A peer has buffers too, which no file holds: it must be real.
-    with torch.device("cpu" if isinstance(config, PeerConfig) else "meta"):
+    with torch.device("cpu") if isinstance(config, PeerConfig) else Unfilled():
         model = build(config)
         if how:
             model = as_quantized(model, how, dtype or torch.bfloat16)
@@ -79,6 +80,26 @@ def load(
         model.head.weight = model.embed.weight
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return model.eval(), tokenizer
+
+
+class Unfilled(TorchFunctionMode):
+    """New tensors are on "meta" and never filled: torch would import its compiler for that, which takes 0.8 s."""
+
+    FILLING = ("normal_", "uniform_", "constant_", "kaiming_uniform_", "fill_", "zero_", "copy_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+    def __enter__(self):
+        self._device = torch.device("meta")
+        self._device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._device.__exit__(*error)
 
 
 def load_with_tokenizer(
