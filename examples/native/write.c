@@ -33,7 +33,8 @@ static Options read_options(int argc, char **argv) {
             o.model = flag;
             continue;
         }
-        if (!value) stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]");
+        if (!value)
+            stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]");
         i++;
         if (!strcmp(flag, "-p")) o.prompt = value;
         else if (!strcmp(flag, "-n")) o.tokens = atol(value);

@@ -12,6 +12,7 @@ has got the end of an answer may use the session again at once.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,7 +52,7 @@ class Completion:
 
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, owner: str, request_id: str = ""):
         self.service, self.request, self.owner, self.request_id = service, request, owner, request_id
-        self.began = asyncio.get_running_loop().time()
+        self.began = time.perf_counter()
         self.n, self.top, self.params = request.n or 1, request.logprob_count, request.sampling()
         self.max_tokens = request.length(service.options.max_tokens)
         self.conversation: Conversation = service.new_conversation()
@@ -252,7 +253,7 @@ class Completion:
         left = len(self.choices)
         while left:
             items, grown = await self.mailbox.take(), dict[int, Choice]()
-            now = asyncio.get_running_loop().time()
+            now = time.perf_counter()
             for index, item in items:
                 if isinstance(item, Exception):
                     raise item
@@ -339,7 +340,7 @@ class Completion:
 
     def _measure(self) -> None:
         """Observes latencies in the metrics."""
-        now, metrics = asyncio.get_running_loop().time(), self.service.metrics
+        now, metrics = time.perf_counter(), self.service.metrics
         metrics.seconds.observe(now - self.began)
         for choice in self.choices:
             if choice.first_at is not None:

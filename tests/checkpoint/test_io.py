@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import huggingface_hub
@@ -487,3 +489,11 @@ def test_a_model_in_use_outlives_its_folder(saved, same):
     (folder / "model.safetensors").write_bytes(b"\0" * (folder / "model.safetensors").stat().st_size)
     shutil.rmtree(folder)
     same(list(loaded.parameters()), list(model.parameters()), 0)
+
+
+def test_loading_imports_no_compiler(tmp_path):
+    """torch's takes most of a second, and would be asked for numbers that nobody needs."""
+    save_model(tmp_path, build(RetNetConfig(vocab_size=67, dim=32, layers=1, heads=2)))
+    code = "import sys, retentive; retentive.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

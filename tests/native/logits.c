@@ -27,7 +27,8 @@ int main(int argc, char **argv) {
     RetentiveStates *a = retentive_states(model, 1), *b = retentive_states(model, 2);
     if (!retentive_read(a, 0, ids, half, logits)) return 3;
     print("read", logits, vocab);
-    if (!retentive_save(a, 0, argv[2], error) || !retentive_load(b, 1, argv[2], error)) return printf("error %s\n", error), 2;
+    if (!retentive_save(a, 0, argv[2], error) || !retentive_load(b, 1, argv[2], error))
+        return printf("error %s\n", error), 2;
     if (!retentive_copy(b, 0, 1) || retentive_position(b, 0) != half) return 4;
     for (int64_t i = half; i < count; i++) {
         int64_t both[] = {ids[i], ids[i]};

@@ -52,22 +52,30 @@ static int open_tensors(Tensors *t, const char *folder, const char *name, char *
     if (!t->data) return fail(error, "%s%s%s cannot be read", folder, *folder ? "/" : "", name);
     uint64_t head = 0;
     if (t->length >= 8) memcpy(&head, t->data, 8);
-    if (t->length < 8 || head > (uint64_t)t->length - 8) return fail(error, "%s is not a complete safetensors file", name);
+    if (t->length < 8 || head > (uint64_t)t->length - 8)
+        return fail(error, "%s is not a complete safetensors file", name);
     t->at = t->data + 8 + head;
-    char *copy = malloc(head + 1); /* the byte after the text is the first tensor's, and reading numbers needs a 0 there */
+    /* a copy: the byte after the text is the first tensor's, and reading numbers needs a 0 there */
+    char *copy = malloc(head + 1);
     if (!copy) return fail(error, "no memory for the head of %s", name);
     memcpy(copy, t->data + 8, head), copy[head] = 0;
     t->head = parse_json(copy, (int64_t)head);
-    if (!t->head || t->head->type != OBJECT) return free(copy), fail(error, "%s is not a complete safetensors file", name);
+    if (!t->head || t->head->type != OBJECT)
+        return free(copy), fail(error, "%s is not a complete safetensors file", name);
     t->head->text = copy; /* where its strings lie */
     return 1;
 }
 
-/* The bytes of a tensor of the sizes [rows] or [rows][columns] (columns 0), its dtype's name in *dtype; NULL if it is not
-   there. What is there in other sizes, or not whole, is an error, and *bad is set. */
-static const char *tensor(const Tensors *t, const char *name, int64_t rows, int64_t columns, const char **dtype, int *bad, char *error) {
-    const Json *found = item(t->head, name), *type = item(found, "dtype"), *shape = item(found, "shape"), *at = item(found, "data_offsets");
-    static const struct { const char *name; int size; } sizes[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}, {"I64", 8}};
+/* The bytes of a tensor of the sizes [rows] or [rows][columns] (columns 0), its dtype's name in *dtype; NULL if it is
+   not there. What is there in other sizes, or not whole, is an error, and *bad is set. */
+static const char *tensor(const Tensors *t, const char *name, int64_t rows, int64_t columns, const char **dtype,
+                          int *bad, char *error) {
+    const Json *found = item(t->head, name), *type = item(found, "dtype"), *shape = item(found, "shape"),
+               *at = item(found, "data_offsets");
+    static const struct {
+        const char *name;
+        int size;
+    } sizes[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}, {"I64", 8}};
     if (!found) return NULL;
     int size = 0, dims = 0;
     double count = 1;
@@ -75,9 +83,11 @@ static const char *tensor(const Tensors *t, const char *name, int64_t rows, int6
         if (is_text(type, sizes[i].name)) size = sizes[i].size, *dtype = sizes[i].name;
     for (const Json *d = shape ? shape->child : NULL; d; d = d->next) dims++, count *= d->number;
     const Json *first = shape ? shape->child : NULL;
-    int fits = size && at && at->child && at->child->next && (columns ? dims == 2 && first->number == rows && first->next->number == columns : count == rows);
+    int fits = size && at && at->child && at->child->next &&
+               (columns ? dims == 2 && first->number == rows && first->next->number == columns : count == rows);
     double begin = fits ? at->child->number : 0, end = fits ? at->child->next->number : -1;
-    if (fits && begin >= 0 && end - begin == count * size && end <= t->length - (t->at - t->data)) return t->at + (int64_t)begin;
+    if (fits && begin >= 0 && end - begin == count * size && end <= t->length - (t->at - t->data))
+        return t->at + (int64_t)begin;
     *bad = 1;
     fail(error, "model.safetensors does not fit config.json: %s", name);
     return NULL;
@@ -101,14 +111,15 @@ static void *keep(Folder *f, int64_t bytes) {
     char **more = realloc(f->kept, (f->kept_count + 1) * sizeof *f->kept);
     void *memory = aligned_alloc(64, round_up(bytes ? bytes : 1, 64));
     if (more) f->kept = more;
-    if (!more || !memory) return f->bad = 1, fail(f->error, "no memory for %.0f MB of weights", bytes / 1e6), free(memory), NULL;
+    if (!more || !memory)
+        return f->bad = 1, fail(f->error, "no memory for %.0f MB of weights", bytes / 1e6), free(memory), NULL;
     return f->kept[f->kept_count++] = memory;
 }
 
 static double number_of(Folder *f, const char *key) {
     const Json *j = item(f->config, key);
-    if (j && (j->type == NUMBER || j->type == TRUTH)) return j->number;
-    if (!f->bad) fail(f->error, "config.json has no number %s: load and save the model with a newer version", key);
+    if (j && (j->type == NUMBER || j->type == TRUTH) && j->number >= 0 && j->number <= 1 << 28) return j->number;
+    if (!f->bad) fail(f->error, "config.json has no such number as %s: load and save it with a newer version", key);
     return f->bad = 1, 0;
 }
 
@@ -150,7 +161,8 @@ static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const
         rows[i] = tensor(&f->tensors, name, parts[i].rows, f->bits == 4 ? (K + 1) / 2 : K, &dtype, &f->bad, f->error);
         if (f->bits && !f->bad) {
             const char *half = NULL;
-            scales[i] = tensor(&f->tensors, of_scales, parts[i].rows, (K + f->group - 1) / f->group, &half, &f->bad, f->error);
+            scales[i] =
+                tensor(&f->tensors, of_scales, parts[i].rows, (K + f->group - 1) / f->group, &half, &f->bad, f->error);
             if (!scales[i] || strcmp(half, "F16")) rows[i] = NULL;
         }
         if (!rows[i] && !f->bad) f->bad = 1, fail(f->error, "model.safetensors has no %s", name);
@@ -159,13 +171,16 @@ static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const
     if (f->bad) return m;
     m.kind = f->bits == 8 ? INT8 : f->bits == 4 ? INT4 : !strcmp(dtype, "BF16") ? BFLOAT16 : FLOAT32;
     if (strcmp(dtype, f->bits == 8 ? "I8" : f->bits == 4 ? "U8" : m.kind == BFLOAT16 ? "BF16" : "F32"))
-        return f->bad = 1, fail(f->error, "%s%s is %s: float32, bfloat16, int8 or int4 can be run", prefix, parts[0].name, dtype), m;
+        return f->bad = 1,
+               fail(f->error, "%s%s is %s: float32, bfloat16, int8 or int4 can be run", prefix, parts[0].name, dtype),
+               m;
     uint8_t *to = keep(f, packed_bytes(&m));
     if (!to) return m;
     place(&m, to);
     for (int i = 0, n = 0; i < count; i++) {
         if (!parts[i].name) continue;
-        pack(&m, parts[i].rows, in_turn ? n : first, in_turn ? have : 1, (const uint8_t *)rows[i], (const uint16_t *)scales[i]);
+        pack(&m, parts[i].rows, in_turn ? n : first, in_turn ? have : 1, (const uint8_t *)rows[i],
+             (const uint16_t *)scales[i]);
         first += (parts[i].rows + ROWS - 1) / ROWS, n++;
     }
     return m;
@@ -197,18 +212,23 @@ static void decays_of(Folder *f) {
 }
 
 static void config_of(Folder *f) {
-    static const char *const activations[] = {"swish", "gelu", "sigmoid", NULL}, *const turns[] = {"none", "interleaved", "half", NULL};
+    static const char *const activations[] = {"swish", "gelu", "sigmoid", NULL};
+    static const char *const turns[] = {"none", "interleaved", "half", NULL};
     Model *m = &f->model;
-    m->D = number_of(f, "dim"), m->layers = number_of(f, "layers"), m->H = number_of(f, "heads"), m->kv = number_of(f, "kv_heads");
+    m->D = number_of(f, "dim"), m->layers = number_of(f, "layers"), m->H = number_of(f, "heads"),
+    m->kv = number_of(f, "kv_heads");
     m->F = number_of(f, "ffn_dim"), m->vocab = number_of(f, "vocab_size");
     if (!f->bad && (m->D < 1 || m->layers < 1 || m->H < 1 || m->kv < 1 || m->H % m->kv || m->F < 1 || m->vocab < 1))
         f->bad = 1, fail(f->error, "config.json describes no model");
     if (f->bad) return;
     m->K = (i64)number_of(f, "key_dim") / m->H, m->V = (i64)number_of(f, "value_dim") / m->H;
+    if (!f->bad && (m->K < 2 || m->K % 2 || m->V < 1)) f->bad = 1, fail(f->error, "config.json describes no model");
     m->gate = number_of(f, "gate"), m->ffn_gate = number_of(f, "ffn_gate"), m->normed_heads = number_of(f, "head_norm");
-    m->row_norm = number_of(f, "score_norm"), m->eps = number_of(f, "norm_eps"), m->decay_scale = number_of(f, "decay_scale");
+    m->row_norm = number_of(f, "score_norm"), m->eps = number_of(f, "norm_eps"),
+    m->decay_scale = number_of(f, "decay_scale");
     m->embed_scale = number_of(f, "embed_scale") ? sqrt((double)m->D) : 1;
-    m->gate_activation = choice_of(f, "gate_activation", activations), m->activation = choice_of(f, "activation", activations);
+    m->gate_activation = choice_of(f, "gate_activation", activations),
+    m->activation = choice_of(f, "activation", activations);
     i64 turn = choice_of(f, "rotary", turns), half_K = m->K / 2;
     m->halves = turn == 2;
     double *frequency = turn ? keep(f, half_K * 8) : NULL;
@@ -224,16 +244,23 @@ static void layer_of(Folder *f, i64 i) {
     char prefix[64], name[96];
     snprintf(prefix, sizeof prefix, "blocks.%lld.", (long long)i);
 #define VECTOR(what, count, needed) (snprintf(name, sizeof name, "%s" what, prefix), vector_of(f, count, needed, name))
-    Part in[] = {{"retention.q_proj", m->H * m->K}, {"retention.k_proj", m->kv * m->K}, {"retention.v_proj", m->kv * m->V},
-                 {m->gate ? "retention.g_proj" : NULL, m->H * m->V}, {m->gated ? "retention.decay_proj" : NULL, m->H}};
+    Part in[] = {{"retention.q_proj", m->H * m->K},
+                 {"retention.k_proj", m->kv * m->K},
+                 {"retention.v_proj", m->kv * m->V},
+                 {m->gate ? "retention.g_proj" : NULL, m->H * m->V},
+                 {m->gated ? "retention.decay_proj" : NULL, m->H}};
     Part out[] = {{"retention.out_proj", m->D}}, down[] = {{"ffn.down_proj", m->D}};
     Part up[] = {{"ffn.gate_proj", m->F}, {m->ffn_gate ? "ffn.up_proj" : NULL, m->F}};
     layer->in = matrix_of(f, m->D, 0, prefix, in, 5), layer->out = matrix_of(f, m->H * m->V, 0, prefix, out, 1);
     layer->up = matrix_of(f, m->D, 1, prefix, up, 2), layer->down = matrix_of(f, m->F, 0, prefix, down, 1);
-    layer->retention_norm = VECTOR("retention_norm.weight", m->D, 1), layer->ffn_norm = VECTOR("ffn_norm.weight", m->D, 1);
-    layer->q_norm = VECTOR("retention.q_norm.weight", m->K, 0), layer->k_norm = VECTOR("retention.k_norm.weight", m->K, 0);
-    layer->q_bias = VECTOR("retention.q_bias", m->H * m->K, 0), layer->k_bias = VECTOR("retention.k_bias", m->kv * m->K, 0);
-    layer->decay_bias = VECTOR("retention.decay_proj.bias", m->H, 0), layer->head_norm = VECTOR("retention.head_norm.weight", m->V, 0);
+    layer->retention_norm = VECTOR("retention_norm.weight", m->D, 1);
+    layer->ffn_norm = VECTOR("ffn_norm.weight", m->D, 1);
+    layer->q_norm = VECTOR("retention.q_norm.weight", m->K, 0);
+    layer->k_norm = VECTOR("retention.k_norm.weight", m->K, 0);
+    layer->q_bias = VECTOR("retention.q_bias", m->H * m->K, 0);
+    layer->k_bias = VECTOR("retention.k_bias", m->kv * m->K, 0);
+    layer->decay_bias = VECTOR("retention.decay_proj.bias", m->H, 0);
+    layer->head_norm = VECTOR("retention.head_norm.weight", m->V, 0);
 #undef VECTOR
 }
 
@@ -249,13 +276,17 @@ static int read_model(Folder *f, const Json *raw, const char *folder, char *erro
     const Json *how = item(raw, "quantization");
     memset(f, 0, sizeof *f);
     f->error = error, f->config = item(raw, "config");
-    if (!is_text(item(raw, "format"), "retentive-model-1")) return fail(error, "%s/config.json is none of this package's", folder);
+    if (!is_text(item(raw, "format"), "retentive-model-1"))
+        return fail(error, "%s/config.json is none of this package's", folder);
     if (!is_text(item(raw, "kind"), "retnet")) return fail(error, "it runs RetNets, this is another model");
-    if (how) f->bits = item(how, "bits") ? item(how, "bits")->number : 0, f->group = item(how, "group") ? item(how, "group")->number : 0;
+    if (how)
+        f->bits = item(how, "bits") ? item(how, "bits")->number : 0,
+        f->group = item(how, "group") ? item(how, "group")->number : 0;
     if (how && ((f->bits != 8 && f->bits != 4) || f->group < 16 || f->group > 256 || f->group % 16))
         return fail(error, "config.json: unknown quantization");
     config_of(f);
-    if (f->bad || !open_tensors(&f->tensors, folder, "model.safetensors", error)) return close_tensors(&f->tensors), close_folder(f), 0;
+    if (f->bad || !open_tensors(&f->tensors, folder, "model.safetensors", error))
+        return close_tensors(&f->tensors), close_folder(f), 0;
     f->layers = keep(f, m->layers * sizeof(Layer));
     for (i64 i = 0; i < m->layers && !f->bad; i++) layer_of(f, i);
     m->layer = f->layers;

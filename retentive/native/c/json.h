@@ -38,7 +38,10 @@ static int hex_of(Reader *r) { /* four digits, or -1 */
     if (r->end - r->at < 4) return -1;
     for (int i = 0; i < 4; i++) {
         char c = *r->at++;
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = c >= '0' && c <= '9'   ? c - '0'
+                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                           : -1;
         if (digit < 0) return -1;
         value = value * 16 + digit;
     }
@@ -48,7 +51,8 @@ static int hex_of(Reader *r) { /* four digits, or -1 */
 static char *put_utf8(char *to, uint32_t c) {
     if (c < 0x80) *to++ = (char)c;
     else if (c < 0x800) *to++ = (char)(0xc0 | c >> 6), *to++ = (char)(0x80 | (c & 63));
-    else if (c < 0x10000) *to++ = (char)(0xe0 | c >> 12), *to++ = (char)(0x80 | (c >> 6 & 63)), *to++ = (char)(0x80 | (c & 63));
+    else if (c < 0x10000)
+        *to++ = (char)(0xe0 | c >> 12), *to++ = (char)(0x80 | (c >> 6 & 63)), *to++ = (char)(0x80 | (c & 63));
     else {
         *to++ = (char)(0xf0 | c >> 18), *to++ = (char)(0x80 | (c >> 12 & 63));
         *to++ = (char)(0x80 | (c >> 6 & 63)), *to++ = (char)(0x80 | (c & 63));
@@ -114,7 +118,11 @@ static int read_children(Reader *r, Json *j, char close) {
 }
 
 static int read_into(Reader *r, Json *j) {
-    static const struct { const char *word; Type type; double number; } words[] = {{"true", TRUTH, 1}, {"false", TRUTH, 0}, {"null", NOTHING, 0}};
+    static const struct {
+        const char *word;
+        Type type;
+        double number;
+    } words[] = {{"true", TRUTH, 1}, {"false", TRUTH, 0}, {"null", NOTHING, 0}};
     skip_space(r);
     if (r->at >= r->end) return 0;
     char c = *r->at;
@@ -128,7 +136,8 @@ static int read_into(Reader *r, Json *j) {
     if (c == '"') return j->type = STRING, (j->text = read_string(r, &j->length)) != NULL;
     for (int i = 0; i < 3; i++) {
         int64_t n = (int64_t)strlen(words[i].word);
-        if (r->end - r->at >= n && !memcmp(r->at, words[i].word, n)) return r->at += n, j->type = words[i].type, j->number = words[i].number, 1;
+        if (r->end - r->at >= n && !memcmp(r->at, words[i].word, n))
+            return r->at += n, j->type = words[i].type, j->number = words[i].number, 1;
     }
     char *end;
     j->type = NUMBER, j->number = strtod(r->at, &end); /* the text is ended by 0 */

@@ -3,8 +3,8 @@
 Sums are made in the same order however many rows there are, so that a sequence in a batch gets the bits that it gets
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
 becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
-Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long and
-short ones, so that what is read with them makes no difference.
+Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long
+and short ones, so that what is read with them makes no difference.
 */
 
 #pragma once
@@ -18,7 +18,7 @@ short ones, so that what is read with them makes no difference.
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
 enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
-enum { AHEAD_BYTES = 8192 }; /* what a line takes leaves room for few later ones in flight, and memory is 400 cycles away */
+enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in flight, and memory is 400 cycles away */
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
@@ -47,8 +47,8 @@ static Input input_at(char **at, i64 rows, i64 K) {
     return in;
 }
 
-/* The same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply; `expand`:
-   integers as bfloat16. */
+/* The same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply;
+   `expand`: integers as bfloat16. */
 static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 expand) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), group = first * (most / 16);
     int expanded = HAVE_PAIRS && expand && m->kind >= INT8;
@@ -148,8 +148,8 @@ INLINE vf scales_at(const uint16_t *scales) {
 
 /* ---- panels: y [rows][16 a panel], of panels `bytes` apart ---- */
 
-INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 lines, const uint8_t *at, i64 bytes, const int32_t *x,
-                             i64 width, float *y, i64 ld) {
+INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 lines, const uint8_t *at, i64 bytes,
+                             const int32_t *x, i64 width, float *y, i64 ld) {
     vf sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
     const int pairs = kind == BFLOAT16 && HAVE_PAIRS, columns = kind == BFLOAT16 && !HAVE_PAIRS ? 2 : 1;
     for (i64 line = 0; line < lines; line++, at += LINE)
@@ -167,8 +167,8 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 line
             for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
-INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at, i64 bytes,
-                               const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
+INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at,
+                               i64 bytes, const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
                                const int32_t *sums, float *y, i64 ld) {
     vf total[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
     const int four = kind == INT4, unit = four ? 8 : 4, shift = four ? 4 : 8, mask = four ? 0x000f000f : 0x00ff00ff;
@@ -217,7 +217,8 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, ahead, lines, at, bytes, x, width, y, ld);
     else if (m->kind == INT8)
         panels_of_integers(panels, rows, INT8, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
-    else panels_of_integers(panels, rows, INT4, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+    else
+        panels_of_integers(panels, rows, INT4, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
 }
 
 INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 panel, float *y, i64 ld) {
@@ -247,7 +248,8 @@ static void expand(const Matrix *m, i64 panel, uint8_t *to) {
 }
 #endif
 
-/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels. `space`: of expanded_bytes. */
+/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels. `space`: of
+ * expanded_bytes. */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld, uint8_t *space) {
 #ifdef __AVX512BF16__
     for (i64 n; m->kind != in->kind && first < last; first += n) {

@@ -44,7 +44,11 @@ typedef struct {
     atomic_int failed;
 } Block;
 
-typedef struct { i64 thread, first_row; float *space; uint8_t *expanded; } Self; /* a thread; where its rows of inputs begin */
+typedef struct {
+    i64 thread, first_row;
+    float *space;
+    uint8_t *expanded;
+} Self; /* a thread; where its rows of inputs begin */
 
 static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
     *first = all * thread / threads, *last = all * (thread + 1) / threads;
@@ -114,7 +118,7 @@ static void step_through(Block *b, const Layer *layer, const Rings *rings, i64 s
     const Reading *c = b->c;
     const Model *m = c->model;
     i64 H = m->H, K = m->K, V = m->V, R = c->slots, size = size_of(c->dtype), sH = s * H;
-    i64 written = rings->written[s], folded = rings->folded[s]; /* all heads count them: the ring's own move at the end */
+    i64 written = rings->written[s], folded = rings->folded[s]; /* all heads count: the ring's own move at the end */
     Step step = {1, H, K, V, R, c->dtype, 1, H, 1, NULL, NULL, NULL, NULL, rings->state + sH * K * V,
                  (char *)rings->k + sH * R * K * size, (char *)rings->v + sH * R * V * size, NULL,
                  rings->decay + sH * R, &written, &folded};
@@ -198,7 +202,7 @@ static void by_chunks(Block *b, const Layer *layer, const Rings *rings, const Se
 static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix *next, i64 together, const Self *me) {
     i64 first, last, ld = whole(w->N);
     share(panels_of(w), me->thread, b->threads, &first, &last);
-    product(w, in, b->n, first, last, b->added, ld, me->expanded); /* not to y, which another thread may still prepare */
+    product(w, in, b->n, first, last, b->added, ld, me->expanded); /* y may still be read by another thread */
     for (i64 r = 0; r < b->n; r++)
         for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) b->x[r * w->N + i] += b->added[r * ld + i];
     ask(b, next, together, me);
@@ -274,7 +278,8 @@ static void through_model(void *what, int thread) {
     Space space;
     i64 bytes = c->slots ? step_space(&(Step){c->N, m->H, m->K, m->V, c->slots}) * 4
                          : (i64)(intptr_t)arrange(&call, 0, &space, NULL);
-    Self me = {thread, each_alone(b) ? thread * AT_ONCE : 0, space_of_thread_with(bytes), b->expanded + thread * b->each};
+    Self me = {thread, each_alone(b) ? thread * AT_ONCE : 0, space_of_thread_with(bytes),
+               b->expanded + thread * b->each};
     if (!me.space) atomic_store(&b->failed, 1);
     meet(c->pool);
     if (atomic_load(&b->failed)) return; /* all threads see it, and nothing is written yet */
@@ -290,7 +295,8 @@ static void through_model(void *what, int thread) {
 /* lays out the work space of so many tokens from `at` on; returns its end */
 static char *arrange_block(Block *b, i64 n, char *at) {
     const Model *m = b->c->model;
-    i64 up = rows_up(m), in = rows_in(m), HV = m->H * m->V, each = AT_ONCE * b->threads; /* the last block may be of few */
+    i64 up = rows_up(m), in = rows_in(m), HV = m->H * m->V;
+    i64 each = AT_ONCE * b->threads; /* the last block may be of few */
     i64 rows = n > each ? n : each;
     b->ld = in > up ? in : up;
     b->sequence = (i64 *)take(&at, 2 * n), b->begin = (i64 *)take(&at, 2 * (b->c->N + 1));

@@ -105,8 +105,12 @@ static Rings rings_from(const RetentiveStates *s, i64 l, i64 n) {
     const Model *m = &s->model->folder.model;
     i64 H = m->H, R = s->slots, size = size_of(s->dtype);
     Rings *r = &s->rings[l];
-    return (Rings){r->state + n * H * m->K * m->V, (char *)r->k + n * H * R * m->K * size, (char *)r->v + n * H * R * m->V * size,
-                   r->decay + n * H * R, r->written + n, r->folded + n};
+    return (Rings){r->state + n * H * m->K * m->V,
+                   (char *)r->k + n * H * R * m->K * size,
+                   (char *)r->v + n * H * R * m->V * size,
+                   r->decay + n * H * R,
+                   r->written + n,
+                   r->folded + n};
 }
 
 /* the tokens in a ring go into its state: S = exp(G) S + sum of exp(G - G_j) k_j v_j^T */
@@ -125,7 +129,8 @@ static void settle(RetentiveStates *s, i64 n) {
             for (i64 i = 0; i < K * V; i++) S[i] *= (float)exp(since);
             for (i64 j = 0; j < held; j++) {
                 i64 slot = h * R + (*r.folded + j) % R;
-                read_row(s->dtype, (char *)r.k + slot * K * size, K, k, K), read_row(s->dtype, (char *)r.v + slot * V * size, V, v, V);
+                read_row(s->dtype, (char *)r.k + slot * K * size, K, k, K),
+                    read_row(s->dtype, (char *)r.v + slot * V * size, V, v, V);
                 for (i64 a = 0; a < K; a++)
                     for (i64 b = 0; b < V; b++) S[a * V + b] += weight[j] * k[a] * v[b];
             }
@@ -151,20 +156,28 @@ int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error)
     const Model *m = &s->model->folder.model;
     i64 floats = m->H * m->K * m->V, most = m->layers * 160 + 512, used = 0;
     char *head = malloc(most), partial[4096];
-    if (n < 0 || n >= s->count) return free(head), fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
+    if (n < 0 || n >= s->count)
+        return free(head), fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
     if (!head) return fail(error, "no memory to save");
     settle(s, n);
-    used += snprintf(head + used, most - used, "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"}");
+    used += snprintf(head + used, most - used,
+                     "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"}");
     for (i64 l = 0; l < m->layers; l++)
-        used += snprintf(head + used, most - used, ",\"layers.%lld\":{\"dtype\":\"F32\",\"shape\":[1,%lld,%lld,%lld],\"data_offsets\":[%lld,%lld]}", (long long)l,
-                         (long long)m->H, (long long)m->K, (long long)m->V, (long long)(l * floats * 4 + 8), (long long)((l + 1) * floats * 4 + 8));
-    used += snprintf(head + used, most - used, ",\"position\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}");
+        used +=
+            snprintf(head + used, most - used,
+                     ",\"layers.%lld\":{\"dtype\":\"F32\",\"shape\":[1,%lld,%lld,%lld],\"data_offsets\":[%lld,%lld]}",
+                     (long long)l, (long long)m->H, (long long)m->K, (long long)m->V, (long long)(l * floats * 4 + 8),
+                     (long long)((l + 1) * floats * 4 + 8));
+    used +=
+        snprintf(head + used, most - used, ",\"position\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}");
     while (used % 8) head[used++] = ' ';
     snprintf(partial, sizeof partial, "%s.partial", path);
     FILE *file = fopen(partial, "wb");
     uint64_t length = used;
-    int good = file && fwrite(&length, 8, 1, file) && (i64)fwrite(head, 1, used, file) == used && fwrite(&s->position[n], 8, 1, file);
-    for (i64 l = 0; l < m->layers && good; l++) good = (i64)fwrite(rings_from(s, l, n).state, 4, floats, file) == floats;
+    int good = file && fwrite(&length, 8, 1, file) && (i64)fwrite(head, 1, used, file) == used &&
+               fwrite(&s->position[n], 8, 1, file);
+    for (i64 l = 0; l < m->layers && good; l++)
+        good = (i64)fwrite(rings_from(s, l, n).state, 4, floats, file) == floats;
     if (file) good = !fclose(file) && good;
     free(head);
     if (good && !rename(partial, path)) return 1;
@@ -178,7 +191,8 @@ int retentive_load(RetentiveStates *s, int64_t n, const char *path, char *error)
     int bad = 0;
     const char *dtype = "", *position;
     char name[64];
-    if (n < 0 || n >= s->count) return fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
+    if (n < 0 || n >= s->count)
+        return fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
     if (!open_tensors(&t, "", path, error)) return close_tensors(&t), 0;
     int good = is_text(item(item(t.head, "__metadata__"), "kind"), "retention");
     position = good ? tensor(&t, "position", 1, 0, &dtype, &bad, NULL) : NULL;
@@ -221,12 +235,14 @@ static int head_of(Retentive *r, const float *x, i64 count, float *logits) {
 }
 
 /* Tokens of `count` sequences from `first` on, through rings or, if `plain`, in chunks through settled states. */
-static int tokens_of_states(RetentiveStates *s, i64 first, i64 count, int plain, const int64_t *ids, const i64 *begin, float *x) {
+static int tokens_of_states(RetentiveStates *s, i64 first, i64 count, int plain, const int64_t *ids, const i64 *begin,
+                            float *x) {
     Retentive *r = s->model;
     i64 layers = r->folder.model.layers;
     Rings rings[layers];
     for (i64 l = 0; l < layers; l++) rings[l] = rings_from(s, l, first);
-    Reading reading = {count, plain ? 0 : s->slots, s->dtype, r->threads, r->pool, &r->folder.model, ids, begin, s->position + first, rings, x};
+    Reading reading = {count, plain ? 0 : s->slots, s->dtype, r->threads, r->pool, &r->folder.model, ids,
+                       begin, s->position + first,  rings,    x};
     if (native_read(&reading)) return 0;
     for (i64 n = 0; n < count; n++) s->position[first + n] += begin[n + 1] - begin[n];
     return 1;
@@ -239,7 +255,8 @@ int retentive_read(RetentiveStates *s, int64_t n, const int64_t *ids, int64_t co
     float *x = malloc(count * D * 4);
     if (!x) return 0;
     if (count > 1) settle(s, n);
-    int good = tokens_of_states(s, n, 1, count > 1, ids, begin, x) && (!logits || head_of(r, x + (count - 1) * D, 1, logits));
+    int good =
+        tokens_of_states(s, n, 1, count > 1, ids, begin, x) && (!logits || head_of(r, x + (count - 1) * D, 1, logits));
     free(x);
     return good;
 }

@@ -6,9 +6,9 @@
     retentive_read(states, 0, ids, count, logits);                 a prompt; logits [vocabulary] after its last token
     retentive_decode(states, 1, &id, logits);                      one token more
 
-Folders are those of the Python package, float32, bfloat16, int8 or int4; states are saved in its files. Functions give 0
-or NULL where they fail; `error`, of 256 bytes or NULL, then has a line that tells why. A model may have many states; it
-works for one caller at a time.
+Folders are those of the Python package, float32, bfloat16, int8 or int4; states are saved in its files. Functions give
+0 or NULL where they fail; `error`, of 256 bytes or NULL, then has a line that tells why. A model may have many states;
+it works for one caller at a time.
 */
 
 #ifndef RETENTIVE_H
@@ -46,8 +46,8 @@ int retentive_read(RetentiveStates *states, int64_t sequence, const int64_t *ids
 /* A token for each of the first `count` sequences; logits [count][vocabulary]. */
 int retentive_decode(RetentiveStates *states, int64_t count, const int64_t *ids, float *logits);
 
-/* Ids of a text, at most as many as it has bytes; how many, or -1 where tokenizer.json splits words in a way that is not
-   known here (ids then come from elsewhere). */
+/* Ids of a text, at most as many as it has bytes; how many, or -1 where tokenizer.json splits words in a way that is
+   not known here (ids then come from elsewhere). */
 int64_t retentive_encode(const Retentive *model, const char *text, int64_t bytes, int64_t *ids);
 /* The bytes that a token stands for, *length of them: maybe a part of a letter. */
 const char *retentive_text(const Retentive *model, int64_t id, int64_t *length);

@@ -19,7 +19,9 @@ typedef struct {
     i64 room;                                              /* of it, a power of two */
 } Text;
 
-static uint64_t pair_hash(i64 left, i64 right) { return ((uint64_t)left * 0x9e3779b97f4a7c15u ^ (uint64_t)right) * 0xff51afd7ed558ccdu; }
+static uint64_t pair_hash(i64 left, i64 right) {
+    return ((uint64_t)left * 0x9e3779b97f4a7c15u ^ (uint64_t)right) * 0xff51afd7ed558ccdu;
+}
 
 static struct Merge *merge_of(const Text *t, i64 left, i64 right) {
     for (uint64_t at = pair_hash(left, right) >> 20;; at++) {
@@ -59,12 +61,14 @@ static Class class_of(uint32_t c) {
     if (c < 128) return c >= '0' && c <= '9' ? DIGIT : (c | 32) >= 'a' && (c | 32) <= 'z' ? LETTER : OTHER;
     if (c == 0xb2 || c == 0xb3 || c == 0xb9 || (c >= 0xbc && c <= 0xbe)) return DIGIT;
     if (c < 0xc0) return c == 0xaa || c == 0xb5 || c == 0xba ? LETTER : OTHER;
-    if (c == 0xd7 || c == 0xf7 || (c >= 0x2000 && c < 0x2c00) || (c >= 0x3001 && c < 0x3041) || (c >= 0xfe00 && c < 0xfe70) ||
-        (c >= 0xff00 && c < 0xff21) || c >= 0x1f000) return OTHER;
+    if (c == 0xd7 || c == 0xf7 || (c >= 0x2000 && c < 0x2c00) || (c >= 0x3001 && c < 0x3041) ||
+        (c >= 0xfe00 && c < 0xfe70) || (c >= 0xff00 && c < 0xff21) || c >= 0x1f000)
+        return OTHER;
     return LETTER;
 }
 
-/* the end of the word that begins at `at`: 's 't 're 've 'm 'll 'd, or a space and letters, digits or others, or space */
+/* the end of the word that begins at `at`: 's 't 're 've 'm 'll 'd, or a space and letters, digits or others, or space
+ */
 static const char *word_end(const Text *t, const char *at, const char *end) {
     static const char *const tails[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (int i = 0; i < 7; i++) {
@@ -83,7 +87,8 @@ static const char *word_end(const Text *t, const char *at, const char *end) {
         }
         one = stop;
         Class then = stop < end ? class_of(code_point(&one, end)) : SPACE;
-        if (stop == end || (t->digits && then == DIGIT)) return stop; /* digits are cut off before words are looked for */
+        if (stop == end || (t->digits && then == DIGIT))
+            return stop;                   /* digits are cut off before words are looked for */
         if (last > at) return last;        /* all but the last, which may go with the word */
         if (*last != ' ') return stop;
         next = stop, first = then;
@@ -197,10 +202,13 @@ static int read_bpe(Text *t) {
 static void read_splits(Text *t) {
     const Json *before = item(t->json, "pre_tokenizer"), *parts = item(before, "pretokenizers");
     const Json *level = parts && parts->child ? parts->child->next : before;
-    if (parts && parts->child) t->digits = is_text(item(parts->child, "type"), "Digits") && item(parts->child, "individual_digits") && item(parts->child, "individual_digits")->number;
-    const Json *prefix = item(level, "add_prefix_space"), *regex = item(level, "use_regex"), *normal = item(t->json, "normalizer");
-    t->splits = is_text(item(level, "type"), "ByteLevel") && (!parts || (t->digits && !level->next)) && prefix && !prefix->number &&
-                (!regex || regex->number) && (!normal || normal->type == NOTHING);
+    if (parts && parts->child)
+        t->digits = is_text(item(parts->child, "type"), "Digits") && item(parts->child, "individual_digits") &&
+                    item(parts->child, "individual_digits")->number;
+    const Json *prefix = item(level, "add_prefix_space"), *regex = item(level, "use_regex"),
+               *normal = item(t->json, "normalizer");
+    t->splits = is_text(item(level, "type"), "ByteLevel") && (!parts || (t->digits && !level->next)) && prefix &&
+                !prefix->number && (!regex || regex->number) && (!normal || normal->type == NOTHING);
 }
 
 static int open_text(Text *t, const char *folder, char *error) {
@@ -213,7 +221,8 @@ static int open_text(Text *t, const char *folder, char *error) {
     if (is_text(item(t->json, "type"), "bytes")) return t->vocab = 257, t->end = 256, t->splits = 1;
     const Json *model = item(t->json, "model");
     t->bpe = 1;
-    if (!is_text(item(model, "type"), "BPE") || !is_text(item(item(t->json, "decoder"), "type"), "ByteLevel") || !read_bpe(t))
+    if (!is_text(item(model, "type"), "BPE") || !is_text(item(item(t->json, "decoder"), "type"), "ByteLevel") ||
+        !read_bpe(t))
         return close_text(t), fail(error, "tokenizer.json is none that is known here: bytes or a byte-level BPE");
     read_splits(t);
     for (int i = 0; ends[i] && t->end < 0; i++) t->end = id_of(item(model, "vocab"), ends[i], strlen(ends[i]));

@@ -66,8 +66,8 @@ static void turn_at(const Model *m, i64 position, float *turn) {
 }
 
 /* a query or key of a head: normalised, shifted, turned, scaled */
-static void feature(const Model *m, const float *x, const float *norm, const float *bias, const float *turn, float scale,
-                    float *to) {
+static void feature(const Model *m, const float *x, const float *norm, const float *bias, const float *turn,
+                    float scale, float *to) {
     i64 K = m->K, half_K = K / 2;
     float y[K];
     if (norm) norm_row(x, norm, K, m->eps, y);
@@ -86,8 +86,8 @@ static void feature(const Model *m, const float *x, const float *norm, const flo
 }
 
 /* What head h reads of a token whose products `in` gave y: q, k [K] and v [V] in `dtype`, the decay as float32. */
-static void inputs_of_head(const Model *m, const Layer *layer, const float *y, const float *turn, i64 h, i64 dtype, void *q,
-                           void *k, void *v, float *log_decay) {
+static void inputs_of_head(const Model *m, const Layer *layer, const float *y, const float *turn, i64 h, i64 dtype,
+                           void *q, void *k, void *v, float *log_decay) {
     i64 K = m->K, V = m->V, kv = h / (m->H / m->kv);
     float x[K];
     feature(m, y + h * K, layer->q_norm, layer->q_bias ? layer->q_bias + h * K : NULL, turn, turn[K + h], x);
@@ -102,7 +102,8 @@ static void inputs_of_head(const Model *m, const Layer *layer, const float *y, c
 }
 
 /* what leaves head h [V]: o in `dtype`, normalised and gated */
-static void output_of_head(const Model *m, const Layer *layer, const float *y, i64 h, i64 dtype, const void *o, float *z) {
+static void output_of_head(const Model *m, const Layer *layer, const float *y, i64 h, i64 dtype, const void *o,
+                           float *z) {
     i64 V = m->V;
     read_row(dtype, o, V, z, V);
     if (m->normed_heads) norm_row(z, layer->head_norm, V, m->eps, z);
