@@ -9,7 +9,9 @@ def test_the_metrics(serve):
     for prompt in ("a" * 600, "a" * 600):
         assert http.post(TEXT, json={"prompt": prompt, "max_tokens": 7, "temperature": 0}).status_code == 200
     http.post(TEXT, json={"prompt": 3})
-    http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "session": "s", "temperature": 0})
+    http.post(
+        CHAT, json={"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "session": "s", "temperature": 0}
+    )
     lines = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#"))
     figures = {name: float(value) for name, value in lines.items()}
     assert figures['retentive_requests_total{path="/v1/completions",status="200"}'] == 2
