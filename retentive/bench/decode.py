@@ -424,5 +424,5 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     dress(memory, contexts, f"memory at batch {most} (GB)", "context (tokens)")
     dress(throughput, contexts, f"tokens/s at batch {most}", "context (tokens)")
     dress(latency, sorted({row["batch"] for row in rows}), f"one step at context {tokens(at)} (ms)", "batch")
-    memory.legend(fontsize=8)
+    figure.legend(*memory.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120, format="png")

@@ -135,5 +135,5 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     points = [(row["length"], row["models"]) for row in result["rows"]]
     curves(axis, points, {name: models.NAMES[name] for name in result["parameters"]}, "tokens_per_second")
     dress(axis, [length for length, _ in points], "tokens/s", "tokens of the prompt")
-    axis.legend(fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120, format="png")
