@@ -29,7 +29,8 @@ class Pace:
         self.numbers = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
         self.seconds = dict.fromkeys(self.numbers, 0.0)
         """What a call took lately, by the number of threads."""
-        self.best, self.tried, self.times = most, list(self.numbers), [0.0][:0]
+        self.best, self.tried = most, list(self.numbers)
+        self.times: list[float] = []
         self.wait, self.changed, self.again = self.SOON, 0.0, 0.0
 
     def threads(self, now: float) -> int:

@@ -248,8 +248,7 @@ static void expand(const Matrix *m, i64 panel, uint8_t *to) {
 }
 #endif
 
-/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels. `space`: of
- * expanded_bytes. */
+/* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels; `space`: expanded_bytes */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld, uint8_t *space) {
 #ifdef __AVX512BF16__
     for (i64 n; m->kind != in->kind && first < last; first += n) {

@@ -67,10 +67,15 @@ static void prepared(const Block *b) {
     if (!each_alone(b)) meet(b->c->pool);
 }
 
+/* Prompts, unlike single tokens, may be multiplied by integers as bfloat16, where the model is no more exact itself. */
+static Input input_of(const Block *b, const Self *me, const Input *all, const Matrix *w) {
+    return input_for(all, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
+}
+
 /* norm(x), or x where there is no weight, as input of w */
 static Input normed(Block *b, const Self *me, const float *weight, const Matrix *w) {
     i64 D = b->c->model->D, first, last;
-    Input in = input_for(&b->of_D, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
+    Input in = input_of(b, me, &b->of_D, w);
     float y[D];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -83,7 +88,7 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
 
 static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
     i64 first, last;
-    Input in = input_for(&b->of_HV, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
+    Input in = input_of(b, me, &b->of_HV, w);
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) ready_row(&in, r, b->z + r * w->K, w->K);
     prepared(b);
@@ -92,7 +97,7 @@ static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
 
 static Input activated(Block *b, const Self *me, const Matrix *w) { /* every second panel of y, or every one */
     i64 first, last, together = b->c->model->ffn_gate ? 2 : 1;
-    Input in = input_for(&b->of_F, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
+    Input in = input_of(b, me, &b->of_F, w);
     float f[whole(w->K)];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
@@ -156,7 +161,8 @@ static Call call_of(const Block *b, const Rings *rings) { /* the operator's */
 #ifdef TILES
     if (bf16 && tiles_are_allowed()) pair = 2;
 #endif
-    Call call = {b->c->N, m->H, m->K, m->V, m->K <= 64 ? 64 : 128, 1, b->c->dtype, pair * bf16, m->gated, 1};
+    i64 C = m->K <= 64 ? 64 : 128; /* as ops/backends.py has it; a divisor of BLOCK_TOKENS */
+    Call call = {b->c->N, m->H, m->K, m->V, C, 1, b->c->dtype, pair, m->gated, 1};
     call.q_stride = call.k_stride = m->H * m->K, call.v_stride = m->H * m->V;
     call.scale = 1, call.begin = b->begin, call.q = b->q, call.k = b->k, call.v = b->v, call.o = b->o;
     call.log_decay = m->gated ? b->log_decay : m->log_decay_f;
