@@ -181,7 +181,7 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     end = time.monotonic() + 20
     # not before all are in a slot: one that was still queued would prove nothing
     while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
-        continue
+        time.sleep(0.01)  # each look is a connection of its own, and a system has only so many ports
     # as a service manager or Kubernetes does it
     process.send_signal(signal.SIGTERM)
     for thread in threads:

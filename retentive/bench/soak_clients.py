@@ -5,6 +5,7 @@ token lost, doubled or meant for another client is seen.
 """
 
 import http.client
+import itertools
 import json
 import random
 import threading
@@ -16,8 +17,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
+from retentive.infer.generate import Token
+from retentive.infer.sample import Sampler
 from retentive.infer.text import stream_text
 from retentive.models import LanguageModel
 
@@ -81,26 +86,62 @@ class Tally:
 # requests and their expected responses
 
 
-def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str:
-    """What the model writes after the prompt without a server."""
+def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str | None:
+    """What the model writes after the prompt without a server; None where rounding could choose another token.
+
+    A server may read a row in any batch, and sums of another order are rounded otherwise: a text that hangs on the
+    last bits of a logit is no test of it.
+    """
     tokenizer = ByteTokenizer()  # the server begins a text with end-of-text too, as in training
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    # by `generate`, which knows no batches, slots or queues: what those break is then seen
-    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id])
-    return "".join(stream_text(tokens, tokenizer, stop=stop))
+    ids, read = [tokenizer.eos_id, *tokenizer.encode(prompt)], list[int]()
+
+    def heard() -> Iterator[Token]:
+        # by `generate`, which knows no batches, slots or queues: what those break is then seen
+        for token in generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id]):
+            read.append(token.id)
+            yield token
+        if len(read) < max_tokens:
+            read.append(tokenizer.eos_id)
+
+    text = "".join(stream_text(heard(), tokenizer, stop=stop))
+    return text if decided(model, ids, read, params) else None
+
+
+@torch.no_grad()
+def decided(model: LanguageModel, prompt: list[int], tokens: list[int], params: SamplingParams) -> bool:
+    """Whether the sampler picks these tokens after the prompt from logits that are a little off, too.
+
+    A little is 1e-4, some ten times what rounding does to the logits of the soak's model; four draws of it.
+    """
+    ids = torch.tensor([[*prompt, *tokens]])
+    logits = model(ids)[0][0, len(prompt) - 1 : -1]
+    for seed in range(4):
+        sampler = Sampler(params, ids[:, : len(prompt)], model.config.vocab_size)
+        off = torch.empty_like(logits).normal_(0, 1e-4, generator=torch.Generator().manual_seed(seed))
+        if any(sampler(row)[0] != token for row, token in zip(logits + off, tokens, strict=True)):
+            return False
+    return True
 
 
 def long_requests(model: LanguageModel, count: int, tokens: int) -> list[Asked]:
-    """Greedy requests of so many tokens that they still run when SIGTERM comes."""
-    bodies = [{"prompt": f"Long {n}", "max_tokens": tokens, "temperature": 0} for n in range(count)]
-    greedy = SamplingParams(temperature=0)
-    return [Asked(TEXT, body, [write(model, f"Long {n}", greedy, tokens, [])]) for n, body in enumerate(bodies)]
+    """Greedy requests of so many tokens, none of which may end before, that they still run when SIGTERM comes."""
+    greedy, made = SamplingParams(temperature=0, bias={ByteTokenizer.eos_id: -100}), list[Asked]()
+    drawn = {"max_tokens": tokens, "temperature": 0, "logit_bias": {str(ByteTokenizer.eos_id): -100}}
+    numbers = itertools.count()
+    while len(made) < count:
+        prompt = f"Long {next(numbers)}"
+        text = write(model, prompt, greedy, tokens, [])
+        if text is not None:
+            made.append(Asked(TEXT, {"prompt": prompt, **drawn}, [text]))
+    return made
 
 
 def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
     """Requests of all lengths, greedy and sampled, with and without stop strings, for one choice or three."""
-    rng, made = random.Random(seed), []
-    for n in range(count):
+    rng, made = random.Random(seed), list[Asked]()
+    numbers = itertools.count()
+    while len(made) < count:
+        n = next(numbers)
         prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
         # few long ones: slots must come free all the time, so that requests join running batches
         length, choices = rng.choice([1, 10, 40, 120]), rng.choice([1, 1, 1, 3])
@@ -109,14 +150,16 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
         body = {"prompt": prompt, "max_tokens": length, "n": choices, "stop": stop, **drawn}
         # each choice has a seed of its own, counted from the request's
         params = [SamplingParams(**{**drawn, "seed": n + i}) for i in range(choices)]
-        made.append(Asked(TEXT, body, [write(model, prompt, p, length, stop) for p in params]))
+        texts = [text for p in params if (text := write(model, prompt, p, length, stop)) is not None]
+        if len(texts) == choices:
+            made.append(Asked(TEXT, body, texts))
     return made
 
 
 def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Asked]]:
     """Chats of three turns; each request holds the new message alone, since the session remembers the others."""
-    rng, made = random.Random(seed), []
-    for _ in range(count):
+    rng, made = random.Random(seed), list[list[Asked]]()
+    while len(made) < count:
         said, turns = "", []
         for turn in range(3):
             content = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([3, 30, 200])))
@@ -124,6 +167,8 @@ def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Aske
             said += f"{'' if turn == 0 else chr(10)}User: {content}\nAssistant:"
             stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.5 else []
             text = write(model, said, SamplingParams(temperature=0), 30, [*stop, "\nUser:"])
+            if text is None:
+                break
             body = {
                 "messages": [{"role": "user", "content": content}],
                 "max_tokens": 30,
@@ -132,7 +177,8 @@ def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Aske
             }
             turns.append(Asked(CHAT, body, [text]))
             said += text
-        made.append(turns)
+        else:
+            made.append(turns)
     return made
 
 

@@ -20,7 +20,8 @@ from retentive.bench.soak_clients import Asked, Clients, Tally
 def test_a_short_soak_finds_nothing_wrong(tmp_path):
     pytest.importorskip("matplotlib")
     result = soak.measure(Options(minutes=0.12))
-    assert result["ok"] and result["alive"] and result["wrong_count"] == 0 and result["drained"]["exit_code"] == 0
+    assert result["ok"], soak.table(result)
+    assert result["alive"] and result["wrong_count"] == 0 and result["drained"]["exit_code"] == 0
     assert set(result["left_over"].values()) == {0}
     counts = result["counts"]
     assert counts["status 200"] > 20 and counts["stream checked"] > 5 and counts["aborted"] > 0
