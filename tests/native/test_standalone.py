@@ -22,6 +22,7 @@ NODE = ["node", "--no-warnings", str(HERE / "run_wasi.mjs")]
 TARGETS = {
     "native": (["gcc"], ["-march=native", *LINK], []),
     "aarch64": (ZIG, ["-target", "aarch64-linux-musl", "-static", *LINK], ["qemu-aarch64"]),
+    "dotprod": (ZIG, ["-target", "aarch64-linux-musl", "-mcpu=generic+dotprod", "-static", *LINK], ["qemu-aarch64"]),
     "wasm": (ZIG, ["-target", "wasm32-wasi", "-msimd128", "-lm"], NODE),
 }
 """The compiler, its flags, and what the program is run by."""

@@ -118,9 +118,10 @@ static void tell_change(Pool *p, atomic_llong *number, long long now) {
 
 /* all threads that work come here before any goes on */
 static void meet(Pool *p) {
-    if (p->active == 1) return;
+    int active = p->active; /* before arriving: after it the others may go on, and the next work be of fewer */
+    if (active == 1) return;
     long long was = atomic_load_explicit(&p->passed, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 < p->active) {
+    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 < active) {
         wait_for_change(p, &p->passed, was);
         return;
     }

@@ -3,6 +3,8 @@
 Sums are made in the same order however many rows there are, so that a sequence in a batch gets the bits that it gets
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
 becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
+Where the CPU multiplies bytes by fours (Arm's dot products), such an integer is two digits of 8 bits, each with a sign,
+and a group is gone through twice.
 Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long
 and short ones, so that what is read with them makes no difference.
 */
@@ -23,7 +25,8 @@ enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
     i64 width;          /* 1 for a single row, else AT_ONCE */
-    int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers; [rows / width][units][width] */
+    int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers, or four digits;
+                           [rows / width][units][width] */
     float *scale;       /* [rows][K / group] */
     int32_t *sum;       /* [rows][K / group], of the integers */
 } Input;
@@ -33,6 +36,13 @@ enum { HAVE_PAIRS = 1 };
 #else
 enum { HAVE_PAIRS = 0 }; /* bfloat16 weights become floats, and x stays so */
 #endif
+
+#ifdef __ARM_FEATURE_DOTPROD
+enum { DIGITS = 2 }; /* of an integer */
+#else
+enum { DIGITS = 1 };
+#endif
+enum { MOST = 127 * 256 + 127 }; /* the largest integer both of whose digits have a sign */
 
 /* ---- x ---- */
 
@@ -56,11 +66,18 @@ static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i
                    all->x + first * most, all->scale + group, all->sum + group};
 }
 
-/* Integers of whole units, in the order in which products take them: pairs that are 16 bits apart in the unit. */
-INLINE void put_paired(i64 kind, const int16_t *from, i64 n, int16_t *to) {
-    const int half = kind == INT4 ? 4 : 2;
-    for (i64 k = 0; k < n; k += 2 * half)
-        for (int j = 0; j < half; j++) to[k + 2 * j] = from[k + j], to[k + 2 * j + 1] = from[k + half + j];
+/* The n integers of a group, in the order in which products take them: what is in one unit are columns of which the
+   weights have the same place in halves of 16 bits, or in bytes. */
+static void put_ordered(i64 kind, const int16_t *from, i64 n, int16_t *to) {
+    int8_t *high = (int8_t *)to, *low = high + n;
+    for (i64 k = 0; k < n; k++) {
+        i64 half = kind == INT4 ? 4 : 2, place = k % (2 * half);
+        int16_t least = (int16_t)((from[k] + 128 & 255) - 128);
+        if (DIGITS == 1) to[k - place + place % half * 2 + place / half] = from[k];
+        else if (kind == INT4) place = k - place + place % 2 * 4 + place / 2;
+        else place = k;
+        if (DIGITS == 2) high[place] = (int8_t)((from[k] - least) / 256), low[place] = (int8_t)least;
+    }
 }
 
 /* a group's numbers as integers of 16 bits and their scale; n of `group` are there */
@@ -70,15 +87,15 @@ static void ready_group(i64 kind, const float *x, i64 n, i64 group, int16_t *to,
     int32_t all = 0;
     for (i64 k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most, spoilt += x[k] * 0;
     if (most > 1e-30f && spoilt == 0) { /* what is not finite spoils its row */
-        float inverse = 32767 / most;
+        float inverse = MOST / most;
         for (i64 k = 0; k < n; k++) {
             int32_t rounded = (int32_t)rintf(x[k] * inverse);
             q[k] = (int16_t)rounded, all += rounded;
         }
     }
-    if (kind == INT4) put_paired(INT4, q, group, to);
-    else put_paired(INT8, q, group, to);
-    *scale = most / 32767 + spoilt, *sum = all;
+    if (kind == INT4) put_ordered(INT4, q, group, to);
+    else put_ordered(INT8, q, group, to);
+    *scale = most / MOST + spoilt, *sum = all;
 }
 
 /* a row of x [K] as row `r`; what is padded is 0 */
@@ -118,9 +135,17 @@ INLINE vf times_floats(int pairs, vf w, const int32_t *x, vf sum) {
 #endif
 }
 
-/* sum + low half of w * low half of x + high half of w * high half of x, in every lane; w at most 255 */
-INLINE vi times_halves(vi w, const int32_t *x, vi sum) {
-#if defined(__AVX512VNNI__)
+/* the weights of a unit that the j-th unit of x is multiplied by: halves of 16 bits, or bytes (of int8 with their sign) */
+INLINE vi weights_at(int four, vi units, int j) {
+    if (DIGITS == 2) return four ? units >> j * 4 & 0x0f0f0f0f : units ^ (int32_t)0x80808080;
+    return units >> j * (four ? 4 : 8) & (four ? 0x000f000f : 0x00ff00ff); /* signs come down, but not into the mask */
+}
+
+/* sum + the products of the halves, or bytes, of w and x, in every lane; w at most 255 */
+INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)splat_unit((const float *)x));
+#elif defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, (__m512i)splat_unit((const float *)x));
 #elif defined(__AVX512BW__)
     return sum + (vi)_mm512_madd_epi16((__m512i)w, (__m512i)splat_unit((const float *)x));
@@ -171,26 +196,29 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 gr
                                i64 bytes, const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
                                const int32_t *sums, float *y, i64 ld) {
     vf total[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
-    const int four = kind == INT4, unit = four ? 8 : 4, shift = four ? 4 : 8, mask = four ? 0x000f000f : 0x00ff00ff;
+    const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS, zero = four ? 8 : DIGITS == 2 ? 0 : 128;
     for (i64 g = 0; g < groups; g++, scales += ROWS) {
         vi sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
-        for (i64 k = 0; k < group; k += unit, at += LINE, x += unit / 2 * width)
-            for (int p = 0; p < PARTS; p++)
-                for (int n = 0; n < panels; n++) {
-                    const uint8_t *from = at + n * bytes;
-                    if (ahead && !p) __builtin_prefetch(from + ahead);
-                    vi units = (vi)load((const float *)(from + p * 4 * LANES));
-                    for (int j = 0; j < unit / 2; j++) {
-                        vi w = units >> j * shift & mask; /* signs come down, but not into the mask */
-                        for (int r = 0; r < rows; r++)
-                            sum[n][r][p] = times_halves(w, x + j * width + r, sum[n][r][p]);
+        for (int digit = 0; digit < DIGITS; digit++) {
+            const uint8_t *line = at;
+            for (int i = 0; digit && i < PANELS * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
+            for (i64 k = 0; k < group; k += unit, line += LINE, x += units * width)
+                for (int p = 0; p < PARTS; p++)
+                    for (int n = 0; n < panels; n++) {
+                        const uint8_t *from = line + n * bytes;
+                        if (ahead && !p && !digit) __builtin_prefetch(from + ahead);
+                        vi w = (vi)load((const float *)(from + p * 4 * LANES));
+                        for (int j = 0; j < units; j++)
+                            for (int r = 0; r < rows; r++)
+                                sum[n][r][p] = times_integers(weights_at(four, w, j), x + j * width + r, sum[n][r][p]);
                     }
-                }
+        }
+        at += group / unit * LINE;
         for (int n = 0; n < panels; n++)
             for (int p = 0; p < PARTS; p++) {
                 vf of_rows = scales_at(scales + n * groups * ROWS + p * LANES);
                 for (int r = 0; r < rows; r++) {
-                    vi exact = sum[n][r][p] - (four ? 8 : 128) * sums[r * groups + g];
+                    vi exact = sum[n][r][p] - zero * sums[r * groups + g];
                     total[n][r][p] += __builtin_convertvector(exact, vf) * (of_rows * splat(scale[r * groups + g]));
                 }
             }
