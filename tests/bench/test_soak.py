@@ -9,16 +9,22 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the server needs pip install 'retentive[serve]'")
 
 from retentive.bench import soak, soak_clients
 from retentive.bench.soak import Options
 from retentive.bench.soak_clients import Asked, Clients, Tally
+from retentive.infer import SamplingParams
 
 
-def test_a_short_soak_finds_nothing_wrong(tmp_path):
+def test_a_short_soak_finds_nothing_wrong(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
+    many = soak_clients.requests
+    monkeypatch.setattr(
+        soak, "requests", lambda model, count, seed: many(model, count // 3, seed)
+    )  # in a third of time
     result = soak.measure(Options(minutes=0.12))
     assert result["ok"], soak.table(result)
     assert result["alive"] and result["wrong_count"] == 0 and result["drained"]["exit_code"] == 0
@@ -30,6 +36,16 @@ def test_a_short_soak_finds_nothing_wrong(tmp_path):
     assert bad.endswith("| wrong replies | 1 |\n\n- whole: got 'a', expected 'b'")
     soak.plot(result, tmp_path / "soak.png", title="t")
     assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_what_rounding_could_decide_is_not_asked():
+    model, greedy = soak.tiny(0), SamplingParams(temperature=0)
+    text = soak_clients.write(model, "a", greedy, 5, [])
+    assert text
+    first = text.encode()[0]
+    with torch.no_grad():  # the first token is now as likely as another one
+        model.head.weight[(first + 1) % 128] = model.head.weight[first] * (1 - 1e-6)
+    assert soak_clients.write(model, "a", greedy, 5, []) is None
 
 
 def test_a_wrong_reply_is_seen(monkeypatch):

@@ -38,17 +38,17 @@ def prompts() -> list[list[int]]:
     return [*plain, plain[2][:7] * 9, [5] * 20]
 
 
-@pytest.mark.parametrize("most", [1, 3, 4, 9])
+@pytest.mark.parametrize("most", [1, 4, 9])
 @pytest.mark.parametrize("how", ["lookup", "smaller", "twin-drafts", "itself"])
 def test_greedy_tokens_are_those_of_plain_generation(model, how, most):
     draft = {"lookup": None, "smaller": peaked(SMALLER), "twin-drafts": peaked(twin(SMALLER)), "itself": model}[how]
     counts = Counter()
     for ids in prompts():
-        want = [t.id for t in generate(model, ids, GREEDY, max_tokens=40)]
+        want = list(generate(model, ids, GREEDY, max_tokens=40))
         got = list(speculate(model, ids, GREEDY, draft=draft, most=most, max_tokens=40, counts=counts))
-        assert [t.id for t in got] == want
-        logprobs = [t.logprob for t in generate(model, ids, GREEDY, max_tokens=40)]
-        torch.testing.assert_close([t.logprob for t in got], logprobs, rtol=1e-5, atol=1e-5)  # float32 log-softmax
+        assert [t.id for t in got] == [t.id for t in want]
+        logprobs = [[t.logprob for t in tokens] for tokens in (got, want)]
+        torch.testing.assert_close(*logprobs, rtol=1e-5, atol=1e-5)  # float32 log-softmax
     assert counts["calls"] > 0
     if how == "itself":  # every guess is right, but for those after the last token
         assert counts["made"] - counts["right"] <= len(prompts()) * most < counts["made"]
