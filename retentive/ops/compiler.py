@@ -43,7 +43,7 @@ class Source:
     """What a library is made from."""
 
     name: str
-    """How its files in the cache begin."""
+    """How its files in the cache begin, and what a waiting user is told."""
     units: tuple[Path, ...]
     """The files that the compiler is given."""
     folders: tuple[Path, ...]
@@ -107,6 +107,8 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         if library.stem.endswith(_hash(library.read_bytes())):
             return library
         library.unlink(missing_ok=True)  # another process may have deleted it first
+    if sys.stderr and sys.stderr.isatty():  # someone is waiting, and would wonder what for
+        print(f"retentive: compiling its {source.name} kernels for this CPU, once (some seconds)", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
         # what is compiled with OpenMP is linked without: its calls go to the one runtime that PyTorch has loaded, since
