@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from retentive.checkpoint import fla, torchscale
 from retentive.checkpoint.quantize import Quantization, as_quantized, quantization_of
+from retentive.data.templates import TEMPLATE
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
-from retentive.files import load_tensors, save_tensors, write_together
+from retentive.files import load_tensors, save_tensors, write_text, write_together
 from retentive.machine import pick_device
 from retentive.models import (
     ARCHITECTURES,
@@ -274,11 +275,17 @@ def _check_dtypes(
 
 
 def save_model(
-    folder: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None, *, layout: str = "retentive"
+    folder: str | Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer | None = None,
+    *,
+    template: str | None = None,
+    layout: str = "retentive",
 ) -> None:
     """Writes a model folder; files of the same names in it are replaced.
 
     Args:
+        template: the source of the model's chat template, if it has one.
         layout: "retentive", "torchscale" or "fla".
 
     Raises:
@@ -311,3 +318,5 @@ def save_model(
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of older weights, which `load` would prefer
     if tokenizer is not None:
         tokenizer.save(folder)
+    if template is not None:
+        write_text(folder / TEMPLATE, template)

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import logging
 import os
 import sys
 
@@ -12,6 +13,7 @@ VERBS = {
     "demo": ("retentive.cli.demo", "train a RetNet on this machine's Python library and see what it can do"),
     "data": ("retentive.cli.data", "turn text into packed tokens to train on"),
     "train": ("retentive.cli.train", "train a RetNet, or its Transformer twin, on packed tokens"),
+    "sft": ("retentive.cli.sft", "teach a model to answer, by conversations"),
     "generate": ("retentive.cli.generate", "let a model write"),
     "memory": ("retentive.cli.memory", "read documents into a file of constant size, ask it, merge several"),
     "chat": ("retentive.cli.chat", "talk with a model in the terminal"),
@@ -59,6 +61,14 @@ def mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+def show_log() -> None:
+    """What the package logs goes to stderr: that something is compiled, to someone who waits and would wonder."""
+    log, handler = logging.getLogger("retentive"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("retentive: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
 def run(argv: list[str]) -> None:
     """Print the usage or the version, or call the verb's own main."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -70,6 +80,8 @@ def run(argv: list[str]) -> None:
         from retentive import machine
 
         machine.keep_freed_memory()
+        if sys.stderr.isatty():
+            show_log()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     else:
         raise ValueError(f"unknown verb {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")

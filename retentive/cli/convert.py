@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 import retentive
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint.io import find, save_model
+from retentive.data.templates import template_of
 from retentive.files import replace_folder
 
 
@@ -30,5 +31,8 @@ def main(argv: list[str]) -> None:
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
     model, tokenizer = retentive.load(command.source)
-    replace_folder(command.out, lambda folder: save_model(folder, model, tokenizer, layout=command.to))
+    template = template_of(find(command.source))
+    replace_folder(
+        command.out, lambda folder: save_model(folder, model, tokenizer, template=template, layout=command.to)
+    )
     print(f"{command.source} -> {command.out} ({command.to} layout)")

@@ -1,11 +1,12 @@
 """`retentive data`: sources of text become a packed folder that `retentive train` reads."""
 
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import tyro
 from rich.console import Console
@@ -37,14 +38,15 @@ def main(argv: list[str]) -> None:
     def say(remark: str) -> None:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
-    with _shown(console) as progress:
+    with shown(sys.stdout) as progress:
         meta = prepare(command.sources, command.out, progress=progress, say=say, **vars(command.config))
     _summary(console, command, meta)
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Progress]:
+def shown(file: TextIO) -> Iterator[Progress]:
     """A function that draws a progress bar on a terminal, one for each stage."""
+    console = Console(file=file)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

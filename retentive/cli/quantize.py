@@ -9,11 +9,12 @@ import tyro
 from torch import Tensor
 
 from retentive.checkpoint import load, load_with_tokenizer
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint.io import find, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
 from retentive.cli.info import megabytes
 from retentive.cli.progress import Lines
 from retentive.data.sources import Document, documents
+from retentive.data.templates import template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import replace_folder
 
@@ -62,7 +63,8 @@ def run(command: QuantizeCommand) -> None:
         model, BITS[command.to], command.group, batches=batches,
         progress=lambda done, blocks: lines(f"{done} of {blocks} blocks"),
     )  # fmt: skip
-    replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer))
+    template = template_of(find(command.source))
+    replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=template))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
     print(f"{command.source} -> {command.out}: {command.to}, {megabytes(before)} -> {megabytes(after)}")
 

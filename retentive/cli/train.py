@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         registry=CHANGES,
     )
     # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
-    typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
+    typed = typed_options(argv)
     if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
         run = replace(run, set=read_changes(list(run.set)))
     chosen = typed if recipe is None else OPTIONS
@@ -52,6 +52,11 @@ def main(argv: list[str]) -> None:
         print(stop, file=sys.stderr)
         if stop.number == signal.SIGINT:
             sys.exit(130)  # so that `train && next` does not go on
+
+
+def typed_options(argv: list[str]) -> set[str]:
+    """The names of the options that were typed, as fields have them."""
+    return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
 
 
 def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, list[str]]:

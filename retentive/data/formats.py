@@ -115,11 +115,11 @@ def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]
         return
     with _opened(path, compression) as file:
         if kind == ".jsonl":
-            yield from _json_lines(path, file, field, check)
+            yield from _rows(path, _json_lines(path, file, check), field, check)
         elif (text := check(str(path), file.read())) is None:
             return
         elif kind == ".json":
-            yield from _json_objects(path, text, field, check)
+            yield from _rows(path, _json_objects(path, text), field, check)
         elif kind in (".csv", ".tsv"):
             yield from _table_rows(path, text, "\t" if kind == ".tsv" else ",", field, check)
         else:
@@ -154,28 +154,49 @@ def _rows(path: Path, rows: Iterator[tuple[int, Any]], field: str, check: TextCh
             yield f":{number}", text
 
 
-def _json_lines(path: Path, file: BinaryIO, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    def parsed() -> Iterator[tuple[int, Any]]:
-        for number, raw in enumerate(file, 1):
-            line = check(f"{path}:{number}", raw)
-            if line is None or not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error}): expected one object a line") from None
+def objects(path: Path, check: TextCheck) -> Iterator[tuple[str, Any]]:
+    """(name within the file, value) of each line of a .jsonl, entry of a .json or row of a .parquet file.
 
-    yield from _rows(path, parsed(), field, check)
+    Raises:
+        ValueError: a file of another kind, or one that is damaged or not what its suffix says.
+        OSError: the file cannot be read.
+    """
+    kind, compression = kind_of(path)
+    found: Iterator[tuple[int, Any]] = iter(())
+    if kind == ".parquet":
+        with _parquet(path) as table:
+            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from ((f":{number}", row) for number, row in enumerate(rows, 1))
+        return
+    if kind not in (".jsonl", ".json"):
+        raise ValueError(f"cannot read objects from {path}: expected .jsonl, .json or .parquet")
+    with _opened(path, compression) as file:
+        if kind == ".jsonl":
+            found = _json_lines(path, file, check)
+        elif (text := check(str(path), file.read())) is not None:
+            found = _json_objects(path, text)
+        yield from ((f":{number}", value) for number, value in found)
 
 
-def _json_objects(path: Path, text: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
+def _json_lines(path: Path, file: BinaryIO, check: TextCheck) -> Iterator[tuple[int, Any]]:
+    for number, raw in enumerate(file, 1):
+        line = check(f"{path}:{number}", raw)
+        if line is None or not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}): expected one object a line") from None
+
+
+def _json_objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}): expected an object or a list of them; .jsonl has lines"
         ) from None
-    yield from _rows(path, enumerate(value if isinstance(value, list) else [value], 1), field, check)
+    return enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
@@ -190,8 +211,6 @@ def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCh
 
 
 def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    pyarrow = _pyarrow(path)
-
     def values(table: Any) -> Iterator[tuple[int, Any]]:
         # The one column alone, a batch at a time: the file may be larger than memory.
         number = 0
@@ -203,10 +222,18 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
                 except UnicodeDecodeError as error:
                     check.undecodable(f"{path}:{number}", error)
 
+    with _parquet(path) as table:
+        _check_column(path, field, table.schema_arrow.names, check)
+        yield from _rows(path, values(table), field, check)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """The file, opened; errors in one line each."""
+    pyarrow = _pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            _check_column(path, field, table.schema_arrow.names, check)
-            yield from _rows(path, values(table), field, check)
+            yield table
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's own have no number
             raise unreadable(path, error) from None

@@ -2,11 +2,14 @@
 
     packed   windows of `length` tokens in a new order every epoch; documents run into each other
     reset    the same windows, and `cu_seqlens` so that no state passes from document to document
+    whole    rows of whole documents, the rest of a row empty, and `cu_seqlens`: nothing is cut off from what came
+             before it, unless it is longer than a row
     carry    truncated back-propagation through time: the documents, in a new order every epoch, make a stream
              that is cut into `batch` rows; at every step each row reads on, with the state that it stopped in
 
 The end-of-text token after a document is the first of the next one's sequence: every token is predicted, and a
-model learns to begin a document from it.
+model learns to begin a document from it. Conversations begin with their own first token, and only what answers in
+them is predicted: all other targets are IGNORE.
 
 All ranks get slices of the same global batch: the order does not depend on their number. It comes from a Feistel
 network keyed with (seed, epoch), which permutes [0, n) without a table (Luby and Rackoff, 1988; what lands outside
@@ -14,15 +17,17 @@ goes through again, cycle walking: Black and Rogaway, 2002).
 """
 
 import hashlib
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from retentive.data.shards import TokenStream
+from retentive.ops.cross_entropy import IGNORE
 
-Mode = Literal["reset", "packed", "carry"]
+Mode = Literal["reset", "packed", "whole", "carry"]
 
 
 class Carry(NamedTuple):
@@ -42,7 +47,7 @@ class Batch(NamedTuple):
     ids: Tensor
     """int64 [B, T], or [1, B*T] with cu_seqlens."""
     targets: Tensor
-    """The next token of each, the same shape."""
+    """The next token of each, the same shape; IGNORE where it is not to be predicted."""
     cu_seqlens: Tensor | None
     """int32 [N+1]: where the sequences of the flattened batch begin (so does every row), and its length."""
     carry: Carry | None
@@ -53,6 +58,17 @@ class Batch(NamedTuple):
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         carry = None if self.carry is None else Carry(*(x.to(device) for x in self.carry))
         return Batch(self.ids.to(device), self.targets.to(device), cu_seqlens, carry)
+
+
+class Row(NamedTuple):
+    """A row of a batch, before it is one."""
+
+    ids: np.ndarray
+    """int64 [T]."""
+    targets: np.ndarray
+    """int64 [T]."""
+    begins: np.ndarray
+    """Where sequences begin in it, in (0, T), ascending; one begins at 0 in any case."""
 
 
 class Batches:
@@ -80,8 +96,8 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        if mode not in ("reset", "packed", "carry"):
-            raise ValueError(f'mode is {mode!r}: expected "reset", "packed" or "carry"')
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}: expected one of {', '.join(get_args(Mode))}")
         if batch < 1 or length < 1:
             raise ValueError(f"batch is {batch} and length is {length}: expected at least 1 each")
         if not 0 <= rank < world or batch % world:
@@ -90,6 +106,9 @@ class Batches:
         self.mode, self.length, self.seed = mode, length, seed
         self._batch, self._rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
         self._windows = (self.tokens - 1) // length  # the last token of a window is predicted by a target beyond it
+        if mode == "whole":
+            self._pieces, self._first_pieces = whole_rows(stream, length, seed)
+            self._windows = len(self._first_pieces) - 1
         needed, what = (batch, f"{batch} rows") if mode == "carry" else (1, "a window")
         if self._windows < needed:
             raise ValueError(
@@ -110,27 +129,42 @@ class Batches:
         # A batch may hold the last windows of one epoch and the first ones of the next.
         for epoch in np.unique(epochs):
             index[epochs == epoch] = permute(index[epochs == epoch], self._windows, (self.seed, epoch))
-        starts = [int(window) * self.length for window in index]
-        rows = [self._stream.read(start, start + self.length + 1) for start in starts]
+        if self.mode == "whole":
+            return flattened([self._whole(int(row)) for row in index])[0]
+        rows = [row_at(self._stream, int(window) * self.length, self.length) for window in index]
         if self.mode == "packed":
-            block = torch.from_numpy(np.stack(rows))
-            return Batch(block[:, :-1].contiguous(), block[:, 1:].contiguous(), None, None)
-        ends = [self._stream.ends_in(start, start + self.length) - start for start in starts]
-        return flattened(rows, ends)[0]
+            ids, targets = (
+                torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Row._fields[:2]
+            )
+            return Batch(ids, targets, None, None)
+        return flattened(rows)[0]
+
+    def _whole(self, row: int) -> Row:
+        """A row of the pieces that belong in it, filled up with end-of-text ids."""
+        ids, targets = (np.full(self.length, x, np.int64) for x in (self._stream.eos_id, IGNORE))
+        at, begins = 0, []
+        for start, stop in self._pieces[self._first_pieces[row] : self._first_pieces[row + 1]]:
+            begins.append(at)
+            piece = row_at(self._stream, start, stop - start)
+            ids[at : at + stop - start], targets[at : at + stop - start] = piece.ids, piece.targets
+            at += int(stop - start)
+        return Row(ids, targets, np.array([*begins[1:], at] if at < self.length else begins[1:], np.int64))
 
     def _carry(self, step: int) -> Batch:
         epoch, step = divmod(step, self.steps_per_epoch)
         order, starts = self._document_order(epoch)
-        rows, ends, continues = [], [], []
+        rows, continues, early = [], [], int(not self._stream.chats)  # texts begin with the end-of-text id before them
         for row in self._rows:
             start = (row * self.steps_per_epoch + step) * self.length
             document = int(np.searchsorted(starts, start, "right")) - 1
-            # A row that begins on an end-of-text token begins with the next document's sequence, and so afresh.
-            continues.append(step > 0 and start + 1 != starts[document + 1])
-            stop = int(np.searchsorted(starts, start + self.length, "right"))
-            ends.append(starts[document + 1 : stop] - start)
-            rows.append(self._read_ordered(order, starts, document, start, self.length + 1))
-        batch, first = flattened(rows, ends)
+            # A row that begins where a sequence does begins afresh.
+            begins = starts[document : int(np.searchsorted(starts, start + self.length, "right"))] - early - start
+            continues.append(step > 0 and 0 not in begins)
+            here = (order, starts, document, start, self.length + 1)
+            ids, answered = (self._read_ordered(read, *here) for read in (self._stream.read, self._stream.answered))
+            targets = np.where(answered[1:], ids[1:], IGNORE)
+            rows.append(Row(ids[:-1], targets, begins[(begins > 0) & (begins < self.length)]))
+        batch, first = flattened(rows)
         carry = Carry(torch.from_numpy(first[:-1]), torch.from_numpy(first[1:] - 1), torch.tensor(continues))
         return batch._replace(carry=carry)
 
@@ -143,13 +177,21 @@ class Batches:
             self._layout = (epoch, order, np.concatenate([[0], np.cumsum(lengths[order])]))
         return self._layout[1:]
 
-    def _read_ordered(self, order: np.ndarray, starts: np.ndarray, document: int, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the documents in their order, from `start` on, which lies in the `document`-th of them."""
+    def _read_ordered(
+        self,
+        read: Callable[[int, int], np.ndarray],
+        order: np.ndarray,
+        starts: np.ndarray,
+        document: int,
+        start: int,
+        count: int,
+    ) -> np.ndarray:
+        """What `read` gives for `count` tokens of the documents in order, from `start` in the `document`-th on."""
         parts = []
         while count:
             stop = min(start + count, int(starts[document + 1]))
             begin = self._stream.start_of(int(order[document])) + start - int(starts[document])
-            parts.append(self._stream.read(begin, begin + stop - start))
+            parts.append(read(begin, begin + stop - start))
             count, start, document = count - (stop - start), stop, document + 1
         return np.concatenate(parts)
 
@@ -181,22 +223,46 @@ def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def flattened(rows: list[np.ndarray], ends: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
-    """(the rows as one batch [1, B*T], the index of each row's first sequence and, last, the number of sequences N).
+def row_at(stream: TokenStream, start: int, length: int) -> Row:
+    """The tokens of a stream from `start` on, and the one after them as the last target."""
+    ids = stream.read(start, start + length + 1)
+    targets = np.where(stream.answered(start + 1, start + length + 1), ids[1:], IGNORE)
+    begins = stream.ends_in(start, start + length) - start - (not stream.chats)
+    return Row(ids[:-1], targets, begins[(begins > 0) & (begins < length)])
 
-    Args:
-        rows: T+1 tokens each: T to read, and the last one's target.
-        ends: the document ends in (0, T] of each row.
+
+def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start and stop of pieces `[P,2]`, the first piece of each row and, last, P).
+
+    A piece is a document, all of it but the last token, which is a target alone; or of one longer than a row a part as
+    long as a row. Documents go into rows in an order of the seed's, a new row as soon as one does not fit.
     """
+    ends = stream.ends_in(0, stream.tokens)
+    # of a text the end-of-text id before it is read too; the very first has none
+    starts = np.concatenate([[0], ends[:-1] - (not stream.chats)])
+    pieces, first, room = list[tuple[int, int]](), [0], length
+    for document in permute(np.arange(len(ends)), len(ends), (seed, 0)).tolist():
+        for start in range(int(starts[document]), int(ends[document]) - 1, length):
+            stop = min(start + length, int(ends[document]) - 1)
+            if stop - start > room:
+                first.append(len(pieces))
+                room = length
+            pieces.append((start, stop))
+            room -= stop - start
+    return np.array(pieces, np.int64).reshape(-1, 2), np.array([*first, len(pieces)])
+
+
+def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
+    """(the rows as one batch [1, B*T], the index of each row's first sequence and, last, the number of sequences N)."""
     starts: list[np.ndarray] = []
     first: list[int] = []
     length = 0
-    for row, end in zip(rows, ends, strict=True):
+    for row in rows:
         first.append(sum(len(s) for s in starts))
-        marks = end - 1  # positions of the end-of-text tokens, with which the next document's sequence begins
-        starts.append(length + np.concatenate([[0], marks[marks > 0]]))
-        length += len(row) - 1
+        starts.append(length + np.concatenate([[0], row.begins]))
+        length += len(row.ids)
     cu_seqlens = np.concatenate([*starts, [length]]).astype(np.int32)
-    ids, targets = (np.concatenate([row[cut] for row in rows]) for cut in (slice(None, -1), slice(1, None)))
-    batch = Batch(torch.from_numpy(ids)[None], torch.from_numpy(targets)[None], torch.from_numpy(cu_seqlens), None)
-    return batch, np.array([*first, len(cu_seqlens) - 1])
+    ids, targets = (
+        torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))[None] for name in Row._fields[:2]
+    )
+    return Batch(ids, targets, torch.from_numpy(cu_seqlens), None), np.array([*first, len(cu_seqlens) - 1])

@@ -3,11 +3,14 @@
     train-00000.bin   token ids, an end-of-text id after every document; little-endian uint16, or uint32 where
                       the vocabulary is larger
     train-00000.idx   uint64: where documents end, just after that id, counted from the shard's start
+    train-00000.ans   of conversations: for each id 1 where it is (of) an answer, which training is to predict, else 0
     valid-00000.*     the same for the held-out text
     meta.json         what is in them, and the hash of the tokenizer that made them
     tokenizer.json    that tokenizer
+    chat_template.jinja   of conversations: the template that they were spelt by
 
-Shards end at document ends. The folder appears whole or not at all.
+A conversation is spelt as the model will see it, with no end-of-text id but the template's. Shards end at document
+ends. The folder appears whole or not at all.
 """
 
 import dataclasses
@@ -17,14 +20,17 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
+from retentive.data.chats import Conversation
 from retentive.data.sources import Document
+from retentive.data.templates import TEMPLATE, ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import only_writer, replace_folder, write_text
 
@@ -34,7 +40,9 @@ PIECE = 1 << 16
 """Characters that are encoded as one text: with longer ones HF tokenizers are slower."""
 BATCH = 1 << 22
 """Characters that are encoded in one call, on all cores."""
-_OURS = re.compile(r"meta\.json|tokenizer\.json|tokenizer_config\.json|(train|valid)-\d{5,}\.(bin|idx)")
+_OURS = re.compile(
+    r"meta\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|(train|valid)-\d{5,}\.(bin|idx|ans)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Shard:
     """Document ends in the .idx."""
     sha256: str
     """Hash of the .bin."""
+    answers_sha256: str = ""
+    """Hash of the .ans, of conversations."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class Split:
     """UTF-8 bytes of the text, for bits per byte."""
     shards: tuple[Shard, ...]
     """The files, in order."""
+    answers: int | None = None
+    """How many ids are of answers; None where all are trained on."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,23 @@ class Meta:
     """`Tokenizer.sha256` of the tokenizer beside the data."""
     splits: dict[str, Split]
     """"train" and "valid"."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether these are conversations, of which the answers are trained on."""
+        return self.splits["train"].answers is not None
+
+
+class Encoded(NamedTuple):
+    """A piece of a document."""
+
+    ids: list[int]
+    size: int
+    """UTF-8 bytes of its text."""
+    last: bool
+    """Whether the document ends here."""
+    answers: list[bool] | None = None
+    """Of a conversation: which ids are of answers."""
 
 
 def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
@@ -115,27 +144,37 @@ def pack(
 def write_packed(
     out: str | Path,
     tokenizer: Tokenizer,
-    train: Iterable[Document],
-    valid: Iterable[Document],
+    train: Iterable[Any],
+    valid: Iterable[Any],
     *,
     shard_tokens: int = 100_000_000,
     progress: Callable[[int], None] | None = None,
+    template: ChatTemplate | None = None,
 ) -> Meta:
-    """As `pack`, for a caller that is the `only_writer` of `out` already and has found it free."""
+    """As `pack`, for a caller that is the `only_writer` of `out` already and has found it free.
+
+    Args:
+        template: the documents are conversations, to be spelt by it.
+    """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    encode = partial(_encoded, tokenizer=tokenizer) if template is None else partial(_spelt, template=template)
 
     def fill(folder: Path) -> Meta:
         splits = {}
         for name, documents in zip(SPLITS, (train, valid), strict=True):
-            splits[name] = _write_split(folder, name, documents, tokenizer, dtype, shard_tokens, progress)
+            splits[name] = _write_split(folder, name, encode(documents), dtype, shard_tokens, progress)
             if not splits["train"].tokens:  # after the first split: the second is not worth encoding then
                 raise ValueError("no training text: every document was empty or held out for validation")
         meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
+        # what is of conversations alone is left out of other data's, as ever: its hash stands for the same text
+        described = dataclasses.asdict(meta, dict_factory=lambda pairs: {k: v for k, v in pairs if v not in (None, "")})
+        content = {"format": FORMAT, "version": VERSION, **described}
         with _named_as_ours():
             tokenizer.save(folder)
+            if template is not None:
+                write_text(folder / TEMPLATE, template.source)
             write_text(folder / "meta.json", json.dumps(content, indent=1))
         return meta
 
@@ -200,35 +239,44 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
     return meta
 
 
-def split_documents(
-    docs: Iterable[Document], valid_fraction: float, seed: int = 0
-) -> tuple[Iterator[Document], Iterator[Document]]:
+class Named(Protocol):
+    """A document or a conversation."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> tuple[Iterator[T], Iterator[T]]:
     """(documents to train on, documents held out): about `valid_fraction` of them, by a hash of name and seed.
 
     One pass: read the first to its end before the second; held-out documents wait in memory meanwhile.
-    With a positive fraction both get something: of few documents one is held out, a single one is cut.
+    With a positive fraction both get something: of few documents one is held out; a single text is cut, a single
+    conversation is not held out.
 
     Raises:
         ValueError: a fraction below 0 or not below 1.
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
-    held: deque[Document] = deque()
+    held: deque[T] = deque()
     done = False
 
-    def share(document: Document) -> float:
+    def share(document: T) -> float:
         # By the name alone: whether a document is held out depends on no other, nor on their order.
         name = document.name.encode("utf-8", "backslashreplace")  # names of files may be no UTF-8
         return int.from_bytes(hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest(), "little") / 2**64
 
-    def training() -> Iterator[Document]:
+    def training() -> Iterator[T]:
         nonlocal done
         trained = 0
         # The document of the smallest share so far, held back as long as nothing is held out: if the text ends
         # like that, it is the one.
-        spare: Document | None = None
+        spare: T | None = None
         for document in docs:
-            ready: Document | None = document
+            ready: T | None = document
             if share(document) < valid_fraction:
                 held.append(document)
                 ready, spare = spare, None
@@ -241,13 +289,13 @@ def split_documents(
             held.append(spare)
         if held and not trained:  # all are held out: one goes back, or the only one is cut in two
             last = held.pop()
-            if not held:
-                last, tail = _cut(last, valid_fraction)
-                held.append(tail)
+            if not held and isinstance(last, Document):
+                last, rest = cast(tuple[T, T], _cut(last, valid_fraction))
+                held.append(rest)
             yield last
         done = True
 
-    def validation() -> Iterator[Document]:
+    def validation() -> Iterator[T]:
         if not done:
             raise RuntimeError(
                 "read the documents to train on to their end first: until then it is open what is held out"
@@ -281,15 +329,15 @@ def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]
     return document._replace(text=text[:end]), document._replace(text=text[end:])
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
-    """(ids, UTF-8 bytes, whether the document ends here) of each piece of text, in order."""
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """The pieces of texts, in order; a document's last one with an end-of-text id."""
     batch: list[tuple[str, bool]] = []
     waiting = 0  # characters in the batch
 
-    def flush() -> Iterator[tuple[list[int], int, bool]]:
+    def flush() -> Iterator[Encoded]:
         texts = [piece for piece, _ in batch]
         for ids, (piece, last) in zip(tokenizer.encode_batch(texts), batch, strict=True):
-            yield ids, len(piece.encode()), last
+            yield Encoded([*ids, tokenizer.eos_id] if last else ids, len(piece.encode()), last)
         batch.clear()
 
     for document in documents:
@@ -304,46 +352,84 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
     yield from flush()
 
 
+def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Iterator[Encoded]:
+    """The conversations as the template spells them."""
+
+    def flush() -> Iterator[Encoded]:
+        for (ids, answers), each in zip(_taught(template, batch), batch, strict=True):
+            yield Encoded(ids, len(each.text.encode()), True, answers)
+        batch.clear()
+
+    batch: list[Conversation] = []
+    waiting = 0  # characters in the batch
+    for each in conversations:
+        batch.append(each)
+        waiting += len(each.text)
+        if waiting >= BATCH // 4:  # spelt, they take more memory than texts
+            yield from flush()
+            waiting = 0
+    yield from flush()
+
+
+def _taught(template: ChatTemplate, batch: list[Conversation]) -> list[tuple[list[int], list[bool]]]:
+    """`ChatTemplate.taught`, whose errors name the first conversation that the template refuses."""
+    try:
+        return template.taught([each.messages for each in batch])
+    except ValueError as error:
+        for each in batch:
+            try:
+                template.taught([each.messages])
+            except ValueError as refused:
+                raise ValueError(f"{each.name}: {refused}") from None
+        raise error
+
+
 def _write_split(
     folder: Path,
     split: str,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
+    encoded: Iterator[Encoded],
     dtype: str,
     shard_tokens: int,
     progress: Callable[[int], None] | None,
 ) -> Split:
     """Writes all shards of a split."""
-    text_bytes = 0
+    text_bytes, answers = 0, None
     shards: list[Shard] = []
 
-    def counted() -> Iterator[tuple[list[int], bool]]:
-        nonlocal text_bytes
-        for ids, size, last in _encoded(documents, tokenizer):
-            yield ([*ids, tokenizer.eos_id] if last else ids), last
+    def counted() -> Iterator[Encoded]:
+        nonlocal text_bytes, answers
+        for piece in encoded:
+            yield piece
             # from here on the ids are written: the reader of this generator has asked for more
-            text_bytes += size
+            text_bytes += piece.size
+            if piece.answers is not None:
+                answers = (answers or 0) + sum(piece.answers)
             if progress:
-                progress(size)
+                progress(piece.size)
 
-    encoded = counted()
-    for first in encoded:  # both this loop and `_write_shard` read from it: a round takes one shard's worth
+    rest = counted()
+    for first in rest:  # both this loop and `_write_shard` read from it: a round takes one shard's worth
         target = shard_path(folder, split, len(shards), ".bin")
-        shards.append(_write_shard(target, itertools.chain([first], encoded), np.dtype(dtype), shard_tokens))
-    count = sum(shard.documents for shard in shards)
-    return Split(count, sum(shard.tokens for shard in shards), text_bytes, tuple(shards))
+        shards.append(_write_shard(target, itertools.chain([first], rest), np.dtype(dtype), shard_tokens))
+    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    return Split(documents, tokens, text_bytes, tuple(shards), answers)
 
 
-def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype: np.dtype, shard_tokens: int) -> Shard:
-    """Writes one .bin with its .idx: documents until it has `shard_tokens` or there are no more."""
+def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shard_tokens: int) -> Shard:
+    """Writes one .bin with its .idx, and .ans where there are answers: `shard_tokens` or what there is."""
     tokens = 0
     ends: list[int] = []
-    digest = hashlib.sha256()
-    with open(target, "wb") as file:
-        for ids, last in encoded:
+    digest, of_answers_digest = hashlib.sha256(), hashlib.sha256()
+    with open(target, "wb") as file, ExitStack() as more:
+        of_answers: BinaryIO | None = None
+        for ids, _, last, answers in encoded:
             data = np.array(ids, dtype.newbyteorder("<")).tobytes()
             _write(file, data)
             digest.update(data)
+            if answers is not None:
+                of_answers = of_answers or more.enter_context(open(target.with_suffix(".ans"), "wb"))
+                _write(of_answers, bytes(answers))
+                of_answers_digest.update(bytes(answers))
             tokens += len(ids)
             if last:
                 ends.append(tokens)
@@ -352,7 +438,7 @@ def _write_shard(target: Path, encoded: Iterator[tuple[list[int], bool]], dtype:
     # Ends are few, and wait in memory; ids are written as they come.
     with open(target.with_suffix(".idx"), "wb") as file:
         _write(file, np.array(ends, "<u8").tobytes())
-    return Shard(tokens, len(ends), digest.hexdigest())
+    return Shard(tokens, len(ends), digest.hexdigest(), of_answers_digest.hexdigest() if of_answers else "")
 
 
 @contextmanager
@@ -380,15 +466,18 @@ def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
         if sum(shard.tokens for shard in held.shards) != held.tokens:
             raise ValueError(f"{path}/meta.json is damaged: its {split} shards do not add up, pack the data again")
         for number, shard in enumerate(held.shards):
-            for suffix, size in ((".bin", shard.tokens * item), (".idx", shard.documents * 8)):
+            sizes = {".bin": shard.tokens * item, ".idx": shard.documents * 8}
+            sizes |= {".ans": shard.tokens} if meta.chats else {}
+            for suffix, size in sizes.items():
                 file = shard_path(path, split, number, suffix)
                 got = file.stat().st_size if file.is_file() else None
                 if got != size:
                     found = "is missing" if got is None else f"has {got:,} bytes, expected {size:,}"
                     raise ValueError(f"{file} {found}: the copy is incomplete, copy the folder or pack the data again")
-            file = shard_path(path, split, number, ".bin")
-            if verify and _file_hash(file) != shard.sha256:
-                raise ValueError(f"{file} is damaged: its hash differs from that in meta.json, pack the data again")
+            for suffix, digest in ((".bin", shard.sha256), (".ans", shard.answers_sha256)):
+                file = shard_path(path, split, number, suffix)
+                if verify and digest and _file_hash(file) != digest:
+                    raise ValueError(f"{file} is damaged: its hash differs from that in meta.json, pack the data again")
 
 
 def _file_hash(path: Path) -> str:

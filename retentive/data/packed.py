@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retentive.data.loader import Batch, Batches, Mode, flattened
+from retentive.data.loader import Batch, Batches, Mode, flattened, row_at
 from retentive.data.pack import load_meta
 from retentive.data.shards import TokenStream
+from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import load_tokenizer
 
 
@@ -43,6 +44,11 @@ class Packed:
         self._streams: dict[str, TokenStream] = {}
 
     @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """The template that the conversations were spelt by; None of texts."""
+        return load_template(self.path, self.tokenizer) if self.meta.chats else None
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 of meta.json, which holds that of every shard: the same for the same data in any folder."""
         return hashlib.sha256((self.path / "meta.json").read_bytes()).hexdigest()
@@ -63,7 +69,8 @@ class Packed:
     def held_out(self, *, length: int, tokens: int | None = None) -> Iterator[Batch]:
         """The held-out text in order, as batches [1, length] with `cu_seqlens`, the last one shorter.
 
-        They cover the first `tokens` tokens (default: all). Each of these but the very first is predicted once.
+        They cover the first `tokens` tokens (default: all). Each of these but the very first is predicted once. Of
+        conversations each batch is one, however long, and the last the one that has the `tokens`-th token.
 
         Raises:
             ValueError: there is no held-out text, or a number is too small; raised by the call, not by the first batch.
@@ -74,14 +81,27 @@ class Packed:
 
         def windows() -> Iterator[Batch]:
             for start in range(0, count - 1, length):
-                stop = min(start + length, count - 1)
-                yield flattened([stream.read(start, stop + 1)], [stream.ends_in(start, stop) - start])[0]
+                yield flattened([row_at(stream, start, min(length, count - 1 - start))])[0]
 
-        return windows()
+        def conversations() -> Iterator[Batch]:
+            for start, stop in self._held_out_chats(tokens):
+                yield flattened([row_at(stream, start, stop - 1 - start)])[0]
+
+        return conversations() if stream.chats else windows()
+
+    def _held_out_chats(self, tokens: int | None) -> Iterator[tuple[int, int]]:
+        """(start, stop) in the held-out stream of each conversation, up to the one with the `tokens`-th token."""
+        stream, count = self._held_out(tokens)
+        ends = stream.ends_in(0, stream.tokens)
+        starts = np.concatenate([[0], ends[:-1]])
+        yield from zip(starts[starts < count].tolist(), ends.tolist(), strict=False)
 
     def held_out_bytes(self, tokens: int | None = None) -> int:
-        """The UTF-8 bytes of the text that `held_out(tokens=tokens)` covers, for bits per byte."""
+        """The UTF-8 bytes of the text that `held_out(tokens=tokens)` predicts (of chats, the answers)."""
         stream, count = self._held_out(tokens)
+        if stream.chats:
+            answers = (stream.read(*span)[stream.answered(*span)] for span in self._held_out_chats(tokens))
+            return sum(len(self.tokenizer.decode(ids.tolist()).encode()) for ids in answers)
         if count == stream.tokens:
             return self.meta.splits["valid"].bytes
         size = start = 0
@@ -92,6 +112,12 @@ class Packed:
             size += len(text.encode())
             start = end
         return size
+
+    def first_question(self) -> list[int]:
+        """The ids of the first held-out conversation (or of the first to train on) up to its first answer."""
+        stream = self.stream("valid" if self.meta.splits["valid"].tokens else "train")
+        stop = int(stream.ends_in(0, stream.tokens)[0])
+        return stream.read(0, int(stream.answered(0, stop).argmax())).tolist()
 
     def first_tokens(self, split: str, most: int) -> np.ndarray:
         """The first `most` tokens of a split, or all; int64."""

@@ -1,6 +1,7 @@
 """From text to a folder that training reads, in one call: text is held out, a tokenizer found, and all of it packed.
 
 prepare("my_texts", "data/mine", vocab_size=8192)
+prepare("chats.jsonl", "data/chats", chats=True, tokenizer="runs/mine")
 """
 
 import itertools
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retentive.data.chats import Conversation, chat_files, chats
 from retentive.data.formats import COMPRESSED
 from retentive.data.pack import Meta, check_free, pieces, split_documents, write_packed
 from retentive.data.sources import Document, documents, source_files
+from retentive.data.templates import TURNS, ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from retentive.files import only_writer
 
@@ -42,6 +45,11 @@ class DataConfig:
     suffix: tuple[str, ...] = ()
     """More kinds of files to read in folders: .json .csv .tsv by their field, others (.tex .log) as plain text; none
     stands for names without a suffix."""
+    chats: bool = False
+    """The sources are conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion), whose
+    answers are trained on; they are spelt by the chat template beside the tokenizer, or by a plain one."""
+    template: Path | None = None
+    """Another chat template for them, a file of jinja."""
     seed: int = 0
     """Chooses which documents are held out."""
     overwrite: bool = False
@@ -81,13 +89,17 @@ def prepare(
     with only_writer(Path(out)):
         check_free(out, overwrite=config.overwrite)  # another process may have been quicker
         tokenizer = _tokenizer(sources, config, report)
-        return write_packed(out, tokenizer, train, valid, progress=_adding_up(report, "packing", everything, config))
+        template = _template(tokenizer, config) if config.chats else None
+        advance = _adding_up(report, "packing", everything, config)
+        return write_packed(out, tokenizer, train, valid, progress=advance, template=template)
 
 
 def _splits(
     sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None]
-) -> tuple[Iterator[Document], Iterator[Document]]:
-    def read(source: str | Path) -> Iterator[Document]:
+) -> tuple[Iterator[Any], Iterator[Any]]:
+    def read(source: str | Path) -> Iterator[Document | Conversation]:
+        if config.chats:
+            return chats(source, on_bad_text=config.on_bad_text, say=say)
         return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
 
     everything = itertools.chain(*[read(source) for source in sources])  # a list: what is missing raises now, not later
@@ -103,7 +115,12 @@ def _splits(
 def _files(sources: Sequence[str | Path], config: DataConfig) -> set[Path]:
     """The files of the sources, those of the hub left out; links are followed."""
     local = [source for source in sources if not str(source).startswith("hf:")]
-    return {path.resolve() for source in local for path in source_files(source, config.suffix).values()}
+    return {path.resolve() for source in local for path in _read_files(source, config)}
+
+
+def _read_files(source: str | Path, config: DataConfig) -> list[Path]:
+    """The files that are read of a local source."""
+    return list((chat_files(source) if config.chats else source_files(source, config.suffix)).values())
 
 
 def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress) -> Tokenizer:
@@ -117,7 +134,13 @@ def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progre
     return train_bpe(sample, config.vocab_size)
 
 
-def _sample(train: Iterator[Document], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
+def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
+    """The config's template, or the one beside the tokenizer, or the plain one that chats are taught with."""
+    beside = Path(config.tokenizer)
+    return load_template(beside if beside.is_dir() else beside.parent, tokenizer, config.template, default=TURNS)
+
+
+def _sample(train: Iterator[Document | Conversation], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
     """Pieces of text, SAMPLE characters at most: from all over it, or from its beginning where it is downloaded."""
     sample: list[str] = []
     size = seen = 0
@@ -158,7 +181,7 @@ def _bytes_of(sources: Sequence[str | Path], config: DataConfig) -> int | None:
     for source in sources:
         if str(source).startswith("hf:"):
             return None
-        for path in source_files(source, config.suffix).values():
+        for path in _read_files(source, config):
             if path.suffix.lower() in (*COMPRESSED, ".parquet"):
                 return None
             size += path.stat().st_size

@@ -28,6 +28,9 @@ class TokenStream:
         for file, ids, ends in zip(self._files, self._ids, self._ends, strict=True):
             if ends[-1] != len(ids):
                 raise ValueError(f"{file.with_suffix('.idx')} is damaged: pack the data again")
+        self._answers = [np.memmap(file.with_suffix(".ans"), np.bool_, "r") for file in self._files if meta.chats]
+        self.chats, self.eos_id = meta.chats, meta.eos_id
+        """Whether these are conversations; the end-of-text id."""
         self._vocab_size = meta.vocab_size
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._document_starts = np.cumsum([0, *(shard.documents for shard in shards)])
@@ -51,6 +54,12 @@ class TokenStream:
             return ids
 
         return self._across(start, stop, within)
+
+    def answered(self, start: int, stop: int) -> np.ndarray:
+        """Which of these ids training is to predict, bool [stop - start]: of conversations those of answers."""
+        if not self.chats:
+            return np.ones(stop - start, bool)
+        return self._across(start, stop, lambda shard, low, high, _: self._answers[shard][low:high])
 
     def ends_in(self, start: int, stop: int) -> np.ndarray:
         """The document ends e with start < e <= stop, each just after an end-of-text token; int64."""

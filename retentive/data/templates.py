@@ -10,6 +10,7 @@ internet: it sees no attribute of Python's, and its ranges, products and output 
 refused. It can still use much memory, by concatenation.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
 
+TEMPLATE = "chat_template.jinja"
+"""The file of a model folder that holds its template."""
 BUILT_IN = """\
 {{- eos_token -}}
 {%- for message in messages -%}
@@ -28,6 +31,10 @@ BUILT_IN = """\
 {% endif -%}
 {%- endfor -%}
 Assistant:"""
+
+TURNS = BUILT_IN.replace("| trim }}\n{% endif", "| trim }}{{ eos_token if message.role == 'assistant' }}\n{% endif")
+"""What conversations are taught with where a model has no template: an answer ends with end-of-text. A model that was
+never taught so begins another document there, and is better asked by BUILT_IN."""
 
 MOST_CHARACTERS = 16 << 20
 """Characters that a template puts out, or that a product of strings in it has."""
@@ -57,6 +64,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, special: Mapping[str, int], *, own: bool, bos: str = ""):
         self.tokenizer, self.special, self.own, self.bos = tokenizer, dict(special), own, bos
+        self.source = source
         self.eos = next((name for name, id in special.items() if id == tokenizer.eos_id), END_OF_TEXT)
         self.special[self.eos] = tokenizer.eos_id
         names = sorted(self.special, key=len, reverse=True)  # a regular expression takes the first that matches
@@ -83,6 +91,75 @@ class ChatTemplate:
         if after is None:
             raise ValueError("the chat template does not show each message once: a session cannot go on with it")
         return self._encode(after)
+
+    def taught(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
+        """(ids, which of them are answers) of whole conversations, for training; an answer has the token that ends it.
+
+        The ids are those that `first`, the answers' own ids, and `next` in turn would give: what a session has read.
+
+        Raises:
+            ValueError: the template refuses the messages, or cannot be taught: it does not show each answer once, after
+                what it ends the question with, or ends an answer with no special token.
+        """
+        spelt = [self._spelt(self._shielded(messages)) for messages in conversations]
+        # all texts in one call: a call for each would take most of the time
+        texts = iter(self.tokenizer.encode_batch([x for each in spelt for x, _ in each if isinstance(x, str)]))
+        found = []
+        for each in spelt:
+            ids, answers = list[int](), list[bool]()
+            for x, answered in each:
+                more = next(texts) if isinstance(x, str) else [x]
+                ids += more
+                answers += [answered] * len(more)
+            found.append((ids, answers))
+        return found
+
+    def _spelt(self, messages: Sequence[Message]) -> list[tuple[str | int, bool]]:
+        """A conversation as texts and special tokens, each with whether it is (of) an answer."""
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        blank = [m if m["role"] != "assistant" else {**m, "content": ANSWER} for m in messages]
+        parts = self._render(blank).split(ANSWER)
+        if len(parts) != len(answers) + 1:
+            raise ValueError("the chat template does not show each answer once: it cannot be taught")
+        lead = self._lead
+        spelt: list[tuple[str | int, bool]] = []
+        for before, answer in zip(parts, answers, strict=False):
+            if not before.endswith(lead):
+                raise ValueError(f"the chat template does not put {lead!r} before each answer: it cannot be taught")
+            start = 0
+            if spelt:
+                start = self._end_of_answer(before)
+                spelt += self._split(before[:start], True)
+            spelt += self._split(before[start : len(before) - len(lead)], False)
+            spelt += self._split(lead + answer, True)
+        return spelt + self._split(parts[-1][: self._end_of_answer(parts[-1])], True)
+
+    @functools.cached_property
+    def _lead(self) -> str:
+        """What stands between the end of a question, from where the model writes, and the answer's first character."""
+        question = [{"role": "user", "content": "."}]
+        asked = self._render(question)
+        before = self._render([*question, {"role": "assistant", "content": ANSWER}]).split(ANSWER)[0]
+        if not before.startswith(asked):
+            raise ValueError("the chat template asks for an answer otherwise than it shows one: it cannot be taught")
+        return before[len(asked) :]
+
+    def _end_of_answer(self, after: str) -> int:
+        """How many characters of what is rendered after an answer belong to its end."""
+        space = len(after) - len(after.lstrip())
+        if not (found := self._special.match(after, space)):
+            raise ValueError("the chat template ends answers with no special token: it cannot be taught")
+        return found.end()
+
+    def _split(self, rendered: str, answered: bool) -> list[tuple[str | int, bool]]:
+        """Rendered text as texts and special tokens' ids, without empty ones."""
+        parts = self._special.split(rendered)  # every second one is a special token's name
+        found = [self.special[part] if n % 2 else self._plain(part) for n, part in enumerate(parts)]
+        return [(x, answered) for x in found if x != ""]
+
+    def _plain(self, rendered: str) -> str:
+        """Rendered text with what was shielded in it back in its place."""
+        return SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), rendered)
 
     def _after_answer(self, messages: Sequence[Message]) -> str | None:
         """What is rendered after an answer that `messages` follow; None where the template does not show it once."""
@@ -128,15 +205,18 @@ class ChatTemplate:
     def _encode(self, rendered: str) -> list[int]:
         """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
         parts = self._special.split(rendered)  # every second one is a special token's name
-        texts = [SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), part) for part in parts[::2]]
-        ids = self.tokenizer.encode_batch(texts)  # which releases the GIL meanwhile, as `encode` does not
+        ids = self.tokenizer.encode_batch(
+            list(map(self._plain, parts[::2]))
+        )  # which releases the GIL meanwhile, as `encode` does not
         for n, part in enumerate(parts[1::2]):
             ids[n].append(self.special[part])
         return [id for each in ids for id in each]
 
 
-def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
-    """The template in `file`, or the one that came with the model in `folder`, or the built-in one.
+def load_template(
+    folder: Path, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN
+) -> ChatTemplate:
+    """The template in `file`, or the one that came with the model in `folder`, or the default.
 
     Raises:
         FileNotFoundError: no such file.
@@ -150,7 +230,7 @@ def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) 
     bos = bos.get("content") if isinstance(bos, dict) else bos
     try:
         return ChatTemplate(
-            source or BUILT_IN,
+            source or default,
             tokenizer,
             special,
             own=source is not None,
@@ -160,10 +240,15 @@ def load_template(folder: Path, tokenizer: Tokenizer, file: Path | None = None) 
         raise ValueError(f"{origin} is refused: {error}") from None
 
 
+def template_of(folder: Path) -> str | None:
+    """The source of the template that came with the model in `folder`; None where none did."""
+    return _find(folder, _read_json(folder / "tokenizer_config.json"), None)[0]
+
+
 def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[str | None, Path | str]:
     """(source, where it is from); None for the built-in one."""
-    if file is None and (folder / "chat_template.jinja").is_file():
-        file = folder / "chat_template.jinja"
+    if file is None and (folder / TEMPLATE).is_file():
+        file = folder / TEMPLATE
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"no chat template at {file}")

@@ -19,6 +19,7 @@ from retentive.data.packed import Packed
 from retentive.evals.likelihood import in_eval_mode
 from retentive.models import LanguageModel
 from retentive.models.carry import states_in, states_out
+from retentive.ops.cross_entropy import IGNORE
 
 TOGETHER = 8192
 """Tokens that go through the model at once: as many whole windows as fit in, one at least."""
@@ -77,7 +78,8 @@ def token_losses(
     """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`.
 
     The model begins each window with a blank state, or with `carry` goes on from the one before (which needs a state of
-    constant size); each document begins with a blank state in any case. All tokens but the very first are predicted.
+    constant size); each document begins with a blank state in any case. All tokens but the very first are predicted; of
+    conversations, which are read whole, those of the answers.
     """
     with in_eval_mode(model):
         return _token_losses(model, data, length, tokens, carry)
@@ -88,8 +90,8 @@ def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int |
     parts: list[tuple[np.ndarray, ...]] = []
     # contexts counted so far, tokens of the last one, and the state that `carry` hands on
     contexts, before, state = 0, 0, None
-    windows = data.held_out(length=length, tokens=tokens)
-    for batch in windows if carry else _several(windows, TOGETHER // length):
+    windows, carry = data.held_out(length=length, tokens=tokens), carry and not data.meta.chats
+    for batch in windows if carry else _several(windows):
         assert batch.cu_seqlens is not None
         counts = batch.cu_seqlens.diff()  # tokens of each document (or part of one) in the batch
         # a window that begins with an end-of-text token begins a document: it does not go on from the one before
@@ -102,8 +104,10 @@ def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int |
         context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])
         position[: int(counts[0])] += before * goes_on
-        columns = (_losses(model, x[0], batch.targets[0]), batch.targets[0], batch.ids[0], context, position)
-        parts.append(tuple(column.numpy() for column in columns))
+        wanted = batch.targets[0] != IGNORE
+        columns = (batch.targets[0], batch.ids[0], context, position)
+        losses = _losses(model, x[0, wanted.to(device)], batch.targets[0, wanted])
+        parts.append((losses.numpy(), *(column[wanted].numpy() for column in columns)))
         contexts, before = int(context[-1]) + 1, int(position[-1])
         state = states_out(state, torch.tensor([len(counts) - 1])) if carry else None  # of the last document
     return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -119,14 +123,14 @@ def _losses(model: LanguageModel, x: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def _several(windows: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """The windows packed `count` at a time (one at least) into one row; each stays a sequence of its own."""
+def _several(windows: Iterator[Batch]) -> Iterator[Batch]:
+    """The windows packed into rows of at most TOGETHER tokens (or of one window); each stays a sequence of its own."""
     held: list[Batch] = []
     for window in windows:
-        held.append(window)
-        if len(held) >= count:
+        if held and sum(w.ids.numel() for w in (*held, window)) > TOGETHER:
             yield _joined(held)
             held = []
+        held.append(window)
     if held:
         yield _joined(held)
 

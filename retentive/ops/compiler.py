@@ -7,6 +7,7 @@ environment variable RETENTIVE_ISA forces a set of instructions, CC a compiler.
 import ctypes
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import shlex
@@ -107,8 +108,7 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         if library.stem.endswith(_hash(library.read_bytes())):
             return library
         library.unlink(missing_ok=True)  # another process may have deleted it first
-    if sys.stderr and sys.stderr.isatty():  # someone is waiting, and would wonder what for
-        print(f"retentive: compiling its {source.name} kernels for this CPU, once (some seconds)", file=sys.stderr, flush=True)
+    logging.getLogger(__name__).info("compiling its %s kernels for this CPU, once (some seconds)", source.name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
         # what is compiled with OpenMP is linked without: its calls go to the one runtime that PyTorch has loaded, since

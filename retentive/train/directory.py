@@ -21,6 +21,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.files import make_folder
 from retentive.train.checkpoints import UNTRAINED, folders
 
+Existing = Literal["refuse", "resume", "overwrite"]
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
 """What is deleted when a run begins anew. The options and the model's files are replaced, all other files are kept."""
 
@@ -33,9 +34,11 @@ class RunDirectory:
     """The directory, made if it does not exist."""
     tokenizer: Tokenizer | None = None
     """Saved beside the model, so that the run alone is enough to generate text."""
+    template: str | None = None
+    """The source of the model's chat template, saved there as well."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """What else is kept in train.json."""
-    existing: Literal["refuse", "resume", "overwrite"] = "refuse"
+    existing: Existing = "refuse"
     """What is done where a run has left checkpoints; one that was killed before its first is begun anew: nothing is
     lost. Trained weights whose checkpoints are gone are lost by "overwrite" alone."""
 

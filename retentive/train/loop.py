@@ -95,7 +95,8 @@ def train(
             return run
         if done == 0:
             (run / checkpoints.UNTRAINED).touch()
-            save_model(run, model, directory.tokenizer)  # so that the run can be loaded before its first checkpoint
+            # so that the run can be loaded before its first checkpoint
+            save_model(run, model, directory.tokenizer, template=directory.template)
         mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)

@@ -19,16 +19,17 @@ from retentive import machine
 from retentive.checkpoint.io import find, load, load_config
 from retentive.data.loader import Batches, Mode
 from retentive.data.packed import Packed
+from retentive.data.templates import ChatTemplate, template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
-from retentive.infer import SamplingParams, write_on
+from retentive.infer import SamplingParams, generate, write_on
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
 from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
-from retentive.train.directory import RunDirectory, read_options
+from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
 from retentive.train.optim import adamw
@@ -57,7 +58,8 @@ class TrainRun:
     init: str = ""
     """Model folder to train on from, a run or a converted model: its weights and architecture in place of a size's."""
     mode: Mode = "reset"
-    """reset: no state passes a document's end. packed: documents run into each other. carry: each row reads on."""
+    """reset: no state passes a document's end. packed: documents run into each other. whole: rows of whole documents,
+    or conversations. carry: each row reads on."""
     batch: int = 8
     """Rows of a batch."""
     length: int = 512
@@ -188,9 +190,14 @@ class TrainRun:
             return held_out_loss(model, data, tokens=tokens, **how)
 
         def sample(model: LanguageModel) -> str:
-            return sample_text(model, data.tokenizer, self.train.sample_prompt)
+            asked = self.train.sample_prompt
+            if data.template is None:
+                return sample_text(model, data.tokenizer, asked)
+            ids = data.template.first([{"role": "user", "content": asked}]) if asked else data.first_question()
+            return sample_answer(model, data.template, ids)
 
-        has_valid = data.meta.splits["valid"].tokens > self.length  # at least one whole row and its targets
+        # at least one whole row and its targets, or one conversation
+        has_valid = data.meta.splits["valid"].tokens > (1 if data.meta.chats else self.length)
         return Hooks(evaluate if has_valid else None, None if isinstance(config, PeerConfig) else sample)
 
     def directory(self, data: Packed) -> RunDirectory:
@@ -198,8 +205,11 @@ class TrainRun:
         apart = ("train", "resume", "overwrite")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         record = {"command": plain(options), "data_sha256": data.fingerprint}
-        existing: Any = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
-        return RunDirectory(self.out, data.tokenizer, record, existing)
+        existing: Existing = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
+        template = data.template.source if data.template else None
+        if template is None and self.init and not (self.resume and folders(self.out)):  # that has its own
+            template = template_of(find(self.init))
+        return RunDirectory(self.out, data.tokenizer, template, record, existing)
 
 
 def both_architectures(init: str) -> str:
@@ -212,6 +222,16 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, toke
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
     text = "".join(write_on(model.eval(), tokenizer, prompt, params, max_tokens=tokens))
+    model.train(training)
+    return text
+
+
+def sample_answer(model: LanguageModel, template: ChatTemplate, ids: list[int], *, tokens: int = 80) -> str:
+    """A conversation's ids and the model's answer to them as text, always with the same seed."""
+    training = model.training
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
+    answer = generate(model.eval(), ids, params, max_tokens=tokens, stop_ids=sorted(template.stop_ids))
+    text = template.tokenizer.decode([*ids, *(token.id for token in answer)])
     model.train(training)
     return text
 

@@ -31,6 +31,7 @@ from retentive.cli import (
     quantize,
     report,
     serve,
+    sft,
 )
 from retentive.cli import eval as evaluation
 from retentive.cli import train as training
@@ -48,6 +49,7 @@ COMMANDS = {
     "demo": demo.DemoCommand,
     "data": data.DataCommand,
     "train": TrainRun,
+    "sft": sft.SftCommand,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
     "memory ask": memory.AskCommand,

@@ -1,5 +1,6 @@
 """Held-out text token by token: against the model's own logits, one context after the other, and recall by hand."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 
 from retentive.data.pack import pack
 from retentive.data.packed import Packed
+from retentive.data.prepare import prepare
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import heldout
 from retentive.models import RetNetConfig, build, twin
+from retentive.ops.cross_entropy import IGNORE
 
 TRAIN = ["the cat sat on the mat. " * 40, "a dog ran. " * 30]
 VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3, "le café noir " * 9]
@@ -159,3 +162,21 @@ def test_nothing_recalled_is_no_error(model, tmp_path):
     report = heldout.report(model, data, heldout.Pairs(data), length=8)
     assert report["recalled"] == {"tokens": 0, "loss": None}
     assert math.isfinite(report["others"]["loss"])
+
+
+def test_of_conversations_the_answers_count(model, tmp_path, same):
+    said = [{"prompt": "What?" * n, "completion": "Nothing much. " * n} for n in (1, 2, 30)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in said))
+    prepare(tmp_path / "chats.jsonl", tmp_path / "out", chats=True, tokenizer="bytes", valid=tmp_path / "chats.jsonl",
+            say=lambda line: None)  # fmt: skip
+    data, wanted = Packed(tmp_path / "out"), []
+    for batch in data.held_out(length=1):
+        with torch.no_grad():
+            logits, _ = model.double()(batch.ids)
+        losses = F.cross_entropy(logits[0], batch.targets[0], reduction="none", ignore_index=IGNORE)
+        wanted += losses[batch.targets[0] != IGNORE].tolist()
+    assert len(wanted) == data.meta.splits["valid"].answers
+    for carry in (False, True):
+        found = heldout.held_out_loss(model, data, length=16, carry=carry)
+        assert found.tokens == len(wanted) and abs(found.loss - np.mean(wanted)) < EXACT * 100
+        assert found.bytes == sum(len(each["completion"].strip()) + 1 for each in said)

@@ -742,13 +742,14 @@ def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
     assert module.unavailable() is None and len(calls.read_text().split()) == 2
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_who_waits_at_a_terminal_is_told_what_for(watched, fresh, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
-    for _ in range(2):
-        module.library.cache_clear()
-        assert module.unavailable() is None
-    assert capsys.readouterr().err.count("compiling its cpu kernels") == int(watched)
+def test_that_it_is_compiled_is_logged(fresh, caplog):
+    with caplog.at_level("INFO", "retentive"):
+        for _ in range(2):
+            module.library.cache_clear()
+            assert module.unavailable() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "compiling its cpu kernels for this CPU, once (some seconds)"
+    ]
 
 
 def test_another_source_other_flags_or_another_compiler_is_another_library(fresh, monkeypatch, tmp_path):

@@ -1,0 +1,121 @@
+"""`retentive sft`: teach a model to answer, by conversations; the template that they are spelt by goes with it."""
+
+import math
+import signal
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retentive.checkpoint.io import find, load_config
+from retentive.cli.data import shown
+from retentive.cli.progress import say
+from retentive.cli.train import CHANGES, typed_options
+from retentive.data.loader import Mode
+from retentive.data.packed import Packed
+from retentive.data.prepare import prepare
+from retentive.models import RetNetConfig
+from retentive.train import Interrupted, TrainConfig, TrainRun
+from retentive.train.directory import Existing, RunDirectory
+
+
+@dataclass(frozen=True)
+class SftCommand:
+    """Fine-tune a model on conversations, whose answers alone are learnt; or train one on them from the beginning.
+
+    The run is one like any other: generate, chat, serve, eval and quantize take it, and train --resume goes on with it.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory or model folder to begin with, or hf:owner/name on the hub."""
+    data: tuple[str, ...]
+    """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion), which
+    are packed into a folder beside the run; or a folder that `retentive data --chats` has packed."""
+    out: Path
+    """Run directory to make."""
+    valid: str | None = None
+    """Conversations of their own to hold out, instead of a part of the others."""
+    valid_fraction: float = 0.05
+    """The part of them that is held out."""
+    template: Path | None = None
+    """A chat template in place of the model's own; without either, a plain one."""
+    epochs: float = 3.0
+    """How often all conversations are gone through; --steps says it in steps."""
+    mode: Mode | None = None
+    """carry: rows read on from row to row, with their states, however long a conversation is; whole: rows of whole
+    conversations. By default carry for RetNets, whole for models that attend."""
+    batch: int = 8
+    """Rows of a batch."""
+    length: int = 512
+    """Tokens of a row."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint, if it has one."""
+    overwrite: bool = False
+    """Begin anew where there is a run at --out."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(lr=3e-4, warmup=20, eval_every=100, save_every=100, sample_every=100)
+    )
+
+
+def main(argv: list[str]) -> None:
+    """`retentive sft ARGV`."""
+    command = tyro.cli(SftCommand, prog="retentive sft", args=argv, registry=CHANGES)
+    typed = typed_options(argv)
+    RunDirectory(command.out, existing=existing(command)).check()  # before anything is packed
+    mode = command.mode or usual_mode(command.model)
+    data = packed(command)
+    run = TrainRun(
+        data.path,
+        command.out,
+        init=command.model,
+        mode=mode,
+        batch=command.batch,
+        length=command.length,
+        resume=command.resume,
+        overwrite=command.overwrite,
+        train=command.train,
+    )
+    if "steps" not in typed:
+        steps = math.ceil(command.epochs * run.batches(data).steps_per_epoch / command.train.accumulate)
+        run = replace(run, train=replace(run.train, steps=max(1, steps)))
+    try:
+        run.run(overrides=typed)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        if stop.number == signal.SIGINT:
+            sys.exit(130)
+
+
+def existing(command: SftCommand) -> Existing:
+    """What is done where there is a run."""
+    return "resume" if command.resume else "overwrite" if command.overwrite else "refuse"
+
+
+def usual_mode(model: str) -> Mode:
+    """How conversations are put into rows where nobody says."""
+    return "carry" if type(load_config(find(model))[0]) is RetNetConfig else "whole"
+
+
+def packed(command: SftCommand) -> Packed:
+    """The conversations as training reads them.
+
+    Raises:
+        ValueError: a folder of packed texts, which have no answers.
+    """
+    first = Path(command.data[0])
+    if len(command.data) == 1 and (first / "meta.json").is_file():
+        data = Packed(first)
+        if not data.meta.chats:
+            raise ValueError(f"{first} holds texts, in which nothing is an answer: retentive train reads it")
+        return data
+    folder = command.out.with_name(command.out.name + "-data")
+    if not (command.resume and (folder / "meta.json").is_file()):
+        with shown(sys.stderr) as progress:
+            prepare(
+                command.data, folder, chats=True, tokenizer=str(find(command.model)), template=command.template,
+                valid=command.valid, valid_fraction=command.valid_fraction, overwrite=True,
+                progress=progress, say=say,
+            )  # fmt: skip
+    return Packed(folder)

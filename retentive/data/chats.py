@@ -1,0 +1,152 @@
+"""Conversations from files: the usual schemas in, messages out; what is wrong is named by file and line.
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]}     ShareGPT's
+    {"prompt": "…", "completion": "…"}                           a question and its answer; either may be messages too
+
+An object a line of .jsonl, a list of them in .json, or a row of .parquet; other fields of an object do not matter. A
+conversation may begin with a system message; then users and assistants take turns, and a last message that no answer
+follows is left out: it teaches nothing.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retentive.data.formats import OnBadText, TextCheck, kind_of, objects
+from retentive.data.sources import Say, find_files
+from retentive.data.templates import Message
+
+KINDS = (".jsonl", ".json", ".parquet")
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+"""What schemas call those who speak, and what templates do."""
+SCHEMAS = "messages, conversations, or prompt and completion"
+
+
+class Conversation(NamedTuple):
+    """What was said in turns, and the name of it."""
+
+    name: str
+    """Where it is from, relative to the source: FILE:LINE."""
+    messages: list[Message]
+    """A system message or none, then a user's and an assistant's in turn, the last an assistant's."""
+
+    @property
+    def text(self) -> str:
+        """What was said, a message a line."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+def chat_files(source: str | Path) -> dict[str, Path]:
+    """Name -> path of the files of conversations in a folder, or of the one file.
+
+    Raises:
+        OSError: no such file or folder, or it may not be read.
+        ValueError: no file of conversations is there.
+    """
+    found = find_files(source, ("json",), advise=False).files
+    files = {name: path for name, path in found.items() if kind_of(path)[0] in KINDS}
+    if not files:
+        raise ValueError(f"no conversations in {source}: expected files that end in {' '.join(KINDS)}")
+    return files
+
+
+def chats(source: str | Path, *, on_bad_text: OnBadText = "refuse", say: Say = warnings.warn) -> Iterator[Conversation]:
+    """The conversations of a file or of all files of a folder, one at a time.
+
+    Args:
+        on_bad_text: what to do with lines that are no conversation, or not UTF-8.
+        say: called with a line on what was skipped.
+
+    Raises:
+        OSError, ValueError: as `chat_files`, by the call; a file that is damaged or, unless it is skipped, an object
+            that is no conversation, by the iterator.
+    """
+    check, files = TextCheck(on_bad_text), chat_files(source)
+
+    def found() -> Iterator[Conversation]:
+        empty = True
+        for name, path in files.items():
+            for within, value in objects(path, check):
+                try:
+                    messages = messages_of(value)
+                except ValueError as error:
+                    check.bad(f"{path}{within}", f"is no conversation: {error}", "mend it")
+                    continue
+                empty = False
+                yield Conversation(name + within, messages)
+        if check.skipped:
+            say(f"{source}: skipped {len(check.skipped)} that are no conversations, the first is {check.skipped[0]}")
+        if empty:
+            raise ValueError(f"no conversations in {source}: it is empty{' or all were skipped' * bool(check.skipped)}")
+
+    return found()
+
+
+def messages_of(value: Any) -> list[Message]:
+    """The messages of an object in one of the schemas, in turns, without space around them.
+
+    Raises:
+        ValueError: another schema, an unknown role, roles out of order, an empty message, no answer at all.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    if value.get("messages") is not None:
+        said = _listed("messages", value["messages"], "role", "content")
+    elif value.get("conversations") is not None:
+        said = _listed("conversations", value["conversations"], "from", "value")
+    elif value.get("prompt") is not None and value.get("completion") is not None:
+        said = [*_side(value, "prompt", "user"), *_side(value, "completion", "assistant")]
+    else:
+        raise ValueError(f"expected {SCHEMAS}, got {', '.join(map(str, value)) or 'no field'}")
+    messages = [_message(number, *each) for number, each in enumerate(said, 1)]
+    _check_turns([m["role"] for m in messages])
+    return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+
+
+def _listed(name: str, value: Any, role: str, content: str) -> list[tuple[Any, Any]]:
+    """(role, content) of each entry of a list under `name`."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise ValueError(f"{name} must be a list of objects")
+    for number, entry in enumerate(value, 1):
+        if missing := [field for field in (role, content) if field not in entry]:
+            raise ValueError(f"{name}, entry {number}: has no {missing[0]!r}")
+    return [(entry[role], entry[content]) for entry in value]
+
+
+def _side(value: dict[str, Any], name: str, role: str) -> list[tuple[Any, Any]]:
+    return _listed(name, value[name], "role", "content") if isinstance(value[name], list) else [(role, value[name])]
+
+
+def _message(number: int, role: Any, content: Any) -> Message:
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"message {number} is by {role!r}, expected one of {', '.join(ROLES)}")
+    if isinstance(content, list):  # the parts of OpenAI's API
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        content = None if None in texts else "".join(map(str, texts))
+    if not isinstance(content, str):
+        raise ValueError(f"message {number}: its content is no text")
+    if not (content := content.strip()):
+        raise ValueError(f"message {number}, by {role}, is empty")
+    return {"role": ROLES[role], "content": content}
+
+
+def _check_turns(roles: list[str]) -> None:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    for number, role in enumerate(turns, 1 + len(roles) - len(turns)):
+        wanted = "user" if (number - len(roles) + len(turns)) % 2 else "assistant"
+        if role != wanted:
+            raise ValueError(f"message {number} is by the {role}, expected the {wanted}")
+    if len(turns) < 2:
+        raise ValueError("nobody answers in it")

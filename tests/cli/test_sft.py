@@ -1,0 +1,69 @@
+"""`retentive sft` from files of conversations to a run that answers, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from retentive.cli import main
+from retentive.data.templates import TEMPLATE, TURNS
+
+SAID = [{"prompt": f"Where is number {n}?", "completion": f"By the river, {n} chairs."} for n in range(40)]
+BRIEF = [
+    "--batch",
+    "2",
+    "--length",
+    "64",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--warmup",
+    "2",
+    "--save-every",
+    "2",
+]
+
+
+@pytest.fixture
+def chats(place) -> str:
+    Path("chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in SAID))
+    return "chats.jsonl"
+
+
+def steps(run: str) -> list[dict]:
+    found = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "loss" in line and "step" in line]
+
+
+def test_a_run_that_answers(chats, capsys):
+    main(["sft", "run", "--data", chats, "--out", "talks", "--epochs", "1", "--sample-every", "4", *BRIEF])
+    said = capsys.readouterr().err
+    assert "User: Where is number" in said and "Assistant:" in said, "a sample is an answer"
+    record = json.loads(Path("talks/train.json").read_text())
+    assert record["command"]["mode"] == "carry" and record["command"]["init"] == "run"
+    assert Path("talks", TEMPLATE).read_text() == TURNS
+    assert len(steps("talks")) == record["train"]["steps"] > 10
+    losses = [line["loss"] for line in steps("talks")]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    main(["sft", "run", "--data", "talks-data", "--out", "whole", "--mode", "whole", "--steps", "3", *BRIEF])
+    assert len(steps("whole")) == 3
+    main(["quantize", "talks", "--to", "int8", "--out", "small"])
+    main(["convert", "talks", "plain"])
+    assert Path("small", TEMPLATE).read_text() == Path("plain", TEMPLATE).read_text() == TURNS
+    main(["train", "--data", "data", "--init", "talks", "--out", "more", "--steps", "2", *BRIEF])
+    assert Path("more", TEMPLATE).read_text() == TURNS
+
+
+def test_a_run_that_was_cut_short_goes_on(chats):
+    main(["sft", "run", "--data", chats, "--out", "whole", "--steps", "6", *BRIEF])
+    main(["sft", "run", "--data", chats, "--out", "cut", "--steps", "4", *BRIEF])
+    main(["sft", "run", "--data", chats, "--out", "cut", "--steps", "6", "--resume", *BRIEF])
+    assert [line["step"] for line in steps("cut")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_that_attends_reads_whole_conversations(chats):
+    main(["train", "--data", "data", "--out", "twin", "--size", "1m", "--model", "transformer", "--steps", "2",
+          "--set", "dim=32", "layers=2", "heads=2", *BRIEF])  # fmt: skip
+    main(["sft", "twin", "--data", chats, "--out", "talks", "--steps", "2", *BRIEF])
+    assert json.loads(Path("talks/train.json").read_text())["command"]["mode"] == "whole"

@@ -1,0 +1,262 @@
+"""Conversations from files to batches: schemas, what is wrong with them, what a session reads, what is predicted."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from retentive.data.chats import chats, messages_of
+from retentive.data.packed import Packed
+from retentive.data.prepare import prepare
+from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.ops.cross_entropy import IGNORE
+
+IM = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NAMES = {"<|im_start|>": 256, "<|im_end|>": 255}
+EOS = 256
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SAID = [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye"), turn("assistant", "See you")]
+SCHEMAS = {
+    "messages": {"messages": SAID, "id": 3},
+    "sharegpt": {
+        "conversations": [{"from": "gpt" if n % 2 else "human", "value": m["content"]} for n, m in enumerate(SAID)]
+    },
+    "prompt": {"prompt": SAID[:3], "completion": "See you"},
+    "prompt-lists": {"prompt": SAID[:1], "completion": SAID[1:]},
+    "spaces": {"messages": [turn(m["role"], f"\n {m['content']}  ") for m in SAID]},
+    "parts": {"messages": [turn(m["role"], [{"type": "text", "text": m["content"]}]) for m in SAID]},
+    "unanswered": {"messages": [*SAID, turn("user", "Anyone?")]},
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_schemas(schema):
+    assert messages_of(SCHEMAS[schema]) == SAID
+
+
+def test_a_system_message_comes_first():
+    said = [turn("system", "Be kind."), *SAID]
+    assert messages_of({"messages": said}) == said
+
+
+BAD = {
+    "a list": ([SAID], "expected an object, got list"),
+    "text": ({"text": "Hi", "id": 1}, "expected messages, conversations, or prompt and completion, got text, id"),
+    "nothing": ({}, "got no field"),
+    "no list": ({"messages": "Hi"}, "messages must be a list of objects"),
+    "no role": ({"messages": [{"content": "Hi"}]}, "messages, entry 1: has no 'role'"),
+    "a tool": ({"messages": [*SAID[:1], turn("tool", "7")]}, "message 2 is by 'tool', expected one of system, user"),
+    "out of order": ({"messages": SAID[1:]}, "message 1 is by the assistant, expected the user"),
+    "twice": ({"messages": [SAID[0], *SAID]}, "message 2 is by the user, expected the assistant"),
+    "system twice": ({"messages": [turn("system", "a"), turn("system", "b")]}, "message 2 is by the system, expected"),
+    "empty answer": ({"prompt": "Hi", "completion": " "}, "message 2, by assistant, is empty"),
+    "a picture": ({"messages": [turn("user", [{"type": "image"}])]}, "message 1: its content is no text"),
+    "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content is no text"),
+    "no answer": ({"messages": SAID[:1]}, "nobody answers in it"),
+    "no messages": ({"messages": []}, "nobody answers in it"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_no_conversation(bad, refuses):
+    value, words = BAD[bad]
+    with refuses(words):
+        messages_of(value)
+
+
+def lines(path, *values) -> str:
+    path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in values), encoding="utf-8")
+    return str(path)
+
+
+def test_the_line_is_named_or_skipped(tmp_path, refuses):
+    file = lines(tmp_path / "a.jsonl", {"messages": SAID}, {"messages": SAID[1:]}, {"prompt": "a", "completion": "b"})
+    with refuses(f"{file}:2 is no conversation: message 1 is by the assistant"):
+        list(chats(file))
+    said: list[str] = []
+    found = list(chats(file, on_bad_text="skip", say=said.append))
+    assert [each.name for each in found] == ["a.jsonl:1", "a.jsonl:3"] and "skipped 1 that are no" in said[0]
+    with refuses(f"{file}:2 is not JSON"):
+        list(chats(lines(tmp_path / "a.jsonl", {"messages": SAID}, '{"messages": \n')))
+    with refuses("no conversations in"):
+        list(chats(lines(tmp_path / "a.jsonl", "\n")))
+
+
+def test_a_folder_of_them(tmp_path, refuses):
+    with refuses("no such file or folder", FileNotFoundError):
+        chats(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("Hi")
+    with refuses("no conversations in"):
+        chats(tmp_path)
+    lines(tmp_path / "b.jsonl", {"messages": SAID})
+    (tmp_path / "a.json").write_text(json.dumps([SCHEMAS["prompt"], SCHEMAS["sharegpt"]]))
+    assert [each.name for each in chats(tmp_path)] == ["a.json:1", "a.json:2", "b.jsonl:1"]
+    assert all(each.messages == SAID for each in chats(tmp_path))
+
+
+# what a model is taught
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, ByteTokenizer(), NAMES if source == IM else {}, own=True)
+
+
+@pytest.mark.parametrize("source", [TURNS, IM], ids=["turns", "im"])
+@pytest.mark.parametrize("system", [False, True])
+def test_what_is_taught_is_what_a_session_reads(source, system):
+    made, tokenizer = template(source), ByteTokenizer()
+    before = [turn("system", "<|im_end|> and <|endoftext|> are words")] * system
+    said = [*SAID[:3], turn("assistant", "<|endoftext|><|im_end|> \ue000\ue001 ☂")]
+    ((ids, answers),) = made.taught([[*before, *said]])
+    lead, end = (" ", EOS) if source == TURNS else ("", 255)
+    first, second = (tokenizer.encode(lead + said[n]["content"]) for n in (1, 3))
+    between = made.next([said[2]])
+    assert between[0] == end and made.stop_ids >= {end}
+    assert ids == [*made.first([*before, said[0]]), *first, *between, *second, end]
+    wanted = [False] * len(made.first([*before, said[0]])) + [True] * (len(first) + 1)
+    assert answers == wanted + [False] * (len(between) - 1) + [True] * (len(second) + 1)
+
+
+UNFIT = {
+    BUILT_IN: "ends answers with no special token",
+    IM.replace("m.content", "(m.content if loop.last else '')"): "does not show each answer once",
+    IM.replace("'assistant\n'", "'assistant: '").replace("assistant\n' }}{% endif", "model\n' }}{% endif"): "asks for",
+}
+
+
+@pytest.mark.parametrize("source", UNFIT, ids=["no-end", "hides", "asks-otherwise"])
+def test_a_template_that_cannot_be_taught(source, refuses):
+    made = ChatTemplate(source, ByteTokenizer(), NAMES, own=True)
+    with refuses(UNFIT[source]):
+        made.taught([SAID])
+
+
+def test_the_conversation_that_a_template_refuses_is_named(tmp_path, refuses):
+    never = "{% if messages[0].content == 'No' %}{{ raise_exception('Never') }}{% endif %}"
+    (tmp_path / "t.jinja").write_text(never + TURNS)
+    file = lines(tmp_path / "a.jsonl", {"messages": SAID}, {"prompt": "No", "completion": "b"})
+    with refuses("a.jsonl:2: the chat template fails: Never"):
+        prepare(file, tmp_path / "out", chats=True, tokenizer="bytes", template=tmp_path / "t.jinja", valid_fraction=0)
+    assert not (tmp_path / "out").exists()
+
+
+# batches
+
+
+def spelt(n: int, m: int) -> list[dict]:
+    return [turn("user", chr(97 + n) * m), turn("assistant", chr(65 + n) * (m % 7 + 1))] * (1 + n % 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Packed:
+    folder = tmp_path_factory.mktemp("chats")
+    many = [{"messages": spelt(n, m)} for n, m in enumerate((3, 20, 1, 9, 90, 2, 2, 14, 7, 31, 5, 5))]
+    prepare(
+        lines(folder / "a.jsonl", *many[:9]), folder / "out", chats=True, tokenizer="bytes",
+        valid=lines(folder / "v.jsonl", *many[9:]),
+    )  # fmt: skip
+    return Packed(folder / "out")
+
+
+def whole(data: Packed, split: str) -> list[tuple[list[int], list[int]]]:
+    """(ids, targets) of each conversation, by the files alone."""
+    stream = data.stream(split)
+    spans = pairwise([0, *stream.ends_in(0, stream.tokens).tolist()])
+    found = []
+    for start, stop in spans:
+        ids, answered = stream.read(start, stop), stream.answered(start, stop)
+        found.append((ids[:-1].tolist(), np.where(answered, ids, IGNORE)[1:].tolist()))
+    return found
+
+
+def test_the_packed_folder_has_what_is_taught(data):
+    made = data.template
+    assert made is not None and made.source == TURNS and data.meta.chats
+    for (ids, targets), (n, m) in zip(whole(data, "train"), enumerate((3, 20, 1, 9)), strict=False):
+        ((wanted, answers),) = made.taught([spelt(n, m)])
+        assert ids == wanted[:-1]
+        assert targets == [id if answered else IGNORE for id, answered in zip(wanted, answers, strict=True)][1:]
+    split = data.meta.splits["train"]
+    assert split.answers == sum(t != IGNORE for _, targets in whole(data, "train") for t in targets)
+
+
+def sequences(batch) -> list[tuple[list[int], list[int]]]:
+    cu = batch.cu_seqlens.tolist()
+    return [(batch.ids[0, a:b].tolist(), batch.targets[0, a:b].tolist()) for a, b in pairwise(cu)]
+
+
+def test_rows_of_whole_conversations(data):
+    batches = data.batches(mode="whole", batch=2, length=64, seed=3)
+    kept = sorted(s for n in range(batches.steps_per_epoch) for s in sequences(batches[n]) if set(s[1]) != {IGNORE})
+    wanted = []
+    for ids, targets in whole(data, "train"):  # those longer than a row are cut, and nothing else is
+        parts = [(ids[n : n + 64], targets[n : n + 64]) for n in range(0, len(ids), 64)]
+        wanted += [part for part in parts if set(part[1]) != {IGNORE}]
+    extra = batches.steps_per_epoch * 2 - batches._windows  # rows of the next epoch in the last batch
+    assert extra in (0, 1) and len(kept) >= len(wanted)
+    assert all(part in kept for part in wanted)
+    again = data.batches(mode="whole", batch=2, length=64, seed=3)
+    assert all(torch.equal(a, b) for n in (0, 1) for a, b in zip(batches[n][:3], again[n][:3], strict=True))
+
+
+def test_carried_rows_are_the_conversations_one_after_the_other(data):
+    batches = data.batches(mode="carry", batch=2, length=16, seed=1)
+    rows: list[list[tuple[list[int], list[int]]]] = [[], []]
+    for step in range(batches.steps_per_epoch):
+        batch = batches[step]
+        found, starts = sequences(batch), [*batch.carry.first.tolist(), len(batch.cu_seqlens) - 1]
+        for row in (0, 1):
+            mine = found[starts[row] : starts[row + 1]]
+            if batch.carry.continues[row]:
+                rows[row][-1] = tuple(a + b for a, b in zip(rows[row][-1], mine.pop(0), strict=True))
+            rows[row] += mine
+    wanted = whole(data, "train")
+    for row in rows:  # all but the first and last of a row are whole; their last token, a target elsewhere, is read too
+        for ids, targets in row[1:-1]:
+            assert (ids[:-1], targets[:-1]) in wanted and ids[-1] == EOS and targets[-1] == IGNORE
+
+
+def test_windows_begin_sequences_where_conversations_do(data):
+    batches = data.batches(mode="reset", batch=1, length=50, seed=0)
+    first = [ids[0] for ids, _ in whole(data, "train")]
+    assert set(first) == {EOS}
+    stream = data.stream("train")
+    starts = set(stream.ends_in(0, stream.tokens).tolist()) | {0}
+    for n in range(batches.steps_per_epoch):
+        batch = batches[n]
+        at = next(s for s in range(0, stream.tokens, 50) if stream.read(s, s + 50).tolist() == batch.ids[0].tolist())
+        assert [at + x for x in batch.cu_seqlens.tolist()[1:-1]] == sorted(s for s in starts if at < s < at + 50)
+
+
+def test_what_is_held_out_is_read_whole(data):
+    found = [sequences(batch) for batch in data.held_out(length=5)]
+    assert found == [[each] for each in whole(data, "valid")]
+    assert len(list(data.held_out(length=5, tokens=20))) == 1
+    said = "".join(chr(65 + n) * (m % 7 + 1) * (1 + n % 3) for n, m in ((9, 31), (10, 5), (11, 5)))
+    turns = sum(1 + n % 3 for n in (9, 10, 11))
+    assert data.held_out_bytes() == len(said) + turns, "a space before each answer"
+    asked = data.first_question()
+    assert asked == [EOS, *b"User: ", *b"j" * 31, *b"\nAssistant:"]
+
+
+def test_a_damaged_file_of_answers(data, tmp_path, refuses):
+    copy = tmp_path / "copy"
+    shutil.copytree(data.path, copy)
+    (copy / "train-00000.ans").write_bytes(b"\1")
+    with refuses("train-00000.ans has 1 bytes, expected"):
+        Packed(copy)
+    (copy / "train-00000.ans").unlink()
+    with refuses("train-00000.ans is missing"):
+        Packed(copy)
