@@ -137,6 +137,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         ValueError: it is cut short, or no safetensors file.
+        MemoryError: it does not fit.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -146,6 +147,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): copy or save it again") from None
+    except RuntimeError as error:  # torch's, of its allocator and of mmap
+        raise MemoryError(f"no memory for {path}: {str(error).splitlines()[0]}") from None
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:

@@ -24,6 +24,13 @@ static void stop(const char *what) {
     exit(2);
 }
 
+static double number(const char *text) {
+    char *end;
+    double x = strtod(text, &end);
+    if (end == text || *end || !(x >= 0 && x <= 1e15)) stop("-n, -t, -s and -j take numbers from 0 on");
+    return x;
+}
+
 static Options read_options(int argc, char **argv) {
     Options o = {NULL, "", NULL, 200, 0, 0.8, 0};
     for (int i = 1; i < argc; i++) {
@@ -37,15 +44,14 @@ static Options read_options(int argc, char **argv) {
             stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]");
         i++;
         if (!strcmp(flag, "-p")) o.prompt = value;
-        else if (!strcmp(flag, "-n")) o.tokens = atol(value);
-        else if (!strcmp(flag, "-t")) o.temperature = atof(value);
-        else if (!strcmp(flag, "-s")) o.seed = strtoull(value, NULL, 10);
-        else if (!strcmp(flag, "-j")) o.threads = atol(value);
+        else if (!strcmp(flag, "-n")) o.tokens = (long)number(value);
+        else if (!strcmp(flag, "-t")) o.temperature = number(value);
+        else if (!strcmp(flag, "-s")) o.seed = (uint64_t)number(value);
+        else if (!strcmp(flag, "-j")) o.threads = (long)number(value);
         else if (!strcmp(flag, "--state")) o.state = value;
         else stop("unknown option: -p, -n, -t, -s, -j and --state are known");
     }
     if (!o.model) stop("which MODEL? a folder with config.json and model.safetensors");
-    if (o.tokens < 0 || !(o.temperature >= 0)) stop("-n and -t must be at least 0");
     return o;
 }
 
@@ -60,6 +66,8 @@ static double uniform(uint64_t *seed) {
 static int64_t pick(const float *logits, int64_t vocabulary, double temperature, uint64_t *seed) {
     int64_t best = 0;
     double sum = 0;
+    for (int64_t i = 0; i < vocabulary; i++)
+        if (!isfinite(logits[i])) stop("the model's logits are not finite: are there NaN in its weights?");
     for (int64_t i = 1; i < vocabulary; i++)
         if (logits[i] > logits[best]) best = i;
     if (temperature == 0) return best;
@@ -94,7 +102,7 @@ int main(int argc, char **argv) {
         if (!retentive_load(states, 0, o.state, error)) stop(error);
     } else if (retentive_end(model) >= 0) ids[count++] = retentive_end(model); /* as every text in training begins */
     int64_t encoded = retentive_encode(model, o.prompt, bytes, ids + count);
-    if (encoded < 0) stop("this model's tokenizer.json splits words in a way that is not known here");
+    if (encoded < 0) stop("this model's tokenizer.json is missing, or none that is known here");
     count += encoded;
     if (!count) stop("a prompt of at least one token, please: -p");
     if (!retentive_read(states, 0, ids, count, logits)) stop("the prompt could not be read");
@@ -108,6 +116,7 @@ int main(int argc, char **argv) {
         if (!retentive_decode(states, 1, &id, logits)) stop("a token could not be read");
     }
     putchar('\n');
+    if (fflush(stdout)) stop("the text could not be written");
     if (o.state && !retentive_save(states, 0, o.state, error)) stop(error);
     retentive_free(states);
     retentive_close(model);

@@ -43,9 +43,9 @@ class Quantization:
     """Columns of a scale, a multiple of 16 up to 256."""
 
     def __post_init__(self):
-        if self.bits not in BITS.values():
+        if type(self.bits) is not int or self.bits not in BITS.values():
             raise ValueError(f"weights can have 8 or 4 bits, got {self.bits}")
-        if self.group not in range(16, 257, 16):
+        if type(self.group) is not int or self.group not in range(16, 257, 16):
             raise ValueError(f"a group must be a multiple of 16 columns, up to 256, got {self.group}")
 
 
@@ -169,9 +169,12 @@ def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
 
 def _fill(into: Quantized, weight: Tensor, moment: Tensor | None) -> None:
     if moment is None:
-        into.store(*rounded(weight, into.bits, into.group))
+        q, scales = rounded(weight, into.bits, into.group)
     else:
-        into.store(*fed_back(weight, moment, into.bits, into.group))
+        q, scales = fed_back(weight, moment, into.bits, into.group)
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"a weight of {weight.abs().max():.3g} is too large for a scale of 16 bits")
+    into.store(q, scales)
 
 
 def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:

@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # the reader has had enough, as `| head`; stdout is flushed once more at exit, to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as error:
         if os.environ.get("RETENTIVE_DEBUG"):
             raise
-        print("retentive:", " ".join(str(error).split()), file=sys.stderr)
+        print("retentive:", " ".join(str(error).split()) or "there is not enough memory", file=sys.stderr)
         sys.exit(2)  # what argument parsers use for bad input
 
 

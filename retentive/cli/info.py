@@ -94,7 +94,7 @@ def of_machine() -> dict[str, str]:
         "processor": f"{machine.cpu_name()}, {os.cpu_count()} cores, {free} of memory free",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "retention": backends.describe(),
-        "native": f"the whole model in C: {native.describe()}",
+        "native": native.describe(),
     }
 
 

@@ -12,11 +12,11 @@ from retentive.checkpoint import load, load_with_tokenizer
 from retentive.checkpoint.io import find, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
 from retentive.cli.info import megabytes
-from retentive.cli.progress import Lines
+from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
 from retentive.data.templates import template_of
 from retentive.data.tokenizer import Tokenizer
-from retentive.files import replace_folder
+from retentive.files import only_writer, replace_folder
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,16 @@ def main(argv: list[str]) -> None:
 
 def run(command: QuantizeCommand) -> None:
     """Load, quantise, write, and say how many bytes that saves."""
-    if command.out.exists():
-        raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
+    if command.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {command.tokens}")
+    with only_writer(command.out):  # from the beginning: it may take long, and another process want the same place
+        if command.out.exists() or command.out.is_symlink():
+            raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
+        write(command)
+
+
+def write(command: QuantizeCommand) -> None:
+    """As `run`, once the place is its own."""
     batches: list[Tensor] = []
     if command.text or command.tokenizer:
         model, known = load_with_tokenizer(command.source, command.tokenizer)
@@ -66,10 +74,12 @@ def run(command: QuantizeCommand) -> None:
     template = template_of(find(command.source))
     replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=template))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
-    print(f"{command.source} -> {command.out}: {command.to}, {megabytes(before)} -> {megabytes(after)}")
+    read = sum(ids.numel() for ids in batches)
+    how = f", calibrated on {read:,} tokens" if read else ""
+    print(f"{command.source} -> {command.out}: {command.to}, {megabytes(before)} -> {megabytes(after)}{how}")
 
 
 def texts(sources: tuple[str, ...]) -> Iterator[Document]:
     """All documents of these sources."""
     for source in sources:
-        yield from documents(source)
+        yield from documents(source, say=say)

@@ -74,6 +74,8 @@ def library() -> ctypes.CDLL | NotBuilt:
 
 
 def describe() -> str:
-    """The instructions that the library uses, or why there is none, in a line."""
+    """What the engine runs with, or why there is none, in a line."""
     built = library()
-    return str(built) if isinstance(built, NotBuilt) else built.native_instructions().decode()
+    if isinstance(built, NotBuilt):
+        return f"none, torch reads and decodes instead ({built})"
+    return f"the whole model in C: {built.native_instructions().decode()}"

@@ -38,13 +38,18 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
 
     Raises:
         ValueError: an unknown engine, or native was asked for and cannot run the model.
-        MemoryError: no memory for the packed weights.
+        MemoryError: no memory for the packed weights, and native was asked for.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
     if engine == "torch" or (engine == "auto" and refused(model)):
         return model
-    return NativeRetNet(model)  # type: ignore[arg-type]  # it refuses what is no RetNet
+    try:
+        return NativeRetNet(model)  # type: ignore[arg-type]  # it refuses what is no RetNet
+    except MemoryError:
+        if engine == "native":
+            raise
+        return model  # whose weights are there already
 
 
 def native_here(*tensors: Tensor | None) -> bool:
@@ -82,7 +87,7 @@ class NativeRetNet(RetNet):
     """The same model, with the same parameters: what needs no gradients is read by the library, the rest by torch.
 
     States are those of any RetNet, so that either can go on where the other stopped. The library has a packed copy of
-    the weights: later changes of the parameters do not reach it.
+    the weights: later changes of the parameters do not reach it, and another dtype of them is refused.
     """
 
     own_threads = True
@@ -108,10 +113,13 @@ class NativeRetNet(RetNet):
         self._torch_reads = slower if torch_reads is None else torch_reads
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
-        self._dtype = DTYPES.index(self.dtype)
+        self._packed_dtype = self.dtype
         head: Any = NativeHead(model.head, self._packed.struct.head, self.dtype, self._threads)
         self.head = head
         self.train(model.training)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a model of the native engine is not copied or pickled: do that with the one it was made from")
 
     def hidden(
         self,
@@ -125,14 +133,19 @@ class NativeRetNet(RetNet):
         """As RetNet's, but float32 where the library has computed it."""
         if embeds is not None or lengths is not None or ids is None or forced() or not native_here(ids, cu_seqlens):
             return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
+        if self.dtype != self._packed_dtype:
+            was, now = (str(dtype).removeprefix("torch.") for dtype in (self._packed_dtype, self.dtype))
+            raise ValueError(f"the native engine has {was} weights, the model has {now} now: call with_engine anew")
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
         if ids.numel() > STEPS and self._torch_reads:
             return super().hidden(ids, state, cu_seqlens=cu_seqlens)
         begin, tokens = self._borders(ids, cu_seqlens)
         state = self.init_state(len(begin) - 1) if state is None else state
         layers, places = self._layers(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)
-        x = self._read(ids.contiguous(), begin, state.position, places)
+        x = self._read(ids.long().contiguous(), begin, state.position, places)
         return x.unflatten(0, ids.shape), RetentionState(layers, state.position + tokens)
 
     def _borders(self, ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | int]:
@@ -183,9 +196,9 @@ class NativeRetNet(RetNet):
 
     def _read(self, ids: Tensor, begin: Tensor, position: Tensor, places: "Places") -> Tensor:
         """x `[tokens, D]` after tokens that go into the states, in place."""
-        x, position = torch.empty(ids.numel(), self.config.dim), position.contiguous()
+        x, position = torch.empty(ids.numel(), self.config.dim), position.long().contiguous()
         call = Reading(
-            len(begin) - 1, places.slots, self._dtype, model=ctypes.addressof(self._packed.struct),
+            len(begin) - 1, places.slots, DTYPES.index(self._packed_dtype), model=ctypes.addressof(self._packed.struct),
             ids=ids.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(), rings=places.address,
             x=x.data_ptr(),
         )  # fmt: skip

@@ -29,6 +29,14 @@ SETS = (
     else {"native": "-march=native", "sse2": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
 )
 """Instruction sets by name, and the flag that has a compiler use them."""
+ZIG = {
+    "-march=x86-64": "-mcpu=x86_64",
+    "-march=x86-64-v3": "-mcpu=x86_64_v3",
+    "-march=x86-64-v4": "-mcpu=x86_64_v4",
+    "-march=armv8-a": "-mcpu=generic",
+    "-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod",
+}
+"""What ziglang calls them."""
 NEEDED = {"avx2": "avx2 fma f16c", "avx512": "avx512f avx512bw avx512dq avx512vl", "dotprod": "asimddp"}
 """Flags of /proc/cpuinfo without which they would end the process (SIGILL)."""
 PATIENCE = 300
@@ -84,7 +92,10 @@ def find_compiler() -> list[str] | None:
     CC may name one, also with flags of its own; else the first of gcc, clang and cc, and then ziglang's.
     """
     if os.environ.get("CC"):
-        name, *more = shlex.split(os.environ["CC"])
+        try:
+            name, *more = shlex.split(os.environ["CC"])
+        except ValueError as error:
+            raise NotBuilt(f"CC={os.environ['CC']} names no compiler: {error}") from None
         return [path, *more] if (path := shutil.which(name)) else None
     path = next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
     if path:
@@ -101,7 +112,10 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
     Raises:
         NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
     """
-    flags = (instruction_flag(), *source.flags)  # what a source says comes later, and wins
+    flag = instruction_flag()
+    if "ziglang" in compiler:
+        flag = ZIG.get(flag, flag)
+    flags = (flag, *source.flags)  # what a source says comes later, and wins
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
     key = _hash(repr((texts, compiler, flags, _cpu())).encode())
     for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):
@@ -118,6 +132,8 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         compiling = [[*flags, "-c", str(file), "-o", unit] for file, unit in units.items()]
         for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
             _compile(compiler, command)
+        if not built.is_file():
+            raise NotBuilt(f"{shlex.join(compiler)} makes no library: CC must name a C compiler")
         library = folder / f"{source.name}-{key}-{_hash(built.read_bytes())}.so"
         built.replace(library)  # whole or not at all: another process may be looking
     return library
@@ -159,17 +175,21 @@ def load(source: Source) -> ctypes.CDLL | NotBuilt:
         ValueError: RETENTIVE_ISA forces what cannot be.
     """
     instruction_flag()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
     try:
         compiler = find_compiler()
         if compiler is None:
             looked = os.environ.get("CC") or "gcc, clang, cc"
             return NotBuilt(f"no C compiler found (looked for {looked}); pip install 'retentive[compiler]' brings one")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
         built = build(source, compiler, cache)
         try:
             return ctypes.CDLL(str(built))
         except OSError:  # an empty file, as a power cut leaves behind
             built.unlink()
             return ctypes.CDLL(str(build(source, compiler, cache)))
-    except (NotBuilt, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        if error.errno is None:  # the linker's, whose words say all
+            return NotBuilt(str(error))
+        return NotBuilt(f"no compiled library can be kept in {cache} ({error.strerror}): XDG_CACHE_HOME names another")
+    except (NotBuilt, RuntimeError, ValueError) as error:
         return NotBuilt(str(error))

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from retentive import machine
-from retentive.checkpoint.io import find, load, load_config
+from retentive.checkpoint.io import find, load, load_config, load_quantization
 from retentive.data.loader import Batches, Mode
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate, template_of
@@ -177,6 +177,8 @@ class TrainRun:
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         model = build(config)
         if self.init and not resumes:
+            if load_quantization(find(self.init)):
+                raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
             given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
             model.load_state_dict(given.state_dict())

@@ -324,9 +324,11 @@ QUANTISING = {
     "twin": (["twin", "--out", "new"], "only RetNets can be quantised, this is a Transformer"),
     "group": (["run", "--out", "new", "--group", "24"], "a group must be a multiple of 16 columns, up to 256, got 24"),
     "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
-    "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "calibration needs at least one token"),
+    "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens must be at least 1, got 0"),
     "no-tokenizer": (["bare", "--out", "new", "--text", "corpus"], "bare has no tokenizer.json"),
     "NaN": (["damaged", "--out", "new"], "the weights are damaged: embed.weight holds a number that is not finite"),
+    "huge": (["huge", "--out", "new"], "a weight of 1e+08 is too large for a scale of 16 bits"),
+    "dangling": (["run", "--out", "dangling"], "dangling exists: choose another folder, nothing is overwritten"),
     "twice": (["quantised", "--out", "new"], "the model is quantised already: take the one that it was made from"),
 }
 
@@ -341,9 +343,76 @@ def test_quantize(case, refused):
     damaged = build(small)
     with torch.no_grad():
         damaged.embed.weight[3, 5] = torch.nan
+        huge = build(small)
+        huge.head.weight[2, 2] = 1e8
     save_model("damaged", damaged)
+    save_model("huge", huge)
+    Path("dangling").symlink_to("nothing")
     refused(["quantize", *argv, "--to", "int4"], words)
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("how", [{"bits": 8, "group": 128.0}, {"bits": 8.0, "group": 128}], ids=["group", "bits"])
+def test_a_quantization_of_no_whole_numbers(how, refused):
+    save_model("new", quantize(build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
+    config = json.loads(Path("new/config.json").read_text())
+    write("new/config.json", json.dumps(config | {"quantization": how}))
+    refused(["generate", "new"], "128.0" if how["bits"] == 8 and isinstance(how["group"], float) else "8.0")
+
+
+def test_a_quantised_model_is_not_trained_on(refused):
+    save_model("small", quantize(build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
+    argv = ["train", "--data", "data", "--out", "new", "--init", "small", "--steps", "2", "--length", "16"]
+    refused(argv, "small is quantised, and such are not trained: take what it was made from")
+
+
+def test_without_memory(refused, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("no memory for 9 MB of packed weights")
+
+    monkeypatch.setattr("retentive.native.model.Packed", full)
+    refused(["generate", "run", "--prompt", "a", "--engine", "native"], "no memory for 9 MB of packed weights")
+
+
+SFT = {
+    "no-answers": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        "chats.jsonl:1 is no conversation: nobody answers",
+    ),
+    "order": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        "message 1 is by the assistant, expected the user",
+    ),
+    "empty": ({"prompt": "a", "completion": ""}, "message 2, by assistant, is empty"),
+    "text": ({"text": "a"}, "expected messages, conversations, or prompt and completion, got text"),
+    "cut": ('{"messages": [', "chats.jsonl:1 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", SFT)
+def test_conversations_that_are_none(case, refused):
+    value, words = SFT[case]
+    write("chats.jsonl", value if isinstance(value, str) else json.dumps(value))
+    refused(["sft", "run", "--data", "chats.jsonl", "--out", "new"], words)
+
+
+SFT_OPTIONS = {
+    "no-model": (["nowhere", "--data", "chats.jsonl", "--out", "new"], "no model folder at nowhere"),
+    "no-data": (["run", "--data", "nowhere", "--out", "new"], "no such file or folder: nowhere"),
+    "texts": (["run", "--data", "data", "--out", "new"], "data holds texts, in which nothing is an answer"),
+    "taken": (["run", "--data", "chats.jsonl", "--out", "run"], "run already holds a run: add --resume"),
+    "template": (
+        ["run", "--data", "chats.jsonl", "--out", "new", "--template", "corpus/0.txt"],
+        "chats.jsonl:1: the chat template does not show each answer once: it cannot be taught",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SFT_OPTIONS)
+def test_sft(case, refused):
+    argv, words = SFT_OPTIONS[case]
+    write("chats.jsonl", json.dumps({"prompt": "a", "completion": "b"}))
+    refused(["sft", *argv], words)
 
 
 def test_engines_that_cannot_run_the_model(refused):

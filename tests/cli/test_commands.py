@@ -166,7 +166,11 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
 @pytest.mark.parametrize("to", ["int8", "int4"])
 def test_a_quantised_folder_is_taken_like_any_other(to, place, capsys):
     main(["quantize", "run", "--to", to, "--out", f"new/{to}", "--text", "corpus", "--tokens", "300"])
-    assert re.search(rf"^run -> new/{to}: {to}, [\d.]+ MB -> [\d.]+ MB$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        rf"^run -> new/{to}: {to}, [\d.]+ MB -> [\d.]+ MB, calibrated on 300 tokens$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
     greedy = ["--prompt", "The ", "--max-tokens", "12", "--temperature", "0"]
     texts = {}
     for engine in ("native", "torch"):
@@ -194,7 +198,7 @@ def test_info_of_the_machine_says_what_models_are_run_by(capsys):
     main(["info", "--machine"])
     shown = capsys.readouterr().out
     assert f"torch {torch.__version__}" in " ".join(shown.split())
-    assert f"the whole model in C: {native.describe()}" in shown
+    assert native.describe() in " ".join(shown.split())
 
 
 def test_generate_is_the_librarys(place, capsys):

@@ -1,5 +1,6 @@
 """The native model against torch: the same logits and states, wherever the other left off."""
 
+import copy
 import os
 import threading
 
@@ -12,7 +13,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine
 from retentive.infer.generate import generate
 from retentive.models import ARCHITECTURES, RetentionState, RetNetConfig, TransformerConfig, build
-from retentive.native import NativeRetNet, refused
+from retentive.native import NativeRetNet, refused, with_engine
 from retentive.native.library import library
 from retentive.ops.compiler import NotBuilt
 
@@ -239,6 +240,43 @@ def test_a_child_process_has_threads_of_its_own(one, threads):
             os._exit(0 if torch.equal(native(ids)[0], want) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(native(ids)[0], want)
+
+
+@torch.no_grad()
+def test_ids_and_positions_of_other_integers(one, same, refuses):
+    made, ids = NativeRetNet(one), torch.randint(VOCAB, (2, 9))
+    want, state = one(ids[:, :8])
+    for dtype in (torch.int32, torch.int64):
+        same(made(ids[:, :8].to(dtype))[0], want, 1e-4)
+        moved = RetentionState(state.layers, state.position.to(dtype))
+        same(made(ids[:, 8:].to(dtype), moved)[0], one(ids)[0][:, 8:], 1e-4)
+    for dtype in (torch.uint8, torch.bool, torch.float32):
+        with refuses("token ids must be int64 or int32, got"):
+            made(ids.to(dtype))
+
+
+@torch.no_grad()
+def test_another_dtype_of_the_weights_is_refused_afterwards(one, refuses):
+    made = NativeRetNet(one)
+    one.bfloat16()
+    for ids in (torch.tensor([[1]]), torch.tensor([[1, 2, 3]])):
+        with refuses("the native engine has float32 weights, the model has bfloat16 now: call with_engine anew"):
+            made(ids)
+
+
+def test_it_is_not_copied(one, refuses):
+    with refuses("is not copied or pickled", TypeError):
+        copy.deepcopy(NativeRetNet(one))
+
+
+def test_without_memory_for_it_torch_goes_on_where_nobody_chose(one, monkeypatch, refuses):
+    def full(*_):
+        raise MemoryError("no memory for 9 MB of packed weights")
+
+    monkeypatch.setattr("retentive.native.model.Packed", full)
+    assert with_engine(one) is one
+    with refuses("no memory for 9 MB", MemoryError):
+        with_engine(one, "native")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The same C without Python: on this machine, for aarch64 under qemu and for WebAssembly under Node, against torch."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retentive.checkpoint import load, save_model
 from retentive.checkpoint.quantize import quantize
@@ -123,6 +125,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def changed(folder, changes=(), **fields):
+    """The model there with other tensors, or another config."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: x for name, x in ({**tensors, **dict(changes)}).items() if x is not None}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HALF = "blocks.0.retention_norm.weight"
+PROJ = "blocks.1.ffn.down_proj.weight"
 DAMAGES = {
     "no-folder": (lambda folder: shutil.rmtree(folder), "config.json cannot be read"),
     "no-json": (lambda folder: (folder / "config.json").write_text('{"format": '), "config.json is not JSON"),
@@ -136,6 +151,12 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
         "is none of this package's",
     ),
+    "no-floats": (
+        lambda folder: changed(folder, {HALF: torch.ones(48, dtype=torch.int8)}),
+        f"{HALF} is I8: expected floats",
+    ),
+    "half-a-head": (lambda folder: changed(folder, dim=48.5), "config.json: dim is no whole number"),
+    "uneven-heads": (lambda folder: changed(folder, key_dim=49), "config.json describes no model"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10000), "config.json is not JSON"),
 }
 
@@ -148,6 +169,28 @@ def test_damaged_folders_are_refused(damage, programs, tmp_path):
     command = [*programs("native"), str(tmp_path / "model"), "state", "", "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout.startswith("error ") and words in done.stdout
+
+
+def test_matrices_of_two_dtypes_are_refused(programs, tmp_path):
+    folder_of("float32", tmp_path, ByteTokenizer())
+    name = "blocks.0.retention.q_proj.weight"
+    changed(tmp_path, {name: load_file(tmp_path / "model.safetensors")[name].bfloat16()})
+    command = [*programs("native"), str(tmp_path), "state", "", "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is F32, others are BF16: one dtype is needed" in done.stdout
+
+
+def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
+    folder_of("float32", tmp_path, ByteTokenizer())
+    memory = tmp_path / "library.mem"
+    state = build(RetNetConfig(vocab_size=257, **SMALL)).init_state(1)
+    save_file(state.named(), memory, {"format": "retentive-state-1", "kind": "retention", "memory": "{}"})
+    before = memory.read_bytes()
+    done = subprocess.run(
+        [*programs("native"), str(tmp_path), str(memory), "", "1", "2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "holds a memory, which says more than a state" in done.stdout
+    assert memory.read_bytes() == before
 
 
 def test_a_state_of_another_model_is_refused(programs, tmp_path):

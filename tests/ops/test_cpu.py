@@ -775,7 +775,7 @@ FAILURES = {
                     "{cc} could not compile the kernels: cpu.c:1: error: it is Monday"),
     "silent": ("exit 3\n", "{cc} could not compile the kernels: exit code 3"),
     "killed": ("kill -9 $$\n", "{cc} could not compile the kernels: exit code -9"),
-    "makes-nothing": ("exit 0\n", "No such file or directory"),
+    "makes-nothing": ("exit 0\n", "{cc} makes no library: CC must name a C compiler"),
     "writes-half": ('for x; do [ "$o" = -o ] && echo half > "$x"; o=$x; done\nexit 1\n', "exit code 1"),
 }  # fmt: skip
 

@@ -123,6 +123,12 @@ static double number_of(Folder *f, const char *key) {
     return f->bad = 1, 0;
 }
 
+static i64 whole_number_of(Folder *f, const char *key) {
+    double number = number_of(f, key);
+    if (number != floor(number) && !f->bad) f->bad = 1, fail(f->error, "config.json: %s is no whole number", key);
+    return (i64)number;
+}
+
 /* which of some names a field has */
 static i64 choice_of(Folder *f, const char *key, const char *const *names) {
     const Json *j = item(f->config, key);
@@ -136,6 +142,8 @@ static i64 choice_of(Folder *f, const char *key, const char *const *names) {
 static const float *vector_of(Folder *f, i64 count, int needed, const char *name) {
     const char *dtype = NULL, *data = tensor(&f->tensors, name, count, 0, &dtype, &f->bad, f->error);
     i64 type = dtype && !strcmp(dtype, "F32") ? 0 : dtype && !strcmp(dtype, "BF16") ? 1 : 2;
+    if (data && type == 2 && strcmp(dtype, "F16"))
+        return f->bad = 1, fail(f->error, "%s is %s: expected floats", name, dtype), NULL;
     if (!data) {
         if (needed && !f->bad) f->bad = 1, fail(f->error, "model.safetensors has no %s", name);
         return NULL;
@@ -150,7 +158,7 @@ typedef struct { const char *name; i64 rows; } Part; /* of a matrix; NULL: not i
 /* the parts one below the other, or panels of both in turn */
 static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const Part *parts, int count) {
     Matrix m = {0, K, FLOAT32, f->group, NULL, NULL};
-    const char *rows[5] = {0}, *scales[5] = {0}, *dtype = NULL;
+    const char *rows[5] = {0}, *scales[5] = {0}, *dtype = NULL, *of_first = NULL;
     i64 panels = 0, first = 0;
     int have = 0;
     for (int i = 0; i < count && !f->bad; i++) {
@@ -166,6 +174,9 @@ static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const
             if (!scales[i] || strcmp(half, "F16")) rows[i] = NULL;
         }
         if (!rows[i] && !f->bad) f->bad = 1, fail(f->error, "model.safetensors has no %s", name);
+        of_first = of_first ? of_first : dtype;
+        if (!f->bad && strcmp(dtype, of_first))
+            f->bad = 1, fail(f->error, "%s is %s, others are %s: one dtype is needed", name, dtype, of_first);
         m.N = panels * ROWS + parts[i].rows, panels += (parts[i].rows + ROWS - 1) / ROWS, have++;
     }
     if (f->bad) return m;
@@ -215,14 +226,15 @@ static void config_of(Folder *f) {
     static const char *const activations[] = {"swish", "gelu", "sigmoid", NULL};
     static const char *const turns[] = {"none", "interleaved", "half", NULL};
     Model *m = &f->model;
-    m->D = number_of(f, "dim"), m->layers = number_of(f, "layers"), m->H = number_of(f, "heads"),
-    m->kv = number_of(f, "kv_heads");
-    m->F = number_of(f, "ffn_dim"), m->vocab = number_of(f, "vocab_size");
+    m->D = whole_number_of(f, "dim"), m->layers = whole_number_of(f, "layers"), m->H = whole_number_of(f, "heads"),
+    m->kv = whole_number_of(f, "kv_heads");
+    m->F = whole_number_of(f, "ffn_dim"), m->vocab = whole_number_of(f, "vocab_size");
     if (!f->bad && (m->D < 1 || m->layers < 1 || m->H < 1 || m->kv < 1 || m->H % m->kv || m->F < 1 || m->vocab < 1))
         f->bad = 1, fail(f->error, "config.json describes no model");
     if (f->bad) return;
-    m->K = (i64)number_of(f, "key_dim") / m->H, m->V = (i64)number_of(f, "value_dim") / m->H;
-    if (!f->bad && (m->K < 2 || m->K % 2 || m->V < 1)) f->bad = 1, fail(f->error, "config.json describes no model");
+    i64 keys = whole_number_of(f, "key_dim"), values = whole_number_of(f, "value_dim");
+    m->K = keys / m->H, m->V = values / m->H;
+    if (!f->bad && (keys % m->H || values % m->H || m->K < 2 || m->K % 2 || m->V < 1)) f->bad = 1, fail(f->error, "config.json describes no model");
     m->gate = number_of(f, "gate"), m->ffn_gate = number_of(f, "ffn_gate"), m->normed_heads = number_of(f, "head_norm");
     m->row_norm = number_of(f, "score_norm"), m->eps = number_of(f, "norm_eps"),
     m->decay_scale = number_of(f, "decay_scale");

@@ -152,6 +152,13 @@ int retentive_copy(RetentiveStates *s, int64_t to, int64_t from) {
     return 1;
 }
 
+/* whether there is a file of a memory, which knows what was read: a bare state in its place would lose that */
+static int is_memory(const char *path) {
+    Tensors t;
+    int is = open_tensors(&t, "", path, NULL) && item(item(t.head, "__metadata__"), "memory");
+    return close_tensors(&t), is;
+}
+
 int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error) {
     const Model *m = &s->model->folder.model;
     i64 floats = m->H * m->K * m->V, most = m->layers * 160 + 512, used = 0;
@@ -159,6 +166,8 @@ int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error)
     if (n < 0 || n >= s->count)
         return free(head), fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
     if (!head) return fail(error, "no memory to save");
+    if (is_memory(path))
+        return free(head), fail(error, "%s holds a memory, which says more than a state: save elsewhere", path);
     settle(s, n);
     used += snprintf(head + used, most - used,
                      "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"}");

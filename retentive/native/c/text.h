@@ -228,7 +228,7 @@ static int open_text(Text *t, const char *folder, char *error) {
     for (int i = 0; ends[i] && t->end < 0; i++) t->end = id_of(item(model, "vocab"), ends[i], strlen(ends[i]));
     for (const Json *j = item(t->json, "added_tokens") ? item(t->json, "added_tokens")->child : NULL; j; j = j->next)
         for (int i = 0; ends[i]; i++)
-            if (is_text(item(j, "content"), ends[i]) && t->end < 0) t->end = (i64)item(j, "id")->number;
+            if (is_text(item(j, "content"), ends[i]) && item(j, "id") && t->end < 0) t->end = (i64)item(j, "id")->number;
     if (t->end >= 0 && t->end < t->vocab) t->lengths[t->end] = 0; /* it stands for no text */
     return 1;
 }

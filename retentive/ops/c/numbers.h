@@ -130,7 +130,7 @@ INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so tha
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return x < -87.0f ? 0.0f : p * power;
