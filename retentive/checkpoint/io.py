@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from retentive.checkpoint import fla, torchscale
+from retentive.checkpoint.adapter import adapter_of, merged, weights_sha256
 from retentive.checkpoint.quantize import Quantization, as_quantized, quantization_of
 from retentive.data.templates import TEMPLATE
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
 from retentive.files import load_tensors, save_tensors, write_text, write_together
+from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import (
     ARCHITECTURES,
@@ -37,13 +39,20 @@ PADDING = 1024
 
 
 def load(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """(model in eval mode, tokenizer or None), from a folder in our layout, torchscale's or fla's, or from the hub.
+
+    The folder of an adapter is that of the model which it changes, with the change merged into it.
 
     Args:
         path: a run directory or model folder; or `hf:owner/name`, a Hugging Face repository, which is downloaded.
         dtype: of the weights; as stored if not given.
+        adapter: the folder of an adapter of this model, to be merged into it.
 
     Raises:
         TypeError: a path or a dtype of the wrong type.
@@ -57,11 +66,16 @@ def load(
         raise TypeError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
     folder = find(path)
     device = pick_device(device) if isinstance(device, str) else device
+    if adapter is None and (change := load_adapter(folder)):
+        model, tokenizer = load(_base_of(change, folder), device=device, dtype=dtype, adapter=folder)
+        return model, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else tokenizer
     config, layout = load_config(folder)
     how = load_quantization(folder)
     tensors = read_tensors(folder)
     if layout in FOREIGN:
         tensors = FOREIGN[layout].read_tensors(tensors, config)
+    if adapter is not None:
+        tensors = _changed(tensors, folder, find(adapter))
     # On "meta" nothing is allocated or initialised. A peer has buffers too, which no file holds: it must be real.
     with torch.device("cpu") if isinstance(config, PeerConfig) else Unfilled():
         model = build(config)
@@ -109,6 +123,7 @@ def load_with_tokenizer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """(model, tokenizer), for whatever reads or writes text.
 
@@ -118,7 +133,7 @@ def load_with_tokenizer(
     Raises:
         FileNotFoundError, ValueError: as `load`; or there is no tokenizer, or its size is not that of the model's.
     """
-    model, found = load(path, device=device, dtype=dtype)
+    model, found = load(path, device=device, dtype=dtype, adapter=adapter)
     if tokenizer:
         found = load_tokenizer(tokenizer)
     if found is None:
@@ -196,6 +211,44 @@ def load_config(folder: Path) -> tuple[Config, str]:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
+
+
+def load_adapter(folder: Path) -> Adapter | None:
+    """What a model folder holds of an adapter; None if it holds a whole model. Its config is read afterwards.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    load_config(folder)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("adapter")
+    try:
+        return None if said is None else Adapter(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no adapter of this version ({error})") from None
+
+
+def _base_of(adapter: Adapter, folder: Path) -> str:
+    """The model that the adapter in `folder` changes; raises FileNotFoundError where it is no longer there."""
+    if not adapter.base.startswith("hf:") and not (Path(adapter.base) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is an adapter of the model at {adapter.base}, which is not there: give that model, wherever it "
+            f"is, and --adapter {folder}"
+        )
+    return adapter.base
+
+
+def _changed(tensors: dict[str, Tensor], base: Path, folder: Path) -> dict[str, Tensor]:
+    """The weights of the model in `base`, with the adapter in `folder` merged into them."""
+    adapter = load_adapter(folder)
+    if adapter is None:
+        raise ValueError(f"{folder} is a model and no adapter: load it by itself")
+    if load_quantization(base):
+        raise ValueError(
+            f"{base} is quantised, and takes no adapter: merge it first (retentive convert), then quantise"
+        )
+    if weights_sha256(base) != adapter.base_sha256:
+        raise ValueError(f"{folder} is an adapter of another model than {base}: of {adapter.base} as it was then")
+    return merged(tensors, read_tensors(folder), adapter)
 
 
 def load_quantization(folder: Path) -> Quantization | None:
@@ -294,12 +347,16 @@ def save_model(
     """
     folder = Path(folder)
     config = model.config
-    tensors = {name: x.detach().cpu().contiguous() for name, x in model.named_parameters()}
+    adapter = adapter_of(model)
+    named = {name: x for name, x in model.named_parameters() if x.requires_grad or not adapter}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     if layout == "retentive":
         kind = next(k for k, cls in KINDS.items() if type(config) is cls)
         raw = {"format": FORMAT, "kind": kind, "config": asdict(config)}
         if how := quantization_of(model):
             raw["quantization"] = asdict(how)
+        if adapter:
+            raw["adapter"] = asdict(adapter)
     else:
         if quantization_of(model):
             raise ValueError(f"{layout} has no quantised models: write the one that this was made from")

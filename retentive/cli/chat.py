@@ -57,7 +57,7 @@ def run(command: ChatCommand) -> None:
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     model, tokenizer = command.load()
-    template = load_template(find(command.run), tokenizer, command.template)
+    template = load_template(find(command.adapter or command.run), tokenizer, command.template)
     memory = load_memory(command.memory, model) if command.memory else blank(model)
     engine = Engine(model, slots=1).start()
     talk = Talk(Conversation(engine, tokenizer, template, memory), command)

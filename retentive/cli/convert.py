@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-import retentive
-from retentive.checkpoint.io import find, save_model
+from retentive.checkpoint.io import find, load, save_model
 from retentive.data.templates import template_of
 from retentive.files import replace_folder
 
@@ -22,6 +21,8 @@ class ConvertCommand:
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla"] = "retentive"
     """Layout of the new folder. Its architecture must be able to express the model."""
+    merge: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """An adapter of the model (a run of --lora), merged into the new one."""
 
 
 def main(argv: list[str]) -> None:
@@ -30,8 +31,8 @@ def main(argv: list[str]) -> None:
     # before loading, which takes longer; `replace_folder` alone would replace it
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
-    model, tokenizer = retentive.load(command.source)
-    template = template_of(find(command.source))
+    model, tokenizer = load(command.source, adapter=command.merge)
+    template = template_of(find(command.merge or command.source))
     replace_folder(
         command.out, lambda folder: save_model(folder, model, tokenizer, template=template, layout=command.to)
     )

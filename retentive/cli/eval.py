@@ -15,10 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from retentive import machine
+from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading
 from retentive.cli.progress import Lines
+from retentive.data.templates import load_template
 from retentive.evals.contexts import LAST
 from retentive.evals.likelihood import Progress
+from retentive.evals.replies import KINDS, kind_of
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import check_places, write_json, write_text
@@ -45,6 +48,10 @@ class EvalCommand(Loading):
     """Lengths of context in tokens: the last tokens of windows of each length are predicted. For texts and passkey."""
     last: int = LAST
     """Tokens of each of those windows that are predicted."""
+    max_tokens: int = 256
+    """Tokens of an answer, in translation, summarisation, answers and dialogue (TASK, or TASK:NAME for NAME.jsonl)."""
+    beams: int = 1
+    """Hypotheses of beam search for these answers; 1 takes the likeliest token."""
     lm_eval: bool = False
     """Run lm-eval's own tasks by their names, from the files in --data where they are there, else from the hub."""
     json: Path | None = None
@@ -62,8 +69,10 @@ def run(command: EvalCommand, typed: str) -> None:
     """Print the table of scores, and write the files that were asked for."""
     check_places(command.json, command.examples)
     model, tokenizer = command.load()
-    names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval")
+    names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval", "max_tokens", "beams")
     options = {name: getattr(command, name) for name in names}
+    if any(kind_of(name.strip()) in KINDS for name in command.tasks.split(",")):
+        options["template"] = load_template(find(command.adapter or command.run), tokenizer)
     with shown() as progress:
         found = evaluate(model, command.tasks, command.data, tokenizer=tokenizer, **options, progress=progress)
     print(found)

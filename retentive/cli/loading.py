@@ -30,6 +30,8 @@ class Loading:
     """Of the weights; the state is float32 in any case. A memory belongs to the dtype that wrote it."""
     weights: Literal["stored", "int8", "int4"] = "stored"
     """Quantise while loading; `retentive quantize` writes a folder of such weights once."""
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """An adapter of this model (a run of --lora), merged into it; its folder alone also says which model it changes."""
     engine: Literal["auto", "native", "torch"] = "auto"
     """What reads tokens on a CPU: native is the model in C, auto takes it where it can run the model."""
 
@@ -40,7 +42,8 @@ class Loading:
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer that fits it; errors as `load_with_tokenizer`, `quantize` and `with_engine`."""
-        model, tokenizer = load_with_tokenizer(self.run, self.tokenizer, device=self.device, dtype=self.torch_dtype)
+        how = {"device": self.device, "dtype": self.torch_dtype, "adapter": self.adapter}
+        model, tokenizer = load_with_tokenizer(self.run, self.tokenizer, **how)  # type: ignore[arg-type]
         return self.ready(model), tokenizer
 
     def ready(self, model: LanguageModel) -> LanguageModel:

@@ -35,5 +35,6 @@ def run(command: ServeCommand) -> None:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
     options = command.options.with_environment_keys()
     how: dict[str, Any] = {"tokenizer": command.tokenizer, "device": command.device, "dtype": command.torch_dtype}
+    how["adapter"] = command.adapter
     service = open_service(command.run, options, **how, ready=command.ready)
     serve(service, command.host, command.port)

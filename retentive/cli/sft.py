@@ -46,6 +46,12 @@ class SftCommand:
     mode: Mode | None = None
     """carry: rows read on from row to row, with their states, however long a conversation is; whole: rows of whole
     conversations. By default carry for RetNets, whole for models that attend."""
+    lora: int = 0
+    """Train a low-rank change of this rank, and save that alone (LoRA); 0 trains the whole model."""
+    lora_alpha: float = TrainRun.lora_alpha
+    """The change is multiplied by this over its rank."""
+    lora_targets: str = TrainRun.lora_targets
+    """The matrices that it changes: all, or some, such as q_proj,v_proj."""
     batch: int = 8
     """Rows of a batch."""
     length: int = 512
@@ -70,6 +76,9 @@ def main(argv: list[str]) -> None:
         data.path,
         command.out,
         init=command.model,
+        lora=command.lora,
+        lora_alpha=command.lora_alpha,
+        lora_targets=command.lora_targets,
         mode=mode,
         batch=command.batch,
         length=command.length,

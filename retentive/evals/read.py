@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from retentive.evals.tasks import PASSKEY, TASKS, Question, Task
 
+REPLIES = "translation, summarisation, answers, dialogue"
+"""What replies.py scores."""
 SEED = 1234
 """lm-eval's seed, for drawing the same examples."""
 
@@ -29,7 +31,7 @@ def known(names: list[str]) -> list[str]:
     Raises:
         ValueError: one is not a task's, or there is none.
     """
-    expected = f"expected some of {', '.join(TASKS)}, or {PASSKEY} with --contexts"
+    expected = f"expected some of {', '.join(TASKS)}, {PASSKEY} with --contexts, or, by themselves, {REPLIES}"
     for name in names:
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}, {expected}" if name != PASSKEY else f"{PASSKEY} needs --contexts")

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retentive.checkpoint import load_with_tokenizer
+from retentive.checkpoint.io import find
+from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.answers import WINDOW, score_tasks
 from retentive.evals.contexts import LAST, score_contexts
 from retentive.evals.likelihood import Progress
 from retentive.evals.read import known
+from retentive.evals.replies import KINDS, kind_of, score_replies
 from retentive.models import LanguageModel
 
 
@@ -38,6 +41,9 @@ def evaluate(
     contexts: Sequence[int] = (),
     last: int = LAST,
     lm_eval: bool = False,
+    template: ChatTemplate | None = None,
+    max_tokens: int = 256,
+    beams: int = 1,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """The scores of a model on tasks: a row for each metric, and a record for each question.
@@ -54,6 +60,10 @@ def evaluate(
         contexts: lengths of context in tokens: the last ones of windows of each length are predicted (texts, passkey).
         last: tokens of each of those windows that are predicted.
         lm_eval: run lm-eval's own tasks of these names, from the files in `data` if given, else from the hub.
+        template: what conversations are asked by (translation, summarisation, answers, dialogue); that of the model's
+            folder, or a plain one, if not given.
+        max_tokens: of an answer to these.
+        beams: hypotheses of beam search for them; 1 takes the likeliest token.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
@@ -70,8 +80,17 @@ def evaluate(
         raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
     if folder is None and not (lm_eval or contexts):
         raise ValueError(f"--data is needed: the folder of {', '.join(known(names))} (NAME.jsonl each)")
+    replied = [name for name in names if kind_of(name) in KINDS]
+    if replied and (len(replied) < len(names) or lm_eval or contexts or shots or max_length is not None):
+        raise ValueError(f"{', '.join(replied)} are asked by themselves: leave out other tasks and their options")
+    own = find(model) if replied and template is None and isinstance(model, str | Path) else None
     model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
-    if lm_eval:
+    if replied:
+        assert folder is not None
+        template = template or load_template(own or Path(), tokenizer)
+        how: dict[str, Any] = {"limit": limit, "max_tokens": max_tokens, "beams": beams}
+        found = score_replies(model, template, names, folder, **how, progress=progress)
+    elif lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import
 
         found = run_tasks(model, tokenizer, names, folder, shots=shots, limit=limit, window=window)
@@ -80,7 +99,7 @@ def evaluate(
     else:
         assert folder is not None
         window = WINDOW if window is None else window
-        how: dict[str, Any] = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
+        how = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
         found = score_tasks(model, tokenizer, names, folder, **how, progress=progress)
     return Evaluation(*found)
 

@@ -114,11 +114,13 @@ def open_service(
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
     ready: Callable[[LanguageModel], LanguageModel] = with_engine,
 ) -> Service:
     """The service for a run directory, a model folder, or a name on the hub.
 
     Args:
+        adapter: the folder of an adapter of the model, to be merged into it; the template is its own then.
         ready: makes of the loaded model the one that reads; in C, where that can.
 
     Raises:
@@ -126,7 +128,7 @@ def open_service(
             memory for; and what `ready` raises.
     """
     options, folder = options or Options(), find(run)
-    model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype)
-    template = load_template(folder, found, options.template)
+    model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype, adapter=adapter)
+    template = load_template(find(adapter) if adapter else folder, found, options.template)
     name = folder.resolve().name if Path(run).is_dir() else str(run)
     return Service(name, ready(model), found, template, options, options.states or folder / "states")

@@ -36,9 +36,9 @@ def save(
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
     """
-    named = {name: p.detach() for name, p in model.named_parameters()}
+    named = {name: p.detach() for name, p in trained(model)}
     moments = {}
-    for name, p in model.named_parameters():
+    for name, p in trained(model):
         for key, value in optimizer.state.get(p, {}).items():
             moments[f"{key}.{name}"] = value.detach()
 
@@ -56,6 +56,11 @@ def save(
     for old in folders(run)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, by name: all but those that an adapter leaves as they are."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def publish(run: Path, folder: Path) -> None:
@@ -130,10 +135,10 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     kept = folder / "state.safetensors"
     state = read(kept, load_state) if kept.is_file() else None
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in trained(model):
             p.copy_(weights[name])  # in place: the optimiser holds these very tensors
-            if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
+            # fused AdamW keeps its step count beside the moments, on their device
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
     publish(run, folder)  # a process killed after saving may not have come to it
     return step, state

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from retentive import machine
+from retentive.checkpoint.adapter import targets_of, weights_sha256, with_adapter
 from retentive.checkpoint.io import find, load, load_config, load_quantization
 from retentive.data.loader import Batches, Mode
 from retentive.data.packed import Packed
@@ -23,6 +24,7 @@ from retentive.data.templates import ChatTemplate, template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, generate, write_on
+from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.ops import backends
@@ -57,6 +59,12 @@ class TrainRun:
     """Changes to the model's config, such as decay=paper heads=2 dropout=0.1."""
     init: str = ""
     """Model folder to train on from, a run or a converted model: its weights and architecture in place of a size's."""
+    lora: int = 0
+    """Train a low-rank change of this rank of the model at --init, and save that alone (LoRA); 0 trains all of it."""
+    lora_alpha: float = 16.0
+    """The change is multiplied by this over its rank."""
+    lora_targets: str = "all"
+    """The matrices that it changes: all, or some, such as q_proj,v_proj."""
     mode: Mode = "reset"
     """reset: no state passes a document's end. packed: documents run into each other. whole: rows of whole documents,
     or conversations. carry: each row reads on."""
@@ -182,7 +190,21 @@ class TrainRun:
             given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
             model.load_state_dict(given.state_dict())
-        return config, model
+        elif self.lora:  # what the checkpoint has is the change alone
+            model.load_state_dict(load(self.init, dtype=torch.float32)[0].state_dict())
+        return config, with_adapter(model, self.adapter(model)) if self.lora else model
+
+    def adapter(self, model: LanguageModel) -> Adapter:
+        """The change that is trained.
+
+        Raises:
+            ValueError: no model to change.
+        """
+        if not self.init:
+            raise ValueError("--lora changes a model that is trained already: name it (--init)")
+        base = self.init if self.init.startswith("hf:") else str(Path(self.init).resolve())
+        targets = targets_of(model, self.lora_targets, self.lora)
+        return Adapter(base, weights_sha256(find(self.init)), self.lora, self.lora_alpha, targets)
 
     def hooks(self, data: Packed, config: Config) -> Hooks:
         """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from retentive.cli import main
 from retentive.data.templates import TEMPLATE, TURNS
@@ -67,3 +68,26 @@ def test_a_model_that_attends_reads_whole_conversations(chats):
           "--set", "dim=32", "layers=2", "heads=2", *BRIEF])  # fmt: skip
     main(["sft", "twin", "--data", chats, "--out", "talks", "--steps", "2", *BRIEF])
     assert json.loads(Path("talks/train.json").read_text())["command"]["mode"] == "whole"
+
+
+def test_a_low_rank_change_is_saved_alone(chats, capsys):
+    before = Path("run/model.safetensors").read_bytes()
+    lora = ["--lora", "2", "--lr", "1e-2"]
+    main(["sft", "run", "--data", chats, "--out", "whole", "--steps", "6", *lora, *BRIEF])
+    main(["sft", "run", "--data", chats, "--out", "change", "--steps", "4", *lora, *BRIEF])
+    main(["sft", "run", "--data", chats, "--out", "change", "--steps", "6", "--resume", *lora, *BRIEF])
+    assert Path("run/model.safetensors").read_bytes() == before
+    tensors = load_file("change/model.safetensors")
+    assert tensors and all(name.endswith(("lora_a", "lora_b")) for name in tensors)
+    main(["convert", "run", "merged", "--merge", "change"])
+    main(["convert", "change", "also"])
+    assert Path("merged/model.safetensors").read_bytes() == Path("also/model.safetensors").read_bytes()
+    assert Path("merged", TEMPLATE).read_text() == TURNS
+    capsys.readouterr()
+    texts = []
+    for argv in (["change"], ["run", "--adapter", "change"], ["merged"], ["run"]):
+        main(["generate", *argv, "--prompt", "The ", "--max-tokens", "20", "--temperature", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    main(["quantize", "change", "--to", "int8", "--out", "small"])
+    main(["info", "change"])

@@ -1,0 +1,78 @@
+"""Adapters: models of which a low-rank change alone is trained and saved; merged into the model that they change.
+
+with_adapter(model, adapter)           the model to train: LoRALinear in place of the targets, all else frozen
+merged(tensors, changes, adapter)      the weights of a plain model, which runs as fast as any
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from retentive.layers.lora import Adapter, LoRALinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a model's blocks, by name; a head is none of them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "." in name}
+
+
+def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
+    """The linear layers that an adapter of such a rank changes: those named, or "all" that are larger than it.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layers = linear_layers(model)
+    large = {name.rpartition(".")[2] for name, layer in layers.items() if min(layer.weight.shape) > rank}
+    chosen = sorted(large) if names == "all" else names.split(",")
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    if not chosen or not set(chosen) <= set(known):
+        raise ValueError(f"an adapter's targets must be all or among {', '.join(known)}, got {names} of rank {rank}")
+    return tuple(chosen)
+
+
+def with_adapter(model: Model, adapter: Adapter) -> Model:
+    """`model`, changed in place: its targets have low-rank changes, which alone are trained."""
+    model.requires_grad_(False)
+    for name, layer in linear_layers(model).items():
+        parent, _, own = name.rpartition(".")
+        if own in adapter.targets:
+            setattr(model.get_submodule(parent), own, LoRALinear(layer, adapter))
+    return model
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """What is trained of the model; None where that is all of it."""
+    return next((m.adapter for m in model.modules() if isinstance(m, LoRALinear)), None)
+
+
+def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The weights of the model with the changes in them, in its own dtypes.
+
+    Raises:
+        ValueError: changes that do not fit the weights.
+    """
+    out = dict(tensors)
+    for name in sorted({name.rpartition(".")[0] for name in changes}):
+        a, b, weight = (
+            found.get(f"{name}.{own}") for found, own in ((changes, "lora_a"), (changes, "lora_b"), (out, "weight"))
+        )
+        if a is None or b is None or weight is None or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+            raise ValueError(f"the adapter is of another model: {name} does not fit")
+        out[f"{name}.weight"] = (weight.float() + adapter.scale * b.float() @ a.float()).to(weight.dtype)
+    return out
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of a model folder's weights, all files of them."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""Answers that a model writes, beside those that people gave: translations, summaries, short answers, small talk.
+
+    translation     bleu, chrf                by sacrebleu, whose signature goes with the result
+    summarisation   rouge1, rouge2, rougeL    by rouge-score; lead_…: those of the question's first three sentences
+    answers         exact                     the same but for case, white space and a full stop
+    dialogue        distinct1, distinct2      different words, and pairs of them, among all that were written
+    all of them     ended                     the share of answers that the model ended itself
+
+The file of a task has a conversation a line, as `retentive sft` reads them (data/chats.py): TASK.jsonl, or NAME.jsonl
+for TASK:NAME. All but its last answer is read, by the model's own chat template; that answer is the reference.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retentive.data.chats import Conversation, chats
+from retentive.data.templates import ChatTemplate
+from retentive.evals.likelihood import Progress
+from retentive.evals.stats import Interval, ratio_interval, wilson
+from retentive.infer import SamplingParams
+from retentive.infer.beam import beam_search
+from retentive.infer.engine import Engine
+from retentive.models import LanguageModel
+
+SLOTS = 16
+"""Answers that are written together."""
+LEAD = 3
+"""Sentences of the question that stand for the least that a summary must beat."""
+DRAWS = 1000
+"""Of the bootstrap over answers."""
+
+
+class Answered(NamedTuple):
+    """A question, its answers by people and by the model."""
+
+    name: str
+    question: str
+    reference: str
+    answer: str
+    ended: bool
+    """The model ended it, and not the bound on its tokens."""
+
+
+Metrics = Callable[[Sequence[Answered]], list[dict[str, Any]]]
+"""Rows: metric, value, interval, and what else belongs to it."""
+
+
+def kind_of(name: str) -> str:
+    """The task of TASK or TASK:NAME."""
+    return name.partition(":")[0]
+
+
+def score_replies(
+    model: LanguageModel,
+    template: ChatTemplate,
+    names: list[str],
+    folder: Path,
+    *,
+    limit: int | None = None,
+    max_tokens: int = 256,
+    beams: int = 1,
+    params: SamplingParams | None = None,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(a row for each task and metric, a record for each question).
+
+    Args:
+        names: TASK or TASK:NAME, TASK one of KINDS.
+        folder: where their files are.
+        limit: questions of each task, from the beginning of its file.
+        max_tokens: of an answer.
+        beams: hypotheses of beam search; 1 for none.
+        params: how tokens are picked without beams; the likeliest by default.
+        progress: called with each task, its number of questions and how many are done.
+
+    Raises:
+        FileNotFoundError: a task without a file.
+        ValueError: a line that is no conversation, numbers that are too small.
+        ImportError: no sacrebleu or rouge-score (extra `eval`).
+    """
+    for what, value in (("limit", limit), ("max_tokens", max_tokens), ("beams", beams)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
+    rows, records = [], []
+    asked = {}
+    for name in names:
+        file = folder / f"{name.partition(':')[2] or name}.jsonl"
+        if not file.is_file():
+            raise FileNotFoundError(f"task {name} needs {file}: no such file")
+        asked[name] = list(chats(file))[:limit]
+    for name, conversations in asked.items():
+        progress(name, len(conversations), 0)
+        how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "params": params}
+        found = replies(model, template, conversations, **how, done=partial(progress, name, len(conversations)))
+        new = [*KINDS[kind_of(name)](found), share("ended", [each.ended for each in found])]
+        rows += [{"task": name, "shots": 0, "n": len(found), **row} for row in new]
+        records += [{"task": name, **each._asdict()} for each in found]
+    return rows, records
+
+
+def replies(
+    model: LanguageModel,
+    template: ChatTemplate,
+    conversations: Sequence[Conversation],
+    *,
+    max_tokens: int,
+    beams: int = 1,
+    params: SamplingParams | None = None,
+    done: Callable[[int], object] = lambda n: None,
+) -> list[Answered]:
+    """The model's answers to the last questions of conversations, in order; arguments as of `score_replies`."""
+    stops, params = sorted(template.stop_ids), params or SamplingParams(temperature=0)
+    prompts = [template.first(each.messages[:-1]) for each in conversations]
+    tokens: list[list[int]] = []
+    if beams > 1:
+        for prompt in prompts:
+            tokens.append(beam_search(model, prompt, beams=beams, max_tokens=max_tokens, stop_ids=stops)[0][0])
+            done(len(tokens))
+    else:
+        engine = Engine(model, slots=min(SLOTS, len(prompts)), waiting=len(prompts))
+        streams = [engine.submit(ids, params, max_tokens=max_tokens, stop_ids=stops)[0] for ids in prompts]
+        while engine.step():
+            done(sum(stream.reason is not None for stream in streams))
+        tokens = [[token.id for token in stream] for stream in streams]
+    return [_answered(template, each, ids, max_tokens) for each, ids in zip(conversations, tokens, strict=True)]
+
+
+def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_tokens: int) -> Answered:
+    text, ended = template.tokenizer.decode(ids), len(ids) < max_tokens
+    for stop in template.stop:  # where an answer ends with a text, and no token
+        if stop in text:
+            text, ended = text.partition(stop)[0], True
+    return Answered(asked.name, asked.messages[-2]["content"], asked.messages[-1]["content"], text.strip(), ended)
+
+
+# metrics
+
+
+def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
+    """BLEU and chrF of all answers together; their intervals are the bootstrap's of sacrebleu."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        raise ImportError("translations are scored by sacrebleu: pip install 'retentive[eval]'") from None
+    rows = []
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        references = [[each.reference for each in found]]
+        score = metric.corpus_score([each.answer for each in found], references, n_bootstrap=DRAWS)
+        around = None if len(found) < 2 else (score._mean - score._ci, score._mean + score._ci)
+        rows.append(
+            {"metric": name, "value": score.score, "interval": around, "signature": str(metric.get_signature())}
+        )
+    return rows
+
+
+def summarisation(found: Sequence[Answered]) -> list[dict[str, Any]]:
+    """Mean F1 of ROUGE of the answers, and of the questions' first sentences."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ImportError("summaries are scored by rouge-score: pip install 'retentive[eval]'") from None
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    rows = []
+    for prefix, text_of in (("", lambda each: each.answer), ("lead_", lambda each: lead(each.question))):
+        scores = [scorer.score(each.reference, text_of(each)) for each in found]
+        rows += [mean(prefix + name, [100 * score[name].fmeasure for score in scores]) for name in names]
+    return rows
+
+
+def lead(text: str, sentences: int = LEAD) -> str:
+    """The first sentences of a text."""
+    return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:sentences])
+
+
+def answers(found: Sequence[Answered]) -> list[dict[str, Any]]:
+    """The share of answers that are the reference but for case, white space and a full stop."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split()).removesuffix(".")
+
+    return [share("exact", [plain(each.answer) == plain(each.reference) for each in found])]
+
+
+def dialogue(found: Sequence[Answered]) -> list[dict[str, Any]]:
+    """Different words, and pairs, over all of them (distinct-n: Li et al., arXiv 1510.03055); people's beside."""
+    rows = []
+    for prefix, texts in (("", [each.answer for each in found]), ("people_", [each.reference for each in found])):
+        words = [text.lower().split() for text in texts]
+        singles, pairs = ([(w,) for each in words for w in each], [p for each in words for p in pairwise(each)])
+        for n, grams in (("1", singles), ("2", pairs)):
+            value = len(set(grams)) / max(len(grams), 1)
+            rows.append({"metric": f"{prefix}distinct{n}", "value": value, "interval": None})
+    return rows
+
+
+KINDS: dict[str, Metrics] = {
+    "translation": translation,
+    "summarisation": summarisation,
+    "answers": answers,
+    "dialogue": dialogue,
+}
+"""The tasks, and what they are scored by."""
+
+
+def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
+    """The row of a mean over answers."""
+    around: Interval = ratio_interval(values, [1.0] * len(values), draws=DRAWS)
+    return {"metric": metric, "value": sum(values) / len(values), "interval": around}
+
+
+def share(metric: str, hits: Sequence[bool]) -> dict[str, Any]:
+    """The row of a share of answers."""
+    return {"metric": metric, "value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}

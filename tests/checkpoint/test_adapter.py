@@ -1,0 +1,121 @@
+"""Adapters: nothing is changed at first, the merged model is the trained one, and no other model takes them."""
+
+import shutil
+
+import pytest
+import torch
+
+from retentive.checkpoint import load, save_model
+from retentive.checkpoint.adapter import adapter_of, merged, targets_of, weights_sha256, with_adapter
+from retentive.checkpoint.quantize import quantize
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.layers.lora import Adapter
+from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build
+
+SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
+CONFIGS = {
+    "retnet": RetNetConfig(**SMALL),
+    "tied": RetNetConfig(**SMALL, tie_embeddings=True, gate=False, ffn_gate=False),
+    "transformer": TransformerConfig(**SMALL),
+    "hybrid": HybridConfig(**SMALL, attention_every=2),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def base(request, tmp_path):
+    """A model folder and its model."""
+    save_model(tmp_path / "base", build(CONFIGS[request.param]), ByteTokenizer())
+    return tmp_path / "base", load(tmp_path / "base")[0]
+
+
+def changed(folder, model, targets="all", rank=3):
+    """The model with an adapter whose change is not zero."""
+    adapter = Adapter(str(folder), weights_sha256(folder), rank, 6.0, targets_of(model, targets, rank))
+    made = with_adapter(model, adapter)
+    for name, p in made.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
+    return made
+
+
+IDS = torch.randint(257, (2, 20))
+
+
+@torch.no_grad()
+def test_at_first_nothing_is_changed_and_the_change_alone_is_trained(base):
+    folder, model = base
+    want = model(IDS)[0]
+    adapter = Adapter(str(folder), "", 3, 6.0, targets_of(model, "all", 3))
+    made = with_adapter(model, adapter)
+    assert torch.equal(made(IDS)[0], want) and adapter_of(made) == adapter
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert trained and all(name.endswith(("lora_a", "lora_b")) for name in trained)
+    assert {"q_proj", "out_proj", "down_proj"} <= set(adapter.targets) and "head" not in adapter.targets
+
+
+@torch.no_grad()
+def test_what_is_loaded_is_what_was_trained(base, tmp_path, same):
+    folder, model = base
+    before, made = load(folder)[0](IDS)[0], changed(folder, model)
+    save_model(tmp_path / "change", made, ByteTokenizer(), template="{{ eos_token }}")
+    want = made(IDS)[0]
+    assert (want - before).abs().max() > 0.01
+    assert (tmp_path / "change" / "model.safetensors").stat().st_size < (
+        folder / "model.safetensors"
+    ).stat().st_size / 2
+    for found, tokenizer in (load(tmp_path / "change"), load(folder, adapter=tmp_path / "change")):
+        same(found(IDS)[0], want, 1e-5)
+        assert adapter_of(found) is None and tokenizer.vocab_size == 257
+        assert all(p.requires_grad for p in found.parameters())
+    same(load(folder)[0](IDS)[0], before, 0)
+
+
+def test_gradients_are_those_of_the_merged_weights(same):
+    model = build(CONFIGS["retnet"]).double()
+    adapter = Adapter("", "", 2, 3.0, ("v_proj",))
+    made = with_adapter(model, adapter)
+    layer = made.blocks[1].retention.v_proj
+    torch.nn.init.normal_(layer.lora_b)
+    made(IDS)[0].square().mean().backward()
+    weights = {name: p.detach() for name, p in made.named_parameters() if "lora" not in name}
+    changes = {name: p.detach() for name, p in made.named_parameters() if "lora" in name}
+    plain = build(CONFIGS["retnet"]).double()
+    whole = {
+        name: x.double() for name, x in merged({n: w.float() for n, w in weights.items()}, changes, adapter).items()
+    }
+    plain.load_state_dict(whole)
+    plain(IDS)[0].square().mean().backward()
+    full = plain.blocks[1].retention.v_proj.weight.grad
+    same(layer.lora_b.grad, adapter.scale * full @ layer.lora_a.T, 1e-5)  # the merged weights went through float32
+    same(layer.lora_a.grad, adapter.scale * layer.lora_b.T @ full, 1e-5)
+
+
+def test_what_does_not_belong_together(tmp_path, refuses):
+    folder = tmp_path / "base"
+    save_model(folder, build(CONFIGS["retnet"]))
+    save_model(tmp_path / "change", changed(folder, load(folder)[0]))
+    save_model(tmp_path / "other", build(CONFIGS["retnet"]))
+    with refuses(f"change is an adapter of another model than {tmp_path / 'other'}"):
+        load(tmp_path / "other", adapter=tmp_path / "change")
+    with refuses(f"{folder} is a model and no adapter"):
+        load(folder, adapter=folder)
+    save_model(tmp_path / "small", quantize(build(CONFIGS["retnet"]), 8))
+    with refuses("is quantised, and takes no adapter"):
+        load(tmp_path / "small", adapter=tmp_path / "change")
+    shutil.move(folder, tmp_path / "moved")
+    with refuses("is an adapter of the model at", FileNotFoundError):
+        load(tmp_path / "change")
+    assert load(tmp_path / "moved", adapter=tmp_path / "change")
+    (tmp_path / "change" / "config.json").write_text(
+        (tmp_path / "change" / "config.json").read_text().replace('"rank": 3', '"rank": 0')
+    )
+    with refuses("describes no adapter of this version (the rank of an adapter must be at least 1, got 0)"):
+        load(tmp_path / "change")
+
+
+def test_targets_that_are_none(refuses):
+    model = build(CONFIGS["retnet"])
+    with refuses("an adapter's targets must be all or among decay_proj, down_proj"):
+        targets_of(model, "q_proj,head", 2)
+    with refuses("got all of rank 64"):
+        targets_of(model, "all", 64)

@@ -1,0 +1,129 @@
+"""Answers that a model writes: those of `generate`, scored by hand, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
+
+from retentive.checkpoint import save_model
+from retentive.cli import main
+from retentive.data.chats import Conversation
+from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.evals import replies
+from retentive.evals.replies import Answered, answers, dialogue, lead, score_replies, summarisation, translation
+from retentive.infer import SamplingParams, generate
+from retentive.models import RetNetConfig, build, twin
+
+TINY = RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)
+
+
+def asked(*texts: str) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(texts[0], [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)])
+
+
+def peaked(config):
+    model = build(config).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    return model
+
+
+@pytest.mark.parametrize("config", [TINY, twin(TINY)], ids=["retnet", "twin"])
+@pytest.mark.parametrize("source", [TURNS, BUILT_IN], ids=["token", "text"])
+def test_answers_are_those_of_generate(config, source):
+    model, template = peaked(config), ChatTemplate(source, ByteTokenizer(), {}, own=True)
+    conversations = [asked("Who?", "Me."), asked("a" * 60, "b", "And then?", "c"), asked("é", "d")]
+    seen = []
+    found = replies.replies(model, template, conversations, max_tokens=30, done=seen.append)
+    for each, got in zip(conversations, found, strict=True):
+        ids = template.first(each.messages[:-1])
+        tokens = [t.id for t in generate(model, ids, SamplingParams(temperature=0), max_tokens=30, stop_ids=[256])]
+        text = template.tokenizer.decode(tokens)
+        assert got.answer == (text.split("\nUser:")[0] if source == BUILT_IN else text).strip()
+        assert got.ended == (len(tokens) < 30 or (source == BUILT_IN and "\nUser:" in text))
+        assert (got.question, got.reference) == (each.messages[-2]["content"], each.messages[-1]["content"])
+    assert seen[-1] == 3
+    alone = replies.replies(model, template, conversations, max_tokens=30, beams=2)
+    assert [each.reference for each in alone] == [each.reference for each in found]
+
+
+def made(*pairs: tuple[str, str], question: str = "") -> list[Answered]:
+    return [Answered("", question, reference, answer, True) for reference, answer in pairs]
+
+
+def by_metric(rows) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in rows}
+
+
+def test_translations():
+    pytest.importorskip("sacrebleu")
+    right = made(("the cat sat on the mat", "the cat sat on the mat"), ("a dog ran", "a dog ran"))
+    rows = translation(right)
+    assert by_metric(rows) == pytest.approx({"bleu": 100, "chrf": 100})
+    assert all(row["signature"].startswith("nrefs:1|") and "version:" in row["signature"] for row in rows)
+    half = made(("the cat sat on the mat", "the cat sat on a rug"), ("a dog ran", "a dog ran away"))
+    for row in translation(half):
+        assert 10 < row["value"] < 90 and row["interval"][0] <= row["value"] + 15
+
+
+def test_summaries_beside_the_first_sentences():
+    pytest.importorskip("rouge_score")
+    text = "One thing. Two things! Three things? Four things."
+    assert lead(text) == "One thing. Two things! Three things?" and lead("No end") == "No end"
+    found = by_metric(summarisation(made(("one thing", "one thing"), ("x y", "one thing"), question=text)))
+    assert found["rouge1"] == found["rouge2"] == found["rougeL"] == 50
+    # of the reference's two words both are among the six of the lead: 2 * (2/6 * 1) / (2/6 + 1), and of x y none
+    assert found["lead_rouge1"] == pytest.approx(25)
+
+
+def test_short_answers_and_talk():
+    (row,) = answers(made(("In Paris.", " in  PARIS"), ("Rome", "Rome, I think")))
+    assert (row["metric"], row["value"]) == ("exact", 0.5)
+    found = by_metric(dialogue(made(("a b c", "Yes yes"), ("a b", "yes no"))))
+    assert found == {"distinct1": 2 / 4, "distinct2": 1.0, "people_distinct1": 3 / 5, "people_distinct2": 2 / 3}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_model("run", build(TINY), ByteTokenizer(), template=TURNS)
+    said = [{"prompt": f"Where is {n}?", "completion": f"At {n}."} for n in range(4)]
+    for name in ("en-de", "answers"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in said))
+    return tmp_path
+
+
+def test_the_command(place, capsys):
+    pytest.importorskip("sacrebleu")
+    main(["eval", "run", "--tasks", "translation:en-de,answers", "--data", ".", "--max-tokens", "5", "--limit", "3",
+          "--json", "out.json", "--examples", "out.jsonl"])  # fmt: skip
+    table = capsys.readouterr().out
+    assert "| translation:en-de | 0 | 3 | bleu |" in table and "| answers | 0 | 3 | exact |" in table
+    records = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [r["reference"] for r in records[:3]] == ["At 0.", "At 1.", "At 2."] and {"answer", "ended"} <= set(
+        records[0]
+    )
+    rows = json.loads((place / "out.json").read_text())["results"]
+    assert "tok:13a" in next(row["signature"] for row in rows if row["metric"] == "bleu")
+
+
+def test_what_cannot_be_asked(place, refuses):
+    model, template = build(TINY), ChatTemplate(TURNS, ByteTokenizer(), {}, own=True)
+    with refuses("task summarisation needs summarisation.jsonl: no such file", FileNotFoundError):
+        score_replies(model, template, ["summarisation"], place.relative_to(place))
+    (place / "answers.jsonl").write_text('{"prompt": "a", "completion": " "}\n')
+    with refuses("answers.jsonl:1 is no conversation: message 2, by assistant, is empty"):
+        score_replies(model, template, ["answers"], place)
+    with refuses("beams must be at least 1, got 0"):
+        score_replies(model, template, ["answers"], place, beams=0)
+
+
+def test_with_other_tasks_they_are_refused(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "run", "--tasks", "answers,piqa", "--data", "."])
+    assert "answers are asked by themselves: leave out other tasks" in capsys.readouterr().err
