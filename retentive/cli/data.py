@@ -85,6 +85,8 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     if meta.splits["train"].tokens <= TrainRun.length:
         return  # less than a row and the target after it: it can be trained on with a smaller --length only
     todo = f"next: retentive train --data {shlex.quote(str(command.out))} --size 5m --out runs/mine"
+    if meta.chats:
+        todo += f" --mode carry, or retentive sft RUN --data {shlex.quote(str(command.out))} --out runs/mine"
     console.print(todo, markup=False, highlight=False, soft_wrap=True)
 
 

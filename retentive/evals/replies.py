@@ -23,11 +23,14 @@ from retentive.evals.likelihood import Progress
 from retentive.evals.stats import Interval, ratio_interval, wilson
 from retentive.infer import SamplingParams
 from retentive.infer.beam import beam_search
+from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.models import LanguageModel
 
 SLOTS = 16
 """Answers that are written together."""
+CACHE = 512 << 20
+"""Bytes of states of texts that several questions are about."""
 LEAD = 3
 """Sentences of the question that stand for the least that a summary must beat."""
 DRAWS = 1000
@@ -121,7 +124,9 @@ def replies(
             tokens.append(beam_search(model, prompt, beams=beams, max_tokens=max_tokens, stop_ids=stops)[0][0])
             done(len(tokens))
     else:
-        engine = Engine(model, slots=min(SLOTS, len(prompts)), waiting=len(prompts))
+        # questions about one text: it is read for the first of them, and its state kept for the others
+        cache = PrefixCache(CACHE)
+        engine = Engine(model, slots=min(SLOTS, len(prompts)), waiting=len(prompts), cache=cache)
         streams = [engine.submit(ids, params, max_tokens=max_tokens, stop_ids=stops)[0] for ids in prompts]
         while engine.step():
             done(sum(stream.reason is not None for stream in streams))
