@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from retentive.checkpoint.adapter import adapter_of
 from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 
@@ -36,9 +37,9 @@ def save(
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
     """
-    named = {name: p.detach() for name, p in trained(model)}
+    named = {name: p.detach() for name, p in saved(model)}
     moments = {}
-    for name, p in trained(model):
+    for name, p in saved(model):
         for key, value in optimizer.state.get(p, {}).items():
             moments[f"{key}.{name}"] = value.detach()
 
@@ -58,9 +59,10 @@ def save(
     return folder
 
 
-def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, by name: all but those that an adapter leaves as they are."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are saved, by name: all, or those of an adapter, which leaves the others as they are."""
+    adapter = adapter_of(model)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not adapter]
 
 
 def publish(run: Path, folder: Path) -> None:
@@ -135,10 +137,10 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     kept = folder / "state.safetensors"
     state = read(kept, load_state) if kept.is_file() else None
     with torch.no_grad():
-        for name, p in trained(model):
+        for name, p in saved(model):
             p.copy_(weights[name])  # in place: the optimiser holds these very tensors
-            # fused AdamW keeps its step count beside the moments, on their device
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
+            if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
     publish(run, folder)  # a process killed after saving may not have come to it
     return step, state
