@@ -9,7 +9,8 @@
     retentive serve runs/summarise
 
 Lines are {"document": …, "summary": …}, or SciTLDR's (source, target) or QMSum's (meeting_transcripts and lists of
-queries). A meeting is read once in training, its questions one after the other; each is asked by itself in `eval`.
+queries). What is written to train.jsonl has a conversation a text, which is read once in training; any other file has
+one a question, as `eval` asks them.
 """
 
 import json
@@ -41,19 +42,23 @@ def conversations(row: dict[str, Any], apart: bool) -> Iterator[Turns]:
     Raises:
         ValueError: fields that are not known, or a text without a summary.
     """
-    if "meeting_transcripts" in row:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    if "document" in row and "summary" in row:
+        said, asked = row["document"], [("Summarise this.", row["summary"])]
+    elif "meeting_transcripts" in row:
         said = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
         asked = [(q["query"], q["answer"]) for q in [*row["general_query_list"], *row["specific_query_list"]]]
-    elif "source" in row and "target" in row:
-        said, asked = " ".join(row["source"]), [("Summarise this.", row["target"][0])]
-    elif "document" in row and "summary" in row:
-        said, asked = row["document"], [("Summarise this.", row["summary"])]
+    elif isinstance(row.get("source"), list) and isinstance(row.get("target"), list):
+        said, asked = " ".join(row["source"]), [("Summarise this.", text) for text in row["target"][:1]]
     else:
         raise ValueError(f"expected document and summary, or SciTLDR's or QMSum's fields, got {', '.join(row)}")
+    if not isinstance(said, str) or not said.strip() or not asked:
+        raise ValueError("no text, or nothing is asked of it")
     for part in [[each] for each in asked] if apart else [asked]:
         turns: Turns = []
         for question, answer in part:
-            if not answer.strip():
+            if not isinstance(answer, str) or not answer.strip():
                 raise ValueError(f"no answer to {question!r}")
             text = question if turns else f"{said}\n\n{question}"
             turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -65,15 +70,19 @@ def prepare(files: list[Path], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 made = list(conversations(json.loads(line), apart=out.stem != "train"))
-            except ValueError as error:
-                sys.exit(f"{path}:{number}: {error}")
+            except (ValueError, KeyError, TypeError) as error:
+                sys.exit(f"{path}:{number}: {type(error).__name__}: {error}")
             lines += [json.dumps({"messages": turns}, ensure_ascii=False) for turns in made]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     *given, target = map(Path, sys.argv[1:])
     prepare(given, target)

@@ -7,7 +7,8 @@
     retentive eval runs/translate --tasks translation:to-japanese,translation:to-english --data pairs --max-tokens 100
     retentive serve runs/translate                         and the page: "To Japanese: where is the station ?"
 
-The second line also writes what `eval` asks, a file for each way: pairs/to-japanese.jsonl and pairs/to-english.jsonl.
+The second line also writes what `eval` asks, a file for each way: pairs/to-japanese.jsonl and pairs/to-english.jsonl
+(so does every file but one called train.jsonl).
 """
 
 import json
@@ -31,7 +32,7 @@ def recipe() -> TrainRun:
 
 def prepare(languages: tuple[str, str], files: tuple[Path, Path], out: Path) -> None:
     """Writes the pairs in both directions, and those of each by themselves beside it."""
-    sides = [path.read_text(encoding="utf-8").splitlines() for path in files]
+    sides = [path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in files]
     if len(sides[0]) != len(sides[1]):
         sys.exit(
             f"{files[0]} has {len(sides[0])} lines and {files[1]} {len(sides[1])}: line n must be line n's translation"
@@ -45,7 +46,8 @@ def prepare(languages: tuple[str, str], files: tuple[Path, Path], out: Path) -> 
             if source.strip() and target.strip()
         ]
         both.append(asked)
-        write(out.with_name(f"to-{languages[to].lower()}.jsonl"), asked)
+        if out.name != "train.jsonl":  # what is trained on is not asked
+            write(out.with_name(f"to-{languages[to].lower()}.jsonl"), asked)
     # in turns, so that a part of the file has both
     write(out, [each for pair in zip(*both, strict=True) for each in pair])
 
@@ -55,5 +57,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 6:
+        sys.exit(__doc__)
     first, one, second, other, out = sys.argv[1:]
     prepare((first, second), (Path(one), Path(other)), Path(out))

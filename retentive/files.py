@@ -5,6 +5,7 @@ processes from writing one folder at once.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -183,6 +184,16 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
         return result
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def file_sha256(*paths: Path) -> str:
+    """The hash of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -4,13 +4,13 @@ with_adapter(model, adapter)           the model to train: LoRALinear in place o
 merged(tensors, changes, adapter)      the weights of a plain model, which runs as fast as any
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 
+from retentive.files import file_sha256
 from retentive.layers.lora import Adapter, LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,10 +29,12 @@ def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
     """
     layers = linear_layers(model)
     large = {name.rpartition(".")[2] for name, layer in layers.items() if min(layer.weight.shape) > rank}
-    chosen = sorted(large) if names == "all" else names.split(",")
+    chosen = sorted(large) if names == "all" else [name.strip() for name in names.split(",")]
     known = sorted({name.rpartition(".")[2] for name in layers})
-    if not chosen or not set(chosen) <= set(known):
-        raise ValueError(f"an adapter's targets must be all or among {', '.join(known)}, got {names} of rank {rank}")
+    if not set(chosen) <= set(known):
+        raise ValueError(f"an adapter's targets must be all or among {', '.join(known)}, got {names}")
+    if not chosen or not set(chosen) <= large:
+        raise ValueError(f"a change of rank {rank} is as large as what it changes ({names}): take a smaller rank")
     return tuple(chosen)
 
 
@@ -70,9 +72,4 @@ def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor], adapter
 
 def weights_sha256(folder: Path) -> str:
     """The hash of a model folder's weights, all files of them."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("model*.safetensors")):
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(*sorted(folder.glob("model*.safetensors")))

@@ -53,7 +53,14 @@ def chat_files(source: str | Path) -> dict[str, Path]:
         OSError: no such file or folder, or it may not be read.
         ValueError: no file of conversations is there.
     """
-    found = find_files(source, ("json",), advise=False).files
+    if str(source).startswith("hf:"):
+        raise ValueError(f"conversations are read from files, not from the hub: download {source}")
+    if (Path(source) / "meta.json").is_file():
+        raise ValueError(f"{source} is packed already: give its conversations, or that folder alone to retentive sft")
+    try:
+        found = find_files(source, ("json",), advise=False).files
+    except ValueError:
+        found = {}
     files = {name: path for name, path in found.items() if kind_of(path)[0] in KINDS}
     if not files:
         raise ValueError(f"no conversations in {source}: expected files that end in {' '.join(KINDS)}")
@@ -137,6 +144,10 @@ def _message(number: int, role: Any, content: Any) -> Message:
         content = None if None in texts else "".join(map(str, texts))
     if not isinstance(content, str):
         raise ValueError(f"message {number}: its content is no text")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"message {number}, by {role}, holds half of a surrogate pair") from None
     if not (content := content.strip()):
         raise ValueError(f"message {number}, by {role}, is empty")
     return {"role": ROLES[role], "content": content}

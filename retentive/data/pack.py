@@ -32,7 +32,7 @@ from retentive.data.chats import Conversation
 from retentive.data.sources import Document
 from retentive.data.templates import TEMPLATE, ChatTemplate
 from retentive.data.tokenizer import Tokenizer
-from retentive.files import only_writer, replace_folder, write_text
+from retentive.files import file_sha256, only_writer, replace_folder, write_text
 
 FORMAT, VERSION = "retentive-pack", 1
 SPLITS = ("train", "valid")
@@ -476,13 +476,5 @@ def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
                     raise ValueError(f"{file} {found}: the copy is incomplete, copy the folder or pack the data again")
             for suffix, digest in ((".bin", shard.sha256), (".ans", shard.answers_sha256)):
                 file = shard_path(path, split, number, suffix)
-                if verify and digest and _file_hash(file) != digest:
+                if verify and digest and file_sha256(file) != digest:
                     raise ValueError(f"{file} is damaged: its hash differs from that in meta.json, pack the data again")
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

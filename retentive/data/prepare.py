@@ -81,6 +81,8 @@ def prepare(
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if not sources:
         raise ValueError("no source: expected files, folders or hf:NAME")
+    if config.template is not None and not config.chats:
+        raise ValueError("--template is for conversations: add --chats")
     check_free(out, overwrite=config.overwrite)
     report = progress or (lambda stage, done, total: None)
     # First of all, since missing sources raise here. Learning a tokenizer reads the sources once more.
@@ -137,7 +139,13 @@ def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progre
 def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
     """The config's template, or the one beside the tokenizer, or the plain one that chats are taught with."""
     beside = Path(config.tokenizer)
-    return load_template(beside if beside.is_dir() else beside.parent, tokenizer, config.template, default=TURNS)
+    folder = beside if beside.is_dir() else beside.parent
+    template = load_template(folder, tokenizer, config.template, default=TURNS)
+    try:  # whatever the conversations are
+        template.taught([[{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]])
+    except ValueError as error:
+        raise ValueError(f"{config.template or f'the template in {folder}'}: {error}") from None
+    return template
 
 
 def _sample(train: Iterator[Document | Conversation], advance: Callable[[int], None], all_of_it: bool) -> list[str]:

@@ -230,7 +230,7 @@ def load_template(
     bos = bos.get("content") if isinstance(bos, dict) else bos
     try:
         return ChatTemplate(
-            source or default,
+            default if source is None else source,
             tokenizer,
             special,
             own=source is not None,
@@ -252,7 +252,10 @@ def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[s
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"no chat template at {file}")
-        return file.read_text(encoding="utf-8"), file
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start})") from None
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name, such as one for tools
         source = next((each["template"] for each in source if each.get("name") == "default"), None)

@@ -155,9 +155,9 @@ def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         references = [[each.reference for each in found]]
         score = metric.corpus_score([each.answer for each in found], references, n_bootstrap=DRAWS)
-        around = None if len(found) < 2 else (score._mean - score._ci, score._mean + score._ci)
+        around = None if len(found) < 2 else (float(score._mean - score._ci), float(score._mean + score._ci))
         rows.append(
-            {"metric": name, "value": score.score, "interval": around, "signature": str(metric.get_signature())}
+            {"metric": name, "value": float(score.score), "interval": around, "signature": str(metric.get_signature())}
         )
     return rows
 

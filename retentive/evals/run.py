@@ -78,11 +78,14 @@ def evaluate(
         raise ValueError("--max-length and --contexts are for our own scorer: leave them out with --lm-eval")
     if contexts and (shots or max_length is not None or window is not None):
         raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
-    if folder is None and not (lm_eval or contexts):
-        raise ValueError(f"--data is needed: the folder of {', '.join(known(names))} (NAME.jsonl each)")
     replied = [name for name in names if kind_of(name) in KINDS]
-    if replied and (len(replied) < len(names) or lm_eval or contexts or shots or max_length is not None):
-        raise ValueError(f"{', '.join(replied)} are asked by themselves: leave out other tasks and their options")
+    if folder is None and not (lm_eval or contexts):
+        asked = names if replied else known(names)
+        raise ValueError(f"--data is needed: the folder of {', '.join(asked)} (NAME.jsonl each)")
+    if replied and len(replied) < len(names):
+        raise ValueError(f"answers that a model writes ({', '.join(replied)}) and other tasks need a call each")
+    if replied and (lm_eval or contexts or shots or max_length is not None or window is not None):
+        raise ValueError(f"{names[0]} has --max-tokens, --beams and --limit: leave out the options of other tasks")
     own = find(model) if replied and template is None and isinstance(model, str | Path) else None
     model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
     if replied:

@@ -17,7 +17,7 @@ import tyro
 
 from retentive import machine
 from retentive.checkpoint.adapter import targets_of, weights_sha256, with_adapter
-from retentive.checkpoint.io import find, load, load_config, load_quantization
+from retentive.checkpoint.io import find, load, load_adapter, load_config, load_quantization
 from retentive.data.loader import Batches, Mode
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate, template_of
@@ -99,6 +99,12 @@ class TrainRun:
             if f.default is not MISSING:
                 check_type(f.name, getattr(self, f.name), type(f.default))
         check_type("set", self.set, Mapping)
+        if self.lora < 0:
+            raise ValueError(f"lora must be at least 0, the rank of a change, got {self.lora}")
+        if self.lora and not self.init:
+            raise ValueError("--lora changes a model that is trained already: name it (--init)")
+        if not self.lora and (self.lora_alpha, self.lora_targets) != (TrainRun.lora_alpha, TrainRun.lora_targets):
+            raise ValueError("--lora-alpha and --lora-targets are of --lora RANK: give that too")
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
         """The run directory, once the model is trained.
@@ -115,6 +121,8 @@ class TrainRun:
         """
         if self.resume and self.overwrite:  # not when it is made: the parser would put the line into a box of its own
             raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
+        if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
+            raise ValueError(f"--out {self.out} is the model that the run begins with: choose another folder")
         data = Packed(self.data)
         saved = read_options(self.out) if self.resume else {}
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self
@@ -185,12 +193,19 @@ class TrainRun:
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         model = build(config)
         if self.init and not resumes:
+            if self.lora and load_adapter(find(self.init)):
+                raise ValueError(
+                    f"{self.init} is an adapter itself: merge it first (retentive convert {self.init} OUT)"
+                )
             if load_quantization(find(self.init)):
                 raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
             given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
             model.load_state_dict(given.state_dict())
         elif self.lora:  # what the checkpoint has is the change alone
+            before = load_adapter(self.out)
+            if before is None or before.base_sha256 != weights_sha256(find(self.init)):
+                raise ValueError(f"{self.init} is not the model, or no longer, that the run at {self.out} changes")
             model.load_state_dict(load(self.init, dtype=torch.float32)[0].state_dict())
         return config, with_adapter(model, self.adapter(model)) if self.lora else model
 
@@ -198,10 +213,8 @@ class TrainRun:
         """The change that is trained.
 
         Raises:
-            ValueError: no model to change.
+            ValueError: it has no such targets.
         """
-        if not self.init:
-            raise ValueError("--lora changes a model that is trained already: name it (--init)")
         base = self.init if self.init.startswith("hf:") else str(Path(self.init).resolve())
         targets = targets_of(model, self.lora_targets, self.lora)
         return Adapter(base, weights_sha256(find(self.init)), self.lora, self.lora_alpha, targets)
@@ -296,6 +309,7 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     """
     chosen = set(options_of(run)) if overrides is None else set(overrides) & set(options_of(run))
     free = FREE if overrides is None else FREE | {"steps"}
+    free = free | {"init"} if saved.get("command", {}).get("lora") else free  # which is known by its weights
     kept = folders(run.out)
     try:
         own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}

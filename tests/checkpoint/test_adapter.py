@@ -117,5 +117,5 @@ def test_targets_that_are_none(refuses):
     model = build(CONFIGS["retnet"])
     with refuses("an adapter's targets must be all or among decay_proj, down_proj"):
         targets_of(model, "q_proj,head", 2)
-    with refuses("got all of rank 64"):
+    with refuses("a change of rank 64 is as large as what it changes (all): take a smaller rank"):
         targets_of(model, "all", 64)

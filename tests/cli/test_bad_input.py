@@ -403,7 +403,7 @@ SFT_OPTIONS = {
     "taken": (["run", "--data", "chats.jsonl", "--out", "run"], "run already holds a run: add --resume"),
     "template": (
         ["run", "--data", "chats.jsonl", "--out", "new", "--template", "corpus/0.txt"],
-        "chats.jsonl:1: the chat template does not show each answer once: it cannot be taught",
+        "corpus/0.txt: the chat template does not show each answer once: it cannot be taught",
     ),
 }
 

@@ -1,10 +1,13 @@
 """`retentive sft` from files of conversations to a run that answers, and what it refuses."""
 
+import io
 import json
+import shutil
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from retentive.cli import main
 from retentive.data.templates import TEMPLATE, TURNS
@@ -47,7 +50,8 @@ def test_a_run_that_answers(chats, capsys):
     assert len(steps("talks")) == record["train"]["steps"] > 10
     losses = [line["loss"] for line in steps("talks")]
     assert sum(losses[-4:]) < sum(losses[:4])
-    main(["sft", "run", "--data", "talks-data", "--out", "whole", "--mode", "whole", "--steps", "3", *BRIEF])
+    (packed,) = Path().glob("talks-data-*")
+    main(["sft", "run", "--data", str(packed), "--out", "whole", "--mode", "whole", "--steps", "3", *BRIEF])
     assert len(steps("whole")) == 3
     main(["quantize", "talks", "--to", "int8", "--out", "small"])
     main(["convert", "talks", "plain"])
@@ -91,3 +95,41 @@ def test_a_low_rank_change_is_saved_alone(chats, capsys):
     assert texts[0] == texts[1] == texts[2]
     main(["quantize", "change", "--to", "int8", "--out", "small"])
     main(["info", "change"])
+
+
+def test_what_a_change_is_of_stays_what_it_was(chats):
+    lora = ["--data", chats, "--out", "change", "--lora", "2", *BRIEF]
+    main(["sft", "run", "--steps", "2", *lora])
+    shutil.move("run", "moved")  # known by its weights, wherever it is
+    main(["sft", "moved", "--steps", "4", "--resume", *lora])
+    weights = load_file("moved/model.safetensors")
+    save_file({name: x + 0.1 for name, x in weights.items()}, "moved/model.safetensors")
+    with refused("moved is not the model, or no longer, that the run at change changes"):
+        main(["sft", "moved", "--steps", "6", "--resume", *lora])
+    save_file(weights, "moved/model.safetensors")
+    with refused("change is an adapter itself: merge it first"):
+        main(["sft", "change", "--data", chats, "--out", "second", "--lora", "2", "--steps", "2", *BRIEF])
+    assert not list(Path().glob("second*"))
+    with refused("--out moved is the model that the run begins with"):
+        main(["sft", "moved", "--data", chats, "--out", "moved", "--overwrite", "--steps", "2", *BRIEF])
+
+
+def test_other_conversations_or_another_model_do_not_go_on(chats):
+    argv = ["--out", "talks", "--steps", "4", *BRIEF]
+    main(["sft", "run", "--data", chats, *argv, "--steps", "2"])
+    Path("others.jsonl").write_text(Path(chats).read_text().replace("river", "sea"))
+    with refused("holds other data than the run at talks was trained on"):
+        main(["sft", "run", "--data", "others.jsonl", "--resume", *argv])
+    assert len(list(Path().glob("talks-data-*"))) == 2  # the run's, and what was packed for nothing, for the next try
+    shutil.copytree("run", "other")
+    with refused("--init other contradicts the run at talks"):
+        main(["sft", "other", "--data", chats, "--resume", *argv])
+    main(["sft", "run", "--data", chats, "--resume", *argv])
+    assert len(steps("talks")) == 4
+
+
+@contextmanager
+def refused(words):
+    with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as said:
+        yield
+    assert stop.value.code == 2 and words in said.getvalue(), said.getvalue()

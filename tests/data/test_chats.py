@@ -64,6 +64,7 @@ BAD = {
     "empty answer": ({"prompt": "Hi", "completion": " "}, "message 2, by assistant, is empty"),
     "a picture": ({"messages": [turn("user", [{"type": "image"}])]}, "message 1: its content is no text"),
     "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content is no text"),
+    "half a pair": ({"prompt": "a \ud83d", "completion": "b"}, "message 1, by user, holds half of a surrogate pair"),
     "no answer": ({"messages": SAID[:1]}, "nobody answers in it"),
     "no messages": ({"messages": []}, "nobody answers in it"),
 }

@@ -126,4 +126,4 @@ def test_what_cannot_be_asked(place, refuses):
 def test_with_other_tasks_they_are_refused(place, capsys):
     with pytest.raises(SystemExit):
         main(["eval", "run", "--tasks", "answers,piqa", "--data", "."])
-    assert "answers are asked by themselves: leave out other tasks" in capsys.readouterr().err
+    assert "answers that a model writes (answers) and other tasks need a call each" in capsys.readouterr().err
