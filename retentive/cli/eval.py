@@ -51,7 +51,9 @@ class EvalCommand(Loading):
     max_tokens: int = 256
     """Tokens of an answer, in translation, summarisation, answers and dialogue (TASK, or TASK:NAME for NAME.jsonl)."""
     beams: int = 1
-    """Hypotheses of beam search for these answers; 1 takes the likeliest token."""
+    """Hypotheses of beam search for these answers; 1 for none."""
+    temperature: float = 0.0
+    """Of these answers; 0 takes the likeliest token, else each is drawn with a seed of its own."""
     lm_eval: bool = False
     """Run lm-eval's own tasks by their names, from the files in --data where they are there, else from the hub."""
     json: Path | None = None
@@ -69,7 +71,18 @@ def run(command: EvalCommand, typed: str) -> None:
     """Print the table of scores, and write the files that were asked for."""
     check_places(command.json, command.examples)
     model, tokenizer = command.load()
-    names = ("shots", "limit", "max_length", "window", "contexts", "last", "lm_eval", "max_tokens", "beams")
+    names = (
+        "shots",
+        "limit",
+        "max_length",
+        "window",
+        "contexts",
+        "last",
+        "lm_eval",
+        "max_tokens",
+        "beams",
+        "temperature",
+    )
     options = {name: getattr(command, name) for name in names}
     if any(kind_of(name.strip()) in KINDS for name in command.tasks.split(",")):
         options["template"] = load_template(find(command.adapter or command.run), tokenizer)

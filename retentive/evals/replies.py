@@ -66,7 +66,7 @@ def score_replies(
     limit: int | None = None,
     max_tokens: int = 256,
     beams: int = 1,
-    params: SamplingParams | None = None,
+    temperature: float = 0.0,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(a row for each task and metric, a record for each question).
@@ -77,7 +77,7 @@ def score_replies(
         limit: questions of each task, from the beginning of its file.
         max_tokens: of an answer.
         beams: hypotheses of beam search; 1 for none.
-        params: how tokens are picked without beams; the likeliest by default.
+        temperature: 0 takes the likeliest token; else each answer is drawn with a seed of its own.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
@@ -97,7 +97,7 @@ def score_replies(
         asked[name] = list(chats(file))[:limit]
     for name, conversations in asked.items():
         progress(name, len(conversations), 0)
-        how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "params": params}
+        how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
         found = replies(model, template, conversations, **how, done=partial(progress, name, len(conversations)))
         new = [*KINDS[kind_of(name)](found), share("ended", [each.ended for each in found])]
         rows += [{"task": name, "shots": 0, "n": len(found), **row} for row in new]
@@ -112,11 +112,11 @@ def replies(
     *,
     max_tokens: int,
     beams: int = 1,
-    params: SamplingParams | None = None,
+    temperature: float = 0.0,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[Answered]:
     """The model's answers to the last questions of conversations, in order; arguments as of `score_replies`."""
-    stops, params = sorted(template.stop_ids), params or SamplingParams(temperature=0)
+    stops = sorted(template.stop_ids)
     prompts = [template.first(each.messages[:-1]) for each in conversations]
     tokens: list[list[int]] = []
     if beams > 1:
@@ -127,7 +127,12 @@ def replies(
         # questions about one text: it is read for the first of them, and its state kept for the others
         cache = PrefixCache(CACHE)
         engine = Engine(model, slots=min(SLOTS, len(prompts)), waiting=len(prompts), cache=cache)
-        streams = [engine.submit(ids, params, max_tokens=max_tokens, stop_ids=stops)[0] for ids in prompts]
+        streams = [
+            engine.submit(ids, SamplingParams(temperature=temperature, seed=n), max_tokens=max_tokens, stop_ids=stops)[
+                0
+            ]
+            for n, ids in enumerate(prompts)
+        ]
         while engine.step():
             done(sum(stream.reason is not None for stream in streams))
         tokens = [[token.id for token in stream] for stream in streams]

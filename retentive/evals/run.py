@@ -44,6 +44,7 @@ def evaluate(
     template: ChatTemplate | None = None,
     max_tokens: int = 256,
     beams: int = 1,
+    temperature: float = 0.0,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """The scores of a model on tasks: a row for each metric, and a record for each question.
@@ -63,7 +64,8 @@ def evaluate(
         template: what conversations are asked by (translation, summarisation, answers, dialogue); that of the model's
             folder, or a plain one, if not given.
         max_tokens: of an answer to these.
-        beams: hypotheses of beam search for them; 1 takes the likeliest token.
+        beams: hypotheses of beam search for them; 1 for none.
+        temperature: of these answers; 0 takes the likeliest token.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
@@ -91,7 +93,7 @@ def evaluate(
     if replied:
         assert folder is not None
         template = template or load_template(own or Path(), tokenizer)
-        how: dict[str, Any] = {"limit": limit, "max_tokens": max_tokens, "beams": beams}
+        how: dict[str, Any] = {"limit": limit, "max_tokens": max_tokens, "beams": beams, "temperature": temperature}
         found = score_replies(model, template, names, folder, **how, progress=progress)
     elif lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import

@@ -47,6 +47,8 @@ def test_answers_are_those_of_generate(config, source):
         assert got.ended == (len(tokens) < 30 or (source == BUILT_IN and "\nUser:" in text))
         assert (got.question, got.reference) == (each.messages[-2]["content"], each.messages[-1]["content"])
     assert seen[-1] == 3
+    drawn = [replies.replies(model, template, conversations, max_tokens=9, temperature=5.0) for _ in range(2)]
+    assert drawn[0] == drawn[1] != found
     alone = replies.replies(model, template, conversations, max_tokens=30, beams=2)
     assert [each.reference for each in alone] == [each.reference for each in found]
 
