@@ -2,6 +2,7 @@
 
 io          `load` and `save_model`: any layout in, the one that is asked for out
 torchscale, fla    that project's config fields and tensor names, each with the same five functions
+quantize    matrices of integers; adapter: low-rank changes of a model, trained and saved alone
 keys        renaming tensors by a table, and the checks that both share
 """
 
