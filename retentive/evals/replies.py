@@ -13,6 +13,7 @@ for TASK:NAME. All but its last answer is read, by the model's own chat template
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,9 @@ def score_replies(
     for what, value in (("limit", limit), ("max_tokens", max_tokens), ("beams", beams)):
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
+    for name in names:  # before hours of answers
+        if (scorer := SCORERS.get(kind_of(name))) and not find_spec(scorer):
+            raise ImportError(f"{kind_of(name)} is scored by {scorer}: pip install 'retentive[eval]'")
     rows, records = [], []
     asked = {}
     for name in names:
@@ -152,10 +156,8 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
 
 def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
     """BLEU and chrF of all answers together; their intervals are the bootstrap's of sacrebleu."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise ImportError("translations are scored by sacrebleu: pip install 'retentive[eval]'") from None
+    from sacrebleu.metrics import BLEU, CHRF
+
     rows = []
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         references = [[each.reference for each in found]]
@@ -169,10 +171,8 @@ def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
 
 def summarisation(found: Sequence[Answered]) -> list[dict[str, Any]]:
     """Mean F1 of ROUGE of the answers, and of the questions' first sentences."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ImportError("summaries are scored by rouge-score: pip install 'retentive[eval]'") from None
+    from rouge_score.rouge_scorer import RougeScorer
+
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
     rows = []
@@ -215,6 +215,8 @@ KINDS: dict[str, Metrics] = {
     "dialogue": dialogue,
 }
 """The tasks, and what they are scored by."""
+SCORERS = {"translation": "sacrebleu", "summarisation": "rouge_score"}
+"""What is needed for it."""
 
 
 def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:

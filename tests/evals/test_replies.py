@@ -114,13 +114,16 @@ def test_the_command(place, capsys):
     assert "tok:13a" in next(row["signature"] for row in rows if row["metric"] == "bleu")
 
 
-def test_what_cannot_be_asked(place, refuses):
+def test_what_cannot_be_asked(place, refuses, monkeypatch):
     model, template = build(TINY), ChatTemplate(TURNS, ByteTokenizer(), {}, own=True)
     with refuses("task summarisation needs summarisation.jsonl: no such file", FileNotFoundError):
         score_replies(model, template, ["summarisation"], place.relative_to(place))
     (place / "answers.jsonl").write_text('{"prompt": "a", "completion": " "}\n')
     with refuses("answers.jsonl:1 is no conversation: message 2, by assistant, is empty"):
         score_replies(model, template, ["answers"], place)
+    monkeypatch.setattr(replies, "find_spec", lambda name: None)
+    with refuses("translation is scored by sacrebleu: pip install 'retentive[eval]'", ImportError):
+        score_replies(model, template, ["translation:en-de"], place)
     with refuses("beams must be at least 1, got 0"):
         score_replies(model, template, ["answers"], place, beams=0)
 
