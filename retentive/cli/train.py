@@ -5,7 +5,8 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -46,8 +47,15 @@ def main(argv: list[str]) -> None:
     chosen = typed if recipe is None else OPTIONS
     if run.init:  # a recipe has not typed the size that it leaves at its default
         chosen = chosen - {"size", "model"} | typed
-    try:
+    with interruptible():
         run.run(overrides=chosen)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A run in this block that a signal ends says so in a line, and the process ends as signals have it."""
+    try:
+        yield
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         if stop.number == signal.SIGINT:

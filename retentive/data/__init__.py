@@ -5,6 +5,7 @@
     formats    what is in a file: text, HTML (by `html`), JSON, tables, parquet, compressed or not
     chats      files of conversations -> messages, checked
     tokenizer  text <-> ids: bytes, any tokenizer.json, a tiktoken file; trains a byte-level BPE
+    split      which documents are held out
     pack       documents -> a folder of memory-mappable token shards that carries its tokenizer
     packed     that folder, opened once: its meta, its tokenizer, its text as batches
     shards     the token shards of a split as one stream

@@ -18,13 +18,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -239,73 +238,6 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
     return meta
 
 
-class Named(Protocol):
-    """A document or a conversation."""
-
-    @property
-    def name(self) -> str: ...
-
-
-T = TypeVar("T", bound=Named)
-
-
-def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> tuple[Iterator[T], Iterator[T]]:
-    """(documents to train on, documents held out): about `valid_fraction` of them, by a hash of name and seed.
-
-    One pass: read the first to its end before the second; held-out documents wait in memory meanwhile.
-    With a positive fraction both get something: of few documents one is held out; a single text is cut, a single
-    conversation is not held out.
-
-    Raises:
-        ValueError: a fraction below 0 or not below 1.
-    """
-    if not 0 <= valid_fraction < 1:
-        raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
-    held: deque[T] = deque()
-    done = False
-
-    def share(document: T) -> float:
-        # By the name alone: whether a document is held out depends on no other, nor on their order.
-        name = document.name.encode("utf-8", "backslashreplace")  # names of files may be no UTF-8
-        return int.from_bytes(hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest(), "little") / 2**64
-
-    def training() -> Iterator[T]:
-        nonlocal done
-        trained = 0
-        # The document of the smallest share so far, held back as long as nothing is held out: if the text ends
-        # like that, it is the one.
-        spare: T | None = None
-        for document in docs:
-            ready: T | None = document
-            if share(document) < valid_fraction:
-                held.append(document)
-                ready, spare = spare, None
-            elif valid_fraction and not held and (spare is None or share(document) < share(spare)):
-                ready, spare = spare, document
-            if ready is not None:
-                trained += 1
-                yield ready
-        if spare is not None:
-            held.append(spare)
-        if held and not trained:  # all are held out: one goes back, or the only one is cut in two
-            last = held.pop()
-            if not held and isinstance(last, Document):
-                last, rest = cast(tuple[T, T], _cut(last, valid_fraction))
-                held.append(rest)
-            yield last
-        done = True
-
-    def validation() -> Iterator[T]:
-        if not done:
-            raise RuntimeError(
-                "read the documents to train on to their end first: until then it is open what is held out"
-            )
-        while held:
-            yield held.popleft()
-
-    return training(), validation()
-
-
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """The text in pieces of at most `size` characters, each of which ends at a line end if it holds one.
 
@@ -319,14 +251,6 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
             end = text.rfind("\n", start, end) + 1 or end  # rfind gives -1 for none
         yield text[start:end]
         start = end
-
-
-def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
-    """The document's beginning to train on and its end to hold out, cut at a line end if there is one near."""
-    text = document.text
-    end = max(1, round(len(text) * (1 - valid_fraction)))
-    end = text.rfind("\n", end // 2, end) + 1 or end
-    return document._replace(text=text[:end]), document._replace(text=text[end:])
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from retentive.data.chats import Conversation, chat_files, chats
 from retentive.data.formats import COMPRESSED
-from retentive.data.pack import Meta, check_free, pieces, split_documents, write_packed
+from retentive.data.pack import Meta, check_free, pieces, write_packed
 from retentive.data.sources import Document, documents, source_files
+from retentive.data.split import split_documents
 from retentive.data.templates import TURNS, ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from retentive.files import only_writer

@@ -205,9 +205,8 @@ class ChatTemplate:
     def _encode(self, rendered: str) -> list[int]:
         """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
         parts = self._special.split(rendered)  # every second one is a special token's name
-        ids = self.tokenizer.encode_batch(
-            list(map(self._plain, parts[::2]))
-        )  # which releases the GIL meanwhile, as `encode` does not
+        texts = list(map(self._plain, parts[::2]))
+        ids = self.tokenizer.encode_batch(texts)  # which releases the GIL meanwhile, as `encode` does not
         for n, part in enumerate(parts[1::2]):
             ids[n].append(self.special[part])
         return [id for each in ids for id in each]

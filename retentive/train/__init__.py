@@ -2,6 +2,7 @@
 
 retentive.train("data/mine", "runs/mine", size="5m", steps=1000)       a whole run, in one call
 TrainRun(data=…, out=…, train=TrainConfig(steps=1000)).run()           the same as a value (`run`)
+SftRun("runs/mine", ("chats.jsonl",), Path("runs/talks")).run()         one that teaches a model to answer (`sft`)
 train(model, batches, objective, config, out)                          the loop alone, for parts of your own (`loop`)
 """
 
@@ -13,9 +14,10 @@ from retentive.train.config import TrainConfig
 from retentive.train.loop import Hooks, train
 from retentive.train.objective import language_modelling
 from retentive.train.run import TrainRun
+from retentive.train.sft import SftRun
 from retentive.train.signals import Interrupted
 
-__all__ = ["Hooks", "Interrupted", "TrainConfig", "TrainRun", "language_modelling", "train"]
+__all__ = ["Hooks", "Interrupted", "SftRun", "TrainConfig", "TrainRun", "language_modelling", "train"]
 
 
 class _Callable(ModuleType):

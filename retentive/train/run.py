@@ -142,6 +142,11 @@ class TrainRun:
         hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
         return train(model, batches, language_modelling, run.train, directory, hooks)
 
+    @property
+    def existing(self) -> Existing:
+        """What is done where a run is there already."""
+        return "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
+
     def seconds_per_step(self) -> float:
         """Seconds of a step of this run on this machine: the median of three, or of two seconds. Writes nothing."""
         data = Packed(self.data)
@@ -242,11 +247,10 @@ class TrainRun:
         apart = ("train", "resume", "overwrite")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         record = {"command": plain(options), "data_sha256": data.fingerprint}
-        existing: Existing = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
         template = data.template.source if data.template else None
         if template is None and self.init and not (self.resume and folders(self.out)):  # that has its own
             template = template_of(find(self.init))
-        return RunDirectory(self.out, data.tokenizer, template, record, existing)
+        return RunDirectory(self.out, data.tokenizer, template, record, self.existing)
 
 
 def both_architectures(init: str) -> str:

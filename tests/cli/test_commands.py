@@ -31,7 +31,6 @@ from retentive.cli import (
     quantize,
     report,
     serve,
-    sft,
 )
 from retentive.cli import eval as evaluation
 from retentive.cli import train as training
@@ -44,12 +43,13 @@ from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
+from retentive.train.sft import SftRun
 
 COMMANDS = {
     "demo": demo.DemoCommand,
     "data": data.DataCommand,
     "train": TrainRun,
-    "sft": sft.SftCommand,
+    "sft": SftRun,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
     "memory ask": memory.AskCommand,

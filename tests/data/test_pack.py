@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retentive.data import pack as module
-from retentive.data.pack import load_meta, pack, pieces, split_documents
+from retentive.data.pack import load_meta, pack, pieces
 from retentive.data.sources import Document
+from retentive.data.split import split_documents
 from retentive.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["first\n", "zweites — 猫\n" * 30, "x", "third\n\nwith lines\n" * 5, "last 🙂"]
