@@ -41,7 +41,8 @@ class EvalCommand(Loading):
     limit: int | None = None
     """Questions of each task, from the beginning of its file."""
     max_length: int | None = None
-    """Tokens that a question may take; any number if not given."""
+    """Tokens that a question may take; any number if not given. Where an answer is written, a longer question loses its
+    beginning."""
     window: int | None = None
     """Tokens of a window for the windowed perplexity of texts, 2048 if not given; --lm-eval then reads them uncut."""
     contexts: tuple[int, ...] = ()

@@ -5,6 +5,7 @@
     answers         exact                     the same but for case, white space and a full stop
     dialogue        distinct1, distinct2      different words, and pairs of them, among all that were written
     all of them     ended                     the share of answers that the model ended itself
+                    loss                      nats a token of the references, each token after those before it
 
 The file of a task has a conversation a line, as `retentive sft` reads them (data/chats.py): TASK.jsonl, or NAME.jsonl
 for TASK:NAME. All but its last answer is read, by the model's own chat template; that answer is the reference.
@@ -20,18 +21,11 @@ from typing import Any, NamedTuple
 
 from retentive.data.chats import Conversation, chats
 from retentive.data.templates import ChatTemplate
-from retentive.evals.likelihood import Progress
+from retentive.evals.likelihood import Progress, Request, score
 from retentive.evals.stats import Interval, ratio_interval, wilson
-from retentive.infer import SamplingParams
-from retentive.infer.beam import beam_search
-from retentive.infer.cache import PrefixCache
-from retentive.infer.engine import Engine
+from retentive.infer.batch import generate_batch, together
 from retentive.models import LanguageModel
 
-SLOTS = 16
-"""Answers that are written together."""
-CACHE = 512 << 20
-"""Bytes of states of texts that several questions are about."""
 LEAD = 3
 """Sentences of the question that stand for the least that a summary must beat."""
 DRAWS = 1000
@@ -65,6 +59,7 @@ def score_replies(
     folder: Path,
     *,
     limit: int | None = None,
+    max_length: int | None = None,
     max_tokens: int = 256,
     beams: int = 1,
     temperature: float = 0.0,
@@ -76,6 +71,7 @@ def score_replies(
         names: TASK or TASK:NAME, TASK one of KINDS.
         folder: where their files are.
         limit: questions of each task, from the beginning of its file.
+        max_length: tokens of a question; the beginning of a longer one is cut off. Any number if not given.
         max_tokens: of an answer.
         beams: hypotheses of beam search; 1 for none.
         temperature: 0 takes the likeliest token; else each answer is drawn with a seed of its own.
@@ -86,7 +82,9 @@ def score_replies(
         ValueError: a line that is no conversation, numbers that are too small.
         ImportError: no sacrebleu or rouge-score (extra `eval`).
     """
-    for what, value in (("limit", limit), ("max_tokens", max_tokens), ("beams", beams)):
+    for what, value in (
+        ("limit", limit), ("max_length", max_length), ("max_tokens", max_tokens), ("beams", beams)
+    ):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
     for name in names:  # before hours of answers
@@ -102,8 +100,10 @@ def score_replies(
     for name, conversations in asked.items():
         progress(name, len(conversations), 0)
         how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
-        found = replies(model, template, conversations, **how, done=partial(progress, name, len(conversations)))
+        how |= {"max_length": max_length, "done": partial(progress, name, len(conversations))}
+        found = replies(model, template, conversations, **how)
         new = [*KINDS[kind_of(name)](found), share("ended", [each.ended for each in found])]
+        new += loss(model, template, conversations, max_length=max_length)
         rows += [{"task": name, "shots": 0, "n": len(found), **row} for row in new]
         records += [{"task": name, **each._asdict()} for each in found]
     return rows, records
@@ -114,32 +114,21 @@ def replies(
     template: ChatTemplate,
     conversations: Sequence[Conversation],
     *,
+    max_length: int | None = None,
     max_tokens: int,
     beams: int = 1,
     temperature: float = 0.0,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[Answered]:
-    """The model's answers to the last questions of conversations, in order; arguments as of `score_replies`."""
-    stops = sorted(template.stop_ids)
-    prompts = [template.first(each.messages[:-1]) for each in conversations]
-    tokens: list[list[int]] = []
-    if beams > 1:
-        for prompt in prompts:
-            tokens.append(beam_search(model, prompt, beams=beams, max_tokens=max_tokens, stop_ids=stops)[0][0])
-            done(len(tokens))
-    else:
-        # questions about one text: it is read for the first of them, and its state kept for the others
-        cache = PrefixCache(CACHE)
-        engine = Engine(model, slots=min(SLOTS, len(prompts)), waiting=len(prompts), cache=cache)
-        streams = [
-            engine.submit(ids, SamplingParams(temperature=temperature, seed=n), max_tokens=max_tokens, stop_ids=stops)[
-                0
-            ]
-            for n, ids in enumerate(prompts)
-        ]
-        while engine.step():
-            done(sum(stream.reason is not None for stream in streams))
-        tokens = [[token.id for token in stream] for stream in streams]
+    """The model's answers to the last questions of conversations, in order; arguments as of `score_replies`.
+
+    A long text that questions in a row are about is read once.
+    """
+    prompts = [template.first(each.messages[:-1])[-(max_length or 0) :] for each in conversations]
+    tokens = generate_batch(
+        model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), temperature=temperature,
+        beams=beams, done=done,
+    )  # fmt: skip
     return [_answered(template, each, ids, max_tokens) for each, ids in zip(conversations, tokens, strict=True)]
 
 
@@ -223,6 +212,28 @@ def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
     """The row of a mean over answers."""
     around: Interval = ratio_interval(values, [1.0] * len(values), draws=DRAWS)
     return {"metric": metric, "value": sum(values) / len(values), "interval": around}
+
+
+def loss(
+    model: LanguageModel, template: ChatTemplate, conversations: Sequence[Conversation], *, max_length: int | None
+) -> list[dict[str, Any]]:
+    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer."""
+    try:
+        spelt = template.taught([each.messages for each in conversations])
+    except ValueError:
+        return []
+    asked = []
+    for ids, answered in spelt:
+        begin = len(ids) - answered[::-1].index(False)  # of the last answer
+        asked.append(Request(ids[:begin][-(max_length or 0) :], ids[begin:]))
+    requests, groups = iter(asked), list[list[Request]]()
+    for count, contexts in together([request.context for request in asked]):
+        part = [next(requests) for _ in contexts]
+        groups += [part] if count else [[request] for request in part]
+    found = [each for group in score(model, groups) for each in group]
+    losses, counts = [-each.logprob for each in found], [float(each.tokens) for each in found]
+    around: Interval = ratio_interval(losses, counts, draws=DRAWS)
+    return [{"metric": "loss", "value": sum(losses) / sum(counts), "interval": around}]
 
 
 def share(metric: str, hits: Sequence[bool]) -> dict[str, Any]:

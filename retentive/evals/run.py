@@ -56,7 +56,8 @@ def evaluate(
         tokenizer: the model's; needed beside a model, else that of its folder, or the name of one (bytes, or a file).
         shots: answered examples before each question, drawn from its file.
         limit: questions of each task, from the beginning of its file.
-        max_length: tokens that a question may take; any number if not given.
+        max_length: tokens that a question may take; any number if not given. A longer one loses its beginning where an
+            answer is written; else it is refused.
         window: tokens of a window for the windowed perplexity of texts, 2048 if not given; lm-eval then reads uncut.
         contexts: lengths of context in tokens: the last ones of windows of each length are predicted (texts, passkey).
         last: tokens of each of those windows that are predicted.
@@ -86,15 +87,16 @@ def evaluate(
         raise ValueError(f"--data is needed: the folder of {', '.join(asked)} (NAME.jsonl each)")
     if replied and len(replied) < len(names):
         raise ValueError(f"answers that a model writes ({', '.join(replied)}) and other tasks need a call each")
-    if replied and (lm_eval or contexts or shots or max_length is not None or window is not None):
-        raise ValueError(f"{names[0]} has --max-tokens, --beams and --limit: leave out the options of other tasks")
+    if replied and (lm_eval or contexts or shots or window is not None):
+        raise ValueError(f"{names[0]} takes no --shots, --window, --contexts and --lm-eval: they are of other tasks")
     own = find(model) if replied and template is None and isinstance(model, str | Path) else None
     model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
     if replied:
         assert folder is not None
         template = template or load_template(own or Path(), tokenizer)
-        how: dict[str, Any] = {"limit": limit, "max_tokens": max_tokens, "beams": beams, "temperature": temperature}
-        found = score_replies(model, template, names, folder, **how, progress=progress)
+        how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
+        how |= {"limit": limit, "max_length": max_length, "progress": progress}
+        found = score_replies(model, template, names, folder, **how)
     elif lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import
 

@@ -149,10 +149,20 @@ SECTIONS = (
         "The paper reports no times of the operator.",
     ),
     Section(
+        "Talking, translating, summarising",
+        "What does a small model learn to say, and how does its Transformer twin do after the same tokens?",
+        "",
+        _is("bench replies"),
+        "The paper names translation, summarisation and dialogue, and measures none of them by generation.",
+    ),
+    Section(
         "Serving, memory, scoring",
         "What a state of constant size is good for once a model runs.",
         "",
-        _is("bench serving", "bench ask", "bench prompting", "bench scoring", "bench speculation", "bench soak"),
+        _is(
+            "bench serving", "bench ask", "bench questions", "bench prompting", "bench scoring", "bench speculation",
+            "bench soak",
+        ),  # fmt: skip
         "The paper has no counterpart.",
     ),
 )

@@ -36,7 +36,9 @@ def peaked(config):
 @pytest.mark.parametrize("source", [TURNS, BUILT_IN], ids=["token", "text"])
 def test_answers_are_those_of_generate(config, source):
     model, template = peaked(config), ChatTemplate(source, ByteTokenizer(), {}, own=True)
+    text = "It was night. " * 20  # more than SHARED tokens: it is read once for both
     conversations = [asked("Who?", "Me."), asked("a" * 60, "b", "And then?", "c"), asked("é", "d")]
+    conversations += [asked(f"{text} {question}", "e") for question in ("Who?", "Why is it so?")]
     seen = []
     found = replies.replies(model, template, conversations, max_tokens=30, done=seen.append)
     for each, got in zip(conversations, found, strict=True):
@@ -46,11 +48,34 @@ def test_answers_are_those_of_generate(config, source):
         assert got.answer == (text.split("\nUser:")[0] if source == BUILT_IN else text).strip()
         assert got.ended == (len(tokens) < 30 or (source == BUILT_IN and "\nUser:" in text))
         assert (got.question, got.reference) == (each.messages[-2]["content"], each.messages[-1]["content"])
-    assert seen[-1] == 3
+    assert seen[-1] == 5
     drawn = [replies.replies(model, template, conversations, max_tokens=9, temperature=5.0) for _ in range(2)]
     assert drawn[0] == drawn[1] != found
-    alone = replies.replies(model, template, conversations, max_tokens=30, beams=2)
-    assert [each.reference for each in alone] == [each.reference for each in found]
+    best = replies.replies(model, template, conversations, max_tokens=30, beams=2)
+    assert [each.reference for each in best] == [each.reference for each in found]
+    alone = [replies.replies(model, template, [each], max_tokens=30, beams=2)[0] for each in conversations]
+    assert best == alone
+    cut = replies.replies(model, template, conversations[-1:], max_length=40, max_tokens=30)
+    tokens = [t.id for t in generate(model, ids[-40:], SamplingParams(temperature=0), max_tokens=30, stop_ids=[256])]
+    assert cut[0].answer.startswith(template.tokenizer.decode(tokens).split("\nUser:")[0].strip())
+
+
+def test_the_loss_of_peoples_answers():
+    model, template = peaked(TINY), ChatTemplate(TURNS, ByteTokenizer(), {}, own=True)
+    conversations = [asked("Who?", "Me."), asked("aa", "b", "And then?", "cc")]
+    (row,) = replies.loss(model, template, conversations, max_length=None)
+    total = count = 0.0
+    for each in conversations:  # by the definition: each token after those before it
+        answer = [*template.tokenizer.encode(" " + each.messages[-1]["content"]), 256]
+        ids = torch.tensor([*template.first(each.messages[:-1]), *answer])
+        logprobs = model(ids[None])[0][0].log_softmax(-1).detach()
+        total -= float(logprobs[-len(answer) - 1 : -1].gather(1, ids[-len(answer) :, None]).sum())
+        count += len(answer)
+    assert row["value"] == pytest.approx(total / count, rel=1e-12) and row["interval"][0] < row["value"]
+    # a template that ends no answer with a token cannot tell what would be predicted
+    assert (
+        replies.loss(model, ChatTemplate(BUILT_IN, ByteTokenizer(), {}, own=True), conversations, max_length=None) == []
+    )
 
 
 def made(*pairs: tuple[str, str], question: str = "") -> list[Answered]:

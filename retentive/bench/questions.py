@@ -1,0 +1,96 @@
+"""What ten questions about one long text cost beside one: the text is read once, and its state copied for each.
+
+A RetNet's state is as large after ten thousand tokens as after ten; a Transformer's cache, which is copied as well,
+holds all of them. Models and numbers of questions are timed in turns.
+"""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from retentive import machine
+from retentive.bench.lab.clock import median_ratio, turns
+from retentive.bench.lab.models import LLAMACPP, NAMES, check_decoding, chosen, make
+from retentive.bench.lab.options import Say, Sized, silent, words
+from retentive.bench.lab.tables import at_least_one, duration, markdown, size
+from retentive.infer.batch import SHARED, generate_batch
+from retentive.models import cost
+
+PROMPT = 24
+"""Tokens of a question."""
+PICTURE = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Sized):
+    """Questions about one long text, each answered from a copy of the state that has read it: time and bytes."""
+
+    models: tuple[str, ...] = ("retnet", "native-bf16", "transformer")
+    """retnet, transformer, grouped, native-bf16, native-int8, native-int4."""
+    tokens: int = 10_000
+    """Of the text."""
+    questions: tuple[int, ...] = (1, 10)
+    """Numbers of questions; the ratios are to the first."""
+    reply: int = 64
+    """Tokens of an answer."""
+    repeats: int = 5
+    """Repetitions timed of each, interleaved; the median counts."""
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per model and number of questions: seconds from the first token read to the last written, and bytes.
+
+    Raises:
+        ValueError: an unknown model, numbers that are too small.
+        ArithmeticError: a model decodes other logits than it reads.
+    """
+    at_least_one(options, "questions", "reply", "repeats")
+    if options.tokens < SHARED:
+        raise ValueError(f"a text of {options.tokens} tokens is shorter than {SHARED}, from which on it is read once")
+    cpu, asked_for = torch.device("cpu"), words(options.models)
+    if foreign := sorted({"llama", *LLAMACPP} & set(asked_for)):
+        raise ValueError(f"{foreign[0]} is not read by this package: choose among the others")
+    models = {name: make(name, options.config, cpu) for name in chosen(asked_for, cpu, say)}
+    for model in models.values():
+        check_decoding(model)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(options.vocab_size, (options.tokens,), generator=generator).tolist()
+    asked = torch.randint(options.vocab_size, (max(options.questions), PROMPT), generator=generator).tolist()
+    asked = [[n, *question[1:]] for n, question in enumerate(asked)]  # no two begin alike
+    ways = {}
+    for name, count in product(models, options.questions):
+        prompts = [text + question for question in asked[:count]]
+        answer = partial(generate_batch, models[name], prompts, max_tokens=options.reply)
+        ways[f"{name} {count}"] = partial(machine.clock, cpu, answer)
+    found = []
+    for turn in turns(ways, options.repeats):
+        found.append(turn)
+        say(f"turn {len(found)} of {options.repeats}")
+    rows = []
+    for name, count in product(models, options.questions):
+        way, first = f"{name} {count}", f"{name} {options.questions[0]}"
+        seconds, ratio = statistics.median(turn[way] for turn in found), median_ratio(found, way, first)
+        state = cost.memory_bytes(models[name].config, options.tokens)
+        rows.append({"model": name, "questions": count, "seconds": seconds, "ratio": ratio, "state_bytes": state})
+    return {
+        "what": f"answers of {options.reply} tokens to questions about a text of {options.tokens:,}, read once",
+        "size": options.size,
+        "hardware": machine.describe(),
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        [
+            NAMES[row["model"]], str(row["questions"]), duration(row["seconds"]), f"{row['ratio']:.2f}",
+            size(row["state_bytes"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(["", "questions", "read and answered in", "to the first", "a state"], lines)
