@@ -160,7 +160,12 @@ SECTIONS = (
         "What a state of constant size is good for once a model runs.",
         "",
         _is(
-            "bench serving", "bench ask", "bench questions", "bench prompting", "bench scoring", "bench speculation",
+            "bench serving",
+            "bench ask",
+            "bench questions",
+            "bench prompting",
+            "bench scoring",
+            "bench speculation",
             "bench soak",
         ),  # fmt: skip
         "The paper has no counterpart.",
