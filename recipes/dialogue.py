@@ -29,6 +29,20 @@ def recipe() -> TrainRun:
     )
 
 
+def conversation(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
+    """The turns of two people as messages; what one of them says before the other answers is one."""
+    messages: list[dict[str, str]] = []
+    last = None
+    for n, turn in enumerate(turns):
+        text = "\n".join(said["text"].strip() for said in turn if said["text"].strip())
+        if text and messages and n % 2 == last:  # the other one said nothing in between
+            messages[-1]["content"] += "\n" + text
+        elif text:
+            messages.append({"role": ("user", "assistant")[len(messages) % 2], "content": text})
+            last = n % 2
+    return messages
+
+
 def prepare(folder: Path) -> None:
     """Writes the chats that have an answer as JSONL, one in twenty held out by a hash of its name."""
     import chitchat_dataset
@@ -39,11 +53,9 @@ def prepare(folder: Path) -> None:
         open(folder / "valid.jsonl", "w", encoding="utf-8") as valid,
     ):
         for name, chat in chitchat_dataset.Dataset().items():
-            said = ("\n".join(m["text"].strip() for m in turn if m["text"].strip()) for turn in chat["messages"])
-            turns = [text for text in said if text]
-            if len(turns) < 2:
+            messages = conversation(chat["messages"])
+            if len(messages) < 2:
                 continue
-            messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
             held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
             (valid if held_out else train).write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 

@@ -1,46 +1,46 @@
-"""Summaries, and questions about meetings, from files of JSON lines in which each has its own fields.
+r"""Summaries, and questions about meetings, from files of JSON lines in which each has its own fields.
 
     python recipes/summarise.py SCITLDR/train.jsonl QMSUM/train.jsonl texts/train.jsonl
     python recipes/summarise.py SCITLDR/dev.jsonl texts/abstracts.jsonl
     python recipes/summarise.py QMSUM/val.jsonl texts/meetings.jsonl
-    retentive data texts/train.jsonl --valid texts/abstracts.jsonl --chats --vocab-size 8192 --out data/texts
-    retentive train --recipe recipes/summarise.py       (the twin: --model transformer --mode whole --out runs/twin)
+    retentive data texts/documents.jsonl --vocab-size 8192 --out data/documents
+    retentive train --recipe recipes/summarise.py             (the twin: --model transformer --out runs/documents-twin)
+    retentive sft runs/documents --data texts/train.jsonl --valid texts/abstracts.jsonl --out runs/summarise \
+        --length 1024 --lr 1e-3                               (the twin: runs/documents-twin, --out runs/summarise-twin)
     retentive eval runs/summarise --tasks summarisation:abstracts,summarisation:meetings --data texts --max-tokens 120
     retentive serve runs/summarise
 
 Lines are {"document": …, "summary": …}, or SciTLDR's (source, target) or QMSum's (meeting_transcripts and lists of
-queries). What is written to train.jsonl has a conversation a text, which is read once in training; any other file has
-one a question, as `eval` asks them.
+queries). What is written to train.jsonl has a conversation a text, which is read once in training, and beside it are
+the texts alone, documents.jsonl, on which a model learns the language first: answers are too few for that. Any other
+file has a conversation a question, as `eval` asks them.
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from retentive.train import TrainConfig, TrainRun
 
-Turns = list[dict[str, str]]
-
 
 def recipe() -> TrainRun:
     return TrainRun(
-        data=Path("data/texts"),
-        out=Path("runs/summarise"),
+        data=Path("data/documents"),
+        out=Path("runs/documents"),
         size="5m",
-        mode="carry",
+        mode="reset",
         batch=8,
         length=1024,
-        train=TrainConfig(steps=2000, lr=4e-3, warmup=100, eval_every=250, save_every=250, sample_every=500),
+        train=TrainConfig(steps=1000, lr=4e-3, warmup=50, eval_every=250, save_every=250, sample_every=500),
     )
 
 
-def conversations(row: dict[str, Any], apart: bool) -> Iterator[Turns]:
-    """What a line of a file gives; its questions in one conversation, or in one each.
+def texts_of(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The text of a line, and what is asked about it, each with its answer.
 
     Raises:
-        ValueError: fields that are not known, or a text without a summary.
+        ValueError: fields that are not known, no text, or a question without an answer.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -55,30 +55,41 @@ def conversations(row: dict[str, Any], apart: bool) -> Iterator[Turns]:
         raise ValueError(f"expected document and summary, or SciTLDR's or QMSum's fields, got {', '.join(row)}")
     if not isinstance(said, str) or not said.strip() or not asked:
         raise ValueError("no text, or nothing is asked of it")
-    for part in [[each] for each in asked] if apart else [asked]:
-        turns: Turns = []
-        for question, answer in part:
-            if not isinstance(answer, str) or not answer.strip():
-                raise ValueError(f"no answer to {question!r}")
-            text = question if turns else f"{said}\n\n{question}"
-            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        yield turns
+    for question, answer in asked:
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"no answer to {question!r}")
+    return said, asked
+
+
+def conversation(said: str, asked: list[tuple[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """All of it as one conversation; the text stands before the first question."""
+    turns = []
+    for question, answer in asked:
+        text = question if turns else f"{said}\n\n{question}"
+        turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return {"messages": turns}
 
 
 def prepare(files: list[Path], out: Path) -> None:
-    """Writes the conversations of all files; of a file by itself, each question in one of its own."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    """Writes the conversations of all files, and to train on the texts as well."""
+    found = []
     for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                made = list(conversations(json.loads(line), apart=out.stem != "train"))
-            except (ValueError, KeyError, TypeError) as error:
-                sys.exit(f"{path}:{number}: {type(error).__name__}: {error}")
-            lines += [json.dumps({"messages": turns}, ensure_ascii=False) for turns in made]
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if line.strip():
+                try:
+                    found.append(texts_of(json.loads(line)))
+                except (ValueError, KeyError, TypeError) as error:
+                    sys.exit(f"{path}:{number}: {type(error).__name__}: {error}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.stem == "train":
+        write(out.with_name("documents.jsonl"), [{"text": said} for said, _ in found])
+        write(out, [conversation(said, asked) for said, asked in found])
+    else:
+        write(out, [conversation(said, [one]) for said, asked in found for one in asked])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

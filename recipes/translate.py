@@ -23,6 +23,7 @@ def recipe() -> TrainRun:
         data=Path("data/pairs"),
         out=Path("runs/translate"),
         size="5m",
+        set={"dropout": 0.1},
         mode="whole",
         batch=16,
         length=512,

@@ -1,6 +1,6 @@
 """Adapters: models of which a low-rank change alone is trained and saved; merged into the model that they change.
 
-with_adapter(model, adapter)           the model to train: LoRALinear in place of the targets, all else frozen
+with_adapter(model, adapter)           the model to train: LoRA in place of the targets, all else frozen
 merged(tensors, changes, adapter)      the weights of a plain model, which runs as fast as any
 """
 
@@ -11,23 +11,39 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from retentive.files import file_sha256
-from retentive.layers.lora import Adapter, LoRALinear
+from retentive.layers.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a model's blocks, by name; a head is none of them."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "." in name}
+def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+    """The layers of a model that a change is known for, by name: linear ones, and the embedding.
+
+    An output matrix that is the embedding is changed with it, and has no name of its own.
+    """
+    tied = embedding_is_head(model)
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if (isinstance(m, nn.Linear) and not (tied and name == "head"))
+        or (isinstance(m, nn.Embedding) and name == "embed")
+    }
+
+
+def embedding_is_head(model: nn.Module) -> bool:
+    """Whether the output matrix of a model of ours is its embedding."""
+    layers = dict(model.named_children())
+    embed, head = layers.get("embed"), layers.get("head")
+    return isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear) and head.weight is embed.weight
 
 
 def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
-    """The linear layers that an adapter of such a rank changes: those named, or "all" that are larger than it.
+    """The layers that an adapter of such a rank changes: those named, or "all" that are larger than it.
 
     Raises:
         ValueError: there is no such layer.
     """
-    layers = linear_layers(model)
+    layers = matrices(model)
     large = {name.rpartition(".")[2] for name, layer in layers.items() if min(layer.weight.shape) > rank}
     chosen = sorted(large) if names == "all" else [name.strip() for name in names.split(",")]
     known = sorted({name.rpartition(".")[2] for name in layers})
@@ -41,16 +57,22 @@ def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
 def with_adapter(model: Model, adapter: Adapter) -> Model:
     """`model`, changed in place: its targets have low-rank changes, which alone are trained."""
     model.requires_grad_(False)
-    for name, layer in linear_layers(model).items():
+    tied, head = embedding_is_head(model), model.get_submodule("head")
+    for name, layer in matrices(model).items():
         parent, _, own = name.rpartition(".")
         if own in adapter.targets:
-            setattr(model.get_submodule(parent), own, LoRALinear(layer, adapter))
+            made = LoRALinear(layer, adapter) if isinstance(layer, nn.Linear) else LoRAEmbedding(layer, adapter)
+            setattr(model.get_submodule(parent), own, made)
+            if own == "embed" and tied and isinstance(head, nn.Linear):  # one matrix of two names, and one change
+                of_head = LoRALinear(head, adapter)
+                of_head.lora_a, of_head.lora_b = made.lora_a, made.lora_b
+                model.register_module("head", of_head)
     return model
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
     """What is trained of the model; None where that is all of it."""
-    return next((m.adapter for m in model.modules() if isinstance(m, LoRALinear)), None)
+    return next((m.adapter for m in model.modules() if isinstance(m, LoRA)), None)
 
 
 def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:

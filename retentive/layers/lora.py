@@ -1,6 +1,6 @@
-"""A linear layer with a low-rank change that is trained while the layer itself stays as it is (LoRA, arXiv 2106.09685).
+"""A matrix with a low-rank change that is trained while the matrix itself stays as it is (LoRA, arXiv 2106.09685).
 
-y = x W^T + (alpha / rank) (x A^T) B^T        A [rank, in] random, B [out, rank] zero: at first nothing is changed
+W + (alpha / rank) B A        [out, in]: A [rank, in] random, B [out, rank] zero, so that at first nothing is changed
 """
 
 import math
@@ -23,7 +23,7 @@ class Adapter:
     alpha: float
     """The change is multiplied by alpha / rank."""
     targets: tuple[str, ...]
-    """The linear layers that it changes, by their own names, such as q_proj."""
+    """The matrices that it changes, by their own names, such as q_proj or embed."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON has lists
@@ -38,19 +38,37 @@ class Adapter:
         return self.alpha / self.rank
 
 
-class LoRALinear(nn.Module):
-    """A linear layer, its parameters frozen and under their own names, with lora_a and lora_b beside them."""
+class LoRA(nn.Module):
+    """The change of a layer's matrix; `weight` is the changed matrix, to which a tied layer may hold on as well."""
 
-    def __init__(self, layer: nn.Linear, adapter: Adapter):
+    def __init__(self, layer: nn.Linear | nn.Embedding, adapter: Adapter):
         super().__init__()
-        self.adapter = adapter
-        self.weight, self.bias = layer.weight, layer.bias
+        self.adapter, self.base = adapter, layer.weight
         rows, columns = layer.weight.shape
         self.lora_a = nn.Parameter(layer.weight.new_empty(adapter.rank, columns))
         self.lora_b = nn.Parameter(layer.weight.new_zeros(rows, adapter.rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as the layer itself would be
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as a linear layer itself would be
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, changed."""
+        return self.base + self.lora_b @ self.lora_a * self.adapter.scale
+
+
+class LoRALinear(LoRA):
+    """A linear layer with a change; what it computes besides is as small as the change."""
+
+    def __init__(self, layer: nn.Linear, adapter: Adapter):
+        super().__init__(layer, adapter)
+        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.adapter.scale
-        )
+        change = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.base, self.bias) + change * self.adapter.scale
+
+
+class LoRAEmbedding(LoRA):
+    """An embedding with a change."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.base) + F.embedding(ids, self.lora_b) @ self.lora_a * self.adapter.scale

@@ -167,7 +167,7 @@ SECTIONS = (
             "bench scoring",
             "bench speculation",
             "bench soak",
-        ),  # fmt: skip
+        ),
         "The paper has no counterpart.",
     ),
 )

@@ -8,9 +8,11 @@ import torch
 from retentive.checkpoint import load, save_model
 from retentive.checkpoint.adapter import adapter_of, merged, targets_of, weights_sha256, with_adapter
 from retentive.checkpoint.quantize import quantize
+from retentive.data.loader import Batch
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.layers.lora import Adapter
+from retentive.layers.lora import Adapter, LoRA
 from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build
+from retentive.train.objective import language_modelling
 
 SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
 CONFIGS = {
@@ -28,9 +30,10 @@ def base(request, tmp_path):
     return tmp_path / "base", load(tmp_path / "base")[0]
 
 
-def changed(folder, model, targets="all", rank=3):
+def changed(folder, model, targets="all", rank=3, hashed=True):
     """The model with an adapter whose change is not zero."""
-    adapter = Adapter(str(folder), weights_sha256(folder), rank, 6.0, targets_of(model, targets, rank))
+    sha256 = weights_sha256(folder) if hashed else ""
+    adapter = Adapter(str(folder), sha256, rank, 6.0, targets_of(model, targets, rank))
     made = with_adapter(model, adapter)
     for name, p in made.named_parameters():
         if name.endswith("lora_b"):
@@ -50,7 +53,10 @@ def test_at_first_nothing_is_changed_and_the_change_alone_is_trained(base):
     assert torch.equal(made(IDS)[0], want) and adapter_of(made) == adapter
     trained = {name for name, p in made.named_parameters() if p.requires_grad}
     assert trained and all(name.endswith(("lora_a", "lora_b")) for name in trained)
-    assert {"q_proj", "out_proj", "down_proj"} <= set(adapter.targets) and "head" not in adapter.targets
+    assert {"q_proj", "out_proj", "down_proj", "embed"} <= set(adapter.targets)
+    # a tied output matrix is changed with the embedding, and by the same change
+    assert ("head" in adapter.targets) == (not model.config.tie_embeddings)
+    assert (made.head.lora_a is made.embed.lora_a) == model.config.tie_embeddings
 
 
 @torch.no_grad()
@@ -70,24 +76,28 @@ def test_what_is_loaded_is_what_was_trained(base, tmp_path, same):
     same(load(folder)[0](IDS)[0], before, 0)
 
 
-def test_gradients_are_those_of_the_merged_weights(same):
-    model = build(CONFIGS["retnet"]).double()
-    adapter = Adapter("", "", 2, 3.0, ("v_proj",))
-    made = with_adapter(model, adapter)
-    layer = made.blocks[1].retention.v_proj
-    torch.nn.init.normal_(layer.lora_b)
-    made(IDS)[0].square().mean().backward()
-    weights = {name: p.detach() for name, p in made.named_parameters() if "lora" not in name}
-    changes = {name: p.detach() for name, p in made.named_parameters() if "lora" in name}
-    plain = build(CONFIGS["retnet"]).double()
-    whole = {
-        name: x.double() for name, x in merged({n: w.float() for n, w in weights.items()}, changes, adapter).items()
-    }
-    plain.load_state_dict(whole)
-    plain(IDS)[0].square().mean().backward()
-    full = plain.blocks[1].retention.v_proj.weight.grad
-    same(layer.lora_b.grad, adapter.scale * full @ layer.lora_a.T, 1e-5)  # the merged weights went through float32
-    same(layer.lora_a.grad, adapter.scale * layer.lora_b.T @ full, 1e-5)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_those_of_the_merged_weights(name, same):
+    made = changed("", build(CONFIGS[name]).double(), hashed=False)
+    adapter = adapter_of(made)
+    batch = Batch(IDS[:, :-1], IDS[:, 1:], None, None)
+    language_modelling(made, batch, None)[0].backward()
+    named = {of: p.detach() for of, p in made.named_parameters()}
+    weights = {of.replace(".base", ".weight"): p for of, p in named.items() if "lora" not in of}
+    changes = {of: p for of, p in named.items() if "lora" in of}
+    plain = build(CONFIGS[name]).double()
+    plain.load_state_dict(merged(weights, changes, adapter), strict=False)  # a tied head has no name of its own
+    language_modelling(plain, batch, None)[0].backward()
+    full = {of: p.grad for of, p in plain.named_parameters()}
+    layers = {of: m for of, m in made.named_modules() if isinstance(m, LoRA)}
+    assert {of.rpartition(".")[2] for of in layers} == {*adapter.targets, "head"}
+    for of, layer in layers.items():
+        if of != "head" or not plain.config.tie_embeddings:
+            whole = full[f"{of}.weight"]
+            # the merged weights went through float32
+            same(layer.lora_b.grad, adapter.scale * whole @ layer.lora_a.T, 1e-4)
+            same(layer.lora_a.grad, adapter.scale * layer.lora_b.T @ whole, 1e-4)
+    assert all(p.grad is None for p in made.parameters() if not p.requires_grad)
 
 
 def test_what_does_not_belong_together(tmp_path, refuses):
@@ -116,6 +126,6 @@ def test_what_does_not_belong_together(tmp_path, refuses):
 def test_targets_that_are_none(refuses):
     model = build(CONFIGS["retnet"])
     with refuses("an adapter's targets must be all or among decay_proj, down_proj"):
-        targets_of(model, "q_proj,head", 2)
+        targets_of(model, "q_proj,heads", 2)
     with refuses("a change of rank 64 is as large as what it changes (all): take a smaller rank"):
         targets_of(model, "all", 64)
