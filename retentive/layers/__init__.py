@@ -4,9 +4,18 @@ Letters of the shape suffixes: as in `retentive.ops`, and D model width, F feed-
 """
 
 from retentive.layers.attention import Attention
+from retentive.layers.bidirectional import BidirectionalRetention
 from retentive.layers.ffn import FeedForward
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions, positions_of
 from retentive.layers.retention import MultiScaleRetention
 
-__all__ = ["Attention", "FeedForward", "MultiScaleRetention", "Positions", "RMSNorm", "positions_of"]
+__all__ = [
+    "Attention",
+    "BidirectionalRetention",
+    "FeedForward",
+    "MultiScaleRetention",
+    "Positions",
+    "RMSNorm",
+    "positions_of",
+]

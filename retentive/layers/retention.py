@@ -73,12 +73,12 @@ class MultiScaleRetention(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | Ring | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, Tensor | Ring]:
-        q_BTHK = self._feature(x, self.q_proj, self.q_norm, self.q_bias, phases, phases.q_scale)
-        k_BTHK = self._feature(x, self.k_proj, self.k_norm, self.k_bias, phases)
+        q_BTHK = rotate(self.query(x), phases.cos, phases.sin, self.config.rotary, phases.q_scale)
+        k_BTHK = rotate(self.key(x), phases.cos, phases.sin, self.config.rotary)
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
         log_decay = phases.log_decay
         if self.decay_proj is not None:
-            log_decay = F.logsigmoid(self.decay_proj(x).to(phases.cos.dtype)) / self.config.decay_scale
+            log_decay = self.decay_of(x, phases.cos.dtype)
         if positions.valid is not None:  # k = 0 and no decay: padding leaves the state as it is
             k_BTHK = k_BTHK * positions.valid[..., None, None]
             log_decay = log_decay * positions.valid[..., None]
@@ -89,29 +89,37 @@ class MultiScaleRetention(nn.Module):
             state = Ring.over(state, k_BTHK, v_BTHV)
         # scale 1: q_scale has 1/sqrt(K) and the row norm, which differs by position
         o, state = retention(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
+        return self.out(x, o), state
+
+    def query(self, x: Tensor) -> Tensor:
+        """`[…,H,K]` before the rotation: projected, and as the config says normalised and shifted."""
+        return self._feature(x, self.q_proj, self.q_norm, self.q_bias)
+
+    def key(self, x: Tensor) -> Tensor:
+        """`[…,kv_heads,K]`, as the query."""
+        return self._feature(x, self.k_proj, self.k_norm, self.k_bias)
+
+    def decay_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Log decays `[…,H]` of the tokens, where they have their own."""
+        assert self.decay_proj is not None
+        return F.logsigmoid(self.decay_proj(x).to(dtype)) / self.config.decay_scale
+
+    def out(self, x: Tensor, o: Tensor) -> Tensor:
+        """`[…,D]` of the heads' outputs `[…,H,V]`: normalised, gated by x, and mixed."""
         if self.head_norm is not None:
             o = self.head_norm(o)
         o = o.flatten(-2)
         if self.g_proj is not None:
             o = GATES[self.config.gate_activation](self.g_proj(x)) * o
-        return self.out_proj(o), state
+        return self.out_proj(o)
 
-    def _feature(
-        self,
-        x: Tensor,
-        proj: nn.Linear,
-        norm: RMSNorm | None,
-        bias: Tensor | None,
-        phases: Phases,
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        """q or k, `[B,T,heads,K]`: projected, and as the config says normalised, shifted and rotated; then scaled."""
+    def _feature(self, x: Tensor, proj: nn.Linear, norm: RMSNorm | None, bias: Tensor | None) -> Tensor:
         y = proj(x).unflatten(-1, (-1, self.K))
         if norm is not None:
             y = norm(y)
         if bias is not None:
             y = y + bias.to(y.dtype).unflatten(-1, (-1, self.K))
-        return rotate(y, phases.cos, phases.sin, self.config.rotary, scale)
+        return y
 
     def reset_parameters(self) -> None:
         """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves.

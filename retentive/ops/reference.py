@@ -50,3 +50,10 @@ def chunkwise(
         o_c, state = parallel(q[:, c], k[:, c], v[:, c], decay, scale=scale, state=state)
         o.append(o_c)
     return torch.cat(o, 1), state
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float) -> Tensor:
+    """All pairs of tokens, before and after; a log decay belongs to the gap before its token, in either direction."""
+    since_BTH = log_decay.expand(q.shape[:3]).cumsum(1)
+    decay_BTSH = (since_BTH[:, :, None] - since_BTH[:, None, :]).abs().neg().exp()
+    return scale * torch.einsum("bthk,bshk,btsh,bshv->bthv", q, k, decay_BTSH, v)

@@ -1,0 +1,60 @@
+"""Retention in both directions, for what is known whole: twice the causal operator, less its diagonal.
+
+    o_n = scale * sum_m exp(log_decay summed over (min(n, m), max(n, m)]) (q_n k_m) v_m        m before and after n
+
+The log decay of a token belongs to the gap before it, in either direction, so that the mask is symmetric. Linear in T.
+Over a grid, such as a picture's, the mask decays with the Manhattan distance: along each row first, and then along each
+column (RMT, arXiv 2309.11523, without its softmax).
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from retentive.ops.retention import retention
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None) -> Tensor:
+    """`[B,T,H,V]`, each token's output from all tokens.
+
+    Args:
+        q, k: `[B,T,H,K]`.
+        v: `[B,T,H,V]`.
+        log_decay: `[H]`, or `[B,T,H]` of the gap before each token; the first token's own does not matter.
+        scale: K^-1/2 if not given.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    before, _ = retention(q, k, v, log_decay, scale=scale)
+    # read from the end, the gap before a token is the one that was after it
+    gaps = log_decay if log_decay.ndim == 1 else log_decay.roll(-1, 1).flip(1)
+    after, _ = retention(q.flip(1), k.flip(1), v.flip(1), gaps, scale=scale)
+    own = scale * (q * k).sum(-1, keepdim=True) * v  # in both of them
+    return before + after.flip(1) - own.to(before.dtype)
+
+
+def over_grid(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, rotated: Callable[[Tensor, int], Tensor] = lambda x, axis: x
+) -> Tensor:
+    """`[B,*G,H,V]`, along the axes of a grid G one after the other, the last first.
+
+    Args:
+        q, k: `[B,*G,H,K]`.
+        v: `[B,*G,H,V]`; what an axis gives is the next one's v.
+        log_decay: `[H]`, or `[B,*G,H]` of the gap before each token, the same along every axis.
+        rotated: (q or k in rows `[N,T,H,K]` along an axis, the axis' number in G) -> the same, rotated by positions.
+    """
+    grid = q.ndim - 3
+    for axis in reversed(range(grid)):
+        # next to the heads; all other axes are rows of a batch
+        q_NTHK, k_NTHK, v_NTHV = (x.movedim(1 + axis, grid) for x in (q, k, v))
+        shape = v_NTHV.shape
+        q_NTHK, k_NTHK, v_NTHV = (x.reshape(-1, *x.shape[grid:]) for x in (q_NTHK, k_NTHK, v_NTHV))
+        gaps = log_decay
+        if log_decay.ndim > 1:
+            gaps = log_decay.movedim(1 + axis, grid).reshape(-1, *q_NTHK.shape[1:3])
+        o_NTHV = bidirectional(rotated(q_NTHK, axis), rotated(k_NTHK, axis), v_NTHV, gaps)
+        v = o_NTHV.reshape(shape).movedim(grid, 1 + axis)
+    return v
