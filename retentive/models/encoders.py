@@ -1,0 +1,222 @@
+"""Encoders: pictures and sound as embeddings that stand among those of a model's tokens.
+
+    image    patches of a square picture -> blocks of retention in both directions over their grid -> D
+    audio    stacks of log-mel frames, each by itself -> D: sound of any length can be read in parts
+
+A text has a placeholder token for each of these embeddings; `spliced` puts them in its place. What is encoded comes as
+rows of numbers, a row for each placeholder (`retentive.multimodal` makes them from files).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retentive.layers import BidirectionalRetention, FeedForward, RMSNorm
+from retentive.layers.config import RetentionConfig, check_fields, positive
+from retentive.models.base import LanguageModel
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What is seen of a picture, and by how large an encoder."""
+
+    token: int
+    """Id of the placeholder."""
+    size: int = 64
+    """Side of the square that every picture is brought to, in pixels."""
+    patch: int = 8
+    """Side of a patch; a picture is (size / patch)^2 tokens."""
+    channels: int = 3
+    """3 for colours, 1 for grey."""
+    dim: int = 128
+    """Width of the encoder."""
+    layers: int = 2
+    """Its blocks of retention in both directions; with 0 each patch is seen by itself."""
+    heads: int = 2
+    """Heads of these."""
+
+    def __post_init__(self):
+        check_fields(self)
+        positive(self, "size", "patch", "dim", "heads")
+        if self.token < 0 or self.layers < 0:
+            raise ValueError(f"token and layers must be at least 0, got {self.token} and {self.layers}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colours), got {self.channels}")
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is not divisible by patch {self.patch}: change either")
+        self.retention()
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def features(self) -> int:
+        """Numbers of a row: the pixels of a patch, 0 to 255."""
+        return self.patch**2 * self.channels
+
+    def retention(self) -> RetentionConfig:
+        """Of the encoder's blocks; along two axes outputs are products of four, so that heads are normalised."""
+        return RetentionConfig(dim=self.dim, heads=self.heads, head_norm=True)
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """What is heard of sound, and by how large an encoder."""
+
+    token: int
+    """Id of the placeholder."""
+    rate: int = 16_000
+    """Samples a second that all sound is brought to."""
+    mels: int = 40
+    """Bands of a frame, evenly spaced in mel."""
+    window: int = 25
+    """Milliseconds of a frame."""
+    hop: int = 10
+    """Milliseconds from frame to frame."""
+    stack: int = 4
+    """Frames of a token."""
+    dim: int = 256
+    """Width of the encoder."""
+
+    def __post_init__(self):
+        check_fields(self)
+        positive(self, "rate", "mels", "window", "hop", "stack", "dim")
+        if self.token < 0:
+            raise ValueError(f"token must be at least 0, got {self.token}")
+        if self.window < self.hop:
+            raise ValueError(f"a window of {self.window} ms leaves gaps between frames every {self.hop} ms")
+
+    @property
+    def features(self) -> int:
+        """Numbers of a row."""
+        return self.mels * self.stack
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How many placeholders a second of sound is."""
+        return 1000 / (self.hop * self.stack)
+
+
+Config = ImageConfig | AudioConfig
+
+
+class EncoderBlock(nn.Module):
+    """x + retention(norm(x)), then x + ffn(norm(x)), over a grid."""
+
+    def __init__(self, config: RetentionConfig):
+        super().__init__()
+        self.retention_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.retention = BidirectionalRetention(config)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = FeedForward(config.dim, config.value_dim)
+        self.retention.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.retention(self.retention_norm(x))
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Projector(nn.Module):
+    """`[…,dim]` -> `[…,D]`, as large as the embeddings that it stands among."""
+
+    def __init__(self, dim: int, D: int):
+        super().__init__()
+        self.norm, self.out_proj = RMSNorm(dim, eps=1e-6), nn.Linear(dim, D, bias=False)
+        nn.init.normal_(self.out_proj.weight, std=(dim * D) ** -0.5)  # embeddings have a deviation of D^-1/2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.norm(x))
+
+
+class ImageEncoder(nn.Module):
+    """Rows of patches `[n * tokens, features]`, a picture's one after the other, to embeddings `[n * tokens, D]`."""
+
+    def __init__(self, config: ImageConfig, D: int):
+        super().__init__()
+        self.config, side = config, config.size // config.patch
+        self.in_proj = nn.Linear(config.features, config.dim)
+        self.place = nn.Parameter(torch.zeros(side, side, config.dim))
+        self.blocks = nn.ModuleList(EncoderBlock(config.retention()) for _ in range(config.layers))
+        self.projector = Projector(config.dim, D)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        x = self.in_proj(rows.to(self.in_proj.weight.dtype) / 127.5 - 1)
+        x = x.unflatten(0, (-1, *self.place.shape[:2])) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.projector(x).flatten(0, 2)
+
+
+class AudioEncoder(nn.Module):
+    """Rows of frames `[n, features]` to embeddings `[n, D]`."""
+
+    def __init__(self, config: AudioConfig, D: int):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.features, config.dim)
+        self.projector = Projector(config.dim, D)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.projector(F.gelu(self.in_proj(rows.to(self.in_proj.weight.dtype))))
+
+
+CONFIGS: dict[str, type[Config]] = {"image": ImageConfig, "audio": AudioConfig}
+"""What can be encoded, by the names that files and messages have for it."""
+
+
+def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> LanguageModel:
+    """The model, changed in place: it has an encoder for each of these kinds, freshly initialised.
+
+    Raises:
+        ValueError: an unknown kind, or a placeholder that is none of the model's tokens or of two kinds.
+    """
+    tokens = [config.token for config in configs.values()]
+    if len(set(tokens)) < len(tokens) or max(tokens, default=0) >= model.config.vocab_size:
+        raise ValueError(f"placeholders must be tokens of their own below {model.config.vocab_size}, got {tokens}")
+    made = nn.ModuleDict()
+    for kind, config in configs.items():
+        if kind not in CONFIGS or not isinstance(config, CONFIGS[kind]):
+            raise ValueError(f"no encoder for {kind!r}, expected one of {', '.join(CONFIGS)}")
+        made[kind] = (ImageEncoder if isinstance(config, ImageConfig) else AudioEncoder)(config, model.config.dim)  # type: ignore[arg-type]
+    model.encoders = made
+    return model
+
+
+def encoders_of(model: nn.Module) -> dict[str, Any]:
+    """The encoders of a model by kind; none of one that only reads text."""
+    found = dict(model.named_children()).get("encoders")
+    return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
+
+
+def described(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The configs of a model's encoders, as config.json has them."""
+    return {kind: asdict(encoder.config) for kind, encoder in encoders_of(model).items()}
+
+
+def spliced(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    """The embeddings `[B,T,D]` of ids `[B,T]`, with what is encoded in place of its placeholders, in order.
+
+    Args:
+        rows: for each kind those of all its placeholders, `[n, features]`.
+
+    Raises:
+        ValueError: a kind that the model has no encoder for, or another number of rows than of placeholders.
+    """
+    encoders = encoders_of(model)
+    if unknown := sorted(set(rows) - set(encoders)):
+        raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
+    x = model.embed(ids)
+    for kind, encoder in encoders.items():
+        where = ids == encoder.config.token
+        given = rows[kind] if kind in rows else ids.new_empty(0, encoder.config.features)
+        if (count := int(where.sum())) != len(given):
+            raise ValueError(f"{count} placeholders of {kind} and {len(given)} rows: each takes one")
+        if count:
+            x = x.masked_scatter(where[..., None], encoder(given).to(x.dtype))
+    return x

@@ -1,0 +1,86 @@
+"""Encoders: what is spliced stands where its placeholders are, in order, and nowhere else; each picture by itself."""
+
+import pytest
+import torch
+
+from retentive.models import RetNetConfig, build, twin
+from retentive.models.encoders import AudioConfig, ImageConfig, described, encoders_of, spliced, with_encoders
+
+TINY = RetNetConfig(vocab_size=50, dim=32, layers=2, heads=2)
+IMAGE = ImageConfig(token=48, size=8, patch=4, channels=1, dim=16, layers=1)
+AUDIO = AudioConfig(token=49, mels=5, stack=2, dim=16)
+
+
+def seeing(config=TINY):
+    torch.manual_seed(0)
+    model = with_encoders(build(config), {"image": IMAGE, "audio": AUDIO}).double().eval()
+    for encoder in encoders_of(model).values():  # as if trained: another picture is another embedding
+        for p in encoder.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def pictures(n):
+    return torch.randint(256, (n * IMAGE.tokens, IMAGE.features), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("config", [TINY, twin(TINY)], ids=["retnet", "twin"])
+@torch.no_grad()
+def test_what_is_spliced_stands_where_its_placeholders_are(config, same):
+    model, seen, heard = seeing(config), pictures(3), torch.randn(3, AUDIO.features)
+    ids = torch.randint(48, (2, 20))
+    ids[0, 3:11], ids[1, 5:9] = 48, 48  # two pictures, and one
+    ids[0, 15], ids[1, :2] = 49, 49
+    x = spliced(model, ids, {"image": seen, "audio": heard})
+    text = ids < 48
+    assert torch.equal(x[text], model.embed(ids)[text])
+    of_pictures = model.encoders["image"](seen)
+    same(x[0, 3:11], of_pictures[:8], 1e-12)
+    same(x[1, 5:9], of_pictures[8:], 1e-12)
+    same(x[1, :2], model.encoders["audio"](heard)[1:], 1e-12)
+    # each picture by itself
+    same(model.encoders["image"](seen[4:8]), of_pictures[4:8], 1e-12)
+    assert (of_pictures[:4] - of_pictures[4:8]).abs().max() > 0.01
+    # read in two parts, with the state in between, as at once
+    logits, _ = model(None, embeds=x)
+    first, state = model(None, embeds=x[:, :8])
+    second, _ = model(None, state, embeds=x[:, 8:])
+    same(torch.cat((first, second), 1), logits, 1e-12)
+
+
+def test_gradients_reach_the_encoders():
+    model = seeing().train()
+    ids = torch.tensor([[1, 48, 48, 48, 48, 2, 49, 3]])
+    x = spliced(model, ids, {"image": pictures(1), "audio": torch.randn(1, AUDIO.features)})
+    model(None, embeds=x)[0].square().mean().backward()
+    for encoder in encoders_of(model).values():
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
+
+
+def test_every_patch_is_seen_by_every_other():
+    model = seeing()
+    rows = pictures(1).double().requires_grad_()
+    for n in range(IMAGE.tokens):
+        (reached,) = torch.autograd.grad(model.encoders["image"](rows)[n].sum(), rows)
+        assert (reached.abs().sum(-1) > 0).all()
+
+
+def test_what_does_not_go_together(refuses):
+    model, ids = seeing(), torch.tensor([[1, 48, 48, 48, 48, 2]])
+    with refuses("4 placeholders of image and 8 rows: each takes one"):
+        spliced(model, ids, {"image": pictures(2)})
+    with refuses("4 placeholders of image and 0 rows"):
+        spliced(model, ids, {})
+    with refuses("the model has no encoder for image: it was trained without any"):
+        spliced(build(TINY), ids, {"image": pictures(1)})
+    with refuses("no encoder for 'video', expected one of image, audio"):
+        with_encoders(build(TINY), {"video": IMAGE})
+    with refuses("placeholders must be tokens of their own below 50"):
+        with_encoders(build(TINY), {"image": ImageConfig(token=50)})
+    with refuses("size 64 is not divisible by patch 7"):
+        ImageConfig(token=1, patch=7)
+    with refuses("channels must be 1 (grey) or 3 (colours), got 4"):
+        ImageConfig(token=1, channels=4)
+    with refuses("leaves gaps between frames"):
+        AudioConfig(token=1, window=5)
+    assert described(build(TINY)) == {} and described(model)["image"]["size"] == 8
