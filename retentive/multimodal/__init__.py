@@ -1,0 +1,12 @@
+"""Pictures and sound from files to the rows that a model's encoders read; needs the extra `multimodal`.
+
+    prepare("digits/train.jsonl", "data/digits", image={"size": 28, "patch": 7, "channels": 1})
+
+What becomes of rows is in `models/encoders.py`; what messages hold, in `data/media.py`.
+"""
+
+from retentive.multimodal.audio import open_audio
+from retentive.multimodal.image import open_image
+from retentive.multimodal.prepare import prepare
+
+__all__ = ["open_audio", "open_image", "prepare"]

@@ -1,0 +1,135 @@
+"""Sound to rows: decoded part by part, brought to one rate and channel, cut into frames of log-mel energies.
+
+    frame_t = (log10(M |FFT(window * x[t hop : t hop + window])|^2 + 1e-8) + 4) / 2        M: bands evenly spaced in mel
+
+A row is `stack` frames. What is heard before does not depend on what comes after, so that an hour of sound takes the
+memory of a few seconds. (mel = 2595 log10(1 + f / 700): O'Shaughnessy, Speech Communication, 1987.)
+"""
+
+import io
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from retentive.models.encoders import AudioConfig
+
+FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+RATES = range(1_000, 400_000)
+"""Samples a second that a file may have."""
+MOST_SECONDS = 4 * 3600
+"""Of a file."""
+BLOCK = 10
+"""Seconds that are decoded at once."""
+
+
+def open_audio(source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS) -> np.ndarray:
+    """The rows of a sound, float16 `[n, config.features]`.
+
+    Raises:
+        OSError, ValueError, ImportError: as `stream_audio`.
+    """
+    return np.concatenate(list(stream_audio(source, config, most_seconds=most_seconds)))
+
+
+def stream_audio(
+    source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS
+) -> Iterator[np.ndarray]:
+    """The rows of a sound, a part of them at a time; they are those of `open_audio`.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no sound of these formats; one that is empty, too long, of an odd rate, or damaged.
+        ImportError: no soundfile or soxr (extra `multimodal`).
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"sound needs {error.name}: pip install 'retentive[multimodal]'") from None
+    name = "the sound" if isinstance(source, bytes) else str(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"no file at {source}")
+    try:
+        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{name} is no sound of WAV, FLAC or OGG ({error.error_string})") from None
+    with file:
+        if file.format not in FORMATS:
+            raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
+        if file.samplerate not in RATES:
+            raise ValueError(f"{name} has {file.samplerate:,} samples a second, expected {RATES[0]:,} to {RATES[-1]:,}")
+        if not file.frames:
+            raise ValueError(f"{name} is empty: it has no samples")
+        if (seconds := file.frames / file.samplerate) > most_seconds:
+            raise ValueError(f"{name} has {seconds:,.0f} seconds, more than {most_seconds:,.0f}: cut it")
+        resampler = soxr.ResampleStream(file.samplerate, config.rate, 1, dtype="float32")
+        frames, heard = Frames(config), 0
+        try:
+            for block in file.blocks(BLOCK * file.samplerate, dtype="float32", always_2d=True):
+                heard += len(block)
+                mono = block.mean(1, dtype=np.float32)
+                if not np.isfinite(mono).all():
+                    raise ValueError(f"{name} holds samples that are no numbers")
+                last = heard >= file.frames
+                yield from frames.push(resampler.resample_chunk(mono, last=last), last=last)
+                if last:
+                    return
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"{name} is damaged after {heard / file.samplerate:.1f} s ({error.error_string})"
+            ) from None
+        raise ValueError(
+            f"{name} ends after {heard / file.samplerate:.1f} s, its head says {seconds:.1f}: it is damaged"
+        )
+
+
+class Frames:
+    """Samples in parts to rows in parts, the same rows however the sound is cut."""
+
+    def __init__(self, config: AudioConfig):
+        self.config = config
+        self.window, self.hop = (config.rate * ms // 1000 for ms in (config.window, config.hop))
+        self.samples = np.empty(0, np.float32)  # from the beginning of the next frame on
+        self.waiting = np.empty((0, config.mels), np.float32)  # frames of a row that is not full
+
+    def push(self, samples: np.ndarray, *, last: bool = False) -> Iterator[np.ndarray]:
+        """The rows that are complete with these samples; at the last, silence fills the last frame and row."""
+        self.samples = np.concatenate([self.samples, samples])
+        if last:
+            left = max(len(self.samples) - self.window, 0)
+            self.samples = np.pad(self.samples, (0, self.window + -(-left // self.hop) * self.hop - len(self.samples)))
+        count = (len(self.samples) - self.window) // self.hop + 1 if len(self.samples) >= self.window else 0
+        if count:
+            cut = np.lib.stride_tricks.sliding_window_view(self.samples, self.window)[:: self.hop][:count]
+            self.waiting = np.concatenate([self.waiting, self.mels(cut)])
+            self.samples = self.samples[count * self.hop :]
+        stack = self.config.stack
+        if last and (odd := -len(self.waiting) % stack):
+            silence = self.mels(np.zeros((1, self.window), np.float32))
+            self.waiting = np.concatenate([self.waiting, silence.repeat(odd, 0)])
+        if whole := len(self.waiting) // stack * stack:
+            rows, self.waiting = self.waiting[:whole], self.waiting[whole:]
+            yield rows.reshape(-1, self.config.features).astype(np.float16)
+
+    def mels(self, cut: np.ndarray) -> np.ndarray:
+        """Log-mel energies `[n, mels]` of frames of samples `[n, window]`."""
+        shape, bands = filters(self.config.rate, self.window, self.config.mels)
+        energy = np.abs(np.fft.rfft(cut * shape)) ** 2 @ bands
+        return ((np.log10(energy + 1e-8) + 4) / 2).astype(np.float32)
+
+
+@lru_cache
+def filters(rate: int, window: int, mels: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Hann's window, with which a full tone has an energy of about 1; triangles `[window // 2 + 1, mels]`)."""
+    shape = np.hanning(window + 2)[1:-1]
+    top = 2595 * np.log10(1 + rate / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
+    at = np.fft.rfftfreq(window, 1 / rate)[:, None]
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    # no narrower than what the window resolves: a band between two of its frequencies would be empty
+    least = rate / window
+    rise, fall = np.maximum(centre - low, least), np.maximum(high - centre, least)
+    bands = np.clip(np.minimum((at - centre) / rise + 1, (centre - at) / fall + 1), 0, None)
+    return shape * 2 / shape.sum(), bands

@@ -1,0 +1,67 @@
+"""Pictures to rows: opened within bounds, brought to a square, cut into patches.
+
+A row is a patch, its pixels line by line with their colours, 0 to 255; patches are in reading order.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from retentive.models.encoders import ImageConfig
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 1 << 26
+"""Of a picture, known from its head before anything is decoded: a small file may hold pixels without end."""
+
+
+def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
+    """The rows of a picture, uint8 `[config.tokens, config.features]`.
+
+    It is turned as its camera says, laid on white where it is transparent, and made as large as fits into the square,
+    in whose middle it stands on white.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no picture of these formats; one that moves, has 16 bits a colour or too many pixels, is damaged.
+        ImportError: no pillow (extra `multimodal`).
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError:
+        raise ImportError("pictures need pillow: pip install 'retentive[multimodal]'") from None
+    name = "the picture" if isinstance(source, bytes) else str(source)
+    raw = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        picture = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
+    except Exception as error:  # a decoder meets any bytes: a bomb by pillow's own bound, a broken head
+        raise ValueError(f"{name} cannot be opened as a picture ({error})") from None
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{name} has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}: make it smaller")
+    if getattr(picture, "n_frames", 1) > 1:
+        raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")  # type: ignore[attr-defined]
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
+    try:
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            over = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        picture = picture.convert("L" if config.channels == 1 else "RGB")
+    except Exception as error:
+        raise ValueError(f"{name} is damaged ({error})") from None
+    side = config.size
+    if picture.size != (side, side):
+        picture = ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, color="white")
+    return patches(np.asarray(picture, np.uint8).reshape(side, side, config.channels), config.patch)
+
+
+def patches(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """Rows `[n, patch * patch * C]` of pixels `[H, W, C]`, whose sides are multiples of the patch's."""
+    H, W, C = pixels.shape
+    cut = pixels.reshape(H // patch, patch, W // patch, patch, C).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(cut).reshape(-1, patch * patch * C)

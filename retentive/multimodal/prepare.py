@@ -1,0 +1,81 @@
+"""Conversations with pictures and sound, packed: `data.prepare`, with what opens their files.
+
+{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}]},
+              {"role": "assistant", "content": "A cat."}]}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retentive.data import prepare as data_prepare
+from retentive.data.media import Media
+from retentive.data.pack import Meta
+from retentive.models.encoders import AudioConfig, Config, ImageConfig
+from retentive.multimodal.audio import open_audio
+from retentive.multimodal.image import open_image
+
+SEEN = ("size", "patch", "channels")
+HEARD = ("rate", "mels", "window", "hop", "stack")
+"""The fields of encoders' configs that say how files become rows; the others are the model's."""
+
+
+class Opener:
+    """`data.media.Open`: opens what messages name, with the encoders' configs."""
+
+    def __init__(self, configs: Mapping[str, Config]):
+        self.configs = configs
+
+    def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
+        if kind not in self.configs:
+            raise ValueError(f"it holds {kind}, and nothing says how that becomes tokens (--{kind})")
+        if "://" in name or name.startswith("data:"):
+            raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
+        return self.rows(kind, folder / name)
+
+    def rows(self, kind: str, source: Path | bytes) -> Media:
+        """A picture or a sound, from its file or its bytes."""
+        config = self.configs[kind]
+        rows = open_image(source, config) if isinstance(config, ImageConfig) else open_audio(source, config)
+        return Media(kind, rows)
+
+
+def prepare(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    image: Mapping[str, Any] | None = None,
+    audio: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Meta:
+    """The meta of the packed folder `out`, once written: whole, or nothing of it.
+
+    Args:
+        sources: conversations, as for `retentive.data.prepare`, whose other options these are.
+        image: fields of ImageConfig that say how a picture becomes rows (SEEN); its defaults, if empty. None: no
+            pictures.
+        audio: of AudioConfig (HEARD), for sound.
+
+    Raises:
+        ValueError, OSError, ImportError: as `data.prepare`, `open_image` and `open_audio`, with the line of the file.
+    """
+    configs, encoded = dict[str, Config](), dict[str, dict[str, Any]]()
+    for kind, given, names, make, dtype in (
+        ("image", image, SEEN, ImageConfig, np.uint8),
+        ("audio", audio, HEARD, AudioConfig, np.float16),
+    ):
+        if given is None:
+            continue
+        if unknown := sorted(set(given) - set(names)):
+            own = unknown[0] in {f.name for f in fields(make)}
+            why = "the model's (retentive train --set)" if own else f"none of {', '.join(names)}"
+            raise ValueError(f"--{kind} {unknown[0]}: it is {why}")
+        configs[kind] = config = make(token=0, **given)
+        said = {name: getattr(config, name) for name in names}
+        encoded[kind] = said | {"features": config.features, "dtype": np.dtype(dtype).name}
+    if not configs:
+        raise ValueError("neither image nor audio is given: such conversations are packed by retentive.data.prepare")
+    return data_prepare(sources, out, chats=True, media=Opener(configs), encoded=encoded, **options)
