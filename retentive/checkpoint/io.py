@@ -29,6 +29,8 @@ from retentive.models import (
     TransformerConfig,
     build,
 )
+from retentive.models.encoders import CONFIGS, configs_of, with_encoders
+from retentive.models.encoders import Config as EncoderConfig
 
 FORMAT = "retentive-model-1"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
@@ -81,6 +83,8 @@ def load(
         model = build(config)
         if how:
             model = as_quantized(model, how, dtype or torch.bfloat16)
+        if encoders := load_encoders(folder):
+            with_encoders(model, encoders)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     _check_fit(tensors, parameters, folder)
     kept = {name: x.dtype for name, x in parameters.items() if how and not x.requires_grad}  # integers and their scales
@@ -227,6 +231,19 @@ def load_adapter(folder: Path) -> Adapter | None:
         raise ValueError(f"{folder / 'config.json'} describes no adapter of this version ({error})") from None
 
 
+def load_encoders(folder: Path) -> dict[str, EncoderConfig]:
+    """What a model sees and hears by; nothing for one that only reads. Its folder's config has been read before.
+
+    Raises:
+        ValueError: an encoder that is not known.
+    """
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("encoders") or {}
+    try:
+        return {kind: CONFIGS[kind](**fields) for kind, fields in said.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no encoders of this version ({error})") from None
+
+
 def _base_of(adapter: Adapter, folder: Path) -> str:
     """The model that the adapter in `folder` changes; raises FileNotFoundError where it is no longer there."""
     if not adapter.base.startswith("hf:") and not (Path(adapter.base) / "config.json").is_file():
@@ -357,9 +374,13 @@ def save_model(
             raw["quantization"] = asdict(how)
         if adapter:
             raw["adapter"] = asdict(adapter)
+        if encoders := configs_of(model):
+            raw["encoders"] = encoders
     else:
         if quantization_of(model):
             raise ValueError(f"{layout} has no quantised models: write the one that this was made from")
+        if configs_of(model):
+            raise ValueError(f"{layout} has no models with encoders of pictures or sound")
         if type(config) is not RetNetConfig:
             raise ValueError(f"{layout} has RetNets only, this is a {type(model).__name__}")
         raw = FOREIGN[layout].write_config(config)

@@ -69,7 +69,7 @@ def check_quantizable(model: LanguageModel) -> None:
 def as_quantized(model: LanguageModel, how: Quantization, dtype: torch.dtype) -> LanguageModel:
     """`model`, its matrices replaced by ones of integers that are yet to be filled; in place."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if not isinstance(module, nn.Linear | nn.Embedding) or name.startswith("encoders."):  # small beside the rest
             continue
         rows, columns = module.weight.shape
         with module.weight.device:

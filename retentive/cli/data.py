@@ -2,11 +2,11 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from retentive.cli.train import CHANGES, typed_options
+from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
 from retentive.train import TrainRun
@@ -27,19 +29,34 @@ class DataCommand:
     """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), or hf:NAME[:SPLIT]."""
     out: Path
     """The folder to write."""
+    image: Mapping[str, Any] = field(default_factory=dict)
+    """The conversations hold pictures, which are seen so: size=64 patch=8 channels=3, if nothing follows."""
+    audio: Mapping[str, Any] = field(default_factory=dict)
+    """They hold sound, which is heard so: rate=16000 mels=40 window=25 hop=10 stack=4, if nothing follows."""
     config: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
 def main(argv: list[str]) -> None:
     """`retentive data ARGV`."""
-    command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv)
+    command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv, registry=CHANGES)
+    given = typed_options(argv)
+    media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
+    if media and not command.config.chats:
+        raise ValueError(f"--{next(iter(media))} is of conversations: add --chats")
     console = Console()
 
     def say(remark: str) -> None:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
+    options = vars(command.config)
     with shown(sys.stdout) as progress:
-        meta = prepare(command.sources, command.out, progress=progress, say=say, **vars(command.config))
+        if media:
+            from retentive import multimodal
+
+            options = {name: value for name, value in options.items() if name != "chats"} | media
+            meta = multimodal.prepare(command.sources, command.out, progress=progress, say=say, **options)
+        else:
+            meta = prepare(command.sources, command.out, progress=progress, say=say, **options)
     _summary(console, command, meta)
 
 
@@ -65,6 +82,17 @@ def shown(file: TextIO) -> Iterator[Progress]:
         yield show
 
 
+def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
+    """What FIELD=VALUE says of pictures or sound; raises ValueError for what is no whole number."""
+    found = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if not text.isdecimal():
+            raise ValueError(f"--{kind} {item}: expected FIELD=NUMBER, as in size=64")
+        found[name] = int(text)
+    return found
+
+
 def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     """Print what was packed, and what to do next."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -86,7 +114,8 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
         return  # less than a row and the target after it: it can be trained on with a smaller --length only
     todo = f"next: retentive train --data {shlex.quote(str(command.out))} --size 5m --out runs/mine"
     if meta.chats:
-        todo += f" --mode carry, or retentive sft RUN --data {shlex.quote(str(command.out))} --out runs/mine"
+        mode = "whole" if meta.media else "carry"
+        todo += f" --mode {mode}, or retentive sft RUN --data {shlex.quote(str(command.out))} --out runs/mine"
     console.print(todo, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from retentive.models import HybridConfig, TransformerConfig
+from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.run import as_typed
 
@@ -23,6 +24,7 @@ RECIPE = "--recipe FILE.py takes the options that the file's function recipe() r
 OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
 """Every option of a run, by its field's name."""
 FIELDS: dict[str, Any] = {f.name: f.type for kind in (TransformerConfig, HybridConfig) for f in fields(kind)}
+FIELDS |= {f"{name}.{f.name}": f.type for name, kind in ENCODERS.items() for f in fields(kind)}
 """Every field that --set may name, and its type."""
 del FIELDS["vocab_size"]  # the data's
 

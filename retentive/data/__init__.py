@@ -4,6 +4,7 @@
     sources    files, folders, Hugging Face data sets -> named documents
     formats    what is in a file: text, HTML (by `html`), JSON, tables, parquet, compressed or not
     chats      files of conversations -> messages, checked
+    media      what a message holds beside text: rows of numbers, and the placeholders that stand for them
     tokenizer  text <-> ids: bytes, any tokenizer.json, a tiktoken file; trains a byte-level BPE
     split      which documents are held out
     pack       documents -> a folder of memory-mappable token shards that carries its tokenizer

@@ -5,16 +5,20 @@
     {"prompt": "…", "completion": "…"}                           a question and its answer; either may be messages too
 
 An object a line of .jsonl, a list of them in .json, or a row of .parquet; other fields of an object do not matter. A
+content may be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}. A
 conversation may begin with a system message; then users and assistants take turns, and a last message that no answer
 follows is left out: it teaches nothing.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retentive.data.formats import OnBadText, TextCheck, kind_of, objects
+from retentive.data.media import KINDS as KINDS_OF_MEDIA
+from retentive.data.media import Media, Open, text_of
 from retentive.data.sources import Say, find_files
 from retentive.data.templates import Message
 
@@ -43,7 +47,7 @@ class Conversation(NamedTuple):
     @property
     def text(self) -> str:
         """What was said, a message a line."""
-        return "\n".join(message["content"] for message in self.messages)
+        return "\n".join(text_of(message["content"]) for message in self.messages)
 
 
 def chat_files(source: str | Path) -> dict[str, Path]:
@@ -67,10 +71,13 @@ def chat_files(source: str | Path) -> dict[str, Path]:
     return files
 
 
-def chats(source: str | Path, *, on_bad_text: OnBadText = "refuse", say: Say = warnings.warn) -> Iterator[Conversation]:
+def chats(
+    source: str | Path, *, media: Open | None = None, on_bad_text: OnBadText = "refuse", say: Say = warnings.warn
+) -> Iterator[Conversation]:
     """The conversations of a file or of all files of a folder, one at a time.
 
     Args:
+        media: opens the files that parts of messages name, relative to their own file's folder; None refuses them.
         on_bad_text: what to do with lines that are no conversation, or not UTF-8.
         say: called with a line on what was skipped.
 
@@ -85,8 +92,8 @@ def chats(source: str | Path, *, on_bad_text: OnBadText = "refuse", say: Say = w
         for name, path in files.items():
             for within, value in objects(path, check):
                 try:
-                    messages = messages_of(value)
-                except ValueError as error:
+                    messages = messages_of(value, None if media is None else partial(media, folder=path.parent))
+                except (ValueError, OSError) as error:
                     check.bad(f"{path}{within}", f"is no conversation: {error}", "mend it")
                     continue
                 empty = False
@@ -99,10 +106,14 @@ def chats(source: str | Path, *, on_bad_text: OnBadText = "refuse", say: Say = w
     return found()
 
 
-def messages_of(value: Any) -> list[Message]:
+def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) -> list[Message]:
     """The messages of an object in one of the schemas, in turns, without space around them.
 
+    Args:
+        media: (kind, what a part names) -> what it is; None refuses such parts.
+
     Raises:
+        OSError: a part whose file is missing.
         ValueError: another schema, an unknown role, roles out of order, an empty message, no answer at all.
     """
     if not isinstance(value, dict):
@@ -115,7 +126,7 @@ def messages_of(value: Any) -> list[Message]:
         said = [*_side(value, "prompt", "user"), *_side(value, "completion", "assistant")]
     else:
         raise ValueError(f"expected {SCHEMAS}, got {', '.join(map(str, value)) or 'no field'}")
-    messages = [_message(number, *each) for number, each in enumerate(said, 1)]
+    messages = [_message(number, *each, media) for number, each in enumerate(said, 1)]
     _check_turns([m["role"] for m in messages])
     return messages if messages[-1]["role"] == "assistant" else messages[:-1]
 
@@ -134,23 +145,33 @@ def _side(value: dict[str, Any], name: str, role: str) -> list[tuple[Any, Any]]:
     return _listed(name, value[name], "role", "content") if isinstance(value[name], list) else [(role, value[name])]
 
 
-def _message(number: int, role: Any, content: Any) -> Message:
+def _message(number: int, role: Any, content: Any, media: Callable[[str, str], Media] | None) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} is by {role!r}, expected one of {', '.join(ROLES)}")
-    if isinstance(content, list):  # the parts of OpenAI's API
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = None if None in texts else "".join(map(str, texts))
-    if not isinstance(content, str):
-        raise ValueError(f"message {number}: its content is no text")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]  # as OpenAI's API has them
+    found = [_part(number, part, media) for part in parts]
     try:
-        content.encode()
+        "".join(part for part in found if isinstance(part, str)).encode()
     except UnicodeEncodeError:
         raise ValueError(f"message {number}, by {role}, holds half of a surrogate pair") from None
-    if not (content := content.strip()):
+    if not any(isinstance(part, Media) for part in found):
+        found = ["".join(map(str, found)).strip()]
+    elif ROLES[role] == "assistant":
+        raise ValueError(f"message {number}, by {role}, holds more than text, and models here write text alone")
+    if not any(found):
         raise ValueError(f"message {number}, by {role}, is empty")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": found[0] if isinstance(found[0], str) and len(found) == 1 else found}
+
+
+def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> str | Media:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind in KINDS_OF_MEDIA and isinstance(part.get(kind), str):
+        if media is None:
+            raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
+        return media(kind, part[kind])
+    raise ValueError(f"message {number}: its content is no text")
 
 
 def _check_turns(roles: list[str]) -> None:

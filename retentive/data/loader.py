@@ -17,7 +17,8 @@ goes through again, cycle walking: Black and Rogaway, 2002).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -52,12 +53,15 @@ class Batch(NamedTuple):
     """int32 [N+1]: where the sequences of the flattened batch begin (so does every row), and its length."""
     carry: Carry | None
     """Only in mode "carry"."""
+    rows: Mapping[str, Tensor] | None = None
+    """Of image and audio: `[n, features]`, a row for each placeholder among the ids, in order."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on the device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         carry = None if self.carry is None else Carry(*(x.to(device) for x in self.carry))
-        return Batch(self.ids.to(device), self.targets.to(device), cu_seqlens, carry)
+        rows = None if self.rows is None else {kind: x.to(device) for kind, x in self.rows.items()}
+        return Batch(self.ids.to(device), self.targets.to(device), cu_seqlens, carry, rows)
 
 
 class Row(NamedTuple):
@@ -69,6 +73,8 @@ class Row(NamedTuple):
     """int64 [T]."""
     begins: np.ndarray
     """Where sequences begin in it, in (0, T), ascending; one begins at 0 in any case."""
+    rows: Mapping[str, np.ndarray] = MappingProxyType({})
+    """As of Batch."""
 
 
 class Batches:
@@ -106,6 +112,8 @@ class Batches:
         self.mode, self.length, self.seed = mode, length, seed
         self._batch, self._rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
         self._windows = (self.tokens - 1) // length  # the last token of a window is predicted by a target beyond it
+        if stream.media and mode != "whole":
+            raise ValueError(f"data with {', '.join(stream.media)} are read in mode whole, got {mode} (--mode whole)")
         if mode == "whole":
             self._pieces, self._first_pieces = whole_rows(stream, length, seed)
             self._windows = len(self._first_pieces) - 1
@@ -142,13 +150,15 @@ class Batches:
     def _whole(self, row: int) -> Row:
         """A row of the pieces that belong in it, filled up with end-of-text ids."""
         ids, targets = (np.full(self.length, x, np.int64) for x in (self._stream.eos_id, IGNORE))
-        at, begins = 0, []
+        at, begins, rows = 0, [], []
         for start, stop in self._pieces[self._first_pieces[row] : self._first_pieces[row + 1]]:
             begins.append(at)
             piece = row_at(self._stream, start, stop - start)
             ids[at : at + stop - start], targets[at : at + stop - start] = piece.ids, piece.targets
+            rows.append(piece.rows)
             at += int(stop - start)
-        return Row(ids, targets, np.array([*begins[1:], at] if at < self.length else begins[1:], np.int64))
+        inner = np.array([*begins[1:], at] if at < self.length else begins[1:], np.int64)
+        return Row(ids, targets, inner, _joined(rows))
 
     def _carry(self, step: int) -> Batch:
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -228,7 +238,8 @@ def row_at(stream: TokenStream, start: int, length: int) -> Row:
     ids = stream.read(start, start + length + 1)
     targets = np.where(stream.answered(start + 1, start + length + 1), ids[1:], IGNORE)
     begins = stream.ends_in(start, start + length) - start - (not stream.chats)
-    return Row(ids[:-1], targets, begins[(begins > 0) & (begins < length)])
+    rows = {kind: stream.rows(kind, start, start + length) for kind in stream.media}
+    return Row(ids[:-1], targets, begins[(begins > 0) & (begins < length)], rows)
 
 
 def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,8 +247,13 @@ def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray,
 
     A piece is a document, all of it but the last token, which is a target alone; or of one longer than a row a part as
     long as a row. Documents go into rows in an order of the seed's, a new row as soon as one does not fit.
+
+    Raises:
+        ValueError: one longer than a row, where there are pictures or sounds that it may not be cut in.
     """
     ends = stream.ends_in(0, stream.tokens)
+    if stream.media and (longest := int(np.diff(ends, prepend=0).max())) > length + 1:
+        raise ValueError(f"the longest conversation has {longest:,} tokens, a row {length:,}: --length {longest:,}")
     # of a text the end-of-text id before it is read too; the very first has none
     starts = np.concatenate([[0], ends[:-1] - (not stream.chats)])
     pieces, first, room = list[tuple[int, int]](), [0], length
@@ -265,4 +281,11 @@ def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
     ids, targets = (
         torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))[None] for name in Row._fields[:2]
     )
-    return Batch(ids, targets, torch.from_numpy(cu_seqlens), None), np.array([*first, len(cu_seqlens) - 1])
+    media = {kind: torch.from_numpy(x) for kind, x in _joined([row.rows for row in rows]).items()}
+    batch = Batch(ids, targets, torch.from_numpy(cu_seqlens), None, media or None)
+    return batch, np.array([*first, len(cu_seqlens) - 1])
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of several parts, one after the other."""
+    return {kind: np.concatenate([part[kind] for part in parts]) for kind in (parts[0] if parts else ())}

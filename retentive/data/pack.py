@@ -4,6 +4,7 @@
                       the vocabulary is larger
     train-00000.idx   uint64: where documents end, just after that id, counted from the shard's start
     train-00000.ans   of conversations: for each id 1 where it is (of) an answer, which training is to predict, else 0
+    train-00000.image, .audio   of pictures and sound: a row of numbers for each of their placeholders, in order
     valid-00000.*     the same for the held-out text
     meta.json         what is in them, and the hash of the tokenizer that made them
     tokenizer.json    that tokenizer
@@ -18,7 +19,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from retentive.data.chats import Conversation
+from retentive.data.media import Media, media_of
 from retentive.data.sources import Document
 from retentive.data.templates import TEMPLATE, ChatTemplate
 from retentive.data.tokenizer import Tokenizer
@@ -40,7 +42,7 @@ PIECE = 1 << 16
 BATCH = 1 << 22
 """Characters that are encoded in one call, on all cores."""
 _OURS = re.compile(
-    r"meta\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|(train|valid)-\d{5,}\.(bin|idx|ans)"
+    r"meta\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|(train|valid)-\d{5,}\.(bin|idx|ans|image|audio)"
 )
 
 
@@ -56,6 +58,10 @@ class Shard:
     """Hash of the .bin."""
     answers_sha256: str = ""
     """Hash of the .ans, of conversations."""
+    rows: dict[str, int] | None = None
+    """Rows of the .image and of the .audio, where there are any."""
+    rows_sha256: dict[str, str] | None = None
+    """Their hashes."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class Meta:
     """`Tokenizer.sha256` of the tokenizer beside the data."""
     splits: dict[str, Split]
     """"train" and "valid"."""
+    media: dict[str, dict[str, Any]] | None = None
+    """For image and audio, where there are any: how they became rows (fields of the encoder's config)."""
 
     @property
     def chats(self) -> bool:
@@ -105,6 +113,8 @@ class Encoded(NamedTuple):
     """Whether the document ends here."""
     answers: list[bool] | None = None
     """Of a conversation: which ids are of answers."""
+    media: Sequence[Media] = ()
+    """Of a conversation: its pictures and sounds, whose placeholders are among the ids."""
 
 
 def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
@@ -149,15 +159,18 @@ def write_packed(
     shard_tokens: int = 100_000_000,
     progress: Callable[[int], None] | None = None,
     template: ChatTemplate | None = None,
+    media: dict[str, dict[str, Any]] | None = None,
 ) -> Meta:
     """As `pack`, for a caller that is the `only_writer` of `out` already and has found it free.
 
     Args:
         template: the documents are conversations, to be spelt by it.
+        media: as of Meta.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    beyond = max((how["token"] for how in (media or {}).values()), default=0)
+    dtype = "uint16" if max(tokenizer.vocab_size, beyond + 1) <= 1 << 16 else "uint32"
     encode = partial(_encoded, tokenizer=tokenizer) if template is None else partial(_spelt, template=template)
 
     def fill(folder: Path) -> Meta:
@@ -166,7 +179,7 @@ def write_packed(
             splits[name] = _write_split(folder, name, encode(documents), dtype, shard_tokens, progress)
             if not splits["train"].tokens:  # after the first split: the second is not worth encoding then
                 raise ValueError("no training text: every document was empty or held out for validation")
-        meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits)
+        meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits, media or None)
         # what is of conversations alone is left out of other data's, as ever: its hash stands for the same text
         described = dataclasses.asdict(meta, dict_factory=lambda pairs: {k: v for k, v in pairs if v not in (None, "")})
         content = {"format": FORMAT, "version": VERSION, **described}
@@ -238,6 +251,12 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
     return meta
 
 
+def row_type(meta: Meta, kind: str) -> np.dtype:
+    """The type of a whole row of an .image or .audio file."""
+    how = (meta.media or {})[kind]
+    return np.dtype((np.dtype(how["dtype"]).newbyteorder("<"), (how["features"],)))
+
+
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """The text in pieces of at most `size` characters, each of which ends at a line end if it holds one.
 
@@ -281,14 +300,14 @@ def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Ite
 
     def flush() -> Iterator[Encoded]:
         for (ids, answers), each in zip(_taught(template, batch), batch, strict=True):
-            yield Encoded(ids, len(each.text.encode()), True, answers)
+            yield Encoded(ids, len(each.text.encode()), True, answers, media_of(each.messages))
         batch.clear()
 
     batch: list[Conversation] = []
     waiting = 0  # characters in the batch
     for each in conversations:
         batch.append(each)
-        waiting += len(each.text)
+        waiting += len(each.text) + sum(media.rows.nbytes for media in media_of(each.messages))
         if waiting >= BATCH // 4:  # spelt, they take more memory than texts
             yield from flush()
             waiting = 0
@@ -344,9 +363,11 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
     tokens = 0
     ends: list[int] = []
     digest, of_answers_digest = hashlib.sha256(), hashlib.sha256()
+    rows: dict[str, int] = {}
+    of_media: dict[str, tuple[BinaryIO, Any]] = {}
     with open(target, "wb") as file, ExitStack() as more:
         of_answers: BinaryIO | None = None
-        for ids, _, last, answers in encoded:
+        for ids, _, last, answers, media in encoded:
             data = np.array(ids, dtype.newbyteorder("<")).tobytes()
             _write(file, data)
             digest.update(data)
@@ -354,6 +375,12 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
                 of_answers = of_answers or more.enter_context(open(target.with_suffix(".ans"), "wb"))
                 _write(of_answers, bytes(answers))
                 of_answers_digest.update(bytes(answers))
+            for kind, of_kind in media:
+                if kind not in of_media:
+                    of_media[kind] = more.enter_context(open(target.with_suffix(f".{kind}"), "wb")), hashlib.sha256()
+                for write in (partial(_write, of_media[kind][0]), of_media[kind][1].update):
+                    write(np.ascontiguousarray(of_kind, of_kind.dtype.newbyteorder("<")).tobytes())
+                rows[kind] = rows.get(kind, 0) + len(of_kind)
             tokens += len(ids)
             if last:
                 ends.append(tokens)
@@ -362,7 +389,9 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
     # Ends are few, and wait in memory; ids are written as they come.
     with open(target.with_suffix(".idx"), "wb") as file:
         _write(file, np.array(ends, "<u8").tobytes())
-    return Shard(tokens, len(ends), digest.hexdigest(), of_answers_digest.hexdigest() if of_answers else "")
+    hashes = {kind: of_kind.hexdigest() for kind, (_, of_kind) in of_media.items()}
+    answers_sha256 = of_answers_digest.hexdigest() if of_answers else ""
+    return Shard(tokens, len(ends), digest.hexdigest(), answers_sha256, rows or None, hashes or None)
 
 
 @contextmanager
@@ -392,13 +421,17 @@ def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
         for number, shard in enumerate(held.shards):
             sizes = {".bin": shard.tokens * item, ".idx": shard.documents * 8}
             sizes |= {".ans": shard.tokens} if meta.chats else {}
+            hashes = {".bin": shard.sha256, ".ans": shard.answers_sha256}
+            for kind, count in (shard.rows or {}).items():
+                sizes[f".{kind}"] = count * row_type(meta, kind).itemsize
+                hashes[f".{kind}"] = (shard.rows_sha256 or {})[kind]
             for suffix, size in sizes.items():
                 file = shard_path(path, split, number, suffix)
                 got = file.stat().st_size if file.is_file() else None
                 if got != size:
                     found = "is missing" if got is None else f"has {got:,} bytes, expected {size:,}"
                     raise ValueError(f"{file} {found}: the copy is incomplete, copy the folder or pack the data again")
-            for suffix, digest in ((".bin", shard.sha256), (".ans", shard.answers_sha256)):
+            for suffix, digest in hashes.items():
                 file = shard_path(path, split, number, suffix)
                 if verify and digest and file_sha256(file) != digest:
                     raise ValueError(f"{file} is damaged: its hash differs from that in meta.json, pack the data again")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,11 @@ class Packed:
                 f"or pack the text again"
             )
         self._streams: dict[str, TokenStream] = {}
+
+    @property
+    def media(self) -> dict[str, dict[str, Any]]:
+        """For image and audio, where there are any: how they became rows."""
+        return self.meta.media or {}
 
     @functools.cached_property
     def template(self) -> ChatTemplate | None:
@@ -113,11 +119,14 @@ class Packed:
             start = end
         return size
 
-    def first_question(self) -> list[int]:
-        """The ids of the first held-out conversation (or of the first to train on) up to its first answer."""
+    def first_question(self) -> tuple[list[int], dict[str, np.ndarray]]:
+        """The ids of the first held-out conversation (or of the first to train on) up to its first answer.
+
+        And the rows of the placeholders among them, by kind.
+        """
         stream = self.stream("valid" if self.meta.splits["valid"].tokens else "train")
-        stop = int(stream.ends_in(0, stream.tokens)[0])
-        return stream.read(0, int(stream.answered(0, stop).argmax())).tolist()
+        stop = int(stream.answered(0, int(stream.ends_in(0, stream.tokens)[0])).argmax())
+        return stream.read(0, stop).tolist(), {kind: stream.rows(kind, 0, stop) for kind in stream.media}
 
     def first_tokens(self, split: str, most: int) -> np.ndarray:
         """The first `most` tokens of a split, or all; int64."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from retentive.data.chats import Conversation, chat_files, chats
 from retentive.data.formats import COMPRESSED
+from retentive.data.media import Open, placeholder_id
 from retentive.data.pack import Meta, check_free, pieces, write_packed
 from retentive.data.sources import Document, documents, source_files
 from retentive.data.split import split_documents
@@ -61,6 +62,8 @@ def prepare(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
+    media: Open | None = None,
+    encoded: dict[str, dict[str, Any]] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = warnings.warn,
     **options: Any,
@@ -69,6 +72,8 @@ def prepare(
 
     Args:
         sources: files, folders or hf:NAME (see `sources.documents`), read one after the other.
+        media, encoded: what opens the pictures and sounds of conversations, and for each kind how they become rows
+            (fields of its encoder's config but for the token); `multimodal.prepare` hands them in.
         progress: called with how far it is.
         say: called with a line on what is left out of the sources, and on held-out files that are trained on too.
         options: fields of `DataConfig`.
@@ -87,22 +92,23 @@ def prepare(
     check_free(out, overwrite=config.overwrite)
     report = progress or (lambda stage, done, total: None)
     # First of all, since missing sources raise here. Learning a tokenizer reads the sources once more.
-    train, valid = _splits(sources, config, say)
+    train, valid = _splits(sources, config, say, media)
     everything = sources if config.valid is None else [*sources, config.valid]
     with only_writer(Path(out)):
         check_free(out, overwrite=config.overwrite)  # another process may have been quicker
-        tokenizer = _tokenizer(sources, config, report)
+        tokenizer = _tokenizer(sources, config, report, media)
         template = _template(tokenizer, config) if config.chats else None
+        rows = {kind: {"token": placeholder_id(kind, tokenizer), **how} for kind, how in (encoded or {}).items()}
         advance = _adding_up(report, "packing", everything, config)
-        return write_packed(out, tokenizer, train, valid, progress=advance, template=template)
+        return write_packed(out, tokenizer, train, valid, progress=advance, template=template, media=rows)
 
 
 def _splits(
-    sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None]
+    sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None], media: Open | None = None
 ) -> tuple[Iterator[Any], Iterator[Any]]:
     def read(source: str | Path) -> Iterator[Document | Conversation]:
         if config.chats:
-            return chats(source, on_bad_text=config.on_bad_text, say=say)
+            return chats(source, media=media, on_bad_text=config.on_bad_text, say=say)
         return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
 
     everything = itertools.chain(*[read(source) for source in sources])  # a list: what is missing raises now, not later
@@ -126,11 +132,11 @@ def _read_files(source: str | Path, config: DataConfig) -> list[Path]:
     return list((chat_files(source) if config.chats else source_files(source, config.suffix)).values())
 
 
-def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress) -> Tokenizer:
+def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress, media: Open | None) -> Tokenizer:
     """The tokenizer that the config names, or one that is learnt from the text to train on."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
-    train, _ = _splits(sources, config, say=lambda remark: None)  # held-out text stays unseen
+    train, _ = _splits(sources, config, lambda remark: None, media)  # held-out text stays unseen
     hub = any(str(source).startswith("hf:") for source in sources)
     sample = _sample(train, _adding_up(report, "reading a sample", sources, config), all_of_it=not hub)
     report("learning a tokenizer", 0, None)

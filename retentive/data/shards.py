@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retentive.data.pack import Meta, shard_path
+from retentive.data.pack import Meta, row_type, shard_path
 
 
 class TokenStream:
@@ -31,6 +31,24 @@ class TokenStream:
         self._answers = [np.memmap(file.with_suffix(".ans"), np.bool_, "r") for file in self._files if meta.chats]
         self.chats, self.eos_id = meta.chats, meta.eos_id
         """Whether these are conversations; the end-of-text id."""
+        self._rows = {
+            kind: [
+                np.memmap(file.with_suffix(f".{kind}"), row_type(meta, kind).base, "r").reshape(-1, how["features"])
+                if (shard.rows or {}).get(kind) else np.empty((0, how["features"]), how["dtype"])
+                for file, shard in zip(self._files, shards, strict=True)
+            ]
+            for kind, how in (meta.media or {}).items()
+        }  # fmt: skip
+        self.media = meta.media or {}
+        """As of Packed."""
+        # where their placeholders are in each shard: the n-th has the n-th row
+        self._places = {
+            kind: [np.flatnonzero(ids == self.media[kind]["token"]) for ids in self._ids] for kind in self._rows
+        }
+        for kind, places in self._places.items():
+            for file, where, rows in zip(self._files, places, self._rows[kind], strict=True):
+                if len(where) != len(rows):
+                    raise ValueError(f"{file.with_suffix(f'.{kind}')} is damaged: pack the data again")
         self._vocab_size = meta.vocab_size
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._document_starts = np.cumsum([0, *(shard.documents for shard in shards)])
@@ -46,7 +64,11 @@ class TokenStream:
 
         def within(shard: int, low: int, high: int, _: int) -> np.ndarray:
             ids = self._ids[shard][low:high].astype(np.int64)
-            if (largest := int(ids.max(initial=0))) >= self._vocab_size:
+            known = ids < self._vocab_size
+            for how in self.media.values():
+                known |= ids == how["token"]
+            if not known.all():
+                largest = int(ids.max())
                 raise ValueError(
                     f"{self._files[shard]} holds token {largest:,}, but the vocabulary has {self._vocab_size:,}: "
                     f"the file is damaged, pack the data again"
@@ -60,6 +82,15 @@ class TokenStream:
         if not self.chats:
             return np.ones(stop - start, bool)
         return self._across(start, stop, lambda shard, low, high, _: self._answers[shard][low:high])
+
+    def rows(self, kind: str, start: int, stop: int) -> np.ndarray:
+        """The rows of the placeholders among these ids, in order, `[n, features]`."""
+
+        def within(shard: int, low: int, high: int, _: int) -> np.ndarray:
+            first, last = np.searchsorted(self._places[kind][shard], [low, high])
+            return np.array(self._rows[kind][shard][first:last])
+
+        return self._across(start, stop, within).reshape(-1, self.media[kind]["features"])
 
     def ends_in(self, start: int, stop: int) -> np.ndarray:
         """The document ends e with start < e <= stop, each just after an end-of-text token; int64."""

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from retentive.data.media import KINDS, placeholder, placeholder_id, placeholders, text_of
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
 
 TEMPLATE = "chat_template.jinja"
@@ -46,7 +47,8 @@ QUESTION = "\ue002"
 """Stands for a question there."""
 SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""A role and a content: text, or a list of texts and `Media`."""
 
 
 class ChatTemplate:
@@ -67,6 +69,7 @@ class ChatTemplate:
         self.source = source
         self.eos = next((name for name, id in special.items() if id == tokenizer.eos_id), END_OF_TEXT)
         self.special[self.eos] = tokenizer.eos_id
+        self.special |= {placeholder(kind): placeholder_id(kind, tokenizer) for kind in KINDS}
         names = sorted(self.special, key=len, reverse=True)  # a regular expression takes the first that matches
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._to_shield = re.compile("|".join(map(re.escape, ["\ue000", *names])))
@@ -200,7 +203,7 @@ class ChatTemplate:
         def shield(content: str) -> str:
             return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", content)
 
-        return [{**message, "content": shield(message["content"])} for message in messages]
+        return [{**message, "content": text_of(message["content"], placeholders, shield)} for message in messages]
 
     def _encode(self, rendered: str) -> list[int]:
         """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
@@ -223,8 +226,7 @@ def load_template(
     """
     config = _read_json(folder / "tokenizer_config.json")
     source, origin = _find(folder, config, file)
-    added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
-    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    special = tokenizer.special
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     try:

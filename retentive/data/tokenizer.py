@@ -9,8 +9,9 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from retentive.files import write_text
@@ -85,6 +86,8 @@ class Tokenizer(Protocol):
     """The id that ends a document."""
     sha256: str
     """Hash of the content, however the file is laid out: the same before and after `save`."""
+    special: Mapping[str, int]
+    """Special tokens that its file adds, by name: a chat template may put them out."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, without special tokens."""
@@ -116,6 +119,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    special: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self) -> None:
         self._content = {"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}
@@ -165,6 +169,8 @@ class BPETokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
+        added = content.get("added_tokens") or []
+        self.special: Mapping[str, int] = {token["content"]: token["id"] for token in added if token.get("special")}
         self.sha256 = _hash({"eos": self.eos, **content})
 
     def encode(self, text: str) -> list[int]:
@@ -203,6 +209,8 @@ class TiktokenTokenizer:
         ImportError: the package tiktoken is not installed (extra `tiktoken`).
         ValueError: an unknown pattern.
     """
+
+    special: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, ranks: dict[bytes, int], *, pattern: str = "cl100k", eos_id: int | None = None):
         if pattern not in TIKTOKEN_PATTERNS:

@@ -19,6 +19,7 @@ from retentive.data.packed import Packed
 from retentive.evals.likelihood import in_eval_mode
 from retentive.models import LanguageModel
 from retentive.models.carry import states_in, states_out
+from retentive.models.encoders import hidden
 from retentive.ops.cross_entropy import IGNORE
 
 TOGETHER = 8192
@@ -99,7 +100,8 @@ def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int |
         if carry:
             first, continues = torch.tensor([0], device=device), torch.tensor([bool(goes_on)], device=device)
             state = states_in(model, state, first, continues, len(counts))
-        x, state = model.hidden(batch.ids.to(device), state, cu_seqlens=batch.cu_seqlens.to(device))
+        there = batch.to(device)
+        x, state = hidden(model, there.ids, state, rows=there.rows, cu_seqlens=there.cu_seqlens)
         # the first part belongs to the last context where it goes on from it: the same number, later positions
         context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])
@@ -139,7 +141,9 @@ def _joined(windows: list[Batch]) -> Batch:
     counts = [w.cu_seqlens.diff() for w in windows if w.cu_seqlens is not None]
     cu_seqlens = F.pad(torch.cat(counts).cumsum(0, dtype=torch.int32), (1, 0))
     ids, targets = (torch.cat([getattr(w, name) for w in windows], 1) for name in ("ids", "targets"))
-    return Batch(ids, targets, cu_seqlens, None)
+    rows = [w.rows for w in windows if w.rows is not None]
+    joined = {kind: torch.cat([each[kind] for each in rows]) for kind in rows[0]} if rows else None
+    return Batch(ids, targets, cu_seqlens, None, joined)
 
 
 class Pairs:

@@ -25,7 +25,7 @@ class ImageConfig:
     """What is seen of a picture, and by how large an encoder."""
 
     token: int
-    """Id of the placeholder."""
+    """Id of the placeholder, which no text has: it may be beyond the vocabulary."""
     size: int = 64
     """Side of the square that every picture is brought to, in pixels."""
     patch: int = 8
@@ -174,11 +174,11 @@ def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> Langua
     """The model, changed in place: it has an encoder for each of these kinds, freshly initialised.
 
     Raises:
-        ValueError: an unknown kind, or a placeholder that is none of the model's tokens or of two kinds.
+        ValueError: an unknown kind, or one placeholder for two kinds.
     """
     tokens = [config.token for config in configs.values()]
-    if len(set(tokens)) < len(tokens) or max(tokens, default=0) >= model.config.vocab_size:
-        raise ValueError(f"placeholders must be tokens of their own below {model.config.vocab_size}, got {tokens}")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"each kind must have a placeholder of its own, got {tokens}")
     made = nn.ModuleDict()
     for kind, config in configs.items():
         if kind not in CONFIGS or not isinstance(config, CONFIGS[kind]):
@@ -194,9 +194,23 @@ def encoders_of(model: nn.Module) -> dict[str, Any]:
     return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
 
 
-def described(model: nn.Module) -> dict[str, dict[str, Any]]:
+def configs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The configs of a model's encoders, as config.json has them."""
     return {kind: asdict(encoder.config) for kind, encoder in encoders_of(model).items()}
+
+
+def hidden(
+    model: LanguageModel,
+    ids: Tensor,
+    state: Any = None,
+    *,
+    rows: Mapping[str, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """As `model.hidden`, of ids with what is encoded in place of its placeholders; `rows` as of `spliced`."""
+    if not rows:
+        return model.hidden(ids, state, cu_seqlens=cu_seqlens)
+    return model.hidden(None, state, embeds=spliced(model, ids, rows), cu_seqlens=cu_seqlens)
 
 
 def spliced(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
@@ -211,9 +225,13 @@ def spliced(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Te
     encoders = encoders_of(model)
     if unknown := sorted(set(rows) - set(encoders)):
         raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
-    x = model.embed(ids)
+    places = {kind: ids == encoder.config.token for kind, encoder in encoders.items()}
+    text = ids
+    for where in places.values():
+        text = text.masked_fill(where, 0)  # any token: its embedding is replaced
+    x = model.embed(text)
     for kind, encoder in encoders.items():
-        where = ids == encoder.config.token
+        where = places[kind]
         given = rows[kind] if kind in rows else ids.new_empty(0, encoder.config.features)
         if (count := int(where.sum())) != len(given):
             raise ValueError(f"{count} placeholders of {kind} and {len(given)} rows: each takes one")

@@ -5,6 +5,7 @@ A row is a patch, its pixels line by line with their colours, 0 to 255; patches 
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     name = "the picture" if isinstance(source, bytes) else str(source)
     raw = source if isinstance(source, bytes) else source.read_bytes()
     try:
-        picture = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
+        picture: Any = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
     except Exception as error:  # a decoder meets any bytes: a bomb by pillow's own bound, a broken head
@@ -42,7 +43,7 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     if width * height > MOST_PIXELS:
         raise ValueError(f"{name} has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}: make it smaller")
     if getattr(picture, "n_frames", 1) > 1:
-        raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")  # type: ignore[attr-defined]
+        raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from retentive.data import prepare as data_prepare
 from retentive.data.media import Media
 from retentive.data.pack import Meta
+from retentive.data.prepare import prepare as data_prepare
 from retentive.models.encoders import AudioConfig, Config, ImageConfig
 from retentive.multimodal.audio import open_audio
 from retentive.multimodal.image import open_image

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from retentive.models.carry import states_in, states_out
+from retentive.models.encoders import hidden
 from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 
@@ -24,13 +25,13 @@ def language_modelling(model: Any, batch: Any, state: Any) -> tuple[Tensor, int,
     """The sum of the next tokens' losses in nats, and their number; targets that are IGNORE do not count.
 
     Args:
-        batch: ids, targets and cu_seqlens as of `retentive.data.loader.Batch`. Its `carry` (mode "carry") says which
-            rows go on from `state`; without, every sequence begins afresh.
+        batch: as of `retentive.data.loader`. Its `carry` (mode "carry") says which rows go on from `state`; without,
+            every sequence begins afresh.
     """
     carry, before = batch.carry, None
     if carry is not None:
         before = states_in(model, state, carry.first, carry.continues, len(batch.cu_seqlens) - 1)
-    x, after = model.hidden(batch.ids, before, cu_seqlens=batch.cu_seqlens)
+    x, after = hidden(model, batch.ids, before, rows=batch.rows, cu_seqlens=batch.cu_seqlens)
     total = cross_entropy(x, model.head.weight, batch.targets)
     count = int((batch.targets != IGNORE).sum())
     return total, count, None if carry is None else states_out(after, carry.last)

@@ -12,12 +12,13 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
 from retentive import machine
 from retentive.checkpoint.adapter import targets_of, weights_sha256, with_adapter
-from retentive.checkpoint.io import find, load, load_adapter, load_config, load_quantization
+from retentive.checkpoint.io import find, load, load_adapter, load_config, load_encoders, load_quantization
 from retentive.data.loader import Batches, Mode
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate, template_of
@@ -27,6 +28,9 @@ from retentive.infer import SamplingParams, generate, write_on
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.models.encoders import CONFIGS as ENCODERS
+from retentive.models.encoders import Config as Encoder
+from retentive.models.encoders import encoders_of, hidden, with_encoders
 from retentive.ops import backends
 from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
@@ -56,7 +60,8 @@ class TrainRun:
     """A RetNet: ours, the paper's, or torchscale's or fla's. Or, as wide and with as many parameters: its Transformer
     twin, a hybrid of both, or a peer (extra `peers`)."""
     set: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the model's config, such as decay=paper heads=2 dropout=0.1."""
+    """Changes to the model's config, such as decay=paper heads=2 dropout=0.1, and to its encoders', such as
+    image.layers=4."""
     init: str = ""
     """Model folder to train on from, a run or a converted model: its weights and architecture in place of a size's."""
     lora: int = 0
@@ -173,13 +178,43 @@ class TrainRun:
         Raises:
             ValueError: no such size or field, or an architecture beside that of `init`.
         """
+        own = {name: value for name, value in self.set.items() if "." not in name}
         if not self.init:
-            return config_of(self.model, self.size, vocab_size=vocab_size, **self.set)
+            return config_of(self.model, self.size, vocab_size=vocab_size, **own)
         if (self.size, self.model) != (TrainRun.size, TrainRun.model):  # a field's default is the class's attribute
             raise ValueError(both_architectures(self.init))
-        if set(self.set) - {"dropout"}:
+        if set(own) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
-        return replace(load_config(find(self.init))[0], **self.set)
+        return replace(load_config(find(self.init))[0], **own)
+
+    def encoders(self, data: Packed) -> dict[str, Encoder]:
+        """The encoders that the model needs for these data: those of `init` if it has them, or else as they are `set`.
+
+        Raises:
+            ValueError: a field that is none, or one that the data decide; or data that `init` would see otherwise.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in self.set.items():
+            kind, dot, field_name = name.partition(".")
+            if dot:
+                changes.setdefault(kind, {})[field_name] = value
+        made: dict[str, Encoder] = load_encoders(find(self.init)) if self.init else {}
+        for kind, how in data.media.items():
+            known = {f.name for f in fields(ENCODERS[kind])}
+            changed = changes.pop(kind, {})
+            if wrong := sorted(set(changed) - (known - set(how))):
+                why = "the data decide it" if wrong[0] in how else f"it has {', '.join(sorted(known - set(how)))}"
+                raise ValueError(f"--set {kind}.{wrong[0]}: {why}")
+            if kind not in made:
+                made[kind] = ENCODERS[kind](**{k: v for k, v in how.items() if k in known}, **changed)
+            elif changed:
+                raise ValueError(f"--init {self.init} brings its encoder of {kind}: leave out --set {kind}.…")
+            elif odd := [k for k, v in how.items() if k in known and getattr(made[kind], k) != v]:
+                had, now = getattr(made[kind], odd[0]), how[odd[0]]
+                raise ValueError(f"{self.init} has {kind} {odd[0]} {had}, {data.path} has {now}: pack the data alike")
+        if changes:
+            raise ValueError(f"--set {next(iter(changes))}.…: {data.path} holds nothing of that kind")
+        return made
 
     def build(self, data: Packed) -> tuple[Config, LanguageModel]:
         """(config, model) to begin with.
@@ -196,7 +231,10 @@ class TrainRun:
             raise ValueError(f"mode carry hands on states of retention, a {kind} attends as well: use another mode")
         check_fits(config, self.batch, self.length, pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
+        encoders = load_encoders(self.out) if resumes else self.encoders(data)
         model = build(config)
+        if encoders:
+            with_encoders(model, encoders)
         if self.init and not resumes:
             if self.lora and load_adapter(find(self.init)):
                 raise ValueError(
@@ -206,7 +244,8 @@ class TrainRun:
                 raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
             given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
-            model.load_state_dict(given.state_dict())
+            new = set(encoders) - set(encoders_of(given))  # which it is given now
+            model.load_state_dict(given.state_dict(), strict=not new)
         elif self.lora:  # what the checkpoint has is the change alone
             before = load_adapter(self.out)
             if before is None or before.base_sha256 != weights_sha256(find(self.init)):
@@ -235,8 +274,9 @@ class TrainRun:
             asked = self.train.sample_prompt
             if data.template is None:
                 return sample_text(model, data.tokenizer, asked)
-            ids = data.template.first([{"role": "user", "content": asked}]) if asked else data.first_question()
-            return sample_answer(model, data.template, ids)
+            if asked:
+                return sample_answer(model, data.template, data.template.first([{"role": "user", "content": asked}]))
+            return sample_answer(model, data.template, *data.first_question())
 
         # at least one whole row and its targets, or one conversation
         has_valid = data.meta.splits["valid"].tokens > (1 if data.meta.chats else self.length)
@@ -267,12 +307,26 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, toke
     return text
 
 
-def sample_answer(model: LanguageModel, template: ChatTemplate, ids: list[int], *, tokens: int = 80) -> str:
-    """A conversation's ids and the model's answer to them as text, always with the same seed."""
+@torch.no_grad()
+def sample_answer(
+    model: LanguageModel,
+    template: ChatTemplate,
+    ids: list[int],
+    rows: Mapping[str, np.ndarray] | None = None,
+    *,
+    tokens: int = 80,
+) -> str:
+    """A conversation's ids and the model's answer to them as text, always with the same seed; rows: its media."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    answer = generate(model.eval(), ids, params, max_tokens=tokens, stop_ids=sorted(template.stop_ids))
-    text = template.tokenizer.decode([*ids, *(token.id for token in answer)])
+    read, state = torch.tensor([ids[:-1]], device=model.device), None
+    if read.numel():
+        given = {kind: torch.from_numpy(x).to(model.device) for kind, x in (rows or {}).items()}
+        state = hidden(model.eval(), read, rows=given)[1]
+    stop_ids = sorted(template.stop_ids)
+    answer = generate(model.eval(), ids[-1:], params, max_tokens=tokens, stop_ids=stop_ids, state=state)
+    said = [id for id in ids if id < template.tokenizer.vocab_size]  # of pictures and sound there is no text
+    text = template.tokenizer.decode([*said, *(token.id for token in answer)])
     model.train(training)
     return text
 

@@ -248,7 +248,7 @@ def test_what_is_held_out_is_read_whole(data):
     said = "".join(chr(65 + n) * (m % 7 + 1) * (1 + n % 3) for n, m in ((9, 31), (10, 5), (11, 5)))
     turns = sum(1 + n % 3 for n in (9, 10, 11))
     assert data.held_out_bytes() == len(said) + turns, "a space before each answer"
-    asked = data.first_question()
+    asked, _ = data.first_question()
     assert asked == [EOS, *b"User: ", *b"j" * 31, *b"\nAssistant:"]
 
 

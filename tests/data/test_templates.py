@@ -5,7 +5,7 @@ import json
 import pytest
 
 from retentive.data.templates import ANSWER, BUILT_IN, QUESTION, ChatTemplate, load_template
-from retentive.data.tokenizer import ByteTokenizer, train_bpe
+from retentive.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 IM = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -61,6 +61,7 @@ def test_the_runs_own_template_is_found(tmp_path):
     ends = [{**raw["added_tokens"][0], "id": 279 + n, "content": name} for n, name in enumerate(SPECIAL)]
     (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": [*raw["added_tokens"], *ends]}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": IM}))
+    tokenizer = load_tokenizer(tmp_path)
     template = load_template(tmp_path, tokenizer)
     assert template.own and template.first([user("Hi")])[0] == 279 and template.stop_ids == {tokenizer.eos_id, 280}
     (tmp_path / "tokenizer_config.json").write_text(

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from retentive.models import RetNetConfig, build, twin
-from retentive.models.encoders import AudioConfig, ImageConfig, described, encoders_of, spliced, with_encoders
+from retentive.models.encoders import AudioConfig, ImageConfig, configs_of, encoders_of, spliced, with_encoders
 
 TINY = RetNetConfig(vocab_size=50, dim=32, layers=2, heads=2)
 IMAGE = ImageConfig(token=48, size=8, patch=4, channels=1, dim=16, layers=1)
-AUDIO = AudioConfig(token=49, mels=5, stack=2, dim=16)
+AUDIO = AudioConfig(token=51, mels=5, stack=2, dim=16)
 
 
 def seeing(config=TINY):
@@ -30,10 +30,10 @@ def test_what_is_spliced_stands_where_its_placeholders_are(config, same):
     model, seen, heard = seeing(config), pictures(3), torch.randn(3, AUDIO.features)
     ids = torch.randint(48, (2, 20))
     ids[0, 3:11], ids[1, 5:9] = 48, 48  # two pictures, and one
-    ids[0, 15], ids[1, :2] = 49, 49
+    ids[0, 15], ids[1, :2] = 51, 51
     x = spliced(model, ids, {"image": seen, "audio": heard})
     text = ids < 48
-    assert torch.equal(x[text], model.embed(ids)[text])
+    assert torch.equal(x[text], model.embed(ids[text]))
     of_pictures = model.encoders["image"](seen)
     same(x[0, 3:11], of_pictures[:8], 1e-12)
     same(x[1, 5:9], of_pictures[8:], 1e-12)
@@ -50,7 +50,7 @@ def test_what_is_spliced_stands_where_its_placeholders_are(config, same):
 
 def test_gradients_reach_the_encoders():
     model = seeing().train()
-    ids = torch.tensor([[1, 48, 48, 48, 48, 2, 49, 3]])
+    ids = torch.tensor([[1, 48, 48, 48, 48, 2, 51, 3]])
     x = spliced(model, ids, {"image": pictures(1), "audio": torch.randn(1, AUDIO.features)})
     model(None, embeds=x)[0].square().mean().backward()
     for encoder in encoders_of(model).values():
@@ -75,12 +75,12 @@ def test_what_does_not_go_together(refuses):
         spliced(build(TINY), ids, {"image": pictures(1)})
     with refuses("no encoder for 'video', expected one of image, audio"):
         with_encoders(build(TINY), {"video": IMAGE})
-    with refuses("placeholders must be tokens of their own below 50"):
-        with_encoders(build(TINY), {"image": ImageConfig(token=50)})
+    with refuses("each kind must have a placeholder of its own, got [48, 48]"):
+        with_encoders(build(TINY), {"image": IMAGE, "audio": AudioConfig(token=48)})
     with refuses("size 64 is not divisible by patch 7"):
         ImageConfig(token=1, patch=7)
     with refuses("channels must be 1 (grey) or 3 (colours), got 4"):
         ImageConfig(token=1, channels=4)
     with refuses("leaves gaps between frames"):
         AudioConfig(token=1, window=5)
-    assert described(build(TINY)) == {} and described(model)["image"]["size"] == 8
+    assert configs_of(build(TINY)) == {} and configs_of(model)["image"]["size"] == 8

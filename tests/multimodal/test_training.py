@@ -1,0 +1,202 @@
+"""Conversations with pictures and sound, from files to a trained model: packed, learnt, resumed, loaded, quantised."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="pictures need pip install 'retentive[multimodal]'")
+pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
+pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
+pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
+
+import soundfile
+from PIL import Image
+
+from retentive.checkpoint import load, save_model
+from retentive.checkpoint.io import load_encoders
+from retentive.checkpoint.quantize import quantize
+from retentive.cli import main
+from retentive.data.packed import Packed
+from retentive.evals.heldout import held_out_loss
+from retentive.models import RetNet
+from retentive.models.encoders import hidden
+from retentive.multimodal import open_audio, open_image, prepare
+from retentive.train import TrainRun
+
+IMAGE = {"size": 8, "patch": 4, "channels": 1}
+AUDIO = {"rate": 8000, "mels": 8, "stack": 2}
+ASKED = {"dark": 0, "light": 255}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Eighty conversations: is a picture dark or light, is a sound low or high; at times a picture and a sound."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    (tmp_path / "files").mkdir()
+    lines = []
+    for n in range(80):
+        name, level = list(ASKED.items())[n % 2]
+        noise = random.integers(0, 60, (8, 8))
+        Image.fromarray(np.abs(level - noise).astype(np.uint8)).save(tmp_path / f"files/{n}.png")
+        pitch, hertz = ("low", 200) if n % 3 else ("high", 2000)
+        tone = np.sin(2 * np.pi * hertz * np.arange(800 + 80 * (n % 4)) / 8000)
+        soundfile.write(tmp_path / f"files/{n}.wav", tone / 2, 8000)
+        parts = [{"type": "image", "image": f"files/{n}.png"}, {"type": "text", "text": "Dark?"}]
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": name}]
+        if n % 4 == 0:
+            heard = [{"type": "text", "text": "And"}, {"type": "audio", "audio": f"files/{n}.wav"}]
+            turns += [{"role": "user", "content": heard}, {"role": "assistant", "content": pitch}]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(lines[:64]))
+    (tmp_path / "valid.jsonl").write_text("".join(lines[64:]))
+    return tmp_path
+
+
+def packed(**changes) -> Packed:
+    how = {"image": IMAGE, "audio": AUDIO, "valid": "valid.jsonl", "tokenizer": "bytes", **changes}
+    prepare("train.jsonl", "data", **how)
+    return Packed("data")
+
+
+TINY = {"dim": 32, "layers": 1, "heads": 1}
+EYES = {"image.layers": 1, "image.dim": 16, "audio.dim": 16}
+TRAINED = {
+    "size": "1m",
+    "set": TINY | EYES,
+    "mode": "whole",
+    "batch": 2,
+    "length": 128,
+    "warmup": 5,
+    "lr": 2e-2,
+    "precision": "fp32",
+    "device": "cpu",
+    "eval_every": 50,
+    "sample_every": 0,
+}
+
+
+def test_what_is_packed_is_what_the_files_hold(place):
+    data = packed()
+    stream = data.stream("valid")
+    (batch, *_) = data.held_out(length=128)
+    image, audio = (data.media[kind]["token"] for kind in ("image", "audio"))
+    assert (image, audio) == (257, 258)  # beyond the bytes and the end of text
+    ids = batch.ids[0].tolist()
+    config = load_encoders_of(data)
+    want = open_image(place / "files/64.png", config["image"])
+    heard = open_audio(place / "files/64.wav", config["audio"])
+    assert ids.count(image) == 4 == len(want) and ids.count(audio) == len(heard) > 2
+    assert np.array_equal(batch.rows["image"].numpy(), want) and np.array_equal(batch.rows["audio"].numpy(), heard)
+    # each batch's rows are those of its own placeholders, wherever it begins
+    for batch in [*data.held_out(length=128), *(data.batches(mode="whole", batch=2, length=128)[n] for n in range(9))]:
+        for kind in ("image", "audio"):
+            assert len(batch.rows[kind]) == int((batch.ids == data.media[kind]["token"]).sum())
+    text = data.tokenizer.decode([id for id in ids if id < 257])
+    assert text.startswith("User: Dark?\nAssistant: dark") and "User: And\nAssistant: low" in text
+    assert stream.tokens == data.meta.splits["valid"].tokens
+
+
+def load_encoders_of(data):
+    return TrainRun.of(data.path, "none", mode="whole").encoders(data)
+
+
+def test_it_is_learnt_resumed_and_loaded(place, same):
+    data = packed()
+    TrainRun.of("data", "run", steps=60, save_every=30, keep=2, **TRAINED).run(quiet=True)
+    model, tokenizer = load("run")
+    found = held_out_loss(model, data, length=128)
+    assert found.loss < 0.35  # a guess between two words, each of some four bytes, would be about 0.2 + log(2) / 4
+    # stopped half-way and gone on with, the same to the bit
+    shutil.rmtree(place / "run/checkpoints/step-00000060")
+    whole = (place / "run/model.safetensors").read_bytes()
+    TrainRun.of("data", "run", steps=60, save_every=30, keep=2, resume=True, **TRAINED).run(quiet=True)
+    assert (place / "run/model.safetensors").read_bytes() == whole
+    # what it says hangs on what it sees and hears
+    batches = [b for b in data.held_out(length=128)]
+    blind = {"image": torch.zeros_like(batches[0].rows["image"]), "audio": batches[0].rows["audio"]}
+    seen, unseen = (hidden(model, batches[0].ids, rows=rows)[0] for rows in (batches[0].rows, blind))
+    assert (seen - unseen).abs().max() > 0.01
+    # written and read again, and as integers
+    save_model("copy", model, tokenizer)
+    again = load("copy")[0]
+    same(hidden(again, batches[0].ids, rows=batches[0].rows)[0], seen, 0)
+    small = quantize(model, 8)
+    save_model("small", small, tokenizer)
+    small, _ = load("small", dtype=torch.float32)
+    assert held_out_loss(small, data, length=128).loss == pytest.approx(found.loss, abs=0.1)
+
+
+def test_eyes_for_a_model_that_has_none(place, refuses):
+    data = packed()
+    torch.manual_seed(0)
+    config = TrainRun.of("data", "base", size="1m", set=TINY).config(257)
+    save_model("base", RetNet(config), data.tokenizer)
+    how = {k: v for k, v in TRAINED.items() if k not in ("size", "set")}
+    run = TrainRun.of("data", "seeing", init="base", set=EYES, steps=1, **{**how, "lr": 1e-9})
+    run.run(quiet=True, overrides={"init", "steps", "lr"})
+    before, after = load("base")[0].state_dict(), load("seeing")[0].state_dict()
+    assert all((after[name] - x).abs().max() < 1e-6 for name, x in before.items())
+    assert set(load_encoders(place / "seeing")) == {"image", "audio"}
+    # and on from there, with the same eyes, for data that are seen alike
+    TrainRun.of("data", "more", init="seeing", steps=1, **how).run(quiet=True, overrides={"init", "steps"})
+    with refuses("--init seeing brings its encoder of image: leave out --set image"):
+        run = TrainRun.of("data", "no", init="seeing", set={"image.dim": 8}, steps=1, **how)
+        run.run(quiet=True, overrides={"init"})
+    packed(image={**IMAGE, "patch": 2}, overwrite=True)
+    with refuses("seeing has image patch 4, data has 2: pack the data alike"):
+        TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
+
+
+def test_what_is_refused(place, refuses):
+    data = packed()
+    with refuses("data with image, audio are read in mode whole, got reset (--mode whole)"):
+        data.batches(batch=2, length=64)
+    with refuses("tokens, a row 16: --length"):
+        data.batches(mode="whole", batch=2, length=16)
+    for changes, why in (
+        ({"image.size": 9}, "--set image.size: the data decide it"),
+        ({"image.colour": 9}, "--set image.colour: it has dim, heads, layers"),
+        ({"video.dim": 9}, "--set video.…: data holds nothing of that kind"),
+    ):
+        with refuses(why):
+            TrainRun.of("data", "no", steps=1, **{**TRAINED, "set": changes}).run(quiet=True)
+    assert not (place / "no").exists()
+    with refuses("--image width: it is none of size, patch, channels"):
+        prepare("train.jsonl", "new", image={"width": 3})
+    with refuses("--image layers: it is the model's (retentive train --set)"):
+        prepare("train.jsonl", "new", image={"layers": 3})
+    with refuses("train.jsonl:1 is no conversation: it holds audio, and nothing says how that becomes tokens"):
+        prepare("train.jsonl", "new", image=IMAGE, tokenizer="bytes")
+    (place / "files/3.png").unlink()
+    with refuses("train.jsonl:4 is no conversation: "):
+        prepare("train.jsonl", "new", image=IMAGE, audio=AUDIO, tokenizer="bytes")
+    (place / "far.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]},
+        {"role": "assistant", "content": "no"}]}))  # fmt: skip
+    with refuses("image 'https://example.org/a.png' is no file: download it"):
+        prepare("far.jsonl", "new", image=IMAGE, tokenizer="bytes")
+    assert not (place / "new").exists()
+
+
+def test_on_the_command_line(place, capsys):
+    main(["data", "train.jsonl", "--valid", "valid.jsonl", "--chats", "--tokenizer", "bytes", "--out", "data",
+          "--image", "size=8", "patch=4", "channels=1", "--audio", "rate=8000", "mels=8", "stack=2"])  # fmt: skip
+    assert "next: retentive train --data data --size 5m --out runs/mine --mode whole" in capsys.readouterr().out
+    main(["train", "--data", "data", "--out", "run", "--size", "1m", "--set", "dim=32", "layers=1", "heads=1",
+          "image.layers=1", "image.dim=16", "audio.dim=16", "--mode", "whole", "--batch", "2", "--length", "128",
+          "--steps", "2", "--warmup", "1", "--sample-every", "2", "--precision", "fp32"])  # fmt: skip
+    assert "User: Dark?\n    Assistant:" in capsys.readouterr().err
+    assert Packed("data").media["image"] == {
+        "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",
+    }  # fmt: skip
+    assert load_encoders(place / "run")["image"].layers == 1
+
+
+def test_who_cannot_see_says_so(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "train.jsonl", "--chats", "--tokenizer", "bytes", "--out", "data"])
+    assert "train.jsonl:1 is no conversation: message 1 holds image: say how" in capsys.readouterr().err
