@@ -15,16 +15,19 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retentive.data.chats import Conversation, chats
+from retentive.data.media import Open, text_of
 from retentive.data.templates import ChatTemplate
 from retentive.evals.likelihood import Progress, Request, score
 from retentive.evals.stats import Interval, ratio_interval, wilson
 from retentive.infer.batch import generate_batch, together
+from retentive.infer.media import rows_of
 from retentive.models import LanguageModel
+from retentive.models.encoders import encoders_of
 
 LEAD = 3
 """Sentences of the question that stand for the least that a summary must beat."""
@@ -91,12 +94,12 @@ def score_replies(
         if (scorer := SCORERS.get(kind_of(name))) and not find_spec(scorer):
             raise ImportError(f"{kind_of(name)} is scored by {scorer}: pip install 'retentive[eval]'")
     rows, records = [], []
-    asked = {}
+    asked, opener = {}, _opener(model)
     for name in names:
         file = folder / f"{name.partition(':')[2] or name}.jsonl"
         if not file.is_file():
             raise FileNotFoundError(f"task {name} needs {file}: no such file")
-        asked[name] = list(chats(file))[:limit]
+        asked[name] = list(islice(chats(file, media=opener), limit))
     for name, conversations in asked.items():
         progress(name, len(conversations), 0)
         how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
@@ -124,10 +127,13 @@ def replies(
 
     A long text that questions in a row are about is read once.
     """
+    rows = [rows_of(each.messages) for each in conversations]
+    if max_length is not None and any(rows):
+        raise ValueError("pictures and sound are read whole: leave out --max-length")
     prompts = [template.first(each.messages[:-1])[-(max_length or 0) :] for each in conversations]
     tokens = generate_batch(
         model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), temperature=temperature,
-        beams=beams, done=done,
+        beams=beams, rows=rows, done=done,
     )  # fmt: skip
     return [_answered(template, each, ids, max_tokens) for each, ids in zip(conversations, tokens, strict=True)]
 
@@ -137,7 +143,17 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
     for stop in template.stop:  # where an answer ends with a text, and no token
         if stop in text:
             text, ended = text.partition(stop)[0], True
-    return Answered(asked.name, asked.messages[-2]["content"], asked.messages[-1]["content"], text.strip(), ended)
+    question, reference = (text_of(message["content"]).strip() for message in asked.messages[-2:])
+    return Answered(asked.name, question, reference, text.strip(), ended)
+
+
+def _opener(model: LanguageModel) -> Open | None:
+    """What opens the pictures and sounds that the model sees and hears; None for one that only reads."""
+    if not (encoders := encoders_of(model)):
+        return None
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    return Opener({kind: encoder.config for kind, encoder in encoders.items()})
 
 
 # metrics
@@ -165,8 +181,8 @@ def summarisation(found: Sequence[Answered]) -> list[dict[str, Any]]:
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
     rows = []
-    for prefix, text_of in (("", lambda each: each.answer), ("lead_", lambda each: lead(each.question))):
-        scores = [scorer.score(each.reference, text_of(each)) for each in found]
+    for prefix, chosen in (("", lambda each: each.answer), ("lead_", lambda each: lead(each.question))):
+        scores = [scorer.score(each.reference, chosen(each)) for each in found]
         rows += [mean(prefix + name, [100 * score[name].fmeasure for score in scores]) for name in names]
     return rows
 
@@ -217,7 +233,12 @@ def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
 def loss(
     model: LanguageModel, template: ChatTemplate, conversations: Sequence[Conversation], *, max_length: int | None
 ) -> list[dict[str, Any]]:
-    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer."""
+    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer.
+
+    Nor for conversations about pictures and sound, which are not scored here.
+    """
+    if any(rows_of(each.messages) for each in conversations):
+        return []
     try:
         spelt = template.taught([each.messages for each in conversations])
     except ValueError:

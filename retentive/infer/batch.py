@@ -10,11 +10,13 @@ from typing import Any
 from retentive.infer.beam import beam_search
 from retentive.infer.engine import Engine
 from retentive.infer.generate import checked, prefill
+from retentive.infer.media import Rows, read
 from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
+from retentive.models.encoders import encoders_of
 
 SLOTS = 16
-"""Prompts that are answered together."""
+"""Prompts that are answered at once."""
 SHARED = 256
 """Tokens in common from which on a state is worth its copies."""
 
@@ -27,6 +29,7 @@ def generate_batch(
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
     beams: int = 1,
+    rows: Sequence[Rows] = (),
     done: Callable[[int], object] = lambda n: None,
 ) -> list[list[int]]:
     """The tokens after each of the prompts, the token that stopped them left out.
@@ -36,6 +39,7 @@ def generate_batch(
         stop_ids: tokens that end an answer.
         temperature: 0 takes the likeliest token; else prompt n is drawn with the seed n.
         beams: hypotheses of beam search; 1 for none.
+        rows: of each prompt's pictures and sound; none for prompts of text alone.
         done: called with the number of prompts that are answered, now and then.
 
     Raises:
@@ -44,26 +48,49 @@ def generate_batch(
     """
     engine = Engine(model, slots=min(SLOTS, max(len(prompts), 1)), waiting=max(len(prompts), 1))
     tokens: list[list[int]] = []
-    for count, group in together(prompts):
-        state: Any = prefill(model, checked(model, group[0][:count]))[1] if count else None
-        rests = [prompt[count:] for prompt in group]
+    for part in _with_media(model, prompts, rows) if any(rows) else _with_text(model, prompts):
         if beams > 1:
-            for rest in rests:
-                of_one = state and state.clone()
-                found = beam_search(
-                    model, rest, beams=beams, max_tokens=max_tokens, stop_ids=stop_ids, state=of_one
-                )  # fmt: skip
-                tokens.append(found[0][0])
+            for rest, state in part:
+                how: dict[str, Any] = {"beams": beams, "max_tokens": max_tokens, "stop_ids": stop_ids}
+                tokens.append(beam_search(model, rest, **how, state=state and state.clone())[0][0])
                 done(len(tokens))
             continue
         streams = []
-        for n, rest in enumerate(rests, len(tokens)):
+        for n, (rest, state) in enumerate(part, len(tokens)):
             params = SamplingParams(temperature=temperature, seed=n)
             streams += engine.submit(rest, params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
         while engine.step():
             done(len(tokens) + sum(stream.reason is not None for stream in streams))
         tokens += [[token.id for token in stream] for stream in streams]
     return tokens
+
+
+Part = list[tuple[Sequence[int], Any]]
+"""Prompts that are answered together: of each what is yet to be read, and the state that has read the rest, or None."""
+
+
+def _with_text(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Iterator[Part]:
+    for count, group in together(prompts):
+        state = prefill(model, checked(model, group[0][:count]))[1] if count else None
+        yield [(prompt[count:], state) for prompt in group]
+
+
+def _with_media(model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[Rows]) -> Iterator[Part]:
+    """All up to a prompt's last picture or sound is read first, once for prompts in a row that are the same so far."""
+    tokens = {encoder.config.token for encoder in encoders_of(model).values()}
+    before: tuple[Any, ...] | None = None
+    state: Any = None
+    part: Part = []
+    for prompt, given in zip(prompts, rows, strict=True):
+        count = max((n for n, id in enumerate(prompt, 1) if id in tokens), default=0)
+        seen = (list(prompt[:count]), {kind: x.tobytes() for kind, x in given.items()})
+        if seen != before:
+            before, state = seen, read(model, prompt[:count], given) if count else None
+        part.append((prompt[count:], state))
+        if len(part) == SLOTS:
+            yield part
+            part = []
+    yield part
 
 
 def together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

@@ -20,7 +20,9 @@ from retentive.checkpoint.io import load_encoders
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.data.packed import Packed
+from retentive.evals import evaluate
 from retentive.evals.heldout import held_out_loss
+from retentive.infer import batch
 from retentive.models import RetNet
 from retentive.models.encoders import hidden
 from retentive.multimodal import open_audio, open_image, prepare
@@ -180,6 +182,23 @@ def test_what_is_refused(place, refuses):
     with refuses("image 'https://example.org/a.png' is no file: download it"):
         prepare("far.jsonl", "new", image=IMAGE, tokenizer="bytes")
     assert not (place / "new").exists()
+
+
+def test_it_is_judged_by_what_it_answers(place, monkeypatch):
+    packed()
+    TrainRun.of("data", "run", steps=60, **TRAINED).run(quiet=True)
+    lines = [json.loads(line) for line in (place / "valid.jsonl").read_text().splitlines()]
+    asked = [{"messages": line["messages"][:2]} for line in lines]
+    # a second question about the same picture, which is read once for both
+    asked = [again for line in asked for again in (line, line)]
+    (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    read, real = [], batch.read
+    monkeypatch.setattr(batch, "read", lambda *given: read.append(1) or real(*given))
+    found = evaluate("run", "answers", ".", max_tokens=9)
+    assert {row["metric"]: row["value"] for row in found.rows} == {"exact": 1.0, "ended": 1.0}
+    assert len(read) == len(lines) and found.records[0]["question"] == "Dark?"
+    with pytest.raises(ValueError, match="pictures and sound are read whole"):
+        evaluate("run", "answers", ".", max_length=9)
 
 
 def test_on_the_command_line(place, capsys):

@@ -1,0 +1,74 @@
+"""Reading ids with pictures and sound among them into a state, in prefill chunks; from there on all is text.
+
+state = read(model, ids[:-1], rows)                 then generate(model, ids[-1:], state=state), or the engine
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from retentive.data.media import media_of
+from retentive.models import LanguageModel
+from retentive.models.encoders import ImageConfig, encoders_of, hidden
+
+CHUNK = 4096
+"""Tokens that go through the model at once, and the rest of a picture."""
+
+Rows = Mapping[str, np.ndarray]
+"""For each kind the rows `[n, features]` of its placeholders among some ids, in order."""
+
+
+def rows_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The rows of all media of messages, by kind; nothing where they hold text alone."""
+    found: dict[str, list[np.ndarray]] = {}
+    for media in media_of(messages):
+        found.setdefault(media.kind, []).append(media.rows)
+    return {kind: np.concatenate(rows) for kind, rows in found.items()}
+
+
+@torch.no_grad()
+def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None, *, chunk: int = CHUNK) -> Any:
+    """The state after ids, a placeholder for each of the rows among them.
+
+    Args:
+        state: what the model has read before; used up.
+
+    Raises:
+        ValueError: no ids, a kind that the model has no encoder for, another number of rows than of placeholders.
+    """
+    if not ids:
+        raise ValueError("nothing to read")
+    tokens = {kind: encoder.config.token for kind, encoder in encoders_of(model).items()}
+    if unknown := sorted(set(rows) - set(tokens)):
+        raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
+    for kind, token in tokens.items():  # before anything is read
+        count, given = list(ids).count(token), len(rows[kind]) if kind in rows else 0
+        if count != given:
+            raise ValueError(f"{count} placeholders of {kind} and {given} rows: each takes one")
+    taken = dict.fromkeys(rows, 0)
+    for begin, end in _spans(model, ids, chunk):
+        part, here = ids[begin:end], {}
+        for kind, of_kind in rows.items():
+            count = list(part).count(tokens[kind])
+            here[kind] = torch.from_numpy(of_kind[taken[kind] : taken[kind] + count]).to(model.device)
+            taken[kind] += count
+        state = hidden(model, torch.tensor([part], device=model.device), state, rows=here)[1]
+    return state
+
+
+def _spans(model: LanguageModel, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
+    """Where chunks begin and end: none within a picture, which is encoded whole."""
+    pictures = [e.config for e in encoders_of(model).values() if isinstance(e.config, ImageConfig)]
+    begin = 0
+    while begin < len(ids):
+        end = min(begin + chunk, len(ids))
+        for config in pictures:
+            if end < len(ids) and ids[end] == ids[end - 1] == config.token:
+                first = end - 1  # of the run of placeholders, which may be of several pictures
+                while first and ids[first - 1] == config.token:
+                    first -= 1
+                end += -(end - first) % config.tokens
+        yield begin, end
+        begin = end
