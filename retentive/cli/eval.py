@@ -50,7 +50,7 @@ class EvalCommand(Loading):
     last: int = LAST
     """Tokens of each of those windows that are predicted."""
     max_tokens: int = 256
-    """Tokens of an answer, in translation, summarisation, answers and dialogue (TASK, or TASK:NAME for NAME.jsonl)."""
+    """Tokens of an answer, in tasks in which models write (TASK, or TASK:NAME for NAME.jsonl)."""
     beams: int = 1
     """Hypotheses of beam search for these answers; 1 for none."""
     temperature: float = 0.0

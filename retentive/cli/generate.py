@@ -1,14 +1,23 @@
 """`retentive generate`: a model writes on from a prompt, printed as it comes."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 import retentive
+from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading, prompt_text, type_out
+from retentive.data.media import Media
+from retentive.data.templates import load_template
+from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
+from retentive.infer.media import answer
 from retentive.infer.writing import TEXT, stream_generate
+from retentive.models import LanguageModel
+from retentive.models.encoders import encoders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +26,10 @@ class GenerateCommand(Loading):
 
     prompt: str = ""
     """What to go on from; - reads standard input; the start of a document if empty."""
+    image: tuple[Path, ...] = ()
+    """Pictures that the prompt is about, for a model that sees: it answers, by its chat template."""
+    audio: tuple[Path, ...] = ()
+    """Sounds that it is about, for one that hears."""
     max_tokens: int = 200
     """Tokens to write at most."""
     stop: tuple[str, ...] = ()
@@ -34,11 +47,30 @@ def main(argv: list[str]) -> None:
     run(tyro.cli(GenerateCommand, prog="retentive generate", args=argv))
 
 
+def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> Iterator[str]:
+    """The answer to the prompt about pictures and sounds, in pieces."""
+    if command.beams or command.lookup or command.draft:
+        raise ValueError("--beams, --lookup and --draft are for text alone: leave them out with --image and --audio")
+    files = [("image", path) for path in command.image] + [("audio", path) for path in command.audio]
+    encoders = encoders_of(model)
+    if unknown := next((kind for kind, _ in files if kind not in encoders), None):
+        raise ValueError(f"{command.run} has no encoder for {unknown}: it was trained without any")
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    opener = Opener({kind: encoder.config for kind, encoder in encoders.items()})
+    template = load_template(find(command.adapter or command.run), tokenizer)
+    content: list[str | Media] = [*(opener.rows(kind, path) for kind, path in files), prompt]
+    return answer(model, template, content, command.sampling, max_tokens=command.max_tokens, stop=command.stop)
+
+
 def run(command: GenerateCommand) -> None:
     """Print the prompt and what the model writes after it, as it comes."""
     model, tokenizer = command.load()
     draft = None if command.draft is None else command.ready(retentive.load(command.draft, device=command.device)[0])
     prompt = prompt_text(command.prompt)
+    if command.image or command.audio:
+        type_out("", about(command, model, tokenizer, prompt))
+        return
     how = {"beams": command.beams, "lookup": command.lookup, "draft": draft, **asdict(command.sampling)}
     type_out(
         prompt,

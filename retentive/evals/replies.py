@@ -3,6 +3,7 @@
     translation     bleu, chrf                by sacrebleu, whose signature goes with the result
     summarisation   rouge1, rouge2, rougeL    by rouge-score; lead_…: those of the question's first three sentences
     answers         exact                     the same but for case, white space and a full stop
+    transcription   wer                       words that are wrong, missing or too many, over those of the references
     dialogue        distinct1, distinct2      different words, and pairs of them, among all that were written
     all of them     ended                     the share of answers that the model ended itself
                     loss                      nats a token of the references, each token after those before it
@@ -201,6 +202,24 @@ def answers(found: Sequence[Answered]) -> list[dict[str, Any]]:
     return [share("exact", [plain(each.answer) == plain(each.reference) for each in found])]
 
 
+def transcription(found: Sequence[Answered]) -> list[dict[str, Any]]:
+    """The word error rate: edits that turn the answers into the references, over all words of these."""
+    texts = [(each.reference.lower().split(), each.answer.lower().split()) for each in found]
+    errors, counts = [float(edits(*pair)) for pair in texts], [float(len(words)) for words, _ in texts]
+    around: Interval = ratio_interval(errors, counts, draws=DRAWS)
+    return [{"metric": "wer", "value": sum(errors) / sum(counts), "interval": around}]
+
+
+def edits(one: Sequence[str], other: Sequence[str]) -> int:
+    """The fewest words put in, taken out or replaced that turn one into the other (Levenshtein's distance)."""
+    row = list(range(len(other) + 1))
+    for n, word in enumerate(one, 1):
+        before, row[0] = row[0], n
+        for m, wanted in enumerate(other, 1):
+            before, row[m] = row[m], min(row[m] + 1, row[m - 1] + 1, before + (word != wanted))
+    return row[-1]
+
+
 def dialogue(found: Sequence[Answered]) -> list[dict[str, Any]]:
     """Different words, and pairs, over all of them (distinct-n: Li et al., arXiv 1510.03055); people's beside."""
     rows = []
@@ -217,6 +236,7 @@ KINDS: dict[str, Metrics] = {
     "translation": translation,
     "summarisation": summarisation,
     "answers": answers,
+    "transcription": transcription,
     "dialogue": dialogue,
 }
 """The tasks, and what they are scored by."""

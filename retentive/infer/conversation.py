@@ -10,16 +10,18 @@ them, and at the end calls `remember`, or `put_off` if the stream's state has re
 """
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
-from retentive.data.templates import ChatTemplate
+from retentive.data.templates import ChatTemplate, Message
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.engine import Engine
+from retentive.infer.media import read, rows_of
 from retentive.infer.memory import Memory
 from retentive.infer.requests import Returns, Stream
 from retentive.infer.sample import SamplingParams
 from retentive.infer.text import Text
+from retentive.models.encoders import encoders_of
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 """What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
@@ -33,6 +35,8 @@ class Conversation:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, memory: Memory):
         self.engine, self.tokenizer, self.template, self.memory = engine, tokenizer, template, memory
+        self.seen: Memory | None = None
+        """What the turn under way goes on from, where it has pictures or sound: `memory`, and all up to the last."""
         self.made = 0
         """Tokens of the last answer of `say`."""
 
@@ -48,14 +52,31 @@ class Conversation:
 
     # what is to be read
 
-    def turn(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def turn(self, messages: Sequence[Message], *, most: int | None = None) -> list[int]:
         """The ids to read for `messages`, the pending ones first.
 
+        Where these hold pictures or sound, all up to the last of them is read now, which takes its time; the ids are
+        those that come after. `memory` stays as it is until the answer has ended.
+
+        Args:
+            most: of ids, placeholders included, where something is read now.
+
         Raises:
-            ValueError: the template refuses these messages.
+            ValueError: the template refuses these messages; there are more ids; the model does not see, or hear.
         """
-        encode = self.template.next if self.begun else self.template.first
-        return [*self.memory.pending, *encode(messages)]
+        self.seen = None
+        encode, old = (self.template.next if self.begun else self.template.first), self.memory
+        ids, rows = [*old.pending, *encode(messages)], rows_of(messages)
+        if not rows:
+            return ids
+        if most is not None and len(ids) > most:
+            raise ValueError(f"the messages have {len(ids)} tokens, at most {most} are read")
+        model = self.engine.model
+        tokens = {encoder.config.token for encoder in encoders_of(model).values()}
+        count = max((n for n, id in enumerate(ids, 1) if id in tokens), default=0)
+        state = read(model, ids[:count], rows, old.state.clone())
+        self.seen = Memory(state, [], old.tokens + count, old.model, old.sources, old.config)
+        return ids[count:]
 
     @property
     def lead(self) -> list[int]:
@@ -65,7 +86,8 @@ class Conversation:
     def submit(self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[Stream]:
         """Streams of tokens after `ids`, going on from the memory; options as for `Engine.submit`."""
         # With nothing read yet no state is passed: the engine then may begin from its prefix cache.
-        state = self.memory.state if self.memory.tokens else None
+        memory = self.seen or self.memory
+        state = memory.state if memory.tokens else None
         return self.engine.submit(ids, params, state=state, **options)
 
     # what is remembered
@@ -77,23 +99,28 @@ class Conversation:
             pending: those of `stream.pending` that belong to the conversation. A stop token does not: the template
                 writes the end of an answer itself, before the next message.
         """
-        old, state = self.memory, stream.state
+        old, state = self.seen or self.memory, stream.state
         assert state is not None
-        read = int(state.position[0] - old.state.position[0])
-        self.memory = Memory(state, list(pending), old.tokens + read, old.model, old.sources, old.config)
+        more = int(state.position[0] - old.state.position[0])
+        self.memory = Memory(state, list(pending), old.tokens + more, old.model, old.sources, old.config)
+        self.seen = None
 
     def put_off(self, ids: Sequence[int]) -> None:
-        """Keeps the state as it was; `ids` (with the pending ones) become pending, to be read with the next turn."""
-        old = self.memory
+        """Keeps the state from which `ids` (with the pending ones) were read: they are pending for the next turn."""
+        old = self.seen or self.memory
         self.memory = Memory(old.state, list(ids), old.tokens, old.model, old.sources, old.config)
+        self.seen = None
 
     # one answer after the other
 
-    def say(self, message: str, params: SamplingParams | None = None, *, max_tokens: int) -> Generator[str, None, None]:
+    def say(self, message: Any, params: SamplingParams | None = None, *, max_tokens: int) -> Generator[str, None, None]:
         """The answer in pieces, as it comes. Closing the generator stops it, and what came so far is remembered.
 
+        Args:
+            message: text, or a list of texts and `Media`.
+
         Raises:
-            ValueError: the template refuses the message.
+            ValueError: as `turn`.
         """
         ids = self.turn([{"role": "user", "content": message}])
         stop_ids = self.template.stop_ids

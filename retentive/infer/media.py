@@ -1,6 +1,7 @@
 """Reading ids with pictures and sound among them into a state, in prefill chunks; from there on all is text.
 
-state = read(model, ids[:-1], rows)                 then generate(model, ids[-1:], state=state), or the engine
+state = read(model, ids[:-1], rows)                    then generate(model, ids[-1:], state=state), or the engine
+answer(model, template, [picture, "What is it?"])      the text in pieces
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from retentive.data.media import media_of
+from retentive.data.media import Media, media_of
+from retentive.data.templates import ChatTemplate
+from retentive.infer.generate import generate
+from retentive.infer.sample import SamplingParams
+from retentive.infer.text import stream_text
 from retentive.models import LanguageModel
 from retentive.models.encoders import ImageConfig, encoders_of, hidden
 
@@ -56,6 +61,42 @@ def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None
             taken[kind] += count
         state = hidden(model, torch.tensor([part], device=model.device), state, rows=here)[1]
     return state
+
+
+def answer(
+    model: LanguageModel,
+    template: ChatTemplate,
+    content: str | Sequence[str | Media],
+    params: SamplingParams | None = None,
+    *,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """What the model answers to a user's message, in pieces, without space before it.
+
+    Args:
+        content: texts and media in order (`multimodal.Opener` opens files).
+        stop: strings that end the answer, beside the template's own.
+
+    Raises:
+        ValueError: as `read`; the template refuses the message.
+    """
+    messages = [{"role": "user", "content": content}]
+    ids = template.first(messages)
+    state = read(model, ids[:-1], rows_of(messages)) if len(ids) > 1 else None
+    stop_ids = sorted(template.stop_ids)
+    tokens = generate(model, ids[-1:], params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
+    pieces = stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop])
+    return _from_the_first_word(pieces)
+
+
+def _from_the_first_word(pieces: Iterator[str]) -> Iterator[str]:
+    begun = False
+    for piece in pieces:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            yield piece
 
 
 def _spans(model: LanguageModel, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:

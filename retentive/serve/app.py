@@ -75,7 +75,7 @@ def _completions(app: FastAPI, service: Service) -> None:
     """The routes of completions."""
 
     async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        request = await receive(http, kind, service.options)
+        request = await receive(http, kind, service.options, media=service.rows is not None)
         completion = Completion(service, request, http.state.owner, http.state.request_id)
         await completion.begin(lambda: _disconnect(http.receive))
         if request.stream:  # the response outlives this call, and closes the completion itself

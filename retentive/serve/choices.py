@@ -18,6 +18,8 @@ class Prompt:
     """How many of the ids, at the end, the client sent; those before are a session's or the end-of-text token."""
     text: str | None = None
     """The text of those, if it is to be echoed."""
+    seen: int = 0
+    """Tokens before the ids that are read already: pictures and sound, and what comes before the last of them."""
 
 
 class TokenLogprob(NamedTuple):

@@ -84,7 +84,8 @@ class Completion:
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
             self.constraint = await self._constraint()
-            self.prompts = await _in_thread(request.characters > LONG, partial(request.prompts, self.conversation))
+            encode = partial(request.prompts, self.conversation, service.options, service.rows)
+            self.prompts = await _in_thread(request.characters > LONG, encode)
             self._check_prompts()
             self.stop_ids, self.stop = request.stops(self.conversation)
             self.exits.callback(self._cancel)  # before the first submit: the queue may be full at the second
@@ -322,7 +323,7 @@ class Completion:
 
     def _usage(self) -> dict[str, Any]:
         """Tokens of prompts and completions, as OpenAI counts them."""
-        read = sum(len(prompt.ids) for prompt in self.prompts)
+        read = sum(prompt.seen + len(prompt.ids) for prompt in self.prompts)
         made = sum(len(choice.ids) for choice in self.choices)
         cached = sum(choice.stream.cached for choice in self.choices[:: self.n])  # n choices share one prompt
         return {

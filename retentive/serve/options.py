@@ -22,6 +22,10 @@ class Options:
     """Tokens of an answer at most."""
     max_prompt: int = 131072
     """Tokens of a prompt at most. The model itself has no such bound: reading takes time, not memory."""
+    media: int = 16
+    """Pictures and sounds of a request at most, for models that see or hear."""
+    most_media: int = 1 << 25
+    """Bytes of a request with these at most."""
     timeout: float = 600
     """Seconds that a request may take."""
     cache: int = 1 << 28
@@ -44,7 +48,7 @@ class Options:
         for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        for name in ("cache", "sessions"):
+        for name in ("cache", "sessions", "media", "most_media"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_key):

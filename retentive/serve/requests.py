@@ -12,16 +12,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 
+from retentive.data.media import media_of
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
+from retentive.serve.media import Rows, content
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
 """Time for a body to come, if the server's time-out is not shorter."""
 COLDEST = 1e-4
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
+MUCH = 1 << 20
+"""Characters that a picture or a sound counts for."""
 SHORT_ANSWER = 16
 """max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
 
@@ -52,13 +56,11 @@ def _are_ids(value: list) -> bool:
     return bool(value) and all(type(i) is int for i in value)  # type(): true is no id
 
 
-def _as_text(value: Any) -> Any:
-    """A message's `content` may be a string, or parts of type text: the text."""
-    if not isinstance(value, list):
-        return value
-    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
-        raise ValueError("expected a string or parts of type text: only text is understood here")
-    return "".join(part["text"] for part in value)
+def _as_parts(value: Any) -> Any:
+    """A message's `content` may be a string, or a list of parts: a string is one part."""
+    if not isinstance(value, str | list):
+        raise ValueError("expected a string, or a list of parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Body(BaseModel):
@@ -88,9 +90,37 @@ class ResponseFormat(Body):
     json_schema: Schema | None = None
 
 
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Body):
+    url: str
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class InputAudio(Body):
+    data: str
+    format: Literal["wav", "flac", "ogg"] = "wav"
+
+
+class AudioPart(Body):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+PARTS = ("text", "image_url", "input_audio")
+Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
 
 
 class Generation(Body, ABC):
@@ -130,11 +160,14 @@ class Generation(Body, ABC):
         """Characters of all prompts (or ids): how much work encoding them is."""
 
     @abstractmethod
-    def prompts(self, conversation: Conversation) -> list[Prompt]:
-        """The prompts as ids, each going on from `conversation`.
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
+        """The prompts as ids, each going on from `conversation`; pictures and sound before them are read by now.
+
+        Args:
+            rows: what opens those.
 
         Raises:
-            Refused: messages that the template refuses.
+            Refused: messages that the template refuses; pictures or sound that are none, or that nobody sees or hears.
         """
 
     @abstractmethod
@@ -194,7 +227,7 @@ class CompletionRequest(Generation):
     def characters(self) -> int:
         return sum(map(len, self.prompt))
 
-    def prompts(self, conversation: Conversation) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
         """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
@@ -236,14 +269,22 @@ class ChatRequest(Generation):
 
     @property
     def characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        # pictures and sound are always much work
+        parts = [part for message in self.messages for part in message.content]
+        return sum(len(part.text) if isinstance(part, TextPart) else MUCH for part in parts)
 
-    def prompts(self, conversation: Conversation) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
+        messages, left = [], options.media
+        for n, m in enumerate(self.messages):
+            found = content(m.content, rows, left, f"messages[{n}].content")
+            left -= len(media_of([{"content": found}]))
+            messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
-            return [Prompt(conversation.turn(messages))]
+            before = conversation.memory.tokens
+            ids = conversation.turn(messages, most=options.max_prompt)
+            return [Prompt(ids, seen=conversation.seen.tokens - before if conversation.seen else 0)]
         except ValueError as error:
             raise Refused(400, str(error), param="messages", code="template_refuses") from None
 
@@ -285,8 +326,8 @@ class RestoreRequest(Body):
     session: Name
 
 
-async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
-    """The request in the body of an HTTP request.
+async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: bool = False) -> T:
+    """The request in the body of an HTTP request, which is larger where it may hold pictures and sound (`media`).
 
     Raises:
         Refused: 400 with the field at fault; 408 too slow; 413 too large; 415 not JSON by its headers, or compressed.
@@ -299,7 +340,8 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options) -> T:
         raise Refused(415, f"bodies are taken as they are, without Content-Encoding: {encoding}")
     seconds = min(BODY_SECONDS, options.timeout)
     try:
-        return parse(kind, await asyncio.wait_for(_body(http, options.most_body), seconds))
+        most = max(options.most_body, options.most_media) if media else options.most_body
+        return parse(kind, await asyncio.wait_for(_body(http, most), seconds))
     except asyncio.TimeoutError:
         raise Refused(408, f"the body did not come within {seconds:g} s") from None
     except ClientDisconnect:
@@ -330,7 +372,11 @@ def parse(kind: type[T], body: bytes) -> T:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param, said = field(first["loc"]), first["msg"].removeprefix("Value error, ")
+    # pydantic names a part's type where it has chosen the part's class by it: no field of the body
+    where = [
+        at for n, at in enumerate(first["loc"]) if not (n and isinstance(first["loc"][n - 1], int) and at in PARTS)
+    ]
+    param, said = field(where), first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         raise Refused(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code="invalid_json")
     raise Refused(400, f"{param or 'the body'}: {said}", param=param or None, code="invalid_value")

@@ -17,9 +17,11 @@ from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import Conversation
 from retentive.infer.memory import Memory, blank, fingerprint
 from retentive.models import MODELS, LanguageModel, cost
+from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
+from retentive.serve.media import Rows, senses
 from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions
@@ -40,6 +42,8 @@ class Service:
     sessions: Sessions = field(init=False)
     saved: SavedStates = field(init=False)
     metrics: Metrics = field(init=False)
+    rows: Rows | None = field(init=False)
+    """What opens pictures and sound; None where the model only reads."""
     in_flight: int = 0
     """Completions that have begun and not ended."""
     draining: bool = False
@@ -61,6 +65,7 @@ class Service:
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics = Metrics(self.engine, self.sessions)
+        self.rows = senses(model)
 
     def new_conversation(self) -> Conversation:
         """A conversation in which nothing was said; all of them share one blank state, which is never written to."""
@@ -103,6 +108,7 @@ class Service:
             "max_prompt": self.options.max_prompt,
             "tokenizer": {"vocab_size": self.tokenizer.vocab_size, "sha256": self.tokenizer.sha256},
             "chat": self.template.own,
+            "media": sorted(encoders_of(self.model)),
             "version": __version__,
         }
 

@@ -24,6 +24,7 @@ SHOWN = {
     "translation": {"bleu": 1, "chrf": 1},
     "summarisation": {"rouge1": 1, "rouge2": 1, "rougeL": 1},
     "answers": {"exact": 100},
+    "transcription": {"wer": 100},
     "dialogue": {"distinct1": 100, "distinct2": 100, "ended": 100},
 }
 """The metrics of the picture, and what makes each a number up to 100."""
@@ -38,7 +39,7 @@ class Options:
     models: tuple[str, ...]
     """Run directories or model folders."""
     tasks: tuple[str, ...]
-    """TASK, or TASK:NAME for NAME.jsonl: translation, summarisation, answers, dialogue."""
+    """TASK, or TASK:NAME for NAME.jsonl: translation, summarisation, answers, transcription, dialogue."""
     data: Path
     """Folder of the tasks' files."""
     limit: int | None = None

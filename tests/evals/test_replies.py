@@ -13,7 +13,17 @@ from retentive.data.chats import Conversation
 from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import replies
-from retentive.evals.replies import Answered, answers, dialogue, lead, score_replies, summarisation, translation
+from retentive.evals.replies import (
+    Answered,
+    answers,
+    dialogue,
+    edits,
+    lead,
+    score_replies,
+    summarisation,
+    transcription,
+    translation,
+)
 from retentive.infer import SamplingParams, generate
 from retentive.models import RetNetConfig, build, twin
 
@@ -110,6 +120,9 @@ def test_summaries_beside_the_first_sentences():
 def test_short_answers_and_talk():
     (row,) = answers(made(("In Paris.", " in  PARIS"), ("Rome", "Rome, I think")))
     assert (row["metric"], row["value"]) == ("exact", 0.5)
+    (row,) = transcription(made(("1 2 3", "1 3 4 4"), ("5", "")))  # one out, two in; and one that is missing
+    assert (row["metric"], row["value"]) == ("wer", 4 / 4)
+    assert edits("kitten", "sitting") == 3 and edits([], "ab") == 2 == edits("ab", []) and edits("ab", "ab") == 0
     found = by_metric(dialogue(made(("a b c", "Yes yes"), ("a b", "yes no"))))
     assert found == {"distinct1": 2 / 4, "distinct2": 1.0, "people_distinct1": 3 / 5, "people_distinct2": 2 / 3}
 

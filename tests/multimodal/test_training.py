@@ -201,6 +201,28 @@ def test_it_is_judged_by_what_it_answers(place, monkeypatch):
         evaluate("run", "answers", ".", max_length=9)
 
 
+def test_a_question_on_the_command_line(place, capsys):
+    packed()
+    TrainRun.of("data", "run", steps=60, **TRAINED).run(quiet=True)
+    ask = ["generate", "run", "--prompt", "Dark?", "--temperature", "0", "--image"]
+    for n, (name, _) in enumerate(ASKED.items(), 64):
+        main([*ask, f"files/{n}.png"])
+        assert capsys.readouterr().out == f"{name}\n"
+    for wrong, why in (
+        (["files/none.png"], "No such file or directory"),
+        (["train.jsonl"], "train.jsonl is no picture of PNG, JPEG, WEBP"),
+        (["files/64.png", "--beams", "2"], "--beams, --lookup and --draft are for text alone"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*ask, *wrong])
+        said = capsys.readouterr()
+        assert why in said.err and said.err.count("\n") == 1 and said.out == ""
+    save_model("blind", RetNet(load("run")[0].config), load("run")[1])
+    with pytest.raises(SystemExit):
+        main(["generate", "blind", "--image", "files/64.png"])
+    assert "blind has no encoder for image: it was trained without any" in capsys.readouterr().err
+
+
 def test_on_the_command_line(place, capsys):
     main(["data", "train.jsonl", "--valid", "valid.jsonl", "--chats", "--tokenizer", "bytes", "--out", "data",
           "--image", "size=8", "patch=4", "channels=1", "--audio", "rate=8000", "mels=8", "stack=2"])  # fmt: skip

@@ -126,6 +126,12 @@ def run(service: Service) -> Running:
     return Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, end)
 
 
+@pytest.fixture(scope="session")
+def serving():
+    """`serving(service)`: a server of it, which the caller stops."""
+    return run
+
+
 @pytest.fixture
 def serve(runs, tmp_path):
     """`serve("retnet", **options)`: a server of that model, gone after the test."""

@@ -62,7 +62,7 @@ def test_what_is_refused(place, refuses):
 
     with refuses("2 models and 1 max_lengths: one for each, or none at all"):
         measured(models=("run", "twin"), max_lengths=(5,))
-    with refuses("unknown task 'piqa', expected one of translation, summarisation, answers, dialogue"):
+    with refuses("unknown task 'piqa', expected one of translation, summarisation, answers, transcription, dialogue"):
         measured(tasks=("piqa",))
     with refuses("beams must be at least 1"):
         measured(beams=(0,))

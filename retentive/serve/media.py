@@ -1,0 +1,74 @@
+"""Pictures and sound in messages: decoded from what a client sends, and opened within bounds.
+
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}
+    {"type": "input_audio", "input_audio": {"data": "…", "format": "wav"}}
+
+Addresses are not fetched: a server that opened what a client names would do so from inside its own network.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from retentive.data.media import Media
+from retentive.models import LanguageModel
+from retentive.models.encoders import encoders_of
+from retentive.serve.errors import Refused
+
+Rows = Callable[[str, bytes], Media]
+"""(kind, the bytes of a file) -> it; raises ValueError."""
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+
+
+def senses(model: LanguageModel) -> Rows | None:
+    """What opens the pictures and sounds that the model sees and hears; None for one that only reads.
+
+    Raises:
+        ImportError: it has encoders, and what opens files for them is not installed (extra `multimodal`).
+    """
+    if not (encoders := encoders_of(model)):
+        return None
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    return Opener({kind: encoder.config for kind, encoder in encoders.items()}).rows
+
+
+def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> str | list[str | Media]:
+    """A message's content: its text, or texts and media in order.
+
+    Args:
+        parts: OpenAI's.
+        most: media of this message.
+        where: the field, for errors.
+
+    Raises:
+        Refused: a part that is no text, picture or sound, or more of these than `most`.
+    """
+    found: list[str | Media] = []
+    for n, part in enumerate(parts):
+        field = f"{where}[{n}]"
+        if part.type == "text":
+            found.append(part.text)
+            continue
+        if rows is None:
+            raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
+        if len(found) - sum(isinstance(each, str) for each in found) >= most:
+            raise Refused(400, f"a message has at most {most} pictures and sounds here", param=field)
+        kind, encoded = "image", ""
+        if part.type == "image_url":
+            field += ".image_url.url"
+            if not (head := DATA_URL.match(part.image_url.url)):
+                message = "expected a data URL (data:image/png;base64,…): addresses are not fetched"
+                raise Refused(400, message, param=field)
+            encoded = part.image_url.url[head.end() :]
+        else:
+            kind, field, encoded = "audio", field + ".input_audio.data", part.input_audio.data
+        try:
+            found.append(rows(kind, base64.b64decode(encoded, validate=True)))
+        except binascii.Error:
+            raise Refused(400, "this is not base64", param=field) from None
+        except ValueError as error:
+            raise Refused(400, str(error), param=field) from None
+    return found if any(isinstance(part, Media) for part in found) else "".join(map(str, found))

@@ -1,0 +1,186 @@
+"""Pictures and sound over HTTP: the answer is that of the model alone; sessions remember; what is wrong is named."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="the server needs pip install 'retentive[serve]'")
+pytest.importorskip("PIL", reason="pictures need pip install 'retentive[multimodal]'")
+pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
+pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
+
+import openai
+import soundfile
+from PIL import Image
+
+from retentive.checkpoint import save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import SamplingParams, generate
+from retentive.infer.media import read, rows_of
+from retentive.models import RetNetConfig, build
+from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, with_encoders
+from retentive.multimodal.prepare import Opener
+from retentive.serve.options import Options
+from retentive.serve.service import open_service
+
+IMAGE = ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)
+AUDIO = AudioConfig(token=258, rate=8000, mels=8, stack=2, dim=16)
+GREEDY = {"temperature": 0, "max_tokens": 9}
+
+
+def seeing():
+    """What it sees and hears changes what it says; it likes letters."""
+    torch.manual_seed(0)
+    model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2))
+    with_encoders(model, {"image": IMAGE, "audio": AUDIO}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+        letters = torch.zeros(257)
+        letters[32:127] = 1
+        model.head.weight[letters == 0] *= 0.2
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, serving):
+    folder = tmp_path_factory.mktemp("seeing")
+    save_model(folder / "eyes", seeing(), ByteTokenizer())
+    options = Options(states=folder / "states", slots=4, max_prompt=200, media=2)
+    running = serving(open_service(folder / "eyes", options))
+    yield running
+    running.stop()
+
+
+def picture(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def sound(hertz: float, seconds: float = 0.1) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, np.sin(2 * np.pi * hertz * np.arange(8000 * seconds) / 8000), 8000, format="WAV")
+    return out.getvalue()
+
+
+def seen(raw: bytes) -> dict:
+    url = "data:image/png;base64," + base64.b64encode(raw).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def heard(raw: bytes) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(raw).decode(), "format": "wav"}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def alone(server, *contents, state=None) -> tuple[str, int]:
+    """(what the model says by itself after these contents of messages, in turns; tokens read)."""
+    model, template = server.service.model, server.service.template
+    rows = Opener({kind: encoder.config for kind, encoder in encoders_of(model).items()}).rows
+    made = [
+        {"role": ("user", "assistant")[n % 2], "content": content if isinstance(content, str) else
+         [each if isinstance(each, str) else rows(*each) for each in content]}
+        for n, content in enumerate(contents)
+    ]  # fmt: skip
+    ids = template.first(made)
+    state = read(model, ids[:-1], rows_of(made))
+    found = generate(model, ids[-1:], SamplingParams(temperature=0), max_tokens=9, stop_ids=[256], state=state)
+    return ByteTokenizer().decode([token.id for token in found]), len(ids)
+
+
+def test_a_picture_and_a_clip_through_openais_client(server):
+    ask = server.client().chat.completions.create
+    parts = [text("Look: "), seen(picture(1)), text(" and hear: "), heard(sound(300)), text(" What?")]
+    answer = ask(model="eyes", messages=[{"role": "user", "content": parts}], **GREEDY)
+    content = ["Look: ", ("image", picture(1)), " and hear: ", ("audio", sound(300)), " What?"]
+    want, count = alone(server, content)
+    assert answer.choices[0].message.content == want.split("\nUser:")[0]
+    assert answer.usage.prompt_tokens == count > 4 + 5
+    others = [
+        ask(
+            model="eyes",
+            messages=[{"role": "user", "content": [text("Look: "), seen(picture(n)), *parts[2:]]}],
+            **GREEDY,
+        )
+        for n in (2, 3)
+    ]
+    assert len({each.choices[0].message.content for each in (answer, *others)}) > 1  # it hangs on what is seen
+    streamed = ask(model="eyes", messages=[{"role": "user", "content": parts}], stream=True, **GREEDY)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert said == answer.choices[0].message.content
+
+
+def test_a_session_remembers_what_it_saw(server):
+    ask, how = server.client().chat.completions.create, {"extra_body": {"session": "gallery"}, **GREEDY}
+    first = ask(model="eyes", messages=[{"role": "user", "content": [seen(picture(5)), text("One")]}], **how)
+    said = first.choices[0].message.content
+    second = ask(model="eyes", messages=[{"role": "user", "content": "And now?"}], **how)
+    # read anew: the picture, what was said, and what is asked now
+    service, rows = server.service, Opener({"image": IMAGE}).rows
+    messages = [{"role": "user", "content": [rows("image", picture(5)), "One"]}]
+    ids = [*service.template.first(messages), *service.tokenizer.encode(said)]
+    ids += service.template.next([{"role": "user", "content": "And now?"}])
+    state = read(service.model, ids[:-1], rows_of(messages))
+    found = generate(service.model, ids[-1:], SamplingParams(temperature=0), max_tokens=9, stop_ids=[256], state=state)
+    assert second.choices[0].message.content == service.tokenizer.decode([token.id for token in found])
+    tokens = second.model_extra["session"]["tokens"]
+    assert tokens == len(ids) + 8  # the last of nine is pending
+    # what is refused leaves it as it was
+    with pytest.raises(openai.BadRequestError):
+        ask(model="eyes", messages=[{"role": "user", "content": [seen(picture(6)), seen(b"no")]}], **how)
+    third = ask(model="eyes", messages=[{"role": "user", "content": "And now?"}], **how)
+    assert third.model_extra["session"]["tokens"] == tokens + third.usage.total_tokens - 1
+
+
+BAD = {
+    "no-picture": ([seen(b"no picture")], "content[0].image_url.url", "the picture is no picture of PNG, JPEG, WEBP"),
+    "far-away": (
+        [text("a"), {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}],
+        "content[1].image_url.url", "expected a data URL (data:image/png;base64,…): addresses are not fetched",
+    ),
+    "a-file": (
+        [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+        "content[0].image_url.url", "addresses are not fetched",
+    ),
+    "not-base64": (
+        [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}],
+        "content[0].image_url.url", "this is not base64",
+    ),
+    "no-sound": ([heard(b"no sound")], "content[0].input_audio.data", "the sound is no sound of WAV, FLAC or OGG"),
+    "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "at most 2 pictures and sounds here"),
+    "too-long": ([heard(sound(300, 9))], "messages", "tokens, at most 200 are read"),
+    "another-format": (
+        [{"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}],
+        "content[0].input_audio.format", "'wav', 'flac' or 'ogg'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_named(server, case):
+    content, param, words = BAD[case]
+    before = set(server.service.sessions.held)
+    body = {"messages": [{"role": "user", "content": content}], "session": case}
+    response = server.http().post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and words in error["message"] and "\n" not in error["message"]
+    assert error["param"] == (param if param == "messages" else f"messages[0].{param}")
+    assert server.idle() and set(server.service.sessions.held) == before
+
+
+def test_the_page_is_told_what_it_may_send(server, retnet):
+    assert server.http().get("/v1/info").json()["media"] == ["audio", "image"]
+    assert retnet.http().get("/v1/info").json()["media"] == []
+
+
+def test_a_large_body_is_for_who_sees(server, retnet):
+    body = {"messages": [{"role": "user", "content": "a" * (retnet.service.options.most_body + 1)}]}
+    assert retnet.http().post("/v1/chat/completions", json=body).status_code == 413
+    assert server.http().post("/v1/chat/completions", json=body).status_code == 400  # read, and too long
