@@ -32,12 +32,14 @@ PAGE = Path(__file__).parent / "page"
 GRACE = 5
 """Seconds after a request's time-out in which a client may still read what was written for it."""
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; media-src blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-"""Of the page's files: it needs nothing but its own scripts, and no other page may frame it."""
+"""Of the page's files: it needs nothing but its own scripts and what it shows of a message, and no other page may
+frame it."""
 
 
 def create_app(service: Service) -> FastAPI:

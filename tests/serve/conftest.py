@@ -16,9 +16,11 @@ import openai
 import uvicorn
 
 from retentive.checkpoint import save_model
+from retentive.data.templates import BUILT_IN
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.models import RetNetConfig, build, twin
+from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, with_encoders
 from retentive.serve.options import Options
 from retentive.serve.server import config
 from retentive.serve.service import Service, open_service
@@ -127,9 +129,18 @@ def run(service: Service) -> Running:
 
 
 @pytest.fixture(scope="session")
-def serving():
-    """`serving(service)`: a server of it, which the caller stops."""
-    return run
+def eyes(tmp_path_factory):
+    """A server of a model that sees and hears; what it sees and hears changes what it says."""
+    folder, model = tmp_path_factory.mktemp("eyes"), tiny("retnet")
+    image = ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)
+    with_encoders(model, {"image": image, "audio": AudioConfig(token=258, rate=8000, mels=8, stack=2, dim=16)})
+    for p in encoders_of(model).values():
+        for matrix in p.parameters():
+            torch.nn.init.normal_(matrix, std=2 * matrix.shape[-1] ** -0.5) if matrix.ndim == 2 else None
+    save_model(folder / "eyes", model, ByteTokenizer(), template=BUILT_IN)
+    running = run(open_service(folder / "eyes", Options(states=folder / "states", slots=4, max_prompt=200, media=2)))
+    yield running
+    running.stop()
 
 
 @pytest.fixture

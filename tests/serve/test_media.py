@@ -5,7 +5,6 @@ import io
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("fastapi", reason="the server needs pip install 'retentive[serve]'")
 pytest.importorskip("PIL", reason="pictures need pip install 'retentive[multimodal]'")
@@ -16,43 +15,18 @@ import openai
 import soundfile
 from PIL import Image
 
-from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
 from retentive.infer.media import read, rows_of
-from retentive.models import RetNetConfig, build
-from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, with_encoders
+from retentive.models.encoders import encoders_of
 from retentive.multimodal.prepare import Opener
-from retentive.serve.options import Options
-from retentive.serve.service import open_service
 
-IMAGE = ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)
-AUDIO = AudioConfig(token=258, rate=8000, mels=8, stack=2, dim=16)
 GREEDY = {"temperature": 0, "max_tokens": 9}
 
 
-def seeing():
-    """What it sees and hears changes what it says; it likes letters."""
-    torch.manual_seed(0)
-    model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2))
-    with_encoders(model, {"image": IMAGE, "audio": AUDIO}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
-        letters = torch.zeros(257)
-        letters[32:127] = 1
-        model.head.weight[letters == 0] *= 0.2
-    return model
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, serving):
-    folder = tmp_path_factory.mktemp("seeing")
-    save_model(folder / "eyes", seeing(), ByteTokenizer())
-    options = Options(states=folder / "states", slots=4, max_prompt=200, media=2)
-    running = serving(open_service(folder / "eyes", options))
-    yield running
-    running.stop()
+@pytest.fixture
+def server(eyes):
+    return eyes
 
 
 def picture(seed: int) -> bytes:
@@ -123,7 +97,8 @@ def test_a_session_remembers_what_it_saw(server):
     said = first.choices[0].message.content
     second = ask(model="eyes", messages=[{"role": "user", "content": "And now?"}], **how)
     # read anew: the picture, what was said, and what is asked now
-    service, rows = server.service, Opener({"image": IMAGE}).rows
+    service = server.service
+    rows = Opener({"image": encoders_of(service.model)["image"].config}).rows
     messages = [{"role": "user", "content": [rows("image", picture(5)), "One"]}]
     ids = [*service.template.first(messages), *service.tokenizer.encode(said)]
     ids += service.template.next([{"role": "user", "content": "And now?"}])

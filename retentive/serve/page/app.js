@@ -1,6 +1,8 @@
 // The page of `retentive serve`. The server keeps each conversation's state under a session's name, so that a request
 // holds only what the state has not read yet; the number of tokens read grows, the state's bytes do not.
 
+import * as media from "./media.js";
+
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
 const HINTS = {
@@ -12,6 +14,7 @@ let session; // the name of this conversation in the server
 let unread; // [{role, content}] that the state has not read: what is being sent, and what was stopped
 let read; // tokens in the state
 let running = null; // an AbortController while the model answers
+let sending = false; // a message waits for its pictures
 
 // Talking to the server
 
@@ -73,13 +76,19 @@ function question() {
 }
 
 async function send() {
+  if (running || sending) return;
+  sending = true;
+  await media.ready(); // what was just dropped goes along
+  sending = false;
   const text = $("input").value;
-  const enough = text.trim() || (mode() === "write" && read); // a text that has begun can go on as it is
-  if (running || !enough || !$("sampling").reportValidity()) return;
+  const enough = text.trim() || !media.empty() || (mode() === "write" && read); // a text that has begun can go on
+  if (!enough || !$("sampling").reportValidity()) return;
   say("");
-  const before = unread;
-  unread = [...unread, { role: "user", content: text }];
+  const before = unread, items = media.take();
+  const content = items.length ? [...items.map(({ part }) => part), { type: "text", text }] : text;
+  unread = [...unread, { role: "user", content }];
   const mine = show("you", text);
+  mine.prepend(...items.map(({ shown }) => shown));
   const answer = show("model", "");
   $("input").value = "";
   busy(new AbortController());
@@ -94,6 +103,7 @@ async function send() {
       unread = before;
       mine.remove();
       answer.remove();
+      media.restore(items);
       $("input").value = text;
     }
     if (error.name !== "AbortError") say(error.message);
@@ -194,8 +204,32 @@ function begin() {
   $("mode").disabled = false;
   $("first").textContent = $("speed").textContent = "–";
   $("send").textContent = mode() === "chat" ? "Send" : "Write on";
+  offer();
   remembered(0);
   say("");
+}
+
+// Pictures and sound, where the model sees or hears and answers
+
+let offered = []; // kinds that the model takes
+
+function offer() {
+  const kinds = mode() === "chat" ? offered : [];
+  media.setup($("given"), { media: kinds, onerror: say });
+  $("attach").hidden = !kinds.length;
+  $("record").hidden = !kinds.includes("audio") || !navigator.mediaDevices;
+  $("files").accept = kinds.map((kind) => `${kind}/*`).join(",");
+}
+
+let stopRecording = null;
+
+async function recording() {
+  if (stopRecording) {
+    stopRecording();
+    stopRecording = null;
+  } else {
+    stopRecording = await media.record($("record"));
+  }
 }
 
 // A reload goes on: what is seen lies in the tab's own storage, what was read in the server
@@ -206,7 +240,11 @@ function keep() {
   const stopped = part ? [{ role: "assistant", content: part }] : [];
   const log = blocks.map((block) => [block.classList[0], block.textContent]);
   const kept = { session, read, log, unread: [...unread, ...stopped], mode: mode(), bytes: $("bytes").textContent };
-  sessionStorage.setItem("conversation", JSON.stringify(kept));
+  try {
+    sessionStorage.setItem("conversation", JSON.stringify(kept));
+  } catch { // a picture that was not read is larger than what a tab may keep
+    sessionStorage.setItem("conversation", JSON.stringify({ ...kept, unread: [] }));
+  }
 }
 
 function resume() {
@@ -287,6 +325,8 @@ async function open() {
   $("kind").textContent = info.kind === "RetNet" ? "State, constant" : "Cache, growing";
   if (!read) $("bytes").textContent = bytes(info.state_bytes);
   $("max_tokens").max = info.max_tokens;
+  offered = info.media ?? [];
+  offer();
   if (!$("log").childElementCount) {
     document.querySelector(`input[value=${info.chat ? "chat" : "write"}]`).checked = true;
     begin();
@@ -304,6 +344,24 @@ $("input").onkeydown = (event) => {
   event.preventDefault();
   send();
 };
+$("attach").onclick = () => $("files").click();
+$("files").onchange = async () => {
+  await media.add($("files").files);
+  $("files").value = "";
+};
+$("record").onclick = () => attempt(recording);
+$("input").onpaste = (event) => {
+  if (!event.clipboardData.files.length) return;
+  event.preventDefault();
+  media.add(event.clipboardData.files);
+};
+for (const kind of ["dragover", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    if (![...event.dataTransfer.types].includes("Files")) return;
+    event.preventDefault(); // else the browser would leave the page and show the file
+    if (kind === "drop") media.add(event.dataTransfer.files);
+  });
+}
 document.onkeydown = (event) => { if (event.key === "Escape") running?.abort(); };
 $("stop").onclick = () => running?.abort();
 $("new").onclick = () => { begin(); leaveSettings(); $("input").focus(); };
