@@ -2,6 +2,10 @@
 
 import base64
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +93,19 @@ def test_a_picture_and_a_clip_through_openais_client(server):
     streamed = ask(model="eyes", messages=[{"role": "user", "content": parts}], stream=True, **GREEDY)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
     assert said == answer.choices[0].message.content
+
+
+def test_the_example_sends_files(server, tmp_path):
+    example = Path(__file__).parents[2] / "examples/openai_media.py"
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "b.wav").write_bytes(sound(300))
+    env = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
+    command = [sys.executable, str(example), "a.png", "b.wav", "What?"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    content = [seen(picture(1)), heard(sound(300)), text("What?")]
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 200}
+    said = server.http().post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    assert done.returncode == 0 and done.stdout == said + "\n", done.stderr
 
 
 def test_a_session_remembers_what_it_saw(server):
