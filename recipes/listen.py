@@ -89,9 +89,9 @@ def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False
 
 
 def equalised(sound: np.ndarray, draw: random.Random) -> np.ndarray:
-    """The sound as another microphone has it: eight bands louder or softer by some 6 dB."""
+    """The sound as another microphone has it: eight bands louder or softer by some 10 dB."""
     spectrum = np.fft.rfft(sound)
-    decibel = np.interp(np.linspace(0, 7, len(spectrum)), range(8), [draw.gauss(0, 6) for _ in range(8)])
+    decibel = np.interp(np.linspace(0, 7, len(spectrum)), range(8), [draw.gauss(0, 10) for _ in range(8)])
     return np.fft.irfft(spectrum * 10 ** (decibel / 20), len(sound))
 
 

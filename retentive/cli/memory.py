@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading, prompt_text, type_out
 from retentive.cli.progress import Lines, say
-from retentive.infer import SamplingParams, reading
-from retentive.infer.memory import head, show
+from retentive.data.media import SUFFIXES, Media
+from retentive.data.templates import load_template
+from retentive.files import file_sha256
+from retentive.infer import SamplingParams, media, reading
+from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
 from retentive.infer.writing import TEXT, stream_generate
+from retentive.models.encoders import encoders_of
 
 SHOWN = 20
 """Documents that are listed by name."""
@@ -29,7 +34,8 @@ class WriteCommand(Loading):
     """Read documents of any length into one memory file. Ctrl-C keeps what was read: the same command goes on."""
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILES")]
-    """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order."""
+    """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order; or, for a model
+    that sees or hears, pictures and sounds alone (.png .jpg .webp .wav .flac .ogg)."""
     out: Path
     """The file to write."""
     memory: Path | None = None
@@ -102,6 +108,10 @@ def main(argv: list[str]) -> None:
 
 def write(command: WriteCommand) -> None:
     """Read the files and save the memory, showing progress."""
+    kinds = [SUFFIXES.get(Path(file).suffix.lower()) for file in command.files]
+    if any(kinds):
+        write_media(command, kinds)
+        return
     # before the model is loaded, which may take a minute
     reading.check(command.files, command.out, memory=command.memory, separate=command.separate)
     model, tokenizer = command.load()
@@ -117,6 +127,29 @@ def write(command: WriteCommand) -> None:
             read = head(kept)["tokens"]
             say(f"read {read:,} tokens, kept in {kept}: the same command goes on")
         raise
+    print(described(show(command.out), command.out))
+
+
+def write_media(command: WriteCommand, kinds: Sequence[str | None]) -> None:
+    """Read pictures and sounds and save the memory; what was read is not kept if that is interrupted."""
+    if None in kinds:
+        raise ValueError(f"{command.files[kinds.index(None)]} is no picture or sound: a memory is of these, or of text")
+    if command.memory or command.separate:
+        raise ValueError("a memory of pictures and sounds begins anew: leave out --memory and --separate")
+    reading.check_out(command.out, command.memory)
+    model, tokenizer = command.load()
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    opener = Opener({kind: encoder.config for kind, encoder in encoders_of(model).items()})
+    template = load_template(find(command.adapter or command.run), tokenizer)
+    lines = Lines()
+
+    def sources() -> Iterator[tuple[dict[str, Any], Iterator[Media]]]:
+        for name, kind in zip(command.files, kinds, strict=True):
+            yield {"name": name, "kind": kind, "sha256": file_sha256(Path(name))}, opener.parts(str(kind), Path(name))
+
+    memory = media.remember(model, template, sources(), progress=lambda n: lines(f"read {n:,} tokens"))
+    save(memory, command.out)
     print(described(show(command.out), command.out))
 
 
@@ -172,6 +205,12 @@ def ask(command: AskCommand) -> None:
     if not prompt:
         raise ValueError("ask needs a prompt: --prompt TEXT, or --prompt - to read standard input")
     model, tokenizer = command.load()
+    memory = load_memory(command.memory, model)
+    if any("kind" in source for source in memory.sources):  # of pictures and sounds: the prompt is a question
+        template = load_template(find(command.adapter or command.run), tokenizer)
+        ids, bounds = media.asked(model, template, memory, prompt), {"max_tokens": command.max_tokens}
+        type_out("", media.answer_to(model, template, ids, memory.state, command.sampling, **bounds, stop=command.stop))
+        return
     how = {"max_tokens": command.max_tokens, "stop": command.stop, **asdict(command.sampling)}
     type_out(prompt, stream_generate(model, tokenizer, prompt, memory=command.memory, **how))
 

@@ -17,6 +17,9 @@ from retentive.data.tokenizer import Tokenizer
 
 KINDS = ("image", "audio")
 """What content may be of beside "text"."""
+SUFFIXES = {".png": "image", ".jpg": "image", ".jpeg": "image", ".webp": "image"}
+SUFFIXES |= {".wav": "audio", ".flac": "audio", ".ogg": "audio"}
+"""What a file's name says of it."""
 
 
 class Media(NamedTuple):

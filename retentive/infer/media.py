@@ -2,9 +2,10 @@
 
 state = read(model, ids[:-1], rows)                    then generate(model, ids[-1:], state=state), or the engine
 answer(model, template, [picture, "What is it?"])      the text in pieces
+remember(model, template, sources)                     a memory of them, however long, to be asked many times
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from retentive.data.media import Media, media_of
 from retentive.data.templates import ChatTemplate
 from retentive.infer.generate import generate
+from retentive.infer.memory import Memory, blank
 from retentive.infer.sample import SamplingParams
 from retentive.infer.text import stream_text
 from retentive.models import LanguageModel
@@ -84,10 +86,74 @@ def answer(
     messages = [{"role": "user", "content": content}]
     ids = template.first(messages)
     state = read(model, ids[:-1], rows_of(messages)) if len(ids) > 1 else None
+    return answer_to(model, template, ids[-1:], state, params, max_tokens=max_tokens, stop=stop)
+
+
+def answer_to(
+    model: LanguageModel,
+    template: ChatTemplate,
+    ids: Sequence[int],
+    state: Any,
+    params: SamplingParams | None = None,
+    *,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """As `answer`, to the question that ends with these ids; `state` has read what comes before, and is used up."""
     stop_ids = sorted(template.stop_ids)
-    tokens = generate(model, ids[-1:], params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
-    pieces = stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop])
-    return _from_the_first_word(pieces)
+    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
+    return _from_the_first_word(stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop]))
+
+
+def remember(
+    model: LanguageModel,
+    template: ChatTemplate,
+    sources: Iterable[tuple[dict[str, Any], Iterator[Media]]],
+    *,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Memory:
+    """A memory of pictures and sounds, as a user's message begins with them; `asked` is what follows in it.
+
+    Args:
+        sources: for each its record (name, kind, sha256), and it in parts; only one of these is in memory at a time.
+        progress: called with the tokens read so far.
+
+    Raises:
+        ValueError: as `read`; nothing to remember.
+    """
+    memory: Any = blank(model)
+    state, tokens, known = memory.state, 0, {kind: e.config for kind, e in encoders_of(model).items()}
+    for source, parts in sources:
+        kind = source["kind"]
+        if kind not in known:
+            raise ValueError(f"the model has no encoder for {kind}: it was trained without any")
+        if not tokens:
+            before, _ = _around(template, kind, known[kind], "")
+            state, tokens = read(model, before, {}, state), len(before)
+        source["tokens"] = 0
+        for part in parts:
+            state = read(model, [known[kind].token] * len(part.rows), {kind: part.rows}, state)
+            source["tokens"] += len(part.rows)
+            tokens += len(part.rows)
+            progress(tokens)
+        memory.sources.append(source)
+    if not memory.sources:
+        raise ValueError("nothing to remember: no pictures and no sounds")
+    return Memory(state, [], tokens, memory.model, memory.sources, memory.config)
+
+
+def asked(model: LanguageModel, template: ChatTemplate, memory: Memory, question: str) -> list[int]:
+    """The ids to read after a memory that `remember` has made, for a question about what is in it."""
+    kind = memory.sources[-1]["kind"]
+    return _around(template, kind, encoders_of(model)[kind].config, question)[1]
+
+
+def _around(template: ChatTemplate, kind: str, config: Any, question: str) -> tuple[list[int], list[int]]:
+    """The ids of a message before its picture or sound, and those after it, with a question."""
+    one = Media(kind, np.zeros((1, config.features), np.uint8))
+    ids = template.first([{"role": "user", "content": [one, question]}])
+    at = ids.index(config.token)
+    return ids[:at], ids[at + 1 :]
 
 
 def _from_the_first_word(pieces: Iterator[str]) -> Iterator[str]:

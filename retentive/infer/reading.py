@@ -90,13 +90,18 @@ def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None
     """Raises ValueError or OSError for what can be refused before a model is loaded, such as an `out` that exists."""
     if not sources:
         raise ValueError("write needs files to read: retentive memory write RUN FILES… --out FILE")
-    if out.exists() and (memory is None or out != Path(memory)):
-        raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
+    check_out(out, memory)
     if separate and memory is not None:
         raise ValueError("--separate and --memory exclude each other: write apart, then retentive memory merge")
     for source in sources:
         if not str(source).startswith("hf:"):
             source_files(source, advise=False)
+
+
+def check_out(out: Path, memory: str | Path | None = None) -> None:
+    """Raises FileExistsError for a file that is there, and is not the memory that is gone on from."""
+    if out.exists() and (memory is None or out != Path(memory)):
+        raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
 
 
 def unfinished(out: Path) -> Path:

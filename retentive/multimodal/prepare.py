@@ -4,7 +4,7 @@
               {"role": "assistant", "content": "A cat."}]}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from retentive.data.media import Media
 from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
 from retentive.models.encoders import AudioConfig, Config, ImageConfig
-from retentive.multimodal.audio import open_audio
+from retentive.multimodal.audio import open_audio, stream_audio
 from retentive.multimodal.image import open_image
 
 SEEN = ("size", "patch", "channels")
@@ -35,6 +35,14 @@ class Opener:
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
         return self.rows(kind, folder / name)
+
+    def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
+        """It in parts: of a sound some seconds each, so that it may be as long as it likes."""
+        config = self.configs[kind]
+        if isinstance(config, ImageConfig):
+            yield self.rows(kind, source)
+        else:
+            yield from (Media(kind, rows) for rows in stream_audio(source, config))
 
     def rows(self, kind: str, source: Path | bytes) -> Media:
         """A picture or a sound, from its file or its bytes."""

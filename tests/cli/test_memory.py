@@ -236,7 +236,11 @@ BAD = {
     "a-missing-file": (lambda: None, [*WRITE, STORIES[0], "none.txt"], "no such file or folder: none.txt"),
     "an-empty-file": (lambda: put("a.txt", b""), [*WRITE, "a.txt"], "no text in a.txt: every document is empty"),
     "a-binary-file": (lambda: put("a.txt", b"\x00\xff\x80"), [*WRITE, "a.txt"], "a.txt is not UTF-8 text"),
-    "a-picture": (lambda: put("a.png", b"\x89PNG"), [*WRITE, "a.png"], "cannot read a.png: expected .txt"),
+    "a-picture": (
+        lambda: put("a.png", b"\x89PNG"),
+        [*WRITE, "a.png"],
+        "the model has no encoder for image: it was trained without any",
+    ),
     "taken": (lambda: None, ["write", "run", STORIES[0], "--out", "lib.mem"], "lib.mem exists: choose another file"),
     "missing-run": (lambda: shutil.rmtree("run"), [*WRITE, STORIES[0]], "no model folder at"),
     "no-tokenizer": (lambda: Path("run/tokenizer.json").unlink(), [*WRITE, STORIES[0]], "has no tokenizer.json"),
