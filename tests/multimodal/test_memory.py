@@ -54,7 +54,7 @@ def test_the_answers_are_those_about_the_files(place, capsys, monkeypatch):
         assert capsys.readouterr().out == want
     memory = load_memory("m.safetensors")
     assert memory.tokens == 4 + 150 + len("User: ") + 1 and memory.sources[1]["kind"] == "audio"
-    main(["memory", "write", "run", "b.wav", "--out", "other.safetensors"])
+    main(["memory", "write", "run", "a.png", "--out", "other.safetensors"])  # what is remembered matters
     capsys.readouterr()
     main(["memory", "ask", "run", "--memory", "other.safetensors", *ASK])
     assert capsys.readouterr().out != want
