@@ -4,21 +4,30 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
     retentive data digits/train.jsonl --valid digits/valid.jsonl --chats --tokenizer bytes \
         --image size=28 patch=7 channels=1 --out data/seen
     retentive train --recipe recipes/see.py                 (the twin: --model transformer --out runs/see-twin)
-    retentive eval runs/see --tasks answers:test --data digits --max-tokens 4
-    retentive generate runs/see --image digits/test/0.png --prompt "Which digit?"
+    retentive eval runs/see --tasks answers:test,answers:before,answers:around,answers:shuffled --data digits \
+        --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
+    retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
-Trained on the pictures as they are and moved by up to two pixels; a twentieth of those to train on is held out.
+Half of the training are single pictures with the question after them, as they are and moved by up to two pixels; the
+others have the question before, or before and after, or several pictures and a question about one of them. Tested:
+all pictures (test); a thousand with the question before and around; with another's picture (shuffled, where a tenth is
+chance); the k-th of eight pictures and of sixteen (row8-1 … row16-16), which is what the state has kept of it.
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from retentive.train import TrainConfig, TrainRun
+
+MOST, ASKED = 8, 1000
+"""Pictures in a row of training; questions of each test but the first."""
+QUESTION = "Which digit?"
 
 
 def recipe() -> TrainRun:
@@ -34,34 +43,70 @@ def recipe() -> TrainRun:
     )
 
 
+class Pictures:
+    """Pictures of a split, written as files when they are first named, and their labels."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, out: Path, name: str, random: np.random.Generator):
+        self.pixels, self.labels, self.out, self.name, self.random = pixels, labels, out, name, random
+
+    def part(self, n: int, *, moved: bool = False) -> dict[str, str]:
+        """The part of a message that shows picture n, as it is or moved by up to two pixels."""
+        y, x = self.random.integers(0, 5, 2) if moved else (2, 2)
+        file = f"pictures/{self.name}-{n}" + (f"-{y}{x}" if moved else "") + ".png"
+        if not (self.out / file).exists():
+            wide = np.pad(self.pixels[n], 2)
+            height, width = self.pixels.shape[1:]
+            Image.fromarray(wide[y : y + height, x : x + width]).save(self.out / file)
+        return {"type": "image", "image": file}
+
+    def asked(self, n: int, way: str, **how: bool) -> tuple[list[Any], int]:
+        """(content, answer) of a question about one picture; it stands before, after or around it."""
+        words, shown = {"type": "text", "text": QUESTION}, self.part(n, **how)
+        contents = {"after": [shown, words], "before": [words, shown], "around": [words, shown, words]}
+        return contents[way], int(self.labels[n])
+
+    def row(self, count: int, k: int, **how: bool) -> tuple[list[Any], int]:
+        """The same about the k-th of `count` pictures, from 1."""
+        chosen = self.random.integers(0, len(self.labels), count)
+        words = {"type": "text", "text": f"Which digit is number {k}?"}
+        return [*(self.part(n, **how) for n in chosen), words], int(self.labels[chosen[k - 1]])
+
+
 def prepare(file: Path, out: Path) -> None:
     """Writes the pictures and the conversations about them."""
     data, random = np.load(file), np.random.default_rng(0)
-    order = random.permutation(len(data["x_train"]))
-    valid, train = order[: len(order) // 20], order[len(order) // 20 :]
-    pictures, labels = data["x_train"], data["y_train"]
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    train = Pictures(data["x_train"], data["y_train"], out, "train", random)
+    test = Pictures(data["x_test"], data["y_test"], out, "test", random)
+    order = random.permutation(len(train.labels))
+    valid, rest = order[: len(order) // 20], order[len(order) // 20 :]
 
-    def moved() -> Iterable[tuple[np.ndarray, int]]:
-        for n in train:
-            yield pictures[n], labels[n]
-            wide = np.pad(pictures[n], 2)
-            y, x = random.integers(0, 5, 2)
-            yield wide[y : y + pictures.shape[1], x : x + pictures.shape[2]], labels[n]
+    def training() -> Iterator[tuple[list[Any], int]]:
+        for n in rest:
+            yield train.asked(n, "after")
+            way = random.choice(["after", "before", "around", "row"])
+            count = int(random.integers(2, MOST + 1))
+            shown = train.row(count, int(random.integers(1, count + 1))) if way == "row" else None
+            yield shown or train.asked(n, way, moved=True)
 
-    write(out, "train", moved())
-    write(out, "valid", zip(pictures[valid], labels[valid], strict=True))
-    write(out, "test", zip(data["x_test"], data["y_test"], strict=True))
+    write(out / "train.jsonl", training())
+    write(out / "valid.jsonl", (train.asked(n, "after") for n in valid))
+    write(out / "test.jsonl", (test.asked(n, "after") for n in range(len(test.labels))))
+    few = range(min(ASKED, len(test.labels)))
+    for way in ("before", "around"):
+        write(out / f"{way}.jsonl", (test.asked(n, way) for n in few))
+    labels = random.permutation(test.labels[: len(few)]).tolist()
+    write(out / "shuffled.jsonl", ((test.asked(n, "after")[0], label) for n, label in zip(few, labels, strict=True)))
+    for count in (MOST, 2 * MOST):
+        for k in range(1, count + 1):
+            write(out / f"row{count}-{k}.jsonl", (test.row(count, k) for _ in range(len(few) // 5)))
 
 
-def write(out: Path, name: str, pictures: Iterable[tuple[np.ndarray, int]]) -> None:
-    """out/NAME.jsonl, and the pictures that it names in out/NAME/."""
-    (out / name).mkdir(parents=True, exist_ok=True)
-    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-        for n, (pixels, label) in enumerate(pictures):
-            Image.fromarray(pixels).save(out / name / f"{n}.png")
-            seen = [{"type": "image", "image": f"{name}/{n}.png"}, {"type": "text", "text": "Which digit?"}]
-            turns = [{"role": "user", "content": seen}, {"role": "assistant", "content": str(label)}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+def write(file: Path, asked: Iterable[tuple[list[Any], int]]) -> None:
+    with open(file, "w", encoding="utf-8") as out:
+        for content, answer in asked:
+            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": str(answer)}]
+            out.write(json.dumps({"messages": turns}) + "\n")
 
 
 if __name__ == "__main__":

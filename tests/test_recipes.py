@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,67 @@ class Dataset(dict):
     train, valid = (turns(tmp_path / "chats" / f"{name}.jsonl") for name in ("train", "valid"))
     assert ["Hi 1\nyou", "Hello\nWell?"] in [*train, *valid]  # nobody spoke in between
     assert len(train) + len(valid) == 199 and 0 < len(valid) < 20  # who got no answer is left out
+
+
+def shown(path: Path) -> list[tuple[list[str], list[str], str]]:
+    """(files, texts, answer) of each conversation of a file."""
+    found = []
+    for line in path.read_text().splitlines():
+        question, answer = json.loads(line)["messages"]
+        files = [part[part["type"]] for part in question["content"] if part["type"] != "text"]
+        texts = [part["text"] for part in question["content"] if part["type"] == "text"]
+        assert all((path.parent / file).is_file() for file in files)
+        found.append((files, texts, answer["content"]))
+    return found
+
+
+def test_digits_to_see(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="pictures need pip install 'retentive[multimodal]'")
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(0, 256, (60, 6, 6), np.uint8), np.arange(60) % 10
+    split = {"x_train": pixels[:40], "y_train": labels[:40], "x_test": pixels[40:], "y_test": labels[40:]}
+    np.savez(tmp_path / "digits.npz", **split)
+    assert prepared("see.py", "digits.npz", "out", cwd=tmp_path) == ""
+    out = tmp_path / "out"
+
+    def label(file: str) -> str:
+        """Of the picture's own pixels."""
+        name, n = file.removeprefix("pictures/").removesuffix(".png").split("-")[:2]
+        return str({"train": labels[:40], "test": labels[40:]}[name][int(n)])
+
+    trained = shown(out / "train.jsonl")
+    assert len(trained) == 2 * 38 and len(shown(out / "valid.jsonl")) == 2
+    for files, texts, answer in trained:
+        k = int(texts[0].split()[-1][:-1]) if "number" in texts[0] else 1
+        assert answer == label(files[k - 1]) and 1 <= len(files) <= 8
+    tested = shown(out / "test.jsonl")
+    assert len(tested) == 20 and all(answer == label(files[0]) for files, _, answer in tested)
+    assert np.array_equal(np.asarray(image.open(out / "pictures/test-0.png"))[:, :], pixels[40])
+    assert all(texts == ["Which digit?"] * 2 for _, texts, _ in shown(out / "around.jsonl"))
+    assert any(answer != label(files[0]) for files, _, answer in shown(out / "shuffled.jsonl"))
+    for files, texts, answer in shown(out / "row16-3.jsonl"):
+        assert len(files) == 16 and texts == ["Which digit is number 3?"] and answer == label(files[2])
+
+
+def test_digits_to_hear(tmp_path):
+    soundfile = pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
+    pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
+    (tmp_path / "in").mkdir()
+    random = np.random.default_rng(0)
+    for speaker in ("ann", "bob", "cy"):
+        for digit in range(10):
+            soundfile.write(tmp_path / f"in/{digit}_{speaker}_0.wav", random.standard_normal(800) / 9, 8000)
+    done = prepared("listen.py", "in", "out", "eve", cwd=tmp_path)
+    assert done == "no recordings by 'eve' in in: expected one of ann, bob, cy" and not (tmp_path / "out").exists()
+    # a recipe of 16,000 sounds, here of twenty
+    small = (Path(__file__).parents[1] / "recipes/listen.py").read_text().replace("16_000, 100", "20, 3")
+    (tmp_path / "small.py").write_text(small)
+    assert prepared(str(tmp_path / "small.py"), "in", "out", "bob", cwd=tmp_path) == ""
+    out = tmp_path / "out"
+    assert [answer for _, _, answer in shown(out / "bob.jsonl")] == [str(n) for n in range(10)]
+    assert {len(answer.split()) for _, _, answer in shown(out / "train.jsonl")} <= {1, 2, 3, 4, 5}
+    for files, texts, answer in shown(out / "row50.jsonl"):
+        sound, rate = soundfile.read(out / files[0])
+        assert rate == 8000 and len(answer.split()) == 50 and texts == ["Which digits?"]
+        assert 50 * 800 <= len(sound) <= 50 * (800 + 1600)
+    assert len(shown(out / "known.jsonl")) == 2 and len(shown(out / "train.jsonl")) == 20
