@@ -4,14 +4,15 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
     retentive data digits/train.jsonl --valid digits/known.jsonl --chats --tokenizer bytes \
         --audio rate=8000 --out data/digits
     retentive train --recipe recipes/listen.py            (the twin: --model transformer --out runs/listen-twin)
-    retentive eval runs/listen --tasks transcription:known,transcription:george,transcription:row5,transcription:row50 \
-        --data digits --max-tokens 120
-    retentive generate runs/listen --audio digits/row5/0.wav --prompt "Which digits?"
+    retentive eval runs/listen --tasks transcription:known,transcription:george,transcription:turns50 --data digits \
+        --max-tokens 120                                  (and transcription:turns5, :row5, :row50)
+    retentive generate runs/listen --audio digits/row5/0-0.wav --prompt "Which digits?"
 
-Trained on one digit (half of the sounds: rows alone are learnt late) to five in a row, faster and higher or slower and
-lower than they were spoken (another speaker, as it were), through another microphone (a random equaliser), louder and
-softer, with noise and pauses. Tested: single recordings of known speakers (known) and of the one who
-is held out, as they are; five and fifty recordings of known speakers in a row (row5, row50).
+Trained on one digit (two fifths of the sounds: rows alone are learnt late), on two to five in turns, each answered at
+once, and on two to five in one sound that is written down at its end; faster and higher or slower and lower than they
+were spoken (another speaker, as it were), through another microphone (a random equaliser), louder and softer, with
+noise and pauses. Tested: single recordings of known speakers (known) and of the one who is held out, as they are; the
+last of five and of fifty in turns (turns5, turns50), all of five and of fifty in one sound (row5, row50).
 """
 
 import json
@@ -27,6 +28,8 @@ import soxr
 from retentive.train import TrainConfig, TrainRun
 
 RATE = 8000
+Talk = list[tuple[np.ndarray, str]]
+"""Sounds, and the digits in each."""
 TRAINED, ROWS = 16_000, 100
 """Sounds to train on, and of each number of digits in a row to be tested on."""
 
@@ -60,17 +63,26 @@ def prepare(recordings: Path, out: Path, held_out: str) -> None:
         chosen = [draw.choice(of) for _ in range(count)]
         return [sounds[path] for path in chosen], " ".join(path.stem[0] for path in chosen)
 
-    def varied() -> Iterable[tuple[np.ndarray, str]]:
+    def turns(of: list[Path], count: int, **how: bool) -> Talk:
+        parts, digits = row(of, count)
+        return [(spoken([part], draw, **how), digit) for part, digit in zip(parts, digits.split(), strict=True)]
+
+    def whole(of: list[Path], count: int, **how: bool) -> Talk:
+        parts, digits = row(of, count)
+        return [(spoken(parts, draw, **how), digits)]
+
+    def varied() -> Iterable[Talk]:
         for _ in range(TRAINED):
-            parts, digits = row(trained, 1 if draw.random() < 0.5 else draw.randint(2, 5))
-            yield spoken(parts, draw, varied=True), digits
+            way = draw.choices([whole, turns], [0.7, 0.3])[0]
+            count = 1 if way is whole and draw.random() < 0.6 else draw.randint(2, 5)
+            yield way(trained, count, varied=True)
 
     write(out, "train", varied())
-    write(out, "known", ((sounds[path], path.stem[0]) for path in tested))
-    write(out, held_out, ((sounds[p], p.stem[0]) for p in files if p.stem.split("_")[1] == held_out))
+    write(out, "known", ([(sounds[path], path.stem[0])] for path in tested))
+    write(out, held_out, ([(sounds[p], p.stem[0])] for p in files if p.stem.split("_")[1] == held_out))
     for count in (5, 50):
-        rows = (row(tested, count) for _ in range(ROWS))
-        write(out, f"row{count}", ((spoken(parts, draw), digits) for parts, digits in rows))
+        write(out, f"row{count}", (whole(tested, count) for _ in range(ROWS)))
+        write(out, f"turns{count}", (turns(tested, count) for _ in range(ROWS)))
 
 
 def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False) -> np.ndarray:
@@ -95,15 +107,17 @@ def equalised(sound: np.ndarray, draw: random.Random) -> np.ndarray:
     return np.fft.irfft(spectrum * 10 ** (decibel / 20), len(sound))
 
 
-def write(out: Path, name: str, sounds: Iterable[tuple[np.ndarray, str]]) -> None:
+def write(out: Path, name: str, talks: Iterable[Talk]) -> None:
     """out/NAME.jsonl, and the sounds that it names in out/NAME/."""
     (out / name).mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-        for n, (sound, digits) in enumerate(sounds):
-            soundfile.write(out / name / f"{n}.wav", sound, RATE)
-            heard = [{"type": "audio", "audio": f"{name}/{n}.wav"}, {"type": "text", "text": "Which digits?"}]
-            turns = [{"role": "user", "content": heard}, {"role": "assistant", "content": digits}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+        for n, talk in enumerate(talks):
+            messages = []
+            for m, (sound, digits) in enumerate(talk):
+                soundfile.write(out / name / f"{n}-{m}.wav", sound, RATE)
+                heard = [{"type": "audio", "audio": f"{name}/{n}-{m}.wav"}, {"type": "text", "text": "Which digits?"}]
+                messages += [{"role": "user", "content": heard}, {"role": "assistant", "content": digits}]
+            file.write(json.dumps({"messages": messages}) + "\n")
 
 
 if __name__ == "__main__":

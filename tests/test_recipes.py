@@ -116,7 +116,7 @@ def shown(path: Path) -> list[tuple[list[str], list[str], str]]:
     """(files, texts, answer) of each conversation of a file."""
     found = []
     for line in path.read_text().splitlines():
-        question, answer = json.loads(line)["messages"]
+        *_, question, answer = json.loads(line)["messages"]
         files = [part[part["type"]] for part in question["content"] if part["type"] != "text"]
         texts = [part["text"] for part in question["content"] if part["type"] == "text"]
         assert all((path.parent / file).is_file() for file in files)
@@ -173,4 +173,7 @@ def test_digits_to_hear(tmp_path):
         sound, rate = soundfile.read(out / files[0])
         assert rate == 8000 and len(answer.split()) == 50 and texts == ["Which digits?"]
         assert 50 * 800 <= len(sound) <= 50 * (800 + 1600)
+    for line in (out / "turns50.jsonl").read_text().splitlines():
+        assert [m["role"] for m in json.loads(line)["messages"]] == ["user", "assistant"] * 50
+    assert all(len(answer) == 1 for _, _, answer in shown(out / "turns50.jsonl"))
     assert len(shown(out / "known.jsonl")) == 2 and len(shown(out / "train.jsonl")) == 20
