@@ -165,7 +165,7 @@ def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
     from sacrebleu.metrics import BLEU, CHRF
 
     rows = []
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", BLEU(force=True)), ("chrf", CHRF())):
         references = [[each.reference for each in found]]
         score = metric.corpus_score([each.answer for each in found], references, n_bootstrap=DRAWS)
         around = None if len(found) < 2 else (float(score._mean - score._ci), float(score._mean + score._ci))

@@ -72,7 +72,7 @@ class NativeHead(nn.Module):
         self._matrix, self._threads = matrix, threads
 
     def forward(self, x: Tensor) -> Tensor:
-        if not native_here(x):
+        if not native_here(x) or not x.numel():  # of nothing: where a chunk of a text predicts no token
             head, dtype = self._torch
             return head(x.to(dtype))
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()

@@ -243,6 +243,13 @@ def test_a_child_process_has_threads_of_its_own(one, threads):
 
 
 @torch.no_grad()
+def test_the_logits_of_nothing(one):
+    model = NativeRetNet(one)
+    x, _ = model.hidden(torch.tensor([[1, 2]]))
+    assert model.head(x[:, :0]).shape == (1, 0, one.config.vocab_size)
+
+
+@torch.no_grad()
 def test_ids_and_positions_of_other_integers(one, same, refuses):
     made, ids = NativeRetNet(one), torch.randint(VOCAB, (2, 9))
     want, state = one(ids[:, :8])
