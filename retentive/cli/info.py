@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retentive import machine, native
-from retentive.checkpoint.io import find, load_config, load_quantization
+from retentive.checkpoint.io import find, load_config, load_encoders, load_quantization
 from retentive.checkpoint.quantize import Quantization
 from retentive.models import (
     ARCHITECTURES,
@@ -27,6 +28,8 @@ from retentive.models import (
     preset,
     twin,
 )
+from retentive.models.encoders import Config as EncoderConfig
+from retentive.models.encoders import ImageConfig, encoder_of
 from retentive.ops import backends
 from retentive.train.log import read_metrics
 
@@ -82,6 +85,8 @@ def show(console: Console, command: InfoCommand) -> None:
         folder = find(command.run)
         config, layout = load_config(folder)
         describe(console, config, f"{command.run} ({layout} layout)", load_quantization(folder))
+        for line in senses(load_encoders(folder), config.dim):
+            console.print(f"  {line}", soft_wrap=True)
         progress(console, folder)
     if not command.sizes and not command.machine:
         console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
@@ -130,6 +135,18 @@ def describe(console: Console, config: Config, title: str, quantized: Quantizati
     console.print(table)
     if retnet and not isinstance(config, HybridConfig):
         console.print(f"  The state is the smaller one from {cost.break_even(retnet, other):,} tokens of context on.")
+
+
+def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
+    """A line for each encoder beside a model of this width: what it takes, and how large it is."""
+    for kind, config in encoders.items():
+        count = sum(p.numel() for p in encoder_of(config, dim).parameters())
+        if isinstance(config, ImageConfig):
+            side, colours = config.size, "grey" if config.channels == 1 else "in colours"
+            takes = f"{config.tokens} tokens of a picture, {side} x {side} {colours}, patches of {config.patch}"
+        else:
+            takes = f"{config.tokens_per_second:g} tokens of a second of sound, {config.rate:,} Hz, {config.mels} bands"
+        yield f"{kind}: {takes}; an encoder of {count:,} parameters"
 
 
 def differences(config: RetNetConfig, size: str, vocab_size: int) -> str:

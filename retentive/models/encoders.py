@@ -170,6 +170,11 @@ CONFIGS: dict[str, type[Config]] = {"image": ImageConfig, "audio": AudioConfig}
 """What can be encoded, by the names that files and messages have for it."""
 
 
+def encoder_of(config: Config, D: int) -> ImageEncoder | AudioEncoder:
+    """The encoder of a config for models of width D, freshly initialised."""
+    return ImageEncoder(config, D) if isinstance(config, ImageConfig) else AudioEncoder(config, D)
+
+
 def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> LanguageModel:
     """The model, changed in place: it has an encoder for each of these kinds, freshly initialised.
 
@@ -183,7 +188,7 @@ def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> Langua
     for kind, config in configs.items():
         if kind not in CONFIGS or not isinstance(config, CONFIGS[kind]):
             raise ValueError(f"no encoder for {kind!r}, expected one of {', '.join(CONFIGS)}")
-        made[kind] = (ImageEncoder if isinstance(config, ImageConfig) else AudioEncoder)(config, model.config.dim)  # type: ignore[arg-type]
+        made[kind] = encoder_of(config, model.config.dim)
     model.encoders = made
     return model
 

@@ -235,6 +235,10 @@ def test_on_the_command_line(place, capsys):
         "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",
     }  # fmt: skip
     assert load_encoders(place / "run")["image"].layers == 1
+    main(["info", "run"])
+    shown = capsys.readouterr().out
+    assert "image: 4 tokens of a picture, 8 x 8 grey, patches of 4; an encoder of " in shown
+    assert "audio: 50 tokens of a second of sound, 8,000 Hz, 8 bands; an encoder of 800 parameters" in shown  # 16 * 17 + 16 * 32 + 16 of the norm
 
 
 def test_who_cannot_see_says_so(place, capsys):
