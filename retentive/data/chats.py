@@ -171,6 +171,8 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
         if media is None:
             raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
         return media(kind, part[kind])
+    if isinstance(part, dict) and "type" in part:
+        raise ValueError(f"message {number}: its content is no text, nor the file of an image or audio ({kind!r})")
     raise ValueError(f"message {number}: its content is no text")
 
 

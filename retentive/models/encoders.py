@@ -19,6 +19,9 @@ from retentive.layers import BidirectionalRetention, FeedForward, RMSNorm
 from retentive.layers.config import RetentionConfig, check_fields, positive
 from retentive.models.base import LanguageModel
 
+MOST_SIDE, MOST_TOKENS = 4096, 1 << 16
+"""Of a picture, in pixels and in tokens: more is a typing error, and would take all memory."""
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -46,6 +49,11 @@ class ImageConfig:
             raise ValueError(f"token and layers must be at least 0, got {self.token} and {self.layers}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colours), got {self.channels}")
+        if self.size > MOST_SIDE or self.tokens > MOST_TOKENS:
+            raise ValueError(
+                f"size {self.size} and patch {self.patch} are {self.tokens:,} tokens of {self.size:,}² pixels: at most "
+                f"{MOST_TOKENS:,} of {MOST_SIDE:,}²"
+            )
         if self.size % self.patch:
             raise ValueError(f"size {self.size} is not divisible by patch {self.patch}: change either")
         self.retention()
@@ -89,6 +97,9 @@ class AudioConfig:
         positive(self, "rate", "mels", "window", "hop", "stack", "dim")
         if self.token < 0:
             raise ValueError(f"token must be at least 0, got {self.token}")
+        if self.mels > self.rate * self.window // 2000:
+            most = self.rate * self.window // 2000
+            raise ValueError(f"{self.window} ms at {self.rate:,} Hz tell {most} bands apart, got mels {self.mels}")
         if self.window < self.hop:
             raise ValueError(f"a window of {self.window} ms leaves gaps between frames every {self.hop} ms")
 

@@ -56,6 +56,8 @@ def stream_audio(
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name} is no sound of WAV, FLAC or OGG ({error.error_string})") from None
     with file:
+        if file.format.startswith("WAV"):
+            _check_whole(source, name)
         if file.format not in FORMATS:
             raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
         if file.samplerate not in RATES:
@@ -83,6 +85,18 @@ def stream_audio(
         raise ValueError(
             f"{name} ends after {heard / file.samplerate:.1f} s, its head says {seconds:.1f}: it is damaged"
         )
+
+
+def _check_whole(source: Path | bytes, name: str) -> None:
+    """Raises ValueError for a WAV that is shorter than its head says: half a copy would be heard as if it were all."""
+    if isinstance(source, bytes):
+        head, size = source[:8], len(source)
+    else:
+        with open(source, "rb") as file:
+            head, size = file.read(8), source.stat().st_size
+    said = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and size < said < 1 << 32:  # who writes to a pipe does not know, and says the most
+        raise ValueError(f"{name} is cut short: it has {size:,} of {said:,} bytes")
 
 
 class Frames:

@@ -4,6 +4,7 @@ A row is a patch, its pixels line by line with their colours, 0 to 255; patches 
 """
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,26 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     except ImportError:
         raise ImportError("pictures need pillow: pip install 'retentive[multimodal]'") from None
     name = "the picture" if isinstance(source, bytes) else str(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"no file at {source}")
     raw = source if isinstance(source, bytes) else source.read_bytes()
+    # pillow makes 8 bits of 16 in colours, without a word
+    if raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24:25] == b"\x10":
+        raise ValueError(f"{name} has 16 bits a colour: save it with 8")
+    too_many = f"{name} has more than {MOST_PIXELS:,} pixels: make it smaller"
     try:
-        picture: Any = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the smaller bound
+            picture: Any = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
+    except Image.DecompressionBombError:
+        raise ValueError(too_many) from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
     except Exception as error:  # a decoder meets any bytes: a bomb by pillow's own bound, a broken head
         raise ValueError(f"{name} cannot be opened as a picture ({error})") from None
     width, height = picture.size
     if width * height > MOST_PIXELS:
-        raise ValueError(f"{name} has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}: make it smaller")
+        raise ValueError(f"{too_many}, it has {width:,} x {height:,}")
     if getattr(picture, "n_frames", 1) > 1:
         raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")
     if picture.mode.startswith(("I", "F")):

@@ -23,22 +23,27 @@ HEARD = ("rate", "mels", "window", "hop", "stack")
 """The fields of encoders' configs that say how files become rows; the others are the model's."""
 
 
-class Opener:
-    """`data.media.Open`: opens what messages name, with the encoders' configs."""
+UNSAID = "it holds {0}, and nothing says how that becomes tokens (--{0})"
 
-    def __init__(self, configs: Mapping[str, Config]):
-        self.configs = configs
+
+class Opener:
+    """`data.media.Open`: opens what messages name, with the encoders' configs.
+
+    Args:
+        missing: what is said of a kind that none of them is of.
+    """
+
+    def __init__(self, configs: Mapping[str, Config], missing: str = "the model has no encoder for {0}"):
+        self.configs, self.missing = configs, missing
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
-        if kind not in self.configs:
-            raise ValueError(f"it holds {kind}, and nothing says how that becomes tokens (--{kind})")
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
         return self.rows(kind, folder / name)
 
     def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
         """It in parts: of a sound some seconds each, so that it may be as long as it likes."""
-        config = self.configs[kind]
+        config = self._config(kind)
         if isinstance(config, ImageConfig):
             yield self.rows(kind, source)
         else:
@@ -46,9 +51,14 @@ class Opener:
 
     def rows(self, kind: str, source: Path | bytes) -> Media:
         """A picture or a sound, from its file or its bytes."""
-        config = self.configs[kind]
+        config = self._config(kind)
         rows = open_image(source, config) if isinstance(config, ImageConfig) else open_audio(source, config)
         return Media(kind, rows)
+
+    def _config(self, kind: str) -> Config:
+        if kind not in self.configs:
+            raise ValueError(self.missing.format(kind))
+        return self.configs[kind]
 
 
 def prepare(
@@ -86,4 +96,4 @@ def prepare(
         encoded[kind] = said | {"features": config.features, "dtype": np.dtype(dtype).name}
     if not configs:
         raise ValueError("neither image nor audio is given: such conversations are packed by retentive.data.prepare")
-    return data_prepare(sources, out, chats=True, media=Opener(configs), encoded=encoded, **options)
+    return data_prepare(sources, out, chats=True, media=Opener(configs, UNSAID), encoded=encoded, **options)

@@ -40,7 +40,7 @@ def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> s
 
     Args:
         parts: OpenAI's.
-        most: media of this message.
+        most: media that this message may have.
         where: the field, for errors.
 
     Raises:
@@ -55,7 +55,7 @@ def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> s
         if rows is None:
             raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
         if len(found) - sum(isinstance(each, str) for each in found) >= most:
-            raise Refused(400, f"a message has at most {most} pictures and sounds here", param=field)
+            raise Refused(400, "there are more pictures and sounds than a request may have here", param=field)
         kind, encoded = "image", ""
         if part.type == "image_url":
             field += ".image_url.url"

@@ -279,7 +279,11 @@ class ChatRequest(Generation):
         messages, left = [], options.media
         for n, m in enumerate(self.messages):
             found = content(m.content, rows, left, f"messages[{n}].content")
-            left -= len(media_of([{"content": found}]))
+            left -= (count := len(media_of([{"content": found}])))
+            if count and m.role == "assistant":
+                raise Refused(
+                    400, "an answer is text: pictures and sounds are the user's", param=f"messages[{n}].content"
+                )
             messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
             before = conversation.memory.tokens

@@ -67,6 +67,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     lengths = options.max_lengths or (0,) * len(models)
     if len(lengths) != len(models) or not models:
         raise ValueError(f"{len(models)} models and {len(lengths)} max_lengths: one for each, or none at all")
+    labels = [(Path(name).name, length) for name, length in zip(models, lengths, strict=True)]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"several models are called {twice[0][0]}: they would share a column")
     loaded = [load_with_tokenizer(model) for model in models]  # a wrong name is known before hours of answers
     rows = []
     for name, length, (model, tokenizer) in zip(models, lengths, loaded, strict=True):

@@ -56,7 +56,7 @@ class SftRun:
     """How often all conversations are gone through; --steps says it in steps."""
     mode: Mode | None = None
     """carry: rows read on from row to row, with their states, however long a conversation is; whole: rows of whole
-    conversations. By default carry for RetNets, whole for models that attend."""
+    conversations. By default carry for RetNets, whole for models that attend, and where there are pictures or sound."""
     lora: int = 0
     """Train a low-rank change of this rank, and save that alone (LoRA); 0 trains the whole model."""
     lora_alpha: float = TrainRun.lora_alpha
@@ -112,7 +112,7 @@ class SftRun:
             data = Packed(folder)
             if not data.meta.chats:
                 raise ValueError(f"{folder} holds texts, in which nothing is an answer: retentive train reads it")
-            run = replace(run, data=folder)
+            run = replace(run, data=folder, mode="whole" if data.media and self.mode is None else run.mode)
             if by_epochs:
                 steps = math.ceil(self.epochs * run.batches(data).steps_per_epoch / self.train.accumulate)
                 run = replace(run, train=replace(run.train, steps=max(1, steps)))

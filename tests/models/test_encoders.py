@@ -79,6 +79,10 @@ def test_what_does_not_go_together(refuses):
         with_encoders(build(TINY), {"image": IMAGE, "audio": AudioConfig(token=48)})
     with refuses("size 64 is not divisible by patch 7"):
         ImageConfig(token=1, patch=7)
+    with refuses("size 100000 and patch 1 are 10,000,000,000 tokens"):
+        ImageConfig(token=1, size=100_000, patch=1)
+    with refuses("25 ms at 16,000 Hz tell 200 bands apart, got mels 4000"):
+        AudioConfig(token=1, mels=4000)
     with refuses("channels must be 1 (grey) or 3 (colours), got 4"):
         ImageConfig(token=1, channels=4)
     with refuses("leaves gaps between frames"):

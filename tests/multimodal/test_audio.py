@@ -88,6 +88,7 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         (encoded(sound, 500), "the sound has 500 samples a second, expected 1,000 to 399,999"),
         (encoded(sound * np.nan, 8000, subtype="FLOAT"), "the sound holds samples that are no numbers"),
         (encoded(sound, 8000, "FLAC")[:3000], "damaged"),
+        (encoded(sound, 8000)[:8022], "the sound is cut short: it has 8,022 of 16,044 bytes"),
     ):
         with refuses(why):
             open_audio(raw, CONFIG)

@@ -82,15 +82,19 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         (encoded(noise)[:2000], "the picture is damaged"),
         (encoded(noise, "JPEG")[:900], "the picture is damaged"),
         (moving, "moves, it has 2 frames: give one of them"),
-        (encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "has more than 8 bits a colour (I;16)"),
-        (bomb(), "cannot be opened as a picture"),
+        (encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "the picture has 16 bits a colour: save it with 8"),
+        (bomb(), "the picture has more than 67,108,864 pixels: make it smaller"),
     ):
         with refuses(why):
             open_image(raw, GREY)
     monkeypatch.setattr(module, "MOST_PIXELS", 63)
     path = tmp_path / "large.png"
     path.write_bytes(encoded(picture))
-    with refuses(f"{path} has 8 x 8 pixels, more than 63"):
+    with refuses(f"{path} has more than 63 pixels: make it smaller, it has 8 x 8"):
         open_image(path, GREY)
-    with pytest.raises(FileNotFoundError):
+    with refuses(f"no file at {tmp_path / 'none.png'}", FileNotFoundError):
         open_image(tmp_path / "none.png", GREY)
+    colours = bytearray(encoded(Image.new("RGB", (8, 8))))
+    colours[24] = 16  # as the head of one with 16 bits for each of red, green and blue
+    with refuses("the picture has 16 bits a colour: save it with 8"):
+        open_image(bytes(colours), COLOUR)

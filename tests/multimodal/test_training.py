@@ -209,7 +209,7 @@ def test_a_question_on_the_command_line(place, capsys):
         main([*ask, f"files/{n}.png"])
         assert capsys.readouterr().out == f"{name}\n"
     for wrong, why in (
-        (["files/none.png"], "No such file or directory"),
+        (["files/none.png"], "no file at files/none.png"),
         (["train.jsonl"], "train.jsonl is no picture of PNG, JPEG, WEBP"),
         (["files/64.png", "--beams", "2"], "--beams, --lookup and --draft are for text alone"),
     ):
