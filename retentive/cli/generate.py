@@ -17,7 +17,6 @@ from retentive.infer import SamplingParams
 from retentive.infer.media import answer
 from retentive.infer.writing import TEXT, stream_generate
 from retentive.models import LanguageModel
-from retentive.models.encoders import encoders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +51,9 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
     if command.beams or command.lookup or command.draft:
         raise ValueError("--beams, --lookup and --draft are for text alone: leave them out with --image and --audio")
     files = [("image", path) for path in command.image] + [("audio", path) for path in command.audio]
-    encoders = encoders_of(model)
-    if unknown := next((kind for kind, _ in files if kind not in encoders), None):
-        raise ValueError(f"{command.run} has no encoder for {unknown}: it was trained without any")
     from retentive.multimodal.prepare import Opener  # an extra
 
-    opener = Opener({kind: encoder.config for kind, encoder in encoders.items()})
+    opener = Opener.of(model)
     template = load_template(find(command.adapter or command.run), tokenizer)
     content: list[str | Media] = [*(opener.rows(kind, path) for kind, path in files), prompt]
     return answer(model, template, content, command.sampling, max_tokens=command.max_tokens, stop=command.stop)

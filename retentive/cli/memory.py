@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +16,12 @@ from rich.progress import Progress as Bar
 from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading, prompt_text, type_out
 from retentive.cli.progress import Lines, say
-from retentive.data.media import SUFFIXES, Media
+from retentive.data.media import SUFFIXES
 from retentive.data.templates import load_template
-from retentive.files import file_sha256
 from retentive.infer import SamplingParams, media, reading
 from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
 from retentive.infer.writing import TEXT, stream_generate
-from retentive.models.encoders import encoders_of
 
 SHOWN = 20
 """Documents that are listed by name."""
@@ -108,9 +106,8 @@ def main(argv: list[str]) -> None:
 
 def write(command: WriteCommand) -> None:
     """Read the files and save the memory, showing progress."""
-    kinds = [SUFFIXES.get(Path(file).suffix.lower()) for file in command.files]
-    if any(kinds):
-        write_media(command, kinds)
+    if any(Path(file).suffix.lower() in SUFFIXES for file in command.files):
+        write_media(command)
         return
     # before the model is loaded, which may take a minute
     reading.check(command.files, command.out, memory=command.memory, separate=command.separate)
@@ -130,25 +127,14 @@ def write(command: WriteCommand) -> None:
     print(described(show(command.out), command.out))
 
 
-def write_media(command: WriteCommand, kinds: Sequence[str | None]) -> None:
+def write_media(command: WriteCommand) -> None:
     """Read pictures and sounds and save the memory; what was read is not kept if that is interrupted."""
-    if None in kinds:
-        raise ValueError(f"{command.files[kinds.index(None)]} is no picture or sound: a memory is of these, or of text")
     if command.memory or command.separate:
         raise ValueError("a memory of pictures and sounds begins anew: leave out --memory and --separate")
     reading.check_out(command.out, command.memory)
     model, tokenizer = command.load()
-    from retentive.multimodal.prepare import Opener  # an extra
-
-    opener = Opener({kind: encoder.config for kind, encoder in encoders_of(model).items()})
-    template = load_template(find(command.adapter or command.run), tokenizer)
-    lines = Lines()
-
-    def sources() -> Iterator[tuple[dict[str, Any], Iterator[Media]]]:
-        for name, kind in zip(command.files, kinds, strict=True):
-            yield {"name": name, "kind": kind, "sha256": file_sha256(Path(name))}, opener.parts(str(kind), Path(name))
-
-    memory = media.remember(model, template, sources(), progress=lambda n: lines(f"read {n:,} tokens"))
+    template, lines = load_template(find(command.adapter or command.run), tokenizer), Lines()
+    memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {n:,} tokens"))
     save(memory, command.out)
     print(described(show(command.out), command.out))
 

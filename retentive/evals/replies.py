@@ -150,11 +150,11 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
 
 def _opener(model: LanguageModel) -> Open | None:
     """What opens the pictures and sounds that the model sees and hears; None for one that only reads."""
-    if not (encoders := encoders_of(model)):
+    if not encoders_of(model):
         return None
     from retentive.multimodal.prepare import Opener  # an extra
 
-    return Opener({kind: encoder.config for kind, encoder in encoders.items()})
+    return Opener.of(model)
 
 
 # metrics

@@ -10,10 +10,9 @@ from typing import Any
 from retentive.infer.beam import beam_search
 from retentive.infer.engine import Engine
 from retentive.infer.generate import checked, prefill
-from retentive.infer.media import Rows, read
+from retentive.infer.media import Rows, read, seen_first
 from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
-from retentive.models.encoders import encoders_of
 
 SLOTS = 16
 """Prompts that are answered at once."""
@@ -77,12 +76,11 @@ def _with_text(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Iterat
 
 def _with_media(model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[Rows]) -> Iterator[Part]:
     """All up to a prompt's last picture or sound is read first, once for prompts in a row that are the same so far."""
-    tokens = {encoder.config.token for encoder in encoders_of(model).values()}
     before: tuple[Any, ...] | None = None
     state: Any = None
     part: Part = []
     for prompt, given in zip(prompts, rows, strict=True):
-        count = max((n for n, id in enumerate(prompt, 1) if id in tokens), default=0)
+        count = seen_first(model, prompt)
         seen = (list(prompt[:count]), {kind: x.tobytes() for kind, x in given.items()})
         if seen != before:
             before, state = seen, read(model, prompt[:count], given) if count else None

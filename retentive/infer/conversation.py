@@ -16,12 +16,11 @@ from typing import Any
 from retentive.data.templates import ChatTemplate, Message
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.engine import Engine
-from retentive.infer.media import read, rows_of
+from retentive.infer.media import read, rows_of, seen_first
 from retentive.infer.memory import Memory
 from retentive.infer.requests import Returns, Stream
 from retentive.infer.sample import SamplingParams
 from retentive.infer.text import Text
-from retentive.models.encoders import encoders_of
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 """What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
@@ -72,8 +71,7 @@ class Conversation:
         if most is not None and len(ids) > most:
             raise ValueError(f"the messages have {len(ids)} tokens, at most {most} are read")
         model = self.engine.model
-        tokens = {encoder.config.token for encoder in encoders_of(model).values()}
-        count = max((n for n, id in enumerate(ids, 1) if id in tokens), default=0)
+        count = seen_first(model, ids)
         state = read(model, ids[:count], rows, old.state.clone())
         self.seen = Memory(state, [], old.tokens + count, old.model, old.sources, old.config)
         return ids[count:]

@@ -2,17 +2,19 @@
 
 state = read(model, ids[:-1], rows)                    then generate(model, ids[-1:], state=state), or the engine
 answer(model, template, [picture, "What is it?"])      the text in pieces
-remember(model, template, sources)                     a memory of them, however long, to be asked many times
+remember(model, template, files)                       a memory of them, however long, to be asked many times
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from retentive.data.media import Media, media_of
+from retentive.data.media import SUFFIXES, Media, media_of
 from retentive.data.templates import ChatTemplate
+from retentive.files import file_sha256
 from retentive.infer.generate import generate
 from retentive.infer.memory import Memory, blank
 from retentive.infer.sample import SamplingParams
@@ -33,6 +35,12 @@ def rows_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     for media in media_of(messages):
         found.setdefault(media.kind, []).append(media.rows)
     return {kind: np.concatenate(rows) for kind, rows in found.items()}
+
+
+def seen_first(model: LanguageModel, ids: Sequence[int]) -> int:
+    """How many of the ids come up to the last placeholder among them, with it; they are what `read` must read."""
+    tokens = {encoder.config.token for encoder in encoders_of(model).values()}
+    return max((n for n, id in enumerate(ids, 1) if id in tokens), default=0)
 
 
 @torch.no_grad()
@@ -108,37 +116,41 @@ def answer_to(
 def remember(
     model: LanguageModel,
     template: ChatTemplate,
-    sources: Iterable[tuple[dict[str, Any], Iterator[Media]]],
+    files: Sequence[str | Path],
     *,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Memory:
     """A memory of pictures and sounds, as a user's message begins with them; `asked` is what follows in it.
 
     Args:
-        sources: for each its record (name, kind, sha256), and it in parts; only one of these is in memory at a time.
+        files: of data.media.SUFFIXES, read in this order; of a sound only some seconds are in memory at a time.
         progress: called with the tokens read so far.
 
     Raises:
-        ValueError: as `read`; nothing to remember.
+        ValueError, OSError: no files, a file that is no picture or sound, or one that the model does not take.
+        ImportError: without the extra `multimodal`.
     """
-    memory: Any = blank(model)
-    state, tokens, known = memory.state, 0, {kind: e.config for kind, e in encoders_of(model).items()}
-    for source, parts in sources:
-        kind = source["kind"]
-        if kind not in known:
-            raise ValueError(f"the model has no encoder for {kind}: it was trained without any")
-        if not tokens:
-            before, _ = _around(template, kind, known[kind], "")
-            state, tokens = read(model, before, {}, state), len(before)
-        source["tokens"] = 0
-        for part in parts:
-            state = read(model, [known[kind].token] * len(part.rows), {kind: part.rows}, state)
-            source["tokens"] += len(part.rows)
-            tokens += len(part.rows)
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    kinds = [SUFFIXES.get(Path(file).suffix.lower(), "") for file in files]
+    if not all(kinds) or not files:
+        which = files[kinds.index("")] if files else "nothing"
+        raise ValueError(f"{which} is no picture or sound: a memory is of these, or of text")
+    opener, memory = Opener.of(model), blank(model)
+    state: Any = memory.state
+    tokens = 0
+    for file, kind in zip(files, kinds, strict=True):
+        read_before = tokens
+        for part in opener.parts(kind, Path(file)):
+            token = encoders_of(model)[kind].config.token
+            before = [] if tokens else _around(template, kind, encoders_of(model)[kind].config, "")[0]
+            ids = [*before, *[token] * len(part.rows)]
+            state = read(model, ids, {kind: part.rows}, state)
+            tokens += len(ids)
+            read_before += len(before)
             progress(tokens)
+        source = {"name": str(file), "kind": kind, "sha256": file_sha256(Path(file)), "tokens": tokens - read_before}
         memory.sources.append(source)
-    if not memory.sources:
-        raise ValueError("nothing to remember: no pictures and no sounds")
     return Memory(state, [], tokens, memory.model, memory.sources, memory.config)
 
 

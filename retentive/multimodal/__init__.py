@@ -1,12 +1,13 @@
 """Pictures and sound from files to the rows that a model's encoders read; needs the extra `multimodal`.
 
     prepare("digits/train.jsonl", "data/digits", image={"size": 28, "patch": 7, "channels": 1})
+    Opener.of(model).rows("image", Path("cat.png"))
 
 What becomes of rows is in `models/encoders.py`; what messages hold, in `data/media.py`.
 """
 
 from retentive.multimodal.audio import open_audio
 from retentive.multimodal.image import open_image
-from retentive.multimodal.prepare import prepare
+from retentive.multimodal.prepare import Opener, prepare
 
-__all__ = ["open_audio", "open_image", "prepare"]
+__all__ = ["Opener", "open_audio", "open_image", "prepare"]

@@ -56,10 +56,10 @@ def stream_audio(
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name} is no sound of WAV, FLAC or OGG ({error.error_string})") from None
     with file:
-        if file.format.startswith("WAV"):
-            _check_whole(source, name)
         if file.format not in FORMATS:
             raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
+        if file.format.startswith("WAV"):
+            _check_whole(source, name)
         if file.samplerate not in RATES:
             raise ValueError(f"{name} has {file.samplerate:,} samples a second, expected {RATES[0]:,} to {RATES[-1]:,}")
         if not file.frames:

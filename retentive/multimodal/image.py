@@ -48,7 +48,7 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         raise ValueError(too_many) from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
-    except Exception as error:  # a decoder meets any bytes: a bomb by pillow's own bound, a broken head
+    except Exception as error:  # a decoder meets any bytes
         raise ValueError(f"{name} cannot be opened as a picture ({error})") from None
     width, height = picture.size
     if width * height > MOST_PIXELS:

@@ -14,16 +14,16 @@ import numpy as np
 from retentive.data.media import Media
 from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
-from retentive.models.encoders import AudioConfig, Config, ImageConfig
+from retentive.models import LanguageModel
+from retentive.models.encoders import AudioConfig, Config, ImageConfig, encoders_of
 from retentive.multimodal.audio import open_audio, stream_audio
 from retentive.multimodal.image import open_image
 
 SEEN = ("size", "patch", "channels")
 HEARD = ("rate", "mels", "window", "hop", "stack")
 """The fields of encoders' configs that say how files become rows; the others are the model's."""
-
-
 UNSAID = "it holds {0}, and nothing says how that becomes tokens (--{0})"
+"""What is said of a kind that is to be packed and has no fields."""
 
 
 class Opener:
@@ -35,6 +35,11 @@ class Opener:
 
     def __init__(self, configs: Mapping[str, Config], missing: str = "the model has no encoder for {0}"):
         self.configs, self.missing = configs, missing
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> "Opener":
+        """What opens files for a model, as its own encoders see and hear."""
+        return cls({kind: encoder.config for kind, encoder in encoders_of(model).items()})
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
         if "://" in name or name.startswith("data:"):

@@ -28,11 +28,11 @@ def senses(model: LanguageModel) -> Rows | None:
     Raises:
         ImportError: it has encoders, and what opens files for them is not installed (extra `multimodal`).
     """
-    if not (encoders := encoders_of(model)):
+    if not encoders_of(model):
         return None
     from retentive.multimodal.prepare import Opener  # an extra
 
-    return Opener({kind: encoder.config for kind, encoder in encoders.items()}).rows
+    return Opener.of(model).rows
 
 
 def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> str | list[str | Media]:

@@ -12,7 +12,6 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 
@@ -25,12 +24,13 @@ from retentive.data.templates import ChatTemplate, template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss
 from retentive.infer import SamplingParams, generate, write_on
+from retentive.infer.media import Rows, read
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.models.encoders import Config as Encoder
-from retentive.models.encoders import encoders_of, hidden, with_encoders
+from retentive.models.encoders import encoders_of, with_encoders
 from retentive.ops import backends
 from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
@@ -307,22 +307,18 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, toke
     return text
 
 
-@torch.no_grad()
 def sample_answer(
     model: LanguageModel,
     template: ChatTemplate,
     ids: list[int],
-    rows: Mapping[str, np.ndarray] | None = None,
+    rows: Rows | None = None,
     *,
     tokens: int = 80,
 ) -> str:
     """A conversation's ids and the model's answer to them as text, always with the same seed; rows: its media."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    read, state = torch.tensor([ids[:-1]], device=model.device), None
-    if read.numel():
-        given = {kind: torch.from_numpy(x).to(model.device) for kind, x in (rows or {}).items()}
-        state = hidden(model.eval(), read, rows=given)[1]
+    state = read(model.eval(), ids[:-1], rows or {}) if len(ids) > 1 else None
     stop_ids = sorted(template.stop_ids)
     answer = generate(model.eval(), ids[-1:], params, max_tokens=tokens, stop_ids=stop_ids, state=state)
     said = [id for id in ids if id < template.tokenizer.vocab_size]  # of pictures and sound there is no text

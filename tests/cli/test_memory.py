@@ -239,7 +239,7 @@ BAD = {
     "a-picture": (
         lambda: put("a.png", b"\x89PNG"),
         [*WRITE, "a.png"],
-        "the model has no encoder for image: it was trained without any",
+        "the model has no encoder for image",
     ),
     "taken": (lambda: None, ["write", "run", STORIES[0], "--out", "lib.mem"], "lib.mem exists: choose another file"),
     "missing-run": (lambda: shutil.rmtree("run"), [*WRITE, STORIES[0]], "no model folder at"),
