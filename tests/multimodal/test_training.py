@@ -26,7 +26,7 @@ from retentive.infer import batch
 from retentive.models import RetNet
 from retentive.models.encoders import hidden
 from retentive.multimodal import open_audio, open_image, prepare
-from retentive.train import TrainRun
+from retentive.train import SftRun, TrainConfig, TrainRun
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
 AUDIO = {"rate": 8000, "mels": 8, "stack": 2}
@@ -151,6 +151,15 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
     packed(image={**IMAGE, "patch": 2}, overwrite=True)
     with refuses("seeing has image patch 4, data has 2: pack the data alike"):
         TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
+
+
+def test_fine_tuning_reads_whole_conversations(place):
+    packed()
+    TrainRun.of("data", "run", steps=1, **TRAINED).run(quiet=True)
+    how = TrainConfig(steps=1, warmup=1, sample_every=0, precision="fp32", device="cpu")
+    SftRun("run", ("data",), place / "tuned", length=128, train=how).run(quiet=True)
+    assert json.loads((place / "tuned/train.json").read_text())["command"]["mode"] == "whole"
+    assert set(load_encoders(place / "tuned")) == {"image", "audio"}
 
 
 def test_what_is_refused(place, refuses):

@@ -167,6 +167,15 @@ def test_what_is_wrong_is_named(server, case):
     assert server.idle() and set(server.service.sessions.held) == before
 
 
+def test_an_answer_is_text(server):
+    turns = [("user", "a"), ("assistant", [seen(picture(1))]), ("user", "b")]
+    body = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    response = server.http().post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages[1].content")
+    assert error["message"] == "an answer is text: pictures and sounds are the user's"
+
+
 def test_the_page_is_told_what_it_may_send(server, retnet):
     assert server.http().get("/v1/info").json()["media"] == ["audio", "image"]
     assert retnet.http().get("/v1/info").json()["media"] == []
