@@ -96,5 +96,6 @@ def show(result: dict, command: CompareCommand, typed: str) -> None:
     print(table(result))
     if command.json:
         write_json(command.json, {"command": typed, **result})
-        title = f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {result['hardware']['cpu']}"
+        machines = " and ".join(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
+        title = f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {machines}"
         write_together({command.json.with_suffix(".png"): lambda path: plot(result, path, title=title)})
