@@ -152,6 +152,33 @@ def test_digits_to_see(tmp_path):
         assert len(files) == 16 and texts == ["Which digit is number 3?"] and answer == label(files[2])
 
 
+def test_emoji_to_name(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="pictures need pip install 'retentive[multimodal]'")
+    folder = tmp_path / "package/img/google/64"
+    folder.mkdir(parents=True)
+    random, emoji = np.random.default_rng(0), []
+    for n in range(30):
+        tones = {tone: {"image": f"{n}-{tone}.png"} for tone in "ab"} if n < 10 else {}
+        for file in (f"{n}.png", *(tone["image"] for tone in tones.values())):
+            image.fromarray(random.integers(0, 256, (64, 64, 4), np.uint8)).save(folder / file)
+        of_all = {"name": f"NAME {n}", "image": f"{n}.png", "has_img_google": n != 29}
+        emoji.append(of_all | ({"skin_variations": tones} if tones else {}))
+    (tmp_path / "package/emoji.json").write_text(json.dumps(emoji))
+    assert prepared("emoji.py", "package", "out", cwd=tmp_path) == ""
+    out = tmp_path / "out"
+    assert (out / "names.txt").read_text().splitlines() == sorted(f"name {n}" for n in range(29))
+    trained, kin, new = ({(files[0].split("+")[0].removesuffix(".png"), answer) for files, _, answer in shown(
+        out / f"{name}.jsonl")} for name in ("train", "kin", "new"))  # fmt: skip
+    assert len(trained) == 45 and len(kin | new) == 4  # 49 pictures, one in ten held out
+    assert not trained & (kin | new) and all(file.split("/")[1].split("-")[0] == name[5:] for file, name in trained)
+    names = {name for _, name in trained}
+    assert {name for _, name in kin} <= names and not {name for _, name in new} & names
+    assert len(shown(out / "train.jsonl")) == 13 * 45
+    for file in (out / "pictures").iterdir():
+        with image.open(file) as picture:
+            assert picture.size == (64, 64)
+
+
 def test_digits_to_hear(tmp_path):
     soundfile = pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
     pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")

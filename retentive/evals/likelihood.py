@@ -90,6 +90,29 @@ def score(
     return scores
 
 
+@torch.no_grad()
+def score_from(model: LanguageModel, state: Any, requests: Sequence[Request]) -> list[Score]:
+    """The scores of requests that all go on from what `state` has read; it stays as it is.
+
+    Raises:
+        ArithmeticError: the model's logits are not finite.
+    """
+    scores: list[Score] = []
+    with in_eval_mode(model):
+        begin = 0
+        while begin < len(requests):
+            count = most = 0
+            for request in requests[begin : begin + max(1, STATES // max(1, state.nbytes))]:
+                most = max(most, len(request.context) + len(request.continuation))
+                if count and most * (count + 1) > BUDGET:
+                    break
+                count += 1
+            part = list(requests[begin : begin + count])
+            scores += _continue(model, part, state.select(torch.zeros(count, dtype=torch.int64)))
+            begin += count
+    return scores
+
+
 @contextmanager
 def in_eval_mode(model: LanguageModel) -> Iterator[None]:
     """Dropout and the like are off within the block; then the model is as it was, after an error too."""

@@ -1,12 +1,13 @@
-"""Answers that a model writes, beside those that people gave: translations, summaries, short answers, small talk.
+"""Answers that a model writes, or names that it chooses, beside those that people gave.
 
     translation     bleu, chrf                by sacrebleu, whose signature goes with the result
     summarisation   rouge1, rouge2, rougeL    by rouge-score; lead_…: those of the question's first three sentences
     answers         exact                     the same but for case, white space and a full stop
     transcription   wer                       words that are wrong, missing or too many, over those of the references
     dialogue        distinct1, distinct2      different words, and pairs of them, among all that were written
-    all of them     ended                     the share of answers that the model ended itself
-                    loss                      nats a token of the references, each token after those before it
+    all of these    ended                     the share of answers that the model ended itself
+    naming          first, first10, …         one of many names: evals/naming.py
+    all of them     loss                      nats a token of the references, each token after those before it
 
 The file of a task has a conversation a line, as `retentive sft` reads them (data/chats.py): TASK.jsonl, or NAME.jsonl
 for TASK:NAME. All but its last answer is read, by the model's own chat template; that answer is the reference.
@@ -23,10 +24,11 @@ from typing import Any, NamedTuple
 from retentive.data.chats import Conversation, chats
 from retentive.data.media import Open, text_of
 from retentive.data.templates import ChatTemplate
-from retentive.evals.likelihood import Progress, Request, score
+from retentive.evals.likelihood import Progress, Request, in_eval_mode, score, score_from
+from retentive.evals.naming import naming
 from retentive.evals.stats import Interval, ratio_interval, wilson
 from retentive.infer.batch import generate_batch, together
-from retentive.infer.media import rows_of
+from retentive.infer.media import read, rows_of
 from retentive.models import LanguageModel
 from retentive.models.encoders import encoders_of
 
@@ -103,13 +105,19 @@ def score_replies(
         asked[name] = list(islice(chats(file, media=opener), limit))
     for name, conversations in asked.items():
         progress(name, len(conversations), 0)
-        how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
-        how |= {"max_length": max_length, "done": partial(progress, name, len(conversations))}
-        found = replies(model, template, conversations, **how)
-        new = [*KINDS[kind_of(name)](found), share("ended", [each.ended for each in found])]
+        done = partial(progress, name, len(conversations))
+        if (metrics := KINDS[kind_of(name)]) is None:
+            if max_length is not None:
+                raise ValueError(f"{name} reads questions whole: leave out --max-length")
+            new, new_records = naming(model, template, conversations, folder, done=done)
+        else:
+            how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
+            found = replies(model, template, conversations, max_length=max_length, **how, done=done)
+            new = [*metrics(found), share("ended", [each.ended for each in found])]
+            new_records = [each._asdict() for each in found]
         new += loss(model, template, conversations, max_length=max_length)
-        rows += [{"task": name, "shots": 0, "n": len(found), **row} for row in new]
-        records += [{"task": name, **each._asdict()} for each in found]
+        rows += [{"task": name, "shots": 0, "n": len(conversations), **row} for row in new]
+        records += [{"task": name, **each} for each in new_records]
     return rows, records
 
 
@@ -232,14 +240,15 @@ def dialogue(found: Sequence[Answered]) -> list[dict[str, Any]]:
     return rows
 
 
-KINDS: dict[str, Metrics] = {
+KINDS: dict[str, Metrics | None] = {
     "translation": translation,
     "summarisation": summarisation,
     "answers": answers,
     "transcription": transcription,
     "dialogue": dialogue,
+    "naming": None,
 }
-"""The tasks, and what they are scored by."""
+"""The tasks, and what their answers are scored by; None where nothing is written."""
 SCORERS = {"translation": "sacrebleu", "summarisation": "rouge_score"}
 """What is needed for it."""
 
@@ -253,12 +262,7 @@ def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
 def loss(
     model: LanguageModel, template: ChatTemplate, conversations: Sequence[Conversation], *, max_length: int | None
 ) -> list[dict[str, Any]]:
-    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer.
-
-    Nor for conversations about pictures and sound, which are not scored here.
-    """
-    if any(rows_of(each.messages) for each in conversations):
-        return []
+    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer."""
     try:
         spelt = template.taught([each.messages for each in conversations])
     except ValueError:
@@ -267,11 +271,19 @@ def loss(
     for ids, answered in spelt:
         begin = len(ids) - answered[::-1].index(False)  # of the last answer
         asked.append(Request(ids[:begin][-(max_length or 0) :], ids[begin:]))
-    requests, groups = iter(asked), list[list[Request]]()
-    for count, contexts in together([request.context for request in asked]):
-        part = [next(requests) for _ in contexts]
-        groups += [part] if count else [[request] for request in part]
-    found = [each for group in score(model, groups) for each in group]
+    rows = [rows_of(each.messages) for each in conversations]
+    if any(rows):  # read one by one, as questions with pictures and sound are
+        found = []
+        with in_eval_mode(model):
+            for (context, answer), of_one in zip(asked, rows, strict=True):
+                state = read(model, context[:-1], of_one) if len(context) > 1 else model.init_state(1)
+                found += score_from(model, state, [Request(context[-1:], answer)])
+    else:
+        requests, groups = iter(asked), list[list[Request]]()
+        for count, contexts in together([request.context for request in asked]):
+            part = [next(requests) for _ in contexts]
+            groups += [part] if count else [[request] for request in part]
+        found = [each for group in score(model, groups) for each in group]
     losses, counts = [-each.logprob for each in found], [float(each.tokens) for each in found]
     around: Interval = ratio_interval(losses, counts, draws=DRAWS)
     return [{"metric": "loss", "value": sum(losses) / sum(counts), "interval": around}]

@@ -71,6 +71,13 @@ def _is(*kinds: str) -> Callable[[str, Result], bool]:
     return lambda kind, result: kind in kinds
 
 
+def _replies(of_media: bool) -> Callable[[str, Result], bool]:
+    """A `Section.takes` for files of `bench replies`: those of models that see or hear, or the others."""
+    return lambda kind, result: (
+        kind == "bench replies" and of_media == any(row.get("encoders") for row in result["rows"])
+    )
+
+
 def _eval(by_context: bool) -> Callable[[str, Result], bool]:
     """A `Section.takes` for files of `retentive eval`: those with rows by context length, or the others."""
     return lambda kind, result: kind == "eval" and by_context == any("context" in row for row in result["results"])
@@ -152,8 +159,15 @@ SECTIONS = (
         "Talking, translating, summarising",
         "What does a small model learn to say, and how does its Transformer twin do after the same tokens?",
         "",
-        _is("bench replies"),
+        _replies(of_media=False),
         "The paper names translation, summarisation and dialogue, and measures none of them by generation.",
+    ),
+    Section(
+        "Seeing and listening",
+        "What does a small model make of pictures and sound, and what its Transformer twin after the same tokens?",
+        "",
+        _replies(of_media=True),
+        "The paper names multimodal models among what it leaves to later work.",
     ),
     Section(
         "Serving, memory, scoring",

@@ -17,6 +17,7 @@ from retentive.checkpoint.io import find
 from retentive.data.templates import load_template
 from retentive.evals.replies import KINDS, kind_of, score_replies
 from retentive.models import cost
+from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 
 PICTURE = "What models answer"
@@ -26,6 +27,7 @@ SHOWN = {
     "answers": {"exact": 100},
     "transcription": {"wer": 100},
     "dialogue": {"distinct1": 100, "distinct2": 100, "ended": 100},
+    "naming": {"first": 100, "first10": 100, "found": 100, "found10": 100},
 }
 """The metrics of the picture, and what makes each a number up to 100."""
 BESIDE = {"lead_": "first three sentences", "people_": "people"}
@@ -39,7 +41,7 @@ class Options:
     models: tuple[str, ...]
     """Run directories or model folders."""
     tasks: tuple[str, ...]
-    """TASK, or TASK:NAME for NAME.jsonl: translation, summarisation, answers, transcription, dialogue."""
+    """TASK, or TASK:NAME for NAME.jsonl: translation, summarisation, answers, transcription, dialogue, naming."""
     data: Path
     """Folder of the tasks' files."""
     limit: int | None = None
@@ -82,6 +84,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
                 max_tokens=options.max_tokens, beams=beams, temperature=options.temperature,
             )  # fmt: skip
             of_model = {"model": label, "parameters": cost.parameters(model.config), "beams": beams}
+            of_model |= {"encoders": list(encoders_of(model))}
             rows += [of_model | row for row in found]
             scores = (f"{row['task']} {row['metric']} {row['value']:.4g}" for row in found)
             say(f"{label}, {time.perf_counter() - began:.0f} s: {', '.join(scores)}")

@@ -1,0 +1,112 @@
+"""Which name belongs to what is shown or asked: all names are scored, by the likelihood of each as the answer.
+
+    first, first10     the share of questions whose own name is the likeliest of all names, or among the ten likeliest
+    found, found10     the other way round: the share of names whose own question is the first of all questions, or
+                       among the first ten, by p(name | question) among all names
+
+The names are the lines of names.txt beside the task's file; where there is none, the different answers of the file.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive.data.chats import Conversation
+from retentive.data.templates import ChatTemplate
+from retentive.evals.likelihood import Request, in_eval_mode, score_from
+from retentive.evals.stats import wilson
+from retentive.infer.media import read, rows_of
+from retentive.models import LanguageModel
+
+NAMES = "names.txt"
+TEN = 10
+
+
+def names_of(conversations: Sequence[Conversation], folder: Path) -> list[str]:
+    """The names to choose from, each once.
+
+    Raises:
+        ValueError: fewer than two, or one of the conversations has another answer.
+    """
+    own = [each.messages[-1]["content"] for each in conversations]
+    file = folder / NAMES
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else own
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(names) < 2:
+        raise ValueError(f"{file if file.is_file() else folder}: {len(names)} names, of which none can be chosen")
+    if unknown := [each for each in conversations if each.messages[-1]["content"] not in names]:
+        raise ValueError(f"{unknown[0].name}: {unknown[0].messages[-1]['content']!r} is no line of {file}")
+    return names
+
+
+def score_names(
+    model: LanguageModel,
+    template: ChatTemplate,
+    conversations: Sequence[Conversation],
+    names: Sequence[str],
+    *,
+    done: Callable[[int], object] = lambda n: None,
+) -> torch.Tensor:
+    """log p(name | question) among the names, float64 `[questions, names]`.
+
+    Raises:
+        ValueError: a template that ends no answer with a token.
+        ArithmeticError: the model's logits are not finite.
+    """
+    spelt = template.taught([[_said("user", "?"), _said("assistant", name)] for name in names])
+    answers = [[id for id, taught in zip(*each, strict=True) if taught] for each in spelt]
+    order = sorted(range(len(names)), key=lambda n: len(answers[n]))  # rows of a batch are about as long
+    found = torch.empty(len(conversations), len(names), dtype=torch.float64)
+    with in_eval_mode(model):
+        for n, each in enumerate(conversations):
+            ids = template.first(each.messages[:-1])
+            state = read(model, ids[:-1], rows_of(each.messages)) if len(ids) > 1 else model.init_state(1)
+            scores = score_from(model, state, [Request(ids[-1:], answers[m]) for m in order])
+            found[n, order] = torch.tensor([score.logprob for score in scores], dtype=torch.float64)
+            done(n + 1)
+    return found.log_softmax(1)
+
+
+def naming(
+    model: LanguageModel,
+    template: ChatTemplate,
+    conversations: Sequence[Conversation],
+    folder: Path,
+    *,
+    done: Callable[[int], object] = lambda n: None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(a row for each metric, a record for each question: its name, that name's rank, the likeliest ten).
+
+    Raises:
+        ValueError, ArithmeticError: as `names_of` and `score_names`.
+    """
+    names = names_of(conversations, folder)
+    right = torch.tensor([names.index(each.messages[-1]["content"]) for each in conversations])
+    p = score_names(model, template, conversations, names, done=done)
+    own = p.gather(1, right[:, None])
+    ranks = 1 + (p > own).sum(1)
+    rows = [_share("first", ranks, 1), _share(f"first{TEN}", ranks, TEN)]
+    asked = sorted(set(right.tolist()))
+    # the best of a name's questions against all those that are not its own
+    best = torch.stack([p[right == name, name].max() for name in asked])
+    others = torch.stack([(p[right != name, name] > top).sum() for name, top in zip(asked, best, strict=True)])
+    rows += [_share("found", 1 + others, 1), _share(f"found{TEN}", 1 + others, TEN)]
+    for row in rows:
+        row["names"] = len(names)
+    likeliest = p.topk(min(TEN, len(names)), 1).indices.tolist()
+    records = [
+        {"name": each.name, "reference": names[int(mine)], "rank": int(rank), "likeliest": [names[m] for m in first]}
+        for each, mine, rank, first in zip(conversations, right, ranks, likeliest, strict=True)
+    ]
+    return rows, records
+
+
+def _share(metric: str, ranks: torch.Tensor, most: int) -> dict[str, Any]:
+    hits = int((ranks <= most).sum())
+    return {"metric": metric, "value": hits / len(ranks), "interval": wilson(hits, len(ranks))}
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
