@@ -17,14 +17,18 @@ from rich.console import Console
 from retentive.checkpoint.io import find
 from retentive.cli.info import megabytes
 from retentive.cli.loading import Loading
+from retentive.data.media import SUFFIXES, Media
 from retentive.data.templates import load_template
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, load_memory, save
+from retentive.infer.text import from_the_first_word
 from retentive.infer.writing import TEXT
+from retentive.models import LanguageModel
 
 HELP = """\
+/show FILE   a picture or a sound, which the next message is about
 /save NAME   keep all that was said and read in a file
 /load NAME   go on from such a file
 /forget      begin anew
@@ -79,6 +83,8 @@ class Talk:
         """Seconds from the last question to the first text of its answer, and from there to its end."""
         self.failed = False
         """Whether a /save has failed, or a command was unknown."""
+        self.shown: list[Media] = []
+        """The pictures and sounds that the next message begins with."""
 
     def until_the_input_ends(self) -> None:
         """Read lines and answer them. An error or Ctrl-C ends one line at a terminal; in a script it ends all."""
@@ -107,7 +113,7 @@ class Talk:
                 if not self.at_terminal:
                     raise
                 print()
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, ImportError) as error:
                 if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
                     error = ValueError(f"the message is not UTF-8 text ({error.reason} at {error.start})")
                 if not self.at_terminal:
@@ -117,9 +123,11 @@ class Talk:
     def answer(self, message: str) -> None:
         """Print it as it comes."""
         visible, began, self.first = sys.stdout.isatty(), time.perf_counter(), 0.0
-        said = self.conversation.say(message, self.command.sampling, max_tokens=self.command.max_tokens)
+        content = [*self.shown, message] if self.shown else message
+        self.shown = []
+        said = self.conversation.say(content, self.command.sampling, max_tokens=self.command.max_tokens)
         with closing(said) as pieces:  # on Ctrl-C the conversation remembers at once what came so far
-            for piece in pieces:
+            for piece in from_the_first_word(pieces):
                 self.first = self.first or time.perf_counter() - began
                 if visible:  # a model may write anything: no escape sequences to the terminal
                     piece = "".join(c for c in piece if c.isprintable() or c in "\n\t")
@@ -146,7 +154,7 @@ class Talk:
         """Carries out a command such as `/save tea`; what is to be printed.
 
         Raises:
-            ValueError, OSError: a bad name, a file that cannot be loaded.
+            ValueError, OSError, ImportError: a bad name, a file that cannot be loaded or shown.
         """
         conversation, memory = self.conversation, self.conversation.memory
         verb, _, name = line.partition(" ")
@@ -163,9 +171,14 @@ class Talk:
                 return f"not saved, the conversation goes on: {error}"
             return f"saved {self.read:,} tokens' memory: {path}"
         if verb == "/load":
+            self.shown = []
             conversation.memory = load_memory(path, conversation.engine.model, memory.model)
             return f"going on after {self.read:,} tokens"
+        if verb == "/show":
+            self.shown.append(opened(conversation.engine.model, name))
+            return f"{name}: {len(self.shown[-1].rows):,} tokens, read with the next message"
         if verb == "/forget":
+            self.shown = []
             conversation.memory = blank(conversation.engine.model, memory.model)
             return "forgotten"
         if verb == "/stats":
@@ -174,3 +187,18 @@ class Talk:
             return HELP
         self.failed = True  # not raised, for the same reason as above
         return f"unknown command {verb}: /help tells them"
+
+
+def opened(model: LanguageModel, name: str) -> Media:
+    """The picture or sound in a file, as the model sees and hears it.
+
+    Raises:
+        ValueError, OSError: no file, none of these, or the model has no encoder for it.
+        ImportError: without the extra `multimodal`.
+    """
+    kind = SUFFIXES.get(Path(name).suffix.lower())
+    if kind is None:
+        raise ValueError(f"/show needs a picture or a sound ({' '.join(SUFFIXES)}), got {name!r}")
+    from retentive.multimodal.prepare import Opener  # an extra
+
+    return Opener.of(model)(kind, name, folder=Path())

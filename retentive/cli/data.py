@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from retentive import multimodal
 from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
@@ -30,7 +31,8 @@ class DataCommand:
     out: Path
     """The folder to write."""
     image: Mapping[str, Any] = field(default_factory=dict)
-    """The conversations hold pictures, which are seen so: size=64 patch=8 channels=3, if nothing follows."""
+    """The conversations hold pictures, which are seen so: size=64 patch=8 channels=3, if nothing follows. As the model
+    of --tokenizer sees them, if it does and neither this nor --audio is given."""
     audio: Mapping[str, Any] = field(default_factory=dict)
     """They hold sound, which is heard so: rate=16000 mels=40 window=25 hop=10 stack=4, if nothing follows."""
     config: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> None:
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
     if media and not command.config.chats:
         raise ValueError(f"--{next(iter(media))} is of conversations: add --chats")
+    if not media and command.config.chats:
+        media = multimodal.fields_of(command.config.tokenizer)
     console = Console()
 
     def say(remark: str) -> None:
@@ -51,8 +55,6 @@ def main(argv: list[str]) -> None:
     options = vars(command.config)
     with shown(sys.stdout) as progress:
         if media:
-            from retentive import multimodal
-
             options = {name: value for name, value in options.items() if name != "chats"} | media
             meta = multimodal.prepare(command.sources, command.out, progress=progress, say=say, **options)
         else:

@@ -18,7 +18,7 @@ from retentive.files import file_sha256
 from retentive.infer.generate import generate
 from retentive.infer.memory import Memory, blank
 from retentive.infer.sample import SamplingParams
-from retentive.infer.text import stream_text
+from retentive.infer.text import from_the_first_word, stream_text
 from retentive.models import LanguageModel
 from retentive.models.encoders import ImageConfig, encoders_of, hidden
 
@@ -110,7 +110,7 @@ def answer_to(
     """As `answer`, to the question that ends with these ids; `state` has read what comes before, and is used up."""
     stop_ids = sorted(template.stop_ids)
     tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
-    return _from_the_first_word(stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop]))
+    return from_the_first_word(stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop]))
 
 
 def remember(
@@ -166,15 +166,6 @@ def _around(template: ChatTemplate, kind: str, config: Any, question: str) -> tu
     ids = template.first([{"role": "user", "content": [one, question]}])
     at = ids.index(config.token)
     return ids[:at], ids[at + 1 :]
-
-
-def _from_the_first_word(pieces: Iterator[str]) -> Iterator[str]:
-    begun = False
-    for piece in pieces:
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
-        if piece:
-            yield piece
 
 
 def _spans(model: LanguageModel, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:

@@ -113,6 +113,16 @@ def stream_text(
         yield piece
 
 
+def from_the_first_word(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text, without white space before its first word, as templates put it before an answer."""
+    begun = False
+    for piece in pieces:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            yield piece
+
+
 def write_on(
     model: LanguageModel,
     tokenizer: Tokenizer,

@@ -8,6 +8,6 @@ What becomes of rows is in `models/encoders.py`; what messages hold, in `data/me
 
 from retentive.multimodal.audio import open_audio
 from retentive.multimodal.image import open_image
-from retentive.multimodal.prepare import Opener, prepare
+from retentive.multimodal.prepare import Opener, fields_of, prepare
 
-__all__ = ["Opener", "open_audio", "open_image", "prepare"]
+__all__ = ["Opener", "fields_of", "open_audio", "open_image", "prepare"]

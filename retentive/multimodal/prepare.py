@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from retentive.checkpoint.io import load_encoders
 from retentive.data.media import Media
 from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
@@ -64,6 +65,17 @@ class Opener:
         if kind not in self.configs:
             raise ValueError(self.missing.format(kind))
         return self.configs[kind]
+
+
+def fields_of(model: str | Path) -> dict[str, dict[str, Any]]:
+    """`prepare`'s image and audio for conversations with the model of a folder: as it sees and hears.
+
+    Nothing for a model that only reads, and where there is no model.
+    """
+    folder = Path(model)
+    found = load_encoders(folder) if (folder / "config.json").is_file() else {}
+    names = {"image": SEEN, "audio": HEARD}
+    return {kind: {name: getattr(config, name) for name in names[kind]} for kind, config in found.items()}
 
 
 def prepare(

@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from retentive import multimodal
 from retentive.checkpoint.io import find, load_config
 from retentive.data.chats import chat_files
 from retentive.data.loader import Mode
@@ -139,6 +140,8 @@ class SftRun:
         sources = (*self.data, *([self.valid] if self.valid else []))
         files = [(name, file_sha256(path)) for source in sources for name, path in chat_files(source).items()]
         made_from = repr((load_tokenizer(base).sha256, template, self.valid, self.valid_fraction, files))
+        if media := multimodal.fields_of(base):
+            made_from += repr(media)
         digest = hashlib.sha256(made_from.encode()).hexdigest()
         return self.out.with_name(f"{self.out.name}-data-{digest[:8]}")
 
@@ -146,11 +149,14 @@ class SftRun:
         """Packs the conversations into the folder; whether that had to be done."""
         if (folder / "meta.json").is_file():
             return False
+        base = find(self.init)
+        options: dict[str, Any] = {"tokenizer": str(base), "template": self.template, "say": say}
+        options |= {"valid": self.valid, "valid_fraction": self.valid_fraction}
         with shown() as progress:
-            prepare(
-                self.data, folder, chats=True, tokenizer=str(find(self.init)), template=self.template,
-                valid=self.valid, valid_fraction=self.valid_fraction, progress=progress, say=say,
-            )  # fmt: skip
+            if media := multimodal.fields_of(base):  # it may be shown pictures and sound
+                multimodal.prepare(self.data, folder, **media, progress=progress, **options)
+            else:
+                prepare(self.data, folder, chats=True, progress=progress, **options)
         return True
 
 

@@ -1,5 +1,6 @@
 """Conversations with pictures and sound, from files to a trained model: packed, learnt, resumed, loaded, quantised."""
 
+import io
 import json
 import shutil
 
@@ -19,13 +20,17 @@ from retentive.checkpoint import load, save_model
 from retentive.checkpoint.io import load_encoders
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
+from retentive.data.chats import chats
 from retentive.data.packed import Packed
+from retentive.data.templates import load_template
 from retentive.evals import evaluate
 from retentive.evals.heldout import held_out_loss
+from retentive.evals.replies import loss
 from retentive.infer import batch
+from retentive.infer.media import rows_of
 from retentive.models import RetNet
 from retentive.models.encoders import hidden
-from retentive.multimodal import open_audio, open_image, prepare
+from retentive.multimodal import Opener, open_audio, open_image, prepare
 from retentive.train import SftRun, TrainConfig, TrainRun
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
@@ -160,6 +165,55 @@ def test_fine_tuning_reads_whole_conversations(place):
     SftRun("run", ("data",), place / "tuned", length=128, train=how).run(quiet=True)
     assert json.loads((place / "tuned/train.json").read_text())["command"]["mode"] == "whole"
     assert set(load_encoders(place / "tuned")) == {"image", "audio"}
+    # the same from the files themselves, seen and heard as the model does
+    SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how).run(quiet=True)
+    (folder,) = place.glob("more-data-*")
+    assert Packed(folder).media == Packed("data").media and load_encoders(place / "more") == load_encoders(
+        place / "run"
+    )
+    main(["data", "train.jsonl", "--chats", "--tokenizer", "run", "--out", "again"])
+    assert Packed("again").media == Packed("data").media
+
+
+def test_the_loss_of_answers_about_pictures(place):
+    packed()
+    TrainRun.of("data", "run", steps=60, **TRAINED).run(quiet=True)
+    model, tokenizer = load("run")
+    template = load_template(place / "run", tokenizer)
+    conversations = list(chats("valid.jsonl", media=Opener.of(model)))
+    (row,) = loss(model, template, conversations, max_length=None)
+    total = count = 0.0
+    for each in conversations:  # by the definition: each token after those before it
+        ids, taught = template.taught([each.messages])[0]
+        begin = len(ids) - taught[::-1].index(False)
+        rows = {kind: torch.from_numpy(x) for kind, x in rows_of(each.messages).items()}
+        with torch.no_grad():
+            logprobs = model.head(hidden(model, torch.tensor([ids]), rows=rows)[0])[0].log_softmax(-1)
+        total -= float(logprobs[begin - 1 : -1].gather(1, torch.tensor(ids[begin:])[:, None]).sum())
+        count += len(ids) - begin
+    assert row["value"] == pytest.approx(total / count, rel=1e-3)  # float32, a few tokens of a sharp model
+    assert count == sum(len(each.messages[-1]["content"]) + 2 for each in conversations)
+
+
+def test_pictures_in_a_talk(place, capsys, monkeypatch):
+    packed()
+    TrainRun.of("data", "run", steps=60, **TRAINED).run(quiet=True)
+    lines = "/show files/64.png\nDark?\n/forget\n/show files/65.png\nDark?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    main(["chat", "run", "--temperature", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["files/64.png: 4 tokens, read with the next message", "dark", "forgotten",
+                    "files/65.png: 4 tokens, read with the next message", "light"]  # fmt: skip
+    for wrong, why in (
+        ("/show train.jsonl", "/show needs a picture or a sound (.png"),
+        ("/show", "/show needs a picture or a sound (.png"),
+        ("/show files/none.png", "no file at files/none.png"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(wrong + "\nDark?\n"))
+        with pytest.raises(SystemExit):
+            main(["chat", "run"])
+        said = capsys.readouterr()
+        assert why in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
 def test_what_is_refused(place, refuses):
@@ -204,7 +258,8 @@ def test_it_is_judged_by_what_it_answers(place, monkeypatch):
     read, real = [], batch.read
     monkeypatch.setattr(batch, "read", lambda *given: read.append(1) or real(*given))
     found = evaluate("run", "answers", ".", max_tokens=9)
-    assert {row["metric"]: row["value"] for row in found.rows} == {"exact": 1.0, "ended": 1.0}
+    scores = {row["metric"]: row["value"] for row in found.rows}
+    assert scores.pop("loss") < 0.3 and scores == {"exact": 1.0, "ended": 1.0}
     assert len(read) == len(lines) and found.records[0]["question"] == "Dark?"
     with pytest.raises(ValueError, match="pictures and sound are read whole"):
         evaluate("run", "answers", ".", max_length=9)
