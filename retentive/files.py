@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -113,12 +114,12 @@ def write_text(path: Path, text: str) -> None:
     write_together({path: lambda partial: partial.write_text(text, encoding="utf-8", newline="\n")})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file, whole or not at all, with the permissions that new files have here."""
     write_together({path: lambda partial: save_tensors(partial, tensors, metadata)})
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """As `write_tensors`, but directly to `path`: for the functions that `write_together` and `replace_folder` call.
 
     Raises:
@@ -127,13 +128,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; safetensors makes files that their owner alone may read
     try:
+        from safetensors.torch import save_file  # and with it torch, which not all who write files need
+
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"cannot write {path.name}: {str(error).removeprefix('Error while serializing: ')}") from None
     path.chmod(mode)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """(tensors by name, metadata) of one safetensors file.
 
     Raises:

@@ -66,6 +66,9 @@ def test_python(page, place, monkeypatch):
             continue
         if "infer.structured" in code:
             pytest.importorskip("llguidance", reason="needs the extra `structured`")
+        if "onnx_run" in code:
+            pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+            cli.main(["export", "runs/mine", "--to", "onnx", "--out", "novels"])
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compiled, names)
         assert not output or printed.getvalue() == output
@@ -77,7 +80,7 @@ class Parsed(BaseException):
 
 def commands(text: str) -> list[str]:
     """Lines that call `retentive`, in blocks of shell or indented, without remarks."""
-    shell = "\n".join(re.findall(r"^```(?:sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    shell = "\n".join(re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     indented = re.findall(r"^    (?=(?:\w+=\S+ )?retentive ).*$", text, re.MULTILINE)
     lines = [*shell.splitlines(), *indented]
     found = [re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )?(retentive .*)", line) for line in lines]
@@ -96,6 +99,8 @@ def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)  # where recipes/ is
     for command in commands(read(page)):
         words = [word.replace("…", "") or "x" for word in shlex.split(command, comments=True)[1:]]
+        # a reader's copy of a recipe
+        words = [f"recipes/{word}" if (ROOT / "recipes" / word).is_file() else word for word in words]
         with pytest.raises(Parsed):
             cli.run([{"SIZE": "5m", "RUN": "runs/mine"}.get(word, word) for word in words])
 

@@ -13,6 +13,7 @@ import retentive
 
 FLOORS = [
     "files machine threads options",
+    "sampling",
     "ops",
     "layers",
     "models data",

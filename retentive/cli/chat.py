@@ -24,8 +24,8 @@ from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, load_memory, save
 from retentive.infer.text import from_the_first_word
-from retentive.infer.writing import TEXT
 from retentive.models import LanguageModel
+from retentive.sampling import TEXT
 
 HELP = """\
 /show FILE   a picture or a sound, which the next message is about

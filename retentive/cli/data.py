@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from retentive import multimodal
+from retentive.checkpoint.io import load_encoders
 from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
@@ -45,8 +45,11 @@ def main(argv: list[str]) -> None:
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
     if media and not command.config.chats:
         raise ValueError(f"--{next(iter(media))} is of conversations: add --chats")
-    if not media and command.config.chats:
-        media = multimodal.fields_of(command.config.tokenizer)
+    folder = Path(command.config.tokenizer)
+    if not media and command.config.chats and (folder / "config.json").is_file() and load_encoders(folder):
+        from retentive.multimodal import fields_of
+
+        media = fields_of(folder)
     console = Console()
 
     def say(remark: str) -> None:
@@ -55,6 +58,8 @@ def main(argv: list[str]) -> None:
     options = vars(command.config)
     with shown(sys.stdout) as progress:
         if media:
+            from retentive import multimodal
+
             options = {name: value for name, value in options.items() if name != "chats"} | media
             meta = multimodal.prepare(command.sources, command.out, progress=progress, say=say, **options)
         else:

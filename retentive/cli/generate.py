@@ -9,14 +9,16 @@ import tyro
 
 import retentive
 from retentive.checkpoint.io import find
-from retentive.cli.loading import Loading, prompt_text, type_out
+from retentive.cli.loading import Loading
+from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import Media
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
 from retentive.infer.media import answer
-from retentive.infer.writing import TEXT, stream_generate
+from retentive.infer.writing import stream_generate
 from retentive.models import LanguageModel
+from retentive.sampling import TEXT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,6 @@
-"""What verbs for a model share: the flags that say which model and how it is loaded, and printing prompt and text."""
+"""What verbs for a model share: the flags that say which model, and how it is loaded."""
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated, Literal
 
 import torch
@@ -51,30 +48,3 @@ class Loading:
         if self.weights != "stored":
             model = quantize(model, BITS[self.weights], dtype=self.torch_dtype or torch.bfloat16)
         return with_engine(model, self.engine)
-
-
-def prompt_text(prompt: str) -> str:
-    """The prompt, or standard input where it is "-".
-
-    Raises:
-        ValueError: bytes that are no UTF-8 text.
-    """
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # Python reads bytes that are no UTF-8 in arguments as lone surrogates: they fail here
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        where = "standard input" if prompt == "-" else "the prompt"
-        raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
-    return text
-
-
-def type_out(prompt: str, pieces: Iterator[str]) -> None:
-    """Print a prompt and the pieces of text after it, as they come; nothing if an error comes before the first."""
-    first = next(pieces, "")
-    sys.stdout.write(prompt)
-    try:
-        for piece in chain([first], pieces):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:  # an error message, or the shell's prompt, begins on a line of its own
-        sys.stdout.write("\n")

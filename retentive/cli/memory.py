@@ -14,14 +14,16 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from retentive.checkpoint.io import find
-from retentive.cli.loading import Loading, prompt_text, type_out
+from retentive.cli.loading import Loading
 from retentive.cli.progress import Lines, say
+from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import SUFFIXES
 from retentive.data.templates import load_template
 from retentive.infer import SamplingParams, media, reading
 from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
-from retentive.infer.writing import TEXT, stream_generate
+from retentive.infer.writing import stream_generate
+from retentive.sampling import TEXT
 
 SHOWN = 20
 """Documents that are listed by name."""

@@ -5,62 +5,14 @@ depend on its own logits and its own generator only, whatever else is picked in 
 CPU: a vocabulary of logits is small, and a seed then gives the same tokens on every device.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from retentive.options import check_type
+from retentive.sampling import SamplingParams
 
 NOT_FINITE = "the model's logits are not finite: are there NaN in its weights?"
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is picked."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 picks the likeliest token (greedy)."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens whose probabilities sum up to p."""
-    min_p: float = 0.0
-    """Only tokens at least this fraction as likely as the likeliest."""
-    repetition_penalty: float = 1.0
-    """Tokens seen before are made less likely: positive logits divided by it, negative ones multiplied (CTRL, 2019)."""
-    bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens; -100 bans a token."""
-    seed: int | None = None
-    """The same seed gives the same tokens; None takes a new one each time."""
-
-    def __post_init__(self):
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            check_type(name, getattr(self, name), Real)
-        check_type("top_k", self.top_k, Integral)
-        if self.seed is not None:
-            check_type("seed", self.seed, Integral)
-        check_type("bias", self.bias, Mapping)
-        for token, bias in self.bias.items():
-            check_type("a token of bias", token, Integral)
-            check_type("a bias", bias, Real)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if not all(math.isfinite(x) for x in self.bias.values()):
-            raise ValueError(f"a bias must be a finite number, got {dict(self.bias)}; -100 bans a token")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {self.seed}")
 
 
 def check_bias(params: SamplingParams, vocab_size: int) -> None:

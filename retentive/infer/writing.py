@@ -23,9 +23,7 @@ from retentive.infer.speculative import speculate
 from retentive.infer.text import stops
 from retentive.models import LanguageModel
 from retentive.options import check_names, check_type
-
-TEXT = SamplingParams(temperature=0.8, top_p=0.95)
-"""The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
+from retentive.sampling import TEXT
 
 
 def generate(

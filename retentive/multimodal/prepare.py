@@ -70,12 +70,11 @@ class Opener:
 def fields_of(model: str | Path) -> dict[str, dict[str, Any]]:
     """`prepare`'s image and audio for conversations with the model of a folder: as it sees and hears.
 
-    Nothing for a model that only reads, and where there is no model.
+    Nothing for a model that only reads.
     """
-    folder = Path(model)
-    found = load_encoders(folder) if (folder / "config.json").is_file() else {}
     names = {"image": SEEN, "audio": HEARD}
-    return {kind: {name: getattr(config, name) for name in names[kind]} for kind, config in found.items()}
+    found = load_encoders(Path(model)).items()
+    return {kind: {name: getattr(config, name) for name in names[kind]} for kind, config in found}
 
 
 def prepare(

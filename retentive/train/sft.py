@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from retentive import multimodal
-from retentive.checkpoint.io import find, load_config
+from retentive.checkpoint.io import find, load_config, load_encoders
 from retentive.data.chats import chat_files
 from retentive.data.loader import Mode
 from retentive.data.packed import Packed
@@ -140,8 +139,8 @@ class SftRun:
         sources = (*self.data, *([self.valid] if self.valid else []))
         files = [(name, file_sha256(path)) for source in sources for name, path in chat_files(source).items()]
         made_from = repr((load_tokenizer(base).sha256, template, self.valid, self.valid_fraction, files))
-        if media := multimodal.fields_of(base):
-            made_from += repr(media)
+        if encoders := load_encoders(base):
+            made_from += repr(encoders)
         digest = hashlib.sha256(made_from.encode()).hexdigest()
         return self.out.with_name(f"{self.out.name}-data-{digest[:8]}")
 
@@ -153,7 +152,10 @@ class SftRun:
         options: dict[str, Any] = {"tokenizer": str(base), "template": self.template, "say": say}
         options |= {"valid": self.valid, "valid_fraction": self.valid_fraction}
         with shown() as progress:
-            if media := multimodal.fields_of(base):  # it may be shown pictures and sound
+            if load_encoders(base):  # it may be shown pictures and sound
+                from retentive import multimodal  # an extra
+
+                media = multimodal.fields_of(base)
                 multimodal.prepare(self.data, folder, **media, progress=progress, **options)
             else:
                 prepare(self.data, folder, chats=True, progress=progress, **options)

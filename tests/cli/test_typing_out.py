@@ -9,8 +9,8 @@ from retentive.cli.convert import ConvertCommand
 from retentive.cli.eval import EvalCommand
 from retentive.cli.generate import GenerateCommand
 from retentive.cli.info import InfoCommand
-from retentive.cli.loading import prompt_text, type_out
 from retentive.cli.memory import VERBS
+from retentive.cli.typing_out import prompt_text, type_out
 
 COMMANDS = {"generate": GenerateCommand, "eval": EvalCommand, "info": InfoCommand, "convert": ConvertCommand}
 

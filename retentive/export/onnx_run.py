@@ -1,0 +1,159 @@
+"""A RetNet in an ONNX graph, run by onnxruntime: numpy, tokenizers and onnxruntime are all it needs.
+
+    model = OnnxModel("novels/model.onnx")
+    logits = model.read([5, 6, 7])        and on from there: the state is kept
+    for id in generate(model, ids, SamplingParams(temperature=0), max_tokens=50): …
+
+The state is bound to its input and its output at once, so that it is not copied for each token. Runtimes do not promise
+that this is sound: it is tried when a graph is opened, and where it is not, two states take turns.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retentive.sampling import SamplingParams
+
+FORMAT = "retentive-onnx-1"
+CHUNK = 512
+"""Tokens of a prompt that are read at once."""
+
+
+class OnnxModel:
+    """A graph that `retentive export` has written, and the state of one sequence."""
+
+    def __init__(self, path: str | Path, *, threads: int = 0):
+        """
+        Args:
+            threads: that a call uses; as many as onnxruntime thinks, if 0.
+
+        Raises:
+            FileNotFoundError: no file there.
+            ValueError: no graph that onnxruntime can run, or of another program.
+            ImportError: no onnxruntime (extra `onnx`).
+        """
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise ImportError("ONNX graphs are run by onnxruntime: pip install 'retentive[onnx]'") from None
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own classes have no name in common
+            raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
+        said = self.session.get_modelmeta().custom_metadata_map
+        if said.get("format") != FORMAT:
+            raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
+        self.config: dict[str, Any] = json.loads(said["config"])
+        self.eos = int(said["eos"])
+        self.vocab_size = int(self.config["vocab_size"])
+        self._value = ort.OrtValue.ortvalue_from_numpy
+        self.in_place = self._same_in_place()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was read."""
+        self.position = 0
+        shapes = {x.name: [1, *x.shape[1:]] for x in self.session.get_inputs() if x.name.startswith("state.")}
+        self._states = {name: self._value(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+        self._others = (
+            {} if self.in_place else {name: self._value(np.zeros(s, np.float32)) for name, s in shapes.items()}
+        )
+
+    @property
+    def states(self) -> dict[str, np.ndarray]:
+        """A copy of the state of each layer, float32 `[1,H,K,V]`."""
+        return {name: value.numpy().copy() for name, value in self._states.items()}
+
+    def resume(self, states: dict[str, np.ndarray], position: int) -> None:
+        """Goes on from states that `states` gave, and the number of tokens that they had read."""
+        self._states = {name: self._value(np.ascontiguousarray(x)) for name, x in states.items()}
+        self.position = position
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits float32 `[vocabulary]` after the ids, which the state has then read.
+
+        Raises:
+            ValueError: no ids, or some that are not in the vocabulary.
+        """
+        if not len(ids) or not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"ids must be of the vocabulary, 0 to {self.vocab_size - 1}, one at least")
+        for begin in range(0, len(ids), CHUNK):
+            logits = self._call(ids[begin : begin + CHUNK])
+        return logits
+
+    def _call(self, ids: Sequence[int]) -> np.ndarray:
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        binding.bind_cpu_input("position", np.array([self.position], np.int64))
+        binding.bind_output("logits", "cpu")
+        after = self._states if self.in_place else self._others
+        for name, value in self._states.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(f"new_{name}", after[name])
+        self.session.run_with_iobinding(binding)
+        if not self.in_place:
+            self._states, self._others = self._others, self._states
+        self.position += len(ids)
+        return binding.get_outputs()[0].numpy()[0]
+
+    def _same_in_place(self) -> bool:
+        """Whether the same comes out when states are written where they are read."""
+        found = []
+        for self.in_place in (True, False):
+            self.reset()
+            some = [n % self.vocab_size for n in range(1, 8)]
+            logits = [self._call(some), self._call(some[:1]), self._call(some[1:2])]
+            found.append([*logits, *self.states.values()])
+        return all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def generate(
+    model: OnnxModel, ids: Sequence[int], params: SamplingParams | None = None, *, max_tokens: int
+) -> Iterator[int]:
+    """The ids that the model writes after these, one by one; the end of the text ends them, and is left out.
+
+    Raises:
+        ValueError: as `OnnxModel.read`.
+        ArithmeticError: logits that are not finite.
+    """
+    params = params or SamplingParams()
+    random, seen = np.random.default_rng(params.seed), set(ids)
+    for _ in range(max_tokens):
+        id = pick(model.read(ids), params, random, seen)
+        if id == model.eos:
+            return
+        yield id
+        seen.add(id)
+        ids = [id]
+
+
+def pick(logits: np.ndarray, params: SamplingParams, random: np.random.Generator, seen: set[int]) -> int:
+    """A token, as `infer.sample` picks it but for the random numbers.
+
+    Raises:
+        ArithmeticError: logits that are not finite.
+    """
+    if not np.isfinite(logits.max()):
+        raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")
+    x = logits.astype(np.float64)
+    if params.repetition_penalty != 1:
+        some = sorted(seen)
+        x[some] = np.where(x[some] > 0, x[some] / params.repetition_penalty, x[some] * params.repetition_penalty)
+    for id, bias in params.bias.items():
+        x[id] += bias
+    if params.temperature == 0:
+        return int(x.argmax())
+    order = np.argsort(-x, kind="stable")[: params.top_k or None]
+    p = np.exp((x[order] - x[order[0]]) / params.temperature)
+    p /= p.sum()
+    kept = max(1, int((p.cumsum() - p < params.top_p).sum()))
+    kept = min(kept, max(1, int((p >= params.min_p * p[0]).sum())))
+    return int(order[random.choice(kept, p=p[:kept] / p[:kept].sum())])
