@@ -94,7 +94,7 @@ def test_what_safetensors_cannot_write_is_an_os_error_of_one_line(tmp_path, monk
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
-    monkeypatch.setattr("retentive.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with refuses("cannot write .x.safetensors.partial: I/O error: No space left on device", OSError):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
     monkeypatch.undo()

@@ -1,7 +1,8 @@
 """Encoders: pictures and sound as embeddings that stand among those of a model's tokens.
 
     image    patches of a square picture -> blocks of retention in both directions over their grid -> D
-    audio    stacks of log-mel frames, each by itself -> D: sound of any length can be read in parts
+    audio    stacks of log-mel frames -> convolutions over their bands, each by itself -> D: sound of any length can be
+             read in parts
 
 A text has a placeholder token for each of these embeddings; `spliced` puts them in its place. What is encoded comes as
 rows of numbers, a row for each placeholder (`retentive.multimodal` makes them from files).
@@ -19,6 +20,8 @@ from retentive.layers import BidirectionalRetention, FeedForward, RMSNorm
 from retentive.layers.config import RetentionConfig, check_fields, positive
 from retentive.models.base import LanguageModel
 
+KERNEL = 5
+"""Bands that a convolution of the audio encoder sees at once."""
 MOST_SIDE, MOST_TOKENS = 4096, 1 << 16
 """Of a picture, in pixels and in tokens: more is a typing error, and would take all memory."""
 
@@ -90,10 +93,12 @@ class AudioConfig:
     stack: int = 4
     """Frames of a token."""
     dim: int = 256
-    """Width of the encoder."""
+    """Width of the encoder: four times the channels of its convolutions."""
 
     def __post_init__(self):
         check_fields(self)
+        if self.dim < 4:
+            raise ValueError(f"dim must be at least 4, got {self.dim}")
         positive(self, "rate", "mels", "window", "hop", "stack", "dim")
         if self.token < 0:
             raise ValueError(f"token must be at least 0, got {self.token}")
@@ -165,16 +170,22 @@ class ImageEncoder(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Rows of frames `[n, features]` to embeddings `[n, D]`."""
+    """Rows of frames `[n, features]` to embeddings `[n, D]`, each row by itself.
+
+    Two convolutions over the bands, with a row's frames as channels, see shapes of a spectrum wherever they stand in
+    it: voices differ by where.
+    """
 
     def __init__(self, config: AudioConfig, D: int):
         super().__init__()
-        self.config = config
-        self.in_proj = nn.Linear(config.features, config.dim)
-        self.projector = Projector(config.dim, D)
+        self.config, width = config, config.dim // 4
+        self.wide = nn.Conv1d(config.stack, width, KERNEL, stride=2, padding=KERNEL // 2)
+        self.narrow = nn.Conv1d(width, width, KERNEL, stride=2, padding=KERNEL // 2)
+        self.projector = Projector(-(-config.mels // 4) * width, D)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.projector(F.gelu(self.in_proj(rows.to(self.in_proj.weight.dtype))))
+        x = rows.to(self.wide.weight.dtype).unflatten(-1, (self.config.stack, self.config.mels))
+        return self.projector(F.gelu(self.narrow(F.gelu(self.wide(x)))).flatten(1))
 
 
 CONFIGS: dict[str, type[Config]] = {"image": ImageConfig, "audio": AudioConfig}

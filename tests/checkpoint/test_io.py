@@ -474,7 +474,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_other_file(failing, saved
     def full(*args, **_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("retentive.files.save_file" if failing == "weights" else "json.dumps", full)
+    monkeypatch.setattr("safetensors.torch.save_file" if failing == "weights" else "json.dumps", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(folder, build(replace(OURS["retnet"], layers=3)))
     monkeypatch.undo()

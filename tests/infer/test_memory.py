@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retentive.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save(remember(model, [3]), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -455,7 +455,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make,
         filename.write_bytes(b"x" * written)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("retentive.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         state.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

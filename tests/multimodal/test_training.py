@@ -302,7 +302,7 @@ def test_on_the_command_line(place, capsys):
     main(["info", "run"])
     shown = capsys.readouterr().out
     assert "image: 4 tokens of a picture, 8 x 8 grey, patches of 4; an encoder of " in shown
-    assert "audio: 50 tokens of a second of sound, 8,000 Hz, 8 bands; an encoder of 800 parameters" in shown
+    assert "audio: 50 tokens of a second of sound, 8,000 Hz, 8 bands; an encoder of 392 parameters" in shown
 
 
 def test_who_cannot_see_says_so(place, capsys):

@@ -199,7 +199,7 @@ def full_disk(allowed: int):
 def test_a_full_disk_costs_the_new_checkpoint_only(allowed, run, same_end, monkeypatch):
     whole = run("whole", mode="carry")
     with monkeypatch.context() as patch:
-        patch.setattr("retentive.files.save_file", full_disk(allowed))
+        patch.setattr("safetensors.torch.save_file", full_disk(allowed))
         with pytest.raises(OSError, match="No space left"):
             run("full", mode="carry")
     folder = run.folder("full")
@@ -215,7 +215,7 @@ def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)
     with monkeypatch.context() as patch:
-        patch.setattr("retentive.files.save_file", full_disk(0))
+        patch.setattr("safetensors.torch.save_file", full_disk(0))
         with pytest.raises(OSError, match="No space left"):
             run("stopped", resume=True)
     same_end(run("stopped", init=1, resume=True), whole)
