@@ -23,6 +23,8 @@ BENCHES = {
     "activations": "retentive.studies.activations",
     "ask": "retentive.bench.memory_file",
     "questions": "retentive.bench.questions",
+    "sound": "retentive.bench.sound",
+    "grid": "retentive.bench.grid",
     "serving": "retentive.bench.serving",
     "speculation": "retentive.bench.speculation",
     "scoring": "retentive.bench.scoring",

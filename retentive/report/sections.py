@@ -152,7 +152,7 @@ SECTIONS = (
         "The operator",
         "Retention itself, forward and backward and step by step, beside its rivals and the machine's limits.",
         "",
-        _is("bench retention", "bench step"),
+        _is("bench retention", "bench step", "bench grid"),
         "The paper reports no times of the operator.",
     ),
     Section(
@@ -177,6 +177,7 @@ SECTIONS = (
             "bench serving",
             "bench ask",
             "bench questions",
+            "bench sound",
             "bench prompting",
             "bench scoring",
             "bench speculation",
