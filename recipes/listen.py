@@ -2,7 +2,7 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
 
     python recipes/listen.py RECORDINGS digits george     (DIGIT_SPEAKER_NUMBER.wav: the Free Spoken Digit Dataset)
     retentive data digits/train.jsonl --valid digits/known.jsonl --chats --tokenizer bytes \
-        --audio rate=8000 --out data/digits
+        --audio rate=8000 mels=20 --out data/digits
     retentive train --recipe recipes/listen.py            (the twin: --model transformer --out runs/listen-twin)
     retentive eval runs/listen --tasks transcription:known,transcription:george,transcription:turns50 --data digits \
         --max-tokens 120                                  (and transcription:turns5, :row5, :row50)
@@ -101,9 +101,9 @@ def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False
 
 
 def equalised(sound: np.ndarray, draw: random.Random) -> np.ndarray:
-    """The sound as another microphone has it: eight bands louder or softer by some 10 dB."""
+    """The sound as another microphone has it: eight bands louder or softer by some 6 dB."""
     spectrum = np.fft.rfft(sound)
-    decibel = np.interp(np.linspace(0, 7, len(spectrum)), range(8), [draw.gauss(0, 10) for _ in range(8)])
+    decibel = np.interp(np.linspace(0, 7, len(spectrum)), range(8), [draw.gauss(0, 6) for _ in range(8)])
     return np.fft.irfft(spectrum * 10 ** (decibel / 20), len(sound))
 
 
