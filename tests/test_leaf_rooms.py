@@ -18,7 +18,7 @@ PACKAGE = Path(retentive.__file__).parent
 # of each leaf of DESIGN.md what goes with it: the verbs of which nothing is left, and the room that stands on it
 WITH_IT = {
     "hf": [],
-    "export": ["cli/export.py", "cli/generate_onnx.py"],
+    "export": ["cli/export.py", "cli/generate_exported.py"],
     "serve": ["cli/serve.py"],
     "multimodal": [],
     "studies": ["cli/compare.py", "cli/demo.py", "cli/report.py", "report"],

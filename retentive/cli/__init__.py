@@ -24,7 +24,7 @@ VERBS = {
     "report": ("retentive.cli.report", "all results of a folder as one page, the paper's tables beside them"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "quantize": ("retentive.cli.quantize", "a model folder of 8-bit or 4-bit weights"),
-    "export": ("retentive.cli.export", "a model for another runtime: ONNX"),
+    "export": ("retentive.cli.export", "a model for another runtime: ONNX, ExecuTorch"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }
 """Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""
@@ -76,8 +76,8 @@ def run(argv: list[str]) -> None:
         print(usage())
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
-    elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith(".onnx"):
-        importlib.import_module("retentive.cli.generate_onnx").main(argv[1:])  # which needs no torch
+    elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith((".onnx", ".pte")):
+        importlib.import_module("retentive.cli.generate_exported").main(argv[1:])  # which may need no torch
     elif argv[0] in VERBS:
         bound_spinning()  # read by OpenMP when torch loads it, so before anything imports torch
         from retentive import machine

@@ -1,7 +1,11 @@
-"""Models for other runtimes. Each export says what it was made from, and is held against it.
+"""Models for other runtimes. Each export is held against the model that it came from.
 
-    onnx        a RetNet as one ONNX graph, beside its tokenizer
-    onnx_run    such a graph, run by onnxruntime and numpy alone
+    folder          a model of one of these kinds with its tokenizer: what `retentive export` does
+    onnx            a RetNet as one ONNX graph
+    onnx_run        such a graph, run by onnxruntime and numpy alone
+    executorch      its decoding step as an ExecuTorch program, for phones
+    executorch_run  such a program, run by ExecuTorch
+    writing         tokens from either
 
-Nothing is imported here, so that `onnx_run` needs no torch.
+Nothing is imported here, so that `onnx_run` and `writing` need no torch.
 """

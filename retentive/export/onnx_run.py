@@ -2,20 +2,17 @@
 
     model = OnnxModel("novels/model.onnx")
     logits = model.read([5, 6, 7])        and on from there: the state is kept
-    for id in generate(model, ids, SamplingParams(temperature=0), max_tokens=50): …
 
 The state is bound to its input and its output at once, so that it is not copied for each token. Runtimes do not promise
 that this is sound: it is tried when a graph is opened, and where it is not, two states take turns.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from retentive.sampling import SamplingParams
 
 FORMAT = "retentive-onnx-1"
 CHUNK = 512
@@ -113,47 +110,3 @@ class OnnxModel:
             logits = [self._call(some), self._call(some[:1]), self._call(some[1:2])]
             found.append([*logits, *self.states.values()])
         return all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def generate(
-    model: OnnxModel, ids: Sequence[int], params: SamplingParams | None = None, *, max_tokens: int
-) -> Iterator[int]:
-    """The ids that the model writes after these, one by one; the end of the text ends them, and is left out.
-
-    Raises:
-        ValueError: as `OnnxModel.read`.
-        ArithmeticError: logits that are not finite.
-    """
-    params = params or SamplingParams()
-    random, seen = np.random.default_rng(params.seed), set(ids)
-    for _ in range(max_tokens):
-        id = pick(model.read(ids), params, random, seen)
-        if id == model.eos:
-            return
-        yield id
-        seen.add(id)
-        ids = [id]
-
-
-def pick(logits: np.ndarray, params: SamplingParams, random: np.random.Generator, seen: set[int]) -> int:
-    """A token, as `infer.sample` picks it but for the random numbers.
-
-    Raises:
-        ArithmeticError: logits that are not finite.
-    """
-    if not np.isfinite(logits.max()):
-        raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")
-    x = logits.astype(np.float64)
-    if params.repetition_penalty != 1:
-        some = sorted(seen)
-        x[some] = np.where(x[some] > 0, x[some] / params.repetition_penalty, x[some] * params.repetition_penalty)
-    for id, bias in params.bias.items():
-        x[id] += bias
-    if params.temperature == 0:
-        return int(x.argmax())
-    order = np.argsort(-x, kind="stable")[: params.top_k or None]
-    p = np.exp((x[order] - x[order[0]]) / params.temperature)
-    p /= p.sum()
-    kept = max(1, int((p.cumsum() - p < params.top_p).sum()))
-    kept = min(kept, max(1, int((p >= params.min_p * p[0]).sum())))
-    return int(order[random.choice(kept, p=p[:kept] / p[:kept].sum())])

@@ -16,7 +16,8 @@ from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.export.onnx import export_onnx
-from retentive.export.onnx_run import OnnxModel, generate, pick
+from retentive.export.onnx_run import OnnxModel
+from retentive.export.writing import generate, pick
 from retentive.infer import generate as torch_generate
 from retentive.models import RetNetConfig, build, config_of, twin
 from retentive.models.encoders import AudioConfig, with_encoders
@@ -195,7 +196,7 @@ def place(tmp_path, monkeypatch):
 
 def test_the_command_and_a_process_without_torch(place, capsys):
     main(["export", "run", "--to", "onnx", "--out", "made"])
-    assert "logits differ from the model's by " in capsys.readouterr().err
+    assert "the next token's logits are off by " in capsys.readouterr().err
     assert sorted(file.name for file in (place / "made").iterdir()) == ["model.onnx", "tokenizer.json"]
     main(["generate", "run", "--prompt", "It", "--temperature", "0", "--max-tokens", "20"])
     want = capsys.readouterr().out

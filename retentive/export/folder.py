@@ -1,0 +1,145 @@
+"""A folder with a model for another runtime, its tokenizer and its chat template, held against the model it came from.
+
+export("runs/novels", "onnx", Path("novels"), weights="int4")
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from retentive.checkpoint.io import find, load_with_tokenizer
+from retentive.checkpoint.quantize import BITS, quantization_of, quantize
+from retentive.data.templates import TEMPLATE, template_of
+from retentive.export import executorch, onnx
+from retentive.files import only_writer, replace_folder, write_text
+from retentive.models import LanguageModel
+
+FILES = {"onnx": "model.onnx", "executorch": "model.pte"}
+CHECKED = 48
+"""Tokens that are read to see that the export gives what the model does."""
+FAR, FAR_OF_INTEGERS = 1e-3, 0.1
+"""The largest difference of logits, of the logits' own size, that is no mistake. Where weights are integers, other
+runtimes round what they are multiplied with to 8 bits too."""
+
+Read = Callable[[Sequence[int]], np.ndarray]
+"""Logits after more ids of one sequence."""
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    file: Path
+    nbytes: int
+    off: float
+    """The largest difference of logits from the model's, over the size of these."""
+
+
+def export(
+    source: str, to: str, out: Path, *, weights: str = "stored", standard: bool = False, tokenizer: str | None = None
+) -> Exported:
+    """The model of a run or folder for another runtime, in a new folder: whole, or nothing of it.
+
+    Args:
+        to: "onnx" or "executorch".
+        weights: "stored", "int8" or "int4".
+        standard: of ONNX its standard operators only (see `export_onnx`).
+        tokenizer: for models that come without one.
+
+    Raises:
+        FileExistsError: there is something at `out`.
+        ValueError: a model that cannot be exported, or whose export gives other logits; `standard` beside executorch.
+        ImportError: without the extra of that runtime.
+    """
+    if standard and to != "onnx":
+        raise ValueError("--standard is of --to onnx: leave it out")
+    with only_writer(out):
+        if out.exists() or out.is_symlink():
+            raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
+        model, own = load_with_tokenizer(source, tokenizer)
+        template, far = template_of(find(source)), list[float]()
+
+        def write(folder: Path) -> None:
+            path = folder / FILES[to]
+            if to == "onnx":
+                far.append(to_onnx(model, path, own.eos_id, weights, standard))
+            else:
+                far.append(to_executorch(model, path, own.eos_id, weights))
+            own.save(folder)
+            if template is not None:
+                write_text(folder / TEMPLATE, template)
+
+        replace_folder(out, write)
+    made = out / FILES[to]
+    return Exported(made, sum(f.stat().st_size for f in out.iterdir() if f.name.startswith(made.name)), far[0])
+
+
+def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
+    """Writes the graph; how far its logits are from those of the model, with integers if there are some."""
+    from retentive.export.onnx_run import OnnxModel
+
+    onnx.check_exportable(model)
+    if weights != "stored":
+        model = quantize(model, BITS[weights])
+    model = model.float().eval()
+    onnx.export_onnx(model, path, eos=eos, standard=standard)
+    exact = quantization_of(model) is None
+    return difference(reading(model), OnnxModel(path).read, model.config.vocab_size, exact=exact)
+
+
+def to_executorch(model: LanguageModel, path: Path, eos: int, weights: str) -> float:
+    """Writes the program; how far its logits are from those of the model, or of its step with rounded matrices."""
+    from retentive.export.executorch_run import ExecutorchModel
+
+    bits = BITS.get(weights)
+    step = executorch.export_executorch(model, path, eos=eos, bits=bits)
+    wanted = reading(model.float().eval()) if bits is None else stepping(step)
+    return difference(wanted, ExecutorchModel(path).read, model.config.vocab_size, exact=bits is None)
+
+
+def reading(model: LanguageModel) -> Read:
+    """A model's own logits."""
+    state: Any = None
+
+    @torch.no_grad()
+    def read(ids: Sequence[int]) -> np.ndarray:
+        nonlocal state
+        logits, state = model(torch.tensor([ids]), state)
+        return logits[0, -1].numpy()
+
+    return read
+
+
+def stepping(step: executorch.Step) -> Read:
+    """A step's."""
+    states, position = step.blank(), 0
+
+    @torch.no_grad()
+    def read(ids: Sequence[int]) -> np.ndarray:
+        nonlocal states, position
+        for id in ids:
+            logits, *states = step(torch.tensor([id]), torch.tensor([position]), *states)
+            position += 1
+        return logits[0].numpy()
+
+    return read
+
+
+def difference(wanted: Read, got: Read, vocab_size: int, *, exact: bool) -> float:
+    """The largest difference of logits over the size of these, after a prompt and token by token.
+
+    Raises:
+        ValueError: it is too large: another version of the runtime, perhaps.
+    """
+    ids = [int(n) for n in np.random.default_rng(0).integers(0, vocab_size, CHECKED)]
+    worst, half = 0.0, CHECKED // 2
+    for part in (ids[:half], *([id] for id in ids[half:])):
+        logits = wanted(part)
+        worst = max(worst, float(np.abs(got(part) - logits).max() / np.abs(logits).max()))
+    if not worst <= (FAR if exact else FAR_OF_INTEGERS):  # NaN fails too
+        raise ValueError(
+            f"the export's logits differ from the model's by {worst:.1e} of their size: nothing is written"
+        )
+    return worst

@@ -1,0 +1,65 @@
+"""Tokens from an exported model, by numpy: whatever runs it offers `read`.
+
+for id in generate(OnnxModel("novels/model.onnx"), ids, SamplingParams(temperature=0), max_tokens=50): …
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from retentive.sampling import SamplingParams
+
+
+class Reader(Protocol):
+    """A model and the state of one sequence, which goes on with every call."""
+
+    eos: int
+    """The id of the end-of-text token."""
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits float32 `[vocabulary]` after the ids."""
+
+
+def generate(
+    model: Reader, ids: Sequence[int], params: SamplingParams | None = None, *, max_tokens: int
+) -> Iterator[int]:
+    """The ids that the model writes after these, one by one; the end of the text ends them, and is left out.
+
+    Raises:
+        ValueError: as the model's `read`.
+        ArithmeticError: logits that are not finite.
+    """
+    params = params or SamplingParams()
+    random, seen = np.random.default_rng(params.seed), set(ids)
+    for _ in range(max_tokens):
+        id = pick(model.read(ids), params, random, seen)
+        if id == model.eos:
+            return
+        yield id
+        seen.add(id)
+        ids = [id]
+
+
+def pick(logits: np.ndarray, params: SamplingParams, random: np.random.Generator, seen: set[int]) -> int:
+    """A token, as `infer.sample` picks it but for the random numbers.
+
+    Raises:
+        ArithmeticError: logits that are not finite.
+    """
+    if not np.isfinite(logits.max()):
+        raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")
+    x = logits.astype(np.float64)
+    if params.repetition_penalty != 1:
+        some = sorted(seen)
+        x[some] = np.where(x[some] > 0, x[some] / params.repetition_penalty, x[some] * params.repetition_penalty)
+    for id, bias in params.bias.items():
+        x[id] += bias
+    if params.temperature == 0:
+        return int(x.argmax())
+    order = np.argsort(-x, kind="stable")[: params.top_k or None]
+    p = np.exp((x[order] - x[order[0]]) / params.temperature)
+    p /= p.sum()
+    kept = max(1, int((p.cumsum() - p < params.top_p).sum()))
+    kept = min(kept, max(1, int((p >= params.min_p * p[0]).sum())))
+    return int(order[random.choice(kept, p=p[:kept] / p[:kept].sum())])

@@ -1,0 +1,141 @@
+"""Programs for ExecuTorch: the step beside the model in every variant, then the program itself by its runtime."""
+
+import copy
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from retentive.checkpoint import save_model
+from retentive.checkpoint.quantize import quantize
+from retentive.cli import main
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.export.executorch import LEVELS, TURNS, Step, check_exportable
+from retentive.models import RetNetConfig, build, twin
+from retentive.models.encoders import AudioConfig, with_encoders
+from retentive.ops import rotary
+
+TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
+VARIANTS = {
+    "default": {},
+    "tied": {"tie_embeddings": True},
+    "fixed": {"decay": "lm", "score_norm": True, "head_norm": True, "qk_norm": False},
+    "none": {"decay": "none", "score_norm": True, "rotary": "none", "gate": False},
+    "numbers": {"decay": (-0.1, -0.7), "rotary": "half", "gate_activation": "sigmoid", "ffn_gate": False},
+    "shared heads": {"heads": 4, "kv_heads": 2, "qk_bias": True, "decay_bias": True, "activation": "gelu"},
+    "shifted": {"qk_norm": False, "qk_bias": True, "head_norm": True, "head_norm_affine": True},
+    "embedded": {"embed_scale": True, "embed_norm": True, "final_norm": False},
+}
+needs_runtime = pytest.mark.skipif(not find_spec("executorch"), reason="needs pip install 'retentive[executorch]'")
+
+
+def peaked(**changes):
+    """A model with weights so large that its logits differ by much."""
+    torch.manual_seed(0)
+    model = build(RetNetConfig(**{**TINY, **changes})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.2)
+    return model
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_the_step_is_the_models(changes, multiple):
+    model = peaked(**changes)
+    step, ids = Step(model, multiple), torch.randint(257, (1, 30))
+    c = model.config
+    if multiple == 32:  # matrices whose rows divide into groups
+        assert all(m.in_features % 32 == 0 for m in step.modules() if isinstance(m, torch.nn.Linear))
+    want, states = copy.deepcopy(model).double()(ids)[0][0], step.blank()
+    assert states[0].shape[-1] >= c.value_dim // c.heads
+    for t in range(30):
+        logits, *states = step(ids[0, t : t + 1], torch.tensor([t]), *states)
+        # float32, and a decay by the log of a sigmoid
+        torch.testing.assert_close(logits[0].double(), want[t], rtol=0, atol=2e-5 * float(want.abs().max()))
+
+
+def test_phases_of_far_positions():
+    step = Step(peaked())
+    for position in (0, 255, 256, 1_000_003, TURNS**LEVELS - 1):
+        cos, sin = step.phases(torch.tensor([position]))
+        want = rotary.phases(torch.tensor([position]), 32, "interleaved", dtype=torch.float64)
+        torch.testing.assert_close(torch.stack([cos, sin]).double(), torch.stack(want), rtol=0, atol=1e-6)
+
+
+def test_what_is_refused(tmp_path, monkeypatch, capsys, refuses):
+    with refuses("only RetNets are exported to ExecuTorch, this is a Transformer"):
+        check_exportable(build(twin(RetNetConfig(**TINY))))
+    with refuses("sees or hears is not exported"):
+        check_exportable(with_encoders(peaked(), {"audio": AudioConfig(token=257)}))
+    with refuses("ExecuTorch rounds by itself"):
+        check_exportable(quantize(peaked(), 8, 32))
+    monkeypatch.chdir(tmp_path)
+    save_model("run", peaked(), ByteTokenizer())
+    with pytest.raises(SystemExit):
+        main(["export", "run", "--to", "executorch", "--out", "no", "--standard"])
+    assert "--standard is of --to onnx" in capsys.readouterr().err and not Path("no").exists()
+
+
+PROGRAM = """
+import sys
+import numpy as np, torch
+from retentive.checkpoint import load
+from retentive.export.executorch import export_executorch
+from retentive.export.executorch_run import ExecutorchModel
+
+model = load("run")[0]
+ids = np.random.default_rng(0).integers(0, 257, 40).tolist()
+with torch.no_grad():
+    want = model(torch.tensor([ids]))[0][0, -1].numpy()
+program = ExecutorchModel("made/model.pte")
+program.read(ids[:20])
+kept, position = program.states, program.position
+program.read([1, 2, 3])  # goes elsewhere
+program.resume(kept, position)
+got = program.read(ids[20:])
+np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+for wrong in ([], [257]):
+    try:
+        program.read(wrong)
+    except ValueError as error:
+        assert "ids must be of the vocabulary" in str(error)
+    else:
+        raise AssertionError(wrong)
+with open("made/model.pte", "rb") as file:
+    assert file.read().count(b"XnnpackBackend") == 1  # one delegate
+"""
+
+
+@needs_runtime
+def test_the_program_by_its_own_runtime(tmp_path, capsys):
+    save_model(tmp_path / "run", peaked(), ByteTokenizer())
+    # in processes of their own: its library says things on stderr, and warns
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def said(*argv: str, code: int = 0):
+        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done
+
+    command = ["-m", "retentive"]
+    assert "logits are off by" in said(*command, "export", "run", "--to", "executorch", "--out", "made").stderr
+    said("-c", PROGRAM)
+    ask = ["--prompt", "It", "--temperature", "0", "--max-tokens", "20"]
+    want = said(*command, "generate", "run", *ask).stdout
+    assert said(*command, "generate", "made/model.pte", *ask).stdout == want
+    said(*command, "export", "run", "--to", "executorch", "--out", "small", "--weights", "int4")
+    assert len(said(*command, "generate", "small/model.pte", *ask).stdout) > 3
+    sizes = [(tmp_path / name / "model.pte").stat().st_size for name in ("made", "small")]
+    embedding = 257 * 64 * 4  # stays in floats
+    assert sizes[1] - embedding < 0.6 * (sizes[0] - embedding)
+    (tmp_path / "text.pte").write_text("no program")
+    assert "text.pte is no program" in said(*command, "generate", "text.pte", code=2).stderr
+    save_model(tmp_path / "narrow", peaked(dim=48), ByteTokenizer())
+    wrong = said(*command, "export", "narrow", "--to", "executorch", "--out", "no", "--weights", "int4", code=2)
+    assert "groups of 32, which dim 48 is no multiple of" in wrong.stderr and not (tmp_path / "no").exists()
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["model.pte", "tokenizer.json"]
