@@ -20,6 +20,7 @@ BENCHES = {
     "prompting": "retentive.studies.prompting",
     "recall": "retentive.studies.recall",
     "replies": "retentive.studies.replies",
+    "edge": "retentive.studies.edge",
     "activations": "retentive.studies.activations",
     "ask": "retentive.bench.memory_file",
     "questions": "retentive.bench.questions",

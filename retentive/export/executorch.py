@@ -12,6 +12,7 @@ the matrices: scores do not see in which order features stand, but states are no
 
 import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def export_executorch(model: LanguageModel, path: Path, *, eos: int, bits: int |
     given = torch.tensor([1]), torch.tensor([1]), *step.blank()
     facts = {"eos": eos, "vocabulary": c.vocab_size, "layers": c.layers}
     facts |= dict(zip(("heads", "key", "value"), shape, strict=True))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it calls in torch
         edge = to_edge_transform_and_lower(
             torch.export.export(step, given, strict=True),
             partitioner=[XnnpackPartitioner()],

@@ -149,6 +149,13 @@ SECTIONS = (
         "context from which RetNet needs less memory is stated for full and for grouped heads.",
     ),
     Section(
+        "Other runtimes",
+        "What does a model take and do where it leaves this package: files, start, reading, writing, memory?",
+        "",
+        _is("bench edge"),
+        "The paper names phones and other small machines, and measures none.",
+    ),
+    Section(
         "The operator",
         "Retention itself, forward and backward and step by step, beside its rivals and the machine's limits.",
         "",

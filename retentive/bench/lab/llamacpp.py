@@ -78,6 +78,36 @@ def begin() -> Any:
     return quiet
 
 
+def written(config: TransformerConfig, format: str, folder: Path) -> Path:
+    """A GGUF file in the folder, of the twin's sizes, whose widths are rounded to a multiple.
+
+    Args:
+        format: F16, Q8_0 or Q4_0.
+
+    Raises:
+        RuntimeError: llama.cpp refuses.
+    """
+    import llama_cpp
+
+    begin()
+    file = folder / "f16.gguf"
+    write(rounded(config), file)
+    if format == "F16":
+        return file
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}"), torch.get_num_threads()
+    made = file.with_name("quantised.gguf")
+    if llama_cpp.llama_model_quantize(str(file).encode(), str(made).encode(), ctypes.byref(how)):
+        raise RuntimeError(f"llama.cpp could not quantise to {format}")
+    file.unlink()
+    return made
+
+
+def rounded(config: TransformerConfig) -> TransformerConfig:
+    """The config with widths that its blocks divide."""
+    return replace(config, ffn_dim=-(-config.ffn_dim // MULTIPLE) * MULTIPLE)
+
+
 class Model:
     """A loaded model; weights are the same for the same config."""
 
@@ -89,26 +119,30 @@ class Model:
         Raises:
             RuntimeError: llama.cpp refuses.
         """
+        with tempfile.TemporaryDirectory() as folder:  # the file goes
+            self._load(written(config, format, Path(folder)), mapped=False)
+        self.config: TransformerConfig | None = rounded(config)
+
+    @classmethod
+    def of(cls, file: Path) -> "Model":
+        """The model in a GGUF file, mapped into memory, as llama.cpp does by default."""
+        begin()
+        model = cls.__new__(cls)
+        model.config = None
+        model._load(file, mapped=True)
+        return model
+
+    def _load(self, file: Path, *, mapped: bool) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
-        self.config = replace(config, ffn_dim=-(-config.ffn_dim // MULTIPLE) * MULTIPLE)
-        begin()
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "f16.gguf"
-            write(self.config, file)
-            if format != "F16":
-                how = llama_cpp.llama_model_quantize_default_params()
-                how.ftype, how.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}"), torch.get_num_threads()
-                made = file.with_name("quantised.gguf")
-                if llama_cpp.llama_model_quantize(str(file).encode(), str(made).encode(), ctypes.byref(how)):
-                    raise RuntimeError(f"llama.cpp could not quantise to {format}")
-                file = made
-            loading = llama_cpp.llama_model_default_params()
-            loading.n_gpu_layers, loading.use_mmap = 0, False  # the file goes
-            self.pointer = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
+        loading = llama_cpp.llama_model_default_params()
+        loading.n_gpu_layers, loading.use_mmap = 0, mapped
+        self.pointer = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
         if not self.pointer:
             raise RuntimeError("llama.cpp could not load its model")
+        vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
     def __del__(self):
         if getattr(self, "pointer", None):
@@ -150,7 +184,7 @@ class Session:
         """Tokens, each (sequence, position); logits of the last so many."""
         self.batch.n_tokens = len(tokens)
         for i, (sequence, position) in enumerate(tokens):
-            self.batch.token[i] = i % self.model.config.vocab_size
+            self.batch.token[i] = i % self.model.vocab_size
             self.batch.pos[i], self.batch.n_seq_id[i], self.batch.seq_id[i][0] = position, 1, sequence
             self.batch.logits[i] = int(i >= len(tokens) - logits)
         if code := self.api.llama_decode(self.pointer, self.batch):

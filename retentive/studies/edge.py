@@ -1,0 +1,266 @@
+"""`retentive bench edge`: one model in every form that leaves this machine's Python, each in a process of its own.
+
+Of each: the bytes of its file, seconds from the start of its process (Python, and torch where it is imported) to the
+first token after a prompt, tokens a second of reading and of writing, and the most memory that it took. Processes go in
+rounds, one after the other; the best of a rate counts, and the median of the rest. The correctness gate: what computes
+in floats must give torch's logits, or nothing is shown; integers were held against the model when they were exported.
+
+    python -m retentive.studies.edge '{"kind": "onnx", "file": …}'      one line of JSON: the process of one form
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Form(NamedTuple):
+    """A model as it is run somewhere."""
+
+    label: str
+    kind: str
+    weights: str = "stored"
+    needs: tuple[str, ...] = ()
+    """Packages."""
+
+
+FORMS = {
+    "torch": Form("torch, float32", "torch"),
+    "native": Form("C, float32", "native"),
+    "native-int8": Form("C, int8", "native", "int8"),
+    "native-int4": Form("C, int4", "native", "int4"),
+    "onnx": Form("ONNX, float32", "onnx", needs=("onnx", "onnxruntime")),
+    "onnx-int8": Form("ONNX, int8", "onnx", "int8", ("onnx", "onnxruntime")),
+    "onnx-int4": Form("ONNX, int4", "onnx", "int4", ("onnx", "onnxruntime")),
+    "executorch": Form("ExecuTorch, float32", "executorch", needs=("executorch",)),
+    "executorch-int8": Form("ExecuTorch, int8", "executorch", "int8", ("executorch",)),
+    "executorch-int4": Form("ExecuTorch, int4", "executorch", "int4", ("executorch",)),
+    "llamacpp-q8_0": Form("twin, llama.cpp Q8_0", "llamacpp", "Q8_0", ("llama_cpp", "gguf")),
+    "llamacpp-q4_0": Form("twin, llama.cpp Q4_0", "llamacpp", "Q4_0", ("llama_cpp", "gguf")),
+}
+TOLERANCE = 1e-3
+"""Largest difference from torch's logits, of their size, for what computes in floats."""
+PROMPT = 64
+"""Tokens of the prompt that the first token comes after."""
+PICTURE = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One model in each form that it leaves in: files, start, reading, writing, memory, beside llama.cpp."""
+
+    size: str = "5m"
+    """Size of the RetNet, freshly initialised; llama.cpp's twin has its parameters."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    forms: tuple[str, ...] = tuple(FORMS)
+    """torch, native, native-int8, native-int4, onnx, onnx-int8, onnx-int4, executorch, executorch-int8,
+    executorch-int4, llamacpp-q8_0, llamacpp-q4_0; those whose packages are not installed are left out."""
+    tokens: int = 512
+    """Of the text whose reading is timed."""
+    steps: int = 64
+    """Tokens written in a repetition."""
+    repeats: int = 3
+    """Rounds of processes."""
+    threads: int = 2
+    """That each may use."""
+
+
+def measure(options: Options, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+    """A row per form.
+
+    Raises:
+        ValueError: an unknown form or size, torch not among the forms, numbers below 1.
+        ArithmeticError: a form gives other logits than torch.
+        ChildProcessError: a form's process failed, with the last line of why.
+    """
+    from retentive import machine
+    from retentive.bench.lab.options import words
+    from retentive.bench.lab.tables import at_least_one, known
+
+    at_least_one(options, "tokens", "steps", "repeats", "threads")
+    asked = words(options.forms)
+    known(asked, FORMS, "form")
+    if "torch" not in asked:
+        raise ValueError(f"torch must be among the forms, the others are held against it; got {', '.join(asked)}")
+    for name in [name for name in FORMS if name in asked]:
+        if absent := [package for package in FORMS[name].needs if not find_spec(package)]:
+            say(f"without {name}: {absent[0]} is not installed")
+            asked.remove(name)
+    names = [name for name in FORMS if name in asked]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: made(FORMS[name], options, Path(folder)) for name in names}
+        for turn in range(options.repeats):
+            for name in names:
+                found[name].append(run(FORMS[name], files[name], options))
+            say(f"round {turn + 1} of {options.repeats}")
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+    check(found)
+    rows = []
+    for name in names:
+        runs = found[name]
+        row: dict[str, Any] = {"form": name, "file_bytes": sizes[name]}
+        row |= {key: statistics.median(one[key] for one in runs) for key in ("first_seconds", "peak_bytes")}
+        row |= {key: max(one[key] for one in runs) for key in ("read_per_second", "write_per_second")}
+        rows.append(row)
+    return {
+        "what": f"one model in each form; the first token after a prompt of {PROMPT}, reading {options.tokens}",
+        "size": options.size,
+        "vocab_size": options.vocab_size,
+        "threads": options.threads,
+        "hardware": machine.describe(),
+        "rows": rows,
+    }
+
+
+def made(form: Form, options: Options, folder: Path) -> Path:
+    """The file of a form, written into the folder; weights are the same in all of ours."""
+    import torch
+
+    from retentive.bench.lab import llamacpp, models
+    from retentive.checkpoint.io import save_model
+    from retentive.checkpoint.quantize import BITS, quantize
+    from retentive.data.tokenizer import ByteTokenizer
+    from retentive.export.folder import FILES, to_executorch, to_onnx
+    from retentive.models import build, preset
+
+    config = preset(options.size, vocab_size=options.vocab_size)
+    place = folder / f"{form.kind}-{form.weights}"
+    place.mkdir()
+    if form.kind == "llamacpp":
+        return llamacpp.written(models.grouped(config), form.weights, place)
+    torch.manual_seed(0)
+    model = build(config).eval()
+    if form.kind == "onnx":
+        to_onnx(model, place / FILES["onnx"], 0, form.weights, False)
+        return place / FILES["onnx"]
+    if form.kind == "executorch":
+        to_executorch(model, place / FILES["executorch"], 0, form.weights)
+        return place / FILES["executorch"]
+    save_model(place, model if form.weights == "stored" else quantize(model, BITS[form.weights]), ByteTokenizer())
+    return place / "model.safetensors"
+
+
+def run(form: Form, file: Path, options: Options) -> dict[str, Any]:
+    """What the process of a form says; raises ChildProcessError with the last line of why it failed."""
+    task = {"kind": form.kind, "file": str(file), "vocab_size": options.vocab_size, "threads": options.threads}
+    task |= {"tokens": options.tokens, "steps": options.steps, "began": time.time()}
+    command = [sys.executable, "-m", "retentive.studies.edge", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ChildProcessError(f"{form.label} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Raises ArithmeticError where floats give other logits than torch's."""
+    want = np.array(found["torch"][0]["logits"])
+    for name, runs in found.items():
+        if FORMS[name].weights == "stored":
+            off = float(np.abs(np.array(runs[0]["logits"]) - want).max() / np.abs(want).max())
+            if not off <= TOLERANCE:
+                raise ArithmeticError(f"{name} gives logits that are off by {off:.1e}, above {TOLERANCE}: not shown")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    from retentive.bench.lab.tables import duration, markdown, size
+
+    lines = [
+        [
+            FORMS[row["form"]].label, size(row["file_bytes"]), duration(row["first_seconds"]),
+            f"{row['read_per_second']:,.0f}", f"{row['write_per_second']:,.0f}", size(row["peak_bytes"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(["form", "file", "first token after", "read/s", "written/s", "memory"], lines)
+
+
+# the process of one form; nothing is imported that the form does not need
+
+
+def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]], Any], Callable[[], None]]:
+    """(reads more ids, to the logits after them; forgets all that was read)."""
+    if kind == "onnx":
+        from retentive.export.onnx_run import OnnxModel
+
+        graph = OnnxModel(file, threads=threads)
+        return graph.read, graph.reset
+    import torch
+
+    torch.set_num_threads(threads)
+    if kind == "executorch":
+        from retentive.export.executorch_run import ExecutorchModel
+
+        program = ExecutorchModel(file)
+        return program.read, program.reset
+    if kind == "llamacpp":
+        from retentive.bench.lab import llamacpp
+
+        session = llamacpp.Session(llamacpp.Model.of(file), tokens=4096)
+        return lambda ids: session.read(len(ids)), session.forget
+    from retentive.checkpoint import load
+    from retentive.native import with_engine
+
+    model: Any = with_engine(load(file.parent)[0], "native" if kind == "native" else "torch")
+    state: Any = None
+
+    def read(ids: Sequence[int]) -> np.ndarray:
+        nonlocal state
+        with torch.inference_mode():
+            x, state = model.hidden(torch.tensor([ids]), state)
+            return model.head(x[:, -1])[0].float().numpy()
+
+    def forget() -> None:
+        nonlocal state
+        state = None
+
+    return read, forget
+
+
+def main(argument: str) -> None:
+    """Prints what a form does, as one line of JSON."""
+    task = json.loads(argument)
+    read, forget = opened(task["kind"], Path(task["file"]), task["threads"])
+    ids = [n % task["vocab_size"] for n in range(1, task["tokens"] + 1)]
+    logits = read(ids[:PROMPT])
+    first = time.time() - task["began"]
+    forget()
+    read(ids)
+    reading, writing = [], []
+    for _ in range(2):
+        forget()
+        began = time.perf_counter()
+        read(ids)
+        reading.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for n in range(task["steps"]):
+            read([n])
+        writing.append(time.perf_counter() - began)
+    status = Path("/proc/self/status")
+    peak = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    print(
+        json.dumps(
+            {
+                "logits": [] if logits is None else [float(x) for x in logits],
+                "first_seconds": first,
+                "read_per_second": len(ids) / min(reading),
+                "write_per_second": task["steps"] / min(writing),
+                "peak_bytes": 1024 * int(peak[0]),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

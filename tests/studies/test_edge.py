@@ -1,0 +1,63 @@
+"""`bench edge`: a process a form, the gate, the table, and what is refused."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from retentive.studies import edge
+from retentive.studies.edge import FORMS, Options
+
+SMALL = {"size": "1m", "vocab_size": 257, "tokens": 70, "steps": 2, "repeats": 1, "threads": 1}
+
+
+def test_each_form_in_its_own_process():
+    forms = ["torch", "native-int8", *(["onnx", "onnx-int4"] if find_spec("onnxruntime") else [])]
+    said = []
+    result = edge.measure(Options(forms=tuple(forms), **SMALL), said.append)
+    assert said == ["round 1 of 1"]
+    rows = {row["form"]: row for row in result["rows"]}
+    assert list(rows) == [name for name in FORMS if name in forms]
+    for row in rows.values():
+        assert row["read_per_second"] > 0 and row["write_per_second"] > 0 and row["peak_bytes"] > 10e6
+        assert 0 < row["first_seconds"] < 600
+    assert rows["native-int8"]["file_bytes"] < 0.3 * rows["torch"]["file_bytes"]
+    if "onnx" in rows:  # no torch
+        assert rows["onnx"]["peak_bytes"] < rows["torch"]["peak_bytes"]
+    assert edge.table(result).count("\n") == 1 + len(rows) and json.dumps(result)
+
+
+def test_other_logits_are_not_shown():
+    one = {"logits": [1.0, -2.0]}
+    edge.check({"torch": [one], "onnx": [{"logits": [1.0, -2.001]}], "onnx-int8": [{"logits": [5.0, 5.0]}]})
+    with pytest.raises(ArithmeticError, match=r"onnx gives logits that are off by 5\.0e-02"):
+        edge.check({"torch": [one], "onnx": [{"logits": [1.0, -2.1]}]})
+    with pytest.raises(ArithmeticError, match="native gives logits"):
+        edge.check({"torch": [one], "native": [{"logits": [1.0, float("nan")]}]})
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"torch, float32 failed: .*no model folder at"):
+        edge.run(FORMS["torch"], tmp_path / "none" / "model.safetensors", Options(**SMALL))
+
+
+def test_what_is_missing_is_left_out(monkeypatch):
+    monkeypatch.setattr(edge, "find_spec", lambda name: None)
+    told = {"logits": [1.0], "first_seconds": 1.0, "peak_bytes": 5, "read_per_second": 7.0, "write_per_second": 9.0}
+    monkeypatch.setattr(edge, "run", lambda form, file, options: told)
+    said = []
+    result = edge.measure(Options(forms=("torch", "onnx,executorch"), **SMALL), said.append)
+    assert [row["form"] for row in result["rows"]] == ["torch"]
+    assert said[:2] == ["without onnx: onnx is not installed", "without executorch: executorch is not installed"]
+
+
+def test_what_is_refused(refuses):
+    for changes, why in (
+        ({"forms": ("onnx",)}, "torch must be among the forms"),
+        ({"forms": ("torch", "tflite")}, "unknown form 'tflite'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"size": "9m"}, "9m"),
+    ):
+        with refuses(why):
+            edge.measure(Options(**{**SMALL, "forms": ("torch",), **changes}))
