@@ -3,7 +3,8 @@
     pip install chitchat-dataset                          (7,168 chats of students, MIT licence)
     python recipes/dialogue.py chats                      writes chats/train.jsonl and chats/valid.jsonl
     retentive data chats/train.jsonl --valid chats/valid.jsonl --chats --out data/chats
-    retentive train --recipe recipes/dialogue.py          (the twin: --model transformer --mode whole --out runs/twin)
+    retentive train --recipe recipes/dialogue.py          (the twin, rows of whole conversations: --model transformer
+                                                          --mode whole --length 1024 --batch 4 --out runs/twin)
     retentive chat runs/dialogue                          or: retentive serve runs/dialogue
 
 Who speaks first is the user, who answers is the assistant; what one of them says in several messages is one turn.
