@@ -55,3 +55,9 @@ class SamplingParams:
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
 """The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ValueError for a bias of tokens outside the vocabulary."""
+    if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
+        raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")

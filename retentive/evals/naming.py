@@ -16,7 +16,7 @@ import torch
 from retentive.data.chats import Conversation
 from retentive.data.templates import ChatTemplate
 from retentive.evals.likelihood import Request, in_eval_mode, score_from
-from retentive.evals.stats import wilson
+from retentive.evals.stats import share
 from retentive.infer.media import read, rows_of
 from retentive.models import LanguageModel
 
@@ -86,26 +86,24 @@ def naming(
     right = torch.tensor([names.index(each.messages[-1]["content"]) for each in conversations])
     p = score_names(model, template, conversations, names, done=done)
     own = p.gather(1, right[:, None])
-    ranks = 1 + (p > own).sum(1)
-    rows = [_share("first", ranks, 1), _share(f"first{TEN}", ranks, TEN)]
+    ranks = (1 + (p > own).sum(1)).tolist()
     asked = sorted(set(right.tolist()))
     # the best of a name's questions against all those that are not its own
     best = torch.stack([p[right == name, name].max() for name in asked])
-    others = torch.stack([(p[right != name, name] > top).sum() for name, top in zip(asked, best, strict=True)])
-    rows += [_share("found", 1 + others, 1), _share(f"found{TEN}", 1 + others, TEN)]
+    places = [1 + int((p[right != name, name] > top).sum()) for name, top in zip(asked, best, strict=True)]
+    rows = [
+        share(f"{metric}{'' if most == 1 else most}", [rank <= most for rank in found])
+        for metric, found in (("first", ranks), ("found", places))
+        for most in (1, TEN)
+    ]
     for row in rows:
         row["names"] = len(names)
     likeliest = p.topk(min(TEN, len(names)), 1).indices.tolist()
     records = [
-        {"name": each.name, "reference": names[int(mine)], "rank": int(rank), "likeliest": [names[m] for m in first]}
+        {"name": each.name, "reference": names[int(mine)], "rank": rank, "likeliest": [names[m] for m in first]}
         for each, mine, rank, first in zip(conversations, right, ranks, likeliest, strict=True)
     ]
     return rows, records
-
-
-def _share(metric: str, ranks: torch.Tensor, most: int) -> dict[str, Any]:
-    hits = int((ranks <= most).sum())
-    return {"metric": metric, "value": hits / len(ranks), "interval": wilson(hits, len(ranks))}
 
 
 def _said(role: str, text: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from retentive.data.media import Open, text_of
 from retentive.data.templates import ChatTemplate
 from retentive.evals.likelihood import Progress, Request, in_eval_mode, score, score_from
 from retentive.evals.naming import naming
-from retentive.evals.stats import Interval, ratio_interval, wilson
+from retentive.evals.stats import Interval, ratio_interval, share
 from retentive.infer.batch import generate_batch, together
 from retentive.infer.media import read, rows_of
 from retentive.models import LanguageModel
@@ -287,8 +287,3 @@ def loss(
     losses, counts = [-each.logprob for each in found], [float(each.tokens) for each in found]
     around: Interval = ratio_interval(losses, counts, draws=DRAWS)
     return [{"metric": "loss", "value": sum(losses) / sum(counts), "interval": around}]
-
-
-def share(metric: str, hits: Sequence[bool]) -> dict[str, Any]:
-    """The row of a share of answers."""
-    return {"metric": metric, "value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}

@@ -3,6 +3,7 @@ means of few runs whose spread is pooled."""
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,11 @@ def wilson(right: int, of: int) -> Interval:
     middle = (share + width / 2) / (1 + width)
     half = Z / (1 + width) * math.sqrt(share * (1 - share) / of + width / of / 4)
     return middle - half if right else 0.0, middle + half if right < of else 1.0  # both exact but for rounding
+
+
+def share(metric: str, hits: Sequence[bool]) -> dict[str, Any]:
+    """The row of a share: metric, value, interval."""
+    return {"metric": metric, "value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from retentive.export.writing import check_ids
+
 
 class ExecutorchModel:
     """A program that `retentive export` has written, and the state of one sequence."""
@@ -62,8 +64,7 @@ class ExecutorchModel:
         Raises:
             ValueError: no ids, or some that are not in the vocabulary.
         """
-        if not len(ids) or not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"ids must be of the vocabulary, 0 to {self.vocab_size - 1}, one at least")
+        check_ids(ids, self.vocab_size)
         for id in ids:
             given = (torch.tensor([id]), torch.tensor([self.position]), *self._states)
             logits, *states = self._step.execute(given)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from retentive.export.writing import check_ids
+
 FORMAT = "retentive-onnx-1"
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
@@ -80,8 +82,7 @@ class OnnxModel:
         Raises:
             ValueError: no ids, or some that are not in the vocabulary.
         """
-        if not len(ids) or not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"ids must be of the vocabulary, 0 to {self.vocab_size - 1}, one at least")
+        check_ids(ids, self.vocab_size)
         for begin in range(0, len(ids), CHUNK):
             logits = self._call(ids[begin : begin + CHUNK])
         return logits

@@ -8,7 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from retentive.sampling import SamplingParams
+from retentive.sampling import SamplingParams, check_bias
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError for no ids, or some that are not in the vocabulary."""
+    if not len(ids) or not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"ids must be of the vocabulary, 0 to {vocab_size - 1}, one at least")
 
 
 class Reader(Protocol):
@@ -16,6 +22,7 @@ class Reader(Protocol):
 
     eos: int
     """The id of the end-of-text token."""
+    vocab_size: int
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Logits float32 `[vocabulary]` after the ids."""
@@ -27,10 +34,11 @@ def generate(
     """The ids that the model writes after these, one by one; the end of the text ends them, and is left out.
 
     Raises:
-        ValueError: as the model's `read`.
+        ValueError: as the model's `read`; a bias of tokens outside the vocabulary.
         ArithmeticError: logits that are not finite.
     """
     params = params or SamplingParams()
+    check_bias(params, model.vocab_size)
     random, seen = np.random.default_rng(params.seed), set(ids)
     for _ in range(max_tokens):
         id = pick(model.read(ids), params, random, seen)

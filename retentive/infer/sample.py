@@ -10,15 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retentive.sampling import SamplingParams
+from retentive.sampling import SamplingParams, check_bias
 
 NOT_FINITE = "the model's logits are not finite: are there NaN in its weights?"
-
-
-def check_bias(params: SamplingParams, vocab_size: int) -> None:
-    """Raises ValueError for a bias of tokens outside the vocabulary."""
-    if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
-        raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
 
 
 def check_finite(logits: Tensor) -> None:

@@ -18,12 +18,12 @@ from retentive.infer import Token, write_on
 from retentive.infer import generate as one_by_one
 from retentive.infer.beam import likeliest
 from retentive.infer.memory import Memory, load_memory
-from retentive.infer.sample import SamplingParams, check_bias
+from retentive.infer.sample import SamplingParams
 from retentive.infer.speculative import speculate
 from retentive.infer.text import stops
 from retentive.models import LanguageModel
 from retentive.options import check_names, check_type
-from retentive.sampling import TEXT
+from retentive.sampling import TEXT, check_bias
 
 
 def generate(
