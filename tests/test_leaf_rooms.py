@@ -18,7 +18,7 @@ PACKAGE = Path(retentive.__file__).parent
 # of each leaf of DESIGN.md what goes with it: the verbs of which nothing is left, and the room that stands on it
 WITH_IT = {
     "hf": [],
-    "export": ["cli/export.py", "cli/generate_exported.py"],
+    "export": ["cli/export.py", "cli/generate_exported.py", "studies/edge.py"],
     "serve": ["cli/serve.py"],
     "multimodal": [],
     "studies": ["cli/compare.py", "cli/demo.py", "cli/report.py", "report"],
@@ -26,7 +26,7 @@ WITH_IT = {
 }
 # commands that ask for what is gone
 GONE = {
-    "export": [["export", "run"], ["generate", "run.onnx"]],
+    "export": [["export", "run"], ["generate", "run.onnx"], ["bench", "edge"]],
     "serve": [["serve", "run"]],
     "studies": [["compare", "run"], ["demo", "run"], ["report", "run"], ["bench", "recall"]],
     "report": [["report", "run"]],

@@ -1,6 +1,7 @@
 """Models for other runtimes. Each export is held against the model that it came from.
 
     folder          a model of one of these kinds with its tokenizer: what `retentive export` does
+    retnets         which models are exported
     onnx            a RetNet as one ONNX graph
     onnx_run        such a graph, run by onnxruntime and numpy alone
     executorch      its decoding step as an ExecuTorch program, for phones

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.checkpoint.quantize import quantization_of
+from retentive.export.retnets import check_plain
 from retentive.layers.config import GATES
 from retentive.models import LanguageModel, RetNetConfig
-from retentive.models.encoders import encoders_of
 from retentive.ops import decay as decays
 from retentive.ops import rotary
 
@@ -79,10 +79,7 @@ def export_executorch(model: LanguageModel, path: Path, *, eos: int, bits: int |
 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that has no such program."""
-    if type(model.config) is not RetNetConfig:
-        raise ValueError(f"only RetNets are exported to ExecuTorch, this is a {type(model).__name__}")
-    if encoders_of(model):
-        raise ValueError("a model that sees or hears is not exported: its pictures and sound come as embeddings")
+    check_plain(model)
     if quantization_of(model):
         raise ValueError("ExecuTorch rounds by itself: export the model of floats, with --weights")
 

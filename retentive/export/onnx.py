@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from retentive.export.onnx_run import FORMAT
+from retentive.export.retnets import check_plain
 from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel, RetNetConfig
-from retentive.models.encoders import encoders_of
 from retentive.ops import rotary
 
 MICROSOFT = "com.microsoft"
@@ -81,10 +81,7 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that has no such graph."""
-    if type(model.config) is not RetNetConfig:
-        raise ValueError(f"only RetNets are exported to ONNX, this is a {type(model).__name__}")
-    if encoders_of(model):
-        raise ValueError("a model that sees or hears is not exported: its pictures and sound come as embeddings")
+    check_plain(model)
     for module in model.modules():
         if isinstance(module, Quantized) and module.group & (module.group - 1):
             raise ValueError(f"a group of {module.group} integers: onnxruntime takes those of 16, 32, 64, 128 and 256")

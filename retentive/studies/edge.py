@@ -5,7 +5,7 @@ first token after a prompt, tokens a second of reading and of writing, and the m
 rounds, one after the other; the best of a rate counts, and the median of the rest. The correctness gate: what computes
 in floats must give torch's logits, or nothing is shown; integers were held against the model when they were exported.
 
-    python -m retentive.studies.edge '{"kind": "onnx", "file": …}'      one line of JSON: the process of one form
+What each process does is `edge_form.py`, which imports nothing that its form does not need.
 """
 
 import json
@@ -14,13 +14,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from retentive import machine
+from retentive.bench.lab import llamacpp, models
+from retentive.bench.lab.options import Say, Sized, silent, words
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
+from retentive.checkpoint.io import save_model
+from retentive.checkpoint.quantize import BITS, quantize
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.export.folder import FILES, to_executorch, to_onnx
+from retentive.models import build
+from retentive.studies.edge_form import PROMPT
 
 
 class Form(NamedTuple):
@@ -49,19 +60,13 @@ FORMS = {
 }
 TOLERANCE = 1e-3
 """Largest difference from torch's logits, of their size, for what computes in floats."""
-PROMPT = 64
-"""Tokens of the prompt that the first token comes after."""
 PICTURE = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Sized):
     """One model in each form that it leaves in: files, start, reading, writing, memory, beside llama.cpp."""
 
-    size: str = "5m"
-    """Size of the RetNet, freshly initialised; llama.cpp's twin has its parameters."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
     forms: tuple[str, ...] = tuple(FORMS)
     """torch, native, native-int8, native-int4, onnx, onnx-int8, onnx-int4, executorch, executorch-int8,
     executorch-int4, llamacpp-q8_0, llamacpp-q4_0; those whose packages are not installed are left out."""
@@ -75,7 +80,7 @@ class Options:
     """That each may use."""
 
 
-def measure(options: Options, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per form.
 
     Raises:
@@ -83,10 +88,6 @@ def measure(options: Options, say: Callable[[str], object] = lambda line: None) 
         ArithmeticError: a form gives other logits than torch.
         ChildProcessError: a form's process failed, with the last line of why.
     """
-    from retentive import machine
-    from retentive.bench.lab.options import words
-    from retentive.bench.lab.tables import at_least_one, known
-
     at_least_one(options, "tokens", "steps", "repeats", "threads")
     asked = words(options.forms)
     known(asked, FORMS, "form")
@@ -125,16 +126,7 @@ def measure(options: Options, say: Callable[[str], object] = lambda line: None) 
 
 def made(form: Form, options: Options, folder: Path) -> Path:
     """The file of a form, written into the folder; weights are the same in all of ours."""
-    import torch
-
-    from retentive.bench.lab import llamacpp, models
-    from retentive.checkpoint.io import save_model
-    from retentive.checkpoint.quantize import BITS, quantize
-    from retentive.data.tokenizer import ByteTokenizer
-    from retentive.export.folder import FILES, to_executorch, to_onnx
-    from retentive.models import build, preset
-
-    config = preset(options.size, vocab_size=options.vocab_size)
+    config = options.config
     place = folder / f"{form.kind}-{form.weights}"
     place.mkdir()
     if form.kind == "llamacpp":
@@ -155,7 +147,7 @@ def run(form: Form, file: Path, options: Options) -> dict[str, Any]:
     """What the process of a form says; raises ChildProcessError with the last line of why it failed."""
     task = {"kind": form.kind, "file": str(file), "vocab_size": options.vocab_size, "threads": options.threads}
     task |= {"tokens": options.tokens, "steps": options.steps, "began": time.time()}
-    command = [sys.executable, "-m", "retentive.studies.edge", json.dumps(task)]
+    command = [sys.executable, "-m", "retentive.studies.edge_form", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ChildProcessError(f"{form.label} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
@@ -174,8 +166,6 @@ def check(found: dict[str, list[dict[str, Any]]]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
-    from retentive.bench.lab.tables import duration, markdown, size
-
     lines = [
         [
             FORMS[row["form"]].label, size(row["file_bytes"]), duration(row["first_seconds"]),
@@ -184,83 +174,3 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]  # fmt: skip
     return markdown(["form", "file", "first token after", "read/s", "written/s", "memory"], lines)
-
-
-# the process of one form; nothing is imported that the form does not need
-
-
-def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]], Any], Callable[[], None]]:
-    """(reads more ids, to the logits after them; forgets all that was read)."""
-    if kind == "onnx":
-        from retentive.export.onnx_run import OnnxModel
-
-        graph = OnnxModel(file, threads=threads)
-        return graph.read, graph.reset
-    import torch
-
-    torch.set_num_threads(threads)
-    if kind == "executorch":
-        from retentive.export.executorch_run import ExecutorchModel
-
-        program = ExecutorchModel(file)
-        return program.read, program.reset
-    if kind == "llamacpp":
-        from retentive.bench.lab import llamacpp
-
-        session = llamacpp.Session(llamacpp.Model.of(file), tokens=4096)
-        return lambda ids: session.read(len(ids)), session.forget
-    from retentive.checkpoint import load
-    from retentive.native import with_engine
-
-    model: Any = with_engine(load(file.parent)[0], "native" if kind == "native" else "torch")
-    state: Any = None
-
-    def read(ids: Sequence[int]) -> np.ndarray:
-        nonlocal state
-        with torch.inference_mode():
-            x, state = model.hidden(torch.tensor([ids]), state)
-            return model.head(x[:, -1])[0].float().numpy()
-
-    def forget() -> None:
-        nonlocal state
-        state = None
-
-    return read, forget
-
-
-def main(argument: str) -> None:
-    """Prints what a form does, as one line of JSON."""
-    task = json.loads(argument)
-    read, forget = opened(task["kind"], Path(task["file"]), task["threads"])
-    ids = [n % task["vocab_size"] for n in range(1, task["tokens"] + 1)]
-    logits = read(ids[:PROMPT])
-    first = time.time() - task["began"]
-    forget()
-    read(ids)
-    reading, writing = [], []
-    for _ in range(2):
-        forget()
-        began = time.perf_counter()
-        read(ids)
-        reading.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for n in range(task["steps"]):
-            read([n])
-        writing.append(time.perf_counter() - began)
-    status = Path("/proc/self/status")
-    peak = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    print(
-        json.dumps(
-            {
-                "logits": [] if logits is None else [float(x) for x in logits],
-                "first_seconds": first,
-                "read_per_second": len(ids) / min(reading),
-                "write_per_second": task["steps"] / min(writing),
-                "peak_bytes": 1024 * int(peak[0]),
-            }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -18,28 +18,9 @@ from retentive.export.executorch import LEVELS, TURNS, Step, check_exportable
 from retentive.models import RetNetConfig, build, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.ops import rotary
+from tests.export.variants import TINY, VARIANTS, peaked
 
-TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
-VARIANTS = {
-    "default": {},
-    "tied": {"tie_embeddings": True},
-    "fixed": {"decay": "lm", "score_norm": True, "head_norm": True, "qk_norm": False},
-    "none": {"decay": "none", "score_norm": True, "rotary": "none", "gate": False},
-    "numbers": {"decay": (-0.1, -0.7), "rotary": "half", "gate_activation": "sigmoid", "ffn_gate": False},
-    "shared heads": {"heads": 4, "kv_heads": 2, "qk_bias": True, "decay_bias": True, "activation": "gelu"},
-    "shifted": {"qk_norm": False, "qk_bias": True, "head_norm": True, "head_norm_affine": True},
-    "embedded": {"embed_scale": True, "embed_norm": True, "final_norm": False},
-}
 needs_runtime = pytest.mark.skipif(not find_spec("executorch"), reason="needs pip install 'retentive[executorch]'")
-
-
-def peaked(**changes):
-    """A model with weights so large that its logits differ by much."""
-    torch.manual_seed(0)
-    model = build(RetNetConfig(**{**TINY, **changes})).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.2)
-    return model
 
 
 @pytest.mark.parametrize("multiple", [1, 32])
@@ -68,7 +49,7 @@ def test_phases_of_far_positions():
 
 
 def test_what_is_refused(tmp_path, monkeypatch, capsys, refuses):
-    with refuses("only RetNets are exported to ExecuTorch, this is a Transformer"):
+    with refuses("only RetNets are exported, this is a Transformer"):
         check_exportable(build(twin(RetNetConfig(**TINY))))
     with refuses("sees or hears is not exported"):
         check_exportable(with_encoders(peaked(), {"audio": AudioConfig(token=257)}))
