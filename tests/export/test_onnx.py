@@ -232,6 +232,8 @@ def test_what_is_refused(place, capsys, refuses):
     for ids in ([], [257], [-1]):
         with refuses("ids must be of the vocabulary"):
             graph.read(ids)
+    with refuses("bias is for tokens in [0, 257), got [300]"):
+        list(generate(graph, [1], SamplingParams(bias={300: 1.0}), max_tokens=1))
     import onnx
 
     other = onnx.load("made/model.onnx")
