@@ -16,11 +16,21 @@ and short ones, so that what is read with them makes no difference.
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
 enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
 enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in flight, and memory is 400 cycles away */
+
+/* Counts known to the compiler: sums stay in registers only where the loops over them are unrolled whole, which clang
+   leaves be in loops of loops unless told. */
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED
+#endif
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
@@ -153,6 +163,8 @@ INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
     return sum + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)splat_unit((const float *)x));
 #elif defined(__SSE2__) && !defined(__AVX__)
     return sum + (vi)_mm_madd_epi16((__m128i)w, (__m128i)splat_unit((const float *)x));
+#elif defined(__wasm_simd128__)
+    return sum + (vi)wasm_i32x4_dot_i16x8((v128_t)w, (v128_t)splat_unit((const float *)x));
 #else
     return sum + (w & 65535) * (int32_t)(int16_t)*x + (w >> 16) * (*x >> 16);
 #endif
@@ -178,18 +190,18 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 line
     vf sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
     const int pairs = kind == BFLOAT16 && HAVE_PAIRS, columns = kind == BFLOAT16 && !HAVE_PAIRS ? 2 : 1;
     for (i64 line = 0; line < lines; line++, at += LINE)
-        for (int c = 0; c < columns; c++, x += width)
-            for (int p = 0; p < PARTS; p++)
-                for (int n = 0; n < panels; n++) {
+        UNROLLED for (int c = 0; c < columns; c++, x += width)
+            UNROLLED for (int p = 0; p < PARTS; p++)
+                UNROLLED for (int n = 0; n < panels; n++) {
                     const uint8_t *from = at + n * bytes;
                     if (ahead && !c && !p) __builtin_prefetch(from + ahead);
                     vf w = load((const float *)(from + p * 4 * LANES));
                     if (columns == 2) w = (vf)(c ? (vi)w & -65536 : (vi)w << 16);
-                    for (int r = 0; r < rows; r++) sum[n][r][p] = times_floats(pairs, w, x + r, sum[n][r][p]);
+                    UNROLLED for (int r = 0; r < rows; r++) sum[n][r][p] = times_floats(pairs, w, x + r, sum[n][r][p]);
                 }
-    for (int n = 0; n < panels; n++)
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
+    UNROLLED for (int n = 0; n < panels; n++)
+        UNROLLED for (int r = 0; r < rows; r++)
+            UNROLLED for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
 INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at,
@@ -203,29 +215,29 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 gr
             const uint8_t *line = at;
             for (int i = 0; digit && i < PANELS * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
             for (i64 k = 0; k < group; k += unit, line += LINE, x += units * width)
-                for (int p = 0; p < PARTS; p++)
-                    for (int n = 0; n < panels; n++) {
+                UNROLLED for (int p = 0; p < PARTS; p++)
+                    UNROLLED for (int n = 0; n < panels; n++) {
                         const uint8_t *from = line + n * bytes;
                         if (ahead && !p && !digit) __builtin_prefetch(from + ahead);
                         vi w = (vi)load((const float *)(from + p * 4 * LANES));
-                        for (int j = 0; j < units; j++)
-                            for (int r = 0; r < rows; r++)
+                        UNROLLED for (int j = 0; j < units; j++)
+                            UNROLLED for (int r = 0; r < rows; r++)
                                 sum[n][r][p] = times_integers(weights_at(four, w, j), x + j * width + r, sum[n][r][p]);
                     }
         }
         at += group / unit * LINE;
-        for (int n = 0; n < panels; n++)
-            for (int p = 0; p < PARTS; p++) {
+        UNROLLED for (int n = 0; n < panels; n++)
+            UNROLLED for (int p = 0; p < PARTS; p++) {
                 vf of_rows = scales_at(scales + n * groups * ROWS + p * LANES);
-                for (int r = 0; r < rows; r++) {
+                UNROLLED for (int r = 0; r < rows; r++) {
                     vi exact = sum[n][r][p] - zero * sums[r * groups + g];
                     total[n][r][p] += __builtin_convertvector(exact, vf) * (of_rows * splat(scale[r * groups + g]));
                 }
             }
     }
-    for (int n = 0; n < panels; n++)
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, total[n][r][p]);
+    UNROLLED for (int n = 0; n < panels; n++)
+        UNROLLED for (int r = 0; r < rows; r++)
+            UNROLLED for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, total[n][r][p]);
 }
 
 /* ---- a part of a product ---- */
