@@ -130,3 +130,21 @@ def plain_retention():
         return o.transpose(1, 2), new
 
     return parallel
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser."""
+    from tests.pages import launched
+
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chromium):
+    """`visit(url, …)`: a page there, as a person has it (`tests/pages.py`)."""
+    from tests.pages import visits
+
+    with visits(chromium) as open_page:
+        yield open_page

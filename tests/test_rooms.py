@@ -12,7 +12,7 @@ import pytest
 import retentive
 
 FLOORS = [
-    "files machine threads options",
+    "files machine threads options page",
     "sampling",
     "ops",
     "layers",

@@ -117,6 +117,35 @@ class ChatTemplate:
             found.append((ids, answers))
         return found
 
+    def pieces(self) -> dict[str, Any]:
+        """The template taken apart, for programs without jinja: what stands before the first message (`start`), before
+        later questions and answers, and at the `end`, each as texts and ids of special tokens in turn; whether messages
+        lose white space at both sides (`trim`); `ends` and `stop`, the ids and strings that end an answer.
+
+        Raises:
+            ValueError: it is more than that.
+        """
+        question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+        found = self._render([question, answer, question]).split(QUESTION)
+        middle = found[1].split(ANSWER) if len(found) == 3 else []
+        if len(middle) != 2:
+            raise ValueError("the chat template does not show each message once")
+        start, end, (before_answer, before_question) = found[0], found[2], middle
+        turn = ANSWER.join(middle)
+        padded = self._render([{**question, "content": f"  {QUESTION}\n"}])
+        trim = padded == start + QUESTION + end
+        same = {
+            self._render([question]): start + QUESTION + end,
+            padded: start + (QUESTION if trim else f"  {QUESTION}\n") + end,
+            self._render([question, answer] * 2 + [question]): start + (QUESTION + turn) * 2 + QUESTION + end,
+            self._after_answer([question]): before_question + QUESTION + end,
+        }
+        if any(got != wanted for got, wanted in same.items()):
+            raise ValueError("the chat template treats messages otherwise by their place")
+        parts = {"start": start, "question": before_question, "answer": before_answer, "end": end}
+        apart = {name: [x for x, _ in self._split(part, False)] for name, part in parts.items()}
+        return {**apart, "trim": trim, "ends": sorted(self.stop_ids), "stop": list(self.stop)}
+
     def _spelt(self, messages: Sequence[Message]) -> list[tuple[str | int, bool]]:
         """A conversation as texts and special tokens, each with whether it is (of) an answer."""
         answers = [m["content"] for m in messages if m["role"] == "assistant"]

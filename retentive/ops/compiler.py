@@ -117,9 +117,9 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         flag = ZIG.get(flag, flag)
     flags = (flag, *source.flags)  # what a source says comes later, and wins
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
-    key = _hash(repr((texts, compiler, flags, _cpu())).encode())
+    key = short_hash(repr((texts, compiler, flags, _cpu())).encode())
     for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):
-        if library.stem.endswith(_hash(library.read_bytes())):
+        if library.stem.endswith(short_hash(library.read_bytes())):
             return library
         library.unlink(missing_ok=True)  # another process may have deleted it first
     logging.getLogger(__name__).info("compiling its %s kernels for this CPU, once (some seconds)", source.name)
@@ -131,19 +131,26 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         units = {file: str(Path(scratch) / f"{file.name}.o") for file in source.units}
         compiling = [[*flags, "-c", str(file), "-o", unit] for file, unit in units.items()]
         for command in (*compiling, ["-shared", *units.values(), "-o", str(built), *LINK]):
-            _compile(compiler, command)
+            run(compiler, command)
         if not built.is_file():
             raise NotBuilt(f"{shlex.join(compiler)} makes no library: CC must name a C compiler")
-        library = folder / f"{source.name}-{key}-{_hash(built.read_bytes())}.so"
+        library = folder / f"{source.name}-{key}-{short_hash(built.read_bytes())}.so"
         built.replace(library)  # whole or not at all: another process may be looking
     return library
 
 
-def _hash(data: bytes) -> str:
+def cache_folder() -> Path:
+    """Where compiled files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
+
+
+def short_hash(data: bytes) -> str:
+    """16 hexadecimal digits that tell contents apart, in names of files."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _compile(compiler: list[str], arguments: list[str]) -> None:
+def run(compiler: list[str], arguments: list[str]) -> None:
+    """Calls a compiler; raises NotBuilt with its first line that tells of an error, or if it takes too long."""
     # in a session of its own: gcc starts cc1, as and ld, and killpg below must end them too
     process = subprocess.Popen(
         [*compiler, *arguments],
@@ -175,7 +182,7 @@ def load(source: Source) -> ctypes.CDLL | NotBuilt:
         ValueError: RETENTIVE_ISA forces what cannot be.
     """
     instruction_flag()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
+    cache = cache_folder()
     try:
         compiler = find_compiler()
         if compiler is None:

@@ -1,7 +1,8 @@
 """The FastAPI application: OpenAI's endpoints, states and sessions, health, metrics, and the page.
 
     POST /v1/chat/completions, /v1/completions      GET /v1/models, /v1/models/{id}, /v1/info
-    GET, POST /v1/states    POST /v1/states/{name}/restore    DELETE /v1/states/{name}, /v1/sessions/{name}
+    GET, POST /v1/states    GET, PUT, DELETE /v1/states/{name}    POST /v1/states/{name}/restore
+    DELETE /v1/sessions/{name}
     GET /health, /metrics, /
 
 API keys, host names and the count of requests are in `middleware.py`; completions are made in `completion.py`.
@@ -12,7 +13,6 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,13 +22,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from retentive.infer.memory import Memory
+from retentive.page import FILES
 from retentive.serve.completion import ClientLeft, Completion, described
 from retentive.serve.errors import Refused
 from retentive.serve.middleware import AccessMiddleware
-from retentive.serve.requests import ChatRequest, CompletionRequest, Named, RestoreRequest, SaveRequest, parse, receive
+from retentive.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Named,
+    RestoreRequest,
+    SaveRequest,
+    parse,
+    receive,
+    receive_file,
+)
 from retentive.serve.service import Service
 
-PAGE = Path(__file__).parent / "page"
 GRACE = 5
 """Seconds after a request's time-out in which a client may still read what was written for it."""
 SECURITY_HEADERS = {
@@ -59,7 +68,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.options.cors),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],  # clients send headers of their own, such as x-stainless-* of OpenAI's
             expose_headers=["Retry-After", "X-Request-Id"],
         )
@@ -204,6 +213,16 @@ def _states(app: FastAPI, service: Service) -> None:
         conversation = sessions.put(http.state.owner, request.session, memory)
         return {"object": "session", **described(request.session, conversation)}
 
+    @app.get("/v1/states/{name}")
+    async def download(http: Request, name: str) -> Response:
+        path = saved.path(http.state.owner, named(name))
+        return FileResponse(path, filename=path.name, media_type="application/octet-stream", headers=SECURITY_HEADERS)
+
+    @app.put("/v1/states/{name}")
+    async def upload(http: Request, name: str) -> dict[str, Any]:
+        content = await receive_file(http, service.options, service.largest_state)
+        return await asyncio.to_thread(saved.add, http.state.owner, named(name), content)
+
     @app.delete("/v1/states/{name}")
     async def delete(http: Request, name: str) -> dict[str, Any]:
         await asyncio.to_thread(saved.delete, http.state.owner, named(name))
@@ -217,7 +236,7 @@ def _states(app: FastAPI, service: Service) -> None:
 
 def _page(app: FastAPI) -> None:
     """The page's files. They are listed once and names are looked up in that list: no path can leave the folder."""
-    files = {file.name: file for file in PAGE.iterdir() if file.is_file()} if PAGE.is_dir() else {}
+    files = {file.name: file for file in FILES}
 
     @app.get("/{name}")
     async def page(name: str) -> Response:

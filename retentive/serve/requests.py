@@ -336,16 +336,25 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: 
     Raises:
         Refused: 400 with the field at fault; 408 too slow; 413 too large; 415 not JSON by its headers, or compressed.
     """
-    # A page of another origin can post forms and plain text without asking; JSON needs a CORS preflight (no CSRF).
+    most = max(options.most_body, options.most_media) if media else options.most_body
+    return parse(kind, await _received(http, options, most, "application/json"))
+
+
+async def receive_file(http: HTTPRequest, options: Options, most: int) -> bytes:
+    """The file that is the body of an HTTP request, of at most so many bytes; raises Refused as `receive`."""
+    return await _received(http, options, most, "application/octet-stream")
+
+
+async def _received(http: HTTPRequest, options: Options, most: int, kind: str) -> bytes:
+    # A page of another origin can post forms and plain text without asking; these need a CORS preflight (no CSRF).
     said = http.headers.get("content-type", "").split(";")[0].strip().lower()
-    if said != "application/json":
-        raise Refused(415, f"expected Content-Type: application/json, got {said or 'none'}")
+    if said != kind:
+        raise Refused(415, f"expected Content-Type: {kind}, got {said or 'none'}")
     if (encoding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise Refused(415, f"bodies are taken as they are, without Content-Encoding: {encoding}")
     seconds = min(BODY_SECONDS, options.timeout)
     try:
-        most = max(options.most_body, options.most_media) if media else options.most_body
-        return parse(kind, await asyncio.wait_for(_body(http, most), seconds))
+        return await asyncio.wait_for(_body(http, most), seconds)
     except asyncio.TimeoutError:
         raise Refused(408, f"the body did not come within {seconds:g} s") from None
     except ClientDisconnect:

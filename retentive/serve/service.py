@@ -26,6 +26,9 @@ from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions
 
+STATE_HEAD = 1 << 20
+"""Bytes of a state's file beside its tensors, at most: what was read, by names."""
+
 
 @dataclass
 class Service:
@@ -66,6 +69,12 @@ class Service:
         self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics = Metrics(self.engine, self.sessions)
         self.rows = senses(model)
+
+    @property
+    def largest_state(self) -> int:
+        """Bytes of the largest file of a saved state that is taken: of a prompt of max_prompt tokens."""
+        context = self.options.max_prompt
+        return cost.memory_bytes(self.model.config, context) + STATE_HEAD  # type: ignore[arg-type]
 
     def new_conversation(self) -> Conversation:
         """A conversation in which nothing was said; all of them share one blank state, which is never written to."""

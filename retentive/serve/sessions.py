@@ -7,6 +7,7 @@ as it was. In memory all sessions together are bounded in bytes; the least recen
 import hashlib
 import logging
 import re
+import tempfile
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -145,13 +146,34 @@ class SavedStates:
             save(memory, path)
             return self._describe(path)
 
+    def path(self, owner: str, name: str) -> Path:
+        """The file of a saved state; raises Refused (404) where there is none."""
+        path = self._path(owner, name)
+        if not path.is_file():
+            raise _not_found(name)
+        return path
+
+    def add(self, owner: str, name: str, content: bytes) -> dict[str, Any]:
+        """Keep a file that was written elsewhere by the same model, and return its description.
+
+        Raises:
+            Refused: 409 it is none of this model's, or damaged; else as `save`.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "state.safetensors"
+            file.write_bytes(content)
+            memory = self._read(file, name)
+        return self.save(owner, name, memory)
+
     def load(self, owner: str, name: str) -> Memory:
         """The memory saved under that name.
 
         Raises:
             Refused: 404 not there; 409 another model's, cut short, changed or not readable.
         """
-        path = self._path(owner, name)
+        return self._read(self._path(owner, name), name)
+
+    def _read(self, path: Path, name: str) -> Memory:
         try:
             return load_memory(path, self.model, self.fingerprint)
         except FileNotFoundError:
@@ -178,9 +200,7 @@ class SavedStates:
         Raises:
             Refused: 404 not there; 507 the folder cannot be written to.
         """
-        path = self._path(owner, name)
-        if not path.is_file():
-            raise _not_found(name)
+        path = self.path(owner, name)
         with self._changing():
             path.unlink(missing_ok=True)
 

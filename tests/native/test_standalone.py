@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from retentive.checkpoint import load, save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
 from retentive.models import ARCHITECTURES, RetNetConfig, build, load_state
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
@@ -191,6 +192,43 @@ def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
     )
     assert done.returncode == 2 and "holds a memory, which says more than a state" in done.stdout
     assert memory.read_bytes() == before
+
+
+MEMORY = """
+#include <retentive.h>
+#include <stdio.h>
+int main(int argc, char **argv) {
+    char error[256];
+    Retentive *model = retentive_open(argv[1], 1, error);
+    RetentiveStates *states = retentive_states(model, 1);
+    if (!retentive_load(states, 0, argv[2], error)) return puts(error), 2;
+    if (argc > 3 && !retentive_save_memory(states, 0, argv[3], argv[4], error)) return puts(error), 3;
+    return 0;
+}
+"""
+
+
+def test_memories_are_exchanged_with_python_and_damage_is_found(tmp_path):
+    """The digest is that of hashlib: what one wrote the other takes, and what was changed neither."""
+    model = folder_of("float32", tmp_path / "model", ByteTokenizer())
+    memory = blank(model)
+    memory.state, memory.tokens = model(torch.randint(257, (1, 9)))[1], 9
+    memory.sources = [{"name": 'a "b"\\\n\u00e9', "tokens": 9, "sha256": ""}]
+    save(memory, tmp_path / "written")
+    (tmp_path / "memory.c").write_text(MEMORY)
+    program = str(tmp_path / "memory")
+    subprocess.run(["gcc", *FLAGS, *SOURCES, str(tmp_path / "memory.c"), "-o", program, *LINK], check=True)
+    about = json.dumps({name: getattr(memory, name) for name in ABOUT})
+    command = [program, str(tmp_path / "model"), str(tmp_path / "written")]
+    subprocess.run([*command, str(tmp_path / "again"), about], check=True)
+    again = load_memory(tmp_path / "again", model)
+    assert again.sources == memory.sources and again.tokens == 9
+    assert all(torch.equal(a, b) for a, b in zip(tensors(again.state), tensors(memory.state), strict=True))
+    data = bytearray((tmp_path / "written").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "written").write_bytes(data)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "was changed after it was written" in done.stdout
 
 
 def test_a_state_of_another_model_is_refused(programs, tmp_path):

@@ -5,30 +5,15 @@ The oracle is the server's API: the page shows what it says to the same question
 
 import json
 import re
-import shutil
 import threading
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import pytest
 
-pytest.importorskip("playwright", reason="a browser is driven by pip install playwright")
-
-from playwright.sync_api import Locator, Page, expect, sync_playwright
-
 from retentive.data.templates import BUILT_IN
+from tests.pages import PHONE, Visit, expect
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if BROWSER is None:
-    pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
-# It looks nothing up by itself. No sandbox: CI is root, and it sees these pages only.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-FLAGS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a microphone that beeps
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
 GREEDY = {"temperature": 0, "max_tokens": 40}
 ENDLESS = {"temperature": 0, "max_tokens": 1_000_000}
-expect.set_options(timeout=20_000)
 
 
 @pytest.fixture
@@ -44,77 +29,8 @@ def ask(server, path: str, body: dict) -> dict:
     return server.http().post(path, json=body).json()["choices"][0]
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@dataclass
-class Visit:
-    """A page, and what a person does there."""
-
-    page: Page
-    sent: list[dict] = field(default_factory=list)
-    """Bodies of the completions that it asked for."""
-
-    def __getitem__(self, id: str) -> Locator:
-        return self.page.locator(f"#{id}")
-
-    def settings(self, **values) -> None:
-        narrow = self["more"].is_visible()
-        if narrow:
-            self["more"].click()
-        for id, value in values.items():
-            self[id].fill(str(value))
-        if narrow:
-            self["more"].click()
-
-    def say(self, text: str) -> str:
-        """The whole answer."""
-        expect(self["send"]).to_be_visible()  # the one before it has ended
-        self["input"].fill(text)
-        self.page.keyboard.press("Enter")
-        expect(self["log"]).to_have_attribute("aria-busy", "false")
-        return self.page.locator(".model").last.text_content()
-
-    def read(self) -> int:
-        return int(self["read"].text_content().replace(",", ""))
-
-
-@pytest.fixture
-def visit(chromium):
-    """`visit(server, …)` opens the page; at the end it has asked nobody else, and nothing in it has failed."""
-    with ExitStack() as stack:
-
-        def open_page(server, viewport=DESK, model: str | None = "retnet", **options) -> Visit:
-            context = chromium.new_context(viewport=viewport, **options)
-            stack.callback(context.close)
-            page = context.new_page()
-            page.set_default_timeout(20_000)
-            here = Visit(page)
-            failures, asked = [], []
-            page.on("pageerror", lambda error: failures.append(str(error)))
-            page.on("console", lambda m: failures.append(m.text) if "Failed to load resource" not in m.text else None)
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("request", lambda r: here.sent.append(r.post_data_json) if "completions" in r.url else None)
-            stack.callback(lambda: check(failures, asked, server.url))
-            page.goto(server.url)
-            if model:
-                expect(here["model"]).to_have_text(model)
-            return here
-
-        def check(failures: list[str], asked: list[str], url: str) -> None:
-            assert failures == []
-            assert [u for u in asked if not u.removeprefix("blob:").startswith(url)] == []
-
-        yield open_page
-
-
 def test_answers_stream_in_and_are_the_servers_own(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     first = here.say("Hello")
     messages = [{"role": "user", "content": "Hello"}]
@@ -128,7 +44,7 @@ def test_answers_stream_in_and_are_the_servers_own(server, visit):
 
 
 def test_tokens_read_grow_and_the_states_bytes_do_not(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     read, held = [here.read()], []
     for text in ("Hello", "Tell me more, and take your time. " * 20, "And then?"):
@@ -141,7 +57,7 @@ def test_tokens_read_grow_and_the_states_bytes_do_not(server, visit):
 
 
 def test_settings_are_what_the_server_is_asked_for(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(temperature=1.5, top_p=0.5, max_tokens=7, seed=3, stops="\\n\nEnd")
     here.say("Hello")
     asked = here.sent[0]
@@ -156,7 +72,7 @@ def test_settings_are_what_the_server_is_asked_for(server, visit):
 
 
 def test_it_is_used_by_keyboard_alone(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     keyboard = here.page.keyboard
     here.settings(**ENDLESS)
     here["input"].focus()
@@ -185,7 +101,7 @@ def test_it_is_used_by_keyboard_alone(server, visit):
 
 
 def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**ENDLESS)
     here["input"].fill("Hello")
     here["send"].click()
@@ -205,7 +121,7 @@ def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
 
 
 def test_a_reload_goes_on_with_the_conversation(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     first, read = here.say("Hello"), here.read()
     here.page.reload()
@@ -232,7 +148,7 @@ def test_a_reload_goes_on_with_the_conversation(server, visit):
 
 def test_a_session_that_is_still_busy_is_waited_for(server, visit):
     """As it is for a moment after an answer was stopped."""
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     here.say("Hello")
     sessions = server.service.sessions
@@ -247,7 +163,7 @@ def test_a_session_that_is_still_busy_is_waited_for(server, visit):
 
 
 def test_a_state_is_saved_restored_and_deleted(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     here.say("My name is Ada.")
     read = here.read()
@@ -262,7 +178,7 @@ def test_a_state_is_saved_restored_and_deleted(server, visit):
     expect(here.page.locator(".note")).to_contain_text(f"remembers the {read:,} tokens")
     assert here.read() == read
     assert here.say("What is my name?") == goes_on
-    other = visit(server)  # another visitor with the same key, or none, finds it too
+    other = visit(server.url)  # another visitor with the same key, or none, finds it too
     expect(other.page.locator("#states li span")).to_contain_text("ada.1")
     here.page.get_by_role("button", name="Delete ada.1").click()
     expect(here.page.locator("#states li")).to_have_count(0)
@@ -271,7 +187,7 @@ def test_a_state_is_saved_restored_and_deleted(server, visit):
 
 def test_a_base_model_writes_on(serve, visit):
     server = serve("retnet")
-    here = visit(server)
+    here = visit(server.url)
     expect(here.page.get_by_label("Write on")).to_be_checked()
     expect(here["send"]).to_have_text("Write on")
     here.settings(**GREEDY)
@@ -287,7 +203,7 @@ def test_a_base_model_writes_on(serve, visit):
 
 
 def test_the_twins_cache_is_said_to_grow(serve, visit):
-    here = visit(serve("transformer"), model="transformer")
+    here = visit(serve("transformer").url, model="transformer")
     here.settings(**GREEDY)
     here.say("Once upon")
     before = here["bytes"].text_content()
@@ -300,7 +216,7 @@ def test_light_and_dark(server, visit):
     def background(here: Visit) -> str:
         return here.page.evaluate("getComputedStyle(document.body).backgroundColor")
 
-    light, dark = visit(server, color_scheme="light"), visit(server, color_scheme="dark")
+    light, dark = visit(server.url, color_scheme="light"), visit(server.url, color_scheme="dark")
     colours = background(light), background(dark)
     assert colours == ("rgb(247, 247, 245)", "rgb(22, 24, 26)")
     light["theme"].click()
@@ -312,7 +228,7 @@ def test_light_and_dark(server, visit):
 
 
 def test_on_a_phones_screen_everything_is_within_reach(server, visit):
-    here = visit(server, viewport=PHONE, has_touch=True)
+    here = visit(server.url, viewport=PHONE, has_touch=True)
     here.settings(**GREEDY)
     here.say("averylongwordwithoutanyspaces" * 20)
     expect(here["send"]).to_be_in_viewport()
@@ -353,7 +269,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
 
 
 def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     here.settings(**GREEDY)
     server.service.in_flight += 10**6
     here["input"].fill("Hello")
@@ -390,7 +306,7 @@ def test_an_answer_that_breaks_off_says_so_and_text_stays_text(case, server, vis
     more, words = BROKEN[case]
     evil = "<img id=evil src=x onerror=alert(1)>"
     event = {"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": None}]}
-    here = visit(server)
+    here = visit(server.url)
     body = f"data: {json.dumps(event)}\n\n{more}"
     here.page.route("**/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     assert here.say(evil) == evil
@@ -412,7 +328,7 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "tile.png")
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "tile.gif")
     soundfile.write(tmp_path / "tone.wav", [0.0, 0.5, 0.0, -0.5] * 300, 8000)
-    here = visit(eyes, model="eyes")
+    here = visit(eyes.url, model="eyes")
     here.settings(**GREEDY)
     here["files"].set_input_files([tmp_path / "tile.png", tmp_path / "tone.wav", tmp_path / "tile.gif"])
     expect(here.page.locator("#given figure")).to_have_count(3)
@@ -444,7 +360,7 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
 def test_a_recording_goes_with_a_message(eyes, visit):
     pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
     pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
-    here = visit(eyes, model="eyes")
+    here = visit(eyes.url, model="eyes")
     here.settings(**GREEDY)
     here["record"].click()
     expect(here["record"]).to_have_attribute("aria-pressed", "true")
@@ -457,6 +373,6 @@ def test_a_recording_goes_with_a_message(eyes, visit):
 
 
 def test_who_reads_text_alone_is_offered_no_more(server, visit):
-    here = visit(server)
+    here = visit(server.url)
     expect(here["attach"]).to_be_hidden()
     expect(here["record"]).to_be_hidden()

@@ -142,6 +142,44 @@ def test_a_state_is_saved_listed_restored_and_deleted(server):
     assert http.post("/v1/states/my.state-1/restore", json={"session": "s"}).status_code == 404
 
 
+FILE = {"Content-Type": "application/octet-stream"}
+
+
+def test_a_state_goes_to_another_server_as_a_file(serve, tmp_path):
+    here, there = serve(), serve(states=tmp_path / "elsewhere")
+    saved = chat(here.http(), "a", max_tokens=7)["session"]
+    assert here.http().post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    file = here.http().get("/v1/states/n")
+    assert "attachment" in file.headers["content-disposition"]
+    sent = there.http().put("/v1/states/taken", content=file.content, headers=FILE)
+    assert sent.status_code == 200 and sent.json()["tokens"] == saved["tokens"]
+    assert there.http().post("/v1/states/taken/restore", json={"session": "s"}).status_code == 200
+    want = chat(here.http(), "b", max_tokens=15)["choices"]
+    assert chat(there.http(), "b", max_tokens=15)["choices"] == want
+    assert here.http().get("/v1/states/none").status_code == 404
+
+
+@pytest.mark.parametrize("how", ["truncated", "tampered", "no-state", "other-model", "too-large", "no-file"])
+def test_a_bad_file_is_not_taken(serve, tmp_path, how):
+    server, other = serve(), serve("other", states=tmp_path / "theirs")
+    for each in (server, other):
+        chat(each.http(), "a", max_tokens=5)
+        assert each.http().post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
+    (mine,), (theirs,) = (list(each.service.states_folder.rglob("*.safetensors")) for each in (server, other))
+    if how == "too-large":
+        mine.write_bytes(bytes(server.service.largest_state + 1))
+    elif how != "no-file":
+        wreck(mine, how, theirs)
+    headers = {"Content-Type": "application/json"} if how == "no-file" else FILE
+    response = server.http().put("/v1/states/new", content=mine.read_bytes(), headers=headers)
+    codes = {"too-large": (413, "larger than"), "no-file": (415, "expected Content-Type: application/octet-stream")}
+    words = {"truncated": "complete", "tampered": "changed", "no-state": "complete", "other-model": "another model"}
+    code, word = codes.get(how) or (409, words[how])
+    assert response.status_code == code and word in response.json()["error"]["message"]
+    assert str(tmp_path) not in response.text and "/tmp" not in response.text
+    assert [state["name"] for state in server.http().get("/v1/states").json()["data"]] == ["n"]
+
+
 def test_a_state_outlives_the_server(serve):
     server = serve()
     chat(server.http(), "a", max_tokens=7)
@@ -159,7 +197,7 @@ def test_what_one_key_keeps_no_other_sees(serve):
     assert mine.post("/v1/states", json={"session": "s", "name": "n"}).status_code == 200
     assert theirs.get("/v1/states").json()["data"] == []
     assert theirs.post("/v1/states/n/restore", json={"session": "s"}).status_code == 404
-    assert theirs.delete("/v1/states/n").status_code == 404
+    assert theirs.get("/v1/states/n").status_code == theirs.delete("/v1/states/n").status_code == 404
     assert theirs.post("/v1/states", json={"session": "s", "name": "m"}).status_code == 404
     assert theirs.delete("/v1/sessions/s").status_code == 404
     # a session of the same name begins anew
@@ -241,6 +279,8 @@ def test_names_that_lead_elsewhere_are_refused(serve, tmp_path, name):
     assert http.post("/v1/states", json={"session": name, "name": "n"}).status_code == 400
     for method, path in (("POST", f"/v1/states/{name}/restore"), ("DELETE", f"/v1/states/{name}")):
         assert http.request(method, path, json={"session": "t"}).status_code in (400, 404, 405), path
+    assert http.get(f"/v1/states/{name}").status_code in (400, 404, 405) or name == "."  # which is the list
+    assert http.put(f"/v1/states/{name}", content=b"", headers=FILE).status_code in (400, 404, 405, 409)
     assert http.delete(f"/v1/sessions/{name}").status_code in (400, 404, 405)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -101,6 +101,7 @@ typedef struct {
     Tensors tensors;
     const Json *config;
     i64 bits, group;  /* of quantised matrices, or 0 */
+    i64 dtype;        /* of what is no matrix, and of rings: 0 float32, 1 bfloat16 */
     char **kept;      /* what the model points to */
     i64 kept_count;
     int bad;          /* something failed, and `error` tells what */
@@ -148,6 +149,7 @@ static const float *vector_of(Folder *f, i64 count, int needed, const char *name
         if (needed && !f->bad) f->bad = 1, fail(f->error, "model.safetensors has no %s", name);
         return NULL;
     }
+    if (type) f->dtype = 1;
     float *x = keep(f, count * 4);
     if (x) read_row(type, data, count, x, count);
     return x;

@@ -1,6 +1,7 @@
 /* The functions of retentive.h, on top of read.c: one unit for the compiler. */
 
 #include "retentive.h"
+#include "digest.h"
 #include "read.c"
 #include "text.h"
 
@@ -84,7 +85,7 @@ RetentiveStates *retentive_states(Retentive *model, int64_t count) {
     RetentiveStates *s = calloc(1, sizeof *s);
     if (!s || count < 1) return free(s), NULL;
     const Model *m = &model->folder.model;
-    s->model = model, s->count = count, s->slots = slots_for(m->K, m->V), s->dtype = m->embed.kind == FLOAT32 ? 0 : 1;
+    s->model = model, s->count = count, s->slots = slots_for(m->K, m->V), s->dtype = model->folder.dtype;
     i64 bytes = (i64)(intptr_t)arrange_states(s, NULL);
     s->memory = aligned_alloc(64, round_up(bytes, 64));
     if (!s->memory) return free(s), NULL;
@@ -159,27 +160,59 @@ static int is_memory(const char *path) {
     return close_tensors(&t), is;
 }
 
-int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error) {
+/* the digest of a memory's file: of `about`, of the layers and of the position */
+static void digest_of(const Model *m, const char *about, const float *const *layers, const void *position,
+                      char hex[2 * DIGEST_BYTES + 1]) {
+    Digest d;
+    char kind[128];
+    begin_digest(&d), add_to_digest(&d, about, (i64)strlen(about));
+    int length = snprintf(kind, sizeof kind, "torch.float32[1, %lld, %lld, %lld]", (long long)m->H, (long long)m->K,
+                          (long long)m->V);
+    for (i64 l = 0; l < m->layers; l++)
+        add_to_digest(&d, kind, length), add_to_digest(&d, layers[l], m->H * m->K * m->V * 4);
+    add_to_digest(&d, "torch.int64[1]", 14), add_to_digest(&d, position, 8);
+    end_digest(&d, hex);
+}
+
+/* the head of a state's file, `about` NULL or that of a memory; its bytes, or 0 where there was no memory */
+static i64 head_of_state(RetentiveStates *s, i64 n, const char *about, char **head) {
     const Model *m = &s->model->folder.model;
-    i64 floats = m->H * m->K * m->V, most = m->layers * 160 + 512, used = 0;
-    char *head = malloc(most), partial[4096];
-    if (n < 0 || n >= s->count)
-        return free(head), fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
-    if (!head) return fail(error, "no memory to save");
-    if (is_memory(path))
-        return free(head), fail(error, "%s holds a memory, which says more than a state: save elsewhere", path);
-    settle(s, n);
-    used += snprintf(head + used, most - used,
-                     "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"}");
+    i64 floats = m->H * m->K * m->V, most = m->layers * 160 + 512 + (about ? 6 * (i64)strlen(about) : 0), used = 0;
+    char *text = *head = malloc(most), hex[2 * DIGEST_BYTES + 1];
+    const float *layers[m->layers];
+    if (!text) return 0;
+    used += snprintf(text, most, "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"");
+    if (about) {
+        for (i64 l = 0; l < m->layers; l++) layers[l] = rings_from(s, l, n).state;
+        digest_of(m, about, layers, &s->position[n], hex);
+        used += snprintf(text + used, most - used, ",\"digest\":\"%s\",\"memory\":\"", hex);
+        for (const char *c = about; *c; c++)
+            if ((unsigned char)*c < 32) used += snprintf(text + used, most - used, "\\u%04x", *c);
+            else used += snprintf(text + used, most - used, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
+        text[used++] = '"';
+    }
+    text[used++] = '}';
     for (i64 l = 0; l < m->layers; l++)
         used +=
-            snprintf(head + used, most - used,
+            snprintf(text + used, most - used,
                      ",\"layers.%lld\":{\"dtype\":\"F32\",\"shape\":[1,%lld,%lld,%lld],\"data_offsets\":[%lld,%lld]}",
                      (long long)l, (long long)m->H, (long long)m->K, (long long)m->V, (long long)(l * floats * 4 + 8),
                      (long long)((l + 1) * floats * 4 + 8));
     used +=
-        snprintf(head + used, most - used, ",\"position\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}");
-    while (used % 8) head[used++] = ' ';
+        snprintf(text + used, most - used, ",\"position\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}");
+    while (used % 8) text[used++] = ' ';
+    return used;
+}
+
+static int save_state(RetentiveStates *s, i64 n, const char *path, const char *about, char *error) {
+    const Model *m = &s->model->folder.model;
+    i64 floats = m->H * m->K * m->V, used;
+    char *head, partial[4096];
+    if (n < 0 || n >= s->count)
+        return fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
+    settle(s, n);
+    used = head_of_state(s, n, about, &head);
+    if (!used) return fail(error, "no memory to save");
     snprintf(partial, sizeof partial, "%s.partial", path);
     FILE *file = fopen(partial, "wb");
     uint64_t length = used;
@@ -194,33 +227,48 @@ int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error)
     return fail(error, "%s cannot be written", path);
 }
 
+int retentive_save(RetentiveStates *s, int64_t n, const char *path, char *error) {
+    if (is_memory(path)) return fail(error, "%s holds a memory, which says more than a state: save elsewhere", path);
+    return save_state(s, n, path, NULL, error);
+}
+
+int retentive_save_memory(RetentiveStates *s, int64_t n, const char *path, const char *about, char *error) {
+    return save_state(s, n, path, about, error);
+}
+
 int retentive_load(RetentiveStates *s, int64_t n, const char *path, char *error) {
     const Model *m = &s->model->folder.model;
     Tensors t;
     int bad = 0;
     const char *dtype = "", *position;
-    char name[64];
+    const float *layers[m->layers];
+    char name[64], hex[2 * DIGEST_BYTES + 1];
     if (n < 0 || n >= s->count)
         return fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
     if (!open_tensors(&t, "", path, error)) return close_tensors(&t), 0;
-    int good = is_text(item(item(t.head, "__metadata__"), "kind"), "retention");
+    const Json *said = item(t.head, "__metadata__"), *about = item(said, "memory"), *digest = item(said, "digest");
+    int good = is_text(item(said, "kind"), "retention");
     position = good ? tensor(&t, "position", 1, 0, &dtype, &bad, NULL) : NULL;
     good = position && !strcmp(dtype, "I64");
     snprintf(name, sizeof name, "layers.%lld", (long long)m->layers);
     good = good && !item(t.head, name);
-    for (int pass = 0; pass < 2 && good; pass++) /* all is looked at before anything is written over */
-        for (i64 l = 0; l < m->layers && good; l++) {
-            snprintf(name, sizeof name, "layers.%lld", (long long)l);
-            const char *data = tensor(&t, name, m->H * m->K * m->V, 0, &dtype, &bad, NULL);
-            good = data && !strcmp(dtype, "F32");
-            if (good && pass) memcpy(rings_from(s, l, n).state, data, m->H * m->K * m->V * 4);
-        }
-    if (good) {
-        for (i64 l = 0; l < m->layers; l++) *rings_from(s, l, n).written = *rings_from(s, l, n).folded = 0;
-        memcpy(&s->position[n], position, 8);
+    for (i64 l = 0; l < m->layers && good; l++) { /* all is looked at before anything is written over */
+        snprintf(name, sizeof name, "layers.%lld", (long long)l);
+        layers[l] = (const float *)tensor(&t, name, m->H * m->K * m->V, 0, &dtype, &bad, NULL);
+        good = layers[l] && !strcmp(dtype, "F32");
     }
+    if (!good) return close_tensors(&t), fail(error, "%s holds no state of one sequence of this model", path);
+    if (about && about->type == STRING) digest_of(m, about->text, layers, position, hex);
+    if (about && (about->type != STRING || !is_text(digest, hex)))
+        return close_tensors(&t), fail(error, "%s was changed after it was written: its digest does not fit", path);
+    for (i64 l = 0; l < m->layers; l++) {
+        Rings r = rings_from(s, l, n);
+        memcpy(r.state, layers[l], m->H * m->K * m->V * 4);
+        *r.written = *r.folded = 0;
+    }
+    memcpy(&s->position[n], position, 8);
     close_tensors(&t);
-    return good ? 1 : fail(error, "%s holds no state of one sequence of this model", path);
+    return 1;
 }
 
 /* ---- tokens ---- */
@@ -236,7 +284,7 @@ static int head_of(Retentive *r, const float *x, i64 count, float *logits) {
     i64 vocab = r->folder.model.vocab, wide = whole(vocab);
     float *y = wide == vocab ? logits : malloc(count * wide * 4);
     if (!y) return 0;
-    Heading heading = {count, r->folder.model.embed.kind != FLOAT32, r->threads, r->pool, &r->folder.model.head, x, y};
+    Heading heading = {count, r->folder.dtype, r->threads, r->pool, &r->folder.model.head, x, y};
     int good = !native_head(&heading);
     for (i64 n = 0; n < count && y != logits && good; n++) memcpy(logits + n * vocab, y + n * wide, vocab * 4);
     if (y != logits) free(y);

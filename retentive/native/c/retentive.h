@@ -39,6 +39,9 @@ int64_t retentive_position(const RetentiveStates *states, int64_t sequence);
 int retentive_copy(RetentiveStates *states, int64_t to, int64_t from);
 /* To a safetensors file and back. */
 int retentive_save(RetentiveStates *states, int64_t sequence, const char *path, char *error);
+/* A file of `retentive memory` and of the server: `about` is the JSON of its fields (retentive/infer/memory.py). */
+int retentive_save_memory(RetentiveStates *states, int64_t sequence, const char *path, const char *about, char *error);
+/* Either; what a memory's digest says to be damaged is refused. */
 int retentive_load(RetentiveStates *states, int64_t sequence, const char *path, char *error);
 
 /* `count` tokens of a sequence; logits [vocabulary] after the last, unless NULL. */

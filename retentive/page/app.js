@@ -1,7 +1,9 @@
-// The page of `retentive serve`. The server keeps each conversation's state under a session's name, so that a request
+// The page of `retentive serve`, and of the folder of `retentive export --to browser`, where server.js has the model in
+// the browser itself. The server keeps each conversation's state under a session's name, so that a request
 // holds only what the state has not read yet; the number of tokens read grows, the state's bytes do not.
 
 import * as media from "./media.js";
+import { answer, ready } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
@@ -22,10 +24,11 @@ async function call(path, { method = "GET", body, signal } = {}, tries = 30) {
   const headers = { "X-Session-Id": session }; // load balancers send a conversation to the server that has its state
   const key = sessionStorage.getItem("api-key");
   if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
+  const file = body instanceof Blob;
+  if (body) headers["Content-Type"] = file ? "application/octet-stream" : "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
+    response = await answer(path, { method, headers, body: file || !body ? body : JSON.stringify(body), signal });
   } catch (error) {
     throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");
   }
@@ -290,6 +293,14 @@ function row(state) {
   };
   item.append(
     name,
+    action("Download", async () => {
+      const file = await (await call(`v1/states/${state.name}`)).blob();
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(file);
+      link.download = `${state.name}.safetensors`;
+      link.click();
+      URL.revokeObjectURL(link.href);
+    }),
     action("Restore", async () => {
       begin();
       const restored = await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
@@ -316,9 +327,18 @@ async function save() {
   await listStates();
 }
 
+// A file that was downloaded, here or from another server of the same model, becomes a saved state of its name.
+async function add(file) {
+  const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]/g, "_").replace(/^[.-]/, "_").slice(0, 64);
+  await call(`v1/states/${name}`, { method: "PUT", body: file });
+  await listStates();
+}
+
 // Doors
 
 async function open() {
+  const loading = (share) => { $("model").textContent = `loading ${Math.round(share * 100)} %`; };
+  await ready(loading);
   const info = await (await call("v1/info")).json();
   $("model").textContent = info.model;
   document.title = `${info.model} – Retentive`;
@@ -367,6 +387,12 @@ $("stop").onclick = () => running?.abort();
 $("new").onclick = () => { begin(); leaveSettings(); $("input").focus(); };
 $("mode").onchange = begin;
 $("sampling").onsubmit = (event) => event.preventDefault();
+$("upload").onclick = () => $("state").click();
+$("state").onchange = () => attempt(async () => {
+  const [file] = $("state").files;
+  $("state").value = "";
+  if (file) await add(file);
+});
 $("saving").onsubmit = (event) => { event.preventDefault(); attempt(save); };
 $("more").onclick = () => {
   const shown = document.body.classList.toggle("settings");

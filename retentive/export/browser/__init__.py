@@ -1,0 +1,130 @@
+"""A folder for browsers, which any server of files serves: the page to chat with, the engine in C, and a model.
+
+The page is that of `retentive serve`, its `server.js` another, which has the model in the browser, in a worker:
+
+    server.js    answers the page's requests        worker.js    the conversation, its state, the saved ones
+    engine.js    the functions of retentive.h       files.js     files in memory, which these open (WASI)
+    text.js, sampling.js, store.js (IndexedDB)      offline.js   keeps the folder, so that it opens without a network
+"""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from retentive.checkpoint import load, save_model
+from retentive.checkpoint.quantize import BITS, quantize
+from retentive.data.templates import TEMPLATE, ChatTemplate, load_template
+from retentive.data.tokenizer import Tokenizer
+from retentive.export.retnets import check_plain
+from retentive.files import file_sha256, write_json, write_text
+from retentive.infer.memory import fingerprint
+from retentive.models import LanguageModel, cost
+from retentive.native.library import FOLDER, OPS
+from retentive.ops.compiler import FLAGS, NotBuilt, cache_folder, run, short_hash
+from retentive.page import FILES as PAGE
+
+SCRIPTS = Path(__file__).parent
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
+FUNCTIONS = "open vocabulary end states position copy save_memory load read encode text"
+"""Of retentive.h, those that engine.js calls."""
+TARGET = [
+    "-target",
+    "wasm32-wasi",
+    "-mexec-model=reactor",
+    "-msimd128",
+    "-Wno-unknown-pragmas",
+    "-Wl,--strip-all",
+    "-lm",
+]
+NEEDED = ("engine.wasm", "model/config.json", "model/model.safetensors", "model/tokenizer.json")
+"""What the worker is given."""
+POLICY = "default-src 'self' 'wasm-unsafe-eval'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
+"""Of the page, which static servers have no headers for: it needs nothing but its own files."""
+
+
+def build_engine() -> Path:
+    """engine.wasm, compiled once and kept in the user's cache.
+
+    Raises:
+        ImportError: no ziglang (extra `compiler`).
+        ValueError: it could not compile.
+    """
+    if not find_spec("ziglang"):
+        raise ImportError("the engine is compiled for browsers by ziglang: pip install 'retentive[compiler]'")
+    exported = [f"-Wl,--export={name}" for name in ("malloc", "free", *(f"retentive_{x}" for x in FUNCTIONS.split()))]
+    flags = [*(flag for flag in FLAGS if flag != "-fPIC"), f"-I{FOLDER}", f"-I{OPS}", *TARGET, *exported]
+    texts = [file.read_bytes() for part in (FOLDER, OPS) for file in sorted(part.glob("*.[ch]"))]
+    kept = cache_folder() / f"engine-{short_hash(repr((texts, flags)).encode())}.wasm"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            built = Path(scratch) / "engine.wasm"
+            try:
+                run(ZIG, [*flags, str(FOLDER / "retentive.c"), "-o", str(built)])
+            except NotBuilt as error:
+                raise ValueError(str(error)) from None
+            built.replace(kept)
+    return kept
+
+
+def write_browser(
+    model: LanguageModel, tokenizer: Tokenizer, template: str | None, folder: Path, *, name: str, weights: str
+) -> None:
+    """Writes the page, the engine and the model into `folder`.
+
+    Args:
+        template: the source of the chat template that came with the model; None: none did.
+        name: what the page calls the model.
+        weights: "stored", "int8" or "int4".
+
+    Raises:
+        ValueError: a model that cannot be exported, or a tokenizer that C does not know.
+        ImportError: no ziglang.
+    """
+    check_plain(model)
+    engine = build_engine()
+    if weights != "stored":
+        model = quantize(model, BITS[weights], dtype=model.dtype)  # bfloat16 would be converted all the time there
+    for file in (*PAGE, *sorted(SCRIPTS.glob("*.js"))):  # its server.js over the page's
+        shutil.copyfile(file, folder / file.name)
+    page = folder / "index.html"
+    write_text(page, page.read_text(encoding="utf-8").replace("<meta charset", f"{_meta()}\n  <meta charset", 1))
+    shutil.copyfile(engine, folder / "engine.wasm")
+    save_model(folder / "model", model, tokenizer)
+    if template is not None:
+        write_text(folder / "model" / TEMPLATE, template)
+    needed = [folder / name for name in NEEDED]
+    loaded = load(folder / "model")[0]  # as a server of this folder would have it, so that states fit both
+    chat = chat_pieces(load_template(folder / "model", tokenizer))
+    write_json(
+        folder / "model.json",
+        {
+            "name": name,
+            "kind": type(loaded).__name__,
+            "parameters": cost.parameters(loaded.config),
+            "state_bytes": cost.state_bytes(loaded.config),
+            "fingerprint": fingerprint(loaded),
+            "config": asdict(loaded.config),
+            "chat": chat,
+            "teaches": template is not None and chat is not None,
+            "page": sorted(file.name for file in folder.iterdir() if file.is_file() and file not in needed),
+            "files": {str(file.relative_to(folder)): file.stat().st_size for file in needed},
+            "version": file_sha256(*sorted(file for file in folder.rglob("*") if file.is_file())),
+        },
+    )
+
+
+def _meta() -> str:
+    return f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+
+
+def chat_pieces(template: ChatTemplate) -> dict[str, Any] | None:
+    """A template taken apart; None of one that only Python can follow."""
+    try:
+        return template.pieces()
+    except ValueError:
+        return None
