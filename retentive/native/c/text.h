@@ -1,10 +1,7 @@
-/* tokenizer.json: bytes, or a byte-level BPE with GPT-2's word boundaries, as retentive/data/tokenizer.py trains it.
-
-Letters beyond ASCII are told by ranges, not by Unicode's tables: a rare symbol may be split otherwise than there, into
-other tokens of the same text.
-*/
+/* tokenizer.json: bytes, or a byte-level BPE with GPT-2's word boundaries, as retentive/data/tokenizer.py trains it. */
 
 #pragma once
+#include "classes.h"
 #include "folder.h"
 
 typedef struct {
@@ -30,16 +27,15 @@ static struct Merge *merge_of(const Text *t, i64 left, i64 right) {
     }
 }
 
-/* the next code point of UTF-8 from *at on; what is no UTF-8 is the byte itself */
+/* the next code point of UTF-8 from *at on; U+FFFD for a byte that begins none: too long, cut short, a surrogate */
 static uint32_t code_point(const char **at, const char *end) {
+    static const uint32_t least[] = {0, 0x80, 0x800, 0x10000}; /* that takes so many bytes more */
     const unsigned char *s = (const unsigned char *)*at;
-    int more = s[0] >= 0xf0 && s[0] < 0xf8 ? 3 : s[0] >= 0xe0 && s[0] < 0xf0 ? 2 : s[0] >= 0xc0 && s[0] < 0xe0 ? 1 : 0;
-    uint32_t c = more == 3 ? s[0] & 7 : more == 2 ? s[0] & 15 : more == 1 ? s[0] & 31 : s[0];
-    if (end - *at <= more) more = 0, c = s[0];
-    for (int i = 1; i <= more; i++) {
-        if ((s[i] & 0xc0) != 0x80) return (*at)++, s[0];
-        c = c << 6 | (s[i] & 63);
-    }
+    int more = s[0] < 0x80 ? 0 : s[0] >= 0xf0 ? 3 : s[0] >= 0xe0 ? 2 : 1;
+    uint32_t c = more ? s[0] & (0x3f >> more) : s[0];
+    int good = s[0] < 0x80 || (s[0] >= 0xc0 && s[0] < 0xf8 && end - *at > more);
+    for (int i = 1; i <= more && good; i++) good = (s[i] & 0xc0) == 0x80, c = c << 6 | (s[i] & 63);
+    if (!good || c < least[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return (*at)++, 0xfffd;
     *at += more + 1;
     return c;
 }
@@ -53,22 +49,24 @@ static int byte_of_letter(uint32_t c) {
     return -1;
 }
 
-typedef enum { SPACE, LETTER, DIGIT, OTHER } Class;
-
-static Class class_of(uint32_t c) {
-    if (c == ' ' || (c >= 9 && c <= 13) || c == 0x85 || c == 0xa0 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 ||
-        c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000) return SPACE;
-    if (c < 128) return c >= '0' && c <= '9' ? DIGIT : (c | 32) >= 'a' && (c | 32) <= 'z' ? LETTER : OTHER;
-    if (c == 0xb2 || c == 0xb3 || c == 0xb9 || (c >= 0xbc && c <= 0xbe)) return DIGIT;
-    if (c < 0xc0) return c == 0xaa || c == 0xb5 || c == 0xba ? LETTER : OTHER;
-    if (c == 0xd7 || c == 0xf7 || (c >= 0x2000 && c < 0x2c00) || (c >= 0x3001 && c < 0x3041) ||
-        (c >= 0xfe00 && c < 0xfe70) || (c >= 0xff00 && c < 0xff21) || c >= 0x1f000)
-        return OTHER;
-    return LETTER;
+static Class class_of(const Text *t, uint32_t c) {
+    if (c < 128)
+        return c == ' ' || (c >= 9 && c <= 13)      ? SPACE
+               : c >= '0' && c <= '9'               ? DIGIT
+               : (c | 32) >= 'a' && (c | 32) <= 'z' ? LETTER
+                                                    : OTHER;
+    size_t low = 0, high = sizeof runs_of_classes / sizeof *runs_of_classes; /* c is from low's first on, before high's */
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (runs_of_classes[middle] >> 3 <= c) low = middle;
+        else high = middle;
+    }
+    Class class = runs_of_classes[low] & 7;
+    return class != NEW_DIGIT ? class : t->digits ? DIGIT : OTHER;
 }
 
-/* the end of the word that begins at `at`: 's 't 're 've 'm 'll 'd, or a space and letters, digits or others, or space
- */
+/* the end of the word that begins at `at`: 's 't 're 've 'm 'll 'd, or a space and letters, digits or others, or
+   space */
 static const char *word_end(const Text *t, const char *at, const char *end) {
     static const char *const tails[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (int i = 0; i < 7; i++) {
@@ -76,17 +74,17 @@ static const char *word_end(const Text *t, const char *at, const char *end) {
         if (end - at >= n && !memcmp(at, tails[i], n)) return at + n;
     }
     const char *next = at, *one;
-    Class first = class_of(code_point(&next, end));
+    Class first = class_of(t, code_point(&next, end));
     if (t->digits && first == DIGIT) return next;
     if (first == SPACE) {
         const char *last = at, *stop = at; /* the last of the spaces, and what follows them */
         while (stop < end) {
             one = stop;
-            if (class_of(code_point(&one, end)) != SPACE) break;
+            if (class_of(t, code_point(&one, end)) != SPACE) break;
             last = stop, stop = one;
         }
         one = stop;
-        Class then = stop < end ? class_of(code_point(&one, end)) : SPACE;
+        Class then = stop < end ? class_of(t, code_point(&one, end)) : SPACE;
         if (stop == end || (t->digits && then == DIGIT))
             return stop;                   /* digits are cut off before words are looked for */
         if (last > at) return last;        /* all but the last, which may go with the word */
@@ -95,7 +93,7 @@ static const char *word_end(const Text *t, const char *at, const char *end) {
     }
     while (next < end) {
         one = next;
-        if (class_of(code_point(&one, end)) != first) break;
+        if (class_of(t, code_point(&one, end)) != first) break;
         next = one;
     }
     return next;
