@@ -159,7 +159,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     """What `write` returns, which fills a new folder; that folder then replaces the one at `path`.
 
     Args:
-        write: called with a temporary folder beside `path`. Puts files into it, no folders.
+        write: called with a temporary folder beside `path`, which it fills.
 
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
@@ -171,8 +171,9 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     try:
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
         result = write(partial)
-        for file in partial.iterdir():
-            _flush_to_disk(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
         # A folder cannot be renamed over one that holds files. Killed between the two renames, a process leaves
         # `old`, which the next `only_writer` puts back.
         if path.exists():

@@ -17,8 +17,9 @@ class ExportCommand:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder, or hf:owner/name on the hub."""
-    to: Literal["onnx", "executorch"]
-    """onnx: one graph, for onnxruntime; executorch: a program of one token's step, for phones."""
+    to: Literal["onnx", "executorch", "native"]
+    """onnx: one graph, for onnxruntime; executorch: a program of one token's step, for phones; native: sources in C,
+    for whatever has a compiler, phones too."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
@@ -38,5 +39,6 @@ def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
-    say(f"{file}: {megabytes(nbytes)}; the next token's logits are off by {off:.1e} of their size")
+    close = f"off by {off:.1e} of their size" if off is not None else "not checked: no C could be compiled here"
+    say(f"{file}: {megabytes(nbytes)}; the next token's logits are {close}")
     say(f"next: retentive generate {file} --prompt …")

@@ -6,6 +6,7 @@
     onnx_run        such a graph, run by onnxruntime and numpy alone
     executorch      its decoding step as an ExecuTorch program, for phones
     executorch_run  such a program, run by ExecuTorch
+    native          the C library's sources beside the model, for phones and whatever else has a C compiler
     writing         tokens from either
 
 Nothing is imported here, so that `onnx_run` and `writing` need no torch.

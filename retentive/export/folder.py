@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retentive.checkpoint.io import find, load_with_tokenizer
+from retentive.checkpoint.io import find, load_with_tokenizer, save_model
 from retentive.checkpoint.quantize import BITS, quantization_of, quantize
 from retentive.data.templates import TEMPLATE, template_of
-from retentive.export import executorch, onnx
+from retentive.data.tokenizer import Tokenizer
+from retentive.export import executorch, native, onnx
 from retentive.files import only_writer, replace_folder, write_text
 from retentive.models import LanguageModel
 
-FILES = {"onnx": "model.onnx", "executorch": "model.pte"}
+FILES = {"onnx": "model.onnx", "executorch": "model.pte", "native": "model"}
+"""What of the folder is the model; for native a folder."""
 CHECKED = 48
 """Tokens that are read to see that the export gives what the model does."""
 FAR, FAR_OF_INTEGERS = 1e-3, 0.1
@@ -33,8 +35,9 @@ class Exported(NamedTuple):
 
     file: Path
     nbytes: int
-    off: float
-    """The largest difference of logits from the model's, over the size of these."""
+    off: float | None
+    """The largest difference of logits from the model's, over the size of these; None where no compiler is for that
+    of C."""
 
 
 def export(
@@ -43,14 +46,14 @@ def export(
     """The model of a run or folder for another runtime, in a new folder: whole, or nothing of it.
 
     Args:
-        to: "onnx" or "executorch".
+        to: "onnx", "executorch" or "native".
         weights: "stored", "int8" or "int4".
         standard: of ONNX its standard operators only (see `export_onnx`).
         tokenizer: for models that come without one.
 
     Raises:
         FileExistsError: there is something at `out`.
-        ValueError: a model that cannot be exported, or whose export gives other logits; `standard` beside executorch.
+        ValueError: a model that cannot be exported, or whose export gives other logits; `standard` beside others.
         ImportError: without the extra of that runtime.
     """
     if standard and to != "onnx":
@@ -59,10 +62,13 @@ def export(
         if out.exists() or out.is_symlink():
             raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
         model, own = load_with_tokenizer(source, tokenizer)
-        template, far = template_of(find(source)), list[float]()
+        template, far = template_of(find(source)), list[float | None]()
 
         def write(folder: Path) -> None:
             path = folder / FILES[to]
+            if to == "native":
+                far.append(to_native(model, folder, own, template, weights))
+                return
             if to == "onnx":
                 far.append(to_onnx(model, path, own.eos_id, weights, standard))
             else:
@@ -73,7 +79,8 @@ def export(
 
         replace_folder(out, write)
     made = out / FILES[to]
-    return Exported(made, sum(f.stat().st_size for f in out.iterdir() if f.name.startswith(made.name)), far[0])
+    files = [f for f in out.rglob("*") if f.is_file() and f.relative_to(out).parts[0].startswith(made.name)]
+    return Exported(made, sum(f.stat().st_size for f in files), far[0])
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
@@ -97,6 +104,23 @@ def to_executorch(model: LanguageModel, path: Path, eos: int, weights: str) -> f
     step = executorch.export_executorch(model, path, eos=eos, bits=bits)
     wanted = reading(model.float().eval()) if bits is None else stepping(step)
     return difference(wanted, ExecutorchModel(path).read, model.config.vocab_size, exact=bits is None)
+
+
+def to_native(
+    model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str | None, weights: str
+) -> float | None:
+    """Writes the C sources and the model; how far the logits of that folder are from the model's, read by that C."""
+    native.check_exportable(model)
+    if weights != "stored":
+        model = quantize(model, BITS[weights])
+    native.write_sources(folder)
+    save_model(folder / FILES["native"], model, tokenizer, template=template)
+    exact = model.dtype == torch.float32 and quantization_of(model) is None
+    with native.opened(folder / FILES["native"]) as library:
+        if library is None:
+            return None
+        native.check_words(library, tokenizer)
+        return difference(reading(model.float().eval()), library.read, model.config.vocab_size, exact=exact)
 
 
 def reading(model: LanguageModel) -> Read:

@@ -22,15 +22,20 @@ STEPS = 64
 """Tokens at most that go through rings one by one; more are read in chunks."""
 
 
-def refused(model: Any) -> str | None:
-    """Why the library cannot read with this model; None if it can."""
+def unfit(model: Any) -> str | None:
+    """Why C cannot read with such a model, on whatever machine; None if it can."""
     if type(model.config) is not RetNetConfig:
         return f"it runs RetNets, this is a {type(model.config).__name__.removesuffix('Config')}"
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes in float32 or bfloat16, the model is {str(model.dtype).removeprefix('torch.')}"
-    return str(library()) if isinstance(library(), NotBuilt) else None
+    return None
+
+
+def refused(model: Any) -> str | None:
+    """Why the library cannot read with this model here; None if it can."""
+    return unfit(model) or (str(library()) if isinstance(library(), NotBuilt) else None)
 
 
 def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:

@@ -14,7 +14,7 @@ struct Retentive {
 
 struct RetentiveStates {
     Retentive *model;
-    i64 count, slots, dtype;
+    i64 count, slots, dtype, bytes;
     Rings *rings; /* [layers], of `count` sequences */
     i64 *position;
     char *memory;
@@ -86,10 +86,10 @@ RetentiveStates *retentive_states(Retentive *model, int64_t count) {
     if (!s || count < 1) return free(s), NULL;
     const Model *m = &model->folder.model;
     s->model = model, s->count = count, s->slots = slots_for(m->K, m->V), s->dtype = model->folder.dtype;
-    i64 bytes = (i64)(intptr_t)arrange_states(s, NULL);
-    s->memory = aligned_alloc(64, round_up(bytes, 64));
+    s->bytes = (i64)(intptr_t)arrange_states(s, NULL);
+    s->memory = aligned_alloc(64, round_up(s->bytes, 64));
     if (!s->memory) return free(s), NULL;
-    memset(s->memory, 0, bytes);
+    memset(s->memory, 0, s->bytes);
     arrange_states(s, s->memory);
     return s;
 }
@@ -99,6 +99,7 @@ void retentive_free(RetentiveStates *s) {
     free(s);
 }
 
+int64_t retentive_bytes(const RetentiveStates *s) { return s->bytes; }
 int64_t retentive_position(const RetentiveStates *s, int64_t sequence) { return s->position[sequence]; }
 
 /* the rings of a layer from a sequence on */

@@ -33,6 +33,8 @@ int64_t retentive_end(const Retentive *model);
 /* States of `count` sequences that have read nothing. */
 RetentiveStates *retentive_states(Retentive *model, int64_t count);
 void retentive_free(RetentiveStates *states);
+/* Bytes that they take: as many after a million tokens as after one. */
+int64_t retentive_bytes(const RetentiveStates *states);
 /* Tokens that a sequence has read. */
 int64_t retentive_position(const RetentiveStates *states, int64_t sequence);
 /* Sequence `from` over sequence `to`. */
