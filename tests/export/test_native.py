@@ -1,4 +1,4 @@
-"""Folders of C: built and run here, and for Arm under qemu; what they write is what torch writes."""
+"""Folders of C: built and run here, for Arm under qemu, and by Java; what they write is what torch writes."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from retentive.checkpoint import load, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.export import folder, native
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import RetNetConfig, build, load_state, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.native.library import FOLDER, OPS
 from tests.export.variants import TINY, peaked
@@ -148,3 +148,40 @@ def test_the_library_by_python(place, refuses):
                 library.read(wrong)
     with refuses("the C library cannot run this model: none/config.json cannot be read"), native.opened(Path("none")):
         pass
+
+
+PHONE = Path(__file__).parents[2] / "examples" / "phone"
+ANDROID = PHONE / "android/app/src/main"
+
+
+@needs_compiler
+@needs_cmake
+@pytest.mark.skipif(not shutil.which("javac"), reason="needs a JDK")
+def test_the_android_app_but_for_its_screen_by_a_jdk(place, capsys, monkeypatch):
+    """RetNet.java and glue.c, built as the app builds them, but for this machine."""
+    main(["export", "run", "--to", "native", "--out", "made"])
+    sources = [ANDROID / "java/org/retentive/phone/RetNet.java", Path(__file__).with_name("Write.java")]
+    subprocess.run(["javac", "-Xlint:all", "-Werror", "-h", "heads", "-d", "classes", *sources], check=True)
+    jdk = Path(shutil.which("javac")).resolve().parents[1] / "include"
+    head = place / "heads/org_retentive_phone_RetNet.h"  # what javac wants of C, which its compiler then checks
+    monkeypatch.setenv("CFLAGS", f"-include {head} -I{jdk} -I{jdk}/linux")
+    flags = [f"-DRETENTIVE={place}/made", FASTER]
+    for command in (["-B", "jni", ANDROID / "cpp", *flags], ["--build", "jni"]):
+        subprocess.run(["cmake", *command], check=True, capture_output=True)
+    java = ["java", "-Xcheck:jni", "-Djava.library.path=jni", "-cp", "classes", "Write"]
+    state = str(place / "state.safetensors")
+    done = subprocess.run([*java, "made/model", "It's", "20", state], capture_output=True, check=True)
+    want = generated("run", capsys).removeprefix("It's").removesuffix("\n").replace("\n", "\\n").replace("\r", "\\r")
+    want = want.removesuffix("\ufffd")  # a letter that is not whole yet, for which the app waits
+    assert done.stdout.decode().split("\n")[:-1] == [
+        "refused read a text first",
+        f"text {want}",
+        "forgot 0",
+        "loaded true",
+        "same true",
+        "refused made/model cannot be read",
+        "drawn true",
+        "refused made/model-none/config.json cannot be read",
+    ]
+    assert b"WARNING" not in done.stdout + done.stderr  # of -Xcheck:jni
+    assert load_state(state).position.tolist() == [1 + len(load("run")[1].encode("It's")) + 20]
