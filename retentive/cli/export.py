@@ -17,9 +17,10 @@ class ExportCommand:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder, or hf:owner/name on the hub."""
-    to: Literal["onnx", "executorch", "native"]
-    """onnx: one graph, for onnxruntime; executorch: a program of one token's step, for phones; native: sources in C,
-    for whatever has a compiler, phones too."""
+    to: Literal["onnx", "genai", "executorch", "native", "browser"]
+    """onnx: one graph, for onnxruntime; genai: a folder for onnxruntime-genai; executorch: a program of one token's
+    step, for phones; native: sources in C, for whatever has a compiler, phones too; browser: a page that any server of
+    files serves."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
@@ -29,6 +30,16 @@ class ExportCommand:
     """ONNX's standard operators only (opset 27), which any runtime may have: slower in onnxruntime than its own."""
     tokenizer: str | None = None
     """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
+
+
+NEXT = {
+    "onnx": "retentive generate {file} --prompt …",
+    "executorch": "retentive generate {file} --prompt …",
+    "genai": "onnxruntime_genai.Model('{out}')",
+    "native": "cmake -B build {out} && cmake --build build && build/write {file}",
+    "browser": "python -m http.server --bind 127.0.0.1 --directory {out}",
+}
+"""What to do with a folder."""
 
 
 def main(argv: list[str]) -> None:
@@ -41,4 +52,4 @@ def run(command: ExportCommand) -> None:
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
     close = f"off by {off:.1e} of their size" if off is not None else "not checked: no C could be compiled here"
     say(f"{file}: {megabytes(nbytes)}; the next token's logits are {close}")
-    say(f"next: retentive generate {file} --prompt …")
+    say(f"next: {NEXT[command.to].format(file=file, out=command.out)}")

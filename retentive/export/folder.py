@@ -14,12 +14,12 @@ from retentive.checkpoint.io import find, load_with_tokenizer, save_model
 from retentive.checkpoint.quantize import BITS, quantization_of, quantize
 from retentive.data.templates import TEMPLATE, template_of
 from retentive.data.tokenizer import Tokenizer
-from retentive.export import executorch, native, onnx
+from retentive.export import browser, executorch, genai, native, onnx
 from retentive.files import only_writer, replace_folder, write_text
 from retentive.models import LanguageModel
 
-FILES = {"onnx": "model.onnx", "executorch": "model.pte", "native": "model"}
-"""What of the folder is the model; for native a folder."""
+FILES = {"onnx": "model.onnx", "genai": "model.onnx", "executorch": "model.pte", "native": "model", "browser": "model"}
+"""What of the folder is the model; for native and browser a folder."""
 CHECKED = 48
 """Tokens that are read to see that the export gives what the model does."""
 FAR, FAR_OF_INTEGERS = 1e-3, 0.1
@@ -46,7 +46,7 @@ def export(
     """The model of a run or folder for another runtime, in a new folder: whole, or nothing of it.
 
     Args:
-        to: "onnx", "executorch" or "native".
+        to: one of FILES.
         weights: "stored", "int8" or "int4".
         standard: of ONNX its standard operators only (see `export_onnx`).
         tokenizer: for models that come without one.
@@ -66,13 +66,22 @@ def export(
 
         def write(folder: Path) -> None:
             path = folder / FILES[to]
-            if to == "native":
-                far.append(to_native(model, folder, own, template, weights))
+            if to in ("native", "browser"):
+                far.append(to_c(model, path, own, template, weights))
+                if to == "native":
+                    native.write_sources(folder)
+                else:
+                    browser.write_page(folder, own, name=find(source).resolve().name)
                 return
-            if to == "onnx":
-                far.append(to_onnx(model, path, own.eos_id, weights, standard))
-            else:
+            if to == "executorch":
                 far.append(to_executorch(model, path, own.eos_id, weights))
+            else:
+                if to == "genai":
+                    genai.check_tokenizer(own)
+                far.append(to_onnx(model, path, own.eos_id, weights, standard))
+                if to == "genai":
+                    genai.rename(path)
+                    genai.write_beside(path, own)
             own.save(folder)
             if template is not None:
                 write_text(folder / TEMPLATE, template)
@@ -106,17 +115,14 @@ def to_executorch(model: LanguageModel, path: Path, eos: int, weights: str) -> f
     return difference(wanted, ExecutorchModel(path).read, model.config.vocab_size, exact=bits is None)
 
 
-def to_native(
-    model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str | None, weights: str
-) -> float | None:
-    """Writes the C sources and the model; how far the logits of that folder are from the model's, read by that C."""
+def to_c(model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str | None, weights: str) -> float | None:
+    """Writes the model as C reads it; how far the logits of that folder are from the model's, read by that C."""
     native.check_exportable(model)
     if weights != "stored":
-        model = quantize(model, BITS[weights])
-    native.write_sources(folder)
-    save_model(folder / FILES["native"], model, tokenizer, template=template)
+        model = quantize(model, BITS[weights], dtype=model.dtype)  # few CPUs of phones compute in bfloat16
+    save_model(folder, model, tokenizer, template=template)
     exact = model.dtype == torch.float32 and quantization_of(model) is None
-    with native.opened(folder / FILES["native"]) as library:
+    with native.opened(folder) as library:
         if library is None:
             return None
         native.check_words(library, tokenizer)

@@ -58,8 +58,9 @@ def rename(graph: Path) -> None:
     onnx.save_model(model, str(graph))
 
 
-def write_genai(graph: Path, tokenizer: BPETokenizer) -> None:
-    """What lies beside the renamed graph: genai_config.json and tokenizer_config.json."""
+def write_beside(graph: Path, tokenizer: Tokenizer) -> None:
+    """Writes what the library reads beside a renamed graph: genai_config.json and tokenizer_config.json."""
+    assert isinstance(tokenizer, BPETokenizer)
     import onnx
 
     said = {p.key: p.value for p in onnx.load(str(graph), load_external_data=False).metadata_props}

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from retentive.checkpoint import load, load_with_tokenizer
+from retentive.checkpoint import load, load_with_tokenizer, save_model
 from retentive.data.templates import TEMPLATE, TURNS, load_template
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
-from retentive.export.browser import chat_pieces, write_browser
+from retentive.export.browser import chat_pieces
+from retentive.export.folder import export
 from retentive.infer import SamplingParams, generate
 from retentive.infer.conversation import Conversation
 from retentive.infer.engine import Engine
@@ -85,12 +86,12 @@ def taught(seed: int = 0):
 
 
 def exported(folder, *, weights="int8", template=TURNS, seed=0, endless=False):
-    folder.mkdir()
     model, tokenizer = taught(seed)
     if endless:
         model = copy.deepcopy(model)
         model.head.weight.data[tokenizer.eos_id] = 0
-    write_browser(model, tokenizer, template, folder, name="tiny", weights=weights)
+    save_model(folder.with_name("run") / "tiny", model, tokenizer, template=template)
+    export(str(folder.with_name("run") / "tiny"), "browser", folder, weights=weights)
     return folder
 
 

@@ -15,14 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from retentive.checkpoint import load, save_model
-from retentive.checkpoint.quantize import BITS, quantize
-from retentive.data.templates import TEMPLATE, ChatTemplate, load_template
+from retentive.checkpoint import load
+from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
-from retentive.export.retnets import check_plain
 from retentive.files import file_sha256, write_json, write_text
 from retentive.infer.memory import fingerprint
-from retentive.models import LanguageModel, cost
+from retentive.models import cost
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, NotBuilt, cache_folder, run, short_hash
 from retentive.page import FILES as PAGE
@@ -71,46 +69,37 @@ def build_engine() -> Path:
     return kept
 
 
-def write_browser(
-    model: LanguageModel, tokenizer: Tokenizer, template: str | None, folder: Path, *, name: str, weights: str
-) -> None:
-    """Writes the page, the engine and the model into `folder`.
+def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
+    """Writes the page and the engine beside the model that lies in `folder`/model.
 
     Args:
-        template: the source of the chat template that came with the model; None: none did.
         name: what the page calls the model.
-        weights: "stored", "int8" or "int4".
 
     Raises:
-        ValueError: a model that cannot be exported, or a tokenizer that C does not know.
+        ValueError: the engine could not be compiled.
         ImportError: no ziglang.
     """
-    check_plain(model)
     engine = build_engine()
-    if weights != "stored":
-        model = quantize(model, BITS[weights], dtype=model.dtype)  # bfloat16 would be converted all the time there
     for file in (*PAGE, *sorted(SCRIPTS.glob("*.js"))):  # its server.js over the page's
         shutil.copyfile(file, folder / file.name)
     page = folder / "index.html"
     write_text(page, page.read_text(encoding="utf-8").replace("<meta charset", f"{_meta()}\n  <meta charset", 1))
     shutil.copyfile(engine, folder / "engine.wasm")
-    save_model(folder / "model", model, tokenizer)
-    if template is not None:
-        write_text(folder / "model" / TEMPLATE, template)
     needed = [folder / name for name in NEEDED]
-    loaded = load(folder / "model")[0]  # as a server of this folder would have it, so that states fit both
-    chat = chat_pieces(load_template(folder / "model", tokenizer))
+    model = load(folder / "model")[0]  # as a server of this folder has it, so that states fit both
+    template = load_template(folder / "model", tokenizer)
+    chat = chat_pieces(template)
     write_json(
         folder / "model.json",
         {
             "name": name,
-            "kind": type(loaded).__name__,
-            "parameters": cost.parameters(loaded.config),
-            "state_bytes": cost.state_bytes(loaded.config),
-            "fingerprint": fingerprint(loaded),
-            "config": asdict(loaded.config),
+            "kind": type(model).__name__,
+            "parameters": cost.parameters(model.config),
+            "state_bytes": cost.state_bytes(model.config),
+            "fingerprint": fingerprint(model),
+            "config": asdict(model.config),
             "chat": chat,
-            "teaches": template is not None and chat is not None,
+            "teaches": template.own and chat is not None,
             "page": sorted(file.name for file in folder.iterdir() if file.is_file() and file not in needed),
             "files": {str(file.relative_to(folder)): file.stat().st_size for file in needed},
             "version": file_sha256(*sorted(file for file in folder.rglob("*") if file.is_file())),
