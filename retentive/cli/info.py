@@ -171,9 +171,8 @@ def progress(console: Console, folder: Path) -> None:
     if held:
         last = held[-1]
         bits = last.get("final_bits_per_byte", last.get("bits_per_byte"))
-        console.print(
-            f"  held-out text ({last['bytes'] / 1e6:.2f} MB): {bits:.3f} bits per byte at step {last['step']:,}"
-        )
+        at = f"step {last['step']:,}" + (f", by {last['weights']} of the weights" if "weights" in last else "")
+        console.print(f"  held-out text ({last['bytes'] / 1e6:.2f} MB): {bits:.3f} bits per byte at {at}")
 
 
 def sizes(vocab_size: int) -> Table:

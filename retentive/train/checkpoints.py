@@ -1,7 +1,8 @@
 """Training checkpoints: all that is needed to go on exactly, in safetensors and JSON. Each folder is whole or absent.
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
-RUN/model.safetensors            the newest of those weights, which `retentive.load` reads
+                                 [ema.safetensors: the model with the averaged weights]
+RUN/model.safetensors            the newest of those weights, averaged ones if there are, which `retentive.load` reads
 RUN/.untrained                   there until the first checkpoint: those weights are the initial ones
 
 The state of the random numbers is not kept: the loop seeds them anew at every step.
@@ -20,13 +21,24 @@ from torch import nn
 from retentive.checkpoint.adapter import adapter_of
 from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
+from retentive.train.ema import EMA
 
 UNTRAINED = ".untrained"
+AVERAGED = "ema.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What optimisers keep of a parameter: AdamW the first three (fused, its step is a tensor there too), Muon the last."""
 T = TypeVar("T")
 
 
 def save(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, state: State | None, keep: int
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
+    *,
+    step: int,
+    state: State | None,
+    keep: int,
 ) -> Path:
     """The folder of the checkpoint of `step` finished steps, once written; its weights are the run's from then on.
 
@@ -45,6 +57,8 @@ def save(
 
     def write(folder: Path) -> None:
         save_tensors(folder / "model.safetensors", named)
+        if ema:
+            save_tensors(folder / AVERAGED, named | ema.mean, {"weights": f"averages, decay {ema.decay}"})
         save_tensors(folder / "optimizer.safetensors", moments)
         if state is not None:
             state.save(folder / "state.safetensors")
@@ -68,13 +82,14 @@ def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def publish(run: Path, folder: Path) -> None:
     """Makes the checkpoint's weights the run's: by a hard link where the file system has them, else by a copy."""
     partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
+    source = folder / AVERAGED if (folder / AVERAGED).is_file() else folder / "model.safetensors"
     partial.unlink(missing_ok=True)  # of a process that was killed here
     # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
-    if not (target.exists() and target.samefile(folder / "model.safetensors")):
+    if not (target.exists() and target.samefile(source)):
         try:
-            os.link(folder / "model.safetensors", partial)
+            os.link(source, partial)
         except OSError:  # no hard links, as on FAT
-            shutil.copyfile(folder / "model.safetensors", partial)
+            shutil.copyfile(source, partial)
         partial.replace(target)
     (run / UNTRAINED).unlink(missing_ok=True)
 
@@ -118,10 +133,12 @@ def read(file: Path, load: Callable[[Path], T]) -> T:
         raise damaged(file) from None
 
 
-def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State | None]:
+def restore(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None
+) -> tuple[int, State | None]:
     """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
 
-    Without a checkpoint, (0, None).
+    And the averages into `ema`. Without a checkpoint, (0, None).
 
     Raises:
         ValueError: one of its files is damaged.
@@ -134,13 +151,17 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     folder = found[-1]
     step = step_of(folder)
     weights, moments = (read(folder / f"{name}.safetensors", load_tensors)[0] for name in ("model", "optimizer"))
-    kept = folder / "state.safetensors"
-    state = read(kept, load_state) if kept.is_file() else None
+    carried = folder / "state.safetensors"
+    state = read(carried, load_state) if carried.is_file() else None
+    if ema:
+        averaged = read(folder / AVERAGED, load_tensors)[0]
+        for name, mean in ema.mean.items():
+            mean.copy_(averaged[name])
     with torch.no_grad():
         for name, p in saved(model):
             p.copy_(weights[name])  # in place: the optimiser holds these very tensors
-            if p.requires_grad:  # fused AdamW keeps its step count beside the moments, on their device
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in keys}
+            if p.requires_grad:
+                kept = {key: moments[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moments}
+                optimizer.state[p] = kept
     publish(run, folder)  # a process killed after saving may not have come to it
     return step, state

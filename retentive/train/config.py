@@ -7,7 +7,8 @@ from typing import Literal, get_args
 from retentive.options import check_type
 
 Precision = Literal["auto", "fp32", "bf16"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Optimizer = Literal["adamw", "muon"]
 LARGEST_SEED = 10**12
 """Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
 
@@ -20,12 +21,16 @@ class TrainConfig:
     """Optimiser steps."""
     lr: float = 1e-3
     """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks at the same rate and decay, AdamW for all else."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up; wsd: it stays at the peak, and falls at the end in a line."""
     warmup: int = 50
     """Steps over which it first rises from 0."""
     final_lr: float = 0.1
     """What it falls to, as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """The part of all steps in which it falls, of schedule wsd."""
     weight_decay: float = 0.05
     """Decay of matrices; vectors (norm gains) are not decayed."""
     beta1: float = 0.9
@@ -34,6 +39,12 @@ class TrainConfig:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
+    skip_nonfinite: int = 0
+    """Steps in a row that are left out, the weights as they were, because their loss or gradient is not finite; one
+    more stops the run. By default the first does."""
+    ema: float = 0.0
+    """Decay of an average of the weights, such as 0.999, which is then what is evaluated and saved as the run's model:
+    4 bytes a parameter more. 0 for none."""
     accumulate: int = 1
     """Batches whose gradients make one step."""
     precision: Precision = "auto"
@@ -66,24 +77,27 @@ class TrainConfig:
     def __post_init__(self):
         for f in fields(self):
             check_type(f.name, getattr(self, f.name), type(f.default))
-        for name, names in {"schedule": get_args(Schedule), "precision": get_args(Precision)}.items():
+        kinds = {"schedule": Schedule, "precision": Precision, "optimizer": Optimizer}
+        for name, names in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip"):
+        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip", "skip_nonfinite"):
             if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr must be in [0, 1], a fraction of lr, got {self.final_lr}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in (0, 1], a part of the steps, got {self.decay_fraction}")
         for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if abs(self.seed) > LARGEST_SEED:
             raise ValueError(f"seed must be from -{LARGEST_SEED:,} to {LARGEST_SEED:,}, got {self.seed}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -43,6 +43,7 @@ class Log:
         self._last_print = time.monotonic()
         self._held_out = ""  # of the last evaluation, as the progress bar shows it
         self._evaluated = 0  # bytes of text that it covered
+        self._averaged = bool(config.ema)
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config) if config.wandb else None
 
@@ -74,10 +75,17 @@ class Log:
             left = rate * (self._steps - metrics["step"])
             self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
 
+    def skipped(self, step: int, total: int, line: str) -> None:
+        """Records that a step was left out, the `total`-th of the run, and says so."""
+        self._write({"step": step, "skipped": total})
+        self._bar.update(self._task, completed=step)
+        self.say(line)
+
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
         """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
-        self._write({"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes})
+        record = {"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
+        self._write(record | ({"weights": "averages"} if self._averaged else {}))
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
         if last and result.bytes == self._evaluated:
@@ -85,7 +93,8 @@ class Log:
         self._evaluated = result.bytes
         size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
         which = " (the longer part, read once at the end)" if last else ""
-        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}")
+        weights = " by the averaged weights" if self._averaged else ""
+        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}{weights}")
 
     def sample(self, step: int, text: str) -> None:
         """Records and shows a sample of what the model writes."""

@@ -7,6 +7,7 @@ same bits as one that was not. Autocast, compilation and recomputation are appli
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from retentive.models import LanguageModel, cost
 from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
 from retentive.train.directory import RunDirectory, read_options
+from retentive.train.ema import EMA
 from retentive.train.log import Log, check_extras, say
 from retentive.train.objective import Objective
-from retentive.train.optim import adamw, learning_rate
+from retentive.train.optim import learning_rate, optimizer_of
 from retentive.train.signals import Interrupted, stop_signals
+from retentive.train.skips import Skips
 
 
 class Batches(Protocol):
@@ -70,7 +73,8 @@ def train(
     Raises:
         FileExistsError: `out` holds a run already, and is not a RunDirectory that says what to do with it.
         BlockingIOError: another process is training there.
-        FloatingPointError: the loss or the gradient is no longer finite; the last good checkpoint is kept.
+        FloatingPointError: the loss or the gradient is not finite, at the first step that this happens or, by
+            `skip_nonfinite`, after so many in a row; the last good checkpoint is kept.
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
         OSError: a checkpoint could not be written; older ones remain.
     """
@@ -86,9 +90,9 @@ def train(
     config = replace(config, precision=pick_precision(config.precision, device))
     model.to(device).train()
     wrap_blocks(model, config)
+    optimizer, ema = optimizer_of(model, config), EMA(model, config.ema) if config.ema else None
     with directory.locked():
-        optimizer = adamw(model, config)
-        done, carried = checkpoints.restore(run, model, optimizer) if resume else (0, None)
+        done, carried = checkpoints.restore(run, model, optimizer, ema) if resume else (0, None)
         write_json(run / "train.json", {"train": asdict(config), **directory.record})
         if done >= config.steps:
             say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
@@ -97,6 +101,7 @@ def train(
             (run / checkpoints.UNTRAINED).touch()
             # so that the run can be loaded before its first checkpoint
             save_model(run, model, directory.tokenizer, template=directory.template)
+        skips = Skips(run, done, config.skip_nonfinite)
         mfu_per_rate = utilisation(model, batches.length, config, device)
         with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
@@ -105,15 +110,20 @@ def train(
                 try:
                     metrics, carried = take_step(model, batches, objective, config, optimizer, step, carried)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"{error}: {advice_after_failure(run)}") from None
-                rate = metrics.pop("tokens") / (time.perf_counter() - began)
-                speed = {"tokens_per_second": rate, "mfu": rate * mfu_per_rate, "memory": peak_memory(device)}
-                log.step({"step": step + 1, **metrics, **speed})
-                report(model, config, hooks, log, step + 1)
+                    skipped(skips, error, run, log, step + 1)  # and `carried` stays as it was
+                else:
+                    skips.in_a_row = 0
+                    rate = metrics.pop("tokens") / (time.perf_counter() - began)
+                    speed = {"tokens_per_second": rate, "mfu": rate * mfu_per_rate, "memory": peak_memory(device)}
+                    log.step({"step": step + 1, **metrics, **speed})
+                if ema:
+                    ema.update(step + 1)
+                with ema.in_place() if ema else nullcontext():
+                    report(model, config, hooks, log, step + 1)
                 last = step + 1 == config.steps
                 # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
                 if last or stop.signal or (step + 1) % config.save_every == 0:
-                    checkpoints.save(run, model, optimizer, step=step + 1, state=carried, keep=config.keep)
+                    checkpoints.save(run, model, optimizer, ema, step=step + 1, state=carried, keep=config.keep)
                 if stop.signal and not last:
                     message = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
                     raise Interrupted(message, stop.signal)
@@ -132,7 +142,7 @@ def take_step(
     """(loss, lr, grad_norm and tokens of optimiser step `step`, from 0; the state to go on from).
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite; the weights are as before.
+        FloatingPointError: the loss or the gradient is not finite; weights and moments are as before.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -141,6 +151,7 @@ def take_step(
     loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))  # inf: measured, not clipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"loss {loss:.4g} and gradient norm {norm:.4g} at step {step + 1}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -195,6 +206,15 @@ def resumed_line(done: int, steps: int, planned: int) -> str:
     if steps == planned:
         return f"going on from step {done} of {steps}"
     return f"going on from step {done}, to {steps} instead of {planned}: with the learning rates of a run of {steps}"
+
+
+def skipped(skips: Skips, error: FloatingPointError, run: Path, log: Log, done: int) -> None:
+    """Leaves a step out, or raises FloatingPointError with what to do."""
+    try:
+        line = skips.skip(error)
+    except FloatingPointError as last:
+        raise FloatingPointError(f"{last}: {advice_after_failure(run)}") from None
+    log.skipped(done, skips.total, line)
 
 
 def advice_after_failure(run: Path) -> str:

@@ -38,7 +38,7 @@ from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
-from retentive.train.optim import adamw
+from retentive.train.optim import optimizer_of
 
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
 """Options that a resumed run may change at any time: none of them alters what is computed."""
@@ -159,7 +159,7 @@ class TrainRun:
         batches, (_, model) = self.batches(data), self.build(data)
         model.to(pick_device(config.device)).train()
         wrap_blocks(model, config)
-        optimizer, carried, times = adamw(model, config), None, []
+        optimizer, carried, times = optimizer_of(model, config), None, []
         for step in range(50):  # the first one allocates and compiles, and is left out; short ones vary, and are many
             began = time.perf_counter()
             _, carried = take_step(model, batches, language_modelling, config, optimizer, step, carried)

@@ -57,6 +57,18 @@ def test_crashed_and_resumed_ends_in_the_bits_of_never_stopped(model, mode, run,
     same_end(stopped, whole)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_goes_on_in_the_same_bits(precision, run, same_end):
+    how = dict(model=TINY, optimizer="muon", schedule="wsd", precision=precision)
+    whole = run("whole", **how)
+    with pytest.raises(Crash):
+        run("stopped", **how, at=5, act=crash)
+    same_end(run("stopped", **how, init=1, resume=True), whole)
+    moments = load_file(folders(whole)[-1] / "optimizer.safetensors")
+    kinds = {key.partition(".")[0] for key in moments if key.endswith("blocks.0.ffn.up_proj.weight")}
+    assert kinds == {"momentum_buffer"} and "exp_avg.embed.weight" in moments
+
+
 def test_crashed_before_its_first_checkpoint_it_begins_anew(run, same_end):
     with pytest.raises(Crash):
         run("stopped", model=TINY, at=2, act=crash)
