@@ -9,8 +9,9 @@
     split      which documents are held out
     pack       documents -> a folder of memory-mappable token shards that carries its tokenizer
     packed     that folder, opened once: its meta, its tokenizer, its text as batches
+    mixture    several such folders as one, their rows mixed by weights
     shards     the token shards of a split as one stream
-    loader     a stream -> batches, each a pure function of (seed, step); this and `packed` need torch
+    loader     a stream -> batches, each a pure function of (seed, step); this, `packed` and `mixture` need torch
     templates  a conversation -> the ids that a model reads, or is taught
 
 Nothing is imported here: each part costs only what it needs (`from retentive.data.pack import load_meta`).

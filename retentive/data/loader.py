@@ -106,11 +106,10 @@ class Batches:
             raise ValueError(f"mode is {mode!r}: expected one of {', '.join(get_args(Mode))}")
         if batch < 1 or length < 1:
             raise ValueError(f"batch is {batch} and length is {length}: expected at least 1 each")
-        if not 0 <= rank < world or batch % world:
-            raise ValueError(f"batch {batch}, rank {rank}, world {world}: expected a multiple of world, a rank below")
+        self._rows = check_ranks(batch, rank, world)
         self._stream, self.tokens = stream, stream.tokens
         self.mode, self.length, self.seed = mode, length, seed
-        self._batch, self._rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
+        self._batch = batch
         self._windows = (self.tokens - 1) // length  # the last token of a window is predicted by a target beyond it
         if stream.media and mode != "whole":
             raise ValueError(f"data with {', '.join(stream.media)} are read in mode whole, got {mode} (--mode whole)")
@@ -133,19 +132,17 @@ class Batches:
         return self._carry(step) if self.mode == "carry" else self._shuffled(step)
 
     def _shuffled(self, step: int) -> Batch:
-        epochs, index = np.divmod(step * self._batch + np.array(self._rows), self._windows)
+        return joined_rows(self.rows(step * self._batch + np.array(self._rows)), self.mode)
+
+    def rows(self, numbers: np.ndarray) -> list[Row]:
+        """The rows of these numbers, of those of all steps in order; not in mode "carry", whose rows read on."""
+        epochs, index = np.divmod(numbers, self._windows)
         # A batch may hold the last windows of one epoch and the first ones of the next.
         for epoch in np.unique(epochs):
             index[epochs == epoch] = permute(index[epochs == epoch], self._windows, (self.seed, epoch))
         if self.mode == "whole":
-            return flattened([self._whole(int(row)) for row in index])[0]
-        rows = [row_at(self._stream, int(window) * self.length, self.length) for window in index]
-        if self.mode == "packed":
-            ids, targets = (
-                torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Row._fields[:2]
-            )
-            return Batch(ids, targets, None, None)
-        return flattened(rows)[0]
+            return [self._whole(int(row)) for row in index]
+        return [row_at(self._stream, int(window) * self.length, self.length) for window in index]
 
     def _whole(self, row: int) -> Row:
         """A row of the pieces that belong in it, filled up with end-of-text ids."""
@@ -204,6 +201,13 @@ class Batches:
             parts.append(read(begin, begin + stop - start))
             count, start, document = count - (stop - start), stop, document + 1
         return np.concatenate(parts)
+
+
+def check_ranks(batch: int, rank: int, world: int) -> range:
+    """The rows of a batch that are this rank's; raises ValueError where ranks cannot share it."""
+    if batch < 1 or not 0 <= rank < world or batch % world:
+        raise ValueError(f"batch {batch}, rank {rank}, world {world}: expected a multiple of world, a rank below")
+    return range(rank * batch // world, (rank + 1) * batch // world)
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
@@ -268,6 +272,14 @@ def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray,
     return np.array(pieces, np.int64).reshape(-1, 2), np.array([*first, len(pieces)])
 
 
+def joined_rows(rows: list[Row], mode: Mode) -> Batch:
+    """The rows as a batch of their mode; none of them reads on."""
+    if mode != "packed":
+        return flattened(rows)[0]
+    ids, targets = (torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Row._fields[:2])
+    return Batch(ids, targets, None, None)
+
+
 def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
     """(the rows as one batch [1, B*T], the index of each row's first sequence and, last, the number of sequences N)."""
     starts: list[np.ndarray] = []
@@ -288,4 +300,5 @@ def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The rows of several parts, one after the other."""
-    return {kind: np.concatenate([part[kind] for part in parts]) for kind in (parts[0] if parts else ())}
+    kinds = dict.fromkeys(kind for part in parts for kind in part)  # in a mixture some have none
+    return {kind: np.concatenate([part[kind] for part in parts if kind in part]) for kind in kinds}

@@ -72,6 +72,10 @@ class Packed:
         stream = self.stream("train")
         return Batches(stream, mode=mode, batch=batch, length=length, seed=seed, rank=rank, world=world)
 
+    def holds_out(self, length: int) -> bool:
+        """Whether there is held-out text: at least a whole row of such a length and its targets, or a conversation."""
+        return self.meta.splits["valid"].tokens > (1 if self.meta.chats else length)
+
     def held_out(self, *, length: int, tokens: int | None = None) -> Iterator[Batch]:
         """The held-out text in order, as batches [1, length] with `cu_seqlens`, the last one shorter.
 

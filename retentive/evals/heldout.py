@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retentive.data.loader import Batch
+from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
 from retentive.evals.likelihood import in_eval_mode
 from retentive.models import LanguageModel
@@ -43,6 +44,14 @@ class HeldOut(NamedTuple):
     """Tokens predicted."""
     bytes: int
     """Bytes of their text in UTF-8."""
+    parts: dict[str, Any] | None = None
+    """Of a mixture: the HeldOut of each part, by its name."""
+
+    def exhausted(self, asked: int) -> bool:
+        """Whether the text has no more, where so many tokens were asked for; of n tokens n - 1 are predicted."""
+        if self.parts:
+            return all(part.exhausted(share_of_each(asked, len(self.parts))) for part in self.parts.values())
+        return self.tokens < asked - 1
 
 
 class Tokens(NamedTuple):
@@ -65,6 +74,26 @@ def held_out_loss(
 ) -> HeldOut:
     """The mean loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
     return _summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
+
+
+def mixture_loss(model: LanguageModel, data: Mixture, *, length: int, tokens: int, carry: bool = False) -> HeldOut:
+    """The loss on held-out text mixed as the training text is, and that of each part; arguments as for `held_out_loss`.
+
+    Each part that has held-out text is read as far as the others, and counts by its share.
+    """
+    found = data.held_out_parts(length)
+    each = share_of_each(tokens, len(found))
+    parts = {name: held_out_loss(model, part, length=length, tokens=each, carry=carry) for name, part in found.items()}
+    share = {name: data.shares[name] / sum(data.shares[name] for name in found) for name in found}
+    loss = sum(share[name] * part.loss for name, part in parts.items())
+    size = sum(share[name] * part.bytes / max(part.tokens, 1) for name, part in parts.items())  # bytes of a token
+    count, nbytes = sum(part.tokens for part in parts.values()), sum(part.bytes for part in parts.values())
+    return HeldOut(loss, loss / math.log(2) / max(size, 1e-9), count, nbytes, parts)
+
+
+def share_of_each(tokens: int, parts: int) -> int:
+    """The tokens that are read of each part of a mixture where so many are asked for of all."""
+    return max(tokens // parts, 2)
 
 
 def _summed(tokens: Tokens, nbytes: int) -> HeldOut:

@@ -84,8 +84,12 @@ class Log:
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
         """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
-        record = {"step": step, key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
-        self._write(record | ({"weights": "averages"} if self._averaged else {}))
+        record: dict[str, Any] = {"step": step, **numbers_of(result, key)}
+        if self._averaged:
+            record["weights"] = "averages"
+        if result.parts:
+            record["parts"] = {name: numbers_of(part, key) for name, part in result.parts.items()}
+        self._write(record)
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
         if last and result.bytes == self._evaluated:
@@ -94,7 +98,9 @@ class Log:
         size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
         which = " (the longer part, read once at the end)" if last else ""
         weights = " by the averaged weights" if self._averaged else ""
-        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}{weights}")
+        each = ", ".join(f"{name} {part.bits_per_byte:.3f}" for name, part in (result.parts or {}).items())
+        parts = f" as mixed ({each})" if each else ""
+        self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}{parts}{weights}")
 
     def sample(self, step: int, text: str) -> None:
         """Records and shows a sample of what the model writes."""
@@ -129,6 +135,11 @@ class Log:
             except ValueError:  # the line that was being written when the run was killed
                 break
         write_text(self.path, "".join(kept))
+
+
+def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
+    """An evaluation as a line of metrics has it, its bits per byte as `key`."""
+    return {key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
 
 
 def say(text: str, *, quiet: bool = False) -> None:

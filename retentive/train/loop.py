@@ -185,7 +185,7 @@ def report(model: LanguageModel, config: TrainConfig, hooks: Hooks, log: Log, do
         found = hooks.evaluate(model, config.eval_tokens)
         log.held_out(done, found)
         if last:
-            whole = found.tokens < config.eval_tokens - 1  # the text is shorter; of n tokens n - 1 are predicted
+            whole = found.exhausted(config.eval_tokens)
             log.held_out(done, found if whole else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
     if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
         log.sample(done, hooks.sample(model))

@@ -19,10 +19,11 @@ from retentive import machine
 from retentive.checkpoint.adapter import targets_of, weights_sha256, with_adapter
 from retentive.checkpoint.io import find, load, load_adapter, load_config, load_encoders, load_quantization
 from retentive.data.loader import Batches, Mode
+from retentive.data.mixture import MixedBatches, Mixture, open_packed
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate, template_of
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.heldout import HeldOut, held_out_loss
+from retentive.evals.heldout import HeldOut, held_out_loss, mixture_loss
 from retentive.infer import SamplingParams, generate, write_on
 from retentive.infer.media import Rows, read
 from retentive.layers.lora import Adapter
@@ -42,16 +43,20 @@ from retentive.train.optim import optimizer_of
 
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
 """Options that a resumed run may change at any time: none of them alters what is computed."""
+Data = Packed | Mixture
 
 
 @dataclass(frozen=True)
 class TrainRun:
     """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
 
-    data: Path
-    """Folder of packed tokens."""
+    data: Path | tuple[Path, ...]
+    """Folder of packed tokens; or several, whose rows are mixed (--data-weights)."""
     out: Path
     """Run directory to make."""
+    data_weights: tuple[float, ...] = ()
+    """What of all rows is of each of several folders, in their order, in any unit; without, in proportion to their
+    tokens. Each is evaluated by itself as well."""
     size: str = "5m"
     """1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info --sizes)."""
     model: Literal[
@@ -84,7 +89,7 @@ class TrainRun:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     @classmethod
-    def of(cls, data: str | Path, out: str | Path, **options: Any) -> "TrainRun":
+    def of(cls, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> "TrainRun":
         """A run from keywords, which are fields of TrainRun or of TrainConfig.
 
         Raises:
@@ -93,10 +98,14 @@ class TrainRun:
         of_training = {f.name for f in fields(TrainConfig)}
         known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
         check_names("a training run", options, known)
-        return with_options(cls(Path(data), Path(out)), options)
+        return with_options(cls(data, Path(out)), options)  # type: ignore[arg-type]  # made paths of there
 
     def __post_init__(self):
-        object.__setattr__(self, "data", Path(self.data))  # strings are welcome too; a frozen dataclass wants this way
+        # strings are welcome too, and lists; a frozen dataclass wants this way
+        several = (self.data,) if isinstance(self.data, str | Path) else self.data
+        paths = tuple(map(Path, several))
+        object.__setattr__(self, "data", paths[0] if len(paths) == 1 else paths)
+        object.__setattr__(self, "data_weights", tuple(self.data_weights))
         object.__setattr__(self, "out", Path(self.out))
         if isinstance(self.init, Path):
             object.__setattr__(self, "init", str(self.init))
@@ -128,7 +137,7 @@ class TrainRun:
             raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
         if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
             raise ValueError(f"--out {self.out} is the model that the run begins with: choose another folder")
-        data = Packed(self.data)
+        data = self.opened()
         saved = read_options(self.out) if self.resume else {}
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self
         if run.init and {"size", "model"} & set(overrides or ()):
@@ -138,9 +147,8 @@ class TrainRun:
         config, model = run.build(data)
         what = run.init or f"{run.model} {run.size}"
         title = (
-            f"{what}: {cost.parameters(config) / 1e6:.1f} M parameters, "
-            f"{data.meta.splits['train'].tokens / 1e6:.1f} M tokens, {run.batch} x {run.length} a batch, "
-            f"{run.train.steps} steps on {pick_device(run.train.device)}"
+            f"{what}: {cost.parameters(config) / 1e6:.1f} M parameters, {amount(data)}, "
+            f"{run.batch} x {run.length} a batch, {run.train.steps} steps on {pick_device(run.train.device)}"
         )
         if "faster" in (backend := backends.describe(pick_device(run.train.device))):  # such as no C compiler
             title += f", retention by {backend}"
@@ -154,7 +162,7 @@ class TrainRun:
 
     def seconds_per_step(self) -> float:
         """Seconds of a step of this run on this machine: the median of three, or of two seconds. Writes nothing."""
-        data = Packed(self.data)
+        data = self.opened()
         config = replace(self.train, precision=pick_precision(self.train.precision, pick_device(self.train.device)))
         batches, (_, model) = self.batches(data), self.build(data)
         model.to(pick_device(config.device)).train()
@@ -168,7 +176,11 @@ class TrainRun:
                 break
         return statistics.median(times[1:])
 
-    def batches(self, data: Packed) -> Batches:
+    def opened(self) -> Data:
+        """The folder of data, or several as one; raises ValueError or FileNotFoundError where it cannot be."""
+        return open_packed(self.data if isinstance(self.data, tuple) else (self.data,), self.data_weights)
+
+    def batches(self, data: Data) -> Batches | MixedBatches:
         """The batches that are trained on, in order."""
         return data.batches(mode=self.mode, batch=self.batch, length=self.length, seed=self.train.seed)
 
@@ -187,7 +199,7 @@ class TrainRun:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
         return replace(load_config(find(self.init))[0], **own)
 
-    def encoders(self, data: Packed) -> dict[str, Encoder]:
+    def encoders(self, data: Data) -> dict[str, Encoder]:
         """The encoders that the model needs for these data: those of `init` if it has them, or else as they are `set`.
 
         Raises:
@@ -216,7 +228,7 @@ class TrainRun:
             raise ValueError(f"--set {next(iter(changes))}.…: {data.path} holds nothing of that kind")
         return made
 
-    def build(self, data: Packed) -> tuple[Config, LanguageModel]:
+    def build(self, data: Data) -> tuple[Config, LanguageModel]:
         """(config, model) to begin with.
 
         Raises:
@@ -263,11 +275,13 @@ class TrainRun:
         targets = targets_of(model, self.lora_targets, self.lora)
         return Adapter(base, weights_sha256(find(self.init)), self.lora, self.lora_alpha, targets)
 
-    def hooks(self, data: Packed, config: Config) -> Hooks:
+    def hooks(self, data: Data, config: Config) -> Hooks:
         """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""
         how: dict[str, Any] = {"length": self.length, "carry": self.mode == "carry"}
 
         def evaluate(model: LanguageModel, tokens: int) -> HeldOut:
+            if isinstance(data, Mixture):
+                return mixture_loss(model, data, tokens=tokens, **how)
             return held_out_loss(model, data, tokens=tokens, **how)
 
         def sample(model: LanguageModel) -> str:
@@ -278,11 +292,11 @@ class TrainRun:
                 return sample_answer(model, data.template, data.template.first([{"role": "user", "content": asked}]))
             return sample_answer(model, data.template, *data.first_question())
 
-        # at least one whole row and its targets, or one conversation
-        has_valid = data.meta.splits["valid"].tokens > (1 if data.meta.chats else self.length)
-        return Hooks(evaluate if has_valid else None, None if isinstance(config, PeerConfig) else sample)
+        return Hooks(
+            evaluate if data.holds_out(self.length) else None, None if isinstance(config, PeerConfig) else sample
+        )
 
-    def directory(self, data: Packed) -> RunDirectory:
+    def directory(self, data: Data) -> RunDirectory:
         """Where the run is written, with what train.json records of it for `resume`."""
         apart = ("train", "resume", "overwrite")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
@@ -291,6 +305,14 @@ class TrainRun:
         if template is None and self.init and not (self.resume and folders(self.out)):  # that has its own
             template = template_of(find(self.init))
         return RunDirectory(self.out, data.tokenizer, template, record, self.existing)
+
+
+def amount(data: Data) -> str:
+    """How much text there is to train on, and of a mixture how much of the rows each folder has."""
+    tokens = f"{data.meta.splits['train'].tokens / 1e6:.1f} M tokens"
+    if not isinstance(data, Mixture):
+        return tokens
+    return f"{tokens} ({', '.join(f'{share:.1%} {name}' for name, share in data.shares.items())})"
 
 
 def both_architectures(init: str) -> str:
@@ -338,7 +360,7 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
         )
 
 
-def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Packed) -> None:
+def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Data) -> None:
     """Raises ValueError where the model's embedding is for other tokens than those of the data."""
     if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(
@@ -374,7 +396,10 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     if not kept:
         free = chosen
     elif not same_data:
-        raise ValueError(f"{run.data} holds other data than the run at {run.out} was trained on: name those")
+        named = as_typed(run.data)
+        raise ValueError(
+            f"{named} holds other data than the run at {run.out} was trained on: name those, in their order"
+        )
     new, old = options_of(run), options_of(before)
     for name in sorted(chosen - free):
         # train.json has the precision that "auto" was found to mean, and JSON's lists for tuples
@@ -421,4 +446,6 @@ def plain(value: Any) -> Any:
 
 def as_typed(value: Any) -> str:
     """The value of an option as it is typed on the command line."""
-    return " ".join(f"{name}={x}" for name, x in value.items()) or "none" if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={x}" for name, x in value.items()) or "none"
+    return (" ".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)

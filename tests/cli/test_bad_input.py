@@ -136,6 +136,11 @@ TRAINING = {
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
     "no-wandb": (["--wandb", "project"], "--wandb needs an extra: pip install 'retentive[log]'"),
     "out-is-a-file": (["--out", "corpus/0.txt"], "corpus/0.txt"),
+    "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack the one"),
+    "weights-of-one": (["--data-weights", "1"], "1 weights for 1 folders of data: give one for each of several"),
+    "no-data": (["--data"], "no folder of data given: name one or several (--data)"),
+    "carry-of-two": (["--data", "data", "more", "--mode", "carry"], "mode carry reads on in one stream"),
+    "unknown-part": (["--decay-fraction", "2"], "decay_fraction must be in (0, 1], a part of the steps, got 2.0"),
     "recipe-of-something-else": (["--recipe", "wrong.py"], "wrong.py is no recipe"),
 }
 
@@ -145,6 +150,8 @@ def test_train(case, refused, train, monkeypatch):
     argv, words = TRAINING[case]
     write("other.py", "x = 1\n")
     write("wrong.py", "def recipe():\n    return 3\n")
+    pack("other", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
+    pack("more", ByteTokenizer(), [Document("a", "text " * 99)], [])
     for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     refused(train("new", *argv), words)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retentive.data.mixture import Mixture
 from retentive.data.pack import pack
 from retentive.data.packed import Packed
 from retentive.data.prepare import prepare
@@ -47,6 +48,22 @@ def nats(model, ids: list[int]) -> float:
     """Minus the log probabilities of all tokens but the first, read as one sequence."""
     logprobs = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
     return -float(logprobs[range(len(ids) - 1), ids[1:]].sum())
+
+
+@torch.no_grad()
+def test_a_mixture_is_as_its_text_would_be_mixed(data, model, tmp_path):
+    """By shares of tokens: 1 to 3, whatever the lengths of the held-out texts; and bytes of the same tokens."""
+    other = packed(tmp_path / "other", TRAIN, ["so long " * 40, "and thanks"])
+    silent = packed(tmp_path / "silent", TRAIN, [])
+    mixture = Mixture([data, silent, other], [1, 4, 3])
+    found = heldout.mixture_loss(model, mixture, length=16, tokens=200)
+    alone = [heldout.held_out_loss(model, part, length=16, tokens=100) for part in (data, other)]
+    assert list(found.parts.values()) == alone and list(found.parts) == ["data", "other"]
+    assert found.loss == pytest.approx(0.25 * alone[0].loss + 0.75 * alone[1].loss, rel=EXACT)
+    per_token = 0.25 * alone[0].bytes / alone[0].tokens + 0.75 * alone[1].bytes / alone[1].tokens
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / per_token, rel=EXACT)
+    assert found.tokens == 198 and not found.exhausted(200) and found.exhausted(202)
+    assert not alone[0].exhausted(100) and alone[0].exhausted(101)
 
 
 @pytest.mark.parametrize("together", [1, 8192], ids=["one-by-one", "together"])

@@ -14,10 +14,12 @@ from filelock import FileLock
 
 import retentive
 from retentive.checkpoint import save_model
+from retentive.data.mixture import Mixture
 from retentive.data.pack import pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
-from retentive.data.tokenizer import train_bpe
+from retentive.data.tokenizer import ByteTokenizer, train_bpe
+from retentive.evals.heldout import held_out_loss
 from retentive.models import ARCHITECTURES, RetNetConfig, build, cost
 from retentive.models.retnet import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
@@ -79,6 +81,68 @@ def test_an_option_of_another_type_is_refused_before_anything_is_written(options
     with refuses(words, TypeError):
         retentive.train(packed, tmp_path / "a", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def letters(tmp_path) -> Path:
+    """Other data of the same tokenizer: letters that no story has, in an order."""
+    texts = ["".join("ZYXWVUTSRQ"[(n + i * i) % 10] for i in range(80)) for n in range(20)]
+    pack(tmp_path / "letters", ByteTokenizer(), *(map(Document, "ab" * 10, part) for part in (texts[:16], texts[16:])))
+    return tmp_path / "letters"
+
+
+def held_out(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "held_out_loss" in line]
+
+
+def test_a_mixture_learns_from_all_and_is_evaluated_on_each(made, packed, letters, capsys):
+    options = dict(data_weights=(3, 1), eval_every=10, eval_tokens=400, steps=30, lr=1e-2, batch=4)
+    run = replace(made("mixed", **options), data=(packed, letters))
+    lines = held_out(run.run())
+    said = capsys.readouterr().err
+    assert "(75.0% packed, 25.0% letters)" in said and "as mixed (packed " in said
+    assert [line["step"] for line in lines] == [10, 20, 30, 30]
+    data = Mixture([Packed(packed), Packed(letters)], [3, 1])
+    model, _ = retentive.load(run.out)
+    for name, part in data.parts.items():
+        # of 400 tokens each part is read 200; the model was saved in the bits that were evaluated
+        alone = held_out_loss(model, part, length=32, tokens=200)
+        found = lines[-2]["parts"][name]
+        assert (found["held_out_loss"], found["bits_per_byte"]) == (alone.loss, alone.bits_per_byte)
+        assert found["held_out_loss"] < lines[0]["parts"][name]["held_out_loss"], "of both it learns"
+    parts, last = lines[-2]["parts"], lines[-2]
+    by_hand = 0.75 * parts["packed"]["held_out_loss"] + 0.25 * parts["letters"]["held_out_loss"]
+    assert last["held_out_loss"] == pytest.approx(by_hand)
+    stored = json.loads((run.out / "train.json").read_text(encoding="utf-8"))
+    assert stored["data_sha256"] == data.fingerprint
+    assert stored["command"]["data_weights"] == [3, 1] and stored["command"]["data"] == [str(packed), str(letters)]
+
+
+def test_a_mixture_goes_on_in_the_same_bits_with_the_same_data_only(made, packed, letters, same_end, refuses):
+    def mixed(name, *data, **more):
+        return replace(made(name, data_weights=(0.3, 0.7), **more), data=data)
+
+    whole = mixed("whole", packed, letters).run(quiet=True)
+    run = mixed("cut", packed, letters, resume=True)
+    run.run(quiet=True)
+    cut_back(run.out)
+    (letters.parent / "elsewhere").mkdir()
+    moved = letters.rename(letters.parent / "elsewhere" / "letters")
+    for data, words in (
+        ((moved, packed), f"{moved} {packed} holds other data than the run at {run.out} was trained on"),
+        ((packed, packed.parent / "packed"), "is given twice: give it more weight instead"),
+        ((moved,), "2 weights for 1 folders of data"),
+    ):
+        with refuses(words):
+            replace(run, data=data).run(quiet=True)
+    with refuses("--data-weights 1 1 contradicts the run at"):
+        replace(run, data=(packed, moved), data_weights=(1, 1)).run(quiet=True)
+    same_end(replace(run, data=(packed, moved)).run(quiet=True), whole)
+
+
+def test_one_folder_is_the_same_however_it_is_given(made, packed):
+    assert replace(made("a"), data=[str(packed)]).data == replace(made("a"), data=str(packed)).data == packed
 
 
 def test_numbers_of_other_kinds_are_numbers(made, tmp_path):
