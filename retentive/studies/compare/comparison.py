@@ -28,7 +28,7 @@ from retentive.studies.compare.records import Run, adopt, check_hardware, machin
 from retentive.studies.compare.summary import best_rates, report
 from retentive.studies.compare.variants import VARIANTS, Variant, changes, own_variant
 from retentive.train import TrainConfig, TrainRun
-from retentive.train.config import Precision
+from retentive.train.config import Optimizer, Precision
 from retentive.train.loop import pick_precision
 from retentive.train.run import FREE
 
@@ -52,6 +52,9 @@ class Comparison:
     """Seeds of the initialisation and the order of the text; each variant is trained with all of them."""
     lrs: tuple[float, ...] = ()
     """Peak learning rates; each variant is trained with all of them, and its best counts. By default that of --lr."""
+    optimizers: tuple[Optimizer, ...] = ()
+    """Optimisers; each variant is trained with all of them, and has its best rate with each. By default with that of
+    --optimizer; a variant with another one has it in its name, as in retnet+muon."""
     tune: bool = False
     """Train all rates with the first seed only, and the other seeds with the variant's best of them."""
     mode: Literal["reset", "packed"] = "reset"
@@ -80,16 +83,17 @@ class Comparison:
         """
         if self.train.seed != TrainConfig.seed:
             raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
-        known(self.names, self.table, "variant")
+        known([*self.variants, *self.set], self.models, "variant")
         again = [name for name in self.set if name in VARIANTS]
         if again:
             raise ValueError(f"--set {again[0]}:…: that is a variant already, choose another name")
         lrs = self.lrs or (self.train.lr,)
-        for what, values in (("size", self.sizes), ("seed", self.seeds), ("variant", self.names), ("lr", lrs)):
-            if not values:
+        given = {"optimizer": self.optimizers, "size": self.sizes, "seed": self.seeds, "variant": self.names, "lr": lrs}
+        for what, values in given.items():
+            if not values and what != "optimizer":
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
-                raise ValueError(f"a {what} is given twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{what} given twice: {', '.join(map(str, values))}")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
         first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]
@@ -103,12 +107,20 @@ class Comparison:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all variants that are compared."""
-        return self.variants + tuple(name for name in self.set if name not in self.variants)
+        bare = self.variants + tuple(name for name in self.set if name not in self.variants)
+        optimizers = self.optimizers or (self.train.optimizer,)
+        return tuple(name if o == self.train.optimizer else f"{name}+{o}" for name, o in product(bare, optimizers))
+
+    @property
+    def models(self) -> dict[str, Variant]:
+        """All variants that are known, by the names of their models."""
+        return VARIANTS | {name: own_variant(fields) for name, fields in self.set.items()}
 
     @property
     def table(self) -> dict[str, Variant]:
-        """All variants that are known."""
-        return VARIANTS | {name: own_variant(fields) for name, fields in self.set.items()}
+        """The same, and what they are with each of the other optimisers."""
+        others = product(self.models.items(), [o for o in self.optimizers if o != self.train.optimizer])
+        return self.models | {f"{name}+{o}": variant._replace(optimizer=o) for (name, variant), o in others}
 
     def check(self) -> None:
         """Looks whether all runs are possible on this machine. Writes nothing.
@@ -131,6 +143,9 @@ class Comparison:
             raise ModuleNotFoundError(
                 f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
             )
+        for peer in peers:
+            if (self.table[peer].optimizer or self.train.optimizer) == "muon":
+                raise ValueError(f"{peer}: muon is for whole matrices, and a peer packs its own: leave it out")
         packed = Packed(self.data)
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
@@ -139,6 +154,9 @@ class Comparison:
 
     def train_run(self, run: Run) -> TrainRun:
         """The training run of `retentive train` that a run of this comparison is."""
+        own: dict[str, Any] = {"lr": run.lr or self.train.lr, "seed": run.seed, "sample_every": 0}
+        if self.table[run.variant].optimizer:
+            own["optimizer"] = self.table[run.variant].optimizer
         return TrainRun(
             data=self.data,
             out=self.out / run.name,
@@ -149,7 +167,7 @@ class Comparison:
             batch=self.batch,
             length=self.length,
             resume=True,  # a run that was stopped goes on from its checkpoint
-            train=replace(self.train, lr=run.lr or self.train.lr, seed=run.seed, sample_every=0),
+            train=replace(self.train, **own),
         )
 
     def about(self, run: Run) -> dict[str, Any]:

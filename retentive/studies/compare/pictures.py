@@ -1,5 +1,6 @@
 """Plots of a comparison: bits per byte by size, rate or variant; curves of training by tokens and by time; recall."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     figure, ((left, right), (by_tokens, by_time)) = grid(title, 2, 2, size=(6.4, 4.6))
     from matplotlib import colormaps  # after `grid`, which names the extra where it is missing
 
-    pairs = colormaps["tab20"]  # ten colours, each followed by a lighter one: those only from the eleventh variant on
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    colours = {variant: pairs(2 * n % 20 + n // 10 % 2) for n, variant in enumerate(variants)}
+    pairs = colormaps["tab20"]  # ten colours, each followed by a lighter one
+    colours = {variant: pairs(n) for variant, n in shades([row["variant"] for row in rows]).items()}
     if len({row["size"] for row in rows}) > 1:
         _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
         _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
@@ -37,6 +37,19 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     _curves(by_tokens, runs, colours, None)
     _curves(by_time, runs, colours, {(row["size"], row["variant"]): row["tokens_per_second"] for row in rows})
     figure.savefig(path, dpi=120, format="png")
+
+
+def shades(names: Sequence[str]) -> dict[str, int]:
+    """A number below 20 for each variant: even ones are dark, and the odd one after each is its lighter shade.
+
+    A variant with another optimiser (retnet+muon) is a lighter shade of its model's. Otherwise those come from the
+    eleventh variant on only.
+    """
+    variants = list(dict.fromkeys(names))
+    models = list(dict.fromkeys(name.partition("+")[0] for name in variants))
+    if len(models) < len(variants) <= 2 * len(models) <= 20:
+        return {name: 2 * models.index(name.partition("+")[0]) + ("+" in name) for name in variants}
+    return {name: 2 * n % 20 + n // 10 % 2 for n, name in enumerate(variants)}
 
 
 def _by_size(

@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 from retentive.files import make_folder, write_json
 from retentive.models import Config
+from retentive.train.config import TrainConfig
 
 RECORD = "compared.json"
 """The file in a run's directory with its result."""
 MACHINE = ("cpu", "threads", "gpu")
 """What of the hardware must be the same for all runs of one table, since speeds and memory are compared."""
+
+
+DEFAULTS = asdict(TrainConfig())
+"""Of the options of training."""
 
 
 class Run(NamedTuple):
@@ -57,7 +62,8 @@ def check_done(file: Path, wanted: dict[str, Any], config: Config) -> None:
     """Raises ValueError where the run that left this record had other options or another model than are wanted."""
     record = read_record(file)
     about = record["about"]
-    had, want = (x | x["train"] for x in (about, wanted))  # the options of training beside the others, by their names
+    # the options of training beside the others, by their names; a record from before there was one has its default
+    had, want = DEFAULTS | about | about["train"], wanted | wanted["train"]
     for name in want:
         if name != "train" and had.get(name) != want[name]:
             raise ValueError(

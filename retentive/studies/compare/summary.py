@@ -126,6 +126,8 @@ def table(result: dict[str, Any]) -> str:
         cells += [f"{row['tokens_per_second']:,.0f}", *[memory] * measured]
         lines.append(cells)
     notes = ["* The best rate of each; differences are taken between these."] if several else []
+    if any("+" in row["variant"] for row in result["rows"]):
+        notes.append("+: trained with the optimiser named after it, at its own best of the same rates.")
     notes += [
         f"{found['variant']}: bits per byte = {found['a']:.3f} (N / 10^6)^-b, b = {found['b']:.4f} ± "
         f"{found['b_half_width']:.4f}, N parameters in the blocks, {found['runs']} runs"

@@ -24,6 +24,8 @@ class Variant(NamedTuple):
     """What differs from the config of that name."""
     about: str
     """What it is, for people."""
+    optimizer: str = ""
+    """What it is trained with, where that differs from the comparison's."""
 
 
 def none(config: RetNetConfig) -> dict[str, Any]:

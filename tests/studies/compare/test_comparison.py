@@ -8,7 +8,7 @@ from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import write_json
-from retentive.studies.compare import Comparison
+from retentive.studies.compare import Comparison, table
 from retentive.studies.compare.records import RECORD
 from retentive.train import TrainConfig
 from tests.studies.compare.made_up import record
@@ -76,6 +76,27 @@ def test_with_tune_the_first_seed_finds_the_rate_of_the_others(comparison, train
     assert again.run(said.append)["rows"] == result["rows"] and len(ran) == 10
 
 
+def test_every_variant_is_trained_with_every_optimiser_at_its_own_best_rate(comparison, train):
+    both = replace(comparison, variants=("retnet", "gated"), optimizers=("adamw", "muon"), lrs=(1e-3, 2e-3), seeds=(0,))
+    names = ["retnet", "retnet+muon", "gated", "gated+muon"]
+    assert [run.variant for run in both.plan()] == names * 2
+    made = [both.train_run(run) for run in both.plan()[:4]]
+    assert [run.train.optimizer for run in made] == ["adamw", "muon"] * 2
+    assert made[1] == replace(made[0], out=made[1].out, train=replace(made[0].train, optimizer="muon"))
+    best = {"retnet": 1e-3, "retnet+muon": 2e-3, "gated": 1e-3, "gated+muon": 2e-3}
+    train(lambda run: 2 + abs(run.lr - best[run.variant]))
+    result = both.run()
+    assert {row["variant"]: row["lr"] for row in result["rows"] if row["best_rate"]} == best
+    assert result["baseline"] == "retnet" and "+: trained with the optimiser" in table(result)
+    muon = replace(both, train=replace(both.train, optimizer="muon"))
+    assert muon.names == ("retnet+adamw", "retnet", "gated+adamw", "gated")
+    assert muon.train_run(muon.plan()[0]).train.optimizer == "adamw"
+    alone = replace(both, optimizers=("muon",))
+    assert alone.names == ("retnet+muon", "gated+muon")
+    own = replace(both, set={"calm": {"decay_scale": 32.0}})
+    assert own.names[-2:] == ("calm", "calm+muon") and own.train_run(own.plan()[5]).set["decay_scale"] == 32.0
+
+
 def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, train):
     ran = train(lambda run: None if run.variant == "gated" else 2.0)
     tuned = replace(comparison, variants=("retnet", "gated"), seeds=(0, 1), lrs=(1e-3, 2e-3), tune=True)
@@ -89,9 +110,11 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
         (dict(variants=("retnet", "gpt")), "unknown variant 'gpt', expected one of retnet"),
         (dict(variants=()), "no variant given"),
         (dict(seeds=()), "no seed given"),
-        (dict(sizes=("1m", "1m")), "a size is given twice"),
+        (dict(sizes=("1m", "1m")), "size given twice"),
         (dict(sizes=("9z",)), "unknown size '9z'"),
-        (dict(variants=("retnet", "retnet")), "a variant is given twice"),
+        (dict(variants=("retnet", "retnet")), "variant given twice"),
+        (dict(optimizers=("muon", "muon")), "optimizer given twice: muon, muon"),
+        (dict(optimizers=("muon",), variants=("retnet", "mamba")), "mamba+muon: muon is for whole matrices"),
         (dict(jobs=0), "--jobs must be at least 1, got 0"),
         (dict(length=100_000), "too little held-out text for windows of 100000 tokens"),
         (dict(train=TrainConfig(seed=7)), "--seed is not for comparisons, got 7: name them with --seeds"),
@@ -124,7 +147,14 @@ def test_a_missing_library_is_told_before_anything_is_trained(comparison, monkey
 
 
 def test_a_worker_is_told_the_whole_comparison(comparison):
-    told = replace(comparison, lrs=(1e-3,), seeds=(3,), train=TrainConfig(steps=7, clip=0.5), mixed=True)
+    told = replace(
+        comparison,
+        lrs=(1e-3,),
+        seeds=(3,),
+        optimizers=("adamw", "muon"),
+        train=TrainConfig(steps=7, clip=0.5),
+        mixed=True,
+    )
     assert Comparison.from_description(told.described()) == told
 
 

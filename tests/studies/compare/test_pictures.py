@@ -17,3 +17,12 @@ def test_the_picture_shows_every_variant(sizes, tmp_path, lines):
     pictures.plot(summary.report(found, "retnet"), tmp_path / "a.png", title="t")
     assert {"retnet", "transformer"} <= set(lines)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_optimiser_is_a_lighter_shade_of_its_model():
+    assert pictures.shades(["a", "a+muon", "b", "b+muon"]) == {"a": 0, "a+muon": 1, "b": 2, "b+muon": 3}
+    assert pictures.shades(["a+muon", "b", "b+muon"]) == {"a+muon": 1, "b": 2, "b+muon": 3}
+    names = [str(n) for n in range(12)]
+    assert list(pictures.shades([*names, *names]).values()) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 1, 3]
+    for many in (names, [f"{n}{o}" for n in range(11) for o in ("", "+muon")][:20], ["a", "b+muon"]):
+        assert len(set(pictures.shades(many).values())) == len(many), "no two alike"

@@ -132,7 +132,7 @@ def test_a_signal_at_any_time_ends_all_and_nothing_more_begins(number, tasks):
 def test_a_record_of_another_comparison_is_refused(tasks, refuses):
     (one,) = tasks("done")
     work([one])
-    with refuses("is of another comparison (steps None, now 5): choose another --out"):
+    with refuses("is of another comparison (steps 1000, now 5): choose another --out"):
         work([one._replace(about={"train": {"steps": 5}})])
 
 

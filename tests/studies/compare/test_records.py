@@ -2,7 +2,10 @@
 
 import json
 
-from retentive.studies.compare.records import RECORD, Run, check_hardware, records
+import pytest
+
+from retentive.models import RetNetConfig
+from retentive.studies.compare.records import RECORD, Run, check_done, check_hardware, records
 from tests.studies.compare.made_up import HARDWARE, record
 
 
@@ -23,3 +26,16 @@ def test_records_are_read_and_a_damaged_one_is_named(tmp_path, refuses):
         (tmp_path / runs[0].name / RECORD).write_text(damage, encoding="utf-8")
         with refuses("compared.json is damaged"):
             records(tmp_path, runs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_option_that_a_record_does_not_know_is_at_its_default_there(optimizer, tmp_path, refuses):
+    """Such as the optimiser of runs from before there was a choice."""
+    file = tmp_path / RECORD
+    file.write_text(json.dumps(record("retnet", 2.0, about={"train": {"lr": 1e-3}})), encoding="utf-8")
+    wanted = {"train": {"lr": 1e-3, "optimizer": optimizer}}
+    if optimizer == "adamw":
+        check_done(file, wanted, RetNetConfig())
+        return
+    with refuses("is of another comparison (optimizer adamw, now muon): choose another --out"):
+        check_done(file, wanted, RetNetConfig())
