@@ -83,9 +83,10 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _step_matrix(self, p: Tensor, lr: float, weight_decay: float) -> None:
-        # A step is a function of the whole matrix. Where ranks hold rows of it (FSDP2) or heads (tensor parallel), the
-        # momentum is elementwise and stays where it is; `update` has to be gathered, by each rank or by one that
-        # iterates for all, and its rows handed back, before it is added. The gradient must be averaged by then.
+        # A step is a function of the whole matrix. Of one whose rows are sharded as a DTensor (FSDP2) torch gathers
+        # what each product needs, which is right but happens at every product: gathering `update` once would do. Of
+        # one whose pieces are plain tensors (the heads of a rank) `update` must be gathered before it is made
+        # orthogonal, and each rank takes its piece of the result. The momentum is elementwise, and stays where it is.
         assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:  # the name that torch.optim.Muon has for it
