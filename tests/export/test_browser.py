@@ -89,7 +89,7 @@ def exported(folder, *, weights="int8", template=TURNS, seed=0, endless=False):
     model, tokenizer = taught(seed)
     if endless:
         model = copy.deepcopy(model)
-        model.head.weight.data[tokenizer.eos_id] = 0
+        model.head.weight.data[tokenizer.eos_id] = model.head.weight.data.mean(0)  # a mean is never the largest
     save_model(folder.with_name("run") / "tiny", model, tokenizer, template=template)
     export(str(folder.with_name("run") / "tiny"), "browser", folder, weights=weights)
     return folder

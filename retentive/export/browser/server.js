@@ -14,7 +14,7 @@ function ask(what, more = {}, onpart) {
 
 function heard({ data }) {
   const { resolve, reject, onpart } = waiting.get(data.id);
-  if (data.piece !== undefined) return onpart(data.piece);
+  if (data.piece !== undefined) return onpart(data);
   waiting.delete(data.id);
   if (data.done) resolve(data.done);
   else reject(Object.assign(new Error(data.error), { status: data.status }));
@@ -93,9 +93,11 @@ function complete({ body, signal }) {
       const stop = () => worker.postMessage({ what: "stop" });
       signal?.addEventListener("abort", stop);
       try {
-        const { reason, prompt, made, tokens, bytes } = await ask("complete", body, (piece) => send({ choices: [{ text: piece }] }));
-        send({ choices: [{ text: "", finish_reason: reason }] });
-        send({ choices: [], usage: { prompt_tokens: prompt, completion_tokens: made }, session: { tokens, bytes } });
+        const counted = ({ prompt, made, tokens }) => ({
+          usage: { prompt_tokens: prompt, completion_tokens: made }, session: { tokens, bytes: model.state_bytes },
+        });
+        const done = await ask("complete", body, (part) => send({ choices: [{ text: part.piece }], ...counted(part) }));
+        send({ choices: [{ text: "", finish_reason: done.reason }], ...counted(done) });
         stream.close();
       } catch (error) {
         if (signal?.aborted) return stream.error(signal.reason);

@@ -11,7 +11,7 @@ async function ask(mode, action) {
   const transaction = (await open).transaction("states", mode);
   let request;
   return new Promise((resolve, reject) => {
-    transaction.oncomplete = () => resolve(request.result);
+    transaction.oncomplete = () => resolve(request?.result);
     transaction.onabort = () => reject(transaction.error);
     request = action(transaction.objectStore("states"));
   }).catch((error) => {

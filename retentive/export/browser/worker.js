@@ -1,5 +1,5 @@
 // The model in a thread of its own: one conversation, its state, and the states that are saved. It answers messages
-// {id, what, …} with {id, …}; while a text is written, with {id, piece} again and again before.
+// {id, what, …} with {id, done} or {id, error}; while a text is written, with {id, piece, …} again and again before.
 
 import { Engine, about } from "./engine.js";
 import { pick, random } from "./sampling.js";
@@ -8,7 +8,7 @@ import { Text } from "./text.js";
 
 const LIVE = 0, BEFORE = 1, BLANK = 2; // sequences: as it stands, as it stood before this turn, nothing read
 const READ_AT_ONCE = 64; // tokens of a prompt between two looks at whether to stop
-const TURN = 25; // milliseconds of writing between them
+const TURN = 40; // milliseconds of writing between them, and between two pieces of text
 
 let engine, store, model;
 let conversation = { session: null, pending: [], tokens: 0, sources: [] };
@@ -119,9 +119,11 @@ function take(session, bytes) {
   conversation = { session, pending, tokens, sources };
 }
 
+// Tokens read in this turn.
+const moved = () => engine.position(LIVE) - engine.position(BEFORE);
+
 function remember(pending) {
-  const read = engine.position(LIVE) - engine.position(BEFORE);
-  conversation = { ...conversation, pending, tokens: conversation.tokens + read };
+  conversation = { ...conversation, pending, tokens: conversation.tokens + moved() };
 }
 
 function file() {
@@ -190,7 +192,11 @@ async function write(ids, request, say) {
     logits = engine.read(LIVE, ids.slice(at, at + READ_AT_ONCE));
     await look();
   }
-  const give = (piece) => piece && say({ piece });
+  let held = ""; // a page cannot show thousands of pieces in a second
+  const give = (piece) => {
+    if (held + piece) say({ piece: held + piece, prompt: ids.length, made, tokens: conversation.tokens + moved() });
+    held = "";
+  };
   for (;;) {
     const id = pick(logits, request, next);
     made++;
@@ -198,8 +204,9 @@ async function write(ids, request, say) {
       give(text.flush());
       return { reason: "stop", pending: [], made }; // the template writes the end itself
     }
-    give(text.push(id));
+    held += text.push(id);
     if (text.stopped) { // what was cut off must not be in the state
+      give("");
       engine.copy(LIVE, BEFORE);
       return { reason: "stop", pending: [...ids, ...text.kept()], made };
     }
@@ -207,11 +214,12 @@ async function write(ids, request, say) {
       give(text.flush());
       return { reason: "length", pending: [id], made };
     }
-    logits = engine.read(LIVE, [id]);
-    if (performance.now() - looked > TURN) {
+    if (made === 1 || performance.now() - looked > TURN) {
+      give("");
       await look();
       looked = performance.now();
     }
+    logits = engine.read(LIVE, [id]);
   }
 }
 
