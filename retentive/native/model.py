@@ -114,7 +114,7 @@ class NativeRetNet(RetNet):
         for name, module in model.named_children():
             self.add_module(name, module)
         self._packed = Packed(model)
-        slower = self.dtype == torch.bfloat16 and bool(library().native_lacks_tiles())
+        slower = self.dtype == torch.bfloat16 and bool(library().native_has_tiles())
         self._torch_reads = slower if torch_reads is None else torch_reads
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None

@@ -26,18 +26,33 @@ ARM = platform.machine().lower() in ("aarch64", "arm64")
 SETS = (
     {"native": "-mcpu=native", "neon": "-march=armv8-a", "dotprod": "-march=armv8.2-a+dotprod"}
     if ARM
-    else {"native": "-march=native", "sse2": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+    else {
+        "native": "-march=native",
+        "sse2": "-march=x86-64",
+        "avx2": "-march=x86-64-v3",
+        "avx512": "-march=x86-64-v4",
+        "avx512bf16": "-march=cooperlake",
+        "amx": "-march=sapphirerapids",
+    }
 )
 """Instruction sets by name, and the flag that has a compiler use them."""
 ZIG = {
     "-march=x86-64": "-mcpu=x86_64",
     "-march=x86-64-v3": "-mcpu=x86_64_v3",
     "-march=x86-64-v4": "-mcpu=x86_64_v4",
+    "-march=cooperlake": "-mcpu=cooperlake",
+    "-march=sapphirerapids": "-mcpu=sapphirerapids",
     "-march=armv8-a": "-mcpu=generic",
     "-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod",
 }
 """What ziglang calls them."""
-NEEDED = {"avx2": "avx2 fma f16c", "avx512": "avx512f avx512bw avx512dq avx512vl", "dotprod": "asimddp"}
+NEEDED = {
+    "avx2": "avx2 fma f16c",
+    "avx512": "avx512f avx512bw avx512dq avx512vl",
+    "avx512bf16": "avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16",
+    "amx": "amx_tile amx_int8 amx_bf16 avx512_bf16 avx512_fp16 avx512_vbmi2 avx_vnni",
+    "dotprod": "asimddp",
+}
 """Flags of /proc/cpuinfo without which they would end the process (SIGILL)."""
 PATIENCE = 300
 """Seconds after which a compiler is killed."""

@@ -1,13 +1,14 @@
 """Packed matrices and their products, by each instruction set, against float64."""
 
 import ctypes
+import functools
 import subprocess
 
 import pytest
 import torch
 
 from retentive.native.library import FOLDER, KINDS, OPS, Matrix
-from retentive.ops import cpu
+from retentive.ops import compiler, cpu
 from retentive.ops.compiler import FLAGS, LINK
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -33,22 +34,38 @@ int pairs(void) {
     return 0;
 }
 """
-SETS = {"native": "-march=native", "sse2": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
 SHAPES = [(16, 16, 16), (33, 70, 32), (100, 129, 64), (7, 300, 128), (5, 5, 256)]
 
 
-@pytest.fixture(scope="module", params=SETS)
-def library(request, tmp_path_factory):
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" and request.param != "native":
-        pytest.skip("this machine cannot run all of them")
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
-    includes = [f"-I{FOLDER}", f"-I{OPS}"]
-    made = ["gcc", *FLAGS, SETS[request.param], *includes, "-shared", "harness.c", "-o", "harness.so", *LINK]
-    subprocess.run(made, cwd=folder, check=True)
-    loaded = ctypes.CDLL(str(folder / "harness.so"))
-    loaded.packed_bytes.restype = ctypes.c_int64
-    return loaded
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """`built(name)`: the harness for an instruction set, compiled once; skips what this CPU does not have."""
+
+    @functools.cache
+    def build(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RETENTIVE_ISA", name)
+            try:
+                flag = compiler.instruction_flag()
+            except ValueError as error:
+                pytest.skip(str(error))
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
+        includes = [f"-I{FOLDER}", f"-I{OPS}"]
+        made = ["gcc", *FLAGS, flag, *includes, "-shared", "harness.c", "-o", "harness.so", *LINK]
+        subprocess.run(made, cwd=folder, check=True)
+        loaded = ctypes.CDLL(str(folder / "harness.so"))
+        loaded.packed_bytes.restype = ctypes.c_int64
+        if name == "amx" and not loaded.native_has_tiles():
+            pytest.skip("RETENTIVE_ISA=amx: the system does not give this process tiles")
+        return loaded
+
+    return build
+
+
+@pytest.fixture(scope="module", params=compiler.SETS)
+def library(request, built):
+    return built(request.param)
 
 
 def quantised(w, group, top):

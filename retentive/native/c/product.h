@@ -10,11 +10,8 @@ and short ones, so that what is read with them makes no difference.
 */
 
 #pragma once
-#include "products.h"
-#include "weights.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
+#include "tiles.h"
+#ifdef __aarch64__
 #include <arm_neon.h>
 #elif defined(__wasm_simd128__)
 #include <wasm_simd128.h>
@@ -34,9 +31,9 @@ enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in 
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
-    i64 width;          /* 1 for a single row, else AT_ONCE */
+    i64 width;          /* 1 for a single row, else AT_ONCE, or TILE for the tiles of AMX */
     int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers, or four digits;
-                           [rows / width][units][width] */
+                           [rows / width][units][width], or [rows / 16][units / 16] tiles of [16][16] */
     float *scale;       /* [rows][K / group] */
     int32_t *sum;       /* [rows][K / group], of the integers */
 } Input;
@@ -48,80 +45,110 @@ enum { HAVE_PAIRS = 0 }; /* bfloat16 weights become floats, and x stays so */
 #endif
 
 #ifdef __ARM_FEATURE_DOTPROD
-enum { DIGITS = 2 }; /* of an integer */
+enum { DIGITS = 2 }; /* of an integer, in vectors; in tiles two, too */
 #else
 enum { DIGITS = 1 };
 #endif
+enum { APART = (int)AT_ONCE > (int)TILE ? (int)AT_ONCE : (int)TILE }; /* rows that each thread has to itself, at least */
 enum { MOST = 127 * 256 + 127 }; /* the largest integer both of whose digits have a sign */
 
 /* ---- x ---- */
 
 INLINE i64 units_of(i64 kind, i64 K) { return kind >= INT8 || (kind == BFLOAT16 && HAVE_PAIRS) ? K / 2 : K; }
 
+/* units of a row in tiles */
+INLINE i64 units_in_tiles(i64 group, i64 K) {
+    return TILE * (group ? K / group * 2 * tiles_of_group(group) : (K + TILE_COLUMNS - 1) / TILE_COLUMNS);
+}
+
 /* An input of so many rows for matrices of at most K columns, of any kind, in memory from *at on, which moves on. */
 static Input input_at(char **at, i64 rows, i64 K) {
     i64 wide = round_up(K, MOST_GROUP_COLUMNS), groups = wide / 16;
     Input in = {0};
-    in.x = (int32_t *)take(at, round_up(rows, AT_ONCE) * wide);
+    in.x = (int32_t *)take(at, round_up(rows, APART) * wide);
     in.scale = take(at, rows * groups), in.sum = (int32_t *)take(at, rows * groups);
     return in;
 }
 
-/* The same memory from row `first` on, which AT_ONCE divides, for `rows` rows that this matrix is to multiply;
-   `expand`: integers as bfloat16. */
-static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 expand) {
-    i64 most = round_up(m->K, MOST_GROUP_COLUMNS), group = first * (most / 16);
-    int expanded = HAVE_PAIRS && expand && m->kind >= INT8;
-    return (Input){expanded ? BFLOAT16 : m->kind, expanded ? 0 : m->group, padded_columns(m), rows == 1 ? 1 : AT_ONCE,
-                   all->x + first * most, all->scale + group, all->sum + group};
+/* Whether tiles multiply such a matrix by rows whose sums may be in another order, or exact ones. */
+INLINE int in_tiles(i64 kind, i64 group, i64 prompt) {
+#ifdef TILES
+    if (!tiles_are_allowed()) return 0;
+    return kind == BFLOAT16 ? prompt != 0 : kind == INT8 ? group % LINE == 0 : kind == INT4 && group % 32 == 0;
+#endif
+    (void)kind, (void)group, (void)prompt;
+    return 0;
+}
+
+/* The same memory from row `first` on, which APART divides, for `rows` rows that this matrix is to multiply; `prompt`:
+   those of a prompt, for which integers may become bfloat16. */
+static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 prompt) {
+    i64 most = round_up(m->K, MOST_GROUP_COLUMNS), at = first * (most / 16);
+    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8;
+    i64 kind = expanded ? BFLOAT16 : m->kind, group = expanded ? 0 : m->group;
+    i64 width = in_tiles(kind, group, prompt) ? TILE : rows == 1 ? 1 : AT_ONCE;
+    return (Input){kind, group, padded_columns(m), width, all->x + first * most, all->scale + at, all->sum + at};
 }
 
 /* The n integers of a group, in the order in which products take them: what is in one unit are columns of which the
-   weights have the same place in halves of 16 bits, or in bytes. */
-static void put_ordered(i64 kind, const int16_t *from, i64 n, int16_t *to) {
-    int8_t *high = (int8_t *)to, *low = high + n;
+   weights have the same place in halves of 16 bits, or in bytes, whose digits are `apart` from each other. */
+INLINE void put_ordered(i64 kind, int digits, const int16_t *from, i64 n, i64 apart, int16_t *to) {
+    int8_t *high = (int8_t *)to, *low = high + apart;
     for (i64 k = 0; k < n; k++) {
         i64 half = kind == INT4 ? 4 : 2, place = k % (2 * half);
         int16_t least = (int16_t)((from[k] + 128 & 255) - 128);
-        if (DIGITS == 1) to[k - place + place % half * 2 + place / half] = from[k];
+        if (digits == 1) to[k - place + place % half * 2 + place / half] = from[k];
         else if (kind == INT4) place = k - place + place % 2 * 4 + place / 2;
         else place = k;
-        if (DIGITS == 2) high[place] = (int8_t)((from[k] - least) / 256), low[place] = (int8_t)least;
+        if (digits == 2) high[place] = (int8_t)(from[k] - least >> 8), low[place] = (int8_t)least;
     }
 }
 
-/* a group's numbers as integers of 16 bits and their scale; n of `group` are there */
-static void ready_group(i64 kind, const float *x, i64 n, i64 group, int16_t *to, float *scale, int32_t *sum) {
+/* A group's numbers as integers of 16 bits, their scale and their sum; n of `group` are there. */
+static void ready_group(i64 kind, int tiled, const float *x, i64 n, i64 group, int16_t *to, float *scale, int32_t *sum) {
     int16_t q[MOST_GROUP_COLUMNS] = {0};
-    float most = 0, spoilt = 0;
-    int32_t all = 0;
-    for (i64 k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most, spoilt += x[k] * 0;
-    if (most > 1e-30f && spoilt == 0) { /* what is not finite spoils its row */
+    int32_t all = 0, bits = 0; /* of the largest; such a maximum is one of vectors, unlike that of floats */
+    for (i64 k = 0; k < n; k++) {
+        int32_t size;
+        memcpy(&size, x + k, 4), size &= INT32_MAX;
+        bits = size > bits ? size : bits;
+    }
+    float most;
+    memcpy(&most, &bits, 4);
+    float spoilt = most * 0; /* what is not finite spoils its row */
+    if (most > 1e-30f && spoilt == 0) {
         float inverse = MOST / most;
         for (i64 k = 0; k < n; k++) {
             int32_t rounded = (int32_t)rintf(x[k] * inverse);
             q[k] = (int16_t)rounded, all += rounded;
         }
     }
-    if (kind == INT4) put_ordered(INT4, q, group, to);
-    else put_ordered(INT8, q, group, to);
+    if (tiled) {
+        i64 apart = tiles_of_group(group) * LINE;
+        if (apart > group) memset(to, 0, 2 * apart);
+        if (kind == INT4) put_ordered(INT4, 2, q, group, apart, to);
+        else put_ordered(INT8, 2, q, group, apart, to);
+    } else if (kind == INT4) put_ordered(INT4, DIGITS, q, group, group, to);
+    else put_ordered(INT8, DIGITS, q, group, group, to);
     *scale = most / MOST + spoilt, *sum = all;
 }
 
 /* a row of x [K] as row `r`; what is padded is 0 */
 static void ready_row(Input *in, i64 r, const float *x, i64 K) {
-    i64 wide = in->K, units = units_of(in->kind, wide), groups = in->group ? wide / in->group : 0;
-    int32_t row[units], *to = in->x + r / in->width * in->width * units + r % in->width;
-    if (units == wide) memcpy(row, x, K * 4), memset(row + K, 0, (wide - K) * 4);
-    else if (!groups) {
+    i64 wide = in->K, groups = in->group ? wide / in->group : 0, tiled = in->width == TILE;
+    i64 units = tiled ? units_in_tiles(in->group, wide) : units_of(in->kind, wide);
+    int32_t row[units], *to = in->x + r / in->width * in->width * units + r % in->width * (tiled ? TILE : 1);
+    if (!groups && in->kind == BFLOAT16 && HAVE_PAIRS) {
         i64 whole = K / 16 * 16;
         pair_row(x, whole, (float *)row);
-        for (i64 k = whole; k < wide; k++) ((uint16_t *)row)[k] = k < K ? to_bf16(x[k]) : 0;
-    }
+        for (i64 k = whole; k < 2 * units; k++) ((uint16_t *)row)[k] = k < K ? to_bf16(x[k]) : 0;
+    } else if (!groups) memcpy(row, x, K * 4), memset(row + K, 0, (wide - K) * 4);
     for (i64 g = 0, at; at = g * in->group, g < groups; g++)
-        ready_group(in->kind, x + at, smaller(in->group, K - at), in->group, (int16_t *)row + at,
+        ready_group(in->kind, tiled, x + at, smaller(in->group, K - at), in->group, (int16_t *)(row + units / groups * g),
                     in->scale + r * groups + g, in->sum + r * groups + g);
     if (in->width == 1) memcpy(to, row, units * 4);
+    else if (tiled)
+        for (i64 u = 0; u < units; u += TILE) memcpy(to + u * TILE, row + u, LINE);
     else
         for (i64 u = 0; u < units; u++) to[u * AT_ONCE] = row[u];
 }
@@ -167,19 +194,6 @@ INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
     return sum + (vi)wasm_i32x4_dot_i16x8((v128_t)w, (v128_t)splat_unit((const float *)x));
 #else
     return sum + (w & 65535) * (int32_t)(int16_t)*x + (w >> 16) * (*x >> 16);
-#endif
-}
-
-/* scales of as many rows as a vector has lanes, as floats */
-INLINE vf scales_at(const uint16_t *scales) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
-#elif defined(__F16C__) && defined(__AVX__)
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales));
-#else
-    float x[LANES];
-    read_row(2, scales, LANES, x, LANES);
-    return load(x);
 #endif
 }
 
@@ -271,25 +285,72 @@ INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 p
 
 #ifdef __AVX512BF16__
 /* a panel of integers as one of bfloat16 */
-static void expand(const Matrix *m, i64 panel, uint8_t *to) {
-    i64 lines = lines_of_panel(m), groups = groups_of(m), unit = columns_of_unit(m->kind);
+INLINE void expand_lines(int kind, const Matrix *m, i64 panel, uint8_t *to) {
+    const int bits = kind == INT8 ? 8 : 4, zero = kind == INT8 ? 128 : 8, unit = kind == INT8 ? 4 : 8;
+    i64 lines = lines_of_panel(m), groups = groups_of(m), of_group = m->group / unit;
     const uint8_t *at = m->lines + panel * lines * LINE;
-    int shift = m->kind == INT8 ? 8 : 4, mask = m->kind == INT8 ? 255 : 15, zero = m->kind == INT8 ? 128 : 8;
-    for (i64 line = 0; line < lines; line++, at += LINE) {
-        vf scale = scales_at(m->scales + (panel * groups + line * unit / m->group) * ROWS);
-        vi units = (vi)load((const float *)at);
-        for (i64 j = 0; j < unit; j += 2, to += LINE) {
-            float pair[2][16];
-            for (int n = 0; n < 2; n++)
-                store(pair[n], __builtin_convertvector((units >> (int)(j + n) * shift & mask) - zero, vf) * scale);
-            pair_rows(pair[0], pair[1], 16, (float *)to);
+    const uint16_t *scales = m->scales + panel * groups * ROWS;
+    const __m512i in_turn = (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (i64 g = 0; g < groups; g++, scales += ROWS) {
+        vf scale = scales_at(scales), less = scale * splat(-zero);
+        for (i64 line = 0; line < of_group; line++, at += LINE) {
+            vi units = (vi)load((const float *)at);
+            for (int j = 0; j < unit; j += 2, to += LINE) { /* products of 8 and 11 bits are exact */
+                vf low = __builtin_convertvector(units >> j * bits & (1 << bits) - 1, vf) * scale + less;
+                vf high = __builtin_convertvector(units >> (j + 1) * bits & (1 << bits) - 1, vf) * scale + less;
+                __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(in_turn, both));
+            }
         }
     }
+}
+
+static void expand(const Matrix *m, i64 panel, uint8_t *to) {
+    if (m->kind == INT8) expand_lines(INT8, m, panel, to);
+    else expand_lines(INT4, m, panel, to);
+}
+#endif
+
+#ifdef TILES
+/* a panel of int4 with a byte for each: the even columns of a unit, then the odd ones */
+static void unpack_bytes(const Matrix *m, i64 panel, uint8_t *to) {
+    i64 lines = lines_of_panel(m);
+    const uint8_t *at = m->lines + panel * lines * LINE;
+    for (i64 line = 0; line < lines; line++, at += LINE, to += 2 * LINE) {
+        vi units = (vi)load((const float *)at);
+        store((float *)to, (vf)(units & 0x0f0f0f0f)), store((float *)(to + LINE), (vf)(units >> 4 & 0x0f0f0f0f));
+    }
+}
+
+static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld,
+                             uint8_t *space) {
+    i64 pairs = in->kind == BFLOAT16, lines = padded_columns(m) / (pairs ? 2 : 4), bytes = lines * LINE;
+    i64 groups = groups_of(m), as_they_lie = m->kind == BFLOAT16 || (m->kind == INT8 && !pairs);
+    TileConfig before;
+    open_tiles(&before);
+    for (i64 n; first < last; first += n) {
+        n = smaller(2, last - first);
+        const uint8_t *at = as_they_lie ? m->lines + first * bytes : space;
+        for (i64 p = 0; p < n && !as_they_lie; p++) (pairs ? expand : unpack_bytes)(m, first + p, space + p * bytes);
+        Stands s = {groups, m->kind == INT8 ? 128 : 8, m->scales + first * groups * ROWS, in->scale, in->sum};
+        if (pairs && n == 2) pairs_in_tiles(2, lines, at, bytes, in->x, rows, y + first * ROWS, ld);
+        else if (pairs) pairs_in_tiles(1, lines, at, bytes, in->x, rows, y + first * ROWS, ld);
+        else if (n == 2) digits_in_tiles(2, m->group / 4, at, bytes, s, in->x, rows, y + first * ROWS, ld);
+        else digits_in_tiles(1, m->group / 4, at, bytes, s, in->x, rows, y + first * ROWS, ld);
+    }
+    close_tiles(&before);
 }
 #endif
 
 /* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels; `space`: expanded_bytes */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld, uint8_t *space) {
+#ifdef TILES
+    if (in->width == TILE) {
+        product_in_tiles(m, in, rows, first, last, y, ld, space);
+        return;
+    }
+#endif
 #ifdef __AVX512BF16__
     for (i64 n; m->kind != in->kind && first < last; first += n) {
         Matrix made = {0, padded_columns(m), BFLOAT16, 0, space, NULL};
@@ -305,4 +366,5 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }
 
-INLINE i64 expanded_bytes(i64 K) { return PANELS * round_up(K, MOST_GROUP_COLUMNS) / 2 * LINE; }
+/* two panels of bfloat16, or of bytes, of which a last tile may have half a group too much */
+INLINE i64 expanded_bytes(i64 K) { return 2 * round_up(K, MOST_GROUP_COLUMNS) / 2 * LINE; }

@@ -284,7 +284,7 @@ static void through_model(void *what, int thread) {
     Space space;
     i64 bytes = c->slots ? step_space(&(Step){c->N, m->H, m->K, m->V, c->slots}) * 4
                          : (i64)(intptr_t)arrange(&call, 0, &space, NULL);
-    Self me = {thread, each_alone(b) ? thread * AT_ONCE : 0, space_of_thread_with(bytes),
+    Self me = {thread, each_alone(b) ? thread * APART : 0, space_of_thread_with(bytes),
                b->expanded + thread * b->each};
     if (!me.space) atomic_store(&b->failed, 1);
     meet(c->pool);
@@ -294,7 +294,7 @@ static void through_model(void *what, int thread) {
         meet(c->pool);
         if (!thread) next_block(b);
         meet(c->pool);
-        me.first_row = each_alone(b) ? thread * AT_ONCE : 0;
+        me.first_row = each_alone(b) ? thread * APART : 0;
     }
 }
 
@@ -302,7 +302,7 @@ static void through_model(void *what, int thread) {
 static char *arrange_block(Block *b, i64 n, char *at) {
     const Model *m = b->c->model;
     i64 up = rows_up(m), in = rows_in(m), HV = m->H * m->V;
-    i64 each = AT_ONCE * b->threads; /* the last block may be of few */
+    i64 each = APART * b->threads; /* the last block may be of few */
     i64 rows = n > each ? n : each;
     b->ld = in > up ? in : up;
     b->sequence = (i64 *)take(&at, 2 * n), b->begin = (i64 *)take(&at, 2 * (b->c->N + 1));
@@ -314,7 +314,7 @@ static char *arrange_block(Block *b, i64 n, char *at) {
     b->of_D = input_at(&at, rows, m->D), b->of_HV = input_at(&at, rows, HV), b->of_F = input_at(&at, rows, m->F);
     i64 wide = HV > m->F ? HV : m->F;
     b->each = expanded_bytes(wide > m->D ? wide : m->D);
-    b->expanded = (uint8_t *)take(&at, b->c->slots ? 0 : b->threads * b->each / 4);
+    b->expanded = (uint8_t *)take(&at, b->threads * b->each / 4);
     return at;
 }
 
@@ -404,8 +404,8 @@ const char *native_instructions(void) {
         ;
 }
 
-/* whether torch's products are faster than ours, for prompts: by the tiles of AMX */
-int native_lacks_tiles(void) {
+/* whether prompts are multiplied in the tiles of AMX */
+int native_has_tiles(void) {
 #ifdef TILES
     return tiles_are_allowed();
 #else

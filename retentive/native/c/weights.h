@@ -13,6 +13,9 @@ K to 16 columns or to whole groups; the weights there are 0.
 
 #pragma once
 #include "numbers.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 enum { ROWS = 16, LINE = 64, MOST_GROUP_COLUMNS = 256 };
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
@@ -55,4 +58,17 @@ void pack(const Matrix *m, i64 N, i64 first, i64 step, const uint8_t *rows, cons
         for (i64 g = 0; g < groups; g++)
             ((uint16_t *)m->scales)[(panel * groups + g) * ROWS + n % ROWS] = n < N ? scales[n * groups + g] : 0;
     }
+}
+
+/* scales of as many rows as a vector has lanes, as floats */
+INLINE vf scales_at(const uint16_t *scales) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
+#elif defined(__F16C__) && defined(__AVX__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales));
+#else
+    float x[LANES];
+    read_row(2, scales, LANES, x, LANES);
+    return load(x);
+#endif
 }
