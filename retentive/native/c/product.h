@@ -31,9 +31,10 @@ enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in 
 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
-    i64 width;          /* 1 for a single row, else AT_ONCE, or TILE for the tiles of AMX */
+    i64 tiled;          /* for the tiles of AMX */
+    i64 width;          /* rows side by side: 1 or AT_ONCE; in tiles 16, or as many as there are */
     int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers, or four digits;
-                           [rows / width][units][width], or [rows / 16][units / 16] tiles of [16][16] */
+                           [rows / width][units][width], or [rows / width][units / 16] tiles of [width][16] */
     float *scale;       /* [rows][K / group] */
     int32_t *sum;       /* [rows][K / group], of the integers */
 } Input;
@@ -49,6 +50,7 @@ enum { DIGITS = 2 }; /* of an integer, in vectors; in tiles two, too */
 #else
 enum { DIGITS = 1 };
 #endif
+enum { INT8_IN_TILES = 4, INT4_IN_TILES = 17 }; /* rows from which they are faster */
 enum { APART = (int)AT_ONCE > (int)TILE ? (int)AT_ONCE : (int)TILE }; /* rows that each thread has to itself, at least */
 enum { MOST = 127 * 256 + 127 }; /* the largest integer both of whose digits have a sign */
 
@@ -70,24 +72,26 @@ static Input input_at(char **at, i64 rows, i64 K) {
     return in;
 }
 
-/* Whether tiles multiply such a matrix by rows whose sums may be in another order, or exact ones. */
-INLINE int in_tiles(i64 kind, i64 group, i64 prompt) {
+/* Whether tiles multiply such a matrix. Pairs are always multiplied by them where there are some, since they add in
+   another order; of integers, whose bits are the same, so many rows that it pays. */
+INLINE int in_tiles(i64 kind, i64 group, i64 rows) {
 #ifdef TILES
     if (!tiles_are_allowed()) return 0;
-    return kind == BFLOAT16 ? prompt != 0 : kind == INT8 ? group % LINE == 0 : kind == INT4 && group % 32 == 0;
+    return kind == BFLOAT16 || (kind == INT8 && group % LINE == 0 && rows >= INT8_IN_TILES) ||
+           (kind == INT4 && group % 32 == 0 && rows >= INT4_IN_TILES);
 #endif
-    (void)kind, (void)group, (void)prompt;
+    (void)kind, (void)group, (void)rows;
     return 0;
 }
 
 /* The same memory from row `first` on, which APART divides, for `rows` rows that this matrix is to multiply; `prompt`:
-   those of a prompt, for which integers may become bfloat16. */
+   those of a prompt, for which integers become bfloat16 where that is faster. */
 static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 prompt) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), at = first * (most / 16);
-    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8;
-    i64 kind = expanded ? BFLOAT16 : m->kind, group = expanded ? 0 : m->group;
-    i64 width = in_tiles(kind, group, prompt) ? TILE : rows == 1 ? 1 : AT_ONCE;
-    return (Input){kind, group, padded_columns(m), width, all->x + first * most, all->scale + at, all->sum + at};
+    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8 && !(m->kind == INT8 && in_tiles(INT8, m->group, 2 * TILE));
+    i64 kind = expanded ? BFLOAT16 : m->kind, group = expanded ? 0 : m->group, tiled = in_tiles(kind, group, rows);
+    i64 width = tiled ? smaller(rows, TILE) : rows == 1 ? 1 : AT_ONCE;
+    return (Input){kind,  group, padded_columns(m), tiled, width, all->x + first * most, all->scale + at, all->sum + at};
 }
 
 /* The n integers of a group, in the order in which products take them: what is in one unit are columns of which the
@@ -135,7 +139,7 @@ static void ready_group(i64 kind, int tiled, const float *x, i64 n, i64 group, i
 
 /* a row of x [K] as row `r`; what is padded is 0 */
 static void ready_row(Input *in, i64 r, const float *x, i64 K) {
-    i64 wide = in->K, groups = in->group ? wide / in->group : 0, tiled = in->width == TILE;
+    i64 wide = in->K, groups = in->group ? wide / in->group : 0, tiled = in->tiled;
     i64 units = tiled ? units_in_tiles(in->group, wide) : units_of(in->kind, wide);
     int32_t row[units], *to = in->x + r / in->width * in->width * units + r % in->width * (tiled ? TILE : 1);
     if (!groups && in->kind == BFLOAT16 && HAVE_PAIRS) {
@@ -146,9 +150,9 @@ static void ready_row(Input *in, i64 r, const float *x, i64 K) {
     for (i64 g = 0, at; at = g * in->group, g < groups; g++)
         ready_group(in->kind, tiled, x + at, smaller(in->group, K - at), in->group, (int16_t *)(row + units / groups * g),
                     in->scale + r * groups + g, in->sum + r * groups + g);
-    if (in->width == 1) memcpy(to, row, units * 4);
-    else if (tiled)
-        for (i64 u = 0; u < units; u += TILE) memcpy(to + u * TILE, row + u, LINE);
+    if (tiled)
+        for (i64 u = 0; u < units; u += TILE) memcpy(to + u * in->width, row + u, LINE);
+    else if (in->width == 1) memcpy(to, row, units * 4);
     else
         for (i64 u = 0; u < units; u++) to[u * AT_ONCE] = row[u];
 }
@@ -327,17 +331,21 @@ static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 fir
                              uint8_t *space) {
     i64 pairs = in->kind == BFLOAT16, lines = padded_columns(m) / (pairs ? 2 : 4), bytes = lines * LINE;
     i64 groups = groups_of(m), as_they_lie = m->kind == BFLOAT16 || (m->kind == INT8 && !pairs);
+    /* few rows take one panel after the other, as it comes from memory; many ask for the next two with the first rows */
+    i64 together = rows > TILE ? 2 : 1, ahead = !as_they_lie ? 0 : together == 1 ? AHEAD_BYTES : 2 * bytes;
+    Tiled x = {(const uint8_t *)in->x, rows, in->width, in->width * units_in_tiles(in->group, in->K) * 4};
     TileConfig before;
-    open_tiles(&before);
+    open_tiles(&before, (int)in->width);
     for (i64 n; first < last; first += n) {
-        n = smaller(2, last - first);
+        n = smaller(together, last - first);
         const uint8_t *at = as_they_lie ? m->lines + first * bytes : space;
         for (i64 p = 0; p < n && !as_they_lie; p++) (pairs ? expand : unpack_bytes)(m, first + p, space + p * bytes);
         Stands s = {groups, m->kind == INT8 ? 128 : 8, m->scales + first * groups * ROWS, in->scale, in->sum};
-        if (pairs && n == 2) pairs_in_tiles(2, lines, at, bytes, in->x, rows, y + first * ROWS, ld);
-        else if (pairs) pairs_in_tiles(1, lines, at, bytes, in->x, rows, y + first * ROWS, ld);
-        else if (n == 2) digits_in_tiles(2, m->group / 4, at, bytes, s, in->x, rows, y + first * ROWS, ld);
-        else digits_in_tiles(1, m->group / 4, at, bytes, s, in->x, rows, y + first * ROWS, ld);
+        float *to = y + first * ROWS;
+        if (pairs && n == 2) pairs_in_tiles(2, lines, at, bytes, ahead, x, to, ld);
+        else if (pairs) pairs_in_tiles(1, lines, at, bytes, ahead, x, to, ld);
+        else if (n == 2) digits_in_tiles(2, m->group / 4, at, bytes, ahead, s, x, to, ld);
+        else digits_in_tiles(1, m->group / 4, at, bytes, ahead, s, x, to, ld);
     }
     close_tiles(&before);
 }
@@ -346,7 +354,7 @@ static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 fir
 /* y [rows][ld], columns of the panels from `first` to before `last`; ld covers whole panels; `space`: expanded_bytes */
 static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 last, float *y, i64 ld, uint8_t *space) {
 #ifdef TILES
-    if (in->width == TILE) {
+    if (in->tiled) {
         product_in_tiles(m, in, rows, first, last, y, ld, space);
         return;
     }

@@ -175,7 +175,7 @@ static void chunks_of_head(const Call *call, i64 s, i64 h) {
     get_space(call, 0, &space); /* there is memory: through_model has asked for it */
 #ifdef TILES
     TileConfig before;
-    if (call->pair == 2) open_tiles(&before);
+    if (call->pair == 2) open_tiles(&before, 16);
 #endif
     forward_head(call, &space, s, h);
 #ifdef TILES
@@ -363,7 +363,7 @@ static void through_head(void *what, int thread) {
 
 /* logits = head x. 1: no memory. */
 int native_head(Heading *c) {
-    i64 rows = smaller(c->n, HEAD_ROWS), room = c->n > MANY ? c->threads * expanded_bytes(c->head->K) : 0;
+    i64 rows = smaller(c->n, HEAD_ROWS), room = c->threads * expanded_bytes(c->head->K);
     char *at = NULL;
     c->threads = smaller(c->threads, c->pool->threads);
     for (int pass = 0; pass < 2; pass++) { /* first its size */

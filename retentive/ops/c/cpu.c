@@ -41,7 +41,7 @@ static int for_each_head(const Call *c, int backward) {
         }
 #ifdef TILES
         TileConfig before;
-        if (c->pair == 2) open_tiles(&before);
+        if (c->pair == 2) open_tiles(&before, 16);
 #endif
         (backward ? backward_head : forward_head)(c, &s, task / c->H, task % c->H);
 #ifdef TILES

@@ -235,12 +235,13 @@ static void tiles(int transposed, Shape shape, i64 M, i64 N, i64 units, Operand 
 
 typedef struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } TileConfig;
 
-/* All eight tiles in full size, for this thread; `before` is how the code around us has them. */
-static void open_tiles(TileConfig *before) {
-    TileConfig full = {1, 0, {0}, {0}, {0}};
-    for (int i = 0; i < 8; i++) full.bytes[i] = 64, full.rows[i] = 16;
+/* All eight tiles for this thread, 64 bytes wide: 0 to 5, of results and of the left operand, with so many rows, 6 and 7,
+   of the right one, with 16. `before` is how the code around us has them. */
+static void open_tiles(TileConfig *before, int rows) {
+    TileConfig ours = {1, 0, {0}, {0}, {0}};
+    for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = i < 6 ? rows : 16;
     _tile_storeconfig(before);
-    _tile_loadconfig(&full);
+    _tile_loadconfig(&ours);
 }
 
 static void close_tiles(const TileConfig *before) {
