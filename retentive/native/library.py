@@ -57,7 +57,7 @@ class Reading(ctypes.Structure):
 class Heading(ctypes.Structure):
     """struct Heading of c/read.c."""
 
-    _fields_ = [*struct("n dtype threads", "pool head x logits"), ("room", ctypes.c_byte * 64)]
+    _fields_ = [*struct("n dtype threads", "pool head x logits"), ("room", ctypes.c_byte * 72)]
 
 
 @functools.cache

@@ -97,11 +97,10 @@ class NativeRetNet(RetNet):
 
     own_threads = True
 
-    def __init__(self, model: RetNet, *, threads: int | None = None, torch_reads: bool | None = None):
+    def __init__(self, model: RetNet, *, threads: int | None = None):
         """
         Args:
             threads: the most that a call uses; by default torch's number.
-            torch_reads: leave prompts to torch; by default where its products are faster, by the tiles of AMX.
 
         Raises:
             ValueError: the library cannot run such a model, or there is none.
@@ -114,8 +113,6 @@ class NativeRetNet(RetNet):
         for name, module in model.named_children():
             self.add_module(name, module)
         self._packed = Packed(model)
-        slower = self.dtype == torch.bfloat16 and bool(library().native_has_tiles())
-        self._torch_reads = slower if torch_reads is None else torch_reads
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
         self._packed_dtype = self.dtype
@@ -145,8 +142,6 @@ class NativeRetNet(RetNet):
             raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"token ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
-        if ids.numel() > STEPS and self._torch_reads:
-            return super().hidden(ids, state, cu_seqlens=cu_seqlens)
         begin, tokens = self._borders(ids, cu_seqlens)
         state = self.init_state(len(begin) - 1) if state is None else state
         layers, places = self._layers(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)

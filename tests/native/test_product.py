@@ -144,6 +144,18 @@ def test_products_of_the_many_rows_of_a_prompt(kind, N, K, group, library, same)
     same(y[33:], packed(x[:45].flip(0))[:12].flip(0), 0)  # wherever in the prompt a row is
 
 
+@pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, (40, 1100, 64), (16, 640, 128)], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_have_the_same_bits_in_tiles_as_in_vectors(kind, N, K, group, built, same):
+    """The sums are exact, and what is done with them is done in the same order."""
+    tiles, vectors = (Packed(built(name), kind, N, K, group) for name in ("amx", "avx512bf16"))
+    vectors.rows, vectors.scales = tiles.rows, tiles.scales
+    vectors.pack()
+    for rows in (1, 4, 7, 16, 17, 32):
+        x = torch.randn(rows, K)
+        same(tiles(x), vectors(x), 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_can_be_read_alone(kind, library, same):
     packed, row = Packed(library, kind, 21, 70, 32), torch.full((71,), 7.0)

@@ -94,7 +94,7 @@ def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dty
         return build(config_of(name, config)).to(device, dtype).eval()
     model, bits = build(config).bfloat16().eval(), NATIVE[name]
     made = model if bits is None else quantize(model, bits)
-    return NativeRetNet(made, torch_reads=False)  # type: ignore[arg-type]
+    return NativeRetNet(made)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

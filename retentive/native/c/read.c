@@ -342,6 +342,7 @@ typedef struct {
     Input in;
     uint8_t *expanded;
 } Heading;
+_Static_assert(sizeof(void *) < 8 || sizeof(Heading) == 7 * 8 + 72, "library.py leaves as much room");
 
 enum { HEAD_ROWS = 256, MANY = 64 }; /* at a time: their inputs stay in the cache; more than are decoded together */
 
@@ -404,7 +405,7 @@ const char *native_instructions(void) {
         ;
 }
 
-/* whether prompts are multiplied in the tiles of AMX */
+/* whether the system gives this process the tiles of AMX, and the compiler knew them */
 int native_has_tiles(void) {
 #ifdef TILES
     return tiles_are_allowed();
