@@ -74,7 +74,7 @@ class Service:
     def largest_state(self) -> int:
         """Bytes of the largest file of a saved state that is taken: of a prompt of max_prompt tokens."""
         context = self.options.max_prompt
-        return cost.memory_bytes(self.model.config, context) + STATE_HEAD  
+        return cost.memory_bytes(self.model.config, context) + STATE_HEAD
 
     def new_conversation(self) -> Conversation:
         """A conversation in which nothing was said; all of them share one blank state, which is never written to."""

@@ -247,7 +247,7 @@ def test_on_a_phones_screen_everything_is_within_reach(server, visit):
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
-    here = visit(serve("retnet", api_key=("open-sesame",)), model=None)
+    here = visit(serve("retnet", api_key=("open-sesame",)).url, model=None)
     expect(here["login"]).to_be_visible()
     expect(here["key"]).to_be_focused()
     here["key"].fill("wrong")
