@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.ops import backends
+from retentive.ops import backends, pieces
 from retentive.ops.backends import BACKENDS, Call, choose, exactly
 from retentive.ops.blocked import check_borders
 from retentive.ops.decay import check_values
@@ -57,7 +57,8 @@ def retention(
         cu_seqlens: `[N+1]` integers from 0 to T, ascending: with B = 1, where the N sequences packed into the row begin
             and end. Each has its own state.
 
-    `using` forces form, chunk_size and backend for all calls that name none.
+    `using` forces form, chunk_size and backend for all calls that name none; inside `pieces.across` the tokens are a
+    piece of longer sequences.
 
     Returns:
         o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens), float32, or float64 if q is;
@@ -90,11 +91,14 @@ def retention(
     log_decay, state = _check_decay_and_state(q, v, log_decay, (B, T, H), state, N)
     scale = K**-0.5 if scale is None else float(scale)
     check_values(log_decay)
-    if single and T == 1:
+    piece = pieces.current()
+    if single and T == 1 and piece is None:
         decay = log_decay[:, 0] if log_decay.ndim == 3 else log_decay
         o, state = _one_token(q[:, 0], k[:, 0], v[:, 0], decay, scale, state)
         return o[:, None], state
     call = Call(q, k, v, log_decay, scale, state, form, chunk_size, cu_seqlens)
+    if piece is not None:
+        return pieces.run(call, piece, lambda call: choose(backend, call).run(call))
     return choose(backend, call).run(call)
 
 
