@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as error:
         if os.environ.get("RETENTIVE_DEBUG"):
             raise
-        print("retentive:", " ".join(str(error).split()) or "there is not enough memory", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes that torchrun has started
+        who = "retentive:" if rank == "0" else f"retentive: process {rank}:"
+        print(who, " ".join(str(error).split()) or "there is not enough memory", file=sys.stderr)
         sys.exit(2)  # what argument parsers use for bad input
 
 

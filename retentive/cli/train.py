@@ -17,11 +17,13 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from retentive.models import HybridConfig, TransformerConfig
 from retentive.models.encoders import CONFIGS as ENCODERS
-from retentive.train import Interrupted, TrainConfig, TrainRun
+from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
+from retentive.train.processes import Elsewhere
 from retentive.train.run import as_typed
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
-OPTIONS = {f.name for f in (*fields(TrainRun), *fields(TrainConfig))}
+NPROC = "--nproc N starts N processes on this machine that train together, as torchrun --nproc-per-node N does."
+OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
 """Every option of a run, by its field's name."""
 FIELDS: dict[str, Any] = {f.name: f.type for kind in (TransformerConfig, HybridConfig) for f in fields(kind)}
 FIELDS |= {f"{name}.{f.name}": f.type for name, kind in ENCODERS.items() for f in fields(kind)}
@@ -33,12 +35,14 @@ Recipe = TypeVar("Recipe")
 
 def main(argv: list[str]) -> None:
     """`retentive train ARGV`."""
+    processes, argv = read_processes(argv)
+    given = argv
     recipe, argv = read_recipe(argv, TrainRun)
     run = tyro.cli(
         TrainRun,
         prog="retentive train",
         args=argv,
-        description=f"{TrainRun.__doc__}\n\n{RECIPE}",
+        description=f"{TrainRun.__doc__}\n\n{RECIPE} {NPROC}",
         default=tyro.MISSING_NONPROP if recipe is None else recipe,
         registry=CHANGES,
     )
@@ -49,19 +53,46 @@ def main(argv: list[str]) -> None:
     chosen = typed if recipe is None else OPTIONS
     if run.init:  # a recipe has not typed the size that it leaves at its default
         chosen = chosen - {"size", "model"} | typed
+    if processes:  # which read the same arguments; what is wrong with them has been said once by now
+        from retentive.train.launch import launch  # takes long to import
+
+        launch(processes, ["train", *given])
+        return
     with interruptible():
         run.run(overrides=chosen)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A run in this block that a signal ends says so in a line, and the process ends as signals have it."""
+    """A run in this block that a signal ends says so in a line, and the process ends as signals have it.
+
+    One that ends because another process has failed, which the first one says, ends silently.
+    """
     try:
         yield
+    except Elsewhere:
+        sys.exit(2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if str(stop):  # only the first of several processes says it
+            print(stop, file=sys.stderr)
         if stop.number == signal.SIGINT:
             sys.exit(130)  # so that `train && next` does not go on
+
+
+def read_processes(argv: list[str]) -> tuple[int, list[str]]:
+    """The number of --nproc N, 0 without, and the arguments without it.
+
+    Raises:
+        ValueError: no number.
+    """
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--nproc=") else [a])]
+    if "--nproc" not in argv:
+        return 0, argv
+    at = argv.index("--nproc")
+    number = argv[at + 1] if at + 1 < len(argv) else "nothing"
+    if not number.isdecimal() or not int(number):
+        raise ValueError(f"--nproc needs a number of processes, at least 1, got {number}")
+    return int(number), argv[:at] + argv[at + 2 :]
 
 
 def typed_options(argv: list[str]) -> set[str]:

@@ -13,11 +13,12 @@ from typing import Any
 from retentive.train.config import TrainConfig
 from retentive.train.loop import Hooks, train
 from retentive.train.objective import language_modelling
+from retentive.train.parallel import Parallel
 from retentive.train.run import TrainRun
 from retentive.train.sft import SftRun
 from retentive.train.signals import Interrupted
 
-__all__ = ["Hooks", "Interrupted", "SftRun", "TrainConfig", "TrainRun", "language_modelling", "train"]
+__all__ = ["Hooks", "Interrupted", "Parallel", "SftRun", "TrainConfig", "TrainRun", "language_modelling", "train"]
 
 
 class _Callable(ModuleType):

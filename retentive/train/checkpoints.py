@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retentive.checkpoint.adapter import adapter_of
 from retentive.files import load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 from retentive.train.ema import EMA
+from retentive.train.parallel import local, part_like, part_of_state, whole, whole_state
+from retentive.train.processes import ALONE, Processes
 
 UNTRAINED = ".untrained"
 AVERAGED = "ema.safetensors"
@@ -39,37 +41,45 @@ def save(
     step: int,
     state: State | None,
     keep: int,
+    here: Processes = ALONE,
 ) -> Path:
     """The folder of the checkpoint of `step` finished steps, once written; its weights are the run's from then on.
 
     Args:
         state: what the next batch goes on from (mode "carry"), or None.
         keep: checkpoints that remain, the newest; older ones are deleted.
+        here: the processes that train together. All call this, the first one writes: what is divided between them is
+            put together, so that any other number of them can go on from it.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
     """
-    named = {name: p.detach() for name, p in saved(model)}
-    moments = {}
+    named, moments = dict[str, Tensor](), dict[str, Tensor]()
     for name, p in saved(model):
-        for key, value in optimizer.state.get(p, {}).items():
-            moments[f"{key}.{name}"] = value.detach()
+        for key, value in {"": p, **optimizer.state.get(p, {})}.items():
+            x = whole(name, value, here)  # one at a time: only the first process keeps it
+            if here.main:
+                (moments if key else named)[f"{key}.{name}" if key else name] = x.cpu() if here.divided else x
+    averaged = {name: whole(name, mean, here).cpu() for name, mean in (ema.mean if ema else {}).items()}
+    state = whole_state(state, here)
 
     def write(folder: Path) -> None:
         save_tensors(folder / "model.safetensors", named)
         if ema:
-            save_tensors(folder / AVERAGED, named | ema.mean, {"weights": f"averages, decay {ema.decay}"})
+            save_tensors(folder / AVERAGED, named | averaged, {"weights": f"averages, decay {ema.decay}"})
         save_tensors(folder / "optimizer.safetensors", moments)
         if state is not None:
             state.save(folder / "state.safetensors")
         write_json(folder / "training.json", {"step": step})
 
     folder = run / "checkpoints" / f"step-{step:08d}"  # with zeros, so that names sort by step
-    replace_folder(folder, write)
-    publish(run, folder)
-    # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
-    for old in folders(run)[:-keep]:
-        shutil.rmtree(old)
+    with here.together():
+        if here.main:
+            replace_folder(folder, write)
+            publish(run, folder)
+            # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
+            for old in folders(run)[:-keep]:
+                shutil.rmtree(old)
     return folder
 
 
@@ -134,16 +144,21 @@ def read(file: Path, load: Callable[[Path], T]) -> T:
 
 
 def restore(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
+    here: Processes = ALONE,
 ) -> tuple[int, State | None]:
     """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
 
-    And the averages into `ema`. Without a checkpoint, (0, None).
+    And the averages into `ema`. Without a checkpoint, (0, None). Each process reads its part of it, however many have
+    written it.
 
     Raises:
         ValueError: one of its files is damaged.
     """
-    for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
+    for rest in (run / "checkpoints").glob(".step-*") if here.main else ():  # of a save that was killed
         shutil.rmtree(rest)
     found = folders(run)
     if not found:
@@ -153,15 +168,16 @@ def restore(
     weights, moments = (read(folder / f"{name}.safetensors", load_tensors)[0] for name in ("model", "optimizer"))
     carried = folder / "state.safetensors"
     state = read(carried, load_state) if carried.is_file() else None
-    if ema:
-        averaged = read(folder / AVERAGED, load_tensors)[0]
-        for name, mean in ema.mean.items():
-            mean.copy_(averaged[name])
+    averaged = read(folder / AVERAGED, load_tensors)[0] if ema else {}
     with torch.no_grad():
         for name, p in saved(model):
-            p.copy_(weights[name])  # in place: the optimiser holds these very tensors
+            # in place: the optimiser holds these very tensors
+            local(p, here).copy_(local(part_like(name, weights[name], p, here), here))
+            if ema and name in ema.mean:
+                local(ema.mean[name], here).copy_(local(part_like(name, averaged[name], p, here), here))
             if p.requires_grad:
-                kept = {key: moments[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moments}
-                optimizer.state[p] = kept
-    publish(run, folder)  # a process killed after saving may not have come to it
-    return step, state
+                kept = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
+                optimizer.state[p] = {key: part_like(name, x, p, here) for key, x in kept.items()}
+    if here.main:
+        publish(run, folder)  # a process killed after saving may not have come to it
+    return step, part_of_state(state, here)

@@ -142,6 +142,31 @@ def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
     return {key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
 
 
+class Silence:
+    """The log of a process that is not the first one of its run: nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Nothing, as all of these."""
+
+    def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
+        pass
+
+    def skipped(self, step: int, total: int, line: str) -> None:
+        pass
+
+    def sample(self, step: int, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def say(text: str, *, quiet: bool = False) -> None:
     """Prints a line for people where there is no Log."""
     Console(stderr=True, quiet=quiet).print(text, highlight=False, markup=False, soft_wrap=True)

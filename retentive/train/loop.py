@@ -11,10 +11,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retentive.checkpoint.io import save_model
@@ -26,9 +25,11 @@ from retentive.train import checkpoints
 from retentive.train.config import Precision, TrainConfig
 from retentive.train.directory import RunDirectory, read_options
 from retentive.train.ema import EMA
-from retentive.train.log import Log, check_extras, say
+from retentive.train.log import Log, Silence, check_extras, say
 from retentive.train.objective import Objective
 from retentive.train.optim import learning_rate, optimizer_of
+from retentive.train.parallel import clip_gradients, objective_of, parallelize, whole_model
+from retentive.train.processes import ALONE, Processes
 from retentive.train.signals import Interrupted, stop_signals
 from retentive.train.skips import Skips
 
@@ -67,8 +68,13 @@ def train(
     config: TrainConfig,
     out: RunDirectory | str | Path,
     hooks: Hooks | None = None,
+    here: Processes = ALONE,
 ) -> Path:
     """The run directory, once `model` is trained in place, from the run's newest checkpoint where it is resumed.
+
+    Args:
+        batches: this process's share of them, where there are several.
+        here: the processes that train together; all call this with the same arguments, the first one writes.
 
     Raises:
         FileExistsError: `out` holds a run already, and is not a RunDirectory that says what to do with it.
@@ -81,36 +87,41 @@ def train(
     directory = out if isinstance(out, RunDirectory) else RunDirectory(Path(out))
     run, hooks = directory.path, hooks or Hooks()
     # What can be refused is refused before anything is written or moved to a GPU.
-    check_extras(config)
-    directory.check()
-    device, resume = pick_device(config.device), directory.existing == "resume"
-    before = read_options(run).get("train", {}) if resume else {}
-    if config.precision == "auto":  # measured once a run: a resumed one keeps what was found then
-        config = replace(config, precision=before.get("precision", "auto"))
-    config = replace(config, precision=pick_precision(config.precision, device))
-    model.to(device).train()
-    wrap_blocks(model, config)
+    with here.together():
+        check_extras(config)
+        directory.check()
+        device, resume = here.device or pick_device(config.device), directory.existing == "resume"
+        before = read_options(run).get("train", {}) if resume else {}
+        if config.precision == "auto":  # measured once a run: a resumed one keeps what was found then
+            config = replace(config, precision=before.get("precision", "auto"))
+        check_together(config, here)
+        model = parallelize(model, device, here).train()
+        wrap_blocks(model, config)
+    config = replace(config, precision=agreed_precision(config.precision, device, here))
+    objective = objective_of(model, objective, here)
     optimizer, ema = optimizer_of(model, config), EMA(model, config.ema) if config.ema else None
-    with directory.locked():
-        done, carried = checkpoints.restore(run, model, optimizer, ema) if resume else (0, None)
-        write_json(run / "train.json", {"train": asdict(config), **directory.record})
+    with here.on_first(directory.locked):
+        with here.together():
+            done, carried = checkpoints.restore(run, model, optimizer, ema, here) if resume else (0, None)
+            if here.main:
+                write_json(run / "train.json", {"train": asdict(config), **directory.record})
+        here.check_same(done, "process {} has found another checkpoint than process 0: do all see the same folder?")
         if done >= config.steps:
-            say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
+            if here.main:
+                say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
         if done == 0:
-            (run / checkpoints.UNTRAINED).touch()
-            # so that the run can be loaded before its first checkpoint
-            save_model(run, model, directory.tokenizer, template=directory.template)
+            save_first(model, directory, here)
         skips = Skips(run, done, config.skip_nonfinite)
-        mfu_per_rate = utilisation(model, batches.length, config, device)
-        with Log(run, config, start=done, quiet=hooks.quiet) as log, stop_signals() as stop:
+        mfu_per_rate = utilisation(model, batches.length, config, device) / here.world
+        with Log(run, config, start=done, quiet=hooks.quiet) if here.main else Silence() as log, stop_signals() as stop:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
             for step in range(done, config.steps):
                 began = time.perf_counter()
                 try:
-                    metrics, carried = take_step(model, batches, objective, config, optimizer, step, carried)
+                    metrics, carried = take_step(model, batches, objective, config, optimizer, step, carried, here)
                 except FloatingPointError as error:
-                    skipped(skips, error, run, log, step + 1)  # and `carried` stays as it was
+                    skipped(skips, error, run, log, step + 1, here)  # and `carried` stays as it was
                 else:
                     skips.in_a_row = 0
                     rate = metrics.pop("tokens") / (time.perf_counter() - began)
@@ -119,14 +130,15 @@ def train(
                 if ema:
                     ema.update(step + 1)
                 with ema.in_place() if ema else nullcontext():
-                    report(model, config, hooks, log, step + 1)
-                last = step + 1 == config.steps
+                    report(model, config, hooks, log, step + 1, here)
+                last, stopped = step + 1 == config.steps, here.largest(stop.signal)  # it may have come to one of them
                 # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
-                if last or stop.signal or (step + 1) % config.save_every == 0:
-                    checkpoints.save(run, model, optimizer, ema, step=step + 1, state=carried, keep=config.keep)
-                if stop.signal and not last:
+                if last or stopped or (step + 1) % config.save_every == 0:
+                    how = {"step": step + 1, "state": carried, "keep": config.keep, "here": here}
+                    checkpoints.save(run, model, optimizer, ema, **how)
+                if stopped and not last:
                     message = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
-                    raise Interrupted(message, stop.signal)
+                    raise Interrupted(message if here.main else "", stopped)
     return run
 
 
@@ -138,8 +150,11 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     step: int,
     carried: Any = None,
+    here: Processes = ALONE,
 ) -> tuple[dict[str, Any], Any]:
     """(loss, lr, grad_norm and tokens of optimiser step `step`, from 0; the state to go on from).
+
+    Of several processes: loss, norm and tokens of all together.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; weights and moments are as before.
@@ -147,9 +162,10 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     # Dropout is a function of the step too. Seeds are far apart, so that runs of neighbouring seeds do not share them.
-    torch.manual_seed(config.seed * 1_000_003 + step)
-    loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))  # inf: measured, not clipped
+    # So do processes that read other tokens; those that divide the same ones by heads must drop the same.
+    torch.manual_seed(config.seed * 1_000_003 + step + here.share * 10**14)
+    loss, tokens, carried = accumulate_gradients(model, batches, objective, config, step, carried, here)
+    norm = clip_gradients(model, config.clip or math.inf, here)  # inf: measured, not clipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"loss {loss:.4g} and gradient norm {norm:.4g} at step {step + 1}")
@@ -159,11 +175,18 @@ def take_step(
 
 
 def accumulate_gradients(
-    model: LanguageModel, batches: Batches, objective: Objective, config: TrainConfig, step: int, carried: Any = None
+    model: LanguageModel,
+    batches: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    step: int,
+    carried: Any = None,
+    here: Processes = ALONE,
 ) -> tuple[float, int, Any]:
     """(mean loss, tokens, the state to go on from) of one step; its gradients are left in the parameters.
 
-    Every batch of the step weighs the same, whatever the number of its losses.
+    Every batch of the step weighs the same, whatever the number of its losses; every target of a batch does, whichever
+    process has it.
     """
     device = model.device
     total, tokens = 0.0, 0
@@ -171,24 +194,45 @@ def accumulate_gradients(
         batch = batches[step * config.accumulate + micro].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             losses, count, carried = objective(model, batch, carried)
-            loss = losses / max(count, 1)
-        (loss / config.accumulate).backward()  # outside of autocast, as torch asks for
+            (count_of_all,) = here.total(count)
+            loss = losses / max(count_of_all, 1)
+        # outside of autocast, as torch asks for; gradients are averaged over the shares, and their sum is meant
+        (loss * here.shares / config.accumulate).backward()
         total += loss.item() / config.accumulate
         tokens += batch.ids.numel()
-    return total, tokens, carried
+    total, all_tokens = here.total(total, tokens / here.cp)
+    return total, int(all_tokens), carried
 
 
-def report(model: LanguageModel, config: TrainConfig, hooks: Hooks, log: Log, done: int) -> None:
-    """Evaluates and samples after `done` steps, where it is time to."""
+def report(
+    model: LanguageModel, config: TrainConfig, hooks: Hooks, log: Log | Silence, done: int, here: Processes = ALONE
+) -> None:
+    """Evaluates and samples after `done` steps, where it is time to; the first process does, on the whole model."""
     last = done == config.steps
-    if hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
-        found = hooks.evaluate(model, config.eval_tokens)
+    evaluates = hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0))
+    samples = hooks.sample and config.sample_every and (last or done % config.sample_every == 0)
+    if not (evaluates or samples):
+        return
+    whole = whole_model(model, here)
+    if whole is None:
+        return
+    if hooks.evaluate and evaluates:
+        found = hooks.evaluate(whole, config.eval_tokens)
         log.held_out(done, found)
         if last:
-            whole = found.exhausted(config.eval_tokens)
-            log.held_out(done, found if whole else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
-    if hooks.sample and config.sample_every and (last or done % config.sample_every == 0):
-        log.sample(done, hooks.sample(model))
+            all_text = found.exhausted(config.eval_tokens)
+            log.held_out(done, found if all_text else hooks.evaluate(whole, 10 * config.eval_tokens), last=True)
+    if hooks.sample and samples:
+        log.sample(done, hooks.sample(whole))
+
+
+def save_first(model: LanguageModel, directory: RunDirectory, here: Processes) -> None:
+    """Writes the initial weights, so that the run can be loaded before its first checkpoint."""
+    whole = whole_model(model, here)
+    with here.together():
+        if whole is not None:
+            (directory.path / checkpoints.UNTRAINED).touch()
+            save_model(directory.path, whole, directory.tokenizer, template=directory.template)
 
 
 def utilisation(model: LanguageModel, length: int, config: TrainConfig, device: torch.device) -> float:
@@ -208,13 +252,23 @@ def resumed_line(done: int, steps: int, planned: int) -> str:
     return f"going on from step {done}, to {steps} instead of {planned}: with the learning rates of a run of {steps}"
 
 
-def skipped(skips: Skips, error: FloatingPointError, run: Path, log: Log, done: int) -> None:
-    """Leaves a step out, or raises FloatingPointError with what to do."""
+def skipped(
+    skips: Skips, error: FloatingPointError, run: Path, log: Log | Silence, done: int, here: Processes = ALONE
+) -> None:
+    """Leaves a step out, or raises FloatingPointError with what to do; all processes have the same loss and norm."""
     try:
         line = skips.skip(error)
     except FloatingPointError as last:
-        raise FloatingPointError(f"{last}: {advice_after_failure(run)}") from None
+        raise here.said_by_first(FloatingPointError(f"{last}: {advice_after_failure(run)}")) from None
     log.skipped(done, skips.total, line)
+
+
+def check_together(config: TrainConfig, here: Processes) -> None:
+    """Raises ValueError for options that do not go with the way in which processes divide the model."""
+    if config.compile and here.cp * here.tp > 1:
+        raise ValueError("--compile cannot look into what processes exchange in a block: leave it or --cp, --tp out")
+    if config.optimizer == "muon" and here.tp > 1:
+        raise ValueError("--optimizer muon needs whole matrices, and --tp divides them: leave either out")
 
 
 def advice_after_failure(run: Path) -> str:
@@ -233,6 +287,12 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
         return "fp32"
     bf16, fp32 = (gemm_rate(device, dtype, size=1024, repeats=4) for dtype in (torch.bfloat16, torch.float32))
     return "bf16" if bf16 > 1.3 * fp32 else "fp32"
+
+
+def agreed_precision(name: Precision, device: torch.device, here: Processes) -> Precision:
+    """`pick_precision`, of which the first process's measurement holds for all."""
+    names = get_args(Precision)
+    return names[here.first(names.index(pick_precision(name, device)))]
 
 
 def wrap_blocks(model: LanguageModel, config: TrainConfig) -> None:

@@ -40,6 +40,8 @@ from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
 from retentive.train.optim import optimizer_of
+from retentive.train.parallel import Parallel
+from retentive.train.processes import ALONE, Processes, started
 
 FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
 """Options that a resumed run may change at any time: none of them alters what is computed."""
@@ -87,16 +89,18 @@ class TrainRun:
     overwrite: bool = False
     """Begin anew where there is a run at --out: its checkpoints and its log are deleted."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
+    """How several processes share the work. A resumed run may have another number of them."""
 
     @classmethod
     def of(cls, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> "TrainRun":
-        """A run from keywords, which are fields of TrainRun or of TrainConfig.
+        """A run from keywords, which are fields of TrainRun, of TrainConfig or of Parallel.
 
         Raises:
-            TypeError: a keyword that neither has, or a value of another type than the field's.
+            TypeError: a keyword that none has, or a value of another type than the field's.
         """
-        of_training = {f.name for f in fields(TrainConfig)}
-        known = {f.name for f in fields(cls)} - {"data", "out", "train"} | of_training
+        inner = {f.name for kind in (TrainConfig, Parallel) for f in fields(kind)}
+        known = {f.name for f in fields(cls)} - {"data", "out", "train", "parallel"} | inner
         check_names("a training run", options, known)
         return with_options(cls(data, Path(out)), options)  # type: ignore[arg-type]  # made paths of there
 
@@ -133,6 +137,17 @@ class TrainRun:
             ValueError: data, model or options that do not go together; what cannot fit into memory.
             FileExistsError, BlockingIOError, FloatingPointError, Interrupted, OSError: as `loop.train`.
         """
+        with started(self.parallel.sizes, self.train.device, self.parallel.patience) as here:
+            with here.together():
+                run, model, batches, directory, hooks = self._ready(overrides, here)
+            same = (options_of(run), run.existing, directory.record["data_sha256"], model.config)
+            here.check_same(same, "process {} was started with other options or data than process 0: give all the same")
+            return train(model, batches, language_modelling, run.train, directory, replace(hooks, quiet=quiet), here)
+
+    def _ready(
+        self, overrides: Collection[str] | None, here: Processes
+    ) -> tuple["TrainRun", LanguageModel, Batches | MixedBatches, RunDirectory, Hooks]:
+        """The run as it goes on, and all that `train` needs for it; raises for what can be refused before it begins."""
         if self.resume and self.overwrite:  # not when it is made: the parser would put the line into a box of its own
             raise ValueError("resume and overwrite exclude each other: go on with the run, or begin anew")
         if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
@@ -142,18 +157,18 @@ class TrainRun:
         run = resumed(self, saved, data.fingerprint, overrides) if saved else self
         if run.init and {"size", "model"} & set(overrides or ()):
             raise ValueError(both_architectures(run.init))
-        batches, directory = run.batches(data), run.directory(data)
+        batches, directory = run.batches(data, here), run.directory(data)
         directory.check()  # the loop does so too, but building a large model takes long
-        config, model = run.build(data)
+        config, model = run.build(data, here)
         what = run.init or f"{run.model} {run.size}"
+        device = here.device or pick_device(run.train.device)
         title = (
             f"{what}: {cost.parameters(config) / 1e6:.1f} M parameters, {amount(data)}, "
-            f"{run.batch} x {run.length} a batch, {run.train.steps} steps on {pick_device(run.train.device)}"
+            f"{run.batch} x {run.length} a batch, {run.train.steps} steps on {here.described(device)}"
         )
-        if "faster" in (backend := backends.describe(pick_device(run.train.device))):  # such as no C compiler
+        if "faster" in (backend := backends.describe(device)):  # such as no C compiler
             title += f", retention by {backend}"
-        hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
-        return train(model, batches, language_modelling, run.train, directory, hooks)
+        return run, model, batches, directory, replace(run.hooks(data, config), title=title)
 
     @property
     def existing(self) -> Existing:
@@ -180,9 +195,23 @@ class TrainRun:
         """The folder of data, or several as one; raises ValueError or FileNotFoundError where it cannot be."""
         return open_packed(self.data if isinstance(self.data, tuple) else (self.data,), self.data_weights)
 
-    def batches(self, data: Data) -> Batches | MixedBatches:
-        """The batches that are trained on, in order."""
-        return data.batches(mode=self.mode, batch=self.batch, length=self.length, seed=self.train.seed)
+    def batches(self, data: Data, here: Processes = ALONE) -> Batches | MixedBatches:
+        """The batches that are trained on, in order; of several processes the rows that this one reads.
+
+        Raises:
+            ValueError: rows that do not divide by the processes that read different ones, or among those of --cp.
+        """
+        if self.batch % here.dp:
+            raise ValueError(
+                f"--batch {self.batch} is not divisible by the {here.dp} processes that read different rows "
+                f"(dp_replicate x dp_shard): change either"
+            )
+        if here.cp > 1 and self.mode == "carry":
+            raise ValueError(f"--cp {here.cp} divides rows that begin in their batch: use another mode than carry")
+        if self.length < here.cp:
+            raise ValueError(f"--length {self.length} is shorter than --cp {here.cp}: each process needs a token of it")
+        how: dict[str, Any] = {"mode": self.mode, "batch": self.batch, "length": self.length, "seed": self.train.seed}
+        return data.batches(**how, rank=here.dp_rank, world=here.dp)
 
     def config(self, vocab_size: int) -> Config:
         """The config of the model for a vocabulary; with `init`, that of the model there.
@@ -228,7 +257,7 @@ class TrainRun:
             raise ValueError(f"--set {next(iter(changes))}.…: {data.path} holds nothing of that kind")
         return made
 
-    def build(self, data: Data) -> tuple[Config, LanguageModel]:
+    def build(self, data: Data, here: Processes = ALONE) -> tuple[Config, LanguageModel]:
         """(config, model) to begin with.
 
         Raises:
@@ -241,7 +270,8 @@ class TrainRun:
         if self.mode == "carry" and type(config) is not RetNetConfig:  # a HybridConfig is one too, by inheritance
             kind = MODELS[type(config)].__name__
             raise ValueError(f"mode carry hands on states of retention, a {kind} attends as well: use another mode")
-        check_fits(config, self.batch, self.length, pick_device(self.train.device))
+        if not here.divided:  # what a part of a model takes is not looked at
+            check_fits(config, self.batch // here.dp, self.length, here.device or pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         encoders = load_encoders(self.out) if resumes else self.encoders(data)
         model = build(config)
@@ -298,7 +328,7 @@ class TrainRun:
 
     def directory(self, data: Data) -> RunDirectory:
         """Where the run is written, with what train.json records of it for `resume`."""
-        apart = ("train", "resume", "overwrite")
+        apart = ("train", "parallel", "resume", "overwrite")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         record = {"command": plain(options), "data_sha256": data.fingerprint}
         template = data.template.source if data.template else None
@@ -389,7 +419,7 @@ def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides
     kept = folders(run.out)
     try:
         own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}
-        before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True)
+        before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True, parallel=run.parallel)
         same_data = saved["data_sha256"] == fingerprint
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
@@ -427,16 +457,20 @@ def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
 
 def options_of(run: TrainRun) -> dict[str, Any]:
     """All options that say what is trained, by name: those of TrainRun and of TrainConfig, without the folders."""
-    apart = ("data", "out", "resume", "overwrite", "train")
+    apart = ("data", "out", "resume", "overwrite", "train", "parallel")
     own = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in apart}
     return own | {f.name: getattr(run.train, f.name) for f in fields(run.train)}
 
 
 def with_options(run: TrainRun, options: Mapping[str, Any]) -> TrainRun:
-    """The run with some fields changed, its own and those of its TrainConfig."""
-    of_training = {f.name for f in fields(TrainConfig)}
-    train = replace(run.train, **{name: value for name, value in options.items() if name in of_training})
-    return replace(run, **{name: value for name, value in options.items() if name not in of_training}, train=train)
+    """The run with some fields changed, its own and those of its TrainConfig and its Parallel."""
+    inner = {}
+    for name in ("train", "parallel"):
+        part = getattr(run, name)
+        theirs = {f.name for f in fields(part)} & set(options)
+        inner[name] = replace(part, **{key: options[key] for key in theirs})
+        options = {key: value for key, value in options.items() if key not in theirs}
+    return replace(run, **options, **inner)
 
 
 def plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ from retentive.models import RetNetConfig
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory
+from retentive.train.processes import started_by_torchrun
 from retentive.train.run import TrainRun
 
 Shown = Callable[[], AbstractContextManager[Progress | None]]
@@ -95,6 +96,10 @@ class SftRun:
         Raises:
             ValueError, OSError: as `prepare` and `TrainRun.run`; nothing is left of conversations packed for nothing.
         """
+        if started_by_torchrun():
+            raise ValueError(
+                "sft is one process: pack with retentive data --chats, then retentive train --init … --nproc"
+            )
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"--epochs must be above 0, got {self.epochs}")
         chosen = (

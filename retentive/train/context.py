@@ -1,0 +1,88 @@
+"""Context parallelism in training: the tokens of a batch divided over the processes of a group, states handed on.
+
+The rows of a batch are laid end to end and cut into equal pieces, to within a token. What crosses a border are the
+position of the sequence that is cut, and in every layer its state (`ops.pieces`), as if each piece were a batch that
+carries on from the one before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retentive.data.loader import Batch, Carry
+from retentive.layers import MultiScaleRetention
+from retentive.models import LanguageModel, RetentionState, RetNetConfig
+from retentive.ops import across
+from retentive.train.objective import Objective
+
+
+def split_sequences(model: LanguageModel, group: dist.ProcessGroup, rank: int) -> None:
+    """Has every layer of retention hand on its states from process to process of the group, in place.
+
+    Raises:
+        ValueError: a model that attends.
+    """
+    if type(model.config) is not RetNetConfig:
+        raise ValueError(f"--cp hands on states of retention, a {type(model).__name__} attends as well: leave it out")
+
+    def gather(x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.stack(parts)
+
+    for layer in model.blocks.modules():
+        if isinstance(layer, MultiScaleRetention):
+            # around the layer and not the model: a block that is recomputed in the backward pass exchanges again
+            layer.forward = partial(_across, layer.forward, gather, rank)  # type: ignore[method-assign]
+
+
+def _across(forward: Callable, gather: Callable[[Tensor], Tensor], rank: int, x, state, positions, phases) -> Any:
+    """A layer's forward pass, of one piece: what does not begin at position 0 goes on from the piece before."""
+    with across(gather, rank, None if positions.start is None else positions.start > 0):
+        return forward(x, state, positions, phases)
+
+
+def on_piece(objective: Objective, rank: int, size: int) -> Objective:
+    """The objective on piece `rank` of `size` of a batch."""
+
+    def of_piece(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
+        piece, start = piece_of(batch, rank, size)
+        before = model.init_state(1)
+        assert isinstance(before, RetentionState)
+        # blank states, which the layers fill; the position is known at once
+        before = RetentionState(before.layers, before.position + start)
+        total, count, _ = objective(model, piece, before)
+        return total, count, None
+
+    return of_piece
+
+
+def piece_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
+    """(a part of a batch's tokens, as one row; how many tokens its first sequence has had before them).
+
+    Targets were shifted before, so that the last token of a piece has its own.
+
+    Raises:
+        ValueError: a batch with fewer tokens than pieces, one that carries states on, or with pictures or sound.
+    """
+    if batch.carry is not None or batch.rows:
+        raise ValueError("--cp divides texts that begin in their batch: no mode carry, no pictures or sound")
+    length, device = batch.ids.numel(), batch.ids.device
+    if length < size:
+        raise ValueError(f"a batch of {length} tokens cannot be divided over --cp {size} processes")
+    starts = torch.arange(0, length, batch.ids.shape[1], device=device)
+    if batch.cu_seqlens is not None:
+        starts = batch.cu_seqlens[:-1]
+    begin, end = rank * length // size, (rank + 1) * length // size
+    inner = starts[(starts > begin) & (starts < end)]
+    before = begin - int(starts[starts <= begin][-1])
+    ends = torch.tensor([begin, end], device=device, dtype=torch.int32)
+    cu_seqlens = torch.cat((ends[:1], inner.to(torch.int32), ends[1:])) - begin
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    carry = Carry(zero, zero + len(inner), torch.tensor([before > 0], device=device))
+    ids, targets = (x.flatten()[None, begin:end] for x in (batch.ids, batch.targets))
+    return Batch(ids, targets, cu_seqlens, carry), before

@@ -1,0 +1,126 @@
+"""Tensor parallelism over heads: a layer's heads and feed-forward columns, divided over the processes of a group.
+
+    x -> [the same on all] -> q, k, v, g of my heads -> retention -> norm, gate -> my columns of Wo -> [sum] -> y
+
+Every head has its own decay, norm and gate, so between the two marked places nothing is exchanged. Source: Shoeybi et
+al., Megatron-LM, arXiv 1909.08053; its functions f and g are `_Copied` and `_Summed`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from retentive.layers import Attention, FeedForward, MultiScaleRetention, RMSNorm
+from retentive.models import LanguageModel, RetentionState
+from retentive.ops.rows import rms_norm
+
+AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj", "q_bias", "k_bias"), 0)
+AXES |= {"gate_proj": 0, "up_proj": 0, "out_proj": 1, "down_proj": 1}
+"""The axis that each parameter of a block is divided along: 0, its outputs, by heads or columns; 1, its inputs."""
+SHARED = ("q_norm", "k_norm", "head_norm")
+"""Norms whose gain all heads of a layer share."""
+
+
+def split_dim(name: str) -> int | None:
+    """The axis along which the parameter of that name is divided by tensor parallelism; None for one that all have."""
+    if not name.startswith("blocks."):
+        return None
+    return next((AXES[part] for part in name.split(".") if part in AXES), None)
+
+
+def split_heads(model: LanguageModel, group: dist.ProcessGroup, rank: int, size: int) -> None:
+    """Leaves this process its share of the heads and columns of every block, in place.
+
+    Raises:
+        ValueError: heads or columns that do not divide by `size`; the model is as before.
+    """
+    layers = [m for m in model.blocks.modules() if isinstance(m, MultiScaleRetention | Attention | FeedForward)]
+    for layer in layers:
+        counts = {"ffn_dim": layer.gate_proj.out_features} if isinstance(layer, FeedForward) else heads_of(layer)
+        for name, count in counts.items():
+            if count % size:
+                raise ValueError(f"{name} {count} is not divisible by --tp {size}: change either (--set {name}=…)")
+    for name, p in list(model.named_parameters()):
+        axis = split_dim(name)
+        if axis is not None:
+            owner, _, last = name.rpartition(".")
+            part = p.detach().chunk(size, axis)[rank].clone(memory_format=torch.contiguous_format)
+            setattr(model.get_submodule(owner), last, nn.Parameter(part, p.requires_grad))
+    first = layers[0]
+    if isinstance(first, MultiScaleRetention):  # a state has the heads of this process
+        model.init_state = lambda batch: RetentionState.empty(  # type: ignore[method-assign]
+            replace(model.config, **shape_of(first), decay=first.config.decay), batch, model.dtype, model.device
+        )
+    for layer in layers:
+        if not isinstance(layer, FeedForward):
+            _keep_heads(layer, group, rank, size)
+        layer.register_forward_pre_hook(lambda layer, args: (_Copied.apply(args[0], group), *args[1:]))
+        last_layer = layer.down_proj if isinstance(layer, FeedForward) else layer.out_proj
+        last_layer.register_forward_hook(lambda layer, args, y: _Summed.apply(y, group))
+
+
+def heads_of(layer: Any) -> dict[str, int]:
+    """The numbers of a layer's heads, by the names of its config's fields."""
+    return {"heads": layer.H, "kv_heads": layer.kv_heads}
+
+
+def shape_of(layer: MultiScaleRetention) -> dict[str, Any]:
+    """The widths of a layer as it is divided, by the names of its config's fields."""
+    return {**heads_of(layer), "key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
+
+
+def _keep_heads(layer: Any, group: dist.ProcessGroup, rank: int, size: int) -> None:
+    """Makes a layer one of fewer heads: those of this rank, with their own decays."""
+    layer.H, layer.kv_heads = layer.H // size, layer.kv_heads // size
+    if isinstance(layer, MultiScaleRetention):
+        decay = layer.config.decay
+        if decay != "gated":  # known beforehand: the decays of these heads out of those of all
+            decay = tuple(layer.config.log_decay()[rank * layer.H : (rank + 1) * layer.H])
+        layer.config = replace(layer.config, **shape_of(layer), decay=decay)
+    for name in SHARED:
+        norm = layer._modules.get(name)
+        if isinstance(norm, RMSNorm) and norm.weight is not None:
+            setattr(layer, name, _SharedNorm(norm, group))
+
+
+class _SharedNorm(RMSNorm):
+    """The norm of some heads, whose gain is that of all: its gradient is the sum over the group."""
+
+    def __init__(self, norm: RMSNorm, group: dist.ProcessGroup):
+        super().__init__(norm.width, eps=norm.eps, affine=False)
+        self.weight, self.group = norm.weight, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, _Copied.apply(self.weight, self.group), self.eps)
+
+
+class _Copied(torch.autograd.Function):
+    """x, which all processes of the group have; the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of x over the processes of the group; each gets the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

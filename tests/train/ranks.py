@@ -1,0 +1,164 @@
+"""Several processes that train tiny models together, run after run: `python -m tests.train.ranks JOBS OUT`.
+
+JOBS is a file of JSON, for each number of processes a list of `Job`s; OUT/NAME is each one's run directory.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp  # takes long, and is wanted by all that are forked
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from retentive.data.loader import Batch, Batches
+from retentive.data.packed import Packed
+from retentive.models import build, config_of
+from retentive.train import Hooks, TrainConfig, language_modelling, loop, train
+from retentive.train.directory import RunDirectory
+from retentive.train.processes import ALONE, Elsewhere, Processes
+
+WAIT = timedelta(seconds=90)
+"""A process that waits longer for another fails, and the test with it."""
+QUIET = Hooks(quiet=True)
+SMALL = {"dim": 32, "layers": 2, "heads": 4}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as all of its processes do it."""
+
+    name: str
+    data: str
+    mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Of one process: the first one alone does it."""
+    model: str = "retnet"
+    wide: bool = False
+    """float64 instead of float32."""
+    mode: Any = "reset"
+    batch: int = 4
+    length: int = 64
+    stop: int = -1
+    """The batch before which all processes crash."""
+    resume: bool = False
+    steps: int = 20
+    save_every: int = 1000
+    checkpoint_activations: bool = False
+    kv_heads: int = 4
+    precision: Any = "fp32"
+
+
+class Crash(Exception):
+    """What no code of the package catches."""
+
+
+class Crashing:
+    """Batches of which one is never read."""
+
+    def __init__(self, batches: Batches, at: int):
+        self.batches, self.at, self.length = batches, at, batches.length
+
+    def __getitem__(self, index: int) -> Batch:
+        if index == self.at:
+            raise Crash
+        return self.batches[index]
+
+
+def run(job: Job, out: Path, here: Processes = ALONE) -> None:
+    packed = Packed(Path(job.data))
+    torch.manual_seed(0)
+    changes = SMALL | ({} if job.kv_heads == 4 else {"kv_heads": job.kv_heads})
+    model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
+    how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
+    batches = Crashing(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop)
+    directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
+    same = {name: getattr(job, name) for name in ("steps", "save_every", "checkpoint_activations", "precision")}
+    config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same)
+    with suppress(Crash):
+        train(model.double() if job.wide else model, batches, language_modelling, config, directory, QUIET, here)
+
+
+def bytes_held(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of this process's parameters, gradients and moments, at the end of a step."""
+    total = 0
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for x in (p, p.grad, *optimizer.state[p].values()):
+            total += (x.to_local() if isinstance(x, DTensor) else x).nbytes
+    return total
+
+
+def agree(out: Path, rank: int, here: Processes) -> None:
+    """What each process gets where one alone fails, differs, or is late; OUT/agree.RANK is a file of JSON."""
+    found = {}
+
+    def note(name: str, act: Callable[[], Any]) -> None:
+        try:
+            found[name] = act()
+        except (Elsewhere, ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    def fail(who: int) -> str:
+        with here.together():
+            if rank == who:
+                raise ValueError("the disk is full")
+        return "went on"
+
+    for who in (-1, 0, 1):
+        note(f"fails on {who}", lambda who=who: fail(who))
+    note("same", lambda: here.check_same({"lr": 1}, "process {} differs"))
+    note("other", lambda: here.check_same({"lr": rank}, "process {} differs"))
+    note("first", lambda: here.first(rank + 7))
+    note("total", lambda: here.total(rank + 1, 0.5))
+    impatient = Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=timedelta(seconds=2))
+    dist.barrier()
+    if rank == 1:
+        time.sleep(6)
+    note("late", lambda: impatient.total(1))
+    (out / f"agree.{rank}").write_text(json.dumps(found), encoding="utf-8")
+
+
+def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
+    """Process `rank` of `count`."""
+    torch.set_num_threads(1)
+    loop.gemm_rate = lambda device, dtype, **how: 1e12  # the machine's speed is of no interest here
+    dist.init_process_group("gloo", f"file://{out}/store.{count}", timeout=WAIT, rank=rank, world_size=count)
+    held = {"bytes": 0}
+    register_optimizer_step_post_hook(lambda optimizer, *_: held.update(bytes=bytes_held(optimizer)))
+    for job in [Job(**fields) for fields in jobs]:
+        mesh: Any = tuple(job.mesh)
+        if mesh != (1, 1, 1, 1):
+            run(job, out, Processes(mesh, device=torch.device("cpu"), patience=WAIT))
+        elif rank == 0:
+            run(job, out)
+        if rank == 0:
+            (out / f"{job.name}.bytes").write_text(str(held["bytes"]), encoding="utf-8")
+    if count == 2:
+        agree(out, rank, Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=WAIT))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fork(count: int, jobs: list[dict], out: Path) -> None:
+    """Carries out the jobs in `count` processes; a SystemExit where one of them fails."""
+    context = multiprocessing.get_context("fork")  # torch is imported once, and has no threads yet
+    processes = [context.Process(target=main, args=(rank, count, jobs, out)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if codes := [process.exitcode for process in processes if process.exitcode]:
+        sys.exit(f"processes ended with {codes}")
+
+
+if __name__ == "__main__":
+    for count, jobs in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
+        fork(int(count), jobs, Path(sys.argv[2]))

@@ -1,0 +1,334 @@
+"""Many processes train as one does: the same losses, the same weights, whatever the mesh; and start and stop together.
+
+The oracle is one process. Two runs whose sums are taken in another order differ by rounding: about 1e-15 in float64,
+which shows that the arithmetic is the same, and 1e-6 in float32, which is what users see.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import retentive
+from retentive.cli import main
+from retentive.data.packed import Packed
+from retentive.layers import positions_of
+from retentive.models import build, config_of
+from retentive.train import Parallel, TrainRun
+from retentive.train.checkpoints import folders
+from retentive.train.context import piece_of
+from retentive.train.parallel import parallelize
+from retentive.train.processes import Elsewhere, Processes
+from tests.train.ranks import SMALL, Job
+
+LIMIT = 800
+"""Seconds after which processes that hang are a failure; a loaded machine takes most of a minute to import torch."""
+MESHES = {"dp2": (2, 1, 1, 1), "fsdp2": (1, 2, 1, 1), "cp2": (1, 1, 2, 1), "tp2": (1, 1, 1, 2)}
+LARGER = {
+    "fsdp2-cp2": (1, 2, 2, 1),
+    "hsdp": (2, 2, 1, 1),
+    "fsdp2-tp2": (1, 2, 1, 2),
+    "dp2-cp2": (2, 1, 2, 1),
+    "dp2-tp2": (2, 1, 1, 2),
+    "cp2-tp2": (1, 1, 2, 2),
+    "cp4": (1, 1, 4, 1),
+}
+pytestmark = pytest.mark.timeout(LIMIT + 60)  # the first test of each fixture pays for its runs
+WIDE: dict = {"wide": True, "steps": 4}
+MODELS = ("retnet", "retnet-paper")
+
+
+def ranks(jobs: dict[int, list[Job]], folder: Path) -> None:
+    """Carries out jobs, by the number of processes; they fail where one of them does, or where they take too long."""
+    file = folder / "jobs.json"
+    described = {count: [asdict(job) for job in of_count] for count, of_count in jobs.items()}
+    file.write_text(json.dumps(described), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.train.ranks", str(file), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, errors = parent.communicate(timeout=LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert parent.returncode == 0, errors
+
+
+def values(folder: Path, key: str) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [x[key] for x in map(json.loads, lines) if key in x]
+
+
+def losses(folder: Path) -> list[float]:
+    return values(folder, "loss")
+
+
+@pytest.fixture(scope="module")
+def runs(packed, tmp_path_factory) -> Path:
+    """All runs of one, two and four processes, done once."""
+    out, data = tmp_path_factory.mktemp("runs"), str(packed)
+    jobs, larger = [], []
+    for model in MODELS:
+        # 4 x 63 tokens cut in two: the border lies inside of a document, and of a row
+        base = Job(model, data, model=model, length=63)
+        wide = replace(base, name=f"{model}-wide", **WIDE)
+        jobs += [divided(job, mesh) for job in (base, wide) for mesh in ("one", *MESHES)]
+        larger.append(divided(base, "fsdp2-cp2"))
+    larger += [divided(Job("retnet-wide", data, length=63, **WIDE), mesh) for mesh in LARGER]
+    others = {
+        Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
+        Job("twin", data, model="transformer", **WIDE): ("dp2", "fsdp2", "tp2"),
+        Job("packed", data, mode="packed", batch=1, length=255, checkpoint_activations=True, **WIDE): ("cp2",),
+        Job("fla", data, model="fla", kv_heads=2, **WIDE): ("tp2", "cp2"),
+        Job("bf16", data, precision="bf16", steps=4): ("fsdp2", "cp2", "tp2"),
+    }
+    jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
+    # processes that crash, one that goes on alone and crashes, two others that do, and two that end what they began
+    retnet = Job("retnet", data, length=63, save_every=4)
+    for mesh, stop in (("fsdp2", 10), ("one", 14), ("tp2", 18), ("cp2", -1)):
+        jobs.append(replace(divided(retnet, mesh), name="retnet-resumed", stop=stop, resume=stop != 10))
+    carry = replace(next(iter(others)), save_every=1)
+    for mesh, stop in (("tp2", 3), ("one", 5), ("dp2", -1)):
+        jobs.append(replace(divided(carry, mesh), name="carry-resumed", stop=stop, resume=stop != 3))
+    ranks({2: jobs, 4: larger}, out)
+    return out
+
+
+def divided(job: Job, mesh: str) -> Job:
+    """The job of several processes, under a name that says so."""
+    if mesh == "one":
+        return job
+    return replace(job, name=f"{job.name}-{mesh}", mesh=(MESHES | LARGER)[mesh])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_as_one(model, mesh, runs):
+    same(runs / model, runs / f"{model}-{mesh}", 1e-6)
+    assert len(losses(runs / model)) == 20 and losses(runs / model)[-1] < losses(runs / model)[0] - 1
+    same(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}", 1e-12)
+    same_weights(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}")
+
+
+def same(one: Path, other: Path, tolerance: float) -> None:
+    """The losses of two runs are the same, and the norms of their gradients, which are some ten times as large."""
+    for key, times in (("loss", 1), ("grad_norm", 10)):
+        want, have = values(one, key), values(other, key)
+        assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < times * tolerance, key
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """What a model folder and a checkpoint have, weights and moments: whole, under the same names.
+
+    AdamW's step divides by the root of a mean square: where that is near 0, rounding is amplified.
+    """
+    for a, b in ((one, other), (folders(one)[-1], folders(other)[-1])):
+        for file in a.glob("*.safetensors"):
+            want, have = load_file(file), load_file(b / file.name)
+            assert list(want) == list(have)
+            for name, x in want.items():
+                torch.testing.assert_close(have[name], x, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["carry-dp2", "carry-fsdp2", "carry-tp2", "twin-dp2", "twin-fsdp2", "twin-tp2", "packed-cp2", "fla-tp2", "fla-cp2"],
+)
+def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
+    """The long row with blocks that are recomputed in the backward pass, where states are exchanged again."""
+    same(runs / name.split("-")[0], runs / name, 1e-12)
+    same_weights(runs / name.split("-")[0], runs / name)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("retnet", 1e-6), ("carry", 1e-12)])
+def test_a_run_goes_on_with_another_number_of_processes(name, tolerance, runs):
+    """Two, one, and two others that divide it in another way: the losses of one that nothing stopped."""
+    same(runs / name, runs / f"{name}-resumed", tolerance)
+    assert len(losses(runs / name)) == len(losses(runs / f"{name}-resumed"))
+
+
+def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
+    whole, replica, shard = (int((runs / f"retnet{end}.bytes").read_text()) for end in ("", "-dp2", "-fsdp2"))
+    # 4 x 4 bytes a parameter, and the 4 bytes of a count of steps for each
+    parameters = sum(x.numel() for x in load_file(runs / "retnet" / "model.safetensors").values())
+    assert whole == replica and 0 <= whole - 16 * parameters < 400
+    assert shard < 0.51 * whole
+
+
+def test_processes_agree_or_fail_together(runs):
+    first, second = (json.loads((runs / f"agree.{rank}").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert first["fails on -1"] == second["fails on -1"] == "went on"
+    assert (first["fails on 0"], second["fails on 0"]) == ("ValueError: the disk is full", "Elsewhere: ")
+    assert (first["fails on 1"], second["fails on 1"]) == ("ValueError: process 1: the disk is full", "Elsewhere: ")
+    assert first["same"] is second["same"] is None
+    assert (first["other"], second["other"]) == ("ValueError: process 1 differs", "Elsewhere: ")
+    assert first["first"] == second["first"] == 7 and first["total"] == second["total"] == [3, 1]
+    assert first["late"].startswith("RuntimeError") and "gloo" in first["late"]  # and not a wait without end
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "cp2", "tp2"])
+def test_bfloat16_differs_by_its_rounding(mesh, runs):
+    """Products of 8 bits, summed in another order: steps of 2^-8 in single numbers, some 1e-4 in a mean of 250."""
+    assert max(abs(a - b) for a, b in zip(losses(runs / "bf16"), losses(runs / f"bf16-{mesh}"), strict=True)) < 5e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shards_and_pieces_at_once(model, runs):
+    same(runs / model, runs / f"{model}-fsdp2-cp2", 1e-6)
+
+
+@pytest.mark.parametrize("mesh", LARGER)
+def test_four_processes_train_as_one(mesh, runs):
+    same(runs / "retnet-wide", runs / f"retnet-wide-{mesh}", 1e-12)
+    same_weights(runs / "retnet-wide", runs / f"retnet-wide-{mesh}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "sizes"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 6, (6, 1, 1, 1)),
+        ({"dp_shard": 2}, 8, (4, 2, 1, 1)),
+        ({"dp_shard": -1}, 8, (1, 8, 1, 1)),
+        ({"dp_shard": -1, "dp_replicate": 2, "cp": 2}, 8, (2, 2, 2, 1)),
+        ({"tp": 2, "cp": -1}, 8, (1, 1, 4, 2)),
+        ({"dp_replicate": 2, "dp_shard": 2, "cp": 2, "tp": 2}, 16, (2, 2, 2, 2)),
+    ],
+)
+def test_the_mesh_of_a_number_of_processes(asked, world, sizes):
+    assert Parallel(**asked).sizes(world) == sizes
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "message"),
+    [
+        ({"tp": 3}, 4, "tp 3 take a multiple of 3 processes, there are 4 processes: start others"),
+        ({"dp_shard": 2}, 1, "take a multiple of 2 processes, there is 1 process: start others .--nproc N"),
+        ({"dp_replicate": 2, "cp": 2}, 8, "take 4 processes, there are 8"),
+        ({"dp_shard": -1, "cp": -1}, 8, "dp_shard and cp are both -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(asked, world, message):
+    with pytest.raises(ValueError, match=message):
+        Parallel(**asked).sizes(world)
+
+
+@pytest.mark.parametrize("asked", [{"tp": 0}, {"cp": -2}, {"patience": 0}, {"patience": -1}])
+def test_sizes_that_are_none(asked):
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} must be at least 1"):
+        Parallel(**asked)
+
+
+class Mesh(Processes):
+    """One process of a mesh whose others are not there: enough for what is refused before anything is exchanged."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.dp_replicate, self.dp_shard, self.cp, self.tp = sizes
+        self.dp, self.divided = sizes[0] * sizes[1], max(sizes[1:]) > 1
+        self.cp_group, self.tp_group = (object() if size > 1 else None for size in sizes[2:])  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "sizes", "message"),
+    [
+        ("retnet", {}, (1, 1, 1, 3), "heads 4 is not divisible by --tp 3"),
+        ("retnet", {"kv_heads": 1}, (1, 1, 1, 2), "kv_heads 1 is not divisible by --tp 2"),
+        ("retnet", {"ffn_dim": 33}, (1, 1, 1, 2), "ffn_dim 33 is not divisible by --tp 2"),
+        ("transformer", {}, (1, 1, 2, 1), "a Transformer attends as well"),
+        ("hybrid", {}, (1, 1, 2, 1), "a Hybrid attends as well"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused(model, changes, sizes, message):
+    made = build(config_of(model, "1m", vocab_size=9, **SMALL | changes))
+    with pytest.raises(ValueError, match=message):
+        parallelize(made, torch.device("cpu"), Mesh(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("how", "sizes", "message"),
+    [
+        ({"batch": 3}, (2, 1, 1, 1), "--batch 3 is not divisible by the 2 processes"),
+        ({"length": 1}, (1, 1, 2, 1), "--length 1 is shorter than --cp 2"),
+        ({"mode": "carry"}, (1, 1, 2, 1), "use another mode than carry"),
+    ],
+)
+def test_batches_that_cannot_be_divided_are_refused(how, sizes, message, packed):
+    with pytest.raises(ValueError, match=message):
+        TrainRun.of(packed, "out", **how).batches(Packed(packed), Mesh(*sizes))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("mode", ["reset", "packed", "whole"])
+def test_pieces_of_a_batch_are_all_of_it(mode, size, packed):
+    """Their tokens, targets and positions, in order, with a length that does not divide."""
+    batch = Packed(packed).batches(mode=mode, batch=3, length=31)[1]
+    pieces = [piece_of(batch, rank, size)[0] for rank in range(size)]
+    starts = [piece_of(batch, rank, size)[1] for rank in range(size)]
+    for name in ("ids", "targets"):
+        whole = getattr(batch, name).flatten()
+        assert torch.equal(torch.cat([getattr(piece, name)[0] for piece in pieces]), whole)
+    want = torch.arange(0, 94, 31, dtype=torch.int32) if batch.cu_seqlens is None else batch.cu_seqlens
+    positions = []
+    for piece, start in zip(pieces, starts, strict=True):
+        before = torch.tensor([start, *[0] * (len(piece.cu_seqlens) - 2)])
+        at = positions_of(1, piece.ids.shape[1], before, None, piece.cu_seqlens, piece.ids.device)
+        positions.append(at.of_token)
+    whole = positions_of(1, 93, None, None, want, want.device).of_token
+    assert torch.equal(torch.cat(positions, 1), whole)
+
+
+def test_the_command_line_trains_in_two_processes(packed, tmp_path):
+    """The short form of torchrun: what is said is said once, and the run can be loaded."""
+    command = [sys.executable, "-W", "error", "-m", "retentive", "train", "--data", str(packed)]
+    small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "--batch", "4", "--length", "32", "--steps", "2"]
+    how = ["--precision", "fp32", "--device", "cpu", "--nproc", "2", "--dp-shard", "2"]
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "retentive",
+        "train",
+        "--data",
+        str(packed),
+        "--out",
+        str(out),
+        *small,
+    ]
+    done = subprocess.run([*command, *how], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 x cpu (dp_shard 2)") == 1 and len(losses(out)) == 2
+    assert retentive.load(out)[0].config.dim == 32
+
+
+def test_one_process_says_what_is_wrong(monkeypatch, capsys, tmp_path):
+    """Of several that torchrun has started: the first in a line, one that has its own error with its number."""
+
+    def ends(rank: str, error: Exception) -> tuple[object, str]:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(TrainRun, "run", lambda run, overrides: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--data", "d", "--out", str(tmp_path)])
+        return end.value.code, capsys.readouterr().err
+
+    assert ends("0", ValueError("no room")) == (2, "retentive: no room\n")
+    assert ends("1", Elsewhere()) == (2, "")
+    assert ends("1", ConnectionError("silent for 5 s")) == (2, "retentive: process 1: silent for 5 s\n")
+
+
+@pytest.mark.parametrize("given", [["--nproc"], ["--nproc", "two"], ["--nproc=0"], ["--nproc", "-1"]])
+def test_a_number_of_processes_that_is_none(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "d", "--out", "o", *given])
+    assert "--nproc needs a number of processes, at least 1, got" in capsys.readouterr().err
