@@ -87,7 +87,7 @@ async function send() {
   const enough = text.trim() || !media.empty() || (mode() === "write" && read); // a text that has begun can go on
   if (!enough || !$("sampling").reportValidity()) return;
   say("");
-  const before = unread, items = media.take();
+  const before = unread, had = read, items = media.take();
   const content = items.length ? [...items.map(({ part }) => part), { type: "text", text }] : text;
   unread = [...unread, { role: "user", content }];
   const mine = show("you", text);
@@ -100,8 +100,9 @@ async function send() {
     await listen(answer, performance.now());
     unread = [];
   } catch (error) {
+    remembered(had); // the state is as before
     if (answer.textContent) {
-      unread.push({ role: "assistant", content: answer.textContent }); // the state is as before: it reads this next time
+      unread.push({ role: "assistant", content: answer.textContent }); // it reads this next time
     } else { // nothing came: as if it had not been sent
       unread = before;
       mine.remove();

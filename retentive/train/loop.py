@@ -134,8 +134,8 @@ def train(
                 last, stopped = step + 1 == config.steps, here.largest(stop.signal)  # it may have come to one of them
                 # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
                 if last or stopped or (step + 1) % config.save_every == 0:
-                    how = {"step": step + 1, "state": carried, "keep": config.keep, "here": here}
-                    checkpoints.save(run, model, optimizer, ema, **how)
+                    keep = config.keep
+                    checkpoints.save(run, model, optimizer, ema, step=step + 1, state=carried, keep=keep, here=here)
                 if stopped and not last:
                     message = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
                     raise Interrupted(message if here.main else "", stopped)
