@@ -3,6 +3,8 @@
 export("runs/novels", "onnx", Path("novels"), weights="int4")
 """
 
+import errno
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +55,7 @@ def export(
 
     Raises:
         FileExistsError: there is something at `out`.
+        OSError: no room on the disk.
         ValueError: a model that cannot be exported, or whose export gives other logits; `standard` beside others.
         ImportError: without the extra of that runtime.
     """
@@ -62,6 +65,7 @@ def export(
         if out.exists() or out.is_symlink():
             raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
         model, own = load_with_tokenizer(source, tokenizer)
+        check_room(out, model, weights)
         template, far = template_of(find(source)), list[float | None]()
 
         def write(folder: Path) -> None:
@@ -90,6 +94,15 @@ def export(
     made = out / FILES[to]
     files = [f for f in out.rglob("*") if f.is_file() and f.relative_to(out).parts[0].startswith(made.name)]
     return Exported(made, sum(f.stat().st_size for f in files), far[0])
+
+
+def check_room(out: Path, model: LanguageModel, weights: str) -> None:
+    """Raises OSError where the disk has less room than the weights will take at least, before anything is written."""
+    least = sum(p.numel() for p in model.parameters()) * BITS.get(weights, 16) // 8
+    place = next(folder for folder in out.absolute().parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < least:
+        have = f"{free / 1e6:,.0f} MB are free at {place}, the export takes {least / 1e6:,.0f} MB at least"
+        raise OSError(errno.ENOSPC, f"{have}: choose another folder, or fewer bits (--weights)")
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
