@@ -3,7 +3,6 @@
 export("runs/novels", "onnx", Path("novels"), weights="int4")
 """
 
-import errno
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +101,7 @@ def check_room(out: Path, model: LanguageModel, weights: str) -> None:
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < least:
         have = f"{free / 1e6:,.0f} MB are free at {place}, the export takes {least / 1e6:,.0f} MB at least"
-        raise OSError(errno.ENOSPC, f"{have}: choose another folder, or fewer bits (--weights)")
+        raise OSError(f"{have}: choose another folder, or fewer bits (--weights)")
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
