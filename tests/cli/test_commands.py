@@ -44,6 +44,7 @@ from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
+from retentive.train.parallel import Parallel
 from retentive.train.sft import SftRun
 
 COMMANDS = {
@@ -68,7 +69,7 @@ COMMANDS = {
     **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
-INNER |= {"comparison": Comparison, "config": DataConfig}
+INNER |= {"comparison": Comparison, "config": DataConfig, "parallel": Parallel}
 """Fields that are dataclasses themselves, whose fields are the command's."""
 
 
