@@ -98,12 +98,17 @@ def test_whole_it_is_its_formula(variant, T, same):
     same(run(layer, x)[0], formula(layer, x), EXACT)
 
 
+def as_one(gradients):
+    """All of them in one vector: where a token sees itself alone that of queries is 0, or on some CPUs its rounding."""
+    return torch.cat([g.flatten() for g in gradients])
+
+
 @variants
 def test_its_gradients_are_those_of_the_formula(variant, same):
     layer, x = make(variant), torch.randn(2, 11, D, dtype=torch.float64, requires_grad=True)
     inputs, toward = [x, *layer.parameters()], torch.randn(2, 11, D, dtype=torch.float64)
     want = torch.autograd.grad(formula(layer, x), inputs, toward)
-    same(torch.autograd.grad(run(layer, x)[0], inputs, toward), want, EXACT)
+    same(as_one(torch.autograd.grad(run(layer, x)[0], inputs, toward)), as_one(want), EXACT)
     one, cache = run(layer, x[:, :5])
     if not layer.window:
         cache = tuple(torch.cat((c, c.new_zeros(2, 6, *c.shape[2:])), 1) for c in cache)
@@ -111,7 +116,7 @@ def test_its_gradients_are_those_of_the_formula(variant, same):
         cache = tuple(torch.cat((c, c.new_zeros(2, layer.window - 5, *c.shape[2:])), 1) for c in cache)
     two, _ = run(layer, x[:, 5:], cache, 5)
     got = torch.autograd.grad(torch.cat((one, two), 1), inputs, toward)
-    same(got, want, EXACT, "through the cache")
+    same(as_one(got), as_one(want), EXACT, "through the cache")
 
 
 PIECES = ([1] * 11, [11], [5, 1, 5], [2, 2, 3, 4], [1, 9, 1], [3, 8])
@@ -207,7 +212,7 @@ def test_gradients_beside_padding(variant, T, same):
     y, _ = run(layer, x, lengths=torch.tensor(spans))
     got = torch.autograd.grad(sum((y[n, a:b] * toward[n, a:b]).sum() for n, (a, b) in enumerate(spans)), inputs)
     parts = [(formula(layer, x[n : n + 1, a:b]) * toward[n, a:b]).sum() for n, (a, b) in enumerate(spans) if b > a]
-    same(got, torch.autograd.grad(sum(parts), inputs), EXACT)
+    same(as_one(got), as_one(torch.autograd.grad(sum(parts), inputs)), EXACT)
 
 
 @variants
