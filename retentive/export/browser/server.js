@@ -13,6 +13,7 @@ function ask(what, more = {}, onpart) {
 }
 
 function heard({ data }) {
+  if (!waiting.has(data.id)) return; // it was given up
   const { resolve, reject, onpart } = waiting.get(data.id);
   if (data.piece !== undefined) return onpart(data);
   waiting.delete(data.id);
@@ -54,6 +55,10 @@ async function load() {
   const { "engine.wasm": module, ...rest } = files;
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = heard;
+  worker.onerror = () => { // it could not be started, or failed outside of a request
+    for (const { reject } of waiting.values()) reject(new Error("The engine's worker failed: reload the page."));
+    waiting.clear();
+  };
   await ask("open", { module, files: rest, description });
   model = description;
   if ("serviceWorker" in navigator) navigator.serviceWorker.register(`offline.js?${model.version}`).catch(() => {}); // it runs without
@@ -117,6 +122,7 @@ export async function answer(path, { method = "GET", body, signal } = {}) {
     const found = of === method && path.match(`^${pattern.replace("NAME", "([^/]+)")}$`);
     if (!found) continue;
     try {
+      await ready(progress); // whoever asks earlier waits for the model
       return await act({ name: found[1], body: typeof body === "string" ? JSON.parse(body) : body, signal });
     } catch (error) {
       return json({ error: { message: error.message } }, error.status ?? 500);

@@ -110,6 +110,8 @@ function take(session, bytes) {
   if (said.model !== model.fingerprint) {
     throw new Refused(409, `this state is another model's (${String(said.model).slice(0, 12)}; this one is ${model.fingerprint.slice(0, 12)})`);
   }
+  const known = (id) => Number.isInteger(id) && id >= 0 && id < engine.vocabulary;
+  if (!Array.isArray(said.pending) || !said.pending.every(known)) throw new Refused(409, "this file's tokens are not the model's");
   try {
     engine.load(LIVE, bytes);
   } catch (error) {
