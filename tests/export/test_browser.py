@@ -270,19 +270,6 @@ def test_a_full_storage_is_said(folder, serve_files, visit):
     assert here.say("And then?")
 
 
-def test_who_asks_while_the_model_is_loading_waits_for_it(folder, serve_files, visit):
-    here = visit(serve_files(folder), model=None)
-    here.page.context.route("**/model.safetensors", lambda route: (here.page.wait_for_timeout(1000), route.continue_()))
-    here.page.evaluate("navigator.serviceWorker.ready.then((own) => own.unregister())")  # it has the file already
-    here.page.reload(wait_until="commit")
-    expect(here["log"]).to_have_attribute("data-hint", re.compile("."))  # the page's own script has run
-    here["input"].fill("It's the 5th")
-    here.page.keyboard.press("Enter")
-    expect(here["model"]).to_have_text("tiny")
-    expect(here.page.locator(".model").last).not_to_be_empty()
-    expect(here["error"]).to_be_empty()
-
-
 def test_a_browser_without_simd_is_told(folder, serve_files, visit):
     here = visit(serve_files(folder), model=None)
     here.page.add_init_script("WebAssembly.validate = () => false")
