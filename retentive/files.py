@@ -122,6 +122,8 @@ def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, 
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """As `write_tensors`, but directly to `path`: for the functions that `write_together` and `replace_folder` call.
 
+    The same tensors and metadata are the same bytes.
+
     Raises:
         OSError: it could not be written (safetensors itself raises an error of another kind).
     """
@@ -131,9 +133,26 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, s
         from safetensors.torch import save_file  # and with it torch, which not all who write files need
 
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        _order_metadata(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path.name}: {str(error).removeprefix('Error while serializing: ')}") from None
     path.chmod(mode)
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file, which the library writes in an order of chance, into that of its names.
+
+    The file: the header's length in eight bytes, the header in JSON, the numbers
+    (https://github.com/huggingface/safetensors#format). The new header takes the place of the old, spaces after it.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:  # always, while both write JSON as short as it can be
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":

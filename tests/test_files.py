@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from retentive.files import (
     check_place,
     check_places,
+    load_tensors,
     make_folder,
     only_writer,
     replace_folder,
@@ -85,6 +86,17 @@ def test_json_that_cannot_be_said_leaves_the_old(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "x": 1\n}\n'
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """Whatever order the library's hash of the metadata happens to have."""
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, dtype=torch.bfloat16)}
+    said = {name: f'{name} "quoted" \n\x01\x7f é 日本 😀' for name in ("weights", "kind", "memory", "window", "digest")}
+    for number in range(8):
+        write_tensors(tmp_path / str(number), tensors, dict(reversed(said.items())) if number % 2 else said)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    found, metadata = load_tensors(tmp_path / "0")
+    assert metadata == {"format": "pt", **said} and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_what_safetensors_cannot_write_is_an_os_error_of_one_line(tmp_path, monkeypatch, refuses):
