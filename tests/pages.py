@@ -1,6 +1,5 @@
 """Pages in a real headless Chromium, as a person has them."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,9 @@ pytest.importorskip("playwright", reason="a browser is driven by pip install pla
 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# It looks nothing up by itself. No sandbox: CI is root, and it sees these pages only.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
+from retentive.studies import edge_browser
+
+FLAGS = [*edge_browser.FLAGS, "--disable-quic", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a microphone that beeps
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
 expect.set_options(timeout=20_000)
@@ -23,10 +21,10 @@ expect.set_options(timeout=20_000)
 @contextmanager
 def launched() -> Iterator[Browser]:
     """A browser."""
-    if BROWSER is None:
+    if (path := edge_browser.find_browser()) is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        browser = p.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
 

@@ -5,7 +5,8 @@ first token after a prompt, tokens a second of reading and of writing, and the m
 rounds, one after the other; the best of a rate counts, and the median of the rest. The correctness gate: what computes
 in floats must give torch's logits, or nothing is shown; integers were held against the model when they were exported.
 
-What each process does is `edge_form.py`, which imports nothing that its form does not need.
+What each process does is `edge_form.py`, which imports nothing that its form does not need; `edge_form.c` for C without
+Python, `edge_browser.py` for Chromium, whose first token is counted from the opening of the page.
 """
 
 import json
@@ -28,9 +29,15 @@ from retentive.bench.lab.options import Say, Sized, silent, words
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.checkpoint.io import save_model
 from retentive.checkpoint.quantize import BITS, quantize
-from retentive.data.tokenizer import ByteTokenizer
+from retentive.data.tokenizer import ByteTokenizer, train_bpe
+from retentive.export import genai
+from retentive.export.browser import write_page
 from retentive.export.folder import FILES, to_executorch, to_onnx
 from retentive.models import build
+from retentive.native.library import FOLDER, OPS
+from retentive.ops.compiler import FLAGS, LINK, find_compiler, instruction_flag
+from retentive.ops.compiler import run as run_compiler
+from retentive.studies.edge_browser import find_browser
 from retentive.studies.edge_form import PROMPT
 
 
@@ -49,15 +56,28 @@ FORMS = {
     "native": Form("C, float32", "native"),
     "native-int8": Form("C, int8", "native", "int8"),
     "native-int4": Form("C, int4", "native", "int4"),
+    "c": Form("C without Python, float32", "c"),
+    "c-int8": Form("C without Python, int8", "c", "int8"),
+    "c-int4": Form("C without Python, int4", "c", "int4"),
+    "browser": Form("Chromium, float32", "browser", needs=("ziglang", "playwright")),
+    "browser-int8": Form("Chromium, int8", "browser", "int8", ("ziglang", "playwright")),
+    "browser-int4": Form("Chromium, int4", "browser", "int4", ("ziglang", "playwright")),
     "onnx": Form("ONNX, float32", "onnx", needs=("onnx", "onnxruntime")),
     "onnx-int8": Form("ONNX, int8", "onnx", "int8", ("onnx", "onnxruntime")),
     "onnx-int4": Form("ONNX, int4", "onnx", "int4", ("onnx", "onnxruntime")),
+    "genai": Form("onnxruntime-genai, float32", "genai", needs=("onnx", "onnxruntime_genai")),
+    "genai-int4": Form("onnxruntime-genai, int4", "genai", "int4", ("onnx", "onnxruntime_genai")),
     "executorch": Form("ExecuTorch, float32", "executorch", needs=("executorch",)),
     "executorch-int8": Form("ExecuTorch, int8", "executorch", "int8", ("executorch",)),
     "executorch-int4": Form("ExecuTorch, int4", "executorch", "int4", ("executorch",)),
     "llamacpp-q8_0": Form("twin, llama.cpp Q8_0", "llamacpp", "Q8_0", ("llama_cpp", "gguf")),
     "llamacpp-q4_0": Form("twin, llama.cpp Q4_0", "llamacpp", "Q4_0", ("llama_cpp", "gguf")),
 }
+PROGRAM = [
+    *(flag for flag in FLAGS if flag != "-fPIC"),
+    *(f"-I{FOLDER}", f"-I{OPS}"),
+    *(str(file) for file in (FOLDER / "retentive.c", Path(__file__).with_name("edge_form.c"))),
+]
 TOLERANCE = 1e-3
 """Largest difference from torch's logits, of their size, for what computes in floats."""
 PICTURE = None
@@ -68,8 +88,8 @@ class Options(Sized):
     """One model in each form that it leaves in: files, start, reading, writing, memory, beside llama.cpp."""
 
     forms: tuple[str, ...] = tuple(FORMS)
-    """torch, native, native-int8, native-int4, onnx, onnx-int8, onnx-int4, executorch, executorch-int8,
-    executorch-int4, llamacpp-q8_0, llamacpp-q4_0; those whose packages are not installed are left out."""
+    """torch, native, c, browser, onnx, executorch, these also with -int8 and -int4 but for torch; genai, genai-int4,
+    llamacpp-q8_0, llamacpp-q4_0; those are left out for which something is not installed."""
     tokens: int = 512
     """Of the text whose reading is timed."""
     steps: int = 64
@@ -94,8 +114,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     if "torch" not in asked:
         raise ValueError(f"torch must be among the forms, the others are held against it; got {', '.join(asked)}")
     for name in [name for name in FORMS if name in asked]:
-        if absent := [package for package in FORMS[name].needs if not find_spec(package)]:
-            say(f"without {name}: {absent[0]} is not installed")
+        if absent := missing(FORMS[name]):
+            say(f"without {name}: {absent} is not installed")
             asked.remove(name)
     names = [name for name in FORMS if name in asked]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -124,6 +144,14 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     }
 
 
+def missing(form: Form) -> str | None:
+    """What a form needs and is not here."""
+    if form.kind == "c" and find_compiler() is None:
+        return "a C compiler"
+    absent = [package for package in form.needs if not find_spec(package)]
+    return absent[0] if absent else "Chromium" if form.kind == "browser" and not find_browser() else None
+
+
 def made(form: Form, options: Options, folder: Path) -> Path:
     """The file of a form, written into the folder; weights are the same in all of ours."""
     config = options.config
@@ -133,13 +161,25 @@ def made(form: Form, options: Options, folder: Path) -> Path:
         return llamacpp.written(models.grouped(config), form.weights, place)
     torch.manual_seed(0)
     model = build(config).eval()
-    if form.kind == "onnx":
-        to_onnx(model, place / FILES["onnx"], 0, form.weights, False)
-        return place / FILES["onnx"]
+    if form.kind in ("onnx", "genai"):
+        graph = place / FILES["onnx"]
+        to_onnx(model, graph, 0, form.weights, False)
+        if form.kind == "genai":
+            genai.rename(graph)
+            genai.write_beside(graph, train_bpe(["no text is read"], 257))
+        return graph
     if form.kind == "executorch":
         to_executorch(model, place / FILES["executorch"], 0, form.weights)
         return place / FILES["executorch"]
-    save_model(place, model if form.weights == "stored" else quantize(model, BITS[form.weights]), ByteTokenizer())
+    model = model if form.weights == "stored" else quantize(model, BITS[form.weights], dtype=model.dtype)
+    if form.kind == "browser":
+        save_model(place / "model", model, ByteTokenizer())
+        write_page(place, ByteTokenizer(), name="bench")
+        return place / "model" / "model.safetensors"
+    save_model(place, model, ByteTokenizer())
+    if form.kind == "c":
+        compiler = find_compiler() or []
+        run_compiler(compiler, [instruction_flag(), *PROGRAM, "-o", str(place / "edge_form"), *LINK])
     return place / "model.safetensors"
 
 
@@ -148,6 +188,9 @@ def run(form: Form, file: Path, options: Options) -> dict[str, Any]:
     task = {"kind": form.kind, "file": str(file), "vocab_size": options.vocab_size, "threads": options.threads}
     task |= {"tokens": options.tokens, "steps": options.steps, "began": time.time()}
     command = [sys.executable, "-m", "retentive.studies.edge_form", json.dumps(task)]
+    if form.kind == "c":
+        numbers = (options.threads, PROMPT, options.tokens, options.steps, options.vocab_size, task["began"])
+        command = [str(file.with_name("edge_form")), str(file.parent), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ChildProcessError(f"{form.label} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")

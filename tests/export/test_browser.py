@@ -17,7 +17,7 @@ import torch
 from retentive.checkpoint import load, load_with_tokenizer, save_model
 from retentive.data.templates import TEMPLATE, TURNS, load_template
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
-from retentive.export.browser import chat_pieces
+from retentive.export.browser import ENGINES, chat_pieces
 from retentive.export.folder import export
 from retentive.infer import SamplingParams, generate
 from retentive.infer.conversation import Conversation
@@ -38,13 +38,22 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Isolating(Quiet):
+    """Its pages may have threads."""
+
+    def end_headers(self):
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
+
+
 @pytest.fixture
 def serve_files():
     """`serve_files(folder)`: the address of a server of its files."""
     servers = []
 
-    def start(folder) -> str:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    def start(folder, handler=Quiet) -> str:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}/"
@@ -130,10 +139,15 @@ def test_a_chat_is_the_native_engines(folder, serve_files, visit, conversation):
     expect(here["speed"]).to_have_text(re.compile(r"^[\d,]+$"))
 
 
-@pytest.mark.parametrize("weights", ["stored", "int4"])
-def test_a_text_is_written_on_as_natively(weights, tmp_path, serve_files, visit):
+THREADS = "import('./engine.js').then((engine) => engine.choose().threads)"
+
+
+@pytest.mark.parametrize("handler", [Quiet, Isolating], ids=["alone", "threads"])
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
+def test_a_text_is_written_on_as_natively(weights, handler, tmp_path, serve_files, visit):
     folder = exported(tmp_path / "base", weights=weights, template=None)
-    here = visit(serve_files(folder), model="tiny")
+    here = visit(serve_files(folder, handler), model="tiny")
+    assert (here.page.evaluate(THREADS) > 0) == (handler is Isolating)
     expect(here.page.get_by_label("Write on")).to_be_checked()
     here.settings(**GREEDY)
     model, tokenizer = load_with_tokenizer(folder / "model")
@@ -193,8 +207,10 @@ def test_a_reload_goes_on_and_needs_no_network(folder, serve_files, visit, conve
     here.page.context.set_offline(True)
     native = conversation(folder)
     assert here.say("Hello") == said(native, "Hello")
+    assert here.page.evaluate(THREADS) == 0
     here.page.reload()
     expect(here["model"]).to_have_text("tiny")
+    assert here.page.evaluate(THREADS) > 0  # what the browser kept of the folder, it may have threads for
     here.settings(**GREEDY)
     assert here.say("And then?") == said(native, "And then?")
 
@@ -310,9 +326,9 @@ def test_on_a_phones_screen_everything_is_within_reach(folder, serve_files, visi
 
 
 def test_what_is_downloaded_stays_small(folder):
-    """Bounds of the design: the engine 300 kB, all but the model 400."""
-    assert (folder / "engine.wasm").stat().st_size < 300_000
-    assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) < 400_000
+    """Bounds of the design: an engine, of which browsers take one, 300 kB, all but the model 600."""
+    assert all((folder / engine).stat().st_size < 300_000 for engine in ENGINES)
+    assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) < 600_000
     description = json.loads((folder / "model.json").read_text())
     assert description["fingerprint"] == fingerprint(load(folder / "model")[0])
     assert (folder / "model" / TEMPLATE).read_text() == TURNS

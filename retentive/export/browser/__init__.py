@@ -5,6 +5,9 @@ The page is that of `retentive serve`, its `server.js` another, which has the mo
     server.js    answers the page's requests        worker.js    the conversation, its state, the saved ones
     engine.js    the functions of retentive.h       files.js     files in memory, which these open (WASI)
     text.js, sampling.js, store.js (IndexedDB)      offline.js   keeps the folder, so that it opens without a network
+    thread.js    a thread of the engine
+
+The engine is there twice, since only pages that are isolated from others may have threads: alone, and with them.
 """
 
 import shutil
@@ -27,25 +30,27 @@ from retentive.page import FILES as PAGE
 
 SCRIPTS = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
-FUNCTIONS = "open vocabulary end states position copy save_memory load read encode text"
+FUNCTIONS = "open use_threads vocabulary end states position copy save_memory load read encode text"
 """Of retentive.h, those that engine.js calls."""
-TARGET = [
-    "-target",
-    "wasm32-wasi",
-    "-mexec-model=reactor",
-    "-msimd128",
-    "-Wno-unknown-pragmas",
-    "-Wl,--strip-all",
-    "-lm",
+COMMON = [
+    *("-target", "wasm32-wasi", "-mexec-model=reactor"),
+    *("-Wno-unknown-pragmas", "-Wl,--strip-all", "-lm"),
 ]
-NEEDED = ("engine.wasm", "model/config.json", "model/model.safetensors", "model/tokenizer.json")
-"""What the worker is given."""
+ALONE = ["-mcpu=generic+simd128"]
+WITH_THREADS = [
+    "-mcpu=generic+simd128+atomics+bulk_memory",
+    *("-Wl,--shared-memory", "-Wl,--import-memory", f"-Wl,--max-memory={65535 << 16}"),
+    *(f"-Wl,--export={name}" for name in ("__stack_pointer", "__wasm_init_tls", "__tls_size", "retentive_join")),
+]
+ENGINES = {"engine.wasm": ALONE, "engine-threads.wasm": WITH_THREADS}
+NEEDED = (*ENGINES, "model/config.json", "model/model.safetensors", "model/tokenizer.json")
+"""What the worker is given, of the engines one."""
 POLICY = "default-src 'self' 'wasm-unsafe-eval'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 """Of the page, which static servers have no headers for: it needs nothing but its own files."""
 
 
-def build_engine() -> Path:
-    """engine.wasm, compiled once and kept in the user's cache.
+def build_engine(name: str = "engine.wasm") -> Path:
+    """One of the ENGINES, compiled once and kept in the user's cache.
 
     Raises:
         ImportError: no ziglang (extra `compiler`).
@@ -54,7 +59,14 @@ def build_engine() -> Path:
     if not find_spec("ziglang"):
         raise ImportError("the engine is compiled for browsers by ziglang: pip install 'retentive[compiler]'")
     exported = [f"-Wl,--export={name}" for name in ("malloc", "free", *(f"retentive_{x}" for x in FUNCTIONS.split()))]
-    flags = [*(flag for flag in FLAGS if flag != "-fPIC"), f"-I{FOLDER}", f"-I{OPS}", *TARGET, *exported]
+    flags = [
+        *(flag for flag in FLAGS if flag != "-fPIC"),
+        f"-I{FOLDER}",
+        f"-I{OPS}",
+        *COMMON,
+        *ENGINES[name],
+        *exported,
+    ]
     texts = [file.read_bytes() for part in (FOLDER, OPS) for file in sorted(part.glob("*.[ch]"))]
     kept = cache_folder() / f"engine-{short_hash(repr((texts, flags)).encode())}.wasm"
     if not kept.is_file():
@@ -79,12 +91,13 @@ def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
         ValueError: the engine could not be compiled.
         ImportError: no ziglang.
     """
-    engine = build_engine()
+    engines = {name: build_engine(name) for name in ENGINES}
     for file in (*PAGE, *sorted(SCRIPTS.glob("*.js"))):  # its server.js over the page's
         shutil.copyfile(file, folder / file.name)
     page = folder / "index.html"
     write_text(page, page.read_text(encoding="utf-8").replace("<meta charset", f"{_meta()}\n  <meta charset", 1))
-    shutil.copyfile(engine, folder / "engine.wasm")
+    for engine, built in engines.items():
+        shutil.copyfile(built, folder / engine)
     needed = [folder / name for name in NEEDED]
     model = load(folder / "model")[0]  # as a server of this folder has it, so that states fit both
     template = load_template(folder / "model", tokenizer)

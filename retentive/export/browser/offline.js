@@ -1,4 +1,5 @@
 // Keeps the folder in the browser, so that the page opens without a network. Its address ends in the folder's version.
+// What it answers with has the headers of an isolated page, which may have threads whatever server the folder is on.
 
 const VERSION = self.location.search.slice(1);
 
@@ -17,7 +18,17 @@ self.addEventListener("activate", (event) => event.waitUntil((async () => {
   await self.clients.claim();
 })()));
 
+function isolated(response) {
+  const headers = new Headers(response.headers);
+  headers.set("Cross-Origin-Opener-Policy", "same-origin");
+  headers.set("Cross-Origin-Embedder-Policy", "require-corp");
+  return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
+}
+
 self.addEventListener("fetch", (event) => {
-  if (event.request.method !== "GET") return;
-  event.respondWith(caches.open(VERSION).then((cache) => cache.match(event.request, { ignoreSearch: true })).then((kept) => kept ?? fetch(event.request)));
+  if (event.request.method !== "GET" || new URL(event.request.url).origin !== self.location.origin) return;
+  event.respondWith((async () => {
+    const kept = await (await caches.open(VERSION)).match(event.request, { ignoreSearch: true });
+    return isolated(kept ?? await fetch(event.request));
+  })());
 });

@@ -1,6 +1,6 @@
 // Who answers the page: here the model in this browser, in a worker. The requests are those of `retentive serve`.
 
-import { canRun } from "./engine.js";
+import { canRun, choose } from "./engine.js";
 
 const waiting = new Map(); // number of a message -> what to do with its answers
 let count = 0, worker, model, progress = () => {};
@@ -46,20 +46,21 @@ async function fetched(name, size, onbytes) {
 async function load() {
   if (!canRun()) throw new Error("This browser runs no WebAssembly with SIMD: it needs one from 2023 or later.");
   const description = JSON.parse(new TextDecoder().decode(await fetched("model.json", undefined, () => {})));
-  const sizes = Object.entries(description.files), all = sizes.reduce((sum, [, size]) => sum + size, 0), had = {};
+  const engine = choose();
+  const sizes = Object.entries(description.files).filter(([name]) => !name.endsWith(".wasm") || name === engine.name), all = sizes.reduce((sum, [, size]) => sum + size, 0), had = {};
   const contents = await Promise.all(sizes.map(([name, size]) => fetched(name, size, (bytes) => {
     had[name] = bytes;
     progress(Object.values(had).reduce((a, b) => a + b) / all);
   })));
   const files = Object.fromEntries(sizes.map(([name], n) => [name.replace(/^model\//, ""), contents[n]]));
-  const { "engine.wasm": module, ...rest } = files;
+  const { [engine.name]: module, ...rest } = files;
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = heard;
   worker.onerror = () => { // it could not be started, or failed outside of a request
     for (const { reject } of waiting.values()) reject(new Error("The engine's worker failed: reload the page."));
     waiting.clear();
   };
-  await ask("open", { module, files: rest, description });
+  await ask("open", { module, threads: engine.threads, files: rest, description });
   model = description;
   if ("serviceWorker" in navigator) navigator.serviceWorker.register(`offline.js?${model.version}`).catch(() => {}); // it runs without
 }

@@ -22,9 +22,9 @@ class Refused extends Error {
 }
 
 const actions = {
-  async open({ module, files, description }) {
+  async open({ module, threads, files, description }) {
     model = description;
-    engine = await Engine.open(module, files, 3);
+    engine = await Engine.open(module, threads, files, 3);
     store = new Store(model.fingerprint);
   },
 
@@ -190,6 +190,7 @@ async function write(ids, request, say) {
   const next = random(request.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
   let logits, made = 0, looked = performance.now();
   stopping = false;
+  engine.pace.again();
   for (let at = 0; at < ids.length; at += READ_AT_ONCE) {
     logits = engine.read(LIVE, ids.slice(at, at + READ_AT_ONCE));
     await look();

@@ -2,7 +2,7 @@
 
 The caller is the first of them. Who waits spins for a moment, since a phase of a token takes microseconds, and sleeps
 then, since the processor may be another program's. A call may use fewer threads than there are: the others sleep on.
-Where there are no threads, as in a browser, the caller is alone.
+In a browser they are workers of the page, which come when they can; without shared memory the caller is alone.
 */
 
 #pragma once
@@ -12,7 +12,7 @@ Where there are no threads, as in a browser, the caller is alone.
 
 typedef void Work(void *what, int thread);
 
-#ifdef __wasm__
+#if defined(__wasm__) && !defined(__wasm_atomics__)
 
 typedef struct { int threads; char *space; int64_t space_bytes; } Pool;
 
@@ -23,50 +23,42 @@ INLINE void end_members(Pool *p) { (void)p; }
 
 #else
 
-#include <pthread.h>
 #include <stdatomic.h>
+#ifndef __wasm__
+#include <pthread.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/syscall.h>
 #endif
+#endif
 
-enum { MOST_THREADS = 64, SPIN_NANOSECONDS = 50000, SPINS = 16 }; /* between two looks at the clock */
+enum { MOST_THREADS = 64 };
+enum { SPIN_NANOSECONDS = 50000, SPINS = 16, LOOKS = 20000 }; /* SPINS between two looks at the clock; LOOKS without */
 
 typedef struct Pool Pool;
 typedef struct { Pool *pool; int thread; } Member;
 
 struct Pool {
-    int threads, active; /* that there are, that work now */
+    atomic_int threads;  /* that there are */
+    int active;          /* that work now */
     unsigned caller;     /* the core that the caller is on */
     char *space;         /* of the caller's, kept from call to call */
     int64_t space_bytes;
-    pid_t process;       /* whose the threads are */
     Work *work;
     void *what;
+#ifndef __wasm__
+    pid_t process; /* whose the threads are */
     pthread_mutex_t lock;
     pthread_cond_t change;
     pthread_t members[MOST_THREADS];
     Member names[MOST_THREADS];
+#endif
     atomic_int sleepers;
     _Alignas(64) atomic_llong round; /* 128 a piece of work, and how many work on it; -1 ends the threads */
     _Alignas(64) atomic_llong arrived;
     _Alignas(64) atomic_llong passed; /* barriers so far */
 };
-
-static inline void pause_briefly(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb");
-#endif
-}
-
-static inline int64_t nanoseconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
-}
 
 static inline unsigned core(void) {
     unsigned number = 0;
@@ -91,16 +83,55 @@ static void leave_core(unsigned callers) {
 #endif
 }
 
-/* until *number is no longer `was` */
-static void wait_for_change(Pool *p, atomic_llong *number, long long was) {
+#ifdef __wasm__
+
+/* whether *number is soon no longer `was`; asking the browser for the time takes as long as many looks */
+static int changes_soon(atomic_llong *number, long long was) {
+    for (int i = 0; i < LOOKS; i++)
+        if (atomic_load_explicit(number, memory_order_acquire) != was) return 1;
+    return 0;
+}
+
+static void sleep_until_change(Pool *p, atomic_llong *number, long long was) {
+    atomic_fetch_add(&p->sleepers, 1); /* before the number is looked at: who changes it then sees the sleeper */
+    while (atomic_load(number) == was) __builtin_wasm_memory_atomic_wait64((long long *)number, was, -1);
+    atomic_fetch_sub(&p->sleepers, 1);
+}
+
+static void wake(Pool *p, atomic_llong *number) {
+    (void)p, __builtin_wasm_memory_atomic_notify((int *)number, MOST_THREADS);
+}
+
+#else
+
+static inline void pause_briefly(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+static inline int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+/* whether *number is soon no longer `was` */
+static int changes_soon(atomic_llong *number, long long was) {
     int64_t end = 0;
     do {
         for (int i = 0; i < SPINS; i++) {
-            if (atomic_load_explicit(number, memory_order_acquire) != was) return;
+            if (atomic_load_explicit(number, memory_order_acquire) != was) return 1;
             pause_briefly();
         }
         if (!end) end = nanoseconds() + SPIN_NANOSECONDS;
     } while (nanoseconds() < end);
+    return 0;
+}
+
+static void sleep_until_change(Pool *p, atomic_llong *number, long long was) {
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->sleepers, 1); /* before the number is looked at: who changes it then sees the sleeper */
     while (atomic_load(number) == was) pthread_cond_wait(&p->change, &p->lock);
@@ -108,12 +139,22 @@ static void wait_for_change(Pool *p, atomic_llong *number, long long was) {
     pthread_mutex_unlock(&p->lock);
 }
 
-static void tell_change(Pool *p, atomic_llong *number, long long now) {
-    atomic_store(number, now);
-    if (!atomic_load(&p->sleepers)) return;
+static void wake(Pool *p, atomic_llong *number) {
+    (void)number;
     pthread_mutex_lock(&p->lock); /* no sleeper is between its look and its sleep */
     pthread_cond_broadcast(&p->change);
     pthread_mutex_unlock(&p->lock);
+}
+
+#endif
+
+static void wait_for_change(Pool *p, atomic_llong *number, long long was) {
+    if (!changes_soon(number, was)) sleep_until_change(p, number, was);
+}
+
+static void tell_change(Pool *p, atomic_llong *number, long long now) {
+    atomic_store(number, now);
+    if (atomic_load(&p->sleepers)) wake(p, number);
 }
 
 /* all threads that work come here before any goes on */
@@ -129,13 +170,12 @@ static void meet(Pool *p) {
     tell_change(p, &p->passed, was + 1);
 }
 
-static void *member(void *name) {
-    Pool *p = ((Member *)name)->pool;
-    int thread = ((Member *)name)->thread;
-    for (long long round = 0;;) {
+/* what a member does: all work after `round` that is for as many threads */
+static void work_as_member(Pool *p, int thread, long long round) {
+    for (;;) {
         wait_for_change(p, &p->round, round);
         round = atomic_load_explicit(&p->round, memory_order_acquire);
-        if (round < 0) return NULL;
+        if (round < 0) return;
         if (thread >= round % 128) continue;
         leave_core(p->caller);
         p->work(p->what, thread);
@@ -143,15 +183,37 @@ static void *member(void *name) {
     }
 }
 
+static void init_members(Pool *p) {
+    p->active = 1, atomic_init(&p->threads, 1), atomic_init(&p->sleepers, 0);
+    atomic_init(&p->round, 0), atomic_init(&p->arrived, 0), atomic_init(&p->passed, 0);
+}
+
+#ifdef __wasm__
+
+/* A thread that the page has started, one of at most MOST_THREADS. It is counted when it knows what is no work of its. */
+static void join(Pool *p) {
+    long long round = atomic_load(&p->round);
+    work_as_member(p, atomic_fetch_add(&p->threads, 1), round);
+}
+
+static void start_members(Pool *p, int threads) { (void)threads, init_members(p); }
+static void end_members(Pool *p) { tell_change(p, &p->round, -1); }
+
+#else
+
+static void *member(void *name) {
+    work_as_member(((Member *)name)->pool, ((Member *)name)->thread, 0);
+    return NULL;
+}
+
 /* the members, of which none runs; as many as the system gives */
 static void start_members(Pool *p, int threads) {
     if (threads > MOST_THREADS) threads = MOST_THREADS;
-    p->process = getpid(), p->active = 1;
-    atomic_init(&p->round, 0), atomic_init(&p->arrived, 0), atomic_init(&p->passed, 0), atomic_init(&p->sleepers, 0);
+    init_members(p), p->process = getpid();
     pthread_mutex_init(&p->lock, NULL), pthread_cond_init(&p->change, NULL);
-    for (p->threads = 1; p->threads < threads; p->threads++) {
-        p->names[p->threads] = (Member){p, p->threads};
-        if (pthread_create(&p->members[p->threads], NULL, member, &p->names[p->threads])) return;
+    for (int t = 1; t < threads; t++, p->threads++) {
+        p->names[t] = (Member){p, t};
+        if (pthread_create(&p->members[t], NULL, member, &p->names[t])) return;
     }
 }
 
@@ -162,9 +224,13 @@ static void end_members(Pool *p) {
     pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->change);
 }
 
+#endif
+
 /* `work(what, thread)` in so many threads of the pool; returns when all are done */
 static void run(Pool *p, int threads, Work *work, void *what) {
+#ifndef __wasm__
     if (p->process != getpid()) start_members(p, p->threads);
+#endif
     p->caller = core();
     p->active = threads < 1 ? 1 : threads > p->threads ? p->threads : threads;
     p->work = work, p->what = what;

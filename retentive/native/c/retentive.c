@@ -51,6 +51,11 @@ Retentive *retentive_open(const char *folder, int threads, char *error) {
     return NULL;
 }
 
+void retentive_use_threads(Retentive *r, int threads) { r->threads = threads < 1 ? 1 : threads; }
+#ifdef __wasm_atomics__
+void retentive_join(Retentive *r) { join(r->pool); }
+#endif
+
 void retentive_close(Retentive *r) {
     if (!r) return;
     close_pool(r->pool), close_text(&r->text), close_folder(&r->folder);

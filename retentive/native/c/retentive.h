@@ -23,6 +23,12 @@ typedef struct RetentiveStates RetentiveStates;
 
 /* A model folder, read by so many threads; 0 for as many as there are cores. */
 Retentive *retentive_open(const char *folder, int threads, char *error);
+/* From the next call on at most so many of them, at least 1. */
+void retentive_use_threads(Retentive *model, int threads);
+#ifdef __wasm_atomics__
+/* In a browser the threads are workers of the page, which call this; it never returns. */
+void retentive_join(Retentive *model);
+#endif
 /* After all its states. */
 void retentive_close(Retentive *model);
 /* Numbers of a row of logits. */

@@ -4,14 +4,17 @@
 #include "numbers.h"
 #include <stdlib.h>
 
-#ifdef __wasm__ /* one thread, whose space lives as long as all else */
+#ifdef __wasm__ /* the space lives as long as all else */
+static int in_turn; /* malloc is for one thread there, and while several are at work only this calls it */
 static void *space_of_thread_with(i64 bytes) {
-    static void *space;
-    static i64 size;
+    static _Thread_local void *space;
+    static _Thread_local i64 size;
     if (bytes > size) {
+        while (__atomic_exchange_n(&in_turn, 1, __ATOMIC_ACQUIRE)) {}
         free(space);
         space = aligned_alloc(64, round_up(bytes, 64));
         size = space ? bytes : 0;
+        __atomic_store_n(&in_turn, 0, __ATOMIC_RELEASE);
     }
     return space;
 }
