@@ -63,12 +63,24 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys, refuses):
 
 
 PROGRAM = """
-import sys
+import contextlib, io
+from pathlib import Path
 import numpy as np, torch
 from retentive.checkpoint import load
-from retentive.export.executorch import export_executorch
+from retentive.cli import main
 from retentive.export.executorch_run import ExecutorchModel
 
+def said(*argv, code=0):
+    out, err, found = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(argv))
+        except SystemExit as end:
+            found = end.code or 0
+    assert found == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+assert "logits are off by" in said("export", "run", "--to", "executorch", "--out", "made")[1]
 model = load("run")[0]
 ids = np.random.default_rng(0).integers(0, 257, 40).tolist()
 with torch.no_grad():
@@ -89,34 +101,29 @@ for wrong in ([], [257]):
         raise AssertionError(wrong)
 with open("made/model.pte", "rb") as file:
     assert file.read().count(b"XnnpackBackend") == 1  # one delegate
+
+ask = ["--prompt", "It", "--temperature", "0", "--max-tokens", "20"]
+text = said("generate", "run", *ask)[0]
+assert len(text) > 3 and said("generate", "made/model.pte", *ask)[0] == text
+said("export", "run", "--to", "executorch", "--out", "small", "--weights", "int4")
+assert len(said("generate", "small/model.pte", *ask)[0]) > 3
+Path("text.pte").write_text("no program")
+assert "text.pte is no program" in said("generate", "text.pte", code=2)[1]
+wrong = said("export", "narrow", "--to", "executorch", "--out", "no", "--weights", "int4", code=2)[1]
+assert "groups of 32, which dim 48 is no multiple of" in wrong
 """
 
 
 @needs_runtime
-def test_the_program_by_its_own_runtime(tmp_path, capsys):
+def test_the_program_by_its_own_runtime(tmp_path):
     save_model(tmp_path / "run", peaked(), ByteTokenizer())
-    # in processes of their own: its library says things on stderr, and warns
+    save_model(tmp_path / "narrow", peaked(dim=48), ByteTokenizer())
+    # in a process of its own: its library says things on stderr, and warns
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def said(*argv: str, code: int = 0):
-        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        return done
-
-    command = ["-m", "retentive"]
-    assert "logits are off by" in said(*command, "export", "run", "--to", "executorch", "--out", "made").stderr
-    said("-c", PROGRAM)
-    ask = ["--prompt", "It", "--temperature", "0", "--max-tokens", "20"]
-    want = said(*command, "generate", "run", *ask).stdout
-    assert said(*command, "generate", "made/model.pte", *ask).stdout == want
-    said(*command, "export", "run", "--to", "executorch", "--out", "small", "--weights", "int4")
-    assert len(said(*command, "generate", "small/model.pte", *ask).stdout) > 3
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     sizes = [(tmp_path / name / "model.pte").stat().st_size for name in ("made", "small")]
     embedding = 257 * 64 * 4  # stays in floats
     assert sizes[1] - embedding < 0.6 * (sizes[0] - embedding)
-    (tmp_path / "text.pte").write_text("no program")
-    assert "text.pte is no program" in said(*command, "generate", "text.pte", code=2).stderr
-    save_model(tmp_path / "narrow", peaked(dim=48), ByteTokenizer())
-    wrong = said(*command, "export", "narrow", "--to", "executorch", "--out", "no", "--weights", "int4", code=2)
-    assert "groups of 32, which dim 48 is no multiple of" in wrong.stderr and not (tmp_path / "no").exists()
+    assert not (tmp_path / "no").exists()
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["model.pte", "tokenizer.json"]

@@ -20,6 +20,7 @@ def enable() -> None:
     import triton.experimental.gluon  # noqa: F401  a launch imports it, and it looks at the variable too
 
     _interpret_the_language()
+    _look_at_the_language_once()
     import retentive.ops.triton  # noqa: F401
 
     if before is None:
@@ -41,6 +42,23 @@ def _interpret_the_language() -> None:
                 if isinstance(value, JITFunction):
                     replaced = interpreted.setdefault(id(value), InterpretedFunction(value.fn))
                     setattr(module, key, replaced)
+
+
+def _look_at_the_language_once() -> None:
+    """A function that a kernel calls finds the language replaced already, and need not look through all of it."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # before Triton 3.9
+        return
+    replace, tl = interpreter._patch_lang, interpreter.tl
+
+    def replace_once(fn):
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in seen):
+            return replace(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = replace_once
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from retentive.files import write_text
+from retentive.ops import triton as triton_room
+from retentive.ops.compiler import cache_folder, short_hash
 from retentive.ops.triton.tiles import TABLE
 
 KERNELS = (
@@ -23,7 +26,21 @@ SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 4
 
 @pytest.fixture(scope="session")
 def reports(once, tmp_path_factory) -> list[dict]:
-    """What compile_report.py says, from a process that compiles and does not interpret."""
+    """What compile_report.py says, from a process that compiles and does not interpret.
+
+    It takes minutes: what it said is kept with the user's compiled kernels, for the same sources and the same Triton.
+    """
+    room = Path(triton_room.__file__).parent
+    sources = [
+        *sorted(room.rglob("*.py")),
+        *sorted(room.parent.glob("*.py")),
+        *sorted(Path(__file__).parent.glob("*.py")),
+    ]
+    versions = f"triton {version('triton')}, torch {version('torch')}, python {sys.version}"
+    key = short_hash(versions.encode() + b"".join(file.read_bytes() for file in sources))
+    kept = cache_folder() / f"compile-report-{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
 
     def make(file: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -33,7 +50,10 @@ def reports(once, tmp_path_factory) -> list[dict]:
         assert done.returncode == 0, done.stderr[-3000:]
         file.write_text(done.stdout, encoding="utf-8")
 
-    return json.loads(once("compile_report.json", make).read_text(encoding="utf-8"))
+    found = once("compile_report.json", make).read_text(encoding="utf-8")
+    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text(kept, found)
+    return json.loads(found)
 
 
 @pytest.mark.slow
