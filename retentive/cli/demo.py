@@ -30,7 +30,7 @@ from retentive.native import with_engine
 from retentive.ops import using
 from retentive.studies import training_run
 from retentive.train import Interrupted, TrainConfig, TrainRun
-from retentive.train.run import sample_text
+from retentive.train.samples import sample_text
 
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
 """Packages and modules that are held out whole, with their tests; most readers know them."""

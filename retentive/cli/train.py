@@ -19,7 +19,7 @@ from retentive.models import HybridConfig, TransformerConfig
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.processes import Elsewhere
-from retentive.train.run import as_typed
+from retentive.train.resume import as_typed
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
 NPROC = "--nproc N starts N processes on this machine that train together, as torchrun --nproc-per-node N does."

@@ -1,10 +1,9 @@
 """A training run as a value: its data, model, options and directory. `TrainRun(…).run()` carries it out.
 
 The command line, `compare`, the demo and the recipes all make one of these; `retentive.train` is the short form.
-Below the class, in this order: checks before a run, resuming one, options as dictionaries.
+Below the class: what is checked before a run. Resuming one is `resume.py`.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -21,11 +20,9 @@ from retentive.checkpoint.io import find, load, load_adapter, load_config, load_
 from retentive.data.loader import Batches, Mode
 from retentive.data.mixture import MixedBatches, Mixture, open_packed
 from retentive.data.packed import Packed
-from retentive.data.templates import ChatTemplate, template_of
+from retentive.data.templates import template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss, mixture_loss
-from retentive.infer import SamplingParams, generate, write_on
-from retentive.infer.media import Rows, read
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
@@ -42,9 +39,9 @@ from retentive.train.objective import language_modelling
 from retentive.train.optim import optimizer_of
 from retentive.train.parallel import Parallel
 from retentive.train.processes import ALONE, Processes, started
+from retentive.train.resume import options_of, plain, resumed, with_options
+from retentive.train.samples import sample_answer, sample_text
 
-FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
-"""Options that a resumed run may change at any time: none of them alters what is computed."""
 Data = Packed | Mixture
 
 
@@ -350,35 +347,6 @@ def both_architectures(init: str) -> str:
     return f"--init {init} brings its architecture: leave out --size and --model"
 
 
-def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int = 80) -> str:
-    """What the model writes after `prompt`, always with the same seed: only training makes samples differ."""
-    training = model.training
-    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    text = "".join(write_on(model.eval(), tokenizer, prompt, params, max_tokens=tokens))
-    model.train(training)
-    return text
-
-
-def sample_answer(
-    model: LanguageModel,
-    template: ChatTemplate,
-    ids: list[int],
-    rows: Rows | None = None,
-    *,
-    tokens: int = 80,
-) -> str:
-    """A conversation's ids and the model's answer to them as text, always with the same seed; rows: its media."""
-    training = model.training
-    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    state = read(model.eval(), ids[:-1], rows or {}) if len(ids) > 1 else None
-    stop_ids = sorted(template.stop_ids)
-    answer = generate(model.eval(), ids[-1:], params, max_tokens=tokens, stop_ids=stop_ids, state=state)
-    said = [id for id in ids if id < template.tokenizer.vocab_size]  # of pictures and sound there is no text
-    text = template.tokenizer.decode([*said, *(token.id for token in answer)])
-    model.train(training)
-    return text
-
-
 def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
     """Raises ValueError where a step certainly cannot fit into the memory that is free now (it may still not fit)."""
     least, free = cost.least_training_bytes(config, batch * length), machine.free_memory(device)
@@ -402,84 +370,3 @@ def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | Non
             f"{init} knows {model.config.vocab_size:,} tokens, {data.path} has {data.meta.vocab_size:,}: "
             f"pack the text with the model's own tokenizer"
         )
-
-
-def resumed(run: TrainRun, saved: Mapping[str, Any], fingerprint: str, overrides: Collection[str] | None) -> TrainRun:
-    """The run at `run.out` as it is resumed: with its own options (`saved`), and with those of `run` that may change.
-
-    The folder of the data may have been moved, but its content must be the same. A run that has no checkpoint yet may
-    change in anything.
-
-    Raises:
-        ValueError: an option that may not change, other data, or a damaged train.json.
-    """
-    chosen = set(options_of(run)) if overrides is None else set(overrides) & set(options_of(run))
-    free = FREE if overrides is None else FREE | {"steps"}
-    free = free | {"init"} if saved.get("command", {}).get("lora") else free  # which is known by its weights
-    kept = folders(run.out)
-    try:
-        own = saved["command"] | {"data": run.data, "out": run.out, "set": changes_of(saved["command"]["set"])}
-        before = TrainRun(**own, train=TrainConfig(**saved["train"]), resume=True, parallel=run.parallel)
-        same_data = saved["data_sha256"] == fingerprint
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run.out / 'train.json'} does not hold a run's options ({error}): it cannot go on") from None
-    if not kept:
-        free = chosen
-    elif not same_data:
-        named = as_typed(run.data)
-        raise ValueError(
-            f"{named} holds other data than the run at {run.out} was trained on: name those, in their order"
-        )
-    new, old = options_of(run), options_of(before)
-    for name in sorted(chosen - free):
-        # train.json has the precision that "auto" was found to mean, and JSON's lists for tuples
-        same_precision = name == "precision" and new[name] == "auto"
-        if plain(new[name]) != plain(old[name]) and not same_precision:
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} {as_typed(new[name])} contradicts the run at {run.out}, which has {as_typed(old[name])}: "
-                f"leave it out"
-            )
-    done = int(kept[-1].name.removeprefix("step-")) if kept else 0
-    if "steps" in chosen & free and run.train.steps < done:
-        raise ValueError(f"--steps {run.train.steps} is less than the {done} that the run at {run.out} has done")
-    return with_options(before, {name: new[name] for name in chosen & free})
-
-
-def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """The config's changes as train.json has them; runs from before 26 November 2026 have FIELD=VALUE strings."""
-    if isinstance(stored, Mapping):
-        return dict(stored)
-    pairs = [str.partition(item, "=")[::2] for item in stored]
-    numbers = {name: text for name, text in pairs if text[:1] in "[-0123456789" or text in ("true", "false")}
-    return dict(pairs) | {name: json.loads(text) for name, text in numbers.items()}
-
-
-def options_of(run: TrainRun) -> dict[str, Any]:
-    """All options that say what is trained, by name: those of TrainRun and of TrainConfig, without the folders."""
-    apart = ("data", "out", "resume", "overwrite", "train", "parallel")
-    own = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in apart}
-    return own | {f.name: getattr(run.train, f.name) for f in fields(run.train)}
-
-
-def with_options(run: TrainRun, options: Mapping[str, Any]) -> TrainRun:
-    """The run with some fields changed, its own and those of its TrainConfig and its Parallel."""
-    inner = {}
-    for name in ("train", "parallel"):
-        part = getattr(run, name)
-        theirs = {f.name for f in fields(part)} & set(options)
-        inner[name] = replace(part, **{key: options[key] for key in theirs})
-        options = {key: value for key, value in options.items() if key not in theirs}
-    return replace(run, **options, **inner)
-
-
-def plain(value: Any) -> Any:
-    """The value as it comes back from JSON."""
-    return json.loads(json.dumps(value, default=str))
-
-
-def as_typed(value: Any) -> str:
-    """The value of an option as it is typed on the command line."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}={x}" for name, x in value.items()) or "none"
-    return (" ".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)

@@ -30,7 +30,7 @@ from retentive.studies.compare.variants import VARIANTS, Variant, changes, own_v
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
 from retentive.train.loop import pick_precision
-from retentive.train.run import FREE
+from retentive.train.resume import FREE
 
 
 @dataclass(frozen=True)
