@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
                                  [ema.safetensors: the model with the averaged weights]
+RUN/checkpoints/damaged-step-…   one whose files were found to have changed: the one before it went on instead
 RUN/model.safetensors            the newest of those weights, averaged ones if there are, which `retentive.load` reads
 RUN/.untrained                   there until the first checkpoint: those weights are the initial ones
 
@@ -13,13 +14,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retentive.checkpoint.adapter import adapter_of
-from retentive.files import load_tensors, replace_folder, save_tensors, write_json
+from retentive.files import file_crc32, load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 from retentive.train.ema import EMA
 from retentive.train.parallel import local, part_like, part_of_state, whole, whole_state
@@ -29,7 +30,6 @@ UNTRAINED = ".untrained"
 AVERAGED = "ema.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What optimisers keep of a parameter: AdamW the first three (fused, its step is a tensor there too), Muon the last."""
-T = TypeVar("T")
 
 
 def save(
@@ -70,9 +70,10 @@ def save(
         save_tensors(folder / "optimizer.safetensors", moments)
         if state is not None:
             state.save(folder / "state.safetensors")
-        write_json(folder / "training.json", {"step": step})
+        sums = {file.name: file_crc32(file) for file in sorted(folder.iterdir())}
+        write_json(folder / "training.json", {"step": step, "crc32": sums})
 
-    folder = run / "checkpoints" / f"step-{step:08d}"  # with zeros, so that names sort by step
+    folder = folder_of(run, step)
     with here.together():
         if here.main:
             replace_folder(folder, write)
@@ -104,71 +105,107 @@ def publish(run: Path, folder: Path) -> None:
     (run / UNTRAINED).unlink(missing_ok=True)
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of so many finished steps lies: with zeros, so that names sort by step."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def folders(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(p.parent for p in (run / "checkpoints").glob("step-*/training.json"))
 
 
-def step_of(folder: Path) -> int:
-    """The finished steps of a checkpoint.
+class Damaged(ValueError):
+    """A checkpoint that is not as it was written: which file, in one line."""
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, as it was written: of all processes."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    state: State | None
+
+
+def read(folder: Path, *, averages: bool = False) -> Contents:
+    """A whole checkpoint, held against the sums in its training.json (which those from before 28 November 2026 lack).
 
     Raises:
-        ValueError: its training.json is damaged.
+        Damaged: a file of it is cut short, changed, or gone.
     """
+    file = folder / "training.json"
     try:
-        step = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
-    except (ValueError, KeyError, TypeError):
-        step = None
-    if type(step) is not int or folder.name != f"step-{step:08d}":
-        raise damaged(folder / "training.json")
-    return step
+        about = json.loads(file.read_text(encoding="utf-8"))
+        step, sums = about["step"], about.get("crc32", {})
+        if type(step) is not int or folder.name != f"step-{step:08d}":
+            raise Damaged(str(file))
+        for name, wanted in sums.items():
+            file = folder / name
+            if file_crc32(file) != wanted:
+                raise Damaged(str(file))
+
+        def tensors(name: str) -> dict[str, Tensor]:
+            nonlocal file
+            file = folder / name
+            return load_tensors(file)[0]
+
+        weights, moments = tensors("model.safetensors"), tensors("optimizer.safetensors")
+        averaged = tensors(AVERAGED) if averages else {}
+        file = folder / "state.safetensors"
+        return Contents(step, weights, moments, averaged, load_state(file) if file.is_file() else None)
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+        raise Damaged(str(file)) from None
 
 
-def damaged(file: Path) -> ValueError:
-    """What to raise for a file of a run's newest checkpoint that cannot be read."""
-    folder, run = file.parent, file.parent.parent.parent
-    remedy = f"delete {folder} to go on from the one before it"
-    if len(folders(run)) == 1:
-        remedy = (
-            f"there is no other checkpoint: --overwrite begins anew, --init {run} --out NEW trains on from the model"
-        )
-    return ValueError(f"{file} is damaged: {remedy}")
+def newest_whole(run: Path, here: Processes, tell: Callable[[str], None], *, averages: bool) -> Contents | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged ones are put aside, and told of.
 
-
-def read(file: Path, load: Callable[[Path], T]) -> T:
-    """What `load` finds in a file of a checkpoint; raises ValueError, with what to do, where it is damaged or gone."""
-    try:
-        return load(file)
-    except (ValueError, FileNotFoundError):
-        raise damaged(file) from None
+    Raises:
+        ValueError: all of them are damaged.
+    """
+    bad = list[Damaged]()
+    for folder in reversed(folders(run)):
+        try:
+            found = read(folder, averages=averages)
+        except Damaged as error:
+            bad.append(error)
+            continue
+        for file in (Path(str(error)) for error in bad if here.main):
+            aside = file.parent.with_name(f"damaged-{file.parent.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            file.parent.rename(aside)
+            tell(f"{file} is damaged: put aside as {aside.name}, going on from step {found.step}")
+        return found
+    if bad:
+        remedy = f"--overwrite begins anew, --init {run} --out NEW trains on from the model"
+        raise ValueError(f"{bad[0]} is damaged: there is no other whole checkpoint: {remedy}")
+    return None
 
 
 def restore(
     run: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: EMA | None = None,
-    here: Processes = ALONE,
+    ema: EMA | None,
+    here: Processes,
+    tell: Callable[[str], None],
 ) -> tuple[int, State | None]:
-    """(finished steps, carried state) of the newest checkpoint, which is loaded into the model and the optimiser.
+    """(finished steps, carried state) of the newest whole checkpoint, which is loaded into the model and the optimiser.
 
     And the averages into `ema`. Without a checkpoint, (0, None). Each process reads its part of it, however many have
-    written it.
+    written it. What `tell` is given is for the user: a damaged checkpoint is put aside.
 
     Raises:
-        ValueError: one of its files is damaged.
+        ValueError: there are checkpoints, and all are damaged.
     """
     for rest in (run / "checkpoints").glob(".step-*") if here.main else ():  # of a save that was killed
         shutil.rmtree(rest)
-    found = folders(run)
-    if not found:
+    found = newest_whole(run, here, tell, averages=ema is not None)
+    if found is None:
         return 0, None
-    folder = found[-1]
-    step = step_of(folder)
-    weights, moments = (read(folder / f"{name}.safetensors", load_tensors)[0] for name in ("model", "optimizer"))
-    carried = folder / "state.safetensors"
-    state = read(carried, load_state) if carried.is_file() else None
-    averaged = read(folder / AVERAGED, load_tensors)[0] if ema else {}
+    step, weights, moments, averaged, state = found
     with torch.no_grad():
         for name, p in saved(model):
             # in place: the optimiser holds these very tensors
@@ -179,5 +216,5 @@ def restore(
                 kept = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
                 optimizer.state[p] = {key: part_like(name, x, p, here) for key, x in kept.items()}
     if here.main:
-        publish(run, folder)  # a process killed after saving may not have come to it
+        publish(run, folder_of(run, step))  # a process killed after saving may not have come to it
     return step, part_of_state(state, here)

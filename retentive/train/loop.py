@@ -102,7 +102,8 @@ def train(
     optimizer, ema = optimizer_of(model, config), EMA(model, config.ema) if config.ema else None
     with here.on_first(directory.locked):
         with here.together():
-            done, carried = checkpoints.restore(run, model, optimizer, ema, here) if resume else (0, None)
+            tell = partial(say, quiet=hooks.quiet)
+            done, carried = checkpoints.restore(run, model, optimizer, ema, here, tell) if resume else (0, None)
             if here.main:
                 write_json(run / "train.json", {"train": asdict(config), **directory.record})
         here.check_same(done, "process {} has found another checkpoint than process 0: do all see the same folder?")

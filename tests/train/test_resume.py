@@ -98,7 +98,9 @@ def test_the_carried_state_is_what_it_goes_on_from(run, metrics):
         run("stopped", mode="carry", at=4, act=crash)
     folder = run.folder("stopped")
     shutil.copytree(folder, folder.with_name("robbed"))
-    (folders(folder.with_name("robbed"))[-1] / "state.safetensors").unlink()
+    newest = folders(folder.with_name("robbed"))[-1]
+    (newest / "state.safetensors").unlink()
+    (newest / "training.json").write_text(json.dumps({"step": 3}))  # which knows nothing of it
     with_, without = (metrics(run(name, mode="carry", resume=True)) for name in ("stopped", "robbed"))
     assert with_[:3] == without[:3] and with_[3]["loss"] != without[3]["loss"]
 
@@ -134,6 +136,65 @@ def test_metrics_go_on_where_the_checkpoint_was(run, metrics, same_end):
     with file.open("a") as f:
         f.write('{"step": 6, "loss": 4.')
     same_end(run("stopped", **how, resume=True), whole)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def scribble(file):
+    file.write_text("[1]")
+
+
+DAMAGE = {
+    "cut": ("model.safetensors", cut),
+    "flipped": ("optimizer.safetensors", flip),
+    "gone": ("state.safetensors", Path.unlink),
+    "scribbled": ("training.json", scribble),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(damage, run, same_end, capsys, monkeypatch):
+    name, spoil = DAMAGE[damage]
+    whole = run("whole", mode="carry", save_every=2, keep=3)
+    with pytest.raises(Crash):
+        run("stopped", mode="carry", save_every=2, keep=3, at=7, act=crash)
+    before, newest = folders(run.folder("stopped"))[-2:]
+    spoil(newest / name)
+    monkeypatch.setattr("retentive.train.loop.say", lambda text, **_: print(text))
+    folder = run("stopped", mode="carry", save_every=2, keep=3, init=1, resume=True)
+    aside = newest.with_name(f"damaged-{newest.name}")
+    assert f"{newest / name} is damaged: put aside as {aside.name}, going on from step 4" in capsys.readouterr().out
+    assert before.name == "step-00000004" and aside.is_dir()
+    same_end(folder, whole)
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_touched(run, refuses):
+    with pytest.raises(Crash):
+        run("stopped", save_every=2, keep=3, at=5, act=crash)
+    found = folders(run.folder("stopped"))
+    for folder in found:
+        cut(folder / "optimizer.safetensors")
+    with refuses(f"{found[-1] / 'optimizer.safetensors'} is damaged: there is no other whole checkpoint"):
+        run("stopped", save_every=2, keep=3, resume=True)
+    assert folders(run.folder("stopped")) == found
+
+
+def test_a_checkpoint_without_sums_is_read(run, same_end):
+    """As they were before 28 November 2026."""
+    whole = run("whole")
+    with pytest.raises(Crash):
+        run("stopped", at=5, act=crash)
+    for folder in folders(run.folder("stopped")):
+        (folder / "training.json").write_text(json.dumps({"step": int(folder.name[5:])}))
+    same_end(run("stopped", init=1, resume=True), whole)
 
 
 @pytest.mark.parametrize("keep", [1, 3], ids=lambda n: f"keep{n}")
