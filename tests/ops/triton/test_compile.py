@@ -57,7 +57,7 @@ def reports(once, tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # the first of them waits until everything is compiled
+@pytest.mark.timeout(1800)  # the first of them waits until everything is compiled
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm{}-{}".format(*row))
 def test_the_tiles_fit(row, reports):
     arch, kind = row
