@@ -27,7 +27,7 @@ from retentive.train import Hooks, TrainConfig, language_modelling, loop, train
 from retentive.train.directory import RunDirectory
 from retentive.train.processes import ALONE, Elsewhere, Processes
 
-WAIT = timedelta(seconds=90)
+WAIT = timedelta(seconds=180)
 """A process that waits longer for another fails, and the test with it."""
 QUIET = Hooks(quiet=True)
 SMALL = {"dim": 32, "layers": 2, "heads": 4}
@@ -55,6 +55,8 @@ class Job:
     checkpoint_activations: bool = False
     kv_heads: int = 4
     precision: Any = "fp32"
+    optimizer: Any = "adamw"
+    ema: float = 0.0
 
 
 class Crash(Exception):
@@ -81,7 +83,8 @@ def run(job: Job, out: Path, here: Processes = ALONE) -> None:
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
     batches = Crashing(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop)
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
-    same = {name: getattr(job, name) for name in ("steps", "save_every", "checkpoint_activations", "precision")}
+    names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema")
+    same = {name: getattr(job, name) for name in names}
     config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same)
     with suppress(Crash):
         train(model.double() if job.wide else model, batches, language_modelling, config, directory, QUIET, here)
@@ -92,7 +95,7 @@ def bytes_held(optimizer: torch.optim.Optimizer) -> int:
     total = 0
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         for x in (p, p.grad, *optimizer.state[p].values()):
-            total += (x.to_local() if isinstance(x, DTensor) else x).nbytes
+            total += (x.to_local() if isinstance(x, DTensor) else x).nbytes if isinstance(x, torch.Tensor) else 0
     return total
 
 

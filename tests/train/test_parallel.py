@@ -90,6 +90,8 @@ def runs(packed, tmp_path_factory) -> Path:
         Job("packed", data, mode="packed", batch=1, length=255, checkpoint_activations=True, **WIDE): ("cp2",),
         Job("fla", data, model="fla", kv_heads=2, **WIDE): ("tp2", "cp2"),
         Job("bf16", data, precision="bf16", steps=4): ("fsdp2", "cp2", "tp2"),
+        Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
+        Job("ema", data, ema=0.9, **WIDE): ("fsdp2", "tp2"),
     }
     jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
     # processes that crash, one that goes on alone and crashes, two others that do, and two that end what they began
@@ -147,6 +149,15 @@ def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
     """The long row with blocks that are recomputed in the backward pass, where states are exchanged again."""
     same(runs / name.split("-")[0], runs / name, 1e-12)
     same_weights(runs / name.split("-")[0], runs / name)
+
+
+@pytest.mark.parametrize("name", ["muon-dp2", "muon-fsdp2", "muon-cp2", "ema-fsdp2", "ema-tp2"])
+def test_muons_steps_and_averages_of_weights(name, runs):
+    """Muon's matrices are whole where they are made orthogonal, in bfloat16: what rounds there rounds alike."""
+    one = runs / name.split("-")[0]
+    same(one, runs / name, 1e-12)
+    same_weights(one, runs / name)
+    assert name.startswith("muon") or (folders(runs / name)[-1] / "ema.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("retnet", 1e-6), ("carry", 1e-12)])
