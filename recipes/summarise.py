@@ -74,13 +74,26 @@ def prepare(files: list[Path], out: Path) -> None:
     """Writes the conversations of all files, and to train on the texts as well."""
     found = []
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{path} cannot be read as UTF-8 text: {error}")
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     found.append(texts_of(json.loads(line)))
-                except (ValueError, KeyError, TypeError) as error:
-                    sys.exit(f"{path}:{number}: {type(error).__name__}: {error}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+                except KeyError as error:
+                    sys.exit(f"{path}:{number}: a field is missing: {error}")
+                except TypeError:
+                    sys.exit(f"{path}:{number}: a field is no text or list, as SciTLDR and QMSum have them")
+                except ValueError as error:
+                    sys.exit(f"{path}:{number}: {error}")
+    if not found:
+        sys.exit(f"{', '.join(map(str, files))}: no texts in there")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written: {error}")
     if out.stem == "train":
         write(out.with_name("documents.jsonl"), [{"text": said} for said, _ in found])
         write(out, [conversation(said, asked) for said, asked in found])

@@ -33,18 +33,24 @@ def recipe() -> TrainRun:
 
 def prepare(languages: tuple[str, str], files: tuple[Path, Path], out: Path) -> None:
     """Writes the pairs in both directions, and those of each by themselves beside it."""
-    sides = [path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in files]
+    try:
+        sides = [path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") for path in files]
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"two files of UTF-8 text are read, and a file in a folder is written: {error}")
     if len(sides[0]) != len(sides[1]):
         sys.exit(
             f"{files[0]} has {len(sides[0])} lines and {files[1]} {len(sides[1])}: line n must be line n's translation"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [pair for pair in zip(*sides, strict=True) if all(text.strip() for text in pair)]
+    if blank := len(sides[0]) - len(pairs):
+        print(f"{blank} of {len(sides[0])} pairs are left out: one of their lines is blank", file=sys.stderr)
+    if not pairs:
+        sys.exit(f"{files[0]} and {files[1]} hold no pair of sentences")
     both = []
-    for to, (given, wanted) in ((1, sides), (0, sides[::-1])):
+    for to in (1, 0):
         asked = [
-            {"prompt": f"To {languages[to]}: {source.strip()}", "completion": target.strip()}
-            for source, target in zip(given, wanted, strict=True)
-            if source.strip() and target.strip()
+            {"prompt": f"To {languages[to]}: {pair[1 - to].strip()}", "completion": pair[to].strip()} for pair in pairs
         ]
         both.append(asked)
         if out.name != "train.jsonl":  # what is trained on is not asked

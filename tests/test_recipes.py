@@ -46,13 +46,14 @@ def turns(path: Path) -> list[list[str]]:
 
 def test_sentence_pairs_both_ways(tmp_path):
     (tmp_path / "a").write_text("one\n\ntwo\n", encoding="utf-8")
-    (tmp_path / "b").write_text("eins\nnichts\nzwei\n", encoding="utf-8")
-    assert prepared("translate.py", "English", "a", "German", "b", "pairs/train.jsonl", cwd=tmp_path) == ""
+    (tmp_path / "b").write_text("eins\nnichts\nzwei\n", encoding="utf-8-sig")
+    said = prepared("translate.py", "English", "a", "German", "b", "pairs/train.jsonl", cwd=tmp_path)
+    assert said == "1 of 3 pairs are left out: one of their lines is blank"
     both = turns(tmp_path / "pairs/train.jsonl")
     assert both == [["To German: one", "eins"], ["To English: eins", "one"],
                     ["To German: two", "zwei"], ["To English: zwei", "two"]]  # fmt: skip
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["train.jsonl"]
-    assert prepared("translate.py", "English", "a", "German", "b", "pairs/valid.jsonl", cwd=tmp_path) == ""
+    prepared("translate.py", "English", "a", "German", "b", "pairs/valid.jsonl", cwd=tmp_path)
     assert (
         turns(tmp_path / "pairs/to-german.jsonl") == both[::2]
         and turns(tmp_path / "pairs/to-english.jsonl") == both[1::2]
@@ -60,6 +61,8 @@ def test_sentence_pairs_both_ways(tmp_path):
     (tmp_path / "b").write_text("eins\n", encoding="utf-8")
     said = prepared("translate.py", "English", "a", "German", "b", "pairs/new.jsonl", cwd=tmp_path)
     assert said == "a has 3 lines and b 1: line n must be line n's translation"
+    said = prepared("translate.py", "English", "none", "German", "b", "pairs/new.jsonl", cwd=tmp_path)
+    assert said.startswith("two files of UTF-8 text are read") and "'none'" in said and "\n" not in said
     assert not (tmp_path / "pairs/new.jsonl").exists()
 
 
@@ -88,12 +91,10 @@ def test_texts_with_questions(tmp_path):
         ({"document": "x", "summary": ""}, "no answer to 'Summarise this.'"),
         ({"text": "x"}, "expected document and summary, or SciTLDR's or QMSum's fields, got text"),
         ([], "expected an object, got list"),
+        ({"meeting_transcripts": [{"speaker": "A"}]}, "a field is missing: 'content'"),
     ):
         (tmp_path / "bad.jsonl").write_text("\n" + json.dumps(bad))
-        assert (
-            prepared("summarise.py", "in.jsonl", "bad.jsonl", "out/new.jsonl", cwd=tmp_path)
-            == f"bad.jsonl:2: ValueError: {why}"
-        )
+        assert prepared("summarise.py", "in.jsonl", "bad.jsonl", "out/new.jsonl", cwd=tmp_path) == f"bad.jsonl:2: {why}"
     assert not (tmp_path / "out/new.jsonl").exists()
 
 

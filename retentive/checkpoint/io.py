@@ -264,7 +264,9 @@ def _changed(tensors: dict[str, Tensor], base: Path, folder: Path) -> dict[str, 
             f"{base} is quantised, and takes no adapter: merge it first (retentive convert), then quantise"
         )
     if weights_sha256(base) != adapter.base_sha256:
-        raise ValueError(f"{folder} is an adapter of another model than {base}: of {adapter.base} as it was then")
+        raise ValueError(
+            f"{folder} is an adapter of another model than {base}: of {adapter.base} as it was then; give that one"
+        )
     return merged(tensors, read_tensors(folder), adapter)
 
 

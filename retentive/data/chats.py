@@ -72,20 +72,26 @@ def chat_files(source: str | Path) -> dict[str, Path]:
 
 
 def chats(
-    source: str | Path, *, media: Open | None = None, on_bad_text: OnBadText = "refuse", say: Say = warnings.warn
+    source: str | Path,
+    *,
+    media: Open | None = None,
+    on_bad_text: OnBadText = "refuse",
+    advise: bool = True,
+    say: Say = warnings.warn,
 ) -> Iterator[Conversation]:
     """The conversations of a file or of all files of a folder, one at a time.
 
     Args:
         media: opens the files that parts of messages name, relative to their own file's folder; None refuses them.
         on_bad_text: what to do with lines that are no conversation, or not UTF-8.
+        advise: whether errors name the option of `retentive data` for it.
         say: called with a line on what was skipped.
 
     Raises:
         OSError, ValueError: as `chat_files`, by the call; a file that is damaged or, unless it is skipped, an object
             that is no conversation, by the iterator.
     """
-    check, files = TextCheck(on_bad_text), chat_files(source)
+    check, files = TextCheck(on_bad_text, advise=advise), chat_files(source)
 
     def found() -> Iterator[Conversation]:
         empty = True
@@ -125,7 +131,8 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
     elif value.get("prompt") is not None and value.get("completion") is not None:
         said = [*_side(value, "prompt", "user"), *_side(value, "completion", "assistant")]
     else:
-        raise ValueError(f"expected {SCHEMAS}, got {', '.join(map(str, value)) or 'no field'}")
+        got = ", ".join(f"{name} (null)" if x is None else str(name) for name, x in value.items())
+        raise ValueError(f"expected {SCHEMAS}, got {got or 'no field'}")
     messages = [_message(number, *each, media) for number, each in enumerate(said, 1)]
     _check_turns([m["role"] for m in messages])
     return messages if messages[-1]["role"] == "assistant" else messages[:-1]
@@ -171,8 +178,13 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
         if media is None:
             raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
         return media(kind, part[kind])
+    if kind == "text":
+        got = "null" if part.get("text") is None else f"a value of type {type(part['text']).__name__}"
+        raise ValueError(f"message {number}: its content must be text, got {got}")
     if isinstance(part, dict) and "type" in part:
-        raise ValueError(f"message {number}: its content is no text, nor the file of an image or audio ({kind!r})")
+        raise ValueError(
+            f"message {number}: expected text, or the file of an image or audio, got a part of type {kind!r}"
+        )
     raise ValueError(f"message {number}: its content is no text")
 
 

@@ -186,7 +186,8 @@ def _json_lines(path: Path, file: BinaryIO, check: TextCheck) -> Iterator[tuple[
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}): expected one object a line") from None
+            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{path}:{number} is not JSON ({what}): expected one object a line") from None
 
 
 def _json_objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:

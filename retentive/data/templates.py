@@ -45,6 +45,8 @@ ANSWER = "\ue000\ue001"
 """Stands for an answer while the text around it is looked for; no message holds it (see `_shielded`)."""
 QUESTION = "\ue002"
 """Stands for a question there."""
+PROBE = "Is 1 < 2, Åse? naïve…"
+"""An answer in which a change of its letters would show."""
 SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
 
 Message = Mapping[str, Any]
@@ -171,16 +173,28 @@ class ChatTemplate:
         """What stands between the end of a question, from where the model writes, and the answer's first character."""
         question = [{"role": "user", "content": "."}]
         asked = self._render(question)
-        before = self._render([*question, {"role": "assistant", "content": ANSWER}]).split(ANSWER)[0]
+        shown = self._render([*question, {"role": "assistant", "content": ANSWER}])
+        if PROBE not in self._render([*question, {"role": "assistant", "content": PROBE}]):
+            raise ValueError("the chat template changes the letters of an answer: it cannot be taught")
+        before = shown.split(ANSWER)[0]
         if not before.startswith(asked):
             raise ValueError("the chat template asks for an answer otherwise than it shows one: it cannot be taught")
-        return before[len(asked) :]
+        lead = before[len(asked) :]
+        if lead.strip() and asked == self._render(question, ask=False):
+            raise ValueError(
+                f"the chat template shows {lead.strip()!r} before an answer and does not ask for one with it: "
+                "put that under {% if add_generation_prompt %} at the end"
+            )
+        return lead
 
     def _end_of_answer(self, after: str) -> int:
         """How many characters of what is rendered after an answer belong to its end."""
         space = len(after) - len(after.lstrip())
         if not (found := self._special.match(after, space)):
-            raise ValueError("the chat template ends answers with no special token: it cannot be taught")
+            known = ", ".join(sorted(self.special)[:8])
+            raise ValueError(
+                f"the chat template ends answers with no special token: it cannot be taught (the tokenizer has {known})"
+            )
         return found.end()
 
     def _split(self, rendered: str, answered: bool) -> list[tuple[str | int, bool]]:
@@ -207,11 +221,11 @@ class ChatTemplate:
             return frozenset({*ends, self.special[found[0]]}), ()
         return frozenset(ends), (between.rstrip(),) if between.strip() else ()
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        """The text that the template makes of the messages, up to where the answer begins."""
+    def _render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The text that the template makes of the messages, up to where the answer begins if it is asked for."""
         values = {
             "messages": list(messages),
-            "add_generation_prompt": True,
+            "add_generation_prompt": ask,
             "bos_token": self.bos,
             "eos_token": self.eos,
         }

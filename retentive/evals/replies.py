@@ -99,10 +99,15 @@ def score_replies(
     rows, records = [], []
     asked, opener = {}, _opener(model)
     for name in names:
-        file = folder / f"{name.partition(':')[2] or name}.jsonl"
+        kind, named, of = name.partition(":")
+        if named and not of:
+            raise ValueError(f"--tasks {name} names no file: {kind}:NAME takes NAME.jsonl, {kind} alone {kind}.jsonl")
+        if folder.is_file():
+            raise NotADirectoryError(f"--data {folder} is a file: give the folder that holds it")
+        file = folder / f"{of or name}.jsonl"
         if not file.is_file():
             raise FileNotFoundError(f"task {name} needs {file}: no such file")
-        asked[name] = list(islice(chats(file, media=opener), limit))
+        asked[name] = list(islice(chats(file, media=opener, advise=False), limit))
     for name, conversations in asked.items():
         progress(name, len(conversations), 0)
         done = partial(progress, name, len(conversations))

@@ -111,6 +111,7 @@ class SftRun:
         run = TrainRun(Path(), **{name: getattr(self, name) for name in names} | {"mode": mode})
         # this, as all that can be refused before anything is packed
         RunDirectory(run.out, existing=run.existing).check()
+        before = folders(self.out)
         folder = self.folder(chosen if overrides is not None else ())
         made = self.pack(folder, shown, say)
         try:
@@ -125,7 +126,7 @@ class SftRun:
             chosen |= {"init"} | ({"steps"} if "epochs" in chosen else set())
             return run.run(overrides=chosen, quiet=quiet)
         except Exception:
-            if made and not folders(self.out):  # nothing is trained on it
+            if made and folders(self.out) == before:  # nothing is trained on it
                 shutil.rmtree(folder)
             raise
 

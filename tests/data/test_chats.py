@@ -62,8 +62,13 @@ BAD = {
     "twice": ({"messages": [SAID[0], *SAID]}, "message 2 is by the user, expected the assistant"),
     "system twice": ({"messages": [turn("system", "a"), turn("system", "b")]}, "message 2 is by the system, expected"),
     "empty answer": ({"prompt": "Hi", "completion": " "}, "message 2, by assistant, is empty"),
-    "a picture": ({"messages": [turn("user", [{"type": "image"}])]}, "message 1: its content is no text"),
-    "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content is no text"),
+    "a picture": (
+        {"messages": [turn("user", [{"type": "image"}])]},
+        "the file of an image or audio, got a part of type",
+    ),
+    "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content must be text, got a value of type int"),
+    "null content": ({"messages": [turn("user", None), *SAID[1:]]}, "message 1: its content must be text, got null"),
+    "null": ({"prompt": "Hi", "completion": None}, "or prompt and completion, got prompt, completion (null)"),
     "half a pair": ({"prompt": "a \ud83d", "completion": "b"}, "message 1, by user, holds half of a surrogate pair"),
     "no answer": ({"messages": SAID[:1]}, "nobody answers in it"),
     "no messages": ({"messages": []}, "nobody answers in it"),
@@ -132,12 +137,16 @@ def test_what_is_taught_is_what_a_session_reads(source, system):
 
 UNFIT = {
     BUILT_IN: "ends answers with no special token",
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}": (
+        "shows 'assistant:' before an answer and does not ask for one with it"
+    ),
+    "{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}": "changes the letters of an answer",
     IM.replace("m.content", "(m.content if loop.last else '')"): "does not show each answer once",
     IM.replace("'assistant\n'", "'assistant: '").replace("assistant\n' }}{% endif", "model\n' }}{% endif"): "asks for",
 }
 
 
-@pytest.mark.parametrize("source", UNFIT, ids=["no-end", "hides", "asks-otherwise"])
+@pytest.mark.parametrize("source", UNFIT, ids=["no-end", "does-not-ask", "changes", "hides", "asks-otherwise"])
 def test_a_template_that_cannot_be_taught(source, refuses):
     made = ChatTemplate(source, ByteTokenizer(), NAMES, own=True)
     with refuses(UNFIT[source]):
