@@ -54,6 +54,8 @@ class Choice:
     max_tokens: int
     """0 asks for an echo alone: the engine still makes one token, which is thrown away."""
     logprobs: bool
+    trims: bool = False
+    """Until its first word: white space before it, as templates put it before an answer, is not given out."""
     finish: str | None = None
     first_at: float | None = None
     """When the first token came, in the event loop's time (seconds)."""
@@ -106,6 +108,9 @@ class Choice:
 
     def delta(self) -> Delta | None:
         """What has come since the last call; None if nothing, so that no empty event is sent."""
+        if self.trims:
+            self.new_text = self.new_text.lstrip()
+            self.trims = not self.new_text
         if not self.new_text and self.finish is None:
             return None
         end, ready = self.echoed + self.text.given, self.new_logprobs

@@ -222,8 +222,8 @@ class Completion:
         tokenizer = self.service.tokenizer
         for index, stream in enumerate(streams, first):
             text = Text(tokenizer, self.stop)
-            logprobs = self.top is not None
-            self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs))
+            logprobs, trims = self.top is not None, isinstance(self.request, ChatRequest)
+            self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs, trims))
 
     def _watch(self, client_leaves: Awaitable[None]) -> None:
         """From now on a client that leaves, and the end of its time, come as items of the mailbox like any other."""

@@ -1,9 +1,14 @@
 """What a choice gives out: text up to its stop, log probabilities of just that text, and the echo of its prompt."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer import Token
+from retentive.infer.text import Text
+from retentive.serve.choices import Choice
 from tests.serve.asked import CHAT_IDS, DRAWN, GREEDY, SAID, START
 
 
@@ -94,3 +99,18 @@ def test_echo_scores_the_prompt(server, prompt, max_tokens):
 def test_echo_alone_gives_the_prompt_back(server):
     reply = server.client().completions.create(model=server.service.name, prompt=["ab", "c"], echo=True, max_tokens=0)
     assert [c.text for c in reply.choices] == ["ab", "c"] and reply.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(("trims", "given"), [(True, [None, None, "a", " b"]), (False, [" ", "\n", "a", " b"])])
+def test_white_space_before_an_answer(trims, given):
+    tokenizer, stream = ByteTokenizer(), SimpleNamespace(reason="stop")
+    choice = Choice(0, SimpleNamespace(text=None), stream, tokenizer, Text(tokenizer), 9, logprobs=True, trims=trims)
+    deltas = []
+    for piece in (" ", "\n", "a", " b"):
+        for id in tokenizer.encode(piece):
+            choice.push(Token(id, -1.0), now=0.0)
+        deltas.append(choice.delta())
+    assert [delta and delta.text for delta in deltas] == given
+    assert sum(len(delta.logprobs) for delta in deltas if delta) == 5  # each token's, at last
+    choice.push(None, now=0.0)
+    assert choice.delta().finish == "stop" and choice.delta().text == ""
