@@ -85,7 +85,7 @@ def _cpu() -> str:
         return platform.platform() + platform.processor()
 
 
-def instruction_flag() -> str:
+def instruction_flag(compiler: list[str] | None = None) -> str:
     """The compiler's flag for the instruction set that RETENTIVE_ISA forces, or else for this CPU's own.
 
     Raises:
@@ -98,7 +98,7 @@ def instruction_flag() -> str:
     missing = [flag for flag in NEEDED.get(name, "").split() if has and flag not in has]
     if missing:
         raise ValueError(f"RETENTIVE_ISA={name}: this CPU has no {', '.join(missing)}")
-    return SETS[name]
+    return ZIG.get(SETS[name], SETS[name]) if "ziglang" in (compiler or ()) else SETS[name]
 
 
 def find_compiler() -> list[str] | None:
@@ -127,10 +127,7 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
     Raises:
         NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
     """
-    flag = instruction_flag()
-    if "ziglang" in compiler:
-        flag = ZIG.get(flag, flag)
-    flags = (flag, *source.flags)  # what a source says comes later, and wins
+    flags = (instruction_flag(compiler), *source.flags)  # what a source says comes later, and wins
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
     key = short_hash(repr((texts, compiler, flags, _cpu())).encode())
     for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):

@@ -35,7 +35,7 @@ from retentive.export.browser import write_page
 from retentive.export.folder import FILES, to_executorch, to_onnx
 from retentive.models import build
 from retentive.native.library import FOLDER, OPS
-from retentive.ops.compiler import FLAGS, LINK, find_compiler, instruction_flag
+from retentive.ops.compiler import FLAGS, LINK, NotBuilt, find_compiler, instruction_flag
 from retentive.ops.compiler import run as run_compiler
 from retentive.studies.edge_browser import find_browser
 from retentive.studies.edge_form import PROMPT
@@ -146,10 +146,18 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 def missing(form: Form) -> str | None:
     """What a form needs and is not here."""
-    if form.kind == "c" and find_compiler() is None:
+    if form.kind == "c" and not compiler():
         return "a C compiler"
     absent = [package for package in form.needs if not find_spec(package)]
     return absent[0] if absent else "Chromium" if form.kind == "browser" and not find_browser() else None
+
+
+def compiler() -> list[str]:
+    """That of C, and what it is always given; empty where there is none."""
+    try:
+        return find_compiler() or []
+    except NotBuilt:  # CC names none
+        return []
 
 
 def made(form: Form, options: Options, folder: Path) -> Path:
@@ -178,8 +186,10 @@ def made(form: Form, options: Options, folder: Path) -> Path:
         return place / "model" / "model.safetensors"
     save_model(place, model, ByteTokenizer())
     if form.kind == "c":
-        compiler = find_compiler() or []
-        run_compiler(compiler, [instruction_flag(), *PROGRAM, "-o", str(place / "edge_form"), *LINK])
+        try:
+            run_compiler(compiler(), [instruction_flag(compiler()), *PROGRAM, "-o", str(place / "edge_form"), *LINK])
+        except NotBuilt as error:
+            raise ChildProcessError(f"{form.label} failed: {error}") from None
     return place / "model.safetensors"
 
 

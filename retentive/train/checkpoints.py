@@ -116,7 +116,11 @@ def folders(run: Path) -> list[Path]:
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not as it was written: which file, in one line."""
+    """A checkpoint of which `file` is not as it was written."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is damaged")
+        self.file = file
 
 
 class Contents(NamedTuple):
@@ -130,7 +134,7 @@ class Contents(NamedTuple):
 
 
 def read(folder: Path, *, averages: bool = False) -> Contents:
-    """A whole checkpoint, held against the sums in its training.json (which those from before 28 November 2026 lack).
+    """A whole checkpoint, held against the sums in its training.json (which older ones lack).
 
     Raises:
         Damaged: a file of it is cut short, changed, or gone.
@@ -140,11 +144,11 @@ def read(folder: Path, *, averages: bool = False) -> Contents:
         about = json.loads(file.read_text(encoding="utf-8"))
         step, sums = about["step"], about.get("crc32", {})
         if type(step) is not int or folder.name != f"step-{step:08d}":
-            raise Damaged(str(file))
+            raise Damaged(file)
         for name, wanted in sums.items():
             file = folder / name
             if file_crc32(file) != wanted:
-                raise Damaged(str(file))
+                raise Damaged(file)
 
         def tensors(name: str) -> dict[str, Tensor]:
             nonlocal file
@@ -156,7 +160,7 @@ def read(folder: Path, *, averages: bool = False) -> Contents:
         file = folder / "state.safetensors"
         return Contents(step, weights, moments, averaged, load_state(file) if file.is_file() else None)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
-        raise Damaged(str(file)) from None
+        raise Damaged(file) from None
 
 
 def newest_whole(run: Path, here: Processes, tell: Callable[[str], None], *, averages: bool) -> Contents | None:
@@ -165,14 +169,14 @@ def newest_whole(run: Path, here: Processes, tell: Callable[[str], None], *, ave
     Raises:
         ValueError: all of them are damaged.
     """
-    bad = list[Damaged]()
+    bad = list[Path]()
     for folder in reversed(folders(run)):
         try:
             found = read(folder, averages=averages)
         except Damaged as error:
-            bad.append(error)
+            bad.append(error.file)
             continue
-        for file in (Path(str(error)) for error in bad if here.main):
+        for file in bad if here.main else ():
             aside = file.parent.with_name(f"damaged-{file.parent.name}")
             shutil.rmtree(aside, ignore_errors=True)
             file.parent.rename(aside)

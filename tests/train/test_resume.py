@@ -188,7 +188,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_touched(run, refuses):
 
 
 def test_a_checkpoint_without_sums_is_read(run, same_end):
-    """As they were before 28 November 2026."""
+    """As older versions wrote them."""
     whole = run("whole")
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)

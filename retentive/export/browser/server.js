@@ -47,7 +47,8 @@ async function load() {
   if (!canRun()) throw new Error("This browser runs no WebAssembly with SIMD: it needs one from 2023 or later.");
   const description = JSON.parse(new TextDecoder().decode(await fetched("model.json", undefined, () => {})));
   const engine = choose();
-  const sizes = Object.entries(description.files).filter(([name]) => !name.endsWith(".wasm") || name === engine.name), all = sizes.reduce((sum, [, size]) => sum + size, 0), had = {};
+  const sizes = Object.entries(description.files).filter(([name]) => !name.endsWith(".wasm") || name === engine.name);
+  const all = sizes.reduce((sum, [, size]) => sum + size, 0), had = {};
   const contents = await Promise.all(sizes.map(([name, size]) => fetched(name, size, (bytes) => {
     had[name] = bytes;
     progress(Object.values(had).reduce((a, b) => a + b) / all);
