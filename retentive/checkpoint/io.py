@@ -4,6 +4,7 @@ Weights are only ever read from safetensors. What is written appears whole or no
 """
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,7 +33,10 @@ from retentive.models import (
 from retentive.models.encoders import CONFIGS, configs_of, with_encoders
 from retentive.models.encoders import Config as EncoderConfig
 
+log = logging.getLogger(__name__)
 FORMAT = "retentive-model-1"
+UNTRAINED = ".untrained"
+"""The file of a run's folder that says that nothing has been trained yet: its weights are the initial ones."""
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,7 +53,8 @@ def load(
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """(model in eval mode, tokenizer or None), from a folder in our layout, torchscale's or fla's, or from the hub.
 
-    The folder of an adapter is that of the model which it changes, with the change merged into it.
+    The folder of an adapter is that of the model which it changes, with the change merged into it. Of a run that has
+    not come to its first checkpoint the initial weights are loaded, with a warning in the log.
 
     Args:
         path: a run directory or model folder; or `hf:owner/name`, a Hugging Face repository, which is downloaded.
@@ -67,6 +72,10 @@ def load(
     if not isinstance(dtype, torch.dtype | None):
         raise TypeError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
     folder = find(path)
+    if (folder / UNTRAINED).is_file():
+        log.warning(
+            "%s has trained nothing yet: its weights are the initial ones (--resume goes on with a run)", folder
+        )
     device = pick_device(device) if isinstance(device, str) else device
     if adapter is None and (change := load_adapter(folder)):
         model, tokenizer = load(_base_of(change, folder), device=device, dtype=dtype, adapter=folder)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from retentive.checkpoint.adapter import adapter_of
+from retentive.checkpoint.io import UNTRAINED
 from retentive.files import file_crc32, load_tensors, replace_folder, save_tensors, write_json
 from retentive.models.state import State, load_state
 from retentive.train.ema import EMA
 from retentive.train.parallel import local, part_like, part_of_state, whole, whole_state
 from retentive.train.processes import ALONE, Processes
 
-UNTRAINED = ".untrained"
 AVERAGED = "ema.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What optimisers keep of a parameter: AdamW the first three (fused, its step is a tensor there too), Muon the last."""

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from retentive.checkpoint.io import UNTRAINED
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import make_folder
-from retentive.train.checkpoints import UNTRAINED, folders
+from retentive.train.checkpoints import folders
 
 Existing = Literal["refuse", "resume", "overwrite"]
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")

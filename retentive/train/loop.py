@@ -16,7 +16,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint.io import UNTRAINED, save_model
 from retentive.evals.heldout import HeldOut
 from retentive.files import write_json
 from retentive.machine import gemm_rate, peak_memory, pick_device
@@ -232,7 +232,7 @@ def save_first(model: LanguageModel, directory: RunDirectory, here: Processes) -
     whole = whole_model(model, here)
     with here.together():
         if whole is not None:
-            (directory.path / checkpoints.UNTRAINED).touch()
+            (directory.path / UNTRAINED).touch()
             save_model(directory.path, whole, directory.tokenizer, template=directory.template)
 
 

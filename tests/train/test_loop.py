@@ -192,7 +192,7 @@ def test_held_out_text_that_is_read_whole_is_not_read_again(run, metrics):
     assert asked == [50] and lines[-1]["final_bits_per_byte"] == 3.0
 
 
-def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run):
+def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run, caplog):
     seen = {}
 
     def look(model):
@@ -203,10 +203,12 @@ def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run):
     seen["folder"] = run("a", steps=1).with_name("b")
     folder = run("b", steps=2, lr=0.25, at=0, act=look)
     assert seen["same"] and seen["eos"] == EOS
+    assert caplog.messages == [f"{folder} has trained nothing yet: its weights are the initial ones "
+                               "(--resume goes on with it)"]  # fmt: skip
     options = json.loads((folder / "train.json").read_text(encoding="utf-8"))["train"]
     assert (options["lr"], options["steps"], options["precision"]) == (0.25, 2, "fp32")
     model, _ = retentive.load(folder)
-    assert model.config == TINY
+    assert model.config == TINY and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(("speed", "want"), [(1.2, "fp32"), (1.4, "bf16")], ids=["hardly-faster", "faster"])
