@@ -73,9 +73,7 @@ def load(
         raise TypeError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
     folder = find(path)
     if (folder / UNTRAINED).is_file():
-        log.warning(
-            "%s has trained nothing yet: its weights are the initial ones (--resume goes on with a run)", folder
-        )
+        log.warning("%s has trained nothing yet: its weights are the initial ones (--resume goes on with it)", folder)
     device = pick_device(device) if isinstance(device, str) else device
     if adapter is None and (change := load_adapter(folder)):
         model, tokenizer = load(_base_of(change, folder), device=device, dtype=dtype, adapter=folder)
