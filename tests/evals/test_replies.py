@@ -154,6 +154,7 @@ def test_the_command(place, capsys):
 
 def test_what_cannot_be_asked(place, refuses, monkeypatch):
     model, template = build(TINY), ChatTemplate(TURNS, ByteTokenizer(), {}, own=True)
+    monkeypatch.setattr(replies, "find_spec", lambda name: name)  # the scorers are extras
     with refuses("task summarisation needs summarisation.jsonl: no such file", FileNotFoundError):
         score_replies(model, template, ["summarisation"], place.relative_to(place))
     (place / "answers.jsonl").write_text('{"prompt": "a", "completion": " "}\n')

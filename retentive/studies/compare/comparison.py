@@ -139,13 +139,13 @@ class Comparison:
             raise FileExistsError(f"{self.out} holds other things ({found[0].name}): choose a new or an empty folder")
         pick_device(self.train.device)
         peers = [v for v in self.names if self.table[v].model in KINDS]
+        for peer in peers:
+            if (self.table[peer].optimizer or self.train.optimizer) == "muon":
+                raise ValueError(f"{peer}: muon is for whole matrices, and a peer packs its own: leave it out")
         if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
             raise ModuleNotFoundError(
                 f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
             )
-        for peer in peers:
-            if (self.table[peer].optimizer or self.train.optimizer) == "muon":
-                raise ValueError(f"{peer}: muon is for whole matrices, and a peer packs its own: leave it out")
         packed = Packed(self.data)
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
