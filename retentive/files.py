@@ -42,14 +42,14 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, write in files.items():
-            with _naming(path):
+            with naming(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial[path].unlink(missing_ok=True)
                 write(partial[path])
-                _flush_to_disk(partial[path])
+                flush_to_disk(partial[path])
         # All that can fail for want of space has been done by now: no file is renamed before the last one is written.
         for path in files:
-            with _naming(path):
+            with naming(path):
                 partial[path].replace(path)
     finally:
         for path in files:
@@ -59,7 +59,7 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 def check_place(path: Path) -> None:
     """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes nothing."""
-    with _naming(path):
+    with naming(path):
         if path.exists() and not path.is_file():  # a rename would replace even a device
             what = "a folder" if path.is_dir() else "no regular file"
             raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
@@ -90,12 +90,12 @@ def make_folder(path: Path) -> None:
     Raises:
         OSError: it cannot be made, or there is a file.
     """
-    with _naming(path):
+    with naming(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors of the system name `path`, as its user did, and not a file beside it; others stay as they are."""
     try:
         yield
@@ -184,7 +184,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     Raises:
         OSError: the disk is full or not writable; what was at `path` is there again.
     """
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = partial.with_suffix(".old")
@@ -193,7 +193,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
         result = write(partial)
         for file in partial.rglob("*"):
             if file.is_file():
-                _flush_to_disk(file)
+                flush_to_disk(file)
         # A folder cannot be renamed over one that holds files. Killed between the two renames, a process leaves
         # `old`, which the next `only_writer` puts back.
         if path.exists():
@@ -229,7 +229,7 @@ def file_crc32(path: Path) -> int:
     return found
 
 
-def _flush_to_disk(file: Path) -> None:
+def flush_to_disk(file: Path) -> None:
     """Else a power cut may leave an empty file under the new name: a rename can reach the disk before the data."""
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())

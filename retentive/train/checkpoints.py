@@ -12,76 +12,157 @@ The state of the random numbers is not kept: the loop seeds them anew at every s
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from retentive.checkpoint.adapter import adapter_of
 from retentive.checkpoint.io import UNTRAINED
-from retentive.files import file_crc32, load_tensors, replace_folder, save_tensors, write_json
+from retentive.files import file_crc32, naming, write_json
 from retentive.models.state import State, load_state
+from retentive.train import shards
 from retentive.train.ema import EMA
-from retentive.train.parallel import local, part_like, part_of_state, whole, whole_state
+from retentive.train.parallel import divided_as, local, part_of_state, shard_of, whole_state
 from retentive.train.processes import ALONE, Processes
+from retentive.train.shards import Shard
 
 AVERAGED = "ema.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What optimisers keep of a parameter: AdamW the first three (fused, its step is a tensor there too), Muon the last."""
 
 
-def save(
-    run: Path,
+class Contents(NamedTuple):
+    """What this process writes of a checkpoint."""
+
+    step: int
+    files: dict[str, tuple[dict[str, Shard], dict[str, str]]]
+    """(tensors, metadata) by the names of the files."""
+    state: State | None
+    """Of all processes."""
+
+    def copied(self) -> "Contents":
+        """The same in other memory, so that training can go on in its own."""
+        files = {file: ({n: x.copied() for n, x in part.items()}, about) for file, (part, about) in self.files.items()}
+        return Contents(self.step, files, self.state and self.state.clone())
+
+
+def contents(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMA | None = None,
     *,
     step: int,
     state: State | None,
-    keep: int,
     here: Processes = ALONE,
-) -> Path:
-    """The folder of the checkpoint of `step` finished steps, once written; its weights are the run's from then on.
+) -> Contents:
+    """The checkpoint of `step` finished steps; all processes must call this.
 
     Args:
         state: what the next batch goes on from (mode "carry"), or None.
+    """
+    weights, moments = dict[str, Shard](), dict[str, Shard]()
+    for name, p in saved(model):
+        weights[name] = shard_of(name, p, here)
+        moments |= {f"{key}.{name}": shard_of(name, x, here) for key, x in optimizer.state.get(p, {}).items()}
+    files = {"model.safetensors": (weights, dict[str, str]()), "optimizer.safetensors": (moments, dict[str, str]())}
+    if ema:
+        averages = {name: shard_of(name, mean, here) for name, mean in ema.mean.items()}
+        files[AVERAGED] = (weights | averages, {"weights": f"averages, decay {ema.decay}"})
+    return Contents(step, files, whole_state(state, here))
+
+
+def write(run: Path, found: Contents, keep: int, here: Processes = ALONE) -> Path:
+    """The folder of a checkpoint, once written; its weights are the run's from then on.
+
+    All processes must call this. Each writes its part of every file, so that any other number of them can go on.
+
+    Args:
         keep: checkpoints that remain, the newest; older ones are deleted.
-        here: the processes that train together. All call this, the first one writes: what is divided between them is
-            put together, so that any other number of them can go on from it.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
     """
-    named, moments = dict[str, Tensor](), dict[str, Tensor]()
-    for name, p in saved(model):
-        for key, value in {"": p, **optimizer.state.get(p, {})}.items():
-            x = whole(name, value, here)  # one at a time: only the first process keeps it
+    folder = folder_of(run, found.step)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with here.together(), naming(folder):
             if here.main:
-                (moments if key else named)[f"{key}.{name}" if key else name] = x.cpu() if here.divided else x
-    averaged = {name: whole(name, mean, here).cpu() for name, mean in (ema.mean if ema else {}).items()}
-    state = whole_state(state, here)
-
-    def write(folder: Path) -> None:
-        save_tensors(folder / "model.safetensors", named)
-        if ema:
-            save_tensors(folder / AVERAGED, named | averaged, {"weights": f"averages, decay {ema.decay}"})
-        save_tensors(folder / "optimizer.safetensors", moments)
-        if state is not None:
-            state.save(folder / "state.safetensors")
-        sums = {file.name: file_crc32(file) for file in sorted(folder.iterdir())}
-        write_json(folder / "training.json", {"step": step, "crc32": sums})
-
-    folder = folder_of(run, step)
-    with here.together():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                for name, (part, about) in found.files.items():
+                    shards.begin(partial / name, part, about)
+        with here.together(), naming(folder):
+            for name, (part, about) in found.files.items():
+                shards.write(partial / name, part, about)
+        with here.together(), naming(folder):
+            if here.main:
+                if found.state is not None:
+                    found.state.save(partial / "state.safetensors")
+                sums = {file.name: file_crc32(file) for file in sorted(partial.iterdir())}
+                write_json(partial / "training.json", {"step": found.step, "crc32": sums})
+                shutil.rmtree(folder, ignore_errors=True)  # what somebody took training.json from
+                partial.replace(folder)
+                publish(run, folder)
+                # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
+                for old in folders(run)[:-keep]:
+                    shutil.rmtree(old)
+    finally:
         if here.main:
-            replace_folder(folder, write)
-            publish(run, folder)
-            # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
-            for old in folders(run)[:-keep]:
-                shutil.rmtree(old)
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+class Writer:
+    """Writes the checkpoints of a run, one after the other.
+
+    Args:
+        background: while training goes on, from a copy in the memory of the CPU. What fails then is raised where the
+            next one is to be written, or at the end.
+    """
+
+    def __init__(self, run: Path, keep: int, here: Processes = ALONE, *, background: bool = False):
+        self.run, self.keep, self.here = run, keep, here
+        # what is exchanged beside training needs a group of its own: in one, all must do the same in the same order
+        self.beside = here.beside() if background else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, found: Contents) -> None:
+        """Writes a checkpoint, as `write`; in the background, once the one before is written."""
+        self.wait()
+        if self.beside is None:
+            write(self.run, found, self.keep, self.here)
+            return
+        self._thread = threading.Thread(target=self._write, args=(found.copied(), self.beside), daemon=True)
+        self._thread.start()
+
+    def _write(self, found: Contents, here: Processes) -> None:
+        try:
+            write(self.run, found, self.keep, here)
+        except BaseException as error:  # raised by `wait`, in the thread that trains
+            self._error = error
+
+    def wait(self) -> None:
+        """Returns once nothing is being written; raises what has failed meanwhile."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # of a user who does not wait any longer
+            self.wait()
 
 
 def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -123,18 +204,8 @@ class Damaged(ValueError):
         self.file = file
 
 
-class Contents(NamedTuple):
-    """What a checkpoint holds, as it was written: of all processes."""
-
-    step: int
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    averages: dict[str, Tensor]
-    state: State | None
-
-
-def read(folder: Path, *, averages: bool = False) -> Contents:
-    """A whole checkpoint, held against the sums in its training.json (which older ones lack).
+def check(folder: Path) -> int:
+    """The finished steps of a whole checkpoint, held against the sums in its training.json (which older ones lack).
 
     Raises:
         Damaged: a file of it is cut short, changed, or gone.
@@ -145,80 +216,75 @@ def read(folder: Path, *, averages: bool = False) -> Contents:
         step, sums = about["step"], about.get("crc32", {})
         if type(step) is not int or folder.name != f"step-{step:08d}":
             raise Damaged(file)
-        for name, wanted in sums.items():
+        for name in {"model.safetensors", "optimizer.safetensors", *sums} | {
+            f.name for f in folder.glob("*.safetensors")
+        }:
             file = folder / name
-            if file_crc32(file) != wanted:
+            if name in sums and file_crc32(file) != sums[name]:
                 raise Damaged(file)
-
-        def tensors(name: str) -> dict[str, Tensor]:
-            nonlocal file
-            file = folder / name
-            return load_tensors(file)[0]
-
-        weights, moments = tensors("model.safetensors"), tensors("optimizer.safetensors")
-        averaged = tensors(AVERAGED) if averages else {}
-        file = folder / "state.safetensors"
-        return Contents(step, weights, moments, averaged, load_state(file) if file.is_file() else None)
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            with safe_open(file, framework="pt"):  # raises where it is shorter than its header says
+                pass
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError):
         raise Damaged(file) from None
+    return step
 
 
-def newest_whole(run: Path, here: Processes, tell: Callable[[str], None], *, averages: bool) -> Contents | None:
-    """The newest checkpoint that is whole; None where there is none at all. Damaged ones are put aside, and told of.
-
-    Raises:
-        ValueError: all of them are damaged.
-    """
-    bad = list[Path]()
-    for folder in reversed(folders(run)):
-        try:
-            found = read(folder, averages=averages)
-        except Damaged as error:
-            bad.append(error.file)
-            continue
-        for file in bad if here.main else ():
-            aside = file.parent.with_name(f"damaged-{file.parent.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            file.parent.rename(aside)
-            tell(f"{file} is damaged: put aside as {aside.name}, going on from step {found.step}")
-        return found
-    if bad:
-        remedy = f"--overwrite begins anew, --init {run} --out NEW trains on from the model"
-        raise ValueError(f"{bad[0]} is damaged: there is no other whole checkpoint: {remedy}")
-    return None
-
-
-def restore(
-    run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    here: Processes,
-    tell: Callable[[str], None],
-) -> tuple[int, State | None]:
-    """(finished steps, carried state) of the newest whole checkpoint, which is loaded into the model and the optimiser.
-
-    And the averages into `ema`. Without a checkpoint, (0, None). Each process reads its part of it, however many have
-    written it. What `tell` is given is for the user: a damaged checkpoint is put aside.
+def newest_whole(run: Path, tell: Callable[[str], None]) -> int:
+    """The steps of the newest checkpoint that is whole; 0 where there is none. Damaged ones are put aside, and told of.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    for rest in (run / "checkpoints").glob(".step-*") if here.main else ():  # of a save that was killed
+    for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
         shutil.rmtree(rest)
-    found = newest_whole(run, here, tell, averages=ema is not None)
-    if found is None:
-        return 0, None
-    step, weights, moments, averaged, state = found
-    with torch.no_grad():
-        for name, p in saved(model):
-            # in place: the optimiser holds these very tensors
-            local(p, here).copy_(local(part_like(name, weights[name], p, here), here))
-            if ema and name in ema.mean:
-                local(ema.mean[name], here).copy_(local(part_like(name, averaged[name], p, here), here))
-            if p.requires_grad:
-                kept = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
-                optimizer.state[p] = {key: part_like(name, x, p, here) for key, x in kept.items()}
-    if here.main:
-        publish(run, folder_of(run, step))  # a process killed after saving may not have come to it
-    return step, part_of_state(state, here)
+    bad = list[Path]()
+    for folder in reversed(folders(run)):
+        try:
+            step = check(folder)
+        except Damaged as error:
+            bad.append(error.file)
+            continue
+        for file in bad:
+            aside = file.parent.with_name(f"damaged-{file.parent.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            file.parent.rename(aside)
+            tell(f"{file} is damaged: put aside as {aside.name}, going on from step {step}")
+        publish(run, folder)  # a process killed after saving may not have come to it
+        return step
+    if bad:
+        remedy = f"--overwrite begins anew, --init {run} --out NEW trains on from the model"
+        raise ValueError(f"{bad[0]} is damaged: there is no other whole checkpoint: {remedy}")
+    return 0
+
+
+def restore(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, here: Processes
+) -> State | None:
+    """Loads the checkpoint of `step` finished steps into the model, the optimiser and `ema`; what it carries on.
+
+    Each process reads its part of it, however many have written it.
+
+    Raises:
+        FileNotFoundError: this process does not find it.
+    """
+    folder = folder_of(run, step)
+    with ExitStack() as opened:
+
+        def file(name: str) -> Any:
+            return opened.enter_context(safe_open(folder / name, framework="pt"))
+
+        weights, moments = file("model.safetensors"), file("optimizer.safetensors")
+        averages, names = file(AVERAGED) if ema else None, set(moments.keys())
+        with torch.no_grad():
+            for name, p in saved(model):
+                like = shard_of(name, p, here)
+                # in place: the optimiser holds these very tensors
+                like.own.copy_(shards.read(weights, name, like))
+                if ema and name in ema.mean:
+                    local(ema.mean[name], here).copy_(shards.read(averages, name, like))
+                if p.requires_grad:
+                    kept = {key: f"{key}.{name}" for key in MOMENTS if f"{key}.{name}" in names}
+                    found = {key: shards.read(moments, its, like) for key, its in kept.items()}
+                    optimizer.state[p] = {key: divided_as(p, x, here) for key, x in found.items()}
+    carried = folder / "state.safetensors"
+    return part_of_state(load_state(carried), here) if carried.is_file() else None

@@ -81,7 +81,7 @@ def train(
         BlockingIOError: another process is training there.
         FloatingPointError: the loss or the gradient is not finite, at the first step that this happens or, by
             `skip_nonfinite`, after so many in a row; the last good checkpoint is kept.
-        Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
+        Interrupted: SIGTERM, SIGUSR1 or SIGINT, after a checkpoint was saved.
         OSError: a checkpoint could not be written; older ones remain.
     """
     directory = out if isinstance(out, RunDirectory) else RunDirectory(Path(out))
@@ -102,11 +102,14 @@ def train(
     optimizer, ema = optimizer_of(model, config), EMA(model, config.ema) if config.ema else None
     with here.on_first(directory.locked):
         with here.together():
-            tell = partial(say, quiet=hooks.quiet)
-            done, carried = checkpoints.restore(run, model, optimizer, ema, here, tell) if resume else (0, None)
+            tell, done, carried = partial(say, quiet=hooks.quiet), 0, None
             if here.main:
+                done = checkpoints.newest_whole(run, tell) if resume else 0
                 write_json(run / "train.json", {"train": asdict(config), **directory.record})
-        here.check_same(done, "process {} has found another checkpoint than process 0: do all see the same folder?")
+        done = here.first(done)
+        with here.together():
+            if done:
+                carried = checkpoints.restore(run, done, model, optimizer, ema, here)
         if done >= config.steps:
             if here.main:
                 say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
@@ -115,7 +118,9 @@ def train(
             save_first(model, directory, here)
         skips = Skips(run, done, config.skip_nonfinite)
         mfu_per_rate = utilisation(model, batches.length, config, device) / here.world
-        with Log(run, config, start=done, quiet=hooks.quiet) if here.main else Silence() as log, stop_signals() as stop:
+        writer = checkpoints.Writer(run, config.keep, here, background=config.async_save)
+        logs = Log(run, config, start=done, quiet=hooks.quiet) if here.main else Silence()
+        with logs as log, stop_signals() as stop, writer:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
             for step in range(done, config.steps):
                 began = time.perf_counter()
@@ -135,8 +140,8 @@ def train(
                 last, stopped = step + 1 == config.steps, here.largest(stop.signal)  # it may have come to one of them
                 # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
                 if last or stopped or (step + 1) % config.save_every == 0:
-                    keep = config.keep
-                    checkpoints.save(run, model, optimizer, ema, step=step + 1, state=carried, keep=keep, here=here)
+                    found = checkpoints.contents(model, optimizer, ema, step=step + 1, state=carried, here=here)
+                    writer.save(found)
                 if stopped and not last:
                     message = f"stopped at step {step + 1} of {config.steps}, saved; go on with --resume"
                     raise Interrupted(message if here.main else "", stopped)

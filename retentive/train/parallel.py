@@ -30,6 +30,7 @@ from retentive.train.context import on_piece, split_sequences
 from retentive.train.heads import split_dim, split_heads
 from retentive.train.objective import Objective
 from retentive.train.processes import Processes
+from retentive.train.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -187,23 +188,32 @@ def whole(name: str, x: Any, here: Processes) -> Tensor:
     return x if axis is None else gathered(x, here.tp_group, axis)
 
 
-def part_like(name: str, x: Tensor, p: Tensor, here: Processes) -> Tensor:
-    """The inverse of `whole`: of a tensor in one piece what this process has of it, divided as the parameter `p` is."""
+def shard_of(name: str, x: Any, here: Processes) -> Shard:
+    """What this process has of a parameter, or of what belongs to one (a mean, a moment), in the same memory."""
+    x, axis = x.detach(), split_dim(name)
     if x.ndim == 0:  # a count of steps
-        return x.to(p.device)
-    axis = split_dim(name)
-    if here.tp > 1 and axis is not None:
-        x = x.chunk(here.tp, axis)[here.tp_rank]
-    if here.shard_mesh is None:
-        return x.contiguous().to(p.device)  # a fused optimiser reads moments as they lie in memory
+        return Shard(x, (), (), here.main)
+    shape, start = list(x.shape), [0] * x.ndim
+    writes = here.share == 0 and (axis is not None or here.tp_rank == 0)
+    if here.shard_mesh is not None:
+        # FSDP2 divides along the first axis as `chunk` does; the last processes may get nothing of a small tensor
+        start[0] = min(here.shard_rank * -(-shape[0] // here.shard_group_size), shape[0])
+        writes = here.share < here.shard_group_size and (axis is not None or here.tp_rank == 0)
+    if axis is not None:
+        start[axis] += here.tp_rank * shape[axis]
+        shape[axis] *= here.tp
+    return Shard(local(x, here), tuple(shape), tuple(start), writes)
+
+
+def divided_as(p: Tensor, own: Tensor, here: Processes) -> Tensor:
+    """What belongs to a parameter (a moment), made of this process's part of it: divided as the parameter is."""
+    own = own.to(p.device)
+    if here.shard_mesh is None or own.ndim == 0:
+        return own
     from torch.distributed.tensor import DTensor  # slow to import
 
-    # FSDP2 divides along the first axis as `chunk` does; the last processes may get nothing of a small tensor
-    parts = x.chunk(here.shard_group_size, 0)
-    part = parts[here.shard_rank] if here.shard_rank < len(parts) else x[:0]
-    part = part.contiguous().to(p.device)
     assert isinstance(p, DTensor)
-    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def whole_state(state: State | None, here: Processes) -> State | None:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from copy import copy
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Processes:
         self.dp_replicate, self.dp_shard, self.cp, self.tp = sizes
         self.world = self.dp_replicate * self.dp_shard * self.cp * self.tp
         self.rank = dist.get_rank() if self.world > 1 else 0
-        self.device = device
+        self.device, self.patience = device, patience
         self.main = self.rank == 0
         self.divided = self.dp_shard * self.cp * self.tp > 1  # no process has a whole model that runs by itself
         self.dp, self.shares = self.dp_replicate * self.dp_shard, self.world // self.tp
@@ -59,6 +60,8 @@ class Processes:
         self.dp_rank, self.cp_rank, self.tp_rank = self.share // self.cp, self.share % self.cp, self.rank % self.tp
         self.shard_group_size = self.dp_shard * self.cp
         self.shard_rank = self.share % self.shard_group_size
+        self.everyone: Group = None
+        """Who agrees, and fails, together; None for torch.distributed's group of all."""
         self.share_group: Group = None
         self.dp_group: Group = None
         self.cp_group: Group = None
@@ -98,6 +101,13 @@ class Processes:
         assert replicas is not None
         names = ("replicate", "shard")
         self.shard_mesh = DeviceMesh.from_group([replicas, self.shard_group], kind, mesh=mine, mesh_dim_names=names)
+
+    def beside(self) -> "Processes":
+        """The same processes, for what another thread of each does: they agree in a group of their own."""
+        other = copy(self)
+        if self.world > 1:
+            other.everyone = dist.new_group(backend="gloo", timeout=self.patience)
+        return other
 
     def described(self, device: torch.device) -> str:
         """The device, and how many processes there are along each axis."""
@@ -139,7 +149,7 @@ class Processes:
 
     def _gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x, group=self.everyone)
         return torch.stack(parts)
 
     # how they fail

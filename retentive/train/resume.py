@@ -11,7 +11,17 @@ from retentive.train.config import TrainConfig
 if TYPE_CHECKING:
     from retentive.train.run import TrainRun
 
-FREE = {"device", "eval_every", "keep", "save_every", "sample_every", "sample_prompt", "tensorboard", "wandb"}
+FREE = {
+    "async_save",
+    "device",
+    "eval_every",
+    "keep",
+    "save_every",
+    "sample_every",
+    "sample_prompt",
+    "tensorboard",
+    "wandb",
+}
 """Options that a resumed run may change at any time: none of them alters what is computed."""
 
 

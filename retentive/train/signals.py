@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run finishes the step under way, saves, and stops.
+"""SIGTERM, SIGUSR1 and Ctrl-C: a run finishes the step under way, saves, and stops.
 
 A handler may run between any two instructions of Python, also while a checkpoint is written: so it only takes a note,
 and the loop looks at that where it can stop.
@@ -10,9 +10,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+"""Those that ask to stop; batch systems send SIGUSR1 before a job's time is over, and Windows has none."""
+
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; a checkpoint was saved."""
+    """One of them arrived; a checkpoint was saved."""
 
     def __init__(self, message: str, number: int = signal.SIGTERM):
         super().__init__(message)
@@ -29,7 +32,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
-    """Takes a note of SIGTERM and SIGINT in this block, instead of ending the process.
+    """Takes a note of these signals in this block, instead of ending the process.
 
     In another thread than the main one nothing is noted: Python lets that one alone set handlers.
 
@@ -47,7 +50,7 @@ def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
         stop.signal = stop.signal or number
 
     # Whoever had a handler gets it back: a notebook, pytest, or a program that trains in between.
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, handle) for s in SIGNALS}
     try:
         yield stop
     finally:

@@ -479,7 +479,7 @@ def test_a_full_disk_is_told_in_a_line(place, train, monkeypatch, capsys):
     def full(path, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retentive.train.checkpoints.save_tensors", full)
+    monkeypatch.setattr("retentive.train.shards.write", full)
     with pytest.raises(SystemExit) as stop:
         main(train("new"))
     lines = capsys.readouterr().err.splitlines()

@@ -5,6 +5,8 @@ JOBS is a file of JSON, for each number of processes a list of `Job`s; OUT/NAME 
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from retentive.models import build, config_of
 from retentive.train import Hooks, TrainConfig, language_modelling, loop, train
 from retentive.train.directory import RunDirectory
 from retentive.train.processes import ALONE, Elsewhere, Processes
+from retentive.train.signals import Interrupted
 
 WAIT = timedelta(seconds=180)
 """A process that waits longer for another fails, and the test with it."""
@@ -49,6 +52,8 @@ class Job:
     length: int = 64
     stop: int = -1
     """The batch before which all processes crash."""
+    sigterm: int = -1
+    """The batch before which the last process gets a SIGTERM, and it alone."""
     resume: bool = False
     steps: int = 20
     save_every: int = 1000
@@ -57,21 +62,25 @@ class Job:
     precision: Any = "fp32"
     optimizer: Any = "adamw"
     ema: float = 0.0
+    async_save: bool = False
+    compile: bool = False
 
 
 class Crash(Exception):
     """What no code of the package catches."""
 
 
-class Crashing:
-    """Batches of which one is never read."""
+class Disturbed:
+    """Batches of which one is never read, or read by a process that was told to end."""
 
-    def __init__(self, batches: Batches, at: int):
-        self.batches, self.at, self.length = batches, at, batches.length
+    def __init__(self, batches: Batches, crash: int, sigterm: int):
+        self.batches, self.crash, self.sigterm, self.length = batches, crash, sigterm, batches.length
 
     def __getitem__(self, index: int) -> Batch:
-        if index == self.at:
+        if index == self.crash:
             raise Crash
+        if index == self.sigterm:
+            os.kill(os.getpid(), signal.SIGTERM)
         return self.batches[index]
 
 
@@ -81,12 +90,13 @@ def run(job: Job, out: Path, here: Processes = ALONE) -> None:
     changes = SMALL | ({} if job.kv_heads == 4 else {"kv_heads": job.kv_heads})
     model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
-    batches = Crashing(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop)
+    sigterm = job.sigterm if here.rank == here.world - 1 else -1
+    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, sigterm)
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
-    names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema")
+    names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
     config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same)
-    with suppress(Crash):
+    with suppress(Crash, Interrupted):
         train(model.double() if job.wide else model, batches, language_modelling, config, directory, QUIET, here)
 
 
@@ -133,6 +143,8 @@ def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
     """Process `rank` of `count`."""
     torch.set_num_threads(1)
     loop.gemm_rate = lambda device, dtype, **how: 1e12  # the machine's speed is of no interest here
+    compiled = torch.nn.Module.compile  # traced and differentiated, but not translated to C++, which takes minutes
+    torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")  # type: ignore[method-assign]
     dist.init_process_group("gloo", f"file://{out}/store.{count}", timeout=WAIT, rank=rank, world_size=count)
     held = {"bytes": 0}
     register_optimizer_step_post_hook(lambda optimizer, *_: held.update(bytes=bytes_held(optimizer)))

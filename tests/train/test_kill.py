@@ -40,9 +40,9 @@ def stopped(packed):
     """`stopped(out, number, steps)`: (exit code, stderr) of a process that gets signal `number` after those steps."""
     processes = []
 
-    def run(out: Path, number: int, steps: int, wait: float = 0) -> tuple[int, str]:
+    def run(out: Path, number: int, steps: int, wait: float = 0, more: tuple[str, ...] = ()) -> tuple[int, str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests' own process
-        command = [sys.executable, "-W", "error", "-m", "retentive", *arguments(packed, out)]
+        command = [sys.executable, "-W", "error", "-m", "retentive", *arguments(packed, out), *more]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         log, deadline = out / "metrics.jsonl", time.monotonic() + 60
@@ -60,9 +60,10 @@ def stopped(packed):
         process.communicate()
 
 
-def test_sigterm_saves_and_exits_well(packed, whole, tmp_path, stopped, same_end, capfd):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
+def test_a_signal_saves_and_exits_well(number, packed, whole, tmp_path, stopped, same_end, capfd):
     out = tmp_path / "run"
-    code, errors = stopped(out, signal.SIGTERM, 7)
+    code, errors = stopped(out, number, 7)
     assert code == 0, errors
     done = int(folders(out)[-1].name.removeprefix("step-"))
     assert 7 <= done < STEPS
@@ -71,11 +72,11 @@ def test_sigterm_saves_and_exits_well(packed, whole, tmp_path, stopped, same_end
     same_end(out, whole)
 
 
-@pytest.mark.parametrize("attempt", [1, 2])
-def test_sigkill_at_any_moment_loses_nothing_but_time(attempt, packed, whole, tmp_path, stopped, same_end, capfd):
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at-once", "async"])
+def test_sigkill_at_any_moment_loses_nothing_but_time(more, packed, whole, tmp_path, stopped, same_end, capfd):
     """A moment drawn anew every time: it must not matter."""
     out, steps, wait = tmp_path / "run", random.randrange(STEPS // 2), random.uniform(0, 0.05)
-    code, errors = stopped(out, signal.SIGKILL, steps, wait)
+    code, errors = stopped(out, signal.SIGKILL, steps, wait, more)
     assert code == -signal.SIGKILL, errors
     main([*arguments(packed, out), "--resume"])
     print(f"killed {wait:.4f} s after step {steps}")  # shown where the test fails

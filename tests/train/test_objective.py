@@ -47,7 +47,7 @@ def test_any_objective_trains(packed, tmp_path, metrics):
     batches = Packed(packed).batches(batch=2, length=16)
     model, saved = build(TINY), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retentive.train.checkpoints.save", lambda *args, state, **how: saved.update(state=state))
+        patch.setattr("retentive.train.checkpoints.Writer.save", lambda writer, found: saved.update(state=found.state))
         folder = train(model, batches, objective, config, tmp_path / "run", Hooks(quiet=True))
     assert [x if x is None else int(x) for x in seen] == [None, 1, 2, 3, 4, 5] and int(saved["state"]) == 6
     losses = [line["loss"] for line in metrics(folder)]

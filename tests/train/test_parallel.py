@@ -91,13 +91,18 @@ def runs(packed, tmp_path_factory) -> Path:
         Job("fla", data, model="fla", kv_heads=2, **WIDE): ("tp2", "cp2"),
         Job("bf16", data, precision="bf16", steps=4): ("fsdp2", "cp2", "tp2"),
         Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
-        Job("ema", data, ema=0.9, **WIDE): ("fsdp2", "tp2"),
+        Job("ema", data, ema=0.9, async_save=True, **WIDE): ("fsdp2", "tp2"),
+        Job("compiled", data, compile=True, **WIDE): ("dp2", "fsdp2"),
     }
     jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
     # processes that crash, one that goes on alone and crashes, two others that do, and two that end what they began
     retnet = Job("retnet", data, length=63, save_every=4)
     for mesh, stop in (("fsdp2", 10), ("one", 14), ("tp2", 18), ("cp2", -1)):
         jobs.append(replace(divided(retnet, mesh), name="retnet-resumed", stop=stop, resume=stop != 10))
+    # one of them is told to end: both save, by threads, and two others go on
+    told = replace(retnet, async_save=True)
+    for mesh, sigterm in (("fsdp2", 6), ("tp2", 13), ("dp2", -1)):
+        jobs.append(replace(divided(told, mesh), name="retnet-told", sigterm=sigterm, resume=sigterm != 6))
     carry = replace(next(iter(others)), save_every=1)
     for mesh, stop in (("tp2", 3), ("one", 5), ("dp2", -1)):
         jobs.append(replace(divided(carry, mesh), name="carry-resumed", stop=stop, resume=stop != 3))
@@ -165,6 +170,19 @@ def test_a_run_goes_on_with_another_number_of_processes(name, tolerance, runs):
     """Two, one, and two others that divide it in another way: the losses of one that nothing stopped."""
     same(runs / name, runs / f"{name}-resumed", tolerance)
     assert len(losses(runs / name)) == len(losses(runs / f"{name}-resumed"))
+
+
+def test_where_one_process_is_told_to_end_all_save_and_end(runs):
+    same(runs / "retnet", runs / "retnet-told", 1e-6)
+    steps = [json.loads(line)["step"] for line in (runs / "retnet-told" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21))  # those after the SIGTERM were done once, by the processes that went on
+
+
+@pytest.mark.parametrize("name", ["compiled-dp2", "compiled-fsdp2"])
+def test_compiled_blocks_are_replicated_and_sharded(name, runs):
+    """They are traced and differentiated as `torch.compile` does, and run by PyTorch itself."""
+    same(runs / "compiled", runs / name, 1e-12)
+    same_weights(runs / "compiled", runs / name)
 
 
 def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):

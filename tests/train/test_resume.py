@@ -1,6 +1,7 @@
 """Runs that were stopped against those that were not: resumed, they end in the same bits; nothing good is ever lost."""
 
 import errno
+import importlib
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ import retentive
 from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
 from retentive.models import RetNetConfig, build, twin
+from retentive.train import shards
 from retentive.train.checkpoints import folders
 from retentive.train.signals import Interrupted
 
@@ -245,41 +247,63 @@ def test_at_a_nan_before_any_checkpoint_that_is_said(run, refuses):
         run("a", at=1, act=lambda model: model.embed.weight.data.fill_(math.inf))
 
 
-def full_disk(allowed: int):
-    """A save_file that fills the disk in the middle of file number `allowed` + 1, as the system would: half a file."""
+def fill_disk(patch: pytest.MonkeyPatch, allowed: int) -> None:
+    """The disk fills in the middle of file of tensors number `allowed` + 1: a part of it is there."""
     calls = 0
 
-    def save(tensors, path, metadata=None):
-        nonlocal calls
-        calls += 1
-        if calls > allowed:
-            with open(path, "wb") as file:
-                file.write(b"\0" * 100)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
+    def filling(real):
+        def save(*args, **how):
+            nonlocal calls
+            calls += 1
+            if calls > allowed:
+                (path,) = (Path(x) for x in args if isinstance(x, str | Path))
+                with path.open("ab") as file:
+                    file.truncate(100)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **how)
 
-    from safetensors.torch import save_file as real
+        return save
 
-    return save
+    for place in ("safetensors.torch.save_file", "retentive.train.shards.write"):
+        module, _, name = place.rpartition(".")
+        patch.setattr(place, filling(getattr(importlib.import_module(module), name)))
 
 
 # of its second checkpoint: the weights, the moments, the carried state
+@pytest.mark.parametrize("background", [False, True], ids=["at-once", "async"])
 @pytest.mark.parametrize(
     "allowed",
     [4, 5, 6],
     ids=["weights", "moments", "state"],  # after the fresh model and the three of the first
 )
-def test_a_full_disk_costs_the_new_checkpoint_only(allowed, run, same_end, monkeypatch):
+def test_a_full_disk_costs_the_new_checkpoint_only(allowed, background, run, same_end, monkeypatch):
     whole = run("whole", mode="carry")
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full_disk(allowed))
-        with pytest.raises(OSError, match="No space left"):
-            run("full", mode="carry")
+        fill_disk(patch, allowed)
+        with pytest.raises(OSError, match=r"cannot write .*step-00000006.*: No space left"):
+            run("full", mode="carry", async_save=background)
     folder = run.folder("full")
     assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert {f.name for f in folder.iterdir()} == {f.name for f in whole.iterdir()}
     assert (folder / "model.safetensors").read_bytes() == (folders(folder)[0] / "model.safetensors").read_bytes()
     same_end(run("full", mode="carry", init=1, resume=True), whole)
+
+
+def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run, same_end, monkeypatch):
+    """However slow the disk is: steps go on meanwhile, and change the weights."""
+    whole, written = run("whole", mode="carry", ema=0.9), []
+    real, steps_on = shards.write, threading.Event()
+
+    def slow(path, *args):
+        assert threading.current_thread() is not threading.main_thread()
+        steps_on.wait(10)
+        written.append(path.parent.name)
+        real(path, *args)
+
+    monkeypatch.setattr("retentive.train.shards.write", slow)
+    how = dict(mode="carry", ema=0.9, async_save=True, at=5, act=lambda model: steps_on.set())
+    same_end(run("async", **how), whole)
+    assert written == [f".step-0000000{n}.partial" for n in (3, 3, 3, 6, 6, 6, 8, 8, 8)]
 
 
 def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
@@ -288,7 +312,7 @@ def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full_disk(0))
+        fill_disk(patch, 0)
         with pytest.raises(OSError, match="No space left"):
             run("stopped", resume=True)
     same_end(run("stopped", init=1, resume=True), whole)

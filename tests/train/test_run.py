@@ -59,7 +59,7 @@ def test_one_call_trains(packed, tmp_path, made, same_end):
     same_end(run, made("made").run(quiet=True))
     with pytest.raises(TypeError, match="no option 'legnth': did you mean length"):
         retentive.train(packed, tmp_path / "b", legnth=3)
-    with pytest.raises(TypeError, match="no option 'zzz': expected one of accumulate, batch, "):
+    with pytest.raises(TypeError, match="no option 'zzz': expected one of accumulate, async_save, "):
         TrainRun.of(packed, tmp_path / "b", zzz=3)
 
 
