@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [x for x in signal.Signals if x.name in ("SIGTERM", "SIGINT", "SIGUSR1")]
 """Those that ask to stop; batch systems send SIGUSR1 before a job's time is over, and Windows has none."""
 
 
