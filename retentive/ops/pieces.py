@@ -17,12 +17,32 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from retentive.ops.backends import Call, exactly
 
-Gather = Callable[[Tensor], Tensor]
-"""A tensor to those of all P processes, `[P, …]` in order; every process calls it at the same time."""
+Gather = Callable[[Tensor], Callable[[], Tensor]]
+"""Sends a tensor, and gives a function that waits for those of all P processes, `[P, …]` in order.
+
+Every process sends in the same order; what is sent must not be changed before the wait is over.
+"""
+
+
+def gather_over(group: dist.ProcessGroup) -> Gather:
+    """How the processes of a group exchange tensors."""
+
+    def gather(x: Tensor) -> Callable[[], Tensor]:
+        found = x.new_empty(group.size(), *x.shape)
+        work = dist.all_gather(list(found), x, group=group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return found
+
+        return wait
+
+    return gather
 
 
 class Piece(NamedTuple):
@@ -60,7 +80,28 @@ def current() -> Piece | None:
 
 
 def run(call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(o, state) of a piece; `whole` computes a call that is complete in itself."""
+    """(o, state) of a piece; `whole` computes a call that is complete in itself.
+
+    One half of the heads after the other: what the first have to exchange travels while the second compute.
+    """
+    H = call.q.shape[2]
+    halves = [slice(0, H // 2), slice(H // 2, H)] if H > 1 else [slice(0, 1)]
+    begun = [_begin(_heads(call, half), piece, whole) for half in halves]
+    found = [finish() for finish in begun]
+    o, state = (torch.cat(parts, axis) for parts, axis in zip(zip(*found, strict=True), (2, 1), strict=True))
+    return o, state
+
+
+def _heads(call: Call, half: slice) -> Call:
+    """The call, of some of its heads."""
+    q, k, v = (x[:, :, half].contiguous() for x in (call.q, call.k, call.v))
+    return call._replace(q=q, k=k, v=v, log_decay=call.log_decay[..., half], state=call.state[:, half].contiguous())
+
+
+def _begin(
+    call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Computes what a piece adds and sends it; calling what comes back waits for the others, and gives (o, state)."""
     o, state = whole(call)
     packed = call.cu_seqlens is not None
     # tokens of the sequences that another piece may hold a part of: of a packed row the first, else of all rows
@@ -75,36 +116,65 @@ def run(call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]
         goes_on = log_total_BH.new_zeros(rows) if piece.continues is None else piece.continues[:rows].to(state.dtype)
         only = not packed or len(state) == 1
         handed_BH = log_total_BH + (goes_on.log()[:, None] if only else -torch.inf)
-        entering = Entering.apply(state[-rows:], handed_BH, piece.gather, piece.rank)
-        entering = entering * goes_on[:, None, None, None]
-        q_BTHK = call.scale * since_BTH.exp()[..., None] * call.q[:, :n].to(state.dtype)
-        more = torch.einsum("bthk,bhkv->bthv", q_BTHK, entering).to(o.dtype)
-        o = torch.cat((o[:, :n] + more, o[:, n:]), 1)
-        first = state[:rows] + log_total_BH.exp()[..., None, None] * entering
-        return o, torch.cat((first, state[rows:]))
+        exchange = Exchange(piece)
+        sent = _Sent.apply(state[-rows:], handed_BH, exchange)
+
+    def finish() -> tuple[Tensor, Tensor]:
+        with exactly(call.q.device):
+            entering = _Entering.apply(sent, exchange) * goes_on[:, None, None, None]
+            q_BTHK = call.scale * since_BTH.exp()[..., None] * call.q[:, :n].to(state.dtype)
+            more = torch.einsum("bthk,bhkv->bthv", q_BTHK, entering).to(o.dtype)
+            first = state[:rows] + log_total_BH.exp()[..., None, None] * entering
+            return torch.cat((o[:, :n] + more, o[:, n:]), 1), torch.cat((first, state[rows:]))
+
+    return finish
 
 
-class Entering(torch.autograd.Function):
-    """The state that enters this piece, `[B,H,K,V]`, from the own states and log decays of all pieces."""
+class Exchange:
+    """What one piece sends to the others and gets from them, states going forward and gradients coming back."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+        self.states: Callable[[], Tensor]
+        self.gradients: Callable[[], Tensor]
+        self.factor_PBH: Tensor
+        self.entering: Tensor
+
+
+class _Sent(torch.autograd.Function):
+    """Sends a state and its log decay; in the backward pass, gets the gradients of all pieces' entering states."""
 
     @staticmethod
-    def forward(ctx, state: Tensor, log_decay: Tensor, gather: Gather, rank: int) -> Tensor:
-        sent = torch.cat((state.flatten(2), log_decay[..., None]), -1)
-        found_PBHN = gather(sent.contiguous())
+    def forward(ctx, state: Tensor, log_decay: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.states = exchange.piece.gather(torch.cat((state.flatten(2), log_decay[..., None]), -1).contiguous())
+        return torch.empty_like(state)  # its values are never read: it ties `_Entering` to this
+
+    @staticmethod
+    def backward(ctx, _):
+        """The recursion of `_Entering` from the other end: the gradient of what leaves this piece is all it takes."""
+        exchange = ctx.exchange
+        grad_PBHKV, rank = exchange.gradients(), exchange.piece.rank
+        leaving = torch.zeros_like(grad_PBHKV[0])
+        for r in range(len(grad_PBHKV) - 1, rank, -1):
+            leaving = grad_PBHKV[r] + exchange.factor_PBH[r, ..., None, None] * leaving
+        return leaving, exchange.factor_PBH[rank] * (exchange.entering * leaving).sum((-1, -2)), None
+
+
+class _Entering(torch.autograd.Function):
+    """The state that enters this piece, `[B,H,K,V]`, of what all pieces have sent; sends its gradient."""
+
+    @staticmethod
+    def forward(ctx, sent: Tensor, exchange: Exchange) -> Tensor:
+        found_PBHN = exchange.states()
         factor_PBH = found_PBHN[..., -1].exp()
-        entering = torch.zeros_like(state, memory_format=torch.contiguous_format)
-        for own, factor in zip(found_PBHN[:rank, ..., :-1], factor_PBH, strict=False):
-            entering = own.view_as(state) + factor[..., None, None] * entering
-        ctx.save_for_backward(factor_PBH, entering)
-        ctx.gather, ctx.rank = gather, rank
+        entering = torch.zeros_like(sent, memory_format=torch.contiguous_format)
+        for own, factor in zip(found_PBHN[: exchange.piece.rank, ..., :-1], factor_PBH, strict=False):
+            entering = own.view_as(sent) + factor[..., None, None] * entering
+        ctx.exchange, exchange.factor_PBH, exchange.entering = exchange, factor_PBH, entering
         return entering
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        """The same recursion from the other end; the gradient of what leaves this piece is all that it needs."""
-        factor_PBH, entering = ctx.saved_tensors
-        grad_PBHKV = ctx.gather(grad.contiguous())
-        leaving = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-        for r in range(len(grad_PBHKV) - 1, ctx.rank, -1):
-            leaving = grad_PBHKV[r] + factor_PBH[r, ..., None, None] * leaving
-        return leaving, factor_PBH[ctx.rank] * (entering * leaving).sum((-1, -2)), None, None
+        ctx.exchange.gradients = ctx.exchange.piece.gather(grad.contiguous())
+        return grad, None

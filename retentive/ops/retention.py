@@ -72,9 +72,11 @@ def retention(
     """
     form, chunk_size, backend = _chosen(form, chunk_size, backend)
     single = form == backend == "auto" and cu_seqlens is None  # tokens may go one by one
+    piece = pieces.current()
     if isinstance(state, Ring):
-        # it is updated in place, which neither autograd nor torch.func can follow
-        if single and state.takes(q) and not torch.is_grad_enabled() and not transformed():
+        # it is updated in place, which neither autograd nor torch.func can follow, and other pieces do not see
+        alone = piece is None and not torch.is_grad_enabled() and not transformed()
+        if single and state.takes(q) and alone:
             return _decode(q, k, v, log_decay, scale, state), state
         state = state.to_state()
     _check_qkv(q, k, v, ndim=4)
@@ -91,7 +93,6 @@ def retention(
     log_decay, state = _check_decay_and_state(q, v, log_decay, (B, T, H), state, N)
     scale = K**-0.5 if scale is None else float(scale)
     check_values(log_decay)
-    piece = pieces.current()
     if single and T == 1 and piece is None:
         decay = log_decay[:, 0] if log_decay.ndim == 3 else log_decay
         o, state = _one_token(q[:, 0], k[:, 0], v[:, 0], decay, scale, state)

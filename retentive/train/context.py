@@ -17,6 +17,7 @@ from retentive.data.loader import Batch, Carry
 from retentive.layers import MultiScaleRetention
 from retentive.models import LanguageModel, RetentionState, RetNetConfig
 from retentive.ops import across
+from retentive.ops.pieces import Gather, gather_over
 from retentive.train.objective import Objective
 
 
@@ -28,19 +29,14 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup, rank: int) -
     """
     if type(model.config) is not RetNetConfig:
         raise ValueError(f"--cp hands on states of retention, a {type(model).__name__} attends as well: leave it out")
-
-    def gather(x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        return torch.stack(parts)
-
+    gather = gather_over(group)
     for layer in model.blocks.modules():
         if isinstance(layer, MultiScaleRetention):
             # around the layer and not the model: a block that is recomputed in the backward pass exchanges again
             layer.forward = partial(_across, layer.forward, gather, rank)  # type: ignore[method-assign]
 
 
-def _across(forward: Callable, gather: Callable[[Tensor], Tensor], rank: int, x, state, positions, phases) -> Any:
+def _across(forward: Callable, gather: Gather, rank: int, x, state, positions, phases) -> Any:
     """A layer's forward pass, of one piece: what does not begin at position 0 goes on from the piece before."""
     with across(gather, rank, None if positions.start is None else positions.start > 0):
         return forward(x, state, positions, phases)

@@ -19,18 +19,24 @@ class Group:
     """Threads that exchange tensors, and count the numbers that each sends."""
 
     def __init__(self, size: int):
-        self.parts: list = [None] * size
+        self.parts: list[list[Tensor]] = [[] for _ in range(size)]
         self.barrier = threading.Barrier(size, timeout=60)
         self.sent: list[list[int]] = [[] for _ in range(size)]
+        self.events: list[list[str]] = [[] for _ in range(size)]
 
     def gather_of(self, rank: int):
-        def gather(x: Tensor) -> Tensor:
+        def gather(x: Tensor):
             self.sent[rank].append(x.numel())
-            self.parts[rank] = x
-            self.barrier.wait()
-            found = torch.stack(self.parts)
-            self.barrier.wait()
-            return found
+            at = len(self.sent[rank]) - 1
+            self.parts[rank].append(x)
+            self.events[rank].append(f"send {at}")
+
+            def wait() -> Tensor:
+                self.events[rank].append(f"wait {at}")
+                self.barrier.wait()  # all wait for the same, in the same order
+                return torch.stack([parts[at] for parts in self.parts])
+
+            return wait
 
         return gather
 
@@ -101,8 +107,27 @@ def test_what_is_exchanged_does_not_grow_with_the_length():
     for T in (40, 400):
         x = inputs(2, T, True)
         *_, group = in_pieces(x, [0, T // 4, T // 2, T], None, torch.ones(2, T, H, V, dtype=torch.float64), "blocked")
-        # forward the states and one log decay a head, backward the gradient of the states
-        assert group.sent == [[2 * H * (K * V + 1), 2 * H * K * V]] * 3
+        # forward the states and one log decay a head, backward the gradient of the states; one half of the heads first
+        few, many = H // 2, H - H // 2
+        assert group.sent == [[2 * few * (K * V + 1), 2 * many * (K * V + 1), 2 * many * K * V, 2 * few * K * V]] * 3
+
+
+def test_half_of_the_heads_is_computed_while_the_others_travel():
+    """What was sent first is waited for when the rest has been sent as well, in both directions."""
+    x = inputs(2, 12, True)
+    *_, group = in_pieces(x, [0, 5, 12], None, torch.ones(2, 12, H, V, dtype=torch.float64), "blocked")
+    forward, backward = ["send 0", "send 1", "wait 0", "wait 1"], ["send 2", "send 3", "wait 2", "wait 3"]
+    assert group.events == [forward + backward] * 2
+
+
+def test_one_head_has_no_other_half(same):
+    x = [y[..., :1, :].detach() for y in inputs(1, 12, False)[:3]] + [torch.tensor([-0.1], dtype=torch.float64)]
+    x = [y.requires_grad_() for y in x]
+    do = torch.ones(1, 12, 1, V, dtype=torch.float64)
+    with using(backend="blocked"):
+        o, _ = retention(*x)
+    found, *_ = in_pieces(x, [0, 5, 12], None, do, "blocked")
+    same(found, o.detach(), 1e-12)
 
 
 def test_a_decay_of_nothing_lets_nothing_through(same):

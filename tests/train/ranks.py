@@ -24,6 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from retentive.data.loader import Batch, Batches
 from retentive.data.packed import Packed
+from retentive.infer.generate import prefill
+from retentive.infer.pieces import prefill_in_pieces
 from retentive.models import build, config_of
 from retentive.train import Hooks, TrainConfig, language_modelling, loop, train
 from retentive.train.directory import RunDirectory
@@ -139,6 +141,28 @@ def agree(out: Path, rank: int, here: Processes) -> None:
     (out / f"agree.{rank}").write_text(json.dumps(found), encoding="utf-8")
 
 
+def read_in_pieces(out: Path, rank: int) -> None:
+    """How far what several processes read together is from what one reads; OUT/pieces.RANK is a file of JSON."""
+    group, found = dist.new_group(backend="gloo", timeout=WAIT), {}
+    for name, model, read, length in (
+        ("", "retnet", 14, 43),
+        ("paper", "retnet-paper", 13, 40),
+        ("short", "retnet", 0, 1),
+    ):
+        torch.manual_seed(1)
+        made = build(config_of(model, "1m", vocab_size=50, **SMALL)).double().eval()
+        ids = torch.randint(50, (1, length))
+        want, state = prefill(made, ids)
+        before = prefill_in_pieces(made, ids[:, :read], group, chunk=5)[1] if read else None
+        have, after = prefill_in_pieces(made, ids[:, read:], group, before, chunk=5)
+        pairs = [(want, have), *zip(state.tensors(), after.tensors(), strict=True)]
+        found[name] = max(float((a - b).abs().max()) for a, b in pairs)
+        found[f"{name} position"] = int(after.position) - length
+        one, other = (prefill(made, ids[:, :1], x.clone())[0] for x in (state, after))
+        found[f"{name} next"] = float((one - other).abs().max())
+    (out / f"pieces.{dist.get_world_size()}.{rank}").write_text(json.dumps(found), encoding="utf-8")
+
+
 def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
     """Process `rank` of `count`."""
     torch.set_num_threads(1)
@@ -156,6 +180,7 @@ def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
             run(job, out)
         if rank == 0:
             (out / f"{job.name}.bytes").write_text(str(held["bytes"]), encoding="utf-8")
+    read_in_pieces(out, rank)
     if count == 2:
         agree(out, rank, Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=WAIT))
     dist.barrier()

@@ -193,6 +193,14 @@ def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
     assert shard < 0.51 * whole
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_prompt_in_pieces_is_the_prompt(count, runs):
+    """In rounds of 5 tokens a process, from a state that was there before; with too few tokens for all as well."""
+    for rank in range(count):
+        found = json.loads((runs / f"pieces.{count}.{rank}").read_text(encoding="utf-8"))
+        assert len(found) == 9 and all(x < 1e-12 for x in found.values()), found  # float64's rounding of sums in pieces
+
+
 def test_processes_agree_or_fail_together(runs):
     first, second = (json.loads((runs / f"agree.{rank}").read_text(encoding="utf-8")) for rank in (0, 1))
     assert first["fails on -1"] == second["fails on -1"] == "went on"

@@ -1,0 +1,53 @@
+"""A long prompt read by several processes: each reads a piece of it, and they hand on states (`ops.pieces`).
+
+    round 1:  [process 0][process 1] … [process P-1]  round 2:  [process 0] …
+               chunk      chunk          chunk -> the state after all of them, which every process gets
+
+Activations take the memory of a chunk, as in `generate.prefill`, and a round exchanges as much whatever its length.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retentive.infer.generate import prefill
+from retentive.models import LanguageModel, RetentionState, RetNetConfig
+from retentive.ops import across
+from retentive.ops.pieces import gather_over
+
+
+@torch.no_grad()
+def prefill_in_pieces(
+    model: LanguageModel, ids: Tensor, group: dist.ProcessGroup, state: Any = None, *, chunk: int = 4096
+) -> tuple[Tensor, RetentionState]:
+    """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state) as `prefill` has them, the same on all processes.
+
+    All processes of the group call this at the same time, with the same arguments. Each reads 1 / P of the tokens.
+
+    Raises:
+        ValueError: a model that attends, whose cache would have to be handed on.
+    """
+    if type(model.config) is not RetNetConfig:
+        raise ValueError(f"pieces hand on states of retention, a {type(model).__name__} attends as well: use prefill")
+    size, rank = group.size(), group.rank()
+    state = model.init_state(1) if state is None else state.settled()
+    goes_on = torch.tensor([rank > 0], device=model.device)
+    for part in ids.split(size * chunk, 1):
+        length = part.shape[1]
+        if length < size:  # too few for all to have one
+            logits, state = prefill(model, part, state)
+            continue
+        begin, end = rank * length // size, (rank + 1) * length // size
+        before = state if rank == 0 else model.init_state(1)
+        before = RetentionState(before.layers, state.position + begin)
+        with across(gather_over(group), rank, goes_on):
+            x, after = model.hidden(part[:, begin:end], before)
+        logits = model.head(x[:, -1])
+        tensors = [x.contiguous() for x in (*after.tensors(), after.position, logits)]
+        for x in tensors:
+            dist.broadcast(x, group=group, group_src=size - 1)
+        *layers, position, logits = tensors
+        state = RetentionState(layers, position)
+    return logits, state
