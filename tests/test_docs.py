@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if page.name != "LOG.md")
 ROOMS = sorted(folder.parent.name for folder in Path(retentive.__file__).parent.glob("*/__init__.py"))
-COMPILED_ONLY = {"scale-out.md", "evaluation.md"}  # they talk with a server, and with the hub
+COMPILED_ONLY = {"scale-out.md", "evaluation.md", "scaling.md"}  # servers, the hub, eight GPUs
 PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 
 

@@ -171,7 +171,8 @@ class _Entering(torch.autograd.Function):
         entering = torch.zeros_like(sent, memory_format=torch.contiguous_format)
         for own, factor in zip(found_PBHN[: exchange.piece.rank, ..., :-1], factor_PBH, strict=False):
             entering = own.view_as(sent) + factor[..., None, None] * entering
-        ctx.exchange, exchange.factor_PBH, exchange.entering = exchange, factor_PBH, entering
+        # detached: a tensor that knows how it was made would hold itself in memory, through `ctx`
+        ctx.exchange, exchange.factor_PBH, exchange.entering = exchange, factor_PBH, entering.detach()
         return entering
 
     @staticmethod

@@ -205,6 +205,8 @@ def started_by_torchrun() -> bool:
 def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, patience: int) -> Iterator[Processes]:
     """The processes that torchrun has started; one that it has not is alone. They leave together where nothing failed.
 
+    Where whoever started them has joined them in a group, that one is taken, and left to him.
+
     Args:
         sizes: of the mesh for a number of processes; it raises ValueError where there are none.
         device: as of `pick_device`; each process takes the GPU of its number on its machine.
@@ -216,9 +218,11 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
         return
     world = int(os.environ["WORLD_SIZE"])
     wait = datetime.timedelta(seconds=patience)
-    # gloo beside NCCL: numbers that processes agree on lie in the memory of the CPU
-    gpus = device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait)
+    ours = not dist.is_initialized()
+    if ours:
+        # gloo beside NCCL: numbers that processes agree on lie in the memory of the CPU
+        gpus = device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait)
     beginning = Processes((world, 1, 1, 1), patience=wait)
     with beginning.together():
         shape, picked = sizes(world), pick_device(device)
@@ -231,13 +235,15 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
     try:
         yield Processes(shape, device=picked, patience=wait)
     except Interrupted:  # which all have; after an error some may have left already
-        leave()
+        if ours:
+            leave()
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise ConnectionError(f"another process of this run has ended, or was silent for {patience} s") from error
         raise
-    leave()
+    if ours:
+        leave()
 
 
 def leave() -> None:

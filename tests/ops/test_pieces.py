@@ -3,6 +3,7 @@
 Threads stand for processes here, which exchange tensors through a list; `tests/train/test_parallel.py` has real ones.
 """
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retentive.ops import across, retention, using
+from retentive.ops.pieces import Exchange
 
 H, K, V = 3, 4, 6
 
@@ -118,6 +120,14 @@ def test_half_of_the_heads_is_computed_while_the_others_travel():
     *_, group = in_pieces(x, [0, 5, 12], None, torch.ones(2, 12, H, V, dtype=torch.float64), "blocked")
     forward, backward = ["send 0", "send 1", "wait 0", "wait 1"], ["send 2", "send 3", "wait 2", "wait 3"]
     assert group.events == [forward + backward] * 2
+
+
+def test_nothing_of_an_exchange_is_kept():
+    """Its tensors lie in graphs of autograd: a cycle through one is never found, and memory grows."""
+    x = inputs(1, 12, False)
+    in_pieces(x, [0, 5, 12], None, torch.ones(1, 12, H, V, dtype=torch.float64), "blocked")
+    gc.collect()
+    assert not any(type(x) is Exchange for x in gc.get_objects())
 
 
 def test_one_head_has_no_other_half(same):

@@ -1,0 +1,59 @@
+"""A run by workers of Ray Train (extra `ray`): Ray starts the processes, and starts them again, instead of torchrun.
+
+    from retentive.train import TrainRun
+    from retentive.train.ray import fit
+
+    run = TrainRun.of("/shared/data/mine", "/shared/runs/mine", device="cuda", dp_shard=2, resume=True)
+    fit(run, workers=8, restarts=3)
+
+All else is as under torchrun: the same loop, the same losses, the same run directory.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from retentive.train.run import TrainRun
+
+
+def fit(run: TrainRun, workers: int, *, cpus: float = 1, restarts: int = 0) -> Path:
+    """The run directory, once `workers` processes have trained it; every node must see it and the data at those paths.
+
+    What Ray itself keeps of it (its logs, its attempts) goes beside the run directory, to `.NAME.ray`.
+
+    Args:
+        cpus: cores of each worker; one whose run is on "cuda" has a GPU as well.
+        restarts: how often all are started again after one of them has failed; the run must be one that resumes.
+
+    Raises:
+        ImportError: no Ray here.
+        ValueError: restarts of a run that does not resume.
+        ray.train.TrainingFailedError: a worker failed once too often.
+    """
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError:
+        raise ImportError("training with Ray needs ray: pip install 'retentive[ray]'") from None
+    if restarts and not run.resume:
+        raise ValueError("workers that are started again go on from the newest checkpoint: make the run with resume")
+    # workers have a working directory of their own
+    data = tuple(x.resolve() for x in run.data) if isinstance(run.data, tuple) else run.data.resolve()
+    run = replace(run, data=data, out=run.out.resolve())
+    gpu = run.train.device.startswith("cuda")
+
+    def work() -> None:
+        """What each worker does; Ray has joined them in a group already."""
+        run.run()
+
+    trainer = TorchTrainer(
+        work,
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=run.parallel.patience),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(run.out.with_name(f".{run.out.name}.ray")),
+            failure_config=FailureConfig(max_failures=restarts),
+        ),
+    )
+    trainer.fit()
+    return run.out
