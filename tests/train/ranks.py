@@ -3,6 +3,7 @@
 JOBS is a file of JSON, for each number of processes a list of `Job`s; OUT/NAME is each one's run directory.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from retentive.data.packed import Packed
 from retentive.infer.generate import prefill
 from retentive.infer.pieces import prefill_in_pieces
 from retentive.models import build, config_of
-from retentive.train import Hooks, TrainConfig, language_modelling, loop, train
+from retentive.train import Hooks, TrainConfig, language_modelling, loop, shards, train
 from retentive.train.directory import RunDirectory
 from retentive.train.processes import ALONE, Elsewhere, Processes
 from retentive.train.signals import Interrupted
@@ -56,6 +56,8 @@ class Job:
     """The batch before which all processes crash."""
     sigterm: int = -1
     """The batch before which the last process gets a SIGTERM, and it alone."""
+    full: int = -1
+    """The batch before which the disk of the last process is full, and of it alone."""
     resume: bool = False
     steps: int = 20
     save_every: int = 1000
@@ -72,17 +74,24 @@ class Crash(Exception):
     """What no code of the package catches."""
 
 
+def no_space(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class Disturbed:
     """Batches of which one is never read, or read by a process that was told to end."""
 
-    def __init__(self, batches: Batches, crash: int, sigterm: int):
-        self.batches, self.crash, self.sigterm, self.length = batches, crash, sigterm, batches.length
+    def __init__(self, batches: Batches, crash: int, sigterm: int, full: int):
+        self.batches, self.length = batches, batches.length
+        self.crash, self.sigterm, self.full = crash, sigterm, full
 
     def __getitem__(self, index: int) -> Batch:
         if index == self.crash:
             raise Crash
         if index == self.sigterm:
             os.kill(os.getpid(), signal.SIGTERM)
+        if index == self.full:
+            shards.write = no_space
         return self.batches[index]
 
 
@@ -92,14 +101,21 @@ def run(job: Job, out: Path, here: Processes = ALONE) -> None:
     changes = SMALL | ({} if job.kv_heads == 4 else {"kv_heads": job.kv_heads})
     model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
-    sigterm = job.sigterm if here.rank == here.world - 1 else -1
-    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, sigterm)
+    alone = (job.sigterm, job.full) if here.rank == here.world - 1 else (-1, -1)
+    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, *alone)
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
     names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
     config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same)
-    with suppress(Crash, Interrupted):
+    real = shards.write
+    try:
         train(model.double() if job.wide else model, batches, language_modelling, config, directory, QUIET, here)
+    except (Crash, Interrupted, Elsewhere):
+        pass
+    except ValueError as error:  # the first process says it
+        (out / f"{job.name}.error").write_text(str(error), encoding="utf-8")
+    finally:
+        shards.write = real
 
 
 def bytes_held(optimizer: torch.optim.Optimizer) -> int:

@@ -103,6 +103,10 @@ def runs(packed, tmp_path_factory) -> Path:
     told = replace(retnet, async_save=True)
     for mesh, sigterm in (("fsdp2", 6), ("tp2", 13), ("dp2", -1)):
         jobs.append(replace(divided(told, mesh), name="retnet-told", sigterm=sigterm, resume=sigterm != 6))
+    # the disk of one is full: at the second checkpoint, and the runs go on from the first
+    for save in (False, True):
+        full = replace(divided(retnet, "fsdp2"), name=f"retnet-full-{save}", async_save=save)
+        jobs += [replace(full, full=5), replace(full, resume=True)]
     carry = replace(next(iter(others)), save_every=1)
     for mesh, stop in (("tp2", 3), ("one", 5), ("dp2", -1)):
         jobs.append(replace(divided(carry, mesh), name="carry-resumed", stop=stop, resume=stop != 3))
@@ -176,6 +180,16 @@ def test_where_one_process_is_told_to_end_all_save_and_end(runs):
     same(runs / "retnet", runs / "retnet-told", 1e-6)
     steps = [json.loads(line)["step"] for line in (runs / "retnet-told" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21))  # those after the SIGTERM were done once, by the processes that went on
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["at-once", "async"])
+def test_a_full_disk_of_one_process_costs_the_new_checkpoint_only(save, runs):
+    """The first process says whose, and nothing half-written is left; the run went on from the checkpoint before."""
+    said = (runs / f"retnet-full-{save}.error").read_text(encoding="utf-8")
+    assert said.startswith("process 1: cannot write") and "step-00000008: No space left on device" in said
+    same(runs / "retnet", runs / f"retnet-full-{save}", 1e-6)
+    names = [folder.name for folder in (runs / f"retnet-full-{save}" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000016", "step-00000020"]
 
 
 @pytest.mark.parametrize("name", ["compiled-dp2", "compiled-fsdp2"])
