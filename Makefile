@@ -7,20 +7,23 @@ PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 # the first that runs: a version manager may have a command for each, and an interpreter behind few of them
 OLDEST  ?= $(firstword $(foreach p,python3.10 python3.11 python3.12,$(shell $(p) -c "print('$(p)')" 2>/dev/null)) $(PYTHON))
 
-.PHONY: setup demo test test-oldest test-newest check docs docs-serve clean
+.PHONY: setup demo test test-slow test-oldest test-newest check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)
 	$(BIN)/retentive demo --overwrite
 
-test: $(VENV)/.installed-dev  ## install what tests need and run them
-	$(BIN)/python $(PYTEST)
+test: $(VENV)/.installed-dev  ## install what tests need and run them, but for the slow ones
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-oldest:  ## the same with the lowest versions that pyproject.toml allows, in an environment of its own
+test-slow: $(VENV)/.installed-dev  ## those: kernels interpreted, browsers, clusters, whole recipes
+	$(BIN)/python $(PYTEST) -m slow
+
+test-oldest:  ## both with the lowest versions that pyproject.toml allows, in an environment of its own
 	test -d .venv-oldest || $(OLDEST) -m venv .venv-oldest
 	.ci/install .venv-oldest lowest
 	.venv-oldest/bin/python $(PYTEST)
 
-test-newest:  ## the same with the newest versions that the package index serves, in an environment of its own
+test-newest:  ## both with the newest versions that the package index serves, in an environment of its own
 	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
 	.ci/install .venv-newest newest
 	.venv-newest/bin/python $(PYTEST)

@@ -14,6 +14,8 @@ import pytest
 
 import retentive
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(retentive.__file__).parent
 # of each leaf of DESIGN.md what goes with it: the verbs of which nothing is left, and the room that stands on it
 WITH_IT = {

@@ -16,6 +16,8 @@ from retentive.models import build
 from retentive.studies.compare import Comparison
 from retentive.train import TrainRun
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 
 

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 FORMAT = "retentive-model-1"
 UNTRAINED = ".untrained"
 """The file of a run's folder that says that nothing has been trained yet: its weights are the initial ones."""
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""Where models lie that come with the package, each with its card, README.md."""
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,7 +160,8 @@ def load_with_tokenizer(
 def find(path: str | Path) -> Path:
     """The local folder of a model; that of `hf:owner/name` is downloaded from the Hugging Face hub.
 
-    Without `hf:` nothing is downloaded: a typing error in a path would fetch a stranger's model.
+    Where there is no such folder, it may be the name of a model that comes with the package (SHIPPED). Without `hf:`
+    nothing is downloaded: a typing error in a path would fetch a stranger's model.
 
     Raises:
         FileNotFoundError: no such folder, or the hub has no such model.
@@ -171,8 +174,15 @@ def find(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{path} is a file; expected a model folder with config.json and model.safetensors")
+    if name in shipped():
+        return SHIPPED / name
     hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
     raise FileNotFoundError(f"no model folder at {path}{hint}")
+
+
+def shipped() -> list[str]:
+    """The models that come with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/config.json"))
 
 
 def _download(name: str) -> Path:

@@ -18,6 +18,8 @@ from retentive.bench.soak import Options
 from retentive.bench.soak_clients import Asked, Clients, Tally
 from retentive.infer import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_short_soak_finds_nothing_wrong(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")

@@ -220,6 +220,7 @@ def recipe():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variants", "number"),
     [(("retnet",), signal.SIGKILL), (("retnet", "transformer"), signal.SIGINT)],

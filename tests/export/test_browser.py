@@ -28,6 +28,8 @@ from retentive.native import with_engine
 from tests.pages import PHONE, expect
 
 pytest.importorskip("ziglang", reason="the engine is compiled by pip install 'retentive[compiler]'")
+
+pytestmark = pytest.mark.slow
 WORDS = "It's the 5th of 1990's days, isn't it? We'll see: naïve «été» — 東京 don't end.\n"
 GREEDY = {"temperature": 0, "max_tokens": 40}
 STEPS = 120

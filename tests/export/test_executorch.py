@@ -20,6 +20,8 @@ from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.ops import rotary
 from tests.export.variants import TINY, VARIANTS, peaked
 
+pytestmark = pytest.mark.slow
+
 needs_runtime = pytest.mark.skipif(not find_spec("executorch"), reason="needs pip install 'retentive[executorch]'")
 
 

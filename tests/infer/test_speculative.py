@@ -48,6 +48,7 @@ def plain(kind: str) -> list[list[Token]]:
     return [list(generate(model, ids, GREEDY, max_tokens=40)) for ids in prompts()]
 
 
+@pytest.mark.slow
 # few and many guesses by one kind of model, between them by all
 @pytest.mark.parametrize("kind, most", [*((kind, 4) for kind in MODELS), ("retnet", 1), ("retnet", 9)])
 @pytest.mark.parametrize("how", ["lookup", "smaller", "twin-drafts", "itself"])
@@ -143,6 +144,7 @@ def test_what_is_judged_is_distributed_as_if_there_were_no_guess(params, certain
         assert surprise(counts, dict(enumerate(p.tolist()))) < 4  # a right one exceeds it once in some thousand times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lookup", "draft"])
 def test_sampled_sequences_are_as_likely_as_without_guessing(how):
     """All pairs of tokens after a first one, against their probabilities from the model itself."""

@@ -19,9 +19,10 @@ from ray import serve as ray_serve
 from retentive.serve.options import Options
 from retentive.serve.ray import application, deployed
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 GREEDY = {"temperature": 0, "max_tokens": 30}
 
 

@@ -7,6 +7,8 @@ import pytest
 from retentive.studies import edge
 from retentive.studies.edge import FORMS, Options
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"size": "1m", "vocab_size": 257, "tokens": 70, "steps": 2, "repeats": 1, "threads": 1}
 
 

@@ -15,9 +15,10 @@ from retentive.train import TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.ray import fit
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 SMALL = {"dim": 32, "layers": 2, "heads": 2}
 
 

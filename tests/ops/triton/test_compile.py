@@ -16,6 +16,8 @@ from retentive.ops import triton as triton_room
 from retentive.ops.compiler import cache_folder, short_hash
 from retentive.ops.triton.tiles import TABLE
 
+pytestmark = pytest.mark.slow
+
 KERNELS = (
     24  # of an entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
 )
@@ -56,7 +58,6 @@ def reports(once, tmp_path_factory) -> list[dict]:
     return json.loads(found)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first of them waits until everything is compiled
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm{}-{}".format(*row))
 def test_the_tiles_fit(row, reports):

@@ -19,6 +19,8 @@ from retentive.ops import triton as room
 from retentive.ops.triton import forward, tiles
 from retentive.ops.triton.decode import decode_step as step
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 0.3
