@@ -222,7 +222,10 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
     if ours:
         # gloo beside NCCL: numbers that processes agree on lie in the memory of the CPU
         gpus = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait)
+        how: dict[str, Any] = {"timeout": wait}
+        if store := fresh_store(wait):
+            how |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
     beginning = Processes((world, 1, 1, 1), patience=wait)
     with beginning.together():
         shape, picked = sizes(world), pick_device(device)
@@ -244,6 +247,20 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
         raise
     if ours:
         leave()
+
+
+def fresh_store(wait: datetime.timedelta) -> dist.Store | None:
+    """Where processes that torchrun has started leave their addresses; None where torch.distributed makes the place.
+
+    torchrun has one store for a run and all of its restarts, and torch 2.13 reads there what processes that are dead
+    have left: nobody joins anybody again (https://github.com/pytorch/pytorch/issues/135712). So each attempt has a part
+    of it to itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def leave() -> None:

@@ -329,6 +329,7 @@ def test_closing_finishes_or_cancels_what_is_at_hand(model, drain, threaded):
         assert [len(list(s)) for s in streams] == [20] * 6
 
 
+@pytest.mark.slow
 def test_many_threads_submit_and_cancel(model):
     todo, engine, wrong = requests(48), Engine(model, slots=6, prefill_chunk=16, cache=PrefixCache(1 << 18)).start(), []
 

@@ -116,6 +116,7 @@ class Packed:
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "group"), SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, library, same):

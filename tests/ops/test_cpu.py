@@ -156,6 +156,7 @@ def test_is_as_close_to_the_truth_as_plain_torch(decay, dtype, case, gold_rule, 
     follows_the_gold_rule(gold_rule, plain_retention, case, decay, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW, ids=case_id)
 @dtypes
 @two_decays

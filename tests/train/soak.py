@@ -27,7 +27,7 @@ from tests.train.conftest import story
 
 EACH = 6
 """Steps from one kill to the next at most; the least is one."""
-PATIENCE = 600
+PATIENCE = 300
 """Seconds without a step after which the run counts as lost."""
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), options.kills, random.Random(options.seed))
-    result = {"command": f"python -m tests.train.soak --kills {options.kills}", "machine": describe(), **result}
+    command = f"python -m tests.train.soak --kills {options.kills}"
+    result = {"command": command, "what": "killed training", "hardware": describe(), **result}
     text = json.dumps(result, indent=1) + "\n"
     if options.out:
         options.out.write_text(text, encoding="utf-8")
@@ -81,7 +82,9 @@ def soak(folder: Path, kills: int, chance: random.Random) -> dict:
         "steps": steps,
         "exit_code": agent.returncode,
         # lines of torchrun, one for each time that it has started all processes again, and what ended them
-        "failures": [line.split("] ")[-1] for line in errors.splitlines() if "failed (exitcode" in line],
+        "failures": [
+            line.split("] ")[-1].split(" (pid")[0] for line in errors.splitlines() if "failed (exitcode" in line
+        ],
         "largest_difference_of_losses": max(abs(a - b) for a, b in zip(found, wanted, strict=True)),
         "events": events,
     }

@@ -13,6 +13,7 @@ import torch
 
 from retentive.cli import main
 from retentive.train.checkpoints import folders
+from tests.train.soak import soak
 
 STEPS = 60
 
@@ -72,6 +73,7 @@ def test_a_signal_saves_and_exits_well(number, packed, whole, tmp_path, stopped,
     same_end(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at-once", "async"])
 def test_sigkill_at_any_moment_loses_nothing_but_time(more, packed, whole, tmp_path, stopped, same_end, capfd):
     """A moment drawn anew every time: it must not matter."""
@@ -81,3 +83,12 @@ def test_sigkill_at_any_moment_loses_nothing_but_time(more, packed, whole, tmp_p
     main([*arguments(packed, out), "--resume"])
     print(f"killed {wait:.4f} s after step {steps}")  # shown where the test fails
     same_end(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_starts_killed_processes_again(tmp_path):
+    """Twice, of two that have shards; `python -m tests.train.soak` does it more often."""
+    result = soak(tmp_path, 2, random.Random())
+    assert result["exit_code"] == 0 and result["kills"] == 2
+    assert result["largest_difference_of_losses"] < 1e-6  # two processes round otherwise than one
