@@ -134,9 +134,9 @@ SECTIONS = (
     ),
     Section(
         "The cost of training",
-        "Tokens per second and memory of a training step, beside a Transformer with SDPA.",
+        "Tokens per second and memory of a training step, beside a Transformer with SDPA; and how large numbers grow.",
         PAPER["training"],
-        _is("bench train"),
+        _is("bench train", "bench activations"),
         "The paper's rows are eight GPUs with FlashAttention's first version beside plain PyTorch. The ratio grows "
         "with the length, since attention's work does.",
     ),
