@@ -177,6 +177,8 @@ def find(path: str | Path) -> Path:
     if name in shipped():
         return SHIPPED / name
     hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
+    if not hint and "/" not in name:
+        hint = f"; by its name alone there is {', '.join(shipped())}, which comes with the package"
     raise FileNotFoundError(f"no model folder at {path}{hint}")
 
 

@@ -33,6 +33,13 @@ def test_it_is_found_by_its_name_and_has_learnt_english(name):
     assert float(loss) / math.log(2) / len(TEXT.encode()) < 1.8
 
 
+def test_a_name_that_is_none_says_which_is_one(refuses):
+    with refuses(
+        "no model folder at novel; by its name alone there is novels, which comes with the", FileNotFoundError
+    ):
+        find("novel")
+
+
 def test_names_of_folders_come_first(tmp_path):
     save_model(tmp_path / "novels", build(RetNetConfig(dim=32, layers=1, heads=2)), ByteTokenizer())
     assert find("novels") == Path("novels")
