@@ -133,11 +133,11 @@ def elsewhere() -> str:
     """The finding on another text."""
     found = {each["variant"]: each for each in result("compare-library", XEON)["rows"]}
     ours, theirs = found["retnet"], found["transformer-qk-norm"]
-    behind = ours["bits_per_byte"] - theirs["bits_per_byte"]
-    who, seeds = ("the twin with QK-norm", "RetNet")[behind < 0], len(ours["seeds"])
+    behind, width = ours["bits_per_byte"] - theirs["bits_per_byte"], theirs["difference_half_width"]
+    who = ("the twin with QK-norm", "RetNet")[behind < 0]
     return (
-        f"On other text, the source of Python's own library, {who} is ahead by {abs(behind):.3f} "
-        f"({ours['parameters'] / 1e6:.1f} M parameters, {'one seed' if seeds == 1 else f'{seeds} seeds'} at one rate)."
+        f"On other text, the source of Python's own library, {who} is ahead by {abs(behind):.3f} ± {width:.3f} "
+        f"({ours['parameters'] / 1e6:.1f} M parameters, {len(ours['seeds'])} seeds at one rate)."
     )
 
 
