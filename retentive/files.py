@@ -46,7 +46,7 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial[path].unlink(missing_ok=True)
                 write(partial[path])
-                flush_to_disk(partial[path])
+                _flush_to_disk(partial[path])
         # All that can fail for want of space has been done by now: no file is renamed before the last one is written.
         for path in files:
             with naming(path):
@@ -193,7 +193,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
         result = write(partial)
         for file in partial.rglob("*"):
             if file.is_file():
-                flush_to_disk(file)
+                _flush_to_disk(file)
         # A folder cannot be renamed over one that holds files. Killed between the two renames, a process leaves
         # `old`, which the next `only_writer` puts back.
         if path.exists():
@@ -229,7 +229,7 @@ def file_crc32(path: Path) -> int:
     return found
 
 
-def flush_to_disk(file: Path) -> None:
+def _flush_to_disk(file: Path) -> None:
     """Else a power cut may leave an empty file under the new name: a rename can reach the disk before the data."""
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())

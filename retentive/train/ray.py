@@ -38,7 +38,8 @@ def fit(run: TrainRun, workers: int, *, cpus: float = 1, restarts: int = 0) -> P
         raise ValueError("workers that are started again go on from the newest checkpoint: make the run with resume")
     # workers have a working directory of their own
     data = tuple(x.resolve() for x in run.data) if isinstance(run.data, tuple) else run.data.resolve()
-    run = replace(run, data=data, out=run.out.resolve())
+    init = str(Path(run.init).resolve()) if run.init and Path(run.init).is_dir() else run.init
+    run = replace(run, data=data, out=run.out.resolve(), init=init)
     gpu = run.train.device.startswith("cuda")
 
     def work() -> None:
