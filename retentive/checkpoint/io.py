@@ -7,9 +7,10 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from retentive.checkpoint import fla, torchscale
@@ -383,20 +384,10 @@ def save_model(
         ValueError: an architecture that the other project cannot express (all fields that differ are named).
         OSError: the folder cannot be written; what was there remains.
     """
-    folder = Path(folder)
-    config = model.config
-    adapter = adapter_of(model)
-    named = {name: x for name, x in model.named_parameters() if x.requires_grad or not adapter}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
+    folder, config = Path(folder), model.config
+    tensors = {name: x.detach().cpu().contiguous() for name, x in saved(model)}
     if layout == "retentive":
-        kind = next(k for k, cls in KINDS.items() if type(config) is cls)
-        raw = {"format": FORMAT, "kind": kind, "config": asdict(config)}
-        if how := quantization_of(model):
-            raw["quantization"] = asdict(how)
-        if adapter:
-            raw["adapter"] = asdict(adapter)
-        if encoders := configs_of(model):
-            raw["encoders"] = encoders
+        raw = _described(model)
     else:
         if quantization_of(model):
             raise ValueError(f"{layout} has no quantised models: write the one that this was made from")
@@ -415,6 +406,37 @@ def save_model(
         }
     )
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of older weights, which `load` would prefer
+    _save_words(folder, tokenizer, template)
+
+
+def save_all_but_weights(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer | None = None, *, template: str | None = None
+) -> None:
+    """The files of `save_model` beside model.safetensors, for who writes that by parts."""
+    write_text(folder / "config.json", json.dumps(_described(model), indent=2) + "\n")
+    _save_words(folder, tokenizer, template)
+
+
+def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are saved, by name: all, or those of an adapter, which leaves the others as they are."""
+    adapter = adapter_of(model)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not adapter]
+
+
+def _described(model: LanguageModel) -> dict[str, Any]:
+    """What config.json says of it."""
+    kind = next(k for k, cls in KINDS.items() if type(model.config) is cls)
+    raw: dict[str, Any] = {"format": FORMAT, "kind": kind, "config": asdict(model.config)}
+    if how := quantization_of(model):
+        raw["quantization"] = asdict(how)
+    if adapter := adapter_of(model):
+        raw["adapter"] = asdict(adapter)
+    if encoders := configs_of(model):
+        raw["encoders"] = encoders
+    return raw
+
+
+def _save_words(folder: Path, tokenizer: Tokenizer | None, template: str | None) -> None:
     if tokenizer is not None:
         tokenizer.save(folder)
     if template is not None:

@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from retentive.checkpoint.adapter import adapter_of
-from retentive.checkpoint.io import UNTRAINED
+from retentive.checkpoint.io import UNTRAINED, save_all_but_weights, saved
+from retentive.data.tokenizer import Tokenizer
 from retentive.files import file_crc32, naming, write_json
+from retentive.models import LanguageModel
 from retentive.models.state import State, load_state
 from retentive.train import shards
 from retentive.train.ema import EMA
@@ -66,15 +67,42 @@ def contents(
     Args:
         state: what the next batch goes on from (mode "carry"), or None.
     """
-    weights, moments = dict[str, Shard](), dict[str, Shard]()
+    weights, moments = weights_of(model, here), dict[str, Shard]()
     for name, p in saved(model):
-        weights[name] = shard_of(name, p, here)
         moments |= {f"{key}.{name}": shard_of(name, x, here) for key, x in optimizer.state.get(p, {}).items()}
     files = {"model.safetensors": (weights, dict[str, str]()), "optimizer.safetensors": (moments, dict[str, str]())}
     if ema:
         averages = {name: shard_of(name, mean, here) for name, mean in ema.mean.items()}
         files[AVERAGED] = (weights | averages, {"weights": f"averages, decay {ema.decay}"})
     return Contents(step, files, whole_state(state, here))
+
+
+def write_first(
+    run: Path, model: LanguageModel, tokenizer: Tokenizer | None, template: str | None, here: Processes = ALONE
+) -> None:
+    """Makes the run a model folder of the initial weights, so that it can be loaded before its first checkpoint.
+
+    All processes must call this.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    weights, partial = weights_of(model, here), run / ".model.safetensors.partial"
+    with here.together(), naming(run):
+        if here.main:
+            (run / UNTRAINED).touch()
+            shards.begin(partial, weights, {})
+    with here.together(), naming(run):
+        shards.write(partial, weights, {})
+    with here.together(), naming(run):
+        if here.main:
+            partial.replace(run / "model.safetensors")
+            save_all_but_weights(run, model, tokenizer, template=template)
+
+
+def weights_of(model: nn.Module, here: Processes) -> dict[str, Shard]:
+    """What this process has of the parameters that are saved."""
+    return {name: shard_of(name, p, here) for name, p in saved(model)}
 
 
 def write(run: Path, found: Contents, keep: int, here: Processes = ALONE) -> Path:
@@ -163,12 +191,6 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:  # of a user who does not wait any longer
             self.wait()
-
-
-def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are saved, by name: all, or those of an adapter, which leaves the others as they are."""
-    adapter = adapter_of(model)
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not adapter]
 
 
 def publish(run: Path, folder: Path) -> None:

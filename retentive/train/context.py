@@ -5,7 +5,8 @@ position of the sequence that is cut, and in every layer its state (`ops.pieces`
 carries on from the one before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,18 @@ def _across(forward: Callable, gather: Gather, rank: int, x, state, positions, p
     """A layer's forward pass, of one piece: what does not begin at position 0 goes on from the piece before."""
     with across(gather, rank, None if positions.start is None else positions.start > 0):
         return forward(x, state, positions, phases)
+
+
+@contextmanager
+def undivided_sequences(model: LanguageModel) -> Iterator[None]:
+    """Where every process reads whole sequences, the same ones, and hands on nothing."""
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention)]
+    handing_on = [layer.__dict__.pop("forward") for layer in layers]  # the class's own is behind it
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, handing_on, strict=True):
+            layer.forward = forward  # type: ignore[method-assign]
 
 
 def on_piece(objective: Objective, rank: int, size: int) -> Objective:

@@ -16,7 +16,6 @@ from typing import Any, Protocol, get_args
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from retentive.checkpoint.io import UNTRAINED, save_model
 from retentive.evals.heldout import HeldOut
 from retentive.files import write_json
 from retentive.machine import gemm_rate, peak_memory, pick_device
@@ -28,7 +27,7 @@ from retentive.train.ema import EMA
 from retentive.train.log import Log, Silence, check_extras, say
 from retentive.train.objective import Objective
 from retentive.train.optim import learning_rate, optimizer_of
-from retentive.train.parallel import clip_gradients, objective_of, parallelize, whole_model
+from retentive.train.parallel import clip_gradients, objective_of, parallelize, reading
 from retentive.train.processes import ALONE, Processes
 from retentive.train.signals import Interrupted, stop_signals
 from retentive.train.skips import Skips
@@ -115,7 +114,7 @@ def train(
                 say(f"done: {run} is at step {done} of {config.steps} (more --steps lengthen it)", quiet=hooks.quiet)
             return run
         if done == 0:
-            save_first(model, directory, here)
+            checkpoints.write_first(run, model, directory.tokenizer, directory.template, here)
         skips = Skips(run, done, config.skip_nonfinite)
         mfu_per_rate = utilisation(model, batches.length, config, device) / here.world
         writer = checkpoints.Writer(run, config.keep, here, background=config.async_save)
@@ -213,32 +212,24 @@ def accumulate_gradients(
 def report(
     model: LanguageModel, config: TrainConfig, hooks: Hooks, log: Log | Silence, done: int, here: Processes = ALONE
 ) -> None:
-    """Evaluates and samples after `done` steps, where it is time to; the first process does, on the whole model."""
+    """Evaluates and samples after `done` steps, where it is time to: the first process, or all that divide the model.
+
+    Those compute the same numbers together, and the first one writes them down.
+    """
     last = done == config.steps
     evaluates = hooks.evaluate and (last or (config.eval_every and done % config.eval_every == 0))
     samples = hooks.sample and config.sample_every and (last or done % config.sample_every == 0)
-    if not (evaluates or samples):
+    if not (evaluates or samples) or not (here.divided or here.main):
         return
-    whole = whole_model(model, here)
-    if whole is None:
-        return
-    if hooks.evaluate and evaluates:
-        found = hooks.evaluate(whole, config.eval_tokens)
-        log.held_out(done, found)
-        if last:
-            all_text = found.exhausted(config.eval_tokens)
-            log.held_out(done, found if all_text else hooks.evaluate(whole, 10 * config.eval_tokens), last=True)
-    if hooks.sample and samples:
-        log.sample(done, hooks.sample(whole))
-
-
-def save_first(model: LanguageModel, directory: RunDirectory, here: Processes) -> None:
-    """Writes the initial weights, so that the run can be loaded before its first checkpoint."""
-    whole = whole_model(model, here)
-    with here.together():
-        if whole is not None:
-            (directory.path / UNTRAINED).touch()
-            save_model(directory.path, whole, directory.tokenizer, template=directory.template)
+    with reading(model, here):
+        if hooks.evaluate and evaluates:
+            found = hooks.evaluate(model, config.eval_tokens)
+            log.held_out(done, found)
+            if last:
+                all_text = found.exhausted(config.eval_tokens)
+                log.held_out(done, found if all_text else hooks.evaluate(model, 10 * config.eval_tokens), last=True)
+        if hooks.sample and samples:
+            log.sample(done, hooks.sample(model))
 
 
 def utilisation(model: LanguageModel, length: int, config: TrainConfig, device: torch.device) -> float:

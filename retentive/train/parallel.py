@@ -13,6 +13,8 @@ of all targets is the loss, and its gradient that of one process, whatever the m
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retentive.checkpoint.adapter import adapter_of
-from retentive.models import LanguageModel, PeerConfig, RetentionState, build
-from retentive.models.encoders import encoders_of, with_encoders
+from retentive.models import LanguageModel, PeerConfig, RetentionState
+from retentive.models.encoders import encoders_of
 from retentive.models.state import State
 from retentive.options import check_type
-from retentive.train.context import on_piece, split_sequences
+from retentive.train.context import on_piece, split_sequences, undivided_sequences
 from retentive.train.heads import split_dim, split_heads
 from retentive.train.objective import Objective
 from retentive.train.processes import Processes
@@ -178,16 +180,6 @@ def local(x: Any, here: Processes) -> Tensor:
     return x.to_local() if here.shard_mesh is not None and x.ndim else x
 
 
-def whole(name: str, x: Any, here: Processes) -> Tensor:
-    """A parameter, or what belongs to one (a gradient, a moment), in one piece; all processes must call this."""
-    x, axis = x.detach(), split_dim(name)
-    if x.ndim == 0:  # a count of steps
-        return x
-    if here.shard_mesh is not None:
-        x = x.full_tensor()
-    return x if axis is None else gathered(x, here.tp_group, axis)
-
-
 def shard_of(name: str, x: Any, here: Processes) -> Shard:
     """What this process has of a parameter, or of what belongs to one (a mean, a moment), in the same memory."""
     x, axis = x.detach(), split_dim(name)
@@ -244,18 +236,15 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None, axis: int) -> Tensor:
     return torch.cat(parts, axis)
 
 
-def whole_model(model: LanguageModel, here: Processes) -> LanguageModel | None:
-    """The model on the first process, to evaluate and to write; None on the others. All processes must call this.
+@contextmanager
+def reading(model: LanguageModel, here: Processes) -> Iterator[None]:
+    """Where all processes that divide a model call it on the same tokens, whole sequences, without gradients.
 
-    It is a copy where the one that is trained is divided.
+    It is the very model that is trained: no process needs the memory of a whole one.
     """
-    if not here.divided:
-        return model if here.main else None
-    named = {name: whole(name, p, here) for name, p in model.named_parameters()}
-    if not here.main:
-        return None
-    copy = build(model.config)
-    if encoders := encoders_of(model):
-        with_encoders(copy, {kind: encoder.config for kind, encoder in encoders.items()})
-    copy.to(device=here.device, dtype=next(iter(named.values())).dtype).load_state_dict(named, strict=False)
-    return copy
+    try:
+        with undivided_sequences(model) if here.cp > 1 else nullcontext():
+            yield
+    finally:
+        if here.shard_mesh is not None:
+            model.reshard()  # the outermost weights stay gathered after a forward pass

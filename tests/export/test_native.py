@@ -85,6 +85,7 @@ def test_integers(place, capsys):
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("ziglang") or not shutil.which("qemu-aarch64"), reason="needs ziglang, qemu-aarch64")
 def test_the_folder_for_arm(place, capsys):
     main(["export", "run", "--to", "native", "--out", "made"])

@@ -29,6 +29,8 @@ TARGETS = {
     "wasm": (ZIG, ["-target", "wasm32-wasi", "-msimd128", "-lm"], NODE),
 }
 """The compiler, its flags, and what the program is run by."""
+CROSS = [target for target, (compiler, *_) in TARGETS.items() if compiler == ZIG]
+"""Slow: ziglang compiles a C library too, for each of them."""
 SOURCES = [f"-I{FOLDER}", f"-I{OPS}", "-Wno-unknown-pragmas", str(FOLDER / "retentive.c")]
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\n\n\tnaïve «été» — 東京 don't end "
 SMALL = dict(dim=48, layers=2, heads=2)
@@ -66,7 +68,7 @@ def programs(once):
     return program
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in CROSS else ()) for name in TARGETS])
 def logits(request, programs):
     """`logits(folder, state, text, ids)`: the lines that logits.c prints, by their first word."""
     command = programs(request.param)

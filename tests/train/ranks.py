@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from retentive.data.loader import Batch, Batches
 from retentive.data.packed import Packed
+from retentive.evals.heldout import held_out_loss
 from retentive.infer.generate import prefill
 from retentive.infer.pieces import prefill_in_pieces
 from retentive.models import build, config_of
 from retentive.train import Hooks, TrainConfig, language_modelling, loop, shards, train
 from retentive.train.directory import RunDirectory
 from retentive.train.processes import ALONE, Elsewhere, Processes
+from retentive.train.samples import sample_text
 from retentive.train.signals import Interrupted
 
 WAIT = timedelta(seconds=180)
 """A process that waits longer for another fails, and the test with it."""
-QUIET = Hooks(quiet=True)
 SMALL = {"dim": 32, "layers": 2, "heads": 4}
 
 
@@ -68,6 +70,8 @@ class Job:
     ema: float = 0.0
     async_save: bool = False
     compile: bool = False
+    evaluate: bool = False
+    """At the second step and at the end, and write a sample."""
 
 
 class Crash(Exception):
@@ -106,10 +110,17 @@ def run(job: Job, out: Path, here: Processes = ALONE) -> None:
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
     names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
-    config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same)
+    every = {"eval_every": 2, "sample_every": 2, "eval_tokens": 300} if job.evaluate else {}
+    config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same, **every)
+    read = partial(held_out_loss, data=packed, length=job.length, carry=job.mode == "carry")
+    hooks = Hooks(
+        (lambda model, tokens: read(model, tokens=tokens)) if job.evaluate else None,
+        (lambda model: sample_text(model, packed.tokenizer, "It", tokens=12)) if job.evaluate else None,
+        quiet=True,
+    )
     real = shards.write
     try:
-        train(model.double() if job.wide else model, batches, language_modelling, config, directory, QUIET, here)
+        train(model.double() if job.wide else model, batches, language_modelling, config, directory, hooks, here)
     except (Crash, Interrupted, Elsewhere):
         pass
     except ValueError as error:  # the first process says it

@@ -42,7 +42,7 @@ LARGER = {
     "cp4": (1, 1, 4, 1),
 }
 pytestmark = pytest.mark.timeout(LIMIT + 60)  # the first test of each fixture pays for its runs
-WIDE: dict = {"wide": True, "steps": 4}
+WIDE: dict = {"wide": True, "steps": 4, "evaluate": True}
 MODELS = ("retnet", "retnet-paper")
 
 
@@ -63,7 +63,7 @@ def ranks(jobs: dict[int, list[Job]], folder: Path) -> None:
     assert parent.returncode == 0, errors
 
 
-def values(folder: Path, key: str) -> list[float]:
+def values(folder: Path, key: str) -> list:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [x[key] for x in map(json.loads, lines) if key in x]
 
@@ -93,6 +93,7 @@ def runs(packed, tmp_path_factory) -> Path:
         Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
         Job("ema", data, ema=0.9, async_save=True, **WIDE): ("fsdp2", "tp2"),
         Job("compiled", data, compile=True, **WIDE): ("dp2", "fsdp2"),
+        Job("first", data, stop=0): ("dp2", "fsdp2", "cp2", "tp2"),
     }
     jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
     # processes that crash, one that goes on alone and crashes, two others that do, and two that end what they began
@@ -128,13 +129,18 @@ def test_two_processes_train_as_one(model, mesh, runs):
     assert len(losses(runs / model)) == 20 and losses(runs / model)[-1] < losses(runs / model)[0] - 1
     same(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}", 1e-12)
     same_weights(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}")
+    assert len(values(runs / f"{model}-wide", "held_out_loss")) == 3 and values(runs / f"{model}-wide", "sample")
 
 
 def same(one: Path, other: Path, tolerance: float) -> None:
-    """The losses of two runs are the same, and the norms of their gradients, which are some ten times as large."""
-    for key, times in (("loss", 1), ("grad_norm", 10)):
+    """Two runs have the same losses, of training and held out, and samples; and norms of gradients, ten times as large.
+
+    Some do not evaluate.
+    """
+    for key, times in (("loss", 1), ("grad_norm", 10), ("held_out_loss", 1)):
         want, have = values(one, key), values(other, key)
-        assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < times * tolerance, key
+        assert max((abs(a - b) for a, b in zip(want, have, strict=True)), default=0) < times * tolerance, key
+    assert values(one, "sample") == values(other, "sample")
 
 
 def same_weights(one: Path, other: Path) -> None:
@@ -167,6 +173,13 @@ def test_muons_steps_and_averages_of_weights(name, runs):
     same(one, runs / name, 1e-12)
     same_weights(one, runs / name)
     assert name.startswith("muon") or (folders(runs / name)[-1] / "ema.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_weights_before_the_first_step(mesh, runs):
+    """Of runs that crashed there: the file of one process, and nothing else."""
+    one, other = ({f.name: f.read_bytes() for f in (runs / f"first{end}").iterdir()} for end in ("", f"-{mesh}"))
+    assert one == other and {"model.safetensors", "config.json", "tokenizer.json", ".untrained"} <= set(one)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("retnet", 1e-6), ("carry", 1e-12)])
