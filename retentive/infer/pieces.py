@@ -27,8 +27,12 @@ def prefill_in_pieces(
     All processes of the group call this at the same time, with the same arguments. Each reads 1 / P of the tokens.
 
     Raises:
-        ValueError: a model that attends, whose cache would have to be handed on.
+        ValueError: a model that attends, whose cache would have to be handed on; ids of another shape, or none.
     """
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be [1,T] with at least one token, got {list(ids.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     if type(model.config) is not RetNetConfig:
         raise ValueError(f"pieces hand on states of retention, a {type(model).__name__} attends as well: use prefill")
     size, rank = group.size(), group.rank()

@@ -13,8 +13,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,9 +288,10 @@ def restore(
 
     Raises:
         FileNotFoundError: this process does not find it.
+        ValueError: its tensors are not those of the model.
     """
     folder = folder_of(run, step)
-    with ExitStack() as opened:
+    with ExitStack() as opened, _naming_foreign(folder):
 
         def file(name: str) -> Any:
             return opened.enter_context(safe_open(folder / name, framework="pt"))
@@ -310,3 +311,12 @@ def restore(
                     optimizer.state[p] = {key: divided_as(p, x, here) for key, x in found.items()}
     carried = folder / "state.safetensors"
     return part_of_state(load_state(carried), here) if carried.is_file() else None
+
+
+@contextmanager
+def _naming_foreign(folder: Path) -> Iterator[None]:
+    """Errors of tensors that the model does not have, or has in another shape, name the checkpoint."""
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not of the model that config.json describes: {error}") from None

@@ -9,6 +9,7 @@ RUN/.lock                                           locked by the process that t
 
 import contextlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from retentive.checkpoint.io import UNTRAINED
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import make_folder
 from retentive.train.checkpoints import folders
+from retentive.train.processes import Processes
 
 Existing = Literal["refuse", "resume", "overwrite"]
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
@@ -65,6 +67,22 @@ class RunDirectory:
                 f"{self.path} holds a trained model but no checkpoint to go on from: --overwrite begins anew, "
                 f"--init {self.path} --out NEW trains on from it"
             )
+
+    def check_shared(self, here: Processes) -> None:
+        """Raises ValueError unless all processes see this directory: each writes its part of what is saved there."""
+        if here.world == 1:
+            return
+        token = self.path / f".seen-{here.first(secrets.randbits(60))}"  # a new name: no machine remembers its absence
+        with here.together():
+            if here.main:
+                token.touch()
+        try:
+            with here.together():
+                if not token.exists():
+                    raise ValueError(f"{self.path} is another folder than that of process 0: give one that all share")
+        finally:
+            if here.main:
+                token.unlink(missing_ok=True)
 
     @property
     def _trained(self) -> bool:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from retentive.evals.heldout import HeldOut
-from retentive.files import write_text
+from retentive.files import naming, write_text
 from retentive.train.config import TrainConfig
 
 SECONDS = 15
@@ -29,7 +30,8 @@ class Log:
     def __init__(self, run: Path, config: TrainConfig, *, start: int, quiet: bool = False):
         self.path = run / "metrics.jsonl"
         self._keep_until(start)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file, self._unwritten = self.path.open("ab", buffering=0), bytearray()
+        self._error: OSError | None = None
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.completed}/{task.total}"),
@@ -55,6 +57,8 @@ class Log:
     def __exit__(self, *exc) -> None:
         if self._console.is_terminal:
             self._bar.stop()
+        with suppress(OSError):  # what `check` would raise must not hide why the run ends
+            self._flush()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -114,8 +118,8 @@ class Log:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()  # others read it while the run goes on
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        self._flush()  # at once: others read it while the run goes on
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard:
             for name, value in numbers.items():
@@ -123,18 +127,27 @@ class Log:
         if self._wandb and numbers:
             self._wandb.log(numbers, step=record["step"])
 
+    def _flush(self) -> None:
+        """Writes what is not written yet; what does not fit on the disk now is tried again."""
+        try:
+            while self._unwritten:
+                del self._unwritten[: self._file.write(self._unwritten)]
+            self._error = None
+        except OSError as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raises OSError where records could not be written, and cannot be now: to be asked before a checkpoint."""
+        self._flush()
+        if self._error:
+            with naming(self.path):
+                raise self._error
+
     def _keep_until(self, step: int) -> None:
         """Drops what an interrupted run wrote after the checkpoint that this one goes on from."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:  # the line that was being written when the run was killed
-                break
-        write_text(self.path, "".join(kept))
+        if self.path.is_file():
+            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path.parent) if record["step"] <= step]
+            write_text(self.path, "".join(kept))
 
 
 def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
@@ -164,6 +177,9 @@ class Silence:
         pass
 
     def say(self, text: str) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
 

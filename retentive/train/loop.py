@@ -106,6 +106,7 @@ def train(
                 done = checkpoints.newest_whole(run, tell) if resume else 0
                 write_json(run / "train.json", {"train": asdict(config), **directory.record})
         done = here.first(done)
+        directory.check_shared(here)
         with here.together():
             if done:
                 carried = checkpoints.restore(run, done, model, optimizer, ema, here)
@@ -115,10 +116,11 @@ def train(
             return run
         if done == 0:
             checkpoints.write_first(run, model, directory.tokenizer, directory.template, here)
-        skips = Skips(run, done, config.skip_nonfinite)
         mfu_per_rate = utilisation(model, batches.length, config, device) / here.world
         writer = checkpoints.Writer(run, config.keep, here, background=config.async_save)
-        logs = Log(run, config, start=done, quiet=hooks.quiet) if here.main else Silence()
+        with here.together():
+            skips = Skips(run, done, config.skip_nonfinite)
+            logs = Log(run, config, start=done, quiet=hooks.quiet) if here.main else Silence()
         with logs as log, stop_signals() as stop, writer:
             log.say(resumed_line(done, config.steps, before.get("steps", config.steps)) if done else hooks.title)
             for step in range(done, config.steps):
@@ -139,6 +141,8 @@ def train(
                 last, stopped = step + 1 == config.steps, here.largest(stop.signal)  # it may have come to one of them
                 # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
                 if last or stopped or (step + 1) % config.save_every == 0:
+                    with here.together():
+                        log.check()
                     found = checkpoints.contents(model, optimizer, ema, step=step + 1, state=carried, here=here)
                     writer.save(found)
                 if stopped and not last:

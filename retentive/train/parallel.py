@@ -13,6 +13,7 @@ of all targets is the loss, and its gradient that of one process, whatever the m
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -112,6 +113,14 @@ def parallelize(model: LanguageModel, device: torch.device, here: Processes) -> 
     fully_shard(model.to(device), **how)
     register_fsdp_forward_method(model, "hidden")  # which is what objectives call
     return model
+
+
+def checksum(model: nn.Module) -> int:
+    """A number that tells models apart by their weights: those that processes divide must be the same everywhere."""
+    found = 0
+    for p in model.parameters():
+        found = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)
+    return found
 
 
 def check_divisible(model: LanguageModel, here: Processes) -> None:

@@ -8,6 +8,10 @@ import contextlib
 import datetime
 import hashlib
 import os
+import signal
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from copy import copy
@@ -220,47 +224,89 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
     wait = datetime.timedelta(seconds=patience)
     ours = not dist.is_initialized()
     if ours:
-        # gloo beside NCCL: numbers that processes agree on lie in the memory of the CPU
-        gpus = device != "cpu" and torch.cuda.is_available()
-        how: dict[str, Any] = {"timeout": wait}
-        if store := fresh_store(wait):
-            how |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
-    beginning = Processes((world, 1, 1, 1), patience=wait)
-    with beginning.together():
-        shape, picked = sizes(world), pick_device(device)
-        if picked.type == "mps":
-            raise ValueError("several processes train on GPUs of NVIDIA or on CPUs, not on mps: --device cpu")
-        if picked.type == "cuda":
-            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(picked)
-    beginning.check_same(shape, "process {} was started with another mesh than process 0: give all the same options")
+        join(device, wait)
+        threading.Thread(target=stop_when_left, args=(os.getppid(),), daemon=True).start()
     try:
+        beginning = Processes((world, 1, 1, 1), patience=wait)
+        with beginning.together():
+            shape, picked = sizes(world), pick_device(device)
+            if picked.type == "mps":
+                raise ValueError("several processes train on GPUs of NVIDIA or on CPUs, not on mps: --device cpu")
+            if picked.type == "cuda":
+                picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(picked)
+        differs = "process {} was started with another mesh than process 0: give all the same options"
+        beginning.check_same(shape, differs)
         yield Processes(shape, device=picked, patience=wait)
-    except Interrupted:  # which all have; after an error some may have left already
+    except Interrupted:  # which all have
         if ours:
             leave()
         raise
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+    except Exception as error:  # some may have left already
+        if ours and dist.get_backend() == "gloo":  # whose threads would abort a process that ends without this
+            dist.destroy_process_group()
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
             raise ConnectionError(f"another process of this run has ended, or was silent for {patience} s") from error
         raise
     if ours:
         leave()
 
 
-def fresh_store(wait: datetime.timedelta) -> dist.Store | None:
-    """Where processes that torchrun has started leave their addresses; None where torch.distributed makes the place.
+def join(device: str, wait: datetime.timedelta) -> None:
+    """Joins the group of all processes that torchrun has started.
+
+    Raises:
+        ConnectionError: they did not meet in time.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # gloo beside NCCL: numbers that processes agree on lie in the memory of the CPU
+    gpus = device != "cpu" and torch.cuda.is_available()
+    how: dict[str, Any] = {"timeout": wait}
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, world, is_master=False, timeout=wait)
+            how |= {"store": fresh_part(store, rank, world, wait), "rank": rank, "world_size": world}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
+    except RuntimeError as error:  # torch's own of stores and of gloo are such
+        first = str(error).splitlines()[0]
+        raise ConnectionError(f"the processes of this run did not meet in {wait.seconds} s ({first})") from error
+
+
+def fresh_part(store: dist.Store, rank: int, world: int, wait: datetime.timedelta) -> dist.Store:
+    """A part of torchrun's store that this attempt's processes have to themselves, to leave their addresses in.
 
     torchrun has one store for a run and all of its restarts, and torch 2.13 reads there what processes that are dead
-    have left: nobody joins anybody again (https://github.com/pytorch/pytorch/issues/135712). So each attempt has a part
-    of it to itself.
+    have left: nobody joins anybody again (https://github.com/pytorch/pytorch/issues/135712). The count of restarts that
+    it tells them would tell attempts apart, but each machine counts its own. So each process leaves a name that nobody
+    had before, the first one answers every name that it finds with that of the part, until all have taken it.
+
+    Raises:
+        ConnectionError: they did not in time.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False, timeout=wait)
-    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"retentive {rank}", name)
+        part = store.get(f"retentive part for {name}").decode()  # waits for it
+        store.set(f"retentive {part} {rank}", "")
+        return dist.PrefixStore(part, store)
+    part, end = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
+    waiting = list(range(1, world))
+    while waiting := [other for other in waiting if not store.check([f"retentive {part} {other}"])]:
+        for other in waiting:  # the name may be that of a dead one, and another one tomorrow
+            if store.check([f"retentive {other}"]):
+                store.set(f"retentive part for {store.get(f'retentive {other}').decode()}", part)
+        if time.monotonic() > end:
+            raise ConnectionError(f"processes {waiting} did not meet the first one in {wait.seconds} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(part, store)
+
+
+def stop_when_left(parent: int) -> None:
+    """Has this process save and stop (SIGTERM) once the one that started it is gone: nobody would look after it."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave() -> None:

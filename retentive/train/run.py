@@ -37,7 +37,7 @@ from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.loop import Hooks, pick_precision, take_step, train, wrap_blocks
 from retentive.train.objective import language_modelling
 from retentive.train.optim import optimizer_of
-from retentive.train.parallel import Parallel
+from retentive.train.parallel import Parallel, checksum
 from retentive.train.processes import ALONE, Processes, started
 from retentive.train.resume import options_of, plain, resumed, with_options
 from retentive.train.samples import sample_answer, sample_text
@@ -139,6 +139,9 @@ class TrainRun:
                 run, model, batches, directory, hooks = self._ready(overrides, here)
             same = (options_of(run), run.existing, directory.record["data_sha256"], model.config)
             here.check_same(same, "process {} was started with other options or data than process 0: give all the same")
+            if here.divided:  # replicas get the weights of the first one
+                other = "process {} begins with other weights than process 0 (--init, or another version of torch)"
+                here.check_same(checksum(model), other)
             return train(model, batches, language_modelling, run.train, directory, replace(hooks, quiet=quiet), here)
 
     def _ready(

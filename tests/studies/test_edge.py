@@ -56,6 +56,23 @@ def test_what_is_missing_is_left_out(monkeypatch):
     assert said[:4] == [f"without {name}: {what} is not installed" for name, what in absent.items()]
 
 
+def test_an_export_that_is_not_the_model_is_left_out(monkeypatch):
+    real = edge.made
+
+    def made(form, options, folder):
+        if form.kind == "native":
+            raise ValueError("the logits differ")
+        return real(form, options, folder)
+
+    told = {"logits": [1.0], "first_seconds": 1.0, "peak_bytes": 5, "read_per_second": 7.0, "write_per_second": 9.0}
+    monkeypatch.setattr(edge, "made", made)
+    monkeypatch.setattr(edge, "run", lambda form, file, options: told)
+    said = []
+    result = edge.measure(Options(forms=("torch", "native"), **SMALL), said.append)
+    assert [row["form"] for row in result["rows"]] == ["torch"]
+    assert said == ["without native: the logits differ", "round 1 of 1"]
+
+
 def test_what_is_refused(refuses):
     for changes, why in (
         ({"forms": ("onnx",)}, "torch must be among the forms"),

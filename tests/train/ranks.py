@@ -30,6 +30,7 @@ from retentive.infer.generate import prefill
 from retentive.infer.pieces import prefill_in_pieces
 from retentive.models import build, config_of
 from retentive.train import Hooks, TrainConfig, language_modelling, loop, shards, train
+from retentive.train.checkpoints import folders
 from retentive.train.directory import RunDirectory
 from retentive.train.processes import ALONE, Elsewhere, Processes
 from retentive.train.samples import sample_text
@@ -85,8 +86,8 @@ def no_space(*args: Any) -> None:
 class Disturbed:
     """Batches of which one is never read, or read by a process that was told to end."""
 
-    def __init__(self, batches: Batches, crash: int, sigterm: int, full: int):
-        self.batches, self.length = batches, batches.length
+    def __init__(self, batches: Batches, crash: int, sigterm: int, full: int, run: Path):
+        self.batches, self.length, self.run = batches, batches.length, run
         self.crash, self.sigterm, self.full = crash, sigterm, full
 
     def __getitem__(self, index: int) -> Batch:
@@ -95,6 +96,8 @@ class Disturbed:
         if index == self.sigterm:
             os.kill(os.getpid(), signal.SIGTERM)
         if index == self.full:
+            while not folders(self.run):  # a thread may still be writing the first one
+                time.sleep(0.01)
             shards.write = no_space
         return self.batches[index]
 
@@ -106,7 +109,7 @@ def run(job: Job, out: Path, here: Processes = ALONE) -> None:
     model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
     alone = (job.sigterm, job.full) if here.rank == here.world - 1 else (-1, -1)
-    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, *alone)
+    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, *alone, out / job.name)
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
     names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
@@ -160,6 +163,9 @@ def agree(out: Path, rank: int, here: Processes) -> None:
     note("other", lambda: here.check_same({"lr": rank}, "process {} differs"))
     note("first", lambda: here.first(rank + 7))
     note("total", lambda: here.total(rank + 1, 0.5))
+    for name, folder in (("shared", out), ("own", out / f"own.{rank}")):
+        folder.mkdir(exist_ok=True)
+        note(name, lambda folder=folder: RunDirectory(folder).check_shared(here))
     impatient = Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=timedelta(seconds=2))
     dist.barrier()
     if rank == 1:

@@ -3,9 +3,11 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from retentive.cli import main
 from retentive.train.checkpoints import folders
-from tests.train.soak import soak
+from tests.train.soak import soak, steps_of, workers_of
 
 STEPS = 60
 
@@ -92,3 +94,70 @@ def test_torchrun_starts_killed_processes_again(tmp_path):
     result = soak(tmp_path, 2, random.Random())
     assert result["exit_code"] == 0 and result["kills"] == 2
     assert result["largest_difference_of_losses"] < 1e-6  # two processes round otherwise than one
+
+
+def arguments_of_many(data: Path, out: Path, steps: int) -> list[str]:
+    small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "--batch", "4", "--length", "32"]
+    how = ["--steps", str(steps), "--precision", "fp32", "--device", "cpu", "--save-every", "10", "--resume"]
+    return ["train", "--data", str(data), "--out", str(out), *small, *how, "--eval-every", "0", "--sample-every", "0"]
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """`launched(command)`: a process whose output goes to a file; all are ended after the test, and theirs."""
+    processes, environment = [], {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def launch(*command: str) -> subprocess.Popen:
+        with (tmp_path / f"output.{len(processes)}").open("w") as file:
+            processes.append(subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment))
+        return processes[-1]
+
+    yield launch
+    for process in processes:
+        process.terminate()
+        process.wait(timeout=60)
+        print((tmp_path / f"output.{processes.index(process)}").read_text())  # shown where the test fails
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_processes_of_two_machines_start_again(victim, packed, tmp_path, launched):
+    """Two agents of torchrun, of which one counts a restart and the other may not: the processes meet nevertheless."""
+    out, port = tmp_path / "run", free_port()
+    where = ["--rdzv-backend", "c10d", "--rdzv-id", str(port), "--rdzv-endpoint", f"localhost:{port}"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", *where]
+    train = ["-m", "retentive", *arguments_of_many(packed, out, 60), "--patience", "60", "--dp-shard", "2"]
+    agents = [launched(*torchrun, *train) for _ in range(2)]
+    until(lambda: steps_of(out) > 12)
+    os.kill(workers_of(agents[victim].pid)[0], signal.SIGKILL)
+    for agent in agents:
+        assert agent.wait(timeout=120) == 0
+    assert steps_of(out) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["told", "killed"])
+def test_processes_save_and_end_with_the_one_that_started_them(number, packed, tmp_path, launched):
+    out = tmp_path / "run"
+    launcher = launched("-m", "retentive", *arguments_of_many(packed, out, 100_000), "--nproc", "2")
+    until(lambda: steps_of(out) > 3)
+    workers = workers_of(launcher.pid)
+    assert len(workers) == 2
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    done = int(folders(out)[-1].name.removeprefix("step-"))
+    assert done > 3 and done % 10 and steps_of(out) == done  # saved where they stopped

@@ -1,6 +1,8 @@
 """What people and other programs are told: lines, sizes, and the writers of TensorBoard and W&B, really run."""
 
+import errno
 import json
+import os
 import sys
 from types import ModuleType
 
@@ -40,6 +42,49 @@ def test_what_was_all_the_text_is_told_once_and_recorded_twice(tmp_path, capsys)
     assert capsys.readouterr().err == "step 2: held-out 3.000 bits per byte of 12.3 kB\n"
     kinds = [set(json.loads(line)) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "bits_per_byte" in kinds[0] and "final_bits_per_byte" in kinds[1]
+
+
+def test_what_does_not_fit_on_the_disk_is_written_later(tmp_path, monkeypatch):
+    """The log ends no run, but no checkpoint is written of steps that it has not."""
+    full = True
+
+    class Disk:
+        """A file that takes ten bytes more, and then nothing while the disk is full."""
+
+        def __init__(self, fd: int):
+            self.fd, self.left = fd, 10
+
+        def write(self, data) -> int:
+            if full and not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = os.write(self.fd, data[: self.left if full else None])
+            self.left -= written if full else 0
+            return written
+
+        def close(self) -> None:
+            os.close(self.fd)
+
+    with Log(tmp_path, TrainConfig(steps=3), start=0, quiet=True) as log:
+        log._file.close()
+        log._file = Disk(os.open(tmp_path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT))
+        for step in (1, 2):
+            log.step({"step": step, **STEP})
+        with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: No space left"):
+            log.check()
+        full = False
+        log.step({"step": 3, **STEP})
+        log.check()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_damaged_line_is_told_of_and_nothing_is_dropped(tmp_path):
+    """But for the last one, which a crash may have cut short."""
+    file = tmp_path / "metrics.jsonl"
+    text = '{"step": 1}\ngarbage\n{"step": 3}\n'
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no record"):
+        Log(tmp_path, TrainConfig(steps=5), start=3)
+    assert file.read_text() == text
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):

@@ -25,7 +25,7 @@ from retentive.models import build, config_of
 from retentive.train import Parallel, TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.context import piece_of
-from retentive.train.parallel import parallelize
+from retentive.train.parallel import checksum, parallelize
 from retentive.train.processes import Elsewhere, Processes
 from tests.train.ranks import SMALL, Job
 
@@ -236,6 +236,9 @@ def test_processes_agree_or_fail_together(runs):
     assert first["same"] is second["same"] is None
     assert (first["other"], second["other"]) == ("ValueError: process 1 differs", "Elsewhere: ")
     assert first["first"] == second["first"] == 7 and first["total"] == second["total"] == [3, 1]
+    assert first["shared"] is second["shared"] is None
+    assert "own.1 is another folder than that of process 0" in first["own"] and second["own"] == "Elsewhere: "
+    assert not list(runs.rglob(".seen-*"))
     assert first["late"].startswith("RuntimeError") and "gloo" in first["late"]  # and not a wait without end
 
 
@@ -316,6 +319,15 @@ def test_a_model_that_cannot_be_divided_is_refused(model, changes, sizes, messag
     made = build(config_of(model, "1m", vocab_size=9, **SMALL | changes))
     with pytest.raises(ValueError, match=message):
         parallelize(made, torch.device("cpu"), Mesh(*sizes))
+
+
+def test_a_checksum_tells_weights_apart():
+    made = [build(config_of("retnet", "1m", vocab_size=9, **SMALL)) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    assert checksum(made[0]) == checksum(made[1])
+    with torch.no_grad():
+        made[1].blocks[1].ffn.down_proj.weight[0, 0] += 1e-7
+    assert checksum(made[0]) != checksum(made[1])
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,8 @@ def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run,
     real, steps_on = shards.write, threading.Event()
 
     def slow(path, *args):
+        if not path.parent.name.startswith(".step"):  # the first weights
+            return real(path, *args)
         assert threading.current_thread() is not threading.main_thread()
         steps_on.wait(10)
         written.append(path.parent.name)
