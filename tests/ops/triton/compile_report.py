@@ -20,6 +20,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,10 +165,21 @@ def everything() -> list[Report]:
         return [one for row in pool.map(reports_of, TABLE) for one in row]
 
 
+def key() -> str:
+    """What a report depends on: the kernels, what is asked here, and the version of Triton."""
+    import triton
+
+    from retentive.ops import triton as room
+    from retentive.ops.compiler import short_hash
+
+    sources = [*sorted(Path(room.__file__).parent.glob("*.py")), Path(__file__)]
+    return short_hash(f"triton {triton.__version__}".encode() + b"".join(file.read_bytes() for file in sources))
+
+
 def markdown(reports: list[Report]) -> str:
     names = [field.name for field in fields(Report)]
     lines = [names, ["---"] * len(names), *([str(value) for value in asdict(one).values()] for one in reports)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Sources and version: {key()}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Every entry of the tile table compiles for its GPUs, and takes what it was chosen to take. No GPU is needed."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,10 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from retentive.files import write_text
-from retentive.ops import triton as triton_room
-from retentive.ops.compiler import cache_folder, short_hash
 from retentive.ops.triton.tiles import TABLE
+from tests.ops.triton import compile_report
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +19,7 @@ KERNELS = (
     24  # of an entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
 )
 STEPS = 2
+RESULTS = Path(__file__).parents[3] / "results/triton-compile_sm80-to-sm100_202611.md"
 # bytes: the tiles were chosen with Triton 3.9, where all fit; 3.5 leaves one register over in four kernels
 SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 4
 
@@ -30,32 +28,26 @@ SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 4
 def reports(once, tmp_path_factory) -> list[dict]:
     """What compile_report.py says, from a process that compiles and does not interpret.
 
-    It takes minutes: what it said is kept with the user's compiled kernels, for the same sources and the same Triton.
+    It takes minutes: the page of results is taken where it was made from these very kernels by this very Triton.
     """
-    room = Path(triton_room.__file__).parent
-    sources = [
-        *sorted(room.rglob("*.py")),
-        *sorted(room.parent.glob("*.py")),
-        *sorted(Path(__file__).parent.glob("*.py")),
-    ]
-    versions = f"triton {version('triton')}, torch {version('torch')}, python {sys.version}"
-    key = short_hash(versions.encode() + b"".join(file.read_bytes() for file in sources))
-    kept = cache_folder() / f"compile-report-{key}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+    if RESULTS.is_file() and f"Sources and version: {compile_report.key()}\n" in RESULTS.read_text(encoding="utf-8"):
+        return rows_of(RESULTS.read_text(encoding="utf-8"))
 
     def make(file: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-        command = [sys.executable, Path(__file__).with_name("compile_report.py")]
+        command = [sys.executable, compile_report.__file__, "--markdown"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         file.write_text(done.stdout, encoding="utf-8")
 
-    found = once("compile_report.json", make).read_text(encoding="utf-8")
-    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(kept, found)
-    return json.loads(found)
+    return rows_of(once("compile_report.md", make).read_text(encoding="utf-8"))
+
+
+def rows_of(page: str) -> list[dict]:
+    names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line)
+    rows = [dict(zip(names, line, strict=True)) for line in lines]
+    return [{name: int(x) if x.isdigit() else x for name, x in row.items()} for row in rows]
 
 
 @pytest.mark.timeout(1800)  # the first of them waits until everything is compiled
