@@ -258,6 +258,19 @@ def ablations() -> str:
     return table("of RetNet's parts | bits per byte, against the default", *lines)
 
 
+def muon() -> str:
+    names = {"retnet": "RetNet", "transformer": "twin"}
+    found = {r["variant"]: r for r in result("compare-optimizers", EPYC)["rows"] if r["best_rate"]}
+    lines = []
+    for name, text in names.items():
+        cells = []
+        for r in (found[name], found[f"{name}+muon"]):
+            cells.append(f"{r['bits_per_byte']:.3f} ± {r['half_width']:.3f} | {r['lr']:g}")
+        gain = found[f"{name}+muon"]["bits_per_byte"] - found[name]["bits_per_byte"]
+        lines.append(" | ".join([text, *cells, f"{gain:+.3f}"]))
+    return table(" | AdamW | at | Muon | at | difference", *lines)
+
+
 def operator() -> str:
     lines = []
     for shape, K, V in (("small", 64, 128), ("1.3B", 256, 512)):

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import tyro
 import retentive
 from retentive import cli
 from retentive.checkpoint import save_model
+from retentive.checkpoint.io import SHIPPED
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
@@ -69,6 +71,10 @@ def test_python(page, place, monkeypatch):
         if "onnx_run" in code:
             pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
             cli.main(["export", "runs/mine", "--to", "onnx", "--out", "novels"])
+        if "onnxruntime_genai" in code:
+            pytest.importorskip("onnxruntime_genai")
+            shutil.rmtree("novels", ignore_errors=True)
+            cli.main(["export", str(SHIPPED / "novels"), "--to", "genai", "--out", "novels"])
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compiled, names)
         assert not output or printed.getvalue() == output

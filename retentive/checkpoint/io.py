@@ -17,7 +17,7 @@ from retentive.checkpoint import fla, torchscale
 from retentive.checkpoint.adapter import adapter_of, merged, weights_sha256
 from retentive.checkpoint.quantize import Quantization, as_quantized, quantization_of
 from retentive.data.templates import TEMPLATE
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
 from retentive.files import load_tensors, save_tensors, write_text, write_together
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
@@ -43,8 +43,6 @@ SHIPPED = Path(__file__).parents[1] / "shipped"
 KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PADDING = 1024
-"""Rows that an embedding may have beyond its tokenizer's tokens: sizes of vocabularies are rounded up to multiples."""
 
 
 def load(
@@ -152,9 +150,7 @@ def load_with_tokenizer(
         found = load_tokenizer(tokenizer)
     if found is None:
         raise ValueError(f"{path} has no tokenizer.json: name one with --tokenizer (bytes, or a file)")
-    have, need = found.vocab_size, model.config.vocab_size
-    if not have <= need < have + PADDING:
-        raise ValueError(f"the tokenizer has {have:,} tokens, the model {need:,}: they do not belong together")
+    check_tokens(found, model.config.vocab_size)
     return model, found
 
 

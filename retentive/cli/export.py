@@ -1,5 +1,6 @@
 """`retentive export`: a model for another runtime, in a folder of its own."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,7 +36,7 @@ class ExportCommand:
 NEXT = {
     "onnx": "retentive generate {file} --prompt …",
     "executorch": "retentive generate {file} --prompt …",
-    "genai": "onnxruntime_genai.Model('{out}')",
+    "genai": "onnxruntime_genai.Model, of {out}; texts begin with the end-of-text id",
     "native": "cmake -B build {out} && cmake --build build && build/write {file}",
     "browser": "python -m http.server --bind 127.0.0.1 --directory {out}",
 }
@@ -52,4 +53,4 @@ def run(command: ExportCommand) -> None:
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
     close = f"off by {off:.1e} of their size" if off is not None else "not checked: no C could be compiled here"
     say(f"{file}: {megabytes(nbytes)}; the next token's logits are {close}")
-    say(f"next: {NEXT[command.to].format(file=file, out=command.out)}")
+    say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")

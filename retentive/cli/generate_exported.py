@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from retentive.cli.typing_out import prompt_text, type_out
-from retentive.data.tokenizer import Tokenizer, load_tokenizer
+from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
 from retentive.export.writing import generate
 from retentive.sampling import TEXT, SamplingParams
 
@@ -36,8 +36,7 @@ def run(command: GenerateExportedCommand) -> None:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     model = opened(command.file)
     tokenizer = load_tokenizer(command.file.parent)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"{command.file.parent} has a tokenizer of {tokenizer.vocab_size:,} tokens, not the model's")
+    check_tokens(tokenizer, model.vocab_size)
     prompt = prompt_text(command.prompt)
     type_out(prompt, pieces(model, tokenizer, prompt, command))
 

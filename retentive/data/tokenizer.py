@@ -257,6 +257,17 @@ class TiktokenTokenizer:
         return dict(self._vocabulary)
 
 
+PADDING = 1024
+"""Rows that an embedding may have beyond its tokenizer's tokens: sizes of vocabularies are rounded up to multiples."""
+
+
+def check_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError for a tokenizer that is not of a model with a vocabulary of this size."""
+    have = tokenizer.vocab_size
+    if not have <= vocab_size < have + PADDING:
+        raise ValueError(f"the tokenizer has {have:,} tokens, the model {vocab_size:,}: they do not belong together")
+
+
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
     """The tokenizer that `spec` names: "bytes", a tokenizer.json, a folder with one, or a .tiktoken file.
 

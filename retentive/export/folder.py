@@ -97,11 +97,13 @@ def export(
 
 def check_room(out: Path, model: LanguageModel, weights: str) -> None:
     """Raises OSError where the disk has less room than the weights will take at least, before anything is written."""
-    least = sum(p.numel() for p in model.parameters()) * BITS.get(weights, 16) // 8
+    how = quantization_of(model)
+    bits = BITS.get(weights, how.bits if how else 16)
+    least = sum(p.numel() for p in model.parameters()) * bits // 8
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < least:
         have = f"{free / 1e6:,.0f} MB are free at {place}, the export takes {least / 1e6:,.0f} MB at least"
-        raise OSError(f"{have}: choose another folder, or fewer bits (--weights)")
+        raise OSError(f"{have}: choose another folder" + ("" if how else ", or fewer bits (--weights)"))
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
@@ -176,11 +178,14 @@ def difference(wanted: Read, got: Read, vocab_size: int, *, exact: bool) -> floa
         ValueError: it is too large: another version of the runtime, perhaps.
     """
     ids = [int(n) for n in np.random.default_rng(0).integers(0, vocab_size, CHECKED)]
-    worst, half = 0.0, CHECKED // 2
+    off, half = [], CHECKED // 2
     for part in (ids[:half], *([id] for id in ids[half:])):
         logits = wanted(part)
-        worst = max(worst, float(np.abs(got(part) - logits).max() / np.abs(logits).max()))
-    if not worst <= (FAR if exact else FAR_OF_INTEGERS):  # NaN fails too
+        if not np.isfinite(logits).all():
+            raise ValueError("the model's logits are not finite: nothing is written")
+        off.append(np.abs(got(part) - logits).max() / np.abs(logits).max())
+    worst = float(np.max(off))  # NaN if there is one
+    if not worst <= (FAR if exact else FAR_OF_INTEGERS):
         raise ValueError(
             f"the export's logits differ from the model's by {worst:.1e} of their size: nothing is written"
         )

@@ -48,6 +48,8 @@ class OnnxModel:
         except Exception as error:  # its own classes have no name in common
             raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
         said = self.session.get_modelmeta().custom_metadata_map
+        if said.get("format") == "retentive-genai-1":
+            raise ValueError(f"{path} is a graph for onnxruntime-genai: export the model with --to onnx")
         if said.get("format") != FORMAT:
             raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
         self.config: dict[str, Any] = json.loads(said["config"])
@@ -73,7 +75,8 @@ class OnnxModel:
 
     def resume(self, states: dict[str, np.ndarray], position: int) -> None:
         """Goes on from states that `states` gave, and the number of tokens that they had read."""
-        self._states = {name: self._value(np.ascontiguousarray(x)) for name, x in states.items()}
+        # copies: these are written in place
+        self._states = {name: self._value(np.array(x, np.float32, order="C")) for name, x in states.items()}
         self.position = position
 
     def read(self, ids: Sequence[int]) -> np.ndarray:

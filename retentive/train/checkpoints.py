@@ -88,16 +88,20 @@ def write_first(
         OSError: the disk is full or not writable.
     """
     weights, partial = weights_of(model, here), run / ".model.safetensors.partial"
-    with here.together(), naming(run):
+    try:
+        with here.together(), naming(run):
+            if here.main:
+                (run / UNTRAINED).touch()
+                shards.begin(partial, weights, {})
+        with here.together(), naming(run):
+            shards.write(partial, weights, {})
+        with here.together(), naming(run):
+            if here.main:
+                partial.replace(run / "model.safetensors")
+                save_all_but_weights(run, model, tokenizer, template=template)
+    finally:
         if here.main:
-            (run / UNTRAINED).touch()
-            shards.begin(partial, weights, {})
-    with here.together(), naming(run):
-        shards.write(partial, weights, {})
-    with here.together(), naming(run):
-        if here.main:
-            partial.replace(run / "model.safetensors")
-            save_all_but_weights(run, model, tokenizer, template=template)
+            partial.unlink(missing_ok=True)
 
 
 def weights_of(model: nn.Module, here: Processes) -> dict[str, Shard]:

@@ -225,7 +225,8 @@ def started(sizes: Callable[[int], tuple[int, int, int, int]], device: str, pati
     ours = not dist.is_initialized()
     if ours:
         join(device, wait)
-        threading.Thread(target=stop_when_left, args=(os.getppid(),), daemon=True).start()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # not where somebody's shell, which may be closed, has started each
+            threading.Thread(target=stop_when_left, args=(os.getppid(),), daemon=True).start()
     try:
         beginning = Processes((world, 1, 1, 1), patience=wait)
         with beginning.together():

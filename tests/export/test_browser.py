@@ -8,6 +8,7 @@ import functools
 import http.server
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -215,6 +216,22 @@ def test_a_reload_goes_on_and_needs_no_network(folder, serve_files, visit, conve
     assert here.page.evaluate(THREADS) > 0  # what the browser kept of the folder, it may have threads for
     here.settings(**GREEDY)
     assert here.say("And then?") == said(native, "And then?")
+
+
+def test_another_folder_at_the_same_address_takes_the_place_of_what_was_kept(tmp_path, serve_files, visit):
+    address = serve_files(exported(tmp_path / "site"))
+    here = visit(address, model="tiny")
+    here.page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+    here.page.reload()
+    expect(here["model"]).to_have_text("tiny")
+    shutil.rmtree(tmp_path / "site")
+    save_model(tmp_path / "newer", *taught(1), template=TURNS)
+    export(str(tmp_path / "newer"), "browser", tmp_path / "site")
+    here.page.goto(address)
+    expect(here["model"]).to_have_text("newer")
+    here.page.context.set_offline(True)
+    here.page.reload()
+    expect(here["model"]).to_have_text("newer")
 
 
 def test_stop_strings_and_stopping_leave_the_state_as_it_was_read(tmp_path, serve_files, visit):

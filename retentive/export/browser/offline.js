@@ -5,7 +5,8 @@ const VERSION = self.location.search.slice(1);
 
 self.addEventListener("install", (event) => event.waitUntil((async () => {
   const { page, files } = await (await fetch("model.json", { cache: "no-store" })).json();
-  await (await caches.open(VERSION)).addAll(["./", "model.json", ...page, ...Object.keys(files)]);
+  const all = ["./", "model.json", ...page, ...Object.keys(files)]; // from the server: the browser may have older ones
+  await (await caches.open(VERSION)).addAll(all.map((name) => new Request(name, { cache: "reload" })));
   await self.skipWaiting();
 })()));
 
@@ -29,6 +30,10 @@ self.addEventListener("fetch", (event) => {
   if (event.request.method !== "GET" || new URL(event.request.url).origin !== self.location.origin) return;
   event.respondWith((async () => {
     const kept = await (await caches.open(VERSION)).match(event.request, { ignoreSearch: true });
+    if (new URL("model.json", self.registration.scope).href === event.request.url) { // which says what there is now
+      const now = await fetch(event.request.url, { cache: "no-store" }).catch(() => null);
+      return isolated(now?.ok ? now : kept ?? Response.error());
+    }
     return isolated(kept ?? await fetch(event.request));
   })());
 });

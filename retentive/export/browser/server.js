@@ -43,9 +43,21 @@ async function fetched(name, size, onbytes) {
   return whole;
 }
 
+// Where the folder is another than the one that the browser has kept: that is replaced, and the page begins anew.
+async function renewed(version) {
+  const kept = navigator.serviceWorker?.controller?.scriptURL.split("?")[1];
+  if (kept === undefined || kept === version) return;
+  const taken = new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+  await navigator.serviceWorker.register(`offline.js?${version}`);
+  await taken;
+  location.reload();
+  await new Promise(() => {}); // nothing more is loaded here
+}
+
 async function load() {
   if (!canRun()) throw new Error("This browser runs no WebAssembly with SIMD: it needs one from 2023 or later.");
   const description = JSON.parse(new TextDecoder().decode(await fetched("model.json", undefined, () => {})));
+  await renewed(description.version);
   const engine = choose();
   const sizes = Object.entries(description.files).filter(([name]) => !name.endsWith(".wasm") || name === engine.name);
   const all = sizes.reduce((sum, [, size]) => sum + size, 0), had = {};

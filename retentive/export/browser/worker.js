@@ -152,7 +152,7 @@ function joined(pieces) {
     if (typeof piece === "string") {
       text += piece;
     } else {
-      if (text) ids.push(...engine.encode(text));
+      if (text) for (const id of engine.encode(text)) ids.push(id); // they may be more than a call takes arguments
       text = "";
       if (piece !== null) ids.push(piece);
     }
