@@ -190,8 +190,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     old = partial.with_suffix(".old")
     try:
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        with naming(path):
-            result = write(partial)
+        result = write(partial)
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)

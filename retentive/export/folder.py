@@ -16,7 +16,7 @@ from retentive.checkpoint.quantize import BITS, quantization_of, quantize
 from retentive.data.templates import TEMPLATE, template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.export import browser, executorch, genai, native, onnx
-from retentive.files import only_writer, replace_folder, write_text
+from retentive.files import naming, only_writer, replace_folder, write_text
 from retentive.models import LanguageModel
 
 FILES = {"onnx": "model.onnx", "genai": "model.onnx", "executorch": "model.pte", "native": "model", "browser": "model"}
@@ -89,7 +89,8 @@ def export(
             if template is not None:
                 write_text(folder / TEMPLATE, template)
 
-        replace_folder(out, write)
+        with naming(out):
+            replace_folder(out, write)
     made = out / FILES[to]
     files = [f for f in out.rglob("*") if f.is_file() and f.relative_to(out).parts[0].startswith(made.name)]
     return Exported(made, sum(f.stat().st_size for f in files), far[0])
