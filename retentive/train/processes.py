@@ -270,8 +270,8 @@ def join(device: str, wait: datetime.timedelta) -> None:
             how |= {"store": fresh_part(store, rank, world, wait), "rank": rank, "world_size": world}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
     except RuntimeError as error:  # torch's own of stores and of gloo are such
-        first = str(error).splitlines()[0]
-        raise ConnectionError(f"the processes of this run did not meet in {wait.seconds} s ({first})") from error
+        why = f"in {wait.total_seconds():.0f} s ({str(error).splitlines()[0]})"
+        raise ConnectionError(f"the processes of this run did not meet {why}") from error
 
 
 def fresh_part(store: dist.Store, rank: int, world: int, wait: datetime.timedelta) -> dist.Store:
@@ -298,7 +298,7 @@ def fresh_part(store: dist.Store, rank: int, world: int, wait: datetime.timedelt
             if store.check([f"retentive {other}"]):
                 store.set(f"retentive part for {store.get(f'retentive {other}').decode()}", part)
         if time.monotonic() > end:
-            raise ConnectionError(f"processes {waiting} did not meet the first one in {wait.seconds} s")
+            raise ConnectionError(f"processes {waiting} did not meet the first one in {wait.total_seconds():.0f} s")
         time.sleep(0.02)
     return dist.PrefixStore(part, store)
 
