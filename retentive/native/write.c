@@ -3,7 +3,7 @@
     write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]
 
 MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. The state is as large after a million tokens as
-after one: with --state it goes on from a file, if that is there, and is saved to it in the end.
+after one: with --state it goes on from a file, if that is there, and is saved to it after the prompt and in the end.
 */
 
 #include <math.h>
@@ -106,6 +106,7 @@ int main(int argc, char **argv) {
     count += encoded;
     if (!count) stop("a prompt of at least one token, please: -p");
     if (!retentive_read(states, 0, ids, count, logits)) stop("the prompt could not be read");
+    if (o.state && !retentive_save(states, 0, o.state, error)) stop(error); /* before the text, which may be long */
 
     uint64_t seed = o.seed * 0x9e3779b97f4a7c15ull + 0x123456789abcdefull;
     fputs(o.prompt, stdout);
