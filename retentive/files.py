@@ -136,7 +136,9 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, s
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         _order_metadata(path)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path.name}: {str(error).removeprefix('Error while serializing: ')}") from None
+        if code := re.search(r"\(os error (\d+)\)", str(error)):  # as the system's own errors, which get a place's name
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+        raise OSError(f"cannot write {path}: {str(error).removeprefix('Error while serializing: ')}") from None
     path.chmod(mode)
 
 
