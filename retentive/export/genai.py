@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from retentive.data.tokenizer import BPETokenizer, Tokenizer
+from retentive.export.onnx_run import GENAI_FORMAT
 from retentive.files import write_json
 
-FORMAT = "retentive-genai-1"
 CONTEXT = 1 << 20
 """Tokens of a text at most, which the library wants to know: it keeps all ids."""
 
@@ -50,7 +50,7 @@ def rename(graph: Path) -> None:
         g.initializer.append(make.make_tensor(name, onnx.TensorProto.INT64, shape, [value]))
     g.node.insert(0, make.make_node("Gather", ["position_ids", "first"], ["position"], axis=1))
     g.node.append(make.make_node("Unsqueeze", ["last_logits", "token_axis"], ["logits"]))
-    next(p for p in model.metadata_props if p.key == "format").value = FORMAT  # `OnnxModel` does not run it
+    next(p for p in model.metadata_props if p.key == "format").value = GENAI_FORMAT  # `OnnxModel` does not run it
     for i in range(layers):
         past, present = f"past_key_values.{i}.conv_state", f"present.{i}.conv_state"
         g.input.append(make.make_tensor_value_info(past, float32, ["B", 1, 1]))
@@ -65,7 +65,7 @@ def write_beside(graph: Path, tokenizer: Tokenizer) -> None:
     import onnx
 
     said = {p.key: p.value for p in onnx.load(str(graph), load_external_data=False).metadata_props}
-    assert said["format"] == FORMAT
+    assert said["format"] == GENAI_FORMAT
     config, eos = json.loads(said["config"]), int(said["eos"])
     heads = config["heads"]
     decoder: dict[str, Any] = {

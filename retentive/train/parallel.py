@@ -249,7 +249,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None, axis: int) -> Tensor:
 def reading(model: LanguageModel, here: Processes) -> Iterator[None]:
     """Where all processes that divide a model call it on the same tokens, whole sequences, without gradients.
 
-    It is the very model that is trained: no process needs the memory of a whole one.
+    It is the very model that is trained, in parts: no whole copy of it is made.
     """
     try:
         with undivided_sequences(model) if here.cp > 1 else nullcontext():

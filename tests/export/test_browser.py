@@ -232,6 +232,11 @@ def test_another_folder_at_the_same_address_takes_the_place_of_what_was_kept(tmp
     here.page.context.set_offline(True)
     here.page.reload()
     expect(here["model"]).to_have_text("newer")
+    here.page.context.set_offline(False)
+    shutil.rmtree(tmp_path / "site")
+    (exported(tmp_path / "site") / "worker.js").unlink()
+    here.page.goto(address)
+    expect(here.page.get_by_text("is not complete")).to_be_visible()
 
 
 def test_stop_strings_and_stopping_leave_the_state_as_it_was_read(tmp_path, serve_files, visit):

@@ -23,6 +23,8 @@ def test_its_tokens_are_the_graphs_own(bits, tmp_path):
     export(str(tmp_path / "model"), "onnx", tmp_path / "onnx")
     export(str(tmp_path / "model"), "genai", tmp_path / "genai")
 
+    with pytest.raises(ValueError, match="is a graph for onnxruntime-genai: export the model with --to onnx"):
+        OnnxModel(tmp_path / "genai" / "model.onnx")
     loaded = genai.Model(str(tmp_path / "genai"))
     ids = tokenizer.encode(TEXT)
     assert genai.Tokenizer(loaded).encode(TEXT).tolist() == ids

@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="graphs are run by pip install 'retent
 from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
-from retentive.data.tokenizer import ByteTokenizer
+from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.export.onnx import export_onnx
 from retentive.export.onnx_run import OnnxModel
 from retentive.export.writing import generate, pick
@@ -199,6 +199,10 @@ main(sys.argv[1:])
     assert (place / "small/model.onnx").stat().st_size < 0.3 * (place / "made/model.onnx").stat().st_size
     main(["generate", "small/model.onnx", "--max-tokens", "5", "--seed", "1"])
     assert len(capsys.readouterr().out) > 1
+    train_bpe(["of another model " * 50], 300).save(place / "small")
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "small/model.onnx"])
+    assert stop.value.code == 2 and "they do not belong together" in capsys.readouterr().err
 
 
 def test_what_is_refused(place, capsys, refuses):

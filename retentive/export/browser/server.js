@@ -48,8 +48,10 @@ async function renewed(version) {
   const kept = navigator.serviceWorker?.controller?.scriptURL.split("?")[1];
   if (kept === undefined || kept === version) return;
   const taken = new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-  await navigator.serviceWorker.register(`offline.js?${version}`);
-  await taken;
+  const { installing } = await navigator.serviceWorker.register(`offline.js?${version}`);
+  await Promise.race([taken, new Promise((_, reject) => installing?.addEventListener("statechange", () => {
+    if (installing.state === "redundant") reject(new Error("The folder has become another one, and is not complete: copy it anew."));
+  }))]);
   location.reload();
   await new Promise(() => {}); // nothing more is loaded here
 }
