@@ -121,9 +121,10 @@ def test_tokens_are_those_of_torch(tmp_path):
     assert list(generate(graph, [256, 7, 8], greedy, max_tokens=40)) == want
     # and on from a state that was kept
     graph.reset()
-    graph.read([256, 7])
-    kept, position = graph.states, graph.position
+    logits = graph.read([256, 7])
+    kept, position, before = graph.states, graph.position, logits.copy()
     graph.read([1, 2, 3])
+    np.testing.assert_array_equal(logits, before)  # the call after wrote its own
     for _ in range(2):  # what was kept stays as it was
         graph.resume(kept, position)
         assert list(generate(graph, [8], greedy, max_tokens=40)) == want
