@@ -97,15 +97,15 @@ static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i
 /* The n integers of a group, in the order in which products take them: what is in one unit are columns of which the
    weights have the same place in halves of 16 bits, or in bytes, whose digits are `apart` from each other. */
 INLINE void put_ordered(i64 kind, int digits, const int16_t *from, i64 n, i64 apart, int16_t *to) {
+    const int half = kind == INT4 ? 4 : 2;
     int8_t *high = (int8_t *)to, *low = high + apart;
-    for (i64 k = 0; k < n; k++) {
-        i64 half = kind == INT4 ? 4 : 2, place = k % (2 * half);
-        int16_t least = (int16_t)((from[k] + 128 & 255) - 128);
-        if (digits == 1) to[k - place + place % half * 2 + place / half] = from[k];
-        else if (kind == INT4) place = k - place + place % 2 * 4 + place / 2;
-        else place = k;
-        if (digits == 2) high[place] = (int8_t)(from[k] - least >> 8), low[place] = (int8_t)least;
-    }
+    for (i64 k = 0; k < n; k += 2 * half)
+        UNROLLED for (int place = 0; place < 2 * half; place++) {
+            int16_t x = from[k + place], least = (int16_t)((x + 128 & 255) - 128);
+            i64 at = k + (digits == 1 ? place % half * 2 + place / half : kind == INT4 ? place % 2 * 4 + place / 2 : place);
+            if (digits == 1) to[at] = x;
+            else high[at] = (int8_t)(x - least >> 8), low[at] = (int8_t)least;
+        }
 }
 
 /* A group's numbers as integers of 16 bits, their scale and their sum; n of `group` are there. */

@@ -28,7 +28,7 @@ typedef struct {
     float *x;                          /* [tokens][D], what the head is applied to */
 } Reading;
 
-enum { BLOCK_TOKENS = 256, FEW = 2 }; /* tokens that go through all layers together; that a thread prepares by itself */
+enum { BLOCK_TOKENS = 256 }; /* tokens that go through all layers together */
 
 typedef struct {
     const Reading *c;
@@ -54,13 +54,19 @@ static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
     *first = all * thread / threads, *last = all * (thread + 1) / threads;
 }
 
+/* of inputs, AT_ONCE rows of which lie in the same lines of memory: two threads would take them from each other */
+static void share_rows(i64 rows, i64 thread, i64 threads, i64 *first, i64 *last) {
+    share((rows + AT_ONCE - 1) / AT_ONCE, thread, threads, first, last);
+    *first *= AT_ONCE, *last = smaller(*last * AT_ONCE, rows);
+}
+
 /* ---- inputs of products: of few tokens every thread prepares all for itself, of more each its share ---- */
 
-static int each_alone(const Block *b) { return b->n <= FEW; }
+static int each_alone(const Block *b) { return b->n <= AT_ONCE; }
 
 static void tokens_of(const Block *b, const Self *me, i64 *first, i64 *last) {
     if (each_alone(b)) *first = 0, *last = b->n;
-    else share(b->n, me->thread, b->threads, first, last);
+    else share_rows(b->n, me->thread, b->threads, first, last);
 }
 
 static void prepared(const Block *b) {
@@ -118,8 +124,8 @@ static void ask(const Block *b, const Matrix *w, i64 together, const Self *me) {
 
 /* ---- retention ---- */
 
-/* the tokens of a sequence through the ring of a head, one after the other */
-static void step_through(Block *b, const Layer *layer, const Rings *rings, i64 s, i64 h, float *space) {
+/* the tokens of a sequence through the ring of a head, one after the other; the next head's is asked for before `last` */
+static void step_through(Block *b, const Layer *layer, const Rings *rings, i64 s, i64 h, i64 last, float *space) {
     const Reading *c = b->c;
     const Model *m = c->model;
     i64 H = m->H, K = m->K, V = m->V, R = c->slots, size = size_of(c->dtype), sH = s * H;
@@ -134,7 +140,7 @@ static void step_through(Block *b, const Layer *layer, const Rings *rings, i64 s
         inputs_of_head(m, layer, y, b->turn + t * (K + H), h, c->dtype, q + h * K * size, k + h * K * size,
                        v + h * V * size, b->log_decay + t * H + h);
         step.q = q, step.k = k, step.v = v, step.o = o, step.log_decay = b->log_decay + t * H;
-        step_head(&step, h, h + 1, space);
+        step_head(&step, h, last, space);
         if (++written - folded == R) folded += R / 2;
         output_of_head(m, layer, y, h, c->dtype, o + h * V * size, b->z + (t * H + h) * V);
     }
@@ -144,7 +150,8 @@ static void by_steps(Block *b, const Layer *layer, Rings *rings, const Self *me)
     const Reading *c = b->c;
     i64 H = c->model->H, first, last;
     share(c->N * H, me->thread, b->threads, &first, &last);
-    for (i64 sh = first; sh < last; sh++) step_through(b, layer, rings, sh / H, sh % H, me->space);
+    for (i64 sh = first; sh < last; sh++)
+        step_through(b, layer, rings, sh / H, sh % H, smaller(H, last - sh / H * H), me->space);
     ask(b, &layer->out, 1, me);
     meet(c->pool);
     for (i64 s = me->thread; s < c->N; s += b->threads)
@@ -353,7 +360,7 @@ static void through_head(void *what, int thread) {
     for (i64 at = 0, n; at < c->n; at += n) {
         n = smaller(HEAD_ROWS, c->n - at);
         Input in = input_for(&c->in, head, 0, n, c->dtype && c->n > MANY);
-        share(n, thread, c->threads, &first, &last);
+        share_rows(n, thread, c->threads, &first, &last);
         for (i64 r = first; r < last; r++) ready_row(&in, r, c->x + (at + r) * head->K, head->K);
         meet(c->pool);
         share(panels_of(head), thread, c->threads, &first, &last);
