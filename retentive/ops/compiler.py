@@ -24,7 +24,12 @@ FLAGS = ("-O3", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11"
 LINK = ("-lm", "-pthread")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 SETS = (
-    {"native": "-mcpu=native", "neon": "-march=armv8-a", "dotprod": "-march=armv8.2-a+dotprod"}
+    {
+        "native": "-mcpu=native",
+        "neon": "-march=armv8-a",
+        "dotprod": "-march=armv8.2-a+dotprod",
+        "i8mm": "-march=armv8.2-a+dotprod+i8mm",
+    }
     if ARM
     else {
         "native": "-march=native",
@@ -44,6 +49,7 @@ ZIG = {
     "-march=sapphirerapids": "-mcpu=sapphirerapids",
     "-march=armv8-a": "-mcpu=generic",
     "-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod",
+    "-march=armv8.2-a+dotprod+i8mm": "-mcpu=generic+v8_2a+dotprod+i8mm",
 }
 """What ziglang calls them."""
 NEEDED = {
@@ -52,6 +58,7 @@ NEEDED = {
     "avx512bf16": "avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16",
     "amx": "amx_tile amx_int8 amx_bf16 avx512_bf16 avx512_fp16 avx512_vbmi2 avx_vnni",
     "dotprod": "asimddp",
+    "i8mm": "asimddp i8mm",
 }
 """Flags of /proc/cpuinfo without which they would end the process (SIGILL)."""
 PATIENCE = 300

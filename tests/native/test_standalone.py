@@ -27,6 +27,7 @@ TARGETS = {
     "native": (["gcc"], ["-march=native"], LINK, []),
     "aarch64": (ARM, [], ["-static", *LINK], ["qemu-aarch64"]),
     "dotprod": (ARM, ["-mcpu=generic+dotprod"], ["-static", *LINK], ["qemu-aarch64"]),
+    "i8mm": (ARM, ["-mcpu=generic+dotprod+i8mm"], ["-static", *LINK], ["qemu-aarch64"]),
     "wasm": ([*ZIG, "-target", "wasm32-wasi"], ["-msimd128"], ["-lm"], NODE),
 }
 """The compiler, its flags, those of the linker, and what the program is run by."""
@@ -100,6 +101,17 @@ def folder_of(name, path, tokenizer):
         model = model.bfloat16()
     save_model(path, model, tokenizer)
     return load(path)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_sums_of_integers_are_the_same_by_digits_and_by_blocks(name, programs, tmp_path):
+    folder_of(name, tmp_path, ByteTokenizer())
+    ids = map(str, torch.randint(257, (31,)).tolist())
+    arguments = [str(tmp_path), str(tmp_path / "state.safetensors"), "", *ids]
+    said = {t: subprocess.run([*programs(t), *arguments], capture_output=True, text=True) for t in ("dotprod", "i8mm")}
+    assert said["dotprod"].returncode == 0
+    assert said["dotprod"].stdout == said["i8mm"].stdout
 
 
 @torch.no_grad()

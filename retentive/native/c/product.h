@@ -4,7 +4,7 @@ Sums are made in the same order however many rows there are, so that a sequence 
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
 becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
 Where the CPU multiplies bytes by fours (Arm's dot products), such an integer is two digits of 8 bits, each with a sign,
-and a group is gone through twice.
+and a group is gone through twice; where it multiplies blocks of them (Arm's I8MM), two rows of x at a time.
 Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long
 and short ones, so that what is read with them makes no difference.
 */
@@ -201,6 +201,47 @@ INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
 #endif
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_DOTPROD)
+#define BLOCKS
+/* ---- blocks: two rows of weights, eight columns of each, times two rows of x, an instruction ---- */
+
+/* sum [rows][PARTS] = the sums of a group; where its x ends comes back. rows are even. */
+INLINE const int32_t *add_blocks(int rows, int four, i64 ahead, i64 group, const uint8_t *at, const int32_t *x,
+                                 i64 width, vi (*sum)[PARTS]) {
+    int32x4_t block[AT_ONCE / 2][PARTS][2]; /* of each pair of rows and vector of weights: rows 0 and 1, 2 and 3 */
+    memset(block, 0, sizeof block);
+    for (int digit = 0; digit < 2; digit++) {
+        const uint8_t *line = at;
+        for (int i = 0; digit && i < AT_ONCE / 2 * PARTS * 2; i++) ((vi *)block)[i] <<= 8;
+        for (i64 k = 0; k < group; k += 8, line += four ? LINE : 2 * LINE, x += 2 * width) {
+            int32x4_t two[AT_ONCE / 2]; /* rows of x: eight digits of one, then of the other */
+            UNROLLED for (int r = 0; r < rows; r += 2) {
+                int32x2_t first = vld1_s32(x + r), then = vld1_s32(x + width + r);
+                two[r / 2] = vcombine_s32(vzip1_s32(first, then), vzip2_s32(first, then));
+            }
+            UNROLLED for (int p = 0; p < PARTS; p++) {
+                const uint8_t *from = line + p * 4 * LANES;
+                if (ahead && !p && !digit) __builtin_prefetch(from + ahead);
+                vi units = (vi)load((const float *)from), more = four ? units : (vi)load((const float *)(from + LINE));
+                int32x4_t first = (int32x4_t)weights_at(four, units, 0);
+                int32x4_t then = (int32x4_t)weights_at(four, more, four ? 1 : 0);
+                int8x16_t low = (int8x16_t)vzip1q_s32(first, then), high = (int8x16_t)vzip2q_s32(first, then);
+                UNROLLED for (int r = 0; r < rows / 2; r++) {
+                    block[r][p][0] = vmmlaq_s32(block[r][p][0], low, (int8x16_t)two[r]);
+                    block[r][p][1] = vmmlaq_s32(block[r][p][1], high, (int8x16_t)two[r]);
+                }
+            }
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int p = 0; p < PARTS; p++) {
+            int32x4_t low = block[r / 2][p][0], high = block[r / 2][p][1];
+            sum[r][p] = (vi)(r % 2 ? vuzp2q_s32(low, high) : vuzp1q_s32(low, high));
+        }
+    return x;
+}
+#endif
+
 /* ---- panels: y [rows][16 a panel], of panels `bytes` apart ---- */
 
 INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 lines, const uint8_t *at, i64 bytes,
@@ -229,7 +270,11 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 gr
     const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS, zero = four ? 8 : DIGITS == 2 ? 0 : 128;
     for (i64 g = 0; g < groups; g++, scales += ROWS) {
         vi sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
-        for (int digit = 0; digit < DIGITS; digit++) {
+        int digit = 0;
+#ifdef BLOCKS
+        if (rows > 1) x = add_blocks(rows, four, ahead, group, at, x, width, sum[0]), digit = DIGITS;
+#endif
+        for (; digit < DIGITS; digit++) {
             const uint8_t *line = at;
             for (int i = 0; digit && i < PANELS * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
             for (i64 k = 0; k < group; k += unit, line += LINE, x += units * width)

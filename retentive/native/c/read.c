@@ -409,6 +409,12 @@ const char *native_instructions(void) {
 #ifdef TILES
            " AMX"
 #endif
+#ifdef __ARM_FEATURE_DOTPROD
+           " DOTPROD"
+#endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+           " I8MM"
+#endif
         ;
 }
 
