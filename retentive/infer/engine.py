@@ -32,6 +32,10 @@ from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns,
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
 from retentive.models import LanguageModel
 from retentive.models.state import State
+from retentive.threads import threads_for
+
+OPERATIONS = 4
+"""On a logit, until a token is drawn: what decides whether a second thread is worth its waiting."""
 
 
 class Engine:
@@ -277,7 +281,9 @@ class Engine:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [r.made[-1] if r.made else r.stream.ids[-1] for r in self.running]
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
-            tokens, logprobs, failed = self._pick(logits)
+            # torch's other threads would go on spinning when the model's own want their cores
+            with threads_for(OPERATIONS * logits.numel()):
+                tokens, logprobs, failed = self._pick(logits)
         except Exception as error:  # the model's: the pool is written in place and may be half a token on, so all end
             for request in self.running:
                 self._end(request, "error", error)

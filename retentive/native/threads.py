@@ -71,13 +71,14 @@ class Threads:
             MemoryError: no memory for them.
         """
         self._lock, self._paces = threading.Lock(), dict[tuple[Any, ...], Pace]()
+        self._close = library().native_close  # where the interpreter ends, `library` may be gone first
         self._pool = library().native_open(threads)
         if not self._pool:
             raise MemoryError("no memory for the native engine's threads")
 
     def __del__(self):
         if getattr(self, "_pool", None):
-            library().native_close(self._pool)
+            self._close(self._pool)
 
     def call(self, function: Any, call: Any, tokens: int) -> None:
         """Calls a function of the library for so many tokens, with at most torch's number of threads.
