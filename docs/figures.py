@@ -36,7 +36,7 @@ def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 def table(head: str, *rows: str) -> str:
     """Cells are separated by " | "; the first column is text, the others are numbers."""
-    return "\n".join(f"| {line} |" for line in (head, "---" + " | ---:" * head.count(" | "), *rows))
+    return "\n".join(f"| {line} |" for line in (head, "---" + " | ---:" * head.count("|"), *rows))
 
 
 def times(x: float) -> str:
@@ -124,8 +124,19 @@ def claims() -> str:
         "4. **This package's RetNet is ahead of its twins on novels** "
         "([what differs](docs/idea.md#what-this-package-changes)). "
         f"The same novels and tokens, each at the better of two rates, retnet, twin with QK-norm, twin: {lead()}. Two "
-        f"seeds each, a difference is known to ± {doubt():.3f}; where the context alone tells a token, the twins are "
-        f"ahead in the two smaller sizes. {elsewhere()}"
+        f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier in the "
+        f"context the twins tell more in the two smaller sizes. {later()} {elsewhere()}"
+    )
+
+
+def later() -> str:
+    """The finding after more tokens."""
+    found = {each["variant"]: each for each in result("compare-long", EPYC)["runs"]}
+    ours, theirs, papers = (found[name] for name in ("retnet", "transformer-qk-norm", "retnet-paper"))
+    return (
+        f"After {ours['tokens'] / 1e6:.1f} M tokens with {ours['parameters'] / 1e6:.1f} M parameters (one seed): "
+        f"{ours['bits_per_byte']:.3f}, the twin with QK-norm {theirs['bits_per_byte']:.3f}, the paper's RetNet "
+        f"{papers['bits_per_byte']:.3f}."
     )
 
 
@@ -227,6 +238,37 @@ def quality() -> str:
     return table("parameters | RetNet | twin | difference | RetNet: tokens/s of training | twin: tokens/s", *lines)
 
 
+VARIANTS = {
+    "retnet": "RetNet",
+    "transformer-qk-norm": "twin with QK-norm",
+    "transformer": "twin",
+    "retnet-paper": "the paper's RetNet",
+}
+
+
+def package() -> str:
+    """This package's RetNet beside its twins and the paper's, in three sizes."""
+    rows, lines = [r for r in result("compare-sizes-default", EPYC)["rows"] if r["best_rate"]], []
+    for n in ("1m", "2m", "5m"):
+        found = {name: row(rows, size=n, variant=name) for name in VARIANTS}
+        cells = [f"{found[name]['bits_per_byte']:.3f} ± {found[name]['half_width']:.3f}" for name in VARIANTS]
+        lines.append(" | ".join([f"{found['retnet']['parameters'] / 1e6:.1f} M", *cells]))
+    return table("parameters | " + " | ".join(VARIANTS.values()), *lines)
+
+
+def longer() -> str:
+    """The same after more tokens: on the part of the held-out text that is looked at meanwhile, and on all of it."""
+    runs = {each["variant"]: each for each in result("compare-long", EPYC)["runs"]}
+    curves = {name: dict(runs[name]["curve"]) for name in VARIANTS if name in runs}
+    marks = list(curves["retnet"])[1::2]
+    lines = [
+        f"{tokens / 1e6:.1f} M | " + " | ".join(f"{curve[tokens]:.3f}" for curve in curves.values()) for tokens in marks
+    ]
+    whole = " | ".join(f"{runs[name]['bits_per_byte']:.3f}" for name in curves)
+    head = "tokens | " + " | ".join(VARIANTS[name] for name in curves)
+    return table(head, *lines, f"{marks[-1] / 1e6:.1f} M, all held-out text | {whole}")
+
+
 def contexts() -> str:
     """Perplexity of the same last tokens, by length of context."""
     found = {}
@@ -244,7 +286,7 @@ def ablations() -> str:
         "one-decay": "one decay for all heads",
         "small-heads": "small heads",
         "short-head": "a first head that forgets at once",
-        "paper-decay": "the paper's decays",
+        "paper-decay": "the decays of the paper's equation 8",
         "no-score-norm": "no norm of the scores",
         "hybrid": "one block of attention",
         "gated": "a decay from the token itself",
@@ -255,7 +297,7 @@ def ablations() -> str:
         f"{text} | {rows[name]['difference']:+.3f} ± {rows[name]['difference_half_width']:.3f}"
         for name, text in sorted(names.items(), key=lambda pair: -rows[pair[0]]["difference"])
     ]
-    return table("of RetNet's parts | bits per byte, against the default", *lines)
+    return table("of RetNet's parts | bits per byte, against `retnet-paper`", *lines)
 
 
 def muon() -> str:
@@ -306,7 +348,7 @@ def serving() -> str:
         f"server, of the engine | {server['server_over_engine']:.0%} | ",
         f"first token after a 4,000-token prompt | {first['miss']:.0f} ms | {first['hit']:.1f} ms where the prompt was "
         f"read before",
-        f"state of a stream after 100 and 100,000 tokens | {size(states[0])} | {size(states[1])}",
+        f"state of a stream, with the ring of its newest tokens, after 100 and 100,000 tokens | {size(states[0])} | {size(states[1])}",
         f"a question to a memory of 1,000 and 1,000,000 tokens | {asked[0]['median']:.0f} ms | "
         f"{asked[1]['median']:.0f} ms, from {size(asked[1]['file_bytes'])}",
         f"{soak['minutes']:.0f} minutes of random clients | {soak['counts']['status 200']:,} answers | "
