@@ -124,8 +124,8 @@ def claims() -> str:
         "4. **This package's RetNet is ahead of its twins on novels** "
         "([what differs](docs/idea.md#what-this-package-changes)). "
         f"The same novels and tokens, each at the better of two rates, retnet, twin with QK-norm, twin: {lead()}. Two "
-        f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier in the "
-        f"context the twins tell more in the two smaller sizes. {later()} {elsewhere()}"
+        f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier "
+        f"in the context the twins tell more in the two smaller sizes. {later()} {elsewhere()}"
     )
 
 
@@ -348,7 +348,8 @@ def serving() -> str:
         f"server, of the engine | {server['server_over_engine']:.0%} | ",
         f"first token after a 4,000-token prompt | {first['miss']:.0f} ms | {first['hit']:.1f} ms where the prompt was "
         f"read before",
-        f"state of a stream, with the ring of its newest tokens, after 100 and 100,000 tokens | {size(states[0])} | {size(states[1])}",
+        "state of a stream, with the ring of its newest tokens, after 100 and 100,000 tokens | "
+        f"{size(states[0])} | {size(states[1])}",
         f"a question to a memory of 1,000 and 1,000,000 tokens | {asked[0]['median']:.0f} ms | "
         f"{asked[1]['median']:.0f} ms, from {size(asked[1]['file_bytes'])}",
         f"{soak['minutes']:.0f} minutes of random clients | {soak['counts']['status 200']:,} answers | "
