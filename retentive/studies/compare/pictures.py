@@ -126,5 +126,5 @@ def _curves(
     )
     axis.set_ylabel("bits per byte (first part of the held-out text)")
     axis.grid(alpha=0.3)
-    if speeds is None:  # the plot beside it has the same colours
+    if speeds is None and len(labels) <= 10:  # more would cover the curves; the plots above name the colours
         axis.legend(fontsize=8)
