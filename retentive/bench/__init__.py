@@ -22,6 +22,7 @@ BENCHES = {
     "replies": "retentive.studies.replies",
     "edge": "retentive.studies.edge",
     "activations": "retentive.studies.activations",
+    "quantization": "retentive.studies.quantization",
     "ask": "retentive.bench.memory_file",
     "questions": "retentive.bench.questions",
     "sound": "retentive.bench.sound",

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive bench NAME [OPTIONS]\n")
         for name, module in BENCHES.items():
-            print(f"  {name:<11} {importlib.import_module(module).Options.__doc__}")
+            print(f"  {name:<12} {importlib.import_module(module).Options.__doc__}")
         return
     name = argv[0]
     if name not in BENCHES:
