@@ -4,7 +4,7 @@
     quantize(model, bits, group, batches=ids)     and what rounding a column does to the outputs is made up for by those
                                                   that are yet to be rounded: GPTQ, arXiv 2210.17323
 
-The second is for 4 bits, where it takes away an eighth of what rounding costs, or nearly half (docs/native.md); 8 bits
+The second is for 4 bits, where it takes away a seventh of what rounding costs, or nearly half (docs/LOG.md); 8 bits
 lose next to nothing either way.
 """
 

@@ -149,6 +149,13 @@ SECTIONS = (
         "context from which RetNet needs less memory is stated for full and for grouped heads.",
     ),
     Section(
+        "Weights of fewer bits",
+        "What do weights of 8 and 4 bits cost in held-out text, and how exact are states after a long one?",
+        "",
+        _is("bench quantization"),
+        "The paper does not quantise.",
+    ),
+    Section(
         "Other runtimes",
         "What does a model take and do where it leaves this package: files, start, reading, writing, memory?",
         "",
