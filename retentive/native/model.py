@@ -173,7 +173,7 @@ class NativeRetNet(RetNet):
         if tuple(state.position.shape) != (N,):
             raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
         kept = self._kept  # looked at once: another thread may put its own there
-        if 0 < T <= STEPS and kept is not None and kept.are_of(state.layers) and kept.slots >= T:
+        if 0 < T <= STEPS and kept is not None and kept.N == N and kept.are_of(state.layers) and kept.slots >= T:
             return state.layers, kept  # the rings that the last token went into, as a rule
         self._check(state)
         self._check_shapes(state, N)
@@ -212,6 +212,7 @@ class Places:
     def __init__(self, layers: Sequence[Any]):
         # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
         self._rings = [weakref.ref(x) for x in layers if isinstance(x, Ring)]
+        self.N = layers[0].k.shape[0] if self._rings else 0
         self.slots = layers[0].k.shape[2] if self._rings else 0
         tensors = [x.tensors().values() if isinstance(x, Ring) else [x] for x in layers]
         self._array = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))

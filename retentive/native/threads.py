@@ -6,8 +6,11 @@ threads, the fastest is kept, and its neighbours are tried again from time to ti
 """
 
 import ctypes
+import os
+import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -75,6 +78,7 @@ class Threads:
         self._pool = library().native_open(threads)
         if not self._pool:
             raise MemoryError("no memory for the native engine's threads")
+        MADE.add(self)
 
     def __del__(self):
         if getattr(self, "_pool", None):
@@ -91,8 +95,22 @@ class Threads:
             # to a power of two of tokens, which take about as long each
             kind = function.__name__, tokens.bit_length(), most
             pace = self._paces.get(kind) or self._paces.setdefault(kind, Pace(most))
-            call.pool, call.threads = self._pool, pace.threads(began)
+            asked = pace.threads(began)
+            call.pool, call.threads = self._pool, asked  # fewer work where the system gave the pool fewer
             failed = function(ctypes.byref(call))
-            pace.note(call.threads, (time.perf_counter() - began) / tokens, began)
+            pace.note(asked, (time.perf_counter() - began) / tokens, began)
         if failed:
             raise MemoryError("the native engine found no memory for its work space")
+
+
+MADE: weakref.WeakSet[Threads] = weakref.WeakSet()
+
+
+def unlock() -> None:
+    """In a child process, which does not have the thread that may have been in a call when it was forked."""
+    for each in MADE:
+        each._lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=unlock)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from retentive.infer.generate import generate
 from retentive.models import ARCHITECTURES, RetentionState, RetNetConfig, TransformerConfig, build
 from retentive.native import NativeRetNet, refused, with_engine
 from retentive.native.library import library
+from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
@@ -240,6 +242,56 @@ def test_a_child_process_has_threads_of_its_own(one, threads):
             os._exit(0 if torch.equal(native(ids)[0], want) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(native(ids)[0], want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@torch.no_grad()
+def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have(one):
+    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 5))
+    want = native(ids)[0]
+    with native._threads._lock:  # as another thread holds it that is in a call
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # which ends it
+            os._exit(0 if torch.equal(native(ids)[0], want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@torch.no_grad()
+def test_more_threads_than_the_pool_has(one, monkeypatch):
+    """Whatever number is found the fastest, the pool works with those that it has."""
+    native, ids = NativeRetNet(one, threads=3), torch.randint(VOCAB, (1, 5))
+    want = native(ids)[0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(Pace, "threads", lambda self, now: 4)  # of 1, 2, 4
+    for _ in range(3 * Pace.TRIES + 1):
+        assert torch.equal(native(ids)[0], want)
+
+
+@torch.no_grad()
+def test_rings_of_fewer_sequences_are_refused(one, refuses):
+    native, ids = NativeRetNet(one), torch.randint(VOCAB, (3, 1))
+    _, state = native(ids[:2])
+    _, state = native(ids[:2], state)  # the rings that the next token would go into
+    with refuses("3 sequences need"):
+        native(ids, RetentionState(state.layers, torch.zeros(2, dtype=torch.int64)))
+    with refuses("state must be float32 [3, 2, "):
+        native(ids, RetentionState(state.layers, torch.zeros(3, dtype=torch.int64)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group", [48, 96, 240])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_of_any_size_in_prompts(bits, group, threads):
+    """No thread writes into another's work space: the same bits every time, near those of float32."""
+    made = quantize(mattering(RetNetConfig(**SMALL | dict(dim=256, ffn_dim=448))), bits, group)
+    native, ids = NativeRetNet(made, threads=threads), torch.randint(VOCAB, (2, TOKENS))
+    first = native(ids)[0]
+    for _ in range(5):
+        assert torch.equal(native(ids)[0], first)
+    want = copy.deepcopy(made).float()(ids)[0]
+    assert float((first - want).norm() / want.norm()) < 0.03  # bf16 in 2 layers: 0.01
 
 
 @torch.no_grad()

@@ -419,5 +419,5 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }
 
-/* two panels of bfloat16, or of bytes, of which a last tile may have half a group too much */
-INLINE i64 expanded_bytes(i64 K) { return 2 * round_up(K, MOST_GROUP_COLUMNS) / 2 * LINE; }
+/* two panels of bfloat16, or of bytes: of K columns whole groups, of any size, and whole tiles */
+INLINE i64 expanded_bytes(i64 K) { return 2 * round_up(K + MOST_GROUP_COLUMNS - 1, 32) / 2 * LINE; }
