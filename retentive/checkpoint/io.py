@@ -5,6 +5,7 @@ Weights are only ever read from safetensors. What is written appears whole or no
 
 import json
 import logging
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -321,8 +322,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f" (it has {other[0]}, but pickled weights are never loaded: convert them)" if other else ""
             raise FileNotFoundError(f"{folder} holds no {file.name}{hint}")
-        tensors |= load_tensors(file)[0]
+        found, about = load_tensors(file)
+        if "crc32" in about and about["crc32"] != _checksum(found):
+            raise ValueError(f"{file} is damaged: its bytes are not those that were written, copy or make it again")
+        tensors |= found
     return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of all bytes, in the order of names."""
+    crc = 0
+    for _, x in sorted(tensors.items()):
+        crc = zlib.crc32(x.flatten().view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], folder: Path) -> None:
@@ -395,9 +407,11 @@ def save_model(
         tensors = FOREIGN[layout].write_tensors(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     described = json.dumps(raw, indent=2) + "\n"
+    # any byte is a pair of weights of 4 bits: a flipped one would not show
+    about = {"crc32": _checksum(tensors)} if quantization_of(model) else {}
     write_together(
         {
-            folder / "model.safetensors": lambda partial: save_tensors(partial, tensors),
+            folder / "model.safetensors": lambda partial: save_tensors(partial, tensors, about),
             folder / "config.json": lambda partial: partial.write_text(described, encoding="utf-8"),
         }
     )

@@ -175,9 +175,9 @@ def damaged_config(folder):
 
 
 def other_scales(folder):
-    tensors, metadata = load_tensors(folder / "model.safetensors")
+    tensors, _ = load_tensors(folder / "model.safetensors")
     tensors["embed.scale"] = tensors["embed.scale"].float()
-    save_tensors(folder / "model.safetensors", tensors, metadata)
+    save_tensors(folder / "model.safetensors", tensors)
 
 
 def cut_short(folder):
@@ -185,10 +185,18 @@ def cut_short(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def flipped_bit(folder):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
 DAMAGES = {
     damaged_config: "unknown quantization {'bits': 3, 'group': 32} (weights can have 8 or 4 bits, got 3)",
     other_scales: "embed.scale is torch.float32, expected torch.float16",
     cut_short: "is not a complete safetensors file",
+    flipped_bit: "is damaged: its bytes are not those that were written",
 }
 
 
