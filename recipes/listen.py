@@ -1,6 +1,7 @@
 r"""Spoken digits in a row, from single recordings: one speaker is held out, and so are recordings of the others.
 
-    python recipes/listen.py RECORDINGS digits george     (DIGIT_SPEAKER_NUMBER.wav: the Free Spoken Digit Dataset)
+    python examples/voices.py voices zero one two three four five six seven eight nine
+    python recipes/listen.py RECORDINGS digits george voices         (the Free Spoken Digit Dataset's recordings)
     retentive data digits/train.jsonl --valid digits/known.jsonl --chats --tokenizer bytes \
         --audio rate=8000 mels=20 --out data/digits
     retentive train --recipe recipes/listen.py            (the twin: --model transformer --out runs/listen-twin)
@@ -11,8 +12,9 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
 Trained on one digit (two fifths of the sounds: rows alone are learnt late), on two to five in turns, each answered at
 once, and on two to five in one sound that is written down at its end; faster and higher or slower and lower than they
 were spoken (another speaker, as it were), through another microphone (a random equaliser), louder and softer, with
-noise and pauses. Tested: single recordings of known speakers (known) and of the one who is held out, as they are; the
-last of five and of fifty in turns (turns5, turns50), all of five and of fifty in one sound (row5, row50).
+noise and pauses. With a folder of synthetic voices half of the recordings are theirs. Tested: single recordings of
+known speakers (known) and of the one who is held out, as they are; the last of five and of fifty in turns (turns5,
+turns50), all of five and of fifty in one sound (row5, row50).
 """
 
 import json
@@ -47,7 +49,7 @@ def recipe() -> TrainRun:
     )
 
 
-def prepare(recordings: Path, out: Path, held_out: str) -> None:
+def prepare(recordings: Path, out: Path, held_out: str, synthetic: Path | None = None) -> None:
     """Writes the sounds and the conversations about them."""
     files = sorted(recordings.glob("?_*_*.wav"))
     speakers = sorted({path.stem.split("_")[1] for path in files})
@@ -57,17 +59,18 @@ def prepare(recordings: Path, out: Path, held_out: str) -> None:
     known = [path for path in files if path.stem.split("_")[1] != held_out]
     draw.shuffle(known)
     tested, trained = known[: len(known) // 10], known[len(known) // 10 :]
-    sounds = {path: soundfile.read(path, dtype="float32")[0] for path in files}
+    more = sorted(synthetic.glob("?_*_*.wav")) if synthetic else []
+    sounds = {path: soundfile.read(path, dtype="float32")[0] for path in files + more}
 
-    def row(of: list[Path], count: int) -> tuple[list[np.ndarray], str]:
-        chosen = [draw.choice(of) for _ in range(count)]
+    def row(of: list[list[Path]], count: int) -> tuple[list[np.ndarray], str]:
+        chosen = [draw.choice(draw.choice(of)) for _ in range(count)]
         return [sounds[path] for path in chosen], " ".join(path.stem[0] for path in chosen)
 
-    def turns(of: list[Path], count: int, **how: bool) -> Talk:
+    def turns(of: list[list[Path]], count: int, **how: bool) -> Talk:
         parts, digits = row(of, count)
         return [(spoken([part], draw, **how), digit) for part, digit in zip(parts, digits.split(), strict=True)]
 
-    def whole(of: list[Path], count: int, **how: bool) -> Talk:
+    def whole(of: list[list[Path]], count: int, **how: bool) -> Talk:
         parts, digits = row(of, count)
         return [(spoken(parts, draw, **how), digits)]
 
@@ -75,14 +78,14 @@ def prepare(recordings: Path, out: Path, held_out: str) -> None:
         for _ in range(TRAINED):
             way = draw.choices([whole, turns], [0.7, 0.3])[0]
             count = 1 if way is whole and draw.random() < 0.6 else draw.randint(2, 5)
-            yield way(trained, count, varied=True)
+            yield way([trained, more] if more else [trained], count, varied=True)
 
     write(out, "train", varied())
     write(out, "known", ([(sounds[path], path.stem[0])] for path in tested))
     write(out, held_out, ([(sounds[p], p.stem[0])] for p in files if p.stem.split("_")[1] == held_out))
     for count in (5, 50):
-        write(out, f"row{count}", (whole(tested, count) for _ in range(ROWS)))
-        write(out, f"turns{count}", (turns(tested, count) for _ in range(ROWS)))
+        write(out, f"row{count}", (whole([tested], count) for _ in range(ROWS)))
+        write(out, f"turns{count}", (turns([tested], count) for _ in range(ROWS)))
 
 
 def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False) -> np.ndarray:
@@ -121,6 +124,6 @@ def write(out: Path, name: str, talks: Iterable[Talk]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
-    prepare(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    prepare(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(Path, sys.argv[4:]))

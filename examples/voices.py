@@ -1,0 +1,85 @@
+r"""Words in some hundred synthetic voices: what a handful of speakers lacks to be understood from the next one.
+
+    apt install espeak-ng flite                (GPL-3.0 and BSD-like; one of them is enough)
+    python examples/voices.py voices zero one two three four five six seven eight nine
+    python recipes/listen.py RECORDINGS digits george voices
+
+Writes voices/N_VOICE_K.wav, N the number of the word: each of espeak-ng's variants in four of its accents of English,
+of a speed and a pitch of its own; each of flite's voices at three speeds.
+"""
+
+import io
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+RATE = 8000
+ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
+EACH, SPEEDS = 4, (0.8, 1.0, 1.2)
+"""Accents of a variant of espeak-ng's, and speeds of a voice of flite's."""
+Voice = tuple[str, list[str]]
+"""Its name, and the command that writes a wav to its output when the word is added."""
+
+
+def prepare(out: Path, words: list[str]) -> None:
+    """Writes each word in each voice that is installed."""
+    voices = [*espeak(), *flite()]
+    if not voices:
+        sys.exit("neither espeak-ng nor flite is installed: they are packages of Debian, Fedora, Homebrew")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, command in voices:
+        for n, word in enumerate(words):
+            if len(sound := said(command, word)):
+                soundfile.write(out / f"{n}_{name}.wav", sound, RATE)
+    print(f"{out}: {len(list(out.glob('*.wav')))} recordings, {len(voices)} voices")
+
+
+def espeak() -> Iterator[Voice]:
+    """Of each variant (a larynx, as it were) some accents, speeds and pitches."""
+    if not (program := shutil.which("espeak-ng")):
+        return
+    draw = random.Random(0)
+    rows = subprocess.run([program, "--voices=variant"], capture_output=True, text=True, check=True).stdout
+    for row in rows.splitlines()[1:]:
+        variant = row[row.index("!v/") + 3 :].split("  ")[0].strip()
+        for accent in draw.sample(ACCENTS, EACH):
+            speed, pitch = draw.randint(100, 190), draw.randint(15, 75)
+            name = "".join(c for c in accent + variant if c.isalnum())
+            yield f"{name}_0", [program, "-v", f"{accent}+{variant}", f"-s{speed}", f"-p{pitch}", "--stdout"]
+
+
+def flite() -> Iterator[Voice]:
+    """Each voice slower, as it is, and faster."""
+    if not (program := shutil.which("flite")):
+        return
+    (row,) = subprocess.run([program, "-lv"], capture_output=True, text=True, check=True).stdout.splitlines()
+    for voice in row.partition(":")[2].split():
+        for n, speed in enumerate(SPEEDS):
+            how = ["-voice", voice, "--setf", f"duration_stretch={1 / speed}", "-o", "/dev/stdout", "-t"]
+            yield f"{voice}_{n}", [program, *how]
+
+
+def said(command: list[str], word: str) -> np.ndarray:
+    """The word at RATE, without the silence around it; empty where the voice is broken."""
+    done = subprocess.run([*command, word], capture_output=True)
+    try:
+        sound, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
+    except soundfile.LibsndfileError:
+        return np.zeros(0, np.float32)
+    sound = soxr.resample(sound, rate, RATE)
+    loud = np.convolve(sound**2, np.ones(80) / 80, "same")
+    heard = np.nonzero(loud > 4e-4 * loud.max())[0]
+    return sound[heard[0] : heard[-1] + 1] if len(heard) else sound
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    prepare(Path(sys.argv[1]), sys.argv[2:])
