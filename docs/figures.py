@@ -125,7 +125,17 @@ def claims() -> str:
         "([what differs](docs/idea.md#what-this-package-changes)). "
         f"The same novels and tokens, each at the better of two rates, retnet, twin with QK-norm, twin: {lead()}. Two "
         f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier "
-        f"in the context the twins tell more in the two smaller sizes. {later()} {elsewhere()}"
+        f"in the context the twins tell more in the two smaller sizes. {forgetting()} {later()} {elsewhere()}"
+    )
+
+
+def forgetting() -> str:
+    """The twin whose attention has a decay for each token too."""
+    found = {row["variant"]: row for row in result("compare-changes", EPYC)["rows"]}["transformer-forget"]
+    return (
+        "What the twins lack is a forget gate: with one in its attention the twin is behind by "
+        f"{found['difference']:.3f} ± {found['difference_half_width']:.3f} ({found['parameters'] / 1e6:.1f} M "
+        f"parameters, {found['tokens'] / 1e6:.1f} M tokens, {len(found['seeds'])} seeds), which is no difference."
     )
 
 
