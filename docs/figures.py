@@ -133,9 +133,9 @@ def forgetting() -> str:
     """The twin whose attention has a decay for each token too."""
     found = {row["variant"]: row for row in result("compare-changes", EPYC)["rows"]}["transformer-forget"]
     return (
-        "What the twins lack is a forget gate: with one in its attention the twin is behind by "
-        f"{found['difference']:.3f} ± {found['difference_half_width']:.3f} ({found['parameters'] / 1e6:.1f} M "
-        f"parameters, {found['tokens'] / 1e6:.1f} M tokens, {len(found['seeds'])} seeds), which is no difference."
+        f"With a forget gate in its attention the twin differs from it by {found['difference']:+.3f} ± "
+        f"{found['difference_half_width']:.3f} ({found['parameters'] / 1e6:.1f} M parameters, "
+        f"{found['tokens'] / 1e6:.1f} M tokens, {len(found['seeds'])} seeds)."
     )
 
 

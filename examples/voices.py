@@ -59,8 +59,8 @@ def flite() -> Iterator[Voice]:
     """Each voice slower, as it is, and faster."""
     if not (program := shutil.which("flite")):
         return
-    (row,) = subprocess.run([program, "-lv"], capture_output=True, text=True, check=True).stdout.splitlines()
-    for voice in row.partition(":")[2].split():
+    told = subprocess.run([program, "-lv"], capture_output=True, text=True, check=True).stdout
+    for voice in told.partition(":")[2].split():
         for n, speed in enumerate(SPEEDS):
             how = ["-voice", voice, "--setf", f"duration_stretch={1 / speed}", "-o", "/dev/stdout", "-t"]
             yield f"{voice}_{n}", [program, *how]

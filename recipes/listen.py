@@ -12,9 +12,9 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
 Trained on one digit (two fifths of the sounds: rows alone are learnt late), on two to five in turns, each answered at
 once, and on two to five in one sound that is written down at its end; faster and higher or slower and lower than they
 were spoken (another speaker, as it were), through another microphone (a random equaliser), louder and softer, with
-noise and pauses. With a folder of synthetic voices half of the recordings are theirs. Tested: single recordings of
-known speakers (known) and of the one who is held out, as they are; the last of five and of fifty in turns (turns5,
-turns50), all of five and of fifty in one sound (row5, row50).
+noise and pauses. Recordings are DIGIT_SPEAKER_NUMBER.wav; with a folder of synthetic voices half of what is trained on
+is theirs. Tested: single recordings of known speakers (known) and of the one who is held out, as they are; the last of
+five and of fifty in turns (turns5, turns50), all of five and of fifty in one sound (row5, row50).
 """
 
 import json
@@ -60,6 +60,8 @@ def prepare(recordings: Path, out: Path, held_out: str, synthetic: Path | None =
     draw.shuffle(known)
     tested, trained = known[: len(known) // 10], known[len(known) // 10 :]
     more = sorted(synthetic.glob("?_*_*.wav")) if synthetic else []
+    if synthetic and not more:
+        sys.exit(f"no recordings in {synthetic}: expected DIGIT_VOICE_NUMBER.wav")
     sounds = {path: soundfile.read(path, dtype="float32")[0] for path in files + more}
 
     def row(of: list[list[Path]], count: int) -> tuple[list[np.ndarray], str]:

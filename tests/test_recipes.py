@@ -192,6 +192,8 @@ def test_digits_to_hear(tmp_path):
             soundfile.write(tmp_path / f"in/{digit}_{speaker}_0.wav", random.standard_normal(800) / 9, 8000)
     done = prepared("listen.py", "in", "out", "eve", cwd=tmp_path)
     assert done == "no recordings by 'eve' in in: expected one of ann, bob, cy" and not (tmp_path / "out").exists()
+    done = prepared("listen.py", "in", "out", "bob", "nowhere", cwd=tmp_path)
+    assert done == "no recordings in nowhere: expected DIGIT_VOICE_NUMBER.wav" and not (tmp_path / "out").exists()
     # a recipe of 16,000 sounds, here of twenty
     small = (Path(__file__).parents[1] / "recipes/listen.py").read_text().replace("16_000, 100", "20, 3")
     (tmp_path / "small.py").write_text(small)
@@ -207,3 +209,13 @@ def test_digits_to_hear(tmp_path):
         assert [m["role"] for m in json.loads(line)["messages"]] == ["user", "assistant"] * 50
     assert all(len(answer) == 1 for _, _, answer in shown(out / "turns50.jsonl"))
     assert len(shown(out / "known.jsonl")) == 2 and len(shown(out / "train.jsonl")) == 20
+    # synthetic voices, silent here: some of what is trained on, nothing of what is tested
+    (tmp_path / "voices").mkdir()
+    for digit in range(10):
+        soundfile.write(tmp_path / f"voices/{digit}_robot_0.wav", np.zeros(4000), 8000)
+    assert prepared(str(tmp_path / "small.py"), "in", "mixed", "bob", "voices", cwd=tmp_path) == ""
+    assert len(shown(tmp_path / "mixed/train.jsonl")) == 20
+    for name in ("known", "bob", "turns5"):
+        files = [file for files, _, _ in shown(tmp_path / f"mixed/{name}.jsonl") for file in files]
+        lengths = [len(soundfile.read(tmp_path / "mixed" / file)[0]) for file in files]
+        assert lengths and max(lengths) <= 800 + 1600, "no recording of half a second among them"

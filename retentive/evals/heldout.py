@@ -73,7 +73,7 @@ def held_out_loss(
     model: LanguageModel, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
 ) -> HeldOut:
     """The mean loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
-    return _summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
+    return summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
 
 
 def mixture_loss(model: LanguageModel, data: Mixture, *, length: int, tokens: int, carry: bool = False) -> HeldOut:
@@ -96,7 +96,8 @@ def share_of_each(tokens: int, parts: int) -> int:
     return max(tokens // parts, 2)
 
 
-def _summed(tokens: Tokens, nbytes: int) -> HeldOut:
+def summed(tokens: Tokens, nbytes: int) -> HeldOut:
+    """The mean loss of these tokens, whose text has so many bytes."""
     total, count = float(tokens.losses.sum()), len(tokens.losses)  # a held-out text of one token predicts none
     return HeldOut(total / max(count, 1), total / math.log(2) / max(nbytes, 1), count, nbytes)
 
@@ -213,7 +214,7 @@ def report(model: LanguageModel, data: Packed, pairs: Pairs, *, length: int) -> 
     Positions are in ranges from one power of two to the next.
     """
     tokens = token_losses(model, data, length=length)
-    found, recall = _summed(tokens, data.held_out_bytes()), recalled(tokens, pairs)
+    found, recall = summed(tokens, data.held_out_bytes()), recalled(tokens, pairs)
     begins = [2**n for n in range(int(math.log2(length)) + 1)]
     by_position = []
     for begin in begins:

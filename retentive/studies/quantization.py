@@ -6,7 +6,6 @@ drift from those of float64 with the same weights, in the model's own precision 
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from retentive.checkpoint import load
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
 from retentive.data.packed import Packed
 from retentive.data.sources import documents
-from retentive.evals.heldout import token_losses
+from retentive.evals.heldout import summed, token_losses
 from retentive.infer.generate import generate
 from retentive.models import LanguageModel
 from retentive.native import with_engine
@@ -83,10 +82,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     exact: list[list[int]] = []
     for name, made in forms(model, options, data):
         engine = made if made is model else with_engine(made, "native")
-        texts = [likeliest(engine, ids, options.written) for ids in beginnings]
+        texts = [greedy(engine, ids, options.written) for ids in beginnings]
         exact = exact or texts
         same = [agreed(text, other) for text, other in zip(exact, texts, strict=True)]
-        row = {"weights": name, "bytes": bytes_of(made), **losses(engine, data, options)}
+        row = {"weights": name, "bytes": sum(x.nbytes for x in made.parameters()), **losses(engine, data, options)}
         rows.append(row | {"same_tokens": median(same), "same_texts": sum(n == options.written for n in same)})
         say(f"{name}: {row['bits_per_byte']:.4f} bits per byte")
     return {
@@ -115,18 +114,12 @@ def forms(model: LanguageModel, options: Options, data: Packed) -> Iterator[tupl
         yield "int4, calibrated", quantize(model, BITS["int4"], batches=batches)
 
 
-def bytes_of(model: LanguageModel) -> int:
-    """Of the model's weights in memory or on disk; a tied matrix counts once."""
-    return sum(x.nbytes for x in {x.data_ptr(): x for x in (*model.parameters(), *model.buffers())}.values())
-
-
 def losses(model: LanguageModel, data: Packed, options: Options) -> dict[str, float]:
     """Bits per byte of the held-out text, and nats a token of the first FIRST tokens of a context and of the others."""
     tokens = token_losses(model, data, length=options.length, tokens=options.tokens)
     first = tokens.position < FIRST  # the first token of a context is read, not predicted
-    bits = float(tokens.losses.sum()) / math.log(2)
     return {
-        "bits_per_byte": bits / data.held_out_bytes(options.tokens),
+        "bits_per_byte": summed(tokens, data.held_out_bytes(options.tokens)).bits_per_byte,
         "first": float(tokens.losses[first].mean()),
         "others": float(tokens.losses[~first].mean()),
     }
@@ -138,7 +131,7 @@ def begun(data: Packed, options: Options) -> list[list[int]]:
     return [window.ids[0, : (options.length + 1) // 2].tolist() for window in windows]
 
 
-def likeliest(model: LanguageModel, ids: list[int], count: int) -> list[int]:
+def greedy(model: LanguageModel, ids: list[int], count: int) -> list[int]:
     """The `count` tokens that go on from `ids`, each the likeliest."""
     return [token.id for token in generate(model, ids, SamplingParams(temperature=0), max_tokens=count)]
 

@@ -15,7 +15,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.models import build, config_of
 from retentive.native.library import NotBuilt, library
-from retentive.studies.quantization import FIRST, Options, after, agreed, distances, likeliest, losses, measure, table
+from retentive.studies.quantization import FIRST, Options, after, agreed, distances, greedy, losses, measure, table
 
 HELD_OUT = "held out, and a little longer. " * 12
 needs_native = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
@@ -53,7 +53,7 @@ def test_texts_agree_up_to_the_first_other_token():
 
 def test_the_likeliest_text_is_of_the_largest_logits():
     made, ids = model(), [5, 6, 7]
-    text = likeliest(made, ids, 4)
+    text = greedy(made, ids, 4)
     with torch.no_grad():
         logits = made.head(made.hidden(torch.tensor([ids + text]))[0])[0]
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == text
