@@ -32,7 +32,7 @@ from retentive.train import TrainConfig, TrainRun
 RATE = 8000
 Talk = list[tuple[np.ndarray, str]]
 """Sounds, and the digits in each."""
-TRAINED, ROWS = 16_000, 100
+TRAINED, ROWS = 60_000, 100
 """Sounds to train on, and of each number of digits in a row to be tested on."""
 
 

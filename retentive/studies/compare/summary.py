@@ -2,9 +2,10 @@
 
 Each variant counts at the best of the learning rates that all were given, by the seeds that all rates were tried with.
 The uncertainty is that of seeds, which are the initialisation and the order of the text. A cell (one variant, size and
-rate) has few of them: their standard deviation is pooled over all cells of the table, in which the noise is nearly the
-same, and that gives the interval its degrees of freedom. Differences to the baseline, best rate against best rate, are
-paired seed by seed, since half of the noise is the order of the text, which both share.
+rate) of `OWN` seeds or more has its own standard deviation. With fewer it would be a guess: it is then pooled over all
+cells of the table, in which the noise is nearly the same, and that gives the interval its degrees of freedom.
+Differences to the baseline, best rate against best rate, are paired seed by seed, since half of the noise is the order
+of the text, which both share.
 """
 
 import math
@@ -15,6 +16,9 @@ import numpy as np
 
 from retentive.bench.lab.tables import markdown
 from retentive.evals.stats import half_width, pooled, t95
+
+OWN = 5
+"""Values from which a cell's own spread is taken: t has 4 degrees of freedom then, and is 2.8 where a pool's is 2."""
 
 
 def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
@@ -34,8 +38,7 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
         base, mine = cells.get((size, best.get((size, baseline), lr), baseline), {}), cells[size, lr, variant]
         shared = [seed for seed in mine if seed in base and variant != baseline]
         differences[size, lr, variant] = [mine[s]["bits_per_byte"] - base[s]["bits_per_byte"] for s in shared]
-    spread, freedom = pooled(bits.values())
-    paired_spread, paired_freedom = pooled(d for d in differences.values() if d)
+    spread, paired_spread = pooled(bits.values()), pooled(d for d in differences.values() if d)
     rows = []
     for key, cell in cells.items():
         runs, difference = list(cell.values()), differences.get(key)
@@ -43,10 +46,10 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
         row["best_rate"] = best[key[0], key[2]] == key[1]
         row |= {name: runs[0][name] for name in ("parameters", "block_parameters", "tokens")}
         row["bits_per_byte"] = float(np.mean(bits[key]))
-        row["half_width"] = half_width(spread, freedom, len(runs))
+        row["half_width"] = _half_width(bits[key], spread)
         if difference:
             row["difference"] = float(np.mean(difference))
-            row["difference_half_width"] = half_width(paired_spread, paired_freedom, len(difference))
+            row["difference_half_width"] = _half_width(difference, paired_spread)
         for part in ("recalled", "others"):  # tokens that the context can recall, and all others (`evals.heldout`)
             losses = [r[part]["loss"] for r in runs if r[part]["loss"] is not None]
             row[part] = float(np.mean(losses)) if losses else None
@@ -54,6 +57,12 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
         row["memory"] = max((r["memory"] for r in runs if r.get("memory")), default=None)
         rows.append(row)
     return rows
+
+
+def _half_width(values: Sequence[float], shared: tuple[float, int]) -> float | None:
+    """Half the 95 % interval of the mean of `values`: by their own spread if they are `OWN`, else by the `shared`."""
+    spread, freedom = pooled([values]) if len(values) >= OWN else shared
+    return half_width(spread, freedom, len(values))
 
 
 def best_rates(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:

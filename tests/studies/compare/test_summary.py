@@ -25,6 +25,20 @@ def test_means_differences_and_intervals_by_hand():
     assert gated["tokens_per_second"] == 100.5 and gated["seeds"] == [0, 1]
 
 
+def test_a_cell_of_five_seeds_has_an_interval_of_its_own():
+    noise = [0.01, -0.01, 0.0, 0.02, -0.02]  # squares 0.001 over four degrees of freedom; t = 2.776
+    found = [record("retnet", 2.0, seed=seed) for seed in range(5)]
+    found += [record("steady", 1.9 + x, seed=seed) for seed, x in enumerate(noise)]
+    found += [record("wild", 1.5 + 20 * x, seed=seed) for seed, x in enumerate(noise[:4])]
+    base, steady, wild = summary.summary(found, "retnet")
+    own = 2.776 * math.sqrt(0.001 / 4 / 5)
+    assert base["half_width"] == 0 and steady["half_width"] == steady["difference_half_width"] == pytest.approx(own)
+    # four seeds are too few: all cells together have 3 + 4 (+ 4 of the baseline's, for means) degrees of freedom
+    squares = 0.001 + 400 * sum((x - 0.005) ** 2 for x in noise[:4])
+    assert wild["difference_half_width"] == pytest.approx(2.365 * math.sqrt(squares / 7) / 2)
+    assert wild["half_width"] == pytest.approx(2.201 * math.sqrt(squares / 11) / 2)
+
+
 def test_one_seed_has_no_interval():
     (row, other) = summary.summary([record("retnet", 2.0), record("gated", 1.9)], "retnet")
     assert row["half_width"] is None and other["difference_half_width"] is None
