@@ -23,10 +23,15 @@ def test_every_key_is_asked_for_once_and_its_value_is_wanted(n):
 
 
 def test_rows_are_a_function_of_seed_and_step():
-    one, two, other = Rows(tokens=256), Rows(tokens=256), Rows(tokens=256, seed=1)
+    one, two, other = (Rows(tokens=256, steps=32, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one[7].ids, two[7].ids) and not torch.equal(one[7].ids, other[7].ids)
-    assert [one[step].ids.shape[1] for step in range(len(recall.PAIRS))] == [4 * n - 1 for n in recall.PAIRS]
     assert one[0].ids.numel() <= 256
+
+
+def test_the_fewest_pairs_come_alone_and_all_in_the_second_half():
+    rows = Rows(tokens=256, steps=32, pairs=(16, 4, 8, 32))  # a number more every four steps, of sixteen
+    found = [(rows[step].ids.shape[1] + 1) // 4 for step in range(32)]
+    assert found[:12] == [4] * 4 + [4, 8] * 2 + [16, 4, 8, 16] and found[12:] == [4, 8, 16, 32] * 5
 
 
 class Oracle(LanguageModel):
