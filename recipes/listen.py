@@ -32,7 +32,7 @@ from retentive.train import TrainConfig, TrainRun
 RATE = 8000
 Talk = list[tuple[np.ndarray, str]]
 """Sounds, and the digits in each."""
-TRAINED, ROWS = 60_000, 100
+TRAINED, ROWS = 60_000, 400
 """Sounds to train on, and of each number of digits in a row to be tested on."""
 
 
@@ -45,7 +45,7 @@ def recipe() -> TrainRun:
         mode="whole",
         batch=16,
         length=512,
-        train=TrainConfig(steps=2500, lr=4e-3, warmup=100, eval_every=250, save_every=250, sample_every=500),
+        train=TrainConfig(steps=1500, lr=4e-3, warmup=100, eval_every=250, save_every=250, sample_every=500),
     )
 
 

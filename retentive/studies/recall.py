@@ -26,7 +26,7 @@ from retentive.bench.lab.plot import dress, grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
-from retentive.models import LanguageModel, PeerConfig, build, cost
+from retentive.models import Config, LanguageModel, PeerConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.studies import compare
 from retentive.train import Hooks, TrainConfig, language_modelling, train
@@ -56,12 +56,12 @@ class Options:
     """Widths of the models, of two layers."""
     pairs: tuple[int, ...] = PAIRS
     """Pairs in a row."""
-    steps: int = 12_000
+    steps: int = 6000
     """Training steps."""
-    tokens: int = 1024
+    tokens: int = 4096
     """Tokens of a training step."""
-    lr: float = 1e-2
-    """Peak learning rate."""
+    lrs: tuple[float, ...] = (4e-3, 1e-2)
+    """Peak learning rates: each model counts at its best."""
 
 
 class Rows:
@@ -111,7 +111,8 @@ def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per width and variant: accuracy for each number of pairs, and the bytes that the model remembers in.
+    """A row per width and variant, at its best rate: accuracy for each number of pairs, and the bytes that the model
+    remembers in.
 
     The models are trained in `out`; those that are there are not trained again.
 
@@ -121,41 +122,56 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, compare.VARIANTS, "variant")
     at_least_one(options, "pairs", "dims", "steps", "tokens")
+    if not options.lrs:
+        raise ValueError("no rate to train at: give --lrs one or more")
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
-    trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "lr": options.lr}
-    trained["growing"] = GROWING
-    how = TrainConfig(
-        steps=steps, lr=options.lr, warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
-    )
+    trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "growing": GROWING}
     found = []
     for dim, variant in product(dims, variants):
-        folder = options.out / f"{variant}_{dim}"
-        check_done(folder, trained)  # "resume" below does nothing for a model that is trained: it must be the right one
         shape = dict(dim=dim, layers=2, heads=2)
         config = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
-        torch.manual_seed(0)
-        model = build(config)
-        directory = RunDirectory(folder, record={"recall": trained}, existing="resume")
-        rows = Rows(tokens=options.tokens, steps=steps, pairs=pairs)
-        train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
-        model.eval()
-        scores = {str(n): accuracy(model, n)[0] for n in pairs}
-        row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config)}
+        by_rate: dict[float, dict[str, float]] = {}
+        for lr in options.lrs:
+            folder = options.out / f"{variant}_{dim}_lr{lr:g}"
+            model = trained_model(config, folder, trained | {"lr": lr})
+            by_rate[lr] = scores = {str(n): accuracy(model, n)[0] for n in pairs}
+            shares = ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items())
+            say(f"{variant}, width {dim}, lr {lr:g}: {shares}")
+        best = max(by_rate, key=lambda lr: sum(by_rate[lr].values()))
+        row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config), "lr": best}
         # the cost formulas do not know the peers
         remembers = None if isinstance(config, PeerConfig) else cost.memory_bytes(config, 4 * max(pairs))
-        row |= {"memory_bytes": remembers, "accuracy": scores}
-        found.append(row)
-        say(f"{variant}, width {dim}: " + ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items()))
+        found.append(row | {"memory_bytes": remembers, "accuracy": by_rate[best]})
     return {
         "what": "associative recall",
         "hardware": machine.describe(),
-        "device": pick_device(how.device).type,
+        "device": pick_device("auto").type,
         **trained,
+        "lrs": list(options.lrs),
         "chance": 1 / VALUES,
         "answers": ASKED,
         "rows": found,
     }
+
+
+def trained_model(config: Config, folder: Path, options: dict[str, Any]) -> LanguageModel:
+    """The model of the folder; trained first where it is not there.
+
+    Raises:
+        ValueError: it was trained with other options.
+    """
+    check_done(folder, options)  # "resume" below does nothing for a model that is trained: it must be the right one
+    steps = options["steps"]
+    how = TrainConfig(
+        steps=steps, lr=options["lr"], warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
+    )
+    torch.manual_seed(0)
+    model = build(config)
+    rows = Rows(tokens=options["tokens_per_step"], steps=steps, pairs=options["pairs"])
+    directory = RunDirectory(folder, record={"recall": options}, existing="resume")
+    train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
+    return model.eval()
 
 
 def check_done(folder: Path, options: dict[str, Any]) -> None:
@@ -187,7 +203,7 @@ def table(result: dict[str, Any]) -> str:
         return markdown(heads, lines)
     return f"{markdown(heads, lines)}\n\n" + (
         f"- {', '.join(unlearned)}: wrong even about {FEW} pairs or fewer, so not trained to the end in "
-        f"{result['steps']:,} steps at this rate. These rows tell of training, not of memory."
+        f"{result['steps']:,} steps at these rates. These rows tell of training, not of memory."
     )
 
 

@@ -61,19 +61,21 @@ def measured(out, say=lambda line: None, **how):
 
 
 def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
-    """Of two keys and eight values, so that it learns in 120 steps; a second call does not train again."""
+    """Of two keys and eight values, so that it learns in 120 steps at one of two rates; a second call does not train
+    again."""
     monkeypatch.setattr(recall, "KEYS", 2)
     monkeypatch.setattr(recall, "VALUES", 8)
-    how = dict(variants=("retnet",), dims=(32,), pairs=(2,), tokens=512, lr=1e-2, steps=120)
+    how = dict(variants=("retnet",), dims=(32,), pairs=(2,), tokens=512, lrs=(1e-9, 1e-2), steps=120)
     said = []
     result = measured(tmp_path, said.append, **how)
     assert json.loads(json.dumps(result)) == result
     (row,) = result["rows"]
     # without the keys: one of the two values at first, the other one afterwards, (1/2 + 1/16 + 1) / 2 = 0.78 right
-    assert row["accuracy"]["2"] > 0.95 and said == [f"retnet, width 32: 2 pairs {row['accuracy']['2']:.1%}"]
-    before = (tmp_path / "retnet_32" / "model.safetensors").stat().st_mtime_ns
+    assert row["accuracy"]["2"] > 0.95 and row["lr"] == 1e-2
+    assert said[1:] == [f"retnet, width 32, lr 0.01: 2 pairs {row['accuracy']['2']:.1%}"]
+    before = (tmp_path / "retnet_32_lr0.01" / "model.safetensors").stat().st_mtime_ns
     assert measured(tmp_path, **how)["rows"] == result["rows"]
-    assert (tmp_path / "retnet_32" / "model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "retnet_32_lr0.01" / "model.safetensors").stat().st_mtime_ns == before
     for shares, said_so in (({"8": 0.1}, False), ({"8": 0.1, "2": 0.95}, False), ({"8": 0.1, "2": 0.5}, True)):
         row["accuracy"] = shares  # eight pairs are missed for want of memory, two are not
         assert ("retnet (32): wrong even about 4 pairs or fewer" in recall.table(result)) is said_so
@@ -82,19 +84,19 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
 
 
 def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
-    how = dict(variants=("transformer",), dims=(16,), pairs=(2,), steps=2, tokens=64)
+    how = dict(variants=("transformer",), dims=(16,), pairs=(2,), steps=2, tokens=64, lrs=(1e-2,))
     measured(tmp_path, **how)
-    kept = (tmp_path / "transformer_16" / "train.json").read_text()
-    for change in (dict(lr=1e-5), dict(pairs=(4,)), dict(steps=3), dict(tokens=128)):
+    kept = (tmp_path / "transformer_16_lr0.01" / "train.json").read_text()
+    for change in (dict(pairs=(4,)), dict(steps=3), dict(tokens=128)):
         with refuses("was trained otherwise"):
             measured(tmp_path, **how | change)
-    assert (tmp_path / "transformer_16" / "train.json").read_text() == kept
+    assert (tmp_path / "transformer_16_lr0.01" / "train.json").read_text() == kept
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 64 keys, too few for 300"),
-     (dict(steps=0), "steps must be at least 1, got 0")],
+     (dict(steps=0), "steps must be at least 1, got 0"), (dict(lrs=()), "no rate to train at")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
     with refuses(words):
