@@ -50,7 +50,7 @@ class Options:
 
     out: Path = Path("runs/recall")
     """Folder for the models; those that are there are not trained again."""
-    variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid", "hybrid-window", "transformer")
+    variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid-window", "transformer")
     """As `retentive compare --variants`."""
     dims: tuple[int, ...] = (64,)
     """Widths of the models, of two layers."""
@@ -192,11 +192,11 @@ def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, and below it the models whose rows say nothing about memory."""
     pairs = list(result["rows"][0]["accuracy"])
     longest = 4 * max(int(n) for n in pairs)
-    heads = ["width", "variant", "parameters", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
+    heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
     lines = []
     for row in result["rows"]:
         memory = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB"
-        cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", memory]
+        cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", f"{row['lr']:g}", memory]
         lines.append([*cells, *(f"{row['accuracy'][n]:.1%}" for n in pairs)])
     unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]
     if not unlearned:
@@ -216,6 +216,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
             pairs = [int(count) for count in row["accuracy"]]
             style, more = ("-", "") if learned(row) else (":", ", not trained to the end")
             how = {"color": f"C{n}", "marker": "osv^Dx"[n % 6], "linestyle": style, "label": row["variant"] + more}
+            how |= {"markersize": max(13 - 2 * n, 4)}  # of those that are even all show
             axis.plot(pairs, list(row["accuracy"].values()), **how)
         dress(axis, pairs, "answers that are right", "pairs to remember")
         axis.set_yscale("linear")
