@@ -5,6 +5,7 @@ One verb serves all benches and studies, since all have one shape (`retentive.be
 
 import importlib
 import shlex
+import sys
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,13 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
     if command.json:  # known before hours of measuring
         check_places(command.json, command.json.with_suffix(".png") if bench.PICTURE else None)
-    result = bench.measure(command, say)
+    from retentive.train import Interrupted  # here, since `retentive bench --help` needs no torch
+
+    try:
+        result = bench.measure(command, say)
+    except Interrupted as stop:  # of a bench that trains its models
+        print("stopped; what was trained is saved, and the same command goes on", file=sys.stderr)
+        sys.exit(128 + stop.number)
     print(bench.table(result))
     if command.json:
         keep(command.json, bench, command, {"command": shlex.join(["retentive", "bench", *argv]), **result})

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from retentive.bench import BENCHES, decode, memory, step
 from retentive.cli import bench, main
 from retentive.models import PRESETS
 from retentive.models.config import Size
+from retentive.train import Interrupted
 
 STEP = ["bench", "step", "--shapes", "small", "--device", "cpu"]
 HARDWARE = {"cpu": "a CPU", "threads": 2, "gpu": "a GPU"}
@@ -70,14 +72,20 @@ def test_what_found_something_wrong_is_kept_and_ends_with_2(made_up, tmp_path, c
     assert shown.out == "a table of cpu\n" and (tmp_path / "a.json").exists()
 
 
-def test_an_interrupt_leaves_nothing(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [(KeyboardInterrupt(), ""), (Interrupted("stopped at step 3 of 4", signal.SIGINT), "the same command goes on")],
+    ids=["of a bench that measures", "of one that trains"],
+)
+def test_an_interrupt_leaves_nothing(raised, words, monkeypatch, tmp_path, capsys):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr(step, "measure", interrupted)
     with pytest.raises(SystemExit) as stop:
         main([*STEP, "--json", str(tmp_path / "new" / "x.json")])
-    assert stop.value.code == 130 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and not list(tmp_path.iterdir()) and words in said and said.count("\n") == 1
 
 
 def test_a_picture_that_fails_leaves_the_file_alone(made_up, monkeypatch, tmp_path, capsys):

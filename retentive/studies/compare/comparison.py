@@ -94,6 +94,8 @@ class Comparison:
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} given twice: {', '.join(map(str, values))}")
+        if min(lrs) <= 0:
+            raise ValueError(f"lr must be above 0, got {min(lrs)}")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
         first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]

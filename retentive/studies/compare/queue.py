@@ -115,7 +115,7 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
                 if not locked_or_done(task := waiting.pop(0)):
                     active.append(start(task))
                 elif not task.done:
-                    say(f"{task.run.name}: another process is at it, the same command goes on when that has ended")
+                    say(f"{task.run.name}: another process is at it: when that has ended, give the same command again")
             time.sleep(0.1)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)

@@ -115,7 +115,13 @@ VARIANTS = {
 
 
 def own_variant(fields: Mapping[str, Any]) -> Variant:
-    """The variant of these fields, of which `model` names the model that is changed."""
+    """The variant of these fields, of which `model` names the model that is changed.
+
+    Raises:
+        ValueError: the feed-forward width is among them.
+    """
+    if "ffn_dim" in fields:
+        raise ValueError("ffn_dim is what gives every variant as many parameters: leave it out, or change other fields")
     changed = {name: value for name, value in fields.items() if name != "model"}
     about = ", ".join(f"{name}={value}" for name, value in fields.items())
     return Variant(fields.get("model", "retnet"), always(**changed), about)

@@ -114,6 +114,8 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
         (dict(sizes=("9z",)), "unknown size '9z'"),
         (dict(variants=("retnet", "retnet")), "variant given twice"),
         (dict(optimizers=("muon", "muon")), "optimizer given twice: muon, muon"),
+        (dict(lrs=(1e-3, 0.0)), "lr must be above 0, got 0.0"),
+        (dict(set={"big": {"ffn_dim": 4096}}), "ffn_dim is what gives every variant as many parameters"),
         (dict(optimizers=("muon",), variants=("retnet", "mamba")), "mamba+muon: muon is for whole matrices"),
         (dict(jobs=0), "--jobs must be at least 1, got 0"),
         (dict(length=100_000), "too little held-out text for windows of 100000 tokens"),
