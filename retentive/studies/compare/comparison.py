@@ -94,7 +94,7 @@ class Comparison:
                 raise ValueError(f"no {what} given: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} given twice: {', '.join(map(str, values))}")
-        if min(lrs) <= 0:
+        if min(lrs) <= 0:  # 0 stands for a rate that is not known yet, whose runs wait
             raise ValueError(f"lr must be above 0, got {min(lrs)}")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
