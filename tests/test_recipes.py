@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,8 +195,10 @@ def test_digits_to_hear(tmp_path):
     assert done == "no recordings by 'eve' in in: expected one of ann, bob, cy" and not (tmp_path / "out").exists()
     done = prepared("listen.py", "in", "out", "bob", "nowhere", cwd=tmp_path)
     assert done == "no recordings in nowhere: expected DIGIT_VOICE_NUMBER.wav" and not (tmp_path / "out").exists()
-    # a recipe of 16,000 sounds, here of twenty
-    small = (Path(__file__).parents[1] / "recipes/listen.py").read_text().replace("16_000, 100", "20, 3")
+    # the recipe with twenty sounds to train on, and three rows of each number
+    recipe = (Path(__file__).parents[1] / "recipes/listen.py").read_text()
+    small, replaced = re.subn(r"^TRAINED, ROWS = .*$", "TRAINED, ROWS = 20, 3", recipe, flags=re.MULTILINE)
+    assert replaced == 1, "the recipe names its numbers otherwise"
     (tmp_path / "small.py").write_text(small)
     assert prepared(str(tmp_path / "small.py"), "in", "out", "bob", cwd=tmp_path) == ""
     out = tmp_path / "out"
