@@ -2,7 +2,8 @@
 
     o_n = scale * sum_m exp(log_decay summed over (min(n, m), max(n, m)]) (q_n k_m) v_m        m before and after n
 
-The log decay of a token belongs to the gap before it, in either direction, so that the mask is symmetric. Linear in T.
+The log decay of a token belongs to the gap before it, in either direction, so that the mask is symmetric. Linear in T;
+what is no longer than a chunk, such as a side of a picture, is one product of all pairs.
 Over a grid, such as a picture's, the mask decays with the Manhattan distance: along each row first, and then along each
 column (RMT, arXiv 2309.11523, without its softmax).
 """
@@ -11,7 +12,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from retentive.ops.retention import retention
+from retentive.ops.backends import exactly
+from retentive.ops.blocked import FORGOTTEN
+from retentive.ops.retention import checked, retention
+
+SHORT = 64
+"""Tokens up to which all pairs cost less than two passes with states."""
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None) -> Tensor:
@@ -27,12 +33,26 @@ def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: 
         ValueError: shapes that do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[1] <= SHORT:
+        return _all_pairs(q, k, v, checked(q, k, v, log_decay), scale)
     before, _ = retention(q, k, v, log_decay, scale=scale)
     # read from the end, the gap before a token is the one that was after it
     gaps = log_decay if log_decay.ndim == 1 else log_decay.roll(-1, 1).flip(1)
     after, _ = retention(q.flip(1), k.flip(1), v.flip(1), gaps, scale=scale)
     own = scale * (q * k).sum(-1, keepdim=True) * v  # in both of them
     return before + after.flip(1) - own.to(before.dtype)
+
+
+def _all_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
+    """The same by its definition: scores of every token with every other, as inside a chunk."""
+    with exactly(q.device):
+        if log_decay.ndim == 1:
+            log_decay = log_decay.expand(1, q.shape[1], -1)
+        since_BHT = log_decay.clamp(min=FORGOTTEN).cumsum(1).mT
+        lag_BHTS = (since_BHT[..., :, None] - since_BHT[..., None, :]).abs()
+        q_BHTK, k_BHSK, v_BHSV = (x.transpose(1, 2) for x in (q, k, v))
+        score_BHTS = q_BHTK @ k_BHSK.mT * (scale * (-lag_BHTS).exp()).to(q.dtype)
+        return (score_BHTS @ v_BHSV).transpose(1, 2)
 
 
 def over_grid(

@@ -79,20 +79,14 @@ def retention(
         if single and state.takes(q) and alone:
             return _decode(q, k, v, log_decay, scale, state), state
         state = state.to_state()
-    _check_qkv(q, k, v, ndim=4)
-    B, T, H, K = q.shape
-    if T == 0 or B == 0:
-        raise ValueError(f"retention needs at least one row and one token, got q of shape {tuple(q.shape)}")
-    if 0 in (H, K, v.shape[-1]):
-        raise ValueError(f"retention needs heads and numbers in them, got q {tuple(q.shape)}, v {tuple(v.shape)}")
+    log_decay = checked(q, k, v, log_decay)
+    B, T, _, K = q.shape
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T)
-    log_decay, state = _check_decay_and_state(q, v, log_decay, (B, T, H), state, N)
+    state = _check_state(q, v, state, B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T))
     scale = K**-0.5 if scale is None else float(scale)
-    check_values(log_decay)
     if single and T == 1 and piece is None:
         decay = log_decay[:, 0] if log_decay.ndim == 3 else log_decay
         o, state = _one_token(q[:, 0], k[:, 0], v[:, 0], decay, scale, state)
@@ -184,9 +178,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | N
         decay = log_decay.squeeze(1) if per_token else log_decay
         return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
     # everything is checked before the first token is written: an error halfway would leave the ring changed
-    _check_qkv(q, k, v, ndim=4)
-    _check_decay_and_state(q, v, log_decay, q.shape[:3], ring.state, q.shape[0])
-    check_values(log_decay)
+    checked(q, k, v, log_decay)
+    _check_state(q, v, ring.state, q.shape[0])
     outputs = []
     for t in range(q.shape[1]):
         decay = log_decay[:, t] if per_token else log_decay
@@ -228,9 +221,9 @@ def retention_step(
             raise ValueError("a ring is updated in place and has no gradients: use torch.no_grad(), or ring.to_state()")
         if state.k.dtype != k.dtype:
             raise ValueError(f"the ring was opened for {state.k.dtype}, got {k.dtype}")
-        log_decay, _ = _check_decay_and_state(q, v, log_decay, q.shape[:2], state.state, q.shape[0])
+        log_decay, _ = _check_decay(q, log_decay), _check_state(q, v, state.state, q.shape[0])
         return backends.decode_step(q, k, v, log_decay, scale, state), state
-    log_decay, state = _check_decay_and_state(q, v, log_decay, q.shape[:2], state, q.shape[0])
+    log_decay, state = _check_decay(q, log_decay), _check_state(q, v, state, q.shape[0])
     check_values(log_decay)
     return _one_token(q, k, v, log_decay, scale, state)
 
@@ -246,6 +239,23 @@ def _one_token(
         return o.to(v.dtype), state
 
 
+def checked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """log_decay, float32 (float64 for float64 inputs), where the four are what retention takes.
+
+    Raises:
+        ValueError: as `retention`, of these four.
+    """
+    _check_qkv(q, k, v, ndim=4)
+    B, T, H, K = q.shape
+    if T == 0 or B == 0:
+        raise ValueError(f"retention needs at least one row and one token, got q of shape {tuple(q.shape)}")
+    if 0 in (H, K, v.shape[-1]):
+        raise ValueError(f"retention needs heads and numbers in them, got q {tuple(q.shape)}, v {tuple(v.shape)}")
+    log_decay = _check_decay(q, log_decay)
+    check_values(log_decay)
+    return log_decay
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, ndim: int) -> None:
     if q.ndim != ndim or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
         letters = "[B,T,H," if ndim == 4 else "[B,H,"
@@ -259,27 +269,41 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, ndim: int) -> None:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
-def _check_decay_and_state(
-    q: Tensor, v: Tensor, log_decay: Tensor, per_token: tuple[int, ...], state: Tensor | None, N: int
-) -> tuple[Tensor, Tensor]:
-    """(log_decay, state), both float32 (float64 for float64 inputs); the state is zeros where none is given.
+def _check_decay(q: Tensor, log_decay: Tensor) -> Tensor:
+    """log_decay, float32 (float64 for float64 inputs), of as many tokens as q.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit q.
+    """
+    per_token = list(q.shape[:-1])
+    if list(log_decay.shape) not in (per_token[-1:], per_token):
+        raise ValueError(f"log_decay must be {per_token[-1:]} or {per_token}, got {list(log_decay.shape)}")
+    if not log_decay.dtype.is_floating_point or log_decay.element_size() < 4:
+        raise ValueError(f"log_decay must be float32 or float64, which keep gamma near 1 apart, got {log_decay.dtype}")
+    if log_decay.device != q.device:
+        raise ValueError(f"q is on {q.device}, but log_decay on {log_decay.device}")
+    return log_decay.to(_wide(q))
+
+
+def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int) -> Tensor:
+    """The state, float32 (float64 for float64 inputs): zeros where none is given.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit q and v.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if tuple(log_decay.shape) not in (per_token[-1:], tuple(per_token)):
-        raise ValueError(f"log_decay must be {list(per_token[-1:])} or {list(per_token)}, got {list(log_decay.shape)}")
-    if not log_decay.dtype.is_floating_point or log_decay.element_size() < 4:
-        raise ValueError(f"log_decay must be float32 or float64, which keep gamma near 1 apart, got {log_decay.dtype}")
     expected = (N, q.shape[-2], q.shape[-1], v.shape[-1])
     if state is None:
-        state = q.new_zeros(expected, dtype=wide)
-    elif tuple(state.shape) != expected or state.dtype != wide:
-        raise ValueError(f"state must be {wide} {list(expected)}, got {state.dtype} {list(state.shape)}")
-    if log_decay.device != q.device or state.device != q.device:
-        raise ValueError(f"q is on {q.device}, but log_decay on {log_decay.device} and state on {state.device}")
-    return log_decay.to(wide), state
+        return q.new_zeros(expected, dtype=_wide(q))
+    if tuple(state.shape) != expected or state.dtype != _wide(q):
+        raise ValueError(f"state must be {_wide(q)} {list(expected)}, got {state.dtype} {list(state.shape)}")
+    if state.device != q.device:
+        raise ValueError(f"q is on {q.device}, but state on {state.device}")
+    return state
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    """Of states and decays."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from retentive.ops import bidirectional as module
 from retentive.ops import reference, using
 from retentive.ops.bidirectional import bidirectional, over_grid
 
@@ -17,10 +18,12 @@ def tensors(*shape: int, K: int = 4, V: int = 6, H: int = 3, per_token: bool = F
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["head", "token"])
 @pytest.mark.parametrize("T", [1, 2, 7, 65])
-@pytest.mark.parametrize("form", ["parallel", "chunkwise"])
-def test_it_is_the_quadratic_form(T, per_token, form, same):
+@pytest.mark.parametrize("form", ["all pairs", "parallel", "chunkwise"])
+def test_it_is_the_quadratic_form(T, per_token, form, same, monkeypatch):
+    pairs = form == "all pairs"
+    monkeypatch.setattr(module, "SHORT", T if pairs else 0)
     given = tensors(2, T, per_token=per_token)
-    with using(form=form):
+    with using(form="auto" if pairs else form):
         found = bidirectional(*given)
     want = reference.bidirectional(*given, scale=0.5)
     same(found, want, EXACT)
@@ -51,8 +54,10 @@ def by_pairs(q, k, v, log_decay):
     return v
 
 
+@pytest.mark.parametrize("short", [0, 64])
 @pytest.mark.parametrize("per_token", [False, True], ids=["head", "token"])
-def test_over_a_grid_it_decays_along_each_axis(per_token, same):
+def test_over_a_grid_it_decays_along_each_axis(per_token, short, same, monkeypatch):
+    monkeypatch.setattr(module, "SHORT", short)
     given = [x.detach() for x in tensors(2, 5, 3, per_token=per_token)]
     same(over_grid(*given), by_pairs(*given), EXACT)
     # of one row, it is the one direction twice: once along it, once across it, where each cell is alone

@@ -42,7 +42,7 @@ BAD = {
     "state-shape": (dict(state=torch.zeros(B, H, V, K)), "state must be torch.float32 [2, 3, 4, 6]"),
     "state-dtype": (dict(state=torch.zeros(B, H, K, V).bfloat16()), "got torch.bfloat16 [2, 3, 4, 6]"),
     "state-rows": (dict(state=torch.zeros(B + 1, H, K, V)), "got torch.float32 [3, 3, 4, 6]"),
-    "state-device": (dict(state=torch.zeros(B, H, K, V, device="meta")), "and state on meta"),
+    "state-device": (dict(state=torch.zeros(B, H, K, V, device="meta")), "but state on meta"),
     "cu-descends": (packed(0, 3, 2, 4), "cu_seqlens must ascend from 0 to T = 4, got [0, 3, 2, 4]"),
     "cu-empty-sequence": (packed(0, 2, 2, 4), "cu_seqlens must ascend from 0 to T = 4"),
     "cu-end": (packed(0, 2, 5), "cu_seqlens must ascend from 0 to T = 4, got [0, 2, 5]"),
@@ -70,7 +70,7 @@ BAD_STEPS = {
     "decay-bf16": (dict(log_decay=torch.zeros(H).bfloat16()), "log_decay must be float32 or float64"),
     "state-shape": (dict(state=torch.zeros(B, H, V, K)), "state must be torch.float32 [2, 3, 4, 6]"),
     "state-dtype": (dict(state=torch.zeros(B, H, K, V).double()), "got torch.float64"),
-    "state-device": (dict(state=torch.zeros(B, H, K, V, device="meta")), "and state on meta"),
+    "state-device": (dict(state=torch.zeros(B, H, K, V, device="meta")), "but state on meta"),
 }
 
 
