@@ -3,10 +3,13 @@
 Every model answers the same questions; intervals are those of `evals.replies`.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
@@ -112,34 +115,67 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: a column for each task; above the scores of each model, below the loss of people's answers."""
+    """A PNG: a column for each task; above the scores of each model, below the loss of people's answers.
+
+    Tasks that are numbered, such as answers:row8-1 to answers:row8-8, are curves in one column.
+    """
     rows = result["rows"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
     labels = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = grid(title, 2, len(tasks), size=(max(4.6, 1.2 * len(labels)), 3.2))
-    for (above, below), task in zip(axes.T, tasks, strict=True):
-        of_task = {(row["model"], row["metric"]): row for row in rows if row["task"] == task}
-        shown = SHOWN[kind_of(task)]
-        beside = [prefix for prefix in BESIDE if any(metric.startswith(prefix) for _, metric in of_task)]
-        bars = [(label, "", f"C{n}", label) for n, label in enumerate(labels)]
-        bars += [(labels[0], prefix, "0.6", BESIDE[prefix]) for prefix in beside]
-        width = 0.8 / len(bars)
-        for n, (metric, unit) in enumerate(shown.items()):
-            for m, (label, prefix, colour, name) in enumerate(bars):
-                if row := of_task.get((label, prefix + metric)):
-                    _bar(above, n + (m - (len(bars) - 1) / 2) * width, row, unit, width, colour, name)
-        above.set_xticks(range(len(shown)), list(shown))
-        above.set_title(f"{task}: {next(iter(of_task.values()))['n']} questions", fontsize=9)
-        above.set_ylabel("of 100")
-        for n, label in enumerate(labels):
-            if row := of_task.get((label, "loss")):
-                # a point and no bar: losses differ by little, and an axis from 0 would hide it
-                below.errorbar(n, row["value"], _around(row, 1), color=f"C{n}", marker="o", capsize=3)
-        below.set_xlim(-0.5, len(labels) - 0.5)
-        below.set_xticks([])
+    panels: dict[str, list[str]] = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        panels.setdefault(_series(task)[0], []).append(task)
+    figure, axes = grid(title, 2, len(panels), size=(max(4.6, 1.2 * len(labels)), 3.2))
+    for (above, below), (name, tasks) in zip(axes.T, panels.items(), strict=True):
+        of_tasks = [row for row in rows if row["task"] in tasks]
+        draw = _scores if len(tasks) == 1 else _curves
+        draw(above, below, of_tasks, labels)
+        above.set_title(f"{name}: {of_tasks[0]['n']} questions" + " each" * (len(tasks) > 1), fontsize=9)
         below.set_ylabel("loss (nats a token)")
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _series(task: str) -> tuple[str, int | None]:
+    """(NAME, n) of a task NAME-n; (its name, None) of one without a number."""
+    numbered = re.fullmatch(r"(.+)-(\d+)", task)
+    return (numbered[1], int(numbered[2])) if numbered else (task, None)
+
+
+def _scores(above: Any, below: Any, rows: list[dict[str, Any]], labels: list[str]) -> None:
+    """The bars of a task, and the losses."""
+    of_task = {(row["model"], row["metric"]): row for row in rows}
+    shown = SHOWN[kind_of(rows[0]["task"])]
+    beside = [prefix for prefix in BESIDE if any(metric.startswith(prefix) for _, metric in of_task)]
+    bars = [(label, "", f"C{n}", label) for n, label in enumerate(labels)]
+    bars += [(labels[0], prefix, "0.6", BESIDE[prefix]) for prefix in beside]
+    width = 0.8 / len(bars)
+    for n, (metric, unit) in enumerate(shown.items()):
+        for m, (label, prefix, colour, name) in enumerate(bars):
+            if row := of_task.get((label, prefix + metric)):
+                _bar(above, n + (m - (len(bars) - 1) / 2) * width, row, unit, width, colour, name)
+    above.set_xticks(range(len(shown)), list(shown))
+    above.set_ylabel("of 100")
+    for n, label in enumerate(labels):
+        if row := of_task.get((label, "loss")):
+            # a point and no bar: losses differ by little, and an axis from 0 would hide it
+            below.errorbar(n, row["value"], _around(row, 1), color=f"C{n}", marker="o", capsize=3)
+    below.set_xlim(-0.5, len(labels) - 0.5)
+    below.set_xticks([])
+
+
+def _curves(above: Any, below: Any, rows: list[dict[str, Any]], labels: list[str]) -> None:
+    """The first metric of numbered tasks, and the losses, against the number."""
+    metric, unit = next(iter(SHOWN[kind_of(rows[0]["task"])].items()))
+    for axis, shown, by in ((above, metric, unit), (below, "loss", 1)):
+        for n, label in enumerate(labels):
+            points = [row for row in rows if (row["model"], row["metric"]) == (label, shown)]
+            x = np.array([_series(row["task"])[1] for row in points]) + 0.08 * (n - (len(labels) - 1) / 2)
+            apart = np.hstack([_around(row, by) or [[0], [0]] for row in points]) if points else None
+            line = {"color": f"C{n}", "marker": "osv^DPX*hd"[n % 10], "markersize": 4, "capsize": 2, "label": label}
+            axis.errorbar(x, [by * row["value"] for row in points], apart, **line)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    above.set_ylabel(f"{metric} of 100")
 
 
 def _bar(axis: Any, x: float, row: dict[str, Any], unit: float, width: float, colour: str, label: str) -> None:

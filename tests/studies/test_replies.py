@@ -55,6 +55,22 @@ def test_each_models_scores(place, capsys):
     assert (place / "out.png").stat().st_size > 10_000
 
 
+def test_numbered_tasks_are_curves(place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for n in (1, 2, 10):
+        (place / f"row-{n}.jsonl").write_text((place / "answers.jsonl").read_text())
+    drawn = []
+    monkeypatch.setattr(replies, "legend", lambda figure, axes: drawn.append(axes))
+    tasks = ("answers", "answers:row-1", "answers:row-2", "answers:row-10")
+    result = replies.measure(replies.Options(models=("run", "twin"), tasks=tasks, data=place, max_tokens=3))
+    replies.plot(result, place / "out.png", title="both")
+    titles = [axis.get_title() for axis in drawn[0][0]]
+    assert titles == ["answers: 4 questions", "answers:row: 4 questions each"]
+    curves = [line.get_xdata() for line in drawn[0][1, 1].get_lines() if len(line.get_xdata()) == 3]
+    for of_model in (curves[0], curves[-1]):
+        assert [round(x) for x in of_model] == [1, 2, 10]
+
+
 def test_what_is_refused(place, refuses):
     def measured(**changes):
         given = {"models": ("run",), "tasks": ("answers",), "data": place, **changes}
