@@ -19,11 +19,13 @@ from retentive.checkpoint.quantize import Quantization
 from retentive.models import (
     ARCHITECTURES,
     MODELS,
+    NAMES,
     PRESETS,
     Config,
     HybridConfig,
     PeerConfig,
     RetNetConfig,
+    config_of,
     cost,
     preset,
     twin,
@@ -44,7 +46,7 @@ class InfoCommand:
     """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory or model folder, a size such as 5m or paper-1.3b, or an architecture such as retnet-paper."""
+    """Run directory or model folder, a size such as 5m or paper-1.3b, or an architecture such as retnet-paper or hybrid."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
@@ -73,14 +75,15 @@ def show(console: Console, command: InfoCommand) -> None:
     elif not command.run:
         raise ValueError(
             f"info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture "
-            f"({', '.join(ARCHITECTURES)})"
+            f"({', '.join(NAMES)})"
         )
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
         describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
-    elif command.run in ARCHITECTURES and not Path(command.run).exists():
-        named = preset(command.size, vocab_size=command.vocab_size, architecture=command.run)
+    elif command.run in NAMES and not Path(command.run).exists():
+        named = config_of(command.run, command.size, vocab_size=command.vocab_size)
         describe(console, named, f"architecture {command.run} in size {command.size}")
-        console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
+        if command.run in ARCHITECTURES:
+            console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = find(command.run)
         config, layout = load_config(folder)
@@ -149,7 +152,7 @@ def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
         yield f"{kind}: {takes}; an encoder of {count:,} parameters"
 
 
-def differences(config: RetNetConfig, size: str, vocab_size: int) -> str:
+def differences(config: Config, size: str, vocab_size: int) -> str:
     """What the config has otherwise than this package's RetNet of that size."""
     ours = asdict(preset(size, vocab_size=vocab_size))
     theirs = {name: value for name, value in asdict(config).items() if value != ours[name]}

@@ -21,3 +21,11 @@ def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
     assert "…" not in capsys.readouterr().out
     main(["info", "5m"])
     assert "The state is the smaller one from 57 tokens of context on.\n" in capsys.readouterr().out
+
+
+def test_every_model_that_has_a_name(capsys):
+    for name, shown in {"retnet-paper": "RetNet", "transformer": "Transformer", "hybrid": "Hybrid"}.items():
+        main(["info", name, "--size", "1m", "--vocab-size", "257"])
+        out = capsys.readouterr().out
+        assert out.startswith(f"{shown}, architecture {name} in size 1m")
+        assert ("Other than `--model retnet`" in out) == (name == "retnet-paper")
