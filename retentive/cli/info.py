@@ -46,7 +46,7 @@ class InfoCommand:
     """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory or model folder, a size such as 5m or paper-1.3b, or an architecture such as retnet-paper or hybrid."""
+    """Run directory or model folder, a size such as 5m or an architecture such as retnet-paper or hybrid."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
