@@ -1,11 +1,13 @@
 r"""Words in some hundred synthetic voices: what a handful of speakers lacks to be understood from the next one.
 
     apt install espeak-ng flite                (GPL-3.0 and BSD-like; one of them is enough)
+    apt install mbrola mbrola-us1 mbrola-de4 … (people's diphones, in other countries' accents; not to be sold)
     python examples/voices.py voices zero one two three four five six seven eight nine
     python recipes/listen.py RECORDINGS digits george voices
 
 Writes voices/N_VOICE_K.wav, N the number of the word: each of espeak-ng's variants in four of its accents of English,
-of a speed and a pitch of its own; each of flite's voices at three speeds.
+of a speed and a pitch of its own; each of flite's voices at three speeds; each of MBROLA's that speak English, some of
+them as Germans, Greeks or Poles do, twelve times.
 """
 
 import io
@@ -22,15 +24,15 @@ import soxr
 
 RATE = 8000
 ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
-EACH, SPEEDS = 4, (0.8, 1.0, 1.2)
-"""Accents of a variant of espeak-ng's, and speeds of a voice of flite's."""
+EACH, SPEEDS, TIMES = 4, (0.8, 1.0, 1.2), 12
+"""Accents of a variant of espeak-ng's, speeds of a voice of flite's, and how often a voice of MBROLA's speaks."""
 Voice = tuple[str, list[str]]
 """Its name, and the command that writes a wav to its output when the word is added."""
 
 
 def prepare(out: Path, words: list[str]) -> None:
     """Writes each word in each voice that is installed."""
-    voices = [*espeak(), *flite()]
+    voices = [*espeak(), *mbrola(), *flite()]
     if not voices:
         sys.exit("neither espeak-ng nor flite is installed: they are packages of Debian, Fedora, Homebrew")
     out.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,22 @@ def espeak() -> Iterator[Voice]:
             speed, pitch = draw.randint(100, 190), draw.randint(15, 75)
             name = "".join(c for c in accent + variant if c.isalnum())
             yield f"{name}_0", [program, "-v", f"{accent}+{variant}", f"-s{speed}", f"-p{pitch}", "--stdout"]
+
+
+def mbrola() -> Iterator[Voice]:
+    """Each voice for English, which espeak-ng reads out by, at other speeds and pitches; silent if not installed."""
+    if not ((program := shutil.which("espeak-ng")) and shutil.which("mbrola")):
+        return
+    draw = random.Random(0)
+    rows = subprocess.run([program, "--voices=mb"], capture_output=True, text=True, check=True).stdout
+    for row in rows.splitlines()[1:]:
+        _, language, _, _, file, *_ = row.split()
+        voice = file.removeprefix("mb/")
+        if not (language.startswith("en") and len(said([program, "-v", voice, "--stdout"], "one"))):
+            continue
+        for n in range(TIMES):
+            speed, pitch = draw.randint(110, 200), draw.randint(20, 80)
+            yield f"{voice.replace('-', '')}_{n}", [program, "-v", voice, f"-s{speed}", f"-p{pitch}", "--stdout"]
 
 
 def flite() -> Iterator[Voice]:

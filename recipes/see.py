@@ -1,17 +1,18 @@
 r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x_test, y_test: MNIST as Keras has it).
 
     python recipes/see.py mnist.npz digits
-    retentive data digits/train.jsonl --valid digits/valid.jsonl --chats --tokenizer bytes \
-        --image size=28 patch=7 channels=1 --out data/seen
+    retentive data digits/train.jsonl --valid digits/valid.jsonl --chats --vocab-size 320 \
+        --image size=28 patch=14 channels=1 --out data/seen
     retentive train --recipe recipes/see.py                 (the twin: --model transformer --out runs/see-twin)
     retentive eval runs/see --tasks answers:test,answers:before,answers:around,answers:shuffled --data digits \
         --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
     retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
-Half of the training are single pictures with the question after them, as they are and moved by up to two pixels; the
-others have the question before, or before and after, or several pictures and a question about one of them. Tested:
-all pictures (test); a thousand with the question before and around; with another's picture (shuffled, where a tenth is
-chance); the k-th of eight pictures and of sixteen (row8-1 … row16-16), which is what the state has kept of it.
+A picture is four tokens. Half of the training are single pictures with the question after them; the others have the
+question before, or before and after, or several pictures with their numbers and questions about some of them, one after
+the other; these are moved by up to two pixels. Tested: all pictures (test); a thousand with the question before and
+around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen, twice as
+many as in training (row8-1 … row16-16), which is what the state has kept of it.
 """
 
 import json
@@ -25,9 +26,11 @@ from PIL import Image
 
 from retentive.train import TrainConfig, TrainRun
 
-MOST, ASKED = 8, 1000
-"""Pictures in a row of training; questions of each test but the first."""
+MOST, TURNS, ASKED = 8, 4, 1000
+"""Pictures in a row of training, and questions about it; questions of each test but the first."""
 QUESTION = "Which digit?"
+Turns = list[tuple[list[Any], int]]
+"""Of a conversation, (content, answer) of each."""
 
 
 def recipe() -> TrainRun:
@@ -59,17 +62,25 @@ class Pictures:
             Image.fromarray(wide[y : y + height, x : x + width]).save(self.out / file)
         return {"type": "image", "image": file}
 
-    def asked(self, n: int, way: str, **how: bool) -> tuple[list[Any], int]:
-        """(content, answer) of a question about one picture; it stands before, after or around it."""
-        words, shown = {"type": "text", "text": QUESTION}, self.part(n, **how)
+    def asked(self, n: int, way: str, **how: bool) -> Turns:
+        """A question about one picture; it stands before, after or around it."""
+        words, shown = text(QUESTION), self.part(n, **how)
         contents = {"after": [shown, words], "before": [words, shown], "around": [words, shown, words]}
-        return contents[way], int(self.labels[n])
+        return [(contents[way], int(self.labels[n]))]
 
-    def row(self, count: int, k: int, **how: bool) -> tuple[list[Any], int]:
-        """The same about the k-th of `count` pictures, from 1."""
+    def row(self, count: int, asked: Iterable[int], **how: bool) -> Turns:
+        """The same about some of `count` pictures, which are numbered from 1."""
         chosen = self.random.integers(0, len(self.labels), count)
-        words = {"type": "text", "text": f"Which digit is number {k}?"}
-        return [*(self.part(n, **how) for n in chosen), words], int(self.labels[chosen[k - 1]])
+        before = [part for k, n in enumerate(chosen, 1) for part in (text(f"{k}:"), self.part(n, **how))]
+        turns = []
+        for k in asked:
+            turns.append(([*before, text(f"Which digit is number {k}?")], int(self.labels[chosen[k - 1]])))
+            before = []
+        return turns
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
 
 
 def prepare(file: Path, out: Path) -> None:
@@ -81,13 +92,13 @@ def prepare(file: Path, out: Path) -> None:
     order = random.permutation(len(train.labels))
     valid, rest = order[: len(order) // 20], order[len(order) // 20 :]
 
-    def training() -> Iterator[tuple[list[Any], int]]:
+    def training() -> Iterator[Turns]:
         for n in rest:
             yield train.asked(n, "after")
-            way = random.choice(["after", "before", "around", "row"])
+            way = random.choice(["before", "around", "row", "row"])
             count = int(random.integers(2, MOST + 1))
-            shown = train.row(count, int(random.integers(1, count + 1))) if way == "row" else None
-            yield shown or train.asked(n, way, moved=True)
+            some = random.permutation(count)[:TURNS] + 1
+            yield train.row(count, some, moved=True) if way == "row" else train.asked(n, way, moved=True)
 
     write(out / "train.jsonl", training())
     write(out / "valid.jsonl", (train.asked(n, "after") for n in valid))
@@ -96,17 +107,19 @@ def prepare(file: Path, out: Path) -> None:
     for way in ("before", "around"):
         write(out / f"{way}.jsonl", (test.asked(n, way) for n in few))
     labels = random.permutation(test.labels[: len(few)]).tolist()
-    write(out / "shuffled.jsonl", ((test.asked(n, "after")[0], label) for n, label in zip(few, labels, strict=True)))
+    shown = (test.asked(n, "after")[0][0] for n in few)
+    write(out / "shuffled.jsonl", ([turn] for turn in zip(shown, labels, strict=True)))
     for count in (MOST, 2 * MOST):
         for k in range(1, count + 1):
-            write(out / f"row{count}-{k}.jsonl", (test.row(count, k) for _ in range(len(few) // 5)))
+            write(out / f"row{count}-{k}.jsonl", (test.row(count, [k]) for _ in range(len(few) // 5)))
 
 
-def write(file: Path, asked: Iterable[tuple[list[Any], int]]) -> None:
+def write(file: Path, conversations: Iterable[Turns]) -> None:
     with open(file, "w", encoding="utf-8") as out:
-        for content, answer in asked:
-            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": str(answer)}]
-            out.write(json.dumps({"messages": turns}) + "\n")
+        for turns in conversations:
+            said = [(("user", content), ("assistant", str(answer))) for content, answer in turns]
+            messages = [{"role": role, "content": content} for turn in said for role, content in turn]
+            out.write(json.dumps({"messages": messages}) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,18 +142,26 @@ def test_digits_to_see(tmp_path):
         name, n = file.removeprefix("pictures/").removesuffix(".png").split("-")[:2]
         return str({"train": labels[:40], "test": labels[40:]}[name][int(n)])
 
-    trained = shown(out / "train.jsonl")
+    trained = [json.loads(line)["messages"] for line in (out / "train.jsonl").read_text().splitlines()]
     assert len(trained) == 2 * 38 and len(shown(out / "valid.jsonl")) == 2
-    for files, texts, answer in trained:
-        k = int(texts[0].split()[-1][:-1]) if "number" in texts[0] else 1
-        assert answer == label(files[k - 1]) and 1 <= len(files) <= 8
+    for messages in trained:
+        first, *further = messages[::2]
+        files = [part["image"] for part in first["content"] if part["type"] == "image"]
+        assert 1 <= len(files) <= 8 and len(further) <= 3
+        assert all(len(question["content"]) == 1 for question in further), "the pictures are shown once"
+        for question, answer in zip([first, *further], messages[1::2], strict=True):
+            words = [part["text"] for part in question["content"] if part["type"] == "text"][-1]
+            k = int(words.split()[-1][:-1]) if "number" in words else 1
+            assert answer["content"] == label(files[k - 1])
+    assert any(len(messages) > 2 for messages in trained)
     tested = shown(out / "test.jsonl")
     assert len(tested) == 20 and all(answer == label(files[0]) for files, _, answer in tested)
     assert np.array_equal(np.asarray(image.open(out / "pictures/test-0.png"))[:, :], pixels[40])
     assert all(texts == ["Which digit?"] * 2 for _, texts, _ in shown(out / "around.jsonl"))
     assert any(answer != label(files[0]) for files, _, answer in shown(out / "shuffled.jsonl"))
     for files, texts, answer in shown(out / "row16-3.jsonl"):
-        assert len(files) == 16 and texts == ["Which digit is number 3?"] and answer == label(files[2])
+        assert len(files) == 16 and answer == label(files[2])
+        assert texts == [*(f"{k}:" for k in range(1, 17)), "Which digit is number 3?"]
 
 
 def test_emoji_to_name(tmp_path):

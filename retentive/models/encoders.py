@@ -1,6 +1,6 @@
 """Encoders: pictures and sound as embeddings that stand among those of a model's tokens.
 
-    image    patches of a square picture -> blocks of retention in both directions over their grid -> D
+    image    a square picture -> convolutions -> patches -> blocks of retention in both directions over their grid -> D
     audio    stacks of log-mel frames -> convolutions over their bands, each by itself -> D: sound of any length can be
              read in parts
 
@@ -38,18 +38,21 @@ class ImageConfig:
     """Side of a patch; a picture is (size / patch)^2 tokens."""
     channels: int = 3
     """3 for colours, 1 for grey."""
+    stem: int = 16
+    """Channels of two convolutions before patches are cut (arXiv 2106.14881); with 0 these are of pixels."""
     dim: int = 128
     """Width of the encoder."""
     layers: int = 2
-    """Its blocks of retention in both directions; with 0 each patch is seen by itself."""
+    """Its blocks of retention in both directions; with 0 each patch is seen by itself, but for the stem."""
     heads: int = 2
     """Heads of these."""
 
     def __post_init__(self):
         check_fields(self)
         positive(self, "size", "patch", "dim", "heads")
-        if self.token < 0 or self.layers < 0:
-            raise ValueError(f"token and layers must be at least 0, got {self.token} and {self.layers}")
+        for name in ("token", "layers", "stem"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colours), got {self.channels}")
         if self.size > MOST_SIDE or self.tokens > MOST_TOKENS:
@@ -155,15 +158,26 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: ImageConfig, D: int):
         super().__init__()
-        self.config, side = config, config.size // config.patch
-        self.in_proj = nn.Linear(config.features, config.dim)
+        self.config, side, channels = config, config.size // config.patch, config.channels
+        self.stem = nn.Sequential()
+        for _ in range(2 if config.stem else 0):
+            seen = nn.Conv2d(channels, config.stem, 3, padding=1)
+            nn.init.kaiming_normal_(seen.weight)  # as large after it as before
+            nn.init.zeros_(seen.bias)  # type: ignore[arg-type]  # there is one
+            self.stem += nn.Sequential(seen, nn.GELU())
+            channels = config.stem
+        self.in_proj = nn.Linear(config.patch**2 * channels, config.dim)
         self.place = nn.Parameter(torch.zeros(side, side, config.dim))
         self.blocks = nn.ModuleList(EncoderBlock(config.retention()) for _ in range(config.layers))
         self.projector = Projector(config.dim, D)
 
     def forward(self, rows: Tensor) -> Tensor:
-        x = self.in_proj(rows.to(self.in_proj.weight.dtype) / 127.5 - 1)
-        x = x.unflatten(0, (-1, *self.place.shape[:2])) + self.place
+        (Y, X, _), p = self.place.shape, self.config.patch
+        patches = (rows.to(self.in_proj.weight.dtype) / 127.5 - 1).unflatten(-1, (p, p, -1))
+        # rows of patches -> pictures [n, C, Y p, X p] -> and back
+        pictures = patches.unflatten(0, (-1, Y, X)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        patches = self.stem(pictures).unflatten(3, (X, p)).unflatten(2, (Y, p)).permute(0, 2, 4, 3, 5, 1)
+        x = self.in_proj(patches.flatten(3)) + self.place
         for block in self.blocks:
             x = block(x)
         return self.projector(x).flatten(0, 2)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from retentive.models import RetNetConfig, build, twin
-from retentive.models.encoders import AudioConfig, ImageConfig, configs_of, encoders_of, spliced, with_encoders
+from retentive.models.encoders import (
+    AudioConfig,
+    ImageConfig,
+    ImageEncoder,
+    configs_of,
+    encoders_of,
+    spliced,
+    with_encoders,
+)
 
 TINY = RetNetConfig(vocab_size=50, dim=32, layers=2, heads=2)
 IMAGE = ImageConfig(token=48, size=8, patch=4, channels=1, dim=16, layers=1)
@@ -65,6 +73,26 @@ def test_every_patch_is_seen_by_every_other():
         assert (reached.abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("stem", [0, 3])
+def test_patches_are_cut_from_the_picture_after_the_stem(stem, same):
+    """The encoder takes rows of patches, and convolutions see the picture that these were cut from."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ImageConfig(token=0, size=12, patch=4, dim=16, layers=0, stem=stem), 8).double()
+    pixels = torch.randint(256, (2, 12, 12, 3), dtype=torch.uint8)
+
+    def cut(pictures):
+        """[n, 12, 12, C] -> [n, 3, 3, 16 C], as multimodal.image.patches does."""
+        return pictures.unflatten(2, (3, 4)).unflatten(1, (3, 4)).transpose(2, 3).flatten(3)
+
+    rows = cut(pixels).flatten(0, 2)
+    after = encoder.stem(pixels.double().permute(0, 3, 1, 2) / 127.5 - 1).permute(0, 2, 3, 1)
+    same(encoder(rows), encoder.projector(encoder.in_proj(cut(after)) + encoder.place).flatten(0, 2), 1e-12)
+    # what a patch is takes its neighbours in, two pixels of them
+    reader = rows[:9].double().requires_grad_()
+    (reached,) = torch.autograd.grad(encoder(reader)[0].sum(), reader)
+    assert [bool(row.any()) for row in reached] == [True, stem > 0, False, stem > 0, stem > 0] + [False] * 4
+
+
 def test_what_does_not_go_together(refuses):
     model, ids = seeing(), torch.tensor([[1, 48, 48, 48, 48, 2]])
     with refuses("4 placeholders of image and 8 rows: each takes one"):
@@ -85,6 +113,8 @@ def test_what_does_not_go_together(refuses):
         AudioConfig(token=1, mels=4000)
     with refuses("channels must be 1 (grey) or 3 (colours), got 4"):
         ImageConfig(token=1, channels=4)
+    with refuses("stem must be at least 0, got -1"):
+        ImageConfig(token=1, stem=-1)
     with refuses("leaves gaps between frames"):
         AudioConfig(token=1, window=5)
     assert configs_of(build(TINY)) == {} and configs_of(model)["image"]["size"] == 8
