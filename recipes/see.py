@@ -8,9 +8,9 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
         --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
     retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
-A picture is four tokens. Half of the training are single pictures with the question after them; the others have the
-question before, or before and after, or several pictures with their numbers and questions about some of them, one after
-the other; these are moved by up to two pixels. Tested: all pictures (test); a thousand with the question before and
+A picture is four tokens. Half of the training are single pictures with the question after them; the others are
+moved by up to two pixels and have the question before, or before and after, or there are several pictures with their
+numbers and questions about some of them, one after the other. Tested: all pictures (test); a thousand with the question before and
 around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen, twice as
 many as in training (row8-1 … row16-16), which is what the state has kept of it.
 """
@@ -95,8 +95,8 @@ def prepare(file: Path, out: Path) -> None:
     def training() -> Iterator[Turns]:
         for n in rest:
             yield train.asked(n, "after")
-            way = random.choice(["before", "around", "row", "row"])
-            count = int(random.integers(2, MOST + 1))
+            way = random.choice(["before", "around", "row", "row", "row", "row"])
+            count = int(random.integers(2, MOST + 1, 2).min())  # few more often than many: these are learnt first
             some = random.permutation(count)[:TURNS] + 1
             yield train.row(count, some, moved=True) if way == "row" else train.asked(n, way, moved=True)
 

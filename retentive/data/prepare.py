@@ -18,7 +18,7 @@ from retentive.data.pack import Meta, check_free, pieces, write_packed
 from retentive.data.sources import Document, documents, source_files
 from retentive.data.split import split_documents
 from retentive.data.templates import TURNS, ChatTemplate, load_template
-from retentive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from retentive.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from retentive.files import only_writer
 
 SAMPLE = 64_000_000
@@ -138,7 +138,12 @@ def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progre
         return load_tokenizer(config.tokenizer)
     train, _ = _splits(sources, config, lambda remark: None, media)  # held-out text stays unseen
     hub = any(str(source).startswith("hf:") for source in sources)
-    sample = _sample(train, _adding_up(report, "reading a sample", sources, config), all_of_it=not hub)
+    if config.chats:  # the template's own words too: they are in every conversation
+        template = _template(ByteTokenizer(), config)
+        texts = (text for conversation in train for text in _spelt(template, conversation))
+    else:
+        texts = (piece for document in train for piece in pieces(document.text))
+    sample = _sample(texts, _adding_up(report, "reading a sample", sources, config), all_of_it=not hub)
     report("learning a tokenizer", 0, None)
     return train_bpe(sample, config.vocab_size)
 
@@ -155,23 +160,28 @@ def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
     return template
 
 
-def _sample(train: Iterator[Document | Conversation], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
-    """Pieces of text, SAMPLE characters at most: from all over it, or from its beginning where it is downloaded."""
+def _spelt(template: ChatTemplate, conversation: Conversation) -> list[str]:
+    """`ChatTemplate.texts`, whose errors name the conversation."""
+    try:
+        return template.texts(conversation.messages)
+    except ValueError as error:
+        raise ValueError(f"{conversation.name}: {error}") from None
+
+
+def _sample(texts: Iterator[str], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
+    """Some of the texts, SAMPLE characters at most: from all over them, or the first where they are downloaded."""
     sample: list[str] = []
-    size = seen = 0
-    stride = 1
-    for document in train:
-        for piece in pieces(document.text):
-            advance(len(piece.encode()))
-            if seen % stride == 0:
-                sample.append(piece)
-                size += len(piece)
-            seen += 1
-            if size > SAMPLE and not all_of_it:
-                return sample
-            while size > SAMPLE and len(sample) > 1:  # keep every other piece, now and from here on
-                sample, stride = sample[::2], stride * 2
-                size = sum(map(len, sample))
+    size, stride = 0, 1
+    for seen, text in enumerate(texts):
+        advance(len(text.encode()))
+        if seen % stride == 0:
+            sample.append(text)
+            size += len(text)
+        if size > SAMPLE and not all_of_it:
+            return sample
+        while size > SAMPLE and len(sample) > 1:  # keep every other text, now and from here on
+            sample, stride = sample[::2], stride * 2
+            size = sum(map(len, sample))
     return sample
 
 

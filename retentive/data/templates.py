@@ -119,6 +119,14 @@ class ChatTemplate:
             found.append((ids, answers))
         return found
 
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of a conversation that are encoded, each by itself: what a tokenizer for such is learnt from.
+
+        Raises:
+            ValueError: as `taught`.
+        """
+        return [x for x, _ in self._spelt(self._shielded(messages)) if isinstance(x, str)]
+
     def pieces(self) -> dict[str, Any]:
         """The template taken apart, for programs without jinja: what stands before the first message (`start`), before
         later questions and answers, and at the `end`, each as texts and ids of special tokens in turn; whether messages

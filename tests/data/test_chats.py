@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from retentive.data.chats import chats, messages_of
+from retentive.data.pack import load_meta
 from retentive.data.packed import Packed
 from retentive.data.prepare import prepare
 from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
-from retentive.data.tokenizer import ByteTokenizer
+from retentive.data.tokenizer import ByteTokenizer, load_tokenizer
 from retentive.ops.cross_entropy import IGNORE
 
 IM = (
@@ -153,13 +154,25 @@ def test_a_template_that_cannot_be_taught(source, refuses):
         made.taught([SAID])
 
 
-def test_the_conversation_that_a_template_refuses_is_named(tmp_path, refuses):
+@pytest.mark.parametrize("tokenizer", ["bytes", "train"])
+def test_the_conversation_that_a_template_refuses_is_named(tokenizer, tmp_path, refuses):
     never = "{% if messages[0].content == 'No' %}{{ raise_exception('Never') }}{% endif %}"
     (tmp_path / "t.jinja").write_text(never + TURNS)
     file = lines(tmp_path / "a.jsonl", {"messages": SAID}, {"prompt": "No", "completion": "b"})
     with refuses("a.jsonl:2: the chat template fails: Never"):
-        prepare(file, tmp_path / "out", chats=True, tokenizer="bytes", template=tmp_path / "t.jinja", valid_fraction=0)
+        prepare(
+            file, tmp_path / "out", chats=True, tokenizer=tokenizer, template=tmp_path / "t.jinja", valid_fraction=0
+        )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_learnt_from_conversations_knows_the_templates_words(tmp_path):
+    """Each turn has them, and spelt in letters they would be most of a short one."""
+    file = lines(tmp_path / "a.jsonl", *[{"prompt": f"Which digit is {n}?", "completion": str(n)} for n in range(10)])
+    prepare(file, tmp_path / "out", chats=True, vocab_size=400, valid_fraction=0)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert len(tokenizer.encode("User")) == len(tokenizer.encode("Assistant")) == len(tokenizer.encode(" digit")) == 1
+    assert load_meta(tmp_path / "out").splits["train"].tokens < 10 * 20
 
 
 # batches
