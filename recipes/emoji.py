@@ -3,7 +3,7 @@ r"""Emoji and their names, from Google's pictures of them: what is shown, among 
     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz      (pictures Apache 2.0, data MIT)
     python recipes/emoji.py package emoji
     retentive data emoji/train.jsonl --valid emoji/valid.jsonl --chats --vocab-size 1024 \
-        --image size=64 patch=8 --out data/emoji
+        --image size=64 patch=16 --out data/emoji
     retentive train --recipe recipes/emoji.py               (the twin: --model transformer --out runs/emoji-twin)
     retentive eval runs/emoji --tasks naming:kin,naming:new,answers:kin --data emoji --max-tokens 40
     retentive generate runs/emoji --image emoji/pictures/1f98a.png --prompt "What is it?"

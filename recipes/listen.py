@@ -2,7 +2,7 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
 
     python examples/voices.py voices zero one two three four five six seven eight nine
     python recipes/listen.py RECORDINGS digits george voices         (the Free Spoken Digit Dataset's recordings)
-    retentive data digits/train.jsonl --valid digits/known.jsonl --chats --tokenizer bytes \
+    retentive data digits/train.jsonl --valid digits/known.jsonl --chats --vocab-size 320 \
         --audio rate=8000 mels=20 --out data/digits
     retentive train --recipe recipes/listen.py            (the twin: --model transformer --out runs/listen-twin)
     retentive eval runs/listen --tasks transcription:known,transcription:george,transcription:turns50 --data digits \
