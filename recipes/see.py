@@ -8,11 +8,11 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
         --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
     retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
-A picture is four tokens. Half of the training are single pictures with the question after them; the others are
-moved by up to two pixels and have the question before, or before and after, or there are several pictures with their
-numbers and questions about some of them, one after the other. Tested: all pictures (test); a thousand with the question before and
-around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen, twice as
-many as in training (row8-1 … row16-16), which is what the state has kept of it.
+A picture is four tokens. Half of the training are single pictures with the question after them; the others are moved by
+up to two pixels and have the question before, or before and after, or there are several pictures with their numbers and
+questions about some of them, one after the other. Tested: all pictures (test); a thousand with the question before and
+around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen (row8-1 …
+row16-16), which is what the state has kept of it.
 """
 
 import json
@@ -26,7 +26,7 @@ from PIL import Image
 
 from retentive.train import TrainConfig, TrainRun
 
-MOST, TURNS, ASKED = 8, 4, 1000
+MOST, TURNS, ASKED = 16, 4, 1000
 """Pictures in a row of training, and questions about it; questions of each test but the first."""
 QUESTION = "Which digit?"
 Turns = list[tuple[list[Any], int]]
@@ -109,7 +109,7 @@ def prepare(file: Path, out: Path) -> None:
     labels = random.permutation(test.labels[: len(few)]).tolist()
     shown = (test.asked(n, "after")[0][0] for n in few)
     write(out / "shuffled.jsonl", ([turn] for turn in zip(shown, labels, strict=True)))
-    for count in (MOST, 2 * MOST):
+    for count in (MOST // 2, MOST):
         for k in range(1, count + 1):
             write(out / f"row{count}-{k}.jsonl", (test.row(count, [k]) for _ in range(len(few) // 5)))
 

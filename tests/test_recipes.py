@@ -147,7 +147,7 @@ def test_digits_to_see(tmp_path):
     for messages in trained:
         first, *further = messages[::2]
         files = [part["image"] for part in first["content"] if part["type"] == "image"]
-        assert 1 <= len(files) <= 8 and len(further) <= 3
+        assert 1 <= len(files) <= 16 and len(further) <= 3
         assert all(len(question["content"]) == 1 for question in further), "the pictures are shown once"
         for question, answer in zip([first, *further], messages[1::2], strict=True):
             words = [part["text"] for part in question["content"] if part["type"] == "text"][-1]
