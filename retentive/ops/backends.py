@@ -18,7 +18,7 @@ from retentive.ops import cpu as cpu_module
 from retentive.ops import reference
 from retentive.ops import ring as ring_module
 from retentive.ops.ring import Ring
-from retentive.ops.transforms import transformed
+from retentive.ops.transforms import traced, transformed
 
 
 class Call(NamedTuple):
@@ -123,7 +123,9 @@ def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
     """The C code of `cpu.py`, keeping states for a backward pass only where there will be one."""
     tensors = (call.q, call.k, call.v, per_token(call), call.state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    o, state, _ = cpu_module.cpu(*tensors, call.cu_seqlens, call.scale, chunk_size(call), keep)
+    # an operator's first call imports Dynamo, which takes a second or two: a model that answers does not wait for it
+    run = cpu_module.cpu if keep or traced(call.q) else cpu_module.forward
+    o, state, _ = run(*tensors, call.cu_seqlens, call.scale, chunk_size(call), keep)
     return o, state
 
 

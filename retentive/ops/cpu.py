@@ -118,8 +118,7 @@ def _common(q, k, v, log_decay, state, scale, chunk_size, begin, first) -> dict:
     )  # fmt: skip
 
 
-@torch.library.custom_op("retentive::cpu", mutates_args=())
-def cpu(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,6 +140,10 @@ def cpu(
         o=o, final=final, checkpoints=checkpoints if keep else None,
     )  # fmt: skip
     return o, final, checkpoints
+
+
+cpu = torch.library.custom_op("retentive::cpu", forward, mutates_args=())
+"""`forward` as an operator of torch, which autograd, compilers and tracers know."""
 
 
 @torch.library.custom_op("retentive::cpu_backward", mutates_args=())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from retentive.ops import compiler, reference, retention, retention_step
@@ -489,15 +490,43 @@ def test_training_keeps_the_inputs_and_a_state_for_every_group_of_chunks(decay, 
     o.sum().backward()
 
 
-def test_keeps_nothing_where_no_gradient_is_asked_for(monkeypatch):
-    kept, op = [], module.cpu
+def test_inference_does_not_wait_for_dynamo():
+    """torch imports it at the first call of an operator, which takes a second or two: a server's first picture did."""
+    code = """
+import sys, torch
+from retentive.ops import retention
+q, k, v = torch.randn(3, 1, 40, 2, 8)
+with torch.inference_mode():
+    retention(q, k, v, -torch.rand(2))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
-    def spy(*args):
-        out = op(*args)
+
+def test_who_looks_on_sees_the_operator():
+    seen = []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    tensors = [x.detach() for x in inputs(2, 40, 3, 4, 5, dtype=torch.float32)]
+    with Looking():
+        cpu(*tensors)
+    assert torch.ops.retentive.cpu.default in seen
+
+
+def test_keeps_nothing_where_no_gradient_is_asked_for(monkeypatch):
+    kept = []
+
+    def spy(run, *args):
+        out = run(*args)
         kept.append(out[2].numel())
         return out
 
-    monkeypatch.setattr(module, "cpu", spy)
+    for name in ("cpu", "forward"):
+        monkeypatch.setattr(module, name, functools.partial(spy, getattr(module, name)))
     tensors = inputs(2, 140, 3, 4, 5, decay="per-token", dtype=torch.float32)
     cpu(*(x.detach() for x in tensors))
     with torch.no_grad():
