@@ -35,12 +35,13 @@ def senses(model: LanguageModel) -> Rows | None:
     return Opener.of(model).rows
 
 
-def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> str | list[str | Media]:
+def content(parts: Sequence[Any], rows: Rows | None, before: int, most: int, where: str) -> str | list[str | Media]:
     """A message's content: its text, or texts and media in order.
 
     Args:
         parts: OpenAI's.
-        most: media that this message may have.
+        before: media of the messages before it.
+        most: media that a request may have.
         where: the field, for errors.
 
     Raises:
@@ -54,8 +55,8 @@ def content(parts: Sequence[Any], rows: Rows | None, most: int, where: str) -> s
             continue
         if rows is None:
             raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
-        if len(found) - sum(isinstance(each, str) for each in found) >= most:
-            raise Refused(400, "there are more pictures and sounds than a request may have here", param=field)
+        if before + sum(isinstance(each, Media) for each in found) >= most:
+            raise Refused(400, f"a request may have at most {most} pictures and sounds here", param=field)
         kind, encoded = "image", ""
         if part.type == "image_url":
             field += ".image_url.url"

@@ -276,10 +276,10 @@ class ChatRequest(Generation):
     def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-        messages, left = [], options.media
+        messages, media = [], 0
         for n, m in enumerate(self.messages):
-            found = content(m.content, rows, left, f"messages[{n}].content")
-            left -= (count := len(media_of([{"content": found}])))
+            found = content(m.content, rows, media, options.media, f"messages[{n}].content")
+            media += (count := len(media_of([{"content": found}])))
             if count and m.role == "assistant":
                 raise Refused(
                     400, "an answer is text: pictures and sounds are the user's", param=f"messages[{n}].content"

@@ -146,7 +146,7 @@ BAD = {
         "content[0].image_url.url", "this is not base64",
     ),
     "no-sound": ([heard(b"no sound")], "content[0].input_audio.data", "the sound is no sound of WAV, FLAC or OGG"),
-    "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "more pictures and sounds than a request"),
+    "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "at most 2 pictures and sounds here"),
     "too-long": ([heard(sound(300, 9))], "messages", "tokens, at most 200 are read"),
     "another-format": (
         [{"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}],
