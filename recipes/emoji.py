@@ -39,7 +39,7 @@ def recipe() -> TrainRun:
         mode="whole",
         batch=16,
         length=512,
-        train=TrainConfig(steps=2000, lr=4e-3, warmup=100, eval_every=250, save_every=250, sample_every=500),
+        train=TrainConfig(steps=1000, lr=4e-3, warmup=100, eval_every=250, save_every=250, sample_every=500),
     )
 
 
