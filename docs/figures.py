@@ -396,7 +396,9 @@ def seeing() -> str:
     lines = []
     for (task, metric), words in asked.items():
         cells = [row(rows, model=model, task=task, metric=metric) for model in ("retnet", "twin")]
-        values = (f"{100 * c['value']:.0f}% ({100 * c['interval'][0]:.0f} to {100 * c['interval'][1]:.0f})" for c in cells)
+        values = (
+            f"{100 * c['value']:.0f}% ({100 * c['interval'][0]:.0f} to {100 * c['interval'][1]:.0f})" for c in cells
+        )
         lines.append(f"{words}; {cells[0]['n']} | " + " | ".join(values))
     return table("held-out pictures of emoji, 1,910 names, 1.2 M parameters | RetNet | twin", *lines)
 
