@@ -117,8 +117,9 @@ def prepare(file: Path, out: Path) -> None:
 def write(file: Path, conversations: Iterable[Turns]) -> None:
     with open(file, "w", encoding="utf-8") as out:
         for turns in conversations:
-            said = [(("user", content), ("assistant", str(answer))) for content, answer in turns]
-            messages = [{"role": role, "content": content} for turn in said for role, content in turn]
+            messages = []
+            for content, answer in turns:
+                messages += [{"role": "user", "content": content}, {"role": "assistant", "content": str(answer)}]
             out.write(json.dumps({"messages": messages}) + "\n")
 
 

@@ -3,7 +3,7 @@
     o_n = scale * sum_m exp(log_decay summed over (min(n, m), max(n, m)]) (q_n k_m) v_m        m before and after n
 
 The log decay of a token belongs to the gap before it, in either direction, so that the mask is symmetric. Linear in T;
-what is no longer than a chunk, such as a side of a picture, is one product of all pairs.
+what is no longer than a chunk, such as a side of a picture, is one product of all pairs, whatever `using` forces.
 Over a grid, such as a picture's, the mask decays with the Manhattan distance: along each row first, and then along each
 column (RMT, arXiv 2309.11523, without its softmax).
 """
