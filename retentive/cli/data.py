@@ -94,8 +94,9 @@ def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
     found = {}
     for item in items:
         name, _, text = item.partition("=")
-        if not text.isdecimal():
-            raise ValueError(f"--{kind} {item}: expected FIELD=NUMBER, as in size=64")
+        if not text.removeprefix("-").isdecimal() or name in found:
+            example = {"image": "size=64", "audio": "rate=16000"}[kind]
+            raise ValueError(f"--{kind} {item}: expected each FIELD=NUMBER once, as in {example}")
         found[name] = int(text)
     return found
 

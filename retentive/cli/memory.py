@@ -136,7 +136,11 @@ def write_media(command: WriteCommand) -> None:
     reading.check_out(command.out, command.memory)
     model, tokenizer = command.load()
     template, lines = load_template(find(command.adapter or command.run), tokenizer), Lines()
-    memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {n:,} tokens"))
+    try:
+        memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {n:,} tokens"))
+    except KeyboardInterrupt:
+        say("interrupted: what was read of pictures and sounds is not kept")
+        raise
     save(memory, command.out)
     print(described(show(command.out), command.out))
 

@@ -178,14 +178,15 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
         if media is None:
             raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
         return media(kind, part[kind])
-    if kind == "text":
-        got = "null" if part.get("text") is None else f"a value of type {type(part['text']).__name__}"
-        raise ValueError(f"message {number}: its content must be text, got {got}")
+    if kind in ("text", *KINDS_OF_MEDIA):
+        got = "null" if part.get(kind) is None else f"a value of type {type(part[kind]).__name__}"
+        named = f"a part of type {kind!r} must name its file as {kind!r}"
+        raise ValueError(f"message {number}: {'its content must be text' if kind == 'text' else named}, got {got}")
     if isinstance(part, dict) and "type" in part:
         raise ValueError(
             f"message {number}: expected text, or the file of an image or audio, got a part of type {kind!r}"
         )
-    raise ValueError(f"message {number}: its content is no text")
+    raise ValueError(f"message {number}: each part of its content must be an object with a type")
 
 
 def _check_turns(roles: list[str]) -> None:

@@ -184,7 +184,7 @@ def _json_lines(path: Path, file: BinaryIO, check: TextCheck) -> Iterator[tuple[
         if line is None or not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
             what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(f"{path}:{number} is not JSON ({what}): expected one object a line") from None

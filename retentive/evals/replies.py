@@ -30,7 +30,6 @@ from retentive.evals.stats import Interval, ratio_interval, share
 from retentive.infer.batch import generate_batch, together
 from retentive.infer.media import read, rows_of
 from retentive.models import LanguageModel
-from retentive.models.encoders import encoders_of
 
 LEAD = 3
 """Sentences of the question that stand for the least that a summary must beat."""
@@ -161,10 +160,8 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
     return Answered(asked.name, question, reference, text.strip(), ended)
 
 
-def _opener(model: LanguageModel) -> Open | None:
-    """What opens the pictures and sounds that the model sees and hears; None for one that only reads."""
-    if not encoders_of(model):
-        return None
+def _opener(model: LanguageModel) -> Open:
+    """What opens the pictures and sounds that the model sees and hears, and refuses others."""
     from retentive.multimodal.prepare import Opener  # an extra
 
     return Opener.of(model)

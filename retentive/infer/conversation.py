@@ -26,6 +26,10 @@ NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 """What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
 
 
+class TooLong(ValueError):
+    """More is to be read than may be."""
+
+
 class Conversation:
     """One conversation: a memory, and how the next messages go on from it.
 
@@ -61,7 +65,8 @@ class Conversation:
             most: of ids, placeholders included, where something is read now.
 
         Raises:
-            ValueError: the template refuses these messages; there are more ids; the model does not see, or hear.
+            TooLong: there are more ids.
+            ValueError: the template refuses these messages; the model does not see, or hear.
         """
         self.seen = None
         encode, old = (self.template.next if self.begun else self.template.first), self.memory
@@ -69,7 +74,7 @@ class Conversation:
         if not rows:
             return ids
         if most is not None and len(ids) > most:
-            raise ValueError(f"the messages have {len(ids)} tokens, at most {most} are read")
+            raise TooLong(f"the messages have {len(ids)} tokens, at most {most} are read")
         model = self.engine.model
         count = seen_first(model, ids)
         state = read(model, ids[:count], rows, old.state.clone())

@@ -24,6 +24,8 @@ KERNEL = 5
 """Bands that a convolution of the audio encoder sees at once."""
 MOST_SIDE, MOST_TOKENS = 4096, 1 << 16
 """Of a picture, in pixels and in tokens: more is a typing error, and would take all memory."""
+MOST_WINDOW, MOST_FEATURES = 1000, 1 << 14
+"""Of sound, milliseconds of a frame and numbers of a token."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ class AudioConfig:
             raise ValueError(f"{self.window} ms at {self.rate:,} Hz tell {most} bands apart, got mels {self.mels}")
         if self.window < self.hop:
             raise ValueError(f"a window of {self.window} ms leaves gaps between frames every {self.hop} ms")
+        if self.window > MOST_WINDOW or self.features > MOST_FEATURES:
+            raise ValueError(
+                f"a window of {self.window:,} ms and stack {self.stack:,} of mels {self.mels:,}: at most "
+                f"{MOST_WINDOW:,} ms, and {MOST_FEATURES:,} numbers a token"
+            )
 
     @property
     def features(self) -> int:

@@ -10,12 +10,13 @@ import io
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from retentive.models.encoders import AudioConfig
 
-FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")
 RATES = range(1_000, 400_000)
 """Samples a second that a file may have."""
 MOST_SECONDS = 4 * 3600
@@ -58,8 +59,8 @@ def stream_audio(
     with file:
         if file.format not in FORMATS:
             raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
-        if file.format.startswith("WAV"):
-            _check_whole(source, name)
+        if file.format in CHECKS:
+            CHECKS[file.format](source, name)
         if file.samplerate not in RATES:
             raise ValueError(f"{name} has {file.samplerate:,} samples a second, expected {RATES[0]:,} to {RATES[-1]:,}")
         if not file.frames:
@@ -79,24 +80,48 @@ def stream_audio(
                 if last:
                     return
         except soundfile.LibsndfileError as error:
-            raise ValueError(
-                f"{name} is damaged after {heard / file.samplerate:.1f} s ({error.error_string})"
-            ) from None
+            at = heard / file.samplerate
+            raise ValueError(f"{name} is damaged within {BLOCK} s after {at:.1f} s ({error.error_string})") from None
         raise ValueError(
             f"{name} ends after {heard / file.samplerate:.1f} s, its head says {seconds:.1f}: it is damaged"
         )
 
 
-def _check_whole(source: Path | bytes, name: str) -> None:
-    """Raises ValueError for a WAV that is shorter than its head says: half a copy would be heard as if it were all."""
-    if isinstance(source, bytes):
-        head, size = source[:8], len(source)
-    else:
-        with open(source, "rb") as file:
-            head, size = file.read(8), source.stat().st_size
-    said = int.from_bytes(head[4:8], "little") + 8
-    if head[:4] == b"RIFF" and size < said < 1 << 32:  # who writes to a pipe does not know, and says the most
-        raise ValueError(f"{name} is cut short: it has {size:,} of {said:,} bytes")
+# Half a copy would be heard as if it were all of it: libsndfile reads what is there.
+
+
+def _check_wav(source: Path | bytes, name: str) -> None:
+    """Raises ValueError for a WAV that is shorter than its head says."""
+    with _opened(source) as file:
+        head, size = file.read(28), file.seek(0, io.SEEK_END)
+    large = head[:4] == b"RF64"  # beyond 4 GB (EBU Tech 3306)
+    said = int.from_bytes(head[20:28] if large else head[4:8], "little")
+    unknown = not large and said & 0x7FFFF000 == 0x7FFFF000  # who writes to a pipe says the most, signed or not
+    if size < said + 8 and not unknown:
+        raise ValueError(f"{name} is cut short: it has {size:,} of {said + 8:,} bytes")
+
+
+def _check_ogg(source: Path | bytes, name: str) -> None:
+    """Raises ValueError for an OGG with a page that is cut or missing (RFC 3533, section 6)."""
+    with _opened(source) as file:
+        size, begin, following = file.seek(0, io.SEEK_END), 0, dict[bytes, int]()
+        while begin < size:
+            file.seek(begin)
+            head = file.read(27)  # "OggS", version, flags, position[8], stream[4], number[4], checksum[4], segments
+            segments = file.read(head[26]) if len(head) == 27 else b""
+            stream, number = head[14:18], int.from_bytes(head[18:22], "little")
+            if head[:4] != b"OggS" or number != following.get(stream, number):
+                raise ValueError(f"{name} is damaged: no page of it is at byte {begin:,} of {size:,}")
+            following[stream], begin = number + 1, begin + 27 + len(segments) + sum(segments)
+        if begin > size:
+            raise ValueError(f"{name} is cut short: its last page ends at byte {begin:,} of {size:,}")
+
+
+def _opened(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+CHECKS = {"WAV": _check_wav, "WAVEX": _check_wav, "RF64": _check_wav, "OGG": _check_ogg}
 
 
 class Frames:

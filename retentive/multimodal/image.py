@@ -59,16 +59,19 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
     try:
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            over = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        picture = picture.convert("L" if config.channels == 1 else "RGB")
+        ImageOps.exif_transpose(picture, in_place=True)
+        clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        mode, side = "RGBA" if clear else "L" if config.channels == 1 else "RGB", config.size
+        if picture.mode != mode:  # a copy of a large picture is a quarter of a gigabyte
+            picture = picture.convert(mode)
+        if picture.size != (side, side):
+            picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
+        square = Image.new("RGB" if clear else mode, (side, side), "white")
+        place = round((side - picture.width) / 2), round((side - picture.height) / 2)
+        square.paste(picture, place, picture if clear else None)
+        picture = square.convert("L" if config.channels == 1 else "RGB")
     except Exception as error:
         raise ValueError(f"{name} is damaged ({error})") from None
-    side = config.size
-    if picture.size != (side, side):
-        picture = ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, color="white")
     return patches(np.asarray(picture, np.uint8).reshape(side, side, config.channels), config.patch)
 
 

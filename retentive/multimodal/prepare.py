@@ -17,13 +17,13 @@ from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
 from retentive.models import LanguageModel
 from retentive.models.encoders import AudioConfig, Config, ImageConfig, encoders_of
-from retentive.multimodal.audio import open_audio, stream_audio
+from retentive.multimodal.audio import MOST_SECONDS, open_audio, stream_audio
 from retentive.multimodal.image import open_image
 
 SEEN = ("size", "patch", "channels")
 HEARD = ("rate", "mels", "window", "hop", "stack")
 """The fields of encoders' configs that say how files become rows; the others are the model's."""
-UNSAID = "it holds {0}, and nothing says how that becomes tokens (--{0})"
+UNSAID = "it holds {0}, and nothing says how that becomes tokens (retentive data --{0})"
 """What is said of a kind that is to be packed and has no fields."""
 
 
@@ -43,6 +43,8 @@ class Opener:
         return cls({kind: encoder.config for kind, encoder in encoders_of(model).items()})
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
+        if not name:
+            raise ValueError(f"a part of type {kind} names no file")
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
         return self.rows(kind, folder / name)
@@ -55,11 +57,13 @@ class Opener:
         else:
             yield from (Media(kind, rows) for rows in stream_audio(source, config))
 
-    def rows(self, kind: str, source: Path | bytes) -> Media:
-        """A picture or a sound, from its file or its bytes."""
+    def rows(self, kind: str, source: Path | bytes, most: int | None = None) -> Media:
+        """A picture or a sound, from its file or its bytes; of sound at most so many tokens, known before they are."""
         config = self._config(kind)
-        rows = open_image(source, config) if isinstance(config, ImageConfig) else open_audio(source, config)
-        return Media(kind, rows)
+        if isinstance(config, ImageConfig):
+            return Media(kind, open_image(source, config))
+        seconds = MOST_SECONDS if most is None else min(MOST_SECONDS, most / config.tokens_per_second)
+        return Media(kind, open_audio(source, config, most_seconds=seconds))
 
     def _config(self, kind: str) -> Config:
         if kind not in self.configs:

@@ -7,8 +7,8 @@ Addresses are not fetched: a server that opened what a client names would do so 
 """
 
 import base64
-import binascii
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +16,13 @@ from retentive.data.media import Media
 from retentive.models import LanguageModel
 from retentive.models.encoders import encoders_of
 from retentive.serve.errors import Refused
+from retentive.serve.options import Options
 
-Rows = Callable[[str, bytes], Media]
-"""(kind, the bytes of a file) -> it; raises ValueError."""
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+Rows = Callable[[str, bytes, int], Media]
+"""(kind, the bytes of a file, the most tokens) -> it; raises ValueError."""
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
+ONE_AT_A_TIME = threading.Lock()
+"""A picture may take half a gigabyte while it is opened."""
 
 
 def senses(model: LanguageModel) -> Rows | None:
@@ -35,17 +38,18 @@ def senses(model: LanguageModel) -> Rows | None:
     return Opener.of(model).rows
 
 
-def content(parts: Sequence[Any], rows: Rows | None, before: int, most: int, where: str) -> str | list[str | Media]:
+def content(
+    parts: Sequence[Any], rows: Rows | None, before: Sequence[Media], options: Options, where: str
+) -> str | list[str | Media]:
     """A message's content: its text, or texts and media in order.
 
     Args:
         parts: OpenAI's.
         before: media of the messages before it.
-        most: media that a request may have.
         where: the field, for errors.
 
     Raises:
-        Refused: a part that is no text, picture or sound, or more of these than `most`.
+        Refused: a part that is no text, picture or sound, or more of these than a request may have.
     """
     found: list[str | Media] = []
     for n, part in enumerate(parts):
@@ -55,8 +59,9 @@ def content(parts: Sequence[Any], rows: Rows | None, before: int, most: int, whe
             continue
         if rows is None:
             raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
-        if before + sum(isinstance(each, Media) for each in found) >= most:
-            raise Refused(400, f"a request may have at most {most} pictures and sounds here", param=field)
+        media = [*before, *(each for each in found if isinstance(each, Media))]
+        if len(media) >= options.media:
+            raise Refused(400, f"a request may have at most {options.media} pictures and sounds here", param=field)
         kind, encoded = "image", ""
         if part.type == "image_url":
             field += ".image_url.url"
@@ -67,9 +72,12 @@ def content(parts: Sequence[Any], rows: Rows | None, before: int, most: int, whe
         else:
             kind, field, encoded = "audio", field + ".input_audio.data", part.input_audio.data
         try:
-            found.append(rows(kind, base64.b64decode(encoded, validate=True)))
-        except binascii.Error:
+            raw = base64.b64decode(encoded, validate=True)
+        except ValueError:
             raise Refused(400, "this is not base64", param=field) from None
+        try:
+            with ONE_AT_A_TIME:
+                found.append(rows(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
         except ValueError as error:
             raise Refused(400, str(error), param=field) from None
     return found if any(isinstance(part, Media) for part in found) else "".join(map(str, found))

@@ -14,7 +14,7 @@ from starlette.requests import Request as HTTPRequest
 
 from retentive.data.media import media_of
 from retentive.infer import SamplingParams
-from retentive.infer.conversation import NAME, Conversation
+from retentive.infer.conversation import NAME, Conversation, TooLong
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
 from retentive.serve.media import Rows, content
@@ -120,7 +120,7 @@ Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[Part], BeforeValidator(_as_parts), Field(min_length=1)]
 
 
 class Generation(Body, ABC):
@@ -276,11 +276,10 @@ class ChatRequest(Generation):
     def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-        messages, media = [], 0
+        messages: list[Any] = []
         for n, m in enumerate(self.messages):
-            found = content(m.content, rows, media, options.media, f"messages[{n}].content")
-            media += (count := len(media_of([{"content": found}])))
-            if count and m.role == "assistant":
+            found = content(m.content, rows, media_of(messages), options, f"messages[{n}].content")
+            if m.role == "assistant" and not isinstance(found, str):
                 raise Refused(
                     400, "an answer is text: pictures and sounds are the user's", param=f"messages[{n}].content"
                 )
@@ -289,6 +288,8 @@ class ChatRequest(Generation):
             before = conversation.memory.tokens
             ids = conversation.turn(messages, most=options.max_prompt)
             return [Prompt(ids, seen=conversation.seen.tokens - before if conversation.seen else 0)]
+        except TooLong as error:
+            raise Refused(400, str(error), param="messages", code="context_length_exceeded") from None
         except ValueError as error:
             raise Refused(400, str(error), param="messages", code="template_refuses") from None
 

@@ -65,7 +65,15 @@ BAD = {
     "empty answer": ({"prompt": "Hi", "completion": " "}, "message 2, by assistant, is empty"),
     "a picture": (
         {"messages": [turn("user", [{"type": "image"}])]},
-        "the file of an image or audio, got a part of type",
+        "message 1: a part of type 'image' must name its file as 'image', got null",
+    ),
+    "a film": (
+        {"messages": [turn("user", [{"type": "video", "video": "a.mp4"}])]},
+        "the file of an image or audio, got a part of type 'video'",
+    ),
+    "a part without a type": (
+        {"messages": [turn("user", [{"image": "a.png"}])]},
+        "message 1: each part of its content must be an object with a type",
     ),
     "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content must be text, got a value of type int"),
     "null content": ({"messages": [turn("user", None), *SAID[1:]]}, "message 1: its content must be text, got null"),

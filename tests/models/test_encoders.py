@@ -117,4 +117,7 @@ def test_what_does_not_go_together(refuses):
         ImageConfig(token=1, stem=-1)
     with refuses("leaves gaps between frames"):
         AudioConfig(token=1, window=5)
+    for how in ({"window": 100_000}, {"stack": 100_000}):
+        with refuses("at most 1,000 ms, and 16,384 numbers a token"):
+            AudioConfig(token=1, **how)
     assert configs_of(build(TINY)) == {} and configs_of(model)["image"]["size"] == 8

@@ -79,6 +79,31 @@ def test_no_band_is_empty():
         assert (bands.sum(0) > 0.5).all() and (bands >= 0).all() and shape.sum() == pytest.approx(2)
 
 
+def cut_wav(said: int) -> bytes:
+    raw = encoded(tone(300, 8000), 8000)
+    return raw[:4] + said.to_bytes(4, "little") + raw[8:40] + said.to_bytes(4, "little") + raw[44:]
+
+
+@pytest.mark.parametrize("said", [0x7FFFFFFF, 0x7FFFF024, 0xFFFFFFFF])
+def test_who_writes_to_a_pipe_does_not_know_how_long_it_will_be(said):
+    assert len(open_audio(cut_wav(said), CONFIG)) == 25
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_is_whole_or_refused(subtype, refuses):
+    raw = encoded(
+        np.random.default_rng(0).standard_normal(8 * 8000).astype(np.float32) / 9, 8000, "OGG", subtype=subtype
+    )
+    assert len(open_audio(raw, CONFIG)) == 200
+    pages = [at for at in range(len(raw)) if raw[at : at + 4] == b"OggS"]
+    assert len(pages) > 3
+    for cut in (raw[: len(raw) // 2], raw[:-1]):
+        with refuses(f"of {len(cut):,}"):
+            open_audio(cut, CONFIG)
+    with refuses("the sound is damaged: no page of it is at byte"):
+        open_audio(raw[: pages[-2]] + raw[pages[-1] :], CONFIG)
+
+
 def test_what_is_refused(tmp_path, refuses, monkeypatch):
     sound = tone(300, 8000)
     for raw, why in (
@@ -89,6 +114,8 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         (encoded(sound * np.nan, 8000, subtype="FLOAT"), "the sound holds samples that are no numbers"),
         (encoded(sound, 8000, "FLAC")[:3000], "damaged"),
         (encoded(sound, 8000)[:8022], "the sound is cut short: it has 8,022 of 16,044 bytes"),
+        (encoded(sound, 8000, "RF64")[:8104], "the sound is cut short: it has 8,104 of 16,104 bytes"),
+        (cut_wav(0x10000), "the sound is cut short: it has 16,044 of 65,544 bytes"),
     ):
         with refuses(why):
             open_audio(raw, CONFIG)

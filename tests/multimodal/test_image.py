@@ -49,6 +49,8 @@ def test_it_is_brought_to_the_square_on_white(tmp_path):
     clear.paste((255, 0, 0, 255), (0, 0, 4, 4))
     seen = whole(open_image(encoded(clear), COLOUR), COLOUR)
     assert (seen[:4, :4] == (255, 0, 0)).all() and (seen[4:] == 255).all()
+    glass = Image.new("RGBA", (24, 12), (0, 0, 0, 51))  # made small before it is laid on white: the same
+    assert (whole(open_image(encoded(glass), GREY), GREY)[2:6] == 204).all()
 
 
 def test_it_is_turned_as_its_camera_says():

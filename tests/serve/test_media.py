@@ -147,7 +147,17 @@ BAD = {
     ),
     "no-sound": ([heard(b"no sound")], "content[0].input_audio.data", "the sound is no sound of WAV, FLAC or OGG"),
     "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "at most 2 pictures and sounds here"),
-    "too-long": ([heard(sound(300, 9))], "messages", "tokens, at most 200 are read"),
+    "half-base64": (
+        [{"type": "image_url", "image_url": {"url": "data:image/png;charset=utf-8;base64,é"}}],
+        "content[0].image_url.url", "this is not base64",
+    ),
+    "too-long": ([heard(sound(300, 9))], "content[0].input_audio.data", "the sound has 9 seconds, more than 4: cut it"),
+    "long-together": (
+        [heard(sound(300, 3)), heard(sound(300, 3))],
+        "content[1].input_audio.data", "the sound has 3 seconds, more than 1: cut it",
+    ),
+    "long-in-all": ([heard(sound(300, 3)), text("a" * 80)], "messages", "tokens, at most 200 are read"),
+    "nothing": ([], "content", "at least 1 item"),
     "another-format": (
         [{"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}],
         "content[0].input_audio.format", "'wav', 'flac' or 'ogg'",
@@ -164,6 +174,7 @@ def test_what_is_wrong_is_named(server, case):
     error = response.json()["error"]
     assert response.status_code == 400 and words in error["message"] and "\n" not in error["message"]
     assert error["param"] == (param if param == "messages" else f"messages[0].{param}")
+    assert (error["code"] == "context_length_exceeded") == (case == "long-in-all")
     assert server.idle() and set(server.service.sessions.held) == before
 
 
