@@ -26,8 +26,8 @@ from PIL import Image
 
 from retentive.train import TrainConfig, TrainRun
 
-MOST, TURNS, ASKED = 16, 4, 1000
-"""Pictures in a row of training, and questions about it; questions of each test but the first."""
+ROWS, MOST, TURNS, ASKED = (8, 16), 20, 4, 1000
+"""Pictures in the rows of the tests and, at most, of training; questions about these; questions of other tests."""
 QUESTION = "Which digit?"
 Turns = list[tuple[list[Any], int]]
 """Of a conversation, (content, answer) of each."""
@@ -109,7 +109,7 @@ def prepare(file: Path, out: Path) -> None:
     labels = random.permutation(test.labels[: len(few)]).tolist()
     shown = (test.asked(n, "after")[0][0] for n in few)
     write(out / "shuffled.jsonl", ([turn] for turn in zip(shown, labels, strict=True)))
-    for count in (MOST // 2, MOST):
+    for count in ROWS:
         for k in range(1, count + 1):
             write(out / f"row{count}-{k}.jsonl", (test.row(count, [k]) for _ in range(len(few) // 5)))
 

@@ -22,7 +22,7 @@ Rows = Callable[[str, bytes, int], Media]
 """(kind, the bytes of a file, the most tokens) -> it; raises ValueError."""
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
 ONE_AT_A_TIME = threading.Lock()
-"""A picture may take half a gigabyte while it is opened."""
+"""A picture may take 0.7 GB while it is opened."""
 
 
 def senses(model: LanguageModel) -> Rows | None:
