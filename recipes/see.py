@@ -9,7 +9,7 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
     retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
 A picture is four tokens. Half of the training are single pictures with the question after them; the others are moved by
-up to two pixels and have the question before, or before and after, or there are several pictures with letters and
+up to two pixels and have the question before, or before and after, or there are several pictures with their numbers and
 questions about some of them, one after the other. Tested: all pictures (test); a thousand with the question before and
 around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen (row8-1 …
 row16-16), which is what the state has kept of it.
@@ -19,7 +19,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from PIL import Image
 
 from retentive.train import TrainConfig, TrainRun
 
-ROWS, MOST, TURNS, ASKED = (8, 16), 20, 4, 1000
-"""Pictures in the rows of the tests and, at most, of training; questions about these; questions of other tests."""
+MOST, TURNS, ASKED = 16, 4, 1000
+"""Pictures in a row of training, and questions about it; questions of each test but the first."""
 QUESTION = "Which digit?"
 Turns = list[tuple[list[Any], int]]
 """Of a conversation, (content, answer) of each."""
@@ -70,13 +69,12 @@ class Pictures:
         return [(contents[way], int(self.labels[n]))]
 
     def row(self, count: int, asked: Iterable[int], **how: bool) -> Turns:
-        """The same about some of `count` pictures, from the first (0) on; each has a letter, which is a token."""
+        """The same about some of `count` pictures, which are numbered from 1."""
         chosen = self.random.integers(0, len(self.labels), count)
-        named = zip(ascii_uppercase, chosen, strict=False)
-        before = [part for letter, n in named for part in (text(f"{letter}:"), self.part(n, **how))]
+        before = [part for k, n in enumerate(chosen, 1) for part in (text(f"{k}:"), self.part(n, **how))]
         turns = []
         for k in asked:
-            turns.append(([*before, text(f"Which digit is {ascii_uppercase[k]}?")], int(self.labels[chosen[k]])))
+            turns.append(([*before, text(f"Which digit is number {k}?")], int(self.labels[chosen[k - 1]])))
             before = []
         return turns
 
@@ -99,7 +97,7 @@ def prepare(file: Path, out: Path) -> None:
             yield train.asked(n, "after")
             way = random.choice(["before", "around", "row", "row", "row", "row"])
             count = int(random.integers(2, MOST + 1, 2).min())  # few more often than many: these are learnt first
-            some = random.permutation(count)[:TURNS]
+            some = random.permutation(count)[:TURNS] + 1
             yield train.row(count, some, moved=True) if way == "row" else train.asked(n, way, moved=True)
 
     write(out / "train.jsonl", training())
@@ -111,9 +109,9 @@ def prepare(file: Path, out: Path) -> None:
     labels = random.permutation(test.labels[: len(few)]).tolist()
     shown = (test.asked(n, "after")[0][0] for n in few)
     write(out / "shuffled.jsonl", ([turn] for turn in zip(shown, labels, strict=True)))
-    for count in ROWS:
+    for count in (MOST // 2, MOST):
         for k in range(1, count + 1):
-            write(out / f"row{count}-{k}.jsonl", (test.row(count, [k - 1]) for _ in range(len(few) // 5)))
+            write(out / f"row{count}-{k}.jsonl", (test.row(count, [k]) for _ in range(len(few) // 5)))
 
 
 def write(file: Path, conversations: Iterable[Turns]) -> None:

@@ -87,9 +87,6 @@ def stream_audio(
         )
 
 
-# Half a copy would be heard as if it were all of it: libsndfile reads what is there.
-
-
 def _check_wav(source: Path | bytes, name: str) -> None:
     """Raises ValueError for a WAV that is shorter than its head says."""
     with _opened(source) as file:
@@ -122,6 +119,7 @@ def _opened(source: Path | bytes) -> BinaryIO:
 
 
 CHECKS = {"WAV": _check_wav, "WAVEX": _check_wav, "RF64": _check_wav, "OGG": _check_ogg}
+"""Of formats that libsndfile reads as far as they go: half a copy would be heard as if it were all."""
 
 
 class Frames:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 
-from retentive.data.media import media_of
+from retentive.data.media import Media, media_of
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation, TooLong
 from retentive.serve.choices import Prompt
@@ -276,9 +276,10 @@ class ChatRequest(Generation):
     def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-        messages: list[Any] = []
+        messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
-            found = content(m.content, rows, media_of(messages), options, f"messages[{n}].content")
+            found = content(m.content, rows, media, options, f"messages[{n}].content")
+            media += media_of([{"content": found}])
             if m.role == "assistant" and not isinstance(found, str):
                 raise Refused(
                     400, "an answer is text: pictures and sounds are the user's", param=f"messages[{n}].content"
