@@ -22,6 +22,8 @@ from retentive.serve.options import Options
 
 BODY_SECONDS = 60
 """Time for a body to come, if the server's time-out is not shorter."""
+READ_ON = 16
+"""Times as many bytes as are taken that are read and thrown away, so that a client who still sends hears why."""
 COLDEST = 1e-4
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
 MUCH = 1 << 20
@@ -366,14 +368,18 @@ async def _received(http: HTTPRequest, options: Options, most: int, kind: str) -
 async def _body(http: HTTPRequest, most: int) -> bytes:
     """The body, never more than `most` bytes of it in memory; raises Refused (413)."""
     too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large")
-    size = http.headers.get("content-length", "")  # what the client says; a chunked body says nothing
-    if size.isdecimal() and int(size) > most:
+    said = http.headers.get("content-length", "")  # what the client says; a chunked body says nothing
+    if said.isdecimal() and int(said) > READ_ON * most:
         raise too_large
-    body = bytearray()
+    body, size = bytearray(), 0
     async for part in http.stream():
-        body += part
-        if len(body) > most:
+        size += len(part)
+        if size > READ_ON * most:
             raise too_large
+        if size <= most:
+            body += part
+    if size > most:
+        raise too_large
     return bytes(body)
 
 

@@ -1,8 +1,11 @@
 """Which requests are refused, how, and that the client hears which field is at fault."""
 
+from http.client import HTTPConnection
+
 import openai
 import pytest
 
+from retentive.serve.requests import READ_ON
 from tests.serve.asked import CHAT, CHAT_IDS, GREEDY, SAID, TEXT
 
 FIELDS = {
@@ -134,6 +137,22 @@ def test_bodies_must_be_json_and_not_too_large(retnet):
             yield b"a" * 1000
 
     assert http.post(TEXT, content=parts(), headers={"Content-Type": "application/json"}).status_code == 413
+
+
+def test_a_client_that_sends_before_it_reads_hears_that_the_body_is_too_large(retnet):
+    most = retnet.service.options.most_body
+    sender = HTTPConnection(retnet.url.removeprefix("http://"), timeout=20)
+    sender.request("POST", TEXT, b"a" * (READ_ON - 1) * most, {"Content-Type": "application/json"})
+    with sender.getresponse() as response:
+        assert response.status == 413 and b"larger than" in response.read()
+    # nor is anything read where the head says that it is not worth it
+    sender.putrequest("POST", TEXT)
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", READ_ON * most + 1)):
+        sender.putheader(name, str(value))
+    sender.endheaders()
+    with sender.getresponse() as response:
+        assert response.status == 413
+    sender.close()
 
 
 def test_errors_are_the_official_clients_exceptions(retnet, serve):
