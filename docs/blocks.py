@@ -369,23 +369,3 @@ def compression() -> str:
         f"{demo['xz -9']:.2f} | {demo['this model']:.2f}",
     ]
     return table("held-out bits per byte | order-0 entropy | `xz -9` | RetNet", *lines)
-
-
-def seeing() -> str:
-    """Pictures of emoji that were held out, and their names."""
-    rows = result("seen-emoji-1m", EPYC)["rows"]
-    asked = {
-        ("naming:kin", "first"): "its name before all others, where the emoji has other pictures",
-        ("naming:kin", "first10"): "among the first ten",
-        ("naming:kin", "found"): "the picture before all others, from its name",
-        ("naming:new", "first10"): "its name among the first ten, where there is no other picture of it",
-        ("naming:new", "found10"): "the picture among the first ten, from its name",
-    }
-    lines = []
-    for (task, metric), words in asked.items():
-        cells = [row(rows, model=model, task=task, metric=metric) for model in ("retnet", "twin")]
-        values = (
-            f"{100 * c['value']:.0f}% ({100 * c['interval'][0]:.0f} to {100 * c['interval'][1]:.0f})" for c in cells
-        )
-        lines.append(f"{words}; {cells[0]['n']} | " + " | ".join(values))
-    return table("held-out pictures of emoji, 1,910 names, 1.2 M parameters | RetNet | twin", *lines)

@@ -1,21 +1,23 @@
-"""Writes the figures of README.md and docs/numbers.md from results/, so that no number there is typed by hand.
+"""Writes the figures of README.md and of pages of docs/ from results/, so that no number there is typed by hand.
 
     python docs/figures.py            write the blocks anew
     python docs/figures.py --check    exit code 1 and the names of the blocks that are out of date
 
-A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; the function of that name in blocks.py makes it.
+A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; the function of that name in one of BLOCKS makes it.
 """
 
 import re
 import sys
 
 import blocks
+import blocks_media
 from blocks import ROOT
 
 from retentive.report.page import machine, read
 from retentive.report.sections import SECTIONS
 
-PAGES = ("README.md", "docs/numbers.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/see.md")
+BLOCKS = {**vars(blocks), **vars(blocks_media)}
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -25,7 +27,7 @@ def written(text: str) -> str:
     Raises:
         KeyError: a block that no function here makes.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}\n{vars(blocks)[m[2].replace('-', '_')]()}\n\n{m[4]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2].replace('-', '_')]()}\n\n{m[4]}", text)
 
 
 def stale() -> list[str]:

@@ -59,7 +59,7 @@ def keep(path: Path, bench: Any, options: Any, result: dict[str, Any]) -> None:
     if bench.PICTURE is None:
         return
     machine = result["hardware"]
-    where = f"{machine['cpu']}, {machine['threads']} threads"
+    where = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     if result.get("device", "cpu") != "cpu":
         where = machine["gpu"]
     title = f"{bench.PICTURE.format(**vars(options))} on {where}"

@@ -99,7 +99,8 @@ def machine(result: dict[str, Any]) -> str:
     # only comparisons hold several; all others name their one machine as "hardware"
     for h in result.get("machines", [result["hardware"]]):
         gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
-        lines.append(f"{h['cpu']}, {h['threads']} threads{gpu}, torch {h['torch']}, Python {h['python']}")
+        threads = f"{h['threads']} thread{'s' * (h['threads'] > 1)}"
+        lines.append(f"{h['cpu']}, {threads}{gpu}, torch {h['torch']}, Python {h['python']}")
     return "; ".join(lines)
 
 
