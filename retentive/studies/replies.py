@@ -33,6 +33,8 @@ SHOWN = {
     "naming": {"first": 100, "first10": 100, "found": 100, "found10": 100},
 }
 """The metrics of the picture, and what makes each a number up to 100."""
+MOST_PANELS = 4
+"""Side by side in the picture; more stand below."""
 BESIDE = {"lead_": "first three sentences", "people_": "people"}
 """What is scored beside the models, by the prefix of its metrics."""
 
@@ -115,17 +117,22 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: a column for each task; above the scores of each model, below the loss of people's answers.
+    """A PNG: two panels for each task; above the scores of each model, below the loss of people's answers.
 
-    Tasks that are numbered, such as answers:row8-1 to answers:row8-8, are curves in one column.
+    Tasks that are numbered, such as answers:row8-1 to answers:row8-8, are curves in one panel.
     """
     rows = result["rows"]
     labels = list(dict.fromkeys(row["model"] for row in rows))
     panels: dict[str, list[str]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         panels.setdefault(_series(task)[0], []).append(task)
-    figure, axes = grid(title, 2, len(panels), size=(max(4.6, 1.2 * len(labels)), 3.2))
-    for (above, below), (name, tasks) in zip(axes.T, panels.items(), strict=True):
+    bands = -(-len(panels) // MOST_PANELS)
+    columns = -(-len(panels) // bands)
+    figure, axes = grid(title, 2 * bands, columns, size=(max(4.6, 1.2 * len(labels)), 3.2))
+    pairs = axes.reshape(bands, 2, columns).swapaxes(1, 2).reshape(-1, 2)
+    for axis in pairs[len(panels) :].flat:
+        axis.set_axis_off()
+    for (above, below), (name, tasks) in zip(pairs, panels.items(), strict=False):
         of_tasks = [row for row in rows if row["task"] in tasks]
         draw = _scores if len(tasks) == 1 else _curves
         draw(above, below, of_tasks, labels)
@@ -153,6 +160,7 @@ def _scores(above: Any, below: Any, rows: list[dict[str, Any]], labels: list[str
         for m, (label, prefix, colour, name) in enumerate(bars):
             if row := of_task.get((label, prefix + metric)):
                 _bar(above, n + (m - (len(bars) - 1) / 2) * width, row, unit, width, colour, name)
+    above.set_ylim(0, max(above.get_ylim()[1], 1))  # in hundredths, and there where nothing is wrong
     above.set_xticks(range(len(shown)), list(shown))
     above.set_ylabel("of 100")
     for n, label in enumerate(labels):

@@ -71,6 +71,22 @@ def test_numbered_tasks_are_curves(place, monkeypatch):
         assert [round(x) for x in of_model] == [1, 2, 10]
 
 
+def test_many_tasks_stand_in_bands(place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    names = [f"row{n}" for n in range(5)]
+    for name in names:
+        (place / f"{name}.jsonl").write_text((place / "answers.jsonl").read_text())
+    drawn = []
+    monkeypatch.setattr(replies, "legend", lambda figure, axes: drawn.append(axes))
+    tasks = tuple(f"answers:{name}" for name in names)
+    result = replies.measure(replies.Options(models=("run",), tasks=tasks, data=place, max_tokens=3))
+    replies.plot(result, place / "out.png", title="five")
+    titles = [[axis.get_title() for axis in row] for row in drawn[0]]
+    assert titles[0] == [f"answers:row{n}: 4 questions" for n in range(3)] and titles[1] == [""] * 3
+    assert titles[2] == ["answers:row3: 4 questions", "answers:row4: 4 questions", ""]
+    assert [axis.axison for axis in drawn[0][3]] == [True, True, False]
+
+
 def test_what_is_refused(place, refuses):
     def measured(**changes):
         given = {"models": ("run",), "tasks": ("answers",), "data": place, **changes}
