@@ -25,6 +25,19 @@ def seen(what: str, head: str, asked: dict[tuple[str, str], str], digits: int) -
     return table(f"{head} | RetNet | twin", *(line(*key, words) for key, words in asked.items()))
 
 
+def seen_digits() -> str:
+    asked = {
+        ("answers:test", "exact"): "a picture, the question after it",
+        ("answers:before", "exact"): "the question before it",
+        ("answers:around", "exact"): "before and after it",
+        ("answers:shuffled", "exact"): "another's picture in its place (chance: 10)",
+    }
+    for of in (8, 16):
+        for k, name in ((1, "first"), (of // 2, f"{of // 2}th"), (of, "last")):
+            asked[f"answers:row{of}-{k}", "exact"] = f"the {name} of {of} pictures"
+    return seen("seen-digits-1m", "right answers about handwritten digits, %", asked, 1)
+
+
 def seen_emoji() -> str:
     asked = {
         ("naming:kin", "first"): "its name before all others, where the emoji has other pictures",
