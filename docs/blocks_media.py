@@ -1,4 +1,4 @@
-"""What figures.py writes into docs/see.md and docs/listen.md: models with encoders beside their twins."""
+"""What figures.py writes into docs/see.md: models with encoders beside their twins."""
 
 from blocks import EPYC, result, row, table
 

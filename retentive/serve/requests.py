@@ -23,7 +23,7 @@ from retentive.serve.options import Options
 BODY_SECONDS = 60
 """Time for a body to come, if the server's time-out is not shorter."""
 READ_ON = 16
-"""Times as many bytes as are taken that are read and thrown away, so that a client who still sends hears why."""
+"""A body of up to so many times what is taken is read to its end: a client who still sends would not hear why not."""
 COLDEST = 1e-4
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
 MUCH = 1 << 20
