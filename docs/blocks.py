@@ -1,14 +1,23 @@
 """What figures.py writes into README.md and docs/numbers.md: each function makes the text of the block of its name."""
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from retentive.models import cost, preset, twin
 
 ROOT = Path(__file__).resolve().parents[1]
-EPYC, XEON = "epyc-zen5-2core_202611", "xeon-amx-2core_202611"
+EPYC, XEON, ZEN4 = "epyc-zen5-2core_202611", "xeon-amx-2core_202611", "epyc-zen4-2core_202611"
+SEEDS = ("", "-seed1")
+"""What the names of models end with in files of several seeds."""
+SPEAKERS = {
+    "george": EPYC,
+    "jackson": EPYC,
+}
+"""Who was held out, and the machine on which that was measured."""
 
 
 @cache
@@ -43,6 +52,11 @@ def thousands(x: float) -> str:
 
 def decoding(context: int, batch: int) -> dict[str, Any]:
     return row(result("decode-130m", XEON)["rows"], context=context, batch=batch)["models"]
+
+
+def heard_by_speaker() -> dict[str, list[dict[str, Any]]]:
+    """What was asked about spoken digits, by the speaker who was held out."""
+    return {name: result(f"heard-{name}-1m", machine)["rows"] for name, machine in SPEAKERS.items()}
 
 
 def difference(n: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -113,7 +127,8 @@ def claims() -> str:
         "([what differs](docs/idea.md#what-this-package-changes)). "
         f"The same novels and tokens, each at the better of two rates, retnet, twin with QK-norm, twin: {lead()}. Two "
         f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier "
-        f"in the context the twins tell more in the two smaller sizes. {forgetting()} {later()} {elsewhere()}"
+        f"in the context the twins tell more in the two smaller sizes. {forgetting()} {later()} {elsewhere()}\n"
+        f"5. **It sees and listens, and has learnt more than its twin after the same steps.** {media()}"
     )
 
 
@@ -150,6 +165,30 @@ def elsewhere() -> str:
         f"On other text, the source of Python's own library, bits per byte against RetNet's: {differ} "
         f"({ours['parameters'] / 1e6:.1f} M parameters, {ours['tokens'] / 1e6:.1f} M tokens, {len(ours['seeds'])} "
         "seeds at one rate)."
+    )
+
+
+def media() -> str:
+    """Digits that were written and that were spoken, RetNet's figures before the twin's."""
+    digits, found = result("seen-digits-1m", EPYC)["rows"], heard_by_speaker()
+
+    def both(percent: Callable[[str], float]) -> str:
+        return " and ".join(
+            ", ".join(f"{100 * percent(model + seed):.1f}" for seed in SEEDS) for model in ("retnet", "twin")
+        )
+
+    def right(model: str) -> float:
+        return row(digits, model=model, task="answers:test", metric="exact")["value"]
+
+    def wrong(model: str, task: str | None = None) -> float:
+        tasks = {speaker: f"transcription:{task or speaker}" for speaker in found}
+        return mean(row(found[s], model=model, task=t, metric="wer")["value"] for s, t in tasks.items())
+
+    return (
+        f"Two seeds of RetNet and of twin, at a rate that was chosen with RetNet: {both(right)} % of handwritten "
+        f"digits are right ([see](docs/see.md#what-was-measured)); {both(wrong)} % of words are wrong when a speaker "
+        f"is held out, each of {len(found)} in turn, and {both(partial(wrong, task='turns50'))} % where fifty are "
+        "spoken in turns, after training on five at most ([listen](docs/listen.md#what-was-measured))."
     )
 
 

@@ -1,8 +1,9 @@
-"""What figures.py writes into docs/see.md: models with encoders beside their twins."""
+"""What figures.py writes into docs/see.md and docs/listen.md: models with encoders beside their twins."""
 
-from blocks import EPYC, result, row, table
+from statistics import mean
+from typing import Any
 
-SEEDS = ("", "-seed1")
+from blocks import EPYC, SEEDS, heard_by_speaker, result, row, table
 
 
 def seen(what: str, head: str, asked: dict[tuple[str, str], str], digits: int) -> str:
@@ -48,3 +49,35 @@ def seen_emoji() -> str:
         ("naming:new", "found10"): "the picture among the first ten, from its name",
     }
     return seen("seen-emoji-1m", "held-out pictures of emoji, 1,910 names, %", asked, 0)
+
+
+def heard() -> str:
+    """Words that are wrong: each speaker who was held out, and over all of these trainings what else was asked."""
+    found = heard_by_speaker()
+
+    def wrong(speaker: str, model: str, task: str) -> dict[str, Any]:
+        return row(found[speaker], model=model, task=f"transcription:{task}", metric="wer")
+
+    def line(words: str, tasks: dict[str, str]) -> str:
+        """Means by seed over the speakers who were held out, of each the task that is asked."""
+        cells = [words]
+        for model in ("retnet", "twin"):
+            rows = [[wrong(speaker, model + seed, task) for speaker, task in tasks.items()] for seed in SEEDS]
+            values = ", ".join(f"{100 * mean(r['value'] for r in of_seed):.1f}" for of_seed in rows)
+            low, high = (pick(r["interval"][i] for each in rows for r in each) for i, pick in enumerate((min, max)))
+            cells.append(f"{values} ({100 * low:.1f} to {100 * high:.1f})")
+        return " | ".join(cells)
+
+    others = {
+        "known": "another recording of speakers who were trained on",
+        "turns5": "the last of five in turns",
+        "turns50": "the last of fifty in turns",
+        "row5": "five in one sound",
+        "row50": "fifty in one sound",
+    }
+    return table(
+        "spoken digits, % of words wrong | RetNet | twin",
+        *(line(f"{speaker}, held out", {speaker: speaker}) for speaker in found),
+        line(f"mean of these {len(found)}", {speaker: speaker for speaker in found}),
+        *(line(words, dict.fromkeys(found, task)) for task, words in others.items()),
+    )

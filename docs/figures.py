@@ -16,7 +16,7 @@ from blocks import ROOT
 from retentive.report.page import machine, read
 from retentive.report.sections import SECTIONS
 
-PAGES = ("README.md", "docs/numbers.md", "docs/see.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/see.md", "docs/listen.md")
 BLOCKS = {**vars(blocks), **vars(blocks_media)}
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

@@ -1,7 +1,7 @@
 """Ask a running `retentive serve` about pictures and sounds through the official client: pip install openai
 
     retentive serve runs/see
-    python examples/openai_media.py digits/test/0.png digits/test/1.png "Which digit?"
+    python examples/openai_media.py digits/pictures/test-0.png "Which digit?"
 
 Files are sent inside the request: pictures (PNG, JPEG, WebP) as data URLs, sounds (WAV, FLAC, OGG) as input_audio.
 """
