@@ -10,7 +10,7 @@ them, and at the end calls `remember`, or `put_off` if the stream's state has re
 """
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from retentive.data.templates import ChatTemplate, Message
@@ -55,7 +55,13 @@ class Conversation:
 
     # what is to be read
 
-    def turn(self, messages: Sequence[Message], *, most: int | None = None) -> list[int]:
+    def turn(
+        self,
+        messages: Sequence[Message],
+        *,
+        most: int | None = None,
+        still_wanted: Callable[[], object] = lambda: None,
+    ) -> list[int]:
         """The ids to read for `messages`, the pending ones first.
 
         Where these hold pictures or sound, all up to the last of them is read now, which takes its time; the ids are
@@ -63,12 +69,13 @@ class Conversation:
 
         Args:
             most: of ids, placeholders included, where something is read now.
+            still_wanted: called now and then while it is; what it raises ends that.
 
         Raises:
             TooLong: there are more ids.
             ValueError: the template refuses these messages; the model does not see, or hear.
         """
-        self.seen = None
+        self.give_up()
         encode, old = (self.template.next if self.begun else self.template.first), self.memory
         ids, rows = [*old.pending, *encode(messages)], rows_of(messages)
         if not rows:
@@ -77,7 +84,7 @@ class Conversation:
             raise TooLong(f"the messages have {len(ids)} tokens, at most {most} are read")
         model = self.engine.model
         count = seen_first(model, ids)
-        state = read(model, ids[:count], rows, old.state.clone())
+        state = read(model, ids[:count], rows, old.state.clone(), still_wanted=still_wanted)
         self.seen = Memory(state, [], old.tokens + count, old.model, old.sources, old.config)
         return ids[count:]
 
@@ -106,6 +113,10 @@ class Conversation:
         assert state is not None
         more = int(state.position[0] - old.state.position[0])
         self.memory = Memory(state, list(pending), old.tokens + more, old.model, old.sources, old.config)
+        self.seen = None
+
+    def give_up(self) -> None:
+        """Leaves the conversation as it was before the turn under way, which has no answer."""
         self.seen = None
 
     def put_off(self, ids: Sequence[int]) -> None:
@@ -149,6 +160,8 @@ class Conversation:
                 self.remember(stream, [id for id in stream.pending if id not in stop_ids])
             elif stream.reason != "error":  # the state has read more than was given out: keep the ids, not the state
                 self.put_off([*ids, *text.kept_ids()])
+            else:
+                self.give_up()
 
 
 def _end(stream: Stream) -> None:

@@ -2,7 +2,7 @@
 
 state = read(model, ids[:-1], rows)                    then generate(model, ids[-1:], state=state), or the engine
 answer(model, template, [picture, "What is it?"])      the text in pieces
-remember(model, template, files)                       a memory of them, however long, to be asked many times
+remember(model, template, files)                       a memory of them, hours long perhaps, to be asked many times
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,11 +44,15 @@ def seen_first(model: LanguageModel, ids: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None, *, chunk: int = CHUNK) -> Any:
+def read(
+    model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None, *, chunk: int = CHUNK,
+    still_wanted: Callable[[], object] = lambda: None,
+) -> Any:  # fmt: skip
     """The state after ids, a placeholder for each of the rows among them.
 
     Args:
         state: what the model has read before; used up.
+        still_wanted: called before each chunk; what it raises ends the reading.
 
     Raises:
         ValueError: no ids, a kind that the model has no encoder for, another number of rows than of placeholders.
@@ -64,6 +68,7 @@ def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None
             raise ValueError(f"{count} placeholders of {kind} and {given} rows: each takes one")
     taken = dict.fromkeys(rows, 0)
     for begin, end in _spans(model, ids, chunk):
+        still_wanted()
         part, here = ids[begin:end], {}
         for kind, of_kind in rows.items():
             count = list(part).count(tokens[kind])
@@ -156,7 +161,7 @@ def remember(
 
 def asked(model: LanguageModel, template: ChatTemplate, memory: Memory, question: str) -> list[int]:
     """The ids to read after a memory that `remember` has made, for a question about what is in it."""
-    kind = memory.sources[-1]["kind"]
+    kind = next(source["kind"] for source in reversed(memory.sources) if "kind" in source)  # text may have followed
     return _around(template, kind, encoders_of(model)[kind].config, question)[1]
 
 

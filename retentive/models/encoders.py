@@ -24,6 +24,8 @@ KERNEL = 5
 """Bands that a convolution of the audio encoder sees at once."""
 MOST_SIDE, MOST_TOKENS = 4096, 1 << 16
 """Of a picture, in pixels and in tokens: more is a typing error, and would take all memory."""
+RATES = range(1_000, 400_000)
+"""Samples a second of sound, of a file and of what is heard of it."""
 MOST_WINDOW, MOST_FEATURES = 1000, 1 << 14
 """Of sound, milliseconds of a frame and numbers of a token."""
 
@@ -107,6 +109,8 @@ class AudioConfig:
         positive(self, "rate", "mels", "window", "hop", "stack", "dim")
         if self.token < 0:
             raise ValueError(f"token must be at least 0, got {self.token}")
+        if self.rate not in RATES:
+            raise ValueError(f"rate must be {RATES[0]:,} to {RATES[-1]:,} samples a second, got {self.rate:,}")
         if self.mels > self.rate * self.window // 2000:
             most = self.rate * self.window // 2000
             raise ValueError(f"{self.window} ms at {self.rate:,} Hz tell {most} bands apart, got mels {self.mels}")

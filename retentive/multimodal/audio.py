@@ -7,6 +7,7 @@ memory of a few seconds. (mel = 2595 log10(1 + f / 700): O'Shaughnessy, Speech C
 """
 
 import io
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from retentive.models.encoders import AudioConfig
+from retentive.models.encoders import RATES, AudioConfig
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")
-RATES = range(1_000, 400_000)
-"""Samples a second that a file may have."""
+MOST_CHANNELS = 8
+"""Of a file: silence of 255 of them is a small one, and a gigabyte when it is decoded."""
 MOST_SECONDS = 4 * 3600
 """Of a file."""
 BLOCK = 10
@@ -63,6 +64,8 @@ def stream_audio(
             CHECKS[file.format](source, name)
         if file.samplerate not in RATES:
             raise ValueError(f"{name} has {file.samplerate:,} samples a second, expected {RATES[0]:,} to {RATES[-1]:,}")
+        if file.channels > MOST_CHANNELS:
+            raise ValueError(f"{name} has {file.channels} channels, more than {MOST_CHANNELS}: mix them")
         if not file.frames:
             raise ValueError(f"{name} is empty: it has no samples")
         if (seconds := file.frames / file.samplerate) > most_seconds:
@@ -70,21 +73,21 @@ def stream_audio(
         resampler = soxr.ResampleStream(file.samplerate, config.rate, 1, dtype="float32")
         frames, heard = Frames(config), 0
         try:
-            for block in file.blocks(BLOCK * file.samplerate, dtype="float32", always_2d=True):
+            while heard < file.frames:
+                wanted = min(BLOCK * file.samplerate, file.frames - heard)
+                block = file.read(wanted, dtype="float32", always_2d=True)
+                if len(block) < wanted:
+                    at = heard / file.samplerate
+                    raise ValueError(f"{name} ends within {BLOCK} s after {at:.1f} s, its head says {seconds:.1f}")
                 heard += len(block)
                 mono = block.mean(1, dtype=np.float32)
                 if not np.isfinite(mono).all():
                     raise ValueError(f"{name} holds samples that are no numbers")
-                last = heard >= file.frames
+                last = heard == file.frames
                 yield from frames.push(resampler.resample_chunk(mono, last=last), last=last)
-                if last:
-                    return
         except soundfile.LibsndfileError as error:
             at = heard / file.samplerate
             raise ValueError(f"{name} is damaged within {BLOCK} s after {at:.1f} s ({error.error_string})") from None
-        raise ValueError(
-            f"{name} ends after {heard / file.samplerate:.1f} s, its head says {seconds:.1f}: it is damaged"
-        )
 
 
 def _check_wav(source: Path | bytes, name: str) -> None:
@@ -99,7 +102,7 @@ def _check_wav(source: Path | bytes, name: str) -> None:
 
 
 def _check_ogg(source: Path | bytes, name: str) -> None:
-    """Raises ValueError for an OGG with a page that is cut or missing (RFC 3533, section 6)."""
+    """Raises ValueError for an OGG with a page that is cut, missing or changed (RFC 3533, section 6)."""
     with _opened(source) as file:
         size, begin, following = file.seek(0, io.SEEK_END), 0, dict[bytes, int]()
         while begin < size:
@@ -109,9 +112,22 @@ def _check_ogg(source: Path | bytes, name: str) -> None:
             stream, number = head[14:18], int.from_bytes(head[18:22], "little")
             if head[:4] != b"OggS" or number != following.get(stream, number):
                 raise ValueError(f"{name} is damaged: no page of it is at byte {begin:,} of {size:,}")
-            following[stream], begin = number + 1, begin + 27 + len(segments) + sum(segments)
-        if begin > size:
-            raise ValueError(f"{name} is cut short: its last page ends at byte {begin:,} of {size:,}")
+            body, end = file.read(sum(segments)), begin + 27 + len(segments) + sum(segments)
+            if end > size:
+                raise ValueError(f"{name} is cut short: its last page ends at byte {end:,} of {size:,}")
+            if _checksum(head[:22] + bytes(4) + head[26:] + segments + body) != head[22:26]:
+                raise ValueError(f"{name} is damaged: its page at byte {begin:,} of {size:,} is not as it was written")
+            following[stream], begin = number + 1, end
+
+
+def _checksum(page: bytes) -> bytes:
+    """CRC-32 as OGG has it: zlib's, of bits in the other order, and without the ones that it begins and ends with."""
+    crc = zlib.crc32(page.translate(OTHER_ORDER), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
+
+
+OTHER_ORDER = bytes(int(f"{n:08b}"[::-1], 2) for n in range(256))
+"""Each byte with its bits reversed."""
 
 
 def _opened(source: Path | bytes) -> BinaryIO:

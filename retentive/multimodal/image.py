@@ -53,7 +53,8 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     width, height = picture.size
     if width * height > MOST_PIXELS:
         raise ValueError(f"{too_many}, it has {width:,} x {height:,}")
-    if getattr(picture, "n_frames", 1) > 1:
+    # a camera's JPEG may hold a preview or a map of depth as further frames (MPO); the first is the picture
+    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
@@ -65,7 +66,8 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         if picture.mode != mode:  # a copy of a large picture is a quarter of a gigabyte
             picture = picture.convert(mode)
         if picture.size != (side, side):
-            picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
+            fitted = [max(round(each / max(picture.size) * side), 1) for each in picture.size]
+            picture = picture.resize(fitted, Image.Resampling.BICUBIC)
         square = Image.new("RGB" if clear else mode, (side, side), "white")
         place = round((side - picture.width) / 2), round((side - picture.height) / 2)
         square.paste(picture, place, picture if clear else None)

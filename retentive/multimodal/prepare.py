@@ -23,6 +23,8 @@ from retentive.multimodal.image import open_image
 SEEN = ("size", "patch", "channels")
 HEARD = ("rate", "mels", "window", "hop", "stack")
 """The fields of encoders' configs that say how files become rows; the others are the model's."""
+NEEDS = {"image": ("PIL",), "audio": ("soundfile", "soxr")}
+"""What opens files of a kind (extra `multimodal`)."""
 UNSAID = "it holds {0}, and nothing says how that becomes tokens (retentive data --{0})"
 """What is said of a kind that is to be packed and has no fields."""
 
@@ -50,7 +52,7 @@ class Opener:
         return self.rows(kind, folder / name)
 
     def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
-        """It in parts: of a sound some seconds each, so that it may be as long as it likes."""
+        """It in parts: of a sound some seconds each, so that hours of it take no more memory."""
         config = self._config(kind)
         if isinstance(config, ImageConfig):
             yield self.rows(kind, source)

@@ -232,7 +232,12 @@ async function recording() {
     stopRecording();
     stopRecording = null;
   } else {
-    stopRecording = await media.record($("record"));
+    $("record").disabled = true; // while the browser asks for the microphone
+    try {
+      stopRecording = await media.record($("record"));
+    } finally {
+      $("record").disabled = false;
+    }
   }
 }
 

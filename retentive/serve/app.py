@@ -88,15 +88,16 @@ def _completions(app: FastAPI, service: Service) -> None:
     async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         request = await receive(http, kind, service.options, media=service.rows is not None)
         completion = Completion(service, request, http.state.owner, http.state.request_id)
-        await completion.begin(lambda: _disconnect(http.receive))
-        if request.stream:  # the response outlives this call, and closes the completion itself
-            return EventStream(completion, service.options.timeout + GRACE)
         try:
-            return Response(await completion.whole(), media_type="application/json")
+            await completion.begin(lambda: _disconnect(http.receive))
+            if not request.stream:
+                return Response(await completion.whole(), media_type="application/json")
         except ClientLeft:
             return Response(status_code=499)  # nobody reads it: it is for the metrics
         finally:
-            completion.close()
+            if not request.stream:
+                completion.close()
+        return EventStream(completion, service.options.timeout + GRACE)  # outlives this call, and closes it itself
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:

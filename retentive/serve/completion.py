@@ -57,9 +57,11 @@ class Completion:
         self.max_tokens = request.length(service.options.max_tokens)
         self.conversation: Conversation = service.new_conversation()
         self.mailbox = Mailbox()
+        self.over: Exception | None = None
+        """Why nobody waits for the answer any more, as `_watch` has found."""
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
-        # undone in reverse by `close`: timers, streams, the session's checkout, the place among those in flight
+        # undone in reverse by `close`: streams, timers, the session's checkout, the place among those in flight
         self.exits = ExitStack()
         usage = request.stream_options is not None and request.stream_options.include_usage
         kind: type[Responses] = ChatResponses if isinstance(request, ChatRequest) else CompletionResponses
@@ -72,7 +74,8 @@ class Completion:
             client_leaves: returns when the client has left.
 
         Raises:
-            Refused: something is wrong with the request, or there is no room.
+            Refused: something is wrong with the request, there is no room, or the time is over.
+            ClientLeft: the client has left while its pictures and sound were read.
         """
         request, service = self.request, self.service
         service.check_model(request.model)
@@ -84,8 +87,15 @@ class Completion:
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
             self.constraint = await self._constraint()
-            encode = partial(request.prompts, self.conversation, service.options, service.rows)
-            self.prompts = await _in_thread(request.characters > LONG, encode)
+            self._watch(client_leaves)
+            encode = partial(request.prompts, self.conversation, service.options, service.rows, self._still_wanted)
+            if request.media:
+                with self._failures():
+                    async with service.reading:
+                        self._still_wanted()
+                        self.prompts = await asyncio.to_thread(encode)
+            else:
+                self.prompts = await _in_thread(request.characters > LONG, encode)
             self._check_prompts()
             self.stop_ids, self.stop = request.stops(self.conversation)
             self.exits.callback(self._cancel)  # before the first submit: the queue may be full at the second
@@ -94,7 +104,6 @@ class Completion:
         except BaseException:  # a cancelled task too must give back its slots and session
             self.close()
             raise
-        self._watch(client_leaves())
 
     def close(self) -> None:
         """Cancels what still runs and gives back slots and session; a second call does nothing."""
@@ -225,17 +234,25 @@ class Completion:
             logprobs, trims = self.top is not None, isinstance(self.request, ChatRequest)
             self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs, trims))
 
-    def _watch(self, client_leaves: Awaitable[None]) -> None:
+    def _watch(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
         """From now on a client that leaves, and the end of its time, come as items of the mailbox like any other."""
         loop = asyncio.get_running_loop()
 
+        def over(why: Exception) -> None:
+            self.over = why
+            self.mailbox.put(0, why)
+
         async def wait() -> None:
-            await client_leaves
-            self.mailbox.put(0, ClientLeft())
+            await client_leaves()
+            over(ClientLeft())
 
         self.exits.callback(loop.create_task(wait()).cancel)
-        out_of_time = loop.call_at(self.began + self.service.options.timeout, self.mailbox.put, 0, TimeoutError())
-        self.exits.callback(out_of_time.cancel)
+        self.exits.callback(loop.call_at(self.began + self.service.options.timeout, over, TimeoutError()).cancel)
+
+    def _still_wanted(self) -> None:
+        """Raises why nobody waits for the answer any more, from any thread."""
+        if self.over is not None:
+            raise self.over
 
     def _cancel(self) -> None:
         for choice in self.choices:

@@ -8,8 +8,8 @@ Addresses are not fetched: a server that opened what a client names would do so 
 
 import base64
 import re
-import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from retentive.data.media import Media
@@ -21,8 +21,6 @@ from retentive.serve.options import Options
 Rows = Callable[[str, bytes, int], Media]
 """(kind, the bytes of a file, the most tokens) -> it; raises ValueError."""
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
-ONE_AT_A_TIME = threading.Lock()
-"""A picture may take 0.7 GB while it is opened."""
 
 
 def senses(model: LanguageModel) -> Rows | None:
@@ -33,8 +31,11 @@ def senses(model: LanguageModel) -> Rows | None:
     """
     if not encoders_of(model):
         return None
-    from retentive.multimodal.prepare import Opener  # an extra
+    from retentive.multimodal.prepare import NEEDS, Opener  # an extra
 
+    for kind in encoders_of(model):
+        if absent := [package for package in NEEDS[kind] if not find_spec(package)]:
+            raise ImportError(f"a model that takes {kind} needs {absent[0]}: pip install 'retentive[multimodal]'")
     return Opener.of(model).rows
 
 
@@ -76,8 +77,7 @@ def content(
         except ValueError:
             raise Refused(400, "this is not base64", param=field) from None
         try:
-            with ONE_AT_A_TIME:
-                found.append(rows(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
+            found.append(rows(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
         except ValueError as error:
             raise Refused(400, str(error), param=field) from None
     return found if any(isinstance(part, Media) for part in found) else "".join(map(str, found))

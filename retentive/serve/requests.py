@@ -6,6 +6,7 @@ itself into prompts (`prompts`) and sampling parameters (`sampling`); `completio
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -26,8 +27,6 @@ READ_ON = 16
 """A body of up to so many times what is taken is read to its end: a client who still sends would not hear why not."""
 COLDEST = 1e-4
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
-MUCH = 1 << 20
-"""Characters that a picture or a sound counts for."""
 SHORT_ANSWER = 16
 """max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
 
@@ -161,12 +160,24 @@ class Generation(Body, ABC):
     def characters(self) -> int:
         """Characters of all prompts (or ids): how much work encoding them is."""
 
+    @property
+    def media(self) -> bool:
+        """Whether there are pictures or sound in it, which are always much work."""
+        return False
+
     @abstractmethod
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
+    def prompts(
+        self,
+        conversation: Conversation,
+        options: Options,
+        rows: Rows | None = None,
+        still_wanted: Callable[[], object] = lambda: None,
+    ) -> list[Prompt]:
         """The prompts as ids, each going on from `conversation`; pictures and sound before them are read by now.
 
         Args:
             rows: what opens those.
+            still_wanted: called now and then while they are read; what it raises ends that.
 
         Raises:
             Refused: messages that the template refuses; pictures or sound that are none, or that nobody sees or hears.
@@ -229,7 +240,13 @@ class CompletionRequest(Generation):
     def characters(self) -> int:
         return sum(map(len, self.prompt))
 
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
+    def prompts(
+        self,
+        conversation: Conversation,
+        options: Options,
+        rows: Rows | None = None,
+        still_wanted: Callable[[], object] = lambda: None,
+    ) -> list[Prompt]:
         """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
@@ -271,15 +288,25 @@ class ChatRequest(Generation):
 
     @property
     def characters(self) -> int:
-        # pictures and sound are always much work
         parts = [part for message in self.messages for part in message.content]
-        return sum(len(part.text) if isinstance(part, TextPart) else MUCH for part in parts)
+        return sum(len(part.text) for part in parts if isinstance(part, TextPart))
 
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None = None) -> list[Prompt]:
+    @property
+    def media(self) -> bool:
+        return any(not isinstance(part, TextPart) for message in self.messages for part in message.content)
+
+    def prompts(
+        self,
+        conversation: Conversation,
+        options: Options,
+        rows: Rows | None = None,
+        still_wanted: Callable[[], object] = lambda: None,
+    ) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
+            still_wanted()
             found = content(m.content, rows, media, options, f"messages[{n}].content")
             media += media_of([{"content": found}])
             if m.role == "assistant" and not isinstance(found, str):
@@ -289,7 +316,7 @@ class ChatRequest(Generation):
             messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
             before = conversation.memory.tokens
-            ids = conversation.turn(messages, most=options.max_prompt)
+            ids = conversation.turn(messages, most=options.max_prompt, still_wanted=still_wanted)
             return [Prompt(ids, seen=conversation.seen.tokens - before if conversation.seen else 0)]
         except TooLong as error:
             raise Refused(400, str(error), param="messages", code="context_length_exceeded") from None

@@ -1,5 +1,6 @@
 """What a server serves: one model with its engine, template, sessions and saved states, within given bounds."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Service:
     metrics: Metrics = field(init=False)
     rows: Rows | None = field(init=False)
     """What opens pictures and sound; None where the model only reads."""
+    reading: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    """Of the one request whose pictures and sound are opened and read: a picture may take 0.7 GB while it is opened."""
     in_flight: int = 0
     """Completions that have begun and not ended."""
     draining: bool = False

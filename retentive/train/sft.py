@@ -7,17 +7,20 @@ import hashlib
 import math
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from retentive.checkpoint.io import find, load_config, load_encoders
-from retentive.data.chats import chat_files
+from retentive.data.chats import chat_files, chats
 from retentive.data.loader import Mode
+from retentive.data.media import Media
 from retentive.data.packed import Packed
 from retentive.data.prepare import Progress, prepare
 from retentive.data.templates import template_of
@@ -146,7 +149,7 @@ class SftRun:
         files = [(name, file_sha256(path)) for source in sources for name, path in chat_files(source).items()]
         made_from = repr((load_tokenizer(base).sha256, template, self.valid, self.valid_fraction, files))
         if encoders := load_encoders(base):
-            made_from += repr(encoders)
+            made_from += repr((encoders, [each for source in sources for each in _shown(source)]))
         digest = hashlib.sha256(made_from.encode()).hexdigest()
         return self.out.with_name(f"{self.out.name}-data-{digest[:8]}")
 
@@ -166,6 +169,19 @@ class SftRun:
             else:
                 prepare(self.data, folder, chats=True, progress=progress, **options)
         return True
+
+
+def _shown(source: str | Path) -> list[tuple[str, str]]:
+    """(path, digest) of each picture and sound that conversations name; packing says what is wrong with them."""
+    found = []
+
+    def look(kind: str, name: str, *, folder: Path) -> Media:
+        if (path := folder / name).is_file():
+            found.append((name, file_sha256(path)))
+        return Media(kind, np.empty((0, 0)))
+
+    deque(chats(source, media=look), maxlen=0)
+    return found
 
 
 def usual_mode(model: str) -> Mode:

@@ -115,6 +115,8 @@ def test_what_does_not_go_together(refuses):
         ImageConfig(token=1, channels=4)
     with refuses("stem must be at least 0, got -1"):
         ImageConfig(token=1, stem=-1)
+    with refuses("rate must be 1,000 to 399,999 samples a second, got 800"):
+        AudioConfig(token=1, rate=800, hop=1, mels=8)
     with refuses("leaves gaps between frames"):
         AudioConfig(token=1, window=5)
     for how in ({"window": 100_000}, {"stack": 100_000}):

@@ -102,6 +102,9 @@ def test_an_ogg_is_whole_or_refused(subtype, refuses):
             open_audio(cut, CONFIG)
     with refuses("the sound is damaged: no page of it is at byte"):
         open_audio(raw[: pages[-2]] + raw[pages[-1] :], CONFIG)
+    middle = (pages[-2] + pages[-1]) // 2
+    with refuses(f"the sound is damaged: its page at byte {pages[-2]:,} of {len(raw):,} is not as it was written"):
+        open_audio(raw[:middle] + bytes(20) + raw[middle + 20 :], CONFIG)
 
 
 def test_what_is_refused(tmp_path, refuses, monkeypatch):
@@ -110,6 +113,7 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         (b"no sound", "the sound is no sound of WAV, FLAC or OGG"),
         (encoded(sound, 8000, "AIFF"), "the sound is AIFF, expected WAV, FLAC or OGG"),
         (encoded(sound[:0], 8000), "the sound is empty: it has no samples"),
+        (encoded(np.zeros((80, 9)), 8000), "the sound has 9 channels, more than 8: mix them"),
         (encoded(sound, 500), "the sound has 500 samples a second, expected 1,000 to 399,999"),
         (encoded(sound * np.nan, 8000, subtype="FLOAT"), "the sound holds samples that are no numbers"),
         (encoded(sound, 8000, "FLAC")[:3000], "damaged"),
@@ -123,3 +127,14 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         open_audio(encoded(sound, 8000), CONFIG, most_seconds=0.5)
     with refuses(f"no file at {tmp_path / 'none.wav'}", FileNotFoundError):
         open_audio(tmp_path / "none.wav", CONFIG)
+
+
+def test_what_comes_short_is_not_filled_up(monkeypatch, refuses):
+    raw, read = encoded(tone(300, 8000, 25), 8000), soundfile.SoundFile.read
+
+    def short(file, frames, **how):  # as of a stream with a hole, which libsndfile leaves out
+        return read(file, frames, **how)[: 8000 * 7]
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", short)
+    with refuses("the sound ends within 10 s after 0.0 s, its head says 25.0"):
+        open_audio(raw, CONFIG)

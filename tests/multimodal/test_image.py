@@ -62,6 +62,17 @@ def test_it_is_turned_as_its_camera_says():
     assert (seen[-2:] < 60).all() and (seen[:2] > 200).all()
 
 
+def test_a_cameras_preview_is_not_looked_at():
+    picture, preview = Image.new("L", (8, 8), 40), Image.new("L", (4, 4), 200)
+    raw = encoded(picture, "MPO", save_all=True, append_images=[preview])  # a JPEG with another one behind it
+    assert np.abs(open_image(raw, GREY).astype(int) - 40).max() < 5
+
+
+def test_a_thin_picture_is_a_line():
+    seen = whole(open_image(encoded(Image.new("L", (2000, 10), "black")), GREY), GREY)[..., 0]
+    assert sorted(seen.sum(1)) == [0] + [8 * 255] * 7
+
+
 def bomb() -> bytes:
     """A PNG whose head says 100,000 x 100,000 pixels."""
 

@@ -60,6 +60,19 @@ def test_the_answers_are_those_about_the_files(place, capsys, monkeypatch):
     assert capsys.readouterr().out != want
 
 
+def test_text_may_follow(place, capsys):
+    main(["memory", "write", "run", "a.png", "--out", "a.safetensors"])
+    main(["memory", "write", "run", "c.txt", "--memory", "a.safetensors", "--out", "more.safetensors"])
+    main(["memory", "write", "run", "c.txt", "--out", "c.safetensors"])
+    main(["memory", "merge", "a.safetensors", "c.safetensors", "--out", "both.safetensors"])
+    said = []
+    for name in ("a", "more", "both"):
+        capsys.readouterr()
+        main(["memory", "ask", "run", "--memory", f"{name}.safetensors", *ASK])
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 3
+
+
 def test_what_is_refused(place, capsys):
     for command, why in (
         (["a.png", "c.txt"], "c.txt is no picture or sound: a memory is of these, or of text"),

@@ -171,6 +171,10 @@ def test_fine_tuning_reads_whole_conversations(place):
     assert Packed(folder).media == Packed("data").media and load_encoders(place / "more") == load_encoders(
         place / "run"
     )
+    run = SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how)
+    assert run.folder([]) == folder
+    shutil.copy("files/1.png", "files/0.png")  # another picture of the same name: packed anew
+    assert run.folder([]) != folder
     main(["data", "train.jsonl", "--chats", "--tokenizer", "run", "--out", "again"])
     assert Packed("again").media == Packed("data").media
 

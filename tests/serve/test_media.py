@@ -5,6 +5,10 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ pytest.importorskip("PIL", reason="pictures need pip install 'retentive[multimod
 pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
 pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
 
+import httpx
 import openai
 import soundfile
 from PIL import Image
@@ -24,6 +29,7 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.media import read, rows_of
 from retentive.models.encoders import encoders_of
 from retentive.multimodal.prepare import Opener
+from retentive.serve import media
 
 GREEDY = {"temperature": 0, "max_tokens": 9}
 
@@ -129,6 +135,66 @@ def test_a_session_remembers_what_it_saw(server):
         ask(model="eyes", messages=[{"role": "user", "content": [seen(picture(6)), seen(b"no")]}], **how)
     third = ask(model="eyes", messages=[{"role": "user", "content": "And now?"}], **how)
     assert third.model_extra["session"]["tokens"] == tokens + third.usage.total_tokens - 1
+
+
+def test_a_picture_that_got_no_answer_is_forgotten(server):
+    http, how = server.http(), {"session": "halfway", **GREEDY}
+    chat = {"messages": [{"role": "user", "content": "Hello"}], **how}
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    endless = {**how, "stream": True, "max_tokens": 500, "logit_bias": {"256": -100}}
+    endless["messages"] = [{"role": "user", "content": [seen(picture(7))]}]
+    with http.stream("POST", "/v1/chat/completions", json=endless) as response:
+        next(response.iter_lines())
+    assert server.idle()
+    [conversation] = [each for (_, name), each in server.service.sessions.held.items() if name == "halfway"]
+    memory = conversation.memory
+    ids = [*memory.pending, *b" and"]
+    state = memory.state.clone()
+    tokens = generate(server.service.model, ids, SamplingParams(temperature=0), max_tokens=9, state=state)
+    want = server.service.tokenizer.decode([token.id for token in tokens])
+    found = http.post("/v1/completions", json={"prompt": " and", **how}).json()
+    assert found["choices"][0]["text"] == want and found["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_nobody_reads_for_who_waits_no_more(server, monkeypatch, eventually):
+    """One request's sound is opened at a time; those whose time is over by then are not."""
+    service, opened = server.service, []
+    go_on = threading.Event()
+
+    def slowly(kind, raw, most):
+        opened.append(kind)
+        assert go_on.wait(20)
+        return rows(kind, raw, most)
+
+    rows = service.rows
+    monkeypatch.setattr(service, "rows", slowly)
+    body = {"messages": [{"role": "user", "content": [heard(sound(300))]}], **GREEDY}
+
+    def post(timeout: float) -> int:
+        try:
+            return server.http().post("/v1/chat/completions", json=body, timeout=timeout).status_code
+        except httpx.ReadTimeout:
+            return 0
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(post, 20)
+        assert eventually(lambda: opened == ["audio"])
+        second = pool.submit(post, 0.3)  # a client that leaves
+        assert second.result() == 0
+        monkeypatch.setattr(service, "options", replace(service.options, timeout=0.3))
+        third = pool.submit(post, 20)
+        assert eventually(lambda: service.in_flight >= 2)
+        time.sleep(0.5)
+        go_on.set()
+        assert first.result() == 200 and third.result() == 504
+    assert opened == ["audio"] and server.idle()
+
+
+@pytest.mark.parametrize("package", ["PIL", "soxr"])
+def test_a_server_that_cannot_open_what_it_takes_does_not_start(server, monkeypatch, package):
+    monkeypatch.setattr(media, "find_spec", lambda name: name != package)
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'retentive\[multimodal\]'"):
+        media.senses(server.service.model)
 
 
 BAD = {

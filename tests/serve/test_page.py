@@ -357,13 +357,27 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
     expect(here["error"]).to_have_text("a.png is no picture that this browser can show.")
 
 
+SLOWLY = """() => {
+  const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  window.asked = 0;
+  navigator.mediaDevices.getUserMedia = async (how) => {
+    window.asked += 1;
+    await new Promise((done) => setTimeout(done, 300));
+    return ask(how);
+  };
+}"""
+"""A browser that takes its time to give the microphone, and counts how often it was asked."""
+
+
 def test_a_recording_goes_with_a_message(eyes, visit):
     pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
     pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
     here = visit(eyes.url, model="eyes")
     here.settings(**GREEDY)
-    here["record"].click()
+    here.page.evaluate(SLOWLY)
+    here["record"].dblclick()  # the second click comes while the browser asks
     expect(here["record"]).to_have_attribute("aria-pressed", "true")
+    assert here.page.evaluate("asked") == 1
     here.page.wait_for_timeout(300)
     here["record"].click()
     expect(here.page.locator("#given audio")).to_have_count(1)
