@@ -1,9 +1,8 @@
 """What figures.py writes into docs/see.md and docs/listen.md: models with encoders beside their twins."""
 
 from statistics import mean
-from typing import Any
 
-from blocks import EPYC, SEEDS, heard_by_speaker, result, row, table
+from blocks import EPYC, SEEDS, SPEAKERS, TWINNED, heard, result, row, table
 
 
 def seen(what: str, head: str, asked: dict[tuple[str, str], str], digits: int) -> str:
@@ -51,33 +50,27 @@ def seen_emoji() -> str:
     return seen("seen-emoji-1m", "held-out pictures of emoji, 1,910 names, %", asked, 0)
 
 
-def heard() -> str:
-    """Words that are wrong: each speaker who was held out, and over all of these trainings what else was asked."""
-    found = heard_by_speaker()
+def heard_digits() -> str:
+    """Words that are wrong: of each speaker who was held out, and of what else the same models were asked."""
 
-    def wrong(speaker: str, model: str, task: str) -> dict[str, Any]:
-        return row(found[speaker], model=model, task=f"transcription:{task}", metric="wer")
-
-    def line(words: str, tasks: dict[str, str]) -> str:
-        """Means by seed over the speakers who were held out, of each the task that is asked."""
+    def line(words: str, *speakers: str, task: str | None = None) -> str:
+        """Means by seed over the speakers who were held out; a task, over all with whom the model was trained."""
         cells = [words]
-        for model in ("retnet", "twin"):
-            rows = [[wrong(speaker, model + seed, task) for speaker, task in tasks.items()] for seed in SEEDS]
+        for model, trained in (("retnet", list(SPEAKERS)), ("twin", TWINNED)):
+            rows = heard(model, speakers or trained, task)
             values = ", ".join(f"{100 * mean(r['value'] for r in of_seed):.1f}" for of_seed in rows)
-            low, high = (pick(r["interval"][i] for each in rows for r in each) for i, pick in enumerate((min, max)))
-            cells.append(f"{values} ({100 * low:.1f} to {100 * high:.1f})")
+            ends = [100 * end for of_seed in rows for r in of_seed for end in r["interval"]]
+            cells.append(f"{values} ({min(ends):.1f} to {max(ends):.1f})" if rows else "not trained")
         return " | ".join(cells)
 
-    others = {
-        "known": "another recording of speakers who were trained on",
-        "turns5": "the last of five in turns",
-        "turns50": "the last of fifty in turns",
-        "row5": "five in one sound",
-        "row50": "fifty in one sound",
-    }
     return table(
         "spoken digits, % of words wrong | RetNet | twin",
-        *(line(f"{speaker}, held out", {speaker: speaker}) for speaker in found),
-        line(f"mean of these {len(found)}", {speaker: speaker for speaker in found}),
-        *(line(words, dict.fromkeys(found, task)) for task, words in others.items()),
+        *(line(f"{speaker}, held out", speaker) for speaker in SPEAKERS),
+        line(f"mean of these {len(SPEAKERS)}", *SPEAKERS),
+        line(f"mean of {' and '.join(TWINNED)}", *TWINNED),
+        line("another recording of speakers who were trained on", task="known"),
+        line("the last of five in turns", task="turns5"),
+        line("the last of fifty in turns", task="turns50"),
+        line("five in one sound", task="row5"),
+        line("fifty in one sound", task="row50"),
     )
