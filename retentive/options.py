@@ -1,7 +1,7 @@
 """Options by their names: what is said of one that there is not, and of a value of the wrong type."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,6 +24,13 @@ def check_type(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, (float, int) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be {KINDS[kind]}, got {value!r}")
+
+
+def check_once(argv: Sequence[str], *names: str) -> None:
+    """Raises ValueError where an option that takes several values was typed twice, since the last alone would count."""
+    for name in names:
+        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
+            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
 
 
 def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:

@@ -19,6 +19,7 @@ from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
+from retentive.options import check_once
 from retentive.train import TrainRun
 
 
@@ -41,6 +42,7 @@ class DataCommand:
 def main(argv: list[str]) -> None:
     """`retentive data ARGV`."""
     command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv, registry=CHANGES)
+    check_once(argv, *KINDS)
     given = typed_options(argv)
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
     if media and not command.config.chats:

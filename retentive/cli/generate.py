@@ -18,6 +18,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.media import answer
 from retentive.infer.writing import stream_generate
 from retentive.models import LanguageModel
+from retentive.options import check_once
 from retentive.sampling import TEXT
 
 
@@ -28,7 +29,8 @@ class GenerateCommand(Loading):
     prompt: str = ""
     """What to go on from; - reads standard input; the start of a document if empty."""
     image: tuple[Path, ...] = ()
-    """Pictures that the prompt is about, for a model that sees: it answers, by its chat template."""
+    """Pictures that the prompt is about, for a model that sees: it answers, by its chat template. It is shown them in
+    this order, then the sounds, then the prompt."""
     audio: tuple[Path, ...] = ()
     """Sounds that it is about, for one that hears."""
     max_tokens: int = 200
@@ -45,7 +47,9 @@ class GenerateCommand(Loading):
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(GenerateCommand, prog="retentive generate", args=argv))
+    command = tyro.cli(GenerateCommand, prog="retentive generate", args=argv)
+    check_once(argv, "image", "audio", "stop")
+    run(command)
 
 
 def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> Iterator[str]:

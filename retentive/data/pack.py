@@ -300,10 +300,18 @@ def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Ite
 
     def flush() -> Iterator[Encoded]:
         for (ids, answers), each in zip(_taught(template, batch), batch, strict=True):
-            yield Encoded(ids, len(each.text.encode()), True, answers, media_of(each.messages))
+            media = media_of(each.messages)
+            before = zip(ids, answers, answers[1:], strict=False)  # what an answer begins after, among others
+            if media and any(follows and not answer and id >= words for id, answer, follows in before):
+                raise ValueError(
+                    f"{each.name}: the template puts nothing between a picture or sound and the answer, which cannot "
+                    "be asked for so: have it say whose turn it is"
+                )
+            yield Encoded(ids, len(each.text.encode()), True, answers, media)
         batch.clear()
 
     batch: list[Conversation] = []
+    words = template.tokenizer.vocab_size  # beyond these are placeholders
     waiting = 0  # characters in the batch
     for each in conversations:
         batch.append(each)

@@ -160,9 +160,16 @@ def remember(
 
 
 def asked(model: LanguageModel, template: ChatTemplate, memory: Memory, question: str) -> list[int]:
-    """The ids to read after a memory that `remember` has made, for a question about what is in it."""
+    """The ids to read after a memory that `remember` has made, for a question about what is in it.
+
+    Where a conversation has gone on from it, the question is its next message.
+    """
     kind = next(source["kind"] for source in reversed(memory.sources) if "kind" in source)  # text may have followed
-    return _around(template, kind, encoders_of(model)[kind].config, question)[1]
+    before, after = _around(template, kind, encoders_of(model)[kind].config, question)
+    shown = sum(source["tokens"] for source in memory.sources)
+    if memory.pending or memory.tokens > shown + len(before) * len(memory.sources):
+        after = template.next([{"role": "user", "content": question}])
+    return [*memory.pending, *after]
 
 
 def _around(template: ChatTemplate, kind: str, config: Any, question: str) -> tuple[list[int], list[int]]:

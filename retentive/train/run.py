@@ -250,7 +250,8 @@ class TrainRun:
                 made[kind] = ENCODERS[kind](**{k: v for k, v in how.items() if k in known}, **changed)
             elif changed:
                 raise ValueError(f"--init {self.init} brings its encoder of {kind}: leave out --set {kind}.…")
-            elif odd := [k for k, v in how.items() if k in known and getattr(made[kind], k) != v]:
+            # another token is another tokenizer, of which more is said elsewhere
+            elif odd := [k for k, v in how.items() if k in known - {"token"} and getattr(made[kind], k) != v]:
                 had, now = getattr(made[kind], odd[0]), how[odd[0]]
                 raise ValueError(f"{self.init} has {kind} {odd[0]} {had}, {data.path} has {now}: pack the data alike")
         if changes:
@@ -274,6 +275,8 @@ class TrainRun:
             check_fits(config, self.batch // here.dp, self.length, here.device or pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         encoders = load_encoders(self.out) if resumes else self.encoders(data)
+        if encoders and isinstance(config, PeerConfig):
+            raise ValueError(f"a {config.kind} reads ids alone, and {data.path} holds {', '.join(encoders)}")
         model = build(config)
         if encoders:
             with_encoders(model, encoders)
@@ -287,6 +290,11 @@ class TrainRun:
             given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
             check_vocabulary(self.init, given, tokenizer, data)
             new = set(encoders) - set(encoders_of(given))  # which it is given now
+            if new and self.lora:
+                raise ValueError(
+                    f"{self.init} has no encoder of {', '.join(sorted(new))}, and --lora would leave a new one as it "
+                    "was drawn: train the whole model on such data first"
+                )
             model.load_state_dict(given.state_dict(), strict=not new)
         elif self.lora:  # what the checkpoint has is the change alone
             before = load_adapter(self.out)

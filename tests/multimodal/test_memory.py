@@ -12,11 +12,14 @@ pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive
 import soundfile
 from PIL import Image
 
-from retentive.checkpoint import save_model
+from retentive.checkpoint import load, save_model
 from retentive.cli import main
-from retentive.data.templates import TURNS
+from retentive.data.templates import TURNS, load_template
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.infer.memory import load_memory
+from retentive.infer import SamplingParams
+from retentive.infer.conversation import Conversation
+from retentive.infer.engine import Engine
+from retentive.infer.memory import load_memory, save
 from retentive.models import RetNetConfig, build
 from retentive.models.encoders import AudioConfig, ImageConfig, with_encoders
 from retentive.multimodal import audio
@@ -58,6 +61,23 @@ def test_the_answers_are_those_about_the_files(place, capsys, monkeypatch):
     capsys.readouterr()
     main(["memory", "ask", "run", "--memory", "other.safetensors", *ASK])
     assert capsys.readouterr().out != want
+
+
+def test_a_conversation_may_follow(place, capsys):
+    """A question is then its next message, after all that was said."""
+    main(["memory", "write", "run", "a.png", "--out", "m.safetensors"])
+    model, tokenizer = load("run")
+    template, memory = load_template(place / "run", tokenizer), load_memory("m.safetensors", model)
+    engine = Engine(model, slots=1).start()
+    conversation = Conversation(engine, tokenizer, template, memory)
+    said = "".join(conversation.say("What?", SamplingParams(temperature=0), max_tokens=5))
+    save(conversation.memory, "later.safetensors")
+    assert load_memory("later.safetensors").pending
+    want = "".join(conversation.say("And?", SamplingParams(temperature=0), max_tokens=12))
+    engine.close()
+    capsys.readouterr()
+    main(["memory", "ask", "run", "--memory", "later.safetensors", *ASK[:-1], "And?"])
+    assert said and capsys.readouterr().out == want + "\n"
 
 
 def test_text_may_follow(place, capsys):

@@ -23,6 +23,7 @@ from retentive.cli import main
 from retentive.data.chats import chats
 from retentive.data.packed import Packed
 from retentive.data.templates import load_template
+from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import evaluate
 from retentive.evals.heldout import held_out_loss
 from retentive.evals.replies import loss
@@ -31,6 +32,7 @@ from retentive.infer.media import rows_of
 from retentive.models import RetNet
 from retentive.models.encoders import hidden
 from retentive.multimodal import Opener, open_audio, open_image, prepare
+from retentive.studies.compare.comparison import Comparison
 from retentive.train import SftRun, TrainConfig, TrainRun
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
@@ -158,6 +160,41 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
         TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
 
 
+def test_what_cannot_become_a_model_that_sees_is_refused(place, refuses):
+    """Before anything is trained, in one line."""
+    packed()
+    config = TrainRun.of("data", "base", size="1m", set=TINY).config(257)
+    save_model("base", RetNet(config), ByteTokenizer())
+    how = {k: v for k, v in TRAINED.items() if k not in ("size", "set")}
+    with refuses("base has no encoder of audio, image, and --lora would leave a new one as it was drawn"):
+        TrainRun.of("data", "no", init="base", lora=2, steps=1, **how).run(quiet=True, overrides={"init"})
+    with refuses("a llama reads ids alone, and data holds image, audio"):
+        TrainRun.of("data", "no", size="1m", model="llama", steps=1, **how).run(quiet=True)
+    with refuses("data holds image and audio, and compare is for text"):
+        Comparison(place / "data", place / "no").check()
+    TrainRun.of("data", "seeing", steps=1, **TRAINED).run(quiet=True)
+    packed(tokenizer="train", vocab_size=270, overwrite=True)  # whose placeholders are others too
+    with refuses("seeing has another tokenizer than data: pack the text with that one"):
+        TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
+    assert not (place / "no").exists()
+
+
+def test_a_template_leaves_room_to_ask(place, refuses):
+    (place / "plain.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    part = {"type": "image", "image": "files/0.png"}
+    for parts in ([part], [part, {"type": "text", "text": "Dark?"}]):
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "dark"}]
+        (place / "few.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        how = {"image": IMAGE, "tokenizer": "bytes", "template": place / "plain.jinja", "valid_fraction": 0.0}
+        if len(parts) > 1:
+            prepare("few.jsonl", "plain", **how)
+            continue
+        with refuses("few.jsonl:1: the template puts nothing between a picture or sound and the answer"):
+            prepare("few.jsonl", "plain", **how)
+
+
 def test_fine_tuning_reads_whole_conversations(place):
     packed()
     TrainRun.of("data", "run", steps=1, **TRAINED).run(quiet=True)
@@ -280,6 +317,7 @@ def test_a_question_on_the_command_line(place, capsys):
         (["files/none.png"], "no file at files/none.png"),
         (["train.jsonl"], "train.jsonl is no picture of PNG, JPEG, WEBP"),
         (["files/64.png", "--beams", "2"], "--beams, --lookup and --draft are for text alone"),
+        (["files/64.png", "--image", "files/65.png"], "--image stands twice: give all its values after one --image"),
     ):
         with pytest.raises(SystemExit):
             main([*ask, *wrong])

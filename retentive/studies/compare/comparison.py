@@ -149,6 +149,10 @@ class Comparison:
                 f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
             )
         packed = Packed(self.data)
+        if packed.media:
+            raise ValueError(
+                f"{self.data} holds {' and '.join(packed.media)}, and compare is for text: retentive train each of them"
+            )
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
         for run in runs:
