@@ -18,6 +18,7 @@ SPEAKERS = {
     "jackson": EPYC,
     "nicolas": ZEN4,
     "theo": ZEN4,
+    "yweweler": ZEN4,
 }
 """Who was held out, and the machine on which that was measured."""
 TWINNED = ["george", "jackson"]
