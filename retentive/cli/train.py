@@ -17,7 +17,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from retentive.models import HybridConfig, TransformerConfig
 from retentive.models.encoders import CONFIGS as ENCODERS
-from retentive.options import check_once
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.processes import Elsewhere
 from retentive.train.resume import as_typed
@@ -48,7 +47,6 @@ def main(argv: list[str]) -> None:
         registry=CHANGES,
     )
     # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
-    check_once(argv, "data", "data-weights", "set")
     typed = typed_options(argv)
     if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
         run = replace(run, set=read_changes(list(run.set)))
