@@ -16,6 +16,7 @@ SEEDS = ("", "-seed1")
 SPEAKERS = {
     "george": EPYC,
     "jackson": EPYC,
+    "lucas": ZEN4,
     "nicolas": ZEN4,
     "theo": ZEN4,
     "yweweler": ZEN4,
