@@ -147,7 +147,7 @@ def claims() -> str:
         f"The same novels and tokens, each at the better of two rates, retnet, twin with QK-norm, twin: {lead()}. Two "
         f"seeds each, a difference is known to ± {doubt():.3f}; of tokens that complete a pair which stood earlier "
         f"in the context the twins tell more in the two smaller sizes. {forgetting()} {later()} {elsewhere()}\n"
-        f"5. **It sees and listens, and has learnt more than its twin after the same steps.** {media()}"
+        f"5. **It sees and listens.** {media()}"
     )
 
 

@@ -31,6 +31,7 @@ SHORT_ANSWER = 16
 """max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
 
 Name = Annotated[str, Field(pattern=NAME)]
+Check = Callable[[], object]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -166,18 +167,12 @@ class Generation(Body, ABC):
         return False
 
     @abstractmethod
-    def prompts(
-        self,
-        conversation: Conversation,
-        options: Options,
-        rows: Rows | None = None,
-        still_wanted: Callable[[], object] = lambda: None,
-    ) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
         """The prompts as ids, each going on from `conversation`; pictures and sound before them are read by now.
 
         Args:
             rows: what opens those.
-            still_wanted: called now and then while they are read; what it raises ends that.
+            check: called now and then while they are read; what it raises ends that.
 
         Raises:
             Refused: messages that the template refuses; pictures or sound that are none, or that nobody sees or hears.
@@ -240,13 +235,7 @@ class CompletionRequest(Generation):
     def characters(self) -> int:
         return sum(map(len, self.prompt))
 
-    def prompts(
-        self,
-        conversation: Conversation,
-        options: Options,
-        rows: Rows | None = None,
-        still_wanted: Callable[[], object] = lambda: None,
-    ) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
         """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
@@ -295,18 +284,12 @@ class ChatRequest(Generation):
     def media(self) -> bool:
         return any(not isinstance(part, TextPart) for message in self.messages for part in message.content)
 
-    def prompts(
-        self,
-        conversation: Conversation,
-        options: Options,
-        rows: Rows | None = None,
-        still_wanted: Callable[[], object] = lambda: None,
-    ) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
-            still_wanted()
+            check()
             found = content(m.content, rows, media, options, f"messages[{n}].content")
             media += media_of([{"content": found}])
             if m.role == "assistant" and not isinstance(found, str):
@@ -316,7 +299,7 @@ class ChatRequest(Generation):
             messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
             before = conversation.memory.tokens
-            ids = conversation.turn(messages, most=options.max_prompt, still_wanted=still_wanted)
+            ids = conversation.turn(messages, most=options.max_prompt, still_wanted=check)
             return [Prompt(ids, seen=conversation.seen.tokens - before if conversation.seen else 0)]
         except TooLong as error:
             raise Refused(400, str(error), param="messages", code="context_length_exceeded") from None
