@@ -80,6 +80,7 @@ class Completion:
         request, service = self.request, self.service
         service.check_model(request.model)
         request.refuse_what_is_not_served()
+        request.check_size(service.options)
         try:
             self.exits.enter_context(service.admit())
             if request.session is not None:  # before encoding: the prompt depends on what the session remembers

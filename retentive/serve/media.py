@@ -62,20 +62,21 @@ def content(
             raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
         media = [*before, *(each for each in found if isinstance(each, Media))]
         if len(media) >= options.media:
-            raise Refused(400, f"a request may have at most {options.media} pictures and sounds here", param=field)
-        kind, encoded = "image", ""
+            most = f"a request may have at most {options.media} pictures and sounds here (retentive serve --media)"
+            raise Refused(400, most, param=field)
         if part.type == "image_url":
-            field += ".image_url.url"
-            if not (head := DATA_URL.match(part.image_url.url)):
-                message = "expected a data URL (data:image/png;base64,…): addresses are not fetched"
-                raise Refused(400, message, param=field)
-            encoded = part.image_url.url[head.end() :]
+            kind, field, encoded = "image", field + ".image_url.url", part.encoded
+            if not (head := DATA_URL.match(encoded)):
+                wanted = "expected the picture itself as a data URL, data:image/png;base64,…: addresses are not fetched"
+                raise Refused(400, wanted, param=field)
+            encoded = encoded[head.end() :]
         else:
-            kind, field, encoded = "audio", field + ".input_audio.data", part.input_audio.data
+            kind, field, encoded = "audio", field + ".input_audio.data", part.encoded
         try:
-            raw = base64.b64decode(encoded, validate=True)
+            # `base64` and e-mail break it into lines
+            raw = base64.b64decode("".join(encoded.split()), validate=True)
         except ValueError:
-            raise Refused(400, "this is not base64", param=field) from None
+            raise Refused(400, "expected base64 (A to Z, a to z, 0 to 9, + and /) and no more", param=field) from None
         try:
             found.append(rows(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
         except ValueError as error:

@@ -25,7 +25,7 @@ class Options:
     media: int = 16
     """Pictures and sounds of a request at most, for models that see or hear."""
     most_media: int = 1 << 25
-    """Bytes of a request with these at most."""
+    """Bytes of these in a request at most, as base64."""
     timeout: float = 600
     """Seconds that a request may take."""
     cache: int = 1 << 28
@@ -50,7 +50,7 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         for name in ("cache", "sessions", "media", "most_media"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_key):
             raise ValueError("an API key must be printable ASCII and not empty")
         for origin in self.cors:

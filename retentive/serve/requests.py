@@ -105,6 +105,10 @@ class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageURL
 
+    @property
+    def encoded(self) -> str:
+        return self.image_url.url
+
 
 class InputAudio(Body):
     data: str
@@ -114,6 +118,10 @@ class InputAudio(Body):
 class AudioPart(Body):
     type: Literal["input_audio"]
     input_audio: InputAudio
+
+    @property
+    def encoded(self) -> str:
+        return self.input_audio.data
 
 
 PARTS = ("text", "image_url", "input_audio")
@@ -162,9 +170,9 @@ class Generation(Body, ABC):
         """Characters of all prompts (or ids): how much work encoding them is."""
 
     @property
-    def media(self) -> bool:
-        """Whether there are pictures or sound in it, which are always much work."""
-        return False
+    def media(self) -> int:
+        """Characters of the pictures and sounds in it, which are always much work."""
+        return 0
 
     @abstractmethod
     def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
@@ -189,6 +197,17 @@ class Generation(Body, ABC):
     def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
         """(ids, strings) that end a completion."""
         return frozenset({conversation.tokenizer.eos_id}), list(self.stop or ())
+
+    def check_size(self, options: Options) -> None:
+        """Raises Refused (413) for more text, or more of pictures and sound, than `options` allow."""
+        for what, size, most in (
+            ("the text", self.characters, options.most_body),
+            ("all that is seen and heard", self.media, options.most_media),
+        ):
+            if size > most:
+                raise Refused(
+                    413, f"{what} is larger than {most} bytes", param=self.prompt_field, code="body_too_large"
+                )
 
     def refuse_what_is_not_served(self) -> None:
         """Raises Refused for OpenAI's fields that this server does not serve, if they would change the answer."""
@@ -281,8 +300,9 @@ class ChatRequest(Generation):
         return sum(len(part.text) for part in parts if isinstance(part, TextPart))
 
     @property
-    def media(self) -> bool:
-        return any(not isinstance(part, TextPart) for message in self.messages for part in message.content)
+    def media(self) -> int:
+        parts = [part for message in self.messages for part in message.content]
+        return sum(len(part.encoded) for part in parts if not isinstance(part, TextPart))
 
     def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
@@ -350,7 +370,7 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: 
     Raises:
         Refused: 400 with the field at fault; 408 too slow; 413 too large; 415 not JSON by its headers, or compressed.
     """
-    most = max(options.most_body, options.most_media) if media else options.most_body
+    most = options.most_body + (options.most_media if media else 0)
     return parse(kind, await _received(http, options, most, "application/json"))
 
 
@@ -408,6 +428,8 @@ def parse(kind: type[T], body: bytes) -> T:
         at for n, at in enumerate(first["loc"]) if not (n and isinstance(first["loc"][n - 1], int) and at in PARTS)
     ]
     param, said = field(where), first["msg"].removeprefix("Value error, ")
+    if first["type"].startswith("union_tag"):  # pydantic's words for a part without a type, or of another
+        said = f"expected a part of type {', '.join(PARTS)}"
     if first["type"] == "json_invalid":
         raise Refused(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code="invalid_json")
     raise Refused(400, f"{param or 'the body'}: {said}", param=param or None, code="invalid_value")

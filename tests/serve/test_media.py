@@ -60,6 +60,10 @@ def heard(raw: bytes) -> dict:
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(raw).decode(), "format": "wav"}}
 
 
+def asked(content: str | list) -> dict:
+    return {"messages": [{"role": "user", "content": content}], **GREEDY}
+
+
 def text(words: str) -> dict:
     return {"type": "text", "text": words}
 
@@ -201,7 +205,7 @@ BAD = {
     "no-picture": ([seen(b"no picture")], "content[0].image_url.url", "the picture is no picture of PNG, JPEG, WEBP"),
     "far-away": (
         [text("a"), {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}],
-        "content[1].image_url.url", "expected a data URL (data:image/png;base64,…): addresses are not fetched",
+        "content[1].image_url.url", "expected the picture itself as a data URL, data:image/png;base64,…: addresses are",
     ),
     "a-file": (
         [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
@@ -209,13 +213,13 @@ BAD = {
     ),
     "not-base64": (
         [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}],
-        "content[0].image_url.url", "this is not base64",
+        "content[0].image_url.url", "expected base64",
     ),
     "no-sound": ([heard(b"no sound")], "content[0].input_audio.data", "the sound is no sound of WAV, FLAC or OGG"),
     "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "at most 2 pictures and sounds here"),
     "half-base64": (
         [{"type": "image_url", "image_url": {"url": "data:image/png;charset=utf-8;base64,é"}}],
-        "content[0].image_url.url", "this is not base64",
+        "content[0].image_url.url", "expected base64",
     ),
     "too-long": ([heard(sound(300, 9))], "content[0].input_audio.data", "the sound has 9 seconds, more than 4: cut it"),
     "long-together": (
@@ -224,6 +228,8 @@ BAD = {
     ),
     "long-in-all": ([heard(sound(300, 3)), text("a" * 80)], "messages", "tokens, at most 200 are read"),
     "nothing": ([], "content", "at least 1 item"),
+    "no-type": ([{}], "content[0]", "expected a part of type text, image_url, input_audio"),
+    "another-type": ([{"type": "video"}], "content[0]", "expected a part of type text, image_url, input_audio"),
     "another-format": (
         [{"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}],
         "content[0].input_audio.format", "'wav', 'flac' or 'ogg'",
@@ -244,6 +250,13 @@ def test_what_is_wrong_is_named(server, case):
     assert server.idle() and set(server.service.sessions.held) == before
 
 
+def test_base64_may_be_broken_into_lines(server):
+    raw, broken = picture(3), seen(b"")
+    broken["image_url"]["url"] += base64.encodebytes(raw).decode()
+    answers = [server.http().post("/v1/chat/completions", json=asked([each])).json() for each in (seen(raw), broken)]
+    assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
+
+
 def test_an_answer_is_text(server):
     turns = [("user", "a"), ("assistant", [seen(picture(1))]), ("user", "b")]
     body = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -258,7 +271,20 @@ def test_the_page_is_told_what_it_may_send(server, retnet):
     assert retnet.http().get("/v1/info").json()["media"] == []
 
 
-def test_a_large_body_is_for_who_sees(server, retnet):
-    body = {"messages": [{"role": "user", "content": "a" * (retnet.service.options.most_body + 1)}]}
-    assert retnet.http().post("/v1/chat/completions", json=body).status_code == 413
-    assert server.http().post("/v1/chat/completions", json=body).status_code == 400  # read, and too long
+def test_a_larger_body_is_for_what_is_seen_and_not_for_text(server, retnet):
+    for each, said in ((retnet, "the body"), (server, "the text")):
+        most = each.service.options.most_body
+        response = each.http().post("/v1/chat/completions", json=asked("a" * (most + 1)))
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+        assert response.json()["error"]["message"].startswith(f"{said} is larger than {most} bytes")
+    wide = np.zeros((most, 1), np.uint8)
+    wide[:] = np.random.default_rng(0).integers(0, 256, wide.shape)
+    out = io.BytesIO()
+    Image.fromarray(wide).save(out, "PNG")
+    assert server.http().post("/v1/chat/completions", json=asked([seen(out.getvalue())])).status_code == 200
+
+
+def test_most_media_bounds_what_is_seen_whatever_text_may_be(server, monkeypatch):
+    monkeypatch.setattr(server.service, "options", replace(server.service.options, most_media=100))
+    response = server.http().post("/v1/chat/completions", json=asked([seen(picture(0))]))
+    assert response.status_code == 413 and "seen and heard is larger than 100 bytes" in response.text

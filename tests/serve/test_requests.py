@@ -23,7 +23,7 @@ FIELDS = {
     ),
     "content-of-another-kind": (
         CHAT, {"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]},
-        400, "messages[0].content[0]", "'text', 'image_url', 'input_audio'",
+        400, "messages[0].content[0]", "type text, image_url, input_audio",
     ),
     "content-that-nobody-sees": (
         CHAT, {"messages": [{"role": "user", "content": [
