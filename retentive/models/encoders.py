@@ -9,7 +9,7 @@ rows of numbers, a row for each placeholder (`retentive.multimodal` makes them f
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -220,6 +220,12 @@ CONFIGS: dict[str, type[Config]] = {"image": ImageConfig, "audio": AudioConfig}
 def encoder_of(config: Config, D: int) -> ImageEncoder | AudioEncoder:
     """The encoder of a config for models of width D, freshly initialised."""
     return ImageEncoder(config, D) if isinstance(config, ImageConfig) else AudioEncoder(config, D)
+
+
+def config_for(kind: str, how: Mapping[str, Any], **others: Any) -> Config:
+    """The config of an encoder for rows that were made so (`Meta.media`), with other fields."""
+    known = {f.name for f in fields(CONFIGS[kind])}
+    return CONFIGS[kind](**{name: value for name, value in how.items() if name in known}, **others)
 
 
 def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> LanguageModel:

@@ -28,7 +28,7 @@ from retentive.machine import pick_device
 from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.models.encoders import Config as Encoder
-from retentive.models.encoders import encoders_of, with_encoders
+from retentive.models.encoders import config_for, encoders_of, with_encoders
 from retentive.ops import backends
 from retentive.options import check_names, check_type
 from retentive.train.checkpoints import folders
@@ -161,9 +161,11 @@ class TrainRun:
         directory.check()  # the loop does so too, but building a large model takes long
         config, model = run.build(data, here)
         what = run.init or f"{run.model} {run.size}"
+        encoding = sum(p.numel() for encoder in encoders_of(model).values() for p in encoder.parameters())
+        senses = f" and {encoding / 1e6:.1f} M of encoders" if encoding else ""
         device = here.device or pick_device(run.train.device)
         title = (
-            f"{what}: {cost.parameters(config) / 1e6:.1f} M parameters, {amount(data)}, "
+            f"{what}: {cost.parameters(config) / 1e6:.1f} M parameters{senses}, {amount(data)}, "
             f"{run.batch} x {run.length} a batch, {run.train.steps} steps on {here.described(device)}"
         )
         if "faster" in (backend := backends.describe(device)):  # such as no C compiler
@@ -247,7 +249,10 @@ class TrainRun:
                 why = "the data decide it" if wrong[0] in how else f"it has {', '.join(sorted(known - set(how)))}"
                 raise ValueError(f"--set {kind}.{wrong[0]}: {why}")
             if kind not in made:
-                made[kind] = ENCODERS[kind](**{k: v for k, v in how.items() if k in known}, **changed)
+                try:
+                    made[kind] = config_for(kind, how, **changed)
+                except (ValueError, TypeError) as error:  # which names the field alone
+                    raise type(error)(f"--set {kind}.…: {error}") from None
             elif changed:
                 raise ValueError(f"--init {self.init} brings its encoder of {kind}: leave out --set {kind}.…")
             # another token is another tokenizer, of which more is said elsewhere
