@@ -57,6 +57,14 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
                 partial[path].unlink(missing_ok=True)
 
 
+def check_file(path: Path) -> None:
+    """Raises OSError where nothing is, or something that is no file, as a folder or a pipe."""
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+    if not path.is_file():
+        raise OSError(f"{path} is no file")
+
+
 def check_place(path: Path) -> None:
     """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes nothing."""
     with naming(path):

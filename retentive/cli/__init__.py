@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
             raise
         rank = os.environ.get("RANK", "0")  # of several processes that torchrun has started
         who = "retentive:" if rank == "0" else f"retentive: process {rank}:"
-        print(who, " ".join(str(error).split()) or "there is not enough memory", file=sys.stderr)
+        said = " ".join(str(error).split()) or "there is not enough memory"
+        # a file's name may hold what a terminal obeys
+        print(who, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said), file=sys.stderr)
         sys.exit(2)  # what argument parsers use for bad input
 
 

@@ -2,9 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -19,8 +20,12 @@ from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
+from retentive.models.encoders import ImageConfig, config_for
 from retentive.options import check_once
 from retentive.train import TrainRun
+
+HEADINGS = {"image": "pictures", "audio": "sound"}
+"""What the table of what was packed says of a kind."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,18 @@ def main(argv: list[str]) -> None:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
     options = vars(command.config)
-    with shown(sys.stdout) as progress:
-        if media:
-            from retentive import multimodal
+    try:
+        with shown(sys.stdout) as progress:
+            if media:
+                from retentive import multimodal
 
-            options = {name: value for name, value in options.items() if name != "chats"} | media
-            meta = multimodal.prepare(command.sources, command.out, progress=progress, say=say, **options)
-        else:
-            meta = prepare(command.sources, command.out, progress=progress, say=say, **options)
+                options = {name: value for name, value in options.items() if name != "chats"} | media
+                meta = multimodal.prepare(command.sources, command.out, progress=progress, say=say, **options)
+            else:
+                meta = prepare(command.sources, command.out, progress=progress, say=say, **options)
+    except KeyboardInterrupt:
+        say("interrupted: nothing was written")
+        raise
     _summary(console, command, meta)
 
 
@@ -106,12 +115,15 @@ def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
 def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     """Print what was packed, and what to do next."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("split", "documents", "tokens", "text", "bytes/token", "shards"):
+    senses = {kind: of_rows(kind, how) for kind, how in (meta.media or {}).items()}
+    for heading in ("split", "documents", "tokens", *(HEADINGS[kind] for kind in senses), "text", "bytes/token", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in meta.splits.items():
-        ratio = f"{split.bytes / split.tokens:.2f}" if split.tokens else "-"
-        counts = (f"{split.documents:,}", f"{split.tokens:,}", _size(split.bytes), ratio, f"{len(split.shards)}")
-        table.add_row(name, *counts)
+        rows = {kind: sum((shard.rows or {}).get(kind, 0) for shard in split.shards) for kind in senses}
+        read = split.tokens - sum(rows.values())  # as text
+        ratio = f"{split.bytes / read:.2f}" if read else "-"
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", *(senses[kind](n) for kind, n in rows.items()))
+        table.add_row(name, *counts, _size(split.bytes), ratio, f"{len(split.shards)}")
     origin = command.config.tokenizer
     if origin == "train":
         text = meta.splits["train"].bytes
@@ -127,6 +139,14 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
         mode = "whole" if meta.media else "carry"
         todo += f" --mode {mode}, or retentive sft RUN --data {shlex.quote(str(command.out))} --out runs/mine"
     console.print(todo, markup=False, highlight=False, soft_wrap=True)
+
+
+def of_rows(kind: str, how: Mapping[str, Any]) -> Callable[[int], str]:
+    """What so many rows are: pictures, or hours, minutes and seconds of sound; `how` they became rows is Meta's."""
+    config = config_for(kind, how)
+    if isinstance(config, ImageConfig):
+        return lambda rows: f"{rows // config.tokens:,}"
+    return lambda rows: str(timedelta(seconds=round(rows / config.tokens_per_second)))
 
 
 def _size(count: int) -> str:

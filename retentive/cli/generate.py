@@ -10,8 +10,9 @@ import tyro
 import retentive
 from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading
+from retentive.cli.train import typed_options
 from retentive.cli.typing_out import prompt_text, type_out
-from retentive.data.media import Media
+from retentive.data.media import KINDS, Media
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
@@ -28,10 +29,10 @@ class GenerateCommand(Loading):
 
     prompt: str = ""
     """What to go on from; - reads standard input; the start of a document if empty."""
-    image: tuple[Path, ...] = ()
+    image: tuple[str, ...] = ()
     """Pictures that the prompt is about, for a model that sees: it answers, by its chat template. It is shown them in
     this order, then the sounds, then the prompt."""
-    audio: tuple[Path, ...] = ()
+    audio: tuple[str, ...] = ()
     """Sounds that it is about, for one that hears."""
     max_tokens: int = 200
     """Tokens to write at most."""
@@ -49,6 +50,9 @@ class GenerateCommand(Loading):
 def main(argv: list[str]) -> None:
     command = tyro.cli(GenerateCommand, prog="retentive generate", args=argv)
     check_once(argv, "image", "audio", "stop")
+    for kind in KINDS:
+        if kind in typed_options(argv) and not getattr(command, kind):
+            raise ValueError(f"--{kind} names no file")
     run(command)
 
 
@@ -56,12 +60,12 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
     """The answer to the prompt about pictures and sounds, in pieces."""
     if command.beams or command.lookup or command.draft:
         raise ValueError("--beams, --lookup and --draft are for text alone: leave them out with --image and --audio")
-    files = [("image", path) for path in command.image] + [("audio", path) for path in command.audio]
+    files = [("image", name) for name in command.image] + [("audio", name) for name in command.audio]
     from retentive.multimodal.prepare import Opener  # an extra
 
     opener = Opener.of(model)
     template = load_template(find(command.adapter or command.run), tokenizer)
-    content: list[str | Media] = [*(opener.rows(kind, path) for kind, path in files), prompt]
+    content: list[str | Media] = [*(opener(kind, name, folder=Path()) for kind, name in files), prompt]
     return answer(model, template, content, command.sampling, max_tokens=command.max_tokens, stop=command.stop)
 
 

@@ -149,7 +149,7 @@ def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
             takes = f"{config.tokens} tokens of a picture, {side} x {side} {colours}, patches of {config.patch}"
         else:
             takes = f"{config.tokens_per_second:g} tokens of a second of sound, {config.rate:,} Hz, {config.mels} bands"
-        yield f"{kind}: {takes}; an encoder of {count:,} parameters"
+        yield f"{kind}: {takes}; an encoder of {count:,} parameters more, {megabytes(4 * count)} in float32"
 
 
 def differences(config: Config, size: str, vocab_size: int) -> str:

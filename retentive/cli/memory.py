@@ -31,7 +31,8 @@ SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class WriteCommand(Loading):
-    """Read documents of any length into one memory file. Ctrl-C keeps what was read: the same command goes on."""
+    """Read documents of any length into one memory file. Ctrl-C keeps what was read of text, and the same command goes
+    on; of pictures and sounds it keeps nothing."""
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILES")]
     """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order; or, for a model
@@ -39,7 +40,7 @@ class WriteCommand(Loading):
     out: Path
     """The file to write."""
     memory: Path | None = None
-    """A memory to go on from; --out may be the same file."""
+    """A memory to go on from, with text; --out may be the same file."""
     separate: bool = False
     """Read each document for itself and merge them, so that all are equally near: structured prompting. Ctrl-C
     then keeps nothing."""
@@ -132,7 +133,9 @@ def write(command: WriteCommand) -> None:
 def write_media(command: WriteCommand) -> None:
     """Read pictures and sounds and save the memory; what was read is not kept if that is interrupted."""
     if command.memory or command.separate:
-        raise ValueError("a memory of pictures and sounds begins anew: leave out --memory and --separate")
+        raise ValueError(
+            "a memory of pictures and sounds begins anew, with all of them: leave out --memory and --separate"
+        )
     reading.check_out(command.out, command.memory)
     model, tokenizer = command.load()
     template, lines = load_template(find(command.adapter or command.run), tokenizer), Lines()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from retentive.data.formats import OnBadText, TextCheck, kind_of, objects
 from retentive.data.media import KINDS as KINDS_OF_MEDIA
-from retentive.data.media import Media, Open, text_of
+from retentive.data.media import Media, Open, media_of, text_of
 from retentive.data.sources import Say, find_files
 from retentive.data.templates import Message
 
@@ -34,6 +34,8 @@ ROLES = {
 }
 """What schemas call those who speak, and what templates do."""
 SCHEMAS = "messages, conversations, or prompt and completion"
+BESIDE = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
+"""Where other projects name the files of a conversation: outside of it, so that it would be learnt blind."""
 
 
 class Conversation(NamedTuple):
@@ -83,7 +85,7 @@ def chats(
 
     Args:
         media: opens the files that parts of messages name, relative to their own file's folder; None refuses them.
-        on_bad_text: what to do with lines that are no conversation, or not UTF-8.
+        on_bad_text: what to do with lines that are no conversation or not UTF-8, or that name what cannot be opened.
         advise: whether errors name the option of `retentive data` for it.
         say: called with a line on what was skipped.
 
@@ -94,18 +96,19 @@ def chats(
     check, files = TextCheck(on_bad_text, advise=advise), chat_files(source)
 
     def found() -> Iterator[Conversation]:
-        empty = True
+        empty, first = True, ""
         for name, path in files.items():
             for within, value in objects(path, check):
                 try:
                     messages = messages_of(value, None if media is None else partial(media, folder=path.parent))
                 except (ValueError, OSError) as error:
-                    check.bad(f"{path}{within}", f"is no conversation: {error}", "mend it")
+                    check.bad(f"{path}{within}", f"cannot be taken: {error}", "mend it")
+                    first = first or f"{path}{within}: {error}"
                     continue
                 empty = False
                 yield Conversation(name + within, messages)
         if check.skipped:
-            say(f"{source}: skipped {len(check.skipped)} that are no conversations, the first is {check.skipped[0]}")
+            say(f"{source}: skipped {len(check.skipped)} conversations, the first is {first or check.skipped[0]}")
         if empty:
             raise ValueError(f"no conversations in {source}: it is empty{' or all were skipped' * bool(check.skipped)}")
 
@@ -123,7 +126,7 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
         ValueError: another schema, an unknown role, roles out of order, an empty message, no answer at all.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object, got {type(value).__name__}")
+        raise ValueError(f"expected an object, got {_kind(value)}")
     if value.get("messages") is not None:
         said = _listed("messages", value["messages"], "role", "content")
     elif value.get("conversations") is not None:
@@ -134,6 +137,10 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
         got = ", ".join(f"{name} (null)" if x is None else str(name) for name, x in value.items())
         raise ValueError(f"expected {SCHEMAS}, got {got or 'no field'}")
     messages = [_message(number, *each, media) for number, each in enumerate(said, 1)]
+    if media is not None and not media_of(messages) and (beside := [name for name in BESIDE if value.get(name)]):
+        kind = BESIDE[beside[0]]
+        part = f'{{"type": "{kind}", "{kind}": FILE}}'
+        raise ValueError(f"{beside[0]!r} stands beside what is said: put {part} into the content of the message")
     _check_turns([m["role"] for m in messages])
     return messages if messages[-1]["role"] == "assistant" else messages[:-1]
 
@@ -155,6 +162,8 @@ def _side(value: dict[str, Any], name: str, role: str) -> list[tuple[Any, Any]]:
 def _message(number: int, role: Any, content: Any, media: Callable[[str, str], Media] | None) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} is by {role!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(content, str | list):
+        raise ValueError(f"message {number}: its content must be text or a list of parts, got {_kind(content)}")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]  # as OpenAI's API has them
     found = [_part(number, part, media) for part in parts]
     try:
@@ -174,19 +183,23 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind in KINDS_OF_MEDIA and isinstance(part.get(kind), str):
+    if kind in KINDS_OF_MEDIA and isinstance(part.get(kind), str) and part[kind]:
         if media is None:
             raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
         return media(kind, part[kind])
     if kind in ("text", *KINDS_OF_MEDIA):
-        got = "null" if part.get(kind) is None else f"a value of type {type(part[kind]).__name__}"
-        named = f"a part of type {kind!r} must name its file as {kind!r}"
-        raise ValueError(f"message {number}: {'its content must be text' if kind == 'text' else named}, got {got}")
+        named = f"a part of type {kind!r} must name its {'text' if kind == 'text' else 'file'} as {kind!r}"
+        raise ValueError(f"message {number}: {named}, got {_kind(part.get(kind))}")
     if isinstance(part, dict) and "type" in part:
-        raise ValueError(
-            f"message {number}: expected text, or the file of an image or audio, got a part of type {kind!r}"
-        )
-    raise ValueError(f"message {number}: each part of its content must be an object with a type")
+        wanted = 'text, or a file as {"type": "image", "image": FILE} or {"type": "audio", "audio": FILE}'
+        raise ValueError(f"message {number}: expected {wanted}, got a part of type {kind!r}")
+    raise ValueError(f"message {number}: each part of its content must be an object with a type, got {_kind(part)}")
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: str(value).lower(), type(None): "null"}
+    return "an empty string" if value == "" else names.get(type(value), "a number")
 
 
 def _check_turns(roles: list[str]) -> None:

@@ -29,6 +29,8 @@ class Media(NamedTuple):
     """Of KINDS."""
     rows: np.ndarray
     """`[n, features]`: n tokens of it."""
+    name: str = ""
+    """The file, as a message names it; none of what came over HTTP."""
 
 
 class Open(Protocol):

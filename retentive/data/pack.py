@@ -383,7 +383,7 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
                 of_answers = of_answers or more.enter_context(open(target.with_suffix(".ans"), "wb"))
                 _write(of_answers, bytes(answers))
                 of_answers_digest.update(bytes(answers))
-            for kind, of_kind in media:
+            for kind, of_kind, _ in media:
                 if kind not in of_media:
                     of_media[kind] = more.enter_context(open(target.with_suffix(f".{kind}"), "wb")), hashlib.sha256()
                 for write in (partial(_write, of_media[kind][0]), of_media[kind][1].update):

@@ -41,7 +41,8 @@ class DataConfig:
     valid_fraction: float = 0.05
     """The part of the documents that is held out; it waits in memory while the rest is written."""
     on_bad_text: Literal["refuse", "skip"] = "refuse"
-    """What to do with documents that are not UTF-8."""
+    """What to do with documents that are not UTF-8, and with conversations that are none or that name pictures and
+    sounds which cannot be opened."""
     field: str = "text"
     """The field or column that holds the text, in .jsonl, .parquet, .json, .csv, .tsv and hf: sources."""
     suffix: tuple[str, ...] = ()

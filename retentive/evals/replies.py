@@ -156,7 +156,9 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
     for stop in template.stop:  # where an answer ends with a text, and no token
         if stop in text:
             text, ended = text.partition(stop)[0], True
-    question, reference = (text_of(message["content"]).strip() for message in asked.messages[-2:])
+    question, reference = (
+        text_of(message["content"], lambda media: f"<{media.name}>").strip() for message in asked.messages[-2:]
+    )
     return Answered(asked.name, question, reference, text.strip(), ended)
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from retentive.files import check_file
 from retentive.models.encoders import RATES, AudioConfig
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")
@@ -51,12 +52,12 @@ def stream_audio(
     except ImportError as error:
         raise ImportError(f"sound needs {error.name}: pip install 'retentive[multimodal]'") from None
     name = "the sound" if isinstance(source, bytes) else str(source)
-    if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError(f"no file at {source}")
+    if isinstance(source, Path):
+        check_file(source)
     try:
         file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name} is no sound of WAV, FLAC or OGG ({error.error_string})") from None
+        raise ValueError(f"{name} is no sound of WAV, FLAC or OGG, or is damaged ({error.error_string})") from None
     with file:
         if file.format not in FORMATS:
             raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
@@ -82,7 +83,7 @@ def stream_audio(
                 heard += len(block)
                 mono = block.mean(1, dtype=np.float32)
                 if not np.isfinite(mono).all():
-                    raise ValueError(f"{name} holds samples that are no numbers")
+                    raise ValueError(f"{name} holds samples that are no numbers, or too large ones")
                 last = heard == file.frames
                 yield from frames.push(resampler.resample_chunk(mono, last=last), last=last)
         except soundfile.LibsndfileError as error:

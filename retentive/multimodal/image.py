@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from retentive.files import check_file
 from retentive.models.encoders import ImageConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -33,8 +34,8 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     except ImportError:
         raise ImportError("pictures need pillow: pip install 'retentive[multimodal]'") from None
     name = "the picture" if isinstance(source, bytes) else str(source)
-    if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError(f"no file at {source}")
+    if isinstance(source, Path):
+        check_file(source)
     raw = source if isinstance(source, bytes) else source.read_bytes()
     # pillow makes 8 bits of 16 in colours, without a word
     if raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24:25] == b"\x10":
@@ -59,6 +60,8 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
     try:
+        if picture.format == "PNG":
+            Image.open(io.BytesIO(raw)).verify()  # its checksums, which `load` does not look at
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
         clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info

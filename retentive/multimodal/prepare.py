@@ -25,6 +25,8 @@ HEARD = ("rate", "mels", "window", "hop", "stack")
 """The fields of encoders' configs that say how files become rows; the others are the model's."""
 NEEDS = {"image": ("PIL",), "audio": ("soundfile", "soxr")}
 """What opens files of a kind (extra `multimodal`)."""
+NO_ENCODER = "the model has no encoder for {0}: it was trained without any (retentive data --{0} makes data for one)"
+"""What is said to a model that takes none of a kind."""
 UNSAID = "it holds {0}, and nothing says how that becomes tokens (retentive data --{0})"
 """What is said of a kind that is to be packed and has no fields."""
 
@@ -36,7 +38,7 @@ class Opener:
         missing: what is said of a kind that none of them is of.
     """
 
-    def __init__(self, configs: Mapping[str, Config], missing: str = "the model has no encoder for {0}"):
+    def __init__(self, configs: Mapping[str, Config], missing: str = NO_ENCODER):
         self.configs, self.missing = configs, missing
 
     @classmethod
@@ -45,11 +47,9 @@ class Opener:
         return cls({kind: encoder.config for kind, encoder in encoders_of(model).items()})
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
-        if not name:
-            raise ValueError(f"a part of type {kind} names no file")
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
-        return self.rows(kind, folder / name)
+        return self.rows(kind, folder / name)._replace(name=name)
 
     def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
         """It in parts: of a sound some seconds each, so that hours of it take no more memory."""

@@ -388,7 +388,7 @@ def test_without_memory(refused, monkeypatch):
 SFT = {
     "no-answers": (
         {"messages": [{"role": "user", "content": "a"}]},
-        "chats.jsonl:1 is no conversation: nobody answers",
+        "chats.jsonl:1 cannot be taken: nobody answers",
     ),
     "order": (
         {"messages": [{"role": "assistant", "content": "a"}]},

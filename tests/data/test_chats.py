@@ -53,7 +53,7 @@ def test_a_system_message_comes_first():
 
 
 BAD = {
-    "a list": ([SAID], "expected an object, got list"),
+    "a list": ([SAID], "expected an object, got a list"),
     "text": ({"text": "Hi", "id": 1}, "expected messages, conversations, or prompt and completion, got text, id"),
     "nothing": ({}, "got no field"),
     "no list": ({"messages": "Hi"}, "messages must be a list of objects"),
@@ -69,14 +69,30 @@ BAD = {
     ),
     "a film": (
         {"messages": [turn("user", [{"type": "video", "video": "a.mp4"}])]},
-        "the file of an image or audio, got a part of type 'video'",
+        'message 1: expected text, or a file as {"type": "image", "image": FILE} or',
     ),
     "a part without a type": (
         {"messages": [turn("user", [{"image": "a.png"}])]},
-        "message 1: each part of its content must be an object with a type",
+        "message 1: each part of its content must be an object with a type, got an object",
     ),
-    "a number": ({"prompt": 3, "completion": "4"}, "message 1: its content must be text, got a value of type int"),
-    "null content": ({"messages": [turn("user", None), *SAID[1:]]}, "message 1: its content must be text, got null"),
+    "a part alone": (
+        {"messages": [turn("user", {"type": "image", "image": "a.png"})]},
+        "message 1: its content must be text or a list of parts, got an object",
+    ),
+    "a part of a text that is a number": (
+        {"messages": [turn("user", [{"type": "text", "text": 1.5}])]},
+        "message 1: a part of type 'text' must name its text as 'text', got a number",
+    ),
+    "a picture without a name": (
+        {"messages": [turn("user", [{"type": "image", "image": ""}])]},
+        "message 1: a part of type 'image' must name its file as 'image', got an empty string",
+    ),
+    "a number": (
+        {"prompt": 3, "completion": "4"},
+        "message 1: its content must be text or a list of parts, got a number",
+    ),
+    "null content": ({"messages": [turn("user", None), *SAID[1:]]}, "must be text or a list of parts, got null"),
+    "a truth": ([True][0], "expected an object, got true"),
     "null": ({"prompt": "Hi", "completion": None}, "or prompt and completion, got prompt, completion (null)"),
     "half a pair": ({"prompt": "a \ud83d", "completion": "b"}, "message 1, by user, holds half of a surrogate pair"),
     "no answer": ({"messages": SAID[:1]}, "nobody answers in it"),
@@ -98,11 +114,14 @@ def lines(path, *values) -> str:
 
 def test_the_line_is_named_or_skipped(tmp_path, refuses):
     file = lines(tmp_path / "a.jsonl", {"messages": SAID}, {"messages": SAID[1:]}, {"prompt": "a", "completion": "b"})
-    with refuses(f"{file}:2 is no conversation: message 1 is by the assistant"):
+    with refuses(f"{file}:2 cannot be taken: message 1 is by the assistant"):
         list(chats(file))
     said: list[str] = []
     found = list(chats(file, on_bad_text="skip", say=said.append))
-    assert [each.name for each in found] == ["a.jsonl:1", "a.jsonl:3"] and "skipped 1 that are no" in said[0]
+    assert [each.name for each in found] == ["a.jsonl:1", "a.jsonl:3"]
+    assert said == [
+        f"{file}: skipped 1 conversations, the first is {file}:2: message 1 is by the assistant, expected the user"
+    ]
     with refuses(f"{file}:2 is not JSON"):
         list(chats(lines(tmp_path / "a.jsonl", {"messages": SAID}, '{"messages": \n')))
     with refuses("no conversations in"):

@@ -158,7 +158,7 @@ def test_what_cannot_be_asked(place, refuses, monkeypatch):
     with refuses("task summarisation needs summarisation.jsonl: no such file", FileNotFoundError):
         score_replies(model, template, ["summarisation"], place.relative_to(place))
     (place / "answers.jsonl").write_text('{"prompt": "a", "completion": " "}\n')
-    with refuses("answers.jsonl:1 is no conversation: message 2, by assistant, is empty"):
+    with refuses("answers.jsonl:1 cannot be taken: message 2, by assistant, is empty"):
         score_replies(model, template, ["answers"], place)
     monkeypatch.setattr(replies, "find_spec", lambda name: None)
     with refuses("translation is scored by sacrebleu: pip install 'retentive[eval]'", ImportError):

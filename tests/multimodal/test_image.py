@@ -84,6 +84,11 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + data + chunk(b"IEND", b"")
 
 
+def changed(raw: bytes, at: int) -> bytes:
+    """It with one byte that is another."""
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
 def test_what_is_refused(tmp_path, refuses, monkeypatch):
     picture = Image.new("L", (8, 8))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
@@ -93,6 +98,7 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
         (encoded(picture, "BMP"), "is no picture of PNG, JPEG, WEBP"),
         (b"", "is no picture of"),
         (encoded(noise)[:2000], "the picture is damaged"),
+        (changed(encoded(noise), 3000), "the picture is damaged"),
         (encoded(noise, "JPEG")[:900], "the picture is damaged"),
         (moving, "moves, it has 2 frames: give one of them"),
         (encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "the picture has 16 bits a colour: save it with 8"),

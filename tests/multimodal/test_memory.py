@@ -97,7 +97,7 @@ def test_what_is_refused(place, capsys):
     for command, why in (
         (["a.png", "c.txt"], "c.txt is no picture or sound: a memory is of these, or of text"),
         (["none.wav"], "none.wav"),
-        (["b.wav", "--separate"], "a memory of pictures and sounds begins anew: leave out --memory and --separate"),
+        (["b.wav", "--separate"], "begins anew, with all of them: leave out --memory and --separate"),
     ):
         with pytest.raises(SystemExit):
             main(["memory", "write", "run", *command, "--out", "m.safetensors"])

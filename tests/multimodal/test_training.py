@@ -266,6 +266,7 @@ def test_what_is_refused(place, refuses):
     for changes, why in (
         ({"image.size": 9}, "--set image.size: the data decide it"),
         ({"image.colour": 9}, "--set image.colour: it has dim, heads, layers"),
+        ({"image.layers": -1}, "--set image.…: layers must be at least 0, got -1"),
         ({"video.dim": 9}, "--set video.…: data holds nothing of that kind"),
     ):
         with refuses(why):
@@ -275,16 +276,20 @@ def test_what_is_refused(place, refuses):
         prepare("train.jsonl", "new", image={"width": 3})
     with refuses("--image layers: it is the model's (retentive train --set)"):
         prepare("train.jsonl", "new", image={"layers": 3})
-    with refuses("train.jsonl:1 is no conversation: it holds audio, and nothing says how that becomes tokens"):
+    with refuses("train.jsonl:1 cannot be taken: it holds audio, and nothing says how that becomes tokens"):
         prepare("train.jsonl", "new", image=IMAGE, tokenizer="bytes")
     (place / "files/3.png").unlink()
-    with refuses("train.jsonl:4 is no conversation: "):
+    with refuses("train.jsonl:4 cannot be taken: "):
         prepare("train.jsonl", "new", image=IMAGE, audio=AUDIO, tokenizer="bytes")
     (place / "far.jsonl").write_text(json.dumps({"messages": [
         {"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]},
         {"role": "assistant", "content": "no"}]}))  # fmt: skip
     with refuses("image 'https://example.org/a.png' is no file: download it"):
         prepare("far.jsonl", "new", image=IMAGE, tokenizer="bytes")
+    beside = {"conversations": [{"from": "human", "value": "<image>\nDark?"}, {"from": "gpt", "value": "no"}]}
+    (place / "beside.jsonl").write_text(json.dumps({**beside, "image": "files/1.png"}))
+    with refuses('\'image\' stands beside what is said: put {"type": "image", "image": FILE} into'):
+        prepare("beside.jsonl", "new", image=IMAGE, tokenizer="bytes")
     assert not (place / "new").exists()
 
 
@@ -301,7 +306,7 @@ def test_it_is_judged_by_what_it_answers(place, monkeypatch):
     found = evaluate("run", "answers", ".", max_tokens=9)
     scores = {row["metric"]: row["value"] for row in found.rows}
     assert scores.pop("loss") < 0.3 and scores == {"exact": 1.0, "ended": 1.0}
-    assert len(read) == len(lines) and found.records[0]["question"] == "Dark?"
+    assert len(read) == len(lines) and found.records[0]["question"] == "<files/64.png>Dark?"
     with pytest.raises(ValueError, match="pictures and sound are read whole"):
         evaluate("run", "answers", ".", max_length=9)
 
@@ -315,6 +320,10 @@ def test_a_question_on_the_command_line(place, capsys):
         assert capsys.readouterr().out == f"{name}\n"
     for wrong, why in (
         (["files/none.png"], "no file at files/none.png"),
+        (["files"], "files is no file"),
+        ([], "--image names no file"),
+        (["https://example.org/a.png"], "image 'https://example.org/a.png' is no file: download it"),
+        (["\x1b[31mred.png"], "no file at \\x1b[31mred.png"),
         (["train.jsonl"], "train.jsonl is no picture of PNG, JPEG, WEBP"),
         (["files/64.png", "--beams", "2"], "--beams, --lookup and --draft are for text alone"),
         (["files/64.png", "--image", "files/65.png"], "--image stands twice: give all its values after one --image"),
@@ -332,11 +341,17 @@ def test_a_question_on_the_command_line(place, capsys):
 def test_on_the_command_line(place, capsys):
     main(["data", "train.jsonl", "--valid", "valid.jsonl", "--chats", "--tokenizer", "bytes", "--out", "data",
           "--image", "size=8", "patch=4", "channels=1", "--audio", "rate=8000", "mels=8", "stack=2"])  # fmt: skip
-    assert "next: retentive train --data data --size 5m --out runs/mine --mode whole" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "next: retentive train --data data --size 5m --out runs/mine --mode whole" in shown
+    heading, *splits = [line.split() for line in shown.splitlines()[2:5]]
+    counts = [dict(zip(heading[:5], split, strict=False)) for split in splits]  # then "7.2 kB", which is two
+    assert [(each["pictures"], each["sound"]) for each in counts] == [("64", "0:00:02"), ("16", "0:00:00")]
     main(["train", "--data", "data", "--out", "run", "--size", "1m", "--set", "dim=32", "layers=1", "heads=1",
           "image.layers=1", "image.dim=16", "audio.dim=16", "--mode", "whole", "--batch", "2", "--length", "128",
           "--steps", "2", "--warmup", "1", "--sample-every", "2", "--precision", "fp32"])  # fmt: skip
-    assert "User: Dark?\n    Assistant:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "User: Dark?\n    Assistant:" in said and " 0.0 M parameters and 0.0 M of encoders, " in said
+    assert "steps on cpu" in said and ", fp32\n" in said
     assert Packed("data").media["image"] == {
         "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",
     }  # fmt: skip
@@ -344,10 +359,10 @@ def test_on_the_command_line(place, capsys):
     main(["info", "run"])
     shown = capsys.readouterr().out
     assert "image: 4 tokens of a picture, 8 x 8 grey, patches of 4; an encoder of " in shown
-    assert "audio: 50 tokens of a second of sound, 8,000 Hz, 8 bands; an encoder of 392 parameters" in shown
+    assert "audio: 50 tokens of a second of sound, 8,000 Hz, 8 bands; an encoder of 392 parameters more, " in shown
 
 
 def test_who_cannot_see_says_so(place, capsys):
     with pytest.raises(SystemExit):
         main(["data", "train.jsonl", "--chats", "--tokenizer", "bytes", "--out", "data"])
-    assert "train.jsonl:1 is no conversation: message 1 holds image: say how" in capsys.readouterr().err
+    assert "train.jsonl:1 cannot be taken: message 1 holds image: say how" in capsys.readouterr().err
