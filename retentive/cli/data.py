@@ -116,7 +116,8 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     """Print what was packed, and what to do next."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     senses = {kind: of_rows(kind, how) for kind, how in (meta.media or {}).items()}
-    for heading in ("split", "documents", "tokens", *(HEADINGS[kind] for kind in senses), "text", "bytes/token", "shards"):
+    seen = [HEADINGS[kind] for kind in senses]
+    for heading in ("split", "documents", "tokens", *seen, "text", "bytes/token", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in meta.splits.items():
         rows = {kind: sum((shard.rows or {}).get(kind, 0) for shard in split.shards) for kind in senses}
