@@ -30,19 +30,22 @@ def seed():
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`once(name, make)`: a file that `make(file)` wrote, for all workers: the first to ask makes it, others wait."""
+    """`once(name, make)`: a file or folder that `make(path)` wrote, for all workers: the first to ask makes it, others
+    wait. What fails is not kept: the next to ask tries again."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # a worker's own folder lies in that of the run
 
-    def file(name: str, make: Callable[[Path], None]) -> Path:
+    def path(name: str, make: Callable[[Path], None]) -> Path:
         made = root / name
         with FileLock(f"{made}.lock"):
             if not made.exists():
-                make(made)
+                part = tmp_path_factory.mktemp("once") / name
+                make(part)
+                part.rename(made)
         return made
 
-    return file
+    return path
 
 
 @pytest.fixture

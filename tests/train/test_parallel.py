@@ -73,9 +73,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(packed, tmp_path_factory) -> Path:
-    """All runs of one, two and four processes, done once."""
-    out, data = tmp_path_factory.mktemp("runs"), str(packed)
+def runs(packed, once) -> Path:
+    """All runs of one, two and four processes, done once: they take the cores by themselves."""
+    return once("runs", lambda out: train_all(str(packed), out))
+
+
+def train_all(data: str, out: Path) -> None:
+    out.mkdir()
     jobs, larger = [], []
     for model in MODELS:
         # 4 x 63 tokens cut in two: the border lies inside of a document, and of a row
@@ -112,7 +116,6 @@ def runs(packed, tmp_path_factory) -> Path:
     for mesh, stop in (("tp2", 3), ("one", 5), ("dp2", -1)):
         jobs.append(replace(divided(carry, mesh), name="carry-resumed", stop=stop, resume=stop != 3))
     ranks({2: jobs, 4: larger}, out)
-    return out
 
 
 def divided(job: Job, mesh: str) -> Job:
