@@ -74,11 +74,12 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(packed, once) -> Path:
-    """All runs of one, two and four processes, done once: they take the cores by themselves."""
+    """The folder of all runs, for all workers: they take the cores by themselves."""
     return once("runs", lambda out: train_all(str(packed), out))
 
 
 def train_all(data: str, out: Path) -> None:
+    """All runs of one, two and four processes."""
     out.mkdir()
     jobs, larger = [], []
     for model in MODELS:
