@@ -52,9 +52,9 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def programs(once):
-    """`programs(target)`: the command that runs logits.c there, built once for all workers."""
+    """`programs(target, sources)`: the command that runs these there (logits.c), built once for all workers."""
 
-    def program(target):
+    def program(target, sources=(HERE / "logits.c", FOLDER / "retentive.c")):
         compiler, flags, link, run = TARGETS[target]
         missing = [name for name in [compiler[0], *run[:1]] if not shutil.which(name)]
         if target in CROSS and not find_spec("ziglang"):
@@ -63,13 +63,12 @@ def programs(once):
             pytest.skip(f"needs {missing[0]}")
 
         def make(file):
-            sources = (FOLDER / "retentive.c", HERE / "logits.c")
             objects = [f"{file}.{source.stem}.o" for source in sources]
             for source, made in zip(sources, objects, strict=True):
                 subprocess.run([*compiler, *FLAGS, *flags, *INCLUDE, "-c", source, "-o", made], check=True)
             subprocess.run([*compiler, *FLAGS, *objects, "-o", str(file), *link], check=True)
 
-        return [*run, str(once(f"logits-{target}", make))]
+        return [*run, str(once(f"{sources[0].stem}-{target}", make))]
 
     return program
 
@@ -101,6 +100,12 @@ def folder_of(name, path, tokenizer):
         model = model.bfloat16()
     save_model(path, model, tokenizer)
     return load(path)[0]
+
+
+@pytest.mark.parametrize("target", ["native", pytest.param("aarch64", marks=pytest.mark.slow)])
+def test_threads_that_meet_when_it_is_least_convenient_go_on(target, programs):
+    done = subprocess.run(programs(target, (HERE / "pool.c",)), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "400 20000\n"
 
 
 @pytest.mark.slow

@@ -1,14 +1,8 @@
-"""How many threads a call is given, with times that the test makes up; and how these meet."""
-
-import shutil
-import subprocess
-from pathlib import Path
+"""How many threads a call is given, with times that the test makes up."""
 
 import pytest
 
-from retentive.native.library import FOLDER, OPS
 from retentive.native.threads import Pace
-from retentive.ops.compiler import FLAGS, LINK
 
 
 def chosen(pace, seconds, now, calls=400, apart=0.01):
@@ -59,12 +53,3 @@ def test_a_single_stall_is_forgotten_soon():
     pace = Pace(2)
     found = chosen(pace, lambda threads, now: 50.0 if now == 2.0 else 1 / threads, 0.0)
     assert share(found[201:], 1) < 0.1
-
-
-@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
-def test_a_thread_that_is_put_off_at_a_barrier_holds_up_nobody_for_ever(tmp_path):
-    program = tmp_path / "pool"
-    source = Path(__file__).with_name("pool.c")
-    command = ["gcc", *FLAGS, f"-I{FOLDER}", f"-I{OPS}", str(source), "-o", str(program), *LINK]
-    subprocess.run(command, check=True)
-    assert subprocess.run([str(program)], capture_output=True, check=True, timeout=60).stdout == b"400\n"

@@ -152,8 +152,10 @@ static void wait_for_change(Pool *p, atomic_llong *number, long long was) {
     if (!changes_soon(number, was)) sleep_until_change(p, number, was);
 }
 
+/* An exchange, although a store would do: qemu lets a store be seen after the load that follows it, and a thread that
+   falls asleep just then would not be woken. On x86 both are the same instruction. */
 static void tell_change(Pool *p, atomic_llong *number, long long now) {
-    atomic_store(number, now);
+    atomic_exchange(number, now);
     if (atomic_load(&p->sleepers)) wake(p, number);
 }
 

@@ -104,7 +104,7 @@ INLINE void put_ordered(i64 kind, int digits, const int16_t *from, i64 n, i64 ap
             int16_t x = from[k + place], least = (int16_t)((x + 128 & 255) - 128);
             i64 at = k + (digits == 1 ? place % half * 2 + place / half : kind == INT4 ? place % 2 * 4 + place / 2 : place);
             if (digits == 1) to[at] = x;
-            else high[at] = (int8_t)(x - least >> 8), low[at] = (int8_t)least;
+            else high[at] = (int8_t)((x - least) >> 8), low[at] = (int8_t)least;
         }
 }
 
