@@ -181,16 +181,19 @@ def media() -> str:
     """Digits that were written and that were spoken, RetNet's figures before the twin's."""
     digits = result("seen-digits-1m", EPYC)["rows"]
 
-    def right(model: str) -> str:
+    def right(model: str, digits: list[dict[str, Any]] = digits) -> str:
         rows = [row(digits, model=model + seed, task="answers:test", metric="exact") for seed in SEEDS]
         return ", ".join(f"{100 * r['value']:.1f}" for r in rows)
+
+    slower = right("twin", result("seen-digits-half-rate-1m", ZEN4)["rows"])
 
     def wrong(model: str, task: str | None = None) -> str:
         return ", ".join(f"{100 * mean(r['value'] for r in rows):.1f}" for rows in heard(model, list(SPEAKERS), task))
 
     return (
         f"RetNet and twin by seed, at a rate that was chosen with RetNet: {right('retnet')} and {right('twin')} % of "
-        "handwritten digits are right ([see](docs/see.md#what-was-measured)). Of spoken ones "
+        f"handwritten digits are right, and {slower} with the twin at half of it "
+        "([see](docs/see.md#what-was-measured)). Of spoken ones "
         f"{wrong('retnet')} and {wrong('twin')} % are wrong when a speaker is held out, means of all {len(SPEAKERS)}, "
         f"and {wrong('retnet', 'turns50')} and {wrong('twin', 'turns50')} % of the last of fifty in turns, after "
         "training on five at most ([listen](docs/listen.md#what-was-measured))."
