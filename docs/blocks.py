@@ -58,6 +58,12 @@ def decoding(context: int, batch: int) -> dict[str, Any]:
     return row(result("decode-130m", XEON)["rows"], context=context, batch=batch)["models"]
 
 
+def by_seed(rows: list[dict[str, Any]], model: str, task: str, metric: str) -> str:
+    """What the trainings of a model with one seed after the other are at, in percent."""
+    of_seeds = (row(rows, model=model + seed, task=task, metric=metric) for seed in SEEDS)
+    return ", ".join(f"{100 * r['value']:.1f}" for r in of_seeds)
+
+
 def heard(model: str, speakers: Sequence[str], task: str | None = None) -> list[list[dict[str, Any]]]:
     """Rows of wrong words by seed, one of each speaker held out: of what he said, or of another task of that model."""
 
@@ -179,21 +185,18 @@ def elsewhere() -> str:
 
 def media() -> str:
     """Digits that were written and that were spoken, RetNet's figures before the twin's."""
-    digits = result("seen-digits-1m", EPYC)["rows"]
+    digits, slower = result("seen-digits-1m", EPYC)["rows"], result("seen-digits-half-rate-1m", ZEN4)["rows"]
 
-    def right(model: str, digits: list[dict[str, Any]] = digits) -> str:
-        rows = [row(digits, model=model + seed, task="answers:test", metric="exact") for seed in SEEDS]
-        return ", ".join(f"{100 * r['value']:.1f}" for r in rows)
-
-    slower = right("twin", result("seen-digits-half-rate-1m", ZEN4)["rows"])
+    def right(rows: list[dict[str, Any]], model: str) -> str:
+        return by_seed(rows, model, "answers:test", "exact")
 
     def wrong(model: str, task: str | None = None) -> str:
         return ", ".join(f"{100 * mean(r['value'] for r in rows):.1f}" for rows in heard(model, list(SPEAKERS), task))
 
     return (
-        f"RetNet and twin by seed, at a rate that was chosen with RetNet: {right('retnet')} and {right('twin')} % of "
-        f"handwritten digits are right, and {slower} with the twin at half of it "
-        "([see](docs/see.md#what-was-measured)). Of spoken ones "
+        f"RetNet and twin by seed, at a rate that was chosen with RetNet: {right(digits, 'retnet')} and "
+        f"{right(digits, 'twin')} % of handwritten digits are right, and {right(slower, 'twin')} with the twin at half "
+        "of it ([see](docs/see.md#what-was-measured)). Of spoken ones "
         f"{wrong('retnet')} and {wrong('twin')} % are wrong when a speaker is held out, means of all {len(SPEAKERS)}, "
         f"and {wrong('retnet', 'turns50')} and {wrong('twin', 'turns50')} % of the last of fifty in turns, after "
         "training on five at most ([listen](docs/listen.md#what-was-measured))."

@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from blocks import EPYC, SEEDS, SPEAKERS, ZEN4, heard, result, row, table
+from blocks import EPYC, SEEDS, SPEAKERS, ZEN4, by_seed, heard, result, row, table
 
 
 def seen(what: str, head: str, asked: dict[tuple[str, str], str], digits: int) -> str:
@@ -43,8 +43,7 @@ def seen_rate() -> str:
     rows = result("seen-digits-half-rate-1m", ZEN4)["rows"]
 
     def right(task: str) -> str:
-        found = (row(rows, model="twin" + seed, task=f"answers:{task}", metric="exact") for seed in SEEDS)
-        return ", ".join(f"{100 * r['value']:.1f}" for r in found)
+        return by_seed(rows, "twin", f"answers:{task}", "exact")
 
     def learnt(seed: str) -> int:
         places = (row(rows, model="twin" + seed, task=f"answers:row16-{k}", metric="exact") for k in range(1, 17))
@@ -101,8 +100,7 @@ def heard_rate() -> str:
     rows = result("heard-lucas-half-rate-1m", ZEN4)["rows"]
 
     def wrong(model: str, task: str) -> str:
-        found = (row(rows, model=model + seed, task=f"transcription:{task}", metric="wer") for seed in SEEDS)
-        return ", ".join(f"{100 * r['value']:.1f}" for r in found)
+        return by_seed(rows, model, f"transcription:{task}", "wer")
 
     return (
         "The rate of the recipe, the same for both, was chosen with RetNet. At half of it (`--lr 2e-3`), with lucas "
