@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
@@ -29,11 +29,17 @@ def part(path: Path) -> dict:
     return {"type": "input_audio", "input_audio": {"data": data, "format": path.suffix.lower().lstrip(".")}}
 
 
+if len(sys.argv) < 2:
+    sys.exit("usage: openai_media.py [FILE ...] QUESTION")
 *files, question = sys.argv[1:]
-answer = client.chat.completions.create(
-    model=client.models.list().data[0].id,
-    messages=[{"role": "user", "content": [*(part(Path(file)) for file in files), {"type": "text", "text": question}]}],
-    max_tokens=200,
-    temperature=0,
-)
+try:
+    content = [*(part(Path(file)) for file in files), {"type": "text", "text": question}]
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": content}],
+        max_tokens=200,
+        temperature=0,
+    )
+except (OSError, OpenAIError) as error:  # no such file; no server, or one that refuses
+    sys.exit(f"openai_media.py: {error}")
 print(answer.choices[0].message.content)
