@@ -38,7 +38,7 @@ from retentive.cli import train as training
 from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
-from retentive.models import PRESETS, RetNetConfig, cost
+from retentive.models import PRESETS, cost
 from retentive.models.config import Size
 from retentive.ops import backends
 from retentive.serve.options import Options
@@ -314,7 +314,7 @@ def test_set_changes_the_config(name):
     given, want = SETS[name]
     config = TrainRun(Path("d"), Path("o"), size="1m", set=training.read_changes(given)).config(99)
     assert {key: getattr(config, key) for key in want} == want
-    assert config.vocab_size == 99 and isinstance(config, RetNetConfig)
+    assert config.vocab_size == 99 and config.kinds[0] == "retention"
 
 
 def test_the_twin_is_that_of_the_changed_retnet():
@@ -333,7 +333,7 @@ def test_training_a_twin_and_telling_of_it(place, train, capsys):
 def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["info", size, "--vocab-size", "1000"])
-    config = retentive.models.preset(size, vocab_size=1000)
+    config = retentive.models.retnet(size, vocab_size=1000)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{cost.parameters(config):,} parameters" in shown
     assert f"retention on this machine's CPU: {backends.describe()}" in shown

@@ -16,14 +16,14 @@ from retentive.data.prepare import prepare
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import heldout
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.ops.cross_entropy import IGNORE
 
 TRAIN = ["the cat sat on the mat. " * 40, "a dog ran. " * 30]
 VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3, "le café noir " * 9]
 EOS = 256
 IDS = [id for text in VALID for id in [*text.encode(), EOS]]
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 # float64 has 53 bits, 1e-16: hundreds of losses of two layers each, summed in another order, cost thousands of that
 EXACT = 1e-12
 
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_whole_characters(data, model):
 
 def test_it_disturbs_nothing(data):
     """Neither dropout nor the random numbers, the gradients or the mode of a model that is being trained."""
-    model = build(RetNetConfig(dim=32, layers=1, heads=2, dropout=0.5)).eval()
+    model = build(retnet(dim=32, layers=1, heads=2, dropout=0.5)).eval()
     want = heldout.held_out_loss(model, data, length=64)
     assert not model.training
     model.train()
