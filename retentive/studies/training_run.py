@@ -1,10 +1,7 @@
 """The report of a training run: its curve, held-out bits per byte beside two yardsticks, and its samples of text."""
 
 import json
-import lzma
-import math
 import statistics
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +13,9 @@ from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
 from retentive.bench.lab.tables import markdown
 from retentive.data.packed import Packed
+from retentive.evals.heldout import YARDSTICKS, yardsticks
 from retentive.train.log import read_metrics
 
-YARDSTICKS = ("order-0 entropy", "xz -9")
 PICTURE = "The training run {run}"
 
 
@@ -35,14 +32,6 @@ class Options:
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `report`, of the run that the options name."""
     return report(options.run, Packed(options.data))
-
-
-def yardsticks(data: Packed) -> dict[str, float]:
-    """Bits per byte of the held-out text by its bytes' frequencies alone and by xz at its strongest; its length."""
-    raw = "".join(data.tokenizer.decode(b.ids[0].tolist()) for b in data.held_out(length=1 << 20)).encode()
-    counts = Counter(raw)
-    entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
-    return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}
 
 
 def report(run: Path, data: Packed) -> dict[str, Any]:
