@@ -50,6 +50,7 @@ def test_the_file_holds_the_command_and_the_picture_is_beside_it(made_up, tmp_pa
         "command": f"retentive bench step --shapes small --device cpu --json {out}",
         "hardware": HARDWARE,
         "device": "cpu",
+        "table": "a table of cpu",
     }
     assert out.with_suffix(".png").read_text(encoding="utf-8") == "A decoding step on a CPU, 2 threads"
     assert sorted(path.name for path in out.parent.iterdir()) == ["step.json", "step.png"]
