@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retentive import compare
 from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
 from retentive.models import PEERS
-from retentive.studies import compare
 
 Result = dict[str, Any]
 
