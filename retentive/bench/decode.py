@@ -26,10 +26,10 @@ from retentive.bench.lab import clock, llamacpp, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.bench.step import ring_bytes
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
 from retentive.models import RetNetConfig, TransformerConfig, cost, twin
+from retentive.ops.ring import slots
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
@@ -187,6 +187,13 @@ class Rival:
             heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
             return weights + c.layers * ring_bytes(batch, *heads, self.dtype.itemsize)
         return weights + self.remembers(batch, context)
+
+
+def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
+    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
+    fold = slots(K, V) // 2
+    rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
+    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
 class Llama(Rival):

@@ -24,12 +24,13 @@ from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
+from retentive.evals import heldout
 from retentive.files import make_folder, write_json
 from retentive.models import LanguageModel, build, retnet, twin
 from retentive.native import with_engine
 from retentive.ops import using
-from retentive.studies import training_run
 from retentive.train import Interrupted, TrainConfig, TrainRun
+from retentive.train.log import read_metrics
 from retentive.train.samples import sample_text
 
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
@@ -179,11 +180,12 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
 
 def yardsticks(console: Console, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
-    result = training_run.report(out, Packed(data))
-    figures = training_run.bits_per_byte(result)
+    marks = heldout.yardsticks(Packed(data))
+    final = next(r["final_bits_per_byte"] for r in reversed(read_metrics(out)) if "final_bits_per_byte" in r)
+    figures = {name: marks[name] for name in heldout.YARDSTICKS} | {"this model": final}
     for name, value in figures.items():
         console.print(f"  {name:<26}{value:6.3f}")
-    write_json(out / "held_out.json", {**figures, "bytes": result["yardsticks"]["bytes"]})
+    write_json(out / "held_out.json", {**figures, "bytes": marks["bytes"]})
 
 
 @torch.inference_mode()

@@ -197,3 +197,12 @@ def test_of_conversations_the_answers_count(model, tmp_path, same):
         found = heldout.held_out_loss(model, data, length=16, carry=carry)
         assert found.tokens == len(wanted) and abs(found.loss - np.mean(wanted)) < EXACT * 100
         assert found.bytes == sum(len(each["completion"].strip()) + 1 for each in said)
+
+
+def test_yardsticks_of_a_text_that_is_known(tmp_path):
+    """800 bytes of eight kinds, 100 each, and the two bytes of an é."""
+    got = heldout.yardsticks(packed(tmp_path / "data", ["text"], ["abcdefgh" * 100, "é"]))
+    p = [100 / 802] * 8 + [1 / 802] * 2
+    assert got["bytes"] == 802
+    assert got["order-0 entropy"] == pytest.approx(-sum(x * math.log2(x) for x in p))
+    assert 0 < got["xz -9"] < 1.5, "xz sees the order; its own header is 60 bytes, 0.6 bits a byte here"

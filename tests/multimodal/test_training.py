@@ -22,6 +22,7 @@ from retentive.checkpoint import load, save_model
 from retentive.checkpoint.io import load_encoders
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
+from retentive.compare.comparison import Comparison
 from retentive.data.chats import chats
 from retentive.data.packed import Packed
 from retentive.data.templates import load_template
@@ -33,7 +34,6 @@ from retentive.infer import batch
 from retentive.infer.media import rows_of
 from retentive.models.encoders import hidden
 from retentive.multimodal import Opener, open_audio, open_image, prepare
-from retentive.studies.compare.comparison import Comparison
 from retentive.train import SftRun, TrainConfig, TrainRun
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
