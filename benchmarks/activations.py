@@ -19,7 +19,7 @@ from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.data.packed import Packed
 from retentive.machine import pick_device
-from retentive.models import LanguageModel, RetentionState
+from retentive.models import LanguageModel, RetentionMemory
 
 PICTURE = None
 OF_LAYERS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
@@ -102,9 +102,7 @@ def activations(
         for ids in rows:
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 _, state = model.hidden(ids)
-            retained = getattr(state, "retention", state)  # a hybrid's are beside its cache
-            if isinstance(retained, RetentionState):
-                states += [x.abs().max() for x in retained.tensors()]
+            states += [m.tensor().abs().max() for m in state.memories if isinstance(m, RetentionMemory)]
     finally:
         for hook in hooks:
             hook.remove()

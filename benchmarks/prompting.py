@@ -40,7 +40,7 @@ from retentive.evals.stats import mean_interval
 from retentive.infer.memory import Memory, blank
 from retentive.infer.merge import chain, chain_errors, keep_size, merge
 from retentive.infer.reading import ingest
-from retentive.models import ARCHITECTURES, RetNet, RetNetConfig, preset
+from retentive.models import ARCHITECTURES, LanguageModel, ModelConfig, build, retnet
 
 GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
 """Values of M."""
@@ -76,7 +76,7 @@ class Options(Files):
 
 
 def learn(
-    config: RetNetConfig,
+    config: ModelConfig,
     tokenizer: Tokenizer,
     families: Sequence[Mapping[str, Sequence[str]]],
     *,
@@ -85,10 +85,10 @@ def learn(
     lr: float = 2e-3,
     seed: int = 0,
     say: Say = silent,
-) -> RetNet:
+) -> LanguageModel:
     """A model trained on `batch` new tasks a step; the loss is that of classes and names, and not of the texts."""
     torch.manual_seed(seed)
-    model = RetNet(config)
+    model = build(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     # 100 steps of warm-up, then a cosine from `lr` down to a twentieth of it
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -144,7 +144,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     if not options.out.exists():
         train_model(options, [known_kinds[0], known_activities[0]], say)
     model, tokenizer = load_with_tokenizer(options.out)
-    if not isinstance(model, RetNet):
+    if not model.keeps_state or model.config.attends:
         raise ValueError(f"{options.out} holds no RetNet, whose states can be merged: choose another --out")
     sets = {
         "kinds of text": known_kinds[1],
@@ -159,13 +159,13 @@ def train_model(options: Options, families: Sequence[Mapping[str, Sequence[str]]
     tokenizer = train_bpe((d.text for d in tasks(families, 3000, seed=1)), 4096)
     # the paper's RetNet but for one head: memories of decays per token cannot be chained, which is studied here
     fields = ARCHITECTURES["retnet-paper"] | {"heads": 4, "decay": short_head(4)}
-    config = preset(options.size, vocab_size=tokenizer.vocab_size, **fields)
+    config = retnet(options.size, vocab_size=tokenizer.vocab_size, **fields)
     save_model(options.out, learn(config, tokenizer, families, steps=options.steps, say=say), tokenizer)
 
 
 @torch.inference_mode()
 def of_model(
-    model: RetNet,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     sets: Mapping[str, Texts],
     *,
@@ -212,7 +212,7 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def episode(
-    model: RetNet, tokenizer: Tokenizer, texts: Texts, groups: Sequence[int], queries: int, rng: random.Random
+    model: LanguageModel, tokenizer: Tokenizer, texts: Texts, groups: Sequence[int], queries: int, rng: random.Random
 ) -> tuple[dict[tuple[str, int], float], list[float]]:
     """({(way, groups): accuracy}, relative error of each layer's state when all groups are chained) for one task."""
     classes = rng.sample(sorted(texts.asked), len(NAMES))
@@ -281,7 +281,7 @@ class Questions:
         return Questions(padded(rows), begin, lengths, torch.tensor([name[0] for name in names]))
 
 
-def score(model: RetNet, memory: Memory, asked: Questions, answers: Tensor) -> float:
+def score(model: LanguageModel, memory: Memory, asked: Questions, answers: Tensor) -> float:
     """The share of questions whose right name is the likeliest.
 
     A name's probability is summed over the classes that may stand before it: sum_c p(c | text) p(name | text, c).

@@ -67,7 +67,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "what": "scoring choices from one state a question",
         "hardware": machine.describe(),
         "rows": rows,
-        "model": type(model).__name__,
+        "model": model.config.name,
         "parameters": cost.parameters(model.config),
     }
 

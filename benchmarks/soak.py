@@ -27,7 +27,7 @@ from retentive.bench.lab.plot import grid
 from retentive.bench.lab.server import server
 from retentive.bench.lab.tables import markdown
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import LanguageModel, RetNetConfig, build
+from retentive.models import LanguageModel, build, retnet
 
 SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
@@ -101,7 +101,7 @@ def tiny(seed: int) -> LanguageModel:
     Else rounding, which differs with the batch that a row is in, would now and then choose another token.
     """
     torch.manual_seed(seed)
-    model = build(RetNetConfig(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()
+    model = build(retnet(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:

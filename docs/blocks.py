@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from retentive.models import cost, preset, twin
+from retentive.models import cost, retnet, twin
 
 ROOT = Path(__file__).resolve().parents[1]
 EPYC, XEON, ZEN4 = "epyc-zen5-2core_202611", "xeon-amx-2core_202611", "epyc-zen4-2core_202611"
@@ -205,7 +205,7 @@ def media() -> str:
 
 def limits() -> str:
     even = result("decode-130m", XEON)["break_even"]
-    paper = preset("paper-1.3b", vocab_size=1)
+    paper = retnet("paper-1.3b", vocab_size=1)
     state = cost.state_bytes(paper)
     tokens = state / cost.cache_bytes(twin(paper), 1, bytes_per_value=2)
     return (

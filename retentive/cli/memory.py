@@ -220,7 +220,8 @@ def described(about: dict[str, Any], path: Path) -> str:
     config, sources = about["config"], about["sources"]
     lines = [
         f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",
-        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({' and '.join(about['kinds'])}), {about['file_bytes'] / 1e6:.2f} MB of file",
+        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({' and '.join(about['kinds'])}), "
+        f"{about['file_bytes'] / 1e6:.2f} MB of file",
         f"  model {about['model']}" + (f", {layers_of(config)} layers, width {config['dim']}" if config else ""),
     ]
     if about["pending"]:

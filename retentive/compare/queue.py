@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Task(NamedTuple):
             check_done(self.folder / RECORD, self.about, self.config)
             return True
         if (self.folder / "config.json").is_file():  # it is under way
-            check_model(self.folder, asdict(load_config(self.folder)[0]), self.config)
+            check_model(self.folder, load_config(self.folder)[0].written(), self.config)
         return False
 
     @property

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retentive.files import make_folder, write_json
-from retentive.models import Config
+from retentive.models import Config, ModelConfig
+from retentive.models.version_1 import version_1
 from retentive.train.config import TrainConfig
 
 RECORD = "compared.json"
@@ -77,15 +78,22 @@ def check_model(folder: Path, found: dict[str, Any], config: Config) -> None:
     """Raises ValueError where a run's model is not what the variant stands for now, apart from its vocabulary.
 
     Args:
-        found: the fields of its config, as they are or as JSON has them.
+        found: its config as JSON has it, or the flat fields that older records have.
     """
-    wanted = json.loads(json.dumps(asdict(config)))
-    for name, value in json.loads(json.dumps(found)).items():
+    wanted = json.loads(json.dumps(_fields(config)))
+    had = _fields(ModelConfig.read(found)) if "blocks" in found else found
+    for name, value in json.loads(json.dumps(had)).items():
         if name != "vocab_size" and wanted.get(name) != value:
             raise ValueError(
                 f"{folder} is of another comparison: its model has {name}={value!r}, this variant "
                 f"{wanted.get(name)!r}: choose another --out, or another name for the variant"
             )
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """The config as one set of fields, as old records have it, where that can be: a field that differs has a name."""
+    described = version_1(config) if isinstance(config, ModelConfig) else None
+    return config.written() if described is None else described[1]
 
 
 def adopt(file: Path, out: Path, names: Collection[str]) -> None:

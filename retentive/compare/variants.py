@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from retentive.models import ARCHITECTURES, Config, PeerConfig, RetNetConfig, config_of, cost, preset
+from retentive.layers import RetentionConfig
+from retentive.models import ARCHITECTURES, Config, ModelConfig, config_of, cost, retnet
 from retentive.ops import decay
 
-Changes = Callable[[RetNetConfig], dict[str, Any]]
-"""From the config of the size's RetNet to the fields that differ."""
+Changes = Callable[[RetentionConfig], dict[str, Any]]
+"""From the retention of the size's RetNet to the fields that differ."""
 
 
 class Variant(NamedTuple):
@@ -28,7 +29,7 @@ class Variant(NamedTuple):
     """What it is trained with, where that differs from the comparison's."""
 
 
-def none(config: RetNetConfig) -> dict[str, Any]:
+def none(config: RetentionConfig) -> dict[str, Any]:
     """No change."""
     return {}
 
@@ -51,7 +52,7 @@ def short_head(heads: int) -> tuple[float, ...]:
     return (-1.0, *decay.values("lm", heads)[1:])
 
 
-def small_heads(config: RetNetConfig) -> dict[str, Any]:
+def small_heads(config: RetentionConfig) -> dict[str, Any]:
     """Four times as many heads, as wide in all."""
     return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
 
@@ -135,13 +136,15 @@ def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
     Args:
         shape: fields that differ from the size's in all variants.
     """
-    base = preset(size, vocab_size=2, **shape)  # no change depends on the vocabulary
-    changed = shape | variant.changes(base)
+    base = retnet(size, vocab_size=2, **shape)  # no change depends on the vocabulary
+    changed = shape | variant.changes(base.all_retention("a comparison"))
     config = config_of(variant.model, size, vocab_size=2, **changed)
-    if isinstance(config, PeerConfig):
+    if not isinstance(config, ModelConfig):
         return changed
-    fitted = cost.fitted(config, cost.block_parameters(base))
-    return changed | ({} if fitted.ffn_dim == config.ffn_dim else {"ffn_dim": fitted.ffn_dim})
+    spare = cost.spare_width(config, cost.block_parameters(base))
+    # of a hybrid, `ffn_dim` is the width beside retention: its other blocks follow from that
+    block = next((b for b in config.blocks if b.mixer.kind == "retention"), config.blocks[0])
+    return changed | ({"ffn_dim": block.ffn.width + spare} if spare else {})
 
 
 def config_of_variant(variant: Variant, size: str, *, vocab_size: int, **shape: Any) -> Config:

@@ -10,7 +10,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def score(comparison: Comparison, run: Run) -> dict[str, Any]:
     size = comparison.batch * comparison.length * comparison.train.accumulate  # tokens of a step
     every = max(1, len(steps) // 100)  # the curve of the training loss has some 100 points, each a mean
     return {
-        "config": asdict(model.config),
+        "config": model.config.written(),
         "parameters": cost.parameters(model.config),
         "block_parameters": cost.block_parameters(model.config),
         "tokens": len(steps) * size,

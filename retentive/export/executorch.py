@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from retentive.checkpoint.quantize import quantization_of
 from retentive.export.retnets import check_plain
-from retentive.layers.config import GATES
 from retentive.layers import RetentionConfig
+from retentive.layers.config import GATES
 from retentive.models import LanguageModel
 from retentive.ops import decay as decays
 from retentive.ops import rotary
@@ -163,7 +163,7 @@ class StepBlock(nn.Module):
     def __init__(self, block: Any, c: RetentionConfig, multiple: int):
         super().__init__()
         layer, H = block.retention, c.heads
-        self.c, self.H, self.K = c, H, layer.K
+        self.c, self.ffn, self.H, self.K = c, block.ffn.config, H, layer.K
         self.V = _filled(layer.V, multiple // math.gcd(multiple, H))  # of a head
         self.F = _filled(block.ffn.config.width, multiple)
         more = (0, 0, 0, self.V - layer.V)
@@ -191,10 +191,10 @@ class StepBlock(nn.Module):
             decay = torch.tensor(c.log_decay(), dtype=torch.float64).exp().float()
             self.register_buffer("decay", decay[:, None, None], persistent=False)
         self.out = _linear(F.pad(layer.out_proj.weight.unflatten(1, (H, -1)), (0, self.V - layer.V)).flatten(1))
-        ffn, more = block.ffn, (0, 0, 0, self.F - c.ffn_dim)
-        enters = [ffn.gate_proj, *([ffn.up_proj] if c.ffn_gate else [])]
+        ffn, more = block.ffn, (0, 0, 0, self.F - self.ffn.width)
+        enters = [ffn.gate_proj, *([ffn.up_proj] if self.ffn.gate else [])]
         self.enters = _linear(torch.cat([F.pad(x.weight, more) for x in enters]))
-        self.down = _linear(F.pad(ffn.down_proj.weight, (0, self.F - c.ffn_dim)))
+        self.down = _linear(F.pad(ffn.down_proj.weight, (0, self.F - self.ffn.width)))
 
     def forward(self, x: Tensor, state: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         c, H, K, V = self.c, self.H, self.K, self.V
@@ -207,8 +207,8 @@ class StepBlock(nn.Module):
         o = (o if self.head_norm is None else self.head_norm(o)).reshape(1, H * V)
         x = x + self.out(GATES[c.gate_activation](g) * o if c.gate else o)
         z = self.enters(self.ffn_norm(x))
-        act = F.gelu if c.activation == "gelu" else F.silu
-        y = act(z[:, : self.F]) * z[:, self.F :] if c.ffn_gate else act(z)
+        act = F.gelu if self.ffn.activation == "gelu" else F.silu
+        y = act(z[:, : self.F]) * z[:, self.F :] if self.ffn.gate else act(z)
         return x + self.down(y), state
 
     def feature(self, x: Tensor, which: str, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ as they are stored, in blocks of a group: nothing is rounded again.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from retentive.export.onnx_run import FORMAT
 from retentive.export.retnets import check_plain
-from retentive.layers.quantized import Quantized
 from retentive.layers import RetentionConfig
+from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel
 from retentive.models.presets import flat
 from retentive.ops import rotary

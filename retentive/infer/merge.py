@@ -127,7 +127,7 @@ def _hashes(memory: Memory) -> list[str]:
 
 
 def _mergeable(memories: Sequence[Memory]) -> tuple[list[RetentionConfig], list[State]]:
-    """(retention of each block, which all share; their states); raises ValueError for memories that cannot be merged."""
+    """(retention of each block, their states); raises ValueError for memories that cannot be merged."""
     if not memories:
         raise ValueError("merging needs at least one memory, got none")
     first, states = memories[0], []

@@ -110,7 +110,8 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """State before the first token, for `batch` sequences. Its shapes are those of the layers as they are now."""
-        memories = [MEMORIES[b.kind].empty(b.mixer.config, batch, self.dtype, self.device) for b in self.blocks]
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        memories = [MEMORIES[m.kind].empty(m.config, batch, self.dtype, self.device) for m in mixers]
         return State(memories, torch.zeros(batch, dtype=torch.int64, device=self.device))
 
     def hidden(

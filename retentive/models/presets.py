@@ -236,8 +236,8 @@ def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
     width = own.pop("ffn_dim", 0)
     _check_width(width)
     block = base.blocks[0]
-    mixer = {f.name: getattr(block.mixer, f.name) for f in fields(AttentionConfig) if f.name != "kv_heads"}
-    mixer = AttentionConfig(**mixer | {ATTENTION[name][0]: value for name, value in own.items()})
+    known = {f.name: getattr(block.mixer, f.name) for f in fields(AttentionConfig) if f.name != "kv_heads"}
+    mixer = AttentionConfig(**known | {ATTENTION[name][0]: value for name, value in own.items()})
     ffn = replace(block.ffn, width=width or block.ffn.width)
     return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers)
 

@@ -20,7 +20,7 @@ OWN_NORMS = ("embed_scale", "embed_norm", "final_norm")
 """Fields of a whole model that its Transformer did not have."""
 
 
-def read_version_1(kind: str, raw: Mapping[str, Any]) -> ModelConfig:
+def read_version_1(kind: Any, raw: Mapping[str, Any]) -> ModelConfig:
     """The config of a "retnet", "transformer" or "hybrid" with these fields.
 
     Raises:

@@ -13,7 +13,7 @@ from benchmarks.prompting_tasks import NAMES, Texts
 from retentive.compare.variants import short_head
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import ARCHITECTURES, RetNetConfig, build
+from retentive.models import ARCHITECTURES, build, retnet
 
 GROUPS = (1, 2, 4)
 
@@ -44,8 +44,8 @@ def test_classes_and_names_count_and_texts_do_not():
 
 
 def test_learning_the_game_lowers_the_loss():
-    config = RetNetConfig(vocab_size=261, dim=32, layers=1, heads=2, **FIXED)
-    assert config.decay[0] == -1 and -0.01 < config.decay[1] < 0
+    config = retnet(vocab_size=261, dim=32, layers=1, heads=2, **FIXED)
+    assert config.retention.decay[0] == -1 and -0.01 < config.retention.decay[1] < 0
     texts, said = {"x": ["a b c d"], "y": ["e f g h"], "z": ["i j k l"], "w": ["m n o p"]}, []
     model = prompting.learn(config, Words(), [texts], steps=100, batch=1, lr=2e-2, say=said.append)
     losses = [float(line.split()[-1]) for line in said]
@@ -75,7 +75,7 @@ def test_the_model_is_trained_once_and_then_read(tmp_path, monkeypatch):
 
 @pytest.fixture
 def result():
-    model = build(RetNetConfig(vocab_size=261, dim=32, layers=2, heads=2, **FIXED)).eval()
+    model = build(retnet(vocab_size=261, dim=32, layers=2, heads=2, **FIXED)).eval()
     texts = Texts(*({f"c{c}": [f"{c} {w} {n}" for n in range(30)] for c in range(5)} for w in ("shown", "asked")))
     return prompting.of_model(model, Words(), {"letters": texts}, groups=GROUPS, episodes=6, queries=4)
 
@@ -114,7 +114,7 @@ def test_the_right_name_is_that_of_the_class_which_the_text_is_taken_for():
         def head(self, x):
             return x
 
-    memory = type("M", (), {"state": build(RetNetConfig(dim=16, layers=1, heads=2)).init_state(1)})
+    memory = type("M", (), {"state": build(retnet(dim=16, layers=1, heads=2)).init_state(1)})
     assert prompting.score(Oracle(), memory, asked, torch.tensor([1, 3])) == 1
     assert prompting.score(Oracle(), memory, asked, torch.tensor([3, 3])) == 0.5
 

@@ -40,7 +40,7 @@ class Oracle(LanguageModel):
     device = torch.device("cpu")
 
     def __init__(self, right: bool):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.head, self.right, self.device = torch.nn.Identity(), right, torch.device("cpu")
 
     def hidden(self, ids):

@@ -15,9 +15,9 @@ from retentive.cli import main
 from retentive.data.templates import TURNS
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import evaluate
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
-TINY = RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)
+TINY = retnet(vocab_size=257, dim=32, layers=1, heads=2)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from benchmarks import scoring
 from benchmarks.scoring import Options
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 
 def test_ways_take_turns_after_the_gate_and_the_first_turn_is_not_counted():
@@ -28,7 +28,7 @@ def test_ways_that_disagree_are_not_counted(other, refuses):
 
 
 def test_tokens_are_those_that_either_way_reads(tmp_path, refuses):
-    save_model(tmp_path / "run", build(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)), ByteTokenizer())
+    save_model(tmp_path / "run", build(retnet(vocab_size=257, dim=32, layers=1, heads=2)), ByteTokenizer())
     rows = [{"goal": f"a goal number {n}", "sol1": "do it", "sol2": "do not do it", "label": n % 2} for n in range(6)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "piqa.jsonl").write_text(lines, encoding="utf-8")

@@ -9,13 +9,13 @@ from benchmarks import speculation
 from benchmarks.speculation import Options
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 
 @pytest.fixture
 def model():
     """Peaked enough that no two tokens are equally likely."""
-    out = build(RetNetConfig(vocab_size=257, dim=16, layers=2, heads=2)).eval()
+    out = build(retnet(vocab_size=257, dim=16, layers=2, heads=2)).eval()
     for p in out.parameters():
         torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
     return out

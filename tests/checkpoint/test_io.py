@@ -232,7 +232,7 @@ CONFIGS = {
     "unknown-field": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"width": 3}}', "width"),
     "unknown-kind": (
         '{"format": "retentive-model-1", "kind": "rwkv", "config": {}}',
-        'does not describe a model of this version: expected "kind" to be one of retnet, transformer, hybrid, got 'rwkv'',
+        'does not describe a model of this version: expected "kind" to be one of retnet, transformer, hybrid, got',
     ),
     "list-of-kinds": (
         '{"format": "retentive-model-1", "kind": [], "config": {}}',

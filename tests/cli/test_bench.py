@@ -12,7 +12,7 @@ from benchmarks.__main__ import run as program
 from retentive.bench import BENCHES, decode, memory, prefill
 from retentive.cli import bench, main
 from retentive.models import PRESETS
-from retentive.models.config import Size
+from retentive.models.presets import Size
 from retentive.train import Interrupted
 
 PREFILL = ["bench", "prefill", "--lengths", "8", "--device", "cpu"]

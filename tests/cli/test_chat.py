@@ -45,7 +45,7 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("retentive.models.sequences.write_tensors", full)
+    monkeypatch.setattr("retentive.models.state.write_tensors", full)
     with pytest.raises(SystemExit) as stop:
         chat("Hello\n/save tea\nAnd then?\n")
     said = capsys.readouterr().out.splitlines()

@@ -42,7 +42,7 @@ from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, cost
-from retentive.models.config import Size
+from retentive.models.presets import Size
 from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.train import TrainConfig, TrainRun

@@ -17,7 +17,7 @@ import retentive
 from retentive.cli import main
 from retentive.compare import queue, worker
 from retentive.models import PRESETS
-from retentive.models.config import Size
+from retentive.models.presets import Size
 from retentive.train import TrainRun
 
 ARGS = ["compare", "--data", "data", "--out", "cmp", "--batch", "2", "--length", "16", "--steps", "4", "--warmup", "2"]

@@ -173,4 +173,4 @@ def test_a_run_is_what_train_would_do_at_its_rate_and_seed(comparison):
     run = replace(comparison, variants=("gated",), seeds=(5,), lrs=(3e-3,)).plan()[0]
     made = comparison.train_run(run)
     assert (made.train.lr, made.train.seed, made.resume, made.out.name) == (3e-3, 5, True, "gated_1m_lr0.003_seed5")
-    assert made.config(257).decay == "gated" and made.set["score_norm"] is False
+    assert made.config(257).retention.decay == "gated" and made.set["score_norm"] is False

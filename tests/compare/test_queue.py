@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from retentive.checkpoint.io import save_model
 from retentive.compare import queue
 from retentive.compare.records import Run
-from retentive.models import build, preset
+from retentive.models import build, retnet
+from retentive.models.version_1 import version_1
 from retentive.train import Interrupted
+from tests.configs import changed
 
-CONFIG = preset("1m", vocab_size=2)
+CONFIG = retnet("1m", vocab_size=2)
 FAKE = """
 import json, os, signal, sys, time
 folder, how = sys.argv[1:]
@@ -140,15 +142,17 @@ def test_a_model_that_the_variants_name_no_longer_stands_for_is_refused(tasks, r
     """As after the defaults have changed, or a variant of one's own: the same name must not mean two models."""
     words = "its model has rotary='none', this variant 'interleaved': choose another --out"
     under_way, done = tasks("done", "done")
-    save_model(under_way.folder, build(replace(CONFIG, rotary="none")))
+    save_model(under_way.folder, build(changed(CONFIG, rotary="none")))
     with refuses(words):
         work([under_way])
     work([done])
     record = json.loads((done.folder / "compared.json").read_text(encoding="utf-8"))
-    for config in (asdict(CONFIG), asdict(replace(CONFIG, vocab_size=99))):
+    for config in (CONFIG.written(), replace(CONFIG, vocab_size=99).written(), version_1(CONFIG)[1]):
         (done.folder / "compared.json").write_text(json.dumps(record | {"config": config}), encoding="utf-8")
         assert done.done
-    (done.folder / "compared.json").write_text(json.dumps(record | {"config": asdict(CONFIG) | {"rotary": "none"}}))
+    (done.folder / "compared.json").write_text(
+        json.dumps(record | {"config": version_1(CONFIG)[1] | {"rotary": "none"}})
+    )
     with refuses(words):
         work([done])
 

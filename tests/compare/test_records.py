@@ -5,7 +5,7 @@ import json
 import pytest
 
 from retentive.compare.records import RECORD, Run, check_done, check_hardware, records
-from retentive.models import RetNetConfig
+from retentive.models import retnet
 from tests.compare.made_up import HARDWARE, record
 
 
@@ -35,7 +35,7 @@ def test_an_option_that_a_record_does_not_know_is_at_its_default_there(optimizer
     file.write_text(json.dumps(record("retnet", 2.0, about={"train": {"lr": 1e-3}})), encoding="utf-8")
     wanted = {"train": {"lr": 1e-3, "optimizer": optimizer}}
     if optimizer == "adamw":
-        check_done(file, wanted, RetNetConfig())
+        check_done(file, wanted, retnet())
         return
     with refuses("is of another comparison (optimizer adamw, now muon): choose another --out"):
-        check_done(file, wanted, RetNetConfig())
+        check_done(file, wanted, retnet())
