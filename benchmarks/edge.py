@@ -29,7 +29,7 @@ from retentive import machine
 from retentive.bench.lab import llamacpp, models
 from retentive.bench.lab.options import Say, Sized, silent, words
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import BITS, quantize
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.export import genai

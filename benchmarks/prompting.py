@@ -32,7 +32,7 @@ from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
 from retentive.bench.lab.tables import markdown
-from retentive.checkpoint import load_with_tokenizer, save_model
+from retentive.checkpoint import ModelFolder, save_model
 from retentive.compare.variants import short_head
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer, train_bpe
@@ -143,7 +143,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     known_activities = split(activities(options), new=True)
     if not options.out.exists():
         train_model(options, [known_kinds[0], known_activities[0]], say)
-    model, tokenizer = load_with_tokenizer(options.out)
+    folder = ModelFolder.open(options.out)
+    model, tokenizer = folder.model(), folder.tokenizer_for_text()
     if not model.keeps_state or model.config.attends:
         raise ValueError(f"{options.out} holds no RetNet, whose states can be merged: choose another --out")
     sets = {

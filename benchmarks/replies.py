@@ -15,9 +15,7 @@ from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
-from retentive.checkpoint import load_with_tokenizer
-from retentive.checkpoint.io import find
-from retentive.data.templates import load_template
+from retentive.checkpoint import ModelFolder
 from retentive.evals.replies import KINDS, kind_of, score_replies
 from retentive.models import cost
 from retentive.models.encoders import encoders_of
@@ -77,10 +75,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     labels = [(Path(name).name, length) for name, length in zip(models, lengths, strict=True)]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"several models are called {twice[0][0]}: they would share a column")
-    loaded = [load_with_tokenizer(model) for model in models]  # a wrong name is known before hours of answers
+    opened = [ModelFolder.open(model) for model in models]
+    loaded = [folder.model() for folder in opened]  # a wrong name is known before hours of answers
     rows = []
-    for name, length, (model, tokenizer) in zip(models, lengths, loaded, strict=True):
-        template, reader = load_template(find(name), tokenizer), with_engine(model)
+    for name, length, folder, model in zip(models, lengths, opened, loaded, strict=True):
+        template, reader = folder.template(folder.tokenizer_for_text()), with_engine(model)
         for beams in options.beams:
             label = Path(name).name + (f", {length:,} tokens" if length else "") + f", {beams} beams" * (beams > 1)
             began = time.perf_counter()

@@ -17,7 +17,7 @@ from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown
-from retentive.checkpoint import load_with_tokenizer
+from retentive.checkpoint import ModelFolder
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.evals.read import find, known, parse
@@ -54,7 +54,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ArithmeticError: the two ways do not agree.
     """
     at_least_one(options, "repeats")
-    model, tokenizer = load_with_tokenizer(options.run)
+    folder = ModelFolder.open(options.run)
+    model, tokenizer = folder.model(), folder.tokenizer_for_text()
     asked = {f"{options.task}, {n} shots": questions(options, tokenizer, n) for n in options.shots}
     rows = []
     for name, groups in asked.items():

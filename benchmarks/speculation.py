@@ -18,7 +18,7 @@ from retentive import machine
 from retentive.bench.lab.clock import turns
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, duration, markdown
-from retentive.checkpoint import load_with_tokenizer
+from retentive.checkpoint import ModelFolder
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
 from retentive.models import LanguageModel, cost
@@ -51,9 +51,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """As `of_models`, of the models and texts that the options name."""
     if not options.texts:
         raise ValueError("no text given: python -m benchmarks speculation RUN FILES")
-    model, tokenizer = load_with_tokenizer(options.run)
+    folder = ModelFolder.open(options.run)
+    model, tokenizer = folder.model(), folder.tokenizer_for_text()
     texts = [tokenizer.encode(path.read_text(encoding="utf-8"))[: options.prompt] for path in options.texts]
-    draft = load_with_tokenizer(options.draft)[0].eval() if options.draft else None
+    draft = ModelFolder.open(options.draft).model() if options.draft else None
     return of_models(model.eval(), texts, options, draft=draft, say=say)
 
 

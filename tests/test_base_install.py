@@ -82,4 +82,4 @@ def test_every_module_can_be_imported_without_the_optional_packages():
     names, failed = fresh(WALK.format(blocked=set(OPTIONAL), without=WITHOUT))
     assert failed == []
     assert set(WITHOUT) <= set(names)
-    assert {"retentive.ops.blocked", "retentive.checkpoint.io", "retentive.data.sources"} <= set(names)
+    assert {"retentive.ops.blocked", "retentive.checkpoint.folder", "retentive.data.sources"} <= set(names)

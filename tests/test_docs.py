@@ -18,7 +18,7 @@ import tyro
 import retentive
 from retentive import cli
 from retentive.checkpoint import save_model
-from retentive.checkpoint.io import SHIPPED
+from retentive.checkpoint.find import SHIPPED
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe

@@ -1,17 +1,14 @@
 """Models on disk: our own folders, and those of torchscale and flash-linear-attention (fla) in both directions.
 
-io          `load` and `save_model`: any layout in, the one that is asked for out
+folder      `ModelFolder`, the one reader of config.json, and `load`; find: local, shipped and hub models
+save        `save_model`: the layout that is asked for
+weights     tensors between files and models
 torchscale, fla    that project's config fields and tensor names, each with the same five functions
 quantize    matrices of integers; adapter: low-rank changes of a model, trained and saved alone
 keys        renaming tensors by a table, and the checks that both share
 """
 
-from retentive.checkpoint.io import (
-    load,
-    load_config,
-    load_with_tokenizer,
-    read_tensors,
-    save_model,
-)
+from retentive.checkpoint.folder import ModelFolder, load
+from retentive.checkpoint.save import save_model
 
-__all__ = ["load", "load_config", "load_with_tokenizer", "read_tensors", "save_model"]
+__all__ = ["ModelFolder", "load", "save_model"]

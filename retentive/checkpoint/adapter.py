@@ -5,12 +5,10 @@ merged(tensors, changes, adapter)      the weights of a plain model, which runs 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from retentive.files import file_sha256
 from retentive.layers.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,8 +88,3 @@ def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor], adapter
             raise ValueError(f"the adapter is of another model: {name} does not fit")
         out[f"{name}.weight"] = (weight.float() + adapter.scale * b.float() @ a.float()).to(weight.dtype)
     return out
-
-
-def weights_sha256(folder: Path) -> str:
-    """The hash of a model folder's weights, all files of them."""
-    return file_sha256(*sorted(folder.glob("model*.safetensors")))

@@ -14,11 +14,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from retentive.checkpoint.io import find
 from retentive.cli.info import megabytes
 from retentive.cli.loading import Loading
 from retentive.data.media import SUFFIXES, Media
-from retentive.data.templates import load_template
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.engine import Engine
@@ -61,7 +59,7 @@ def run(command: ChatCommand) -> None:
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     model, tokenizer = command.load()
-    template = load_template(find(command.adapter or command.run), tokenizer, command.template)
+    template = command.template_for(tokenizer, command.template)
     memory = load_memory(command.memory, model) if command.memory else blank(model)
     engine = Engine(model, slots=1).start()
     talk = Talk(Conversation(engine, tokenizer, template, memory), command)

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from retentive.checkpoint.io import find, load, save_model
-from retentive.data.templates import template_of
+from retentive.checkpoint import ModelFolder, save_model
 from retentive.files import replace_folder
 
 
@@ -31,9 +30,10 @@ def main(argv: list[str]) -> None:
     # before loading, which takes longer; `replace_folder` alone would replace it
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
-    model, tokenizer = load(command.source, adapter=command.merge)
-    template = template_of(find(command.merge or command.source))
+    source = ModelFolder.open(command.source)
+    change = None if command.merge is None else ModelFolder.open(command.merge)
+    model, template = source.model(adapter=change), (change or source).template_source
     replace_folder(
-        command.out, lambda folder: save_model(folder, model, tokenizer, template=template, layout=command.to)
+        command.out, lambda folder: save_model(folder, model, source.tokenizer, template=template, layout=command.to)
     )
     print(f"{command.source} -> {command.out} ({command.to} layout)")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from retentive.checkpoint.io import load_encoders
+from retentive.checkpoint import ModelFolder
 from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     if media and not command.config.chats:
         raise ValueError(f"--{next(iter(media))} is of conversations: add --chats")
     folder = Path(command.config.tokenizer)
-    if not media and command.config.chats and (folder / "config.json").is_file() and load_encoders(folder):
+    if not media and command.config.chats and (folder / "config.json").is_file() and ModelFolder.open(folder).encoders:
         from retentive.multimodal import fields_of
 
         media = fields_of(folder)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from retentive.bench import memory
-from retentive.checkpoint import load_with_tokenizer
+from retentive.checkpoint import ModelFolder
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
@@ -86,7 +86,8 @@ def run(command: DemoCommand) -> None:
     except Interrupted as stop:
         console.print(f"{stop}: retentive train --data {data} --out {command.out} --resume", markup=False)
         sys.exit(128 + stop.number)
-    model, tokenizer = load_with_tokenizer(command.out)
+    folder = ModelFolder.open(command.out)
+    model, tokenizer = folder.model(), folder.tokenizer_for_text()
     console.rule("3. How good is it? Held-out modules, bits per byte")
     yardsticks(console, data, command.out)
     console.rule("4. One model, three forms")

@@ -15,10 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from retentive import machine
-from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading
 from retentive.cli.progress import Lines
-from retentive.data.templates import load_template
 from retentive.evals.contexts import LAST
 from retentive.evals.likelihood import Progress
 from retentive.evals.replies import KINDS, kind_of
@@ -86,7 +84,7 @@ def run(command: EvalCommand, typed: str) -> None:
     )
     options = {name: getattr(command, name) for name in names}
     if any(kind_of(name.strip()) in KINDS for name in command.tasks.split(",")):
-        options["template"] = load_template(find(command.adapter or command.run), tokenizer)
+        options["template"] = command.template_for(tokenizer)
     with shown() as progress:
         found = evaluate(model, command.tasks, command.data, tokenizer=tokenizer, **options, progress=progress)
     print(found)

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import tyro
 
-import retentive
-from retentive.checkpoint.io import find
+from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Loading
 from retentive.cli.train import typed_options
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import KINDS, Media
-from retentive.data.templates import load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
 from retentive.infer.media import answer
@@ -64,7 +62,7 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
     from retentive.multimodal.prepare import Opener  # an extra
 
     opener = Opener.of(model)
-    template = load_template(find(command.adapter or command.run), tokenizer)
+    template = command.template_for(tokenizer)
     content: list[str | Media] = [*(opener(kind, name, folder=Path()) for kind, name in files), prompt]
     return answer(model, template, content, command.sampling, max_tokens=command.max_tokens, stop=command.stop)
 
@@ -72,7 +70,7 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
 def run(command: GenerateCommand) -> None:
     """Print the prompt and what the model writes after it, as it comes."""
     model, tokenizer = command.load()
-    draft = None if command.draft is None else command.ready(retentive.load(command.draft, device=command.device)[0])
+    draft = None if command.draft is None else command.model(ModelFolder.open(command.draft))
     prompt = prompt_text(command.prompt)
     if command.image or command.audio:
         type_out("", about(command, model, tokenizer, prompt))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retentive import machine, native
-from retentive.checkpoint.io import find, load_config, load_encoders, load_quantization
+from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.quantize import Quantization
 from retentive.models import (
     ARCHITECTURES,
@@ -83,12 +83,11 @@ def show(console: Console, command: InfoCommand) -> None:
         if command.run in ARCHITECTURES and isinstance(named, ModelConfig):
             console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
-        folder = find(command.run)
-        config, layout = load_config(folder)
-        describe(console, config, f"{command.run} ({layout} layout)", load_quantization(folder))
-        for line in senses(load_encoders(folder), config.dim):
+        folder = ModelFolder.open(command.run)
+        describe(console, folder.config, f"{command.run} ({folder.layout} layout)", folder.quantization)
+        for line in senses(folder.encoders, folder.config.dim):
             console.print(f"  {line}", soft_wrap=True)
-        progress(console, folder)
+        progress(console, folder.path)
     if not command.sizes and not command.machine:
         console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
 

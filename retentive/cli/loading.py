@@ -1,13 +1,15 @@
 """What verbs for a model share: the flags that say which model, and how it is loaded."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from retentive.checkpoint import load_with_tokenizer
-from retentive.checkpoint.quantize import BITS, quantize
+from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.folder import Weights
+from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.models import LanguageModel
 from retentive.native import with_engine
@@ -25,26 +27,34 @@ class Loading:
     """cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights; the state is float32 in any case. A memory belongs to the dtype that wrote it."""
-    weights: Literal["stored", "int8", "int4"] = "stored"
+    weights: Weights = "stored"
     """Quantise while loading; `retentive quantize` writes a folder of such weights once."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """An adapter of this model (a run of --lora), merged into it; its folder alone also says which model it changes."""
     engine: Literal["auto", "native", "torch"] = "auto"
     """What reads tokens on a CPU: native is the model in C, auto takes it where it can run the model."""
 
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype to load the weights in; None for that of the file."""
-        return None if self.dtype == "stored" else getattr(torch, self.dtype)
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """The model's folder."""
+        return ModelFolder.open(self.run)
+
+    @cached_property
+    def change(self) -> ModelFolder | None:
+        """The adapter's folder."""
+        return None if self.adapter is None else ModelFolder.open(self.adapter)
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """The model and a tokenizer that fits it; errors as `load_with_tokenizer`, `quantize` and `with_engine`."""
-        how = {"device": self.device, "dtype": self.torch_dtype, "adapter": self.adapter}
-        model, tokenizer = load_with_tokenizer(self.run, self.tokenizer, **how)  # type: ignore[arg-type]
-        return self.ready(model), tokenizer
+        """The model and a tokenizer that fits it; errors as the methods of `ModelFolder` and `with_engine`."""
+        tokenizer = self.folder.tokenizer_for_text(self.tokenizer)
+        return self.model(self.folder, self.change), tokenizer
 
-    def ready(self, model: LanguageModel) -> LanguageModel:
-        """A loaded model with the weights and the engine that were asked for."""
-        if self.weights != "stored":
-            model = quantize(model, BITS[self.weights], dtype=self.torch_dtype or torch.bfloat16)
-        return with_engine(model, self.engine)
+    def model(self, folder: ModelFolder, adapter: ModelFolder | None = None) -> LanguageModel:
+        """The model of a folder, with the weights and the engine that were asked for."""
+        dtype = None if self.dtype == "stored" else self.dtype
+        made = folder.model(device=self.device, dtype=dtype, weights=self.weights, adapter=adapter)
+        return with_engine(made, self.engine)
+
+    def template_for(self, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
+        """The chat template in `file`, or that of the adapter or the model."""
+        return (self.change or self.folder).template(tokenizer, file)

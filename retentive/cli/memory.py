@@ -13,12 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from retentive.checkpoint.io import find
 from retentive.cli.loading import Loading
 from retentive.cli.progress import Lines, say
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import SUFFIXES
-from retentive.data.templates import load_template
 from retentive.infer import SamplingParams, media, reading
 from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
@@ -138,7 +136,7 @@ def write_media(command: WriteCommand) -> None:
         )
     reading.check_out(command.out, command.memory)
     model, tokenizer = command.load()
-    template, lines = load_template(find(command.adapter or command.run), tokenizer), Lines()
+    template, lines = command.template_for(tokenizer), Lines()
     try:
         memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {n:,} tokens"))
     except KeyboardInterrupt:
@@ -202,7 +200,7 @@ def ask(command: AskCommand) -> None:
     model, tokenizer = command.load()
     memory = load_memory(command.memory, model)
     if any("kind" in source for source in memory.sources):  # of pictures and sounds: the prompt is a question
-        template = load_template(find(command.adapter or command.run), tokenizer)
+        template = command.template_for(tokenizer)
         ids, bounds = media.asked(model, template, memory, prompt), {"max_tokens": command.max_tokens}
         type_out("", media.answer_to(model, template, ids, memory.state, command.sampling, **bounds, stop=command.stop))
         return

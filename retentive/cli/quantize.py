@@ -8,14 +8,11 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
-from retentive.checkpoint import load, load_with_tokenizer
-from retentive.checkpoint.io import find, save_model
+from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
 from retentive.cli.info import megabytes
 from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
-from retentive.data.templates import template_of
-from retentive.data.tokenizer import Tokenizer
 from retentive.files import only_writer, replace_folder
 
 
@@ -57,22 +54,18 @@ def run(command: QuantizeCommand) -> None:
 def write(command: QuantizeCommand) -> None:
     """As `run`, once the place is its own."""
     batches: list[Tensor] = []
-    if command.text or command.tokenizer:
-        model, known = load_with_tokenizer(command.source, command.tokenizer)
-        tokenizer: Tokenizer | None = known
-        check_quantizable(model)
-        if command.text:
-            batches = batches_of(texts(command.text), known, tokens=command.tokens)
-    else:
-        model, tokenizer = load(command.source)
-        check_quantizable(model)
+    source = ModelFolder.open(command.source)
+    tokenizer = source.tokenizer_for_text(command.tokenizer) if command.text or command.tokenizer else source.tokenizer
+    model = source.model()
+    check_quantizable(model)
+    if command.text:
+        batches = batches_of(texts(command.text), source.tokenizer_for_text(tokenizer), tokens=command.tokens)
     lines = Lines()
     made = quantize(
         model, BITS[command.to], command.group, batches=batches,
         progress=lambda done, blocks: lines(f"{done} of {blocks} blocks"),
     )  # fmt: skip
-    template = template_of(find(command.source))
-    replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=template))
+    replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
     read = sum(ids.numel() for ids in batches)
     how = f", calibrated on {read:,} tokens" if read else ""

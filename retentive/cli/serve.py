@@ -1,7 +1,7 @@
 """`retentive serve`: a model behind OpenAI's HTTP API, with a page to talk with it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -34,7 +34,7 @@ def run(command: ServeCommand) -> None:
     if not 0 <= command.port < 65536:
         raise ValueError(f"--port must be from 0 to 65535, got {command.port}")
     options = command.options.with_environment_keys()
-    how: dict[str, Any] = {"tokenizer": command.tokenizer, "device": command.device, "dtype": command.torch_dtype}
-    how["adapter"] = command.adapter
-    service = open_service(command.run, options, **how, ready=command.ready)
+    service = open_service(
+        command.folder, options, tokenizer=command.tokenizer, load=command.model, adapter=command.change
+    )
     serve(service, command.host, command.port)

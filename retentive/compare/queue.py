@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from retentive.bench.lab.tables import duration
-from retentive.checkpoint.io import load_config
+from retentive.checkpoint import ModelFolder
 from retentive.compare.records import RECORD, Run, check_done, check_model, read_record
 from retentive.files import make_folder
 from retentive.models import Config
@@ -56,7 +56,7 @@ class Task(NamedTuple):
             check_done(self.folder / RECORD, self.about, self.config)
             return True
         if (self.folder / "config.json").is_file():  # it is under way
-            check_model(self.folder, load_config(self.folder)[0].written(), self.config)
+            check_model(self.folder, ModelFolder.open(self.folder).config.written(), self.config)
         return False
 
     @property

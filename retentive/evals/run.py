@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retentive.checkpoint import load_with_tokenizer
-from retentive.checkpoint.io import find
+from retentive.checkpoint import ModelFolder
 from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.answers import WINDOW, score_tasks
@@ -29,7 +28,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: LanguageModel | str | Path,
+    model: LanguageModel | ModelFolder | str | Path,
     tasks: str | Sequence[str],
     data: str | Path | None = None,
     *,
@@ -89,11 +88,13 @@ def evaluate(
         raise ValueError(f"answers that a model writes ({', '.join(replied)}) and other tasks need a call each")
     if replied and (lm_eval or contexts or shots or window is not None):
         raise ValueError(f"{names[0]} takes no --shots, --window, --contexts and --lm-eval: they are of other tasks")
-    own = find(model) if replied and template is None and isinstance(model, str | Path) else None
-    model, tokenizer = _loaded(model, tokenizer)  # after all that can be refused without it
+    opened = model if isinstance(model, LanguageModel) else ModelFolder.open(model)
+    model, tokenizer = _loaded(opened, tokenizer)  # after all that can be refused without it
     if replied:
         assert folder is not None
-        template = template or load_template(own or Path(), tokenizer)
+        if template is None and isinstance(opened, ModelFolder):
+            template = opened.template(tokenizer)
+        template = template or load_template(Path(), tokenizer)
         how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
         how |= {"limit": limit, "max_length": max_length, "progress": progress}
         found = score_replies(model, template, names, folder, **how)
@@ -111,12 +112,11 @@ def evaluate(
     return Evaluation(*found)
 
 
-def _loaded(model: LanguageModel | str | Path, tokenizer: Tokenizer | str | None) -> tuple[LanguageModel, Tokenizer]:
+def _loaded(model: LanguageModel | ModelFolder, tokenizer: Tokenizer | str | None) -> tuple[LanguageModel, Tokenizer]:
     """The model and its tokenizer, from either form that `evaluate` takes; raises ValueError for a mixture."""
-    if isinstance(model, str | Path):
-        if tokenizer is not None and not isinstance(tokenizer, str):
-            raise ValueError("a tokenizer beside a model's path must be a name: bytes, or a tokenizer.json")
-        return load_with_tokenizer(model, tokenizer)
+    if isinstance(model, ModelFolder):
+        found = model.tokenizer_for_text(tokenizer)
+        return model.model(), found
     if tokenizer is None or isinstance(tokenizer, str):
         raise ValueError("a model needs its tokenizer beside it: evaluate(model, …, tokenizer=tokenizer)")
     return model, tokenizer

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retentive.checkpoint.io import find, load_with_tokenizer, save_model
+from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, quantization_of, quantize
-from retentive.data.templates import TEMPLATE, template_of
+from retentive.data.templates import TEMPLATE
 from retentive.data.tokenizer import Tokenizer
 from retentive.export import browser, executorch, genai, native, onnx
 from retentive.files import naming, only_writer, replace_folder, write_text
@@ -63,9 +63,10 @@ def export(
     with only_writer(out):
         if out.exists() or out.is_symlink():
             raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
-        model, own = load_with_tokenizer(source, tokenizer)
+        given = ModelFolder.open(source)
+        own, model = given.tokenizer_for_text(tokenizer), given.model()
         check_room(out, model, weights)
-        template, far = template_of(find(source)), list[float | None]()
+        template, far = given.template_source, list[float | None]()
 
         def write(folder: Path) -> None:
             path = folder / FILES[to]
@@ -74,7 +75,7 @@ def export(
                 if to == "native":
                     native.write_sources(folder)
                 else:
-                    browser.write_page(folder, own, name=find(source).resolve().name)
+                    browser.write_page(folder, own, name=given.path.resolve().name)
                 return
             if to == "executorch":
                 far.append(to_executorch(model, path, own.eos_id, weights))

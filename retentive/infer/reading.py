@@ -183,7 +183,8 @@ def _apart(model: LanguageModel, tokenizer: Tokenizer, name: str, texts: Texts, 
     """
     parts: list[Memory] = []
     whole, tokens = blank(model, name), 0
-    chainable = whole.config["decay"] != "gated"  # else there is no chain to compare with
+    mixers = model.config.mixers  # of retention, or the merge is refused
+    chainable = all(getattr(mixer, "decay", None) != "gated" for mixer in mixers)  # else no chain to compare with
 
     def read_on(memory: Memory, document: Document, count: Texts | None) -> Memory:
         last = memory

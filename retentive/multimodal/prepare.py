@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retentive.checkpoint.io import load_encoders
+from retentive.checkpoint import ModelFolder
 from retentive.data.media import Media
 from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
@@ -73,13 +73,13 @@ class Opener:
         return self.configs[kind]
 
 
-def fields_of(model: str | Path) -> dict[str, dict[str, Any]]:
+def fields_of(model: str | Path | ModelFolder) -> dict[str, dict[str, Any]]:
     """`prepare`'s image and audio for conversations with the model of a folder: as it sees and hears.
 
     Nothing for a model that only reads.
     """
     names = {"image": SEEN, "audio": HEARD}
-    found = load_encoders(Path(model)).items()
+    found = ModelFolder.open(model).encoders.items()
     return {kind: {name: getattr(config, name) for name in names[kind]} for kind, config in found}
 
 

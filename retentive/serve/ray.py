@@ -44,10 +44,14 @@ def deployed(
     def build() -> Any:
         """Runs in each replica: its own model and engine."""
         # imported there: importing this module needs neither FastAPI nor a model
+        from retentive.native import with_engine
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
 
-        return create_app(open_service(run, options.with_environment_keys(), device=device))
+        def load(folder: Any, adapter: Any) -> Any:
+            return with_engine(folder.model(device=device, adapter=adapter))
+
+        return create_app(open_service(run, options.with_environment_keys(), load=load))
 
     server = serve.deployment(
         name="retentive",

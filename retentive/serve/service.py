@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retentive import __version__, machine
-from retentive.checkpoint import load_with_tokenizer
-from retentive.checkpoint.io import find
-from retentive.data.templates import ChatTemplate, load_template
+from retentive.checkpoint import ModelFolder
+from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import Conversation
@@ -125,28 +122,32 @@ class Service:
         }
 
 
+def _load(folder: ModelFolder, adapter: ModelFolder | None) -> LanguageModel:
+    return with_engine(folder.model(adapter=adapter))
+
+
 def open_service(
-    run: str | Path,
+    run: str | Path | ModelFolder,
     options: Options | None = None,
     *,
     tokenizer: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    adapter: str | Path | None = None,
-    ready: Callable[[LanguageModel], LanguageModel] = with_engine,
+    adapter: str | Path | ModelFolder | None = None,
+    load: Callable[[ModelFolder, ModelFolder | None], LanguageModel] = _load,
 ) -> Service:
     """The service for a run directory, a model folder, or a name on the hub.
 
     Args:
         adapter: the folder of an adapter of the model, to be merged into it; the template is its own then.
-        ready: makes of the loaded model the one that reads; in C, where that can.
+        load: loads the model of a folder with an adapter; in C, where that can run it.
 
     Raises:
         FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is
-            memory for; and what `ready` raises.
+            memory for; and what `load` raises.
     """
-    options, folder = options or Options(), find(run)
-    model, found = load_with_tokenizer(folder, tokenizer, device=device, dtype=dtype, adapter=adapter)
-    template = load_template(find(adapter) if adapter else folder, found, options.template)
-    name = folder.resolve().name if Path(run).is_dir() else str(run)
-    return Service(name, ready(model), found, template, options, options.states or folder / "states")
+    options, folder = options or Options(), ModelFolder.open(run)
+    change = None if adapter is None else ModelFolder.open(adapter)
+    found = folder.tokenizer_for_text(tokenizer)
+    model = load(folder, change)
+    template = (change or folder).template(found, options.template)
+    name = folder.path.resolve().name if Path(folder.name).is_dir() else folder.name
+    return Service(name, model, found, template, options, options.states or folder.path / "states")

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from retentive.checkpoint.io import UNTRAINED, save_all_but_weights, saved
+from retentive.checkpoint.folder import UNTRAINED
+from retentive.checkpoint.save import save_all_but_weights, saved
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import file_crc32, naming, write_json
 from retentive.models import LanguageModel

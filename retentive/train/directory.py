@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from retentive.checkpoint.io import UNTRAINED
+from retentive.checkpoint.folder import UNTRAINED
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import make_folder
 from retentive.train.checkpoints import folders

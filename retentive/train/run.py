@@ -15,12 +15,11 @@ import torch
 import tyro
 
 from retentive import machine
-from retentive.checkpoint.adapter import targets_of, weights_sha256, with_adapter
-from retentive.checkpoint.io import find, load, load_adapter, load_config, load_encoders, load_quantization
+from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.adapter import targets_of, with_adapter
 from retentive.data.loader import Batches, Mode
 from retentive.data.mixture import MixedBatches, Mixture, open_packed
 from retentive.data.packed import Packed
-from retentive.data.templates import template_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss, mixture_loss
 from retentive.layers.lora import Adapter
@@ -228,7 +227,7 @@ class TrainRun:
             raise ValueError(both_architectures(self.init))
         if set(own) - {"dropout"}:
             raise ValueError(f"--init {self.init} brings its architecture: only dropout can be --set")
-        return replace(load_config(find(self.init))[0], **own)
+        return replace(ModelFolder.open(self.init).config, **own)
 
     def encoders(self, data: Data) -> dict[str, Encoder]:
         """The encoders that the model needs for these data: those of `init` if it has them, or else as they are `set`.
@@ -241,7 +240,7 @@ class TrainRun:
             kind, dot, field_name = name.partition(".")
             if dot:
                 changes.setdefault(kind, {})[field_name] = value
-        made: dict[str, Encoder] = load_encoders(find(self.init)) if self.init else {}
+        made: dict[str, Encoder] = dict(ModelFolder.open(self.init).encoders) if self.init else {}
         for kind, how in data.media.items():
             known = {f.name for f in fields(ENCODERS[kind])}
             changed = changes.pop(kind, {})
@@ -272,7 +271,8 @@ class TrainRun:
         resumes = self.resume and folders(self.out)
         # A resumed run has its config and its weights: the model that it began from may be there no more.
         # So may the defaults of this version be others than those that it began with.
-        config = load_config(self.out)[0] if resumes else self.config(data.meta.vocab_size)
+        begun = ModelFolder.open(self.out) if resumes else None
+        config = begun.config if begun else self.config(data.meta.vocab_size)
         if self.mode == "carry" and (config.library or config.attends):
             raise ValueError(
                 f"mode carry hands on states of retention, a {config.name} attends as well: use another mode"
@@ -280,21 +280,22 @@ class TrainRun:
         if not here.divided:  # what a part of a model takes is not looked at
             check_fits(config, self.batch // here.dp, self.length, here.device or pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
-        encoders = load_encoders(self.out) if resumes else self.encoders(data)
+        encoders = begun.encoders if begun else self.encoders(data)
         if encoders and config.library:
             raise ValueError(f"a {config.name} reads ids alone, and {data.path} holds {', '.join(encoders)}")
         model = build(config)
         if encoders:
             with_encoders(model, encoders)
-        if self.init and not resumes:
-            if self.lora and load_adapter(find(self.init)):
+        if self.init and not begun:
+            base = ModelFolder.open(self.init)
+            if self.lora and base.adapter:
                 raise ValueError(
                     f"{self.init} is an adapter itself: merge it first (retentive convert {self.init} OUT)"
                 )
-            if load_quantization(find(self.init)):
+            if base.quantization:
                 raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
-            given, tokenizer = load(self.init, dtype=torch.float32)  # weights that are trained are float32, as moments
-            check_vocabulary(self.init, given, tokenizer, data)
+            given = base.model(dtype=torch.float32)  # weights that are trained are float32, as moments
+            check_vocabulary(self.init, given, base.tokenizer, data)
             new = set(encoders) - set(encoders_of(given))  # which it is given now
             if new and self.lora:
                 raise ValueError(
@@ -303,10 +304,10 @@ class TrainRun:
                 )
             model.load_state_dict(given.state_dict(), strict=not new)
         elif self.lora:  # what the checkpoint has is the change alone
-            before = load_adapter(self.out)
-            if before is None or before.base_sha256 != weights_sha256(find(self.init)):
+            before, base = ModelFolder.open(self.out).adapter, ModelFolder.open(self.init)
+            if before is None or before.base_sha256 != base.sha256:
                 raise ValueError(f"{self.init} is not the model, or no longer, that the run at {self.out} changes")
-            model.load_state_dict(load(self.init, dtype=torch.float32)[0].state_dict())
+            model.load_state_dict(base.model(dtype=torch.float32).state_dict())
         return config, with_adapter(model, self.adapter(model)) if self.lora else model
 
     def adapter(self, model: LanguageModel) -> Adapter:
@@ -317,7 +318,7 @@ class TrainRun:
         """
         base = self.init if self.init.startswith("hf:") else str(Path(self.init).resolve())
         targets = targets_of(model, self.lora_targets, self.lora)
-        return Adapter(base, weights_sha256(find(self.init)), self.lora, self.lora_alpha, targets)
+        return Adapter(base, ModelFolder.open(self.init).sha256, self.lora, self.lora_alpha, targets)
 
     def hooks(self, data: Data, config: Config) -> Hooks:
         """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""
@@ -345,7 +346,7 @@ class TrainRun:
         record = {"command": plain(options), "data_sha256": data.fingerprint}
         template = data.template.source if data.template else None
         if template is None and self.init and not (self.resume and folders(self.out)):  # that has its own
-            template = template_of(find(self.init))
+            template = ModelFolder.open(self.init).template_source
         return RunDirectory(self.out, data.tokenizer, template, record, self.existing)
 
 

@@ -17,13 +17,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from retentive.checkpoint.io import find, load_config, load_encoders
+from retentive.checkpoint import ModelFolder
 from retentive.data.chats import chat_files, chats
 from retentive.data.loader import Mode
 from retentive.data.media import Media
 from retentive.data.packed import Packed
 from retentive.data.prepare import Progress, prepare
-from retentive.data.templates import template_of
 from retentive.data.tokenizer import load_tokenizer
 from retentive.files import file_sha256
 from retentive.train.checkpoints import folders
@@ -142,12 +141,12 @@ class SftRun:
             if given := sorted({"valid", "valid_fraction", "template"} & set(chosen)):
                 raise ValueError(f"{self.data[0]} is packed: --{given[0].replace('_', '-')} is given to retentive data")
             return Path(self.data[0])
-        base = find(self.init)
-        template = self.template.read_bytes() if self.template else (template_of(base) or "").encode()
+        base = ModelFolder.open(self.init)
+        template = self.template.read_bytes() if self.template else (base.template_source or "").encode()
         sources = (*self.data, *([self.valid] if self.valid else []))
         files = [(name, file_sha256(path)) for source in sources for name, path in chat_files(source).items()]
-        made_from = repr((load_tokenizer(base).sha256, template, self.valid, self.valid_fraction, files))
-        if encoders := load_encoders(base):
+        made_from = repr((load_tokenizer(base.path).sha256, template, self.valid, self.valid_fraction, files))
+        if encoders := base.encoders:
             made_from += repr((encoders, [each for source in sources for each in _shown(source)]))
         digest = hashlib.sha256(made_from.encode()).hexdigest()
         return self.out.with_name(f"{self.out.name}-data-{digest[:8]}")
@@ -156,11 +155,11 @@ class SftRun:
         """Packs the conversations into the folder; whether that had to be done."""
         if (folder / "meta.json").is_file():
             return False
-        base = find(self.init)
-        options: dict[str, Any] = {"tokenizer": str(base), "template": self.template, "say": say}
+        base = ModelFolder.open(self.init)
+        options: dict[str, Any] = {"tokenizer": str(base.path), "template": self.template, "say": say}
         options |= {"valid": self.valid, "valid_fraction": self.valid_fraction}
         with shown() as progress:
-            if load_encoders(base):  # it may be shown pictures and sound
+            if base.encoders:  # it may be shown pictures and sound
                 from retentive import multimodal  # an extra
 
                 media = multimodal.fields_of(base)
@@ -185,5 +184,5 @@ def _shown(source: str | Path) -> list[tuple[str, str]]:
 
 def usual_mode(model: str) -> Mode:
     """How conversations are put into rows where nobody says."""
-    config, _ = load_config(find(model))
+    config = ModelFolder.open(model).config
     return "whole" if config.library or config.attends else "carry"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.activations import PARTS, Options, activations, measure, table
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint import save_model
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer

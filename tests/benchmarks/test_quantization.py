@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quantization import FIRST, Options, after, agreed, distances, greedy, losses, measure, table
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.data.pack import pack
 from retentive.data.packed import Packed

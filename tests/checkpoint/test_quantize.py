@@ -149,7 +149,7 @@ def test_text_to_calibrate_on_comes_from_all_documents_in_turn():
 def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
     with refuses("quantising takes models of retention only, this is a Transformer"):
         quantize(build(transformer(**{k: v for k, v in SMALL.items() if k != "ffn_dim"})), 8)
-    with refuses("only RetNets can be quantised, this is a Hybrid"):
+    with refuses("quantising takes models whose blocks are of one kind, this is a Hybrid"):
         quantize(build(config_of("hybrid", "1m", vocab_size=67)), 8)
     with refuses("weights can have 8 or 4 bits, got 5"):
         as_quantized(model, Quantization(5, 32), torch.float32)

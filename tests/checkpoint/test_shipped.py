@@ -8,7 +8,7 @@ import torch
 
 import retentive
 from retentive.checkpoint import save_model
-from retentive.checkpoint.io import SHIPPED, find, shipped
+from retentive.checkpoint.find import SHIPPED, find, shipped
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import build, retnet

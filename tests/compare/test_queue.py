@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from retentive.checkpoint.io import save_model
+from retentive.checkpoint import save_model
 from retentive.compare import queue
 from retentive.compare.records import Run
 from retentive.models import build, retnet

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retentive.checkpoint import load, load_with_tokenizer, save_model
+from retentive.checkpoint import load, save_model
 from retentive.data.templates import TEMPLATE, TURNS, load_template
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.export.browser import ENGINES, chat_pieces
@@ -118,7 +118,7 @@ def conversation():
     engines = []
 
     def begin(folder, memory=None) -> Conversation:
-        model, tokenizer = load_with_tokenizer(folder / "model")
+        model, tokenizer = load(folder / "model")
         engines.append(Engine(with_engine(model), slots=1).start())
         return Conversation(engines[-1], tokenizer, load_template(folder / "model", tokenizer), memory or blank(model))
 
@@ -153,7 +153,7 @@ def test_a_text_is_written_on_as_natively(weights, handler, tmp_path, serve_file
     assert (here.page.evaluate(THREADS) > 0) == (handler is Isolating)
     expect(here.page.get_by_label("Write on")).to_be_checked()
     here.settings(**GREEDY)
-    model, tokenizer = load_with_tokenizer(folder / "model")
+    model, tokenizer = load(folder / "model")
     ids = [tokenizer.eos_id, *tokenizer.encode("It's the")]
     tokens = generate(with_engine(model), ids, SamplingParams(temperature=0), max_tokens=80)
     whole = tokenizer.decode([token.id for token in tokens])

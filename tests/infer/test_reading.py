@@ -99,7 +99,7 @@ def test_what_a_killed_process_had_read_is_there(reader, texts, tmp_path, monkey
     assert first[0].tokens > 768
     assert show(tmp_path / "a.mem")["sources"] == whole.sources and not (tmp_path / "a.mem.unfinished").exists()
     got = load_memory(tmp_path / "a.mem").state
-    for x, y in zip(got.layers, whole.state.layers, strict=True):
+    for x, y in zip(got.tensors(), whole.state.tensors(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # float32, other chunks
 
 

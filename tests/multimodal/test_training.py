@@ -18,8 +18,7 @@ pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive
 import soundfile
 from PIL import Image
 
-from retentive.checkpoint import load, save_model
-from retentive.checkpoint.io import load_encoders
+from retentive.checkpoint import ModelFolder, load, save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.compare.comparison import Comparison
@@ -150,7 +149,7 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
     run.run(quiet=True, overrides={"init", "steps", "lr"})
     before, after = load("base")[0].state_dict(), load("seeing")[0].state_dict()
     assert all((after[name] - x).abs().max() < 1e-6 for name, x in before.items())
-    assert set(load_encoders(place / "seeing")) == {"image", "audio"}
+    assert set(ModelFolder.open(place / "seeing").encoders) == {"image", "audio"}
     # and on from there, with the same eyes, for data that are seen alike
     TrainRun.of("data", "more", init="seeing", steps=1, **how).run(quiet=True, overrides={"init", "steps"})
     with refuses("--init seeing brings its encoder of image: leave out --set image"):
@@ -209,12 +208,13 @@ def test_fine_tuning_reads_whole_conversations(place):
     how = TrainConfig(steps=1, warmup=1, sample_every=0, precision="fp32", device="cpu")
     SftRun("run", ("data",), place / "tuned", length=128, train=how).run(quiet=True)
     assert json.loads((place / "tuned/train.json").read_text())["command"]["mode"] == "whole"
-    assert set(load_encoders(place / "tuned")) == {"image", "audio"}
+    assert set(ModelFolder.open(place / "tuned").encoders) == {"image", "audio"}
     # the same from the files themselves, seen and heard as the model does
     SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how).run(quiet=True)
     (folder,) = place.glob("more-data-*")
-    assert Packed(folder).media == Packed("data").media and load_encoders(place / "more") == load_encoders(
-        place / "run"
+    assert (
+        Packed(folder).media == Packed("data").media
+        and ModelFolder.open(place / "more").encoders == ModelFolder.open(place / "run").encoders
     )
     run = SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how)
     assert run.folder([]) == folder
@@ -363,7 +363,7 @@ def test_on_the_command_line(place, capsys):
     assert Packed("data").media["image"] == {
         "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",
     }  # fmt: skip
-    assert load_encoders(place / "run")["image"].layers == 1
+    assert ModelFolder.open(place / "run").encoders["image"].layers == 1
     main(["info", "run"])
     shown = capsys.readouterr().out
     assert "image: 4 tokens of a picture, 8 x 8 grey, patches of 4; an encoder of " in shown

@@ -127,7 +127,7 @@ def test_logits_and_states_are_those_of_torch(name, logits, tmp_path, same):
     found = logits(tmp_path, tmp_path / "state.safetensors", "", ids[0].tolist())
     assert found["code"] == 0, found
     exact, state = model.float()(ids)
-    close = 1e-4 if model.config.decay == "none" or name not in ("bfloat16", "int8", "int4") else 0.03
+    close = 1e-4 if model.config.retention.decay == "none" or name not in ("bfloat16", "int8", "int4") else 0.03
     same(torch.tensor(found["read"]), exact[0, 14], close)
     same(torch.tensor(found["decoded"]), exact[0, 30], close)
     same(torch.tensor(found["copied"]), torch.tensor(found["decoded"]), 0)
@@ -150,14 +150,15 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def changed(folder, changes=(), **fields):
-    """The model there with other tensors, or another config."""
+def changed(folder, changes=(), mixer=(), **fields):
+    """The model there with other tensors, or another config: other fields of its mixers, or of the whole model."""
     tensors = load_file(folder / "model.safetensors")
     save_file(
         {name: x for name, x in ({**tensors, **dict(changes)}).items() if x is not None}, folder / "model.safetensors"
     )
     config = json.loads((folder / "config.json").read_text())
     config["config"] |= fields
+    config["config"]["blocks"][0]["mixer"] |= dict(mixer)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -181,7 +182,7 @@ DAMAGES = {
         f"{HALF} is I8: expected floats",
     ),
     "half-a-head": (lambda folder: changed(folder, dim=48.5), "config.json: dim is no whole number"),
-    "uneven-heads": (lambda folder: changed(folder, key_dim=49), "config.json describes no model"),
+    "uneven-heads": (lambda folder: changed(folder, mixer={"key_dim": 49}), "config.json describes no model"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10000), "config.json is not JSON"),
 }
 

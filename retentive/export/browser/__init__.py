@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from retentive.checkpoint import load
-from retentive.data.templates import ChatTemplate, load_template
+from retentive.checkpoint import ModelFolder
+from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.files import file_sha256, write_json, write_text
 from retentive.infer.memory import fingerprint
@@ -98,8 +98,9 @@ def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
     for engine, built in engines.items():
         shutil.copyfile(built, folder / engine)
     needed = [folder / name for name in NEEDED]
-    model = load(folder / "model")[0]  # as a server of this folder has it, so that states fit both
-    template = load_template(folder / "model", tokenizer)
+    found = ModelFolder.open(folder / "model")
+    model = found.model()  # as a server of this folder has it, so that states fit both
+    template = found.template(tokenizer)
     chat = chat_pieces(template)
     write_json(
         folder / "model.json",

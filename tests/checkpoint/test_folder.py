@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import retentive
-from retentive.checkpoint import fla, load_config, load_with_tokenizer, save_model, torchscale
+from retentive.checkpoint import ModelFolder, fla, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
 from tests.configs import changed
@@ -85,7 +86,8 @@ def test_their_layouts_bring_back_what_they_can_express(name, round_trip, tmp_pa
     if layout == "fla":  # dropout is no field of its
         config = replace(config, dropout=0.0)
     round_trip(build(config), layout)
-    assert load_config(tmp_path / "new" / "model") == (config, layout)
+    folder = ModelFolder.open(tmp_path / "new" / "model")
+    assert (folder.config, folder.layout) == (config, layout)
 
 
 def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(round_trip, tmp_path):
@@ -116,7 +118,8 @@ def test_a_foreign_folder_saved_again_holds_the_same_tensors(name, parity, tmp_p
     have, want = (json.loads((d / "config.json").read_text(encoding="utf-8")) for d in (tmp_path, parity / name))
     # of the fields that we write, fla's file may leave one open that we know (intermediate_size null)
     assert {k: v for k, v in want.items() if k in have and v is not None and v != have[k]} == {}
-    assert load_config(tmp_path) == load_config(parity / name)
+    found, theirs = ModelFolder.open(tmp_path), ModelFolder.open(parity / name)
+    assert (found.config, found.layout) == (theirs.config, theirs.layout)
 
 
 def test_an_old_fused_fla_folder_is_saved_again_in_todays_layout(parity, tmp_path, same):
@@ -143,7 +146,7 @@ def test_flas_ratios_of_widths_survive_the_division(dim, value_dim, tmp_path):
     save_model(tmp_path, build(config), layout="fla")
     raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert int(raw["hidden_size"] * raw["expand_v"]) == value_dim
-    assert load_config(tmp_path)[0] == config
+    assert ModelFolder.open(tmp_path).config == config
 
 
 def shard(folder) -> None:
@@ -212,8 +215,35 @@ def test_nothing_there(tmp_path, refuses):
 def test_arguments_of_the_wrong_type(saved, refuses):
     with refuses("path must name a model folder, got int", TypeError):
         retentive.load(5)
-    with refuses("dtype must be one of torch's, such as torch.bfloat16, got 'float32'", TypeError):
-        retentive.load(saved[1], dtype="float32")
+    for dtype in (torch.int8, "int8", "half", 16):
+        with refuses("dtype must be one of float32, bfloat16, float16, float64, got "):
+            retentive.load(saved[1], dtype=dtype)
+    assert retentive.load(saved[1], dtype="bfloat16")[0].dtype == torch.bfloat16
+    with refuses("weights must be one of stored, int8, int4, got 'int3'"):
+        retentive.load(saved[1], weights="int3")
+
+
+def test_config_json_is_read_once_and_by_one_file(saved, monkeypatch):
+    """Opened once, a folder gives model, tokenizer and template without another look at it."""
+    _, path = saved
+    folder = ModelFolder.open(path)
+    assert ModelFolder.open(folder) is folder
+    (path / "config.json").unlink()
+    model = folder.model(weights="int8")
+    assert model.config == folder.config and folder.template_source is None
+    readers = [
+        f for f in Path(retentive.__file__).parent.rglob("*.py") if '"config.json").read' in f.read_text("utf-8")
+    ]
+    assert readers == []  # nobody but `folder.py`, by its own helper
+
+
+def test_a_flipped_bit_of_float_weights_is_found(saved, refuses):
+    _, path = saved
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with refuses("model.safetensors is damaged: its bytes are not those that were written"):
+        retentive.load(path)
 
 
 def test_pickled_weights_are_never_loaded(saved, refuses):
@@ -346,7 +376,7 @@ def test_a_config_from_before_a_field_means_what_it_meant_then(tmp_path, same):
     for left_out in (later, (*later, "decay", "score_norm", "head_norm", "head_norm_affine")):
         old = {name: value for name, value in raw["config"].items() if name not in left_out}
         (tmp_path / "config.json").write_text(json.dumps(raw | {"config": old}), encoding="utf-8")
-        assert load_config(tmp_path)[0] == PAPER
+        assert ModelFolder.open(tmp_path).config == PAPER
     same(list(retentive.load(tmp_path)[0].parameters()), list(model.parameters()), 0)
 
 
@@ -397,7 +427,7 @@ def test_weights_of_several_dtypes(saved, refuses, same):
     tensors = load_file(folder / "model.safetensors")
     tensors["blocks.0.ffn.up_proj.weight"] = tensors["blocks.0.ffn.up_proj.weight"].double()
     save_file(tensors, folder / "model.safetensors")
-    with refuses("blocks.0.ffn.up_proj.weight is torch.float64): name one, with dtype= or --dtype"):
+    with refuses("blocks.0.ffn.up_proj.weight is torch.float64): name one as dtype"):
         retentive.load(folder)
     loaded, _ = retentive.load(folder, dtype=torch.float32)
     same(list(loaded.parameters()), list(model.parameters()), 0)
@@ -417,11 +447,11 @@ def test_a_tokenizer_must_be_the_models_by_its_size(vocab, tmp_path, refuses):
     """Of bytes, 257 tokens. An embedding may be rounded up by less than 1024 rows; beyond that it is another's."""
     save_model(tmp_path, build(changed(OURS["retnet"], vocab_size=vocab)), ByteTokenizer())
     if vocab in (257, 1280):
-        assert load_with_tokenizer(tmp_path)[1].vocab_size == 257
+        assert ModelFolder.open(tmp_path).tokenizer_for_text().vocab_size == 257
         return
     for named in (None, "bytes"):
         with refuses(f"the tokenizer has 257 tokens, the model {vocab:,}: they do not belong together"):
-            load_with_tokenizer(tmp_path, named)
+            ModelFolder.open(tmp_path).tokenizer_for_text(named)
 
 
 @pytest.mark.parametrize("layout", ["torchscale", "fla"])

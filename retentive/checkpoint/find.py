@@ -1,0 +1,51 @@
+"""Places where models are: local folders, the models that come with the package, the Hugging Face hub."""
+
+from pathlib import Path
+
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""Folder of the models that come with the package, each with its card, README.md."""
+
+
+def find(path: str | Path) -> Path:
+    """The local folder of a model; that of `hf:owner/name` is downloaded from the Hugging Face hub.
+
+    Where there is no such folder, it may be the name of a model that comes with the package. Without `hf:` nothing is
+    downloaded: a typing error in a path would fetch a stranger's model.
+
+    Raises:
+        TypeError: a path of the wrong type.
+        FileNotFoundError: no such folder, or the hub has no such model.
+        ValueError: a file instead of a folder.
+    """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path must name a model folder, got {type(path).__name__}")
+    name, folder = str(path), Path(path)
+    if name.startswith("hf:"):
+        return _download(name.removeprefix("hf:"))
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; expected a model folder with config.json and model.safetensors")
+    if name in shipped():
+        return SHIPPED / name
+    hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
+    if not hint and "/" not in name:
+        hint = f"; by its name alone there is {', '.join(shipped())}, which comes with the package"
+    raise FileNotFoundError(f"no model folder at {path}{hint}")
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/config.json"))
+
+
+def _download(name: str) -> Path:
+    """The folder of a repository in the hub's own cache. Weights are fetched as safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"the Hugging Face hub does not give {name!r}: {reason}") from None

@@ -1,0 +1,286 @@
+"""ModelFolder: a folder of config.json, model.safetensors and tokenizer.json as a value, in any layout.
+
+    folder = ModelFolder.open("runs/mine")      config.json is read once, here and nowhere else
+    folder.config, folder.tokenizer, folder.template(tokenizer)
+    model = folder.model(dtype="bfloat16", adapter="runs/change")
+
+Layouts: our own, torchscale's and fla's. Weights are only ever read from safetensors.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from retentive.checkpoint import fla, torchscale
+from retentive.checkpoint.adapter import merged
+from retentive.checkpoint.find import find
+from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, quantize
+from retentive.checkpoint.weights import Unfilled, fill, read_tensors, weights_sha256
+from retentive.data.templates import BUILT_IN, ChatTemplate, load_template, template_of
+from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
+from retentive.layers.lora import Adapter
+from retentive.machine import pick_device
+from retentive.models import Config, LanguageModel, ModelConfig, PeerConfig, build
+from retentive.models.encoders import CONFIGS, with_encoders
+from retentive.models.encoders import Config as EncoderConfig
+from retentive.models.version_1 import read_version_1
+
+log = logging.getLogger(__name__)
+FORMAT = "retentive-model-2"
+VERSION_1 = "retentive-model-1"
+"""Format of config.json in version 0.1.0."""
+UNTRAINED = ".untrained"
+"""File of a run's folder whose weights are the initial ones: nothing has been trained yet."""
+FOREIGN = {"torchscale": torchscale, "fla": fla}
+"""Layouts of other projects."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Dtypes of weights, by torch's names."""
+Weights = Literal["stored", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder whose config.json has been read; weights, tokenizer and template are read when asked for."""
+
+    path: Path
+    """Local folder."""
+    name: str
+    """Path, name or hub address by which it was opened."""
+    layout: str
+    """Layout of its files: "retentive", "torchscale" or "fla"."""
+    config: Config
+    """Config of the model; of an adapter that of the model which it changes."""
+    encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
+    """Encoders of pictures and sound by kind; empty for a model that only reads text."""
+    adapter: Adapter | None = None
+    """Change of another model that the folder holds in place of a whole one; None for a whole model."""
+    quantization: Quantization | None = None
+    """Way in which the matrices are quantised; None if they are floats."""
+
+    @staticmethod
+    def open(path: "str | Path | ModelFolder") -> "ModelFolder":
+        """The folder at a path, of a model that comes with the package, or of `hf:owner/name`; itself if it is one.
+
+        Raises:
+            TypeError: a path of the wrong type.
+            FileNotFoundError: no such folder, or it holds no config.json.
+            ValueError: config.json is damaged, or describes a model that is not known or not supported.
+        """
+        if isinstance(path, ModelFolder):
+            return path
+        folder = find(path)
+        raw = _read_json(folder)
+        config, layout = _config_of(raw, folder / "config.json")
+        return ModelFolder(
+            folder, str(path), layout, config, _encoders_of(raw, folder), _adapter_of(raw, folder),
+            _quantization_of(raw, folder),
+        )  # fmt: skip
+
+    # text
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer of the folder, or of the model that its adapter changes; None without one."""
+        if (self.path / "tokenizer.json").is_file():
+            return load_tokenizer(self.path)
+        return None if self.adapter is None else self.base.tokenizer
+
+    def tokenizer_for_text(self, given: str | Tokenizer | None = None) -> Tokenizer:
+        """The tokenizer that is given ("bytes", or a file), or else the folder's own.
+
+        Raises:
+            ValueError: neither is there, or it has more tokens than the model.
+        """
+        found = load_tokenizer(given) if isinstance(given, str) else given or self.tokenizer
+        if found is None:
+            raise ValueError(f"{self.name} has no tokenizer.json: give a tokenizer (bytes, or a file)")
+        check_tokens(found, self.config.vocab_size)
+        return found
+
+    @property
+    def template_source(self) -> str | None:
+        """Source of the chat template that came with the model; None without one."""
+        return template_of(self.path)
+
+    def template(self, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN) -> ChatTemplate:
+        """The chat template in `file`, or the model's own, or the default; errors as `load_template`."""
+        return load_template(self.path, tokenizer, file, default=default)
+
+    # weights
+
+    @property
+    def untrained(self) -> bool:
+        """True if its weights are the initial ones of a run that has not come to its first checkpoint."""
+        return (self.path / UNTRAINED).is_file()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights, all files of them."""
+        return weights_sha256(self.path)
+
+    @property
+    def base(self) -> "ModelFolder":
+        """The model that the adapter in this folder changes; raises FileNotFoundError where it is no longer there."""
+        assert self.adapter is not None
+        base = self.adapter.base
+        if not base.startswith("hf:") and not (Path(base) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.name} is an adapter of the model at {base}, which is not there: give that model, wherever it "
+                f"is, and {self.name} as its adapter"
+            )
+        return ModelFolder.open(base)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names in the files, whatever the layout; errors as `read_tensors`."""
+        return read_tensors(self.path)
+
+    def model(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        weights: Weights = "stored",
+        adapter: "str | Path | ModelFolder | None" = None,
+    ) -> LanguageModel:
+        """The model in eval mode. The folder of an adapter gives the model that it changes, with the change in it.
+
+        Args:
+            dtype: dtype of the weights, torch's or its name; as stored if not given.
+            weights: "int8" or "int4" quantises while loading, each group of weights by itself.
+            adapter: the folder of an adapter of this model, to be merged into it.
+
+        Raises:
+            FileNotFoundError: no weights.
+            ValueError: an unknown dtype, a truncated file, tensors that do not fit the config or are not floating
+                point, matrices of several dtypes (where none is asked for), or an adapter of another model.
+        """
+        if weights not in get_args(Weights):
+            raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
+        found, device = _dtype_of(dtype), pick_device(device) if isinstance(device, str) else device
+        if self.untrained:
+            log.warning("%s has trained nothing yet: its weights are the initial ones (--resume goes on)", self.path)
+        if self.adapter is not None and adapter is None:
+            return self.base.model(device=device, dtype=found, weights=weights, adapter=self)
+        model = self._model(device, found, None if adapter is None else ModelFolder.open(adapter))
+        return model if weights == "stored" else quantize(model, BITS[weights], dtype=found or torch.bfloat16)
+
+    def _model(self, device: torch.device, dtype: torch.dtype | None, adapter: "ModelFolder | None") -> LanguageModel:
+        tensors, how = self.tensors(), self.quantization
+        if self.layout in FOREIGN:
+            assert isinstance(self.config, ModelConfig)
+            tensors = FOREIGN[self.layout].read_tensors(tensors, self.config)
+        if adapter is not None:
+            tensors = merged(tensors, adapter.tensors(), self._accepted(adapter))
+        # A peer has buffers too, which no file holds: it must be real.
+        with torch.device("cpu") if self.config.library else Unfilled():
+            model = build(self.config)
+            if how:
+                model = as_quantized(model, how, dtype or torch.bfloat16)
+            if self.encoders:
+                with_encoders(model, self.encoders)
+        fill(model, tensors, device=device, dtype=dtype, where=self.name)
+        return model.eval()
+
+    def _accepted(self, change: "ModelFolder") -> Adapter:
+        """The adapter in another folder; raises ValueError where it is none, or does not change this model."""
+        if change.adapter is None:
+            raise ValueError(f"{change.name} is a model and no adapter: load it by itself")
+        if self.quantization:
+            raise ValueError(
+                f"{self.name} is quantised, and takes no adapter: merge it first (retentive convert), then quantise"
+            )
+        if self.sha256 != change.adapter.base_sha256:
+            raise ValueError(
+                f"{change.name}: this adapter was trained on {change.adapter.base} as it was then, not on {self.name}; "
+                "pass that model"
+            )
+        return change.adapter
+
+
+def load(
+    path: str | Path | ModelFolder,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    adapter: str | Path | ModelFolder | None = None,
+    weights: Weights = "stored",
+) -> tuple[LanguageModel, Tokenizer | None]:
+    """(model in eval mode, tokenizer or None) of a folder; arguments and errors as `ModelFolder.open` and `.model`."""
+    folder = ModelFolder.open(path)
+    change = None if adapter is None else ModelFolder.open(adapter)
+    model = folder.model(device=device, dtype=dtype, adapter=change, weights=weights)
+    return model, folder.tokenizer
+
+
+def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype by its name; raises ValueError for what weights cannot have."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name in DTYPES:
+        return None if dtype is None else getattr(torch, name)
+    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: expected a run directory or a model folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): the folder is damaged or not a model") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is not a model's config: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
+    """(config, layout) of what config.json says."""
+    try:
+        if raw.get("format") in (FORMAT, VERSION_1):
+            kind, config = raw.get("kind"), raw["config"]
+            if not isinstance(config, dict):
+                raise TypeError('expected "config" to be its fields')
+            if kind == "peer":
+                return PeerConfig(**config), "retentive"
+            return read_version_1(kind, config) if raw["format"] == VERSION_1 else ModelConfig.read(config), "retentive"
+        for name, layout in FOREIGN.items():
+            if layout.recognises(raw):
+                return layout.read_config(raw), name
+    except KeyError as error:
+        raise ValueError(f"{file} does not describe a model of this version: it has no {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not describe a model of this version: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
+    raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
+
+
+def _adapter_of(raw: dict[str, Any], folder: Path) -> Adapter | None:
+    said = raw.get("adapter")
+    try:
+        return None if said is None else Adapter(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no adapter of this version ({error})") from None
+
+
+def _encoders_of(raw: dict[str, Any], folder: Path) -> dict[str, EncoderConfig]:
+    try:
+        return {kind: CONFIGS[kind](**own) for kind, own in (raw.get("encoders") or {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no encoders of this version ({error})") from None
+
+
+def _quantization_of(raw: dict[str, Any], folder: Path) -> Quantization | None:
+    said = raw.get("quantization")
+    try:
+        return None if said is None else Quantization(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: unknown quantization {said} ({error})") from None
