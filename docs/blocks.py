@@ -160,11 +160,14 @@ def claims() -> str:
         f"{bits(library, '1m', 'transformer-qk-norm')} | lower | "
         + file("compare-library", EPYC, "1.6 M, twin with QK-norm"),
         f"novels, perplexity after 8,192 tokens, trained on 1,024 | {contexts['retnet']:.1f} | "
-        f"{contexts['transformer']:.1f} | lower | " + file("contexts-novels-retnet", EPYC, f"6.0 M, {paper}"),
+        f"{contexts['transformer']:.1f} | lower | "
+        + f"6.0 M: {file('contexts-novels-retnet', EPYC, paper)}, "
+        + file("contexts-novels-transformer", EPYC, "twin"),
         f"pictures: handwritten digits read rightly | {drawn(digits, 'retnet')} | {drawn(slower, 'twin')} | higher | "
-        + file("seen-digits-half-rate-1m", ZEN4, "1.1 M, twin at its better learning rate"),
+        + f"1.1 M: {file('seen-digits-1m', EPYC, 'RetNet')}, "
+        + file("seen-digits-half-rate-1m", ZEN4, "twin at its better learning rate"),
         f"sound: digits of a new speaker misheard | {spoken('retnet')} | {spoken('twin')} | lower | "
-        + file("heard-george-1m", EPYC, "1.1 M, mean of six speakers"),
+        + f"[1.1 M, mean of {len(SPEAKERS)} speakers, one learning rate](docs/listen.md#results)",
         f"recall of 32 key-value pairs | {pairs['retnet']} | {pairs['transformer']} | higher | "
         + file("recall", EPYC, "two layers of width 64"),
     ]

@@ -2,7 +2,7 @@
 
 Pages also read well on disk and on a site that shows repositories: links are relative to the file, a diagram is a
 linked SVG. On the site, a link into the code leads to the repository that pyproject.toml names. While it names none,
-such a link becomes its plain text. Diagrams stand in the page itself, so that they take its light or dark colours.
+such a link becomes its text. Diagrams stand in the page itself, so that they take its light or dark colours.
 """
 
 import os
@@ -56,9 +56,10 @@ def on_page_markdown(markdown, page, config, files):
             return f"[{text}]({os.path.relpath(uri, here)}{anchor})"
         if not path.exists() or path.is_relative_to(DOCS):
             return match[0]  # the strict build names it
-        view = "tree" if path.is_dir() else "blob"
-        inside = path.relative_to(ROOT).as_posix()
-        return f"[{text}]({REPOSITORY}/{view}/main/{inside}{anchor})" if REPOSITORY else text
+        view, inside = "tree" if path.is_dir() else "blob", path.relative_to(ROOT).as_posix()
+        if REPOSITORY:
+            return f"[{text}]({REPOSITORY}/{view}/main/{inside}{anchor})"
+        return f"`{text}`" if "/" in text and "`" not in text else text
 
     markdown = LINK.sub(lead, markdown)
     markdown = DIAGRAM.sub(lambda match: f"<div>{(DOCS / match[1]).read_text(encoding='utf-8')}</div>", markdown)
