@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from retentive.models import cost, preset, twin
+from retentive.models import cost, retnet, twin
 
 ROOT = Path(__file__).resolve().parents[1]
 EPYC, XEON, ZEN4 = "epyc-zen5-2core_202611", "xeon-amx-2core_202611", "epyc-zen4-2core_202611"
@@ -126,7 +126,7 @@ def picture() -> str:
 def claims() -> str:
     """The claims of the front page: one number for RetNet, one for its rival, and the file of both."""
     fast, full = native(NATIVE, 8192), native(FULL, 8192)
-    config = twin(preset("130m", vocab_size=32000))
+    config = twin(retnet("130m", vocab_size=32000))
     trained = row(result("train-130m", XEON)["rows"], length=8192)
     novels, library = best("compare-sizes-default"), best("compare-library")
     contexts = {model: perplexities(model)[8192] for model in ("retnet", "transformer")}
@@ -177,7 +177,7 @@ def claims() -> str:
 def limits() -> str:
     """The size of the state, as the README's list of limitations says it."""
     even = result("decode-130m", XEON)["break_even"]
-    paper = preset("paper-1.3b", vocab_size=1)
+    paper = retnet("paper-1.3b", vocab_size=1)
     state = cost.state_bytes(paper)
     tokens = state / cost.cache_bytes(twin(paper), 1, bytes_per_value=2)
     return (

@@ -7,7 +7,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 
 VARIANTS = ("retnet-paper", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
 VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")

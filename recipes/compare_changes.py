@@ -9,7 +9,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 
 PAPER = ("retnet-paper", "no-head-norm", "gated", "fast-decay", "fixed", "qk-norm")
 OURS = ("retnet-no-qk-norm", "retnet-no-gate", "retnet-sigmoid", "retnet-no-rotation", "retnet-head-norm")

@@ -11,7 +11,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 
 
 def recipe() -> Comparison:

@@ -8,7 +8,7 @@ A comparison at one rate may favour whom it suits. On novels both do best at the
 
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 from retentive.train import TrainConfig
 
 

@@ -9,7 +9,7 @@ the smallest size is done already.
 
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 from retentive.train import TrainConfig
 
 

@@ -9,7 +9,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 
 VARIANTS = ("retnet", "retnet-paper", "fixed", "hybrid-window")
 VARIANTS += ("transformer", "transformer-qk-norm", "transformer-qk-norm-forget")

@@ -10,7 +10,7 @@ pytest.importorskip("playwright", reason="a browser is driven by pip install pla
 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from retentive.studies import edge_browser
+from benchmarks import edge_browser
 
 FLAGS = [*edge_browser.FLAGS, "--disable-quic", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a microphone that beeps

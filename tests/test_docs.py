@@ -22,7 +22,7 @@ from retentive.checkpoint.io import SHIPPED
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
-from retentive.models import RetNet, preset
+from retentive.models import LanguageModel, retnet
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> Path:
     found = [Document(str(n), text) for n, text in enumerate(texts)]
     pack(root / "data" / "mine", tokenizer, found[2:], found[:2])
     torch.manual_seed(0)
-    save_model(root / "runs" / "mine", RetNet(preset("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
+    save_model(root / "runs" / "mine", LanguageModel(retnet("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
     (root / "runs" / "demo").symlink_to("mine")
     question = {"goal": "To see a fox,", "sol1": "go into the wood.", "sol2": "go to sea.", "label": 0}
     (root / "eval_files").mkdir()

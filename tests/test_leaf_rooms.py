@@ -20,17 +20,17 @@ PACKAGE = Path(retentive.__file__).parent
 # of each leaf of DESIGN.md what goes with it: the verbs of which nothing is left, and the room that stands on it
 WITH_IT = {
     "hf": [],
-    "export": ["cli/export.py", "cli/generate_exported.py", "studies/edge.py"],
+    "export": ["cli/export.py", "cli/generate_exported.py"],
     "serve": ["cli/serve.py"],
     "multimodal": [],
-    "studies": ["cli/compare.py", "cli/demo.py", "cli/report.py", "report"],
+    "compare": ["cli/compare.py", "cli/report.py", "report"],
     "report": ["cli/report.py"],
 }
 # commands that ask for what is gone
 GONE = {
-    "export": [["export", "run"], ["generate", "run.onnx"], ["bench", "edge"]],
+    "export": [["export", "run"], ["generate", "run.onnx"]],
     "serve": [["serve", "run"]],
-    "studies": [["compare", "run"], ["demo", "run"], ["report", "run"], ["bench", "recall"]],
+    "compare": [["compare", "run"], ["report", "run"]],
     "report": [["report", "run"]],
 }
 LEAVES = [room for room in WITH_IT if (PACKAGE / room).is_dir()]

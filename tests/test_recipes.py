@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from retentive.cli.train import read_recipe
+from retentive.compare import Comparison
 from retentive.data.chats import chats
 from retentive.models import build
-from retentive.studies.compare import Comparison
 from retentive.train import TrainRun
 
 pytestmark = pytest.mark.slow

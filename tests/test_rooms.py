@@ -23,7 +23,7 @@ FLOORS = [
     "evals",
     "train",
 ]
-FLOORS += ["hf export serve bench", "studies", "report", "cli", "__main__"]
+FLOORS += ["hf export serve bench", "compare", "report", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from
 PACKAGE = Path(retentive.__file__).parent
@@ -88,18 +88,18 @@ PLANTED = {
     "up": ("ops/a.py", "from retentive.layers import RMSNorm"),
     "up-lazily": ("layers/a.py", "def f():\n    import retentive.models.config"),
     "up-by-from-package": ("ops/a.py", "from retentive import layers"),
-    "sideways": ("data/a.py", "from retentive.models import RetNet"),
+    "sideways": ("data/a.py", "from retentive.models import LanguageModel"),
     "over-the-roof": ("models/a.py", "from retentive import load"),
     "the-package-itself": ("models/a.py", "import retentive"),
     "by-name": ("train/a.py", "from importlib import import_module\nimport_module('retentive.serve')"),
-    "relative": ("models/a.py", "from .config import preset"),
+    "relative": ("models/a.py", "from .config import ModelConfig"),
     "relative-upward": ("ops/a.py", "from .. import layers"),
     "nested-package": ("ops/triton/a.py", "from retentive.data import pack"),
     "room-without-floor": ("utils/a.py", "X = 1"),
     "module-as-room": ("helpers.py", "X = 1"),
-    "a-bench-that-judges": ("bench/a.py", "from retentive.studies import compare"),
+    "a-bench-that-judges": ("bench/a.py", "from retentive.compare import Comparison"),
     "scores-from-training": ("evals/a.py", "def f():\n    from retentive.train import train"),
-    "a-study-of-the-command-line": ("studies/a.py", "from retentive.cli import main"),
+    "a-comparison-of-the-command-line": ("compare/a.py", "from retentive.cli import main"),
 }
 
 
@@ -135,7 +135,7 @@ def test_recipes_lean_on_the_library_and_never_on_the_command_line():
         if name.startswith(f"{PACKAGE.name}.")
     }
     assert {(recipe, room) for recipe, room in rooms if FLOOR[room] >= FLOOR["report"]} == set()
-    assert {recipe for recipe, room in rooms if room in ("train", "studies")} == {path.name for path in recipes}
+    assert {recipe for recipe, room in rooms if room in ("train", "compare")} == {path.name for path in recipes}
 
 
 def calls(tree: ast.Module, name: str) -> list[int]:

@@ -14,23 +14,6 @@ BENCHES = {
     "prefill": "retentive.bench.prefill",
     "decode": "retentive.bench.decode",
     "memory": "retentive.bench.memory",
-    "run": "retentive.studies.training_run",
-    "retention": "retentive.bench.retention",
-    "step": "retentive.bench.step",
-    "prompting": "retentive.studies.prompting",
-    "recall": "retentive.studies.recall",
-    "replies": "retentive.studies.replies",
-    "edge": "retentive.studies.edge",
-    "activations": "retentive.studies.activations",
-    "quantization": "retentive.studies.quantization",
-    "ask": "retentive.bench.memory_file",
-    "questions": "retentive.bench.questions",
-    "sound": "retentive.bench.sound",
-    "grid": "retentive.bench.grid",
     "serving": "retentive.bench.serving",
-    "speculation": "retentive.bench.speculation",
-    "scoring": "retentive.bench.scoring",
-    "soak": "retentive.bench.soak",
 }
-"""The module of each name, imported when its bench runs. Studies have the same shape; they are named here and not
-imported, since their floor is above this one."""
+"""The module of each name, imported when its bench runs."""

@@ -26,10 +26,10 @@ from retentive.bench.lab import clock, llamacpp, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid, tokens
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.bench.step import ring_bytes
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
-from retentive.models import RetNetConfig, TransformerConfig, cost, twin
+from retentive.models import ModelConfig, cost, twin
+from retentive.ops.ring import slots
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
@@ -97,7 +97,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "hardware": machine.describe(),
         "device": str(device),
         "precision": options.precision,
-        "heads": {name: [one.config.heads, one.config.kv_heads] for name, one in rivals.items()},
+        "heads": {
+            name: [getattr(one.config.mixers[0], h) for h in ("heads", "kv_heads")] for name, one in rivals.items()
+        },
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
         # the first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
         "break_even": {
@@ -134,13 +136,18 @@ def _told(result: dict[str, Any]) -> str:
 class Rival:
     """A model that decodes, and what it costs."""
 
-    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         self.name, self.device, self.dtype = name, device, dtype
         self.model = self.made(config)
         self.config: Any = models.config_of(name, config)
         self.ring_bytes = self.ring()
 
-    def made(self, config: RetNetConfig) -> Any:
+    @property
+    def mixer(self) -> Any:
+        """Config of its first mixer."""
+        return self.config.mixers[0]
+
+    def made(self, config: ModelConfig) -> Any:
         """The model."""
         return models.make(self.name, config, self.device, self.dtype)
 
@@ -151,7 +158,7 @@ class Rival:
     def ring(self) -> int:
         """Bytes that a sequence takes while it is decoded, beside its state or cache."""
         state: Any = self.model.init_state(1)
-        state = state.reserve(state.window)  # a window's slots are the cache
+        state = state.reserve(max(state.windows))  # a window's slots are the cache
         return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
@@ -161,7 +168,7 @@ class Rival:
     def fill(self, batch: int, context: int, room: int) -> Any:
         """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
         state: Any = self.model.init_state(batch).reserve(context + room)
-        for x in state.tensors():
+        for x in (x for x in state.tensors() if x.is_floating_point()):
             # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
             # slice is broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
@@ -183,16 +190,23 @@ class Rival:
     def moves(self, batch: int, context: int) -> float:
         """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
         c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
-        if isinstance(c, RetNetConfig):
-            heads = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
-            return weights + c.layers * ring_bytes(batch, *heads, self.dtype.itemsize)
+        if not c.attends:
+            shapes: list[tuple[int, int, int]] = [m.head_shape for m in c.mixers]
+            return weights + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
         return weights + self.remembers(batch, context)
+
+
+def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
+    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
+    fold = slots(K, V) // 2
+    rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
+    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
 class Llama(Rival):
     """Another engine: Llama of the transformers library with its static cache, weights of the same shapes."""
 
-    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, dtype)
         self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas know no Llama
         names = inspect.signature(self.model.backbone.forward).parameters
@@ -209,9 +223,9 @@ class Llama(Rival):
 
         backbone = self.model.backbone
         cache = StaticCache(config=backbone.config, max_cache_len=context + room)
-        c = self.config
-        for layer in range(c.layers):
-            keys = torch.randn(1, 1, 1, c.dim // c.heads, dtype=self.dtype, device=self.device)
+        c = self.config.attention
+        for layer in range(self.config.layers):
+            keys = torch.randn(1, 1, 1, c.head_dim, dtype=self.dtype, device=self.device)
             keys = keys.expand(batch, c.heads, context, -1)
             cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
         return cache
@@ -225,7 +239,7 @@ class Llama(Rival):
 class Native(Rival):
     """The RetNet in C, with a ring of bfloat16."""
 
-    def __init__(self, name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, torch.bfloat16)
 
     @property
@@ -237,15 +251,15 @@ class Native(Rival):
 class LlamaCpp(Rival):
     """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
 
-    def __init__(self, name: str, config: RetNetConfig, device: torch.device, *, full_heads: bool = False):
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, *, full_heads: bool = False):
         self.full_heads = full_heads
         super().__init__(name, config, device, torch.float16)  # of its cache
         self.config = self.theirs(config)
 
-    def theirs(self, config: RetNetConfig) -> TransformerConfig:
+    def theirs(self, config: ModelConfig) -> ModelConfig:
         return twin(config) if self.full_heads else models.grouped(config)
 
-    def made(self, config: RetNetConfig) -> Any:
+    def made(self, config: ModelConfig) -> Any:
         return llamacpp.Model(self.theirs(config), self.name.removeprefix("llamacpp-").upper())
 
     @property

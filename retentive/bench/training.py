@@ -12,7 +12,7 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import curves, dress, grid
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.models import LanguageModel, RetNet, RetNetConfig, cost
+from retentive.models import LanguageModel, ModelConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.train.config import TrainConfig
 from retentive.train.loop import wrap_blocks
@@ -37,7 +37,7 @@ PICTURE = "A training step ({size})"
 class Step:
     """A training step but for the model's name; in one bench all steps differ by their length only."""
 
-    config: RetNetConfig
+    config: ModelConfig
     length: int
     tokens: int
     """Tokens of a step: as many rows of `length` as they fill, one at least."""
@@ -143,7 +143,6 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
     # both in memory at once, since they take turns
     trainers = {name: Trainer(name, step) for name in MODELS}
     retnet = trainers["retnet"].model
-    assert isinstance(retnet, RetNet)
     # 1024 tokens are many chunks already, and the recurrent form goes through them one by one
     models.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
@@ -164,7 +163,8 @@ def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str
 
 def memory(name: str, step: Step) -> dict[str, Any]:
     """{"peak_bytes": …} of a step in a process of its own; {} where that failed, for instance for want of memory."""
-    command = [sys.executable, "-m", "retentive.bench.training", json.dumps({"name": name, **asdict(step)})]
+    task = {"name": name, **vars(step), "config": step.config.written()}
+    command = [sys.executable, "-m", "retentive.bench.training", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     # the last line: libraries may print before it
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
@@ -206,7 +206,7 @@ def main(argument: str) -> None:
     task = json.loads(argument)
     device = torch.device(task["device"])
     before = machine.reset_peak_memory(device)  # before the model is made: weights count
-    config = RetNetConfig(**task.pop("config"))
+    config = ModelConfig.read(task.pop("config"))
     trainer = Trainer(task.pop("name"), Step(config=config, **task))
     trainer.run(length=1)  # makes the optimiser's moments, which the step that counts then has from the beginning
     trainer.run()

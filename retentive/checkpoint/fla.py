@@ -1,11 +1,13 @@
 """flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): its config fields and tensor names, old and new."""
 
 import math
+from types import SimpleNamespace
 
 from torch import Tensor
 
 from retentive.checkpoint.keys import flip, refuse, rename, require
-from retentive.models import ARCHITECTURES, RetNetConfig
+from retentive.models import ARCHITECTURES, ModelConfig, retnet
+from retentive.models.presets import flat
 
 TABLE = [
     ("embed.weight", "model.embeddings.weight"),
@@ -32,7 +34,7 @@ def recognises(config: dict) -> bool:
     return config.get("model_type") == "retnet" and "hidden_size" in config
 
 
-def read_config(config: dict) -> RetNetConfig:
+def read_config(config: dict) -> ModelConfig:
     """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
 
     Raises:
@@ -45,7 +47,7 @@ def read_config(config: dict) -> RetNetConfig:
     if ffn is None:
         ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)  # its own rule: up to 256s
     activation = config.get("hidden_act", "swish")
-    return RetNetConfig(
+    return retnet(
         vocab_size=config.get("vocab_size", 32000),
         dim=dim,
         layers=config.get("num_hidden_layers", 24),
@@ -68,41 +70,44 @@ def _ratio(width: int, dim: int) -> float:
     return ratio if int(dim * ratio) == width else math.nextafter(ratio, math.inf)
 
 
-def write_config(config: RetNetConfig) -> dict:
+def write_config(config: ModelConfig) -> dict:
     """The fields of its config.json for a config of ours.
 
     Raises:
         ValueError: its architecture cannot express it; all fields that differ are named.
     """
+    c = SimpleNamespace(**flat(config, "fla"))
     meant = {name: value for name, value in ARCHITECTURES["fla"].items() if name != "head_norm_affine"}  # a field
-    others = dict(ffn_gate=True, activation="swish", embed_scale=False, embed_norm=False, final_norm=True)
-    require(config, "fla", **meant, **others)
+    others = dict(
+        ffn_gate=True, activation="swish", embed_scale=False, embed_norm=False, final_norm=True, rotary_base=10000.0
+    )
+    require(c, "fla", **meant, **others)
     return {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.layers,
-        "num_heads": config.heads,
-        "num_kv_heads": None if config.kv_heads == config.heads else config.kv_heads,
-        "expand_k": _ratio(config.key_dim, config.dim),
-        "expand_v": _ratio(config.value_dim, config.dim),
-        "intermediate_size": config.ffn_dim,
-        "hidden_act": config.activation,
-        "elementwise_affine": config.head_norm_affine,
-        "use_output_gate": config.gate,
-        "norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.layers,
+        "num_heads": c.heads,
+        "num_kv_heads": None if c.kv_heads == c.heads else c.kv_heads,
+        "expand_k": _ratio(c.key_dim, c.dim),
+        "expand_v": _ratio(c.value_dim, c.dim),
+        "intermediate_size": c.ffn_dim,
+        "hidden_act": c.activation,
+        "elementwise_affine": c.head_norm_affine,
+        "use_output_gate": c.gate,
+        "norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
     }
 
 
-def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors by our names. Files from before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
-    out = {}
+    out, width = {}, config.blocks[0].ffn.width
     for name, x in tensors.items():
         if name.endswith("rotary.inv_freq"):
             continue  # a buffer of angles, rebuilt here
-        if name.endswith("mlp.gate_proj.weight") and x.shape[0] == 2 * config.ffn_dim:
+        if name.endswith("mlp.gate_proj.weight") and x.shape[0] == 2 * width:
             out[name], out[name.replace("gate_proj", "up_proj")] = (y.contiguous() for y in x.chunk(2))
         else:
             out[name] = x
@@ -111,6 +116,6 @@ def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, 
     return rename(out, flip([*TABLE, UNFUSED]))
 
 
-def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+def write_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors by its names."""
-    return rename(tensors, TABLE if config.gate else [UNFUSED, *TABLE])
+    return rename(tensors, TABLE if config.all_retention("fla").gate else [UNFUSED, *TABLE])

@@ -23,25 +23,24 @@ from retentive.files import load_tensors, save_tensors, write_text, write_togeth
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import (
-    ARCHITECTURES,
     Config,
-    HybridConfig,
     LanguageModel,
+    ModelConfig,
     PeerConfig,
-    RetNetConfig,
-    TransformerConfig,
     build,
 )
 from retentive.models.encoders import CONFIGS, configs_of, with_encoders
 from retentive.models.encoders import Config as EncoderConfig
+from retentive.models.version_1 import read_version_1
 
 log = logging.getLogger(__name__)
-FORMAT = "retentive-model-1"
+FORMAT = "retentive-model-2"
+VERSION_1 = "retentive-model-1"
+"""Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
 """The file of a run's folder that says that nothing has been trained yet: its weights are the initial ones."""
 SHIPPED = Path(__file__).parents[1] / "shipped"
 """Where models lie that come with the package, each with its card, README.md."""
-KINDS = {"retnet": RetNetConfig, "transformer": TransformerConfig, "hybrid": HybridConfig, "peer": PeerConfig}
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -88,7 +87,7 @@ def load(
     if adapter is not None:
         tensors = _changed(tensors, folder, find(adapter))
     # On "meta" nothing is allocated or initialised. A peer has buffers too, which no file holds: it must be real.
-    with torch.device("cpu") if isinstance(config, PeerConfig) else Unfilled():
+    with torch.device("cpu") if config.library else Unfilled():
         model = build(config)
         if how:
             model = as_quantized(model, how, dtype or torch.bfloat16)
@@ -214,19 +213,19 @@ def load_config(folder: Path) -> tuple[Config, str]:
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is not a model's config: expected a JSON object, got {type(raw).__name__}")
     try:
-        if raw.get("format") == FORMAT:
-            kind, config = raw["kind"], raw["config"]
-            if kind not in list(KINDS) or not isinstance(config, dict):
-                raise TypeError(f'expected "kind" to be one of {", ".join(KINDS)} and "config" to be its fields')
-            # A field that is not there was not known when the file was written: then all RetNets were the paper's.
-            before = ARCHITECTURES["retnet-paper"] if issubclass(KINDS[kind], RetNetConfig) else {}
-            return KINDS[kind](**before | config), "retentive"
+        if raw.get("format") in (FORMAT, VERSION_1):
+            kind, config = raw.get("kind"), raw["config"]
+            if not isinstance(config, dict):
+                raise TypeError('expected "config" to be its fields')
+            if kind == "peer":
+                return PeerConfig(**config), "retentive"
+            return read_version_1(kind, config) if raw["format"] == VERSION_1 else ModelConfig.read(config), "retentive"
         for name, layout in FOREIGN.items():
             if layout.recognises(raw):
                 return layout.read_config(raw), name
     except KeyError as error:
         raise ValueError(f"{file} does not describe a model of this version: it has no {error}") from None
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not describe a model of this version: {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -401,8 +400,8 @@ def save_model(
             raise ValueError(f"{layout} has no quantised models: write the one that this was made from")
         if configs_of(model):
             raise ValueError(f"{layout} has no models with encoders of pictures or sound")
-        if type(config) is not RetNetConfig:
-            raise ValueError(f"{layout} has RetNets only, this is a {type(model).__name__}")
+        if config.library:
+            raise ValueError(f"{layout} has RetNets only, this is a model of {config.library}")
         raw = FOREIGN[layout].write_config(config)
         tensors = FOREIGN[layout].write_tensors(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -435,8 +434,9 @@ def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _described(model: LanguageModel) -> dict[str, Any]:
     """What config.json says of it."""
-    kind = next(k for k, cls in KINDS.items() if type(model.config) is cls)
-    raw: dict[str, Any] = {"format": FORMAT, "kind": kind, "config": asdict(model.config)}
+    raw: dict[str, Any] = {"format": FORMAT, "config": model.config.written()}
+    if model.config.library:
+        raw["kind"] = "peer"
     if how := quantization_of(model):
         raw["quantization"] = asdict(how)
     if adapter := adapter_of(model):

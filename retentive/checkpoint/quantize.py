@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
 from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
-from retentive.models import LanguageModel, RetNetConfig
+from retentive.models import LanguageModel
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = {8: 128, 4: 32}
@@ -56,9 +56,9 @@ def quantization_of(model: nn.Module) -> Quantization | None:
 
 def check_quantizable(model: LanguageModel) -> None:
     """Raises ValueError for a model that cannot be quantised."""
-    if type(model.config) is not RetNetConfig:
-        kind = type(model.config).__name__.removesuffix("Config")
-        raise ValueError(f"only RetNets can be quantised, this is a {kind}")
+    if model.config.library:
+        raise ValueError(f"only models of this package can be quantised, this is one of {model.config.library}")
+    model.config.all_retention("quantising")
     if quantization_of(model):
         raise ValueError("the model is quantised already: take the one that it was made from")
     for name, x in model.named_parameters():
@@ -111,7 +111,7 @@ def quantize(
     how = Quantization(bits, GROUPS[bits] if group is None else group)
     exact: Any = copy.deepcopy(model).float().eval()
     made: Any = as_quantized(copy.deepcopy(exact), how, torch.float32)
-    streams = [exact.begin(ids, None, None, None, None) for ids in batches]
+    streams = [exact.begin(ids) for ids in batches]
     _fill(made.embed, exact.embed.weight, None)
     for i, block in enumerate(exact.blocks):
         read = _second_moments(block, streams)

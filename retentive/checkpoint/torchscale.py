@@ -4,11 +4,14 @@ Ours computes what its recurrent mode does. Its parallel mode also divides the s
 which has no recurrent form; where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from retentive.checkpoint.keys import flip, refuse, rename, require
-from retentive.models import ARCHITECTURES, RetNetConfig
+from retentive.models import ARCHITECTURES, ModelConfig, retnet
+from retentive.models.presets import flat
 from retentive.ops import decay
 
 TABLE = [
@@ -37,14 +40,14 @@ def recognises(config: dict) -> bool:
     return "decoder_retention_heads" in config
 
 
-def read_config(config: dict) -> RetNetConfig:
+def read_config(config: dict) -> ModelConfig:
     """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
 
     Raises:
         ValueError: it asks for what is not supported here.
     """
     refuse(config, "torchscale", moe_freq=0, deepnorm=False, multiway=False, no_output_layer=False, xpos_rel_pos=False)
-    return RetNetConfig(
+    return retnet(
         vocab_size=config["vocab_size"],
         dim=config.get("decoder_embed_dim", 768),
         layers=config.get("decoder_layers", 12),
@@ -61,33 +64,34 @@ def read_config(config: dict) -> RetNetConfig:
     )
 
 
-def write_config(config: RetNetConfig) -> dict:
+def write_config(config: ModelConfig) -> dict:
     """The fields of its config.json for a config of ours.
 
     Raises:
         ValueError: its architecture cannot express it; all fields that differ are named.
     """
+    c = SimpleNamespace(**flat(config, "torchscale"))
     meant = {name: value for name, value in ARCHITECTURES["torchscale"].items() if name != "embed_scale"}  # a field
-    widths = dict(kv_heads=config.heads, key_dim=config.dim)
-    require(config, "torchscale", **meant, head_norm_affine=False, gate=True, ffn_gate=True, **widths)
+    widths = dict(kv_heads=c.heads, key_dim=c.dim)
+    require(c, "torchscale", **meant, head_norm_affine=False, gate=True, ffn_gate=True, rotary_base=10000.0, **widths)
     return {
-        "vocab_size": config.vocab_size,
-        "decoder_embed_dim": config.dim,
-        "decoder_layers": config.layers,
-        "decoder_retention_heads": config.heads,
-        "decoder_value_embed_dim": config.value_dim,
-        "decoder_ffn_embed_dim": config.ffn_dim,
-        "activation_fn": config.activation,
-        "layernorm_eps": config.norm_eps,
-        "no_scale_embedding": not config.embed_scale,
-        "layernorm_embedding": config.embed_norm,
-        "decoder_normalize_before": config.final_norm,
-        "share_decoder_input_output_embed": config.tie_embeddings,
-        "dropout": config.dropout,
+        "vocab_size": c.vocab_size,
+        "decoder_embed_dim": c.dim,
+        "decoder_layers": c.layers,
+        "decoder_retention_heads": c.heads,
+        "decoder_value_embed_dim": c.value_dim,
+        "decoder_ffn_embed_dim": c.ffn_dim,
+        "activation_fn": c.activation,
+        "layernorm_eps": c.norm_eps,
+        "no_scale_embedding": not c.embed_scale,
+        "layernorm_embedding": c.embed_norm,
+        "decoder_normalize_before": c.final_norm,
+        "share_decoder_input_output_embed": c.tie_embeddings,
+        "dropout": c.dropout,
     }
 
 
-def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors by our names, without its buffers of angles and decays: ours are computed from float64."""
     tensors = {name: x for name, x in tensors.items() if name not in BUFFERS}
     if config.tie_embeddings:
@@ -95,14 +99,15 @@ def read_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, 
     return rename(tensors, flip(TABLE))
 
 
-def write_tensors(tensors: dict[str, Tensor], config: RetNetConfig) -> dict[str, Tensor]:
+def write_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors by its names, with the buffers that its strict loading expects."""
     out = rename(tensors, TABLE)
     if config.tie_embeddings:  # its state_dict has both names; safetensors stores no two names of one memory
         out["output_projection.weight"] = out["embed_tokens.weight"].clone()
     # One angle for each pair of neighbouring features, as in `ops.rotary`; computed in float64, kept in float32.
-    half = config.key_dim // config.heads // 2
+    mixer = config.all_retention("torchscale")
+    half = mixer.key_dim // mixer.heads // 2
     angle = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
     out["retnet_rel_pos.angle"] = angle.repeat_interleave(2).float()
-    out["retnet_rel_pos.decay"] = decay.log_decay("paper", config.heads)
+    out["retnet_rel_pos.decay"] = decay.log_decay("paper", mixer.heads)
     return out

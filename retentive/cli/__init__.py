@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from retentive import __version__
 from retentive.threads import bound_spinning
@@ -30,12 +31,16 @@ VERBS = {
 """Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one verb. Bad input ends in one line on stderr and exit code 2 (RETENTIVE_DEBUG=1: in a traceback)."""
+def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | None = None) -> None:
+    """Run one verb. Bad input ends in one line on stderr and exit code 2 (RETENTIVE_DEBUG=1: in a traceback).
+
+    Args:
+        program: called with `argv` instead of `run`, for another program with the same manners.
+    """
     argv = sys.argv[1:] if argv is None else argv
     mend_streams()
     try:
-        run(argv)
+        (program or run)(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)  # after the terminal's ^C
@@ -83,15 +88,20 @@ def run(argv: list[str]) -> None:
     elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith((".onnx", ".pte")):
         importlib.import_module("retentive.cli.generate_exported").main(argv[1:])  # which may need no torch
     elif argv[0] in VERBS:
-        bound_spinning()  # read by OpenMP when torch loads it, so before anything imports torch
-        from retentive import machine
-
-        machine.keep_freed_memory()
-        if sys.stderr.isatty():
-            show_log()
+        prepare()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     else:
         raise ValueError(f"unknown verb {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
+
+
+def prepare() -> None:
+    """Set up threads, memory and the log, before anything imports torch."""
+    bound_spinning()  # read by OpenMP when torch loads it
+    from retentive import machine
+
+    machine.keep_freed_memory()
+    if sys.stderr.isatty():
+        show_log()
 
 
 def usage() -> str:

@@ -1,11 +1,12 @@
 """`retentive bench NAME`: measure something on this machine; a table and, with --json, a file and a picture beside it.
 
-One verb serves all benches and studies, since all have one shape (`retentive.bench`).
+One verb serves all benches, those of other tables of names too, since all have one shape (`retentive.bench`).
 """
 
 import importlib
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +18,17 @@ from retentive.cli.progress import say
 from retentive.files import check_places, write_json, write_together
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], benches: Mapping[str, str] = BENCHES, program: str = "retentive bench") -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: retentive bench NAME [OPTIONS]\n")
-        for name, module in BENCHES.items():
+        print(f"usage: {program} NAME [OPTIONS]\n")
+        for name, module in benches.items():
             print(f"  {name:<12} {importlib.import_module(module).Options.__doc__}")
         return
     name = argv[0]
-    if name not in BENCHES:
-        raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(BENCHES)}")
-    bench: Any = importlib.import_module(BENCHES[name])
-    command = tyro.cli(command_of(bench), prog=f"retentive bench {name}", args=argv[1:])
+    if name not in benches:
+        raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(benches)}")
+    bench: Any = importlib.import_module(benches[name])
+    command = tyro.cli(command_of(bench), prog=f"{program} {name}", args=argv[1:])
     if command.json:  # known before hours of measuring
         check_places(command.json, command.json.with_suffix(".png") if bench.PICTURE else None)
     from retentive.train import Interrupted  # here, since `retentive bench --help` needs no torch
@@ -37,9 +38,12 @@ def main(argv: list[str]) -> None:
     except Interrupted as stop:  # of a bench that trains its models
         print("stopped; what was trained is saved, and the same command goes on", file=sys.stderr)
         sys.exit(128 + stop.number)
-    print(bench.table(result))
+    table = bench.table(result)
+    print(table)
     if command.json:
-        keep(command.json, bench, command, {"command": shlex.join(["retentive", "bench", *argv]), **result})
+        # the table too, so that a report shows it without the code that measured
+        result = {"command": shlex.join([*program.split(), *argv]), **result, "table": table}
+        keep(command.json, bench, command, result)
     if not result.get("ok", True):  # only after the result was kept, which shows what is wrong
         raise ValueError(f"the {name} found what must not be: see above")
 

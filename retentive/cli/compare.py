@@ -14,8 +14,8 @@ from rich.console import Console
 
 from retentive.cli.progress import Lines
 from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
+from retentive.compare import Comparison, plot, table
 from retentive.files import check_places, write_json, write_together
-from retentive.studies.compare import Comparison, plot, table
 from retentive.train import Interrupted
 
 

@@ -24,12 +24,13 @@ from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
+from retentive.evals import heldout
 from retentive.files import make_folder, write_json
-from retentive.models import RetNet, build, preset, twin
+from retentive.models import LanguageModel, build, retnet, twin
 from retentive.native import with_engine
 from retentive.ops import using
-from retentive.studies import training_run
 from retentive.train import Interrupted, TrainConfig, TrainRun
+from retentive.train.log import read_metrics
 from retentive.train.samples import sample_text
 
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
@@ -86,7 +87,6 @@ def run(command: DemoCommand) -> None:
         console.print(f"{stop}: retentive train --data {data} --out {command.out} --resume", markup=False)
         sys.exit(128 + stop.number)
     model, tokenizer = load_with_tokenizer(command.out)
-    assert isinstance(model, RetNet)
     console.rule("3. How good is it? Held-out modules, bits per byte")
     yardsticks(console, data, command.out)
     console.rule("4. One model, three forms")
@@ -117,7 +117,7 @@ def check(command: DemoCommand, data: Path) -> None:
         raise FileExistsError(f"--out {command.out} is a file: choose a folder for the run")
     if command.vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (all bytes and an end of text), got {command.vocab_size}")
-    preset(command.size, vocab_size=command.vocab_size)  # raises for an unknown size
+    retnet(command.size, vocab_size=command.vocab_size)  # raises for an unknown size
     if not command.overwrite and ((command.out / "train.json").exists() or data.exists()):
         raise FileExistsError(f"{command.out} or {data} exists: add --overwrite to begin anew, or choose another --out")
     make_folder(command.out.parent)
@@ -165,7 +165,7 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
     first = TrainRun(data, command.out, size=command.size, batch=4, length=512, overwrite=command.overwrite)
     overhead = 1.12  # for evaluations, samples and checkpoints
     steps = max(20, min(20_000, int(command.minutes * 60 / (overhead * first.seconds_per_step()))))
-    often, width = max(steps // 4, 1), preset(command.size, vocab_size=command.vocab_size).dim
+    often, width = max(steps // 4, 1), retnet(command.size, vocab_size=command.vocab_size).dim
     options = TrainConfig(
         steps=steps,
         lr=2.0 / width,  # 0.016 for 1m (docs/LOG.md), less for wider ones
@@ -180,15 +180,16 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
 
 def yardsticks(console: Console, data: Path, out: Path) -> None:
     """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
-    result = training_run.report(out, Packed(data))
-    figures = training_run.bits_per_byte(result)
+    marks = heldout.yardsticks(Packed(data))
+    final = next(r["final_bits_per_byte"] for r in reversed(read_metrics(out)) if "final_bits_per_byte" in r)
+    figures = {name: marks[name] for name in heldout.YARDSTICKS} | {"this model": final}
     for name, value in figures.items():
         console.print(f"  {name:<26}{value:6.3f}")
-    write_json(out / "held_out.json", {**figures, "bytes": result["yardsticks"]["bytes"]})
+    write_json(out / "held_out.json", {**figures, "bytes": marks["bytes"]})
 
 
 @torch.inference_mode()
-def forms(console: Console, model: RetNet, data: Path) -> None:
+def forms(console: Console, model: LanguageModel, data: Path) -> None:
     """Print how far float32 logits on held-out text are from float64 ones, in each form and handed over between two."""
     ids = next(Packed(data).held_out(length=1024)).ids
     with using(form="recurrent"):
@@ -210,7 +211,7 @@ def forms(console: Console, model: RetNet, data: Path) -> None:
         console.print(f"  {name:<32}{float((logits - exact).abs().max()):.1e}")
 
 
-def costs(console: Console, model: RetNet, out: Path) -> None:
+def costs(console: Console, model: LanguageModel, out: Path) -> None:
     """Print the memory of a state and of a KV cache, and write JSON and a picture into the run directory."""
     result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
     console.print(Markdown(memory.table(result)))

@@ -25,7 +25,7 @@ from retentive.evals.replies import KINDS, kind_of
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import check_places, write_json, write_text
-from retentive.models import MODELS, cost
+from retentive.models import cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def run(command: EvalCommand, typed: str) -> None:
         described = {
             "what": "texts by length of context" if command.contexts else "tasks",
             "scorer": scorer,
-            "model": MODELS[type(model.config)].__name__,
+            "model": model.config.name,
             "parameters": cost.parameters(model.config),
             "device": command.device,
             "dtype": str(model.dtype),

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,20 +18,18 @@ from retentive.checkpoint.io import find, load_config, load_encoders, load_quant
 from retentive.checkpoint.quantize import Quantization
 from retentive.models import (
     ARCHITECTURES,
-    MODELS,
     NAMES,
     PRESETS,
     Config,
-    HybridConfig,
-    PeerConfig,
-    RetNetConfig,
+    ModelConfig,
     config_of,
     cost,
-    preset,
+    retnet,
     twin,
 )
 from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.encoders import ImageConfig, encoder_of
+from retentive.models.presets import flat
 from retentive.ops import backends
 from retentive.train.log import read_metrics
 
@@ -78,11 +76,11 @@ def show(console: Console, command: InfoCommand) -> None:
             f"({', '.join(NAMES)})"
         )
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
-        describe(console, preset(command.run, vocab_size=command.vocab_size), f"size {command.run}")
+        describe(console, retnet(command.run, vocab_size=command.vocab_size), f"size {command.run}")
     elif command.run in NAMES and not Path(command.run).exists():
         named = config_of(command.run, command.size, vocab_size=command.vocab_size)
         describe(console, named, f"architecture {command.run} in size {command.size}")
-        if command.run in ARCHITECTURES:
+        if command.run in ARCHITECTURES and isinstance(named, ModelConfig):
             console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = find(command.run)
@@ -108,11 +106,12 @@ def of_machine() -> dict[str, str]:
 
 def describe(console: Console, config: Config, title: str, quantized: Quantization | None = None) -> None:
     """Print the config and what it costs."""
-    console.print(f"[bold]{MODELS[type(config)].__name__}[/bold], {title}")
-    console.print("  " + "  ".join(f"{k}={v}" for k, v in asdict(config).items()), soft_wrap=True)
+    console.print(f"[bold]{config.name}[/bold], {title}")
+    for line in fields_of(config):
+        console.print("  " + line, markup=False, soft_wrap=True)
     parameters = f"{cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks"
     console.print(f"\n  {parameters}")
-    if isinstance(config, PeerConfig):  # another library's model: its memory and FLOPs are not known here
+    if not isinstance(config, ModelConfig):  # another library's: its memory and FLOPs are not known here
         return
     if quantized:
         weights = f"weights of {quantized.bits} bits, a scale for each {quantized.group}"
@@ -122,22 +121,31 @@ def describe(console: Console, config: Config, title: str, quantized: Quantizati
         f"  {weights}, {cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
     # the RetNet beside its Transformer twin; a Transformer by itself
-    retnet = config if isinstance(config, RetNetConfig) else None
-    other = twin(config) if isinstance(config, RetNetConfig) else config
+    other = twin(config)
     table = Table(title="memory of one sequence, float32", title_justify="left")
     table.add_column("context")
     for n in CONTEXTS:
         table.add_column(f"{n:,}", justify="right")
-    if isinstance(config, HybridConfig):
-        table.add_row("states and KV cache", *[megabytes(cost.memory_bytes(config, n)) for n in CONTEXTS])
-    elif retnet:
-        table.add_row("RetNet's state", *[megabytes(cost.state_bytes(retnet))] * len(CONTEXTS))
-    table.add_row(
-        "the twin's KV cache" if retnet else "KV cache", *[megabytes(cost.cache_bytes(other, n)) for n in CONTEXTS]
-    )
+    if config.retains:
+        name = "states and KV cache" if config.attends else "RetNet's state"
+        table.add_row(name, *[megabytes(cost.memory_bytes(config, n)) for n in CONTEXTS])
+    name = "the twin's KV cache" if config.retains else "KV cache"
+    table.add_row(name, *[megabytes(cost.cache_bytes(other, n)) for n in CONTEXTS])
     console.print(table)
-    if retnet and not isinstance(config, HybridConfig):
-        console.print(f"  The state is the smaller one from {cost.break_even(retnet, other):,} tokens of context on.")
+    if not config.attends:
+        console.print(f"  The state is the smaller one from {cost.break_even(config, other):,} tokens of context on.")
+
+
+def fields_of(config: Config) -> Iterator[str]:
+    """The config's fields in lines: those of the model, and for each run of equal blocks those of its layers."""
+    written = config.written()
+    blocks = written.pop("blocks", [])
+    yield "  ".join(f"{k}={v}" for k, v in written.items())
+    for block in blocks:
+        mixer, ffn = (block[name] for name in ("mixer", "ffn"))
+        kind = mixer.pop("kind")
+        yield f"{block['repeat']} x {kind}: " + "  ".join(f"{k}={v}" for k, v in mixer.items())
+        yield f"{' ' * len(str(block['repeat']))}   feed-forward: " + "  ".join(f"{k}={v}" for k, v in ffn.items())
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
@@ -152,10 +160,10 @@ def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
         yield f"{kind}: {takes}; an encoder of {count:,} parameters more, {megabytes(4 * count)} in float32"
 
 
-def differences(config: Config, size: str, vocab_size: int) -> str:
+def differences(config: ModelConfig, size: str, vocab_size: int) -> str:
     """What the config has otherwise than this package's RetNet of that size."""
-    ours = asdict(preset(size, vocab_size=vocab_size))
-    theirs = {name: value for name, value in asdict(config).items() if value != ours[name]}
+    ours = flat(retnet(size, vocab_size=vocab_size), "info")
+    theirs = {name: value for name, value in flat(config, "info").items() if value != ours[name]}
     if not theirs:
         return "  This is what `--model retnet` means."
     each = ", ".join(f"{name}={value} (ours: {ours[name]})" for name, value in theirs.items())
@@ -185,11 +193,12 @@ def sizes(vocab_size: int) -> Table:
     for name in ("size", "dim", "layers", "heads", "K x V", "parameters", "state"):
         table.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
     for name in PRESETS:
-        c = preset(name, vocab_size=vocab_size)
-        head = f"{c.key_dim // c.heads} x {c.value_dim // c.heads}"
+        c = retnet(name, vocab_size=vocab_size)
+        H, K, V = c.all_retention("info").head_shape
+        head = f"{K} x {V}"
         table.add_row(
             name,
-            *map(str, (c.dim, c.layers, c.heads)),
+            *map(str, (c.dim, c.layers, H)),
             head,
             f"{cost.parameters(c) / 1e6:,.1f} M",
             megabytes(cost.state_bytes(c)),

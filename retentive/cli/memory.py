@@ -210,13 +210,19 @@ def ask(command: AskCommand) -> None:
     type_out(prompt, stream_generate(model, tokenizer, prompt, memory=command.memory, **how))
 
 
+def layers_of(config: dict[str, Any]) -> int:
+    """Blocks of the model in a memory file; files of version 0.1.0 say their number."""
+    return config["layers"] if "layers" in config else sum(block["repeat"] for block in config["blocks"])
+
+
 def described(about: dict[str, Any], path: Path) -> str:
     """What `show` found, as lines to print."""
     config, sources = about["config"], about["sources"]
     lines = [
         f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",
-        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({about['kind']}), {about['file_bytes'] / 1e6:.2f} MB of file",
-        f"  model {about['model']}" + (f", {config['layers']} layers, width {config['dim']}" if config else ""),
+        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({' and '.join(about['kinds'])}), "
+        f"{about['file_bytes'] / 1e6:.2f} MB of file",
+        f"  model {about['model']}" + (f", {layers_of(config)} layers, width {config['dim']}" if config else ""),
     ]
     if about["pending"]:
         lines.append(f"  still to be read: {about['pending']}")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from retentive.models import HybridConfig, TransformerConfig
+from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.processes import Elsewhere
@@ -25,7 +25,7 @@ RECIPE = "--recipe FILE.py takes the options that the file's function recipe() r
 NPROC = "--nproc N starts N processes on this machine that train together, as torchrun --nproc-per-node N does."
 OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
 """Every option of a run, by its field's name."""
-FIELDS: dict[str, Any] = {f.name: f.type for kind in (TransformerConfig, HybridConfig) for f in fields(kind)}
+FIELDS: dict[str, Any] = dict(MODEL_FIELDS)
 FIELDS |= {f"{name}.{f.name}": f.type for name, kind in ENCODERS.items() for f in fields(kind)}
 """Every field that --set may name, and its type."""
 del FIELDS["vocab_size"]  # the data's

@@ -5,7 +5,9 @@ training text: only the context can have told it. This is the associative-recall
 arXiv 2312.04927), where most of the gap between attention and models with a state of constant size lies.
 """
 
+import lzma
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ MOST = 100_000_000
 """Tokens of training text, from its beginning, whose pairs are counted."""
 CHUNK = 1024
 """Tokens whose logits are in memory at a time."""
+YARDSTICKS = ("order-0 entropy", "xz -9")
+"""Bits per byte that need no model: entropy of the bytes' frequencies, and xz at its strongest."""
 
 
 class HeldOut(NamedTuple):
@@ -235,3 +239,11 @@ def report(model: LanguageModel, data: Packed, pairs: Pairs, *, length: int) -> 
 def _mean(losses: np.ndarray) -> dict[str, Any]:
     """The number and mean loss of some tokens; None for the mean of none."""
     return {"tokens": len(losses), "loss": float(losses.mean()) if len(losses) else None}
+
+
+def yardsticks(data: Packed) -> dict[str, float]:
+    """`YARDSTICKS` of the held-out text in bits per byte, and its length as "bytes"."""
+    raw = "".join(data.tokenizer.decode(b.ids[0].tolist()) for b in data.held_out(length=1 << 20)).encode()
+    counts = Counter(raw)
+    entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())
+    return {"order-0 entropy": entropy, "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw), "bytes": len(raw)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.sample import NOT_FINITE
-from retentive.models import Hybrid, LanguageModel, RetNet
+from retentive.models import LanguageModel
 
 BUDGET = 8192
 """Tokens of a batch at most, padding included."""
@@ -165,7 +165,7 @@ def packs(model: LanguageModel, longest: int) -> bool:
 
     Lengths differ so much from question to question that padding doubles what is computed.
     """
-    return isinstance(model, RetNet) and not isinstance(model, Hybrid) and longest <= CHUNK
+    return model.keeps_state and not model.config.attends and longest <= CHUNK
 
 
 def _score(model: LanguageModel, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:

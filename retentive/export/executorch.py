@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from retentive.checkpoint.quantize import quantization_of
 from retentive.export.retnets import check_plain
+from retentive.layers import RetentionConfig
 from retentive.layers.config import GATES
-from retentive.models import LanguageModel, RetNetConfig
+from retentive.models import LanguageModel
 from retentive.ops import decay as decays
 from retentive.ops import rotary
 
@@ -55,13 +56,13 @@ def export_executorch(model: LanguageModel, path: Path, *, eos: int, bits: int |
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     except ImportError:
         raise ImportError("programs for ExecuTorch are made by it: pip install 'retentive[executorch]'") from None
-    c: RetNetConfig = model.config
+    c = model.config.all_retention("ExecuTorch")
     step: Any = Step(copy.deepcopy(model).float().eval(), GROUP if bits == 4 else 1)
     if bits:
         _quantise(step, bits)
     shape = c.heads, c.key_dim // c.heads, step.V
     given = torch.tensor([1]), torch.tensor([1]), *step.blank()
-    facts = {"eos": eos, "vocabulary": c.vocab_size, "layers": c.layers}
+    facts = {"eos": eos, "vocabulary": model.config.vocab_size, "layers": model.config.layers}
     facts |= dict(zip(("heads", "key", "value"), shape, strict=True))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it calls in torch
@@ -109,11 +110,12 @@ class Step(nn.Module):
 
     def __init__(self, model: Any, multiple: int = 1):
         super().__init__()
-        self.config: RetNetConfig = model.config
-        c, K = self.config, self.config.key_dim // self.config.heads
+        whole = model.config
+        self.config = c = whole.all_retention("ExecuTorch")
+        self.embed_scale, K = whole.dim**0.5 if whole.embed_scale else None, c.key_dim // c.heads
         self.embed, self.head = model.embed, _linear(model.head.weight)
-        self.embed_norm = Norm(c.dim, model.embed_norm.weight, c.norm_eps) if c.embed_norm else nn.Identity()
-        self.norm = Norm(c.dim, model.norm.weight, c.norm_eps) if c.final_norm else nn.Identity()
+        self.embed_norm = Norm(c.dim, model.embed_norm.weight, whole.norm_eps) if whole.embed_norm else nn.Identity()
+        self.norm = Norm(c.dim, model.norm.weight, whole.norm_eps) if whole.final_norm else nn.Identity()
         self.blocks = nn.ModuleList(StepBlock(block, c, multiple) for block in model.blocks)
         self.V: int = self.blocks[0].V  # type: ignore[assignment]
         turn = torch.arange(TURNS, dtype=torch.float64)[:, None] * rotary.frequencies(K, c.rotary)
@@ -126,8 +128,8 @@ class Step(nn.Module):
 
     def forward(self, token: Tensor, position: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         c, x = self.config, self.embed(token)
-        if c.embed_scale:
-            x = x * c.dim**0.5
+        if self.embed_scale:
+            x = x * self.embed_scale
         x, after = self.embed_norm(x), []
         cos, sin = self.phases(position)
         scale = torch.full((c.heads, 1), (c.key_dim // c.heads) ** -0.5)
@@ -150,7 +152,7 @@ class Step(nn.Module):
     def blank(self) -> list[Tensor]:
         """The states before the first token."""
         c = self.config
-        return [torch.zeros(c.heads, c.key_dim // c.heads, self.V) for _ in range(c.layers)]
+        return [torch.zeros(c.heads, c.key_dim // c.heads, self.V) for _ in self.blocks]
 
 
 class StepBlock(nn.Module):
@@ -158,12 +160,12 @@ class StepBlock(nn.Module):
 
     decay: Tensor
 
-    def __init__(self, block: Any, c: RetNetConfig, multiple: int):
+    def __init__(self, block: Any, c: RetentionConfig, multiple: int):
         super().__init__()
         layer, H = block.retention, c.heads
-        self.c, self.H, self.K = c, H, layer.K
+        self.c, self.ffn, self.H, self.K = c, block.ffn.config, H, layer.K
         self.V = _filled(layer.V, multiple // math.gcd(multiple, H))  # of a head
-        self.F = _filled(c.ffn_dim, multiple)
+        self.F = _filled(block.ffn.config.width, multiple)
         more = (0, 0, 0, self.V - layer.V)
         order = _halves(self.K) if c.rotary == "interleaved" else torch.arange(self.K)
         q = _heads(layer.q_proj.weight, self.H, self.H)[:, order].flatten(0, 1)
@@ -189,10 +191,10 @@ class StepBlock(nn.Module):
             decay = torch.tensor(c.log_decay(), dtype=torch.float64).exp().float()
             self.register_buffer("decay", decay[:, None, None], persistent=False)
         self.out = _linear(F.pad(layer.out_proj.weight.unflatten(1, (H, -1)), (0, self.V - layer.V)).flatten(1))
-        ffn, more = block.ffn, (0, 0, 0, self.F - c.ffn_dim)
-        enters = [ffn.gate_proj, *([ffn.up_proj] if c.ffn_gate else [])]
+        ffn, more = block.ffn, (0, 0, 0, self.F - self.ffn.width)
+        enters = [ffn.gate_proj, *([ffn.up_proj] if self.ffn.gate else [])]
         self.enters = _linear(torch.cat([F.pad(x.weight, more) for x in enters]))
-        self.down = _linear(F.pad(ffn.down_proj.weight, (0, self.F - c.ffn_dim)))
+        self.down = _linear(F.pad(ffn.down_proj.weight, (0, self.F - self.ffn.width)))
 
     def forward(self, x: Tensor, state: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         c, H, K, V = self.c, self.H, self.K, self.V
@@ -205,8 +207,8 @@ class StepBlock(nn.Module):
         o = (o if self.head_norm is None else self.head_norm(o)).reshape(1, H * V)
         x = x + self.out(GATES[c.gate_activation](g) * o if c.gate else o)
         z = self.enters(self.ffn_norm(x))
-        act = F.gelu if c.activation == "gelu" else F.silu
-        y = act(z[:, : self.F]) * z[:, self.F :] if c.ffn_gate else act(z)
+        act = F.gelu if self.ffn.activation == "gelu" else F.silu
+        y = act(z[:, : self.F]) * z[:, self.F :] if self.ffn.gate else act(z)
         return x + self.down(y), state
 
     def feature(self, x: Tensor, which: str, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ as they are stored, in blocks of a group: nothing is rounded again.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ from torch import Tensor
 
 from retentive.export.onnx_run import FORMAT
 from retentive.export.retnets import check_plain
+from retentive.layers import RetentionConfig
 from retentive.layers.quantized import Quantized
-from retentive.models import LanguageModel, RetNetConfig
+from retentive.models import LanguageModel
+from retentive.models.presets import flat
 from retentive.ops import rotary
 
 MICROSOFT = "com.microsoft"
@@ -55,7 +56,7 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
     graph = Graph(standard)
     _network(graph, model)
     c = model.config
-    state = ["B", c.heads, c.key_dim // c.heads, c.value_dim // c.heads]
+    state = ["B", *c.all_retention("ONNX").head_shape]
     value, float32, int64 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     states = [value(f"state.{i}", float32, state) for i in range(c.layers)]
     made = onnx.helper.make_model(
@@ -72,7 +73,7 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
         producer_name="retentive",
         ir_version=10,
     )
-    said = {"format": FORMAT, "eos": str(eos), "config": json.dumps(asdict(c))}
+    said = {"format": FORMAT, "eos": str(eos), "config": json.dumps(flat(c, "ONNX"))}
     onnx.helper.set_model_props(made, said)
     beside = sum(len(weight.raw_data) for weight in graph.weights) > LARGEST
     where: dict[str, Any] = {"save_as_external_data": True, "location": f"{path.name}.data"} if beside else {}
@@ -181,14 +182,14 @@ def integers(layers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _network(graph: Graph, model: Any) -> None:
     """The whole model, from ids to logits and states."""
-    c: RetNetConfig = model.config
-    tables = _tables(graph, c)
+    c = model.config
+    tables = _tables(graph, c.all_retention("ONNX"))
     x = _embedded(graph, model)
     for i, block in enumerate(model.blocks):
         h = graph.norm(x, block.retention_norm.weight, c.dim, c.norm_eps)
         x = graph.add("Add", x, _retention(graph, block.retention, h, i, tables))
         h = graph.norm(x, block.ffn_norm.weight, c.dim, c.norm_eps)
-        x = graph.add("Add", x, _feed_forward(graph, c, block.ffn, h))
+        x = graph.add("Add", x, _feed_forward(graph, block.ffn, h))
     x = graph.add("Gather", x, graph.constant(np.int64(-1)), axis=1)  # of the last token alone
     if c.final_norm:
         x = graph.norm(x, model.norm.weight, c.dim, c.norm_eps)
@@ -222,7 +223,7 @@ def _embedded(graph: Graph, model: Any) -> str:
     return graph.norm(x, model.embed_norm.weight, c.dim, c.norm_eps) if c.embed_norm else x
 
 
-def _tables(graph: Graph, c: RetNetConfig) -> dict[str, str]:
+def _tables(graph: Graph, c: RetentionConfig) -> dict[str, str]:
     """What depends on positions alone: phases `[B T, K/2]` and their rows, decays `[B,T,H]`, scales of q."""
     K, found = c.key_dim // c.heads, dict[str, str]()
     shape = graph.add("Shape", "input_ids")
@@ -234,7 +235,7 @@ def _tables(graph: Graph, c: RetNetConfig) -> dict[str, str]:
         # float64 products, of which whole turns are taken away: at position 10^6 a float32 one would be off by 0.06
         turned = graph.add("Reshape", position, graph.constant(np.array([-1, 1], np.int64)))
         turned = graph.add("Cast", turned, to=11)
-        angle = graph.add("Mul", turned, graph.constant(rotary.frequencies(K, c.rotary)[None]))
+        angle = graph.add("Mul", turned, graph.constant(rotary.frequencies(K, c.rotary, base=c.rotary_base)[None]))
         angle = graph.add("Cast", graph.add("Mod", angle, graph.constant(np.float64(2 * np.pi)), fmod=1), to=1)
         found["cos"], found["sin"] = graph.add("Cos", angle), graph.add("Sin", angle)
         count = graph.add("Squeeze", graph.add("Size", "input_ids"))
@@ -328,9 +329,10 @@ def _decay(graph: Graph, layer: Any, d: str) -> str:
     return graph.add("Mul", soft, graph.constant(np.float32(-1 / layer.config.decay_scale)))
 
 
-def _feed_forward(graph: Graph, c: RetNetConfig, ffn: Any, h: str) -> str:
+def _feed_forward(graph: Graph, ffn: Any, h: str) -> str:
+    c = ffn.config
     if ffn.up_proj is None:
         return graph.matmul(graph.activation(c.activation, graph.matmul(h, ffn.gate_proj)), ffn.down_proj)
-    sizes = graph.constant(np.array([c.ffn_dim] * 2, np.int64))
+    sizes = graph.constant(np.array([c.width] * 2, np.int64))
     gate, up = graph.add("Split", graph.matmul(h, ffn.gate_proj, ffn.up_proj), sizes, outputs=2, axis=-1)
     return graph.matmul(graph.add("Mul", graph.activation(c.activation, gate), up), ffn.down_proj)

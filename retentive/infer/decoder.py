@@ -16,8 +16,7 @@ from torch import Tensor
 
 from retentive.infer.generate import step_threads
 from retentive.models import LanguageModel
-from retentive.models.state import HybridState, KVCache, State
-from retentive.ops import Ring
+from retentive.models.state import State
 
 
 class Decoder(Protocol):
@@ -81,11 +80,10 @@ class TorchDecoder:
     def _hidden(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
         """(hidden `[T,D]`, states) of sequences packed into one row; a single one needs no packing, which copies."""
         ids = ids[None].to(self.model.device)
-        first: Any = states[0]
         if len(states) == 1:
-            x, state = self.model.hidden(ids, first)
+            x, state = self.model.hidden(ids, states[0])
             return x[0], [state]
-        x, state = self.model.hidden(ids, first.cat(states), cu_seqlens=cu_seqlens.to(self.model.device))
+        x, state = self.model.hidden(ids, State.cat(states), cu_seqlens=cu_seqlens.to(self.model.device))
         return x[0], [state.select(torch.tensor([n])) for n in range(len(states))]
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
@@ -97,16 +95,5 @@ class TorchDecoder:
             x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
             pool.position[:n] = state.position  # the one part of a state that is not written in place
             logits = self.model.head(x[:, -1]).float().cpu()
-        self._view = (pool, n, view)
+        self._view = (pool, n, State(view.memories, view.position))  # `view` itself is used up
         return logits
-
-
-def shapes(state: State) -> list[tuple[int, ...]]:
-    """The shapes of a state's tensors, without the number of tokens, and its window: equal for states that fit the same
-    model."""
-    if isinstance(state, HybridState):
-        return [*shapes(state.retention), *shapes(state.cache)]
-    if isinstance(state, KVCache):
-        # dim 1 is the slots, which depend on how much was read
-        return [(state.window,), *((x.shape[0], *x.shape[2:]) for x in state.tensors())]
-    return [tuple((x.state if isinstance(x, Ring) else x).shape) for x in state.layers]

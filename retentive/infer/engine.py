@@ -26,7 +26,7 @@ from torch import Tensor
 
 from retentive import machine
 from retentive.infer.cache import PrefixCache
-from retentive.infer.decoder import Decoder, TorchDecoder, shapes
+from retentive.infer.decoder import Decoder, TorchDecoder
 from retentive.infer.generate import Token, check_prompt
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
@@ -135,8 +135,8 @@ class Engine:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if not 0 <= returns.top <= vocab:
             raise ValueError(f"top must be from 0 to the {vocab} tokens of the vocabulary, got {returns.top}")
-        if state is not None and shapes(state) != shapes(self.decoder.init_state()):
-            raise ValueError(f"the state is not that of one sequence of this model: {shapes(state)}")
+        if state is not None and state.shapes != self.decoder.init_state().shapes:
+            raise ValueError(f"the state is not that of one sequence of this model: {state.shapes}")
 
     # one step
 

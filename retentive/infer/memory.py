@@ -10,7 +10,7 @@ whoever can write the file can write a matching one.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retentive.models import MODELS, LanguageModel
+from retentive.models import LanguageModel
 from retentive.models.state import State, load_state
+from retentive.models.version_1 import version_1
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
 """Fields of `Memory` that are kept as JSON beside the state, and their types."""
+
+PARTS = ("state", "keys", "values", "gates")
+"""Names of a block's tensors in a state's file."""
 
 
 @dataclass
@@ -52,7 +56,9 @@ class Memory:
 def fingerprint(model: LanguageModel) -> str:
     """32 hex digits that stand for the config and the weights (with their dtype), on whatever device they are."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([MODELS[type(model.config)].__name__, asdict(model.config)], sort_keys=True).encode())
+    config = model.config  # as version 0.1.0 described it, where it could: its memory files stay this model's
+    described = None if config.library else version_1(config)
+    digest.update(json.dumps(described or ["Model", config.written()], sort_keys=True).encode())
     for name, x in sorted(model.named_parameters()):
         digest.update(name.encode())
         _hash(digest, x.detach())
@@ -61,7 +67,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 def blank(model: LanguageModel, name: str | None = None) -> Memory:
     """The memory of a model that has read nothing; `name` is its fingerprint, to spare hashing all weights again."""
-    return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], asdict(model.config))
+    return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], model.config.written())
 
 
 def _hash(digest, x: Tensor) -> None:
@@ -71,8 +77,9 @@ def _hash(digest, x: Tensor) -> None:
 
 
 def tensors(state: State) -> list[Tensor]:
-    """All tensors of a state that are written to its file, in order; the position comes last."""
-    return [*state.named().values(), state.position]
+    """All tensors of a state in the order that the digest takes them: by part, then by block, the position last."""
+    named = state.named()
+    return [*(x for part in PARTS for name, x in named.items() if name.endswith(f".{part}")), state.position]
 
 
 def _digest(state: State, about: str) -> str:
@@ -178,19 +185,22 @@ def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
     The digest proves no more than that the file is as it was written: one made by hand may hold anything, and a wrong
     shape would fail only deep in a kernel.
     """
-    tokens = int(memory.state.position[0]) if memory.state.position.shape == (1,) else -1
-    fresh = model.init_state(1)
-    slots = min(tokens, fresh.window or tokens)
-    want = [
-        # a KV cache has as many slots as tokens were read; a retention state is always as large as a fresh one
-        ([1, slots, *x.shape[2:]] if name.startswith(("keys", "values", "gates")) else list(x.shape), x.dtype)
-        for name, x in fresh.named().items()
+    misfit = f"{path} does not fit the model: its state is not that of one sequence of this {model.config.name}"
+    if memory.state.position.shape != (1,):
+        raise ValueError(misfit)
+    try:
+        memory.state = model.checked(memory.state)
+    except ValueError as error:
+        raise ValueError(f"{misfit} ({error})") from None
+    tokens = int(memory.state.position)
+    want = [  # on "meta", since a forged position may ask for any number of slots
+        (x.shape, x.dtype)
+        for own in model.init_state(1).to("meta").memories
+        for x in own.reserve(tokens).named(memory.state.position).values()
     ]
-    want.append(([1], torch.int64))
-    got = [(list(x.shape), x.dtype) for x in tensors(memory.state)] if tokens >= 0 else []
-    if type(fresh) is not type(memory.state) or fresh.window != memory.state.window or got != want:
-        kind = MODELS[type(model.config)].__name__
-        raise ValueError(f"{path} does not fit the model: its state is not that of one sequence of {kind}")
+    got = [(x.shape, x.dtype) for x in memory.state.named().values()]
+    if got != want or memory.state.position.dtype != torch.int64:
+        raise ValueError(misfit)
     vocab = model.config.vocab_size
     if not all(0 <= i < vocab for i in memory.pending):
         raise ValueError(f"{path} does not fit the model: pending tokens must be in [0, {vocab})")
@@ -200,7 +210,7 @@ def show(path: str | Path) -> dict[str, Any]:
     """What is in the file at `path`, without a model; errors as `load_memory`."""
     memory = load_memory(path)
     return {
-        "kind": memory.state.kind,
+        "kinds": sorted(set(memory.state.kinds)),
         "tokens": memory.tokens,
         "position": int(memory.state.position[0]),
         "pending": memory.pending,

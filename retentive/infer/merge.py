@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from retentive.infer.memory import Memory, load_memory, save, tensors
-from retentive.models import RetNetConfig
-from retentive.models.state import RetentionState
+from retentive.layers import RetentionConfig
+from retentive.models import ModelConfig, RetentionMemory, State
+from retentive.models.version_1 import read_version_1
 from retentive.ops import rotary
 
 
@@ -39,9 +40,9 @@ def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = ke
     Raises:
         ValueError: no memories, different models, a Transformer's cache, or tokens that are still to be read.
     """
-    config, states = _mergeable(memories)
+    mixers, states = _mergeable(memories)
     end = max(int(s.position[0]) for s in states)
-    rotated = [_rotated(s, end - int(s.position[0]), config) for s in states]
+    rotated = [_rotated(s, end - int(s.position[0]), mixers) for s in states]
     layers = []
     for parts in zip(*rotated, strict=True):
         stack = torch.cat(parts)
@@ -58,18 +59,18 @@ def chain(memories: Sequence[Memory]) -> Memory:
     Raises:
         ValueError: as for `merge`, or decays that depend on the tokens.
     """
-    config, states = _mergeable(memories)
-    if config.decay == "gated":
+    mixers, states = _mergeable(memories)
+    if any(mixer.decay == "gated" for mixer in mixers):
         raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
     # float64: a rate close to 1 is raised to the power of a document's length
-    log_decay = torch.tensor(config.log_decay(), dtype=torch.float64)[:, None, None]
-    layers: list[Tensor] = [torch.zeros(()) for _ in range(config.layers)]  # broadcast in the first sum
+    decays = [torch.tensor(mixer.log_decay(), dtype=torch.float64)[:, None, None] for mixer in mixers]
+    layers: list[Tensor] = [torch.zeros(()) for _ in mixers]  # broadcast in the first sum
     end = 0
     for state in states:
         length = int(state.position[0])
-        rotated = _rotated(state, end, config)
-        fade = (length * log_decay).exp().to(rotated[0].device, rotated[0].dtype)
-        layers = [fade * old + new for old, new in zip(layers, rotated, strict=True)]
+        rotated = _rotated(state, end, mixers)
+        fades = [(length * log_decay).exp().to(rotated[0].device, rotated[0].dtype) for log_decay in decays]
+        layers = [fade * old + new for fade, old, new in zip(fades, layers, rotated, strict=True)]
         end += length
     return _merged(memories, layers, end)
 
@@ -125,8 +126,8 @@ def _hashes(memory: Memory) -> list[str]:
     return [source["sha256"] for source in memory.sources]
 
 
-def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[RetentionState]]:
-    """(the config that all share, their states); raises ValueError for memories that cannot be merged."""
+def _mergeable(memories: Sequence[Memory]) -> tuple[list[RetentionConfig], list[State]]:
+    """(retention of each block, their states); raises ValueError for memories that cannot be merged."""
     if not memories:
         raise ValueError("merging needs at least one memory, got none")
     first, states = memories[0], []
@@ -136,8 +137,8 @@ def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[Retention
                 f"memories of different models cannot be merged (fingerprints {first.model[:12]} and "
                 f"{memory.model[:12]}): write them with one model"
             )
-        if not isinstance(memory.state, RetentionState):
-            raise ValueError("memories of a Transformer cannot be merged: a cache holds tokens, not their sum")
+        if set(memory.state.kinds) != {RetentionConfig.kind}:
+            raise ValueError("memories of attention cannot be merged: a cache holds tokens, not their sum")
         if memory.pending:
             raise ValueError(
                 f"a memory with tokens still to be read ({memory.pending}) cannot be merged: read them first"
@@ -145,25 +146,28 @@ def _mergeable(memories: Sequence[Memory]) -> tuple[RetNetConfig, list[Retention
         if not memory.config:
             raise ValueError("merging needs the model's config in the memory: write it with this version")
         states.append(memory.state)
-    return RetNetConfig(**first.config), states
+    written = first.config
+    config = ModelConfig.read(written) if "blocks" in written else read_version_1("retnet", written)
+    return [mixer for mixer in config.mixers if isinstance(mixer, RetentionConfig)], states
 
 
-def _rotated(state: RetentionState, by: int, config: RetNetConfig) -> list[Tensor]:
-    """The layers `[1,H,K,V]` as if all tokens stood `by` positions later.
+def _rotated(state: State, by: int, mixers: Sequence[RetentionConfig]) -> list[Tensor]:
+    """The states of the blocks `[1,H,K,V]` as if all tokens stood `by` positions later.
 
     A state is a sum of k v^T, and the rotation of every key acts on K: rotating the sum is exact.
     """
-    layers = state.tensors()
-    cos, sin = rotary.phases(
-        torch.tensor([by], device=layers[0].device), layers[0].shape[-2], config.rotary, dtype=layers[0].dtype
-    )
-    # `rotate` wants the rotated dimension last, where a state has V
-    return [rotary.rotate(x.mT, cos, sin, config.rotary).mT.contiguous() for x in layers]
+    rotated = []
+    for x, mixer in zip(state.settled().tensors(), mixers, strict=False):  # the last tensor is the position
+        offset = torch.tensor([by], device=x.device)
+        cos, sin = rotary.phases(offset, x.shape[-2], mixer.rotary, base=mixer.rotary_base, dtype=x.dtype)
+        # `rotate` wants the rotated dimension last, where a state has V
+        rotated.append(rotary.rotate(x.mT, cos, sin, mixer.rotary).mT.contiguous())
+    return rotated
 
 
 def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
     """The memory of these layers at position `end`; its sources say which part each document came from."""
     first = memories[0]
-    state = RetentionState(layers, torch.full_like(first.state.position, end))
+    state = State([RetentionMemory(x) for x in layers], torch.full_like(first.state.position, end))
     sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]
     return Memory(state, [], sum(m.tokens for m in memories), first.model, sources, first.config)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retentive.infer.generate import prefill
-from retentive.models import LanguageModel, RetentionState, RetNetConfig
+from retentive.models import LanguageModel, RetentionMemory, State
 from retentive.ops import across
 from retentive.ops.pieces import gather_over
 
@@ -21,7 +21,7 @@ from retentive.ops.pieces import gather_over
 @torch.no_grad()
 def prefill_in_pieces(
     model: LanguageModel, ids: Tensor, group: dist.ProcessGroup, state: Any = None, *, chunk: int = 4096
-) -> tuple[Tensor, RetentionState]:
+) -> tuple[Tensor, State]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state) as `prefill` has them, the same on all processes.
 
     All processes of the group call this at the same time, with the same arguments. Each reads 1 / P of the tokens.
@@ -33,8 +33,8 @@ def prefill_in_pieces(
         raise ValueError(f"ids must be [1,T] with at least one token, got {list(ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if type(model.config) is not RetNetConfig:
-        raise ValueError(f"pieces hand on states of retention, a {type(model).__name__} attends as well: use prefill")
+    if model.config.attends:
+        raise ValueError(f"pieces hand on states of retention, a {model.config.name} attends as well: use prefill")
     size, rank = group.size(), group.rank()
     state = model.init_state(1) if state is None else state.settled()
     goes_on = torch.tensor([rank > 0], device=model.device)
@@ -45,13 +45,13 @@ def prefill_in_pieces(
             continue
         begin, end = rank * length // size, (rank + 1) * length // size
         before = state if rank == 0 else model.init_state(1)
-        before = RetentionState(before.layers, state.position + begin)
+        before = State(before.memories, state.position + begin)
         with across(gather_over(group), rank, goes_on):
             x, after = model.hidden(part[:, begin:end], before)
         logits = model.head(x[:, -1])
-        tensors = [x.contiguous() for x in (*after.tensors(), after.position, logits)]
+        tensors = [x.contiguous() for x in (*after.settled().tensors(), logits)]
         for x in tensors:
             dist.broadcast(x, group=group, group_src=size - 1)
         *layers, position, logits = tensors
-        state = RetentionState(layers, position)
+        state = State([RetentionMemory(x) for x in layers], position)
     return logits, state

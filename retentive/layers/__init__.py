@@ -5,6 +5,7 @@ Letters of the shape suffixes: as in `retentive.ops`, and D model width, F feed-
 
 from retentive.layers.attention import Attention
 from retentive.layers.bidirectional import BidirectionalRetention
+from retentive.layers.config import AttentionConfig, FeedForwardConfig, RetentionConfig
 from retentive.layers.ffn import FeedForward
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions, positions_of
@@ -12,10 +13,13 @@ from retentive.layers.retention import MultiScaleRetention
 
 __all__ = [
     "Attention",
+    "AttentionConfig",
     "BidirectionalRetention",
     "FeedForward",
+    "FeedForwardConfig",
     "MultiScaleRetention",
     "Positions",
     "RMSNorm",
+    "RetentionConfig",
     "positions_of",
 ]

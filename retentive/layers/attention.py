@@ -44,23 +44,27 @@ class Attention(nn.Module):
     the text. A cache that is passed in is written in place and must have enough slots.
     """
 
+    kind = AttentionConfig.kind
+
     def __init__(self, config: AttentionConfig):
         super().__init__()
         self.config = c = config
-        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.dim // c.heads, c.attention_window or 0
-        self.q_proj = nn.Linear(c.dim, c.dim, bias=False)
+        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.head_dim, c.window or 0
+        self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=False)
         self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
         self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
-        self.out_proj = nn.Linear(c.dim, c.dim, bias=False)
+        self.out_proj = nn.Linear(self.K * c.heads, c.dim, bias=False)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
-        cos, sin = rotary.phases(positions.of_token, self.K, self.config.rotary, dtype=wide)
+        cos, sin = rotary.phases(
+            positions.of_token, self.K, self.config.rotary, base=self.config.rotary_base, dtype=wide
+        )
         # The gates' sums enter SDPA's products unscaled: q is scaled here instead, before it is rounded to its dtype.
         q_scale = cos.new_full((1, self.H), self.K**-0.5) if self.config.forget_gate else None
         return Phases(cos, sin, starts, q_scale)

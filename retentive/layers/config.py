@@ -1,13 +1,12 @@
-"""What a layer is made of: RetentionConfig and AttentionConfig, and the checks that every config here has.
+"""Configs of the layers: RetentionConfig, AttentionConfig, FeedForwardConfig, and the checks that every config shares.
 
-A model's config is its layer's with more fields: `models/config.py`. Every variant of the layer is a field, a new one
-is a line here and one in the layer. No `from __future__ import annotations` in this file: `check_fields` reads the
-fields' types.
+Every variant of a layer is a field: a new one is a line here and one in the layer. A model's config is a list of these
+(`models/config.py`). No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
 """
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from retentive.ops import rotary as rotaries
 
 GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
 """Activations of the gate on the head outputs, by the names that configs give them."""
+ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
+"""Activations of the feed-forward layer, likewise."""
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
 """Of every other whole number. What is larger is a typing error, and building it would take all memory."""
@@ -34,6 +35,8 @@ KINDS: dict[Any, str] = {
 class RetentionConfig:
     """Gated multi-scale retention. Defaults: this package's own, `docs/idea.md` says what differs from the paper's."""
 
+    kind: ClassVar[str] = "retention"
+    """Name of this mixer in config.json and in the names of weights."""
     dim: int = 256
     """Model width D."""
     heads: int = 4
@@ -54,6 +57,8 @@ class RetentionConfig:
     """A bias in the projection of a decay per token, so that a fresh model has the decays of decay_range."""
     rotary: str = "interleaved"
     """Pairs and angles of the rotation: interleaved (torchscale), half (fla), or none."""
+    rotary_base: float = 10000.0
+    """Base of the rotation's angles (rope theta)."""
     qk_norm: bool = True
     """RMSNorm with a gain over each head's q and k, before their rotation."""
     qk_bias: bool = False
@@ -87,10 +92,15 @@ class RetentionConfig:
             raise ValueError(f"the key head dim must be even for the rotation, got {self.key_dim} / {self.heads} heads")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
-        one_of("rotary", self.rotary, rotaries.VARIANTS)
+        check_rotation(self)
         one_of("gate_activation", self.gate_activation, GATES)
         check_norm_eps(self.norm_eps)
         self._check_decay()
+
+    @property
+    def head_shape(self) -> tuple[int, int, int]:
+        """(H, K, V): the shape of the state of one sequence."""
+        return self.heads, self.key_dim // self.heads, self.value_dim // self.heads
 
     def _check_decay(self) -> None:
         fill = object.__setattr__
@@ -126,45 +136,77 @@ class RetentionConfig:
 class AttentionConfig:
     """Softmax attention: rotary positions, grouped heads, and what is known to help it."""
 
+    kind: ClassVar[str] = "attention"
+    """Name of this mixer in config.json and in the names of weights."""
     dim: int = 256
     """Model width D."""
     heads: int = 4
-    """Attention heads; the head dim dim / heads must be even."""
+    """Attention heads H."""
     kv_heads: int = 0
     """Heads of k and v (grouped-query attention); 0: every head has its own."""
+    head_dim: int = 0
+    """Features K of a head, an even number; 0: dim / heads."""
     rotary: str = "half"
     """Pairs and angles of the rotation: half (Llama), interleaved, or none."""
+    rotary_base: float = 10000.0
+    """Base of the rotation's angles (rope theta)."""
     qk_norm: bool = False
     """RMSNorm with a gain over each head's q and k, before their rotation."""
     forget_gate: bool = False
-    """A score falls by the log sigmoids, of a projection of each token, that lie between key and query (arXiv
-    2503.02130); every head needs keys of its own."""
-    attention_window: int | None = None
+    """Forget gate: the log sigmoids of a projection of each token, added up between key and query, lower the score
+    (arXiv 2503.02130). Every head needs keys of its own."""
+    window: int | None = None
     """Tokens that a token attends to, itself included, in a cache of constant size; None (null): all before it."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
     def __post_init__(self):
+        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
         check_fields(self)
         positive(self, "dim", "heads")
-        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        fill(self, "kv_heads", self.kv_heads or self.heads)
         positive(self, "kv_heads")
-        if self.dim % self.heads or self.heads % self.kv_heads:
+        if (not self.head_dim and self.dim % self.heads) or self.heads % self.kv_heads:
             raise ValueError(
                 f"dim {self.dim} must divide by heads {self.heads}, and heads by kv_heads {self.kv_heads}: change one"
             )
-        if self.dim // self.heads % 2:
-            raise ValueError(f"the head dim must be even for the rotation, got {self.dim} / {self.heads} heads")
-        one_of("rotary", self.rotary, rotaries.VARIANTS)
-        if self.attention_window is not None and self.attention_window < 1:
-            raise ValueError(
-                f"attention_window must be at least 1 token, or null for all before it, got {self.attention_window}"
-            )
+        fill(self, "head_dim", self.head_dim or self.dim // self.heads)
+        positive(self, "head_dim")
+        if self.head_dim % 2:
+            raise ValueError(f"the head dim must be even for the rotation, got {self.head_dim}: change dim or heads")
+        check_rotation(self)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"the window must be at least 1 token, or null for all before it, got {self.window}")
         if self.forget_gate and self.kv_heads != self.heads:
             raise ValueError(
                 f"forget_gate needs keys of its own for every head: set kv_heads to {self.heads}, got {self.kv_heads}"
             )
         check_norm_eps(self.norm_eps)
+
+    def seen(self, context: int) -> int:
+        """Tokens that the last of `context` tokens attends to, itself included."""
+        return min(context, self.window or context)
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """Feed-forward layer: SwiGLU, or without the gate the paper's plain one of two matrices."""
+
+    width: int = 448
+    """Width F between the matrices."""
+    activation: str = "swish"
+    """Activation: swish or gelu."""
+    gate: bool = True
+    """Gated, with three matrices."""
+
+    def __post_init__(self):
+        check_fields(self)
+        positive(self, "width")
+        one_of("activation", self.activation, ACTIVATIONS)
+
+    def parameters(self, dim: int) -> int:
+        """Numbers in the matrices at model width `dim`."""
+        return (3 if self.gate else 2) * dim * self.width
 
 
 def check_fields(config) -> None:
@@ -204,6 +246,13 @@ def numbers(name: str, value: Any, wanted: str) -> tuple[float, ...]:
         return tuple(float(x) for x in value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+
+
+def check_rotation(config) -> None:
+    """Raises ValueError for an unknown rotation, or a base that gives no angles."""
+    one_of("rotary", config.rotary, rotaries.VARIANTS)
+    if not 1 < config.rotary_base < math.inf:
+        raise ValueError(f"rotary_base must be above 1, got {config.rotary_base}")
 
 
 def check_norm_eps(eps: float) -> None:

@@ -3,20 +3,20 @@
 Source: Shazeer, arXiv 2002.05202. torchscale's RetNet calls the three matrices fc1 (gate), gate (up) and fc2 (down).
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
+from retentive.layers.config import ACTIVATIONS, FeedForwardConfig
 
 
 class FeedForward(nn.Module):
     """`[..., D]` -> `[..., D]` through width F, no biases."""
 
-    def __init__(self, D: int, width: int, *, activation: str = "swish", gated: bool = True):
+    def __init__(self, D: int, config: FeedForwardConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.config, width = config, config.width
+        self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(D, width, bias=False)
-        self.up_proj = nn.Linear(D, width, bias=False) if gated else None
+        self.up_proj = nn.Linear(D, width, bias=False) if config.gate else None
         self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

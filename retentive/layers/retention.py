@@ -40,6 +40,8 @@ class MultiScaleRetention(nn.Module):
     module reaches them.
     """
 
+    kind = RetentionConfig.kind
+
     def __init__(self, config: RetentionConfig):
         super().__init__()
         self.config = c = config
@@ -61,7 +63,9 @@ class MultiScaleRetention(nn.Module):
         """Phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         device = positions.of_token.device
-        cos, sin = rotary.phases(positions.of_token, self.K, self.config.rotary, dtype=wide)
+        cos, sin = rotary.phases(
+            positions.of_token, self.K, self.config.rotary, base=self.config.rotary_base, dtype=wide
+        )
         q_scale = torch.full((1, self.H), self.K**-0.5, dtype=wide, device=device)
         if self.decay_proj is not None:
             return Phases(cos, sin, q_scale, q_scale.new_empty(0))

@@ -1,93 +1,72 @@
-"""RetNet, its Transformer twin, a hybrid of both, their configs, states and costs; and peers to compare with.
+"""Language models: one class, whose config is a list of blocks; their states and costs; and peers to compare with.
 
-build(config_of("retnet", "5m", vocab_size=257))      a model by its name and size
+build(retnet("5m", vocab_size=257))                   a RetNet by its size
+build(config_of("transformer", "5m", vocab_size=257))  any model by its name
 """
 
-from dataclasses import fields, replace
 from typing import Any
 
-from retentive.models.base import LanguageModel
-from retentive.models.config import (
-    ARCHITECTURES,
-    PRESETS,
-    HybridConfig,
-    OwnConfig,
-    RetNetConfig,
-    TransformerConfig,
-    of_one_kind,
-    preset,
-    twin,
-)
-from retentive.models.hybrid import Hybrid
+from retentive.models.config import BlockConfig, ModelConfig
+from retentive.models.memory import AttentionMemory, RetentionMemory
+from retentive.models.model import LanguageModel
 from retentive.models.peers import KINDS as PEERS
 from retentive.models.peers import Peer, PeerConfig, peer
-from retentive.models.retnet import RetNet
-from retentive.models.state import HybridState, KVCache, RetentionState, load_state
-from retentive.models.transformer import Transformer
+from retentive.models.presets import ARCHITECTURES, FIELDS, PRESETS, hybrid, retnet, transformer, twin
+from retentive.models.state import State, load_state
 
 __all__ = [
     "ARCHITECTURES",
-    "MODELS",
+    "FIELDS",
     "NAMES",
     "PRESETS",
+    "AttentionMemory",
+    "BlockConfig",
     "Config",
-    "Hybrid",
-    "HybridConfig",
-    "HybridState",
-    "KVCache",
     "LanguageModel",
+    "ModelConfig",
     "Peer",
     "PeerConfig",
-    "RetNet",
-    "RetNetConfig",
-    "RetentionState",
-    "Transformer",
-    "TransformerConfig",
+    "RetentionMemory",
+    "State",
     "build",
     "config_of",
+    "hybrid",
     "load_state",
-    "of_one_kind",
     "peer",
-    "preset",
+    "retnet",
+    "transformer",
     "twin",
 ]
 
 
-Config = OwnConfig | PeerConfig
-"""The config of any model that `build` makes."""
-MODELS = {RetNetConfig: RetNet, TransformerConfig: Transformer, HybridConfig: Hybrid, PeerConfig: Peer}
+Config = ModelConfig | PeerConfig
+"""Config of any model that `build` makes."""
+NAMES = (*ARCHITECTURES, "transformer", "hybrid", *PEERS)
+"""Names of models that `config_of` knows."""
 
 
 def build(config: Config) -> LanguageModel:
     """The model of a config, freshly initialised. (A peer keeps no state: it can be trained and scored only.)"""
-    return MODELS[type(config)](config)
+    return Peer(config) if isinstance(config, PeerConfig) else LanguageModel(config)
 
 
-COMMON = {"vocab_size", "dim", "layers", "heads", "norm_eps", "tie_embeddings", "dropout"}
-"""Fields in which a RetNet and its twin are the same."""
-NAMES = (*ARCHITECTURES, "transformer", "hybrid", *PEERS)
-"""The models that `config_of` knows."""
-
-
-def config_of(name: str, size: str, *, vocab_size: int, **changes: Any) -> Config:
+def config_of(name: str, size: str | None = None, **changes: Any) -> Config:
     """The config of a model in a named size.
 
     Args:
         name: "retnet", another of ARCHITECTURES, "transformer" (the RetNet's twin), "hybrid", or the kind of a peer.
-        changes: fields of the config that differ from the size's. Of a twin: its own fields, and those of the RetNet
-            that it is as wide and as large as. Of a peer: of that RetNet.
+        changes: fields that differ from the size's: see `retnet`, `transformer` and `hybrid`; of a peer those of the
+            RetNet that it is as large as.
 
     Raises:
         ValueError: an unknown name, size or field (the known ones are named), or a change that contradicts the name.
     """
     if name == "hybrid":
-        return preset(size, vocab_size=vocab_size, kind=HybridConfig, **changes)
-    if name in ARCHITECTURES:
-        return preset(size, vocab_size=vocab_size, architecture=name, **changes)
+        return hybrid(size, **changes)
     if name == "transformer":
-        own = {f.name for f in fields(TransformerConfig)} - COMMON
-        base = preset(size, vocab_size=vocab_size, **{k: v for k, v in changes.items() if k not in own})
-        return replace(twin(base), **{k: v for k, v in changes.items() if k in own})
+        return transformer(size, **changes)
+    if name in ARCHITECTURES:
+        return retnet(size, architecture=name, **changes)
     if name in PEERS:
-        return peer(preset(size, vocab_size=vocab_size, **changes), name)
+        return peer(retnet(size, **changes), name)
     raise ValueError(f"unknown model {name!r}, expected one of {', '.join(NAMES)}")

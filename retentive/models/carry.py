@@ -1,15 +1,13 @@
-"""Truncated back-propagation through time: states that pass from one batch to the next, row by row.
-
-Works for any kind of state, by the protocol that all share, and so is typed Any.
-"""
-
-from typing import Any
+"""Truncated back-propagation through time: states that pass from one batch to the next, row by row."""
 
 import torch
 from torch import Tensor
 
+from retentive.models.model import LanguageModel
+from retentive.models.state import State
 
-def states_in(model: Any, carried: Any, first: Tensor, continues: Tensor, sequences: int) -> Any:
+
+def states_in(model: LanguageModel, carried: State | None, first: Tensor, continues: Tensor, sequences: int) -> State:
     """The states that a batch's N sequences begin with: the carried one where a row goes on, else a fresh one.
 
     Args:
@@ -18,15 +16,15 @@ def states_in(model: Any, carried: Any, first: Tensor, continues: Tensor, sequen
         continues: bool `[B]`, whether that sequence goes on from the same row of the batch before.
         sequences: N.
     """
-    fresh: Any = model.init_state(1)
+    fresh = model.init_state(1)
     if carried is None:
         return fresh.select(torch.zeros(sequences, dtype=torch.int64))
     B = len(first)
     source = torch.full((sequences,), B, device=first.device)  # row B, after the B carried ones, is the fresh one
     source[first] = torch.where(continues, torch.arange(B, device=source.device), B)
-    return type(fresh).cat([carried.to(source.device), fresh]).select(source)
+    return State.cat([carried.to(source.device), fresh]).select(source)
 
 
-def states_out(state: Any, last: Tensor) -> Any:
+def states_out(state: State, last: Tensor) -> State:
     """The states of the sequences `last`, one a row, for the next batch; no gradient flows back through them."""
     return state.detach().select(last)

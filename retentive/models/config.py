@@ -1,32 +1,58 @@
-"""What a model is made of: RetNetConfig, TransformerConfig, HybridConfig, the named sizes, and the twin of a RetNet.
+"""ModelConfig: a model is a list of blocks, a block is a mixer (retention or attention) and a feed-forward layer.
 
-Every variant of the architecture is a field here or in the layer's config; those that have a name, the paper's RetNet,
-torchscale's and fla's, are values of these fields. No `from __future__ import annotations` in this file: `check_fields`
-reads the fields' types.
+    ModelConfig(vocab_size=257, dim=256, blocks=(BlockConfig(RetentionConfig(256, 4), FeedForwardConfig(448)),) * 6)
+
+`presets.py` has functions that return such a config: RetNet, its twin, hybrids, and the architectures that have a name.
+No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
+from typing import Any, ClassVar
 
-from retentive.layers.config import AttentionConfig, RetentionConfig, one_of, positive
-from retentive.layers.ffn import ACTIVATIONS
-from retentive.ops import decay as decays
+from retentive.layers.config import (
+    LIMITS,
+    AttentionConfig,
+    FeedForwardConfig,
+    RetentionConfig,
+    check_fields,
+    check_norm_eps,
+    positive,
+)
+
+Mixer = RetentionConfig | AttentionConfig
+"""Config of a layer that mixes tokens."""
+MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
+"""Mixers by the names that config.json gives them."""
 
 
 @dataclass(frozen=True)
-class RetNetConfig(RetentionConfig):
-    """A Retentive Network: the layer's fields, and these."""
+class BlockConfig:
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
-    vocab_size: int = 257
+    mixer: Mixer
+    """Retention or attention."""
+    ffn: FeedForwardConfig
+    """Feed-forward layer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: embedding, blocks, output matrix."""
+
+    keeps_state: ClassVar[bool] = True
+    """True: it can decode (a peer's config says False)."""
+    library: ClassVar[str] = ""
+    """Package that implements it; empty for this one."""
+    vocab_size: int
     """Rows of the embedding."""
-    layers: int = 6
-    """Blocks of retention and feed-forward."""
-    ffn_dim: int = 0
-    """Width of the feed-forward layer; 0: value_dim."""
-    activation: str = "swish"
-    """Activation of the feed-forward layer: swish or gelu."""
-    ffn_gate: bool = True
-    """A gated feed-forward layer of three matrices; if not, the paper's first one, of two."""
+    dim: int
+    """Model width D, the same in every block."""
+    blocks: tuple[BlockConfig, ...]
+    """Blocks, first to last."""
+    norm_eps: float = 1e-6
+    """Epsilon of the norms between the layers."""
     embed_scale: bool = False
     """Multiply embeddings by sqrt(dim) (torchscale's fairseq models)."""
     embed_norm: bool = False
@@ -39,219 +65,129 @@ class RetNetConfig(RetentionConfig):
     """Dropout of embeddings and of each sublayer's output while training."""
 
     def __post_init__(self):
-        super().__post_init__()
-        positive(self, "vocab_size", "layers")
-        object.__setattr__(self, "ffn_dim", self.ffn_dim or self.value_dim)
-        positive(self, "ffn_dim")
-        one_of("activation", self.activation, ACTIVATIONS)
-        _check_dropout(self.dropout)
+        check_fields(self)
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON has lists
+        positive(self, "vocab_size", "dim")
+        check_layers(len(self.blocks))
+        check_norm_eps(self.norm_eps)
+        if not 0 <= self.dropout < 1:  # NaN fails too
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for i, block in enumerate(self.blocks):
+            if block.mixer.dim != self.dim:
+                raise ValueError(f"block {i} has dim {block.mixer.dim}, the model has {self.dim}: make them the same")
+
+    def __hash__(self):  # asked for at every token: the whole list of blocks would take longer than the answer
+        return hash((self.vocab_size, self.dim, len(self.blocks)))
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each block's mixer: "retention" or "attention"."""
+        return tuple(block.mixer.kind for block in self.blocks)
+
+    @property
+    def retains(self) -> bool:
+        """True if a block is of retention."""
+        return RetentionConfig.kind in self.kinds
+
+    @property
+    def attends(self) -> bool:
+        """True if a block is of attention."""
+        return AttentionConfig.kind in self.kinds
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that each block's cache keeps at most; 0 for all of them, and for retention, which has no cache."""
+        return tuple(m.window or 0 if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
+
+    @property
+    def constant_state(self) -> bool:
+        """True if the state stops growing: every block retains, or attends within a window."""
+        return all(isinstance(m, RetentionConfig) or m.window for m in self.mixers)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Mixer of each block."""
+        return tuple(block.mixer for block in self.blocks)
+
+    @property
+    def retention(self) -> RetentionConfig | None:
+        """Config of the first block of retention; None without one."""
+        return next((m for m in self.mixers if isinstance(m, RetentionConfig)), None)
+
+    @property
+    def attention(self) -> AttentionConfig | None:
+        """Config of the first block of attention; None without one."""
+        return next((m for m in self.mixers if isinstance(m, AttentionConfig)), None)
+
+    @property
+    def name(self) -> str:
+        """Family of the architecture, for people: RetNet, Transformer or Hybrid."""
+        return "Hybrid" if self.retains and self.attends else "RetNet" if self.retains else "Transformer"
+
+    def all_retention(self, who: str) -> RetentionConfig:
+        """The retention that all blocks share, for a room that runs nothing else.
+
+        Raises:
+            ValueError: blocks that attend, or that differ; `who` begins the line.
+        """
+        block = self.all_alike(who)
+        if not isinstance(block.mixer, RetentionConfig):
+            raise ValueError(f"{who} takes models of retention only, this is a {self.name}")
+        return block.mixer
+
+    def all_alike(self, who: str) -> BlockConfig:
+        """The block that all blocks are equal to; errors as `all_retention`."""
+        odd = next((i for i, block in enumerate(self.blocks) if block != self.blocks[0]), None)
+        if odd is None:
+            return self.blocks[0]
+        if len(set(self.kinds)) > 1:
+            raise ValueError(f"{who} takes models whose blocks are of one kind, this is a {self.name}")
+        raise ValueError(f"{who} takes models whose blocks are all alike, block {odd} differs from block 0")
+
+    def with_ffn(self, more: int) -> "ModelConfig":
+        """The config with the feed-forward layers of all blocks `more` wider (a negative number: narrower)."""
+        wider = (replace(block, ffn=replace(block.ffn, width=block.ffn.width + more)) for block in self.blocks)
+        return replace(self, blocks=tuple(wider))
+
+    def written(self) -> dict[str, Any]:
+        """The config as JSON has it; equal neighbours among the blocks are written once."""
+        raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        blocks = []
+        for block, equal in groupby(self.blocks):
+            mixer = {"kind": block.mixer.kind, **asdict(block.mixer)}
+            blocks.append({"repeat": len(list(equal)), "mixer": mixer, "ffn": asdict(block.ffn)})
+        return raw | {"blocks": blocks}
+
+    @staticmethod
+    def read(raw: Mapping[str, Any]) -> "ModelConfig":
+        """The config that `written` describes.
+
+        Raises:
+            TypeError, KeyError: fields that are unknown or missing.
+            ValueError: values that are none.
+        """
+        blocks: list[BlockConfig] = []
+        for one in raw["blocks"]:
+            mixer, ffn, repeat = dict(one["mixer"]), one["ffn"], one.get("repeat", 1)
+            check_layers(repeat)
+            kind = mixer.pop("kind")
+            if kind not in list(MIXERS):  # a list: JSON may hold what has no hash
+                raise ValueError(f"unknown kind of block {kind!r}, expected one of {', '.join(MIXERS)}")
+            blocks += [BlockConfig(MIXERS[kind](**mixer), FeedForwardConfig(**ffn))] * repeat
+            check_layers(len(blocks))
+        return ModelConfig(**{**raw, "blocks": tuple(blocks)})
 
 
-@dataclass(frozen=True)
-class HybridConfig(RetNetConfig):
-    """A RetNet of which some blocks are those of its twin: attention, with as many parameters."""
-
-    attention_every: int = 0
-    """One block in so many attends, the last of them; 4: three blocks of retention, then one of attention. 0: 4, or all
-    blocks where there are fewer."""
-    attention_window: int | None = None
-    """Tokens that a token attends to in these blocks, itself included; None (null): all before it. With a window the
-    state of the whole model has a constant size."""
-    attention_rotary: str = "half"
-    """Rotation in these blocks: half, interleaved, or none, which leaves order to retention."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "attention_every", self.attention_every or min(4, self.layers))
-        if not 2 <= self.attention_every <= self.layers:
-            raise ValueError(
-                f"attention_every must be from 2 to layers, {self.layers}, for blocks of both kinds to be there, "
-                f"got {self.attention_every}"
-            )
-
-        self.attention()  # raises for a window or rotation that is none
-
-    def attention(self) -> "TransformerConfig":
-        """The config of the blocks that attend, as wide as the twin's, with QK-norm if the others have it."""
-        window, rotary = self.attention_window, self.attention_rotary
-        return replace(twin(self), attention_window=window, rotary=rotary, qk_norm=self.qk_norm)
-
-    def attends(self, block: int) -> bool:
-        """Whether the block of this index, from 0, is one of attention."""
-        return (block + 1) % self.attention_every == 0
-
-
-@dataclass(frozen=True)
-class TransformerConfig(AttentionConfig):
-    """The twin: a modern Transformer (rotary positions, RMSNorm, SwiGLU, grouped heads where wanted)."""
-
-    vocab_size: int = 257
-    """Rows of the embedding."""
-    layers: int = 6
-    """Blocks of attention and feed-forward."""
-    ffn_dim: int = 0
-    """Width of the feed-forward layer; 0: 8/3 dim, rounded up to 8."""
-    tie_embeddings: bool = False
-    """Use the embedding as the output matrix."""
-    dropout: float = 0.0
-    """Dropout of embeddings and of each sublayer's output while training."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive(self, "vocab_size", "layers")
-        object.__setattr__(self, "ffn_dim", self.ffn_dim or 8 * -(-self.dim // 3))
-        positive(self, "ffn_dim")
-        _check_dropout(self.dropout)
-
-
-OwnConfig = RetNetConfig | TransformerConfig
-"""The config of an architecture written here (a hybrid's is a RetNetConfig); `models.Config` has the peers' too."""
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-
-
-def twin(config: RetNetConfig, *, kv_heads: int = 0) -> TransformerConfig:
-    """The Transformer of the same width, depth, heads and parameters as a RetNet.
-
-    Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
-    with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
-
-    Args:
-        kv_heads: heads of keys and values, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
-            0: every head has its own.
-    """
-    shared = config.kv_heads / config.heads
-    # All in units of D parameters: what one block of the RetNet has, less what the twin's attention takes.
-    retention = (1 + shared) * config.key_dim + (shared + (2 if config.gate else 1)) * config.value_dim
-    retention += config.heads if config.decay == "gated" else 0
-    feed_forward = (3 if config.ffn_gate else 2) * config.ffn_dim
-    attention = 2 * config.dim * (1 + (kv_heads or config.heads) / config.heads)
-    return TransformerConfig(
-        vocab_size=config.vocab_size,
-        dim=config.dim,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=kv_heads,
-        ffn_dim=round((feed_forward + retention - attention) / 3),  # SwiGLU has three matrices
-        norm_eps=config.norm_eps,
-        tie_embeddings=config.tie_embeddings,
-        dropout=config.dropout,
-    )
-
-
-def of_one_kind(config: OwnConfig) -> list[Any]:
-    """The configs whose blocks are all alike: this one; of a hybrid a RetNet's and a Transformer's, in this order.
-
-    The two have the hybrid's blocks between them, so that costs and states of a hybrid are sums over both.
-    """
-    if not isinstance(config, HybridConfig):
-        return [config]
-    attending = sum(map(config.attends, range(config.layers)))
-    same = {f.name: getattr(config, f.name) for f in fields(RetNetConfig)}
-    return [RetNetConfig(**same | {"layers": config.layers - attending}), replace(config.attention(), layers=attending)]
-
-
-PLAIN: dict[str, Any] = dict(qk_norm=False, qk_bias=False, decay_bias=False, gate_activation="swish", head_norm=True)
-"""What no published RetNet has, but for the norm of each head's output, which all have."""
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "retnet": {},
-    # the paper's language models, in the parts that its authors published later: RMSNorm, a gated feed-forward layer
-    "retnet-paper": PLAIN | dict(decay="lm", decay_range=decays.LM_RANGE, rotary="interleaved", score_norm=True),
-    "torchscale": PLAIN | dict(decay="paper", rotary="interleaved", score_norm=True, embed_scale=True),
-    "fla": PLAIN | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
-}
-"""The RetNets that have a name, by the fields that the name stands for. `retnet`, this package's own, is the fields'
-defaults and stands for nothing else: any of them may be changed."""
-
-
-class Size(NamedTuple):
-    """A named size: shapes, and the architecture that they were published with."""
-
-    shape: dict[str, Any]
-    architecture: str = "retnet"
-
-
-def _small(dim: int, layers: int, heads: int) -> Size:
-    """Tied embeddings: untied, they would be most of a small model's parameters."""
-    return Size(dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True))
-
-
-def _paper(dim: int, layers: int, heads: int) -> Size:
-    """arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 parameters a block."""
-    plain = dict(ffn_dim=2 * dim, ffn_gate=False, activation="gelu")
-    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain), "retnet-paper")
-
-
-def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> Size:
-    """The architectures that torchscale registers with fairseq."""
-    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn), "torchscale")
-
-
-def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> Size:
-    """The configs behind fla-hub's checkpoints."""
-    shape = dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, ffn_dim=ffn, tie_embeddings=tie)
-    return Size(shape, "fla")
-
-
-PRESETS: dict[str, Size] = {
-    # our own series for small machines, named by the parameters of the blocks
-    "1m": _small(128, 5, 2),
-    "2m": _small(192, 5, 3),
-    "5m": _small(256, 6, 4),
-    "10m": _small(320, 8, 5),
-    "25m": _small(512, 8, 8),
-    "60m": _small(640, 12, 10),
-    "130m": _small(896, 13, 7),
-    "350m": _small(1280, 18, 10),
-    "paper-1.3b": _paper(2048, 24, 8),
-    "paper-2.7b": _paper(2560, 32, 10),
-    "paper-6.7b": _paper(4096, 32, 16),
-    "torchscale-base": _torchscale(512, 6, 2, 864),
-    "torchscale-medium": _torchscale(1024, 16, 4, 1728),
-    "torchscale-xl": _torchscale(2048, 24, 8, 3456),
-    "torchscale-3b": _torchscale(2560, 32, 10, 4280),
-    "torchscale-7b": _torchscale(4096, 32, 16, 6912),
-    "torchscale-13b": _torchscale(5120, 40, 20, 8560),
-    "torchscale-65b": _torchscale(8192, 64, 32, 13824),
-    "fla-340m": _fla(1024, 24, 4, 1536, tie=True),
-    "fla-1.3b": _fla(2048, 24, 8, 2816),
-    "fla-2.7b": _fla(2560, 32, 10, 3584),
-}
-
-
-def preset(
-    size: str,
-    *,
-    vocab_size: int,
-    architecture: str = "retnet",
-    kind: type[RetNetConfig] = RetNetConfig,
-    **changes: Any,
-) -> RetNetConfig:
-    """The config of a RetNet of a named size (or of a hybrid, by `kind`), fields changed as given.
-
-    Args:
-        architecture: a name of ARCHITECTURES; "retnet" is that of the size where it was published with another.
-
-    Raises:
-        ValueError: an unknown size or architecture (the known ones are named), an unknown field, or one that
-            contradicts the architecture's name.
-    """
-    if size not in PRESETS:
-        raise ValueError(f"unknown size {size!r}, expected one of {', '.join(PRESETS)}")
-    one_of("architecture", architecture, ARCHITECTURES)
-    shape, published = PRESETS[size]
-    if architecture != "retnet" and published not in ("retnet", architecture):
-        raise ValueError(f"size {size} is of the architecture {published}, got {architecture}: name a size of our own")
-    unknown = set(changes) - set(kind.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-    name = published if architecture == "retnet" else architecture
-    meant = ARCHITECTURES[name]
-    other = {field: value for field, value in changes.items() if field in meant and value != meant[field]}
-    if other:
-        stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
-        raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
-    return kind(**{"vocab_size": vocab_size, **shape, **meant, **changes})
+def check_layers(layers: Any) -> None:
+    """Raises ValueError for a number of blocks that is none, or beyond any model's."""
+    if type(layers) is not int:
+        raise ValueError(f"layers must be a whole number, got {layers!r}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    if layers > LIMITS["layers"]:
+        raise ValueError(f"layers must be at most {LIMITS['layers']:,}, got {layers:,}")

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers import BidirectionalRetention, FeedForward, RMSNorm
-from retentive.layers.config import RetentionConfig, check_fields, positive
-from retentive.models.base import LanguageModel
+from retentive.layers import BidirectionalRetention, FeedForward, FeedForwardConfig, RetentionConfig, RMSNorm
+from retentive.layers.config import check_fields, positive
+from retentive.models.model import LanguageModel
 
 KERNEL = 5
 """Bands that a convolution of the audio encoder sees at once."""
@@ -144,7 +144,7 @@ class EncoderBlock(nn.Module):
         self.retention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.retention = BidirectionalRetention(config)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config.dim, config.value_dim)
+        self.ffn = FeedForward(config.dim, FeedForwardConfig(config.value_dim))
         self.retention.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:

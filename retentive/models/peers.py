@@ -4,15 +4,16 @@ They train in our loop, on our data, with our loss and output matrix; how they m
 theirs. Their states are not those of `state.py`: they can be trained and scored, not decoded or served.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from retentive.layers.config import check_fields
-from retentive.models.base import LanguageModel
-from retentive.models.config import RetNetConfig, twin
+from retentive.models.config import ModelConfig
+from retentive.models.model import LanguageModel
+from retentive.models.presets import twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
 """The names that transformers itself gives these architectures."""
@@ -22,6 +23,12 @@ KINDS = ("llama", "mamba", "mamba2", "rwkv")
 class PeerConfig:
     """The config of a peer; the function `peer` chooses the numbers for a RetNet."""
 
+    keeps_state: ClassVar[bool] = False
+    """False: it cannot decode here."""
+    library: ClassVar[str] = "transformers"
+    """Package that implements it."""
+    constant_state: ClassVar[bool] = False
+    """False: it has no state here."""
     kind: str
     """llama, mamba, mamba2 or rwkv."""
     vocab_size: int
@@ -42,6 +49,15 @@ class PeerConfig:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of model {self.kind!r}, expected one of {', '.join(KINDS)}")
 
+    @property
+    def name(self) -> str:
+        """The architecture, for people."""
+        return self.kind
+
+    def written(self) -> dict[str, Any]:
+        """The config as JSON has it."""
+        return asdict(self)
+
     def theirs(self) -> dict[str, Any]:
         """The fields of transformers' config."""
         common = dict(vocab_size=self.vocab_size, hidden_size=self.dim, num_hidden_layers=self.layers)
@@ -56,21 +72,21 @@ class PeerConfig:
         return common | of_kind[self.kind]
 
 
-def peer(config: RetNetConfig, kind: str) -> PeerConfig:
+def peer(config: ModelConfig, kind: str) -> PeerConfig:
     """The config of a model of another kind that is as wide as the RetNet and has about as many parameters.
 
     Llama has the twin's numbers. A block of Mamba has some 6 D^2 parameters and no feed-forward layer, half of a
     RetNet's block: it gets twice as many blocks. RWKV's time mixing has 4 D^2, and its channel mixing, of two matrices,
     a gate of D^2 more.
     """
-    other = twin(config)
-    ffn = (3 * other.ffn_dim - config.dim) // 2 if kind == "rwkv" else other.ffn_dim
+    block = twin(config).blocks[0]
+    ffn = (3 * block.ffn.width - config.dim) // 2 if kind == "rwkv" else block.ffn.width
     return PeerConfig(
         kind=kind,
         vocab_size=config.vocab_size,
         dim=config.dim,
         layers=config.layers * (2 if kind in ("mamba", "mamba2") else 1),
-        heads=config.heads,
+        heads=block.mixer.heads,
         ffn_dim=ffn,
         tie_embeddings=config.tie_embeddings,
     )
@@ -86,7 +102,7 @@ class Peer(LanguageModel):
     config: PeerConfig
 
     def __init__(self, config: PeerConfig):
-        super().__init__()
+        nn.Module.__init__(self)  # it has none of the parts of a model of ours
         try:
             from transformers import AutoConfig, AutoModel
         except ImportError:
@@ -110,7 +126,7 @@ class Peer(LanguageModel):
     def hidden(
         self,
         ids: Tensor | None,
-        state: None = None,
+        state: Any = None,
         *,
         embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,

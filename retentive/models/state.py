@@ -1,196 +1,189 @@
-"""What a model remembers between calls: RetentionState of constant size, KVCache that grows, HybridState of both.
+"""State: what a model remembers between calls, one memory for each block (`memory.py`) and the positions.
 
-A KVCache with a window grows to that many tokens and no further: its slots are a ring, written over again and again.
+    logits, state = model(ids)               one comes back
+    logits, state = model(more, state)       and goes in again
 
-A state is passed to the model, and a new one comes back. The one passed in is used up, since caches and rings are
-written in place: `clone()` it to go on from the same point twice. All three kinds have one protocol:
+A state that is passed to the model is used up where its memories are written in place, as rings and caches are: the
+model refuses it when it is passed a second time. `clone()` it to go on from the same point twice.
 
-    position         int64 [N], tokens that each sequence has had (padding does not count)
-    blocks           the number of blocks of the model that it belongs to
-    window           tokens that its cache keeps for each sequence; 0: all, or there is no cache
-    nbytes           bytes its tensors hold
-    select(rows)     the sequences `rows` (indices; repeated or reordered as for beam search)
-    view(n)          the first n sequences, in the same memory
-    put(row, other)  writes one sequence of another state over the one at `row`, in place
-    for_decoding(dtype), reserve(slots)   a pool for `view` and `put`; room in it for so many tokens a sequence
-    rollback(tokens)                      takes back the last tokens, in place
-    settled()        plain tensors with all tokens in them, without rings; itself where it has none
-    cat(states)      sequences of several states in one
-    clone() to(device) detach()
-    save(path)       one safetensors file;  load_state(path) reads it
-
-All are pytree nodes, so that torch.export and torch.func see their tensors.
+State is a pytree node, so that torch.export and torch.func see its tensors.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from retentive.files import load_tensors
-from retentive.models.cache import KVCache
-from retentive.models.config import RetNetConfig
-from retentive.models.sequences import FORMAT, Sequences
-from retentive.ops import Ring
-from retentive.ops.ring import slots
+from retentive.files import load_tensors, write_tensors
+from retentive.models.memory import MEMORIES, AttentionMemory, Memory, RetentionMemory
+
+FORMAT = "retentive-state-2"
 
 
 @dataclass
-class RetentionState(Sequences):
-    """The states of all retention layers: the same size after 10 tokens and after 10 million."""
+class State:
+    """What a model has read, of N sequences; every tensor has the sequences first."""
 
-    kind: ClassVar[str] = "retention"
-    window: ClassVar[int] = 0  # type: ignore[misc]  # the same for all
-    layers: Sequence[Tensor | Ring]
-    """`[N,H,K,V]` of each layer, float32 (float64 in a float64 model); a Ring while tokens are decoded one by one."""
+    memories: Sequence[Memory]
+    """Memory of each block."""
     position: Tensor
-    """int64 `[N]`."""
-
-    @staticmethod
-    def empty(config: RetNetConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "RetentionState":
-        """The state of `batch` sequences before their first token, for a model of `dtype`."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch, config.heads, config.key_dim // config.heads, config.value_dim // config.heads)
-        layers = [torch.zeros(shape, dtype=wide, device=device) for _ in range(config.layers)]
-        return RetentionState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+    """int64 `[N]`, tokens that each sequence has had (padding does not count)."""
+    used: bool = field(default=False, compare=False, repr=False)
+    """True once a model has written later tokens into these very memories."""
 
     @property
-    def blocks(self) -> int:
-        return len(self.layers)
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each memory, "retention" or "attention"."""
+        return tuple(m.kind for m in self.memories)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Slots that each memory keeps at most; 0: all tokens, or it has no slots."""
+        return tuple(m.window for m in self.memories)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.layers) + self.position.nbytes
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> "RetentionState":
-        # Sequences come first in every tensor, those of rings and the position too: one f serves for all.
-        return RetentionState([x.map(f) if isinstance(x, Ring) else f(x) for x in self.layers], f(self.position))
+        """Bytes its tensors hold, free slots included."""
+        return sum(m.nbytes for m in self.memories) + self.position.nbytes
 
     def tensors(self) -> list[Tensor]:
-        """`[N,H,K,V]` of each layer, with the tokens of its ring in it."""
-        return [x.to_state() if isinstance(x, Ring) else x for x in self.layers]
+        """Every tensor it holds, the position last."""
+        return [*(x for m in self.memories for x in m.tensors()), self.position]
 
-    def settled(self) -> "RetentionState":
-        """The same without rings: smaller, and all tokens are in the state itself."""
-        decoding = any(isinstance(x, Ring) for x in self.layers)
-        return RetentionState(self.tensors(), self.position.clone()) if decoding else self
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the memories without the number of slots, and windows: equal for states of the same model."""
+        return [shape for m in self.memories for shape in m.shapes]
 
-    @staticmethod
-    def cat(states: Sequence["RetentionState"]) -> "RetentionState":
-        """All sequences of `states`, in order."""
-        by_layer = zip(*(s.tensors() for s in states), strict=True)
-        return RetentionState([torch.cat(layer) for layer in by_layer], torch.cat([s.position for s in states]))
+    def map(self, f: Callable[[Tensor], Tensor]) -> "State":
+        """The state with f of every tensor."""
+        return State([m.map(f) for m in self.memories], f(self.position))
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "RetentionState":
-        """The same with every layer a Ring for k and v of `dtype`, which decoding writes in place.
+    def select(self, rows: Tensor) -> "State":
+        """The sequences `rows`, int64 `[n]`: repeated or reordered as for beam search."""
+        return self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def view(self, n: int) -> "State":
+        """The first n sequences, in the same memory."""
+        return self.map(lambda x: x[:n])
+
+    def clone(self) -> "State":
+        """A copy in memory of its own.
+
+        Raises:
+            ValueError: a model has written into it since.
+        """
+        self.check_unused()
+        return self.map(lambda x: x.clone())
+
+    def detach(self) -> "State":
+        """The same tensors without their gradients."""
+        return self.map(lambda x: x.detach())
+
+    def to(self, device: torch.device | str) -> "State":
+        """The state on a device."""
+        return self.map(lambda x: x.to(device))
+
+    def settled(self) -> "State":
+        """Plain tensors with all tokens in them, without rings; itself where it has none."""
+        settled = [m.settled() for m in self.memories]
+        if all(a is b for a, b in zip(settled, self.memories, strict=True)):
+            return self
+        return State(settled, self.position.clone())
+
+    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "State":
+        """The state to decode in place: retention in rings for k and v of `dtype`.
 
         At least the last `rollback` tokens decoded can be taken back.
         """
-        # A ring of R slots holds the last R / 2 tokens at any time: see `ops/ring.py`.
-        rings = [Ring.open(x, dtype, max(slots(*x.shape[2:]), 2 * rollback)) for x in self.tensors()]
-        return RetentionState(rings, self.position)
+        return State([m.for_decoding(dtype, rollback, self.position) for m in self.memories], self.position)
+
+    def reserve(self, slots: int) -> "State":
+        """The state with room for so many tokens a sequence; itself if it has it, as retention always has."""
+        memories = [m.reserve(slots) for m in self.memories]
+        if all(a is b for a, b in zip(memories, self.memories, strict=True)):
+            return self
+        return State(memories, self.position)
 
     def rollback(self, tokens: int) -> None:
         """Takes back the last `tokens` tokens of every sequence, in place.
 
         Raises:
-            ValueError: more than the rings hold, or there are no rings (`for_decoding` makes them).
+            ValueError: more than `for_decoding` was told to keep; nothing has moved then.
         """
-        rings = [x for x in self.layers if isinstance(x, Ring)]
-        if tokens and len(rings) < len(self.layers):
-            raise ValueError(f"cannot take back {tokens} tokens: they are in the state, decode with for_decoding()")
-        for ring in rings:
-            ring.rollback(tokens)
+        for memory in self.memories:  # before anything moves: one may hold more tokens than another
+            memory.check_rollback(tokens, self.position)
+        for memory in self.memories:
+            memory.rollback(tokens)
         self.position -= tokens
 
-    def put(self, row: int, other: "RetentionState", source: int = 0) -> None:
-        """Writes sequence `source` of `other` over the one at `row`, in place."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if isinstance(mine, Ring):
-                mine.put(row, theirs, source)
-            elif isinstance(theirs, Ring):
-                mine[row] = theirs.map(lambda x: x[source : source + 1]).to_state()[0]
-            else:
-                mine[row] = theirs[source]
+    def put(self, row: int, other: "State", source: int = 0) -> None:
+        """Writes sequence `source` of another state over the one at `row`, in place."""
+        for mine, theirs in zip(self.memories, other.memories, strict=True):
+            mine.put(row, theirs, source, other.position)  # type: ignore[arg-type]  # of the same kind
         self.position[row] = other.position[source]
 
-    def reserve(self, slots: int) -> "RetentionState":
-        """Itself: it has room for any number of tokens."""
-        return self
-
-    def named(self) -> dict[str, Tensor]:
-        """The tensors by their names in a file."""
-        return {f"layers.{i}": x for i, x in enumerate(self.tensors())}
-
-
-@dataclass
-class HybridState(Sequences):
-    """The states of the retention blocks and the cache of the attention blocks, at the same positions."""
-
-    kind: ClassVar[str] = "hybrid"
-    retention: RetentionState
-    cache: KVCache
-
-    def __post_init__(self):
-        # One position tensor for both, since it is written in place; in a cache of its own, since the one passed in may
-        # be that of another state too.
-        self.cache = replace(self.cache, position=self.retention.position)
-
-    @property
-    def position(self) -> Tensor:  # type: ignore[override]  # nobody sets it: it is written in place
-        return self.retention.position
-
-    @property
-    def window(self) -> int:  # type: ignore[override]
-        return self.cache.window
-
-    @property
-    def blocks(self) -> int:
-        return self.retention.blocks + self.cache.blocks
-
-    @property
-    def nbytes(self) -> int:
-        return self.retention.nbytes + self.cache.nbytes - self.position.nbytes  # which both count
-
-    def settled(self) -> "HybridState":
-        """The same without rings."""
-        retention = self.retention.settled()
-        return self if retention is self.retention else HybridState(retention, self.cache)
-
-    def reserve(self, slots: int) -> "HybridState":
-        return HybridState(self.retention, self.cache.reserve(slots))
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> "HybridState":
-        return HybridState(self.retention._map(f), self.cache._map(f))
-
     @staticmethod
-    def cat(states: Sequence["HybridState"]) -> "HybridState":
-        retention = RetentionState.cat([s.retention for s in states])
-        return HybridState(retention, KVCache.cat([s.cache for s in states]))
+    def cat(states: Sequence["State"]) -> "State":
+        """All sequences of `states`, in order."""
+        positions = [s.position for s in states]
+        by_block: Any = zip(*(s.memories for s in states), strict=True)
+        return State([type(of[0]).cat(of, positions) for of in by_block], torch.cat(positions))
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "HybridState":
-        return HybridState(self.retention.for_decoding(dtype, rollback), self.cache.for_decoding(dtype, rollback))
+    def then(self, memories: Sequence[Memory], position: Tensor) -> "State":
+        """The state after more tokens; this one is used up if they were written into its own tensors."""
+        if not torch.compiler.is_compiling():
+            self.used = any(new.writes_into(old) for new, old in zip(memories, self.memories, strict=True))
+        return State(memories, position)
 
-    def rollback(self, tokens: int) -> None:
-        self.cache.check_rollback(tokens)  # before anything moves: one part may hold more tokens than the other
-        # The position, which the cache shares, is moved by this: the cache's slots will be written anew.
-        self.retention.rollback(tokens)
+    def check_unused(self) -> None:
+        """Raises ValueError if a model has written later tokens into it."""
+        if self.used:
+            raise ValueError(
+                "the state was used: later tokens were written into it; pass the one that came back, or clone() a "
+                "state before you pass it"
+            )
 
-    def put(self, row: int, other: "HybridState", source: int = 0) -> None:
-        self.cache.put(row, other.cache, source)
-        self.retention.put(row, other.retention, source)
+    def placed(self, kinds: Sequence[str]) -> "State":
+        """The state with its memories in the order of these kinds; itself where they are in it, or do not fit.
+
+        Files of version 0.1.0 hold the memories of retention and those of attention apart.
+        """
+        if tuple(kinds) == self.kinds or sorted(kinds) != sorted(self.kinds):
+            return self
+        of_kind = {kind: iter([m for m in self.memories if m.kind == kind]) for kind in set(kinds)}
+        return State([next(of_kind[kind]) for kind in kinds], self.position)
 
     def named(self) -> dict[str, Tensor]:
-        return self.retention.named() | self.cache.named()
+        """The tensors by their names in a file, apart from the position."""
+        return {
+            f"memories.{i}.{name}": x
+            for i, memory in enumerate(self.memories)
+            for name, x in memory.named(self.position).items()
+        }
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Writes one safetensors file, which `load_state` reads, with `metadata` beside the format's own."""
+        self.check_unused()
+        about = {**(metadata or {}), "format": FORMAT, "windows": json.dumps(self.windows)}
+        write_tensors(Path(path), self.named() | {"position": self.position}, about)
 
 
-State = RetentionState | KVCache | HybridState
-for _kind in (RetentionState, HybridState):
-    pytree.register_dataclass(_kind, serialized_type_name=f"retentive.{_kind.__name__}")
+pytree.register_pytree_node(
+    State,
+    lambda state: ([list(state.memories), state.position], None),
+    lambda parts, _: State(*parts),
+    serialized_type_name="retentive.State",
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.GetAttrKey("memories"), list(state.memories)), (pytree.GetAttrKey("position"), state.position)],
+        None,
+    ),
+)
 
 
 def load_state(path: str | Path) -> State:
@@ -199,28 +192,56 @@ def load_state(path: str | Path) -> State:
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not a state file, or one that is cut short or of a later version.
+        KeyError: a tensor that is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no state file at {path}")
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") == "retentive-state-1":
+        names, windows = _version_1(tensors, metadata, path)
+    elif metadata.get("format") == FORMAT:
+        windows = _windows(metadata.get("windows", ""), path)
+        names = [
+            {name.removeprefix(f"memories.{i}."): x for name, x in tensors.items() if name.startswith(f"memories.{i}.")}
+            for i in range(len(windows))
+        ]
+    else:
         raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    memories: list[Memory] = []
+    for own, window in zip(names, windows, strict=True):
+        kind = RetentionMemory.kind if "state" in own else AttentionMemory.kind
+        try:
+            memories.append(MEMORIES[kind].read(own, window, tensors["position"]))
+        except ValueError as error:
+            raise ValueError(f"{path} holds {error}") from None
+    return State(memories, tensors["position"])
 
-    def numbered(name: str) -> list[Tensor]:
-        # by their numbers, since a file has its tensors in the order of their names: layers.10 before layers.2
-        return [tensors[f"{name}.{i}"] for i in range(sum(key.startswith(name + ".") for key in tensors))]
 
+def _windows(said: str, path: Path) -> list[int]:
+    """The windows in a file's metadata, one for each memory."""
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(type(w) is int and w >= 0 for w in found):
+        raise ValueError(f"{path} holds a state with windows {said!r}, expected a list of numbers of tokens")
+    return found
+
+
+def _version_1(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> tuple[list[dict], list[int]]:
+    """(tensors of each memory, windows) of a file of version 0.1.0, which numbers each kind by itself."""
     window = metadata.get("window", "0")  # files from before there were windows say nothing of it
     if not (window.isascii() and window.isdigit()):
         raise ValueError(f"{path} holds a state with a window of {window!r}, expected a number of tokens")
-    retention = RetentionState(numbered("layers"), tensors["position"])
-    cache = KVCache(numbered("keys"), numbered("values"), tensors["position"], numbered("gates"), int(window))
-    if cache.window and cache.keys:
-        slots = min(int(cache.position.max()), cache.window)
-        if cache.slots != slots:
-            raise ValueError(f"{path} holds {cache.slots} slots, its tokens and window need {slots}: write it again")
-    states: dict[str, State] = {"retention": retention, "kv": cache, "hybrid": HybridState(retention, cache)}
-    if metadata.get("kind") not in states:
-        raise ValueError(f"{path} holds a state of kind {metadata.get('kind')!r}, expected one of {', '.join(states)}")
-    return states[metadata["kind"]]
+    kinds = ("retention", "kv", "hybrid")
+    if metadata.get("kind") not in kinds:
+        raise ValueError(f"{path} holds a state of kind {metadata.get('kind')!r}, expected one of {', '.join(kinds)}")
+
+    def count(name: str) -> int:
+        return sum(key.startswith(name + ".") for key in tensors)
+
+    retained = [{"state": tensors[f"layers.{i}"]} for i in range(count("layers"))]
+    parts = [name for name in ("keys", "values", "gates") if count(name)]
+    cached = [{name: tensors[f"{name}.{i}"] for name in parts} for i in range(count("keys"))]
+    return [*retained, *cached], [0] * len(retained) + [int(window)] * len(cached)

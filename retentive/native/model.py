@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retentive.models import LanguageModel, RetentionState, RetNet, RetNetConfig
+from retentive.models import LanguageModel, RetentionMemory, State
+from retentive.models.model import checked_ids
 from retentive.native.library import Heading, Matrix, Reading, Rings, library
 from retentive.native.threads import Threads
 from retentive.native.weights import ROWS, Packed
@@ -24,8 +25,12 @@ STEPS = 64
 
 def unfit(model: Any) -> str | None:
     """Why C cannot read with such a model, on whatever machine; None if it can."""
-    if type(model.config) is not RetNetConfig:
-        return f"it runs RetNets, this is a {type(model.config).__name__.removesuffix('Config')}"
+    if model.config.library:
+        return f"it runs models of this package, this is one of {model.config.library}"
+    try:
+        model.config.all_retention("it")
+    except ValueError as error:
+        return str(error)
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):
@@ -50,7 +55,7 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
     if engine == "torch" or (engine == "auto" and refused(model)):
         return model
     try:
-        return NativeRetNet(model)  # type: ignore[arg-type]  # it refuses what is no RetNet
+        return NativeRetNet(model)
     except MemoryError:
         if engine == "native":
             raise
@@ -88,7 +93,7 @@ class NativeHead(nn.Module):
         return logits[:, : self._matrix.N].unflatten(0, x.shape[:-1])
 
 
-class NativeRetNet(RetNet):
+class NativeRetNet(LanguageModel):
     """The same model, with the same parameters: what needs no gradients is read by the library, the rest by torch.
 
     States are those of any RetNet, so that either can go on where the other stopped. The library has a packed copy of
@@ -97,7 +102,7 @@ class NativeRetNet(RetNet):
 
     own_threads = True
 
-    def __init__(self, model: RetNet, *, threads: int | None = None):
+    def __init__(self, model: LanguageModel, *, threads: int | None = None):
         """
         Args:
             threads: the most that a call uses; by default torch's number.
@@ -108,7 +113,7 @@ class NativeRetNet(RetNet):
         """
         if reason := refused(model):
             raise ValueError(f"the native engine cannot run this model: {reason}")
-        LanguageModel.__init__(self)
+        nn.Module.__init__(self)  # its parts are those of the model
         self.config = model.config
         for name, module in model.named_children():
             self.add_module(name, module)
@@ -126,13 +131,13 @@ class NativeRetNet(RetNet):
     def hidden(
         self,
         ids: Tensor | None,
-        state: RetentionState | None = None,
+        state: State | None = None,
         *,
         embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, RetentionState]:
-        """As RetNet's, but float32 where the library has computed it."""
+    ) -> tuple[Tensor, State]:
+        """As every model's, but float32 where the library has computed it."""
         if embeds is not None or lengths is not None or ids is None or forced() or not native_here(ids, cu_seqlens):
             return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
         if self.dtype != self._packed_dtype:
@@ -140,19 +145,15 @@ class NativeRetNet(RetNet):
             raise ValueError(f"the native engine has {was} weights, the model has {now} now: call with_engine anew")
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"token ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
+        checked_ids(ids, self.config.vocab_size)
         begin, tokens = self._borders(ids, cu_seqlens)
         state = self.init_state(len(begin) - 1) if state is None else state
-        layers, places = self._layers(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)
+        memories, places = self._memories(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)
         x = self._read(ids.long().contiguous(), begin, state.position, places)
-        return x.unflatten(0, ids.shape), RetentionState(layers, state.position + tokens)
+        return x.unflatten(0, ids.shape), state.then(memories, state.position + tokens)
 
     def _borders(self, ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | int]:
-        """Where the sequences begin and end `[N+1]`, and how many tokens each has; raises for what is out of range."""
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            bad = next(i for i in ids.flatten().tolist() if not 0 <= i < self.config.vocab_size)
-            raise IndexError(f"token ids must be from 0 to {self.config.vocab_size - 1}, got {bad}")
+        """Where the sequences begin and end `[N+1]`, and how many tokens each has."""
         if cu_seqlens is None:
             return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
         begin = cu_seqlens.to(torch.int64).contiguous()
@@ -161,8 +162,8 @@ class NativeRetNet(RetNet):
             raise ValueError(f"cu_seqlens must ascend from 0 to the {ids.numel()} tokens, got {begin.tolist()}")
         return begin, tokens
 
-    def _layers(self, state: RetentionState, N: int, T: int) -> "tuple[Sequence[Tensor | Ring], Places]":
-        """The layers' states to read tokens into, in place; T tokens for each, 0 for different numbers of them.
+    def _memories(self, state: State, N: int, T: int) -> "tuple[Sequence[Any], Places]":
+        """The memories to read tokens into, in place; T tokens for each sequence, 0 for different numbers of them.
 
         Single tokens go through rings, and a few where there are rings with room for them; more in chunks through plain
         states.
@@ -173,24 +174,26 @@ class NativeRetNet(RetNet):
         if tuple(state.position.shape) != (N,):
             raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
         kept = self._kept  # looked at once: another thread may put its own there
-        if 0 < T <= STEPS and kept is not None and kept.N == N and kept.are_of(state.layers) and kept.slots >= T:
-            return state.layers, kept  # the rings that the last token went into, as a rule
-        self._check(state)
-        self._check_shapes(state, N)
-        ready = all(isinstance(x, Ring) and x.k.dtype == self.dtype for x in state.layers)
-        if T == 1 or (T <= STEPS and ready and 0 < T <= state.layers[0].k.shape[2]):
-            layers = state.layers if ready else state.for_decoding(self.dtype).layers
-            self._kept = kept = Places(layers)
-            return layers, kept
-        layers = [x.to_state() if isinstance(x, Ring) else x.clone() for x in state.layers]
-        layers = [x.contiguous() for x in layers]
-        return layers, Places(layers)
+        if 0 < T <= STEPS and kept is not None and kept.N == N and kept.slots >= T and kept.are_of(state.memories):
+            state.check_unused()
+            return state.memories, kept  # the rings that the last token went into, as a rule
+        memories: Any = self.checked(state).memories
+        self._check_shapes(memories, N)
+        rings = [m.value for m in memories if isinstance(m.value, Ring) and m.value.k.dtype == self.dtype]
+        ready = len(rings) == len(memories)
+        if T == 1 or (ready and 0 < T <= min(STEPS, rings[0].k.shape[2])):
+            memories = memories if ready else state.for_decoding(self.dtype).memories
+            self._kept = kept = Places(memories)
+            return memories, kept
+        plain = [m.tensor() if isinstance(m.value, Ring) else m.value.clone() for m in memories]
+        memories = [RetentionMemory(x.contiguous()) for x in plain]
+        return memories, Places(memories)
 
-    def _check_shapes(self, state: RetentionState, N: int) -> None:
+    def _check_shapes(self, memories: Sequence[Any], N: int) -> None:
         """Raises ValueError for states that the library would read or write past the end of."""
         wanted = (N, *self._packed.state)
-        for x in state.layers:
-            inner = x.state if isinstance(x, Ring) else x
+        for memory in memories:
+            inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
             if tuple(inner.shape) != wanted or inner.dtype != torch.float32 or not inner.is_cpu:
                 raise ValueError(f"state must be float32 {list(wanted)}, got {inner.dtype} {list(inner.shape)}")
 
@@ -207,17 +210,19 @@ class NativeRetNet(RetNet):
 
 
 class Places:
-    """The addresses of layers' states or rings, written down once for all tokens that go into the same ones."""
+    """The addresses of states or rings, written down once for all tokens that go into the same ones."""
 
-    def __init__(self, layers: Sequence[Any]):
+    def __init__(self, memories: Sequence[Any]):
+        values = [m.value for m in memories]
         # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
-        self._rings = [weakref.ref(x) for x in layers if isinstance(x, Ring)]
-        self.N = layers[0].k.shape[0] if self._rings else 0
-        self.slots = layers[0].k.shape[2] if self._rings else 0
-        tensors = [x.tensors().values() if isinstance(x, Ring) else [x] for x in layers]
+        self._rings = [weakref.ref(x) for x in values if isinstance(x, Ring)]
+        self.N = values[0].k.shape[0] if self._rings else 0
+        self.slots = values[0].k.shape[2] if self._rings else 0
+        tensors = [x.tensors().values() if isinstance(x, Ring) else [x] for x in values]
         self._array = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))
         self.address = ctypes.addressof(self._array)
 
-    def are_of(self, layers: Sequence[Any]) -> bool:
-        """Whether these are the very rings."""
-        return len(layers) == len(self._rings) and all(a() is b for a, b in zip(self._rings, layers, strict=True))
+    def are_of(self, memories: Sequence[Any]) -> bool:
+        """True if these are the very rings."""
+        same = (a() is m.value for a, m in zip(self._rings, memories, strict=False))
+        return len(memories) == len(self._rings) and all(same)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retentive.layers.quantized import Quantized
-from retentive.models import RetNet
+from retentive.models import LanguageModel
 from retentive.native.library import KINDS, Layer, Matrix, Model, library
 from retentive.ops.rotary import frequencies
 
@@ -45,20 +45,20 @@ class Rows(NamedTuple):
 class Packed:
     """A model for the library (`struct Model`), with all memory that it points to."""
 
-    def __init__(self, model: RetNet):
+    def __init__(self, model: LanguageModel):
         self._keep: list[Any] = []
-        c = model.config
-        layers = (Layer * c.layers)(*(self._layer(block) for block in model.blocks))
-        self.state = (c.heads, c.key_dim // c.heads, c.value_dim // c.heads)
+        whole, c, ffn = model.config, model.config.all_retention("it"), model.config.blocks[0].ffn
+        layers = (Layer * whole.layers)(*(self._layer(block) for block in model.blocks))
+        self.state = H, K, V = c.head_shape
         """The shape of a layer's state, of one sequence."""
         fixed = [] if c.decay == "gated" else c.log_decay()
-        turning = [] if c.rotary == "none" else frequencies(c.key_dim // c.heads, c.rotary).tolist()
+        turning = [] if c.rotary == "none" else frequencies(K, c.rotary, base=c.rotary_base).tolist()
         self.struct = Model(
-            D=c.dim, layers=c.layers, H=c.heads, kv=c.kv_heads, K=c.key_dim // c.heads, V=c.value_dim // c.heads,
-            F=c.ffn_dim, vocab=c.vocab_size, halves=c.rotary == "half", gate=c.gate,
-            gate_activation=ACTIVATIONS.index(c.gate_activation), activation=ACTIVATIONS.index(c.activation),
-            ffn_gate=c.ffn_gate, gated=c.decay == "gated", row_norm=c.score_norm, normed_heads=c.head_norm,
-            eps=c.norm_eps, decay_scale=c.decay_scale, embed_scale=c.dim**0.5 if c.embed_scale else 1.0,
+            D=c.dim, layers=whole.layers, H=H, kv=c.kv_heads, K=K, V=V,
+            F=ffn.width, vocab=whole.vocab_size, halves=c.rotary == "half", gate=c.gate,
+            gate_activation=ACTIVATIONS.index(c.gate_activation), activation=ACTIVATIONS.index(ffn.activation),
+            ffn_gate=ffn.gate, gated=c.decay == "gated", row_norm=c.score_norm, normed_heads=c.head_norm,
+            eps=whole.norm_eps, decay_scale=c.decay_scale, embed_scale=c.dim**0.5 if whole.embed_scale else 1.0,
             frequency=self._kept((ctypes.c_double * len(turning))(*turning)) if turning else None,
             log_decay=self._kept((ctypes.c_double * len(fixed))(*fixed)),
             log_decay_f=self._kept((ctypes.c_float * len(fixed))(*fixed)), layer=self._kept(layers),

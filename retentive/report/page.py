@@ -51,7 +51,7 @@ def read(path: Path) -> File:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         command, _ = result.get("command", ""), machine(result)
-        words = shlex.split(command)[1:] or ["?"]
+        words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
     # `words` are those after "retentive": a verb, and for a bench its name

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retentive import compare
 from retentive.bench import BENCHES
 from retentive.evals.run import table as task_table
 from retentive.models import PEERS
-from retentive.studies import compare
 
 Result = dict[str, Any]
 
@@ -23,9 +23,10 @@ PAPER = {heading: text for heading, _, text in (part.partition("\n") for part in
 
 def table(kind: str, result: Result) -> str | None:
     """The table that the command `kind` ("compare", "bench decode", …) prints, Markdown; None where it has none."""
+    if "table" in result:
+        return str(result["table"])
     verb, _, name = kind.partition(" ")
-    if verb == "bench" and name in BENCHES:
-        # the bench's own table: page and command can't differ
+    if verb == "bench" and name in BENCHES:  # files of version 0.1.0 hold no table
         return importlib.import_module(BENCHES[name]).table(result)
     tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
     return tables[kind](result) if kind in tables else None

@@ -17,7 +17,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import Conversation
 from retentive.infer.memory import Memory, blank, fingerprint
-from retentive.models import MODELS, LanguageModel, cost
+from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 from retentive.serve.async_engine import AsyncEngine
@@ -60,7 +60,7 @@ class Service:
         self._blank: Memory = blank(model, name)
         # the pool is allocated with the first request: better to fail now than then
         state: Any = self._blank.state
-        needed = options.slots * state.reserve(state.window).nbytes  # a cache of all tokens grows as they come
+        needed = options.slots * state.reserve(max(state.windows)).nbytes  # a cache of all tokens grows as they come
         if needed > (free := machine.free_memory(self._blank.state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
             raise ValueError(f"--slots {options.slots} need {have}: ask for fewer")
@@ -111,7 +111,7 @@ class Service:
         """The JSON of /v1/info: what the page shows of the model and its bounds."""
         return {
             "model": self.name,
-            "kind": MODELS[type(self.model.config)].__name__,
+            "kind": self.model.config.name,
             "parameters": cost.parameters(self.model.config),
             "state_bytes": self._blank.nbytes,
             "context": None,  # no limit

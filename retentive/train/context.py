@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
 from retentive.layers import MultiScaleRetention
-from retentive.models import LanguageModel, RetentionState, RetNetConfig
+from retentive.models import LanguageModel, State
 from retentive.ops import across
 from retentive.ops.pieces import Gather, gather_over
 from retentive.train.objective import Objective
@@ -28,8 +28,8 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup, rank: int) -
     Raises:
         ValueError: a model that attends.
     """
-    if type(model.config) is not RetNetConfig:
-        raise ValueError(f"--cp hands on states of retention, a {type(model).__name__} attends as well: leave it out")
+    if model.config.attends:
+        raise ValueError(f"--cp hands on states of retention, a {model.config.name} attends as well: leave it out")
     gather = gather_over(group)
     for layer in model.blocks.modules():
         if isinstance(layer, MultiScaleRetention):
@@ -61,9 +61,8 @@ def on_piece(objective: Objective, rank: int, size: int) -> Objective:
     def of_piece(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
         piece, start = piece_of(batch, rank, size)
         before = model.init_state(1)
-        assert isinstance(before, RetentionState)
         # blank states, which the layers fill; the position is known at once
-        before = RetentionState(before.layers, before.position + start)
+        before = State(before.memories, before.position + start)
         total, count, _ = objective(model, piece, before)
         return total, count, None
 

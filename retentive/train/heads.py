@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retentive.layers import Attention, FeedForward, MultiScaleRetention, RMSNorm
-from retentive.models import LanguageModel, RetentionState
+from retentive.models import LanguageModel
 from retentive.ops.rows import rms_norm
 
 AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj", "q_bias", "k_bias"), 0)
@@ -49,11 +49,6 @@ def split_heads(model: LanguageModel, group: dist.ProcessGroup, rank: int, size:
             owner, _, last = name.rpartition(".")
             part = p.detach().chunk(size, axis)[rank].clone(memory_format=torch.contiguous_format)
             setattr(model.get_submodule(owner), last, nn.Parameter(part, p.requires_grad))
-    first = layers[0]
-    if isinstance(first, MultiScaleRetention):  # a state has the heads of this process
-        model.init_state = lambda batch: RetentionState.empty(  # type: ignore[method-assign]
-            replace(model.config, **shape_of(first), decay=first.config.decay), batch, model.dtype, model.device
-        )
     for layer in layers:
         if not isinstance(layer, FeedForward):
             _keep_heads(layer, group, rank, size)
@@ -79,7 +74,7 @@ def _keep_heads(layer: Any, group: dist.ProcessGroup, rank: int, size: int) -> N
         decay = layer.config.decay
         if decay != "gated":  # known beforehand: the decays of these heads out of those of all
             decay = tuple(layer.config.log_decay()[rank * layer.H : (rank + 1) * layer.H])
-        layer.config = replace(layer.config, **shape_of(layer), decay=decay)
+        layer.config = replace(layer.config, **shape_of(layer), decay=decay)  # which a fresh state has the shape of
     for name in SHARED:
         norm = layer._modules.get(name)
         if isinstance(norm, RMSNorm) and norm.weight is not None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retentive.checkpoint.adapter import adapter_of
-from retentive.models import LanguageModel, PeerConfig, RetentionState
+from retentive.models import LanguageModel, RetentionMemory
 from retentive.models.encoders import encoders_of
 from retentive.models.state import State
 from retentive.options import check_type
@@ -125,7 +125,7 @@ def checksum(model: nn.Module) -> int:
 
 def check_divisible(model: LanguageModel, here: Processes) -> None:
     """Raises ValueError for a model that cannot be trained on this mesh."""
-    if here.divided and isinstance(model.config, PeerConfig):
+    if here.divided and model.config.library:
         raise ValueError(f"the blocks of {model.config.kind} are another library's: train it with --dp-replicate alone")
     if here.divided and adapter_of(model):
         raise ValueError("--lora trains too little to divide: use --dp-replicate alone")
@@ -224,16 +224,18 @@ def whole_state(state: State | None, here: Processes) -> State | None:
     """
     if state is None or here.world == 1:
         return state
-    layers = [gathered(gathered(x, here.tp_group, 1), here.dp_group, 0) for x in state.tensors()]
-    return RetentionState(layers, gathered(state.position, here.dp_group, 0))
+    *states, position = state.settled().tensors()
+    whole = [RetentionMemory(gathered(gathered(x, here.tp_group, 1), here.dp_group, 0)) for x in states]
+    return State(whole, gathered(position, here.dp_group, 0))
 
 
 def part_of_state(state: State | None, here: Processes) -> State | None:
     """The inverse of `whole_state`: the rows and heads that this process carries."""
     if state is None or here.world == 1:
         return state
-    layers = [x.chunk(here.dp)[here.dp_rank].chunk(here.tp, 1)[here.tp_rank] for x in state.tensors()]
-    return RetentionState(layers, state.position.chunk(here.dp)[here.dp_rank])
+    *states, position = state.settled().tensors()
+    own = [RetentionMemory(x.chunk(here.dp)[here.dp_rank].chunk(here.tp, 1)[here.tp_rank]) for x in states]
+    return State(own, position.chunk(here.dp)[here.dp_rank])
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None, axis: int) -> Tensor:

@@ -25,7 +25,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.evals.heldout import HeldOut, held_out_loss, mixture_loss
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
-from retentive.models import MODELS, Config, LanguageModel, PeerConfig, RetNetConfig, build, config_of, cost
+from retentive.models import Config, LanguageModel, build, config_of, cost
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.models.encoders import Config as Encoder
 from retentive.models.encoders import config_for, encoders_of, with_encoders
@@ -273,15 +273,16 @@ class TrainRun:
         # A resumed run has its config and its weights: the model that it began from may be there no more.
         # So may the defaults of this version be others than those that it began with.
         config = load_config(self.out)[0] if resumes else self.config(data.meta.vocab_size)
-        if self.mode == "carry" and type(config) is not RetNetConfig:  # a HybridConfig is one too, by inheritance
-            kind = MODELS[type(config)].__name__
-            raise ValueError(f"mode carry hands on states of retention, a {kind} attends as well: use another mode")
+        if self.mode == "carry" and (config.library or config.attends):
+            raise ValueError(
+                f"mode carry hands on states of retention, a {config.name} attends as well: use another mode"
+            )
         if not here.divided:  # what a part of a model takes is not looked at
             check_fits(config, self.batch // here.dp, self.length, here.device or pick_device(self.train.device))
         torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
         encoders = load_encoders(self.out) if resumes else self.encoders(data)
-        if encoders and isinstance(config, PeerConfig):
-            raise ValueError(f"a {config.kind} reads ids alone, and {data.path} holds {', '.join(encoders)}")
+        if encoders and config.library:
+            raise ValueError(f"a {config.name} reads ids alone, and {data.path} holds {', '.join(encoders)}")
         model = build(config)
         if encoders:
             with_encoders(model, encoders)
@@ -335,9 +336,7 @@ class TrainRun:
                 return sample_answer(model, data.template, data.template.first([{"role": "user", "content": asked}]))
             return sample_answer(model, data.template, *data.first_question())
 
-        return Hooks(
-            evaluate if data.holds_out(self.length) else None, None if isinstance(config, PeerConfig) else sample
-        )
+        return Hooks(evaluate if data.holds_out(self.length) else None, sample if config.keeps_state else None)
 
     def directory(self, data: Data) -> RunDirectory:
         """Where the run is written, with what train.json records of it for `resume`."""

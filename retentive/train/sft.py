@@ -26,7 +26,6 @@ from retentive.data.prepare import Progress, prepare
 from retentive.data.templates import template_of
 from retentive.data.tokenizer import load_tokenizer
 from retentive.files import file_sha256
-from retentive.models import RetNetConfig
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import RunDirectory
@@ -186,4 +185,5 @@ def _shown(source: str | Path) -> list[tuple[str, str]]:
 
 def usual_mode(model: str) -> Mode:
     """How conversations are put into rows where nobody says."""
-    return "carry" if type(load_config(find(model))[0]) is RetNetConfig else "whole"
+    config, _ = load_config(find(model))
+    return "whole" if config.library or config.attends else "carry"

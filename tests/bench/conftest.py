@@ -7,7 +7,7 @@ import torch
 
 from retentive import machine
 from retentive.models import PRESETS
-from retentive.models.config import Size
+from retentive.models.presets import Size
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from retentive import machine
 from retentive.bench import decode
 from retentive.bench.decode import Options
 from retentive.bench.lab import models
-from retentive.models import KVCache, RetNetConfig, Transformer, cost, twin
+from retentive.models import LanguageModel, cost, retnet, twin
 
-CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
 CPU = torch.device("cpu")
 
 
@@ -52,7 +52,7 @@ def test_a_filled_state_is_one_of_that_many_tokens(name):
     assert after.position.tolist() == [11, 11, 11]
     _, read = one.model.hidden(torch.zeros(3, 10, dtype=torch.int64))
     assert [x.shape for x in state.named().values()] == [x.shape for x in read.named().values()]
-    held = read if isinstance(read, KVCache) else state
+    held = read if one.config.attends else state
     assert held.nbytes - held.position.nbytes == one.remembers(3, 10)
 
 
@@ -110,13 +110,13 @@ def test_another_engine_takes_part_where_it_is_installed():
 
 
 def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, refuses):
-    real = Transformer.hidden
+    real = LanguageModel.hidden
 
     def wrong(self, ids, state=None, **how):
         x, state = real(self, ids, state, **how)
-        return (1.1 * x if ids.shape[1] == 1 else x), state
+        return (1.1 * x if ids.shape[1] == 1 and self.config.attends else x), state
 
-    monkeypatch.setattr(Transformer, "hidden", wrong)
+    monkeypatch.setattr(LanguageModel, "hidden", wrong)
     with refuses("Transformer decodes logits that are off by", ArithmeticError):
         measured()
 
@@ -184,10 +184,10 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
 
 @pytest.mark.skipif(models.missing("llamacpp-f16", CPU) is not None, reason=str(models.missing("llamacpp-f16", CPU)))
 def test_llamacpp_decodes_what_it_is_given():
-    config = RetNetConfig(vocab_size=64, dim=64, layers=2, heads=4)
+    config = retnet(vocab_size=64, dim=64, layers=2, heads=4)
     for name in models.LLAMACPP:
         one = decode.LlamaCpp(name, config, CPU)
-        assert decode.LlamaCpp(name, config, CPU, full_heads=True).config.kv_heads == 4
+        assert decode.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
         session = one.fill(3, 20, room=2)
         at = session.position
         one.step(torch.zeros(3, 1, dtype=torch.int64), session)

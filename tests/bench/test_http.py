@@ -8,9 +8,9 @@ from retentive.bench import http
 from retentive.bench.lab.server import server
 from retentive.bench.serving import prompts
 from retentive.data.tokenizer import train_bpe
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
-CONFIG = RetNetConfig(vocab_size=300, dim=32, layers=1, heads=2)
+CONFIG = retnet(vocab_size=300, dim=32, layers=1, heads=2)
 
 
 def test_another_text_is_not_timed():

@@ -9,9 +9,9 @@ import torch
 from retentive import machine
 from retentive.bench import memory
 from retentive.bench.memory import Options
-from retentive.models import RetNetConfig, build, cost, twin
+from retentive.models import build, cost, retnet, twin
 
-CONFIG = RetNetConfig(vocab_size=31, dim=16, layers=2, heads=2)
+CONFIG = retnet(vocab_size=31, dim=16, layers=2, heads=2)
 CONTEXTS = (8, 32, 16)
 ROWS = [
     {"context": 512, "R": {"bytes": 1_000_000, "ms_per_token": 2.0}, "T": {"bytes": 500_000, "ms_per_token": 1.0}},

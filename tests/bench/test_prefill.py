@@ -7,9 +7,9 @@ import pytest
 from retentive.bench import prefill
 from retentive.bench.lab import llamacpp, models
 from retentive.bench.prefill import Options
-from retentive.models import RetNetConfig, Transformer, cost
+from retentive.models import LanguageModel, cost, retnet
 
-CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_rows_tables_and_pictures(tmp_path, lines):
         for name in result["parameters"]:
             found, config = row["models"][name], models.config_of(name, CONFIG)
             config = llamacpp.rounded(config) if name in models.LLAMACPP else config
-            flops = cost.flops_per_token(config, (row["length"] + 1) // 2) - 2 * config.vocab_size * config.dim
+            flops = cost.mean_flops_per_token(config, row["length"]) - 2 * config.vocab_size * config.dim
             assert found["fraction"] == pytest.approx(flops * found["tokens_per_second"] / 1e12)
     _, _, first, _ = prefill.table(result).splitlines()
     ours, twins = (result["rows"][0]["models"][name]["tokens_per_second"] for name in ("retnet", "transformer"))
@@ -41,13 +41,13 @@ def test_rows_tables_and_pictures(tmp_path, lines):
 
 
 def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, refuses):
-    real = Transformer.hidden
+    real = LanguageModel.hidden
 
     def wrong(self, ids, state=None, **how):
         x, state = real(self, ids, state, **how)
-        return (1.1 * x if ids.shape[1] == 1 else x), state
+        return (1.1 * x if ids.shape[1] == 1 and self.config.attends else x), state
 
-    monkeypatch.setattr(Transformer, "hidden", wrong)
+    monkeypatch.setattr(LanguageModel, "hidden", wrong)
     with refuses("Transformer decodes logits that are off by", ArithmeticError):
         measured()
 

@@ -10,9 +10,9 @@ from retentive import machine, native
 from retentive.bench import http, serving
 from retentive.bench.serving import Options
 from retentive.infer.engine import Engine
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
-CONFIG = RetNetConfig(vocab_size=257, dim=16, layers=2, heads=2)
+CONFIG = retnet(vocab_size=257, dim=16, layers=2, heads=2)
 
 
 def model(config=CONFIG):

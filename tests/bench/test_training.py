@@ -8,10 +8,10 @@ import torch
 
 from retentive.bench import training
 from retentive.bench.training import Options
-from retentive.models import RetNetConfig, cost, twin
+from retentive.models import cost, retnet, twin
 from retentive.ops import backends
 
-CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_recomputed_activations_change_no_step(name, same):
 def test_memory_is_that_of_a_step_in_a_process_of_its_own(monkeypatch):
     """At least weights, gradients and AdamW's two moments, and the residual stream of each block's two halves."""
     monkeypatch.undo()
-    config = RetNetConfig(vocab_size=1000, dim=256, layers=2, heads=2)
+    config = retnet(vocab_size=1000, dim=256, layers=2, heads=2)
     peak = training.memory("retnet", training.Step(config, 2048, 2048, "fp32"))["peak_bytes"]
     assert peak > 0.9 * 4 * cost.weight_bytes(config) + 4 * 2048 * 256 * 4  # it may have had some pages before
 

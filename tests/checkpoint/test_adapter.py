@@ -11,15 +11,15 @@ from retentive.checkpoint.quantize import quantize
 from retentive.data.loader import Batch
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.layers.lora import Adapter, LoRA
-from retentive.models import HybridConfig, RetNetConfig, TransformerConfig, build
+from retentive.models import build, hybrid, retnet, transformer
 from retentive.train.objective import language_modelling
 
 SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "tied": RetNetConfig(**SMALL, tie_embeddings=True, gate=False, ffn_gate=False),
-    "transformer": TransformerConfig(**SMALL),
-    "hybrid": HybridConfig(**SMALL, attention_every=2),
+    "retnet": retnet(**SMALL),
+    "tied": retnet(**SMALL, tie_embeddings=True, gate=False, ffn_gate=False),
+    "transformer": transformer(**SMALL),
+    "hybrid": hybrid(**SMALL, attention_every=2),
 }
 
 

@@ -15,35 +15,36 @@ from safetensors.torch import load_file, save_file
 import retentive
 from retentive.checkpoint import fla, load_config, load_with_tokenizer, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, build, preset
+from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
+from tests.configs import changed
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 OURS = {
-    "retnet": RetNetConfig(**SMALL),
-    "tied": RetNetConfig(**SMALL, tie_embeddings=True),
-    "own-decays": RetNetConfig(**SMALL, decay=(-0.3, -0.1), embed_norm=True, final_norm=False, dropout=0.1),
-    "decay-bias": RetNetConfig(**SMALL, decay_bias=True, gate=False, head_norm=True, head_norm_affine=True),
-    "all-new": RetNetConfig(**SMALL, qk_norm=True, qk_bias=True, gate_activation="sigmoid", decay_scale=4.0),
-    "transformer": TransformerConfig(**SMALL, kv_heads=1),
-    "transformer-tied": TransformerConfig(**SMALL, tie_embeddings=True),
-    "transformer-window": TransformerConfig(
+    "retnet": retnet(**SMALL),
+    "tied": retnet(**SMALL, tie_embeddings=True),
+    "own-decays": retnet(**SMALL, decay=(-0.3, -0.1), embed_norm=True, final_norm=False, dropout=0.1),
+    "decay-bias": retnet(**SMALL, decay_bias=True, gate=False, head_norm=True, head_norm_affine=True),
+    "all-new": retnet(**SMALL, qk_norm=True, qk_bias=True, gate_activation="sigmoid", decay_scale=4.0),
+    "transformer": transformer(**SMALL, kv_heads=1),
+    "transformer-tied": transformer(**SMALL, tie_embeddings=True),
+    "transformer-window": transformer(
         **SMALL, attention_window=4, forget_gate=True, qk_norm=True, rotary="interleaved"
     ),
-    "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=4, attention_rotary="none"),
+    "hybrid-window": hybrid(**SMALL, attention_every=2, attention_window=4, attention_rotary="none"),
 }
-PAPER = RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"])
-TORCHSCALE = replace(PAPER, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
-FLA = replace(PAPER, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)
+PAPER = retnet(**SMALL, **ARCHITECTURES["retnet-paper"])
+TORCHSCALE = changed(PAPER, decay="paper", embed_norm=True, embed_scale=True, activation="gelu", norm_eps=1e-5)
+FLA = changed(PAPER, decay="paper", rotary="half", score_norm=False, head_norm_affine=True)
 FOREIGN = {
     "torchscale": ("torchscale", TORCHSCALE),
-    "torchscale-tied": ("torchscale", replace(TORCHSCALE, tie_embeddings=True, embed_norm=False)),
-    "torchscale-no-final-norm": ("torchscale", replace(TORCHSCALE, final_norm=False, dropout=0.1)),
+    "torchscale-tied": ("torchscale", changed(TORCHSCALE, tie_embeddings=True, embed_norm=False)),
+    "torchscale-no-final-norm": ("torchscale", changed(TORCHSCALE, final_norm=False, dropout=0.1)),
     "fla": ("fla", FLA),
-    "fla-tied": ("fla", replace(FLA, tie_embeddings=True)),
-    "fla-kv-heads": ("fla", replace(FLA, heads=4, kv_heads=2)),
-    "fla-no-gate": ("fla", replace(FLA, gate=False)),
-    "fla-no-affine": ("fla", replace(FLA, head_norm_affine=False)),
-    "fla-key-dim": ("fla", replace(FLA, key_dim=12, value_dim=40, ffn_dim=17)),
+    "fla-tied": ("fla", changed(FLA, tie_embeddings=True)),
+    "fla-kv-heads": ("fla", changed(FLA, heads=4, kv_heads=2)),
+    "fla-no-gate": ("fla", changed(FLA, gate=False)),
+    "fla-no-affine": ("fla", changed(FLA, head_norm_affine=False)),
+    "fla-key-dim": ("fla", changed(FLA, key_dim=12, value_dim=40, ffn_dim=17)),
 }
 
 
@@ -128,17 +129,17 @@ def test_an_old_fused_fla_folder_is_saved_again_in_todays_layout(parity, tmp_pat
 
 def test_fields_left_out_have_the_other_projects_defaults():
     """fla: its 1.3B is its default config. torchscale: the defaults of its RetNetConfig at commit 4d1e0e8."""
-    assert fla.read_config({"model_type": "retnet", "hidden_size": 2048}) == preset("fla-1.3b", vocab_size=32000)
+    assert fla.read_config({"model_type": "retnet", "hidden_size": 2048}) == retnet("fla-1.3b", vocab_size=32000)
     sizes = dict(dim=768, layers=12, heads=3, value_dim=1280 + 16, ffn_dim=1280, activation="gelu", decay="paper")
     sizes |= dict(score_norm=True, head_norm=True, qk_norm=False)
     raw = {"vocab_size": 100, "decoder_retention_heads": 3, "decoder_value_embed_dim": 1296}
-    assert torchscale.read_config(raw) == RetNetConfig(vocab_size=100, **sizes)
+    assert torchscale.read_config(raw) == retnet(vocab_size=100, **sizes)
 
 
 # widths for which dim * (value_dim / dim) falls below value_dim in floating point: fla takes int() of the product
 @pytest.mark.parametrize(("dim", "value_dim"), [(344, 456), (376, 496), (688, 912)], ids=str)
 def test_flas_ratios_of_widths_survive_the_division(dim, value_dim, tmp_path):
-    config = replace(FLA, dim=dim, key_dim=dim, value_dim=value_dim, ffn_dim=8, layers=1)
+    config = changed(FLA, dim=dim, key_dim=dim, value_dim=value_dim, ffn_dim=8, layers=1)
     save_model(tmp_path, build(config), layout="fla")
     raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert int(raw["hidden_size"] * raw["expand_v"]) == value_dim
@@ -231,7 +232,7 @@ CONFIGS = {
     "unknown-field": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"width": 3}}', "width"),
     "unknown-kind": (
         '{"format": "retentive-model-1", "kind": "rwkv", "config": {}}',
-        'does not describe a model of this version: expected "kind" to be one of retnet, transformer, hybrid, peer',
+        'does not describe a model of this version: expected "kind" to be one of retnet, transformer, hybrid, got',
     ),
     "list-of-kinds": (
         '{"format": "retentive-model-1", "kind": [], "config": {}}',
@@ -256,7 +257,17 @@ CONFIGS = {
     ),
     "nested": ("[" * 100_000, "is not JSON"),
     "bad-value": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"dim": 0}}', "dim must be at least 1"),
-    "later-format": ('{"format": "retentive-model-2"}', "describes 'retentive-model-2'"),
+    "later-format": ('{"format": "retentive-model-3"}', "describes 'retentive-model-3'"),
+    "no-blocks": ('{"format": "retentive-model-2", "config": {"vocab_size": 3, "dim": 4}}', "it has no 'blocks'"),
+    "a-number-of-blocks": ('{"format": "retentive-model-2", "config": {"blocks": 3}}', "does not describe a model"),
+    "unknown-block": (
+        '{"format": "retentive-model-2", "config": {"blocks": [{"mixer": {"kind": "mamba"}, "ffn": {}}]}}',
+        "unknown kind of block 'mamba', expected one of retention, attention",
+    ),
+    "too-many-blocks": (
+        '{"format": "retentive-model-2", "config": {"blocks": [{"repeat": 1000000000, "mixer": {}, "ffn": {}}]}}',
+        "layers must be at most 10,000",
+    ),
     "torchscale-no-vocab": ('{"decoder_retention_heads": 2}', "does not describe a model"),
 }
 
@@ -320,7 +331,7 @@ INEXPRESSIBLE = {
     [pytest.param(p, c, id=f"{p}-{next(iter(c))}") for p, cases in INEXPRESSIBLE.items() for c in cases],
 )
 def test_what_the_other_project_cannot_express_is_named_and_nothing_written(layout, changes, tmp_path, refuses):
-    model = build(replace(FOREIGN[layout][1], **changes))
+    model = build(changed(FOREIGN[layout][1], **changes))
     with refuses(f"{layout} needs {next(iter(changes))}="):
         save_model(tmp_path / "model", model, layout=layout)
     assert not (tmp_path / "model").exists()
@@ -340,7 +351,7 @@ def test_a_config_from_before_a_field_means_what_it_meant_then(tmp_path, same):
 
 
 def test_the_twin_has_no_foreign_layout(tmp_path, refuses):
-    with refuses("fla has RetNets only, this is a Transformer"):
+    with refuses("fla takes models of retention only, this is a Transformer"):
         save_model(tmp_path / "model", build(OURS["transformer"]), layout="fla")
 
 
@@ -404,7 +415,7 @@ def test_gains_may_be_wider_than_matrices(saved):
 @pytest.mark.parametrize("vocab", [256, 257, 1280, 1281, 4096])
 def test_a_tokenizer_must_be_the_models_by_its_size(vocab, tmp_path, refuses):
     """Of bytes, 257 tokens. An embedding may be rounded up by less than 1024 rows; beyond that it is another's."""
-    save_model(tmp_path, build(replace(OURS["retnet"], vocab_size=vocab)), ByteTokenizer())
+    save_model(tmp_path, build(changed(OURS["retnet"], vocab_size=vocab)), ByteTokenizer())
     if vocab in (257, 1280):
         assert load_with_tokenizer(tmp_path)[1].vocab_size == 257
         return
@@ -476,7 +487,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_other_file(failing, saved
 
     monkeypatch.setattr("safetensors.torch.save_file" if failing == "weights" else "json.dumps", full)
     with pytest.raises(OSError, match="No space left"):
-        save_model(folder, build(replace(OURS["retnet"], layers=3)))
+        save_model(folder, build(changed(OURS["retnet"], layers=3)))
     monkeypatch.undo()
     assert names(folder) == before
     same(list(retentive.load(folder)[0].parameters()), list(model.parameters()), 0)
@@ -493,7 +504,7 @@ def test_a_model_in_use_outlives_its_folder(saved, same):
 
 def test_loading_imports_no_compiler(tmp_path):
     """torch's takes most of a second, and would be asked for numbers that nobody needs."""
-    save_model(tmp_path, build(RetNetConfig(vocab_size=67, dim=32, layers=1, heads=2)))
+    save_model(tmp_path, build(retnet(vocab_size=67, dim=32, layers=1, heads=2)))
     code = "import sys, retentive; retentive.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -122,7 +122,7 @@ def test_states_are_flas(fixture, same):
     f = fixture("fla-prefill-decode")
     _, state = f.model(f.ids[:, :40])
     for when in ("prefill", "end"):
-        for i, layer in enumerate(state.layers):
+        for i, layer in enumerate(m.value for m in state.memories):
             # its states are 2e-6 from float64, says the README; another order of operations may cost a few times that
             same(layer, f.expected[f"state_{when}.{i}"], 1e-5, f"{when}, layer {i}")
         _, state = f.model(f.ids[:, 40:], state)
@@ -138,7 +138,7 @@ def test_states_are_torchscales(dtype, prefix, tol, fixture, same):
     """Its prev_key_value is [B,H,V,K] and holds S / sqrt(sum of gamma^j) with K^-1/2 folded into k."""
     f = fixture("torchscale-recurrent", dtype)
     _, state = f.model(f.ids)
-    for i, layer in enumerate(state.layers):
+    for i, layer in enumerate(m.value for m in state.memories):
         theirs, scale = f.expected[f"{prefix}.{i}.prev_key_value"], f.expected[f"{prefix}.{i}.scale"]
         K = theirs.shape[-1]
         same(layer, theirs.mT * scale.sqrt()[:, None, None] * K**0.5, tol, f"layer {i}")

@@ -20,7 +20,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import load_tensors, save_tensors
 from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
-from retentive.models import ARCHITECTURES, RetNetConfig, TransformerConfig, build, config_of
+from retentive.models import ARCHITECTURES, build, config_of, retnet, transformer
 
 SMALL = dict(vocab_size=67, dim=48, layers=2, heads=2, ffn_dim=50)
 CONFIGS = {
@@ -34,7 +34,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    return build(RetNetConfig(**SMALL | CONFIGS[request.param])).eval()
+    return build(retnet(**SMALL | CONFIGS[request.param])).eval()
 
 
 def error(a, b):
@@ -112,7 +112,7 @@ def test_logits_of_integers(model):
 
 @torch.no_grad()
 def test_calibration_brings_logits_nearer_on_text_like_that():
-    model = build(RetNetConfig(**SMALL)).eval()
+    model = build(retnet(**SMALL)).eval()
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
@@ -147,8 +147,8 @@ def test_text_to_calibrate_on_comes_from_all_documents_in_turn():
 
 
 def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
-    with refuses("only RetNets can be quantised, this is a Transformer"):
-        quantize(build(TransformerConfig(**{k: v for k, v in SMALL.items() if k != "ffn_dim"})), 8)
+    with refuses("quantising takes models of retention only, this is a Transformer"):
+        quantize(build(transformer(**{k: v for k, v in SMALL.items() if k != "ffn_dim"})), 8)
     with refuses("only RetNets can be quantised, this is a Hybrid"):
         quantize(build(config_of("hybrid", "1m", vocab_size=67)), 8)
     with refuses("weights can have 8 or 4 bits, got 5"):
@@ -202,7 +202,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused(damage, tmp_path, refuses):
-    save_model(tmp_path, quantize(build(RetNetConfig(**SMALL)), 4))
+    save_model(tmp_path, quantize(build(retnet(**SMALL)), 4))
     damage(tmp_path)
     with refuses(DAMAGES[damage]):
         load(tmp_path)

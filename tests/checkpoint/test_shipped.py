@@ -11,7 +11,7 @@ from retentive.checkpoint import save_model
 from retentive.checkpoint.io import SHIPPED, find, shipped
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 NAMES = shipped()
 TEXT = "She had been so long in the old house by the river that she could not think of leaving it without tears."
@@ -41,7 +41,7 @@ def test_a_name_that_is_none_says_which_is_one(refuses):
 
 
 def test_names_of_folders_come_first(tmp_path):
-    save_model(tmp_path / "novels", build(RetNetConfig(dim=32, layers=1, heads=2)), ByteTokenizer())
+    save_model(tmp_path / "novels", build(retnet(dim=32, layers=1, heads=2)), ByteTokenizer())
     assert find("novels") == Path("novels")
     assert find("./novels") == Path("novels")
 

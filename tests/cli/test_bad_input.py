@@ -15,7 +15,7 @@ from retentive.cli import main
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
 
 def files() -> dict[str, bytes]:
@@ -326,7 +326,7 @@ CONVERTING = {
 @pytest.mark.parametrize("case", CONVERTING)
 def test_convert(case, refused):
     argv, words = CONVERTING[case]
-    save_model("twin", build(twin(RetNetConfig(dim=16, layers=1, heads=2))))
+    save_model("twin", build(twin(retnet(dim=16, layers=1, heads=2))))
     refused(["convert", *argv], words)
 
 
@@ -347,7 +347,7 @@ QUANTISING = {
 @pytest.mark.parametrize("case", QUANTISING)
 def test_quantize(case, refused):
     argv, words = QUANTISING[case]
-    small = RetNetConfig(dim=16, layers=1, heads=2)
+    small = retnet(dim=16, layers=1, heads=2)
     save_model("twin", build(twin(small)))
     save_model("bare", build(small))
     save_model("quantised", quantize(build(small), 8))
@@ -365,14 +365,14 @@ def test_quantize(case, refused):
 
 @pytest.mark.parametrize("how", [{"bits": 8, "group": 128.0}, {"bits": 8.0, "group": 128}], ids=["group", "bits"])
 def test_a_quantization_of_no_whole_numbers(how, refused):
-    save_model("new", quantize(build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
+    save_model("new", quantize(build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
     config = json.loads(Path("new/config.json").read_text())
     write("new/config.json", json.dumps(config | {"quantization": how}))
     refused(["generate", "new"], "128.0" if how["bits"] == 8 and isinstance(how["group"], float) else "8.0")
 
 
 def test_a_quantised_model_is_not_trained_on(refused):
-    save_model("small", quantize(build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
+    save_model("small", quantize(build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
     argv = ["train", "--data", "data", "--out", "new", "--init", "small", "--steps", "2", "--length", "16"]
     refused(argv, "small is quantised, and such are not trained: take what it was made from")
 
@@ -427,7 +427,7 @@ def test_sft(case, refused):
 
 
 def test_engines_that_cannot_run_the_model(refused):
-    save_model("twin", build(twin(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
+    save_model("twin", build(twin(retnet(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
     words = "the native engine cannot run this model: it runs RetNets, this is a Transformer"
     refused(["generate", "twin", "--engine", "native"], words)
     refused(["generate", "twin", "--weights", "int8"], "only RetNets can be quantised, this is a Transformer")

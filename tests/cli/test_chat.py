@@ -14,7 +14,7 @@ pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer.memory import blank, load_memory, save
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, monkeypatch, capsys):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("retentive.models.sequences.write_tensors", full)
+    monkeypatch.setattr("retentive.models.state.write_tensors", full)
     with pytest.raises(SystemExit) as stop:
         chat("Hello\n/save tea\nAnd then?\n")
     said = capsys.readouterr().out.splitlines()
@@ -112,7 +112,7 @@ def test_what_is_refused_is_told_in_a_line(case, chat, place, capsys):
     lines, options, words = REFUSED[case]
     if case == "another-models":
         (place / "states").mkdir()
-        other = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2))
+        other = build(retnet(vocab_size=257, dim=32, layers=2, heads=2))
         save(blank(other), place / "states" / "twin.safetensors")
     with pytest.raises(SystemExit) as stop:
         chat(lines, *options)

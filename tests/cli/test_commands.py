@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks
 import retentive
+from benchmarks.__main__ import run as program
 from retentive import native
 from retentive.bench import BENCHES
 from retentive.cli import (
@@ -35,14 +37,14 @@ from retentive.cli import (
 )
 from retentive.cli import eval as evaluation
 from retentive.cli import train as training
+from retentive.compare import Comparison
 from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
-from retentive.models import PRESETS, RetNetConfig, cost
-from retentive.models.config import Size
+from retentive.models import PRESETS, cost
+from retentive.models.presets import Size
 from retentive.ops import backends
 from retentive.serve.options import Options
-from retentive.studies.compare import Comparison
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.parallel import Parallel
 from retentive.train.sft import SftRun
@@ -68,6 +70,7 @@ COMMANDS = {
     "report": report.ReportCommand,
     **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
+BENCHMARKS = {name: importlib.import_module(module).Options for name, module in benchmarks.BENCHES.items()}
 INNER = {"train": TrainConfig, "sampling": SamplingParams, "options": Options}
 INNER |= {"comparison": Comparison, "config": DataConfig, "parallel": Parallel}
 """Fields that are dataclasses themselves, whose fields are the command's."""
@@ -103,11 +106,14 @@ def texts(cls) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "cls", "program"),
+    [(name, cls, None) for name, cls in COMMANDS.items()] + [(n, c, program) for n, c in BENCHMARKS.items()],
+)
+def test_help_says_what_stands_under_every_field(command, cls, program, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
+        main([*command.split(), "--help"], program)
     assert stop.value.code == 0
     shown, errors = capsys.readouterr()
     assert not errors
@@ -115,7 +121,6 @@ def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
     def bare(text: str) -> str:
         return re.sub(r"[\s│]", "", text)
 
-    cls = COMMANDS[command]
     assert is_dataclass(cls) and bare(cls.__doc__) in bare(shown)
     said = texts(cls)
     assert said.keys() >= {f.name for f in fields(cls)} - INNER.keys()
@@ -124,12 +129,13 @@ def test_help_says_what_stands_under_every_field(command, capsys, monkeypatch):
         assert bare(text) in bare(shown), f"{cls.__name__}.{name}"
 
 
-@pytest.mark.parametrize("argv", [["bench"], ["bench", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [[], ["--help"]], ids=" ".join)
 def test_bench_names_its_measurements(argv, capsys):
-    main(argv)
-    shown = capsys.readouterr().out
-    assert all(f"  {name.removeprefix('bench ')} " in shown for name in COMMANDS if name.startswith("bench "))
-    assert all(cls.__doc__ in shown for name, cls in COMMANDS.items() if name.startswith("bench "))
+    benches = {name.removeprefix("bench "): cls for name, cls in COMMANDS.items() if name.startswith("bench ")}
+    for words, run, named in ((["bench", *argv], None, benches), (argv, program, BENCHMARKS)):
+        main(words, run)
+        shown = capsys.readouterr().out
+        assert all(f"  {name} " in shown and cls.__doc__ in shown for name, cls in named.items())
 
 
 def test_from_text_to_a_model_in_another_layout(place, train, capsys):
@@ -314,7 +320,7 @@ def test_set_changes_the_config(name):
     given, want = SETS[name]
     config = TrainRun(Path("d"), Path("o"), size="1m", set=training.read_changes(given)).config(99)
     assert {key: getattr(config, key) for key in want} == want
-    assert config.vocab_size == 99 and isinstance(config, RetNetConfig)
+    assert config.vocab_size == 99 and config.kinds[0] == "retention"
 
 
 def test_the_twin_is_that_of_the_changed_retnet():
@@ -333,7 +339,7 @@ def test_training_a_twin_and_telling_of_it(place, train, capsys):
 def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["info", size, "--vocab-size", "1000"])
-    config = retentive.models.preset(size, vocab_size=1000)
+    config = retentive.models.retnet(size, vocab_size=1000)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{cost.parameters(config):,} parameters" in shown
     assert f"retention on this machine's CPU: {backends.describe()}" in shown

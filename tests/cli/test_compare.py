@@ -15,9 +15,9 @@ from filelock import FileLock
 
 import retentive
 from retentive.cli import main
+from retentive.compare import queue, worker
 from retentive.models import PRESETS
-from retentive.models.config import Size
-from retentive.studies.compare import queue, worker
+from retentive.models.presets import Size
 from retentive.train import TrainRun
 
 ARGS = ["compare", "--data", "data", "--out", "cmp", "--batch", "2", "--length", "16", "--steps", "4", "--warmup", "2"]
@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(place, capsys):
 
 RECIPE = """
 from pathlib import Path
-from retentive.studies.compare import Comparison
+from retentive.compare import Comparison
 from retentive.train import TrainConfig
 
 def recipe():

@@ -9,7 +9,7 @@ import pytest
 from retentive.bench import memory
 from retentive.cli import demo
 from retentive.models import PRESETS
-from retentive.models.config import Size
+from retentive.models.presets import Size
 from retentive.train import Interrupted, TrainRun
 
 

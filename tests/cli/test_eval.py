@@ -10,7 +10,7 @@ import torch
 from retentive.checkpoint import save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from tests.evals.task_rows import ROWS, variants
 
 
@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
 
 def tiny():
     torch.manual_seed(0)
-    return build(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2))
+    return build(retnet(vocab_size=257, dim=32, layers=1, heads=2))
 
 
 def test_a_table_a_result_and_a_record_of_each_question(place, capsys):

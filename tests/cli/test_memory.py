@@ -12,7 +12,7 @@ from retentive.checkpoint import save_model
 from retentive.cli import main
 from retentive.infer import SamplingParams, generate, reading
 from retentive.infer.memory import load_memory, show
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
 STORIES = [f"corpus/{n}.txt" for n in range(3)]
 GREEDY = ["--temperature", "0", "--max-tokens", "12"]
@@ -177,7 +177,7 @@ def test_separate_documents_are_merged_as_the_files_of_each_are(place, capsys):
 
 
 def test_gated_memories_are_merged_without_errors_of_a_chain(place, capsys):
-    config = RetNetConfig(dim=16, layers=2, heads=2, decay="gated", score_norm=False)
+    config = retnet(dim=16, layers=2, heads=2, decay="gated", score_norm=False)
     save_model("gated", build(config), retentive.load("run")[1])
     main(["memory", "write", "gated", *STORIES, "--separate", "--out", "apart.mem"])
     about = show("apart.mem")
@@ -208,13 +208,13 @@ def test_verbs_are_listed(capsys):
 
 def other_run() -> None:
     torch.manual_seed(5)
-    config = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
+    config = retnet(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
     save_model("other", build(config), retentive.load("run")[1])
     main(["memory", "write", "other", STORIES[0], "--out", "other.mem"])
 
 
 def twin_run() -> None:
-    save_model("twin", build(twin(RetNetConfig(dim=16, layers=1, heads=2))), retentive.load("run")[1])
+    save_model("twin", build(twin(retnet(dim=16, layers=1, heads=2))), retentive.load("run")[1])
 
 
 def damage(cut: int) -> None:

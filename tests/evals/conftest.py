@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNet, RetNetConfig, build, twin
+from retentive.models import LanguageModel, build, retnet, twin
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def tokenizer() -> ByteTokenizer:
 @pytest.fixture(params=["RetNet", "Transformer"])
 def model(request):
     """Of random weights, in float64: what is computed in two ways must agree to rounding."""
-    config = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
+    config = retnet(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
     return build(config if request.param == "RetNet" else twin(config)).double().eval()
 
 
@@ -27,7 +27,7 @@ def bigram():
     """
 
     def make(table):
-        model = RetNet(RetNetConfig(vocab_size=257, dim=258, layers=1, heads=1, tie_embeddings=False)).double().eval()
+        model = LanguageModel(retnet(vocab_size=257, dim=258, layers=1, heads=1, tie_embeddings=False)).double().eval()
         with torch.no_grad():
             model.embed.weight.copy_(torch.eye(257, 258))
             for block in model.blocks:

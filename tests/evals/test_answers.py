@@ -9,7 +9,7 @@ import torch
 
 from retentive.evals.answers import score_tasks
 from retentive.evals.run import table
-from retentive.models import RetNet, RetNetConfig, build, twin
+from retentive.models import LanguageModel, build, retnet, twin
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_random_weights_are_at_chance(tokenizer, write):
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(600)]
     rows = [piqa(a, b, n % 2) for n, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))]
-    model = build(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2))
+    model = build(retnet(vocab_size=257, dim=32, layers=1, heads=2))
     (acc, *_), _ = score_tasks(model, tokenizer, ["piqa"], write("piqa", rows))
     assert abs(acc["value"] - 0.5) < 4 * 0.5 / math.sqrt(300)
     low, high = acc["interval"]
@@ -75,7 +75,7 @@ def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
     rows = [{"goal": f"{name} likes", "sol1": "red", "sol2": "tea", "label": n % 2} for n, name in enumerate(names)]
     texts = [f"Question: {r['goal']}\nAnswer: {r['sol2'] if r['label'] else r['sol1']}" for r in rows]
     ids = torch.tensor([[256, *tokenizer.encode(text)] for text in texts])
-    config = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
+    config = retnet(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
     model = build(config if kind == "RetNet" else twin(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
@@ -107,7 +107,7 @@ def test_perplexities_by_hand(bigram, tokenizer, write):
 def test_uncut_knows_what_windows_do_not(tokenizer, write):
     """A text that repeats itself, read by a model that looks far back, and the uncut sum by the model's own call."""
     text = "the cat sat on the mat. " * 4
-    model = RetNet(RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
+    model = LanguageModel(retnet(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
     _, (record,) = score_tasks(model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), window=16)
     ids = torch.tensor([[256, *tokenizer.encode(text)]])
     with torch.no_grad():

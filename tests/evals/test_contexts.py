@@ -169,9 +169,9 @@ def test_a_folder_of_text_files_is_a_file_of_texts(model, tokenizer, tmp_path, r
 def test_the_command(folder, tmp_path, capsys):
     from retentive.checkpoint import save_model
     from retentive.data.tokenizer import ByteTokenizer
-    from retentive.models import RetNetConfig, build
+    from retentive.models import build, retnet
 
-    save_model(tmp_path / "m", build(RetNetConfig(dim=32, layers=1, heads=2)), ByteTokenizer())
+    save_model(tmp_path / "m", build(retnet(dim=32, layers=1, heads=2)), ByteTokenizer())
     out = tmp_path / "out.json"
     base = ["eval", str(tmp_path / "m"), "--tasks", "perplexity", "--data", str(folder)]
     main([*base, "--contexts", "20", "40", "--last", "8", "--json", str(out), "--limit", "2"])

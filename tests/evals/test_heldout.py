@@ -16,14 +16,14 @@ from retentive.data.prepare import prepare
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import heldout
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.ops.cross_entropy import IGNORE
 
 TRAIN = ["the cat sat on the mat. " * 40, "a dog ran. " * 30]
 VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3, "le café noir " * 9]
 EOS = 256
 IDS = [id for text in VALID for id in [*text.encode(), EOS]]
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 # float64 has 53 bits, 1e-16: hundreds of losses of two layers each, summed in another order, cost thousands of that
 EXACT = 1e-12
 
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_whole_characters(data, model):
 
 def test_it_disturbs_nothing(data):
     """Neither dropout nor the random numbers, the gradients or the mode of a model that is being trained."""
-    model = build(RetNetConfig(dim=32, layers=1, heads=2, dropout=0.5)).eval()
+    model = build(retnet(dim=32, layers=1, heads=2, dropout=0.5)).eval()
     want = heldout.held_out_loss(model, data, length=64)
     assert not model.training
     model.train()
@@ -197,3 +197,12 @@ def test_of_conversations_the_answers_count(model, tmp_path, same):
         found = heldout.held_out_loss(model, data, length=16, carry=carry)
         assert found.tokens == len(wanted) and abs(found.loss - np.mean(wanted)) < EXACT * 100
         assert found.bytes == sum(len(each["completion"].strip()) + 1 for each in said)
+
+
+def test_yardsticks_of_a_text_that_is_known(tmp_path):
+    """800 bytes of eight kinds, 100 each, and the two bytes of an é."""
+    got = heldout.yardsticks(packed(tmp_path / "data", ["text"], ["abcdefgh" * 100, "é"]))
+    p = [100 / 802] * 8 + [1 / 802] * 2
+    assert got["bytes"] == 802
+    assert got["order-0 entropy"] == pytest.approx(-sum(x * math.log2(x) for x in p))
+    assert 0 < got["xz -9"] < 1.5, "xz sees the order; its own header is 60 bytes, 0.6 bits a byte here"

@@ -8,7 +8,7 @@ import torch
 from retentive.evals import likelihood
 from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, common_prefix, encode, score
-from retentive.models import RetNetConfig, build, peer
+from retentive.models import build, peer, retnet
 
 
 def plain(model, request: Request) -> tuple[float, bool]:
@@ -133,7 +133,7 @@ def test_a_window_as_long_as_the_text_is_the_text_uncut(model, tokenizer, count)
 def test_a_model_without_a_state_is_scored_all_the_same(kind):
     """Each request read whole."""
     pytest.importorskip("transformers")
-    model = build(peer(RetNetConfig(vocab_size=31, dim=32, layers=2, heads=2), kind)).eval()
+    model = build(peer(retnet(vocab_size=31, dim=32, layers=2, heads=2), kind)).eval()
     groups = [[Request([3, 4, 5], [6, 7]), Request([3, 4, 5], [8])], [Request([9], [1, 2, 3, 4])]]
     for scores, group in zip(score(model, groups), groups, strict=True):
         for found, request in zip(scores, group, strict=True):

@@ -14,10 +14,10 @@ from retentive.data.templates import TURNS, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import likelihood, naming
 from retentive.evals.likelihood import Request, score, score_from
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.native import with_engine
 
-TINY = RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)
+TINY = retnet(vocab_size=257, dim=32, layers=1, heads=2)
 NAMES = ["fox", "a red fox", "owl", "ox", "bird of paradise"]
 
 

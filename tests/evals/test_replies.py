@@ -25,9 +25,9 @@ from retentive.evals.replies import (
     translation,
 )
 from retentive.infer import SamplingParams, generate
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
-TINY = RetNetConfig(vocab_size=257, dim=32, layers=1, heads=2)
+TINY = retnet(vocab_size=257, dim=32, layers=1, heads=2)
 
 
 def asked(*texts: str) -> Conversation:

@@ -10,13 +10,13 @@ from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals.answers import score_tasks
 from retentive.evals.contexts import score_contexts
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run's folder, and data/ beside it."""
-    save_model(tmp_path / "run", build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2)), ByteTokenizer())
+    save_model(tmp_path / "run", build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), ByteTokenizer())
     (tmp_path / "data").mkdir()
     rows = [{"goal": "g", "sol1": "red", "sol2": "blue", "label": n % 2} for n in range(4)]
     (tmp_path / "data/piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retentive.data.loader import Batch
-from retentive.models import ARCHITECTURES, RetNet, RetNetConfig
+from retentive.models import ARCHITECTURES, LanguageModel, retnet
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.loop import take_step
 from retentive.train.optim import adamw
@@ -28,7 +28,7 @@ def minimal():
 @pytest.fixture
 def pair(minimal):
     """The example's model and the package's, with the same weights, in float64."""
-    config = RetNetConfig(
+    config = retnet(
         vocab_size=minimal.VOCAB,
         dim=minimal.D,
         layers=minimal.LAYERS,
@@ -38,7 +38,7 @@ def pair(minimal):
         tie_embeddings=True,
         **ARCHITECTURES["retnet-paper"],
     )
-    small, package = minimal.RetNet().double(), RetNet(config).double()
+    small, package = minimal.RetNet().double(), LanguageModel(config).double()
     package.load_state_dict(small.state_dict())  # strict: the same names and shapes
     return small, package
 

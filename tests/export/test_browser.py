@@ -24,7 +24,7 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.conversation import Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, fingerprint, load_memory, save
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from retentive.native import with_engine
 from tests.pages import PHONE, expect
 
@@ -80,7 +80,7 @@ def taught(seed: int = 0):
     """A model that has learnt a few lines by heart: its choices are sure, those of a random one are all but ties."""
     tokenizer = train_bpe([WORDS * 20, *SAID, *SAID.values()], 400)
     torch.manual_seed(seed)
-    model = build(RetNetConfig(vocab_size=tokenizer.vocab_size, dim=64, layers=2, heads=2))
+    model = build(retnet(vocab_size=tokenizer.vocab_size, dim=64, layers=2, heads=2))
     turns = load_template(Path("none"), tokenizer, default=TURNS)
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in SAID.items()]
     rows = [ids * 8 for ids, _ in turns.taught(chats)] + [tokenizer.encode(WORDS * 8)] * 2

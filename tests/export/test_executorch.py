@@ -15,7 +15,7 @@ from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.export.executorch import LEVELS, TURNS, Step, check_exportable
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.ops import rotary
 from tests.export.variants import TINY, VARIANTS, peaked
@@ -52,7 +52,7 @@ def test_phases_of_far_positions():
 
 def test_what_is_refused(tmp_path, monkeypatch, capsys, refuses):
     with refuses("only RetNets are exported, this is a Transformer"):
-        check_exportable(build(twin(RetNetConfig(**TINY))))
+        check_exportable(build(twin(retnet(**TINY))))
     with refuses("sees or hears is not exported"):
         check_exportable(with_encoders(peaked(), {"audio": AudioConfig(token=257)}))
     with refuses("ExecuTorch rounds by itself"):

@@ -10,7 +10,7 @@ from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.export.folder import FILES, check_room, difference, export
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from tests.export.variants import peaked
 
 
@@ -45,7 +45,7 @@ def test_a_difference_that_is_no_number_is_seen():
 
 
 def test_a_quantised_model_needs_the_room_of_its_integers(tmp_path, monkeypatch):
-    model = quantize(build(RetNetConfig(vocab_size=257, dim=64, layers=2, heads=2)), 8)
+    model = quantize(build(retnet(vocab_size=257, dim=64, layers=2, heads=2)), 8)
     bytes_of_integers = sum(p.numel() for p in model.parameters())
     save_model(tmp_path / "model", model, ByteTokenizer())
     usage = namedtuple("usage", "total used free")

@@ -13,7 +13,7 @@ from retentive.checkpoint import load, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.export import folder, native
-from retentive.models import RetNetConfig, build, load_state, twin
+from retentive.models import build, load_state, retnet, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.native.library import FOLDER, OPS
 from tests.export.variants import TINY, peaked
@@ -106,7 +106,7 @@ def test_what_is_refused(place, capsys, monkeypatch):
         return said.err
 
     assert "--standard is of --to onnx" in fails("run", "--standard")
-    save_model("twin", build(twin(RetNetConfig(**TINY))), ByteTokenizer())
+    save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
     assert "only RetNets are exported, this is a Transformer" in fails("twin")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("hearing")

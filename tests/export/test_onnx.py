@@ -19,7 +19,7 @@ from retentive.export.onnx import export_onnx
 from retentive.export.onnx_run import OnnxModel
 from retentive.export.writing import generate, pick
 from retentive.infer import generate as torch_generate
-from retentive.models import RetNetConfig, build, config_of, twin
+from retentive.models import build, config_of, retnet, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.sampling import SamplingParams
 from tests.export.variants import TINY, VARIANTS, peaked
@@ -216,7 +216,7 @@ def test_what_is_refused(place, capsys, refuses):
 
     (place / "taken").mkdir()
     assert "taken exists" in fails("export", "run", "--to", "onnx", "--out", "taken")
-    save_model("twin", build(twin(RetNetConfig(**TINY))), ByteTokenizer())
+    save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
     assert "only RetNets are exported" in fails("export", "twin", "--to", "onnx", "--out", "no")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("export", "hearing", "--to", "onnx", "--out", "no")

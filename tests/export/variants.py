@@ -2,7 +2,7 @@
 
 import torch
 
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
 VARIANTS = {
@@ -21,7 +21,7 @@ VARIANTS = {
 def peaked(**changes):
     """A model with weights so large that its logits differ by much."""
     torch.manual_seed(0)
-    model = build(RetNetConfig(**{**TINY, **changes})).eval()
+    model = build(retnet(**{**TINY, **changes})).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.2)
     return model

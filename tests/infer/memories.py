@@ -4,10 +4,10 @@ import torch
 
 from retentive.infer.memory import Memory, blank
 from retentive.infer.reading import ingest
-from retentive.models import RetNetConfig
+from retentive.models import retnet
 from tests.infer.kinds import kinds
 
-CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=3, heads=2)
+CONFIG = retnet(vocab_size=61, dim=32, layers=3, heads=2)
 MODELS = kinds(CONFIG)
 
 

@@ -6,9 +6,9 @@ import torch
 from retentive.infer import SamplingParams, batch, generate
 from retentive.infer.batch import generate_batch
 from retentive.infer.beam import beam_search
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
-TINY = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
+TINY = retnet(vocab_size=61, dim=32, layers=2, heads=2)
 
 
 def test_what_is_read_once(monkeypatch):

@@ -8,11 +8,11 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer.beam import beam_search
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from tests.infer.kinds import kinds
 
 V, DEPTH, STOP = 4, 4, 3
-CONFIG = RetNetConfig(vocab_size=V, dim=16, layers=2, heads=2)
+CONFIG = retnet(vocab_size=V, dim=16, layers=2, heads=2)
 MODELS = kinds(CONFIG)
 PROMPT = [0, 1, 2, 2, 1]
 

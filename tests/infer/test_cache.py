@@ -12,10 +12,10 @@ from retentive.infer import cache as module
 from retentive.infer.cache import PrefixCache, prefix_hashes
 from retentive.infer.engine import Engine
 from retentive.infer.memory import fingerprint
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from tests.infer.kinds import kinds
 
-CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
+CONFIG = retnet(vocab_size=61, dim=32, layers=2, heads=2)
 MODELS = kinds(CONFIG)
 GREEDY = SamplingParams(temperature=0)
 

@@ -13,9 +13,9 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.conversation import Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
-CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
+CONFIG = retnet(vocab_size=257, dim=32, layers=2, heads=2)
 TOKENIZER = ByteTokenizer()
 # ASCII alone, so that its text encodes to its own ids
 GREEDY = SamplingParams(temperature=0, bias={i: -100.0 for i in range(257) if not 32 <= i < 127})

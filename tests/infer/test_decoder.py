@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,11 +9,12 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
-from retentive.infer.decoder import TorchDecoder, shapes
+from retentive.infer.decoder import TorchDecoder
 from retentive.infer.engine import Engine
 from retentive.infer.memory import tensors
 from retentive.infer.requests import Returns
 from retentive.models import build
+from tests.configs import changed
 from tests.infer.memories import MODELS, ids
 
 GREEDY = SamplingParams(temperature=0)
@@ -170,8 +170,8 @@ def test_the_engine_asks_no_more_than_the_contract():
 
 def test_shapes_tell_states_of_other_models_apart(model):
     grown = model.hidden(torch.tensor([ids(9)]))[1]
-    assert shapes(grown) == shapes(model.init_state(1)) != shapes(model.init_state(2))
-    assert shapes(model.init_state(1).for_decoding(torch.float64)) == shapes(model.init_state(1))
-    if model.window:
-        other = build(replace(model.config, attention_window=model.window + 1))
-        assert shapes(other.init_state(1)) != shapes(model.init_state(1))
+    assert grown.shapes == model.init_state(1).shapes != model.init_state(2).shapes
+    assert model.init_state(1).for_decoding(torch.float64).shapes == model.init_state(1).shapes
+    if window := max(model.config.windows):
+        other = build(changed(model.config, attention_window=window + 1))
+        assert other.init_state(1).shapes != model.init_state(1).shapes

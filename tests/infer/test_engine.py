@@ -2,7 +2,6 @@
 
 import random
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +10,14 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
 from retentive.infer.requests import Returns
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import ModelConfig, build, hybrid, retnet, twin
 from tests.infer.kinds import kinds
 
-CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
+CONFIG = retnet(vocab_size=61, dim=32, layers=2, heads=2)
 MODELS = kinds(CONFIG)
 HYBRID = MODELS["hybrid"]
-MODELS["hybrid-four-window"] = replace(HYBRID, layers=4, attention_every=4, attention_window=5, attention_rotary="none")
+SHAPE = dict(vocab_size=61, dim=32, heads=2)
+MODELS["hybrid-four-window"] = hybrid(**SHAPE, layers=4, attention_every=4, attention_window=5, attention_rotary="none")
 
 
 @pytest.fixture(params=MODELS)
@@ -354,7 +354,7 @@ def test_many_threads_submit_and_cancel(model):
 
 def test_a_state_of_something_else_is_refused(model, refuses):
     engine = Engine(model)
-    other = build(RetNetConfig(vocab_size=61, dim=16, layers=1, heads=1)).init_state(1)
+    other = build(retnet(vocab_size=61, dim=16, layers=1, heads=1)).init_state(1)
     for state in (other, build(twin(other_config())).init_state(1), model.init_state(2)):
         with refuses("not that of one sequence of this model"):
             engine.submit([1], state=state)
@@ -362,8 +362,8 @@ def test_a_state_of_something_else_is_refused(model, refuses):
         engine.submit([1], returns=Returns(top=62))
 
 
-def other_config() -> RetNetConfig:
-    return RetNetConfig(vocab_size=61, dim=48, layers=2, heads=2)
+def other_config() -> ModelConfig:
+    return retnet(vocab_size=61, dim=48, layers=2, heads=2)
 
 
 @pytest.mark.slow

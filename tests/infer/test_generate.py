@@ -6,15 +6,15 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.generate import prefill
 from retentive.infer.sample import Sampler
-from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, build
+from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
-    "twin": TransformerConfig(**SMALL),
-    "twin-window": TransformerConfig(**SMALL, attention_window=3, forget_gate=True, qk_norm=True),
-    "hybrid-window": HybridConfig(**SMALL, attention_every=2, attention_window=5),
+    "retnet": retnet(**SMALL),
+    "retnet-paper": retnet(**SMALL, **ARCHITECTURES["retnet-paper"]),
+    "twin": transformer(**SMALL),
+    "twin-window": transformer(**SMALL, attention_window=3, forget_gate=True, qk_norm=True),
+    "hybrid-window": hybrid(**SMALL, attention_every=2, attention_window=5),
 }
 GREEDY = SamplingParams(temperature=0)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

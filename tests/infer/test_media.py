@@ -7,10 +7,10 @@ import torch
 from retentive.data.media import Media
 from retentive.infer import SamplingParams, generate
 from retentive.infer.media import read, rows_of
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, spliced, with_encoders
 
-TINY = RetNetConfig(vocab_size=50, dim=32, layers=2, heads=2)
+TINY = retnet(vocab_size=50, dim=32, layers=2, heads=2)
 IMAGE = ImageConfig(token=50, size=8, patch=4, channels=1, dim=16, layers=1)
 AUDIO = AudioConfig(token=51, mels=5, stack=2, dim=16)
 

@@ -9,7 +9,7 @@ from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import reading
 from retentive.infer.memory import blank, head, load_memory, show
 from retentive.infer.reading import Progress, ingest, write_memory
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from tests.infer.memories import MODELS, after, ids, remember
 
 
@@ -59,7 +59,7 @@ def texts(tmp_path, monkeypatch) -> list[Path]:
 
 @pytest.fixture
 def reader():
-    return build(RetNetConfig(vocab_size=257, dim=16, layers=2, heads=2)).eval(), ByteTokenizer()
+    return build(retnet(vocab_size=257, dim=16, layers=2, heads=2)).eval(), ByteTokenizer()
 
 
 def test_progress_goes_from_nothing_to_all(reader, texts, tmp_path):

@@ -12,11 +12,11 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.generate import Token
 from retentive.infer.sample import Sampler
 from retentive.infer.speculative import Lookup, judge, speculate
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from tests.infer.kinds import kinds
 
-CONFIG = RetNetConfig(vocab_size=61, dim=32, layers=2, heads=2)
-SMALLER = RetNetConfig(vocab_size=61, dim=16, layers=1, heads=1)
+CONFIG = retnet(vocab_size=61, dim=32, layers=2, heads=2)
+SMALLER = retnet(vocab_size=61, dim=16, layers=1, heads=1)
 MODELS = kinds(CONFIG)
 GREEDY = SamplingParams(temperature=0)
 
@@ -149,7 +149,7 @@ def test_what_is_judged_is_distributed_as_if_there_were_no_guess(params, certain
 def test_sampled_sequences_are_as_likely_as_without_guessing(how):
     """All pairs of tokens after a first one, against their probabilities from the model itself."""
     torch.manual_seed(3)
-    config = RetNetConfig(vocab_size=5, dim=16, layers=1, heads=1)
+    config = retnet(vocab_size=5, dim=16, layers=1, heads=1)
     model, draft = build(config).eval(), build(config).eval() if how == "draft" else None
     for p in (*model.parameters(), *(draft.parameters() if draft else ())):
         torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
@@ -176,7 +176,7 @@ def test_look_up_takes_the_longest_and_the_last_occurrence():
 
 def test_bad_arguments(model, refuses):
     with refuses("the draft model has 7 tokens, the model 61"):
-        speculate(model, [1], draft=build(RetNetConfig(vocab_size=7, dim=16, layers=1, heads=1)))
+        speculate(model, [1], draft=build(retnet(vocab_size=7, dim=16, layers=1, heads=1)))
     with refuses("most=0"):
         speculate(model, [1], most=0)
     with refuses("at least one token"):

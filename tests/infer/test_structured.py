@@ -14,7 +14,7 @@ from retentive.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from retentive.infer import SamplingParams, generate
 from retentive.infer.engine import Engine
 from retentive.infer.structured import json_schema, regex
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 
 TEXT = (
     'The café {"name": "Zoë", "size": 12, "tags": ["a", "b"]} has 17 chairs, 3.5 tables and a view of the river. ' * 9
@@ -45,7 +45,7 @@ def tokenizer(request, tmp_path):
 @pytest.fixture(params=["retnet", "transformer"])
 def model(request, tokenizer):
     """Ten tokens more than the tokenizer has, as where a vocabulary is padded."""
-    config = RetNetConfig(vocab_size=tokenizer.vocab_size + 10, dim=16, layers=1, heads=1)
+    config = retnet(vocab_size=tokenizer.vocab_size + 10, dim=16, layers=1, heads=1)
     out = build(config if request.param == "retnet" else twin(config)).eval()
     for p in out.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else None
@@ -116,7 +116,7 @@ def test_text_matches_its_pattern_from_beginning_to_end(model, tokenizer, patter
 
 def test_the_end_of_text_ends_it_though_nobody_named_it(tokenizer):
     """`a+` is never complete: only the end of text, allowed once there is an a, ends it; it is not given out."""
-    model = build(RetNetConfig(vocab_size=tokenizer.vocab_size, dim=16, layers=1, heads=1)).eval()
+    model = build(retnet(vocab_size=tokenizer.vocab_size, dim=16, layers=1, heads=1)).eval()
     engine, bias = Engine(model), {tokenizer.eos_id: 50.0}
     (stream,) = engine.submit([1], SamplingParams(bias=bias), constraint=regex("a+", tokenizer), max_tokens=99)
     run(engine)

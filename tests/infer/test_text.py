@@ -5,7 +5,7 @@ import pytest
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.infer import SamplingParams, Token, generate
 from retentive.infer.text import Text, stream_text, write_on
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 GREEDY = SamplingParams(temperature=0)
 BYTES = ByteTokenizer()
@@ -86,7 +86,7 @@ def test_an_empty_stop_string_is_refused(refuses):
 
 def text_model(vocab_size: int):
     """Small, and in the dtype that makes choices plain."""
-    return build(RetNetConfig(vocab_size=vocab_size, dim=24, layers=1, heads=2)).double().eval()
+    return build(retnet(vocab_size=vocab_size, dim=24, layers=1, heads=2)).double().eval()
 
 
 LEARNT = train_bpe(["the fox then saw the other fox over there " * 9], 280)

@@ -11,7 +11,7 @@ from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, write_on
 from retentive.infer.memory import save
 from retentive.infer.writing import TEXT
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from tests.infer.memories import remember
 
 PROMPT = "The café "
@@ -19,7 +19,7 @@ PROMPT = "The café "
 
 @pytest.fixture
 def model():
-    out = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)).eval()
+    out = build(retnet(vocab_size=257, dim=32, layers=2, heads=2)).eval()
     for p in out.parameters():  # peaked enough that greedy choices are no ties
         torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
     return out

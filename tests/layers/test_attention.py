@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retentive.layers import Attention, FeedForward, RMSNorm, positions_of
+from retentive.layers import Attention, FeedForward, FeedForwardConfig, RMSNorm, positions_of
 from retentive.layers.config import AttentionConfig
 
 D, H, K, T = 24, 4, 6, 11
@@ -52,11 +52,11 @@ def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(attention_window=0), "at least 1 token, or null for all before it, got 0"),
-        (dict(attention_window=-3), "at least 1 token"),
-        (dict(attention_window=2.5), "attention_window must be a whole number or null, got 2.5"),
-        (dict(attention_window=True), "attention_window must be a whole number or null, got True"),
-        (dict(attention_window=2**40), "attention_window must be at most"),
+        (dict(window=0), "at least 1 token, or null for all before it, got 0"),
+        (dict(window=-3), "at least 1 token"),
+        (dict(window=2.5), "window must be a whole number or null, got 2.5"),
+        (dict(window=True), "window must be a whole number or null, got True"),
+        (dict(window=2**40), "window must be at most"),
         (dict(forget_gate=True, kv_heads=2), "forget_gate needs keys of its own for every head"),
         (dict(rotary="full"), "unknown rotary 'full'"),
         (dict(heads=5), "dim 24 must divide by heads 5"),
@@ -70,7 +70,7 @@ def test_fields_that_are_none_or_contradict_each_other_are_refused(changes, mess
 @pytest.mark.parametrize("activation", ["swish", "gelu"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_feed_forward_is_its_formula(activation, gated, same):
-    layer = FeedForward(5, 7, activation=activation, gated=gated).double()
+    layer = FeedForward(5, FeedForwardConfig(7, activation, gated)).double()
     x = torch.randn(3, 5, dtype=torch.float64)
     y = x @ layer.gate_proj.weight.T
     y = y / (1 + torch.exp(-y)) if activation == "swish" else y * (1 + torch.erf(y / math.sqrt(2))) / 2

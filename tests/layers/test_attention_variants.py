@@ -23,14 +23,14 @@ VARIANTS = {
     "interleaved": dict(rotary="interleaved"),
     "qk-norm": dict(qk_norm=True, kv_heads=2),
     "forget-gate": dict(forget_gate=True),
-    "window": dict(attention_window=4),
-    "window-1": dict(attention_window=1),
-    "window-as-long-as-a-chunk": dict(attention_window=5),
-    "window-kv-heads": dict(attention_window=3, kv_heads=2),
-    "window-gate": dict(attention_window=4, forget_gate=True),
-    "window-1-gate": dict(attention_window=1, forget_gate=True),
-    "window-as-long-as-the-text": dict(attention_window=11, forget_gate=True),
-    "all": dict(attention_window=5, forget_gate=True, qk_norm=True, rotary="none"),
+    "window": dict(window=4),
+    "window-1": dict(window=1),
+    "window-as-long-as-a-chunk": dict(window=5),
+    "window-kv-heads": dict(window=3, kv_heads=2),
+    "window-gate": dict(window=4, forget_gate=True),
+    "window-1-gate": dict(window=1, forget_gate=True),
+    "window-as-long-as-the-text": dict(window=11, forget_gate=True),
+    "all": dict(window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -60,7 +60,7 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn).flatten(-2)
 
     lag = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (lag < 0) | (lag >= (c.attention_window or T))
+    hidden = (lag < 0) | (lag >= (c.window or T))
     out = []
     for h in range(H):
         q = feature(layer.q_proj, H, h, layer.q_norm)
@@ -182,7 +182,7 @@ def test_padded_from_the_beginning(variant, same):
         same(y[n : n + 1, a:b], formula(layer, x[n : n + 1, a:b]), EXACT, f"row {n}")
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "attention_window" in VARIANTS[name]])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "window" in VARIANTS[name]])
 @pytest.mark.parametrize("T", [13, 3])
 @torch.no_grad()
 def test_no_query_is_left_without_a_key(variant, T, monkeypatch):
@@ -248,7 +248,7 @@ def test_packed_sequences_are_the_sequences_and_go_on(variant, training, same):
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gate"])
 def test_a_window_trains_in_memory_linear_in_the_length(gate):
     """No tensor has more numbers than blocks of W queries with 2 W keys have in all heads: fewer than T x T of one."""
-    layer, T, W = make("window", attention_window=32, forget_gate=gate), 1024, 32
+    layer, T, W = make("window", window=32, forget_gate=gate), 1024, 32
     largest = 0
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

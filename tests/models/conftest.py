@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from retentive.models import RetNet, Transformer, build
+from retentive.models import LanguageModel, build
 
 
 @pytest.fixture
 def make():
     """`make(config, dtype)`: a model in eval mode, matrices N(0, 1/width), gains around 1: no part of it is idle."""
 
-    def model(config, dtype=torch.float64) -> RetNet | Transformer:
+    def model(config, dtype=torch.float64) -> LanguageModel:
         out = build(config)
         for p in out.parameters():
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)

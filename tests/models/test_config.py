@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retentive.models import ARCHITECTURES, PRESETS, RetNetConfig, TransformerConfig, build, preset, twin
+from retentive.models import ARCHITECTURES, PRESETS, build, retnet, transformer, twin
 
 
 def parameters(config) -> int:
@@ -21,7 +21,7 @@ def matrices(config) -> int:
 
 @pytest.mark.parametrize("size", PRESETS)
 def test_presets_build_and_their_twins_have_as_many_parameters(size):
-    config = preset(size, vocab_size=32000)
+    config = retnet(size, vocab_size=32000)
     have, want = parameters(twin(config)), parameters(config)
     # the twin's feed-forward width is rounded to a whole number: 3 D parameters a block at most, 0.5 % at any size here
     assert have == pytest.approx(want, rel=0.005)
@@ -42,11 +42,12 @@ def test_presets_build_and_their_twins_have_as_many_parameters(size):
     ids=str,
 )
 def test_twins_of_variants_have_as_many_parameters(changes):
-    config = RetNetConfig(vocab_size=1000, dim=512, heads=8, layers=4, **changes)
+    config = retnet(vocab_size=1000, dim=512, heads=8, layers=4, **changes)
     other = twin(config)
     assert parameters(other) == pytest.approx(parameters(config), rel=0.005)
-    same = ("vocab_size", "dim", "layers", "heads", "norm_eps", "tie_embeddings", "dropout")
+    same = ("vocab_size", "dim", "layers", "norm_eps", "tie_embeddings", "dropout")
     assert all(getattr(other, name) == getattr(config, name) for name in same)
+    assert other.attention.heads == config.retention.heads
 
 
 # arXiv 2307.08621, table 2: 1.3B, 2.7B, 6.7B; value width 2 D: 2 D^2 (q, k) + 6 D^2 (v, g, out) + 4 D^2 (feed-forward)
@@ -56,15 +57,15 @@ def test_twins_of_variants_have_as_many_parameters(changes):
     ids=["1.3b", "2.7b", "6.7b"],
 )
 def test_the_papers_sizes(size, dim, layers, named):
-    config = preset(size, vocab_size=50257, tie_embeddings=True)
-    assert (config.dim, config.layers, config.key_dim // config.heads) == (dim, layers, 256)
+    config = retnet(size, vocab_size=50257, tie_embeddings=True)
+    assert (config.dim, config.layers, config.retention.head_shape[1]) == (dim, layers, 256)
     assert matrices(config) == 12 * dim**2 * layers
     # a name has two digits, and the paper does not give its vocabulary: GPT-2's is assumed, counted once
     assert parameters(config) == pytest.approx(named, rel=0.03)
 
 
 def test_torchscales_xl_has_1_3_billion():
-    config = preset("torchscale-xl", vocab_size=50257)
+    config = retnet("torchscale-xl", vocab_size=50257)
     assert matrices(config) == 24 * (2 * 2048**2 + 6 * 2048 * 3456)  # retnet_xl: value and ffn width 3456
     assert matrices(config) + 2048 * 50257 == pytest.approx(1.3e9, rel=0.05)  # two digits; the output apart
 
@@ -72,21 +73,21 @@ def test_torchscales_xl_has_1_3_billion():
 # numbers of parameters of fla-hub's published checkpoints, vocabulary 32000
 @pytest.mark.parametrize(("size", "count"), [("fla-1.3b", 1_351_727_104), ("fla-2.7b", 2_722_548_224)])
 def test_flas_sizes(size, count):
-    assert parameters(preset(size, vocab_size=32000)) == count
+    assert parameters(retnet(size, vocab_size=32000)) == count
 
 
 @pytest.mark.parametrize("size", [s for s in PRESETS if s[0].isdigit()])
 def test_the_small_sizes_have_the_parameters_of_their_names(size):
-    blocks = matrices(preset(size, vocab_size=257))
+    blocks = matrices(retnet(size, vocab_size=257))
     assert blocks == pytest.approx(float(size[:-1]) * 1e6, rel=0.25)  # a name, not a measure
 
 
 def test_defaults_that_follow_from_others():
-    config = RetNetConfig(dim=256, heads=4)
+    config = retnet(dim=256, heads=4)
     # 5/3 * 256 = 426.7, up to a multiple of 8 a head
-    assert (config.kv_heads, config.key_dim, config.value_dim, config.ffn_dim) == (4, 256, 448, 448)
-    assert TransformerConfig(dim=256, heads=4).ffn_dim == 8 * math.ceil(256 / 3)
-    config = preset("1m", vocab_size=300, dim=64, dropout=0.1)
+    mixer = config.retention
+    assert (mixer.kv_heads, mixer.key_dim, mixer.value_dim, config.blocks[0].ffn.width) == (4, 256, 448, 448)
+    config = retnet("1m", vocab_size=300, dim=64, dropout=0.1)
     assert (config.vocab_size, config.dim, config.dropout, config.layers) == (300, 64, 0.1, 5)
 
 
@@ -131,11 +132,13 @@ BAD_RETNET = BAD | {
     "gated-score-norm": (dict(score_norm=True), "set score_norm=False with decay='gated'"),
 }
 BAD_TWIN = BAD | {
-    "heads-do-not-divide": (dict(dim=250), "dim 250 must divide by heads 4"),
+    "heads-do-not-divide": (dict(dim=250), "key_dim 250 is not divisible by heads 4"),
     "kv-heads": (dict(kv_heads=3), "heads by kv_heads 3"),
     "kv-heads-negative": (dict(kv_heads=-2), "kv_heads must be at least 1"),
     "ffn-dim-negative": (dict(ffn_dim=-1), "ffn_dim must be at least 1"),
-    "odd-head": (dict(dim=20), "the head dim must be even for the rotation, got 20 / 4 heads"),
+    "odd-head": (dict(dim=20), "the key head dim must be even for the rotation, got 20 / 4 heads"),
+    "head-dim-odd": (dict(head_dim=5), "the head dim must be even for the rotation, got 5"),
+    "rotary-base": (dict(rotary_base=1.0), "rotary_base must be above 1, got 1.0"),
 }
 
 
@@ -143,18 +146,18 @@ BAD_TWIN = BAD | {
 def test_retnets_that_cannot_be(case, refuses):
     changes, words = BAD_RETNET[case]
     with refuses(words):
-        RetNetConfig(**changes)
+        retnet(**changes)
 
 
 @pytest.mark.parametrize("case", BAD_TWIN)
 def test_twins_that_cannot_be(case, refuses):
     changes, words = BAD_TWIN[case]
     with refuses(words):
-        TransformerConfig(**changes)
+        transformer(**changes)
 
 
 def test_unknown_sizes_and_fields(refuses):
     with refuses("unknown size '2b', expected one of 1m, 2m, 5m"):
-        preset("2b", vocab_size=10)
-    with refuses("RetNetConfig has no field depth, width"):
-        preset("1m", vocab_size=10, width=3, depth=4)
+        retnet("2b", vocab_size=10)
+    with refuses("a RetNet has no field depth, width"):
+        retnet("1m", vocab_size=10, width=3, depth=4)

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from retentive.models import HybridConfig, PeerConfig, config_of, cost, preset, twin
+from retentive.models import PeerConfig, config_of, cost, retnet, twin
+from retentive.models.presets import flat
+from tests.configs import changed
 
 
 def test_every_name_in_one_size_has_about_as_many_parameters():
-    retnet = config_of("retnet", "1m", vocab_size=99, dropout=0.1)
-    assert retnet == preset("1m", vocab_size=99, dropout=0.1)
-    assert config_of("transformer", "1m", vocab_size=99, dropout=0.1) == twin(retnet)
+    base = config_of("retnet", "1m", vocab_size=99, dropout=0.1)
+    assert base == retnet("1m", vocab_size=99, dropout=0.1)
+    assert config_of("transformer", "1m", vocab_size=99, dropout=0.1) == twin(base)
     hybrid = config_of("hybrid", "1m", vocab_size=99, attention_every=2)
-    assert isinstance(hybrid, HybridConfig) and (hybrid.attention_every, hybrid.vocab_size) == (2, 99)
-    assert cost.parameters(hybrid) == pytest.approx(cost.parameters(retnet), rel=0.01)
+    assert hybrid.kinds == ("retention", "attention") * 2 + ("retention",) and hybrid.vocab_size == 99
+    assert cost.parameters(hybrid) == pytest.approx(cost.parameters(base), rel=0.01)
     llama = config_of("llama", "1m", vocab_size=99)
     assert isinstance(llama, PeerConfig) and (llama.kind, llama.dim, llama.layers) == ("llama", 128, 5)
 
@@ -26,16 +28,27 @@ def test_changes_reach_the_retnet_that_others_are_fitted_to():
 def test_a_change_of_a_twin_is_of_the_twin_where_it_has_such_a_field():
     """And of the RetNet whose twin it is where it has none, or both have it."""
     twin_4 = config_of("transformer", "1m", vocab_size=99, heads=4)
-    assert twin_4 == twin(preset("1m", vocab_size=99, heads=4))
-    changed = config_of("transformer", "1m", vocab_size=99, heads=4, qk_norm=True, kv_heads=2, ffn_dim=8)
-    assert changed == replace(twin_4, qk_norm=True, kv_heads=2, ffn_dim=8)
-    assert config_of("transformer", "1m", vocab_size=99, value_dim=64).ffn_dim < twin_4.ffn_dim
+    assert twin_4 == twin(retnet("1m", vocab_size=99, heads=4))
+    other = config_of("transformer", "1m", vocab_size=99, heads=4, qk_norm=True, kv_heads=2, ffn_dim=8)
+    assert other == changed(twin_4, qk_norm=True, kv_heads=2, ffn_dim=8)
+    narrow = config_of("transformer", "1m", vocab_size=99, value_dim=64)
+    assert narrow.blocks[0].ffn.width < twin_4.blocks[0].ffn.width
 
 
 def test_a_hybrid_of_fewer_blocks_than_four_attends_in_the_last():
     hybrid = config_of("hybrid", "1m", vocab_size=99, layers=3, decay="none")
-    assert (hybrid.attention_every, hybrid.decay) == (3, "none")
-    assert config_of("hybrid", "1m", vocab_size=99, layers=8).attention_every == 4
+    assert hybrid.kinds == ("retention", "retention", "attention") and hybrid.retention.decay == "none"
+    eight = config_of("hybrid", "1m", vocab_size=99, layers=8)
+    assert [i for i, kind in enumerate(eight.kinds) if kind == "attention"] == [3, 7]
+
+
+def test_a_hybrid_attends_where_it_is_told(refuses):
+    config = config_of("hybrid", "1m", vocab_size=99, attention=[0, 3])
+    assert config.kinds == ("attention", "retention", "retention", "attention", "retention")
+    with refuses("attention must name some of the blocks 0 to 4, and leave one, got [5]"):
+        config_of("hybrid", "1m", vocab_size=99, attention=[5])
+    with refuses("attention_every=2 counts them: give one"):
+        config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_every=2)
 
 
 PAPER = dict(decay="lm", score_norm=True, head_norm=True, head_norm_affine=False, rotary="interleaved", qk_norm=False)
@@ -51,7 +64,7 @@ OTHERS = dict(qk_bias=False, decay_bias=False, gate=True, gate_activation="swish
 def test_named_architectures_stand_for_what_was_published(name, refuses):
     """In every field, whatever the defaults of this package are."""
     config = config_of(name, "1m", vocab_size=99)
-    assert {field: getattr(config, field) for field in NAMED[name] | OTHERS} == NAMED[name] | OTHERS
+    assert {field: flat(config, name)[field] for field in NAMED[name] | OTHERS} == NAMED[name] | OTHERS
     assert config_of(name, "1m", vocab_size=99, decay=NAMED[name]["decay"], dropout=0.1) == replace(config, dropout=0.1)
     with refuses(f"{name} stands for qk_norm=False (got True)"):
         config_of(name, "1m", vocab_size=99, qk_norm=True)
@@ -60,7 +73,7 @@ def test_named_architectures_stand_for_what_was_published(name, refuses):
 def test_published_sizes_have_the_architecture_that_they_were_published_with(refuses):
     for size, name in (("paper-1.3b", "retnet-paper"), ("torchscale-base", "torchscale"), ("fla-340m", "fla")):
         config = config_of("retnet", size, vocab_size=99)
-        assert {field: getattr(config, field) for field in NAMED[name]} == NAMED[name]
+        assert {field: flat(config, name)[field] for field in NAMED[name]} == NAMED[name]
         assert config_of(name, size, vocab_size=99) == config
         with refuses(f"{name} stands for qk_norm=False (got True)"):
             config_of("retnet", size, vocab_size=99, qk_norm=True)
@@ -75,5 +88,5 @@ def test_what_is_unknown_is_named(refuses):
         config_of("lstm", "1m", vocab_size=99)
     with refuses("unknown size '3m', expected one of 1m, 2m"):
         config_of("retnet", "3m", vocab_size=99)
-    with refuses("RetNetConfig has no field widths"):
+    with refuses("a RetNet has no field widths"):
         config_of("retnet", "1m", vocab_size=99, widths=3)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import retentive
 from retentive.checkpoint import save_model
 from retentive.infer import generate
-from retentive.models import LanguageModel, Peer, PeerConfig, RetNetConfig, build, cost, peer, preset
+from retentive.models import LanguageModel, Peer, PeerConfig, build, cost, peer, retnet
 from retentive.models.peers import KINDS
 
 pytest.importorskip("transformers")
 # the library tells that it takes its own slow ways on a CPU
 pytestmark = pytest.mark.filterwarnings("ignore")
-SMALL = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=2, tie_embeddings=True)
+SMALL = retnet(vocab_size=31, dim=32, layers=2, heads=2, tie_embeddings=True)
 
 
 @pytest.fixture(params=KINDS)
@@ -63,7 +63,7 @@ def test_a_folder_gives_the_same_logits(model, tmp_path, same):
 @pytest.mark.parametrize("size", ["1m", "5m"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_about_the_retnets(kind, size):
-    config = preset(size, vocab_size=1000)
+    config = retnet(size, vocab_size=1000)
     # Mamba's blocks come in wholes, of a size that is not ours
     assert cost.block_parameters(peer(config, kind)) == pytest.approx(cost.block_parameters(config), rel=0.15)
     assert cost.parameters(peer(config, kind)) == sum(p.numel() for p in build(peer(config, kind)).parameters())

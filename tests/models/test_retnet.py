@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from retentive.models import ARCHITECTURES, HybridConfig, RetNet, RetNetConfig, Transformer, TransformerConfig
+from retentive.models import ARCHITECTURES, LanguageModel, hybrid, retnet, transformer
 from retentive.ops import using
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
-CONFIG = RetNetConfig(**SMALL)
-PAPER = RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"])
+CONFIG = retnet(**SMALL)
+PAPER = retnet(**SMALL, **ARCHITECTURES["retnet-paper"])
 FORMS = ["parallel", "recurrent", "chunkwise"]
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
 
@@ -36,7 +36,7 @@ def test_any_form_goes_on_where_any_other_stopped(first, second, config, make, s
         with using(form=second, chunk_size=4):
             two, state = model(ids[:, split:], state)
         same(torch.cat((one, two), 1), want, EXACT, f"split at {split}")
-        same(state.layers, end.layers, EXACT, f"split at {split}")
+        same(state.tensors(), end.tensors(), EXACT, f"split at {split}")
 
 
 @pytest.mark.parametrize("lengths", [[9, 4, 1], [[0, 9], [5, 9], [8, 9]]], ids=["right", "left"])
@@ -59,7 +59,7 @@ def test_padding_is_exact_in_every_form(config, form, lengths, make, same):
 @pytest.mark.parametrize("name", ["retnet", "retnet-paper", "torchscale"])
 @torch.no_grad()
 def test_any_form_and_any_chunk_size_give_the_same_logits(name, dtype, tol, make, same):
-    model, ids = make(RetNetConfig(**SMALL, **ARCHITECTURES[name]), dtype), ids_of(2, 70)
+    model, ids = make(retnet(**SMALL, **ARCHITECTURES[name]), dtype), ids_of(2, 70)
     with using(form="recurrent"):
         want, end = model(ids)
     hows = [dict(form="parallel"), dict(backend="reference"), dict(form="auto")]
@@ -67,33 +67,33 @@ def test_any_form_and_any_chunk_size_give_the_same_logits(name, dtype, tol, make
     for how in hows:
         with using(**how):
             logits, state = model(ids)
-        same([logits, *state.layers], [want, *end.layers], tol, str(how))
+        same([logits, *state.tensors()], [want, *end.tensors()], tol, str(how))
 
 
 @pytest.mark.parametrize("more", [{}, dict(cu_seqlens=[0, 4, 9]), dict(lengths=[9])], ids=["rows", "packed", "padded"])
 def test_compiles_as_one_graph(more, make, same):
-    model = make(RetNetConfig(**SMALL | dict(layers=1)))
+    model = make(retnet(**SMALL | dict(layers=1)))
     ids, more = ids_of(1, 9), {name: torch.tensor(value) for name, value in more.items()}
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def run(f):
         logits, state = f(ids, **more)
-        loss = logits.square().sum() + state.layers[0].sum()
-        return logits, state.layers[0], *torch.autograd.grad(loss, list(model.parameters()))
+        loss = logits.square().sum() + state.memories[0].value.sum()
+        return logits, state.memories[0].value, *torch.autograd.grad(loss, list(model.parameters()))
 
     same(run(compiled), run(model), EXACT)
 
 
 def test_decoding_compiles_as_one_graph(make, same):
-    model, ids = make(RetNetConfig(**SMALL | dict(layers=1))), ids_of(2, 4)
+    model, ids = make(retnet(**SMALL | dict(layers=1))), ids_of(2, 4)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         want, state = model(ids)
         _, start = model(ids[:, :3])
         logits, after = compiled(ids[:, 3:], start)
-    same([logits, after.tensors()[0], after.position], [want[:, 3:], state.tensors()[0], state.position], EXACT)
+    same([logits, *after.settled().tensors()], [want[:, 3:], *state.tensors()], EXACT)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(make, same):
@@ -132,26 +132,26 @@ def test_choices_that_cannot_be_met_are_refused(T, make, refuses):
 def test_attention_takes_no_notice_of_forms(make, same):
     """It is no retention: the twin computes what it did, and in a hybrid only the other blocks change their form."""
     ids = ids_of(2, 9)
-    twin, hybrid = make(TransformerConfig(**SMALL)), make(HybridConfig(**SMALL | dict(layers=3), attention_every=2))
-    want, mixed = twin(ids)[0], hybrid(ids)[0]
+    twin, mixer = make(transformer(**SMALL)), make(hybrid(**SMALL | dict(layers=3), attention_every=2))
+    want, mixed = twin(ids)[0], mixer(ids)[0]
     with using(form="recurrent", backend="reference"):
         same(twin(ids)[0], want, 0)
-        same(hybrid(ids)[0], mixed, EXACT)
+        same(mixer(ids)[0], mixed, EXACT)
 
 
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 def test_runs_on_the_meta_device(form):
     with torch.device("meta"):
-        model, ids = RetNet(CONFIG), torch.zeros(2, 5, dtype=torch.int64)
+        model, ids = LanguageModel(CONFIG), torch.zeros(2, 5, dtype=torch.int64)
         with using(form=form):
             logits, state = model(ids)
             logits, state = model(ids[:, :1], state)
-    assert logits.shape == (2, 1, 31) and state.layers[0].device.type == "meta"
+    assert logits.shape == (2, 1, 31) and state.memories[0].value.device.type == "meta"
 
 
 def test_initialisation_is_torchscales_and_the_twins_alike():
     """Xavier uniform: bound gain sqrt(6 / (in + out)), gain 2^-2.5 for what enters and 2^-1 for what leaves."""
-    for model, name in ((RetNet(CONFIG), "retention"), (Transformer(TransformerConfig(**SMALL)), "attention")):
+    for model, name in ((LanguageModel(CONFIG), "retention"), (LanguageModel(transformer(**SMALL)), "attention")):
         layer = getattr(model.blocks[0], name)
         for proj, gain in ((layer.q_proj, 2**-2.5), (layer.v_proj, 2**-2.5), (layer.out_proj, 0.5)):
             bound = gain * (6 / sum(proj.weight.shape)) ** 0.5

@@ -1,32 +1,32 @@
-"""One protocol for RetentionState and KVCache: whatever is done to a state, each row goes on as it would alone.
+"""State of every kind of block: whatever is done to a state, each row goes on as it would alone.
 
 The oracle is the model on each row's whole text (test_decoding.py).
 """
 
 import errno
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from retentive.models import ARCHITECTURES, HybridConfig, RetNetConfig, TransformerConfig, load_state
+from retentive.models import ARCHITECTURES, State, hybrid, load_state, retnet, transformer
 from retentive.ops import Ring, using
 from retentive.ops.ring import slots
+from tests.configs import changed
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-paper": RetNetConfig(**SMALL, **ARCHITECTURES["retnet-paper"]),
-    "hybrid": HybridConfig(**SMALL | dict(layers=3), attention_every=2),
-    "transformer": TransformerConfig(**SMALL),
-    "transformer-kv-heads": TransformerConfig(**SMALL | dict(heads=4), kv_heads=1),
-    "hybrid-window": HybridConfig(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
-    "hybrid-four-window": HybridConfig(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
-    "transformer-window": TransformerConfig(**SMALL, attention_window=4),
-    "transformer-gate": TransformerConfig(**SMALL, forget_gate=True),
-    "transformer-window-gate": TransformerConfig(**SMALL, forget_gate=True, attention_window=4, qk_norm=True),
+    "retnet": retnet(**SMALL),
+    "retnet-paper": retnet(**SMALL, **ARCHITECTURES["retnet-paper"]),
+    "hybrid": hybrid(**SMALL | dict(layers=3), attention_every=2),
+    "transformer": transformer(**SMALL),
+    "transformer-kv-heads": transformer(**SMALL | dict(heads=4), kv_heads=1),
+    "hybrid-window": hybrid(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
+    "hybrid-four-window": hybrid(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
+    "transformer-window": transformer(**SMALL, attention_window=4),
+    "transformer-gate": transformer(**SMALL, forget_gate=True),
+    "transformer-window-gate": transformer(**SMALL, forget_gate=True, attention_window=4, qk_norm=True),
 }
 WINDOWS = [name for name, config in CONFIGS.items() if "window" in name]
 EXACT = 1e-12  # float64 has 53 bits, 1e-16; two layers of sums in another order cost thousands of that
@@ -77,7 +77,7 @@ def test_states_at_different_positions_joined(kind, make, goes_on):
     for t in range(2, 5):
         _, grown = model(texts[2][:, t : t + 1], grown)
     states[2] = grown
-    joined = type(states[0]).cat(states)
+    joined = State.cat(states)
     goes_on(model, [row for ids in texts for row in ids], joined.clone())
     # and taken apart again
     goes_on(model, [texts[1][0], texts[0][1]], joined.select(torch.tensor([2, 1])))
@@ -88,7 +88,7 @@ def test_states_at_different_positions_joined(kind, make, goes_on):
 def test_a_state_before_the_first_token_joins_others(kind, make, goes_on):
     model, ids = make(CONFIGS[kind]), ids_of(1, 4)
     state = model(ids)[1]
-    joined = type(state).cat([model.init_state(1), state])
+    joined = State.cat([model.init_state(1), state])
     goes_on(model, [ids[0, :0], ids[0]], joined)
 
 
@@ -112,7 +112,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind, make, tmp_path, same):
     _, state = model(ids, lengths=torch.tensor([6, 2, 4]))
     state.save(tmp_path / "state.safetensors", {"model": "small"})
     loaded = load_state(tmp_path / "state.safetensors")
-    assert type(loaded) is type(state) and [x.name for x in tmp_path.iterdir()] == ["state.safetensors"]
+    assert loaded.kinds == state.kinds and [x.name for x in tmp_path.iterdir()] == ["state.safetensors"]
     same(loaded.position, state.position, 0)
     for _ in range(2):
         (want, state), (got, loaded) = model(more, state), model(more, loaded)
@@ -129,7 +129,7 @@ def test_the_state_of_every_form_can_be_saved(how, make, tmp_path, same):
         with using(form=form, backend="reference" if form != "auto" else "auto"):
             _, state = model(ids)
     state.save(tmp_path / "state.safetensors")
-    same(load_state(tmp_path / "state.safetensors").layers, [x.detach() for x in state.tensors()], 0)
+    same(load_state(tmp_path / "state.safetensors").tensors(), [x.detach() for x in state.settled().tensors()], 0)
 
 
 @both
@@ -157,13 +157,11 @@ def test_settled_it_has_no_rings_and_goes_on(kind, make, goes_on):
     assert plain.settled() is plain
     _, state = model(ids[:, 4:], plain)
     settled = state.settled()
-    layers = [] if kind == "transformer" else (settled.retention if kind == "hybrid" else settled).layers
-    assert not any(isinstance(x, Ring) for x in layers)
+    assert not any(isinstance(m.value, Ring) for m in settled.memories if m.kind == "retention")
     goes_on(model, list(ids), settled.clone())
     goes_on(model, list(ids), state.clone())  # which is as it was
-    state.rollback(1)  # in place: the settled one stays where it is, and a hybrid's two parts stay together
+    state.rollback(1)  # in place: the settled one stays where it is
     assert settled.position.tolist() == [5, 5] or settled is state
-    assert kind != "hybrid" or state.cache.position.tolist() == state.position.tolist() == [4, 4]
 
 
 @both
@@ -171,15 +169,13 @@ def test_settled_it_has_no_rings_and_goes_on(kind, make, goes_on):
 def test_moves_to_another_device_whole(kind, make):
     _, state = make(CONFIGS[kind])(ids_of(2, 4))
     moved = state.to("meta")
-    parts = [moved.retention, moved.cache] if kind == "hybrid" else [moved]
-    tensors = [x for part in parts for x in (part.layers if part.kind == "retention" else part.keys + part.values)]
-    assert {x.device.type for x in (*tensors, moved.position)} == {"meta"}
+    assert {x.device.type for x in moved.tensors()} == {"meta"}
     assert moved.nbytes == state.nbytes
 
 
 @torch.no_grad()
 def test_a_retention_state_has_the_size_of_its_formula_whatever_the_length(make):
-    config = RetNetConfig(**SMALL | dict(layers=3), key_dim=12, value_dim=20)
+    config = retnet(**SMALL | dict(layers=3), key_dim=12, value_dim=20)
     model = make(config, torch.bfloat16)  # of a bf16 model too it is float32
     N, H, K, V = 2, 2, 6, 10
     want = 4 * N * 3 * H * K * V + 8 * N
@@ -211,7 +207,13 @@ def test_a_cache_grows_with_the_text_by_less_than_half_too_much(make):
 
 
 def cache_of(state):
-    return state.cache if state.kind == "hybrid" else state
+    """The first block's cache, whose slots all others have too."""
+    return next(m for m in state.memories if m.kind == "attention")
+
+
+def window_of(model) -> int:
+    """The window of the model's attention; 0 without one."""
+    return max(model.config.windows)
 
 
 @windows
@@ -219,22 +221,22 @@ def cache_of(state):
 def test_with_a_window_it_stays_as_large_as_the_window(kind, make):
     """7 tokens, which growing by half would jump over."""
     config = CONFIGS[kind]
-    model, N = make(replace(config, attention_window=7), torch.float32), 3
+    model, N = make(changed(config, attention_window=7), torch.float32), 3
     _, full = model(ids_of(N, 20))
-    assert cache_of(full).slots == model.window
-    for T in (model.window, 50):
+    assert cache_of(full).slots == window_of(model)
+    for T in (window_of(model), 50):
         assert model(ids_of(N, T))[1].nbytes == full.nbytes
     state = model.init_state(N)
     for _ in range(30):
         _, state = model(ids_of(N, 1), state)
-        assert cache_of(state).slots <= model.window
+        assert cache_of(state).slots <= window_of(model)
     assert state.settled().nbytes == full.nbytes
     pool = model.init_state(N).for_decoding(model.dtype, rollback=2)
     size = pool.nbytes
     for T in (1, 2, 1, 30, 1):  # a chunk longer than the ring too
         _, pool = model(ids_of(N, T), pool)
         assert pool.nbytes == size or kind.startswith("hybrid")  # whose retention has no ring after a chunk
-        assert cache_of(pool).slots == model.window + 2
+        assert cache_of(pool).slots == window_of(model) + 2
 
 
 @windows
@@ -245,10 +247,10 @@ def test_rings_of_different_sizes_are_joined_and_parted(kind, make, goes_on):
     texts = [ids_of(1, n) for n in (0, 2, 4, 5, 9, 23)]
     rings = [model.init_state(1).for_decoding(model.dtype, rollback=3 * (n % 2)) for n in range(len(texts))]
     states = [model(ids, ring)[1] if ids.shape[1] else ring for ids, ring in zip(texts, rings, strict=True)]
-    joined = type(states[0]).cat(states)
-    assert cache_of(joined).slots == model.window + 3
-    used = (cache_of(joined).keys[0] != 0).flatten(2).any(-1).sum(1)  # the others are free, and as good as new
-    assert used.tolist() == [min(ids.shape[1], model.window + 3 * (n % 2)) for n, ids in enumerate(texts)]
+    joined = State.cat(states)
+    assert cache_of(joined).slots == window_of(model) + 3
+    used = (cache_of(joined).keys != 0).flatten(2).any(-1).sum(1)  # the others are free, and as good as new
+    assert used.tolist() == [min(ids.shape[1], window_of(model) + 3 * (n % 2)) for n, ids in enumerate(texts)]
     goes_on(model, [ids[0] for ids in texts], joined.clone())
     goes_on(model, [texts[5][0], texts[1][0]], joined.select(torch.tensor([5, 1])))
 
@@ -265,7 +267,7 @@ def test_a_sequence_put_over_another_in_a_pool(kind, slack, make, goes_on):
         pool.put(n, others[n])
     pool.put(1, pool, 0)
     goes_on(model, [texts[0][0], texts[0][0], texts[2][0]], pool)
-    both = type(others[0]).cat(others)
+    both = State.cat(others)
     blank = model.init_state(1).reserve(8)
     blank.put(0, both, 2)
     goes_on(model, [texts[2][0]], blank)
@@ -321,7 +323,7 @@ def test_as_many_tokens_are_taken_back_as_were_asked_for(kind, before, make, goe
 def test_without_room_nothing_is_taken_back_but_a_beginning(kind, make, refuses):
     model = make(CONFIGS[kind])
     state = model.init_state(2).for_decoding(model.dtype)
-    for _ in range(model.window):  # all of the text is in the ring still
+    for _ in range(window_of(model)):  # all of the text is in the ring still
         _, state = model(ids_of(2, 1), state)
     state.rollback(1)
     _, state = model(ids_of(2, 1), state)
@@ -338,15 +340,15 @@ def test_what_a_rollback_lost_stays_lost_in_every_copy(kind, make, tmp_path, ref
     _, state = model(ids_of(1, 20))
     state = state.for_decoding(model.dtype, rollback=3)
     with refuses("cannot take back 1 tokens"):  # the ring has room for more, but they are not in it
-        cache_of(state).rollback(1)
+        state.rollback(1)
     for _ in range(4):
         _, state = model(ids_of(1, 1), state)
     state.rollback(3)
     pool = model.init_state(2).for_decoding(model.dtype, rollback=3)
     pool.put(1, state)
     one = torch.tensor([1])
-    joined = type(state).cat([model.init_state(1), state])
-    larger = cache_of(state).for_decoding(model.dtype, rollback=9)
+    joined = State.cat([model.init_state(1), state])
+    larger = state.for_decoding(model.dtype, rollback=9)
     for copy in (state.clone(), state.select(torch.tensor([0])), state.view(1), pool.select(one), joined.select(one)):
         with refuses("cannot take back 1 tokens"):
             copy.rollback(1)
@@ -365,8 +367,10 @@ def test_it_is_a_tree_of_tensors_and_the_window_a_constant(kind, make, goes_on):
     goes_on(model, list(ids), pytree.tree_map(torch.clone, state))
     names = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(state)[0]}
     assert len(names) == len(leaves)
-    position = torch.func.vmap(lambda state: state.position + state.window)(state)  # sequences are the first dimension
-    assert position.tolist() == [7 + model.window] * 2
+    position = torch.func.vmap(lambda state: state.position + max(state.windows))(
+        state
+    )  # sequences are the first dimension
+    assert position.tolist() == [7 + window_of(model)] * 2
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -374,10 +378,9 @@ def test_it_is_a_tree_of_tensors_and_the_window_a_constant(kind, make, goes_on):
 def test_a_state_of_another_window_is_refused(T, make, tmp_path, refuses):
     for kind, other in (("transformer", "transformer-window"), ("hybrid-window", "hybrid-window")):
         config = CONFIGS[other]
-        model = make(replace(config, attention_window=6) if kind == other else CONFIGS[kind])
+        model = make(changed(config, attention_window=6) if kind == other else CONFIGS[kind])
         make(config)(ids_of(1, 5))[1].save(tmp_path / "state.safetensors")
-        name = type(model).__name__
-        with refuses(f"the state is of attention_window 4, this {name} has {model.window}"):
+        with refuses("the state has attention windows [") as _:
             model(ids_of(1, T), load_state(tmp_path / "state.safetensors"))
 
 
@@ -385,12 +388,13 @@ def test_files_say_their_window_and_old_ones_have_none(make, tmp_path, refuses):
     path = tmp_path / "state.safetensors"
     with torch.no_grad():
         _, state = make(CONFIGS["transformer-window"])(ids_of(1, 9))
-    tensors = state.named() | {"position": state.position}
+    tensors = {"position": state.position}
+    tensors |= {f"{part}.{i}": getattr(m, part) for i, m in enumerate(state.memories) for part in ("keys", "values")}
     assert {x.shape[1] for x in state.named().values()} == {4}
     about = {"format": "retentive-state-1", "kind": "kv"}
     for window, want in (({}, 0), ({"window": "4"}, 4)):
         save_file(tensors, path, metadata=about | window)
-        assert load_state(path).window == want
+        assert load_state(path).windows == (want, want)
     save_file(tensors, path, metadata=about | {"window": "5"})
     with refuses("holds 4 slots, its tokens and window need 5: write it again"):
         load_state(path)
@@ -431,7 +435,7 @@ def test_a_file_that_holds_no_state_is_refused(tmp_path, refuses):
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("other", [dict(dim=48), dict(heads=4, kv_heads=1)], ids=["K", "kv-heads"])
 def test_a_cache_of_other_widths_is_refused(other, T, make, refuses):
-    _, state = make(TransformerConfig(**SMALL | other))(ids_of(2, 4))
+    _, state = make(transformer(**SMALL | other))(ids_of(2, 4))
     with refuses("the cache must be of kv_heads, K = [2, 12], got"):
         make(CONFIGS["transformer"])(ids_of(2, T), state)
 
@@ -467,7 +471,31 @@ def test_what_a_row_held_before_does_not_reach_its_next_sequence(kind, make, goe
     model = make(CONFIGS[kind])
     texts = [ids_of(1, 3)[0], ids_of(1, 9)[0]]
     pool = model(ids_of(2, 9))[1].for_decoding(torch.float64)
-    poisoned = pool._map(lambda x: x.fill_(torch.nan) if x.is_floating_point() else x)
+    poisoned = pool.map(lambda x: x.fill_(torch.nan) if x.is_floating_point() else x)
     for row, text in enumerate(texts):
         poisoned.put(row, model(text[None])[1])
     goes_on(model, texts, poisoned)
+
+
+@kinds
+@torch.no_grad()
+def test_a_used_up_state_is_refused_and_never_read_in_silence(kind, make, refuses, tmp_path):
+    """Branches from one kept state: the second is refused, as are a copy and a file of it."""
+    model, ids = make(CONFIGS[kind]), ids_of(1, 6)
+    state = None
+    for t in range(6):  # with rings, and caches that have free slots
+        _, state = model(ids[:, t : t + 1], state)
+    kept, (one, other) = state.reserve(12), ids_of(2, 1)[:, None]
+    model(one, kept)
+    for use in (lambda: model(other, kept), kept.clone, lambda: kept.save(tmp_path / "state")):
+        with refuses("the state was used: later tokens were written into it"):
+            use()
+
+
+@torch.no_grad()
+def test_a_chunk_leaves_the_state_before_it_as_it_was(make, same):
+    """Prompts are read into new states: only decoding writes in place."""
+    model, ids = make(CONFIGS["retnet"]), ids_of(1, 9)
+    _, state = model(ids[:, :4])
+    first, second = (model(ids[:, 4:], state)[0] for _ in range(2))
+    same(first, second, 0)

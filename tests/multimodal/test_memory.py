@@ -20,7 +20,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.conversation import Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import load_memory, save
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from retentive.models.encoders import AudioConfig, ImageConfig, with_encoders
 from retentive.multimodal import audio
 
@@ -29,7 +29,7 @@ from retentive.multimodal import audio
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2))
+    model = build(retnet(vocab_size=257, dim=32, layers=2, heads=2))
     image = ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)
     with_encoders(model, {"image": image, "audio": AudioConfig(token=258, rate=8000, mels=8, stack=2, dim=16)})
     for p in model.parameters():  # far from uniform: what was heard changes what is said
@@ -103,7 +103,7 @@ def test_what_is_refused(place, capsys):
             main(["memory", "write", "run", *command, "--out", "m.safetensors"])
         said = capsys.readouterr().err
         assert why in said and said.count("\n") == 1 and not (place / "m.safetensors").exists()
-    save_model("blind", build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)), ByteTokenizer())
+    save_model("blind", build(retnet(vocab_size=257, dim=32, layers=2, heads=2)), ByteTokenizer())
     with pytest.raises(SystemExit):
         main(["memory", "write", "blind", "b.wav", "--out", "m.safetensors"])
     assert "the model has no encoder for audio" in capsys.readouterr().err

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from retentive.models import LanguageModel
+
 pytest.importorskip("PIL", reason="pictures need pip install 'retentive[multimodal]'")
 pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
 pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")
@@ -20,6 +22,7 @@ from retentive.checkpoint import load, save_model
 from retentive.checkpoint.io import load_encoders
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
+from retentive.compare.comparison import Comparison
 from retentive.data.chats import chats
 from retentive.data.packed import Packed
 from retentive.data.templates import load_template
@@ -29,10 +32,8 @@ from retentive.evals.heldout import held_out_loss
 from retentive.evals.replies import loss
 from retentive.infer import batch
 from retentive.infer.media import rows_of
-from retentive.models import RetNet
 from retentive.models.encoders import hidden
 from retentive.multimodal import Opener, open_audio, open_image, prepare
-from retentive.studies.compare.comparison import Comparison
 from retentive.train import SftRun, TrainConfig, TrainRun
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
@@ -143,7 +144,7 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
     data = packed()
     torch.manual_seed(0)
     config = TrainRun.of("data", "base", size="1m", set=TINY).config(257)
-    save_model("base", RetNet(config), data.tokenizer)
+    save_model("base", LanguageModel(config), data.tokenizer)
     how = {k: v for k, v in TRAINED.items() if k not in ("size", "set")}
     run = TrainRun.of("data", "seeing", init="base", set=EYES, steps=1, **{**how, "lr": 1e-9})
     run.run(quiet=True, overrides={"init", "steps", "lr"})
@@ -164,7 +165,7 @@ def test_what_cannot_become_a_model_that_sees_is_refused(place, refuses):
     """Before anything is trained, in one line."""
     packed()
     config = TrainRun.of("data", "base", size="1m", set=TINY).config(257)
-    save_model("base", RetNet(config), ByteTokenizer())
+    save_model("base", LanguageModel(config), ByteTokenizer())
     how = {k: v for k, v in TRAINED.items() if k not in ("size", "set")}
     with refuses("base has no encoder of audio, image, and --lora would leave a new one as it was drawn"):
         TrainRun.of("data", "no", init="base", lora=2, steps=1, **how).run(quiet=True, overrides={"init"})
@@ -339,7 +340,7 @@ def test_a_question_on_the_command_line(place, capsys):
             main([*ask, *wrong])
         said = capsys.readouterr()
         assert why in said.err and said.err.count("\n") == 1 and said.out == ""
-    save_model("blind", RetNet(load("run")[0].config), load("run")[1])
+    save_model("blind", LanguageModel(load("run")[0].config), load("run")[1])
     with pytest.raises(SystemExit):
         main(["generate", "blind", "--image", "files/64.png"])
     assert "the model has no encoder for image" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from retentive.checkpoint.quantize import quantize
 from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine
 from retentive.infer.generate import generate
-from retentive.models import ARCHITECTURES, RetentionState, RetNetConfig, TransformerConfig, build
+from retentive.models import ARCHITECTURES, ModelConfig, State, build, retnet, transformer
 from retentive.native import NativeRetNet, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
@@ -34,7 +34,7 @@ CONFIGS = {
 }
 
 
-def mattering(config: RetNetConfig) -> torch.nn.Module:
+def mattering(config: ModelConfig) -> torch.nn.Module:
     """A model whose every weight matters: matrices N(0, 1/width), vectors around 1."""
     made = build(config).eval()
     for p in made.parameters():
@@ -44,12 +44,12 @@ def mattering(config: RetNetConfig) -> torch.nn.Module:
 
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    return mattering(RetNetConfig(**{**SMALL, **CONFIGS[request.param]}))
+    return mattering(retnet(**{**SMALL, **CONFIGS[request.param]}))
 
 
 @pytest.fixture
 def one():
-    return mattering(RetNetConfig(**SMALL))
+    return mattering(retnet(**SMALL))
 
 
 @pytest.fixture(params=[1, 3])
@@ -275,9 +275,9 @@ def test_rings_of_fewer_sequences_are_refused(one, refuses):
     _, state = native(ids[:2])
     _, state = native(ids[:2], state)  # the rings that the next token would go into
     with refuses("3 sequences need"):
-        native(ids, RetentionState(state.layers, torch.zeros(2, dtype=torch.int64)))
+        native(ids, State(state.memories, torch.zeros(2, dtype=torch.int64)))
     with refuses("state must be float32 [3, 2, "):
-        native(ids, RetentionState(state.layers, torch.zeros(3, dtype=torch.int64)))
+        native(ids, State(state.memories, torch.zeros(3, dtype=torch.int64)))
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def test_rings_of_fewer_sequences_are_refused(one, refuses):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_groups_of_any_size_in_prompts(bits, group, threads):
     """No thread writes into another's work space: the same bits every time, near those of float32."""
-    made = quantize(mattering(RetNetConfig(**SMALL | dict(dim=256, ffn_dim=448))), bits, group)
+    made = quantize(mattering(retnet(**SMALL | dict(dim=256, ffn_dim=448))), bits, group)
     native, ids = NativeRetNet(made, threads=threads), torch.randint(VOCAB, (2, TOKENS))
     first = native(ids)[0]
     for _ in range(5):
@@ -307,7 +307,7 @@ def test_ids_and_positions_of_other_integers(one, same, refuses):
     want, state = one(ids[:, :8])
     for dtype in (torch.int32, torch.int64):
         same(made(ids[:, :8].to(dtype))[0], want, 1e-4)
-        moved = RetentionState(state.layers, state.position.to(dtype))
+        moved = State(state.memories, state.position.to(dtype))
         same(made(ids[:, 8:].to(dtype), moved)[0], one(ids)[0][:, 8:], 1e-4)
     for dtype in (torch.uint8, torch.bool, torch.float32):
         with refuses("token ids must be int64 or int32, got"):
@@ -341,19 +341,19 @@ def test_without_memory_for_it_torch_goes_on_where_nobody_chose(one, monkeypatch
 @torch.no_grad()
 def test_what_it_cannot_do_is_refused(one, refuses):
     assert refused(one) is None
-    assert "the model is float16" in refused(build(RetNetConfig(**SMALL)).half())
+    assert "the model is float16" in refused(build(retnet(**SMALL)).half())
     with refuses("the native engine cannot run this model: it runs RetNets, this is a Transformer"):
-        NativeRetNet(build(TransformerConfig(**SMALL)))
+        NativeRetNet(build(transformer(**SMALL)))
     native = NativeRetNet(one)
     with refuses("the model needs ids [B,T] with at least one token, got [1, 0]"):
         native(torch.zeros(1, 0, dtype=torch.int64))
     for bad in (-1, VOCAB):
         with refuses(f"token ids must be from 0 to 52, got {bad}", IndexError):
             native(torch.tensor([[3, bad]]))
-    other = build(RetNetConfig(**{**SMALL, "heads": 4})).init_state(1)
+    other = build(retnet(**{**SMALL, "heads": 4})).init_state(1)
     with refuses("state must be float32 [1, 2, 24, 40], got torch.float32 [1, 4, 12, 24]"):
         native(torch.zeros(1, 1, dtype=torch.int64), other)
-    short = RetentionState(one.init_state(2).layers, torch.zeros(3, dtype=torch.int64))
+    short = State(one.init_state(2).memories, torch.zeros(3, dtype=torch.int64))
     with refuses("state must be float32 [3, 2, 24, 40], got torch.float32 [2, 2, 24, 40]"):
         native(torch.zeros(3, 1, dtype=torch.int64), short)
     with refuses("3 sequences need a position each, got [2]"):

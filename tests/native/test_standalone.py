@@ -15,7 +15,7 @@ from retentive.checkpoint import load, save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
-from retentive.models import ARCHITECTURES, RetNetConfig, build, load_state
+from retentive.models import ARCHITECTURES, build, load_state, retnet
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
 
@@ -93,7 +93,7 @@ def logits(request, programs):
 
 def folder_of(name, path, tokenizer):
     torch.manual_seed(3)
-    model = build(RetNetConfig(vocab_size=tokenizer.vocab_size, **SMALL | MODELS[name])).eval()
+    model = build(retnet(vocab_size=tokenizer.vocab_size, **SMALL | MODELS[name])).eval()
     if name in ("int8", "int4"):
         model = quantize(model, int(name[3:]))
     elif name == "bfloat16":
@@ -208,7 +208,7 @@ def test_matrices_of_two_dtypes_are_refused(programs, tmp_path):
 def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
     folder_of("float32", tmp_path, ByteTokenizer())
     memory = tmp_path / "library.mem"
-    state = build(RetNetConfig(vocab_size=257, **SMALL)).init_state(1)
+    state = build(retnet(vocab_size=257, **SMALL)).init_state(1)
     save_file(state.named(), memory, {"format": "retentive-state-1", "kind": "retention", "memory": "{}"})
     before = memory.read_bytes()
     done = subprocess.run(
@@ -259,7 +259,7 @@ def test_a_state_of_another_model_is_refused(programs, tmp_path):
     for name, fields in (("one", "int4"), ("two", "biases")):
         folder_of(fields, tmp_path / name, ByteTokenizer())
     state = tmp_path / "state.safetensors"
-    build(RetNetConfig(**SMALL | dict(layers=3))).init_state(1).save(state)
+    build(retnet(**SMALL | dict(layers=3))).init_state(1).save(state)
     program = tmp_path / "load.c"
     program.write_text("""
 #include <retentive.h>

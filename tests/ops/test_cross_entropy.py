@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retentive.models import RetNetConfig, TransformerConfig, build
+from retentive.models import build, retnet, transformer
 from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 T, D, VOCAB = 37, 12, 53
@@ -112,7 +112,7 @@ def test_under_autocast_it_is_as_close_to_the_truth_as_plain_torch(gold_rule):
     gold_rule(gold_dw, got_dw, want_dw, 0.15, "gradient of the output matrix")
 
 
-@pytest.mark.parametrize("config", [RetNetConfig, TransformerConfig], ids=["retnet", "transformer"])
+@pytest.mark.parametrize("config", [retnet, transformer], ids=["retnet", "transformer"])
 def test_tied_weights_get_the_gradients_of_both_their_uses(config, same):
     model = build(config(**SMALL, tie_embeddings=True)).double()
     ids = torch.randint(VOCAB, (2, 9))

@@ -79,6 +79,12 @@ def test_texts_by_context_and_tasks_are_told_apart(tmp_path):
     assert "<td>512</td>" in page[page.index('id="longer-contexts"') : page.index('id="recall"')]
 
 
+def test_a_bench_that_the_package_does_not_have_brings_its_table(tmp_path):
+    write(tmp_path, "recall", command="retentive bench recall --dims 16", table="| a |\n| --- |\n| told |")
+    page = build(tmp_path)
+    assert "<td>told</td>" in page[page.index('id="recall"') : page.index('id="tasks"')]
+
+
 def test_what_no_section_knows_is_listed(tmp_path):
     write(tmp_path, "strange", command="retentive demo", what="something <else>")
     page = build(tmp_path)

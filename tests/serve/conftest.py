@@ -19,13 +19,13 @@ from retentive.checkpoint import save_model
 from retentive.data.templates import BUILT_IN
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, with_encoders
 from retentive.serve.options import Options
 from retentive.serve.server import config
 from retentive.serve.service import Service, open_service
 
-CONFIG = RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2)
+CONFIG = retnet(vocab_size=257, dim=32, layers=2, heads=2)
 CONFIGS = {"retnet": CONFIG, "transformer": twin(CONFIG)}
 JSON = {"Content-Type": "application/json"}
 

@@ -6,7 +6,7 @@ import pytest
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import MODELS, RetNetConfig, TransformerConfig, build
+from retentive.models import build, retnet, transformer
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 from retentive.serve.service import open_service
@@ -15,7 +15,7 @@ from retentive.serve.service import open_service
 def test_the_info_for_the_page(server):
     info = server.http().get("/v1/info").json()
     model = server.service.model
-    assert info["model"] == server.service.name and info["kind"] == MODELS[type(model.config)].__name__
+    assert info["model"] == server.service.name and info["kind"] == model.config.name
     assert info["parameters"] == sum(p.numel() for p in model.parameters())
     assert info["state_bytes"] == model.init_state(1).nbytes and info["context"] is None and info["chat"] is False
 
@@ -27,7 +27,7 @@ def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refu
 
 def test_slots_of_a_window_are_counted_before_they_are_filled(tmp_path, refuses):
     """A blank state has none of its window's slots yet, but the pool will have all."""
-    config = TransformerConfig(vocab_size=257, dim=32, layers=1, heads=2, attention_window=2**20)
+    config = transformer(vocab_size=257, dim=32, layers=1, heads=2, attention_window=2**20)
     save_model(tmp_path, build(config), ByteTokenizer())
     with refuses("--slots 100000 need 26,843.5 GB of states"):  # 2^20 x 2 x 32 x 4 bytes each
         open_service(tmp_path, Options(slots=10**5))
@@ -51,7 +51,7 @@ def test_completions_in_flight_are_counted_and_bounded(runs):
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, refuses):
     """A table has rows to spare, but not most of them."""
     for vocab in (300, 4096):
-        model = build(RetNetConfig(vocab_size=vocab, dim=32, layers=1, heads=2))
+        model = build(retnet(vocab_size=vocab, dim=32, layers=1, heads=2))
         save_model(tmp_path / str(vocab), model, ByteTokenizer())
     assert open_service(tmp_path / "300").tokenizer.vocab_size == 257
     with refuses("the tokenizer has 257 tokens, the model 4,096: they do not belong together"):

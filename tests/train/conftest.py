@@ -13,7 +13,7 @@ from retentive.data.pack import pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import LanguageModel, RetNetConfig, TransformerConfig, build
+from retentive.models import LanguageModel, ModelConfig, build, retnet
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.checkpoints import folders
 from retentive.train.directory import RunDirectory
@@ -70,7 +70,7 @@ def light(monkeypatch):
     torch.set_num_threads(threads)
 
 
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 
 
 class Acting:
@@ -113,7 +113,7 @@ class Runs:
         **how,
     ):
         torch.manual_seed(init)
-        model = build(model) if isinstance(model, RetNetConfig | TransformerConfig) else model
+        model = build(model) if isinstance(model, ModelConfig) else model
         config = TrainConfig(**{"steps": 8, "warmup": 2, "precision": "fp32", "save_every": 3, "device": "cpu", **how})
         data = Packed(self.data)
         batches = Acting(data.batches(mode=mode, batch=4, length=32, seed=config.seed), model, at, act)

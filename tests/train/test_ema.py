@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 import retentive
 from retentive.evals.heldout import HeldOut
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from retentive.train.checkpoints import folders
 from retentive.train.ema import EMA
 
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 
 
 def test_it_is_the_weighted_mean_of_the_weights_after_each_step(same):

@@ -17,14 +17,15 @@ import retentive
 from retentive.data.packed import Packed
 from retentive.evals.heldout import HeldOut
 from retentive.files import load_tensors
-from retentive.models import ARCHITECTURES, RetNetConfig, build, twin
+from retentive.models import ARCHITECTURES, build, retnet, twin
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.checkpoints import folders
 from retentive.train.loop import accumulate_gradients, pick_precision
+from tests.configs import changed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
-PAPER = replace(TINY, **ARCHITECTURES["retnet-paper"])
+TINY = retnet(dim=32, layers=2, heads=2)
+PAPER = changed(TINY, **ARCHITECTURES["retnet-paper"])
 CPU = torch.device("cpu")
 EOS = 256
 # float64 has 53 bits, 1e-16: two layers, losses of 128 tokens and their gradients summed in another order cost a lot

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from retentive.data.loader import Batch
 from retentive.data.packed import Packed
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from retentive.ops.cross_entropy import IGNORE
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 
 
 def test_language_modelling_is_the_sum_over_targets_that_count():

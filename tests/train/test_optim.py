@@ -9,16 +9,16 @@ import torch
 
 from retentive.checkpoint.adapter import targets_of, with_adapter
 from retentive.layers.lora import Adapter
-from retentive.models import HybridConfig, LanguageModel, RetNetConfig, TransformerConfig, build
+from retentive.models import LanguageModel, build, hybrid, retnet, transformer
 from retentive.models.encoders import ImageConfig, with_encoders
 from retentive.train import TrainConfig
 from retentive.train.optim import Muon, adamw, hidden_matrices, learning_rate, optimizer_of, orthogonal
 
 SMALL = dict(dim=16, layers=2, heads=2)
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-affine-tied": RetNetConfig(**SMALL, head_norm_affine=True, embed_norm=True, tie_embeddings=True),
-    "transformer": TransformerConfig(**SMALL),
+    "retnet": retnet(**SMALL),
+    "retnet-affine-tied": retnet(**SMALL, head_norm_affine=True, embed_norm=True, tie_embeddings=True),
+    "transformer": transformer(**SMALL),
 }
 
 
@@ -53,10 +53,10 @@ def test_a_step_decays_matrices_only():
 
 
 MUON = {
-    "retnet": RetNetConfig(**SMALL),
-    "gated": RetNetConfig(**SMALL, decay="gated", decay_bias=True, qk_bias=True, tie_embeddings=True),
-    "transformer": TransformerConfig(**SMALL, forget_gate=True),
-    "hybrid": HybridConfig(**SMALL),
+    "retnet": retnet(**SMALL),
+    "gated": retnet(**SMALL, decay="gated", decay_bias=True, qk_bias=True, tie_embeddings=True),
+    "transformer": transformer(**SMALL, forget_gate=True),
+    "hybrid": hybrid(**SMALL),
 }
 MATRICES = {"q_proj", "k_proj", "v_proj", "g_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -159,7 +159,7 @@ def test_muon_in_bf16_is_torchs(same):
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw():
     """0.2 lr in root mean square, whatever the gradient's size and the matrix's shape."""
-    model = build(RetNetConfig(dim=64, layers=1, heads=2))
+    model = build(retnet(dim=64, layers=1, heads=2))
     before = [p.detach().clone() for p in hidden_matrices(model)]
     optimizer = Muon(model, TrainConfig(weight_decay=0.0, precision="fp32"))
     step_twice(model, optimizer, rate=0.01)

@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 import retentive
 from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
-from retentive.models import RetNetConfig, build, twin
+from retentive.models import build, retnet, twin
 from retentive.train import shards
 from retentive.train.checkpoints import folders
 from retentive.train.signals import Interrupted
+from tests.configs import changed
 
-TINY = RetNetConfig(dim=32, layers=2, heads=2, dropout=0.1)
+TINY = retnet(dim=32, layers=2, heads=2, dropout=0.1)
 
 
 class Crash(Exception):
@@ -415,7 +415,7 @@ def test_weights_of_another_shape_are_refused(run):
         run("a", at=5, act=crash)
     before = files(run.folder("a"))
     with pytest.raises((RuntimeError, ValueError)):
-        run("a", model=replace(TINY, dim=48), resume=True)
+        run("a", model=changed(TINY, dim=48), resume=True)
     assert files(run.folder("a")) == before
 
 

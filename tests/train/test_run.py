@@ -20,7 +20,7 @@ from retentive.data.packed import Packed
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.evals.heldout import held_out_loss
-from retentive.models import ARCHITECTURES, RetNetConfig, build, cost
+from retentive.models import ARCHITECTURES, build, cost, retnet
 from retentive.models.retnet import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
 from retentive.train.checkpoints import folders
@@ -311,7 +311,7 @@ def test_training_on_from_given_weights(made, same_end, tmp_path):
 def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
     torch.manual_seed(5)
     fields = ARCHITECTURES["torchscale"] | {"embed_scale": False}
-    model = build(RetNetConfig(vocab_size=257, dim=32, layers=2, heads=2, **fields))
+    model = build(retnet(vocab_size=257, dim=32, layers=2, heads=2, **fields))
     save_model(tmp_path / "theirs", model, layout="torchscale")
     run = made("tuned", size="5m", init=str(tmp_path / "theirs"), set={"dropout": 0.5})
     assert losses(run.run(quiet=True))[0] != pytest.approx(first_loss(run, tmp_path / "theirs"), rel=1e-3)

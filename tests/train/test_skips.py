@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 from retentive.train.checkpoints import folders
 
-TINY = RetNetConfig(dim=32, layers=2, heads=2)
+TINY = retnet(dim=32, layers=2, heads=2)
 
 
 class Once:

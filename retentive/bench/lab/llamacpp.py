@@ -9,14 +9,13 @@ Both settings of its flash attention are tried where something is timed, since w
 import ctypes
 import functools
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from retentive.models import TransformerConfig
+from retentive.models import ModelConfig
 
 MULTIPLE = 32
 """Its quantised blocks: widths are rounded to a multiple."""
@@ -24,18 +23,21 @@ UBATCH = 512
 """Tokens of a prompt that it computes at once, its own default."""
 
 
-def write(config: TransformerConfig, path: Path) -> None:
+def write(config: ModelConfig, path: Path) -> None:
     """A GGUF file in F16 with random weights; the tokenizer is none."""
     import gguf
 
-    rng, c, head = np.random.default_rng(0), config, config.dim // config.heads
+    rng, c, block = np.random.default_rng(0), config, config.all_alike("llama.cpp")
+    width, heads, attention = block.ffn.width, block.mixer.heads, config.attention
+    assert attention is not None
+    head, kv_heads = attention.head_dim, attention.kv_heads
     out = gguf.GGUFWriter(str(path), "llama")
     out.add_context_length(1 << 20)
     out.add_embedding_length(c.dim)
     out.add_block_count(c.layers)
-    out.add_feed_forward_length(c.ffn_dim)
-    out.add_head_count(c.heads)
-    out.add_head_count_kv(c.kv_heads)
+    out.add_feed_forward_length(width)
+    out.add_head_count(heads)
+    out.add_head_count_kv(kv_heads)
     out.add_rope_dimension_count(head)
     out.add_layer_norm_rms_eps(c.norm_eps)
     out.add_vocab_size(c.vocab_size)
@@ -53,14 +55,14 @@ def write(config: TransformerConfig, path: Path) -> None:
         matrix("output", c.vocab_size, c.dim)
     gain("output_norm")
     for i in range(c.layers):
-        block = f"blk.{i}"
-        gain(f"{block}.attn_norm")
-        gain(f"{block}.ffn_norm")
-        for name, rows in (("q", c.dim), ("k", head * c.kv_heads), ("v", head * c.kv_heads), ("output", c.dim)):
-            matrix(f"{block}.attn_{name}", rows, c.dim)
-        matrix(f"{block}.ffn_gate", c.ffn_dim, c.dim)
-        matrix(f"{block}.ffn_up", c.ffn_dim, c.dim)
-        matrix(f"{block}.ffn_down", c.dim, c.ffn_dim)
+        prefix = f"blk.{i}"
+        gain(f"{prefix}.attn_norm")
+        gain(f"{prefix}.ffn_norm")
+        for name, rows in (("q", c.dim), ("k", head * kv_heads), ("v", head * kv_heads), ("output", c.dim)):
+            matrix(f"{prefix}.attn_{name}", rows, c.dim)
+        matrix(f"{prefix}.ffn_gate", width, c.dim)
+        matrix(f"{prefix}.ffn_up", width, c.dim)
+        matrix(f"{prefix}.ffn_down", c.dim, width)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -78,7 +80,7 @@ def begin() -> Any:
     return quiet
 
 
-def written(config: TransformerConfig, format: str, folder: Path) -> Path:
+def written(config: ModelConfig, format: str, folder: Path) -> Path:
     """A GGUF file in the folder, of the twin's sizes, whose widths are rounded to a multiple.
 
     Args:
@@ -103,15 +105,15 @@ def written(config: TransformerConfig, format: str, folder: Path) -> Path:
     return made
 
 
-def rounded(config: TransformerConfig) -> TransformerConfig:
+def rounded(config: ModelConfig) -> ModelConfig:
     """The config with widths that its blocks divide."""
-    return replace(config, ffn_dim=-(-config.ffn_dim // MULTIPLE) * MULTIPLE)
+    return config.with_ffn(-config.blocks[0].ffn.width % MULTIPLE)
 
 
 class Model:
     """A loaded model; weights are the same for the same config."""
 
-    def __init__(self, config: TransformerConfig, format: str):
+    def __init__(self, config: ModelConfig, format: str):
         """
         Args:
             format: F16, Q8_0 or Q4_0.
@@ -121,7 +123,7 @@ class Model:
         """
         with tempfile.TemporaryDirectory() as folder:  # the file goes
             self._load(written(config, format, Path(folder)), mapped=False)
-        self.config: TransformerConfig | None = rounded(config)
+        self.config: ModelConfig | None = rounded(config)
 
     @classmethod
     def of(cls, file: Path) -> "Model":

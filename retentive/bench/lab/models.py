@@ -18,7 +18,7 @@ import torch
 from retentive.bench.lab.options import Say
 from retentive.bench.lab.tables import known
 from retentive.checkpoint.quantize import quantize
-from retentive.models import Config, LanguageModel, RetNet, RetNetConfig, TransformerConfig, build, peer, twin
+from retentive.models import Config, LanguageModel, ModelConfig, build, peer, twin
 from retentive.native import NativeRetNet
 from retentive.native.library import library
 from retentive.ops import using
@@ -46,12 +46,13 @@ stays well below."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def grouped(config: RetNetConfig) -> TransformerConfig:
-    """The twin with one head of keys and values for every four of queries, or nearly."""
-    return twin(config, kv_heads=next(n for n in range(-(-config.heads // 4), 0, -1) if config.heads % n == 0))
+def grouped(config: ModelConfig) -> ModelConfig:
+    """The twin of a RetNet with one head of keys and values for every four of queries, or nearly."""
+    heads = config.all_retention("a bench").heads
+    return twin(config, kv_heads=next(n for n in range(-(-heads // 4), 0, -1) if heads % n == 0))
 
 
-def config_of(name: str, config: RetNetConfig) -> Config:
+def config_of(name: str, config: ModelConfig) -> Config:
     """The config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
     if name == "llama":
         return peer(config, "llama")
@@ -86,7 +87,7 @@ def chosen(names: Sequence[str], device: torch.device, say: Say) -> list[str]:
     return [name for name, reason in reasons.items() if not reason]
 
 
-def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dtype = torch.float32):
+def make(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32):
     """The model with random weights, the same at every call, ready for inference."""
     # so that repetitions, and the process that memory is measured in, have the same model
     torch.manual_seed(0)
@@ -94,11 +95,11 @@ def make(name: str, config: RetNetConfig, device: torch.device, dtype: torch.dty
         return build(config_of(name, config)).to(device, dtype).eval()
     model, bits = build(config).bfloat16().eval(), NATIVE[name]
     made = model if bits is None else quantize(model, bits)
-    return NativeRetNet(made)  # type: ignore[arg-type]
+    return NativeRetNet(made)
 
 
 @torch.inference_mode()
-def check_forms(model: RetNet, length: int) -> float:
+def check_forms(model: LanguageModel, length: int) -> float:
     """The largest difference of float32 logits between the parallel and the other forms.
 
     Raises:
@@ -136,7 +137,7 @@ def check_decoding(model: LanguageModel, length: int = 48) -> float:
     bound = TOLERANCE if model.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
     if not worst <= bound:
         raise ArithmeticError(
-            f"{type(model).__name__} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"
+            f"{model.config.name} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"
         )
     return worst
 

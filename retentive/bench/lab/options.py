@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from retentive.machine import pick_device
-from retentive.models import RetNetConfig, preset
+from retentive.models import ModelConfig, retnet
 
 Say = Callable[[str], object]
 """Called with a line of progress now and then."""
@@ -26,13 +26,13 @@ class Sized:
     """Tokens of the vocabulary."""
 
     @property
-    def config(self) -> RetNetConfig:
+    def config(self) -> ModelConfig:
         """The RetNet's config.
 
         Raises:
             ValueError: an unknown size.
         """
-        return preset(self.size, vocab_size=self.vocab_size)
+        return retnet(self.size, vocab_size=self.vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)

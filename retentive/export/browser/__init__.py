@@ -13,7 +13,6 @@ The engine is there twice, since only pages that are isolated from others may ha
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,11 +105,11 @@ def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
         folder / "model.json",
         {
             "name": name,
-            "kind": type(model).__name__,
+            "kind": model.config.name,
             "parameters": cost.parameters(model.config),
             "state_bytes": cost.state_bytes(model.config),
             "fingerprint": fingerprint(model),
-            "config": asdict(model.config),
+            "config": model.config.written(),
             "chat": chat,
             "teaches": template.own and chat is not None,
             "page": sorted(file.name for file in folder.iterdir() if file.is_file() and file not in needed),

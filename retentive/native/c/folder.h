@@ -228,28 +228,37 @@ static void config_of(Folder *f) {
     static const char *const activations[] = {"swish", "gelu", "sigmoid", NULL};
     static const char *const turns[] = {"none", "interleaved", "half", NULL};
     Model *m = &f->model;
-    m->D = whole_number_of(f, "dim"), m->layers = whole_number_of(f, "layers"), m->H = whole_number_of(f, "heads"),
-    m->kv = whole_number_of(f, "kv_heads");
-    m->F = whole_number_of(f, "ffn_dim"), m->vocab = whole_number_of(f, "vocab_size");
+    /* fields of the model, of its mixers and of their feed-forward layers; in version 0.1.0 all in one place */
+    const Json *whole = f->config, *blocks = item(whole, "blocks"), *one = blocks ? blocks->child : NULL;
+    const Json *mixer = blocks ? item(one, "mixer") : whole, *ffn = blocks ? item(one, "ffn") : whole;
+    if (blocks && (!ffn || one->next || !is_text(item(mixer, "kind"), "retention"))) {
+        f->bad = 1, fail(f->error, "it runs RetNets, this is another model");
+        return;
+    }
+    m->D = whole_number_of(f, "dim"), m->vocab = whole_number_of(f, "vocab_size");
+    m->eps = number_of(f, "norm_eps"), m->embed_scale = number_of(f, "embed_scale") ? sqrt((double)m->D) : 1;
+    f->config = blocks ? one : whole, m->layers = whole_number_of(f, blocks ? "repeat" : "layers");
+    f->config = ffn, m->F = whole_number_of(f, blocks ? "width" : "ffn_dim");
+    m->ffn_gate = number_of(f, blocks ? "gate" : "ffn_gate"), m->activation = choice_of(f, "activation", activations);
+    f->config = mixer, m->H = whole_number_of(f, "heads"), m->kv = whole_number_of(f, "kv_heads");
     if (!f->bad && (m->D < 1 || m->layers < 1 || m->H < 1 || m->kv < 1 || m->H % m->kv || m->F < 1 || m->vocab < 1))
         f->bad = 1, fail(f->error, "config.json describes no model");
     if (f->bad) return;
     i64 keys = whole_number_of(f, "key_dim"), values = whole_number_of(f, "value_dim");
     m->K = keys / m->H, m->V = values / m->H;
     if (!f->bad && (keys % m->H || values % m->H || m->K < 2 || m->K % 2 || m->V < 1)) f->bad = 1, fail(f->error, "config.json describes no model");
-    m->gate = number_of(f, "gate"), m->ffn_gate = number_of(f, "ffn_gate"), m->normed_heads = number_of(f, "head_norm");
-    m->row_norm = number_of(f, "score_norm"), m->eps = number_of(f, "norm_eps"),
-    m->decay_scale = number_of(f, "decay_scale");
-    m->embed_scale = number_of(f, "embed_scale") ? sqrt((double)m->D) : 1;
-    m->gate_activation = choice_of(f, "gate_activation", activations),
-    m->activation = choice_of(f, "activation", activations);
+    m->gate = number_of(f, "gate"), m->normed_heads = number_of(f, "head_norm");
+    m->row_norm = number_of(f, "score_norm"), m->decay_scale = number_of(f, "decay_scale");
+    m->gate_activation = choice_of(f, "gate_activation", activations);
+    double base = item(mixer, "rotary_base") ? number_of(f, "rotary_base") : 10000;
     i64 turn = choice_of(f, "rotary", turns), half_K = m->K / 2;
     m->halves = turn == 2;
     double *frequency = turn ? keep(f, half_K * 8) : NULL;
     for (i64 i = 0; frequency && i < half_K; i++)
-        frequency[i] = pow(10000, -(turn == 2 ? (double)i / half_K : half_K > 1 ? (double)i / (half_K - 1) : 0));
+        frequency[i] = pow(base, -(turn == 2 ? (double)i / half_K : half_K > 1 ? (double)i / (half_K - 1) : 0));
     m->frequency = frequency;
     if (!f->bad) decays_of(f);
+    f->config = whole;
 }
 
 static void layer_of(Folder *f, i64 i) {
@@ -290,9 +299,10 @@ static int read_model(Folder *f, const Json *raw, const char *folder, char *erro
     const Json *how = item(raw, "quantization");
     memset(f, 0, sizeof *f);
     f->error = error, f->config = item(raw, "config");
-    if (!is_text(item(raw, "format"), "retentive-model-1"))
+    if (!is_text(item(raw, "format"), "retentive-model-2") && !is_text(item(raw, "format"), "retentive-model-1"))
         return fail(error, "%s/config.json is none of this package's", folder);
-    if (!is_text(item(raw, "kind"), "retnet")) return fail(error, "it runs RetNets, this is another model");
+    if (!item(f->config, "blocks") && !is_text(item(raw, "kind"), "retnet"))
+        return fail(error, "it runs RetNets, this is another model");
     if (how)
         f->bits = item(how, "bits") ? item(how, "bits")->number : 0,
         f->group = item(how, "group") ? item(how, "group")->number : 0;

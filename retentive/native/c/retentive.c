@@ -183,11 +183,13 @@ static void digest_of(const Model *m, const char *about, const float *const *lay
 /* the head of a state's file, `about` NULL or that of a memory; its bytes, or 0 where there was no memory */
 static i64 head_of_state(RetentiveStates *s, i64 n, const char *about, char **head) {
     const Model *m = &s->model->folder.model;
-    i64 floats = m->H * m->K * m->V, most = m->layers * 160 + 512 + (about ? 6 * (i64)strlen(about) : 0), used = 0;
+    i64 floats = m->H * m->K * m->V, most = m->layers * 176 + 512 + (about ? 6 * (i64)strlen(about) : 0), used = 0;
     char *text = *head = malloc(most), hex[2 * DIGEST_BYTES + 1];
     const float *layers[m->layers];
     if (!text) return 0;
-    used += snprintf(text, most, "{\"__metadata__\":{\"format\":\"retentive-state-1\",\"kind\":\"retention\"");
+    used += snprintf(text, most, "{\"__metadata__\":{\"format\":\"retentive-state-2\",\"windows\":\"[");
+    for (i64 l = 0; l < m->layers; l++) used += snprintf(text + used, most - used, l ? ", 0" : "0");
+    used += snprintf(text + used, most - used, "]\"");
     if (about) {
         for (i64 l = 0; l < m->layers; l++) layers[l] = rings_from(s, l, n).state;
         digest_of(m, about, layers, &s->position[n], hex);
@@ -201,7 +203,7 @@ static i64 head_of_state(RetentiveStates *s, i64 n, const char *about, char **he
     for (i64 l = 0; l < m->layers; l++)
         used +=
             snprintf(text + used, most - used,
-                     ",\"layers.%lld\":{\"dtype\":\"F32\",\"shape\":[1,%lld,%lld,%lld],\"data_offsets\":[%lld,%lld]}",
+                     ",\"memories.%lld.state\":{\"dtype\":\"F32\",\"shape\":[1,%lld,%lld,%lld],\"data_offsets\":[%lld,%lld]}",
                      (long long)l, (long long)m->H, (long long)m->K, (long long)m->V, (long long)(l * floats * 4 + 8),
                      (long long)((l + 1) * floats * 4 + 8));
     used +=
@@ -253,13 +255,15 @@ int retentive_load(RetentiveStates *s, int64_t n, const char *path, char *error)
         return fail(error, "there are %lld sequences, got %lld", (long long)s->count, (long long)n);
     if (!open_tensors(&t, "", path, error)) return close_tensors(&t), 0;
     const Json *said = item(t.head, "__metadata__"), *about = item(said, "memory"), *digest = item(said, "digest");
-    int good = is_text(item(said, "kind"), "retention");
+    int old = is_text(item(said, "format"), "retentive-state-1") && is_text(item(said, "kind"), "retention");
+    int good = old || is_text(item(said, "format"), "retentive-state-2");
     position = good ? tensor(&t, "position", 1, 0, &dtype, &bad, NULL) : NULL;
     good = position && !strcmp(dtype, "I64");
-    snprintf(name, sizeof name, "layers.%lld", (long long)m->layers);
+    const char *names = old ? "layers.%lld" : "memories.%lld.state";
+    snprintf(name, sizeof name, names, (long long)m->layers);
     good = good && !item(t.head, name);
     for (i64 l = 0; l < m->layers && good; l++) { /* all is looked at before anything is written over */
-        snprintf(name, sizeof name, "layers.%lld", (long long)l);
+        snprintf(name, sizeof name, names, (long long)l);
         layers[l] = (const float *)tensor(&t, name, m->H * m->K * m->V, 0, &dtype, &bad, NULL);
         good = layers[l] && !strcmp(dtype, "F32");
     }

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from retentive.bench.lab import models
-from retentive.models import RetNet, RetNetConfig, build, cost
+from retentive.models import LanguageModel, build, cost, retnet
 
-CONFIG = RetNetConfig(vocab_size=31, dim=32, layers=2, heads=4)
+CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
 
 
-@pytest.mark.parametrize(("config", "kv_heads"), [(CONFIG, 1), (RetNetConfig(dim=80, heads=10), 2)])
+@pytest.mark.parametrize(("config", "kv_heads"), [(CONFIG, 1), (retnet(dim=80, heads=10), 2)])
 def test_grouped_heads_are_a_quarter_or_what_divides(config, kv_heads):
     grouped = models.config_of("grouped", config)
-    assert grouped.kv_heads == kv_heads
+    assert grouped.attention.kv_heads == kv_heads
     assert cost.parameters(grouped) == pytest.approx(cost.parameters(config), rel=0.01)
 
 
@@ -44,12 +44,12 @@ def test_forms_and_decoding_that_agree_pass_with_their_difference():
 def test_decoding_in_bf16_may_be_off_by_its_rounding_and_no_more(monkeypatch, refuses):
     model = models.make("retnet", CONFIG, torch.device("cpu"), torch.bfloat16)
     assert models.check_decoding(model) > 0
-    real = RetNet.hidden
+    real = LanguageModel.hidden
 
     def wrong(self, ids, state=None, **how):
         x, state = real(self, ids, state, **how)
         return (2 * x if ids.shape[1] == 1 else x), state
 
-    monkeypatch.setattr(RetNet, "hidden", wrong)
+    monkeypatch.setattr(LanguageModel, "hidden", wrong)
     with refuses("RetNet decodes logits that are off by", ArithmeticError):
         models.check_decoding(model)

@@ -3,7 +3,7 @@
 import torch
 
 from retentive.bench.lab.options import OnDevice, Sized, words
-from retentive.models import preset
+from retentive.models import retnet
 
 
 def test_names_may_have_commas_between_them():
@@ -21,6 +21,6 @@ def test_a_device_is_a_cpu_or_an_nvidia_gpu(monkeypatch, refuses):
 
 
 def test_a_size_is_a_config(refuses):
-    assert Sized(size="1m", vocab_size=31).config == preset("1m", vocab_size=31)
+    assert Sized(size="1m", vocab_size=31).config == retnet("1m", vocab_size=31)
     with refuses("unknown size '3m'"):
         _ = Sized(size="3m").config

@@ -7,13 +7,13 @@ import torch
 
 from retentive.bench.lab.server import server
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import RetNetConfig, build
+from retentive.models import build, retnet
 
 
 def test_no_server_is_said_in_one_line(monkeypatch, tmp_path, refuses):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    model = build(RetNetConfig(vocab_size=257, dim=16, layers=1, heads=2))
+    model = build(retnet(vocab_size=257, dim=16, layers=1, heads=2))
     with refuses("the server did not start", OSError), server(model, ByteTokenizer()):
         pytest.fail("there is none")
     assert not list(tmp_path.iterdir()), "its folder is gone"

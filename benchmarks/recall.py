@@ -1,0 +1,225 @@
+"""`python -m benchmarks recall`: multi-query associative recall, the test in which states of constant size are weakest.
+
+A row names n pairs of a key and a value, drawn anew for every row, and then asks for every key once:
+
+    k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
+
+All that is needed to answer stands in the row. A model is trained on rows of one number of pairs a step, the fewest
+alone at first and then one number after another with them: attention that is given all at once does not learn to find
+what it is asked for, and learns it from four pairs in some thousand steps. Accuracy is measured for each number.
+
+Source: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive import compare, machine
+from retentive.bench.lab.options import Say, silent, words
+from retentive.bench.lab.plot import dress, grid, legend
+from retentive.bench.lab.tables import at_least_one, known, markdown
+from retentive.data.loader import Batch
+from retentive.machine import pick_device
+from retentive.models import Config, LanguageModel, ModelConfig, build, cost
+from retentive.ops.cross_entropy import IGNORE
+from retentive.train import Hooks, TrainConfig, language_modelling, train
+from retentive.train.directory import RunDirectory
+
+PAIRS = (4, 8, 16, 32)
+KEYS = VALUES = 64
+PICTURE = "Associative recall"
+ASKED = 4096
+"""Answers that an accuracy is the mean of, at least."""
+GROWING = 0.5
+"""Share of the steps by whose end all numbers of pairs are there."""
+FEW, LEARNED = 4, 0.9
+"""Every model here has room for FEW pairs: one that is right about them less often than LEARNED, a share, has not
+learned the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Associative recall: small models trained to answer from pairs of keys and values that stand before."""
+
+    out: Path = Path("runs/recall")
+    """Folder for the models; those that are there are not trained again."""
+    variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid-window", "transformer")
+    """As `retentive compare --variants`."""
+    dims: tuple[int, ...] = (64,)
+    """Widths of the models, of two layers."""
+    pairs: tuple[int, ...] = PAIRS
+    """Pairs in a row."""
+    steps: int = 6000
+    """Training steps."""
+    tokens: int = 4096
+    """Tokens of a training step."""
+    lrs: tuple[float, ...] = (4e-3, 1e-2)
+    """Peak learning rates: each model counts at its best."""
+
+
+class Rows:
+    """The batches of training: `rows[step]` has rows of one number of pairs, a pure function of (seed, step)."""
+
+    def __init__(self, *, tokens: int, steps: int, pairs: Sequence[int] = PAIRS, seed: int = 0):
+        self.tokens, self.pairs, self.seed = tokens, sorted(pairs), seed
+        self.grown = max(int(GROWING * steps), 1)
+        """Steps until all numbers of pairs are there."""
+        self.length = sum(4 * n - 1 for n in pairs) // len(pairs)
+        """The mean length of a row, from which the FLOPs of a step are counted."""
+
+    def __getitem__(self, step: int) -> Batch:
+        there = min(1 + step * len(self.pairs) // self.grown, len(self.pairs))
+        n = self.pairs[step % there]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return rows(n, max(self.tokens // (4 * n), 1), generator)
+
+
+def rows(n: int, count: int, generator: torch.Generator) -> Batch:
+    """`count` rows of n pairs: ids and targets `[B,4n-1]`; all targets but the answers are IGNORE."""
+    # argsort of random numbers is a random order: n different keys, and then the order in which they are asked
+    keys = torch.rand(count, KEYS, generator=generator).argsort(-1)[:, :n]
+    values = torch.randint(KEYS, KEYS + VALUES, (count, n), generator=generator)
+    order = torch.rand(count, n, generator=generator).argsort(-1)
+    asked = torch.stack((keys.gather(1, order), values.gather(1, order)), -1)
+    ids = torch.cat((torch.stack((keys, values), -1).flatten(1), asked.flatten(1)), 1)
+    targets = ids[:, 1:].clone()
+    targets[:, : 2 * n] = IGNORE  # the pairs, and the first key that is asked
+    targets[:, 1::2] = IGNORE  # after an answer comes the next key, which is random
+    return Batch(ids[:, :-1], targets, None, None)
+
+
+@torch.no_grad()
+def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
+    """(share of answers that are the likeliest token, answers), over rows that training has not seen."""
+    generator = torch.Generator().manual_seed(seed + n)  # above the seeds of training, which are its steps
+    right = total = 0
+    while total < asked:
+        batch = rows(n, max(4096 // (4 * n), 1), generator)
+        where = batch.targets != IGNORE
+        x, _ = model.hidden(batch.ids.to(model.device))
+        found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
+        right += int((found == batch.targets[where]).sum())
+        total += len(found)
+    return right / total, total
+
+
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per width and variant, at its best rate: accuracy for each number of pairs, and the bytes that the model
+    remembers in.
+
+    The models are trained in `out`; those that are there are not trained again.
+
+    Raises:
+        ValueError: an unknown variant, a number below 1, more pairs than keys; a model in `out` trained otherwise.
+    """
+    variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
+    known(variants, compare.VARIANTS, "variant")
+    at_least_one(options, "pairs", "dims", "steps", "tokens")
+    if not options.lrs:
+        raise ValueError("no rate to train at: give --lrs one or more")
+    if max(pairs) > KEYS:
+        raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
+    trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "growing": GROWING}
+    found = []
+    for dim, variant in product(dims, variants):
+        shape = dict(dim=dim, layers=2, heads=2)
+        config = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
+        by_rate: dict[float, dict[str, float]] = {}
+        for lr in options.lrs:
+            folder = options.out / f"{variant}_{dim}_lr{lr:g}"
+            model = trained_model(config, folder, trained | {"lr": lr})
+            by_rate[lr] = scores = {str(n): accuracy(model, n)[0] for n in pairs}
+            shares = ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items())
+            say(f"{variant}, width {dim}, lr {lr:g}: {shares}")
+        best = max(by_rate, key=lambda lr: sum(by_rate[lr].values()))
+        row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config), "lr": best}
+        # the cost formulas do not know the peers
+        remembers = cost.memory_bytes(config, 4 * max(pairs)) if isinstance(config, ModelConfig) else None
+        found.append(row | {"memory_bytes": remembers, "accuracy": by_rate[best]})
+    return {
+        "what": "associative recall",
+        "hardware": machine.describe(),
+        "device": pick_device("auto").type,
+        **trained,
+        "lrs": list(options.lrs),
+        "chance": 1 / VALUES,
+        "answers": ASKED,
+        "rows": found,
+    }
+
+
+def trained_model(config: Config, folder: Path, options: dict[str, Any]) -> LanguageModel:
+    """The model of the folder; trained first where it is not there.
+
+    Raises:
+        ValueError: it was trained with other options.
+    """
+    check_done(folder, options)  # "resume" below does nothing for a model that is trained: it must be the right one
+    steps = options["steps"]
+    how = TrainConfig(
+        steps=steps, lr=options["lr"], warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
+    )
+    torch.manual_seed(0)
+    model = build(config)
+    rows = Rows(tokens=options["tokens_per_step"], steps=steps, pairs=options["pairs"])
+    directory = RunDirectory(folder, record={"recall": options}, existing="resume")
+    train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
+    return model.eval()
+
+
+def check_done(folder: Path, options: dict[str, Any]) -> None:
+    """Raises ValueError where the folder holds a model trained with other options."""
+    file = folder / "train.json"
+    if file.is_file():
+        had = json.loads(file.read_text(encoding="utf-8")).get("recall")
+        if had != options:
+            raise ValueError(f"{folder} was trained otherwise ({had}, now {options}): choose another --out")
+
+
+def learned(row: dict[str, Any]) -> bool:
+    """Whether the model learned the task: if it fails at FEW pairs, its row tells of training and not of memory."""
+    return all(share >= LEARNED for n, share in row["accuracy"].items() if int(n) <= FEW)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, and below it the models whose rows say nothing about memory."""
+    pairs = list(result["rows"][0]["accuracy"])
+    longest = 4 * max(int(n) for n in pairs)
+    heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
+    lines = []
+    for row in result["rows"]:
+        memory = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB"
+        cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", f"{row['lr']:g}", memory]
+        lines.append([*cells, *(f"{row['accuracy'][n]:.1%}" for n in pairs)])
+    unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]
+    if not unlearned:
+        return markdown(heads, lines)
+    return f"{markdown(heads, lines)}\n\n" + (
+        f"- {', '.join(unlearned)}: wrong even about {FEW} pairs or fewer, so not trained to the end in "
+        f"{result['steps']:,} steps at these rates. These rows tell of training, not of memory."
+    )
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG: accuracy against pairs, a panel a width."""
+    dims = list(dict.fromkeys(row["dim"] for row in result["rows"]))
+    figure, (axes,) = grid(title, 1, len(dims), size=(5.2, 4))
+    for axis, dim in zip(axes, dims, strict=True):
+        for n, row in enumerate(r for r in result["rows"] if r["dim"] == dim):
+            pairs = [int(count) for count in row["accuracy"]]
+            style, more = ("-", "") if learned(row) else (":", ", not trained to the end")
+            how = {"color": f"C{n}", "marker": "osv^Dx"[n % 6], "linestyle": style, "label": row["variant"] + more}
+            how |= {"markersize": max(13 - 2 * n, 4)}  # of those that are even all show
+            axis.plot(pairs, list(row["accuracy"].values()), **how)
+        dress(axis, pairs, "answers that are right", "pairs to remember")
+        axis.set_yscale("linear")
+        axis.set_ylim(0, 1.03)
+        axis.set_title(f"width {dim}, two layers", fontsize=9)
+    legend(figure, axes)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,294 @@
+"""`python -m benchmarks step`: the decoding step against plain torch and against the memory that it must read.
+
+A step goes through the states of many layers, SPREAD bytes in all, as a model does, so that no cache holds them. A
+repetition is F = R / 2 tokens, as many as a ring takes between two writes of its state, so that each has one write. The
+correctness gate: 3 R steps of every rival against the recurrence in float64.
+
+    ring     retention_step(..., state=Ring), by the fastest code there is       reads the state, writes it once in F
+    plain    retention_step(..., state=tensor)                                   reads it and writes new ones
+    torch    the recurrence in three operations of torch, in place               reads it three times, writes it twice
+
+Where states are larger than some MB (plain, B large), each new one is fresh memory from the system, and its page faults
+cost more than the step.
+
+The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
+on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. The
+rate of a shared machine changes from one second to the next, so it is measured around every repetition, and the
+fraction is the median of theirs.
+
+That rate is reached over half a GB in one call. A call for little never reaches it, whatever it computes: the overhead
+of Python and of waking the threads is some microseconds, and prefetchers have to start. So each turn has one
+more repetition, in which torch only reads: `torch.sum` of as many bytes as the limit counts, in memory that no cache
+holds, as often as a step is called.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.lab.roofline import DTYPES
+from retentive import machine
+from retentive.bench.decode import ring_bytes
+from retentive.bench.lab import clock
+from retentive.bench.lab.options import OnDevice, Say, silent, words
+from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
+from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
+from retentive.ops import Ring, retention_step
+from retentive.ops import cpu as cpu_module
+from retentive.ops.decay import log_decay
+from retentive.ops.ring import slots
+
+SPREAD = 1 << 29
+"""Bytes of the states that a repetition goes through: more than any cache holds."""
+TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}
+"""Of the norm of the gold. fp32: rounding at 6e-8 over some hundred terms. bf16, fp16: o is rounded once, at 2e-3
+(2e-4) of itself at most; states and sums are float32."""
+
+
+class Shape(NamedTuple):
+    H: int
+    K: int
+    V: int
+
+
+SHAPES = {"small": Shape(8, 64, 128), "1.3B": Shape(8, 256, 512), "6.7B": Shape(16, 256, 512)}
+State = Tensor | Ring
+PICTURE = "A decoding step"
+
+
+class Rival(NamedTuple):
+    open: Callable[[Tensor, torch.dtype], State]
+    """(state, dtype of q, k and v) -> what the step takes as a state."""
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
+    """(q, k, v, log_decay, state) -> (o, state)."""
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, state) of the recurrence in torch, written with care for memory: the state is updated in place."""
+    # in place: with new tensors in every step the allocator would be timed too
+    state.mul_(log_decay_H.exp()[:, None, None])
+    state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
+    return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+
+
+RIVALS = {
+    "ring": Rival(Ring.open, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "plain": Rival(lambda state, dtype: state, lambda q, k, v, g, s: retention_step(q, k, v, g, state=s)),
+    "torch": Rival(lambda state, dtype: state, by_torch),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnDevice):
+    """The decoding step of one layer beside plain torch and the time that reading its state takes."""
+
+    shapes: tuple[str, ...] = ("small", "1.3B")
+    """Of small, 1.3B, 6.7B."""
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Sequences decoded together."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Of q, k and v: fp32, bf16, fp16. The state is float32."""
+    repeats: int = 5
+    """Repetitions timed of each; the best counts."""
+
+
+@torch.inference_mode()
+def measure(options: Options, say: Say = silent) -> dict[str, Any]:
+    """A row per shape, dtype of q, k, v and batch: seconds a step of every rival, and its fraction of the limit.
+
+    Raises:
+        ValueError: an unknown shape or dtype, a number below 1.
+        ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
+    """
+    shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
+    known(shapes, SHAPES, "shape")
+    known(dtypes, DTYPES, "dtype")
+    at_least_one(options, "batches", "repeats")
+    rows: list[dict[str, Any]] = []
+    for name, dtype in product(shapes, dtypes):
+        shape = SHAPES[name]
+        # once for all batches: the gate has one of its own
+        errors = {rival: check(rival, shape, dtype, device) for rival in RIVALS}
+        for B in options.batches:
+            results, rates, alone = interleaved(shape, B, dtype, device, options.repeats)
+            row = {"shape": name, "B": B, **shape._asdict(), "dtype": dtype, "contestants": results}
+            rows.append(finish(row, rates, alone, errors))
+            say(f"{name} B={B} {dtype}: " + ", ".join(f"{n} {duration(r['seconds'])}" for n, r in results.items()))
+    return {
+        "what": "decoding step of one layer",
+        "hardware": machine.describe(),
+        "device": str(device),
+        "ring_backend": backend(device, dtypes[0]),
+        "rows": rows,
+    }
+
+
+def backend(device: torch.device, dtype: str) -> str:
+    """The code that computes a step with a ring here, for the table."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        return "triton"
+    return "cpu" if device.type == "cpu" and cpu_module.unavailable(DTYPES[dtype]) is None else "torch"
+
+
+def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
+    """The largest error of the rival's outputs and last state, of their norm, over 3 R steps from some state.
+
+    Raises:
+        ArithmeticError: it is above the tolerance, or not a number.
+    """
+    H, K, V = shape
+    B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
+    # from some state and not from zeros: decay of what was there must be right as well
+    start = torch.randn(B, H, K, V, generator=generator).to(device)
+    decays, outputs, golds = log_decay("paper", H, device=device), [], []
+    state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
+    gamma = log_decay("paper", H, device=device, dtype=torch.float64).exp()[:, None, None]
+    for t in range(tokens):
+        o, state = RIVALS[name].step(q[t], k[t], v[t], decays, state)
+        gold = gamma * gold + k[t].double()[..., None] * v[t].double()[..., None, :]
+        outputs.append(o.double())
+        golds.append(K**-0.5 * torch.einsum("bhk,bhkv->bhv", q[t].double(), gold))
+    last = state.to_state() if isinstance(state, Ring) else state
+    pairs = ((torch.stack(outputs), torch.stack(golds)), (last.double(), gold))
+    errors = [float((x - y).norm() / y.norm()) for x, y in pairs]
+    for error, part in zip(errors, ("o", "the state"), strict=True):
+        if not error <= TOLERANCE[dtype]:
+            raise ArithmeticError(
+                f"the step by {name} is wrong at H={H}, K={K}, V={V} in {dtype}: {part} is off by {error:.1e} of its "
+                f"norm, more than {TOLERANCE[dtype]:.0e}: not timed"
+            )
+    return max(errors)
+
+
+def interleaved(
+    shape: Shape, B: int, dtype: str, device: torch.device, repeats: int
+) -> tuple[dict[str, dict[str, Any]], list[float], dict[str, float]]:
+    """What one step of one layer takes.
+
+    Returns:
+        of every rival the seconds, the fraction of the limit, the multiple of its time that reading alone takes;
+        the rates of reading; the seconds and the fraction of the limit of reading alone.
+    """
+    H, K, V = shape
+    nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
+    # rounded up: together at least SPREAD bytes
+    layers, tokens = -(-SPREAD // (4 * B * H * K * V)), slots(K, V) // 2
+    q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
+    decays = log_decay("paper", H, device=device)
+    pieces = in_pieces(numbers, nbytes)
+    # allocated once: `reads` shall do nothing but read
+    sums = torch.empty(pieces[0].shape[0], device=device)
+
+    def steps(step: Callable, states: list[Any]) -> None:
+        for _ in range(tokens):
+            # layer by layer as in a model: until its next step a state has left every cache
+            for n, state in enumerate(states):
+                _, states[n] = step(q, k, v, decays, state)
+
+    def reads() -> None:
+        for piece in pieces:
+            torch.sum(piece, -1, out=sums)
+
+    runs: dict[str, Callable[[], None]] = {"alone": reads}
+    for name, one in RIVALS.items():
+        # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds
+        states = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
+        runs[name] = partial(steps, one.step, states)
+    timed, rates = clock.beside_reading(runs, numbers, repeats=repeats)
+    # `alone` counts as a step for every `nbytes` that it reads, so that its seconds compare with a step's
+    steps_in = dict.fromkeys(runs, float(tokens * layers)) | {"alone": pieces[0].nbytes * len(pieces) / nbytes}
+    seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
+
+    def summary(name: str) -> dict[str, Any]:
+        # each by the rate around it, and the median of these: the rate changes from second to second
+        fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
+        return clock.best(seconds[name]) | {"fraction": statistics.median(fractions)}
+
+    def of_reading(name: str) -> float:
+        return statistics.median(read / own for read, own in zip(seconds["alone"], seconds[name], strict=True))
+
+    results = {name: summary(name) | {"of_reading": of_reading(name)} for name in RIVALS}
+    return results, rates, summary("alone")
+
+
+def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
+    """`numbers` cut into tensors of about `nbytes`, of whole rows: what `machine.read_rate` sums in one call."""
+    each = min(max(round(nbytes / numbers[0].nbytes), 1), len(numbers))
+    return list(numbers[: len(numbers) // each * each].split(each))
+
+
+def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], errors: dict[str, float]) -> dict[str, Any]:
+    """The row with the machine's rate, the limit, reading alone, and the error of each rival at the gate."""
+    B, H, K, V = (row[n] for n in "BHKV")
+    nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
+    for name, result in row["contestants"].items():
+        result["gate_error"] = errors[name]
+    return row | {
+        "state_bytes": 4 * B * H * K * V,
+        "slots": slots(K, V),
+        "machine": {"read": clock.spread(read), "alone": alone},
+        "limit": {"bytes": nbytes, "seconds": nbytes / statistics.median(read), "by": "memory"},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, the machine under it."""
+    heads = ["shape", "B", "inputs", "state", f"ring ({result['ring_backend']})", "of the limit", "of reading alone"]
+    heads += ["plain", "torch", "tokens/s of a layer"]
+    lines = []
+    for row in result["rows"]:
+        ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
+        cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
+        cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        # older files of results lack it
+        cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
+        cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
+        lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])
+    read = [rate / 1e9 for row in result["rows"] for rate in row["machine"]["read"].values()]
+    where = result["hardware"]["cpu" if result["device"] == "cpu" else "gpu"]
+    notes = [
+        "Seconds a step and layer; plain and torch as multiples of the ring's. The limit is what a ring must read and "
+        "write, at the rate of reading half a GB, in the median of the repetitions; reading alone is torch's sum of as "
+        "many bytes, called as often (retentive/bench/step.py).",
+        f"This machine meanwhile: reading {span(read)} GB/s ({where}).",
+    ]
+    return "\n\n".join([markdown(heads, lines), "\n".join(f"- {note}" for note in notes)])
+
+
+def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
+    """A PNG, a column a shape: time of a step and fraction of the limit against the batch."""
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    figure, axes = grid(title, 2, len(shapes), size=(5.5, 3.6))
+    for (time, fraction), shape in zip(axes.T, shapes, strict=True):
+        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["B"])
+        time.set_title(f"{shape}: {rows[0]['H']} heads, K = {rows[0]['K']}, V = {rows[0]['V']}")
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            same = [row for row in rows if row["dtype"] == dtype]
+            batches, style = [row["B"] for row in same], STYLES[dtype]
+            limit = [1e6 * row["limit"]["seconds"] for row in same]
+            time.plot(batches, limit, color="0.6", linestyle=style, linewidth=1, label=f"limit, {dtype}")
+            alone = [row["machine"].get("alone", {}) for row in same]
+            if all(alone):
+                how = {"color": "0.3", "linestyle": style, "linewidth": 1, "label": f"reading alone, {dtype}"}
+                time.plot(batches, [1e6 * one["seconds"] for one in alone], **how)
+                fraction.plot(batches, [one["fraction"] for one in alone], **how)
+            for n, name in enumerate(RIVALS):
+                how = {"color": f"C{n}", "marker": "osv"[n], "linestyle": style, "label": f"{name}, {dtype}"}
+                time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
+                fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)
+        for axis, label in ((time, "one step of one layer (us)"), (fraction, "of the limit")):
+            dress(axis, [row["B"] for row in rows], label)
+        linear(fraction)
+        fraction.set_xlabel("sequences decoded together")
+    legend(figure, axes)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,267 @@
+"""A comparison: its options, and the training runs that they mean.
+
+Each run is a run directory that `retentive train` could have made; a run that is done is not done again.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import tyro
+from filelock import FileLock
+
+from retentive.bench.lab.tables import duration, known
+from retentive.compare.queue import Task, work
+from retentive.compare.records import Run, adopt, check_hardware, machines, records
+from retentive.compare.summary import best_rates, report
+from retentive.compare.variants import VARIANTS, Variant, changes, own_variant
+from retentive.data.packed import Packed
+from retentive.files import make_folder, write_text
+from retentive.machine import pick_device
+from retentive.models import cost
+from retentive.models.peers import KINDS
+from retentive.train import TrainConfig, TrainRun
+from retentive.train.config import Optimizer, Precision
+from retentive.train.loop import pick_precision
+from retentive.train.resume import FREE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Train variants of a model on the same tokens in the same order, and say how they compare."""
+
+    data: Path
+    """Folder of packed tokens with held-out text."""
+    out: Path
+    """Folder for the runs, made if need be; what is done there already is not done again."""
+    variants: tuple[str, ...] = ("retnet", "transformer")
+    """Names of what is compared; the first is the baseline. An unknown name lists all."""
+    set: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Variants of your own: the name of each, and its fields; `model` among them is the model that is changed, or else
+    it is retnet. They are compared with the others."""
+    sizes: tuple[str, ...] = ("1m",)
+    """Sizes as `retentive train --size` takes them."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the initialisation and the order of the text; each variant is trained with all of them."""
+    lrs: tuple[float, ...] = ()
+    """Peak learning rates; each variant is trained with all of them, and its best counts. By default that of --lr."""
+    optimizers: tuple[Optimizer, ...] = ()
+    """Optimisers; each variant is trained with all of them, and has its best rate with each. By default with that of
+    --optimizer; a variant with another one has it in its name, as in retnet+muon."""
+    tune: bool = False
+    """Train all rates with the first seed only, and the other seeds with the variant's best of them."""
+    mode: Literal["reset", "packed"] = "reset"
+    """As `retentive train --mode`."""
+    batch: int = 8
+    """Rows of a batch."""
+    length: int = 1024
+    """Tokens of a row, in training and in evaluation."""
+    earlier: tuple[Path, ...] = ()
+    """Results of earlier comparisons, files that --json wrote: runs in them are not done again."""
+    jobs: int = 1
+    """Runs at a time, each in a process with its share of the cores."""
+    mixed: bool = False
+    """Allow runs of unlike machines in one table."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(steps=500, lr=2e-3, sample_every=0, keep=1)
+    )
+
+    def plan(self) -> list[Run]:
+        """All runs, one seed after the other: one that is stopped early leaves whole comparisons of fewer seeds.
+
+        With `tune`, runs of the other seeds have no rate until all rates of their size and variant are done.
+
+        Raises:
+            ValueError: an unknown variant, or something that is given twice or not at all.
+        """
+        if self.train.seed != TrainConfig.seed:
+            raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
+        known([*self.variants, *self.set], self.models, "variant")
+        again = [name for name in self.set if name in VARIANTS]
+        if again:
+            raise ValueError(f"--set {again[0]}:…: that is a variant already, choose another name")
+        lrs = self.lrs or (self.train.lr,)
+        given = {"optimizer": self.optimizers, "size": self.sizes, "seed": self.seeds, "variant": self.names, "lr": lrs}
+        for what, values in given.items():
+            if not values and what != "optimizer":
+                raise ValueError(f"no {what} given: nothing to compare")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} given twice: {', '.join(map(str, values))}")
+        if min(lrs) <= 0:  # 0 stands for a rate that is not known yet, whose runs wait
+            raise ValueError(f"lr must be above 0, got {min(lrs)}")
+        if not self.tune:
+            return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
+        first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]
+        found = records(self.out, first)
+        done = {record["name"] for record in found}
+        rates = best_rates(record for record in found if "failed" not in record)  # none where all rates diverged
+        waiting = {(run.size, run.variant): None for run in first if run.name not in done}
+        later = product(self.seeds[1:], (rates | waiting).items())
+        return first + [Run(v, size, seed, lr) for seed, ((size, v), lr) in later]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all variants that are compared."""
+        bare = self.variants + tuple(name for name in self.set if name not in self.variants)
+        optimizers = self.optimizers or (self.train.optimizer,)
+        return tuple(name if o == self.train.optimizer else f"{name}+{o}" for name, o in product(bare, optimizers))
+
+    @property
+    def models(self) -> dict[str, Variant]:
+        """All variants that are known, by the names of their models."""
+        return VARIANTS | {name: own_variant(fields) for name, fields in self.set.items()}
+
+    @property
+    def table(self) -> dict[str, Variant]:
+        """The same, and what they are with each of the other optimisers."""
+        others = product(self.models.items(), [o for o in self.optimizers if o != self.train.optimizer])
+        return self.models | {f"{name}+{o}": variant._replace(optimizer=o) for (name, variant), o in others}
+
+    def check(self) -> None:
+        """Looks whether all runs are possible on this machine. Writes nothing.
+
+        Raises:
+            ValueError: too little held-out text, or a model that cannot be built.
+            FileExistsError: the folder is not empty and holds no runs.
+            ModuleNotFoundError: a variant comes from a library that is not installed.
+        """
+        if self.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
+        runs = [run for run in self.plan() if run.lr]
+        found = sorted(self.out.glob("[!.]*"))  # what begins with a dot is ours: locks, the precision
+        ours = {run.name for run in runs}
+        if found and not any(f.name in ours or (f / "train.json").is_file() for f in found):
+            raise FileExistsError(f"{self.out} holds other things ({found[0].name}): choose a new or an empty folder")
+        pick_device(self.train.device)
+        peers = [v for v in self.names if self.table[v].model in KINDS]
+        for peer in peers:
+            if (self.table[peer].optimizer or self.train.optimizer) == "muon":
+                raise ValueError(f"{peer}: muon is for whole matrices, and a peer packs its own: leave it out")
+        if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
+            raise ModuleNotFoundError(
+                f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
+            )
+        packed = Packed(self.data)
+        if packed.media:
+            raise ValueError(
+                f"{self.data} holds {' and '.join(packed.media)}, and compare is for text: retentive train each of them"
+            )
+        if packed.meta.splits["valid"].tokens <= self.length:
+            raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
+        for run in runs:
+            self.train_run(run).config(packed.meta.vocab_size)  # raises what the worker would raise hours later
+
+    def train_run(self, run: Run) -> TrainRun:
+        """The training run of `retentive train` that a run of this comparison is."""
+        own: dict[str, Any] = {"lr": run.lr or self.train.lr, "seed": run.seed, "sample_every": 0}
+        if self.table[run.variant].optimizer:
+            own["optimizer"] = self.table[run.variant].optimizer
+        return TrainRun(
+            data=self.data,
+            out=self.out / run.name,
+            size=run.size,
+            model=self.table[run.variant].model,  # type: ignore[arg-type]
+            set=changes(self.table[run.variant], run.size),
+            mode=self.mode,
+            batch=self.batch,
+            length=self.length,
+            resume=True,  # a run that was stopped goes on from its checkpoint
+            train=replace(self.train, **own),
+        )
+
+    def about(self, run: Run) -> dict[str, Any]:
+        """All that the result of a run depends on, apart from what is in its name."""
+        train = {name: value for name, value in asdict(self.train_run(run).train).items() if name not in FREE}
+        batches = {"mode": self.mode, "batch": self.batch, "length": self.length}
+        return {"data_sha256": Packed(self.data).fingerprint, **batches, "train": train}
+
+    def run(
+        self, say: Callable[[str], None] = lambda line: None, progress: Callable[[str], None] = lambda line: None
+    ) -> dict[str, Any]:
+        """The result of all runs, once those that are missing are trained and scored: see `result`.
+
+        Args:
+            say: called with a line when a run is done.
+            progress: called some times a second with a line on the runs under way.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; all is saved, and the same comparison goes on from there.
+            ValueError: a run is impossible, or one table would have results of unlike machines.
+            ModuleNotFoundError, ChildProcessError: as `check` and `queue.work`.
+        """
+        self.check()
+        for file in self.earlier:
+            adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
+        threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
+        missing = [run for run in self.plan() if not (run.lr and self.task(run, threads).done)]
+        for line in self.estimate(missing, threads):
+            say(line)
+        for _ in range(1 + self.tune):  # what the first round finds out are the rates of the second
+            tasks = [self.task(run, threads) for run in self.plan() if run.lr]
+            work(tasks, jobs=self.jobs, say=say, progress=progress)
+        return self.result()
+
+    def task(self, run: Run, threads: int) -> Task:
+        """What the queue has to do for a run."""
+        order = json.dumps([self.described(), run, self.precision(), threads])
+        return Task(run, self.out / run.name, self.about(run), self.train_run(run).config(2), order)
+
+    def estimate(self, runs: Sequence[Run], threads: int) -> Iterator[str]:
+        """A line for each variant and size on what its runs cost, by a few steps made now, and one for all of them."""
+        counts = Counter((run.size, run.variant) for run in runs)
+        first = {(run.size, run.variant): run for run in reversed(runs)}
+        before, total, vocabulary = torch.get_num_threads(), 0.0, Packed(self.data).meta.vocab_size
+        torch.set_num_threads(threads or before)
+        try:
+            for key, count in counts.items():
+                training = self.train_run(first[key])
+                step = replace(training, train=replace(training.train, precision=self.precision())).seconds_per_step()
+                seconds, parameters = step * self.train.steps, cost.parameters(training.config(vocabulary))
+                total += seconds * count
+                each = f"{parameters / 1e6:.3f} M parameters, {duration(step)} a step, {duration(seconds)} a run"
+                yield f"{first[key].variant} {first[key].size}: {each}, {count} runs"
+        finally:
+            torch.set_num_threads(before)
+        if counts:
+            yield f"{len(runs)} runs, about {duration(total / self.jobs)} in all"
+
+    def precision(self) -> Precision:
+        """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""
+        if self.train.precision != "auto":
+            return self.train.precision
+        file = self.out / ".precision"
+        make_folder(self.out)
+        with FileLock(self.out / ".precision.lock"):
+            if not file.is_file():
+                write_text(file, pick_precision("auto", pick_device(self.train.device)))
+            return cast(Precision, file.read_text(encoding="utf-8"))
+
+    def result(self) -> dict[str, Any]:
+        """The result of the runs that are done: `summary.report`, with the machines and options behind it."""
+        runs = self.plan()
+        found = records(self.out, [run for run in runs if run.lr])
+        check_hardware(found, mixed=self.mixed)
+        result = {"planned": len(runs), **report(found, self.names[0])}
+        if not found:
+            return result
+        kinds = [r["hardware"] for r in machines(found).values()]
+        about = self.about(runs[0])
+        return {"what": "comparison", "hardware": kinds[0], "about": about, "machines": kinds, **result}
+
+    def described(self) -> dict[str, Any]:
+        """The fields as JSON has them, of which `from_description` makes the same comparison again."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_description(cls, raw: dict[str, Any]) -> "Comparison":
+        """The comparison that `described` was called on."""
+        lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
+        paths = {"data": Path(raw["data"]), "out": Path(raw["out"]), "earlier": tuple(map(Path, raw["earlier"]))}
+        return cls(**raw | lists | paths | {"train": TrainConfig(**raw["train"])})

@@ -1,0 +1,152 @@
+"""The variants of a comparison: models by name with some fields of their configs changed.
+
+All variants of a size have the same number of parameters (a peer's nearly): the feed-forward layer gets what a variant
+takes away, as in the twin. A new variant is one line of the table, or `--set NAME:FIELD=VALUE,…` on the command line.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from retentive.layers import RetentionConfig
+from retentive.models import ARCHITECTURES, Config, ModelConfig, config_of, cost, retnet
+from retentive.ops import decay
+
+Changes = Callable[[RetentionConfig], dict[str, Any]]
+"""From the retention of the size's RetNet to the fields that differ."""
+
+
+class Variant(NamedTuple):
+    """A model that can be compared."""
+
+    model: str
+    """Its name for `retentive train --model`."""
+    changes: Changes
+    """What differs from the config of that name."""
+    about: str
+    """What it is, for people."""
+    optimizer: str = ""
+    """What it is trained with, where that differs from the comparison's."""
+
+
+def none(config: RetentionConfig) -> dict[str, Any]:
+    """No change."""
+    return {}
+
+
+def always(**fields: Any) -> Changes:
+    """The same fields in every size."""
+    return lambda config: fields
+
+
+def paper(changes: Changes = none, **fields: Any) -> Changes:
+    """The paper's RetNet with fields changed; it is then no longer what its name stands for."""
+    return lambda config: ARCHITECTURES["retnet-paper"] | changes(config) | fields
+
+
+def short_head(heads: int) -> tuple[float, ...]:
+    """log(gamma) of each head: the language models', except that the first keeps 1/e of its state from token to token.
+
+    It sees little more than the last two tokens, which is how a model finds out what stood before the present one.
+    """
+    return (-1.0, *decay.values("lm", heads)[1:])
+
+
+def small_heads(config: RetentionConfig) -> dict[str, Any]:
+    """Four times as many heads, as wide in all."""
+    return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
+
+
+VARIANTS = {
+    "retnet": Variant("retnet", none, "this package's RetNet"),
+    "retnet-paper": Variant("retnet-paper", none, "the paper's RetNet, decays of its language models"),
+    "torchscale": Variant("torchscale", none, "torchscale's RetNet"),
+    "fla": Variant("fla", none, "fla's RetNet"),
+    "transformer": Variant("transformer", none, "Transformer twin: rotary positions, SwiGLU, RMSNorm, SDPA"),
+    "transformer-qk-norm": Variant("transformer", always(qk_norm=True), "twin with QK-norm"),
+    "transformer-forget": Variant("transformer", always(forget_gate=True), "twin with a forget gate"),
+    "transformer-qk-norm-forget": Variant(
+        "transformer", always(qk_norm=True, forget_gate=True), "twin with QK-norm and a forget gate"
+    ),
+    # the paper's RetNet with one part changed
+    "no-gate": Variant("retnet", paper(gate=False), "without the swish gate"),
+    "no-head-norm": Variant("retnet", paper(head_norm=False), "without the norm of each head's output"),
+    "no-decay": Variant("retnet", paper(decay="none"), "without decay: linear attention"),
+    "one-decay": Variant(
+        "retnet", paper(lambda c: dict(decay=(math.log(127 / 128),) * c.heads)), "one decay for all heads, 127/128"
+    ),
+    "small-heads": Variant("retnet", paper(small_heads), "four times as many heads, a quarter as wide"),
+    "paper-decay": Variant("retnet", paper(decay="paper"), "decays of the paper's equation 8"),
+    "no-score-norm": Variant("retnet", paper(score_norm=False), "without the norm of the decay mask's rows"),
+    "short-head": Variant(
+        "retnet",
+        paper(lambda c: dict(decay=short_head(c.heads))),
+        "the first head forgets at once and sees the token before",
+    ),
+    "gated": Variant("retnet", paper(decay="gated", score_norm=False), "a decay for each token: gated retention"),
+    "qk-norm": Variant("retnet", paper(qk_norm=True), "RMSNorm of q and k"),
+    "fast-decay": Variant("retnet", paper(decay_range=(1 / 4, 1 / 64)), "decays from 3/4 to 63/64"),
+    "fixed": Variant(
+        "retnet",
+        paper(head_norm=False, decay_range=(1 / 4, 1 / 64)),
+        "without the norm of each head's output, decays from 3/4 to 63/64",
+    ),
+    # this package's RetNet with one part changed
+    "retnet-no-qk-norm": Variant("retnet", always(qk_norm=False), "without QK-norm"),
+    "retnet-head-norm": Variant("retnet", always(head_norm=True), "with a norm of each head's output"),
+    "retnet-fixed": Variant("retnet", always(decay="lm", decay_range=(1 / 4, 1 / 64)), "fixed decays, 3/4 to 63/64"),
+    "retnet-no-gate": Variant("retnet", always(gate=False), "without the swish gate"),
+    "retnet-sigmoid": Variant("retnet", always(gate_activation="sigmoid"), "a sigmoid gate"),
+    "retnet-no-rotation": Variant("retnet", always(rotary="none"), "without rotation"),
+    "retnet-qk-bias": Variant("retnet", always(qk_bias=True), "with biases of q and k"),
+    "retnet-decay-bias": Variant("retnet", always(decay_bias=True), "decays per token that begin as the paper's"),
+    "retnet-scale-4": Variant("retnet", always(decay_scale=4.0), "log sigmoid / 4"),
+    "retnet-scale-8": Variant("retnet", always(decay_scale=8.0), "log sigmoid / 8"),
+    "retnet-small-heads": Variant("retnet", small_heads, "four times as many heads, a quarter as wide"),
+    "hybrid": Variant("hybrid", none, "one block of four attends"),
+    "hybrid-window": Variant("hybrid", always(attention_window=256), "one block of four attends to 256 tokens"),
+    "hybrid-window-bare": Variant(
+        "hybrid", always(attention_window=256, attention_rotary="none"), "the same without rotation in that block"
+    ),
+    "llama": Variant("llama", none, "Llama of the transformers library"),
+    "mamba": Variant("mamba", none, "Mamba of the transformers library"),
+    "mamba2": Variant("mamba2", none, "Mamba-2 of the transformers library"),
+    "rwkv": Variant("rwkv", none, "RWKV-4 of the transformers library"),
+}
+
+
+def own_variant(fields: Mapping[str, Any]) -> Variant:
+    """The variant of these fields, of which `model` names the model that is changed.
+
+    Raises:
+        ValueError: the feed-forward width is among them.
+    """
+    if "ffn_dim" in fields:
+        raise ValueError("ffn_dim is what gives every variant as many parameters: leave it out, or change other fields")
+    changed = {name: value for name, value in fields.items() if name != "model"}
+    about = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return Variant(fields.get("model", "retnet"), always(**changed), about)
+
+
+def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
+    """The fields of the variant that differ from the config of its model's name (`retentive train --set`).
+
+    Among them a feed-forward width by which it has the parameters of the size's RetNet.
+
+    Args:
+        shape: fields that differ from the size's in all variants.
+    """
+    base = retnet(size, vocab_size=2, **shape)  # no change depends on the vocabulary
+    changed = shape | variant.changes(base.all_retention("a comparison"))
+    config = config_of(variant.model, size, vocab_size=2, **changed)
+    if not isinstance(config, ModelConfig):
+        return changed
+    spare = cost.spare_width(config, cost.block_parameters(base))
+    # of a hybrid, `ffn_dim` is the width beside retention: its other blocks follow from that
+    block = next((b for b in config.blocks if b.mixer.kind == "retention"), config.blocks[0])
+    return changed | ({"ffn_dim": block.ffn.width + spare} if spare else {})
+
+
+def config_of_variant(variant: Variant, size: str, *, vocab_size: int, **shape: Any) -> Config:
+    """The config of a variant in a named size; arguments as for `changes`."""
+    return config_of(variant.model, size, vocab_size=vocab_size, **changes(variant, size, **shape))

@@ -1,0 +1,336 @@
+"""What one block remembers: RetentionMemory of constant size, AttentionMemory that grows or stays in a ring of slots.
+
+`State` (state.py) holds one for each block and the positions that all of them share. Both kinds have one protocol, in
+which `position` is int64 `[N]`, the tokens that each sequence has had:
+
+    kind, window           "retention" or "attention"; slots that a cache keeps at most, 0: all, or there is no cache
+    nbytes                 bytes its tensors hold
+    shapes                 of its tensors, without the number of slots, and the window
+    map(f)                 the same with f of every tensor, all of which have the sequences first
+    reserve(slots)         room for so many tokens a sequence; itself where it has it
+    put(row, other, source, position)            one sequence over another, in place
+    for_decoding(dtype, rollback, position)      to be decoded into in place, and to take back so many tokens
+    check_rollback(tokens, position), rollback(tokens)
+    settled()              plain tensors with all tokens in them
+    cat(memories, positions)
+    named(position)        its tensors by their names in a file;  read(tensors, window, position)
+    writes_into(other)     True if it is `other` after tokens that were written in place
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from retentive.layers.attention import Layer
+from retentive.layers.config import AttentionConfig, RetentionConfig
+from retentive.ops import Ring
+from retentive.ops.ring import slots as ring_slots
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states and gates in a model of `dtype`: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class RetentionMemory:
+    """State of a retention layer: the same size after 10 tokens and after 10 million."""
+
+    kind: ClassVar[str] = RetentionConfig.kind
+    window: ClassVar[int] = 0
+    value: Tensor | Ring
+    """`[N,H,K,V]`, float32 (float64 in a float64 model); a Ring while tokens are decoded one by one."""
+
+    @staticmethod
+    def empty(config: RetentionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "RetentionMemory":
+        """State of `batch` sequences before their first token, for a model of `dtype`."""
+        return RetentionMemory(torch.zeros(batch, *config.head_shape, dtype=_wide(dtype), device=device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        state = self.value.state if isinstance(self.value, Ring) else self.value
+        return [tuple(state.shape)]
+
+    def tensor(self) -> Tensor:
+        """`[N,H,K,V]`, with the tokens of the ring in it."""
+        return self.value.to_state() if isinstance(self.value, Ring) else self.value
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds."""
+        return list(self.value.tensors().values()) if isinstance(self.value, Ring) else [self.value]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "RetentionMemory":
+        return RetentionMemory(self.value.map(f) if isinstance(self.value, Ring) else f(self.value))
+
+    def settled(self) -> "RetentionMemory":
+        return RetentionMemory(self.tensor()) if isinstance(self.value, Ring) else self
+
+    def reserve(self, slots: int) -> "RetentionMemory":
+        return self
+
+    @staticmethod
+    def cat(memories: Sequence["RetentionMemory"], positions: Sequence[Tensor]) -> "RetentionMemory":
+        return RetentionMemory(torch.cat([m.tensor() for m in memories]))
+
+    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "RetentionMemory":
+        # A ring of R slots holds the last R / 2 tokens at any time: see `ops/ring.py`.
+        state = self.tensor()
+        return RetentionMemory(Ring.open(state, dtype, max(ring_slots(*state.shape[2:]), 2 * rollback)))
+
+    def check_rollback(self, tokens: int, position: Tensor) -> None:
+        """Raises ValueError if `tokens` tokens cannot be taken back."""
+        if tokens and not isinstance(self.value, Ring):
+            raise ValueError(f"cannot take back {tokens} tokens: they are in the state, decode with for_decoding()")
+
+    def rollback(self, tokens: int) -> None:
+        if isinstance(self.value, Ring):
+            self.value.rollback(tokens)
+
+    def put(self, row: int, other: "RetentionMemory", source: int, position: Tensor) -> None:
+        mine, theirs = self.value, other.value
+        if isinstance(mine, Ring):
+            mine.put(row, theirs, source)
+        elif isinstance(theirs, Ring):
+            mine[row] = theirs.map(lambda x: x[source : source + 1]).to_state()[0]
+        else:
+            mine[row] = theirs[source]
+
+    def named(self, position: Tensor) -> dict[str, Tensor]:
+        return {"state": self.tensor()}
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor) -> "RetentionMemory":
+        return RetentionMemory(tensors["state"])
+
+    def writes_into(self, other: "Memory") -> bool:
+        """True if its tensors are those of `other`, and tokens are written into them in place."""
+        if not (isinstance(self.value, Ring) and isinstance(other, RetentionMemory)):
+            return False
+        return self.value is other.value or self.value.state is other.value  # a ring folds into the state it is over
+
+
+@dataclass
+class AttentionMemory:
+    """Keys and values of an attention layer. The token at position p lies in slot p; slots beyond are free.
+
+    With a window W the S slots are a ring, in which it lies in slot p mod S. S grows with the text up to W; a larger S
+    holds more tokens than are attended to, so that as many can be taken back.
+    """
+
+    kind: ClassVar[str] = AttentionConfig.kind
+    keys: Tensor
+    """`[N,S,kv_heads,K]`."""
+    values: Tensor
+    """`[N,S,kv_heads,K]`."""
+    gates: Tensor | None = None
+    """`[N,S,H]`, every token's log forget gate, float32 (float64 in a float64 model); None without forget gates."""
+    window: int = 0
+    """Tokens that a token attends to, itself included; 0: all before it."""
+    oldest: Tensor | None = None
+    """int64 `[N]`, with a window: tokens before this position are lost, even where the position was rolled back."""
+
+    def __post_init__(self):
+        if self.window and self.oldest is None:
+            self.oldest = torch.zeros(self.keys.shape[0], dtype=torch.int64, device=self.keys.device)
+
+    @staticmethod
+    def empty(config: AttentionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "AttentionMemory":
+        """Cache of `batch` sequences before their first token: no slots yet."""
+        keys, values = (
+            torch.zeros(batch, 0, config.kv_heads, config.head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
+        gates = torch.zeros(batch, 0, config.heads, dtype=_wide(dtype), device=device) if config.forget_gate else None
+        return AttentionMemory(keys, values, gates, config.window or 0)
+
+    @property
+    def layer(self) -> Layer:
+        """(keys, values), and the gates where there are any: the cache as the layer takes it."""
+        return (self.keys, self.values) if self.gates is None else (self.keys, self.values, self.gates)
+
+    def filled(self, layer: Layer) -> "AttentionMemory":
+        """The same window over another cache, as the layer returns it."""
+        keys, values, *gates = layer
+        return AttentionMemory(keys, values, gates[0] if gates else None, self.window, self.oldest)
+
+    @property
+    def slots(self) -> int:
+        """S, of each sequence."""
+        return self.keys.shape[1]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [(self.window, x.shape[0], *x.shape[2:]) for x in self.layer]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds."""
+        return [*self.layer, *(() if self.oldest is None else (self.oldest,))]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors())
+
+    def _slots(self, f: Callable[[Tensor], Tensor]) -> "AttentionMemory":
+        """The same sequences with other slots; f is of a tensor that has slots."""
+        return self.filled(tuple(f(x) for x in self.layer))
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "AttentionMemory":
+        return replace(self._slots(f), oldest=None if self.oldest is None else f(self.oldest))
+
+    def settled(self) -> "AttentionMemory":
+        return self
+
+    def reserve(self, slots: int) -> "AttentionMemory":
+        """It grows by half or more, so that n tokens one by one copy O(n) slots in all; with a window up to that."""
+        have = self.slots
+        if self.window:
+            slots = min(slots, max(self.window, have))
+        if have >= slots:
+            return self
+        size = max(slots, have * 3 // 2)
+        if self.window:
+            size = min(size, self.window)
+
+        def grow(x: Tensor) -> Tensor:  # zeros: a masked slot still enters SDPA's products, where a NaN would spread
+            larger = x.new_zeros(x.shape[0], size, *x.shape[2:])
+            larger[:, :have] = x
+            return larger
+
+        return self._slots(grow)
+
+    def _first_held(self, position: Tensor) -> Tensor:
+        """int64 `[N]`, with a window: the first position whose token is still in its slot."""
+        assert self.oldest is not None
+        return torch.maximum(self.oldest, position - self.slots)
+
+    def _in_rings_of(self, slots: int, position: Tensor) -> "AttentionMemory":
+        """The same with so many slots, for a window: as many of the last tokens as there is room for, each in its own.
+
+        Free slots hold zeros, see `reserve`.
+        """
+        have = self.slots
+        if have == slots:
+            return self
+        last = position[:, None] - 1
+        at = last - (last - torch.arange(slots, device=last.device)) % max(slots, 1)  # the position of each new slot
+        first = self._first_held(position)
+        lost, rows = at < first[:, None], torch.arange(len(last), device=last.device)[:, None]
+
+        def lay(x: Tensor) -> Tensor:
+            if not have:
+                return x.new_zeros(x.shape[0], slots, *x.shape[2:])
+            return x[rows, at % have].masked_fill_(lost.view(*lost.shape, *(1,) * (x.ndim - 2)), 0)
+
+        return replace(self._slots(lay), oldest=first)
+
+    @staticmethod
+    def cat(memories: Sequence["AttentionMemory"], positions: Sequence[Tensor]) -> "AttentionMemory":
+        """Each sequence gets as many slots as the longest has."""
+        slots = max(m.slots for m in memories)
+
+        def longer(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0) * (x.ndim - 2) + (0, slots - x.shape[1]))
+
+        memories = [
+            m._in_rings_of(slots, position) if m.window else m._slots(longer)
+            for m, position in zip(memories, positions, strict=True)
+        ]
+        joined = memories[0].filled(tuple(map(torch.cat, zip(*(m.layer for m in memories), strict=True))))
+        oldest = [m.oldest for m in memories if m.oldest is not None]
+        return replace(joined, oldest=torch.cat(oldest) if oldest else None)
+
+    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "AttentionMemory":
+        """It is written in place as it is; with a window, in a ring that keeps `rollback` tokens more."""
+        if not self.window or self.slots >= self.window + rollback:
+            return self
+        return self._in_rings_of(self.window + rollback, position)
+
+    def check_rollback(self, tokens: int, position: Tensor) -> None:
+        """Raises ValueError if `tokens` tokens cannot be taken back: with a window, more than `for_decoding` kept."""
+        if tokens > int(position.min()) or tokens < 0:
+            raise ValueError(f"the cache holds {position.tolist()} tokens, cannot take back {tokens} of them")
+        if self.oldest is None:
+            return
+        self.oldest.copy_(self._first_held(position))  # noted before the position moves: it stays lost
+        if bool(((position - tokens - self.window).clamp(min=0) < self.oldest).any()):
+            raise ValueError(
+                f"cannot take back {tokens} tokens: the window of {self.window} before them is no longer in the cache, "
+                f"decode with for_decoding(dtype, rollback={tokens})"
+            )
+
+    def rollback(self, tokens: int) -> None:
+        """Nothing moves: the slots of tokens taken back will be written anew."""
+
+    def put(self, row: int, other: "AttentionMemory", source: int, position: Tensor) -> None:
+        """`reserve` the slots for it before."""
+        used = int(position[source])
+        if self.oldest is not None:
+            if min(used, self.window) > self.slots:
+                raise ValueError(f"the cache has {self.slots} slots, the sequence {used} tokens: reserve them before")
+            one = other.map(lambda x: x[source : source + 1])
+            other = one._in_rings_of(self.slots, position[source : source + 1])
+            used, source = self.slots, 0
+        for mine, theirs in zip(self.layer, other.layer, strict=True):
+            mine[row, :used] = theirs[source, :used]
+            mine[row, used:] = 0  # a NaN of the row's last sequence would spread from a masked slot, see `reserve`
+        if self.oldest is not None and other.oldest is not None:
+            self.oldest[row] = other.oldest[source]
+
+    def named(self, position: Tensor) -> dict[str, Tensor]:
+        """The slots in use: as many as there are tokens, or tokens of the window."""
+        used = int(position.max()) if len(position) else 0
+        memory = self._in_rings_of(min(used, self.window), position) if self.window else self
+        names = ("keys", "values", "gates")
+        return {name: x[:, :used].contiguous() for name, x in zip(names, memory.layer, strict=False)}
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor) -> "AttentionMemory":
+        """As `named` wrote it.
+
+        Raises:
+            ValueError: another number of slots than tokens or window need.
+        """
+        found = AttentionMemory(tensors["keys"], tensors["values"], tensors.get("gates"), window)
+        needed = min(int(position.max()) if len(position) else 0, window)
+        if window and found.slots != needed:
+            raise ValueError(f"{found.slots} slots, its tokens and window need {needed}: write it again")
+        return found
+
+    def writes_into(self, other: "Memory") -> bool:
+        """True if its tensors are those of `other`, and tokens are written into them in place."""
+        return isinstance(other, AttentionMemory) and self.keys is other.keys
+
+
+Memory = RetentionMemory | AttentionMemory
+MEMORIES: dict[str, type[Memory]] = {RetentionMemory.kind: RetentionMemory, AttentionMemory.kind: AttentionMemory}
+"""The memory of each kind of mixer."""
+
+pytree.register_dataclass(RetentionMemory, serialized_type_name="retentive.RetentionMemory")
+
+
+def _parts(memory: AttentionMemory) -> dict[str, Tensor]:
+    """Its tensors by the names of its fields; what is None is left out."""
+    names = ("keys", "values", "gates", "oldest")
+    return {name: getattr(memory, name) for name in names if getattr(memory, name) is not None}
+
+
+pytree.register_pytree_node(  # not as a dataclass, whose every field would be data: the window is a constant
+    AttentionMemory,
+    lambda memory: (list(_parts(memory).values()), (memory.window, tuple(_parts(memory)))),
+    lambda parts, about: AttentionMemory(window=about[0], **dict(zip(about[1], parts, strict=True))),
+    serialized_type_name="retentive.AttentionMemory",
+    to_dumpable_context=lambda about: [about[0], list(about[1])],
+    from_dumpable_context=lambda about: (about[0], tuple(about[1])),
+    flatten_with_keys_fn=lambda memory: (
+        [(pytree.GetAttrKey(name), x) for name, x in _parts(memory).items()],
+        (memory.window, tuple(_parts(memory))),
+    ),
+)

@@ -1,0 +1,261 @@
+"""LanguageModel: embedding, a list of blocks, output matrix. RetNet, its twin and hybrids are configs of it.
+
+    x, state = model.hidden(ids, state)      [B,T,D], what the output matrix is applied to
+    logits = model.head(x)                   [B,T,vocab]
+    logits, state = model(ids, state)        both
+
+Source: arXiv 2307.08621 equation 9, with the details of torchscale's current code (RMSNorm, gated feed-forward, no
+biases) or, by config, of fla's; attention as in Llama.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retentive.layers import Attention, FeedForward, MultiScaleRetention, Positions, RMSNorm, positions_of
+from retentive.layers.positions import can_be_checked
+from retentive.layers.quantized import Quantized
+from retentive.models.config import BlockConfig, ModelConfig
+from retentive.models.memory import MEMORIES, AttentionMemory, Memory, RetentionMemory
+from retentive.models.state import State
+
+LAYERS: dict[str, type[MultiScaleRetention] | type[Attention]] = {
+    MultiScaleRetention.kind: MultiScaleRetention,
+    Attention.kind: Attention,
+}
+"""Layer of each kind of mixer."""
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)).
+
+    The mixer and its norm are registered under the mixer's kind, so that the names of weights say what it is:
+    `blocks.0.retention.q_proj.weight`, `blocks.3.attention_norm.weight`.
+    """
+
+    def __init__(self, config: BlockConfig, *, norm_eps: float, dropout: float):
+        super().__init__()
+        self.kind, self.dropout, D = config.mixer.kind, dropout, config.mixer.dim
+        self.add_module(f"{self.kind}_norm", RMSNorm(D, eps=norm_eps))
+        self.add_module(self.kind, LAYERS[self.kind](config.mixer))  # type: ignore[arg-type]  # of its kind
+        self.ffn_norm = RMSNorm(D, eps=norm_eps)
+        self.ffn = FeedForward(D, config.ffn)
+
+    @property
+    def mixer(self) -> Any:
+        """MultiScaleRetention or Attention."""
+        return self.get_submodule(self.kind)
+
+    @property
+    def mixer_norm(self) -> nn.Module:
+        """Norm before the mixer."""
+        return self.get_submodule(f"{self.kind}_norm")
+
+    def phases(self, positions: Positions, dtype: torch.dtype) -> Any:
+        """Values that depend on positions alone, which all blocks of an equal mixer share."""
+        return self.mixer.phases(positions, dtype)
+
+    def forward(self, x: Tensor, memory: Any, positions: Positions, phases: Any) -> tuple[Tensor, Any]:
+        """(x `[B,T,D]`, what the mixer remembers: a state `[N,H,K,V]`, a Ring, or keys and values)."""
+        y, memory = self.mixer(self.mixer_norm(x), memory, positions, phases)
+        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        return x, memory
+
+    def reset_parameters(self) -> None:
+        self.mixer.reset_parameters()
+
+
+class LanguageModel(nn.Module):
+    """`model(ids) -> (logits, state)`, and `model(more_ids, state)` goes on from there."""
+
+    own_threads: ClassVar[bool] = False
+    """True if it decides by itself how many threads a call is worth."""
+    config: Any
+    """ModelConfig; of a peer its PeerConfig."""
+    embed: nn.Embedding
+    head: nn.Linear
+    blocks: nn.ModuleList
+    """Its blocks, first to last: they are compiled, recomputed or sharded one by one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.embed_norm = RMSNorm(c.dim, eps=c.norm_eps) if c.embed_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(b, norm_eps=c.norm_eps, dropout=c.dropout) for b in c.blocks)
+        self.norm = RMSNorm(c.dim, eps=c.norm_eps) if c.final_norm else nn.Identity()
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tie_embeddings:  # one parameter of two names, updated and saved once
+            self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if the model keeps a state and can decode; without one it can be trained and scored only."""
+        return self.config.keeps_state
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ids and embeddings."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of embeddings and hidden states outside autocast."""
+        embed: nn.Module = self.embed
+        return embed.dtype if isinstance(embed, Quantized) else self.embed.weight.dtype
+
+    def init_state(self, batch: int) -> State:
+        """State before the first token, for `batch` sequences. Its shapes are those of the layers as they are now."""
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        memories = [MEMORIES[m.kind].empty(m.config, batch, self.dtype, self.device) for m in mixers]
+        return State(memories, torch.zeros(batch, dtype=torch.int64, device=self.device))
+
+    def hidden(
+        self,
+        ids: Tensor | None,
+        state: State | None = None,
+        *,
+        embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Hidden states `[B,T,D]` that the output matrix `head` takes, and the state; arguments as for `forward`."""
+        if state is not None:
+            state = self.checked(state)
+        x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
+        before: list[Any] = [None] * len(self.blocks)
+        if state is not None:  # room for all new tokens: a block cannot make its cache larger, only fill it
+            longest = int(state.position.max()) + x.shape[1] if self.config.attends else 0
+            before = [m.reserve(longest) for m in state.memories]
+        phases: dict[int, Any] = {}
+        after: list[Memory | None] = []
+        for block, memory in zip(self.blocks, before, strict=True):
+            alike = id(block.mixer.config)  # blocks of an equal mixer share its config
+            if alike not in phases:
+                phases[alike] = block.phases(positions, x.dtype)
+            x, own = block(x, _taken(memory), positions, phases[alike])
+            after.append(_kept(block.mixer, own, memory))
+        kept = [memory for memory in after if memory is not None]
+        if len(kept) < len(after):  # packed while training: a state without memories, which no model goes on from
+            kept = []
+        return self.norm(x), State(kept, positions.end) if state is None else state.then(kept, positions.end)
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        state: Any = None,
+        *,
+        embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits `[B,T,vocab]` and the state after the last token.
+
+        The operator chooses form, backend and chunk length of retention; `ops.using` forces them.
+
+        Args:
+            ids: int64 `[B,T]`.
+            state: the state to go on from, of B sequences (N with cu_seqlens); None for the beginning. It may be
+                written in place, and is refused when it is passed again then: use the one that comes back, or
+                `clone()` it before.
+            embeds: `[B,T,D]` instead of ids, for inputs that are not tokens.
+            cu_seqlens: `[N+1]`, with B = 1: the first token of each of N sequences packed into the row, and the end of
+                the last. While training, attention then keeps no cache unless a state is given.
+            lengths: `[B]` valid tokens a row, padding right, or `[B,2]` begin and end of the valid tokens. Padding is
+                exact: its own logits are meaningless, and nothing else depends on it.
+
+        Raises:
+            ValueError: no token, shapes that do not fit, another model's state, or one that was used up.
+            TypeError, IndexError: ids that are no integers, or outside the vocabulary.
+        """
+        x, state = self.hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
+        return self.head(x), state
+
+    def begin(
+        self,
+        ids: Tensor | None,
+        state: State | None = None,
+        embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Positions]:
+        """Embedded tokens `[B,T,D]`, scaled, normalised and dropped out as the config says, and their positions."""
+        x = self.embed(checked_ids(ids, self.config.vocab_size)) if embeds is None else embeds
+        if x.ndim != 3 or x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(x.shape[:-1])}")
+        start = None if state is None else state.position
+        positions = positions_of(x.shape[0], x.shape[1], start, lengths, cu_seqlens, x.device)
+        if self.config.embed_scale:
+            x = x * self.config.dim**0.5
+        return F.dropout(self.embed_norm(x), self.config.dropout, self.training), positions
+
+    def checked(self, state: Any) -> State:
+        """The state as this model reads it.
+
+        Raises:
+            ValueError: it is no state, was used up, or is of other blocks or another window.
+        """
+        if not isinstance(state, State):
+            raise ValueError(f"a model goes on from a State, got a {type(state).__name__}")
+        state.check_unused()
+        if len(state.memories) != len(self.blocks):
+            raise ValueError(f"the state is of {len(state.memories)} blocks, this model has {len(self.blocks)}")
+        state = state.placed(self.config.kinds)
+        if state.kinds != self.config.kinds:
+            i = next(i for i, (a, b) in enumerate(zip(state.kinds, self.config.kinds, strict=True)) if a != b)
+            raise ValueError(
+                f"block {i} of this model is of {self.config.kinds[i]}, the state has {state.kinds[i]} there: another "
+                "model's state?"
+            )
+        if state.windows != self.config.windows:
+            raise ValueError(
+                f"the state has attention windows {sorted(set(state.windows))}, this model has "
+                f"{sorted(set(self.config.windows))}: another model's state?"
+            )
+        return state
+
+    def reset_parameters(self) -> None:
+        """torchscale's choice: embedding and output N(0, 1/D), mixing layers as they say, the rest as nn.Linear."""
+        for matrix in (self.embed.weight, self.head.weight):  # tied, it is one matrix, drawn twice
+            nn.init.normal_(matrix, std=self.config.dim**-0.5)
+        for block in self.blocks:
+            block.reset_parameters()
+
+
+def _taken(memory: Memory | None) -> Any:
+    """A memory as its layer takes it."""
+    if memory is None:
+        return None
+    return memory.value if isinstance(memory, RetentionMemory) else memory.layer
+
+
+def _kept(mixer: Any, kept: Any, before: Memory | None) -> Memory | None:
+    """The memory that a layer returned; None where it kept none."""
+    if isinstance(mixer, MultiScaleRetention):
+        return RetentionMemory(kept)
+    if kept is None:
+        return None
+    if isinstance(before, AttentionMemory):
+        return before if kept[0] is before.keys else before.filled(kept)
+    keys, values, *gates = kept
+    return AttentionMemory(keys, values, gates[0] if gates else None, mixer.window)
+
+
+def checked_ids(ids: Any, vocab_size: int) -> Tensor:
+    """Token ids as they are; on a GPU their values are not looked at, which would wait for it.
+
+    Raises:
+        TypeError: no tensor of integers.
+        IndexError: an id outside the vocabulary.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = str(ids.dtype).removeprefix("torch.") if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"token ids must be a tensor of int64 or int32, got {got}")
+    if can_be_checked(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        bad = next(i for i in ids.flatten().tolist() if not 0 <= i < vocab_size)
+        raise IndexError(f"token ids must be from 0 to {vocab_size - 1}, got {bad}")
+    return ids

@@ -1,0 +1,290 @@
+"""Configs by name: `retnet`, its twin `transformer`, `hybrid`, the architectures of papers and projects, named sizes.
+
+    retnet("5m", vocab_size=257, decay="lm")          any field of the layers and of the model may be changed
+    transformer("5m", vocab_size=257)                 the Transformer of as many parameters
+    hybrid("5m", vocab_size=257, attention_every=4, attention_window=256)
+
+All are functions that return a ModelConfig: a variant is data, not a class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from retentive.layers.config import LIMIT, AttentionConfig, FeedForwardConfig, RetentionConfig, one_of
+from retentive.models.config import BlockConfig, ModelConfig, check_layers
+from retentive.ops import decay as decays
+
+DEFAULTS: dict[str, Any] = dict(dim=256, layers=6, heads=4, vocab_size=257)
+"""Shape of a RetNet without a size."""
+SHARED = {f.name: f.type for f in fields(ModelConfig) if f.name != "blocks"} | {"layers": int}
+"""Fields of a whole model, and their types."""
+FEED_FORWARD = {"ffn_dim": ("width", int), "activation": ("activation", str), "ffn_gate": ("gate", bool)}
+"""Fields of the feed-forward layer: their names there, and their types."""
+RETENTION = {f.name: f.type for f in fields(RetentionConfig) if f.name not in ("dim", "norm_eps")}
+"""Fields of retention, and their types."""
+ATTENTION = {
+    "kv_heads": ("kv_heads", int),
+    "head_dim": ("head_dim", int),
+    "rotary": ("rotary", str),
+    "rotary_base": ("rotary_base", float),
+    "qk_norm": ("qk_norm", bool),
+    "forget_gate": ("forget_gate", bool),
+    "attention_window": ("window", int | None),
+}
+"""Fields of the twin's attention: their names there, and their types."""
+HYBRID: dict[str, Any] = {
+    "attention": tuple[int, ...],
+    "attention_every": int,
+    "attention_window": int | None,
+    "attention_rotary": str,
+}
+"""What `hybrid` takes beside the fields of a RetNet."""
+FIELDS: dict[str, Any] = {
+    **SHARED,
+    **RETENTION,
+    **{name: kind for name, (_, kind) in (FEED_FORWARD | ATTENTION).items()},
+    **HYBRID,
+}
+"""Every field that a named model takes, and its type."""
+
+
+PLAIN: dict[str, Any] = dict(qk_norm=False, qk_bias=False, decay_bias=False, gate_activation="swish", head_norm=True)
+"""What no published RetNet has, but for the norm of each head's output, which all have."""
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "retnet": {},
+    # the paper's language models, in the parts that its authors published later: RMSNorm, a gated feed-forward layer
+    "retnet-paper": PLAIN | dict(decay="lm", decay_range=decays.LM_RANGE, rotary="interleaved", score_norm=True),
+    "torchscale": PLAIN | dict(decay="paper", rotary="interleaved", score_norm=True, embed_scale=True),
+    "fla": PLAIN | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
+}
+"""Named RetNets, by the fields that the name stands for. `retnet`, this package's own, is the fields' defaults and
+stands for nothing else: any of them may be changed."""
+
+
+class Size(NamedTuple):
+    """A named size: shapes, and the architecture that they were published with."""
+
+    shape: dict[str, Any]
+    architecture: str = "retnet"
+
+
+def _small(dim: int, layers: int, heads: int) -> Size:
+    """Tied embeddings: untied, they would be most of a small model's parameters."""
+    return Size(dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True))
+
+
+def _paper(dim: int, layers: int, heads: int) -> Size:
+    """arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 parameters a block."""
+    plain = dict(ffn_dim=2 * dim, ffn_gate=False, activation="gelu")
+    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain), "retnet-paper")
+
+
+def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> Size:
+    """The architectures that torchscale registers with fairseq."""
+    return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn), "torchscale")
+
+
+def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> Size:
+    """The configs behind fla-hub's checkpoints."""
+    shape = dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, ffn_dim=ffn, tie_embeddings=tie)
+    return Size(shape, "fla")
+
+
+PRESETS: dict[str, Size] = {
+    # our own series for small machines, named by the parameters of the blocks
+    "1m": _small(128, 5, 2),
+    "2m": _small(192, 5, 3),
+    "5m": _small(256, 6, 4),
+    "10m": _small(320, 8, 5),
+    "25m": _small(512, 8, 8),
+    "60m": _small(640, 12, 10),
+    "130m": _small(896, 13, 7),
+    "350m": _small(1280, 18, 10),
+    "paper-1.3b": _paper(2048, 24, 8),
+    "paper-2.7b": _paper(2560, 32, 10),
+    "paper-6.7b": _paper(4096, 32, 16),
+    "torchscale-base": _torchscale(512, 6, 2, 864),
+    "torchscale-medium": _torchscale(1024, 16, 4, 1728),
+    "torchscale-xl": _torchscale(2048, 24, 8, 3456),
+    "torchscale-3b": _torchscale(2560, 32, 10, 4280),
+    "torchscale-7b": _torchscale(4096, 32, 16, 6912),
+    "torchscale-13b": _torchscale(5120, 40, 20, 8560),
+    "torchscale-65b": _torchscale(8192, 64, 32, 13824),
+    "fla-340m": _fla(1024, 24, 4, 1536, tie=True),
+    "fla-1.3b": _fla(2048, 24, 8, 2816),
+    "fla-2.7b": _fla(2560, 32, 10, 3584),
+}
+
+
+def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: Any) -> ModelConfig:
+    """Config of a RetNet: every block is gated multi-scale retention.
+
+    Args:
+        size: a name of PRESETS; None: the shape of DEFAULTS.
+        architecture: a name of ARCHITECTURES; "retnet" is that of the size where it was published with another.
+        changes: fields that differ from the size's: those of RetentionConfig and ModelConfig, `layers`, and `ffn_dim`
+            (0: value_dim), `activation`, `ffn_gate` of the feed-forward layers.
+
+    Raises:
+        ValueError: an unknown size or architecture (the known ones are named), an unknown field, a field that
+            contradicts the architecture's name, or a value that cannot be.
+    """
+    one_of("architecture", architecture, ARCHITECTURES)
+    shape, published = Size(DEFAULTS) if size is None else _size(size)
+    if architecture != "retnet" and published not in ("retnet", architecture):
+        raise ValueError(f"size {size} is of the architecture {published}, got {architecture}: name a size of our own")
+    unknown = set(changes) - {*SHARED, *RETENTION, *FEED_FORWARD}
+    if unknown:
+        raise ValueError(f"a RetNet has no field {', '.join(sorted(unknown))}")
+    name = published if architecture == "retnet" else architecture
+    meant = ARCHITECTURES[name]
+    other = {field: value for field, value in changes.items() if field in meant and value != meant[field]}
+    if other:
+        stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
+        raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
+    return _retnet(**{**DEFAULTS, **shape, **meant, **changes})
+
+
+def _size(name: str) -> Size:
+    if name not in PRESETS:
+        raise ValueError(f"unknown size {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _retnet(*, layers: int, ffn_dim: int = 0, **flat: Any) -> ModelConfig:
+    check_layers(layers)
+    model = {name: value for name, value in flat.items() if name in SHARED}
+    common = {name: value for name, value in model.items() if name in ("dim", "norm_eps")}
+    mixer = RetentionConfig(**common, **{name: value for name, value in flat.items() if name in RETENTION})
+    _check_width(ffn_dim)
+    own = {FEED_FORWARD[name][0]: value for name, value in flat.items() if name in FEED_FORWARD}
+    ffn = FeedForwardConfig(ffn_dim or mixer.value_dim, **own)
+    return ModelConfig(**model, blocks=(BlockConfig(mixer, ffn),) * layers)
+
+
+def _check_width(width: Any) -> None:
+    """Raises ValueError for a width that FeedForwardConfig would refuse by another name."""
+    if type(width) is not int:
+        raise ValueError(f"ffn_dim must be a whole number, got {width!r}")
+    if not 0 <= width <= LIMIT:
+        raise ValueError(f"ffn_dim must be {'at least 1' if width < 0 else f'at most {LIMIT:,}'}, got {width:,}")
+
+
+def flat(config: ModelConfig, who: str) -> dict[str, Any]:
+    """The fields by which `retnet` makes this config, all of them; `who`, which needs them, begins the error's line.
+
+    Raises:
+        ValueError: not a RetNet whose blocks are all alike.
+    """
+    mixer, ffn = config.all_retention(who), config.blocks[0].ffn
+    fields_of_ffn = {name: getattr(ffn, own) for name, (own, _) in FEED_FORWARD.items()}
+    return {name: getattr(mixer, name) for name in RETENTION} | fields_of_ffn | _shared(config)
+
+
+def _shared(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SHARED}
+
+
+def twin(config: ModelConfig, *, kv_heads: int = 0) -> ModelConfig:
+    """Config of the Transformer of the same width, depth, heads and parameters as a RetNet; a Transformer as it is.
+
+    Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
+    with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
+
+    Args:
+        config: a RetNet, or a hybrid, whose blocks of retention are counted.
+        kv_heads: heads of keys and values, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
+            0: every head has its own.
+    """
+    block = next((b for b in config.blocks if isinstance(b.mixer, RetentionConfig)), None)
+    if block is None:
+        return config
+    attends = _twin_block(block, config.norm_eps, kv_heads)
+    # what only a RetNet has of its model's fields stays behind: the twin is one baseline for all of them
+    return replace(config, blocks=(attends,) * config.layers, embed_scale=False, embed_norm=False, final_norm=True)
+
+
+def _twin_block(block: BlockConfig, norm_eps: float, kv_heads: int = 0) -> BlockConfig:
+    """The block of attention and SwiGLU with as many parameters as a block of retention."""
+    c = block.mixer
+    assert isinstance(c, RetentionConfig)
+    shared = c.kv_heads / c.heads
+    # All in units of D parameters: what the block of the RetNet has, less what the twin's attention takes.
+    retention = (1 + shared) * c.key_dim + (shared + (2 if c.gate else 1)) * c.value_dim
+    retention += c.heads if c.decay == "gated" else 0
+    feed_forward = (3 if block.ffn.gate else 2) * block.ffn.width
+    attention = 2 * c.dim * (1 + (kv_heads or c.heads) / c.heads)
+    mixer = AttentionConfig(dim=c.dim, heads=c.heads, kv_heads=kv_heads, norm_eps=norm_eps)
+    width = round((feed_forward + retention - attention) / 3)  # SwiGLU has three matrices
+    return BlockConfig(mixer, FeedForwardConfig(width))
+
+
+def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
+    """Config of a RetNet's twin, a modern Transformer: rotary positions, RMSNorm, SwiGLU.
+
+    Args:
+        size: a name of PRESETS; None: the shape of DEFAULTS.
+        changes: fields of the twin's own (ATTENTION, and `ffn_dim`), and those of the RetNet that it is as wide and as
+            large as.
+
+    Raises:
+        ValueError: as `retnet`.
+    """
+    own = {name: value for name, value in changes.items() if name in ATTENTION or name == "ffn_dim"}
+    base = twin(retnet(size, **{name: value for name, value in changes.items() if name not in own}))
+    width = own.pop("ffn_dim", 0)
+    _check_width(width)
+    block = base.blocks[0]
+    known = {f.name: getattr(block.mixer, f.name) for f in fields(AttentionConfig) if f.name != "kv_heads"}
+    mixer = AttentionConfig(**known | {ATTENTION[name][0]: value for name, value in own.items()})
+    ffn = replace(block.ffn, width=width or block.ffn.width)
+    return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers)
+
+
+def hybrid(
+    size: str | None = None,
+    *,
+    attention: Sequence[int] = (),
+    attention_every: int = 0,
+    attention_window: int | None = None,
+    attention_rotary: str = "half",
+    **changes: Any,
+) -> ModelConfig:
+    """Config of a RetNet of which some blocks are those of its twin: attention, with as many parameters.
+
+    Its memory grows as many times slower than the Transformer's; with a window it is of constant size. Source: the
+    hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427): one block of attention, in
+    Griffin over a window, to several that are recurrent.
+
+    Args:
+        attention: the blocks that attend, counted from 0.
+        attention_every: instead of these, one block in so many, the last of them; 0: 4, or all blocks where there are
+            fewer. 4: three blocks of retention, then one of attention.
+        attention_window: tokens that a token attends to in these blocks, itself included; None: all before it.
+        attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
+        changes: as for `retnet`; the blocks that attend have QK-norm if the others have it.
+
+    Raises:
+        ValueError: as `retnet`, or blocks that are not all there, or all of one kind.
+    """
+    base = retnet(size, **changes)
+    layers, block = base.layers, base.blocks[0]
+    if attention and attention_every:
+        raise ValueError(f"attention names the blocks, attention_every={attention_every} counts them: give one")
+    every = attention_every or min(4, layers)
+    places = set(attention) if attention else set(range(every - 1, layers, every)) if every > 0 else set()
+    if not attention and not 2 <= every <= layers:
+        raise ValueError(
+            f"attention_every must be from 2 to layers, {layers}, for blocks of both kinds to be there, got {every}"
+        )
+    if not places <= set(range(layers)) or len(places) == layers:
+        raise ValueError(
+            f"attention must name some of the blocks 0 to {layers - 1}, and leave one, got {sorted(places)}"
+        )
+    mixer = block.mixer
+    assert isinstance(mixer, RetentionConfig)
+    attends = _twin_block(block, base.norm_eps)
+    own = dict(window=attention_window, rotary=attention_rotary, qk_norm=mixer.qk_norm)
+    attends = replace(attends, mixer=replace(attends.mixer, **own))  # type: ignore[arg-type]
+    return replace(base, blocks=tuple(attends if i in places else block for i in range(layers)))

@@ -1,0 +1,24 @@
+"""Configs of models with some fields changed in all of their blocks."""
+
+from dataclasses import replace
+from typing import Any
+
+from retentive.models import ModelConfig
+from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
+
+
+def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:
+    """The config with fields changed in all layers that have them, by the names that `retnet` takes."""
+    of_all = {name: fields[name] for name in ("dim", "norm_eps", "heads") if name in fields}
+    of_kind = {
+        "retention": {name: fields[name] for name in RETENTION if name in fields},
+        "attention": {own: fields[name] for name, (own, _) in ATTENTION.items() if name in fields},
+    }
+    ffn = {own: fields[name] for name, (own, _) in FEED_FORWARD.items() if name in fields}
+    blocks = [
+        replace(b, mixer=replace(b.mixer, **of_kind[b.mixer.kind] | of_all), ffn=replace(b.ffn, **ffn))
+        for b in config.blocks
+    ]
+    rest = set(fields) - {"heads", *RETENTION, *ATTENTION, *FEED_FORWARD}
+    blocks = blocks[:1] * layers if layers else blocks
+    return replace(config, blocks=tuple(blocks), **{name: fields[name] for name in rest})
