@@ -1,110 +1,115 @@
-"""What figures.py writes into docs/see.md and docs/listen.md: models with encoders beside their twins."""
+"""Blocks of docs/see.md and docs/listen.md: models with encoders beside their twins."""
 
 from statistics import mean
+from typing import Any
 
-from blocks import EPYC, SEEDS, SPEAKERS, ZEN4, by_seed, heard, result, row, table
+from blocks import EPYC, SPEAKERS, ZEN4, average, by_seed, heard, result, table
+
+HEAD = "{} | RetNet, seed 0 | RetNet, seed 1 | twin, seed 0 | twin, seed 1 | 95 % interval"
+"""Head of a table by seed. The interval is half the widest of the four."""
+
+
+def percent(value: float, digits: int) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def width(rows: list[dict[str, Any]]) -> float:
+    """Half of the widest interval."""
+    return max(r["interval"][1] - r["interval"][0] for r in rows) / 2
 
 
 def seen(what: str, head: str, asked: dict[tuple[str, str], str], digits: int) -> str:
-    """A table of the tasks and metrics that are asked, and their words: percent by seed, and the ends of intervals."""
+    """Table of tasks and metrics in percent, by seed. `asked` has the words of each row."""
     rows = result(what, EPYC)["rows"]
 
-    def percent(value: float) -> str:
-        return f"{100 * value:.{digits}f}"
-
     def line(task: str, metric: str, words: str) -> str:
-        cells = [words]
-        for model in ("retnet", "twin"):
-            of_seeds = [row(rows, model=model + seed, task=task, metric=metric) for seed in SEEDS]
-            low, high = min(r["interval"][0] for r in of_seeds), max(r["interval"][1] for r in of_seeds)
-            values = ", ".join(percent(r["value"]) for r in of_seeds)
-            cells.append(f"{values} ({percent(low)} to {percent(high)})")
-        cells[0] += f"; {of_seeds[0]['n']:,}"
-        return " | ".join(cells)
+        found = [r for model in ("retnet", "twin") for r in by_seed(rows, model, task, metric)]
+        cells = [percent(r["value"], digits) for r in found]
+        return " | ".join([f"{words}; {found[0]['n']:,}", *cells, f"± {percent(width(found), digits)}"])
 
-    return table(f"{head} | RetNet | twin", *(line(*key, words) for key, words in asked.items()))
+    return table(HEAD.format(head), *(line(*key, words) for key, words in asked.items()))
 
 
 def seen_digits() -> str:
+    """Right answers about handwritten digits."""
     asked = {
-        ("answers:test", "exact"): "a picture, the question after it",
-        ("answers:before", "exact"): "the question before it",
-        ("answers:around", "exact"): "before and after it",
-        ("answers:shuffled", "exact"): "another's picture in its place (chance: 10)",
+        ("answers:test", "exact"): "a picture, then the question",
+        ("answers:before", "exact"): "the question, then the picture",
+        ("answers:around", "exact"): "the question before and after it",
+        ("answers:shuffled", "exact"): "another question's picture (chance: 10)",
     }
     for of in (8, 16):
         for k, name in ((1, "first"), (of // 2, f"{of // 2}th"), (of, "last")):
             asked[f"answers:row{of}-{k}", "exact"] = f"the {name} of {of} pictures"
-    return seen("seen-digits-1m", "right answers about handwritten digits, %", asked, 1)
+    return seen("seen-digits-1m", "right answers, %; questions", asked, 1)
 
 
 def seen_rate() -> str:
-    """What half the rate does to the twin."""
-    rows = result("seen-digits-half-rate-1m", ZEN4)["rows"]
+    """Right answers of the twin at half the learning rate, beside both at the rate of the recipe."""
+    recipe, half = result("seen-digits-1m", EPYC)["rows"], result("seen-digits-half-rate-1m", ZEN4)["rows"]
+    columns = ((recipe, "retnet"), (recipe, "twin"), (half, "twin"))
 
-    def right(task: str) -> str:
-        return by_seed(rows, "twin", f"answers:{task}", "exact")
+    def learnt(rows: list[dict[str, Any]], model: str) -> str:
+        places = (r for k in range(1, 17) for r in by_seed(rows, model, f"answers:row16-{k}", "exact"))
+        return f"{sum(r['value'] > 0.85 for r in places) / 2:g}"
 
-    def learnt(seed: str) -> int:
-        places = (row(rows, model="twin" + seed, task=f"answers:row16-{k}", metric="exact") for k in range(1, 17))
-        return sum(r["value"] > 0.85 for r in places)
+    def line(words: str, task: str) -> str:
+        return " | ".join([words, *(average(by_seed(*column, f"answers:{task}", "exact")) for column in columns)])
 
-    return (
-        "**The rate of the recipes, the same for both, was chosen with RetNet, and that makes a difference.** At half "
-        f"of it (`--lr 2e-3`) the twin is right about {right('test')} % of single pictures, {right('row8-1')} of the "
-        f"first and {right('row8-8')} of the last of eight, and has learnt {learnt('')} and {learnt('-seed1')} of "
-        "sixteen places (right in more than 85 %). RetNet was not trained at half the rate, nor either at others, "
-        "nor with emoji."
+    return table(
+        "mean of two seeds | RetNet, 4e-3 | twin, 4e-3 | twin, 2e-3",
+        line("a single picture", "test"),
+        line("the first of 8 pictures", "row8-1"),
+        line("the last of 8 pictures", "row8-8"),
+        " | ".join(["places of 16 learnt (above 85 %)", *(learnt(*column) for column in columns)]),
     )
 
 
 def seen_emoji() -> str:
+    """Names found for held-out pictures of emoji, and pictures for names."""
     asked = {
-        ("naming:kin", "first"): "its name before all others, where the emoji has other pictures",
-        ("naming:kin", "first10"): "among the first ten",
-        ("answers:kin", "exact"): "its name, written and not chosen from the list",
-        ("naming:kin", "found"): "the picture before all others, from its name",
-        ("naming:new", "first10"): "its name among the first ten, where there is no other picture of it",
-        ("naming:new", "found10"): "the picture among the first ten, from its name",
+        ("naming:kin", "first"): "name ranked first",
+        ("naming:kin", "first10"): "name among the first ten",
+        ("answers:kin", "exact"): "name written",
+        ("naming:kin", "found"): "picture ranked first for its name",
+        ("naming:new", "first10"): "no other picture: name among the first ten",
+        ("naming:new", "found10"): "no other picture: picture among the first ten",
     }
-    return seen("seen-emoji-1m", "held-out pictures of emoji, 1,910 names, %", asked, 0)
+    return seen("seen-emoji-1m", "held-out pictures, %; questions", asked, 0)
 
 
 def heard_digits() -> str:
-    """Words that are wrong: of each speaker who was held out, and of what else the same models were asked."""
+    """Word error rate by held-out speaker, and of the other tasks as means over all speakers."""
 
     def line(words: str, *speakers: str, task: str | None = None) -> str:
-        """Means by seed over the speakers who were held out, all if none is named."""
-        cells = [words]
-        for model in ("retnet", "twin"):
-            rows = heard(model, speakers or list(SPEAKERS), task)
-            values = ", ".join(f"{100 * mean(r['value'] for r in of_seed):.1f}" for of_seed in rows)
-            ends = [100 * end for of_seed in rows for r in of_seed for end in r["interval"]]
-            cells.append(f"{values} ({min(ends):.1f} to {max(ends):.1f})")
-        return " | ".join(cells)
+        found = [rows for model in ("retnet", "twin") for rows in heard(model, speakers or list(SPEAKERS), task)]
+        cells = [percent(mean(r["value"] for r in rows), 1) for rows in found]
+        # an average over trainings has no interval of its own: that of one speaker says nothing of the others
+        interval = f"± {percent(width([r for rows in found for r in rows]), 1)}" if len(speakers) == 1 else ""
+        return " | ".join([words, *cells, interval])
 
     return table(
-        "spoken digits, % of words wrong | RetNet | twin",
+        HEAD.format("words wrong, %"),
         *(line(f"{speaker}, held out", speaker) for speaker in SPEAKERS),
         line(f"mean of these {len(SPEAKERS)}"),
-        line("another recording of speakers who were trained on", task="known"),
-        line("the last of five in turns", task="turns5"),
-        line("the last of fifty in turns", task="turns50"),
-        line("five in one sound", task="row5"),
-        line("fifty in one sound", task="row50"),
+        line("new recordings of speakers in the training set", task="known"),
+        line("the last of five turns", task="turns5"),
+        line("the last of fifty turns", task="turns50"),
+        line("five digits in one clip", task="row5"),
+        line("fifty digits in one clip", task="row50"),
     )
 
 
 def heard_rate() -> str:
-    """What half the rate does to both, with one of the speakers held out."""
-    rows = result("heard-lucas-half-rate-1m", ZEN4)["rows"]
+    """Word error rate at half the learning rate, with lucas held out."""
+    recipe, half = result("heard-lucas-1m", ZEN4)["rows"], result("heard-lucas-half-rate-1m", ZEN4)["rows"]
+    columns = [(rows, model) for model in ("retnet", "twin") for rows in (recipe, half)]
 
-    def wrong(model: str, task: str) -> str:
-        return by_seed(rows, model, f"transcription:{task}", "wer")
+    def line(words: str, task: str) -> str:
+        return " | ".join([words, *(average(by_seed(*column, f"transcription:{task}", "wer")) for column in columns)])
 
-    return (
-        "The rate of the recipe, the same for both, was chosen with RetNet. At half of it (`--lr 2e-3`), with lucas "
-        f"held out, RetNet errs in {wrong('retnet', 'lucas')} % of his words and the twin in "
-        f"{wrong('twin', 'lucas')}; of the last of fifty in turns in {wrong('retnet', 'turns50')} and "
-        f"{wrong('twin', 'turns50')}. Other rates, and the other speakers at this one, were not tried."
+    return table(
+        "words wrong, mean of two seeds | RetNet, 4e-3 | RetNet, 2e-3 | twin, 4e-3 | twin, 2e-3",
+        line("lucas, held out", "lucas"),
+        line("the last of fifty turns", "turns50"),
     )

@@ -1,9 +1,10 @@
-"""Writes the figures of README.md and of pages of docs/ from results/, so that no number there is typed by hand.
+"""Writes the numbers of README.md and of pages of docs/ from results/, so that none of them is typed by hand.
 
     python docs/figures.py            write the blocks anew
     python docs/figures.py --check    exit code 1 and the names of the blocks that are out of date
 
-A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; the function of that name in one of BLOCKS makes it.
+A block stands between `<!-- figures: NAME -->` and `<!-- end -->`. The function NAME in one of the modules blocks,
+blocks_results, blocks_paper and blocks_media makes it.
 """
 
 import re
@@ -11,39 +12,55 @@ import sys
 
 import blocks
 import blocks_media
+import blocks_paper
+import blocks_results
 from blocks import ROOT
 
 from retentive.report.page import machine, read
 from retentive.report.sections import SECTIONS
 
-PAGES = ("README.md", "docs/numbers.md", "docs/see.md", "docs/listen.md")
-BLOCKS = {**vars(blocks), **vars(blocks_media)}
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/numbers.md",
+    "docs/paper.md",
+    "docs/native.md",
+    "docs/see.md",
+    "docs/listen.md",
+)
+BLOCKS = {**vars(blocks_results), **vars(blocks_paper), **vars(blocks_media), **vars(blocks)}
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def written(text: str) -> str:
-    """A page with its blocks made anew.
+def written(text: str, page: str) -> str:
+    """A page with its blocks made anew. Their links become relative to the page.
 
     Raises:
-        KeyError: a block that no function here makes.
+        KeyError: no function makes a block.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2].replace('-', '_')]()}\n\n{m[4]}", text)
+    up = "](" + "../" * page.count("/")
+
+    def made(match: re.Match[str]) -> str:
+        block = re.sub(r"\]\((?!\w+:)", up, BLOCKS[match[2].replace("-", "_")]())
+        return f"{match[1]}\n{block}\n\n{match[4]}"
+
+    return BLOCK.sub(made, text)
 
 
 def stale() -> list[str]:
-    """`page: block` of every block that says something else than results/."""
+    """`page: block` of every block that differs from results/."""
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        pairs = zip(BLOCK.finditer(text), BLOCK.finditer(written(text)), strict=True)
+        pairs = zip(BLOCK.finditer(text), BLOCK.finditer(written(text, page)), strict=True)
         found += [f"{page}: {old[2]}" for old, new in pairs if old[3] != new[3]]
     return found
 
 
 def tables() -> str:
-    """The page of all tables: every file of results/ as its command shows it, by question, the paper first."""
+    """The page of all tables: every file of results/ as its command prints it, by question, the paper first."""
     found = [read(path) for path in sorted((ROOT / "results").glob("*.json"))]
-    parts = ["# All tables\n\nEach file of `results/` as the command that made it prints it, by question.\n"]
+    parts = ["# All tables\n\nEvery file of `results/`, as the command that made it prints it, sorted by question.\n"]
     for section in SECTIONS:
         parts.append(f"## {section.title}\n\n{section.question}\n")
         if section.paper:
@@ -65,7 +82,7 @@ def main() -> None:
         return
     for page in PAGES:
         path = ROOT / page
-        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(written(path.read_text(encoding="utf-8"), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What mkdocs is told beyond mkdocs.yml: pages from outside docs/, links that lead there, and the modules of each room.
+"""mkdocs hooks: add the pages outside docs/, resolve links between files, insert diagrams and the modules of each room.
 
-Every page reads as well on the disk, or on a site that shows repositories, as it does here: links are relative to the
-file, a diagram is a linked SVG. Here links into the code lead to the repository, and diagrams stand in the page itself,
-so that they take its light or dark colours.
+Pages also read well on disk and on a site that shows repositories: links are relative to the file, a diagram is a
+linked SVG. On the site, a link into the code leads to the repository that pyproject.toml names. While it names none,
+such a link becomes its text. Diagrams stand in the page itself, so that they take its light or dark colours.
 """
 
 import os
@@ -17,14 +17,24 @@ import figures
 
 ROOT = figures.ROOT
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
-LINK = re.compile(r"(\]\()(?!\w+:)([^)\s#]+)")
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:)([^)\s#]+)(#[^)\s]*)?\)")
 DIAGRAM = re.compile(r"!\[[^\]]*\]\((diagrams/[\w-]+\.svg)\)")
 MODULES = re.compile(r"<!-- modules of ([\w.]+): ([\w. ]*)-->")
+_named = re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+REPOSITORY = _named[1] if _named else None
+"""Address of the source repository, set in pyproject.toml alone; None while it is not published."""
+
+
+def on_config(config):
+    """Add the repository to the navigation."""
+    if REPOSITORY:
+        config.nav.append({"Source": REPOSITORY})
+    return config
 
 
 def on_files(files, config):
-    """Add results/ (its pages, its pictures and, as one more page, its tables), the changelog, how to contribute."""
-    outside = {path: f"results/{path.name}" for path in (*RESULTS.glob("*.md"), *RESULTS.glob("*.png"))}
+    """Add results/ (pages, pictures, data and a page of all tables), CHANGELOG.md and CONTRIBUTING.md."""
+    outside = {path: f"results/{path.name}" for kind in ("md", "png", "json") for path in RESULTS.glob(f"*.{kind}")}
     outside[RESULTS / "README.md"] = "results/files.md"
     outside |= {ROOT / name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
     for path, uri in outside.items():
@@ -34,18 +44,22 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links between files become links between pages, or into the repository; diagrams and modules are put in."""
+    """Turn links between files into links between pages or into the repository; insert diagrams and modules."""
     pages = {file.abs_src_path: file.src_uri for file in files}
     here = Path(page.file.src_uri).parent
     folder = Path(page.file.abs_src_path).parent if page.file.abs_src_path else ROOT / here
 
     def lead(match):
+        text, anchor = match[1], match[3] or ""
         path = (folder / match[2]).resolve()
         if uri := pages.get(str(path)):
-            return match[1] + os.path.relpath(uri, here)
+            return f"[{text}]({os.path.relpath(uri, here)}{anchor})"
         if not path.exists() or path.is_relative_to(DOCS):
             return match[0]  # the strict build names it
-        return f"{match[1]}{config.extra['repository']}/blob/main/{path.relative_to(ROOT).as_posix()}"
+        view, inside = "tree" if path.is_dir() else "blob", path.relative_to(ROOT).as_posix()
+        if REPOSITORY:
+            return f"[{text}]({REPOSITORY}/{view}/main/{inside}{anchor})"
+        return f"`{text}`" if "/" in text and "`" not in text else text
 
     markdown = LINK.sub(lead, markdown)
     markdown = DIAGRAM.sub(lambda match: f"<div>{(DOCS / match[1]).read_text(encoding='utf-8')}</div>", markdown)
@@ -53,7 +67,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def modules(room: str, first: list[str]) -> str:
-    """A heading and the documentation of each module of a room, those named `first` first, the others by name."""
+    """Return a heading and the documentation of each module of a room: `first` in order, then the others by name."""
     folder = ROOT.joinpath(*room.split("."))
     names = {path.stem for path in folder.glob("[!_]*.py")} | {
         path.parent.name for path in folder.glob("*/__init__.py")

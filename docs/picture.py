@@ -1,0 +1,31 @@
+"""Draws docs/front.png, the picture of the front page, from results/: `python docs/picture.py` (extra `plot`)."""
+
+import matplotlib.pyplot as plt
+from blocks import FULL, LONG, NATIVE, ROOT, native
+
+CURVES = {
+    "RetNet, C engine": ("native-int4", (NATIVE, NATIVE, LONG), "C0", "o"),
+    "Transformer, llama.cpp, grouped heads": ("llamacpp-q4_0", (NATIVE, NATIVE, LONG), "C1", "s"),
+    "Transformer, llama.cpp, all heads (twin)": ("llamacpp-q4_0", (FULL, FULL, FULL), "C3", "^"),
+}
+CONTEXTS = (2048, 8192, 32768)
+
+
+def main() -> None:
+    figure, (memory, speed) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for label, (name, files, colour, marker) in CURVES.items():
+        models = [native(what, context)[name] for what, context in zip(files, CONTEXTS, strict=True)]
+        style = {"color": colour, "marker": marker, "label": label}
+        memory.plot(CONTEXTS, [model["state_bytes"] / 1e6 for model in models], **style)
+        speed.plot(CONTEXTS, [1000 * model["seconds"] for model in models], **style)
+    for axes, title in ((memory, "memory of a sequence (MB)"), (speed, "time per token (ms)")):
+        axes.set(xscale="log", title=title, xlabel="context (tokens)", ylim=(0, None))
+        axes.set_xticks(CONTEXTS, labels=["2k", "8k", "32k"], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    memory.legend(fontsize=9)
+    figure.savefig(ROOT / "docs" / "front.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
