@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "generate", "load", "stream_generate", "train"]
 
-__version__ = "0.1.0"
+__version__ = "0.5.0"
 
 _HOMES = {
     "evaluate": "retentive.evals",
