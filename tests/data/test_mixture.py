@@ -143,7 +143,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
     tokenizer = train_bpe(["some text of another kind"] * 9, 260)
     pack(tmp_path / "bpe", tokenizer, [Document("0", "some text of another kind")], [])
     with refuses(
-        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack the one with the other's"
+        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack it again with tokenizer="
     ):
         Mixture([low, Packed(tmp_path / "bpe")])
     with refuses("3 weights for 2 folders of data"):
@@ -159,7 +159,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
         Mixture([low, high, low])
     with refuses("a weight of data is below a 10,000th of their sum"):
         Mixture([low, high], [1.0, 1e-6]).batches(batch=1, length=T)
-    with refuses("mode carry reads on in one stream"):
+    with refuses('mode is "carry", which reads one stream'):
         Mixture([low, high]).batches(batch=1, length=T, mode="carry")
     with refuses("batch 3, rank 0, world 2: expected a multiple of world"):
         Mixture([low, high]).batches(batch=3, length=T, world=2)

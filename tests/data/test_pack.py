@@ -96,7 +96,7 @@ def test_out_is_not_overwritten_by_accident(tmp_path):
     out.mkdir()
     pack(out, ByteTokenizer(), TRAIN, VALID)
     before = contents(out)
-    with pytest.raises(FileExistsError, match=r"holds packed data.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds packed data.*set overwrite"):
         pack(out, ByteTokenizer(), TRAIN[:1], VALID)
     assert contents(out) == before
     pack(out, ByteTokenizer(), TRAIN[:1], VALID, overwrite=True)

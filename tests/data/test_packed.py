@@ -85,7 +85,7 @@ def test_what_cannot_work_is_refused(packed, tmp_path, refuses):
     with refuses("length is 0: expected at least 1"):
         packed.held_out(length=0)
     pack(tmp_path / "a", ByteTokenizer(), [Document("a", "text")], [])
-    with refuses("no held-out text: pack it with --valid-fraction above 0 or --valid"):
+    with refuses("no held-out text: pack it with valid_fraction above 0, or with valid"):
         Packed(tmp_path / "a").held_out(length=8)
     with refuses("does not exist: expected a folder that `retentive data` wrote", FileNotFoundError):
         Packed(tmp_path / "nowhere")

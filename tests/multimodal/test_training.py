@@ -267,9 +267,9 @@ def test_pictures_in_a_talk(place, capsys, monkeypatch):
 
 def test_what_is_refused(place, refuses):
     data = packed()
-    with refuses("data with image, audio are read in mode whole, got reset (--mode whole)"):
+    with refuses('data with image, audio need mode "whole", got \'reset\': set mode="whole"'):
         data.batches(batch=2, length=64)
-    with refuses("tokens, a row 16: --length"):
+    with refuses("tokens, a row 16: set length="):
         data.batches(mode="whole", batch=2, length=16)
     for changes, why in (
         ({"image.size": 9}, "--set image.size: the data decide it"),
