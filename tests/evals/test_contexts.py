@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
             score_contexts(model, tokenizer, names, folder, lengths, last=last)
     with refuses("at least 1, got 0"):
         score_contexts(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
-    with refuses("needs --data"):
+    with refuses("needs data: "):
         score_contexts(model, tokenizer, ["perplexity"], None, [20], last=8)
     with refuses("no such file", FileNotFoundError):
         score_contexts(model, tokenizer, ["novels"], folder, [20], last=8)
@@ -179,7 +179,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert [row["context"] for row in json.loads(out.read_text(encoding="utf-8"))["results"]] == [20, 20, 40, 40]
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--shots", "2"])
-    assert "--contexts is for texts: leave out --shots" in capsys.readouterr().err
+    assert "contexts is for texts: leave out shots" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--lm-eval"])
-    assert "--contexts are for our own scorer: leave them out with --lm-eval" in capsys.readouterr().err
+    assert "contexts are for our own scorer: leave them out with lm_eval" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from retentive.evals import likelihood
-from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, common_prefix, encode, score
+from retentive.evals.likelihood_tasks import windows
 from retentive.models import build, peer, retnet
 
 

@@ -16,8 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from retentive.checkpoint import save_model
 from retentive.cli import main
-from retentive.evals.answers import score_tasks, windows
 from retentive.evals.harness import describe, native, rolling, run_tasks
+from retentive.evals.likelihood_tasks import score_likelihood_tasks, windows
 from tests.evals.task_rows import ROWS, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's packages
@@ -70,7 +70,7 @@ class Plain(TemplateLM):
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_the_three_agree_on_every_task(model, tokenizer, folder, tmp_path, shots):
-    ours, records = score_tasks(model, tokenizer, TASKS, folder, shots=shots)
+    ours, records = score_likelihood_tasks(model, tokenizer, TASKS, folder, shots=shots)
     (tmp_path / "tasks").mkdir()
     describe(TASKS, folder, tmp_path / "tasks")
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)

@@ -8,8 +8,8 @@ import torch
 import retentive
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.evals.answers import score_tasks
 from retentive.evals.contexts import score_contexts
+from retentive.evals.likelihood_tasks import score_likelihood_tasks
 from retentive.models import build, retnet
 
 
@@ -27,7 +27,7 @@ def run(tmp_path):
 def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
     data = run.parent / "data"
     model, tokenizer = retentive.load(run)
-    want = score_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
+    want = score_likelihood_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
     for found in (
         retentive.evaluate(model, ["piqa", "perplexity"], data, tokenizer=tokenizer, limit=3, window=16),
         retentive.evaluate(str(run), "piqa, perplexity", str(data), limit=3, window=16),
@@ -40,9 +40,9 @@ def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
 
 
 REFUSED = {
-    "no-data": (dict(tasks="piqa"), "data is needed: the folder of piqa"),
-    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out --shots"),
-    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with --lm-eval"),
+    "no-data": (dict(tasks="piqa"), "data is missing: give the folder of piqa"),
+    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out shots"),
+    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with lm_eval"),
     "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "window must be at least 2, got 0"),
 }
 

@@ -185,9 +185,9 @@ def test_examples_are_the_same_each_time_and_with_a_limit(twenty):
 
 
 def test_too_few_questions_for_the_examples(twenty, refuses):
-    with refuses("has 20 questions, too few for 20 examples before each: lower --shots"):
+    with refuses("has 20 questions, too few for 20 examples before each: lower shots"):
         parse(TASKS["lambada_openai"], twenty, shots=20)
-    with refuses("holds texts: examples (--shots) are for questions"):
+    with refuses("holds texts, and examples are for questions: set shots=0"):
         parse(TASKS["perplexity"], twenty, shots=1)
 
 

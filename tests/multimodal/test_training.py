@@ -28,8 +28,8 @@ from retentive.data.packed import Packed
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import evaluate
+from retentive.evals.generation_tasks import loss
 from retentive.evals.heldout import held_out_loss
-from retentive.evals.replies import loss
 from retentive.infer import batch
 from retentive.infer.media import rows_of
 from retentive.models.encoders import hidden
