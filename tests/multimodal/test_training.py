@@ -280,11 +280,11 @@ def test_what_is_refused(place, refuses):
         with refuses(why):
             TrainRun.of("data", "no", steps=1, **{**TRAINED, "set": changes}).run(quiet=True)
     assert not (place / "no").exists()
-    with refuses("--image width: it is none of size, patch, channels"):
+    with refuses("image width: it is none of size, patch, channels"):
         prepare("train.jsonl", "new", image={"width": 3})
-    with refuses("--image layers: it is the model's (retentive train --set)"):
+    with refuses("image layers: it is a field of the model, given to training"):
         prepare("train.jsonl", "new", image={"layers": 3})
-    with refuses("train.jsonl:1 cannot be taken: it holds audio, and nothing says how that becomes tokens"):
+    with refuses("train.jsonl:1 cannot be taken: it holds audio, but nothing says how audio becomes tokens"):
         prepare("train.jsonl", "new", image=IMAGE, tokenizer="bytes")
     (place / "files/3.png").unlink()
     with refuses("train.jsonl:4 cannot be taken: "):
