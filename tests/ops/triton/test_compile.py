@@ -15,9 +15,7 @@ from tests.ops.triton import compile_report
 
 pytestmark = pytest.mark.slow
 
-KERNELS = (
-    24  # per entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
-)
+KERNELS = 24  # per entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
 STEPS = 2
 RESULTS = Path(__file__).parents[3] / "results/triton-compile_sm80-to-sm100_202611.md"
 # bytes: tiles were chosen with Triton 3.9, where all fit; 3.5 spills one register in four kernels
