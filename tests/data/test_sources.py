@@ -1,4 +1,4 @@
-"""A source gives its documents in order, and says what it leaves out; what is missing is said at once."""
+"""A source yields its documents in order and reports what it leaves out; missing sources are reported at once."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ def test_folder_is_read_in_order_with_relative_names(tmp_path):
 
 
 def test_what_is_left_out_is_said(tmp_path, monkeypatch):
-    """Other kinds, links and what may not be read; the tests may run as root, who may read anything."""
+    """Other kinds, links and unreadable files; tests may run as root, who can read anything."""
     notes = tmp_path / "notes"
     write(notes, "a.txt", "b.tex", "c.tex", "d.tar.gz", "GPL", "secret/e.txt", ".git/config", "sub/f.txt")
     write(tmp_path, "elsewhere/g.txt")
@@ -93,7 +93,7 @@ def test_other_suffixes_are_read_where_they_are_asked_for(tmp_path, refuses):
     assert list(source_files(tmp_path, [".tex", "log", "none"])) == ["GPL-3", "a.txt", "b.tex", "c.LOG"]
     assert list(source_files(tmp_path, ".tex")) == ["a.txt", "b.tex"]
     assert read(tmp_path, suffixes=[".csv"], say=len)[1:] == [("d.csv:1", "from a table")]
-    # A file that is named is meant, whatever its name, where that does not speak against text.
+    # A file given by name is read whatever its name, unless its suffix indicates another format.
     assert read(tmp_path / "GPL-3") == [("GPL-3", "text of GPL-3")] and len(read(tmp_path / "d.csv")) == 1
     with refuses("; if it is plain text, add .tex to suffix"):
         documents(tmp_path / "b.tex")
