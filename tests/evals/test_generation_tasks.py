@@ -1,4 +1,4 @@
-"""Answers that a model writes: those of `generate`, scored by hand, and what is refused."""
+"""Generation tasks: answers equal those of `generate`, metrics are checked by hand; and refusals."""
 
 import json
 
@@ -47,7 +47,7 @@ def peaked(config):
 @pytest.mark.parametrize("source", [TURNS, BUILT_IN], ids=["token", "text"])
 def test_answers_are_those_of_generate(config, source):
     model, template = peaked(config), ChatTemplate(source, ByteTokenizer(), {}, own=True)
-    text = "It was night. " * 20  # more than SHARED tokens: it is read once for both
+    text = "It was night. " * 20  # more than SHARED tokens, so it is read once for both
     conversations = [asked("Who?", "Me."), asked("a" * 60, "b", "And then?", "c"), asked("é", "d")]
     conversations += [asked(f"{text} {question}", "e") for question in ("Who?", "Why is it so?")]
     seen = []
@@ -76,14 +76,14 @@ def test_the_loss_of_peoples_answers():
     conversations = [asked("Who?", "Me."), asked("aa", "b", "And then?", "cc")]
     (row,) = loss(model, template, conversations, max_length=None)
     total = count = 0.0
-    for each in conversations:  # by the definition: each token after those before it
+    for each in conversations:  # by the definition: each token given those before it
         answer = [*template.tokenizer.encode(" " + each.messages[-1]["content"]), 256]
         ids = torch.tensor([*template.first(each.messages[:-1]), *answer])
         logprobs = model(ids[None])[0][0].log_softmax(-1).detach()
         total -= float(logprobs[-len(answer) - 1 : -1].gather(1, ids[-len(answer) :, None]).sum())
         count += len(answer)
     assert row["value"] == pytest.approx(total / count, rel=1e-12) and row["interval"][0] < row["value"]
-    # a template that ends no answer with a token cannot tell what would be predicted
+    # a template that ends no answer with a token leaves the targets undefined
     assert loss(model, ChatTemplate(BUILT_IN, ByteTokenizer(), {}, own=True), conversations, max_length=None) == []
 
 
@@ -112,7 +112,7 @@ def test_summaries_beside_the_first_sentences():
     assert lead(text) == "One thing. Two things! Three things?" and lead("No end") == "No end"
     found = by_metric(summarisation(made(("one thing", "one thing"), ("x y", "one thing"), question=text)))
     assert found["rouge1"] == found["rouge2"] == found["rougeL"] == 50
-    # of the reference's two words both are among the six of the lead: 2 * (2/6 * 1) / (2/6 + 1), and of x y none
+    # both words of the reference are among the lead's six: 2 * (2/6 * 1) / (2/6 + 1); of "x y" none
     assert found["lead_rouge1"] == pytest.approx(25)
 
 

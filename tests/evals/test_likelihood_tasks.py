@@ -1,4 +1,4 @@
-"""Whole evaluations of models whose answers are known: right, wrong, at chance; and the numbers by hand."""
+"""Evaluations of models with known answers, right, wrong and at chance; numbers by hand."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from retentive.models import LanguageModel, build, retnet, twin
 
 @pytest.fixture
 def write(tmp_path):
-    """`write(name, rows)`: a task's file in the folder that it returns."""
+    """`write(name, rows)` writes a task's file and returns its folder."""
 
     def put(name, rows):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -32,7 +32,7 @@ def piqa(good: str, bad: str, label: int) -> dict:
 
 
 def test_a_model_that_knows_the_letters_is_right_and_its_contrary_wrong(bigram, tokenizer, write):
-    """x follows x; the right choices are made of it, the wrong ones of y."""
+    """x follows x; the right choices consist of x, the wrong ones of y."""
     table = torch.zeros(257, 257)
     table[:, ord("x")] = 5.0
     folder = write("piqa", [piqa("xxx", "yyy", n % 2) for n in range(10)])
@@ -43,8 +43,8 @@ def test_a_model_that_knows_the_letters_is_right_and_its_contrary_wrong(bigram, 
 
 
 def test_a_model_that_knows_nothing_answers_by_length(bigram, tokenizer, write):
-    """Each token is 1 in 257: the shortest choice is the likeliest, and by character or byte the one that gains most by
-    the space before it, again the shortest; by byte é counts twice."""
+    """Each token has probability 1/257, so the shortest choice is the likeliest. Per character or byte it is the choice
+    that gains most from the space before it, again the shortest; per byte é counts twice."""
     rows = [piqa("bb", "cccc", 0), piqa("bbbb", "cc", 0), piqa("bbbb", "éé", 1), piqa("bbb", "éé", 0)]
     found, records = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], write("piqa", rows))
     nat = math.log(257)
@@ -57,7 +57,7 @@ def test_a_model_that_knows_nothing_answers_by_length(bigram, tokenizer, write):
 
 
 def test_random_weights_are_at_chance(tokenizer, write):
-    """300 questions whose choices are drawn alike: four standard errors around 1/2."""
+    """300 questions with choices drawn alike: within four standard errors of 1/2."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(600)]
     rows = [piqa(a, b, n % 2) for n, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))]
@@ -70,7 +70,7 @@ def test_random_weights_are_at_chance(tokenizer, write):
 
 @pytest.mark.parametrize("kind", ["RetNet", "Transformer"])
 def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
-    """The answer hangs on the subject at the beginning of the question, so it must come through the cloned state."""
+    """The answer depends on the subject at the start of the question, so it must pass through the copied state."""
     names = ["Ann", "Bob", "Cyd", "Dan"]
     rows = [{"goal": f"{name} likes", "sol1": "red", "sol2": "tea", "label": n % 2} for n, name in enumerate(names)]
     texts = [f"Question: {r['goal']}\nAnswer: {r['sol2'] if r['label'] else r['sol1']}" for r in rows]
@@ -92,7 +92,7 @@ def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
 
 
 def test_perplexities_by_hand(bigram, tokenizer, write):
-    """Each token 1 in 257: 8.0056 bits a byte, 257 the byte, and each word its bytes and spaces."""
+    """Each token has probability 1/257: 8.0056 bits per byte, 257 per byte, and per word its bytes and spaces."""
     folder = write("perplexity", [{"text": "ab cd ef"}, {"text": "a" * 30}])
     found, records = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["perplexity"], folder, window=7)
     nats = 38 * math.log(257)
@@ -105,7 +105,7 @@ def test_perplexities_by_hand(bigram, tokenizer, write):
 
 
 def test_uncut_knows_what_windows_do_not(tokenizer, write):
-    """A text that repeats itself, read by a model that looks far back, and the uncut sum by the model's own call."""
+    """A text that repeats itself, read by a model that looks far back; the model's own call gives the uncut sum."""
     text = "the cat sat on the mat. " * 4
     model = LanguageModel(retnet(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
     _, (record,) = score_likelihood_tasks(

@@ -1,4 +1,4 @@
-"""`retentive.evaluate`: one call for all ways of scoring, by a model or by where one is."""
+"""`retentive.evaluate`: one call for all ways of scoring, by a model or by its folder."""
 
 import json
 
@@ -15,7 +15,7 @@ from retentive.models import build, retnet
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, and data/ beside it."""
+    """The folder of a run, with data/ beside it."""
     save_model(tmp_path / "run", build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), ByteTokenizer())
     (tmp_path / "data").mkdir()
     rows = [{"goal": "g", "sol1": "red", "sol2": "blue", "label": n % 2} for n in range(4)]
@@ -65,7 +65,7 @@ def test_a_model_needs_its_tokenizer(run, refuses):
 
 @pytest.mark.parametrize("how", [dict(tasks="piqa"), dict(tasks="perplexity"), dict(tasks="passkey", contexts=[400])])
 def test_weights_of_nan_have_no_score(how, run, refuses):
-    """The likeliest of NaN is choice 0: it would pass for an answer."""
+    """The argmax of NaN is choice 0, which would pass for an answer."""
     model, tokenizer = retentive.load(run)
     with torch.no_grad():
         model.blocks[0].retention.k_proj.weight.fill_(float("nan"))
