@@ -1,4 +1,4 @@
-"""The page: every committed result in it, nothing loaded from elsewhere, nothing made up; what is damaged is named."""
+"""The report holds every committed result, loads nothing from elsewhere and invents nothing; damage is named."""
 
 import html
 import json
