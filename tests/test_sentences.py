@@ -35,6 +35,12 @@ ROOMS = (
     "retentive/ops",
     "retentive/page",
     "retentive/report",
+    "tests/*.py",
+    "tests/data",
+    "tests/evals",
+    "tests/multimodal",
+    "tests/ops",
+    "tests/report",
 )
 """Files and folders whose sentences are checked. The aim: retentive, benchmarks, recipes, examples, docs and tests."""
 EXCEPTIONS: dict[str, str] = {}
@@ -61,9 +67,9 @@ def complaints(source: str) -> Iterator[tuple[int, str, str]]:
 
 
 def python_files(room: str) -> list[Path]:
-    """Returns the Python files of a folder, or the one file."""
+    """Returns the Python files of a folder or pattern, or the one file."""
     path = ROOT / room
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return sorted(path.rglob("*.py")) if path.is_dir() else sorted(ROOT.glob(room))
 
 
 @pytest.mark.parametrize("room", ROOMS)
