@@ -15,6 +15,8 @@ REFUSED = ("What", "Of", "That", "Whether", "Who", "Whoever", "Where", "Those")
 LONGEST = 120
 """Maximum characters of a first line."""
 ROOMS = (
+    "examples",
+    "recipes",
     "retentive/__init__.py",
     "retentive/files.py",
     "retentive/machine.py",
