@@ -33,6 +33,7 @@ ROOMS = (
     "retentive/infer/speculative.py",
     "retentive/infer/structured.py",
     "retentive/infer/text.py",
+    "retentive/layers",
     "retentive/multimodal",
     "retentive/ops",
     "retentive/page",
