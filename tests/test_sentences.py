@@ -34,6 +34,7 @@ ROOMS = (
     "retentive/infer/structured.py",
     "retentive/infer/text.py",
     "retentive/layers",
+    "retentive/models",
     "retentive/multimodal",
     "retentive/ops",
     "retentive/page",
