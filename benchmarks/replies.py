@@ -1,6 +1,6 @@
 """`python -m benchmarks replies`: models beside each other on what they write, by the tasks of `retentive eval`.
 
-Every model answers the same questions; intervals are those of `evals.replies`.
+Every model answers the same questions; intervals are those of `evals.generation_tasks`.
 """
 
 import re
@@ -16,7 +16,7 @@ from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.checkpoint import ModelFolder
-from retentive.evals.replies import KINDS, kind_of, score_replies
+from retentive.evals.generation_tasks import KINDS, kind_of, score_generation_tasks
 from retentive.models import cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
@@ -64,7 +64,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row for each model, number of beams, task and metric.
 
     Raises:
-        ValueError, OSError, ImportError: as `score_replies`, for a wrong model, task, file or number.
+        ValueError, OSError, ImportError: as `score_generation_tasks`, for a wrong model, task, file or number.
     """
     models, tasks = words(options.models), words(options.tasks)
     at_least_one(options, "beams", "max_tokens")
@@ -83,7 +83,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         for beams in options.beams:
             label = Path(name).name + (f", {length:,} tokens" if length else "") + f", {beams} beams" * (beams > 1)
             began = time.perf_counter()
-            found, _ = score_replies(
+            found, _ = score_generation_tasks(
                 reader, template, tasks, options.data, limit=options.limit, max_length=length or None,
                 max_tokens=options.max_tokens, beams=beams, temperature=options.temperature,
             )  # fmt: skip

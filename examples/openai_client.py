@@ -1,9 +1,9 @@
-"""Chat with a running `retentive serve` through the official client: pip install openai
+"""Chat with a running `retentive serve` by the official client: pip install openai
 
     retentive serve runs/demo
     python examples/openai_client.py "Who are you?" "And who am I?"
 
-The session's state stays in the server, so each request holds one new message, however long the conversation is.
+The session's state stays on the server, so each request holds only the new message, however long the conversation.
 """
 
 import os

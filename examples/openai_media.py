@@ -1,4 +1,4 @@
-"""Ask a running `retentive serve` about pictures and sounds through the official client: pip install openai
+"""Ask a running `retentive serve` about pictures and sounds by the official client: pip install openai
 
     retentive serve runs/see
     python examples/openai_media.py digits/pictures/test-0.png "Which digit?"
@@ -22,7 +22,7 @@ client = OpenAI(
 
 
 def part(path: Path) -> dict:
-    """The part of a message that holds this file."""
+    """Returns the part of a message that holds this file."""
     data = base64.b64encode(path.read_bytes()).decode()
     if kind := IMAGES.get(path.suffix.lower()):
         return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
@@ -40,6 +40,6 @@ try:
         max_tokens=200,
         temperature=0,
     )
-except (OSError, OpenAIError) as error:  # no such file; no server, or one that refuses
+except (OSError, OpenAIError) as error:  # the file is missing, or the server is down or refuses
     sys.exit(f"openai_media.py: {error}")
 print(answer.choices[0].message.content)

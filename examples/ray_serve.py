@@ -1,4 +1,4 @@
-"""Two replicas of a model under Ray on this machine, and two conversations; pip install 'retentive[ray]' openai.
+"""Serve two replicas of a model with Ray on this machine, and hold two conversations: retentive[ray], openai.
 
     python examples/ray_serve.py runs/demo
 
@@ -30,13 +30,13 @@ def main() -> None:
 
 
 def talk(client: openai.OpenAI) -> None:
-    """Each conversation is a session, whose state stays in one replica; the header lets Ray find that one again."""
+    """Holds two conversations, each a session whose state stays in one replica; the header lets Ray find it again."""
     model = client.models.list().data[0].id
     for message in ("Hello!", "What did I say?"):
         for name in ("ada", "grace"):
             stream = client.chat.completions.create(
                 model=model,
-                messages=[{"role": "user", "content": message}],  # what is new; the rest is in the state
+                messages=[{"role": "user", "content": message}],  # only the new message; the state has the rest
                 max_tokens=60,
                 stream=True,
                 stream_options={"include_usage": True},
@@ -47,7 +47,7 @@ def talk(client: openai.OpenAI) -> None:
             for chunk in stream:
                 if chunk.choices:
                     print(chunk.choices[0].delta.content or "", end="", flush=True)
-                else:  # the last one
+                else:  # the last chunk
                     print(f"\n  {chunk.session['tokens']} tokens read, in {chunk.session['bytes']:,} bytes")
 
 

@@ -1,13 +1,13 @@
-r"""Words in some hundred synthetic voices: what a handful of speakers lacks to be understood from the next one.
+r"""Words in some hundred synthetic voices, so that a model trained on few speakers understands new ones.
 
     apt install espeak-ng flite                (GPL-3.0 and BSD-like; one of them is enough)
     apt install mbrola mbrola-us1 mbrola-de4 … (people's diphones, in other countries' accents; not to be sold)
     python examples/voices.py voices zero one two three four five six seven eight nine
     python recipes/listen.py RECORDINGS digits george voices
 
-Writes voices/N_VOICE_K.wav, N the number of the word: each of espeak-ng's variants in four of its accents of English,
-of a speed and a pitch of its own; each of flite's voices at three speeds; each of MBROLA's that speak English, some of
-them as Germans, Greeks or Poles do, twelve times.
+Writes voices/N_VOICE_K.wav, where N is the number of the word: each of espeak-ng's variants in four of its English
+accents with their own speed and pitch; each of flite's voices at three speeds; each of MBROLA's voices that speak
+English, some with a German, Greek or Polish accent, twelve times.
 """
 
 import io
@@ -25,13 +25,13 @@ import soxr
 RATE = 8000
 ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 EACH, SPEEDS, TIMES = 4, (0.8, 1.0, 1.2), 12
-"""Accents of a variant of espeak-ng's, speeds of a voice of flite's, and how often a voice of MBROLA's speaks."""
+"""Accents per espeak-ng variant, speeds of flite's voices, and repetitions of MBROLA's voices."""
 Voice = tuple[str, list[str]]
-"""Its name, and the command that writes a wav to its output when the word is added."""
+"""Name, and the command that prints a WAV when the word is appended."""
 
 
 def prepare(out: Path, words: list[str]) -> None:
-    """Writes each word in each voice that is installed."""
+    """Writes each word in each installed voice."""
     voices = [*espeak(), *mbrola(), *flite()]
     if not voices:
         sys.exit("neither espeak-ng nor flite is installed: they are packages of Debian, Fedora, Homebrew")
@@ -44,7 +44,7 @@ def prepare(out: Path, words: list[str]) -> None:
 
 
 def espeak() -> Iterator[Voice]:
-    """Of each variant (a larynx, as it were) some accents, speeds and pitches."""
+    """Yields some accents, speeds and pitches of each variant (a simulated larynx)."""
     if not (program := shutil.which("espeak-ng")):
         return
     draw = random.Random(0)
@@ -58,7 +58,7 @@ def espeak() -> Iterator[Voice]:
 
 
 def mbrola() -> Iterator[Voice]:
-    """Each voice for English, which espeak-ng reads out by, at other speeds and pitches; silent if not installed."""
+    """Yields each English voice, driven by espeak-ng, at several speeds and pitches; skips missing ones."""
     if not ((program := shutil.which("espeak-ng")) and shutil.which("mbrola")):
         return
     draw = random.Random(0)
@@ -74,7 +74,7 @@ def mbrola() -> Iterator[Voice]:
 
 
 def flite() -> Iterator[Voice]:
-    """Each voice slower, as it is, and faster."""
+    """Yields each voice slower, unchanged and faster."""
     if not (program := shutil.which("flite")):
         return
     told = subprocess.run([program, "-lv"], capture_output=True, text=True, check=True).stdout
@@ -85,7 +85,7 @@ def flite() -> Iterator[Voice]:
 
 
 def said(command: list[str], word: str) -> np.ndarray:
-    """The word at RATE, without the silence around it; empty where the voice is broken."""
+    """Returns the word at RATE, without surrounding silence; empty if the voice fails."""
     done = subprocess.run([*command, word], capture_output=True)
     try:
         sound, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")

@@ -1,4 +1,4 @@
-"""What the parts of retention are worth, and what other decays are: one size, two seeds, 2 M tokens of novels.
+"""Ablations of retention, and other decays: one size, two seeds, 2 M tokens of novels.
 
 retentive compare --recipe recipes/compare_ablations.py        (after recipes/compare_sizes.py, on the same data)
 """

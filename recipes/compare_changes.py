@@ -1,8 +1,8 @@
-"""What single changes are worth, to the paper's RetNet, to ours and to the Transformer twin: one size, eight seeds.
+"""Effect of single changes to the paper's RetNet, to ours and to the Transformer twin: one size, eight seeds.
 
     retentive compare --recipe recipes/compare_changes.py        (after recipes/compare_sizes.py, on the same data)
 
-2 M tokens of novels a run, 168 runs: hours, which the command tells beforehand.
+2 M tokens of novels per run, 168 runs. This takes hours; the command prints an estimate first.
 """
 
 import runpy

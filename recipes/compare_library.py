@@ -1,9 +1,9 @@
-"""The finding of recipes/compare_twins.py repeated on other text with fresh seeds: the source of Python's own library.
+"""Repeats recipes/compare_twins.py on other text, the source of Python's own library, with fresh seeds.
 
     retentive demo --minutes 0.1                                   (which packs runs/demo-data)
     retentive compare --recipe recipes/compare_library.py
 
-4.1 M tokens a run at 1m, four seeds, all at the rate that was the best of three for each of them on novels.
+4.1 M tokens per run at 1m, four seeds, all at the learning rate that was the best of three for each of them on novels.
 """
 
 import runpy

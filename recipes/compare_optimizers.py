@@ -1,10 +1,10 @@
-"""What Muon buys a RetNet and its twin: both with AdamW and with Muon, at equal tokens, each at its best of five rates.
+"""AdamW and Muon for RetNet and its twin, at equal tokens, each at its best of five learning rates.
 
     retentive compare --recipe recipes/compare_optimizers.py        (on the data of recipes/compare_sizes.py)
 
-4.1 M tokens a run at 1m; rates by the first of three seeds. Muon's steps are scaled to the size of AdamW's, so that the
-same rates suit both; still each counts at its own best. A step of Muon costs more, in proportion less the more
-tokens it has: the table's tokens/s say how much here.
+4.1 M tokens per run at 1m; learning rates are chosen by the first of three seeds. Muon's steps are scaled to the size
+of AdamW's, so the same learning rates suit both, but each counts at its own best. A step of Muon costs more, relatively
+less for larger batches. The table's tokens/s show the cost here.
 """
 
 import runpy

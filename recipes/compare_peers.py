@@ -1,9 +1,9 @@
-"""Other architectures on the same tokens (extra `peers`): Llama, Mamba-2, RWKV-4 of transformers, 2 M tokens of novels.
+"""Other architectures on the same tokens (extra `peers`): Llama, Mamba-2 and RWKV-4 from transformers, 2 M tokens.
 
 retentive compare --recipe recipes/compare_peers.py        (after recipes/compare_ablations.py, whose runs it shares)
 
-On a CPU their recurrences run in plain PyTorch, many times slower than ours: their tokens/s are the library's on this
-machine, not the architecture's.
+On a CPU their recurrences run in plain PyTorch, many times slower than ours. Their tokens/s measure the library on this
+machine, not the architecture.
 """
 
 import runpy

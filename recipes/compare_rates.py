@@ -1,9 +1,10 @@
-"""Which learning rate suits a RetNet and its twin: five of each, one size, one seed, a third of an epoch of novels.
+"""Best learning rate of RetNet and its twin: five values each, one size, one seed, a third of an epoch of novels.
 
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels
     retentive compare --recipe recipes/compare_rates.py
 
-A comparison at one rate may favour whom it suits. On novels both do best at the same (results/compare-rates_*.json).
+A comparison at one learning rate may favour one of them. On novels both do best at the same
+(results/compare-rates_*.json).
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""RetNets and Transformer twins in three sizes, two seeds, each at the better of two learning rates, on novels.
+"""RetNets and Transformer twins in three sizes on novels: two seeds, each at the better of two learning rates.
 
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels
     retentive compare --recipe recipes/compare_sizes.py
 
 Every run sees 4.1 M tokens, a third of an epoch of 76 books. With the result of recipes/compare_twins.py as --earlier
-the smallest size is done already.
+the smallest size is already done.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""This package's RetNet, the paper's, one with fixed decays and a hybrid beside the Transformer and its best, at 1m.
+"""Our RetNet, the paper's, one with fixed decays and a hybrid, beside Transformer twins, at 1m.
 
     retentive compare --recipe recipes/compare_twins.py        (on the data of recipes/compare_sizes.py)
 
-4.1 M tokens a run, three seeds, each at the best of three rates.
+4.1 M tokens per run, three seeds, each at the best of three learning rates.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""Small talk from the beginning: people's chats, a turn a message, about half an hour on two cores.
+"""Small talk trained from scratch on people's chats; about half an hour on two cores.
 
     pip install chitchat-dataset                          (7,168 chats of students, MIT licence)
     python recipes/dialogue.py chats                      writes chats/train.jsonl and chats/valid.jsonl
@@ -7,7 +7,7 @@
                                                           --mode whole --length 1024 --batch 4 --out runs/twin)
     retentive chat runs/dialogue                          or: retentive serve runs/dialogue
 
-Who speaks first is the user, who answers is the assistant; what one of them says in several messages is one turn.
+The first speaker is the user, the other the assistant. Consecutive messages of one speaker are one turn.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ def recipe() -> TrainRun:
 
 
 def conversation(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """The turns of two people as messages; what one of them says before the other answers is one."""
+    """Returns the turns of two people as messages; consecutive turns of one person are joined."""
     messages: list[dict[str, str]] = []
     last = None
     for n, turn in enumerate(turns):
         text = "\n".join(said["text"].strip() for said in turn if said["text"].strip())
-        if text and messages and n % 2 == last:  # the other one said nothing in between
+        if text and messages and n % 2 == last:  # the other person said nothing in between
             messages[-1]["content"] += "\n" + text
         elif text:
             messages.append({"role": ("user", "assistant")[len(messages) % 2], "content": text})
@@ -45,7 +45,7 @@ def conversation(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
 
 
 def prepare(folder: Path) -> None:
-    """Writes the chats that have an answer as JSONL, one in twenty held out by a hash of its name."""
+    """Writes the chats that have an answer as JSONL; one in twenty is held out by a hash of its name."""
     import chitchat_dataset
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-r"""Emoji and their names, from Google's pictures of them: what is shown, among 1,910 names.
+r"""Emoji naming: the name of a picture, among 1,910 names, from Google's pictures.
 
     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz      (pictures Apache 2.0, data MIT)
     python recipes/emoji.py package emoji
@@ -8,10 +8,9 @@ r"""Emoji and their names, from Google's pictures of them: what is shown, among 
     retentive eval runs/emoji --tasks naming:kin,naming:new,answers:kin --data emoji --max-tokens 40
     retentive generate runs/emoji --image emoji/pictures/1f98a.png --prompt "What is it?"
 
-One picture in ten is held out. Many emoji of people have several pictures, one for each colour of skin, so that two
-things are tested: pictures of emoji that other pictures of were trained on (kin), and of emoji that were never seen
-(new), whose names must be put together from what was. In training each picture is shown again and again, a little
-moved, turned, smaller or larger, lighter or darker, on another colour.
+One picture in ten is held out. Many emoji of people have several pictures, one per skin colour, so there are two tests:
+new pictures of emoji seen in training (kin), and pictures of new emoji (new), whose names must be composed from known
+parts. Training shows each picture many times: moved, rotated, scaled, brightened or darkened, on another colour.
 """
 
 import json
@@ -27,7 +26,7 @@ from retentive.train import TrainConfig, TrainRun
 
 QUESTION = "What is it?"
 SHOWN = 12
-"""Times that each picture is varied, beside once as it is."""
+"""Number of variations of each picture, in addition to the original."""
 
 
 def recipe() -> TrainRun:
@@ -44,7 +43,7 @@ def recipe() -> TrainRun:
 
 
 def prepare(package: Path, out: Path) -> None:
-    """Writes the pictures and the conversations about them."""
+    """Writes the pictures, and conversations about them."""
     emoji = [e for e in json.loads((package / "emoji.json").read_text(encoding="utf-8")) if e["has_img_google"]]
     files = {one["image"]: e["name"].lower() for e in emoji for one in [e, *e.get("skin_variations", {}).values()]}
     files = {file: name for file, name in files.items() if (package / "img/google/64" / file).is_file()}
@@ -76,7 +75,7 @@ def prepare(package: Path, out: Path) -> None:
 
 
 def varied(picture: Image.Image, draw: random.Random) -> Image.Image:
-    """The picture moved, turned, of another size, lighter or darker, and on another colour."""
+    """Returns the picture moved, rotated, scaled, with other brightness and background."""
     side, scale = picture.width, draw.uniform(0.8, 1.1)
     small = picture.rotate(draw.uniform(-12, 12), Image.Resampling.BICUBIC).resize((round(side * scale),) * 2)
     red, green, blue, alpha = ImageEnhance.Color(small).enhance(draw.uniform(0.6, 1.4)).split()

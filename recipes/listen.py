@@ -1,4 +1,4 @@
-r"""Spoken digits in a row, from single recordings: one speaker is held out, and so are recordings of the others.
+r"""Transcription of spoken digits in a row, from single recordings; one speaker and other recordings are held out.
 
     python examples/voices.py voices zero one two three four five six seven eight nine
     python recipes/listen.py RECORDINGS digits george voices         (the Free Spoken Digit Dataset's recordings)
@@ -9,13 +9,13 @@ r"""Spoken digits in a row, from single recordings: one speaker is held out, and
         --max-tokens 120                                  (and transcription:turns5, :row5, :row50)
     retentive generate runs/listen --audio digits/row5/0-0.wav --prompt "Which digits?"
 
-Trained on one digit (two fifths of the sounds: rows alone are learnt late), on two to five in turns, each answered at
-once, and on two to five in one sound that is written down at its end; faster and higher or slower and lower than they
-were spoken (another speaker, as it were), with the echoes of a room, without quiet ends, through another microphone (a
-random equaliser), louder and softer, with noise and pauses. Recordings are DIGIT_SPEAKER_NUMBER.wav; with a folder of
-synthetic voices half of what is trained on is theirs. Tested: single recordings of known speakers (known) and of the
-one who is held out, as they are; the last of five and of fifty in turns (turns5, turns50), all of five and of fifty in
-one sound (row5, row50).
+Training data: single digits (two fifths of the sounds, since rows alone are learnt late), two to five digits in turns
+with an answer each, and two to five digits in one sound with one answer. Recordings are varied: speed and pitch (like
+another speaker), room echoes, trimmed ends, a random equaliser (like another microphone), volume, noise and pauses.
+Recordings are DIGIT_SPEAKER_NUMBER.wav; with a folder of synthetic voices half of the training sounds use them.
+
+Tests: unchanged single recordings of known speakers (known) and of the held-out one; the last of five and fifty digits
+in turns (turns5, turns50); all of five and fifty digits in one sound (row5, row50).
 """
 
 import json
@@ -32,9 +32,9 @@ from retentive.train import TrainConfig, TrainRun
 
 RATE = 8000
 Talk = list[tuple[np.ndarray, str]]
-"""Sounds, and the digits in each."""
+"""Sounds with their digits."""
 TRAINED, ROWS = 60_000, 400
-"""Sounds to train on, and of each number of digits in a row to be tested on."""
+"""Number of training sounds, and of tests for each number of digits in a row."""
 
 
 def recipe() -> TrainRun:
@@ -51,7 +51,7 @@ def recipe() -> TrainRun:
 
 
 def prepare(recordings: Path, out: Path, held_out: str, synthetic: Path | None = None) -> None:
-    """Writes the sounds and the conversations about them."""
+    """Writes the sounds, and conversations about them."""
     files = sorted(recordings.glob("?_*_*.wav"))
     speakers = sorted({path.stem.split("_")[1] for path in files})
     if held_out not in speakers:
@@ -92,7 +92,7 @@ def prepare(recordings: Path, out: Path, held_out: str, synthetic: Path | None =
 
 
 def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False) -> np.ndarray:
-    """Recordings one after the other, a pause of up to 0.2 s after each; as they are, or each of them varied."""
+    """Concatenates recordings, each followed by a pause of up to 0.2 s; unchanged, or varied one by one."""
     sound = []
     for part in parts:
         if varied:
@@ -108,33 +108,33 @@ def spoken(parts: list[np.ndarray], draw: random.Random, *, varied: bool = False
 
 
 def echoed(sound: np.ndarray, draw: random.Random) -> np.ndarray:
-    """The sound in another room, half of the time: echoes that die away by 60 dB in 0.1 to 0.6 s."""
+    """Adds room echoes half of the time, which decay by 60 dB in 0.1 to 0.6 s."""
     if draw.random() < 0.5:
         return sound
     room = np.random.default_rng(draw.getrandbits(32)).standard_normal(RATE * 6 // 10)
     room *= np.exp(-np.log(1000) * np.arange(len(room)) / RATE / draw.uniform(0.1, 0.6))
-    room *= 10 ** draw.uniform(-1, 0) / np.linalg.norm(room)  # together as loud as the sound, or less
+    room *= 10 ** draw.uniform(-1, 0) / np.linalg.norm(room)  # all echoes together are at most as loud as the sound
     room[0] += 1
     size = len(sound) + len(room)
     return np.fft.irfft(np.fft.rfft(sound, size) * np.fft.rfft(room, size), size)[: len(sound) + RATE // 5]
 
 
 def cut(sound: np.ndarray, draw: random.Random) -> np.ndarray:
-    """The sound without ends 12 to 50 dB below its loudest moment: so recordings are, and some lack the s of six."""
+    """Trims ends that are 12 to 50 dB below the maximum, like real recordings; some then lack the s of six."""
     loud = np.convolve(sound**2, np.ones(80) / 80, "same")
     heard = np.nonzero(loud >= 10 ** -draw.uniform(1.2, 5) * loud.max())[0]
     return sound[heard[0] : heard[-1] + 1]
 
 
 def equalised(sound: np.ndarray, draw: random.Random) -> np.ndarray:
-    """The sound as another microphone has it: eight bands louder or softer by some 6 dB."""
+    """Simulates another microphone: eight bands louder or softer by about 6 dB."""
     spectrum = np.fft.rfft(sound)
     decibel = np.interp(np.linspace(0, 7, len(spectrum)), range(8), [draw.gauss(0, 6) for _ in range(8)])
     return np.fft.irfft(spectrum * 10 ** (decibel / 20), len(sound))
 
 
 def write(out: Path, name: str, talks: Iterable[Talk]) -> None:
-    """out/NAME.jsonl, and the sounds that it names in out/NAME/."""
+    """Writes out/NAME.jsonl, and its sounds in out/NAME/."""
     (out / name).mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for n, talk in enumerate(talks):

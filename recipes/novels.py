@@ -1,10 +1,10 @@
-"""A small RetNet on whole novels, about half an hour on two cores: every row reads on where it stopped.
+"""A small RetNet on whole novels, about half an hour on two cores; every row continues where it stopped.
 
     retentive data NOVELS/train --valid NOVELS/valid --out data/novels      (one text file a book)
     retentive train --recipe recipes/novels.py
 
-The state is handed from step to step (truncated back-propagation through time), so that the model trains on books and
-not on windows of them. Results on 76 novels of the ELTeC corpus, 4 held out: results/novels_*.md.
+The state passes from step to step (truncated back-propagation through time), so the model trains on books instead of
+windows. Results on 76 novels of the ELTeC corpus, 4 held out: results/novels_*.md.
 """
 
 from pathlib import Path

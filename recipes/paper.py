@@ -1,4 +1,4 @@
-"""The paper's 1.3B model and budget (arXiv 2307.08621, section 3.1): for a cluster, and to read.
+"""The paper's 1.3B model and training budget (arXiv 2307.08621, section 3.1), for a cluster.
 
 25,000 steps of 4 M tokens, 2048 long, AdamW (0.9, 0.98), weight decay 0.05, warm-up 375, linear decay, clip 2.0. On one
 machine the 2048 rows of a step come as 512 accumulated batches of 4.

@@ -1,4 +1,4 @@
-"""The first model on a text of your own: a few minutes on a laptop.
+"""A first model on your own text, in a few minutes on a laptop.
 
 retentive data MY_TEXTS --out data/mine
 retentive train --recipe recipes/quickstart.py

@@ -1,4 +1,4 @@
-r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x_test, y_test: MNIST as Keras has it).
+r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x_test, y_test: MNIST as in Keras).
 
     python recipes/see.py mnist.npz digits
     retentive data digits/train.jsonl --valid digits/valid.jsonl --chats --vocab-size 320 \
@@ -8,11 +8,12 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
         --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
     retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
 
-A picture is four tokens. Half of the training are single pictures with the question after them; the others are moved by
-up to two pixels and have the question before, or before and after, or there are several pictures with their numbers and
-questions about some of them, one after the other. Tested: all pictures (test); a thousand with the question before and
-around; with another's picture (shuffled, where a tenth is chance); the k-th of eight pictures and of sixteen (row8-1 …
-row16-16), which is what the state has kept of it.
+A picture is four tokens. Half of the training examples are single pictures followed by the question. The others move
+pictures by up to two pixels, and put the question before, or before and after, or show several numbered pictures with
+questions about some of them.
+
+Tests: all pictures (test); a thousand with the question before and around; with another example's picture (shuffled,
+where chance is a tenth); the k-th of eight and of sixteen pictures (row8-1 … row16-16), to see what the state keeps.
 """
 
 import json
@@ -27,10 +28,10 @@ from PIL import Image
 from retentive.train import TrainConfig, TrainRun
 
 MOST, TURNS, ASKED = 16, 4, 1000
-"""Pictures in a row of training, and questions about it; questions of each test but the first."""
+"""Maximum pictures in a training row, and questions about it; number of questions in each test but the first."""
 QUESTION = "Which digit?"
 Turns = list[tuple[list[Any], int]]
-"""Of a conversation, (content, answer) of each."""
+"""Turns of a conversation, each (content, answer)."""
 
 
 def recipe() -> TrainRun:
@@ -47,13 +48,13 @@ def recipe() -> TrainRun:
 
 
 class Pictures:
-    """Pictures of a split, written as files when they are first named, and their labels."""
+    """Pictures of a split with their labels; files are written when first named."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, out: Path, name: str, random: np.random.Generator):
         self.pixels, self.labels, self.out, self.name, self.random = pixels, labels, out, name, random
 
     def part(self, n: int, *, moved: bool = False) -> dict[str, str]:
-        """The part of a message that shows picture n, as it is or moved by up to two pixels."""
+        """Returns the part of a message that shows picture n, unchanged or moved by up to two pixels."""
         y, x = self.random.integers(0, 5, 2) if moved else (2, 2)
         file = f"pictures/{self.name}-{n}" + (f"-{y}{x}" if moved else "") + ".png"
         if not (self.out / file).exists():
@@ -63,13 +64,13 @@ class Pictures:
         return {"type": "image", "image": file}
 
     def asked(self, n: int, way: str, **how: bool) -> Turns:
-        """A question about one picture; it stands before, after or around it."""
+        """Returns a question about one picture, placed before, after or around it."""
         words, shown = text(QUESTION), self.part(n, **how)
         contents = {"after": [shown, words], "before": [words, shown], "around": [words, shown, words]}
         return [(contents[way], int(self.labels[n]))]
 
     def row(self, count: int, asked: Iterable[int], **how: bool) -> Turns:
-        """The same about some of `count` pictures, which are numbered from 1."""
+        """Returns questions about some of `count` pictures, numbered from 1."""
         chosen = self.random.integers(0, len(self.labels), count)
         before = [part for k, n in enumerate(chosen, 1) for part in (text(f"{k}:"), self.part(n, **how))]
         turns = []
@@ -84,7 +85,7 @@ def text(words: str) -> dict[str, str]:
 
 
 def prepare(file: Path, out: Path) -> None:
-    """Writes the pictures and the conversations about them."""
+    """Writes the pictures, and conversations about them."""
     data, random = np.load(file), np.random.default_rng(0)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     train = Pictures(data["x_train"], data["y_train"], out, "train", random)
@@ -96,7 +97,7 @@ def prepare(file: Path, out: Path) -> None:
         for n in rest:
             yield train.asked(n, "after")
             way = random.choice(["before", "around", "row", "row", "row", "row"])
-            count = int(random.integers(2, MOST + 1, 2).min())  # few more often than many: these are learnt first
+            count = int(random.integers(2, MOST + 1, 2).min())  # small counts are more frequent: these are learnt first
             some = random.permutation(count)[:TURNS] + 1
             yield train.row(count, some, moved=True) if way == "row" else train.asked(n, way, moved=True)
 

@@ -1,4 +1,4 @@
-r"""Summaries, and questions about meetings, from files of JSON lines in which each has its own fields.
+r"""Summaries, and questions about meetings, from JSON lines in one of three formats.
 
     python recipes/summarise.py SCITLDR/train.jsonl QMSUM/train.jsonl texts/train.jsonl
     python recipes/summarise.py SCITLDR/dev.jsonl texts/abstracts.jsonl
@@ -10,10 +10,10 @@ r"""Summaries, and questions about meetings, from files of JSON lines in which e
     retentive eval runs/summarise --tasks summarisation:abstracts,summarisation:meetings --data texts --max-tokens 120
     retentive serve runs/summarise
 
-Lines are {"document": …, "summary": …}, or SciTLDR's (source, target) or QMSum's (meeting_transcripts and lists of
-queries). What is written to train.jsonl has a conversation a text, which is read once in training, and beside it are
-the texts alone, documents.jsonl, on which a model learns the language first: answers are too few for that. Any other
-file has a conversation a question, as `eval` asks them.
+Lines are {"document": …, "summary": …}, SciTLDR's (source, target) or QMSum's (meeting_transcripts and lists of
+queries). train.jsonl gets one conversation per text, which training reads once. Beside it, documents.jsonl has the
+texts alone: a model learns the language on them first, since there are too few answers for that. Any other file gets
+one conversation per question, as `eval` asks them.
 """
 
 import json
@@ -37,10 +37,10 @@ def recipe() -> TrainRun:
 
 
 def texts_of(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """The text of a line, and what is asked about it, each with its answer.
+    """Returns the text of a line, and its (question, answer) pairs.
 
     Raises:
-        ValueError: fields that are not known, no text, or a question without an answer.
+        ValueError: fields are unknown, there is no text, or a question has no answer.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -62,7 +62,7 @@ def texts_of(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def conversation(said: str, asked: list[tuple[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """All of it as one conversation; the text stands before the first question."""
+    """Returns everything as one conversation; the text precedes the first question."""
     turns = []
     for question, answer in asked:
         text = question if turns else f"{said}\n\n{question}"
@@ -71,7 +71,7 @@ def conversation(said: str, asked: list[tuple[str, str]]) -> dict[str, list[dict
 
 
 def prepare(files: list[Path], out: Path) -> None:
-    """Writes the conversations of all files, and to train on the texts as well."""
+    """Writes the conversations of all files, and for training also the texts."""
     found = []
     for path in files:
         try:

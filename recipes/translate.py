@@ -1,4 +1,4 @@
-"""Translation both ways in one model, from sentence pairs: two files, line n of one is line n of the other.
+"""Translation in both directions by one model, from sentence pairs: line n of one file translates line n of the other.
 
     python recipes/translate.py English train.en Japanese train.ja pairs/train.jsonl
     python recipes/translate.py English valid.en Japanese valid.ja pairs/valid.jsonl
@@ -7,8 +7,8 @@
     retentive eval runs/translate --tasks translation:to-japanese,translation:to-english --data pairs --max-tokens 100
     retentive serve runs/translate                         and the page: "To Japanese: where is the station ?"
 
-The second line also writes what `eval` asks, a file for each way: pairs/to-japanese.jsonl and pairs/to-english.jsonl
-(so does every file but one called train.jsonl).
+The second line also writes the questions for `eval`, one file per direction: pairs/to-japanese.jsonl and
+pairs/to-english.jsonl (as for every output not called train.jsonl).
 """
 
 import json
@@ -32,7 +32,7 @@ def recipe() -> TrainRun:
 
 
 def prepare(languages: tuple[str, str], files: tuple[Path, Path], out: Path) -> None:
-    """Writes the pairs in both directions, and those of each by themselves beside it."""
+    """Writes the pairs in both directions, and beside it each direction on its own."""
     try:
         sides = [path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") for path in files]
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +53,9 @@ def prepare(languages: tuple[str, str], files: tuple[Path, Path], out: Path) -> 
             {"prompt": f"To {languages[to]}: {pair[1 - to].strip()}", "completion": pair[to].strip()} for pair in pairs
         ]
         both.append(asked)
-        if out.name != "train.jsonl":  # what is trained on is not asked
+        if out.name != "train.jsonl":  # training pairs are not test questions
             write(out.with_name(f"to-{languages[to].lower()}.jsonl"), asked)
-    # in turns, so that a part of the file has both
+    # alternating, so that any part of the file has both directions
     write(out, [each for pair in zip(*both, strict=True) for each in pair])
 
 

@@ -1,7 +1,7 @@
-"""The Transformer twin of recipes/novels.py: same tokens in the same number, same parameters, same budget of steps.
+"""The Transformer twin of recipes/novels.py: the same tokens, number of parameters and steps.
 
-Compare the runs' held-out bits per byte in windows of the same length. (A Transformer has no state of constant size to
-carry, so it reads windows; `retentive train --recipe recipes/novels.py --mode reset` is the RetNet that does so too.)
+Compare held-out bits per byte in windows of equal length. A Transformer has no state of constant size to carry, so it
+reads windows. `retentive train --recipe recipes/novels.py --mode reset` trains a RetNet on windows too.
 """
 
 import runpy

@@ -34,7 +34,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is first asked for: `import retentive` alone does not load torch."""
+    """Imports a public name on first use, so that `import retentive` alone does not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'retentive' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
@@ -45,15 +45,17 @@ def __dir__() -> list[str]:
 
 
 def train(data: str | Path, out: str | Path, **options: Any) -> Path:
-    """The run directory `out`, with a model trained on the packed folder `data`.
+    """Trains a model on the packed folder `data` and returns the run directory `out`.
 
     Args:
         options: fields of `retentive.train.TrainRun` and `retentive.train.TrainConfig`, by their names:
             `size="5m", steps=1000, lr=3e-3, batch=8, length=512, set={"dropout": 0.1}, resume=True`, …
 
+    Raises the errors of `TrainRun.run`, and these:
+
     Raises:
-        ValueError: data and options that do not go together; FileExistsError: `out` holds a run, and neither `resume`
-            nor `overwrite` is set; others as `TrainRun.run`.
+        ValueError: the data and options do not fit together.
+        FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is set.
     """
     from retentive.train import TrainRun
 

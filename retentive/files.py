@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: written under another name beside the target, then renamed over it.
+"""Atomic file writes: a file or folder is written under a temporary name beside its target, then renamed over it.
 
-A rename is atomic, so that a full disk, a crash or a Ctrl-C leaves what was there before. `only_writer` keeps two
-processes from writing one folder at once.
+A rename is atomic, so a full disk, a crash or Ctrl-C leaves the previous content in place. `only_writer` locks a
+folder against a second writing process.
 """
 
 import errno
@@ -27,15 +27,15 @@ T = TypeVar("T")
 
 
 def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Writes several files that belong together: all are new afterwards, or all are as they were.
+    """Writes several files that belong together. Either all of them are replaced or none is.
 
     Args:
-        files: for each path the function that writes its content, called with a temporary path beside it.
+        files: maps each path to the function that writes its content, called with a temporary path beside it.
 
-    Folders are made if need be.
+    Missing parent folders are created.
 
     Raises:
-        OSError: the disk is full or not writable, or what is there is no file; nothing has changed.
+        OSError: the disk is full or not writable, or a path exists and is not a regular file. Nothing has changed.
     """
     for path in files:
         check_place(path)
@@ -47,7 +47,7 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
                 partial[path].unlink(missing_ok=True)
                 write(partial[path])
                 _flush_to_disk(partial[path])
-        # All that can fail for want of space has been done by now: no file is renamed before the last one is written.
+        # Writing is done before the first rename, so a full disk fails while every target is still intact.
         for path in files:
             with naming(path):
                 partial[path].replace(path)
@@ -58,7 +58,7 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raises OSError where nothing is, or something that is no file, as a folder or a pipe."""
+    """Raises OSError if `path` does not exist or is not a regular file (a folder, a pipe)."""
     if not path.exists():
         raise FileNotFoundError(f"no file at {path}")
     if not path.is_file():
@@ -66,9 +66,9 @@ def check_file(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises OSError where no file can be put at `path`, so that it is known before hours of work; makes nothing."""
+    """Raises OSError if no file can be written at `path`. Creates nothing, so a long job can check before it starts."""
     with naming(path):
-        if path.exists() and not path.is_file():  # a rename would replace even a device
+        if path.exists() and not path.is_file():  # a rename would replace even a device file
             what = "a folder" if path.is_dir() else "no regular file"
             raise FileExistsError(f"cannot write {path}: it is {what}, choose another")
         above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -79,11 +79,11 @@ def check_place(path: Path) -> None:
 
 
 def check_places(*paths: Path | None) -> None:
-    """As `check_place` for each of several files (None for one that is not wanted).
+    """Runs `check_place` on several paths; None is skipped.
 
     Raises:
-        OSError: as `check_place`.
-        ValueError: two of them are the same: the second would replace the first.
+        OSError: as in `check_place`.
+        ValueError: two paths are the same, so the second file would replace the first.
     """
     wanted = [path for path in paths if path is not None]
     for path in wanted:
@@ -93,10 +93,10 @@ def check_places(*paths: Path | None) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it, if need be.
+    """Creates the folder and its missing parents.
 
     Raises:
-        OSError: it cannot be made, or there is a file.
+        OSError: the folder cannot be created, or a file has its name.
     """
     with naming(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system name `path`, as its user did, and not a file beside it; others stay as they are."""
+    """Rewrites system errors to name `path`, the target the user gave, instead of the temporary file beside it."""
     try:
         yield
     except OSError as error:
@@ -114,97 +114,97 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as an indented JSON file, whole or not at all."""
+    """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` in UTF-8, its line ends kept as they are, whole or not at all."""
+    """Writes `text` in UTF-8 atomically, with its line ends unchanged."""
     write_together({path: lambda partial: partial.write_text(text, encoding="utf-8", newline="\n")})
 
 
 def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file, whole or not at all, with the permissions that new files have here."""
+    """Writes one safetensors file atomically, with the default permissions of new files."""
     write_together({path: lambda partial: save_tensors(partial, tensors, metadata)})
 
 
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """As `write_tensors`, but directly to `path`: for the functions that `write_together` and `replace_folder` call.
+    """Writes one safetensors file directly to `path`, for use inside `write_together` and `replace_folder`.
 
-    The same tensors and metadata are the same bytes.
+    The output is deterministic: equal tensors and metadata give equal bytes.
 
     Raises:
-        OSError: it could not be written (safetensors itself raises an error of another kind).
+        OSError: writing failed (safetensors itself raises another kind of error).
     """
     path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors makes files that their owner alone may read
+    mode = path.stat().st_mode  # permissions by the umask; safetensors creates files that only their owner can read
     try:
-        from safetensors.torch import save_file  # and with it torch, which not all who write files need
+        from safetensors.torch import save_file  # imports torch, which other writers of files do without
 
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         _order_metadata(path)
     except SafetensorError as error:
-        if code := re.search(r"\(os error (\d+)\)", str(error)):  # as the system's own errors, which get a place's name
+        if code := re.search(r"\(os error (\d+)\)", str(error)):  # raise it as a system error, for `naming`
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
         raise OSError(f"cannot write {path}: {str(error).removeprefix('Error while serializing: ')}") from None
     path.chmod(mode)
 
 
 def _order_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file, which the library writes in an order of chance, into that of its names.
+    """Sorts the metadata in the header of a safetensors file, which the library writes in random order.
 
-    The file: the header's length in eight bytes, the header in JSON, the numbers
-    (https://github.com/huggingface/safetensors#format). The new header takes the place of the old, spaces after it.
+    The format is the header's length in eight bytes, the header in JSON, then the tensor data
+    (https://github.com/huggingface/safetensors#format). The sorted header replaces the old one, padded with spaces.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) <= length:  # always, while both write JSON as short as it can be
+        if len(ordered) <= length:  # always true as long as both serialisers write compact JSON
             file.seek(8)
             file.write(ordered.ljust(length))
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """(tensors by name, metadata) of one safetensors file.
+    """Reads one safetensors file and returns (tensors by name, metadata).
 
     Raises:
-        ValueError: it is cut short, or no safetensors file.
-        MemoryError: it does not fit.
+        ValueError: the file is truncated or not in safetensors format.
+        MemoryError: the tensors do not fit in memory.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # Copied, since get_tensor gives views of the mapped file: they would keep all of it in memory, and reading
-            # one after somebody has cut the file short would end the process (SIGBUS).
+            # Cloned: get_tensor returns views of the mapped file. A view keeps the whole file mapped, and reading one
+            # after the file was truncated ends the process (SIGBUS).
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): copy or save it again") from None
-    except RuntimeError as error:  # torch's, of its allocator and of mmap
+    except RuntimeError as error:  # raised by torch's allocator and by mmap
         raise MemoryError(f"no memory for {path}: {str(error).splitlines()[0]}") from None
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
-    """What `write` returns, which fills a new folder; that folder then replaces the one at `path`.
+    """Replaces the folder at `path` by a new one that `write` fills, and returns the result of `write`.
 
     Args:
-        write: called with a temporary folder beside `path`, which it fills.
+        write: called with a temporary folder beside `path`.
 
     Raises:
-        OSError: the disk is full or not writable; what was at `path` is there again.
+        OSError: the disk is full or not writable. The previous folder is in place again.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = partial.with_suffix(".old")
     try:
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         result = write(partial)
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)
-        # A folder cannot be renamed over one that holds files. Killed between the two renames, a process leaves
+        # A folder cannot be renamed over one that holds files. A process killed between the two renames leaves
         # `old`, which the next `only_writer` puts back.
         if path.exists():
             path.replace(old)
@@ -221,7 +221,7 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
 
 
 def file_sha256(*paths: Path) -> str:
-    """The hash of the files' bytes, one after the other."""
+    """Returns the SHA-256 hash of the files' concatenated bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -231,7 +231,7 @@ def file_sha256(*paths: Path) -> str:
 
 
 def file_crc32(path: Path) -> int:
-    """A sum of the file's bytes, to find damage: faster than a hash, and no proof against anybody."""
+    """Returns the CRC-32 of the file. It detects damage faster than a hash, but is no protection against tampering."""
     found = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -240,28 +240,28 @@ def file_crc32(path: Path) -> int:
 
 
 def _flush_to_disk(file: Path) -> None:
-    """Else a power cut may leave an empty file under the new name: a rename can reach the disk before the data."""
+    """Calls fsync. Without it a rename may reach the disk before the data, and a power cut leaves an empty file."""
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
 
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """No other process writes `path` in this block, by a lock file beside it.
+    """Holds a lock file beside `path`, so that no other process writes it during the block.
 
-    The parent folder is made, and what a killed `replace_folder` has left is cleaned up.
+    Creates the parent folder and cleans up after a killed `replace_folder`.
 
     Raises:
-        BlockingIOError: another process is writing it.
+        BlockingIOError: another process is writing `path`.
         OSError: nothing can be written there.
-        ValueError: a path that ends in no name, such as "." or "/".
+        ValueError: the path has no final name, as "." or "/".
     """
     if not path.name:
         raise ValueError(f"cannot write {path}: give a folder with a name of its own")
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()  # on some errors of the disk FileLock would say that another process holds it
+        lock.touch()  # raises the disk's own error; FileLock would report some as a lock held by another process
         held = FileLock(lock, timeout=0)
         held.acquire()
     except Timeout:
@@ -273,15 +273,15 @@ def only_writer(path: Path) -> Iterator[None]:
         _clear_partial(path)
         yield
     finally:
-        # Removed while it is held: after the release another process might hold it already, and lose its file.
-        with suppress(OSError):  # Windows removes no file that is open
+        # Deleted while still locked: after the release it could already belong to another process.
+        with suppress(OSError):  # Windows cannot delete an open file
             lock.unlink()
         held.release()
 
 
 def _clear_partial(path: Path) -> None:
-    """Deletes what killed calls of `replace_folder` left beside `path`; puts back a folder that was moved away only."""
-    temporary = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(partial|old)")  # as mkdtemp names them
+    """Deletes leftovers of killed `replace_folder` calls beside `path`, or puts back a folder that was only moved."""
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(partial|old)")  # named by mkdtemp
     for entry in [entry for entry in path.parent.iterdir() if temporary.fullmatch(entry.name)]:
         if entry.suffix == ".old" and not path.exists():
             entry.replace(path)

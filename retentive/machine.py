@@ -1,4 +1,4 @@
-"""This machine: its devices and their names, how much memory is free and in use, how fast it multiplies and reads."""
+"""Facts about this machine: devices and their names, free and used memory, matrix-product and memory rates."""
 
 import contextlib
 import ctypes
@@ -17,20 +17,20 @@ import torch
 from retentive import __version__
 
 STATUS = Path("/proc/self/status")
-"""What Linux says of this process."""
+"""Linux's file of facts about this process."""
 MEMORY = Path("/proc/meminfo")
-"""What Linux says of the memory of the system."""
+"""Linux's file of facts about the system's memory."""
 READ = 1 << 29
-"""Bytes that are read to measure the bandwidth of memory: more than any cache holds."""
+"""Bytes read to measure memory bandwidth: more than any cache holds."""
 UNBOUNDED = 1 << 62
-"""Bytes that are free, where the system does not say."""
+"""Free bytes assumed if the system reports none."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
+    """Returns the torch device called `name`; "auto" is a GPU if one is available.
 
     Raises:
-        ValueError: no name of a device, or that of one which this machine does not have.
+        ValueError: the name is unknown, or this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         here = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
         available = here[device.type]()
-    except (RuntimeError, KeyError):  # KeyError: torch knows more, of which some compute nothing (meta)
+    except (RuntimeError, KeyError):  # KeyError: torch has further device types; some, as meta, compute nothing
         raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or mps") from None
     if not available:
         raise ValueError(f"device {name!r} is not here: torch finds no such GPU on this machine")
@@ -48,7 +48,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores, GPU, versions: what every file of results records about the machine."""
+    """Returns processor, cores, GPU and versions. Every results file records them."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
@@ -63,14 +63,14 @@ def describe() -> dict[str, str | int]:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's name with its family and model; less where the system does not say."""
+    """Returns the processor's name with its family and model, or less if the system reports less."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or platform.machine()
     lines = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())
     found: dict[str, str] = {}
     for key, _, value in lines:
-        found.setdefault(key.strip(), value.strip())  # the first core speaks for all
+        found.setdefault(key.strip(), value.strip())  # values of the first core; the others repeat them
     if "model name" not in found:
         return platform.processor() or platform.machine()
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
@@ -80,39 +80,39 @@ def cpu_name() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors for the next ones; with another C library it does nothing.
+    """Makes glibc keep freed memory for the next tensors. Does nothing with another C library.
 
-    By default large blocks go back to the system at once, and faulting them in again, page by page, costs a training
+    By default glibc returns large blocks to the system at once. Faulting them in again, page by page, costs a training
     step on a CPU a tenth of its time (docs/LOG.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which free() would unmap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which free() would unmap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what this process has freed and glibc keeps; with another C library it does nothing."""
+    """Returns freed memory that glibc keeps to the system. Does nothing with another C library."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_workers() -> None:
-    """Ends the OpenMP workers of the calling thread; they are made again when it computes again.
+    """Ends the OpenMP workers of the calling thread. OpenMP starts them again at the thread's next computation.
 
-    Each thread that computes has a pool of workers of its own. With more of them than cores, GNU's OpenMP has them
-    sleep between two operations instead of spinning, and a step of a small model takes twice as long (docs/LOG.md).
+    Each computing thread has its own pool of workers. If all pools together exceed the cores, GNU OpenMP puts workers
+    to sleep between two operations instead of spinning, and a step of a small model takes twice as long (docs/LOG.md).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another runtime, or none
-        ctypes.CDLL(None).omp_pause_resource_all(1)  # 1 is omp_pause_soft: thread-private data stay
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # 1 is omp_pause_soft: keeps thread-private data
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now: on the GPU, or in the system's memory (UNBOUNDED where it does not say).
+    """Returns the bytes that can be allocated now, on the GPU or in system memory.
 
-    What this process has freed but not returned is returned first.
+    UNBOUNDED if the system reports none. Memory this process has freed but kept is returned to the system first.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -123,9 +123,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def held_memory(key: str = "VmRSS") -> int:
-    """Bytes that this process holds: resident now (VmRSS), the most so far (VmHWM), or reserved (VmData).
+    """Returns the bytes this process holds: resident (VmRSS), peak resident (VmHWM) or reserved (VmData).
 
-    Where the system does not say, the most so far, whatever the key.
+    On systems without these values it returns the peak, whatever the key.
     """
     held = _bytes_in(STATUS, key)
     if held is not None:
@@ -135,34 +135,34 @@ def held_memory(key: str = "VmRSS") -> int:
 
 
 def _bytes_in(file: Path, key: str) -> int | None:
-    """The number of a line such as `VmRSS:  1234 kB`, in bytes; None without the file (no Linux) or the line."""
+    """Returns the bytes in a line such as `VmRSS:  1234 kB`; None if the file (no Linux) or the line is missing."""
     if not file.is_file():
         return None
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return int(value.split()[0]) * 1024
-    return None  # sandboxes such as gVisor leave lines out
+    return None  # sandboxes such as gVisor omit lines
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far, or since `reset_peak_memory`: of the GPU by torch, or by this process."""
+    """Returns the peak of bytes held since start or `reset_peak_memory`: by torch on a GPU, else by this process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held_memory("VmHWM")
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Bytes held now, to which the high-water mark is set back (where that is not possible: the mark so far)."""
+    """Resets the peak to the bytes held now and returns them; returns the old peak if it cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if STATUS.is_file():
         with contextlib.suppress(OSError):  # a container may forbid it
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: VmHWM becomes VmRSS
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 sets VmHWM to VmRSS
     return peak_memory(device)
 
 
 def take_no_more_than_is_free() -> None:
-    """From now on an allocation beyond nine tenths of what is free fails, instead of the whole machine."""
+    """Limits further allocations to nine tenths of the free memory, so that this process fails and not the machine."""
     if STATUS.is_file():
         free = free_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (held_memory("VmData") + free * 9 // 10,) * 2)
@@ -172,7 +172,7 @@ def take_no_more_than_is_free() -> None:
 
 
 def clock(device: torch.device, run: Callable[[], Any]) -> float:
-    """Seconds that `run` takes; on a CUDA GPU by its own events, so that launching kernels does not count."""
+    """Returns the seconds `run` takes. On CUDA GPUs it times with events, which excludes launching kernels."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -186,24 +186,24 @@ def clock(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, *, size: int = 0, repeats: int = 6) -> float:
-    """FLOP/s of a matrix product in `dtype`, measured now, the best of `repeats`.
+    """Measures the FLOP/s of a square matrix product in `dtype`; returns the best of `repeats`.
 
     Args:
-        size: rows and columns; 0 for as many as saturate the device.
+        size: rows and columns; 0 picks a size that saturates the device.
     """
     n = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    # item() waits for devices that `clock` knows no events of; n^3 multiply-adds are two FLOPs each
+    # item() waits for devices without events in `clock`; n^3 multiply-adds are two FLOPs each
     return 2 * n**3 / min(clock(device, lambda: (a @ b).sum().item()) for _ in range(repeats))
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of a large matrix product in `dtype`, bytes/s of reading and of copying, measured now."""
+    """Measures the FLOP/s of a large matrix product in `dtype`, and the bytes/s of reading and of copying."""
     return {"gemm": gemm_rate(device, dtype), **bandwidth(device)}
 
 
 def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
-    """Bytes/s of reading (by summing rows, which torch does fastest) and of copying (read and written both count)."""
+    """Measures the bytes/s of reading (row sums, torch's fastest way) and of copying (read and written bytes count)."""
     x = numbers(device, size)
     y = torch.empty_like(x)
     copy = min(clock(device, lambda: y.copy_(x)) for _ in range(10))
@@ -211,10 +211,10 @@ def bandwidth(device: torch.device, size: int = READ) -> dict[str, float]:
 
 
 def numbers(device: torch.device, size: int = READ) -> torch.Tensor:
-    """A tensor of `size` bytes to read: rows of 4096 float32."""
+    """Returns a tensor of `size` bytes to read: rows of 4096 float32."""
     return torch.ones(size // 4 // 4096, 4096, device=device)
 
 
 def read_rate(x: torch.Tensor, repeats: int = 3) -> float:
-    """Bytes/s of summing the rows of `numbers`."""
+    """Measures the bytes/s of summing the rows of `numbers`."""
     return x.nbytes / min(clock(x.device, lambda: x.sum(-1)) for _ in range(repeats))

@@ -1,4 +1,4 @@
-"""Options by their names: what is said of one that there is not, and of a value of the wrong type."""
+"""Checks of options by name and type: unknown names with a suggestion, values of the wrong type."""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +17,9 @@ KINDS: dict[type, str] = {
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """Raises TypeError for the value of an option that is not of its kind, one of KINDS.
+    """Raises TypeError if the value of an option is not of its kind, one of KINDS.
 
-    Whole numbers are numbers too; truth values are neither.
+    Whole numbers are accepted as numbers; booleans are neither.
     """
     fits = isinstance(value, (float, int) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
@@ -27,14 +27,14 @@ def check_type(name: str, value: Any, kind: type) -> None:
 
 
 def check_once(argv: Sequence[str], *names: str) -> None:
-    """Raises ValueError where an option that takes several values was typed twice, since the last alone would count."""
+    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
     for name in names:
         if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
             raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
 
 
 def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
-    """Raises TypeError where one of `names` is not among those that `what` knows, with the nearest of these."""
+    """Raises TypeError if one of `names` is not in `known`, the option names of `what`; suggests the nearest."""
     for name in sorted(set(names) - set(known)):
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"

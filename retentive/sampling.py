@@ -1,4 +1,4 @@
-"""How tokens are picked, as numbers: what every runtime is given, torch or not."""
+"""Sampling parameters, shared by every runtime, with torch or without."""
 
 import math
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from retentive.options import check_type
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is picked."""
+    """How the next token is sampled from the logits."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 picks the likeliest token (greedy)."""
+    """Divides the logits; 0 picks the likeliest token (greedy decoding)."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 for all."""
+    """Keeps only the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Only the likeliest tokens whose probabilities sum up to p."""
+    """Nucleus sampling: keeps the likeliest tokens whose probabilities sum to p."""
     min_p: float = 0.0
-    """Only tokens at least this fraction as likely as the likeliest."""
+    """Keeps only tokens at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Tokens seen before are made less likely: positive logits divided by it, negative ones multiplied (CTRL, 2019)."""
+    """Makes seen tokens less likely: positive logits are divided by it, negative ones multiplied (CTRL, 2019)."""
     bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens; -100 bans a token."""
+    """Numbers added to the logits of these tokens; -100 bans a token."""
     seed: int | None = None
-    """The same seed gives the same tokens; None takes a new one each time."""
+    """Seed of the random generator: the same seed gives the same tokens. None draws a new seed each time."""
 
     def __post_init__(self):
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -54,10 +54,10 @@ class SamplingParams:
 
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
-"""The default for text: a little sharper than the model's own distribution, without its unlikeliest tokens."""
+"""Default for text: slightly sharper than the model's own distribution, without its unlikeliest tokens."""
 
 
 def check_bias(params: SamplingParams, vocab_size: int) -> None:
-    """Raises ValueError for a bias of tokens outside the vocabulary."""
+    """Raises ValueError if a bias names a token outside the vocabulary."""
     if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
         raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")

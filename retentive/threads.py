@@ -1,10 +1,14 @@
-"""Threads that leave room for other processes: how long they spin while they wait, and how many a step should use.
+"""Thread settings that leave room for other processes: how long threads spin, and how many a step should use.
 
-Between two parallel regions OpenMP's threads spin, for milliseconds at a time, as if no other program were running.
-Beside another busy process that stalls a program: a region ends when its last thread does, and that one waits for a
-core which another thread is spinning on. With the default, decoding with a model of 130 M parameters falls to a third
-of its speed beside one busy process on one of two cores, and with a longer spin to a tenth. A bounded spin, and a core
-left to whoever is met there, keep more than half of it (docs/threads.md has the figures).
+Between two parallel regions OpenMP's threads spin for milliseconds, as if no other program were running. Next to a busy
+process this stalls a program: a region ends with its last thread, and that thread waits for a core on which another
+thread spins. docs/threads.md has the measurements.
+
+| next to one busy process, on two cores | decoding speed of a 130 M model |
+|---|---|
+| OpenMP's default | one third |
+| a longer spin | one tenth |
+| a bounded spin, one core left to the other process | more than half |
 
 This module does not import torch: `bound_spinning` must run before torch is loaded.
 """
@@ -22,23 +26,23 @@ except ImportError:  # Windows
 
 SPIN = "3000"
 """Iterations of GNU OpenMP's waiting loop, some microseconds. With fewer, threads are asleep when the next region
-begins on an idle machine; with more, they hold the core that another process is waiting for."""
+begins on an idle machine. With more, they hold the core that another process waits for."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""Environment variables by which users choose how threads wait."""
+"""Environment variables by which users choose how OpenMP threads wait."""
 WORK_PER_THREAD = 10_000_000
-"""Multiply-adds of one step that are worth a thread: below twice that a second one gains less than it costs."""
+"""Multiply-adds of one step that pay for a thread. Below twice as many, a second thread costs more than it gains."""
 
 
 def bounded_spin() -> dict[str, str]:
-    """Environment variables of a process whose threads spin a bounded time; none where the user has set them."""
+    """Returns environment variables that bound the spinning of a process; empty if the user has set their own."""
     return {} if any(name in os.environ for name in WAITING) else {"GOMP_SPINCOUNT": SPIN}
 
 
 def bound_spinning() -> bool:
-    """Bounds the spinning of this process's threads; returns whether it did.
+    """Bounds the spinning of this process's threads. Returns True if it did.
 
-    Works with GNU OpenMP, which torch's own wheels for Linux bring. That library reads the variable when it is loaded,
-    so nothing is changed once torch is imported; nor where the user has set it. Child processes inherit it.
+    Works with GNU OpenMP, which torch's wheels for Linux bring. The library reads the variable when it is loaded, so
+    nothing changes after torch is imported. Variables set by the user win. Child processes inherit the setting.
     """
     spin = {} if "torch" in sys.modules else bounded_spin()
     os.environ.update(spin)
@@ -47,11 +51,10 @@ def bound_spinning() -> bool:
 
 @contextlib.contextmanager
 def threads_for(multiply_adds: int) -> Iterator[int]:
-    """As many threads as the work is worth, at least one and at most as many as there were; those are back afterwards.
+    """Sets and yields the number of threads that `multiply_adds` of work pay for, and restores the old number after.
 
-    A token of a small model is over before a second thread has begun, and alone a thread waits for nobody. Where
-    neighbours were met a moment ago their cores are left to them: one thread is then faster than two that wait for
-    each other.
+    At least one, at most the current number. A token of a small model is finished before a second thread has started.
+    Cores of neighbours seen a moment ago are left to them: one thread is then faster than two that wait for each other.
     """
     import torch
 
@@ -70,22 +73,22 @@ def threads_for(multiply_adds: int) -> Iterator[int]:
 
 
 def preemptions() -> int:
-    """How often the system has taken a core away from this process; 0 where it does not tell."""
+    """Returns how often the system has preempted this process; 0 if it does not report it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 class Neighbours:
-    """How many cores other processes seem to need.
+    """Estimate of how many cores other processes need.
 
-    A thread that spins beside a neighbour is preempted over a thousand times a second, on a quiet machine thirty times.
+    A thread that spins beside a busy process is preempted over a thousand times a second; on a quiet machine, thirty.
     """
 
     CROWDED = 300.0
-    """Preemptions a second that tell of a neighbour."""
+    """Preemptions a second that indicate a neighbour."""
     AT_LEAST = 5
-    """Of them, for work so short that a few would be as many."""
+    """Minimum number of preemptions, since a few already exceed the rate in very short work."""
     SECONDS = 1.0
-    """After so long all cores are tried again."""
+    """Time after which all cores are tried again."""
 
     def __init__(self) -> None:
         self._cores, self._until = 0, 0.0
@@ -94,7 +97,7 @@ class Neighbours:
         return self._cores if time.monotonic() < self._until else 0
 
     def look(self, preempted: int, seconds: float) -> None:
-        """Take note of work that several threads did."""
+        """Updates the estimate from the preemptions of work that several threads did."""
         if preempted > max(self.CROWDED * seconds, self.AT_LEAST):
             self._cores, self._until = self.cores() + 1, time.monotonic() + self.SECONDS
 

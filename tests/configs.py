@@ -8,7 +8,7 @@ from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
 
 def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:
-    """The config with fields changed in all layers that have them, by the names that `retnet` takes."""
+    """Returns the config with fields changed in all blocks that have them, named as for `retnet` and `transformer`."""
     of_all = {name: fields[name] for name in ("dim", "norm_eps", "heads") if name in fields}
     of_kind = {
         "retention": {name: fields[name] for name in RETENTION if name in fields},

@@ -1,4 +1,4 @@
-"""What tests of all rooms share: one seed, poisoned memory, and three ways of asserting."""
+"""Shared fixtures: one seed, poisoned memory, and ways of asserting."""
 
 import os
 import re
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-# Threads that wait by spinning take the time that others need: on busy cores the suite would run ten times as long.
+# Threads that spin while waiting take time from others: on busy cores the suite would run ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: processes that tests start inherit it
+if "PYTEST_XDIST_WORKER" in os.environ:  # already one process per core; processes started by tests inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-# A suite begun in the background of a shell inherits an ignored Ctrl-C, which tests send to themselves.
+# A suite started in the background of a shell inherits an ignored Ctrl-C, which tests send to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -30,11 +30,11 @@ def seed():
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`once(name, make)`: a file or folder that `make(path)` wrote, for all workers: the first to ask makes it, others
-    wait. What fails is not kept: the next to ask tries again."""
+    """`once(name, make)`: a file or folder written by `make(path)` for all workers. The first to ask makes it, others
+    wait. A failure is not cached: the next to ask tries again."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # a worker's own folder lies in that of the run
+        root = root.parent  # a worker's folder lies inside the run's
 
     def path(name: str, make: Callable[[Path], None]) -> Path:
         made = root / name
@@ -50,7 +50,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 
 @pytest.fixture
 def poisoned(monkeypatch) -> Counter:
-    """Uninitialised floating memory holds NaN: who reads what nobody wrote, shows it. Counts tensors by function."""
+    """Fills uninitialised floating-point memory with NaN, so that reading it shows. Counts tensors by function."""
     counts = Counter()
 
     def poison(function, name):
@@ -93,7 +93,7 @@ def same():
 def gold_rule():
     """`gold_rule(gold, test, plain, tol)`: |gold - test| <= (1 + tol) |gold - plain torch in the dtype of the test|.
 
-    In norms over whole tensors: single elements may be rounded luckily in one of the two.
+    Uses norms of whole tensors, since single elements may be luckily rounded on one side.
     """
 
     def check(gold, test, plain, tol: float, what: str = ""):
@@ -107,7 +107,7 @@ def gold_rule():
 
 @pytest.fixture
 def refuses():
-    """`with refuses(words, kind)`: raises `kind` (ValueError) with a message of one line that holds `words`."""
+    """`with refuses(words, kind)`: the block raises `kind` (ValueError) with a message of one line with `words`."""
 
     @contextmanager
     def check(words: str, kind: type[Exception] = ValueError):
@@ -120,7 +120,7 @@ def refuses():
 
 @pytest.fixture
 def plain_retention():
-    """The parallel form as one would first write it, all but the decays in the dtype of q: the gold rule's measure."""
+    """The parallel form in its simplest version, all but the decays in q's dtype: the yardstick of the gold rule."""
 
     def parallel(q, k, v, log_decay, *, scale, state):
         since = log_decay.expand(q.shape[:3]).cumsum(1).transpose(1, 2)  # [B,H,T]
@@ -146,7 +146,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """`visit(url, …)`: a page there, as a person has it (`tests/pages.py`)."""
+    """`visit(url, …)` opens a page as a user has it (`tests/pages.py`)."""
     from tests.pages import visits
 
     with visits(chromium) as open_page:

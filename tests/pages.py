@@ -1,4 +1,4 @@
-"""Pages in a real headless Chromium, as a person has them."""
+"""Pages in a real headless Chromium, as users have them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ expect.set_options(timeout=20_000)
 
 @contextmanager
 def launched() -> Iterator[Browser]:
-    """A browser."""
+    """Launches a browser."""
     if (path := edge_browser.find_browser()) is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with sync_playwright() as p:
@@ -31,11 +31,11 @@ def launched() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """A page, and what a person does there."""
+    """A page, and a user's actions on it."""
 
     page: Page
     sent: list[dict] = field(default_factory=list)
-    """Bodies of the completions that it asked for."""
+    """Bodies of the completion requests it sent."""
 
     def __getitem__(self, id: str) -> Locator:
         return self.page.locator(f"#{id}")
@@ -50,8 +50,8 @@ class Visit:
             self["more"].click()
 
     def say(self, text: str) -> str:
-        """The whole answer."""
-        expect(self["send"]).to_be_visible()  # the one before it has ended
+        """Sends a message and returns the whole answer."""
+        expect(self["send"]).to_be_visible()  # the previous answer has ended
         self["input"].fill(text)
         self.page.keyboard.press("Enter")
         expect(self["log"]).to_have_attribute("aria-busy", "false")
@@ -63,7 +63,7 @@ class Visit:
 
 @contextmanager
 def visits(browser: Browser) -> Iterator[Callable[..., Visit]]:
-    """`visit(url, …)` opens a page; at the end it has asked nobody else, and nothing in it has failed."""
+    """`visit(url, …)` opens a page; at the end checks that it contacted no other host and nothing failed."""
     with ExitStack() as stack:
 
         def open_page(url: str, viewport=DESK, model: str | None = "retnet", **options) -> Visit:

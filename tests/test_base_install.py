@@ -1,6 +1,6 @@
-"""What a light installation loads: the operator with torch and numpy alone, every room without the optional packages.
+"""A light installation: the operator loads with torch and numpy alone, every room without the optional packages.
 
-Each in a fresh interpreter: in this one pytest and other tests have imported much already.
+Each test uses a fresh interpreter, since pytest and other tests have already imported much in this one.
 """
 
 import json
@@ -14,7 +14,7 @@ ROOT = Path(retentive.__file__).parents[1]
 
 
 def fresh(code: str):
-    """What `code`, run in a new interpreter, prints as JSON; warnings are errors there too."""
+    """Returns what `code`, run in a new interpreter, prints as JSON; warnings are errors there too."""
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -37,11 +37,11 @@ print(json.dumps(sorted(roots - set(sys.stdlib_module_names))))
 
 
 OPTIONAL = ["matplotlib", "pyarrow", "zstandard", "datasets", "tiktoken", "tensorboard", "wandb", "pandas"]
-OPTIONAL += ["transformers", "triton"]  # of hf, of the GPU's kernels
-OPTIONAL += ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "ray"]  # of serve
+OPTIONAL += ["transformers", "triton"]  # for hf, for the GPU kernels
+OPTIONAL += ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "ray"]  # for serve
 WITHOUT = ["retentive.serve", "retentive.serve.options", "retentive.data.templates", "retentive.serve.sessions"]
-OPTIONAL += ["llguidance"]  # of structured output
-OPTIONAL += ["lm_eval"]  # of evals
+OPTIONAL += ["llguidance"]  # for structured output
+OPTIONAL += ["lm_eval"]  # for evals
 
 WALK = """
 import importlib, json, pkgutil, sys
@@ -75,9 +75,9 @@ print(json.dumps([names, failed]))
 
 
 def test_every_module_can_be_imported_without_the_optional_packages():
-    """Left out: ops/triton, reached through backends.py where a GPU is, and __main__, which runs when imported.
+    """Excluded: ops/triton, which backends.py imports on GPUs, and __main__, which runs when imported.
 
-    And of serve all but what the command line and the chat in a terminal import.
+    Also excluded is all of serve except what the command line and the terminal chat import.
     """
     names, failed = fresh(WALK.format(blocked=set(OPTIONAL), without=WITHOUT))
     assert failed == []

@@ -1,6 +1,6 @@
-"""The pages of docs/: their Python runs, in order, on tiny models; their commands parse; their links lead somewhere.
+"""Pages of docs/: their Python runs, in order, on tiny models; their commands parse; their links resolve.
 
-A block of Python that is followed by a block of text has printed that text. `make docs` builds the site from the pages.
+A block of Python followed by a block of text must print that text. `make docs` builds the site from the pages.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if page.name != "LOG.md")
 ROOMS = sorted(folder.parent.name for folder in Path(retentive.__file__).parent.glob("*/__init__.py"))
-COMPILED_ONLY = {"scale-out.md", "evaluation.md", "scaling.md"}  # servers, the hub, eight GPUs
+COMPILED_ONLY = {"scale-out.md", "evaluation.md", "scaling.md"}  # need servers, the hub, eight GPUs
 PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 
 
@@ -38,7 +38,7 @@ def read(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """What the pages speak of: my_texts/, data/mine packed from it, and an untrained model of the smallest size."""
+    """Makes what the pages refer to: my_texts/, data/mine packed from it, an untrained model of the smallest size."""
     root = tmp_path_factory.mktemp("docs")
     texts = [f"Once upon a time, {n} foxes lived in a wood.\n" * 40 for n in range(12)]
     (root / "my_texts").mkdir()
@@ -79,11 +79,11 @@ def test_python(page, place, monkeypatch):
 
 
 class Parsed(BaseException):
-    """A command line was understood; nothing is to be done about it."""
+    """Raised when a command line was parsed, to stop before it runs."""
 
 
 def commands(text: str) -> list[str]:
-    """Lines that call `retentive`, in blocks of shell or indented, without remarks."""
+    """Returns lines that call `retentive`, in shell blocks or indented, without comments."""
     shell = "\n".join(re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     indented = re.findall(r"^    (?=(?:\w+=\S+ )?retentive ).*$", text, re.MULTILINE)
     lines = [*shell.splitlines(), *indented]
@@ -100,7 +100,7 @@ def test_commands_parse(page, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", parsed)
-    monkeypatch.chdir(ROOT)  # where recipes/ is
+    monkeypatch.chdir(ROOT)  # contains recipes/
     for command in commands(read(page)):
         words = [word.replace("…", "") or "x" for word in shlex.split(command, comments=True)[1:]]
         # a reader's copy of a recipe
@@ -119,7 +119,7 @@ def test_the_check_of_commands_sees_a_flag_that_is_not_there(command):
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!\w+:)([^)\s#]+)", read(page)):
         target = (DOCS / page).parent / link
-        made = target.name == "tables.md"  # by docs/hooks.py, when the site is built
+        made = target.name == "tables.md"  # written by docs/hooks.py when the site is built
         assert target.exists() or made, link
 
 

@@ -1,4 +1,4 @@
-"""What `import retentive` offers: a few calls, found when they are asked for."""
+"""Public names of `import retentive`: a few calls, imported on first use."""
 
 import inspect
 import pydoc
@@ -20,7 +20,7 @@ def test_every_name_is_there_and_says_what_it_does():
     for name in retentive.__all__:
         call = getattr(retentive, name)
         assert callable(call) and inspect.getdoc(call), name
-        assert f"{name}(" in text or name == "train", name  # where the room of that name was imported, it is that
+        assert f"{name}(" in text or name == "train", name  # `train` may be the room, if it was imported before
     assert set(retentive.__all__) <= set(dir(retentive))
 
 

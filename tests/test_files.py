@@ -1,4 +1,4 @@
-"""What appears whole or not at all: a full disk or a stop in the middle leaves what was there."""
+"""Atomic writes: a full disk or a crash in the middle leaves the old content."""
 
 import errno
 import os
@@ -89,7 +89,7 @@ def test_json_that_cannot_be_said_leaves_the_old(tmp_path):
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
-    """Whatever order the library's hash of the metadata happens to have."""
+    """Independent of the order of the library's hash of the metadata."""
     tensors = {"b": torch.arange(3.0), "a": torch.ones(2, dtype=torch.bfloat16)}
     said = {name: f'{name} "quoted" \n\x01\x7f é 日本 😀' for name in ("weights", "kind", "memory", "window", "digest")}
     for number in range(8):
@@ -100,7 +100,7 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
 
 
 def test_what_safetensors_cannot_write_is_an_os_error_of_one_line(tmp_path, monkeypatch, refuses):
-    """The library's own error is none, and a command would end in a traceback."""
+    """The library raises another kind of error, with which a command would end in a traceback."""
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

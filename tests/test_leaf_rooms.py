@@ -1,6 +1,6 @@
-"""A leaf room can be deleted, and the verbs that are its face with it: the rest still imports, trains, scores, writes.
+"""Each leaf room can be deleted with its own verbs: the rest still imports, trains, scores and generates.
 
-One process a room, over a copy of the package without it. What is asked of a room that is gone ends in one line.
+One process per room, on a copy of the package without it. Requests for a deleted room end with one line.
 """
 
 import json
@@ -17,7 +17,7 @@ import retentive
 pytestmark = pytest.mark.slow
 
 PACKAGE = Path(retentive.__file__).parent
-# of each leaf of DESIGN.md what goes with it: the verbs of which nothing is left, and the room that stands on it
+# what goes with each leaf room: verbs that need it, and the room that builds on it
 WITH_IT = {
     "hf": [],
     "export": ["cli/export.py", "cli/generate_exported.py"],
@@ -26,7 +26,7 @@ WITH_IT = {
     "compare": ["cli/compare.py", "cli/report.py", "report"],
     "report": ["cli/report.py"],
 }
-# commands that ask for what is gone
+# commands that need a deleted room
 GONE = {
     "export": [["export", "run"], ["generate", "run.onnx"]],
     "serve": [["serve", "run"]],

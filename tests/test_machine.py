@@ -1,4 +1,4 @@
-"""What the machine says of itself, also where it leaves out what is asked for."""
+"""Facts about the machine, also if the system omits some."""
 
 import torch
 
@@ -18,11 +18,11 @@ def test_memory_is_read_from_the_lines_of_proc(tmp_path, monkeypatch):
 
 
 def test_lines_that_are_left_out_stop_nothing(tmp_path, monkeypatch):
-    """A sandbox such as gVisor has the files without these lines: a run must not end for that."""
+    """A sandbox such as gVisor has the files without these lines; a run must not end because of that."""
     status, memory = tmp_path / "status", tmp_path / "meminfo"
     status.write_text("Name:\tpython\n", encoding="ascii")
     memory.write_text("MemTotal:  4096 kB\n", encoding="ascii")
     monkeypatch.setattr(machine, "STATUS", status)
     monkeypatch.setattr(machine, "MEMORY", memory)
-    assert machine.held_memory("VmHWM") > 50 << 20  # in bytes: a process with torch in it holds more
+    assert machine.held_memory("VmHWM") > 50 << 20  # bytes: a process with torch holds more
     assert machine.free_memory(CPU) == machine.UNBOUNDED

@@ -1,4 +1,4 @@
-"""Options by their names: the types of values, NumPy's among them, and names that are nearly right."""
+"""Checks of options: types of values, including NumPy's, and misspelt names."""
 
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -13,7 +13,7 @@ FITS += [(Real, np.float32(3)), (Real, 3), (Integral, 3)]
 FAILS = [
     (int, True, "a whole number, got True"),
     (int, 2.5, "a whole number, got 2.5"),
-    (int, np.int64(3), "a whole number"),  # JSON does not know them
+    (int, np.int64(3), "a whole number"),  # json cannot write them
     (float, "hot", "a number, got 'hot'"),
     (Real, True, "a number, got True"),
     (bool, 1, "True or False, got 1"),

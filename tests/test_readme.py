@@ -1,4 +1,4 @@
-"""README.md: its commands and Python run as they stand (training fewer steps); its figures are those of results/."""
+"""README.md: its commands and Python run unchanged (with fewer training steps); its figures match results/."""
 
 import contextlib
 import importlib
@@ -45,7 +45,7 @@ def test_commands_and_python(tmp_path, monkeypatch, capsys):
     ((code, output),) = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
-    assert printed.getvalue().splitlines()[-1] == output.splitlines()[-1]  # what comes before, another model wrote
+    assert printed.getvalue().splitlines()[-1] == output.splitlines()[-1]  # the lines before are from another model
 
 
 def test_figures_are_those_of_results(figures):

@@ -1,4 +1,4 @@
-"""Every file of recipes/ is a recipe: its function returns a whole run or comparison, whose models can be built."""
+"""Every file in recipes/ is a recipe: its function returns a complete run or comparison with models that build."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_recipe(recipe):
 
 
 def prepared(recipe: str, *args: str, cwd: Path) -> str:
-    """What a recipe says as a program, which prepares its data."""
+    """Returns the output of a recipe run as a program, which prepares its data."""
     program = Path(__file__).parents[1] / "recipes" / recipe
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), *sys.path])}
     done = subprocess.run([sys.executable, program, *args], cwd=cwd, env=env, capture_output=True, text=True)
@@ -102,7 +102,7 @@ def test_texts_with_questions(tmp_path):
 
 
 def test_small_talk(tmp_path):
-    # in place of the package, what it gives
+    # replaces the package, with the same interface
     (tmp_path / "chitchat_dataset.py").write_text("""
 class Dataset(dict):
     def __init__(self):
@@ -112,12 +112,12 @@ class Dataset(dict):
 """)
     assert prepared("dialogue.py", "chats", cwd=tmp_path) == ""
     train, valid = (turns(tmp_path / "chats" / f"{name}.jsonl") for name in ("train", "valid"))
-    assert ["Hi 1\nyou", "Hello\nWell?"] in [*train, *valid]  # nobody spoke in between
-    assert len(train) + len(valid) == 199 and 0 < len(valid) < 20  # who got no answer is left out
+    assert ["Hi 1\nyou", "Hello\nWell?"] in [*train, *valid]  # consecutive messages of one speaker are joined
+    assert len(train) + len(valid) == 199 and 0 < len(valid) < 20  # a message without an answer is left out
 
 
 def shown(path: Path) -> list[tuple[list[str], list[str], str]]:
-    """(files, texts, answer) of each conversation of a file."""
+    """Returns (files, texts, answer) of each conversation in a file."""
     found = []
     for line in path.read_text().splitlines():
         *_, question, answer = json.loads(line)["messages"]
@@ -138,7 +138,7 @@ def test_digits_to_see(tmp_path):
     out = tmp_path / "out"
 
     def label(file: str) -> str:
-        """Of the picture's own pixels."""
+        """Returns the label according to the picture's own pixels."""
         name, n = file.removeprefix("pictures/").removesuffix(".png").split("-")[:2]
         return str({"train": labels[:40], "test": labels[40:]}[name][int(n)])
 
@@ -203,7 +203,7 @@ def test_digits_to_hear(tmp_path):
     assert done == "no recordings by 'eve' in in: expected one of ann, bob, cy" and not (tmp_path / "out").exists()
     done = prepared("listen.py", "in", "out", "bob", "nowhere", cwd=tmp_path)
     assert done == "no recordings in nowhere: expected DIGIT_VOICE_NUMBER.wav" and not (tmp_path / "out").exists()
-    # the recipe with twenty sounds to train on, and three rows of each number
+    # the recipe with twenty sounds for training, and three rows of each number
     recipe = (Path(__file__).parents[1] / "recipes/listen.py").read_text()
     small, replaced = re.subn(r"^TRAINED, ROWS = .*$", "TRAINED, ROWS = 20, 3", recipe, flags=re.MULTILINE)
     assert replaced == 1, "the recipe names its numbers otherwise"
@@ -220,7 +220,7 @@ def test_digits_to_hear(tmp_path):
         assert [m["role"] for m in json.loads(line)["messages"]] == ["user", "assistant"] * 50
     assert all(len(answer) == 1 for _, _, answer in shown(out / "turns50.jsonl"))
     assert len(shown(out / "known.jsonl")) == 2 and len(shown(out / "train.jsonl")) == 20
-    # synthetic voices, silent here: some of what is trained on, nothing of what is tested
+    # synthetic voices, silent here: part of the training set, none of the test set
     (tmp_path / "voices").mkdir()
     for digit in range(10):
         soundfile.write(tmp_path / f"voices/{digit}_robot_0.wav", np.zeros(4000), 8000)

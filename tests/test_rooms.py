@@ -1,6 +1,6 @@
-"""Rooms import one way, and keep the manners that a machine can check. The oracle is the floor plan of DESIGN.md.
+"""Rooms import only from floors below, and follow the conventions that can be checked. FLOORS is the oracle.
 
-Lazy imports count. A room without a floor is an error: it gets one here first.
+Lazy imports count. A room without a floor is an error: add it to FLOORS first.
 """
 
 import ast
@@ -25,16 +25,16 @@ FLOORS = [
 ]
 FLOORS += ["hf export serve bench", "compare", "report", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
-FACE = {"load": "checkpoint", "__version__": None}  # what the package itself offers, and the room that it comes from
+FACE = {"load": "checkpoint", "__version__": None}  # names of the package itself, and the room each comes from
 PACKAGE = Path(retentive.__file__).parent
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-parse = cache(ast.parse)  # several tests look at the same trees
+parse = cache(ast.parse)  # several tests read the same trees
 
 
 def modules(package: Path) -> list[tuple[Path, ast.Module]]:
-    """Each module's path below the package, and its tree."""
+    """Returns each module's path below the package, and its tree."""
     files = sorted(package.rglob("*.py"))
     return [(file.relative_to(package), parse(file.read_text(encoding="utf-8"))) for file in files]
 
@@ -44,7 +44,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(tree: ast.Module, name: str) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import, `from a import b` as a.b, relative ones with their dots, lazy ones too."""
+    """Returns (line, dotted name) of every import, lazy ones too; `from a import b` is a.b, relative ones keep dots."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,11 +60,11 @@ def imported(tree: ast.Module, name: str) -> list[tuple[int, str]]:
 
 
 def violations(package: Path) -> list[str]:
-    """What runs against the floors, one line each."""
+    """Returns the imports that break the order of floors, one line each."""
     bad = []
     for path, tree in modules(package):
         room = room_of(path)
-        if room == "__init__":  # the package's own face looks at any room, lazily
+        if room == "__init__":  # the package itself imports any room, lazily
             continue
         if room not in FLOOR:
             bad.append(f"{path}: room {room!r} has no floor")
@@ -139,7 +139,7 @@ def test_recipes_lean_on_the_library_and_never_on_the_command_line():
 
 
 def calls(tree: ast.Module, name: str) -> list[int]:
-    """Lines that call the builtin `name`."""
+    """Returns the lines that call the builtin `name`."""
     nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
     return [n.lineno for n in nodes if n.func.id == name]
 

@@ -1,4 +1,4 @@
-"""How threads wait is said before torch is imported and only where the user has not; how many, by the work."""
+"""Threads: spinning is bounded before torch is imported unless the user set it; their number depends on the work."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ print(bound_spinning(), os.environ.get("GOMP_SPINCOUNT"))
     ("before", "user", "told"),
     [
         ("", {}, f"True {SPIN}"),
-        ("sys.modules['torch'] = None", {}, "False None"),  # it is too late
+        ("sys.modules['torch'] = None", {}, "False None"),  # too late
         ("", {"OMP_WAIT_POLICY": "PASSIVE"}, "False None"),
         ("", {"GOMP_SPINCOUNT": "7"}, "False 7"),
     ],
@@ -65,12 +65,12 @@ def test_cores_are_left_to_neighbours_for_a_while(monkeypatch):
     now = 0.0
     monkeypatch.setattr("retentive.threads.time.monotonic", lambda: now)
     neighbours = Neighbours()
-    neighbours.look(4, 0.001)  # many a second, but only a few
+    neighbours.look(4, 0.001)  # a high rate, but only a few
     neighbours.look(29, 0.1)
     assert neighbours.cores() == 0
     neighbours.look(31, 0.1)
     assert neighbours.cores() == 1
-    neighbours.look(31, 0.1)  # there is another one
+    neighbours.look(31, 0.1)  # another neighbour
     assert neighbours.cores() == 2
     now = 0.9
     assert neighbours.cores() == 2

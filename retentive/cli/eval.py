@@ -18,8 +18,8 @@ from retentive import machine
 from retentive.cli.loading import Loading
 from retentive.cli.progress import Lines
 from retentive.evals.contexts import LAST
+from retentive.evals.generation_tasks import KINDS, kind_of
 from retentive.evals.likelihood import Progress
-from retentive.evals.replies import KINDS, kind_of
 from retentive.evals.run import evaluate
 from retentive.evals.tasks import PROMPTS
 from retentive.files import check_places, write_json, write_text

@@ -1,13 +1,13 @@
-"""Conversations from files: the usual schemas in, messages out; what is wrong is named by file and line.
+"""Conversations from files: the usual schemas in, checked messages out. Errors name file and line.
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]}     ShareGPT's
     {"prompt": "…", "completion": "…"}                           a question and its answer; either may be messages too
 
-An object a line of .jsonl, a list of them in .json, or a row of .parquet; other fields of an object do not matter. A
-content may be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}. A
-conversation may begin with a system message; then users and assistants take turns, and a last message that no answer
-follows is left out: it teaches nothing.
+Each is one line of .jsonl, an entry of a list in .json, or a row of .parquet. Other fields are ignored. A content may
+be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}. A conversation
+may begin with a system message, then user and assistant alternate. A last message without an answer is dropped, since
+it teaches nothing.
 """
 
 import warnings
@@ -32,32 +32,32 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
-"""What schemas call those who speak, and what templates do."""
+"""Names of the speakers in schemas, and the roles of templates."""
 SCHEMAS = "messages, conversations, or prompt and completion"
 BESIDE = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
-"""Where other projects name the files of a conversation: outside of it, so that it would be learnt blind."""
+"""Fields in which other projects name media files, outside the conversation. Ignoring them would train blind."""
 
 
 class Conversation(NamedTuple):
-    """What was said in turns, and the name of it."""
+    """Messages in turns, and their name."""
 
     name: str
-    """Where it is from, relative to the source: FILE:LINE."""
+    """Origin relative to the source: FILE:LINE."""
     messages: list[Message]
-    """A system message or none, then a user's and an assistant's in turn, the last an assistant's."""
+    """An optional system message, then user and assistant in turns, ending with an assistant's message."""
 
     @property
     def text(self) -> str:
-        """What was said, a message a line."""
+        """The messages' text, one message per line."""
         return "\n".join(text_of(message["content"]) for message in self.messages)
 
 
 def chat_files(source: str | Path) -> dict[str, Path]:
-    """Name -> path of the files of conversations in a folder, or of the one file.
+    """Returns name -> path of the conversation files in a folder, or of the one file.
 
     Raises:
-        OSError: no such file or folder, or it may not be read.
-        ValueError: no file of conversations is there.
+        OSError: the file or folder does not exist or cannot be read.
+        ValueError: it has no file of conversations.
     """
     if str(source).startswith("hf:"):
         raise ValueError(f"conversations are read from files, not from the hub: download {source}")
@@ -81,17 +81,17 @@ def chats(
     advise: bool = True,
     say: Say = warnings.warn,
 ) -> Iterator[Conversation]:
-    """The conversations of a file or of all files of a folder, one at a time.
+    """Yields the conversations of a file, or of all files of a folder, one at a time.
 
     Args:
-        media: opens the files that parts of messages name, relative to their own file's folder; None refuses them.
-        on_bad_text: what to do with lines that are no conversation or not UTF-8, or that name what cannot be opened.
-        advise: whether errors name the option of `retentive data` for it.
-        say: called with a line on what was skipped.
+        media: opens the files named in parts of messages, relative to the folder of their own file; None refuses them.
+        on_bad_text: "refuse" or "skip" entries that are no conversation, are not UTF-8, or name unreadable files.
+        advise: add options of `retentive data` to error messages.
+        say: called with a line about skipped entries.
 
     Raises:
-        OSError, ValueError: as `chat_files`, by the call; a file that is damaged or, unless it is skipped, an object
-            that is no conversation, by the iterator.
+        OSError, ValueError: as `chat_files`, by the call. The iterator raises for a damaged file and, unless skipped,
+            for an entry that is no conversation.
     """
     check, files = TextCheck(on_bad_text, advise=advise), chat_files(source)
 
@@ -102,7 +102,7 @@ def chats(
                 try:
                     messages = messages_of(value, None if media is None else partial(media, folder=path.parent))
                 except (ValueError, OSError) as error:
-                    check.bad(f"{path}{within}", f"cannot be taken: {error}", "mend it")
+                    check.bad(f"{path}{within}", f"cannot be taken: {error}", "fix it")
                     first = first or f"{path}{within}: {error}"
                     continue
                 empty = False
@@ -116,14 +116,14 @@ def chats(
 
 
 def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) -> list[Message]:
-    """The messages of an object in one of the schemas, in turns, without space around them.
+    """Returns the messages of an object in one of the schemas, in turns, with surrounding space stripped.
 
     Args:
-        media: (kind, what a part names) -> what it is; None refuses such parts.
+        media: (kind, file name in a part) -> the opened medium; None refuses such parts.
 
     Raises:
-        OSError: a part whose file is missing.
-        ValueError: another schema, an unknown role, roles out of order, an empty message, no answer at all.
+        OSError: a part names a missing file.
+        ValueError: an unknown schema or role, roles out of order, an empty message, or no answer.
     """
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {_kind(value)}")
@@ -146,7 +146,7 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
 
 
 def _listed(name: str, value: Any, role: str, content: str) -> list[tuple[Any, Any]]:
-    """(role, content) of each entry of a list under `name`."""
+    """Returns (role, content) of each entry of a list under `name`."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise ValueError(f"{name} must be a list of objects")
     for number, entry in enumerate(value, 1):
@@ -164,7 +164,7 @@ def _message(number: int, role: Any, content: Any, media: Callable[[str, str], M
         raise ValueError(f"message {number} is by {role!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(content, str | list):
         raise ValueError(f"message {number}: its content must be text or a list of parts, got {_kind(content)}")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]  # as OpenAI's API has them
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]  # parts as in OpenAI's API
     found = [_part(number, part, media) for part in parts]
     try:
         "".join(part for part in found if isinstance(part, str)).encode()
@@ -185,7 +185,7 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
         return part["text"]
     if kind in KINDS_OF_MEDIA and isinstance(part.get(kind), str) and part[kind]:
         if media is None:
-            raise ValueError(f"message {number} holds {kind}: say how it is seen or heard (retentive data --{kind} …)")
+            raise ValueError(f"message {number} holds {kind}: say how it becomes tokens ({kind})")
         return media(kind, part[kind])
     if kind in ("text", *KINDS_OF_MEDIA):
         named = f"a part of type {kind!r} must name its {'text' if kind == 'text' else 'file'} as {kind!r}"
@@ -197,7 +197,7 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """Returns JSON's name for the type of a value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: str(value).lower(), type(None): "null"}
     return "an empty string" if value == "" else names.get(type(value), "a number")
 

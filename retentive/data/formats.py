@@ -1,4 +1,4 @@
-"""The formats of files: a file in, its texts out. What is wrong is named by file and line.
+"""File formats: a file in, its texts out. Errors name file and line.
 
     .txt .md .py .rst   one document a file, as it is
     .html .htm          one document a file, its text without the markup
@@ -8,7 +8,7 @@
     .csv .tsv           one document a row, the column `field`, named in the first line
     .gz .xz .bz2 .zst   after any of these but .parquet: the same, compressed
 
-Text is UTF-8; a document that is not is refused by its name, or skipped and counted.
+Text is UTF-8. A document that is not UTF-8 is refused by name, or skipped and counted.
 """
 
 import bz2
@@ -31,11 +31,11 @@ HTML = (".html", ".htm")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 READABLE = (*PLAIN, *HTML, ".jsonl", ".parquet")
 TABLES = (".json", ".csv", ".tsv")
-"""Read only where asked for: a folder of notes may hold a package.json, which has no field "text"."""
+"""Read only on request: a folder of notes may hold a package.json, which has no field "text"."""
 
 OnBadText = Literal["refuse", "skip"]
 
-# Byte order marks, the longest first: UTF-32's little-endian one begins with UTF-16's.
+# Byte order marks, longest first: the mark of UTF-32 LE begins with that of UTF-16 LE.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -45,18 +45,18 @@ _MARKS = {
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The suffix that says what the file holds, and that of its compression or ""."""
+    """Returns the suffix of a file's format, and its compression's suffix or ""."""
     suffix = path.suffix.lower()
     inner = path.with_suffix("").suffix.lower()
     if suffix not in COMPRESSED:
         return suffix, ""
-    return (inner + suffix, "") if inner == ".parquet" else (inner, suffix)  # parquet compresses by itself
+    return (inner + suffix, "") if inner == ".parquet" else (inner, suffix)  # parquet compresses internally
 
 
 class TextCheck:
-    """`check(name, raw)` is the text of a document, or None where it is bad and skipped; `skipped` has their names.
+    """`check(name, raw)` returns a document's text, or None if it is bad and skipped; `skipped` collects the names.
 
-    Errors advise options of `retentive data`, unless the caller has none of them (`advise`).
+    Error messages mention options of `retentive data` if `advise` is set.
     """
 
     def __init__(self, on_bad_text: OnBadText, *, advise: bool = True):
@@ -66,7 +66,7 @@ class TextCheck:
         self.skipped: list[str] = []
 
     def __call__(self, name: str, raw: bytes | str) -> str | None:
-        """The text, or None where it is not UTF-8 (a str: half a surrogate pair, as JSON may hold) and skipped."""
+        """Returns the text; None if it is not UTF-8 (a str: half a surrogate pair, as JSON may hold) and skipped."""
         if isinstance(raw, str):
             try:
                 raw.encode("utf-8")
@@ -80,33 +80,33 @@ class TextCheck:
             self.bad(name, "is not UTF-8 text (NUL bytes, as in binary files and UTF-16)", "convert it or leave it out")
         else:
             try:
-                return raw.decode("utf-8-sig")  # drops the mark that some editors put before UTF-8
+                return raw.decode("utf-8-sig")  # drops the byte order mark that some editors write before UTF-8
             except UnicodeDecodeError as error:
                 self.undecodable(name, error)
         return None
 
     def undecodable(self, name: str, error: UnicodeDecodeError) -> None:
-        """As `bad`, for bytes that are not UTF-8."""
+        """Calls `bad` for bytes that are not UTF-8."""
         where = f"({error.reason} at {error.start})"
         self.bad(name, f"is not UTF-8 text {where}", "convert it (iconv -f LATIN1 -t UTF-8)")
 
     def bad(self, name: str, what: str, cure: str) -> None:
-        """Refuses the document, or takes a note that it is skipped.
+        """Refuses the document, or records it as skipped.
 
         Raises:
             ValueError: bad text is refused here.
         """
         if not self.skips:
-            skip = ', or skip such documents (retentive data --on-bad-text skip, on_bad_text="skip")'
+            skip = ', or skip such documents (on_bad_text="skip")'
             raise ValueError(f"{name} {what}: {cure}{skip if self.advise else ''}")
         self.skipped.append(name)
 
 
 def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    """(name within the file, text) of each document: "" for a whole file, ":3" for the third line or row.
+    """Yields (name within the file, text) of each document: "" for a whole file, ":3" for the third line or row.
 
     Raises:
-        ValueError: the file is damaged or not what its suffix says, or a document is not text.
+        ValueError: the file is damaged or does not match its suffix, or a document is not text.
         OSError: the file cannot be read.
     """
     kind, compression = kind_of(path)
@@ -127,15 +127,15 @@ def texts(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]
 
 
 def unreadable(path: Path, error: OSError) -> OSError:
-    """The system's error, as one line that names the file."""
+    """Returns the system's error as one line that names the file."""
     return type(error)(f"cannot read {path}: {str(error.strerror).lower()}")
 
 
 def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str | None:
-    """The string under `field` of a row, or None where it is bad text and skipped.
+    """Returns the string under `field` of a row; None if it is bad text and skipped.
 
     Raises:
-        ValueError: no such field, or no string in it.
+        ValueError: the field is missing or not a string.
     """
     if not isinstance(row.get(field), str):
         got = f"{type(row[field]).__name__} in" if field in row else "no"
@@ -145,7 +145,7 @@ def text_of(name: str, row: dict[str, Any], field: str, check: TextCheck) -> str
 
 
 def _rows(path: Path, rows: Iterator[tuple[int, Any]], field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    """As `texts`, from (number, object or row) of each document."""
+    """Yields as `texts` does, from (number, object or row) of each document."""
     for number, row in rows:
         name = f"{path}:{number}"
         if not isinstance(row, dict):
@@ -155,10 +155,10 @@ def _rows(path: Path, rows: Iterator[tuple[int, Any]], field: str, check: TextCh
 
 
 def objects(path: Path, check: TextCheck) -> Iterator[tuple[str, Any]]:
-    """(name within the file, value) of each line of a .jsonl, entry of a .json or row of a .parquet file.
+    """Yields (name within the file, value) of each line of a .jsonl, entry of a .json or row of a .parquet file.
 
     Raises:
-        ValueError: a file of another kind, or one that is damaged or not what its suffix says.
+        ValueError: the file has another format, is damaged, or does not match its suffix.
         OSError: the file cannot be read.
     """
     kind, compression = kind_of(path)
@@ -201,8 +201,8 @@ def _json_objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
-    csv.field_size_limit(2**31 - 1)  # by default a cell of more than 128 kB is an error
-    # newline="": the line ends within cells stay as they are; strict: a quote that is never closed is an error
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 kB
+    # newline="" keeps line ends within cells; strict makes an unclosed quote an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         _check_column(path, field, reader.fieldnames or [], check)  # reads the first line
@@ -213,7 +213,7 @@ def _table_rows(path: Path, text: str, separator: str, field: str, check: TextCh
 
 def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[str, str]]:
     def values(table: Any) -> Iterator[tuple[int, Any]]:
-        # The one column alone, a batch at a time: the file may be larger than memory.
+        # Only this column, a batch at a time: the file may be larger than memory.
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=[field]):
             for value in batch.column(0):
@@ -230,13 +230,13 @@ def _parquet_rows(path: Path, field: str, check: TextCheck) -> Iterator[tuple[st
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    """The file, opened; errors in one line each."""
+    """Opens the file; raises errors as one line each."""
     pyarrow = _pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             yield table
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's own have no number
+        if isinstance(error, OSError) and error.errno is not None:  # from the system; pyarrow's own have no number
             raise unreadable(path, error) from None
         raise ValueError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
 
@@ -247,13 +247,13 @@ def _check_column(path: Path, field: str, columns: Any, check: TextCheck) -> Non
 
 
 def _flag(check: TextCheck) -> str:
-    """What names another field, at the end of an error."""
-    return " (--field)" if check.advise else ""
+    """Returns the hint at the end of an error about a missing field."""
+    return "; option field names another" if check.advise else ""
 
 
 @contextmanager
 def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
-    """The file, decompressed while it is read; errors of both are raised in one line each."""
+    """Opens the file, decompressing while reading; raises errors of both as one line each."""
     openers: dict[str, Callable[..., Any]] = {
         "": lambda path: path.open("rb"),
         ".gz": gzip.open,
@@ -265,7 +265,7 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
         with openers[compression](path) as file:
             yield file
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        # The system's errors (no permission, a failing disk) have a number; those of the formats have none.
+        # Errors of the system (no permission, a failing disk) have a number, those of the formats have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise ValueError(
@@ -274,7 +274,7 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
 
 
 def _open_zstd(path: Path) -> BinaryIO:
-    # pyarrow and not zstandard, whose reader takes a truncated file for a complete one.
+    # pyarrow instead of zstandard, whose reader accepts a truncated file as complete.
     return io.BufferedReader(_pyarrow(path).input_stream(str(path), compression="zstd"))
 
 

@@ -1,19 +1,18 @@
-"""Packed tokens to batches, each a pure function of (seed, step): to resume, only the step is needed.
+"""Batches from packed tokens, each a pure function of (seed, step), so resuming needs only the step.
 
     packed   windows of `length` tokens in a new order every epoch; documents run into each other
-    reset    the same windows, and `cu_seqlens` so that no state passes from document to document
-    whole    rows of whole documents, the rest of a row empty, and `cu_seqlens`: nothing is cut off from what came
-             before it, unless it is longer than a row
-    carry    truncated back-propagation through time: the documents, in a new order every epoch, make a stream
-             that is cut into `batch` rows; at every step each row reads on, with the state that it stopped in
+    reset    the same windows, with `cu_seqlens`, so that no state passes from document to document
+    whole    rows of whole documents, padded, with `cu_seqlens`; only documents longer than a row are cut
+    carry    truncated back-propagation through time: the documents, shuffled every epoch, form one stream that is cut
+             into `batch` rows; at every step each row continues where it stopped, with its state
 
-The end-of-text token after a document is the first of the next one's sequence: every token is predicted, and a
-model learns to begin a document from it. Conversations begin with their own first token, and only what answers in
-them is predicted: all other targets are IGNORE.
+The end-of-text token after a document is the first token of the next one's sequence. So every token is predicted, and
+a model learns to begin a document from it. Conversations begin with their own first token, and only answers are
+predicted: all other targets are IGNORE.
 
-All ranks get slices of the same global batch: the order does not depend on their number. It comes from a Feistel
-network keyed with (seed, epoch), which permutes [0, n) without a table (Luby and Rackoff, 1988; what lands outside
-goes through again, cycle walking: Black and Rogaway, 2002).
+All ranks get slices of the same global batch, so the order does not depend on their number. It comes from a Feistel
+network keyed with (seed, epoch), which permutes [0, n) without a table (Luby and Rackoff, 1988). Values outside [0, n)
+go through it again (cycle walking: Black and Rogaway, 2002).
 """
 
 import hashlib
@@ -32,32 +31,32 @@ Mode = Literal["reset", "packed", "whole", "carry"]
 
 
 class Carry(NamedTuple):
-    """Which states pass from a batch to the next (`models.carry` hands them on)."""
+    """States that pass from one batch to the next (`models.carry` does it)."""
 
     first: Tensor
-    """int64 [B]: which of the batch's N sequences is the first of each row."""
+    """int64 [B]: index among the batch's N sequences of each row's first one."""
     last: Tensor
-    """int64 [B]: which is the last of each row; the next step may go on from its final state."""
+    """int64 [B]: index of each row's last sequence, whose final state the next step may continue from."""
     continues: Tensor
-    """bool [B]: whether the first goes on from the row's last one of the step before, or begins afresh."""
+    """bool [B]: True if the first sequence continues the row's last one of the previous step."""
 
 
 class Batch(NamedTuple):
-    """What a training step reads."""
+    """One batch of token ids and targets."""
 
     ids: Tensor
     """int64 [B, T], or [1, B*T] with cu_seqlens."""
     targets: Tensor
-    """The next token of each, the same shape; IGNORE where it is not to be predicted."""
+    """The next token of each id, same shape; IGNORE for those that are not predicted."""
     cu_seqlens: Tensor | None
-    """int32 [N+1]: where the sequences of the flattened batch begin (so does every row), and its length."""
+    """int32 [N+1]: start of each sequence in the flattened batch (every row starts one), and its length."""
     carry: Carry | None
-    """Only in mode "carry"."""
+    """Set in mode "carry" only."""
     rows: Mapping[str, Tensor] | None = None
-    """Of image and audio: `[n, features]`, a row for each placeholder among the ids, in order."""
+    """For image and audio: `[n, features]`, one row for each placeholder among the ids, in order."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with all its tensors on the device."""
+        """Returns the batch with all its tensors on the device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         carry = None if self.carry is None else Carry(*(x.to(device) for x in self.carry))
         rows = None if self.rows is None else {kind: x.to(device) for kind, x in self.rows.items()}
@@ -65,30 +64,30 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a batch, before it is one."""
+    """One row of a batch, before it is assembled."""
 
     ids: np.ndarray
     """int64 [T]."""
     targets: np.ndarray
     """int64 [T]."""
     begins: np.ndarray
-    """Where sequences begin in it, in (0, T), ascending; one begins at 0 in any case."""
+    """Starts of sequences within (0, T), ascending; another one starts at 0."""
     rows: Mapping[str, np.ndarray] = MappingProxyType({})
-    """As of Batch."""
+    """As in Batch."""
 
 
 class Batches:
-    """`batches[step]` is the batch of any step from 0 on, without end.
+    """`batches[step]` is the batch of any step, from 0 without end.
 
     Args:
         mode: see the module.
-        batch: rows of all ranks together.
-        length: tokens T of a row.
+        batch: global batch size in rows, over all ranks.
+        length: tokens T per row.
         seed: chooses the order.
-        rank, world: this process's number and how many there are; each gets `batch / world` of the rows.
+        rank, world: this process's rank and the number of ranks; each gets `batch / world` rows.
 
     Raises:
-        ValueError: numbers that do not fit together, or too little text for one batch.
+        ValueError: the numbers do not fit together, or there is too little text for one batch.
     """
 
     def __init__(
@@ -110,9 +109,9 @@ class Batches:
         self._stream, self.tokens = stream, stream.tokens
         self.mode, self.length, self.seed = mode, length, seed
         self._batch = batch
-        self._windows = (self.tokens - 1) // length  # the last token of a window is predicted by a target beyond it
+        self._windows = (self.tokens - 1) // length  # the last token of a window needs a target beyond it
         if stream.media and mode != "whole":
-            raise ValueError(f"data with {', '.join(stream.media)} are read in mode whole, got {mode} (--mode whole)")
+            raise ValueError(f'data with {", ".join(stream.media)} need mode "whole", got {mode!r}: set mode="whole"')
         if mode == "whole":
             self._pieces, self._first_pieces = whole_rows(stream, length, seed)
             self._windows = len(self._first_pieces) - 1
@@ -122,9 +121,10 @@ class Batches:
                 f"the {stream.name} holds {self.tokens:,} tokens, too few for {what} of length {length} and a "
                 f"target: use a smaller length or batch, or more text"
             )
-        # Rows that are carried are of equal length, and leave a rest; windows are all read, the last batch with others.
+        # In mode carry the rows have equal lengths and leave a rest. Otherwise all windows are read, and the last batch
+        # takes windows of the next epoch.
         self.steps_per_epoch = self._windows // batch if mode == "carry" else -(-self._windows // batch)
-        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None  # of the epoch last asked for
+        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None  # of the latest epoch
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -135,7 +135,7 @@ class Batches:
         return joined_rows(self.rows(step * self._batch + np.array(self._rows)), self.mode)
 
     def rows(self, numbers: np.ndarray) -> list[Row]:
-        """The rows of these numbers, of those of all steps in order; not in mode "carry", whose rows read on."""
+        """Returns rows by number, counted over all steps. Not in mode "carry", whose rows continue each other."""
         epochs, index = np.divmod(numbers, self._windows)
         # A batch may hold the last windows of one epoch and the first ones of the next.
         for epoch in np.unique(epochs):
@@ -145,7 +145,7 @@ class Batches:
         return [row_at(self._stream, int(window) * self.length, self.length) for window in index]
 
     def _whole(self, row: int) -> Row:
-        """A row of the pieces that belong in it, filled up with end-of-text ids."""
+        """Returns a row made of its pieces and padded with end-of-text ids."""
         ids, targets = (np.full(self.length, x, np.int64) for x in (self._stream.eos_id, IGNORE))
         at, begins, rows = 0, [], []
         for start, stop in self._pieces[self._first_pieces[row] : self._first_pieces[row + 1]]:
@@ -160,11 +160,11 @@ class Batches:
     def _carry(self, step: int) -> Batch:
         epoch, step = divmod(step, self.steps_per_epoch)
         order, starts = self._document_order(epoch)
-        rows, continues, early = [], [], int(not self._stream.chats)  # texts begin with the end-of-text id before them
+        rows, continues, early = [], [], int(not self._stream.chats)  # a text starts at the end-of-text id before it
         for row in self._rows:
             start = (row * self.steps_per_epoch + step) * self.length
             document = int(np.searchsorted(starts, start, "right")) - 1
-            # A row that begins where a sequence does begins afresh.
+            # A row does not continue if one of its sequences begins at its start.
             begins = starts[document : int(np.searchsorted(starts, start + self.length, "right"))] - early - start
             continues.append(step > 0 and 0 not in begins)
             here = (order, starts, document, start, self.length + 1)
@@ -176,7 +176,7 @@ class Batches:
         return batch._replace(carry=carry)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of an epoch in their order, and where each begins in the stream they make; its length last."""
+        """Returns an epoch's documents in order, and each one's start in the stream they form, with its length last."""
         if self._layout is None or self._layout[0] != epoch:
             ends = self._stream.ends_in(0, self.tokens)
             order = permute(np.arange(len(ends)), len(ends), (self.seed, epoch))
@@ -193,7 +193,7 @@ class Batches:
         start: int,
         count: int,
     ) -> np.ndarray:
-        """What `read` gives for `count` tokens of the documents in order, from `start` in the `document`-th on."""
+        """Applies `read` to `count` tokens of the ordered documents, from `start` in the `document`-th on."""
         parts = []
         while count:
             stop = min(start + count, int(starts[document + 1]))
@@ -204,14 +204,14 @@ class Batches:
 
 
 def check_ranks(batch: int, rank: int, world: int) -> range:
-    """The rows of a batch that are this rank's; raises ValueError where ranks cannot share it."""
+    """Returns this rank's rows of a batch; raises ValueError if the ranks cannot share it."""
     if batch < 1 or not 0 <= rank < world or batch % world:
         raise ValueError(f"batch {batch}, rank {rank}, world {world}: expected a multiple of world, a rank below")
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where the permutation of [0, n) that `key` chooses sends each index; int64.
+    """Applies the permutation of [0, n) chosen by `key` to each index; returns int64.
 
     A Feistel network permutes [0, 4^half), the smallest such range that holds n; `key` salts its six rounds.
     """
@@ -224,21 +224,21 @@ def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     def shuffled(value: np.ndarray) -> np.ndarray:
         left, right = value >> half, value & mask
         for salt in salts:
-            mixed = (right + salt) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as a hash should
+            mixed = (right + salt) * np.uint64(0x9E3779B97F4A7C15)  # overflow is intended, as in a hash
             mixed = (mixed ^ mixed >> word) * np.uint64(0xD6E8FEB86659FD93) >> word
             left, right = right, left ^ mixed & mask
         return left << half | right
 
     out = shuffled(index.astype(np.uint64))
-    # Cycle walking: what lands outside [0, n) goes on until it is inside, which leaves a permutation. Less than four
-    # rounds on average, since 4^half < 4 n.
+    # Cycle walking: values outside [0, n) are shuffled again until they are inside, which is still a permutation.
+    # Fewer than four rounds on average, since 4^half < 4 n.
     while (outside := out >= n).any():
         out[outside] = shuffled(out[outside])
     return out.astype(np.int64)
 
 
 def row_at(stream: TokenStream, start: int, length: int) -> Row:
-    """The tokens of a stream from `start` on, and the one after them as the last target."""
+    """Returns the tokens of a stream from `start` on, with the token after them as the last target."""
     ids = stream.read(start, start + length + 1)
     targets = np.where(stream.answered(start + 1, start + length + 1), ids[1:], IGNORE)
     begins = stream.ends_in(start, start + length) - start - (not stream.chats)
@@ -247,18 +247,18 @@ def row_at(stream: TokenStream, start: int, length: int) -> Row:
 
 
 def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(start and stop of pieces `[P,2]`, the first piece of each row and, last, P).
+    """Lays out whole documents in rows: (start and stop of pieces `[P,2]`, first piece of each row, with P last).
 
-    A piece is a document, all of it but the last token, which is a target alone; or of one longer than a row a part as
-    long as a row. Documents go into rows in an order of the seed's, a new row as soon as one does not fit.
+    A piece is a document without its last token, which is only a target. A document longer than a row becomes pieces as
+    long as a row. Documents fill rows in an order chosen by the seed; the first that does not fit starts a new row.
 
     Raises:
-        ValueError: one longer than a row, where there are pictures or sounds that it may not be cut in.
+        ValueError: a document with pictures or sound is longer than a row; these are never cut.
     """
     ends = stream.ends_in(0, stream.tokens)
     if stream.media and (longest := int(np.diff(ends, prepend=0).max())) > length + 1:
-        raise ValueError(f"the longest conversation has {longest:,} tokens, a row {length:,}: --length {longest:,}")
-    # of a text the end-of-text id before it is read too; the very first has none
+        raise ValueError(f"the longest conversation has {longest:,} tokens, a row {length:,}: set length={longest}")
+    # a text also reads the end-of-text id before it; the very first has none
     starts = np.concatenate([[0], ends[:-1] - (not stream.chats)])
     pieces, first, room = list[tuple[int, int]](), [0], length
     for document in permute(np.arange(len(ends)), len(ends), (seed, 0)).tolist():
@@ -273,7 +273,7 @@ def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray,
 
 
 def joined_rows(rows: list[Row], mode: Mode) -> Batch:
-    """The rows as a batch of their mode; none of them reads on."""
+    """Joins rows into a batch of their mode, one without carried states."""
     if mode != "packed":
         return flattened(rows)[0]
     ids, targets = (torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Row._fields[:2])
@@ -281,7 +281,7 @@ def joined_rows(rows: list[Row], mode: Mode) -> Batch:
 
 
 def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
-    """(the rows as one batch [1, B*T], the index of each row's first sequence and, last, the number of sequences N)."""
+    """Returns the rows as one batch [1, B*T], and the index of each row's first sequence, with N last."""
     starts: list[np.ndarray] = []
     first: list[int] = []
     length = 0
@@ -299,6 +299,6 @@ def flattened(rows: list[Row]) -> tuple[Batch, np.ndarray]:
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The rows of several parts, one after the other."""
-    kinds = dict.fromkeys(kind for part in parts for kind in part)  # in a mixture some have none
+    """Concatenates the media rows of several parts."""
+    kinds = dict.fromkeys(kind for part in parts for kind in part)  # in a mixture some parts have none
     return {kind: np.concatenate([part[kind] for part in parts if kind in part]) for kind in kinds}

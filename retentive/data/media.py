@@ -1,10 +1,10 @@
-"""What a message holds beside text: a picture or a sound, as rows of numbers, one for each token that stands for it.
+"""Pictures and sound in a message, as rows of numbers: one row per token.
 
     {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is it?"}]}
 
-In ids a placeholder stands for each row, which a model's encoder puts an embedding in the place of
-(`models/encoders.py`). It is beyond the vocabulary, so that any tokenizer serves, and no text is mistaken for it. Who
-opens the files is handed in (`retentive.multimodal`): nothing here can.
+In the ids a placeholder stands for each row; a model's encoder replaces it by an embedding (`models/encoders.py`).
+Placeholder ids lie beyond the vocabulary, so any tokenizer works and no text can be mistaken for one. The caller passes
+the function that opens files (`retentive.multimodal`).
 """
 
 from collections.abc import Callable
@@ -16,54 +16,54 @@ import numpy as np
 from retentive.data.tokenizer import Tokenizer
 
 KINDS = ("image", "audio")
-"""What content may be of beside "text"."""
+"""Kinds of content besides "text"."""
 SUFFIXES = {".png": "image", ".jpg": "image", ".jpeg": "image", ".webp": "image"}
 SUFFIXES |= {".wav": "audio", ".flac": "audio", ".ogg": "audio"}
-"""What a file's name says of it."""
+"""Kind of a file by its suffix."""
 
 
 class Media(NamedTuple):
     """A picture or a sound."""
 
     kind: str
-    """Of KINDS."""
+    """One of KINDS."""
     rows: np.ndarray
-    """`[n, features]`: n tokens of it."""
+    """`[n, features]`: the features of its n tokens."""
     name: str = ""
-    """The file, as a message names it; none of what came over HTTP."""
+    """File name as given in the message; "" for media received over HTTP."""
 
 
 class Open(Protocol):
-    """What opens pictures and sounds."""
+    """Function that opens pictures and sounds."""
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
-        """What a part of a message names, relative to the folder of its file; raises ValueError or OSError."""
+        """Opens the file that a part names, relative to its folder; raises ValueError or OSError."""
 
 
 def placeholder(kind: str) -> str:
-    """What stands for a row of this kind in a text that a template renders."""
+    """Returns the placeholder for one row of this kind in a rendered template."""
     return f"<|{kind}|>"
 
 
 def placeholder_id(kind: str, tokenizer: Tokenizer) -> int:
-    """What stands for it in ids."""
+    """Returns the placeholder's token id."""
     return tokenizer.vocab_size + KINDS.index(kind)
 
 
 def text_of(content: Any, shown: Callable[[Media], str] = lambda media: "", said: Callable[[str], str] = str) -> str:
-    """A content as text: what is `said`, and what is `shown` of its media, in order."""
+    """Returns content as text: `said` of its texts and `shown` of its media, in order."""
     if isinstance(content, str):
         return said(content)
     return "".join(said(part) if isinstance(part, str) else shown(part) for part in content)
 
 
 def placeholders(media: Media) -> str:
-    """What stands for it in a text."""
+    """Returns the placeholders of all rows of the medium, as text."""
     return placeholder(media.kind) * len(media.rows)
 
 
 def media_of(messages: Any) -> list[Media]:
-    """The media of messages, in order."""
+    """Returns the media of messages, in order."""
     return [
         part for m in messages if not isinstance(m["content"], str) for part in m["content"] if isinstance(part, Media)
     ]

@@ -1,11 +1,11 @@
-"""Several packed folders as one: training text mixed by weights, held-out text of each by itself.
+"""Mixture of several packed folders: training text mixed by weights, held-out text kept apart.
 
 mixed = Mixture([Packed("data/novels"), Packed("data/letters")], [0.7, 0.3])
 mixed.batches(batch=8, length=512)[0]        rows of both, a batch for any step
 
-Rows are counted over all steps. Each BLOCK of them has exactly its share of rows of each folder, in an order of the
-seed's; the rows of a folder are read in the order in which they would be read alone. So which row of which folder the
-n-th is, is a function of the seed and n, and a run needs no more than its step to go on.
+Rows are counted over all steps. Each BLOCK of them holds exactly each folder's share of rows, in an order chosen by the
+seed. Rows of one folder come in the order in which that folder alone would be read. So the n-th row is a function of
+the seed and n, and resuming needs only the step.
 """
 
 import functools
@@ -24,31 +24,31 @@ from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate
 
 BLOCK = 10_000
-"""Rows that hold each folder's share exactly: shares are rounded to a ten-thousandth."""
+"""Rows that hold each folder's share exactly, so shares are rounded to a ten-thousandth."""
 
 
 def open_packed(paths: Sequence[Path], weights: Sequence[float] = ()) -> "Packed | Mixture":
-    """The folder, if it is one, or the mixture of several.
+    """Opens one folder as `Packed`, or several as a `Mixture`.
 
     Raises:
-        FileNotFoundError, ValueError: as `Packed` and `Mixture`; or weights for one folder.
+        FileNotFoundError, ValueError: as `Packed` and `Mixture`; or weights are given for one folder.
     """
     if not paths:
-        raise ValueError("no folder of data given: name one or several (--data)")
+        raise ValueError("no folder of data given: name one or several (data)")
     if len(paths) == 1 and not weights:
         return Packed(paths[0])
     return Mixture([Packed(path) for path in paths], weights)
 
 
 class Mixture:
-    """What `Packed` is to a training run, for several of them with one tokenizer.
+    """Several `Packed` folders with one tokenizer, with the interface of one.
 
     Args:
-        packed: two folders or more.
-        weights: what of all rows is of each, in any unit; without any, in proportion to the tokens to train on.
+        packed: two or more folders.
+        weights: mixing weight of each folder, in any unit. Default: proportional to its training tokens.
 
     Raises:
-        ValueError: tokenizers, chat templates, pictures or sounds that differ; weights that are no weights.
+        ValueError: tokenizers, chat templates or encodings of media differ, or a weight is invalid.
     """
 
     def __init__(self, packed: Sequence[Packed], weights: Sequence[float] = ()):
@@ -61,77 +61,77 @@ class Mixture:
         for other in others:
             if other.tokenizer.sha256 != first.tokenizer.sha256:
                 raise ValueError(
-                    f"{other.path} was packed with another tokenizer than {first.path}: pack the one with the other's "
-                    f"(retentive data … --tokenizer {first.path})"
+                    f"{other.path} was packed with another tokenizer than {first.path}: pack it again with "
+                    f"tokenizer={str(first.path)!r}"
                 )
         names = [part.path.name for part in packed]
         if len(set(names)) < len(names):
             names = [str(part.path) for part in packed]
         self.parts = dict(zip(names, packed, strict=True))
-        """The folders by their names, or by their paths where two have one name."""
+        """The folders by name, or by path if two share a name."""
         self.tokenizer = first.tokenizer
-        """The tokenizer of all."""
+        """The shared tokenizer."""
         self.template = _same_template(packed)
-        """The template that their conversations were spelt by; None of texts."""
+        """Chat template of the conversations; None for texts."""
         self.meta = _summed(packed)
-        """As of one folder with the text of all."""
+        """Meta of a single folder with all the text."""
         given = weights or [part.meta.splits["train"].tokens for part in packed]
         if not all(weight > 0 and math.isfinite(weight) for weight in given):
             raise ValueError(f"weights of data must be above 0, got {', '.join(f'{weight:g}' for weight in given)}")
         self.shares = dict(zip(names, (weight / sum(given) for weight in given), strict=True))
-        """What of all rows is of each folder: the weights, normalised."""
+        """Share of all rows for each folder: the normalised weights."""
 
     @property
     def path(self) -> str:
-        """The folders, as messages name them."""
+        """The folders, as named in messages."""
         return " ".join(str(part.path) for part in self.parts.values())
 
     @property
     def media(self) -> dict[str, dict[str, Any]]:
-        """As of Packed."""
+        """As in `Packed`."""
         return self.meta.media or {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the parts' fingerprints in order."""
+        """SHA-256 of the parts' fingerprints in order."""
         return hashlib.sha256("".join(part.fingerprint for part in self.parts.values()).encode()).hexdigest()
 
     def batches(
         self, *, mode: Mode = "reset", batch: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
     ) -> "MixedBatches":
-        """The training text as `batches[step]` for any step; arguments as for `loader.Batches`.
+        """Returns the training text as `batches[step]` for any step; arguments as for `loader.Batches`.
 
         Raises:
-            ValueError: mode carry, or as `Batches`.
+            ValueError: mode is "carry", or as `Batches`.
         """
         if mode == "carry":
-            raise ValueError("mode carry reads on in one stream, and these data are several: use another mode")
+            raise ValueError('mode is "carry", which reads one stream, but these are several folders: use another mode')
         parts = [part.batches(mode=mode, batch=1, length=length, seed=seed) for part in self.parts.values()]
         return MixedBatches(parts, list(self.shares.values()), batch=batch, seed=seed, rank=rank, world=world)
 
     def held_out_parts(self, length: int) -> dict[str, Packed]:
-        """Those that have held-out text for windows of such a length."""
+        """Returns the folders that have held-out text for windows of this length."""
         return {name: part for name, part in self.parts.items() if part.holds_out(length)}
 
     def holds_out(self, length: int) -> bool:
-        """As of Packed: whether any of them does."""
+        """True if a folder has held-out text, as in `Packed`."""
         return bool(self.held_out_parts(length))
 
     def first_question(self) -> tuple[list[int], dict[str, np.ndarray]]:
-        """As of Packed, from the first that holds conversations."""
+        """Returns the first question, as `Packed`, of the first folder that holds conversations."""
         return next(part for part in self.parts.values() if part.meta.chats).first_question()
 
 
 class MixedBatches:
-    """`batches[step]` is the batch of any step from 0 on, without end: rows of several `Batches`.
+    """`batches[step]` is the batch of any step, from 0 without end: rows of several `Batches`.
 
     Args:
-        parts: of batches of one row.
-        shares: what of the rows is of each, in sum 1.
-        batch, seed, rank, world: as of `Batches`.
+        parts: batches of one row each.
+        shares: share of rows for each part; they sum to 1.
+        batch, seed, rank, world: as for `Batches`.
 
     Raises:
-        ValueError: a share that is too small to come up, or a batch that ranks cannot share.
+        ValueError: a share rounds to no row, or the ranks cannot share the batch.
     """
 
     def __init__(
@@ -147,16 +147,16 @@ class MixedBatches:
         self._rows = check_ranks(batch, rank, world)
         self._parts, self._batch, self.seed = parts, batch, seed
         self.mode, self.length = parts[0].mode, parts[0].length
-        # cumulative sums are rounded, and not shares: the quotas have BLOCK as their sum
+        # cumulative sums are rounded, instead of shares, so that the quotas sum to BLOCK
         self._cuts = np.round(np.cumsum([0, *shares]) * BLOCK).astype(np.int64)
         self._quota = np.diff(self._cuts)
-        self._layout: tuple[int, np.ndarray] | None = None  # of the block last asked for
+        self._layout: tuple[int, np.ndarray] | None = None  # of the latest block
         if not self._quota.all():
             raise ValueError(f"a weight of data is below a {BLOCK:,}th of their sum: leave that folder out")
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that read as many rows as all parts have, though not each of them once."""
+        """Steps that read as many rows as all parts have. Not every row is among them."""
         return -(-sum(part.steps_per_epoch for part in self._parts) // self._batch)
 
     def __getitem__(self, step: int) -> Batch:
@@ -171,7 +171,7 @@ class MixedBatches:
         return joined_rows([row for row in rows if row is not None], self.mode)
 
     def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(part, which of its own rows), int64 each, for each of the rows that are counted over all steps."""
+        """Returns (part, row number within the part), int64 each, for rows counted over all steps."""
         blocks, places = np.divmod(rows, BLOCK)
         found = np.empty((2, len(rows)), np.int64)
         for block in np.unique(blocks):
@@ -179,7 +179,7 @@ class MixedBatches:
         return found[0], found[1]
 
     def _laid(self, block: int) -> np.ndarray:
-        """`[2, BLOCK]`: the part of each row of a block, and which of the part's own rows it is."""
+        """Returns `[2, BLOCK]`: the part of each row of a block, and its number within the part."""
         if self._layout is None or self._layout[0] != block:
             order = permute(np.arange(BLOCK), BLOCK, (self.seed, block, len(self._parts)))
             parts = np.searchsorted(self._cuts, order, "right") - 1
@@ -191,19 +191,19 @@ class MixedBatches:
 
 
 def _same_template(packed: Sequence[Packed]) -> ChatTemplate | None:
-    """The template of those that hold conversations."""
+    """Returns the chat template shared by all folders with conversations; None if there are none."""
     chats = [part for part in packed if part.template]
     for part in chats:
         if part.template and chats[0].template and part.template.source != chats[0].template.source:
             raise ValueError(
                 f"{part.path} was packed with another chat template than {chats[0].path}: pack both with one "
-                f"(retentive data --chats … --template FILE)"
+                f"(template=FILE)"
             )
     return chats[0].template if chats else None
 
 
 def _summed(packed: Sequence[Packed]) -> Meta:
-    """A meta with the text and the media of all, and no shards."""
+    """Returns a Meta with the text and media of all folders, without shards."""
     media: dict[str, dict[str, Any]] = {}
     for part in packed:
         for kind, how in part.media.items():

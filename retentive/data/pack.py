@@ -1,17 +1,17 @@
-"""From documents to a folder of token shards that can be memory-mapped, which every run reads its data from.
+"""Packs documents into a folder of memory-mappable token shards, from which every run reads its data.
 
-    train-00000.bin   token ids, an end-of-text id after every document; little-endian uint16, or uint32 where
-                      the vocabulary is larger
-    train-00000.idx   uint64: where documents end, just after that id, counted from the shard's start
-    train-00000.ans   of conversations: for each id 1 where it is (of) an answer, which training is to predict, else 0
-    train-00000.image, .audio   of pictures and sound: a row of numbers for each of their placeholders, in order
+    train-00000.bin   token ids, with an end-of-text id after every document; little-endian uint16, or uint32 for
+                      larger vocabularies
+    train-00000.idx   uint64: document ends, just after that id, counted from the shard's start
+    train-00000.ans   for conversations: per id 1 if it belongs to an answer, which training predicts, else 0
+    train-00000.image, .audio   for pictures and sound: one row of numbers for each of their placeholders, in order
     valid-00000.*     the same for the held-out text
-    meta.json         what is in them, and the hash of the tokenizer that made them
-    tokenizer.json    that tokenizer
-    chat_template.jinja   of conversations: the template that they were spelt by
+    meta.json         sizes, hashes, and the hash of the tokenizer
+    tokenizer.json    the tokenizer
+    chat_template.jinja   for conversations: their chat template
 
-A conversation is spelt as the model will see it, with no end-of-text id but the template's. Shards end at document
-ends. The folder appears whole or not at all.
+A conversation is stored as the template renders it, with no end-of-text id but the template's own. Shards end at
+document ends. The folder is written atomically.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ from retentive.files import file_sha256, only_writer, replace_folder, write_text
 FORMAT, VERSION = "retentive-pack", 1
 SPLITS = ("train", "valid")
 PIECE = 1 << 16
-"""Characters that are encoded as one text: with longer ones HF tokenizers are slower."""
+"""Characters encoded as one text: HF tokenizers are slower on longer ones."""
 BATCH = 1 << 22
-"""Characters that are encoded in one call, on all cores."""
+"""Characters encoded in one call, on all cores."""
 _OURS = re.compile(
     r"meta\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|(train|valid)-\d{5,}\.(bin|idx|ans|image|audio)"
 )
@@ -48,36 +48,36 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin with its .idx."""
+    """One .bin file with its .idx."""
 
     tokens: int
-    """Ids in the .bin, end-of-text ids included."""
+    """Number of ids in the .bin, end-of-text ids included."""
     documents: int
-    """Document ends in the .idx."""
+    """Number of document ends in the .idx."""
     sha256: str
     """Hash of the .bin."""
     answers_sha256: str = ""
-    """Hash of the .ans, of conversations."""
+    """Hash of the .ans, for conversations."""
     rows: dict[str, int] | None = None
-    """Rows of the .image and of the .audio, where there are any."""
+    """Number of rows in the .image and in the .audio, if present."""
     rows_sha256: dict[str, str] | None = None
-    """Their hashes."""
+    """Hashes of these files."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The text to train on, or the held-out text."""
+    """The training text or the held-out text."""
 
     documents: int
-    """How many documents."""
+    """Number of documents."""
     tokens: int
-    """How many ids, end-of-text ids included."""
+    """Number of ids, end-of-text ids included."""
     bytes: int
     """UTF-8 bytes of the text, for bits per byte."""
     shards: tuple[Shard, ...]
-    """The files, in order."""
+    """The shards in order."""
     answers: int | None = None
-    """How many ids are of answers; None where all are trained on."""
+    """Number of ids in answers; None if all ids are trained on."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Meta:
     """The content of meta.json."""
 
     dtype: str
-    """"uint16" or "uint32": the type of the ids, little-endian."""
+    """"uint16" or "uint32": type of the ids, little-endian."""
     vocab_size: int
-    """The rows that a model's embedding needs."""
+    """Number of rows that a model's embedding needs."""
     eos_id: int
     """The id after every document."""
     tokenizer_sha256: str
@@ -95,30 +95,30 @@ class Meta:
     splits: dict[str, Split]
     """"train" and "valid"."""
     media: dict[str, dict[str, Any]] | None = None
-    """For image and audio, where there are any: how they became rows (fields of the encoder's config)."""
+    """For image and audio, if present: how they were turned into rows (fields of the encoder's config)."""
 
     @property
     def chats(self) -> bool:
-        """Whether these are conversations, of which the answers are trained on."""
+        """True for conversations, where only answers are trained on."""
         return self.splits["train"].answers is not None
 
 
 class Encoded(NamedTuple):
-    """A piece of a document."""
+    """A piece of a document, encoded."""
 
     ids: list[int]
     size: int
     """UTF-8 bytes of its text."""
     last: bool
-    """Whether the document ends here."""
+    """True if the document ends with this piece."""
     answers: list[bool] | None = None
-    """Of a conversation: which ids are of answers."""
+    """For conversations: True for each id of an answer."""
     media: Sequence[Media] = ()
-    """Of a conversation: its pictures and sounds, whose placeholders are among the ids."""
+    """For conversations: pictures and sounds whose placeholders are among the ids."""
 
 
 def shard_path(folder: str | Path, split: str, number: int, suffix: str) -> Path:
-    """The path of the .bin or .idx of one shard."""
+    """Returns the path of a file of one shard."""
     return Path(folder) / f"{split}-{number:05d}{suffix}"
 
 
@@ -132,17 +132,17 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Meta:
-    """The meta of the folder `out`, once written.
+    """Writes the packed folder `out` and returns its meta.
 
     Args:
-        train: documents to train on, read to their end before `valid`.
-        valid: held-out documents, maybe none.
-        shard_tokens: a shard ends with the document that takes it to so many tokens.
-        progress: called with the bytes of text that are done, again and again.
+        train: training documents, read to their end before `valid`.
+        valid: held-out documents; may be empty.
+        shard_tokens: a shard ends with the document that brings it to this many tokens.
+        progress: called repeatedly with the bytes of text finished since the last call.
 
     Raises:
-        ValueError: there is nothing to train on.
-        FileExistsError: `out` holds something already, see `check_free`.
+        ValueError: there is no training text.
+        FileExistsError: `out` already holds something, see `check_free`.
         BlockingIOError: another process is writing it.
     """
     with only_writer(Path(out)):
@@ -161,11 +161,11 @@ def write_packed(
     template: ChatTemplate | None = None,
     media: dict[str, dict[str, Any]] | None = None,
 ) -> Meta:
-    """As `pack`, for a caller that is the `only_writer` of `out` already and has found it free.
+    """Writes as `pack`, for a caller that already holds `only_writer` of `out` and has checked that it is free.
 
     Args:
-        template: the documents are conversations, to be spelt by it.
-        media: as of Meta.
+        template: given if the documents are conversations; renders them.
+        media: as in Meta.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
@@ -177,10 +177,10 @@ def write_packed(
         splits = {}
         for name, documents in zip(SPLITS, (train, valid), strict=True):
             splits[name] = _write_split(folder, name, encode(documents), dtype, shard_tokens, progress)
-            if not splits["train"].tokens:  # after the first split: the second is not worth encoding then
+            if not splits["train"].tokens:  # checked after the first split, before encoding the second
                 raise ValueError("no training text: every document was empty or held out for validation")
         meta = Meta(dtype, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, splits, media or None)
-        # what is of conversations alone is left out of other data's, as ever: its hash stands for the same text
+        # fields that only conversations have are left out for other data, which keeps the hash of equal text equal
         described = dataclasses.asdict(meta, dict_factory=lambda pairs: {k: v for k, v in pairs if v not in (None, "")})
         content = {"format": FORMAT, "version": VERSION, **described}
         with _named_as_ours():
@@ -194,13 +194,13 @@ def write_packed(
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> None:
-    """Raises FileExistsError unless `out` is absent, empty, or (to overwrite) holds earlier packed data alone."""
+    """Raises FileExistsError unless `out` is absent, empty, or (with overwrite) holds only packed data."""
     out = Path(out)
     try:
         out.stat()
     except (FileNotFoundError, NotADirectoryError):
         return
-    except OSError as error:  # in a folder that may not be entered
+    except OSError as error:  # in a folder without permission
         raise type(error)(f"cannot write {out}: {str(error.strerror).lower()}") from None
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a new folder for the packed data")
@@ -208,19 +208,17 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> None:
     if others:
         raise FileExistsError(f"{out} holds other things ({others[0]}): choose a new or an empty folder")
     if any(out.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{out} holds packed data: choose another folder, or replace it with overwrite (--overwrite)"
-        )
+        raise FileExistsError(f"{out} holds packed data: choose another folder, or set overwrite to replace it")
 
 
 def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
-    """The meta of a packed folder whose files are all there in full length.
+    """Reads the meta of a packed folder and checks that all files exist in full length.
 
     Args:
-        verify: compare the hashes of the shards too, which reads them whole.
+        verify: also compare the hashes of the shards, which reads them completely.
 
     Raises:
-        FileNotFoundError: no such folder, or no packed data in it.
+        FileNotFoundError: there is no such folder, or no packed data in it.
         ValueError: it is damaged, incomplete, or of another version.
     """
     path = Path(path)
@@ -252,28 +250,28 @@ def load_meta(path: str | Path, *, verify: bool = False) -> Meta:
 
 
 def row_type(meta: Meta, kind: str) -> np.dtype:
-    """The type of a whole row of an .image or .audio file."""
+    """Returns the dtype of a whole row of an .image or .audio file."""
     how = (meta.media or {})[kind]
     return np.dtype((np.dtype(how["dtype"]).newbyteorder("<"), (how["features"],)))
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """The text in pieces of at most `size` characters, each of which ends at a line end if it holds one.
+    """Yields the text in pieces of at most `size` characters, cut at line ends where possible.
 
-    At a cut the ids may differ from those of the whole text (a tokenizer may have a token for two line ends): once in
-    PIECE characters that does no harm.
+    At a cut the ids may differ from those of the whole text (a tokenizer may have a token for two line ends). Once in
+    PIECE characters this is harmless.
     """
     start = 0
     while start < len(text):
         end = start + size
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end  # rfind gives -1 for none
+            end = text.rfind("\n", start, end) + 1 or end  # rfind returns -1 if there is none
         yield text[start:end]
         start = end
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The pieces of texts, in order; a document's last one with an end-of-text id."""
+    """Encodes texts in pieces, in order; a document's last piece gets the end-of-text id."""
     batch: list[tuple[str, bool]] = []
     waiting = 0  # characters in the batch
 
@@ -284,7 +282,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[En
         batch.clear()
 
     for document in documents:
-        left = len(document.text)  # 0 after its last piece; an empty document has none, and yields nothing
+        left = len(document.text)  # 0 after the last piece; an empty document yields nothing
         for piece in pieces(document.text):
             left -= len(piece)
             waiting += len(piece)
@@ -296,12 +294,12 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[En
 
 
 def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Iterator[Encoded]:
-    """The conversations as the template spells them."""
+    """Encodes conversations by the template."""
 
     def flush() -> Iterator[Encoded]:
         for (ids, answers), each in zip(_taught(template, batch), batch, strict=True):
             media = media_of(each.messages)
-            before = zip(ids, answers, answers[1:], strict=False)  # what an answer begins after, among others
+            before = zip(ids, answers, answers[1:], strict=False)  # an answer begins where `answers` turns True
             if media and any(follows and not answer and id >= words for id, answer, follows in before):
                 raise ValueError(
                     f"{each.name}: the template puts nothing between a picture or sound and the answer, which cannot "
@@ -311,19 +309,19 @@ def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Ite
         batch.clear()
 
     batch: list[Conversation] = []
-    words = template.tokenizer.vocab_size  # beyond these are placeholders
+    words = template.tokenizer.vocab_size  # ids from here on are placeholders
     waiting = 0  # characters in the batch
     for each in conversations:
         batch.append(each)
         waiting += len(each.text) + sum(media.rows.nbytes for media in media_of(each.messages))
-        if waiting >= BATCH // 4:  # spelt, they take more memory than texts
+        if waiting >= BATCH // 4:  # rendered, they take more memory than texts
             yield from flush()
             waiting = 0
     yield from flush()
 
 
 def _taught(template: ChatTemplate, batch: list[Conversation]) -> list[tuple[list[int], list[bool]]]:
-    """`ChatTemplate.taught`, whose errors name the first conversation that the template refuses."""
+    """Calls `ChatTemplate.taught`; an error names the first conversation that the template refuses."""
     try:
         return template.taught([each.messages for each in batch])
     except ValueError as error:
@@ -351,7 +349,7 @@ def _write_split(
         nonlocal text_bytes, answers
         for piece in encoded:
             yield piece
-            # from here on the ids are written: the reader of this generator has asked for more
+            # here the ids have been written: the consumer has asked for the next piece
             text_bytes += piece.size
             if piece.answers is not None:
                 answers = (answers or 0) + sum(piece.answers)
@@ -359,7 +357,7 @@ def _write_split(
                 progress(piece.size)
 
     rest = counted()
-    for first in rest:  # both this loop and `_write_shard` read from it: a round takes one shard's worth
+    for first in rest:  # `_write_shard` reads from it too: each iteration writes one shard
         target = shard_path(folder, split, len(shards), ".bin")
         shards.append(_write_shard(target, itertools.chain([first], rest), np.dtype(dtype), shard_tokens))
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
@@ -367,7 +365,7 @@ def _write_split(
 
 
 def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shard_tokens: int) -> Shard:
-    """Writes one .bin with its .idx, and .ans where there are answers: `shard_tokens` or what there is."""
+    """Writes one .bin with its .idx, and .ans for answers, up to `shard_tokens` tokens."""
     tokens = 0
     ends: list[int] = []
     digest, of_answers_digest = hashlib.sha256(), hashlib.sha256()
@@ -394,7 +392,7 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
                 ends.append(tokens)
                 if tokens >= shard_tokens:
                     break
-    # Ends are few, and wait in memory; ids are written as they come.
+    # Ends are few and stay in memory; ids are written as they come.
     with open(target.with_suffix(".idx"), "wb") as file:
         _write(file, np.array(ends, "<u8").tobytes())
     hashes = {kind: of_kind.hexdigest() for kind, (_, of_kind) in of_media.items()}
@@ -404,24 +402,24 @@ def _write_shard(target: Path, encoded: Iterator[Encoded], dtype: np.dtype, shar
 
 @contextmanager
 def _named_as_ours() -> Iterator[None]:
-    """An OSError in this block is one of writing: named so, since sources are read meanwhile and may fail as well."""
+    """Marks OSErrors of this block as write errors, since sources are read meanwhile and may fail too."""
     try:
         yield
     except OSError as error:
         why = error.strerror or str(error)
         told = OSError(f"cannot write the packed data ({why}): nothing was kept")
-        told.errno = error.errno  # given with the text, it would stand before it
+        told.errno = error.errno  # set afterwards: passed to the constructor it would precede the message
         raise told from None
 
 
 def _write(file: BinaryIO, data: bytes) -> None:
     with _named_as_ours():
         file.write(data)
-        file.flush()  # so that a full disk is an error here, and not at close
+        file.flush()  # so that a full disk raises here and not at close
 
 
 def _check_shards(path: Path, meta: Meta, verify: bool) -> None:
-    """Raises ValueError where a shard is missing or cut short, or (`verify`) has another content."""
+    """Raises ValueError if a shard is missing or truncated or, with `verify`, its hash differs."""
     item = np.dtype(meta.dtype).itemsize
     for split, held in meta.splits.items():
         if sum(shard.tokens for shard in held.shards) != held.tokens:

@@ -1,4 +1,4 @@
-"""From text to a folder that training reads, in one call: text is held out, a tokenizer found, and all of it packed.
+"""From text to a packed folder in one call: splits off held-out text, finds or learns a tokenizer, packs everything.
 
 prepare("my_texts", "data/mine", vocab_size=8192)
 prepare("chats.jsonl", "data/chats", chats=True, tokenizer="runs/mine")
@@ -22,10 +22,10 @@ from retentive.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, t
 from retentive.files import only_writer
 
 SAMPLE = 64_000_000
-"""Characters that a new tokenizer is learnt from, at most: more of them hardly change it."""
+"""Maximum number of characters to learn a tokenizer from: more hardly change it."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Called again and again with the stage, the bytes of text done in it, and their number if the files' sizes say it."""
+"""Called repeatedly with the stage, the bytes of text finished in it, and the total if file sizes tell it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +33,30 @@ class DataConfig:
     """Options of `prepare`: how text becomes training data."""
 
     tokenizer: str = "train"
-    """"train" learns a byte-level BPE; or "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
+    """"train" learns a byte-level BPE. Others: "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
     vocab_size: int = 4096
-    """Tokens of the tokenizer that is learnt."""
+    """Vocabulary size of a learnt tokenizer."""
     valid: str | None = None
-    """A source of its own for the held-out text, instead of a part of the others."""
+    """Separate source for the held-out text, instead of a part of the others."""
     valid_fraction: float = 0.05
-    """The part of the documents that is held out; it waits in memory while the rest is written."""
+    """Fraction of the documents that is held out. They wait in memory while the rest is written."""
     on_bad_text: Literal["refuse", "skip"] = "refuse"
-    """What to do with documents that are not UTF-8, and with conversations that are none or that name pictures and
-    sounds which cannot be opened."""
+    """Refuse or skip documents that are not UTF-8, conversations that are malformed, and conversations that name
+    pictures or sounds that cannot be opened."""
     field: str = "text"
-    """The field or column that holds the text, in .jsonl, .parquet, .json, .csv, .tsv and hf: sources."""
+    """Field or column that holds the text, in .jsonl, .parquet, .json, .csv, .tsv and hf: sources."""
     suffix: tuple[str, ...] = ()
-    """More kinds of files to read in folders: .json .csv .tsv by their field, others (.tex .log) as plain text; none
-    stands for names without a suffix."""
+    """Further kinds of files to read in folders: .json .csv .tsv by their field, others (.tex .log) as plain text,
+    "none" for names without a suffix."""
     chats: bool = False
-    """The sources are conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion), whose
-    answers are trained on; they are spelt by the chat template beside the tokenizer, or by a plain one."""
+    """Read the sources as conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion) and
+    train on the answers. Rendered by the chat template beside the tokenizer, or by a plain one."""
     template: Path | None = None
-    """Another chat template for them, a file of jinja."""
+    """Another chat template for them, a jinja file."""
     seed: int = 0
-    """Chooses which documents are held out."""
+    """Seed of the choice of held-out documents."""
     overwrite: bool = False
-    """Replace an earlier packed folder."""
+    """Replace an existing packed folder."""
 
 
 def prepare(
@@ -69,19 +69,19 @@ def prepare(
     say: Callable[[str], None] = warnings.warn,
     **options: Any,
 ) -> Meta:
-    """The meta of the packed folder `out`, once written: whole, or nothing of it.
+    """Writes the packed folder `out` atomically and returns its meta.
 
     Args:
         sources: files, folders or hf:NAME (see `sources.documents`), read one after the other.
-        media, encoded: what opens the pictures and sounds of conversations, and for each kind how they become rows
-            (fields of its encoder's config but for the token); `multimodal.prepare` hands them in.
-        progress: called with how far it is.
-        say: called with a line on what is left out of the sources, and on held-out files that are trained on too.
+        media, encoded: function that opens pictures and sounds of conversations, and for each kind the fields of its
+            encoder's config except the token; `multimodal.prepare` passes both.
+        progress: called with the progress so far.
+        say: called with a line about files left out, and about held-out files that are also trained on.
         options: fields of `DataConfig`.
 
     Raises:
-        ValueError: nothing to train on, bytes that are not text, an impossible option.
-        FileExistsError: `out` holds something already.
+        ValueError: there is no training text, bytes are not text, or an option is invalid.
+        FileExistsError: `out` already holds something.
         OSError: a source is missing or unreadable, `out` cannot be written, or another process is writing it.
     """
     config = DataConfig(**options)
@@ -89,14 +89,14 @@ def prepare(
     if not sources:
         raise ValueError("no source: expected files, folders or hf:NAME")
     if config.template is not None and not config.chats:
-        raise ValueError("--template is for conversations: add --chats")
+        raise ValueError("template is given, but only conversations have one: set chats=True, or leave it out")
     check_free(out, overwrite=config.overwrite)
     report = progress or (lambda stage, done, total: None)
-    # First of all, since missing sources raise here. Learning a tokenizer reads the sources once more.
+    # First, since missing sources raise here. Learning a tokenizer reads the sources once more.
     train, valid = _splits(sources, config, say, media)
     everything = sources if config.valid is None else [*sources, config.valid]
     with only_writer(Path(out)):
-        check_free(out, overwrite=config.overwrite)  # another process may have been quicker
+        check_free(out, overwrite=config.overwrite)  # another process may have written it meanwhile
         tokenizer = _tokenizer(sources, config, report, media)
         template = _template(tokenizer, config) if config.chats else None
         rows = {kind: {"token": placeholder_id(kind, tokenizer), **how} for kind, how in (encoded or {}).items()}
@@ -112,7 +112,7 @@ def _splits(
             return chats(source, media=media, on_bad_text=config.on_bad_text, say=say)
         return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
 
-    everything = itertools.chain(*[read(source) for source in sources])  # a list: what is missing raises now, not later
+    everything = itertools.chain(*[read(source) for source in sources])  # a list, so that missing sources raise now
     if config.valid is not None:
         valid = read(config.valid)
         if both := _files([config.valid], config) & _files(sources, config):
@@ -123,23 +123,23 @@ def _splits(
 
 
 def _files(sources: Sequence[str | Path], config: DataConfig) -> set[Path]:
-    """The files of the sources, those of the hub left out; links are followed."""
+    """Returns the files of all local sources, with links resolved."""
     local = [source for source in sources if not str(source).startswith("hf:")]
     return {path.resolve() for source in local for path in _read_files(source, config)}
 
 
 def _read_files(source: str | Path, config: DataConfig) -> list[Path]:
-    """The files that are read of a local source."""
+    """Returns the files that are read of a local source."""
     return list((chat_files(source) if config.chats else source_files(source, config.suffix)).values())
 
 
 def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress, media: Open | None) -> Tokenizer:
-    """The tokenizer that the config names, or one that is learnt from the text to train on."""
+    """Returns the tokenizer that the config names, or learns one from the training text."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     train, _ = _splits(sources, config, lambda remark: None, media)  # held-out text stays unseen
     hub = any(str(source).startswith("hf:") for source in sources)
-    if config.chats:  # the template's own words too: they are in every conversation
+    if config.chats:  # include the template's own words, which are in every conversation
         template = _template(ByteTokenizer(), config)
         texts = (text for conversation in train for text in _spelt(template, conversation))
     else:
@@ -150,11 +150,11 @@ def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progre
 
 
 def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
-    """The config's template, or the one beside the tokenizer, or the plain one that chats are taught with."""
+    """Returns the config's template, the one beside the tokenizer, or the plain one for training on chats."""
     beside = Path(config.tokenizer)
     folder = beside if beside.is_dir() else beside.parent
     template = load_template(folder, tokenizer, config.template, default=TURNS)
-    try:  # whatever the conversations are
+    try:  # check it with a minimal conversation
         template.taught([[{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]])
     except ValueError as error:
         raise ValueError(f"{config.template or f'the template in {folder}'}: {error}") from None
@@ -162,7 +162,7 @@ def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
 
 
 def _spelt(template: ChatTemplate, conversation: Conversation) -> list[str]:
-    """`ChatTemplate.texts`, whose errors name the conversation."""
+    """Calls `ChatTemplate.texts`; errors name the conversation."""
     try:
         return template.texts(conversation.messages)
     except ValueError as error:
@@ -170,7 +170,7 @@ def _spelt(template: ChatTemplate, conversation: Conversation) -> list[str]:
 
 
 def _sample(texts: Iterator[str], advance: Callable[[int], None], all_of_it: bool) -> list[str]:
-    """Some of the texts, SAMPLE characters at most: from all over them, or the first where they are downloaded."""
+    """Samples at most SAMPLE characters: evenly from all texts, or the first ones if they are downloaded."""
     sample: list[str] = []
     size, stride = 0, 1
     for seen, text in enumerate(texts):
@@ -180,7 +180,7 @@ def _sample(texts: Iterator[str], advance: Callable[[int], None], all_of_it: boo
             size += len(text)
         if size > SAMPLE and not all_of_it:
             return sample
-        while size > SAMPLE and len(sample) > 1:  # keep every other text, now and from here on
+        while size > SAMPLE and len(sample) > 1:  # drop every other text, and skip more from here on
             sample, stride = sample[::2], stride * 2
             size = sum(map(len, sample))
     return sample
@@ -189,7 +189,7 @@ def _sample(texts: Iterator[str], advance: Callable[[int], None], all_of_it: boo
 def _adding_up(
     report: Progress, stage: str, sources: Sequence[str | Path], config: DataConfig
 ) -> Callable[[int], None]:
-    """A function that takes the bytes of each step, and reports their sum."""
+    """Returns a function that takes the bytes of each step and reports their sum."""
     total = _bytes_of(sources, config)
     done = 0
 
@@ -202,7 +202,7 @@ def _adding_up(
 
 
 def _bytes_of(sources: Sequence[str | Path], config: DataConfig) -> int | None:
-    """The bytes of text in the sources; None where the files' sizes do not say it."""
+    """Returns the bytes of text in the sources; None if the files' sizes do not tell."""
     size = 0
     for source in sources:
         if str(source).startswith("hf:"):

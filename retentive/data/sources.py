@@ -1,10 +1,10 @@
-"""Named documents from files, folders and data sets, one at a time; `formats` reads what is in a file.
+"""Documents by name from files, folders and data sets, one at a time; `formats` reads the files.
 
-    a folder   all files in it whose suffix is known, by name; hidden ones and links to folders are not entered
-    a file     any that `formats` knows, and one without a suffix, which is read as plain text
+    a folder   all files with a known suffix, sorted by name; hidden ones and links to folders are skipped
+    a file     any format that `formats` knows; a file without a suffix is read as plain text
     hf:NAME    a data set of the Hugging Face hub, streamed: hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT
 
-What is left out of a source is reported, never silently skipped.
+Files that are left out are reported, never dropped silently.
 """
 
 import os
@@ -28,16 +28,16 @@ from retentive.data.formats import (
 )
 
 Say = Callable[[str], None]
-"""Called with a line for people."""
+"""Called with one line of text for the user."""
 
 
 class Document(NamedTuple):
     """A text and its name."""
 
     name: str
-    """Where the text is from, relative to the source; lines of .jsonl and rows of tables add `:number`."""
+    """Origin of the text relative to the source; lines of .jsonl and rows of tables add `:number`."""
     text: str
-    """All of it."""
+    """The whole text."""
 
 
 class Found(NamedTuple):
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     files: dict[str, Path]
     """Name -> path of the files to read, in order."""
     left_out: str
-    """What else there is and why it is not read, in a line; "" if there is nothing else."""
+    """Files left out and why, in one line; "" if there are none."""
 
 
 def documents(
@@ -58,22 +58,23 @@ def documents(
     say: Say = warnings.warn,
     advise: bool = True,
 ) -> Iterator[Document]:
-    """The documents of a file, of a folder or of hf:NAME, without empty ones.
+    """Yields the documents of a file, a folder or hf:NAME, without empty ones.
 
     Args:
         source: a path, or hf:NAME (see the module).
-        on_bad_text: what to do with documents that are not UTF-8.
-        field: which field or column holds the text, in files that have such.
-        suffixes: more kinds of files to read in folders than `formats.READABLE`: .json, .csv and .tsv by their field,
-            any other as plain text, "none" for names without a suffix.
-        say: called with a line on what is left out of a folder, and on what was skipped.
-        advise: errors name the options of `retentive data` that would help.
+        on_bad_text: "refuse" or "skip" documents that are not UTF-8.
+        field: name of the field or column that holds the text, for formats with fields.
+        suffixes: further kinds of files to read in folders besides `formats.READABLE`: .json, .csv and .tsv by field,
+            others as plain text, "none" for names without a suffix.
+        say: called with a line about files left out of a folder, and about skipped documents.
+        advise: add options of `retentive data` to error messages.
 
     Raises:
-        OSError: no such file or folder, or it may not be read. The call raises it, not the first document.
-        ValueError: nothing to read in it, raised by the call or at the end; or what is not text, with file and line.
+        OSError: the file or folder is missing or cannot be read. Raised by the call, not by the first document.
+        ValueError: there is nothing to read, raised by the call or at the end; or something is not text, with file and
+            line.
     """
-    # No generator itself, so that a missing source raises here. A data set of the hub is opened by its first document.
+    # Not a generator, so that a missing source raises here. A data set of the hub is opened at its first document.
     check = TextCheck(on_bad_text, advise=advise)
     if str(source).startswith("hf:"):
         return _nonempty(_hub_rows(str(source), field, check), source, check, say)
@@ -85,16 +86,16 @@ def documents(
 
 
 def source_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool = True) -> dict[str, Path]:
-    """Name -> path of the files that `documents` reads, in its order; raises what that call raises."""
+    """Returns name -> path of the files that `documents` reads, in its order; raises as `documents`."""
     return find_files(source, suffixes, advise=advise).files
 
 
 def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool = True) -> Found:
-    """The files of `source` that can be read, and what else is there.
+    """Finds the readable files of `source`, and describes the others.
 
     Raises:
-        OSError: no such file or folder, or it may not be read.
-        ValueError: a file of a kind that is not read, a device or a pipe, or a folder without files to read.
+        OSError: the file or folder is missing or cannot be read.
+        ValueError: an unknown kind of file, a device or a pipe, or a folder without readable files.
     """
     path = Path(source)
     wanted = {*READABLE, *_suffixes(suffixes)}
@@ -102,12 +103,12 @@ def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = 0  # neither a file nor a folder
-    except OSError as error:  # in a folder that may not be entered
+    except OSError as error:  # in a folder without permission
         raise unreadable(path, error) from None
     if stat.S_ISREG(mode):
         kind, _ = kind_of(path)
         if kind and kind not in {*wanted, *TABLES}:
-            cure = f"; if it is plain text: --suffix {kind}" if advise else ""
+            cure = f"; if it is plain text, add {kind} to suffix" if advise else ""
             raise ValueError(
                 f"cannot read {path}: expected {' '.join(READABLE)}, perhaps with {' '.join(COMPRESSED)}{cure}"
             )
@@ -125,13 +126,13 @@ def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool
 
 
 def _suffixes(wanted: Iterable[str]) -> set[str]:
-    """Suffixes as `kind_of` gives them: .tex for "tex", "" for "none"."""
+    """Returns suffixes as `kind_of` returns them: .tex for "tex", "" for "none"."""
     words = [wanted] if isinstance(wanted, str) else wanted
     return {"" if word == "none" else f".{word.lstrip('.')}".lower() for word in words}
 
 
 def _walk(top: Path, wanted: set[str], advise: bool) -> tuple[list[Path], str]:
-    """The files below `top` of a kind that is wanted, relative to it; and in a line what was left out."""
+    """Returns the files below `top` of a wanted kind, relative to it; and a line about those left out."""
     found: list[Path] = []
     kinds: Counter[str] = Counter()
     links = 0
@@ -143,7 +144,7 @@ def _walk(top: Path, wanted: set[str], advise: bool) -> tuple[list[Path], str]:
         locked.append(Path(error.filename).relative_to(top).as_posix())
 
     for folder, folders, names in os.walk(top, onerror=skip):
-        folders[:] = [name for name in folders if name[0] != "."]  # in place: os.walk enters what is left in it
+        folders[:] = [name for name in folders if name[0] != "."]  # in place, since os.walk enters what remains
         links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         for file in (Path(folder, name) for name in names if name[0] != "."):
             kind, compression = kind_of(file)
@@ -153,11 +154,11 @@ def _walk(top: Path, wanted: set[str], advise: bool) -> tuple[list[Path], str]:
                 found.append(file.relative_to(top))
             else:
                 kinds[kind + compression or "none"] += 1
-    return found, _left_out(kinds, links, locked, "; --suffix reads more kinds" if advise else "")
+    return found, _left_out(kinds, links, locked, "; option suffix reads more kinds" if advise else "")
 
 
 def _left_out(kinds: Counter[str], links: int, locked: list[str], advice: str) -> str:
-    """What was left out of a folder, in a line: files by kind, links, folders that may not be entered."""
+    """Describes in one line what a folder walk left out: files by kind, links, folders without permission."""
     parts = []
     if kinds:
         named = " ".join(kind for kind, _ in kinds.most_common(8)) + " …" * (len(kinds) > 8)
@@ -175,7 +176,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, say: Say) -> Iterator[Document]:
-    """The documents that hold text; at the end says what was skipped, and raises ValueError if there was none."""
+    """Yields documents with text; at the end reports skipped ones, and raises ValueError if there was no text."""
     empty = True
     for document in rows:
         if document.text:
@@ -189,7 +190,7 @@ def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, sa
 
 
 def _hub_rows(source: str, field: str, check: TextCheck) -> Iterator[Document]:
-    """The documents of hf:NAME, downloaded as they are read."""
+    """Yields the documents of hf:NAME, downloading them as they are read."""
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise ValueError(f"cannot read {source!r}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")

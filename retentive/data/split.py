@@ -1,4 +1,4 @@
-"""What is held out of the documents, or conversations, that a model is trained on."""
+"""Held-out split of documents or conversations."""
 
 import hashlib
 from collections import deque
@@ -9,7 +9,7 @@ from retentive.data.sources import Document
 
 
 class Named(Protocol):
-    """A document or a conversation."""
+    """A document or a conversation: anything with a name."""
 
     @property
     def name(self) -> str: ...
@@ -19,14 +19,14 @@ T = TypeVar("T", bound=Named)
 
 
 def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> tuple[Iterator[T], Iterator[T]]:
-    """(documents to train on, documents held out): about `valid_fraction` of them, by a hash of name and seed.
+    """Splits into (training documents, held-out documents), about `valid_fraction` held out by a hash of name and seed.
 
-    One pass: read the first to its end before the second; held-out documents wait in memory meanwhile.
-    With a positive fraction both get something: of few documents one is held out; a single text is cut, a single
+    Single pass: read the first iterator to its end before the second. Held-out documents wait in memory meanwhile. With
+    a positive fraction both get something: of few documents one is held out, a single text is cut in two, and a single
     conversation is not held out.
 
     Raises:
-        ValueError: a fraction below 0 or not below 1.
+        ValueError: the fraction is below 0 or not below 1.
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
@@ -34,15 +34,15 @@ def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> 
     done = False
 
     def share(document: T) -> float:
-        # By the name alone: whether a document is held out depends on no other, nor on their order.
-        name = document.name.encode("utf-8", "backslashreplace")  # names of files may be no UTF-8
+        # By name alone: the choice for a document depends on no other document and no order.
+        name = document.name.encode("utf-8", "backslashreplace")  # file names may not be UTF-8
         return int.from_bytes(hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest(), "little") / 2**64
 
     def training() -> Iterator[T]:
         nonlocal done
         trained = 0
-        # The document of the smallest share so far, held back as long as nothing is held out: if the text ends
-        # like that, it is the one.
+        # The document with the smallest share so far, kept back while nothing is held out. If nothing is by the end,
+        # it is the held-out one.
         spare: T | None = None
         for document in docs:
             ready: T | None = document
@@ -56,7 +56,7 @@ def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> 
                 yield ready
         if spare is not None:
             held.append(spare)
-        if held and not trained:  # all are held out: one goes back, or the only one is cut in two
+        if held and not trained:  # everything is held out: give one back, or cut the only one in two
             last = held.pop()
             if not held and isinstance(last, Document):
                 last, rest = cast(tuple[T, T], _cut(last, valid_fraction))
@@ -76,7 +76,7 @@ def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> 
 
 
 def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
-    """The document's beginning to train on and its end to hold out, cut at a line end if there is one near."""
+    """Cuts a document into its start for training and its end to hold out, at a line end if one is near."""
     text = document.text
     end = max(1, round(len(text) * (1 - valid_fraction)))
     end = text.rfind("\n", end // 2, end) + 1 or end

@@ -1,13 +1,13 @@
-"""Chats as token ids: by the model's own chat template or by a built-in one, in jinja's immutable sandbox.
+"""Chat templates: conversations as token ids, by the model's own template or a built-in one, in jinja's sandbox.
 
     template = load_template(folder, tokenizer)
     template.first(messages)    a conversation, up to where the answer begins
-    template.next(messages)     what follows an answer that the model's state holds already
+    template.next(messages)     what follows an answer that the model's state already holds
 
-What people say stays text: the name of a special token in a message is encoded as the characters that it is (no
-prompt injection by special tokens), while names in the template itself are tokens. A template is a program from the
-internet: it sees no attribute of Python's, and its ranges, products and output are bounded; one that tries more is
-refused. It can still use much memory, by concatenation.
+User text stays text: the name of a special token in a message is encoded as plain characters (no prompt injection by
+special tokens), while names in the template itself become tokens. A template is a program from the internet. It sees no
+attributes of Python objects, and its ranges, products and output are bounded; a template that tries more is refused. It
+can still use much memory, by concatenation.
 """
 
 import functools
@@ -22,7 +22,7 @@ from retentive.data.media import KINDS, placeholder, placeholder_id, placeholder
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
 
 TEMPLATE = "chat_template.jinja"
-"""The file of a model folder that holds its template."""
+"""File of a model folder that holds its chat template."""
 BUILT_IN = """\
 {{- eos_token -}}
 {%- for message in messages -%}
@@ -34,19 +34,19 @@ BUILT_IN = """\
 Assistant:"""
 
 TURNS = BUILT_IN.replace("| trim }}\n{% endif", "| trim }}{{ eos_token if message.role == 'assistant' }}\n{% endif")
-"""What conversations are taught with where a model has no template: an answer ends with end-of-text. A model that was
-never taught so begins another document there, and is better asked by BUILT_IN."""
+"""Template for training on conversations if the model has none: an answer ends with end-of-text. A model that was not
+trained this way starts another document there, so BUILT_IN suits it better."""
 
 MOST_CHARACTERS = 16 << 20
-"""Characters that a template puts out, or that a product of strings in it has."""
+"""Maximum number of characters that a template outputs, or that a product of strings in it has."""
 MOST_ROUNDS = 100_000
-"""Numbers that all `range` calls of one rendering give together."""
+"""Maximum sum of numbers that all `range` calls of one rendering produce."""
 ANSWER = "\ue000\ue001"
-"""Stands for an answer while the text around it is looked for; no message holds it (see `_shielded`)."""
+"""Stand-in for an answer, to find the text around it; no message contains it (see `_shielded`)."""
 QUESTION = "\ue002"
-"""Stands for a question there."""
+"""Stand-in for a question."""
 PROBE = "Is 1 < 2, Åse? naïve…"
-"""An answer in which a change of its letters would show."""
+"""An answer that shows any change of its letters."""
 SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
 
 Message = Mapping[str, Any]
@@ -54,16 +54,16 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A template that has been tried out.
+    """A chat template, checked by rendering it once.
 
     Args:
-        source: in jinja's language.
-        special: name -> id of the special tokens, which the template may put out.
-        own: whether it came with the model.
-        bos: the beginning-of-text token, which templates ask for by the name `bos_token`.
+        source: jinja source.
+        special: name -> id of the special tokens, which the template may emit.
+        own: True if it came with the model.
+        bos: the beginning-of-text token, called `bos_token` in templates.
 
     Raises:
-        ValueError: it does not compile, does not render a plain conversation, or tries to leave the sandbox.
+        ValueError: it does not compile, cannot render a plain conversation, or tries to leave the sandbox.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, special: Mapping[str, int], *, own: bool, bos: str = ""):
@@ -72,15 +72,15 @@ class ChatTemplate:
         self.eos = next((name for name, id in special.items() if id == tokenizer.eos_id), END_OF_TEXT)
         self.special[self.eos] = tokenizer.eos_id
         self.special |= {placeholder(kind): placeholder_id(kind, tokenizer) for kind in KINDS}
-        names = sorted(self.special, key=len, reverse=True)  # a regular expression takes the first that matches
+        names = sorted(self.special, key=len, reverse=True)  # longest first: a regular expression takes the first match
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._to_shield = re.compile("|".join(map(re.escape, ["\ue000", *names])))
         self._template = _compile(source)
-        self.first([{"role": "user", "content": "."}])  # a template that cannot render is refused now, not by a request
+        self.first([{"role": "user", "content": "."}])  # refuse a template that cannot render now, not at a request
         self.stop_ids, self.stop = self._ends()
 
     def first(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a whole conversation.
+        """Returns the ids of a whole conversation.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -88,9 +88,9 @@ class ChatTemplate:
         return self._encode(self._render(self._shielded(messages)))
 
     def next(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of `messages`, after those of what the template puts after an answer; errors as `first`.
+        """Returns the ids of `messages` in a continued session, preceded by the template's text after an answer.
 
-        The conversation so far is in the state, and is not rendered again.
+        The earlier conversation is in the state and is not rendered again. Raises as `first`.
         """
         after = self._after_answer(self._shielded(messages))
         if after is None:
@@ -98,16 +98,17 @@ class ChatTemplate:
         return self._encode(after)
 
     def taught(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
-        """(ids, which of them are answers) of whole conversations, for training; an answer has the token that ends it.
+        """Returns (ids, True for each id of an answer) of whole conversations, for training.
 
-        The ids are those that `first`, the answers' own ids, and `next` in turn would give: what a session has read.
+        An answer includes the token that ends it. The ids equal those of `first`, the answers and `next` in turn, so
+        training sees what a session reads.
 
         Raises:
-            ValueError: the template refuses the messages, or cannot be taught: it does not show each answer once, after
-                what it ends the question with, or ends an answer with no special token.
+            ValueError: the template refuses the messages or cannot be trained with: it does not show each answer once,
+                right after its prompt for one, or it ends answers with no special token.
         """
         spelt = [self._spelt(self._shielded(messages)) for messages in conversations]
-        # all texts in one call: a call for each would take most of the time
+        # one call for all texts: one per text would take most of the time
         texts = iter(self.tokenizer.encode_batch([x for each in spelt for x, _ in each if isinstance(x, str)]))
         found = []
         for each in spelt:
@@ -120,7 +121,7 @@ class ChatTemplate:
         return found
 
     def texts(self, messages: Sequence[Message]) -> list[str]:
-        """The texts of a conversation that are encoded, each by itself: what a tokenizer for such is learnt from.
+        """Returns the separately encoded texts of a conversation, to learn a tokenizer from.
 
         Raises:
             ValueError: as `taught`.
@@ -128,12 +129,14 @@ class ChatTemplate:
         return [x for x, _ in self._spelt(self._shielded(messages)) if isinstance(x, str)]
 
     def pieces(self) -> dict[str, Any]:
-        """The template taken apart, for programs without jinja: what stands before the first message (`start`), before
-        later questions and answers, and at the `end`, each as texts and ids of special tokens in turn; whether messages
-        lose white space at both sides (`trim`); `ends` and `stop`, the ids and strings that end an answer.
+        """Returns the template in pieces, for programs without jinja, each as texts and special tokens' ids in turn.
+
+        The pieces are: before the first message (`start`), before later questions (`question`) and answers (`answer`),
+        and at the `end`. Also `trim`, True if messages are stripped of white space, and `ends` and `stop`, the ids and
+        strings that end an answer.
 
         Raises:
-            ValueError: it is more than that.
+            ValueError: the template does more than these pieces can express.
         """
         question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
         found = self._render([question, answer, question]).split(QUESTION)
@@ -157,7 +160,7 @@ class ChatTemplate:
         return {**apart, "trim": trim, "ends": sorted(self.stop_ids), "stop": list(self.stop)}
 
     def _spelt(self, messages: Sequence[Message]) -> list[tuple[str | int, bool]]:
-        """A conversation as texts and special tokens, each with whether it is (of) an answer."""
+        """Returns a conversation as texts and special tokens, each with True if it belongs to an answer."""
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         blank = [m if m["role"] != "assistant" else {**m, "content": ANSWER} for m in messages]
         parts = self._render(blank).split(ANSWER)
@@ -178,7 +181,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _lead(self) -> str:
-        """What stands between the end of a question, from where the model writes, and the answer's first character."""
+        """Text between the point where the model starts to write and the answer's first character."""
         question = [{"role": "user", "content": "."}]
         asked = self._render(question)
         shown = self._render([*question, {"role": "assistant", "content": ANSWER}])
@@ -196,7 +199,7 @@ class ChatTemplate:
         return lead
 
     def _end_of_answer(self, after: str) -> int:
-        """How many characters of what is rendered after an answer belong to its end."""
+        """Returns how many characters rendered after an answer belong to its end."""
         space = len(after) - len(after.lstrip())
         if not (found := self._special.match(after, space)):
             known = ", ".join(sorted(self.special)[:8])
@@ -206,23 +209,23 @@ class ChatTemplate:
         return found.end()
 
     def _split(self, rendered: str, answered: bool) -> list[tuple[str | int, bool]]:
-        """Rendered text as texts and special tokens' ids, without empty ones."""
-        parts = self._special.split(rendered)  # every second one is a special token's name
+        """Splits rendered text into texts and special tokens' ids, without empty ones."""
+        parts = self._special.split(rendered)  # every second part is a special token's name
         found = [self.special[part] if n % 2 else self._plain(part) for n, part in enumerate(parts)]
         return [(x, answered) for x in found if x != ""]
 
     def _plain(self, rendered: str) -> str:
-        """Rendered text with what was shielded in it back in its place."""
+        """Restores shielded names in rendered text."""
         return SHIELDED.sub(lambda found: bytes.fromhex(found[1]).decode(), rendered)
 
     def _after_answer(self, messages: Sequence[Message]) -> str | None:
-        """What is rendered after an answer that `messages` follow; None where the template does not show it once."""
+        """Returns the text between an answer and `messages`, with these; None if the answer is not shown once."""
         before = [{"role": "user", "content": "."}, {"role": "assistant", "content": ANSWER}]
         parts = self._render([*before, *messages]).split(ANSWER)
         return parts[1] if len(parts) == 2 else None
 
     def _ends(self) -> tuple[frozenset[int], tuple[str, ...]]:
-        """(stop ids, stop strings): the token that the template puts after an answer, or the text if it is none."""
+        """Returns (stop ids, stop strings): the token that the template puts after an answer, or else the text."""
         ends, after = {self.tokenizer.eos_id}, self._after_answer([{"role": "user", "content": QUESTION}])
         between = (after or "").split(QUESTION)[0]
         if found := self._special.match(between.lstrip()):
@@ -230,7 +233,7 @@ class ChatTemplate:
         return frozenset(ends), (between.rstrip(),) if between.strip() else ()
 
     def _render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
-        """The text that the template makes of the messages, up to where the answer begins if it is asked for."""
+        """Renders the messages, with `ask` up to where the answer begins."""
         values = {
             "messages": list(messages),
             "add_generation_prompt": ask,
@@ -244,12 +247,12 @@ class ChatTemplate:
                 size += len(piece)
                 if size > MOST_CHARACTERS:
                     raise ValueError(f"it gives out more than {MOST_CHARACTERS} characters")
-        except Exception as error:  # the template is a program: it may raise anything
+        except Exception as error:  # the template is a program and may raise anything
             raise ValueError(f"the chat template fails: {_one_line(error)}") from None
         return "".join(pieces)
 
     def _shielded(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, special tokens' names in them in hexadecimal: those left after rendering are the template's."""
+        """Hides special tokens' names in messages as hexadecimal; names left after rendering are the template's own."""
 
         def shield(content: str) -> str:
             return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", content)
@@ -257,10 +260,10 @@ class ChatTemplate:
         return [{**message, "content": text_of(message["content"], placeholders, shield)} for message in messages]
 
     def _encode(self, rendered: str) -> list[int]:
-        """The rendered text as ids: names of special tokens in it are the template's own, all else is text."""
-        parts = self._special.split(rendered)  # every second one is a special token's name
+        """Encodes rendered text: special tokens' names in it are the template's own, all else is text."""
+        parts = self._special.split(rendered)  # every second part is a special token's name
         texts = list(map(self._plain, parts[::2]))
-        ids = self.tokenizer.encode_batch(texts)  # which releases the GIL meanwhile, as `encode` does not
+        ids = self.tokenizer.encode_batch(texts)  # releases the GIL, unlike `encode`
         for n, part in enumerate(parts[1::2]):
             ids[n].append(self.special[part])
         return [id for each in ids for id in each]
@@ -269,11 +272,11 @@ class ChatTemplate:
 def load_template(
     folder: Path, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN
 ) -> ChatTemplate:
-    """The template in `file`, or the one that came with the model in `folder`, or the default.
+    """Loads the template in `file`, else the one that came with the model in `folder`, else the default.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is refused; see ChatTemplate.
+        FileNotFoundError: `file` does not exist.
+        ValueError: the template is refused; see ChatTemplate.
     """
     config = _read_json(folder / "tokenizer_config.json")
     source, origin = _find(folder, config, file)
@@ -293,12 +296,12 @@ def load_template(
 
 
 def template_of(folder: Path) -> str | None:
-    """The source of the template that came with the model in `folder`; None where none did."""
+    """Returns the source of the template that came with the model in `folder`; None if it has none."""
     return _find(folder, _read_json(folder / "tokenizer_config.json"), None)[0]
 
 
 def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[str | None, Path | str]:
-    """(source, where it is from); None for the built-in one."""
+    """Returns (source, its file); the source is None for the built-in template."""
     if file is None and (folder / TEMPLATE).is_file():
         file = folder / TEMPLATE
     if file is not None:
@@ -309,7 +312,7 @@ def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[s
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start})") from None
     source = config.get("chat_template")
-    if isinstance(source, list):  # several by name, such as one for tools
+    if isinstance(source, list):  # several by name, as one for tools
         source = next((each["template"] for each in source if each.get("name") == "default"), None)
     return source, folder / "tokenizer_config.json"
 
@@ -326,7 +329,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 class _BoundedRange:
-    """What a template calls as `range`: all ranges of one rendering together have at most MOST_ROUNDS numbers."""
+    """Replaces `range` in templates: all ranges of one rendering together yield at most MOST_ROUNDS numbers."""
 
     def __init__(self) -> None:
         self.left = MOST_ROUNDS
@@ -353,7 +356,7 @@ def _compile(source: str) -> Any:
             raise ValueError(f"it reaches for {attribute!r} of {type(obj).__name__}, which is out of its sandbox")
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            # "%999999999d" % 1 pads to any width, and 9 ** 9 ** 9 computes without end
+            # "%999999999d" % 1 pads to any width, and 9 ** 9 ** 9 never ends
             if operator != "*" and (isinstance(left, str) or operator == "**"):
                 raise ValueError(f"the operator {operator} is not allowed here")
             if operator == "*" and _length(left) * _length(right) > MOST_CHARACTERS:
@@ -361,7 +364,7 @@ def _compile(source: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # What transformers offers to templates, with the same results: its tojson escapes nothing for HTML.
+    # Functions that transformers offers to templates, with the same results: its tojson does not escape for HTML.
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -372,7 +375,7 @@ def _compile(source: str) -> Any:
 
 
 def _length(x: Any) -> int:
-    """The factor by which x makes a product longer."""
+    """Returns the factor by which x lengthens a product."""
     return abs(x) if isinstance(x, int) else len(x) if isinstance(x, (str, list, tuple)) else 1
 
 

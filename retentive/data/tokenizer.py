@@ -1,8 +1,8 @@
-"""Text to token ids and back: built-in bytes, any Hugging Face tokenizer.json, or tiktoken ranks.
+"""Tokenizers, text to token ids and back: built-in bytes, any Hugging Face tokenizer.json, or tiktoken ranks.
 
-Text stays text: `<|endoftext|>` in a document is encoded as the characters that it is, never as the special
-token, and special tokens decode to nothing. Every tokenizer has a `sha256`, kept beside the data and the
-weights made with it, and saves itself as a `tokenizer.json` that `load_tokenizer` reads back to that hash.
+Text stays text: `<|endoftext|>` in a document is encoded as plain characters, never as the special token, and special
+tokens decode to nothing. Every tokenizer has a `sha256`, stored with the data and weights made with it. It saves itself
+as a `tokenizer.json` that `load_tokenizer` reads back to the same hash.
 """
 
 import base64
@@ -18,9 +18,9 @@ from retentive.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 20
-"""Tokens that `train_bpe` learns at most, four times the largest vocabularies in use: the library sets memory aside
-for all of them at once, and ends the process where there is none."""
-# What tokenizers call the end of a document, the likeliest first.
+"""Maximum vocabulary size of `train_bpe`, four times the largest in use. The library allocates memory for all tokens
+at once, and ends the process if there is too little."""
+# Names of the end-of-document token in tokenizers, the likeliest first.
 END_NAMES = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -33,7 +33,7 @@ END_NAMES = (
     "[SEP]",
 )
 
-# How OpenAI's vocabularies cut text before merging: the regular expressions of tiktoken_ext/openai_public.py.
+# How OpenAI's vocabularies split text before merging: regular expressions of tiktoken_ext/openai_public.py.
 TIKTOKEN_PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
     "cl100k": (
@@ -44,10 +44,10 @@ TIKTOKEN_PATTERNS = {
 
 
 class TextStream:
-    """Text from ids that come one by one, never half a character; the pieces of text join to `decode` of all ids.
+    """Incremental decoding: text from ids one by one, never half a character; the pieces join to `decode` of all ids.
 
-    Decodes the ids since the last piece together with those of that piece, which tokenizers that mark the starts of
-    words need as context. Exact for byte-level ones; others may differ where the ids are not valid UTF-8.
+    Decodes the ids since the last piece together with those of that piece, the context that tokenizers need which mark
+    word starts. Exact for byte-level tokenizers; others may differ if the ids are not valid UTF-8.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
@@ -55,15 +55,15 @@ class TextStream:
         self._start([])
 
     def _start(self, context: list[int]) -> None:
-        self._ids = context  # the ids of the last piece, to which those that follow are added
+        self._ids = context  # ids of the last piece; new ids are appended
         self._context = len(context)
         self._text = self._decode(context)
 
     def push(self, id: int) -> str:
-        """The text that became complete with this id, often empty."""
+        """Adds an id and returns the text that it completes, often ""."""
         self._ids.append(id)
         text = self._decode(self._ids)
-        # An unfinished character decodes to U+FFFD: wait for the rest of it. Some ids, special ones, have no text.
+        # An unfinished character decodes to U+FFFD: wait for its rest. Some ids, as special ones, have no text.
         if text.endswith("\ufffd") or len(text) <= len(self._text):
             return ""
         piece = text[len(self._text) :]
@@ -71,46 +71,46 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """The rest of the text, an unfinished character as U+FFFD. The stream can then be used for other text."""
+        """Returns the remaining text, an unfinished character as U+FFFD, and resets the stream."""
         piece = self._decode(self._ids)[len(self._text) :]
         self._start([])
         return piece
 
 
 class Tokenizer(Protocol):
-    """What all tokenizers here have in common; the rest of the package uses nothing else of them."""
+    """Interface of all tokenizers; the rest of the package uses nothing else of them."""
 
     vocab_size: int
-    """The highest id plus one: the rows that an embedding table needs."""
+    """Highest id plus one: the number of rows an embedding table needs."""
     eos_id: int
-    """The id that ends a document."""
+    """Id that ends a document."""
     sha256: str
-    """Hash of the content, however the file is laid out: the same before and after `save`."""
+    """Hash of the content, independent of the file's layout: equal before and after `save`."""
     special: Mapping[str, int]
-    """Special tokens that its file adds, by name: a chat template may put them out."""
+    """Special tokens that its file adds, by name; a chat template may emit them."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text, without special tokens."""
+        """Returns the ids of the text, without special tokens."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores where the library can."""
+        """Returns `encode` of each text, using all cores if the library can."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of the ids. Special tokens have none; bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def stream(self) -> TextStream:
-        """For text from ids that come one by one."""
+        """Returns a decoder for ids that come one by one."""
         ...
 
     def save(self, folder: str | Path) -> None:
-        """Writes it into the folder, so that `load_tokenizer(folder)` is one of the same `sha256`."""
+        """Writes it into the folder, so that `load_tokenizer(folder)` has the same `sha256`."""
         ...
 
     def vocabulary(self) -> dict[int, bytes] | str:
-        """id -> bytes, special tokens left out; of a Hugging Face tokenizer the text of its tokenizer.json."""
+        """Returns id -> bytes without special tokens; for Hugging Face tokenizers the text of tokenizer.json."""
         ...
 
 
@@ -148,10 +148,10 @@ class BPETokenizer:
     """Any Hugging Face tokenizer (BPE, unigram, word pieces), from the text of its tokenizer.json.
 
     Args:
-        eos: the token that ends a document; by default the first of END_NAMES in the vocabulary.
+        eos: name of the token that ends a document; by default the first of END_NAMES in the vocabulary.
 
     Raises:
-        ValueError: no tokenizer.json, or none of these tokens in it.
+        ValueError: the text is no tokenizer.json, or has none of these tokens.
     """
 
     def __init__(self, text: str, *, eos: str | None = None):
@@ -159,12 +159,12 @@ class BPETokenizer:
 
         try:
             self._tokenizer = HFTokenizer.from_str(text)
-        except Exception as error:  # the Rust side raises bare Exception
+        except Exception as error:  # the Rust library raises bare Exception
             raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {error}") from None
-        self._text = text  # saved as it came, so that the hash outlives versions of the library
+        self._text = text  # saved unchanged, so that the hash is independent of the library's version
         self.eos, self.eos_id = _end_token(self._tokenizer.token_to_id, eos)
         self._tokenizer.add_special_tokens([self.eos])  # some files hold it as an ordinary token, which decodes to text
-        self._tokenizer.encode_special_tokens = True  # text stays text: the name of a special token is encoded as such
+        self._tokenizer.encode_special_tokens = True  # text stays text: special tokens' names are encoded as characters
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
@@ -190,7 +190,7 @@ class BPETokenizer:
         _save(folder, self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
         if self.eos != (_configured_end(folder) or found):
-            # tokenizer.json has no field for it: it goes where transformers looks as well.
+            # tokenizer.json has no field for it, so it goes where transformers looks as well.
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
             write_text(
@@ -207,7 +207,7 @@ class TiktokenTokenizer:
 
     Raises:
         ImportError: the package tiktoken is not installed (extra `tiktoken`).
-        ValueError: an unknown pattern.
+        ValueError: the pattern is unknown.
     """
 
     special: Mapping[str, int] = MappingProxyType({})
@@ -220,7 +220,7 @@ class TiktokenTokenizer:
         except ImportError:
             raise ImportError("a .tiktoken vocabulary needs tiktoken: pip install 'retentive[tiktoken]'") from None
         after = max(ranks.values()) + 1
-        # cl100k_base leaves 100256 unused; elsewhere the end of text follows the last rank.
+        # cl100k_base leaves 100256 unused; elsewhere the end-of-text id follows the last rank.
         self.eos_id = eos_id if eos_id is not None else 100257 if after == 100256 else after
         self.vocab_size = max(after, self.eos_id + 1)
         self._content = {
@@ -258,26 +258,26 @@ class TiktokenTokenizer:
 
 
 PADDING = 1024
-"""Rows that an embedding may have beyond its tokenizer's tokens: sizes of vocabularies are rounded up to multiples."""
+"""Number of rows that an embedding may have beyond its tokenizer, since vocabulary sizes are rounded up."""
 
 
 def check_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError for a tokenizer that is not of a model with a vocabulary of this size."""
+    """Raises ValueError if the tokenizer does not fit a model with this vocabulary size."""
     have = tokenizer.vocab_size
     if not have <= vocab_size < have + PADDING:
         raise ValueError(f"the tokenizer has {have:,} tokens, the model {vocab_size:,}: they do not belong together")
 
 
 def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "cl100k") -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", a tokenizer.json, a folder with one, or a .tiktoken file.
+    """Loads the tokenizer that `spec` names: "bytes", a tokenizer.json, a folder with one, or a .tiktoken file.
 
     Args:
-        eos: the end-of-text token of a tokenizer.json, if not the one that the files name.
-        pattern: how a .tiktoken file cuts words, a key of TIKTOKEN_PATTERNS.
+        eos: end-of-text token of a tokenizer.json, if not the one that its files name.
+        pattern: how a .tiktoken file splits words, a key of TIKTOKEN_PATTERNS.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged or no tokenizer.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or no tokenizer.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -316,12 +316,12 @@ def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE learnt from `texts`: lossless, GPT-2's word boundaries, every digit by itself.
+    """Learns a byte-level BPE from `texts`: lossless, with GPT-2's word boundaries and single digits.
 
-    Of little text it has fewer than `vocab_size` tokens: a pair that is seen once is not merged.
+    Little text gives fewer than `vocab_size` tokens, since a pair seen only once is not merged.
 
     Raises:
-        ValueError: an impossible size, or no text.
+        ValueError: the size is impossible, or there is no text.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
@@ -339,7 +339,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, also those not seen: lossless
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, seen or not, to be lossless
         show_progress=False,
     )
     characters = 0
@@ -362,7 +362,7 @@ def _save(folder: Path, text: str) -> None:
 
 
 def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> tuple[str, int]:
-    """(name, id) of the end-of-text token: the one that is wanted, else the first of END_NAMES that there is."""
+    """Returns (name, id) of the end-of-text token: the wanted one, else the first of END_NAMES that exists."""
     names = END_NAMES if wanted is None else (wanted,)
     for name in names:
         if (id := token_to_id(name)) is not None:
@@ -371,7 +371,7 @@ def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> 
 
 
 def _configured_end(folder: Path) -> str | None:
-    """The end-of-text token that tokenizer_config.json in `folder` names, as a string or as an object."""
+    """Returns the end-of-text token that tokenizer_config.json in `folder` names, as a string or as an object."""
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
@@ -386,7 +386,7 @@ def _configured_end(folder: Path) -> str | None:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """bytes -> rank, from the lines of a .tiktoken file."""
+    """Reads bytes -> rank from the lines of a .tiktoken file."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""Evaluation: tasks in local files, scored by log-likelihood. What prompts share is read once, and its state copied."""
+"""Evaluation on tasks in local files, by log-likelihood or by generation. Shared prompt prefixes are read only once."""
 
 from retentive.evals.likelihood import Request, Score, encode, score
 from retentive.evals.run import Evaluation, evaluate

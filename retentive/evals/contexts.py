@@ -1,11 +1,11 @@
-"""What a longer context is worth: the loss on texts, and a hidden number, at several lengths of context.
+"""Benefit of longer contexts: loss on texts, and recall of a hidden number (passkey), by context length.
 
-Texts: the last `last` tokens of a window are predicted, from windows of every length that end at the same positions:
-all lengths predict the same tokens, and only what comes before differs (the protocol of the paper's 2024 version, table
-6, where `last` is 128). Windows begin in the middle of a document, as training's do.
+Texts: the last `last` tokens of each window are predicted. Windows of all lengths end at the same positions, so they
+predict the same tokens and differ only in the context before them (protocol of the paper's 2024 version, table 6, with
+`last` 128). Windows begin in the middle of a document, as in training.
 
-passkey: a number is hidden in dull text, and asked for at its end (Mohtashami and Jaggi, arXiv 2305.16300). It must be
-likelier than nine others of its kind (`acc`), or be what greedy decoding writes (`written`), which is harder.
+passkey: a number is hidden in filler text and asked for at its end (Mohtashami and Jaggi, arXiv 2305.16300). `acc`: it
+is likelier than nine other numbers. `written`: greedy decoding writes it, which is harder.
 """
 
 import math
@@ -23,13 +23,13 @@ from retentive.evals.tasks import PASSKEY, TASKS
 from retentive.models import LanguageModel
 
 LAST = 128
-"""Tokens of a window that are predicted, if nothing else is said."""
+"""Default number of predicted tokens per window."""
 WINDOWS = 8
-"""Positions in each document where windows end, at most."""
+"""Maximum number of positions per document where windows end."""
 KEYS = 20
-"""Numbers hidden at each length, from the beginning of the text to its end."""
+"""Numbers hidden at each length, from the start of the text to its end."""
 OTHERS = 9
-"""Wrong numbers beside the right one: guessing is right once in ten."""
+"""Wrong numbers beside the right one: guessing has an accuracy of one in ten."""
 
 
 def score_contexts(
@@ -43,19 +43,19 @@ def score_contexts(
     limit: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row for each task, length and metric, a record for each window or question).
+    """Scores tasks at several context lengths; returns (rows by task, length and metric, records by window or key).
 
     Args:
-        names: those of kind text in TASKS, or "passkey".
-        folder: where the texts are; passkey needs none.
-        contexts: lengths of windows in tokens, those that are predicted included.
-        last: tokens of each window that are predicted.
-        limit: documents of each task, from the beginning of its file.
+        names: tasks of kind text in TASKS, or "passkey".
+        folder: folder of the texts; passkey needs none.
+        contexts: window lengths in tokens, predicted tokens included.
+        last: predicted tokens of each window.
+        limit: documents of each task, from the start of its file.
         progress: called with each task, its number of windows or questions and how many are done.
 
     Raises:
-        FileNotFoundError: a task without a file.
-        ValueError: an unknown task, a length that leaves no context, documents that are all shorter than the longest.
+        FileNotFoundError: a task has no file.
+        ValueError: an unknown task, a length that leaves no context, or only documents shorter than the longest length.
         ArithmeticError: the model's logits are not finite.
     """
     check(names, contexts, last)
@@ -77,7 +77,7 @@ def score_contexts(
 
 
 def check(names: Sequence[str], contexts: Sequence[int], last: int) -> None:
-    """Raises ValueError for tasks that have no contexts to vary, and for contexts that are too short."""
+    """Raises ValueError for tasks without contexts to vary, and for contexts that are too short."""
     texts = [name for name, task in TASKS.items() if task.kind == "text"]
     for name in names:
         if name not in (*texts, PASSKEY):
@@ -93,16 +93,16 @@ def check(names: Sequence[str], contexts: Sequence[int], last: int) -> None:
 def _windows(
     name: str, tokenizer: Tokenizer, folder: Path | None, contexts: Sequence[int], last: int, limit: int | None
 ) -> Iterator[tuple[dict[str, Any], list[Request]]]:
-    """(about, request) of windows of every length at up to WINDOWS positions of each document that is long enough."""
+    """Yields (about, request) for windows of every length, at up to WINDOWS positions of each long enough document."""
     if folder is None:
-        raise ValueError(f"task {name} needs --data: the folder of its texts")
+        raise ValueError(f"task {name} needs data: the folder of its texts")
     if limit is not None and limit < 1:
         raise ValueError(f"the documents of a task must be at least 1, got {limit}")
     file, longest, found = find(name, folder), max(contexts), 0
     for line, text in parse(TASKS[name], file, limit=limit):
         ids = tokenizer.encode(text)
-        spare = len(ids) - longest  # how far the end of the longest window can move
-        ends = min(WINDOWS, spare // last + 1)  # at least `last` apart: no token is predicted twice
+        spare = len(ids) - longest  # range within which the end of the longest window can move
+        ends = min(WINDOWS, spare // last + 1)  # at least `last` apart, so that no token is predicted twice
         for n in range(ends):
             end = len(ids) - n * (spare // max(1, ends - 1))
             nbytes = _bytes(tokenizer, ids, end - last, end)
@@ -115,9 +115,9 @@ def _windows(
 
 
 def _bytes(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int) -> int:
-    """Bytes of UTF-8 that ids[start:end] stand for; a character of several tokens counts where it ends."""
-    begin = max(0, start - 8)  # no character has more bytes than that
-    # without the replacement character of one that is incomplete
+    """Returns the UTF-8 bytes of ids[start:end]; a character of several tokens counts where it ends."""
+    begin = max(0, start - 8)  # no character has more bytes than this
+    # drop the replacement character of an incomplete one
     until_start, until_end = (tokenizer.decode(ids[begin:stop]).rstrip("\ufffd") for stop in (start, end))
     return len(until_end.encode()) - len(until_start.encode())
 
@@ -129,9 +129,9 @@ ASK = "\nWhat is the pass key? The pass key is"
 
 
 def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple[dict[str, Any], list[Request]]]:
-    """(about, requests) of KEYS questions for each length; of the OTHERS + 1 choices the first is right."""
+    """Returns (about, requests) of KEYS questions per length; the first of the OTHERS + 1 choices is right."""
     draw, asked = random.Random(0), []
-    # tokens of all but the dull text, with some to spare for the number; and of one repetition of the dull text
+    # tokens of everything but the filler, with room for the number; and tokens of one repetition of the filler
     fixed = len(tokenizer.encode(BEGIN + HIDDEN.format(key=10**5 - 1) + ASK)) + 8
     dull = len(tokenizer.encode(DULL * 8)) / 8
     for context in contexts:
@@ -140,7 +140,7 @@ def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple
             raise ValueError(f"a pass key needs a context of {fixed + math.ceil(dull)} tokens at least, got {context}")
         for n in range(KEYS):
             keys = draw.sample(range(10**4, 10**5), OTHERS + 1)
-            before = round(count * n / (KEYS - 1))  # from the very beginning to the very end
+            before = round(count * n / (KEYS - 1))  # from the very start to the very end
             text = BEGIN + DULL * before + HIDDEN.format(key=keys[0]) + DULL * (count - before) + ASK
             about = {"context": context, "depth": n / (KEYS - 1), "key": keys[0]}
             asked.append((about, [encode(tokenizer, text, f" {key}") for key in keys]))
@@ -148,7 +148,7 @@ def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple
 
 
 def _record(name: str, about: dict[str, Any], scores: list[Score]) -> dict[str, Any]:
-    """The record of a window or question: what it was, and its scores."""
+    """Returns the record of a window or question: its description and scores."""
     if name != PASSKEY:
         return {**about, "logprob": scores[0].logprob}
     logprobs = [s.logprob for s in scores]
@@ -156,7 +156,7 @@ def _record(name: str, about: dict[str, Any], scores: list[Score]) -> dict[str, 
 
 
 def _rows(name: str, records: list[dict[str, Any]], contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for each length and metric."""
+    """Yields a row for each length and metric."""
     for context in contexts:
         mine = [r for r in records if r["context"] == context]
         of = {"context": context, "n": len(mine)}
@@ -166,7 +166,7 @@ def _rows(name: str, records: list[dict[str, Any]], contexts: Sequence[int]) -> 
                 yield {**of, "metric": metric, "value": right / len(mine), "interval": wilson(right, len(mine))}
             continue
         for metric, unit, finish in (("perplexity", "tokens", math.exp), ("bits_per_byte", "bytes", _bits)):
-            # summed over a document's windows first: the bootstrap draws documents
+            # sum over each document's windows first, since the bootstrap draws documents
             by_document: dict[int, list[float]] = {}
             for r in mine:
                 sums = by_document.setdefault(r["line"], [0.0, 0.0])

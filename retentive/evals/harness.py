@@ -1,7 +1,7 @@
-"""lm-eval's tasks on our models (extra `eval`): its prompts, filters and metrics, and our way of scoring.
+"""lm-eval's own tasks on our models (extra `eval`): its prompts, filters and metrics, with our scoring.
 
-Our own subclass of its LM: the choices of one question go on from one state, texts are read uncut or in windows, and
-generation runs on a state of constant size. Prompts come after an end-of-text token, as documents do in training.
+A subclass of lm-eval's LM: the choices of a question share one state, texts are read whole or in windows, and
+generation uses a state of constant size. Prompts follow an end-of-text token, as documents do in training.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, Score, encode, score
+from retentive.evals.likelihood_tasks import windows
 from retentive.evals.read import find
 from retentive.evals.stats import Interval, Z
 from retentive.infer import SamplingParams, generate
@@ -33,12 +33,12 @@ STOCK = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
 }
-"""The tasks that can be read from local files, and lm-eval's description of each, below its folder of tasks."""
+"""Tasks that can use local files, with lm-eval's description of each, relative to its folder of tasks."""
 
 SHARES = ("acc", "exact_match", "em", "f1")
-"""Beginnings of the names of metrics in [0, 1]: their intervals are cut there, since normal ones reach beyond."""
+"""Prefixes of metrics in [0, 1]: their intervals are clipped, since normal ones reach beyond."""
 BOOTSTRAP = 1000
-"""Draws for the standard errors of perplexities."""
+"""Bootstrap draws for the standard errors of perplexities."""
 
 
 def run_tasks(
@@ -51,19 +51,19 @@ def run_tasks(
     limit: int | None = None,
     window: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, records) as those of `score_tasks`, from lm-eval's own tasks.
+    """Runs lm-eval's own tasks; returns (rows, records) like those of `score_likelihood_tasks`.
 
     Args:
-        names: names in STOCK if a folder is given; else any of lm-eval's, whose data come from the hub.
-        folder: that of the tasks' files.
+        names: names in STOCK if a folder is given; else any of lm-eval's tasks, with data from the hub.
+        folder: folder of the tasks' files.
         shots: answered examples before each question.
         limit: questions of each task.
-        window: tokens that texts are read in; uncut if not given.
+        window: tokens per window for texts; whole texts by default.
 
     Raises:
         ImportError: the extra is missing.
         ValueError: an unknown task.
-        FileNotFoundError: a task without a file.
+        FileNotFoundError: a task has no file.
     """
     _library()
     from lm_eval import simple_evaluate
@@ -90,9 +90,9 @@ def run_tasks(
 
 
 def describe(names: list[str], folder: Path, out: Path) -> None:
-    """Writes a YAML file for each task into the folder `out`: lm-eval's own task, with local files as its data.
+    """Writes a YAML file for each task into the folder `out`: lm-eval's own task with local files as its data.
 
-    A file is lm-eval's test split and the source of examples, so that it leaves a question out of its own examples.
+    A file serves as lm-eval's test split and as the source of examples, so a question is left out of its own examples.
     """
     tasks = Path(_library().__file__).parent / "tasks"
     for name in names:
@@ -114,11 +114,11 @@ def describe(names: list[str], folder: Path, out: Path) -> None:
 
 
 def native(model: LanguageModel, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
-    """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`; without a window texts are read uncut."""
-    _library()  # its error names the extra
+    """Returns an `lm_eval.api.model.LM` for `lm_eval.simple_evaluate(model=…)`. Texts are whole without `window`."""
+    _library()  # raises an error that names the extra
     from lm_eval.api.model import LM
 
-    class NativeLM(LM):  # here, since its base class needs the extra
+    class NativeLM(LM):  # defined here, since its base class needs the extra
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             answers = [(s.logprob, s.greedy) for s in likelihoods(model, tokenizer, requests)]
             for request, answer in zip(requests, answers, strict=True):
@@ -139,19 +139,19 @@ def native(model: LanguageModel, tokenizer: Tokenizer, *, window: int | None = N
 
 
 def likelihoods(model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Any]) -> list[Score]:
-    """The scores of lm-eval's requests; those of one question share what their contexts begin with."""
+    """Returns the scores of lm-eval's requests. Requests of one question share the common prefix of their contexts."""
     groups: dict[Any, list[int]] = {}
     for n, request in enumerate(requests):
         question = request.args[0] if request.doc_id is None else (request.task_name, request.doc_id)
         groups.setdefault(question, []).append(n)
     found = score(model, [[encode(tokenizer, *requests[n].args) for n in group] for group in groups.values()])
-    # back from groups to the order of the requests
+    # from groups back to the order of the requests
     scores = dict(zip((n for group in groups.values() for n in group), (s for f in found for s in f), strict=True))
     return [scores[n] for n in range(len(requests))]
 
 
 def rolling(model: LanguageModel, tokenizer: Tokenizer, text: str, window: int | None = None) -> float:
-    """The log-likelihood of a text, uncut or in windows of `window` tokens; 0 of an empty one."""
+    """Returns the log-likelihood of a text, whole or in windows of `window` tokens; 0 for an empty one."""
     ids = tokenizer.encode(text)
     if not ids:
         return 0.0
@@ -160,14 +160,14 @@ def rolling(model: LanguageModel, tokenizer: Tokenizer, text: str, window: int |
 
 
 KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
-"""lm-eval's options for generating that are understood; with others the result would not be what a task asks for."""
+"""Supported generation options of lm-eval; ignoring others would give a result that the task does not ask for."""
 
 
 def write(model: LanguageModel, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
-    """The text generated after the prompt, up to a string of `until`, end of text, or `max_gen_toks`.
+    """Generates text after the prompt, up to a string of `until`, end of text, or `max_gen_toks` tokens.
 
     Raises:
-        ValueError: an option that is not in KNOWN.
+        ValueError: an option is not in KNOWN.
     """
     for name in options:
         if name not in KNOWN:
@@ -183,16 +183,16 @@ def write(model: LanguageModel, tokenizer: Tokenizer, prompt: str, options: dict
 
 
 def _rows(found: dict[str, Any], shots: int) -> list[dict[str, Any]]:
-    """A row for each task and metric, with 95 % intervals from lm-eval's standard errors."""
+    """Returns a row for each task and metric, with 95 % intervals from lm-eval's standard errors."""
     rows = []
     for task, results in found["results"].items():
         of = {"task": task, "shots": shots, "n": found["n-samples"].get(task, {}).get("effective", 0)}
         for key, value in results.items():
-            metric, _, filtered = key.partition(",")  # keys are "metric,filter"; others ("alias") are no metrics
+            metric, _, filtered = key.partition(",")  # metrics have keys "metric,filter"; others ("alias") do not
             if metric.endswith("_stderr") or not isinstance(value, float | int) or not filtered:
                 continue
             error = results.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, float) and not math.isnan(error)  # "N/A" or NaN where it is not computed
+            known = isinstance(error, float) and not math.isnan(error)  # "N/A" or NaN if not computed
             interval: Interval = (value - Z * error, value + Z * error) if known else None
             if interval and metric.startswith(SHARES):
                 interval = max(0.0, interval[0]), min(1.0, interval[1])
@@ -201,7 +201,7 @@ def _rows(found: dict[str, Any], shots: int) -> list[dict[str, Any]]:
 
 
 def _records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A record for each question: its line (where the file has no blank ones), what was right, what was answered."""
+    """Returns a record per question: its line (if the file has no blank lines), right answer and model's answer."""
     return [
         {
             "task": task,

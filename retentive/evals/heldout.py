@@ -1,8 +1,8 @@
-"""Held-out text token by token: bits per byte, loss by position in the context, and how well a model recalls.
+"""Held-out loss token by token: bits per byte, loss by position in the context, and recall.
 
-A token is *recalled* where the pair of it and the token before it occurs earlier in the same context and is rare in the
-training text: only the context can have told it. This is the associative-recall slice of Arora et al. (Zoology,
-arXiv 2312.04927), where most of the gap between attention and models with a state of constant size lies.
+A token is *recalled* if it and the token before it, as a pair, occur earlier in the same context and are rare in the
+training text, so that only the context can have told it. This is the associative-recall slice of Arora et al. (Zoology,
+arXiv 2312.04927), which holds most of the gap between attention and models with a state of constant size.
 """
 
 import lzma
@@ -26,83 +26,83 @@ from retentive.models.encoders import hidden
 from retentive.ops.cross_entropy import IGNORE
 
 TOGETHER = 8192
-"""Tokens that go through the model at once: as many whole windows as fit in, one at least."""
+"""Tokens that go through the model at once: as many whole windows as fit, at least one."""
 RARE = 1e-6
-"""A pair is rare if it makes up no more than this share of the training text's pairs."""
+"""A pair is rare if it makes up no more than this share of the pairs in the training text."""
 MOST = 100_000_000
-"""Tokens of training text, from its beginning, whose pairs are counted."""
+"""Maximum training tokens, from the start, whose pairs are counted."""
 CHUNK = 1024
-"""Tokens whose logits are in memory at a time."""
+"""Number of tokens whose logits are in memory at a time."""
 YARDSTICKS = ("order-0 entropy", "xz -9")
-"""Bits per byte that need no model: entropy of the bytes' frequencies, and xz at its strongest."""
+"""Baselines in bits per byte without a model: entropy of the bytes' frequencies, and xz at its strongest."""
 
 
 class HeldOut(NamedTuple):
-    """A model's loss on held-out text."""
+    """A model's held-out loss."""
 
     loss: float
     """Nats per predicted token."""
     bits_per_byte: float
-    """All bits over all bytes of the text: comparable between tokenizers, and with a compressor's."""
+    """All bits over all bytes of the text: comparable across tokenizers, and with compressors."""
     tokens: int
-    """Tokens predicted."""
+    """Number of predicted tokens."""
     bytes: int
-    """Bytes of their text in UTF-8."""
+    """UTF-8 bytes of their text."""
     parts: dict[str, Any] | None = None
-    """Of a mixture: the HeldOut of each part, by its name."""
+    """For a mixture: the HeldOut of each part, by name."""
 
     def exhausted(self, asked: int) -> bool:
-        """Whether the text has no more, where so many tokens were asked for; of n tokens n - 1 are predicted."""
+        """True if the text has fewer than `asked` tokens; n tokens give n - 1 predictions."""
         if self.parts:
             return all(part.exhausted(share_of_each(asked, len(self.parts))) for part in self.parts.values())
         return self.tokens < asked - 1
 
 
 class Tokens(NamedTuple):
-    """Every predicted token of the held-out text, in order; a column for each property, all `[n]`."""
+    """All predicted tokens of the held-out text, in order; one array `[n]` per property."""
 
     losses: np.ndarray
-    """Nats, float64."""
+    """Losses in nats, float64."""
     ids: np.ndarray
-    """The tokens, int64."""
+    """Predicted token ids, int64."""
     before: np.ndarray
-    """The token before each, int64."""
+    """Token before each, int64."""
     context: np.ndarray
-    """The number of the context that each is in; a context ends with its window or its document."""
+    """Number of each token's context; a context ends with its window or document."""
     position: np.ndarray
-    """How many tokens of its context come before each; 1 at least."""
+    """Number of tokens before each within its context; at least 1."""
 
 
 def held_out_loss(
     model: LanguageModel, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
 ) -> HeldOut:
-    """The mean loss on the first `tokens` held-out tokens (all by default); arguments as for `token_losses`."""
+    """Returns the mean loss on the first `tokens` held-out tokens (default: all); arguments as for `token_losses`."""
     return summed(token_losses(model, data, length=length, tokens=tokens, carry=carry), data.held_out_bytes(tokens))
 
 
 def mixture_loss(model: LanguageModel, data: Mixture, *, length: int, tokens: int, carry: bool = False) -> HeldOut:
-    """The loss on held-out text mixed as the training text is, and that of each part; arguments as for `held_out_loss`.
+    """Returns the held-out loss weighted as the training mixture, and each part's; arguments as for `held_out_loss`.
 
-    Each part that has held-out text is read as far as the others, and counts by its share.
+    All parts with held-out text are read equally far, and weighted by their shares.
     """
     found = data.held_out_parts(length)
     each = share_of_each(tokens, len(found))
     parts = {name: held_out_loss(model, part, length=length, tokens=each, carry=carry) for name, part in found.items()}
     share = {name: data.shares[name] / sum(data.shares[name] for name in found) for name in found}
     loss = sum(share[name] * part.loss for name, part in parts.items())
-    size = sum(share[name] * part.bytes / max(part.tokens, 1) for name, part in parts.items())  # bytes of a token
+    size = sum(share[name] * part.bytes / max(part.tokens, 1) for name, part in parts.items())  # bytes per token
     count, nbytes = sum(part.tokens for part in parts.values()), sum(part.bytes for part in parts.values())
     return HeldOut(loss, loss / math.log(2) / max(size, 1e-9), count, nbytes, parts)
 
 
 def share_of_each(tokens: int, parts: int) -> int:
-    """The tokens that are read of each part of a mixture where so many are asked for of all."""
+    """Returns the tokens to read from each part of a mixture, for a total of `tokens`."""
     return max(tokens // parts, 2)
 
 
 def summed(tokens: Tokens, nbytes: int) -> HeldOut:
-    """The mean loss of these tokens, whose text has so many bytes."""
-    total, count = float(tokens.losses.sum()), len(tokens.losses)  # a held-out text of one token predicts none
+    """Returns the mean loss of these tokens, whose text has `nbytes` bytes."""
+    total, count = float(tokens.losses.sum()), len(tokens.losses)  # count is 0 for a held-out text of one token
     return HeldOut(total / max(count, 1), total / math.log(2) / max(nbytes, 1), count, nbytes)
 
 
@@ -110,11 +110,11 @@ def summed(tokens: Tokens, nbytes: int) -> HeldOut:
 def token_losses(
     model: LanguageModel, data: Packed, *, length: int, tokens: int | None = None, carry: bool = False
 ) -> Tokens:
-    """The losses of the first `tokens` held-out tokens (all by default) in windows of `length`.
+    """Returns the losses of the first `tokens` held-out tokens (default: all) in windows of `length`.
 
-    The model begins each window with a blank state, or with `carry` goes on from the one before (which needs a state of
-    constant size); each document begins with a blank state in any case. All tokens but the very first are predicted; of
-    conversations, which are read whole, those of the answers.
+    Each window starts with a blank state, or with `carry` continues the state of the one before (which needs a state of
+    constant size). A new document always starts with a blank state. All tokens but the very first are predicted. Of
+    conversations, which are read whole, only the answers are.
     """
     with in_eval_mode(model):
         return _token_losses(model, data, length, tokens, carry)
@@ -123,20 +123,20 @@ def token_losses(
 def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int | None, carry: bool) -> Tokens:
     device = model.device
     parts: list[tuple[np.ndarray, ...]] = []
-    # contexts counted so far, tokens of the last one, and the state that `carry` hands on
+    # number of contexts so far, tokens of the last one, and the state passed on by `carry`
     contexts, before, state = 0, 0, None
     windows, carry = data.held_out(length=length, tokens=tokens), carry and not data.meta.chats
     for batch in windows if carry else _several(windows):
         assert batch.cu_seqlens is not None
         counts = batch.cu_seqlens.diff()  # tokens of each document (or part of one) in the batch
-        # a window that begins with an end-of-text token begins a document: it does not go on from the one before
+        # a window that starts with an end-of-text token starts a document, and does not continue the state
         goes_on = int(carry and state is not None and int(batch.ids[0, 0]) != data.meta.eos_id)
         if carry:
             first, continues = torch.tensor([0], device=device), torch.tensor([bool(goes_on)], device=device)
             state = states_in(model, state, first, continues, len(counts))
         there = batch.to(device)
         x, state = hidden(model, there.ids, state, rows=there.rows, cu_seqlens=there.cu_seqlens)
-        # the first part belongs to the last context where it goes on from it: the same number, later positions
+        # a first part that continues the last context has its number, and later positions
         context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])
         position[: int(counts[0])] += before * goes_on
@@ -150,17 +150,17 @@ def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int |
 
 
 def _losses(model: LanguageModel, x: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target, float64 `[T]` on the CPU, from hidden states x `[T,D]`; logits of a chunk at a time."""
+    """Returns the nats of each target, float64 `[T]` on the CPU, from hidden states x `[T,D]`; one chunk at a time."""
     losses = []
     for y, target in zip(x.split(CHUNK), targets.to(x.device).split(CHUNK), strict=True):
         logits = model.head(y)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # softmax in bfloat16 would be too coarse
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for the softmax
         losses.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
     return torch.cat(losses)
 
 
 def _several(windows: Iterator[Batch]) -> Iterator[Batch]:
-    """The windows packed into rows of at most TOGETHER tokens (or of one window); each stays a sequence of its own."""
+    """Packs windows into rows of at most TOGETHER tokens (or one window); each stays a sequence of its own."""
     held: list[Batch] = []
     for window in windows:
         if held and sum(w.ids.numel() for w in (*held, window)) > TOGETHER:
@@ -181,31 +181,31 @@ def _joined(windows: list[Batch]) -> Batch:
 
 
 class Pairs:
-    """How often each pair of neighbouring tokens (bigram) occurs in the training text."""
+    """Counts of each pair of neighbouring tokens (bigram) in the training text."""
 
     def __init__(self, data: Packed):
         ids = data.first_tokens("train", MOST)
         self._vocab_size = data.meta.vocab_size
         self._codes, self._counts = np.unique(self.codes(ids[:-1], ids[1:]), return_counts=True)
         self.most = max(1, int(RARE * len(ids)))
-        """A pair that occurs more often is not rare."""
+        """Maximum count of a rare pair."""
 
     def codes(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """A number for each pair: one int64 sorts and compares faster than two."""
+        """Returns one number per pair: int64 sorts and compares faster than two columns."""
         return before * self._vocab_size + ids
 
     def rare(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Whether each pair is rare in the training text, bool `[n]`."""
+        """Returns True for each pair that is rare in the training text, bool `[n]`."""
         codes = self.codes(before, ids)
-        # binary search; one beyond the last code is clipped to it, and then compares unequal
+        # binary search; a code beyond the last is clipped to it, and then compares unequal
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[at] == codes, self._counts[at], 0) <= self.most
 
 
 def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
-    """Whether each token is recalled, bool `[n]`: its pair occurs earlier in its context and is rare in training."""
+    """Returns True for each recalled token, bool `[n]`: its pair is in its context before, and rare in training."""
     codes = np.stack([tokens.context, pairs.codes(tokens.before, tokens.ids)], 1)
-    # all but the first occurrence of each (context, pair) were seen before
+    # every occurrence of a (context, pair) but the first was seen before
     _, first = np.unique(codes, axis=0, return_index=True)
     seen = np.ones(len(codes), bool)
     seen[first] = False
@@ -213,9 +213,9 @@ def recalled(tokens: Tokens, pairs: Pairs) -> np.ndarray:
 
 
 def report(model: LanguageModel, data: Packed, pairs: Pairs, *, length: int) -> dict[str, Any]:
-    """Held-out loss in bits per byte, and in nats per token: of recalled tokens, of the others, by position.
+    """Returns the held-out loss in bits per byte and nats per token, of recalled and other tokens, and by position.
 
-    Positions are in ranges from one power of two to the next.
+    Positions are grouped by powers of two.
     """
     tokens = token_losses(model, data, length=length)
     found, recall = summed(tokens, data.held_out_bytes()), recalled(tokens, pairs)
@@ -237,12 +237,12 @@ def report(model: LanguageModel, data: Packed, pairs: Pairs, *, length: int) -> 
 
 
 def _mean(losses: np.ndarray) -> dict[str, Any]:
-    """The number and mean loss of some tokens; None for the mean of none."""
+    """Returns the number and mean loss of some tokens; the mean of none is None."""
     return {"tokens": len(losses), "loss": float(losses.mean()) if len(losses) else None}
 
 
 def yardsticks(data: Packed) -> dict[str, float]:
-    """`YARDSTICKS` of the held-out text in bits per byte, and its length as "bytes"."""
+    """Computes `YARDSTICKS` of the held-out text in bits per byte, and its length as "bytes"."""
     raw = "".join(data.tokenizer.decode(b.ids[0].tolist()) for b in data.held_out(length=1 << 20)).encode()
     counts = Counter(raw)
     entropy = -sum(n / len(raw) * math.log2(n / len(raw)) for n in counts.values())

@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations: what a question's prompts share is read once, and its state is copied.
+"""Log-likelihoods of continuations. The common prefix of a question's prompts is read once, and its state is copied.
 
     log p(continuation | prompt) = sum over its tokens of log p(token | document so far)
 
-Rows of one batch are packed, or (for attention) padded on the right; both are exact. Only the positions that predict a
-continuation go through the output matrix. A prompt comes after an end-of-text token, as documents do in training.
+Rows of a batch are packed, or (for attention) padded on the right; both are exact. Only positions that predict a
+continuation go through the output matrix. A prompt follows an end-of-text token, as documents do in training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +19,20 @@ from retentive.infer.sample import NOT_FINITE
 from retentive.models import LanguageModel
 
 BUDGET = 8192
-"""Tokens of a batch at most, padding included."""
+"""Maximum tokens of a batch, padding included."""
 CHUNK = 4096
-"""Tokens of a row that are read at once; a longer row hands its state on from chunk to chunk."""
+"""Tokens of a row read at once; a longer row passes its state on from chunk to chunk."""
 STATES = 1 << 30
-"""Bytes that the states of a batch's rows may take."""
+"""Maximum bytes for the states of a batch's rows."""
 HEAD = 256
-"""Positions whose logits are in memory at a time."""
+"""Number of positions whose logits are in memory at a time."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with a task's name, its number of questions, and how many are done."""
+"""Called with a task's name, its number of questions, and the number done."""
 
 
 class Request(NamedTuple):
-    """A continuation to score after a context, as token ids; both must have one at least."""
+    """A continuation to score after a context, as token ids; each needs at least one."""
 
     context: list[int]
     continuation: list[int]
@@ -42,20 +42,20 @@ class Score(NamedTuple):
     logprob: float
     """Natural log of the continuation's probability."""
     greedy: bool
-    """Whether each of its tokens is the likeliest: greedy decoding would write it."""
+    """True if each token is the likeliest, so that greedy decoding would write it."""
     tokens: int
-    """Of the continuation."""
+    """Number of tokens in the continuation."""
 
 
 def encode(tokenizer: Tokenizer, prompt: str, continuation: str) -> Request:
-    """The ids of both, divided as lm-eval does: spaces at the prompt's end belong to the continuation.
+    """Returns the ids of both, split as in lm-eval: spaces at the prompt's end belong to the continuation.
 
     Raises:
-        ValueError: a continuation without a token of its own.
+        ValueError: the continuation has no token of its own.
     """
     stripped = prompt.rstrip()
     before = tokenizer.encode(stripped)
-    # encoded together, since a token may span the border: its count of tokens says where the continuation begins
+    # encoded together, since a token may span the border; the prompt's token count marks where the continuation begins
     after = tokenizer.encode(prompt + continuation)[len(before) :]
     if not after:
         raise ValueError(f"the continuation {continuation!r:.60} has no token of its own after {prompt[-30:]!r}")
@@ -70,11 +70,11 @@ def score(
     share: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Score]]:
-    """The scores of each group's requests; the common prefix of a group's contexts is read once for all of them.
+    """Scores each group's requests; the common prefix of a group's contexts is read once.
 
     Args:
-        share: False reads every row whole: the same numbers, slower.
-        progress: called with the number of groups that are done.
+        share: False reads every row completely: the same numbers, slower.
+        progress: called with the number of finished groups.
 
     Raises:
         ArithmeticError: the model's logits are not finite.
@@ -92,7 +92,7 @@ def score(
 
 @torch.no_grad()
 def score_from(model: LanguageModel, state: Any, requests: Sequence[Request]) -> list[Score]:
-    """The scores of requests that all go on from what `state` has read; it stays as it is.
+    """Scores requests that all continue from `state`, which does not change.
 
     Raises:
         ArithmeticError: the model's logits are not finite.
@@ -115,7 +115,7 @@ def score_from(model: LanguageModel, state: Any, requests: Sequence[Request]) ->
 
 @contextmanager
 def in_eval_mode(model: LanguageModel) -> Iterator[None]:
-    """Dropout and the like are off within the block; then the model is as it was, after an error too."""
+    """Switches dropout and the like off during the block, and restores the model's mode, also after an error."""
     training = model.training
     model.eval()
     try:
@@ -125,27 +125,27 @@ def in_eval_mode(model: LanguageModel) -> Iterator[None]:
 
 
 def common_prefix(group: Sequence[Request]) -> int:
-    """Tokens that all contexts begin with, without the last of the shortest, which predicts the continuation."""
+    """Returns the length of the contexts' common prefix, without the shortest's last token, which predicts."""
     if len(group) == 1:
         return 0
     contexts = [request.context for request in group]
     most = min(map(len, contexts)) - 1
-    # in lexicographic order: what the first and the last have in common, all between them have too
+    # a prefix shared by the lexicographically first and last is shared by all between them
     first, last = min(contexts), max(contexts)
     return next((n for n in range(most) if first[n] != last[n]), most)
 
 
 def _batches(model: LanguageModel, groups: Sequence[Sequence[Request]], share: bool) -> Iterator[list[int]]:
-    """Groups' indices in batches of about one length, the longest first: what does not fit in memory fails at once."""
+    """Yields batches of groups' indices, by similar length, longest first, so that lack of memory shows early."""
     most_rows = BUDGET if not model.keeps_state else max(1, STATES // max(1, model.init_state(1).nbytes))
     lengths = [[len(r.context) + len(r.continuation) for r in group] for group in groups]
     prefixes = [common_prefix(group) if share else 0 for group in groups]
-    rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]  # of the longest row
+    rests = [max(of_one) - prefix for of_one, prefix in zip(lengths, prefixes, strict=True)]  # of each longest row
     batch: list[int] = []
 
     def too_large(more: list[int]) -> bool:
         rows = sum(len(lengths[n]) for n in more)
-        if packs(model, max(max(lengths[n]) for n in more)):  # common prefixes once, and what comes after them
+        if packs(model, max(max(lengths[n]) for n in more)):  # prefixes once, and the rests
             tokens = sum(prefixes[n] + sum(lengths[n]) - len(lengths[n]) * prefixes[n] for n in more)
         else:  # padded: every row is as long as the longest, in both passes (prefixes, rests)
             tokens = max(max(rests[n] for n in more) * rows, max(prefixes[n] for n in more) * len(more))
@@ -161,21 +161,21 @@ def _batches(model: LanguageModel, groups: Sequence[Sequence[Request]], share: b
 
 
 def packs(model: LanguageModel, longest: int) -> bool:
-    """Whether a batch is packed into one row instead of padded: if there is no attention, and no row needs chunks.
+    """True if a batch is packed into one row instead of padded: no attention, and no row needs chunks.
 
-    Lengths differ so much from question to question that padding doubles what is computed.
+    Lengths of questions differ so much that padding doubles the computation.
     """
     return model.keeps_state and not model.config.attends and longest <= CHUNK
 
 
 def _score(model: LanguageModel, groups: list[Sequence[Request]], share: bool) -> list[list[Score]]:
-    """The scores of one batch's groups."""
+    """Scores one batch of groups."""
     counts = [common_prefix(group) if share else 0 for group in groups]
     state: Any = None
-    if any(counts):  # a group without a common prefix gets an empty row, and from it a blank state
+    if any(counts):  # a group without a common prefix gets an empty row, hence a blank state
         prefixes = [group[0].context[:count] for group, count in zip(groups, counts, strict=True)]
         *_, (_, _, _, state) = _read(model, prefixes, None)
-        # a copy of its group's state for every row
+        # one copy of its group's state per row
         parents = [n for n, group in enumerate(groups) for _ in group]
         state = state.select(torch.tensor(parents))
     rows = [(r, count) for group, count in zip(groups, counts, strict=True) for r in group]
@@ -184,10 +184,10 @@ def _score(model: LanguageModel, groups: list[Sequence[Request]], share: bool) -
 
 
 def _continue(model: LanguageModel, rows: list[Request], state: Any) -> list[Score]:
-    """The scores of the rows, read on from the state, which is used up."""
-    sums = torch.zeros(len(rows), dtype=torch.float64)  # thousands of terms: in float32 they would lose digits
+    """Scores the rows, continuing from the state, which is consumed."""
+    sums = torch.zeros(len(rows), dtype=torch.float64)  # thousands of terms would lose digits in float32
     wrong = torch.zeros(len(rows), dtype=torch.int64)
-    # the token that each position is to predict, the one after it; -1 where it belongs to no continuation
+    # token to predict at each position; -1 outside of continuations
     targets = _padded([[-1] * (len(r.context) - 1) + r.continuation for r in rows], -1)
     for begin, end, x, _ in _read(model, [r.context + r.continuation[:-1] for r in rows], state):
         wanted = targets[:, begin:end].to(x.device)
@@ -198,7 +198,7 @@ def _continue(model: LanguageModel, rows: list[Request], state: Any) -> list[Sco
             logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
             sums.index_add_(0, of.cpu(), logprob.double().cpu())
             wrong.index_add_(0, of.cpu(), (logits.argmax(-1) != target).long().cpu())
-    if bool(sums.isnan().any()):  # else a NaN would look like an answer: its argmax is token 0
+    if bool(sums.isnan().any()):  # a NaN would pass for an answer, since its argmax is token 0
         raise ArithmeticError(NOT_FINITE)
     return [
         Score(total, missed == 0, len(r.continuation))
@@ -207,7 +207,7 @@ def _continue(model: LanguageModel, rows: list[Request], state: Any) -> list[Sco
 
 
 def _read(model: LanguageModel, rows: list[list[int]], state: Any) -> Iterator[tuple[int, int, Tensor, Any]]:
-    """(begin, end, hidden `[B,T,D]` of the rows' tokens from begin to end, state after them), a chunk at a time."""
+    """Yields (begin, end, hidden `[B,T,D]` of the rows' tokens from begin to end, state after them) per chunk."""
     device = model.device
     lengths = [len(row) for row in rows]
     if packs(model, max(lengths)) and min(lengths):  # an empty row cannot be packed
@@ -221,12 +221,12 @@ def _read(model: LanguageModel, rows: list[list[int]], state: Any) -> Iterator[t
     for begin in range(0, ids.shape[1], chunk):
         part = ids[:, begin : begin + chunk]
         valid = (counts - begin).clamp(0, part.shape[1])
-        # rows that end within this chunk are padded; `lengths` keeps padding out of their states
+        # rows that end within this chunk are padded; `lengths` excludes padding from their states
         even = bool((valid == part.shape[1]).all())
         x, state = model.hidden(part.to(device), state, lengths=None if even else valid)
         yield begin, begin + part.shape[1], x, state
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:
-    """int64 `[B,T]`, padding on the right."""
+    """Returns int64 `[B,T]`, padded on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], True, value)

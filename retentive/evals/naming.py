@@ -1,10 +1,10 @@
-"""Which name belongs to what is shown or asked: all names are scored, by the likelihood of each as the answer.
+"""Naming task: scores every name as the answer to each question by its likelihood.
 
-    first, first10     the share of questions whose own name is the likeliest of all names, or among the ten likeliest
-    found, found10     the other way round: the share of names whose own question is the first of all questions, or
-                       among the first ten, by p(name | question) among all names
+    first, first10     share of questions whose right name is the likeliest of all names, or among the ten likeliest
+    found, found10     the reverse: share of names whose own question ranks first, or among the first ten, of all
+                       questions, by p(name | question) among all names
 
-The names are the lines of names.txt beside the task's file; where there is none, the different answers of the file.
+The names are the lines of names.txt beside the task's file; without it, the different answers in the file.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ TEN = 10
 
 
 def names_of(conversations: Sequence[Conversation], folder: Path) -> list[str]:
-    """The names to choose from, each once.
+    """Returns the names to choose from, each once.
 
     Raises:
-        ValueError: fewer than two, or one of the conversations has another answer.
+        ValueError: there are fewer than two names, or an answer is not among them.
     """
     own = [each.messages[-1]["content"] for each in conversations]
     file = folder / NAMES
@@ -49,15 +49,15 @@ def score_names(
     *,
     done: Callable[[int], object] = lambda n: None,
 ) -> torch.Tensor:
-    """log p(name | question) among the names, float64 `[questions, names]`.
+    """Returns log p(name | question) among the names, float64 `[questions, names]`.
 
     Raises:
-        ValueError: a template that ends no answer with a token.
+        ValueError: the template ends no answer with a token.
         ArithmeticError: the model's logits are not finite.
     """
     spelt = template.taught([[_said("user", "?"), _said("assistant", name)] for name in names])
     answers = [[id for id, taught in zip(*each, strict=True) if taught] for each in spelt]
-    order = sorted(range(len(names)), key=lambda n: len(answers[n]))  # rows of a batch are about as long
+    order = sorted(range(len(names)), key=lambda n: len(answers[n]))  # batches get rows of similar length
     found = torch.empty(len(conversations), len(names), dtype=torch.float64)
     with in_eval_mode(model):
         for n, each in enumerate(conversations):
@@ -77,7 +77,7 @@ def naming(
     *,
     done: Callable[[int], object] = lambda n: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row for each metric, a record for each question: its name, that name's rank, the likeliest ten).
+    """Returns (a row for each metric; a record for each question: its name, that name's rank, the ten likeliest).
 
     Raises:
         ValueError, ArithmeticError: as `names_of` and `score_names`.
@@ -88,7 +88,7 @@ def naming(
     own = p.gather(1, right[:, None])
     ranks = (1 + (p > own).sum(1)).tolist()
     asked = sorted(set(right.tolist()))
-    # the best of a name's questions against all those that are not its own
+    # the best score among a name's own questions, against those of all other questions
     best = torch.stack([p[right == name, name].max() for name in asked])
     places = [1 + int((p[right != name, name] > top).sum()) for name, top in zip(asked, best, strict=True)]
     rows = [

@@ -1,4 +1,4 @@
-"""Reading files of tasks: JSONL (or CSV with a header), a row a question; or a folder of .txt files, a text each.
+"""Reads files of tasks: JSONL (or CSV with a header), one question per row; or a folder of .txt files, one text each.
 
 Errors name the file and the line.
 """
@@ -12,39 +12,41 @@ from typing import Any, NamedTuple
 
 from retentive.evals.tasks import PASSKEY, TASKS, Question, Task
 
-REPLIES = "translation, summarisation, answers, dialogue"
-"""What replies.py scores."""
+REPLIES = "translation, summarisation, answers, transcription, dialogue, naming"
+"""Names of the tasks in generation_tasks.py, for messages."""
 SEED = 1234
-"""lm-eval's seed, for drawing the same examples."""
+"""lm-eval's seed, to draw the same examples."""
 
 
 class Item(NamedTuple):
     line: int
-    """Line in its file, from 1; in a folder, the number of the file."""
+    """Line in its file, counted from 1; in a folder the number of the file."""
     content: Any
-    """A Question; for tasks of kind text, a string."""
+    """A Question; a string for tasks of kind text."""
 
 
 def known(names: list[str]) -> list[str]:
-    """The names, checked.
+    """Returns the names after checking them.
 
     Raises:
-        ValueError: one is not a task's, or there is none.
+        ValueError: a name is unknown, or there is none.
     """
-    expected = f"expected some of {', '.join(TASKS)}, {PASSKEY} with --contexts, or, by themselves, {REPLIES}"
+    expected = f"expected some of {', '.join(TASKS)}, {PASSKEY} with contexts, or, by themselves, {REPLIES}"
     for name in names:
+        if name == PASSKEY:
+            raise ValueError(f"task {PASSKEY} needs contexts: give lengths")
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}, {expected}" if name != PASSKEY else f"{PASSKEY} needs --contexts")
+            raise ValueError(f"unknown task {name!r}, {expected}")
     if not names:
         raise ValueError(f"no task given, {expected}")
     return names
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file (or folder) of a task: the first of those it may have that exists.
+    """Returns the first existing file (or folder) of those a task may have.
 
     Raises:
-        FileNotFoundError: none of them does.
+        FileNotFoundError: none exists.
     """
     paths = [folder / path for path in TASKS[name].files or (f"{name}.jsonl",)]
     for path in paths:
@@ -54,17 +56,17 @@ def find(name: str, folder: Path) -> Path:
 
 
 def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -> list[Item]:
-    """The first `limit` questions or texts of a file, each after `shots` answered examples.
+    """Returns the first `limit` questions or texts of a file, each after `shots` answered examples.
 
-    The examples are drawn from the whole file, never the question itself, with one generator for all questions in
-    order: the same ones as lm-eval's, where it draws them from the split that it scores.
+    Examples are drawn from the whole file except the question itself, by one generator for all questions in order.
+    They equal lm-eval's where it draws from the split it scores.
 
     Raises:
-        ValueError: a line that cannot be used, or none; fewer rows than the examples need.
+        ValueError: a line is unusable, there is none, or there are too few rows for the examples.
     """
     items: list[Item] = []
     for line, row in _rows(file):
-        # with examples all rows are needed: they are drawn from the whole file
+        # with examples all rows are needed, since examples are drawn from the whole file
         if limit is not None and shots == 0 and len(items) == limit:
             break
         try:
@@ -76,18 +78,18 @@ def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -
     if shots == 0:
         return items
     if task.kind == "text":
-        raise ValueError(f"{file} holds texts: examples (--shots) are for questions")
+        raise ValueError(f"{file} holds texts, and examples are for questions: set shots=0")
     if len(items) <= shots:
-        raise ValueError(f"{file} has {len(items)} questions, too few for {shots} examples before each: lower --shots")
+        raise ValueError(f"{file} has {len(items)} questions, too few for {shots} examples before each: lower shots")
     draw = random.Random(SEED)
     return [_after(item, items, draw, shots) for item in items[:limit]]
 
 
 def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> Item:
-    """The question with `shots` examples before it."""
-    # lm-eval draws one more than it needs, and drops the question itself if it is among them
+    """Returns the question with `shots` examples before it."""
+    # lm-eval draws one more than needed, and drops the question itself if drawn
     drawn = [other.content for other in draw.sample(items, shots + 1) if other.content != item.content]
-    if len(drawn) < shots:  # the file has the same question twice, and both were drawn
+    if len(drawn) < shots:  # the question is in the file twice, and both were drawn
         drawn = [i.content for i in draw.sample([i for i in items if i.content != item.content], shots)]
     examples = "".join(other.shot + "\n\n" for other in drawn[:shots])
     question: Question = item.content
@@ -98,12 +100,12 @@ def _after(item: Item, items: list[Item], draw: random.Random, shots: int) -> It
 
 
 def where(file: Path, line: int) -> str:
-    """The file and line of a row, for error messages."""
+    """Returns file and line of a row, for error messages."""
     return str(sorted(file.glob("*.txt"))[line - 1]) if file.is_dir() else f"{file} line {line}"
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of each line that is not blank; of a folder (number, text) of each file in order."""
+    """Yields (line, row) of each line that is not blank; for a folder (number, text) of each file in order."""
     if file.is_dir():
         for n, one in enumerate(sorted(file.glob("*.txt")), 1):
             try:
@@ -111,7 +113,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{one} is not UTF-8 text ({error.reason} at {error.start})") from None
         return
-    with open(file, encoding="utf-8-sig", newline="") as lines:  # newline="" is what the csv module asks for
+    with open(file, encoding="utf-8-sig", newline="") as lines:  # the csv module requires newline=""
         try:
             if file.suffix == ".csv":
                 reader = csv.DictReader(lines)
@@ -128,7 +130,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _object(line: str, at: str) -> dict[str, Any]:
-    """The JSON object in a line; raises ValueError, with `at` for where, if it is none."""
+    """Parses the JSON object in a line; raises ValueError naming `at` if it is none."""
     try:
         row = json.loads(line)
     except ValueError as error:

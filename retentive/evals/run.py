@@ -1,4 +1,4 @@
-"""`retentive.evaluate`: a model's scores on tasks in one call, by our own scorer, by context length, or by lm-eval."""
+"""`retentive.evaluate`: scores a model on tasks in one call, by our own scorer, by context length, or by lm-eval."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 from retentive.checkpoint import ModelFolder
 from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import Tokenizer
-from retentive.evals.answers import WINDOW, score_tasks
 from retentive.evals.contexts import LAST, score_contexts
+from retentive.evals.generation_tasks import KINDS, kind_of, score_generation_tasks
 from retentive.evals.likelihood import Progress
+from retentive.evals.likelihood_tasks import WINDOW, score_likelihood_tasks
 from retentive.evals.read import known
-from retentive.evals.replies import KINDS, kind_of, score_replies
 from retentive.models import LanguageModel
 
 
 class Evaluation(NamedTuple):
-    """The results; as a string, a Markdown table."""
+    """Results of an evaluation; as a string, a Markdown table."""
 
     rows: list[dict[str, Any]]
-    """One for each task and metric: task, shots, n, metric, value, interval (95 %; None for too few questions)."""
+    """One row per task and metric: task, shots, n, metric, value, interval (95 %; None for too few questions)."""
     records: list[dict[str, Any]]
-    """One for each question, window or text: its line, and its scores."""
+    """One record per question, window or text: its line and scores."""
 
     def __str__(self) -> str:
         return table(self.rows)
@@ -46,48 +46,47 @@ def evaluate(
     temperature: float = 0.0,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
-    """The scores of a model on tasks: a row for each metric, and a record for each question.
+    """Scores a model on tasks: returns a row for each metric, and a record for each question.
 
     Args:
-        model: a model, or where one is: a run directory, a model folder, a name on the hub.
-        tasks: names, in a sequence or with commas between them (docs/evaluation.md lists them).
-        data: the folder of the tasks' files, NAME.jsonl each.
-        tokenizer: the model's; needed beside a model, else that of its folder, or the name of one (bytes, or a file).
+        model: a model, or its place: a run directory, a model folder, a name on the hub.
+        tasks: names, as a sequence or separated by commas (docs/evaluation.md lists them).
+        data: folder of the tasks' files, NAME.jsonl each.
+        tokenizer: required if `model` is a model. Otherwise the folder's own by default, or a name (bytes, or a file).
         shots: answered examples before each question, drawn from its file.
-        limit: questions of each task, from the beginning of its file.
-        max_length: tokens that a question may take; any number if not given. A longer one loses its beginning where an
-            answer is written; else it is refused.
-        window: tokens of a window for the windowed perplexity of texts, 2048 if not given; lm-eval then reads uncut.
-        contexts: lengths of context in tokens: the last ones of windows of each length are predicted (texts, passkey).
-        last: tokens of each of those windows that are predicted.
-        lm_eval: run lm-eval's own tasks of these names, from the files in `data` if given, else from the hub.
-        template: what conversations are asked by (translation, summarisation, answers, dialogue); that of the model's
-            folder, or a plain one, if not given.
-        max_tokens: of an answer to these.
-        beams: hypotheses of beam search for them; 1 for none.
-        temperature: of these answers; 0 takes the likeliest token.
+        limit: questions of each task, from the start of its file.
+        max_length: maximum tokens of a question; unlimited by default. Generation tasks cut off the start of a longer
+            one; others refuse it.
+        window: tokens per window for the windowed perplexity of texts, 2048 by default; lm-eval reads whole texts then.
+        contexts: context lengths in tokens; predicts the last tokens of windows of each length (texts, passkey).
+        last: predicted tokens of each of these windows.
+        lm_eval: run lm-eval's own tasks of these names, on the files in `data` if given, else from the hub.
+        template: chat template for generation tasks; by default the one of the model's folder, or a plain one.
+        max_tokens: maximum tokens of a generated answer.
+        beams: hypotheses of beam search for generated answers; 1 for none.
+        temperature: sampling temperature of generated answers; 0 picks the likeliest token.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
-        ValueError: an unknown task, options that exclude each other, a line or a question that cannot be used.
-        FileNotFoundError: no such model; a task without a file.
+        ValueError: an unknown task, options that exclude each other, an unusable line or question.
+        FileNotFoundError: the model does not exist, or a task has no file.
         ArithmeticError: the model's logits are not finite.
-        ImportError: lm_eval without the extra.
+        ImportError: an extra is missing.
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
     folder = None if data is None else Path(data)
     if lm_eval and (max_length is not None or contexts):
-        raise ValueError("--max-length and --contexts are for our own scorer: leave them out with --lm-eval")
+        raise ValueError("max_length and contexts are for our own scorer: leave them out with lm_eval")
     if contexts and (shots or max_length is not None or window is not None):
-        raise ValueError("--contexts is for texts: leave out --shots, --max-length and --window")
+        raise ValueError("contexts is for texts: leave out shots, max_length and window")
     replied = [name for name in names if kind_of(name) in KINDS]
     if folder is None and not (lm_eval or contexts):
         asked = names if replied else known(names)
-        raise ValueError(f"--data is needed: the folder of {', '.join(asked)} (NAME.jsonl each)")
+        raise ValueError(f"data is missing: give the folder of {', '.join(asked)} (NAME.jsonl each)")
     if replied and len(replied) < len(names):
-        raise ValueError(f"answers that a model writes ({', '.join(replied)}) and other tasks need a call each")
+        raise ValueError(f"generation tasks ({', '.join(replied)}) exclude other tasks: use a call for each kind")
     if replied and (lm_eval or contexts or shots or window is not None):
-        raise ValueError(f"{names[0]} takes no --shots, --window, --contexts and --lm-eval: they are of other tasks")
+        raise ValueError(f"{names[0]} takes no shots, window, contexts and lm_eval: leave them out")
     opened = model if isinstance(model, LanguageModel) else ModelFolder.open(model)
     model, tokenizer = _loaded(opened, tokenizer)  # after all that can be refused without it
     if replied:
@@ -97,7 +96,7 @@ def evaluate(
         template = template or load_template(Path(), tokenizer)
         how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
         how |= {"limit": limit, "max_length": max_length, "progress": progress}
-        found = score_replies(model, template, names, folder, **how)
+        found = score_generation_tasks(model, template, names, folder, **how)
     elif lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import
 
@@ -108,12 +107,12 @@ def evaluate(
         assert folder is not None
         window = WINDOW if window is None else window
         how = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
-        found = score_tasks(model, tokenizer, names, folder, **how, progress=progress)
+        found = score_likelihood_tasks(model, tokenizer, names, folder, **how, progress=progress)
     return Evaluation(*found)
 
 
 def _loaded(model: LanguageModel | ModelFolder, tokenizer: Tokenizer | str | None) -> tuple[LanguageModel, Tokenizer]:
-    """The model and its tokenizer, from either form that `evaluate` takes; raises ValueError for a mixture."""
+    """Returns the model and its tokenizer from either form that `evaluate` accepts; raises ValueError for a mixture."""
     if isinstance(model, ModelFolder):
         found = model.tokenizer_for_text(tokenizer)
         return model.model(), found
@@ -123,7 +122,7 @@ def _loaded(model: LanguageModel | ModelFolder, tokenizer: Tokenizer | str | Non
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Returns the rows as a Markdown table."""
     heads = ["task", "shots", "questions", "metric", "value", "95 % interval"]
     if rows and "context" in rows[0]:
         heads.insert(1, "context")

@@ -1,5 +1,5 @@
-"""95 % confidence intervals: Wilson's for shares, the percentile bootstrap for ratios over documents, Student's t for
-means of few runs whose spread is pooled."""
+"""95 % confidence intervals: Wilson's for shares, the percentile bootstrap for ratios over documents, and Student's t
+for means of few runs with pooled spread."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 Z = 1.959964
-"""The normal distribution's quantile for a two-sided 95 %."""
+"""Quantile of the normal distribution for two-sided 95 %."""
 
 Interval = tuple[float, float] | None
-"""(low, high); None where there are too few values to say."""
+"""(low, high); None if there are too few values."""
 
 
 def wilson(right: int, of: int) -> Interval:
-    """The interval of a share `right` / `of` (Wilson 1927): within [0, 1], and sound for small numbers.
+    """Returns the interval of a share `right` / `of` (Wilson 1927): within [0, 1], and valid for small numbers.
 
     The normal approximation would have width 0 for 10 right of 10.
     """
     share, width = right / of, Z * Z / of
     middle = (share + width / 2) / (1 + width)
     half = Z / (1 + width) * math.sqrt(share * (1 - share) / of + width / of / 4)
-    return middle - half if right else 0.0, middle + half if right < of else 1.0  # both exact but for rounding
+    return middle - half if right else 0.0, middle + half if right < of else 1.0  # 0 and 1 exactly, without rounding
 
 
 def share(metric: str, hits: Sequence[bool]) -> dict[str, Any]:
-    """The row of a share: metric, value, interval."""
+    """Returns the row of a share: metric, value, interval."""
     return {"metric": metric, "value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The interval of a mean, from its standard error; None for fewer than two values."""
+    """Returns the interval of a mean, from its standard error; None for fewer than two values."""
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -39,9 +39,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def ratio_interval(over: Sequence[float], under: Sequence[float], *, draws: int = 2000, seed: int = 0) -> Interval:
-    """The interval of sum(over) / sum(under): percentiles of the bootstrap over documents, `draws` times.
+    """Returns the interval of sum(over) / sum(under): bootstrap percentiles over documents, `draws` times.
 
-    Documents are drawn, not tokens: those of one document are not independent. The seed makes it reproducible.
+    Documents are drawn, not tokens, since tokens of one document are not independent. The seed makes it reproducible.
     """
     if len(over) < 2:
         return None
@@ -55,19 +55,19 @@ def ratio_interval(over: Sequence[float], under: Sequence[float], *, draws: int 
     return float(low), float(high)
 
 
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; a table, to need no SciPy
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; a table avoids SciPy
 T: tuple[float, ...]
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def t95(freedom: int) -> float:
-    """Student's t, two-sided 95 %, for `freedom` degrees of freedom; above 30 that of 30, which is a little wide."""
+    """Returns Student's t, two-sided 95 %, for `freedom` degrees of freedom; above 30 that of 30, slightly wide."""
     return math.inf if freedom < 1 else T[min(freedom, len(T)) - 1]
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
-    """(standard deviation within groups, its degrees of freedom), as if all groups had the same spread."""
+    """Returns (standard deviation within groups, its degrees of freedom), assuming equal spread in all groups."""
     arrays = [np.asarray(g, float) for g in groups]
     freedom = sum(len(g) - 1 for g in arrays)
     squares = sum(float(((g - g.mean()) ** 2).sum()) for g in arrays)
@@ -75,5 +75,5 @@ def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
 
 
 def half_width(deviation: float, freedom: int, n: int) -> float | None:
-    """Half the width of the 95 % interval of a mean of n values; None without degrees of freedom."""
+    """Returns half the width of the 95 % interval of a mean of n values; None without degrees of freedom."""
     return t95(freedom) * deviation / math.sqrt(n) if freedom else None

@@ -1,8 +1,8 @@
-"""The tasks: how a row of a task's file becomes a question, with its prompts, choices and the right answer.
+"""Likelihood tasks: how a row of a task's file becomes a question with prompts, choices and the right answer.
 
-Prompts, choices and metrics are those of lm-eval 0.4.13's stock tasks, the two spaces that it puts before COPA's and
-Winograd's continuations included. Winogrande and Winograd are scored as Trinh and Le do (arXiv 1806.02847): one prompt
-for each choice, and the same words after it.
+Prompts, choices and metrics are those of lm-eval 0.4.13's stock tasks, including the two spaces before continuations of
+COPA and Winograd. Winogrande and Winograd are scored as by Trinh and Le (arXiv 1806.02847): one prompt for each choice,
+followed by the same words.
 """
 
 import re
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 PROMPTS = "0.4.13"
-"""The version of lm-eval whose prompts these are."""
+"""Version of lm-eval that the prompts are from."""
 
 PASSKEY = "passkey"
-"""The one task without a file: contexts.py makes its questions up."""
+"""The only task without a file: contexts.py makes up its questions."""
 
 Row = Mapping[str, Any]
 """A row of a file, by field."""
@@ -22,36 +22,35 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its choices, a prompt and a continuation for each."""
+    """A question with its choices, and a prompt and a continuation for each choice."""
 
     prompts: tuple[str, ...]
     continuations: tuple[str, ...]
-    """Each with the space that separates it from its prompt."""
+    """Each includes the space that separates it from its prompt."""
     gold: int
-    """The index of the right choice."""
+    """Index of the right choice."""
     choices: tuple[str, ...]
-    """The choices' own texts, whose lengths normalise log-likelihoods (acc_norm, acc_bytes)."""
+    """Texts of the choices; their lengths normalise log-likelihoods (acc_norm, acc_bytes)."""
     shot: str
-    """Prompt and right answer, as an example before other questions."""
+    """Prompt and right answer, for use as an example before other questions."""
 
 
 @dataclass(frozen=True)
 class Task:
     kind: str
-    """choice: which continuation is likeliest. word: is the continuation what greedy decoding gives. text: perplexity.
-    """
+    """choice: picks the likeliest continuation. word: compares with greedy decoding. text: perplexity."""
     build: Callable[[Row], Any]
-    """Makes a Question of a row (the text, where the kind is text). Raises ValueError for one that it cannot use."""
+    """Makes a Question from a row (for kind text, the text). Raises ValueError if the row is unusable."""
     metrics: tuple[str, ...]
     files: tuple[str, ...] = ()
-    """Its file below the data folder, the first of these that exists, if not NAME.jsonl; a folder of .txt for texts."""
+    """Files below the data folder, of which the first existing one is used; default NAME.jsonl, or a folder of .txt."""
 
 
 # fields of rows
 
 
 def string(row: Row, field: str) -> str:
-    """The string in a field; raises ValueError if there is none."""
+    """Returns the string in a field; raises ValueError if there is none."""
     if field not in row:
         raise ValueError(f"no field {field!r}, expected one beside {', '.join(map(repr, row)) or 'nothing'}")
     if not isinstance(row[field], str):
@@ -60,7 +59,7 @@ def string(row: Row, field: str) -> str:
 
 
 def strings(row: Row, field: str) -> list[str]:
-    """The list of two strings or more in a field; raises ValueError if there is none."""
+    """Returns the list of at least two strings in a field; raises ValueError if there is none."""
     values = row.get(field)
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) for v in values):
         raise ValueError(f"field {field!r} must be a list of two strings or more, got {values!r:.80}")
@@ -68,7 +67,7 @@ def strings(row: Row, field: str) -> list[str]:
 
 
 def one_of(row: Row, field: str, names: list[Any]) -> int:
-    """The index in `names` of a field's value, where 1 and "1" are the same; raises ValueError for any other."""
+    """Returns the index in `names` of a field's value, where 1 equals "1"; raises ValueError for other values."""
     value = str(row.get(field)).strip()
     if value not in map(str, names):
         raise ValueError(f"field {field!r} must be one of {', '.join(map(str, names))}, got {row.get(field)!r:.80}")
@@ -79,14 +78,14 @@ def one_of(row: Row, field: str, names: list[Any]) -> int:
 
 
 def ask(prompt: str, choices: list[str], gold: int) -> Question:
-    """The question with one prompt, which each of the choices follows after a space."""
+    """Returns a question with one prompt, followed by each of the choices after a space."""
     _no_empty(choices)
     continuations = tuple(" " + choice for choice in choices)
     return Question((prompt,) * len(choices), continuations, gold, tuple(choices), prompt + continuations[gold])
 
 
 def fill(beginnings: list[str], end: str, gold: int) -> Question:
-    """The question with a prompt for each choice, which the same end follows after a space."""
+    """Returns a question with one prompt per choice, followed by the same end after a space."""
     _some(end)
     n = len(beginnings)
     return Question(tuple(beginnings), (" " + end,) * n, gold, tuple(beginnings), f"{beginnings[gold]} {end}")
@@ -111,7 +110,7 @@ def hellaswag(row: Row) -> Question:
 
 
 def _without_marks(text: str) -> str:
-    """The text without WikiHow's headings and brackets, as lm-eval cleans it."""
+    """Removes WikiHow's headings and brackets, as lm-eval does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -129,7 +128,7 @@ def copa(row: Row) -> Question:
     word = ("because", "therefore")[one_of(row, "question", ["cause", "effect"])]
     choices = [string(row, "choice1"), string(row, "choice2")]
     _no_empty(choices)
-    prompt = f"{string(row, 'premise').strip()[:-1]} {word}"  # the premise without its full stop
+    prompt = f"{string(row, 'premise').strip()[:-1]} {word}"  # drops the premise's full stop
     return ask(prompt, [f" {c[0].lower()}{c[1:]}" for c in choices], one_of(row, "label", [0, 1]))
 
 
@@ -142,7 +141,7 @@ def winogrande(row: Row) -> Question:
 
 
 UPPER = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their")
-"""First words of options that are not names: lower case in the middle of a sentence."""
+"""First words of options that are not names: lower-cased in the middle of a sentence."""
 
 
 def wsc273(row: Row) -> Question:
@@ -155,17 +154,17 @@ def wsc273(row: Row) -> Question:
 
 
 def _fitted(option: str, text: str, pronoun: str, place: int) -> str:
-    """The option as it is written instead of the pronoun."""
+    """Returns the option in the form that replaces the pronoun."""
     _no_empty([option])
     if pronoun.lower() in ("my", "his", "her", "our", "their"):
         option += "'s"
     first = option.split()[0]
-    # two characters before the pronoun: a full stop and a space, or it is not the beginning of a sentence
+    # a full stop two characters before the pronoun marks the beginning of a sentence
     return option.replace(first, first.lower()) if first in UPPER and text[place - 2] != "." else option
 
 
 def lettered(prompt: Callable[[Row], str]) -> Callable[[Row], Question]:
-    """A builder of questions whose choices have labels, as those of ARC and OpenBookQA."""
+    """Returns a builder of questions with labelled choices, as in ARC and OpenBookQA."""
 
     def build(row: Row) -> Question:
         choices = row.get("choices")
@@ -180,7 +179,7 @@ def lettered(prompt: Callable[[Row], str]) -> Callable[[Row], Question]:
 
 
 def storycloze(row: Row) -> Question:
-    """From lm-eval's field names, or those of the authors' CSV."""
+    """Reads lm-eval's field names, or those of the authors' CSV."""
     new = "input_sentence_1" in row
     sentences = [string(row, f"input_sentence_{n}" if new else f"InputSentence{n}") for n in range(1, 5)]
     ends = [string(row, f"sentence_quiz{n}" if new else f"RandomFifthSentenceQuiz{n}") for n in (1, 2)]
@@ -190,7 +189,7 @@ def storycloze(row: Row) -> Question:
 def lambada(row: Row) -> Question:
     prompt, _, word = string(row, "text").rpartition(" ")
     _some(word)
-    # two spaces in examples: lm-eval joins the prompt and " word" with one more
+    # two spaces in examples, since lm-eval joins prompt and " word" with one more
     return Question((prompt,), (" " + word,), 0, (word,), f"{prompt}  {word}")
 
 

@@ -1,10 +1,10 @@
-"""Beam search: the likeliest continuations that can be found by keeping a few of them at each step.
+"""Beam search: finds the likeliest continuations by keeping the best few at each step.
 
-    score = log p(tokens, stop) / length ^ length_penalty           length: tokens, the stop among them
+    score = log p(tokens, stop) / length ^ length_penalty           length: tokens, including the stop
 
-A beam that ends in a stop is done: it is set aside with its score, and the others go on with one beam less (Sutskever
-et al., arXiv 1409.3215). One beam is greedy decoding; as many beams as there are continuations find the likeliest of
-all.
+A beam that ends in a stop is finished: it is set aside with its score, and the search goes on with one beam less
+(Sutskever et al., arXiv 1409.3215). One beam is greedy decoding. As many beams as there are continuations find the
+likeliest of all.
 """
 
 import itertools
@@ -34,17 +34,18 @@ def beam_search(
     length_penalty: float = 1.0,
     state: State | None = None,
 ) -> list[tuple[list[int], float]]:
-    """(tokens, score) of up to `beams` continuations of `ids`, the best first, stops left out.
+    """Returns (tokens, score) of up to `beams` continuations of `ids`, best first, without stops.
 
     Args:
-        beams: continuations kept.
-        max_tokens: of each.
-        first_ids: what the first token must be one of; anything if not given.
-        length_penalty: 0 compares log probabilities, 1 their mean; more prefers long ones.
-        state: what the model has read before the prompt; used up.
+        beams: number of continuations kept.
+        max_tokens: maximum tokens of each.
+        first_ids: allowed first tokens; any by default.
+        length_penalty: 0 compares log probabilities, 1 their mean; higher values prefer long continuations.
+        state: the model's state before the prompt; consumed.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, beams or max_tokens below 1, states beyond the memory.
+        ValueError: the prompt is empty, ids are outside the vocabulary, beams or max_tokens is below 1, or the states
+            exceed the memory.
         ArithmeticError: the model's logits are not finite.
     """
     prompt = checked(model, ids)
@@ -56,8 +57,8 @@ def beam_search(
         raise ValueError(
             f"{beams:,} beams keep {needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free: take fewer"
         )
-    live: list[list[int]] = [[]]  # tokens of the beams that go on; row i of the state is that of live[i]
-    sums = torch.zeros(1, dtype=torch.float64)  # their log probabilities
+    live: list[list[int]] = [[]]  # tokens of unfinished beams; row i of the state belongs to live[i]
+    sums = torch.zeros(1, dtype=torch.float64)  # log probabilities of these beams
     done: list[tuple[list[int], float]] = []
     stops = frozenset(stop_ids)
     for length in itertools.count(1):
@@ -78,7 +79,7 @@ def beam_search(
             break
         sums, parents = best[kept], torch.tensor([rows[n] for n in kept])
         logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, parents))
-    # beams that are still live have all reached max_tokens
+    # beams still live have reached max_tokens
     done += [(beam, float(best[n]) / max_tokens**length_penalty) for n, beam in zip(kept, live, strict=True)]
     return sorted(done, key=lambda pair: -pair[1])
 
@@ -86,29 +87,29 @@ def beam_search(
 def likeliest(
     model: LanguageModel, ids: Sequence[int] | Tensor, params: SamplingParams | None = None, *, beams: int, **how: Any
 ) -> Iterator[Token]:
-    """The tokens of the best continuation, as `generate` gives them but with NaN for log probabilities.
+    """Yields the tokens of the best continuation as `generate` does, but with NaN as log probabilities.
 
-    `params` is there for the signature that `write_on` calls: nothing is sampled.
+    `params` only completes the signature that `write_on` calls: nothing is sampled.
     """
     tokens, _ = beam_search(model, ids, beams=beams, **how)[0]
     yield from (Token(token, math.nan) for token in tokens)
 
 
 def _best(totals: Tensor, count: int) -> tuple[Tensor, list[int], list[int]]:
-    """(the `count` highest of `totals` `[n, vocab]`, the row of each, its token), without any that is impossible."""
+    """Returns the `count` highest of `totals` `[n, vocab]`, with row and token of each, without impossible ones."""
     best, where = totals.flatten().topk(min(count, totals.numel()))
     where = where[best > -torch.inf]
     return best[: len(where)], (where // totals.shape[1]).tolist(), (where % totals.shape[1]).tolist()
 
 
 def _reordered(state: Any, parents: Tensor) -> Any:
-    """The state with row i that of the beam that beam i grew from; itself if no row moves, which spares a copy."""
+    """Returns the state with row i from beam i's parent; the state itself if no row moves, to avoid a copy."""
     same = torch.equal(parents, torch.arange(len(state.position)))
     return state if same else state.select(parents)
 
 
 def _step(model: LanguageModel, tokens: list[int], state: Any) -> tuple[Tensor, Any]:
-    """(logits `[n, vocab]`, state) after one more token of each of n beams."""
+    """Decodes one more token of each of n beams; returns (logits `[n, vocab]`, state)."""
     with step_threads(model, len(tokens), state):
         x, state = model.hidden(torch.tensor(tokens, device=model.device)[:, None], state)
         return model.head(x[:, -1]), state

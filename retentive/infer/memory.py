@@ -1,11 +1,11 @@
-"""A memory: the state of a model that has read something, as a file. Read once, asked any number of times.
+"""Memory: the state of a model that has read something, as a file. Read once, asked any number of times.
 
     save(memory, path), load_memory(path, model)
-    show(path), head(path)                          what a file holds, without a model; without its tensors
+    show(path), head(path)                          a file's content, without a model; without its tensors
 
-`reading.py` makes memories of documents, `merge.py` one memory of several. The file is that of the state; its metadata
-say what was read and by which model, with a digest of all. The digest finds damage and mix-ups; it is no signature:
-whoever can write the file can write a matching one.
+`reading.py` makes memories of documents, `merge.py` merges several into one. The file is that of the state; its
+metadata record what was read and by which model, with a digest of everything. The digest detects damage and mix-ups.
+It is no signature: anyone who can write the file can write a matching digest.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from retentive.models.state import State, load_state
 from retentive.models.version_1 import version_1
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
-"""Fields of `Memory` that are kept as JSON beside the state, and their types."""
+"""Fields of `Memory` stored as JSON beside the state, and their types."""
 
 PARTS = ("state", "keys", "values", "gates")
 """Names of a block's tensors in a state's file."""
@@ -31,22 +31,22 @@ PARTS = ("state", "keys", "values", "gates")
 
 @dataclass
 class Memory:
-    """The state after all tokens but `pending`, and where it comes from."""
+    """The state after all tokens except `pending`, and its origin."""
 
     state: State
-    """Of one sequence (N = 1)."""
+    """State of one sequence (N = 1)."""
     pending: list[int]
-    """Ids that belong to the text but were not read yet; the next prompt begins with them."""
+    """Ids of the text that were not read yet; the next prompt begins with them."""
     tokens: int
-    """Tokens read in all. Where memories were merged, more than the state's position, which is that of the longest."""
+    """Number of tokens read. In merged memories it exceeds the state's position, which is that of the longest."""
     model: str
-    """The model's fingerprint."""
+    """Fingerprint of the model."""
     sources: list[dict]
-    """name, tokens and sha256 of each document, in the order of reading."""
+    """Name, tokens and sha256 of each document, in reading order."""
     config: dict = field(default_factory=dict)
-    """The model's config as a dict; merging needs it to rotate the state."""
+    """The model's config as a dict, needed to rotate the state when merging."""
     errors: list[float] = field(default_factory=list)
-    """Of a merged memory, one for each layer, if they were measured: see `merge.chain_errors`."""
+    """For merged memories the error of each layer, if measured: see `merge.chain_errors`."""
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +54,9 @@ class Memory:
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """32 hex digits that stand for the config and the weights (with their dtype), on whatever device they are."""
+    """Returns 32 hex digits that identify config and weights (with their dtype), independent of the device."""
     digest = hashlib.blake2b(digest_size=16)
-    config = model.config  # as version 0.1.0 described it, where it could: its memory files stay this model's
+    config = model.config  # in the form of version 0.1.0 if it has one, so that older memory files stay valid
     described = None if config.library else version_1(config)
     digest.update(json.dumps(described or ["Model", config.written()], sort_keys=True).encode())
     for name, x in sorted(model.named_parameters()):
@@ -66,18 +66,18 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def blank(model: LanguageModel, name: str | None = None) -> Memory:
-    """The memory of a model that has read nothing; `name` is its fingerprint, to spare hashing all weights again."""
+    """Returns the memory of a model that has read nothing; `name` is its fingerprint, if already computed."""
     return Memory(model.init_state(1), [], 0, name or fingerprint(model), [], model.config.written())
 
 
 def _hash(digest, x: Tensor) -> None:
-    # dtype and shape go in too: the same bytes in another shape are another tensor
+    # includes dtype and shape: the same bytes in another shape are another tensor
     digest.update(f"{x.dtype}{list(x.shape)}".encode())
-    digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())  # as bytes: NumPy knows no bfloat16
+    digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())  # as bytes, since NumPy has no bfloat16
 
 
 def tensors(state: State) -> list[Tensor]:
-    """All tensors of a state in the order that the digest takes them: by part, then by block, the position last."""
+    """Returns all tensors of a state in the digest's order: by part, then by block, the position last."""
     named = state.named()
     return [*(x for part in PARTS for name, x in named.items() if name.endswith(f".{part}")), state.position]
 
@@ -93,24 +93,24 @@ def _digest(state: State, about: str) -> str:
 
 
 def save(memory: Memory, path: str | Path) -> None:
-    """Write it as one safetensors file, whole or not at all."""
+    """Writes it as one safetensors file, atomically."""
     about = json.dumps({name: getattr(memory, name) for name in ABOUT})
-    # padded to whole KiB: the file keeps its size while the count of tokens gains digits (constant size is the promise)
+    # padded to whole KiB, so that the file's size stays constant while the token count gains digits
     about = about.ljust(-(-len(about) // 1024) * 1024)
     state = memory.state.detach().to("cpu")
     state.save(path, {"memory": about, "digest": _digest(state, about)})
 
 
 def load_memory(path: str | Path, model: LanguageModel | None = None, expected: str | None = None) -> Memory:
-    """The memory that `save` wrote to `path`, on the model's device.
+    """Loads the memory that `save` wrote to `path`, onto the model's device.
 
     Args:
         model: the model that must have written it; None accepts any, and leaves the state on the CPU.
-        expected: that model's fingerprint, to spare hashing all weights again.
+        expected: that model's fingerprint, if already computed.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not a memory file, cut short, changed since it was written, or another model's.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no memory file, truncated, changed since it was written, or of another model.
     """
     try:
         state = load_state(path)
@@ -134,19 +134,19 @@ def load_memory(path: str | Path, model: LanguageModel | None = None, expected: 
 
 
 def head(path: str | Path) -> dict[str, Any]:
-    """The fields of `Memory` but the state, from the metadata of a memory file. Its tensors are not read.
+    """Returns the fields of `Memory` except the state, from a memory file's metadata, without reading its tensors.
 
-    Damage in the tensors is found by `load_memory` only.
+    Only `load_memory` detects damaged tensors.
 
     Raises:
-        OSError: no such file, or not readable.
-        ValueError: not a memory file.
+        OSError: the file does not exist or cannot be read.
+        ValueError: it is no memory file.
     """
     return _parsed(_metadata(path)["memory"], path)
 
 
 def _metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a memory file; raises ValueError for any other file."""
+    """Returns the metadata of a memory file; raises ValueError for other files."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -160,7 +160,7 @@ def _metadata(path: str | Path) -> dict[str, str]:
 def _parsed(about: str, path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(about)
-    except (ValueError, RecursionError):  # no JSON, or brackets without end
+    except (ValueError, RecursionError):  # not JSON, or endless brackets
         found = None
     if not _well_formed(found):
         raise ValueError(f"{path} does not say what was read as this version does: write it again")
@@ -168,8 +168,8 @@ def _parsed(about: str, path: str | Path) -> dict[str, Any]:
 
 
 def _well_formed(about: Any) -> bool:
-    """Whether `about` has the fields and types that `save` writes."""
-    # type(), not isinstance: JSON's true would pass for an int
+    """True if `about` has the fields and types that `save` writes."""
+    # type(), since isinstance would accept JSON's true as an int
     if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != ABOUT:
         return False
     wanted = {"name": str, "tokens": int, "sha256": str}
@@ -182,8 +182,8 @@ def _well_formed(about: Any) -> bool:
 def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
     """Raises ValueError unless shapes, dtypes and ids are those of one sequence of the model.
 
-    The digest proves no more than that the file is as it was written: one made by hand may hold anything, and a wrong
-    shape would fail only deep in a kernel.
+    The digest only proves that the file is as it was written. A handmade file may hold anything, and a wrong shape
+    would only fail deep in a kernel.
     """
     misfit = f"{path} does not fit the model: its state is not that of one sequence of this {model.config.name}"
     if memory.state.position.shape != (1,):
@@ -207,7 +207,7 @@ def _check_fit(memory: Memory, model: LanguageModel, path: str | Path) -> None:
 
 
 def show(path: str | Path) -> dict[str, Any]:
-    """What is in the file at `path`, without a model; errors as `load_memory`."""
+    """Returns a description of the file at `path`, without a model; raises as `load_memory`."""
     memory = load_memory(path)
     return {
         "kinds": sorted(set(memory.state.kinds)),

@@ -1,11 +1,11 @@
-"""One memory of several that were read apart: side by side (structured prompting), or one after the other (a chain).
+"""Merges memories that were read apart: side by side (structured prompting), or one after the other (a chain).
 
     side by side   S = c sum_i R(P - L_i) S_i                    P the largest L_i, c keeps the size of the states
     in a chain     S_AB = exp(L_B log_decay) S_A + R(L_A) S_B
 
 S_i is the state of one head after L_i tokens, R(n) rotates its keys by n positions. Both are exact in the first layer
-and approximations above it; how good they are, and why c is what it is: docs/memory.md. Structured prompting is that of
-Hao et al., arXiv 2212.06713.
+and approximate above it; docs/memory.md shows how good they are, and derives c. Structured prompting: Hao et al.,
+arXiv 2212.06713.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,23 +22,23 @@ from retentive.ops import rotary
 
 
 def keep_size(states: Tensor) -> Tensor:
-    """Weights `[H,1,1]` that scale the sum of states `[M,H,K,V]` to their own size (root mean square), head by head.
+    """Returns weights `[H,1,1]` that scale the sum of states `[M,H,K,V]` to their own root mean square, per head.
 
-    1/M where all are the same, 1/sqrt(M) where they have nothing in common; docs/memory.md says why.
+    1/M if all are equal, 1/sqrt(M) if they are uncorrelated; docs/memory.md says why.
     """
     squares = states.square().sum((-2, -1), keepdim=True).mean(0)
     total = states.sum(0).square().sum((-2, -1), keepdim=True)
-    return torch.where(total > 0, squares / total, 0).sqrt()  # states that cancel, or are all zero, stay zero
+    return torch.where(total > 0, squares / total, 0).sqrt()  # states that cancel or are zero stay zero
 
 
 def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = keep_size) -> Memory:
-    """One memory in which each of `memories` stands right before what comes: structured prompting.
+    """Merges memories as if each stood right before the prompt: structured prompting.
 
-    Their states are rotated to the same last position and summed, in each layer and head with `weight`. All are equally
-    near, however many there are. Merging copies of one memory gives that memory.
+    Their states are rotated to the same last position and summed, weighted by `weight` per layer and head. All are
+    equally near, however many there are. Merging copies of one memory gives that memory.
 
     Raises:
-        ValueError: no memories, different models, a Transformer's cache, or tokens that are still to be read.
+        ValueError: there are no memories, they are of different models or of a Transformer, or have pending tokens.
     """
     mixers, states = _mergeable(memories)
     end = max(int(s.position[0]) for s in states)
@@ -51,18 +51,18 @@ def merge(memories: Sequence[Memory], *, weight: Callable[[Tensor], Tensor] = ke
 
 
 def chain(memories: Sequence[Memory]) -> Memory:
-    """One memory in which `memories` stand one after the other, as if they had been read in a row.
+    """Merges memories as if they had been read one after the other.
 
-    In the first layer it is exactly that. In those above it is not: there keys and values depend on what came before,
-    and each part was read without it.
+    Exact in the first layer only: in higher layers keys and values depend on the text before, which each part was read
+    without.
 
     Raises:
-        ValueError: as for `merge`, or decays that depend on the tokens.
+        ValueError: as for `merge`, or the decays depend on the tokens.
     """
     mixers, states = _mergeable(memories)
     if any(mixer.decay == "gated" for mixer in mixers):
         raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
-    # float64: a rate close to 1 is raised to the power of a document's length
+    # float64, since a rate close to 1 is raised to the power of a document's length
     decays = [torch.tensor(mixer.log_decay(), dtype=torch.float64)[:, None, None] for mixer in mixers]
     layers: list[Tensor] = [torch.zeros(()) for _ in mixers]  # broadcast in the first sum
     end = 0
@@ -76,9 +76,9 @@ def chain(memories: Sequence[Memory]) -> Memory:
 
 
 def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
-    """|chain - whole| / |whole| of each layer, where `whole` has read in a row what `memories` have read apart.
+    """Returns |chain - whole| / |whole| of each layer, where `whole` has read consecutively what `memories` read apart.
 
-    This is what it cost each memory to be read without those before it.
+    This is the cost of reading each memory without those before it.
 
     Raises:
         ValueError: `whole` has not read the same documents in that order.
@@ -99,14 +99,14 @@ def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
 def merge_files(
     files: Sequence[str | Path], out: str | Path, *, in_a_chain: bool = False, against: str | Path | None = None
 ) -> Memory:
-    """The memory that `merge` makes of those in `files` (or `chain`, with `in_a_chain`), saved to the new file `out`.
+    """Merges the memories in `files` by `merge` (or `chain`, with `in_a_chain`) and saves the result to the new `out`.
 
     Args:
-        against: the file of a memory that has read the same documents in a row; the result then has `errors`, those of
+        against: file of a memory that has read the same documents consecutively; the result then has the `errors` of
             `chain_errors`.
 
     Raises:
-        ValueError: fewer than two files, or memories that cannot be merged.
+        ValueError: there are fewer than two files, or the memories cannot be merged.
         OSError: a file is missing, or `out` exists.
     """
     out = Path(out)
@@ -114,7 +114,7 @@ def merge_files(
         raise ValueError(f"merge needs two memory files or more, got {len(files)}")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
-    memories = [load_memory(file) for file in files]  # without a model: merging needs only the config in the files
+    memories = [load_memory(file) for file in files]  # without a model: merging needs only the config in each file
     memory = chain(memories) if in_a_chain else merge(memories)
     if against is not None:
         memory.errors = chain_errors(memories, load_memory(against))
@@ -127,7 +127,7 @@ def _hashes(memory: Memory) -> list[str]:
 
 
 def _mergeable(memories: Sequence[Memory]) -> tuple[list[RetentionConfig], list[State]]:
-    """(retention of each block, their states); raises ValueError for memories that cannot be merged."""
+    """Returns (the shared retention of each block, the states); raises ValueError if they cannot be merged."""
     if not memories:
         raise ValueError("merging needs at least one memory, got none")
     first, states = memories[0], []
@@ -152,21 +152,21 @@ def _mergeable(memories: Sequence[Memory]) -> tuple[list[RetentionConfig], list[
 
 
 def _rotated(state: State, by: int, mixers: Sequence[RetentionConfig]) -> list[Tensor]:
-    """The states of the blocks `[1,H,K,V]` as if all tokens stood `by` positions later.
+    """Returns the blocks' states `[1,H,K,V]` as if all tokens stood `by` positions later.
 
-    A state is a sum of k v^T, and the rotation of every key acts on K: rotating the sum is exact.
+    A state is a sum of k v^T and the rotation of a key acts on K, so rotating the sum is exact.
     """
     rotated = []
     for x, mixer in zip(state.settled().tensors(), mixers, strict=False):  # the last tensor is the position
         offset = torch.tensor([by], device=x.device)
         cos, sin = rotary.phases(offset, x.shape[-2], mixer.rotary, base=mixer.rotary_base, dtype=x.dtype)
-        # `rotate` wants the rotated dimension last, where a state has V
+        # `rotate` acts on the last dimension, which in a state is V
         rotated.append(rotary.rotate(x.mT, cos, sin, mixer.rotary).mT.contiguous())
     return rotated
 
 
 def _merged(memories: Sequence[Memory], layers: list[Tensor], end: int) -> Memory:
-    """The memory of these layers at position `end`; its sources say which part each document came from."""
+    """Returns the memory of these layers at position `end`; its sources tell which part each document is from."""
     first = memories[0]
     state = State([RetentionMemory(x) for x in layers], torch.full_like(first.state.position, end))
     sources = [{**source, "part": n} for n, m in enumerate(memories) for source in m.sources]

@@ -1,10 +1,10 @@
-"""Reading documents of any length into a memory file, in prefill chunks; it can be interrupted and resumed.
+"""Reads documents of any length into a memory file, in prefill chunks; reading can be interrupted and resumed.
 
     write_memory(model, tokenizer, ["library/"], "library.mem")        files and folders into one file
     ingest(model, pieces, memory)                                      ids into a Memory, for other sources
 
-Each document begins with an end-of-text token, as in training. What was read so far is saved beside the file every
-minute and when reading is interrupted, so that the same call resumes from there.
+Each document begins with an end-of-text token, as in training. Progress is saved beside the file every minute and on
+interruption, and the same call resumes from there.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ from retentive.infer.merge import chain_errors, merge
 from retentive.models import LanguageModel
 
 CHUNK = 4096
-"""Tokens that go through the model at once."""
+"""Tokens per call of the model."""
 SAVE_EVERY = 60.0
-"""Seconds between two saves of what was read so far."""
+"""Seconds between two saves of the progress."""
 PLAIN = (".txt", ".md", ".py", ".rst")
-"""Files that hold nothing but text, so that their size tells how much there is to read."""
+"""Suffixes of plain text files, whose sizes tell how much there is to read."""
 
 
 class Progress(NamedTuple):
     tokens: int
-    """Read so far, with those of the memory that reading began from."""
+    """Tokens read so far, including those of the memory that reading began from."""
     share: float | None
-    """Of all text to read, 0 to 1; None where its length is not known (compressed files, tables, the hub)."""
+    """Fraction of all text read, 0 to 1; None if its length is unknown (compressed files, tables, the hub)."""
 
 
 Report = Callable[[Progress], object]
@@ -53,64 +53,64 @@ def write_memory(
     progress: Report = lambda now: None,
     say: Callable[[str], None] = warnings.warn,
 ) -> Memory:
-    """The memory of all documents of `sources`, saved to `out`; its size does not depend on their length.
+    """Reads all documents of `sources` into a memory and saves it to `out`; its size does not depend on their length.
 
     Args:
-        sources: files or folders, or hf:NAME, read in this order.
-        out: a new file, or that of `memory`, which is then replaced.
-        memory: the file of a memory to begin from.
-        separate: read each document for itself and merge them, so that all are equally near (structured prompting).
+        sources: files, folders or hf:NAME, read in this order.
+        out: a new file, or the file of `memory`, which is then replaced.
+        memory: file of a memory to begin from.
+        separate: read each document separately and merge them, so that all are equally near (structured prompting).
         progress: called after each prefill chunk.
         say: called with a line about each file of a folder that is left out.
 
     Raises:
-        ValueError, OSError: what `check` refuses; a file that is not text; an `OUT.unfinished` of other documents.
+        ValueError, OSError: as `check`; or a file is not text, or an `OUT.unfinished` is of other documents.
         ArithmeticError: the model's output is not finite.
-        KeyboardInterrupt: what was read until then is in `OUT.unfinished`, and the same call resumes from there (not
-            if `separate`, which keeps nothing).
+        KeyboardInterrupt: the progress is in `OUT.unfinished`, and the same call resumes from there (with `separate`
+            nothing is kept).
     """
     out = Path(out)
     check(sources, out, memory=memory, separate=separate)
     start = blank(model)
     if memory is not None:
-        start = load_memory(memory, model, start.model)  # its fingerprint is known: weights are hashed once
+        start = load_memory(memory, model, start.model)  # passes the fingerprint, to hash the weights only once
     texts = Texts(sources, say)
-    check_place(out)  # better now than after hours of reading
+    check_place(out)  # before hours of reading
     if separate:
-        merge([start])  # a model whose memories cannot be merged is refused before anything is read
+        merge([start])  # refuses a model whose memories cannot be merged, before anything is read
         found = _apart(model, tokenizer, start.model, texts, progress)
     else:
         found = _in_a_row(model, tokenizer, start, texts, unfinished(out), progress)
     save(found, out)
-    unfinished(out).unlink(missing_ok=True)  # only after the save: a crash between the two loses nothing
+    unfinished(out).unlink(missing_ok=True)  # after the save, so that a crash in between loses nothing
     return found
 
 
 def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None, separate: bool) -> None:
-    """Raises ValueError or OSError for what can be refused before a model is loaded, such as an `out` that exists."""
+    """Raises ValueError or OSError for problems that need no model, such as an `out` that exists."""
     if not sources:
-        raise ValueError("write needs files to read: retentive memory write RUN FILES… --out FILE")
+        raise ValueError("no sources given: name files to read")
     check_out(out, memory)
     if separate and memory is not None:
-        raise ValueError("--separate and --memory exclude each other: write apart, then retentive memory merge")
+        raise ValueError("separate and memory exclude each other: write a separate memory, then merge both")
     for source in sources:
         if not str(source).startswith("hf:"):
             source_files(source, advise=False)
 
 
 def check_out(out: Path, memory: str | Path | None = None) -> None:
-    """Raises FileExistsError for a file that is there, and is not the memory that is gone on from."""
+    """Raises FileExistsError if `out` exists, unless it is the memory to continue from."""
     if out.exists() and (memory is None or out != Path(memory)):
         raise FileExistsError(f"{out} exists: choose another file, nothing is overwritten")
 
 
 def unfinished(out: Path) -> Path:
-    """The file that holds what was read so far, until `out` is written."""
+    """Returns the file that keeps the progress until `out` is written."""
     return out.with_name(out.name + ".unfinished")
 
 
 class Texts:
-    """The documents of several sources in order, with a count of the bytes of text that have been encoded."""
+    """The documents of several sources in order, with a count of the bytes encoded so far."""
 
     def __init__(self, sources: Sequence[str | Path], say: Callable[[str], None]):
         self.sources, self.say = sources, say
@@ -121,36 +121,36 @@ class Texts:
 
     @property
     def share(self) -> float | None:
-        """See `Progress.share`."""
+        """Fraction of the text encoded, see `Progress.share`."""
         return min(self.done / self.total, 1.0) if self.total else None
 
 
 def total_bytes(sources: Sequence[str | Path]) -> int | None:
-    """Bytes of text in all files; None if any of them is not plain text, so that its size says nothing."""
+    """Returns the bytes of text in all files; None if one is not plain text, whose size does not tell."""
     if any(str(source).startswith("hf:") for source in sources):
         return None
     files = [file for source in sources for file in source_files(source, advise=False).values()]
     return sum(file.stat().st_size for file in files) if all(f.suffix.lower() in PLAIN for f in files) else None
 
 
-# two ways of reading: in a row, and each document for itself
+# two ways of reading: consecutively, and each document separately
 
 
 def _in_a_row(
     model: LanguageModel, tokenizer: Tokenizer, before: Memory, texts: Texts, path: Path, report: Report
 ) -> Memory:
-    """The memory after `before` and all documents; resumes from the unfinished file at `path` if there is one."""
+    """Reads all documents after `before`; resumes from the unfinished file at `path` if it exists."""
     known: list[str] = []
     sources: list[dict] = []
     memory = start = before
     if path.exists():
         memory = start = load_memory(path, model, before.model)
         if start.sources[: len(before.sources)] != before.sources:
-            raise ValueError(f"{path} went on from another memory: give the same --memory, or delete it")
-        # documents that the unfinished file has read, the last of them perhaps in part
+            raise ValueError(f"{path} continues another memory: give the same memory, or delete the file")
+        # documents in the unfinished file, the last one perhaps in part
         known = [source["sha256"] for source in start.sources[len(before.sources) :]]
-    # What the unfinished file has read is encoded again, which is cheap, and skipped by its count of tokens; the hashes
-    # tell whether they are the same documents.
+    # Text in the unfinished file is encoded again, which is cheap, and skipped by its token count. The hashes show
+    # whether the documents are the same.
     skip = start.tokens - before.tokens - len(before.pending) if start is not before else 0
     ids = _after(skip, _encoded(texts, texts, tokenizer, sources))
     saved = time.monotonic()
@@ -168,7 +168,7 @@ def _in_a_row(
                 saved = time.monotonic()
         _check_same(sources, known, path, whole=True)
     except KeyboardInterrupt:
-        if memory is not start:  # else nothing new was read, and there is nothing to keep
+        if memory is not start:  # otherwise nothing new was read
             keep()
         raise
     memory.sources = before.sources + sources
@@ -176,9 +176,9 @@ def _in_a_row(
 
 
 def _apart(model: LanguageModel, tokenizer: Tokenizer, name: str, texts: Texts, report: Report) -> Memory:
-    """The documents read each for itself and merged.
+    """Reads each document separately and merges them.
 
-    They are read a second time in a row, if their memories can be chained: the chain's error in each layer tells how
+    If the memories can be chained, the documents are also read consecutively: the chain's error per layer shows how
     much reading them apart has changed.
     """
     parts: list[Memory] = []
@@ -206,9 +206,9 @@ def _apart(model: LanguageModel, tokenizer: Tokenizer, name: str, texts: Texts, 
 def _encoded(
     documents: Iterable[Document], texts: Texts | None, tokenizer: Tokenizer, sources: list[dict]
 ) -> Iterator[list[int]]:
-    """The ids of all documents, a piece of text at a time.
+    """Yields the ids of all documents, one piece of text at a time.
 
-    As it goes it appends each document to `sources`, and counts the bytes encoded in `texts`.
+    Appends each document to `sources`, and counts the encoded bytes in `texts`.
     """
     for document in documents:
         digest = hashlib.sha256(document.text.encode()).hexdigest()
@@ -225,7 +225,7 @@ def _encoded(
 
 
 def _after(count: int, lists: Iterable[list[int]]) -> Iterator[list[int]]:
-    """The ids of `lists` after the first `count`."""
+    """Yields the ids of `lists` after the first `count`."""
     for ids in lists:
         if count < len(ids):
             yield ids[count:]
@@ -233,7 +233,7 @@ def _after(count: int, lists: Iterable[list[int]]) -> Iterator[list[int]]:
 
 
 def _check_same(sources: list[dict], known: list[str], path: Path, *, whole: bool = False) -> None:
-    """Raises ValueError if the documents met so far are not those that `path` has read; with `whole`, all of them."""
+    """Raises ValueError if the documents so far (with `whole`, all of them) differ from those read by `path`."""
     hashes = [source["sha256"] for source in sources[: len(known)]]
     if hashes != (known if whole else known[: len(hashes)]):
         raise ValueError(f"{path} has read other documents: give the same files in the same order, or delete it")
@@ -246,25 +246,25 @@ def _check_same(sources: list[dict], known: list[str], path: Path, *, whole: boo
 def ingest(
     model: LanguageModel, pieces: Iterable[Sequence[int]], memory: Memory, *, chunk: int = CHUNK
 ) -> Iterator[Memory]:
-    """The memory after each prefill chunk of the ids in `pieces`, going on from `memory` (which is used up).
+    """Yields the memory after each prefill chunk of the ids in `pieces`, continuing `memory`, which is consumed.
 
-    Activations take the memory of one chunk, however much there is to read. `sources` are the caller's to write.
+    Activations need the memory of one chunk, however long the text. The caller sets `sources`.
 
     Raises:
-        ArithmeticError: the model's output is not finite, so that its state would be worth nothing.
+        ArithmeticError: the model's output is not finite, so its state would be useless.
     """
     state: Any = memory.state
     tokens, device = memory.tokens, model.device
     for ids in _chunks(pieces, memory.pending, chunk):
         x, state = model.hidden(torch.tensor([ids], device=device), state)
         tokens += len(ids)
-        if not bool(x[:, -1].isfinite().all()):  # it depends on the whole state: NaN in there shows here
+        if not bool(x[:, -1].isfinite().all()):  # the output depends on the whole state, so a NaN in it shows here
             raise ArithmeticError(f"the model's output is not finite after {tokens:,} tokens: nothing to remember")
         yield Memory(state, [], tokens, memory.model, memory.sources, memory.config)
 
 
 def _chunks(pieces: Iterable[Sequence[int]], first: Sequence[int], size: int) -> Iterator[list[int]]:
-    """`first` and the ids of all pieces in lists of `size`, the last one shorter."""
+    """Yields `first` and the ids of all pieces in lists of `size`; the last one is shorter."""
     held = list(first)
     for piece in pieces:
         held += piece

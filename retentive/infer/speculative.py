@@ -1,12 +1,11 @@
-"""Speculative decoding: several tokens are guessed cheaply, and the model reads them all in one call.
+"""Speculative decoding: several tokens are drafted cheaply, and the model verifies all of them in one call.
 
-    accept guess x with probability min(1, p(x) / q(x)); else pick from max(p - q, 0) and drop the guesses after it
+    accept guess x with probability min(1, p(x) / q(x)); else sample from max(p - q, 0) and drop the guesses after it
 
-p is the distribution that the model would sample from, q the one that the guess was drawn from: what comes out is
-distributed as without guessing (Leviathan et al., arXiv 2211.17192), and greedy decoding gives the same tokens. The
-guesses come from a smaller model, or from the text itself, where its last tokens occurred before ("prompt look-up").
-Dropped guesses are taken back from the state (`rollback`): RetNet's ring buffer still holds the last tokens apart from
-the sum, and a KV cache writes over them.
+p is the model's sampling distribution, q the distribution of the guess. The output has the same distribution as without
+guessing (Leviathan et al., arXiv 2211.17192), and greedy decoding gives the same tokens. Guesses come from a smaller
+model, or from the text itself, where its last tokens occurred before (prompt look-up). Rejected guesses are taken back
+from the state by `rollback`: RetNet's ring buffer still holds the last tokens separately, a KV cache overwrites them.
 """
 
 from collections import Counter
@@ -23,7 +22,7 @@ from retentive.models import LanguageModel
 from retentive.models.state import State
 
 GRAMS = (3, 2)
-"""Lengths of the n-grams that a look-up searches for, the most reliable first."""
+"""Lengths of n-grams that a look-up searches for, the most reliable first."""
 
 
 def speculate(
@@ -39,18 +38,18 @@ def speculate(
     state: State | None = None,
     counts: Counter[str] | None = None,
 ) -> Iterator[Token]:
-    """Tokens after `ids` as `generate` gives them, several to a call of the model where guesses are right.
+    """Yields tokens after `ids` as `generate` does, several per call of the model if guesses are right.
 
     Args:
-        draft: a smaller model of the same vocabulary that guesses; if not given, guesses come from the text itself.
-        most: guesses in one call of the model.
-        counts: counts up "calls" of the model, guesses "made" and guesses "right".
+        draft: a smaller model with the same vocabulary that guesses; by default guesses come from the text itself.
+        most: number of guesses per call of the model.
+        counts: counter of "calls" of the model, guesses "made" and guesses "right".
 
-    Other arguments as for `generate`. The same seed does not give the same samples as there, since random numbers are
-    used up differently; they have the same distribution.
+    Other arguments as for `generate`. A seed gives other samples than there, of the same distribution, since random
+    numbers are used differently.
 
     Raises:
-        ValueError: as for `generate`; another vocabulary, most below 1.
+        ValueError: as for `generate`; or the draft has another vocabulary, or `most` is below 1.
     """
     prompt, vocab = checked(model, ids), model.config.vocab_size
     if most < 1:
@@ -65,7 +64,7 @@ def speculate(
 
 
 def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, counts) -> Iterator[Token]:
-    """The loop of `speculate`, without an end but a stop."""
+    """The endless loop of `speculate`, up to a stop."""
     text = prompt[0].tolist()
     logits, state = prefill(model, prompt, state)
     token, logprob = sampler(logits[0], first_ids)
@@ -74,9 +73,9 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
     yield Token(token, logprob)
     text.append(token)
     state = state.for_decoding(model.dtype, rollback=most)
-    while True:  # until a stop; `speculate` ends it at max_tokens
+    while True:  # until a stop; `speculate` cuts it at max_tokens
         guesses, chances = guesser.guess(text, most)
-        # the last token was picked but not read: its logits judge the first guess, and so on; one row more than guesses
+        # the last token was sampled but not read: its logits judge the first guess, and so on; one row more in all
         logits, state = score(model, [text[-1], *guesses], state)
         counts.update(calls=1, made=len(guesses))
         for n, row in enumerate(logits):
@@ -90,12 +89,12 @@ def _tokens(model, prompt, sampler, guesser, most, stop_ids, first_ids, state, c
             text.append(token)
             if token != guess:
                 break
-        state.rollback(len(guesses) - n)  # row n was the last to count: n guesses were right, the others are dropped
+        state.rollback(len(guesses) - n)  # n guesses were right, the others are taken back
 
 
 @torch.no_grad()
 def score(model: LanguageModel, ids: list[int], state: Any) -> tuple[Tensor, Any]:
-    """(logits `[T, vocab]` after each of the ids, float32 on the CPU; the state, which can be rolled back)."""
+    """Reads the ids; returns (logits `[T, vocab]` after each, float32 on the CPU; state, which can be rolled back)."""
     with step_threads(model, len(ids), state):
         x, state = model.hidden(torch.tensor([ids], device=model.device), state)
         logits = model.head(x[0]).float().cpu()
@@ -104,43 +103,43 @@ def score(model: LanguageModel, ids: list[int], state: Any) -> tuple[Tensor, Any
 
 
 def judge(sampler: Sampler, logits: Tensor, guess: int | None, q: Tensor | None) -> int:
-    """The guess if it is accepted, else another token; distributed as the sampler picks from `logits` `[vocab]`.
+    """Returns the guess if accepted, else another token; distributed as `sampler` samples from `logits` `[vocab]`.
 
     Args:
-        guess: None if there is none: the token is then picked as usual.
-        q: the distribution `[vocab]` that the guess was drawn from; None if it was certain (probability 1).
+        guess: None if there is none: then samples as usual.
+        q: distribution `[vocab]` that the guess was drawn from; None if it was certain (probability 1).
     """
     p = sampler.distribution(logits)
     if guess is None:
         return int(draw(p[None], sampler.uniform()))
     chance = 1.0 if q is None else float(q[guess])
-    if float(sampler.uniform()) * chance < float(p[guess]):  # u < p / q without dividing by a q that may be tiny
+    if float(sampler.uniform()) * chance < float(p[guess]):  # u < p / q, without dividing by a tiny q
         return guess
     rest = (p - q).clamp(min=0) if q is not None else p.index_fill(0, torch.tensor(guess), 0)
-    if not bool(rest.any()):  # p is q but for rounding
+    if not bool(rest.any()):  # p equals q except for rounding
         rest = p
     return int(draw(rest[None], sampler.uniform()))
 
 
 class Guesser(Protocol):
-    """Where guesses come from."""
+    """Source of guesses."""
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
-        """(up to `most` tokens after `text`, the distribution `[vocab]` that each was drawn from; none if certain).
+        """Returns (up to `most` tokens after `text`, the distribution `[vocab]` of each; none if certain).
 
-        From call to call the text grows by the guesses that were right and one token more.
+        Between calls the text grows by the right guesses and one more token.
         """
 
 
 class Lookup:
-    """Prompt look-up: guesses what followed when the text's last n-gram occurred before, the most recent time."""
+    """Prompt look-up: guesses what followed the most recent earlier occurrence of the text's last n-gram."""
 
     def __init__(self) -> None:
-        self.after: dict[tuple[int, ...], int] = {}  # n-gram: index in the text of the token after it
-        self.known = 0  # tokens of the text whose n-grams are in there
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> index in the text of the token after it
+        self.known = 0  # tokens of the text whose n-grams are in `after`
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
-        # n-grams that end before the text's end: the last one has nothing after it yet
+        # n-grams that end before the text does: the last one is followed by nothing yet
         for at in range(self.known, len(text)):
             for n in GRAMS:
                 if at >= n:
@@ -148,18 +147,18 @@ class Lookup:
         self.known = len(text)
         for n in GRAMS:
             if (at := self.after.get(tuple(text[-n:]), -1)) >= 0:
-                period = len(text) - at  # beyond the end of the text, the guess is that it goes on repeating
+                period = len(text) - at  # past the end of the text, guess that it repeats
                 return [text[at + i % period] for i in range(most)], []
         return [], []
 
 
 class Draft:
-    """Guesses with a smaller model, sampled with the same parameters and generator as the large one's tokens."""
+    """Guesses with a smaller model, sampled with the parameters and generator of the large model's tokens."""
 
     def __init__(self, model: LanguageModel, sampler: Sampler, most: int):
         self.model, self.sampler, self.most = model, sampler, most
         self.state: Any = None
-        self.read = 0  # tokens that `state` has read: of the text, and the guesses after it, right or wrong
+        self.read = 0  # tokens that `state` has read: the text's, then guesses, right or wrong
 
     def guess(self, text: list[int], most: int) -> tuple[list[int], list[Tensor]]:
         if self.state is None:
@@ -167,7 +166,7 @@ class Draft:
             _, state = prefill(self.model, prompt)
             self.state = state.for_decoding(self.model.dtype, rollback=self.most)
             self.read = len(text) - 1
-        # all of the last guesses but the final one were read; those beyond the text without its newest token were wrong
+        # all of the last guesses but the final one were read; those past the text, without its newest token, were wrong
         wrong = max(self.read - (len(text) - 1), 0)
         self.state.rollback(wrong)
         unread, self.read = text[self.read - wrong :], len(text) + most - 1

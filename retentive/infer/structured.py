@@ -1,11 +1,11 @@
-"""Structured output: a model may pick only tokens that keep its text within a JSON schema or a regular expression.
+"""Structured output: restricts the tokens so that the text follows a JSON schema or a regular expression.
 
     engine.submit(ids, constraint=json_schema({"type": "object", …}, tokenizer))
 
-llguidance (Rust, no dependencies, extra `structured`) parses what was written and says which tokens may follow. JSON
-comes as `json.dumps` writes it, with a space after each comma and colon and no other: where white space is free, a weak
-model may write nothing else. The text is valid only if max_tokens leaves room for its end: bound strings (maxLength),
-arrays (maxItems) and numbers in the schema where that matters.
+llguidance (Rust, no dependencies, extra `structured`) parses the text so far and returns the allowed next tokens. JSON
+is formatted as by `json.dumps`, with one space after commas and colons and no other: if white space were free, a weak
+model might write nothing else. The text is only valid if max_tokens leaves room for its end. Limit strings
+(maxLength), arrays (maxItems) and numbers in the schema if that matters.
 """
 
 import functools
@@ -21,14 +21,14 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.infer.requests import Constraint
 
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""llguidance's options for white space in JSON: none but these two."""
+"""llguidance's options for white space in JSON: only after separators."""
 
 
 def json_schema(schema: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[], Constraint]:
-    """A function that makes constraints to JSON valid under `schema`; {"type": "object"} allows any object.
+    """Returns a factory of constraints to JSON valid under `schema`; {"type": "object"} allows any object.
 
     Raises:
-        ValueError: not a schema, or one with a keyword that is not supported (such as "not").
+        ValueError: it is no schema, or uses an unsupported keyword (such as "not").
         ImportError: the extra is missing.
     """
     library = _library()
@@ -43,10 +43,10 @@ def json_schema(schema: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[],
 
 
 def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
-    """A function that makes constraints to text that `pattern` matches as a whole (Rust's syntax: no look-around).
+    """Returns a factory of constraints to text fully matched by `pattern` (Rust syntax: no look-around).
 
     Raises:
-        ValueError: not a regular expression.
+        ValueError: it is no regular expression.
         ImportError: the extra is missing.
     """
     library = _library()
@@ -56,19 +56,19 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
 
 
 def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
-    """The grammar compiled once; each constraint is a copy of the matcher in its first state."""
+    """Compiles the grammar once; each constraint is a copy of the matcher in its initial state."""
     library, table = _library(), _table(tokenizer)  # type: ignore[arg-type]
     if problem := library.LLMatcher.validate_grammar(grammar, table):
         raise ValueError(f"the {what} cannot be used: {_one_line(problem)}")
     first = library.LLMatcher(table, grammar, log_level=0)
-    first.compute_bitmask()  # finds schemas that no text ever fits, such as {"$ref": "#"}, before a request begins
+    first.compute_bitmask()  # detects schemas that no text fits, as {"$ref": "#"}, before a request begins
     if first.is_error():
         raise ValueError(f"the {what} cannot be used: {_one_line(first.get_error())}")
     return lambda: Matcher(first.deep_copy(), tokenizer)
 
 
 class Matcher:
-    """The `Constraint` of one stream."""
+    """Constraint of one stream."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer):
         self.matcher, self.eos_id, self.vocab_size = matcher, tokenizer.eos_id, tokenizer.vocab_size
@@ -80,9 +80,9 @@ class Matcher:
     def mask(self) -> Tensor:
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
-        # the library would allow end of text inside a string too, as an ordinary token: here it only ends the text
+        # the library would also allow end of text inside a string, as an ordinary token; here it only ends the text
         mask[self.eos_id] = self.matcher.is_accepting()
-        self._check()  # a grammar may turn out too large only while it is being followed
+        self._check()  # a grammar may turn out too large while it is followed
         return torch.from_numpy(mask)
 
     def accept(self, token: int) -> None:
@@ -104,23 +104,23 @@ def _library() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table(tokenizer: Tokenizer) -> Any:
-    """The library's view of a tokenizer, the bytes of every token; takes seconds for a large vocabulary, so kept."""
+    """Converts a tokenizer for the library, with the bytes of every token. Cached, since it can take seconds."""
     library, vocabulary = _library(), tokenizer.vocabulary()
     try:
-        if isinstance(vocabulary, str):  # a tokenizer.json, which the library can read itself
+        if isinstance(vocabulary, str):  # a tokenizer.json, which the library reads itself
             return library.LLTokenizer(vocabulary, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
         wrapped = library.TokenizerWrapper(_Bytes(vocabulary, tokenizer))
         return library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size)
-    except Exception as error:  # the Rust side raises exceptions of no common type
+    except Exception as error:  # the Rust library raises exceptions without a common type
         raise ValueError(f"structured output cannot use this tokenizer: {_one_line(str(error))}") from None
 
 
 class _Bytes:
-    """A vocabulary of bytes with the attributes that the library's TokenizerWrapper asks for."""
+    """A vocabulary of bytes, with the attributes that the library's TokenizerWrapper reads."""
 
     def __init__(self, vocabulary: dict[int, bytes], tokenizer: Tokenizer):
         ids = range(tokenizer.vocab_size)
-        # special tokens have no bytes but need some, different for each
+        # special tokens have no bytes but need distinct ones
         self.tokens = [vocabulary.get(id, f"<unused {id}>".encode()) for id in ids]
         self.special_token_ids = [id for id in ids if id not in vocabulary]
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
@@ -131,6 +131,6 @@ class _Bytes:
 
 
 def _one_line(message: str) -> str:
-    """The line of a parser's message that says what is wrong; the others draw arrows around it."""
+    """Returns the line of a parser's message that states the error; the others draw arrows around it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
     return next((line for line in lines if line.startswith("error:")), lines[0])

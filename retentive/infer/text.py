@@ -1,9 +1,9 @@
-"""From tokens to text: whole characters, stop strings, and continuing a prompt (with token healing).
+"""From tokens to text: whole characters, stop strings, and continuing a prompt with token healing.
 
     stream_text(generate(model, ids), tokenizer, stop=["\\n"])     text in pieces
-    write_on(model, tokenizer, "Once upon", max_tokens=50)        the prompt and what the model writes after it
+    write_on(model, tokenizer, "Once upon", max_tokens=50)        the prompt and the model's text after it
 
-`Text` is what both are made of, and the server and the conversation too: ids are pushed into it one by one.
+Both are built on `Text`, as are the server and the conversation: it takes ids one by one.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,11 +18,11 @@ from retentive.options import check_type
 
 
 def stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings, of which a single one may be given as it is.
+    """Returns the stop strings as a tuple; a single string is accepted.
 
     Raises:
-        TypeError: something else than strings.
-        ValueError: an empty one.
+        TypeError: a value is not a string.
+        ValueError: a string is empty.
     """
     strings = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     for string in strings:
@@ -33,52 +33,52 @@ def stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Text:
-    """The text of ids that are pushed one by one, in whole characters, up to the first of the `stop` strings.
+    """Decodes ids one by one into whole characters, up to the first of the `stop` strings.
 
-    Text that could be the beginning of a stop string is held back until it is known not to be. `stopped` says that one
-    was met; it and what follows are left out. The first `skip` characters are not searched for one.
+    Holds back text that may be the start of a stop string until this is decided. `stopped` is True after a stop string,
+    which is cut off with everything after it. The first `skip` characters are not searched.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), *, skip: int = 0):
         self.tokenizer, self.decoder, self.stop, self.skip = tokenizer, tokenizer.stream(), stops(stop), skip
-        self.held, self.stopped = "", False  # held: decoded, but perhaps the beginning of a stop string
+        self.held, self.stopped = "", False  # held: decoded text that may begin a stop string
         self.ids: list[int] = []
         self.pieces: list[str] = []
         self.given = 0
-        """Characters given out, in `pieces`."""
+        """Number of characters given out, in `pieces`."""
         self.decoded = 0
-        """Characters of all ids, without bytes of one that is incomplete: those given out, held back or cut off."""
+        """Number of decoded characters of all ids, without an incomplete one: given out, held back or cut off."""
         self.ends: list[int] = []
-        """`decoded` after each of the ids."""
+        """Value of `decoded` after each id."""
 
     def push(self, id: int) -> str:
-        """The text that is certain after this id; often empty."""
+        """Adds an id and returns the text that is now certain, often ""."""
         piece = self._release(self.decoder.push(id))
         self.ids.append(id)
         self.ends.append(self.decoded)
         return piece
 
     def flush(self) -> str:
-        """The rest of the text, when no more ids come: what was held back, and an incomplete character."""
+        """Ends the text; returns what was held back, and an incomplete character."""
         piece = self._release(self.decoder.flush())
         rest, self.held = self.held, ""
         self._give(rest)
         return piece + rest
 
     def kept_ids(self) -> list[int]:
-        """Ids of exactly the text given out, where some was cut off or held back: the model's own as far as they fit.
+        """Returns ids of exactly the text given out, if some was cut off or held back; the model's own where they fit.
 
-        A token may reach over the cut; its text before the cut is then encoded anew.
+        If a token spans the cut, its text before the cut is encoded again.
         """
         fit = bisect_right(self.ends, self.given)
         whole = self.ends[fit - 1] if fit else 0
-        # several ids may end at `whole`; those after the first are bytes of a character that is incomplete
+        # several ids may end at `whole`; those after the first are bytes of an incomplete character
         own = self.ids[: bisect_left(self.ends, whole) + 1] if whole else []
         rest = "".join(self.pieces)[whole:]
         return own + (self.tokenizer.encode(rest) if rest else [])
 
     def _release(self, piece: str) -> str:
-        """What can be given out now of `held` and `piece`; the rest is held back, or cut off at a stop string."""
+        """Returns what can be given out of `held` and `piece`; holds back the rest, or cuts it off at a stop string."""
         self.decoded += len(piece)
         skipped, piece = piece[: self.skip], piece[self.skip :]
         self.skip -= len(skipped)
@@ -87,7 +87,7 @@ class Text:
         if cut >= 0:
             self.held, self.stopped = "", True
             return self._give(skipped + held[:cut])
-        # the longest ending of the text that a stop string begins with
+        # the longest end of the text that may begin a stop string
         keep = max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
         self.held = held[len(held) - keep :]
         return self._give(skipped + held[: len(held) - keep])
@@ -102,7 +102,7 @@ class Text:
 def stream_text(
     tokens: Iterator[Token], tokenizer: Tokenizer, *, stop: str | Sequence[str] = (), skip: int = 0
 ) -> Iterator[str]:
-    """The text of `tokens` in pieces, up to the first of the `stop` strings; see `Text`."""
+    """Yields the text of `tokens` in pieces, up to the first of the `stop` strings; see `Text`."""
     text = Text(tokenizer, stop, skip=skip)
     for token in tokens:
         if piece := text.push(token.id):
@@ -114,7 +114,7 @@ def stream_text(
 
 
 def from_the_first_word(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text, without white space before its first word, as templates put it before an answer."""
+    """Yields a text's pieces without white space before the first word, which templates put before an answer."""
     begun = False
     for piece in pieces:
         piece = piece if begun else piece.lstrip()
@@ -135,21 +135,21 @@ def write_on(
     pending: Sequence[int] = (),
     how: Callable[..., Iterator[Token]] = generate,
 ) -> Iterator[str]:
-    """The prompt and what the model writes after it, in pieces, up to end of text, a `stop` string or `max_tokens`.
+    """Yields the prompt and the model's continuation in pieces, up to end of text, a stop string or `max_tokens`.
 
-    A document begins with an end-of-text token, as in training. Token healing: the prompt's last token is taken back
-    and chosen anew among those that begin with its text. "def " ends in a token for the space, but the model has learnt
-    the space as part of the next word's token.
+    A document begins with an end-of-text token, as in training. Token healing: the prompt's last token is removed and
+    sampled again among the tokens that begin with its text. "def " ends in a token for the space, but the model has
+    learnt the space as part of the next word's token.
 
     Args:
-        state: what the model has read before; used up.
-        pending: ids that come between that and the prompt: they were picked but not read.
+        state: the model's state before the prompt; consumed.
+        pending: ids between that state and the prompt that were sampled but not read.
         how: `generate`, or a function with its signature, such as `speculate`.
     """
     begin = [tokenizer.eos_id] if state is None else pending
     ids = [*begin, *tokenizer.encode(prompt)]
     healed, first_ids = _heal(tokenizer, prompt, ids)
-    if first_ids:  # the healed token is made again, so it is one token more, and its text comes out a second time
+    if first_ids:  # the healed token is sampled again: one token more, and its text appears a second time
         ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(healed)], max_tokens + 1
     yield prompt
     stop_ids = [tokenizer.eos_id]
@@ -158,9 +158,9 @@ def write_on(
 
 
 def _heal(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, list[int] | None]:
-    """(text of the prompt's last token, the tokens that begin with it); ("", None) if there is nothing to heal."""
+    """Returns (text of the prompt's last token, tokens that begin with it); ("", None) if nothing is to be healed."""
     tail = tokenizer.decode(ids[-1:]) if len(ids) > 1 else ""
     if not tail or "\ufffd" in tail or not prompt.endswith(tail):  # part of a character, or no text
         return "", None
     first_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).startswith(tail)]
-    return (tail, first_ids) if len(first_ids) > 1 else ("", None)  # itself alone: nothing to choose
+    return (tail, first_ids) if len(first_ids) > 1 else ("", None)  # only itself: no choice

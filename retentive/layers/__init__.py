@@ -1,6 +1,6 @@
-"""nn.Modules that models are stacked from: retention, attention for the twin, feed-forward, norm.
+"""nn.Modules that models are stacked from: retention, attention, feed-forward, norm.
 
-Letters of the shape suffixes: as in `retentive.ops`, and D model width, F feed-forward width, S slots of a cache.
+Shape suffixes as in `retentive.ops`, and D model width, F feed-forward width, S slots of a cache.
 """
 
 from retentive.layers.attention import Attention

@@ -1,13 +1,13 @@
-"""Softmax attention for the Transformer twin: rotary positions, grouped heads, a cache of keys and values.
+"""Softmax attention: rotary positions, grouped heads, a cache of keys and values.
 
-A strong modern baseline: PyTorch's scaled_dot_product_attention does the work. Source: Vaswani et al.,
-arXiv 1706.03762; rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv
-2004.05150); with a forget gate its score of token j is
+A strong modern baseline, computed by PyTorch's scaled_dot_product_attention. Source: Vaswani et al., arXiv 1706.03762;
+rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv 2004.05150). With a
+forget gate its score of token j is
 
     q_i k_j / sqrt(K) + log f_{j+1} + … + log f_i        log f_t = log sigmoid(x_t Wf + b) of each head
 
-(the Forgetting Transformer, arXiv 2503.02130). The cache keeps every token's own log f, not their growing sum: sums are
-taken backwards from the last token, so that near keys have small ones, exact at any length of the text.
+(the Forgetting Transformer, arXiv 2503.02130). The cache stores each token's own log f instead of their running sum.
+Sums are taken backwards from the last token, so near keys have small ones, which is exact at any length.
 """
 
 from itertools import pairwise
@@ -25,23 +25,23 @@ from retentive.ops import rotary
 from retentive.ops.rows import rotate
 
 Layer = tuple[Tensor, ...]
-"""(keys, values), each `[N,S,kv_heads,K]`, and with a forget gate the log gates `[N,S,H]`, float32 or wider."""
+"""(keys, values), each `[N,S,kv_heads,K]`; with a forget gate also the log gates `[N,S,H]`, float32 or wider."""
 
 
 class Phases(NamedTuple):
-    """What depends on positions alone, computed once for all layers."""
+    """Functions of the positions, computed once for all layers."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
-    starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the slots of a cache
+    starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the cache's slots
     q_scale: Tensor | None  # [1, H]; None: SDPA scales the scores
 
 
 class Attention(nn.Module):
     """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is a `Layer` of S slots.
 
-    The token at position p lies in slot p; with a window in slot p mod S, and S is at least the window or the length of
-    the text. A cache that is passed in is written in place and must have enough slots.
+    The token at position p is in slot p, with a window in slot p mod S, where S is at least the window or the text's
+    length. A given cache is written in place and must have enough slots.
     """
 
     kind = AttentionConfig.kind
@@ -59,13 +59,13 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.K * c.heads, c.dim, bias=False)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
-        """Phases for these positions, once for all layers."""
+        """Computes phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
         cos, sin = rotary.phases(
             positions.of_token, self.K, self.config.rotary, base=self.config.rotary_base, dtype=wide
         )
-        # The gates' sums enter SDPA's products unscaled: q is scaled here instead, before it is rounded to its dtype.
+        # The gates' sums enter SDPA's products unscaled, so q is scaled here, before it is rounded to its dtype.
         q_scale = cos.new_full((1, self.H), self.K**-0.5) if self.config.forget_gate else None
         return Phases(cos, sin, starts, q_scale)
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return self.out_proj(o.flatten(-2)), cache
 
     def _feature(self, y: Tensor, norm: RMSNorm | None, phases: Phases, scale: Tensor | None = None) -> Tensor:
-        """q or k `[B,T,heads,K]` of its projection: normalised if the config says so, rotated, scaled."""
+        """Returns q or k `[B,T,heads,K]` from its projection: normalised if configured, rotated, scaled."""
         y = y.unflatten(-1, (-1, self.K))
         return rotate(y if norm is None else norm(y), phases.cos, phases.sin, self.config.rotary, scale)
 
@@ -114,25 +114,25 @@ class Attention(nn.Module):
         causal: bool = False,
         mask_BTS: Tensor | None = None,
     ) -> Tensor:
-        """SDPA with heads behind tokens.
+        """Calls SDPA for tensors with tokens before heads.
 
         Args:
-            fade_BSH: added to all scores of a key: the sum of the log gates after it, up to one token for all queries.
-                Which one makes no difference, since the softmax does not change when all scores of a query do.
+            fade_BSH: added to all scores of a key: the sum of the log gates after it, up to one token common to all
+                queries. Any token will do, since adding a constant to a query's scores does not change its softmax.
         """
         bias = None if mask_BTS is None else mask_BTS[:, None]
         if fade_BSH is not None and q.shape[1] > 1:
             q, k, v = _with_columns(q, k, v, fade_BSH)
-        elif fade_BSH is not None:  # a single query: a bias is one row, while columns would copy all keys
+        elif fade_BSH is not None:  # one query: a bias is one row, while columns would copy all keys
             row_BHTS = fade_BSH.mT[:, :, None].to(q.dtype)
             bias, causal = row_BHTS if bias is None else row_BHTS.masked_fill(~bias, -torch.inf), False
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA has heads before tokens
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA expects heads before tokens
         grouped, scale = self.kv_heads != self.H, None if fade_BSH is None else 1.0
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped)
         return o.transpose(1, 2)[..., : self.K]
 
     def _whole(self, q: Tensor, new: Layer) -> Tensor:
-        """All of a text from its first token on: causal attention, SDPA's fast path, as far as the window reaches."""
+        """Attends within a whole text from its first token: causal, by SDPA's fast path, limited by the window."""
         W, T = self.window, q.shape[1]
         if not W or T <= W:
             k, v, *gates = new
@@ -141,23 +141,23 @@ class Attention(nn.Module):
         return torch.cat((first, self._banded(q[:, W:], new)), 1)
 
     def _banded(self, q: Tensor, laid: Layer, seen_BS: Tensor | None = None) -> Tensor:
-        """Queries `[B,T,H,K]` over `laid`, `[B,W+T,…]`: the W tokens before the first query, then the queries' own.
+        """Attends with queries `[B,T,H,K]` to `laid` `[B,W+T,…]`: the W tokens before the first, then the queries' own.
 
-        In blocks of W queries, each over the 2 W tokens that its queries can see: linear in T.
+        Computed in blocks of W queries, each over the 2 W tokens that they can see: linear in T.
 
         Args:
-            seen_BS: which of `laid` there are; None for all.
+            seen_BS: True for entries of `laid` that exist; None for all.
         """
         W, (B, T) = self.window, q.shape[:2]
         N = -(-T // W)
 
-        def blocks(x: Tensor, size: int) -> Tensor:  # [B, L, …] -> [B N, size, …], each W further on
+        def blocks(x: Tensor, size: int) -> Tensor:  # [B, L, …] -> [B N, size, …], each W further
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * W - T))
             return x.unfold(1, size, W).movedim(-1, 2).flatten(0, 1)
 
         query, key = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
         mask = ((key > query) & (key <= query + W))[None]
-        if seen_BS is not None:  # a token sees itself always: a row of padding would else be a softmax of nothing
+        if seen_BS is not None:  # a token always sees itself: padding rows would otherwise be an empty softmax
             mask = mask & blocks(seen_BS[..., None], 2 * W).mT | (key == query + W)
         k, v, *gates = (blocks(x, 2 * W) for x in laid)
         o = self._attend(blocks(q, W), k, v, *map(_after, gates), mask_BTS=mask)
@@ -168,7 +168,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Layer]:
         """Writes the new tokens to their slots, then attends to all slots that a token sees.
 
-        Where they would overwrite what the first of them sees, it attends before it writes.
+        Attends before writing if the new tokens would overwrite what the first of them sees.
         """
         (B, T), W = q.shape[:2], self.window
         end = max(starts) + T
@@ -182,15 +182,15 @@ class Attention(nn.Module):
         self._write(new, cache, positions, starts)
         S = min(end, S)
         slot, mask_BTS, at_BS = torch.arange(S, device=q.device), None, None
-        if W:  # the position that each slot holds; below 0: none yet
+        if W:  # position held by each slot; below 0: none yet
             last_B1 = positions.end[:, None] - 1
             at_BS = last_B1 - (last_B1 - slot) % S
-        # No mask where each row has one token that sees all slots: SDPA's fast path takes none.
+        # No mask if each row has one token that sees all slots: SDPA's fast path accepts none.
         if T > 1 or min(starts) != max(starts) or (W and S > W):
             p_BT1 = positions.of_token.expand(B, T)[..., None]
             if at_BS is None:
                 mask_BTS = slot <= p_BT1
-            else:  # its own slot always: padding may see nothing else, and a softmax of nothing is NaN
+            else:  # always its own slot, since padding may see nothing else and an empty softmax is NaN
                 at_B1S = at_BS[:, None]
                 mask_BTS = (at_B1S >= 0) & (at_B1S <= p_BT1) & (at_B1S > p_BT1 - W) | (slot == p_BT1 % S)
         k, v, *gates = (x[:, :S] for x in cache)
@@ -200,9 +200,9 @@ class Attention(nn.Module):
     def _packed(
         self, q: Tensor, new: Layer, cache: Layer | None, cu: list[int], starts: list[int]
     ) -> tuple[Tensor, Layer | None]:
-        """Sequence after sequence: on CPU, SDPA has no packed form, and one masked call would be quadratic in all of T.
+        """Attends sequence by sequence: on CPUs SDPA has no packed form, and one masked call is quadratic in all of T.
 
-        While training no cache is kept: padded to the longest sequence, it would be larger than the batch.
+        No cache is kept in training: padded to the longest sequence, it would be larger than the batch.
         """
         if cache is None and self.training:
             return self._together(q, new, cu), None
@@ -214,22 +214,22 @@ class Attention(nn.Module):
         for n, (a, b, start) in enumerate(spans):
             part = tuple(x[:, a:b] for x in new)
             here = positions_of(1, b - a, torch.tensor([start], device=q.device), None, None, q.device)
-            # views: what is written there is in the cache returned
+            # views, so that writes reach the returned cache
             one = None if cache is None else tuple(x[n : n + 1] for x in cache)
             if start == 0:  # no past: plain causal attention
                 out.append(self._whole(q[:, a:b], part))
                 if one is not None:
                     self._write(part, one, here, [0])
                 continue
-            assert one is not None  # a sequence that has a past comes with its cache
+            assert one is not None  # a sequence with a past comes with its cache
             out.append(self._cached(q[:, a:b], part, one, here, [start])[0])
         return torch.cat(out, 1), cache
 
     def _together(self, q: Tensor, new: Layer, cu: list[int]) -> Tensor:
-        """Sequences that have no past, those of about one length in one call, padded on the right.
+        """Attends within sequences that have no past, those of similar length in one call, padded on the right.
 
-        Padding comes after all that is real, and causal attention does not look there: no mask is needed. At most half
-        of a call is padding; hundreds of short sequences, each in a call of its own, took longer by much.
+        Padding follows the real tokens and causal attention does not look ahead, so no mask is needed. At most half of
+        a call is padding. A call per sequence takes much longer for hundreds of short ones.
         """
         alike: dict[int, list[int]] = {}
         for n, (a, b) in enumerate(pairwise(cu)):
@@ -248,11 +248,11 @@ class Attention(nn.Module):
     # the slots of a cache
 
     def _last(self, new: Layer) -> Layer:
-        """The cache after a whole text: its tokens as they are, or the window's last in a ring."""
+        """Returns the cache after a whole text: all its tokens, or the window's last ones as a ring."""
         W, T = self.window, new[0].shape[1]
         if not W or T < W:
             return new
-        # a copy at T = W too: the next call writes there, and these are what a backward pass through this one reads
+        # also copied at T = W: the next call writes to it, while a backward pass through this one reads these tokens
         return tuple(x[:, -W:].roll(T % W, 1) for x in new)
 
     def _write(self, new: Layer, cache: Layer, positions: Positions, starts: list[int]) -> None:
@@ -262,25 +262,25 @@ class Attention(nn.Module):
             raise ValueError(f"the cache has {S} slots, {min(end, self.window or end)} are needed: reserve them before")
         if min(starts) == max(starts) and positions.valid is None:
             count, first = min(T, S), (end - min(T, S)) % S
-            straight = min(count, S - first)  # and the rest from slot 0 on
+            straight = min(count, S - first)  # the rest goes to slot 0 onwards
             for slots, x in zip(cache, new, strict=True):
                 slots[:, first : first + straight] = x[:, T - count : T - count + straight]
                 if straight < count:
                     slots[:, : count - straight] = x[:, T - count + straight :]
             return
         position_BT = positions.of_token.expand(B, T)
-        # Padding must not be written: its positions may be those of real tokens, whose slots it would overwrite.
+        # Padding is not written: its positions may belong to real tokens, whose slots it would overwrite.
         written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
-        # Each slot once: which of two writes to one place stays is not defined.
+        # Each slot is written once, since of two writes to one place either may win.
         rows, columns = (written & (position_BT >= positions.end[:, None] - S)).nonzero(as_tuple=True)
         at = position_BT[rows, columns] % S
         for slots, x in zip(cache, new, strict=True):
             slots[rows, at] = x[rows, columns].to(slots.dtype)
 
     def reset_parameters(self) -> None:
-        """Xavier with the gains of the retention layer, so that twins start alike.
+        """Initialises with Xavier and the gains of the retention layer, so that twins start alike.
 
-        For the same reason a fresh forget gate has the decays of retention's heads, 1 - f from 1/32 to 1/512 (the
+        For the same reason a new forget gate has the decays of retention's heads, 1 - f from 1/32 to 1/512 (the
         Forgetting Transformer spreads its constant gates over the heads in this way). A bias of 0 would forget half at
         every token.
         """
@@ -295,33 +295,33 @@ class Attention(nn.Module):
 
 
 def _after(gate_BSH: Tensor) -> Tensor:
-    """The sum of the log gates after each token, up to the last one."""
+    """Returns the sum of the log gates after each token, up to the last one."""
     return F.pad(gate_BSH.flip(1).cumsum(1).flip(1)[:, 1:], (0, 0, 0, 1))
 
 
 def _after_in_slots(gate_BSH: Tensor, end_B1: Tensor, at_BS: Tensor | None) -> Tensor:
-    """`_after` for the slots of a cache whose last token is at position end - 1.
+    """Computes `_after` for the slots of a cache whose last token is at position end - 1.
 
     Args:
-        at_BS: the position that each slot of a ring holds; None where slot p holds position p.
+        at_BS: position that each slot of a ring holds; None if slot p holds position p.
     """
     S = gate_BSH.shape[1]
     slot = torch.arange(S, device=gate_BSH.device)
-    if at_BS is None:  # what lies after the last token was taken back, or is another's
+    if at_BS is None:  # slots after the last token were rolled back, or belong to others
         return _after(gate_BSH.masked_fill((slot >= end_B1)[..., None], 0))
-    # What a ring holds beside the last tokens, or nothing yet, comes first there, and so is in no sum of theirs.
+    # Slots of a ring that are older than its tokens, or empty, come first, so no token's sum includes them.
     oldest_first, back = (slot + end_B1) % S, (slot - end_B1) % S
     return _after(gate_BSH.take_along_dim(oldest_first[..., None], 1)).take_along_dim(back[..., None], 1)
 
 
 def _with_columns(q: Tensor, k: Tensor, v: Tensor, fade_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with more features, whose products q k also have `fade_BSH` in them: a bias that needs no T x S mask.
+    """Appends features to q, k and v so that q k includes `fade_BSH`: a bias without a T x S mask.
 
-    A number that half precision cannot hold is split into three that it can: 24 bits, as many as the float32 in which
-    SDPA adds up their products with 1. v is as wide, with zeros, since SDPA's fast paths want one width.
+    A number that half precision cannot represent is split into three that it can: 24 bits, the precision of the float32
+    in which SDPA sums their products with 1. v is padded to the same width, which SDPA's fast paths need.
     """
     parts = [fade_BSH.to(q.dtype)]
-    rest = fade_BSH.detach()  # the gradient is that of the first part: all have the same
+    rest = fade_BSH.detach()  # the gradient goes through the first part: it is the same for all
     for _ in range(0 if q.dtype == fade_BSH.dtype else 2):
         rest = rest - parts[-1].detach()
         parts.append(rest.to(q.dtype))
@@ -331,13 +331,13 @@ def _with_columns(q: Tensor, k: Tensor, v: Tensor, fade_BSH: Tensor) -> tuple[Te
 
 
 def _laid(new: Layer, cache: Layer, positions: Positions, W: int) -> tuple[Layer, Tensor]:
-    """(the W tokens before each row's first, then its own: `[B,W+T,…]`; which of them there are, `[B,W+T]`).
+    """Returns (the W tokens before each row's first, then its own, `[B,W+T,…]`; True for those that exist, `[B,W+T]`).
 
-    Left padding gives way to the tokens before it, so that position and place go together over the whole row.
+    Left padding is replaced by the tokens before it, so that position and place advance together along the row.
     """
     (B, T), S, device = new[0].shape[:2], cache[0].shape[1], new[0].device
     place = torch.arange(W + T, device=device)
-    # the position of the last place says where the row lies, whatever its padding
+    # the last place's position locates the row, whatever its padding
     position_BL = (positions.of_token[..., -1:] - (W + T - 1) + place).expand(B, -1)
     start_B1 = position_BL.new_zeros(B, 1) if positions.start is None else positions.start[:, None]
     index = torch.where(position_BL < start_B1, position_BL % S, S + place - W)

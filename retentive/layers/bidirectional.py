@@ -1,7 +1,7 @@
-"""Retention for encoders: a layer that reads in both directions, over a line or a grid, with the fields of retention.
+"""Bidirectional retention for encoders, over a line or a grid, with the fields of retention.
 
-A token's output comes from all tokens, before and after it; weights decay with the distance, on a grid with that along
-each axis (`ops/bidirectional.py`). There is no state: what is encoded is known whole.
+A token's output comes from all tokens before and after it. Weights decay with the distance, on a grid along each axis
+(`ops/bidirectional.py`). There is no state, since the input is known as a whole.
 """
 
 import torch
@@ -15,10 +15,10 @@ from retentive.ops.rows import rotate
 
 
 class BidirectionalRetention(MultiScaleRetention):
-    """`x [B,*G,D] -> [B,*G,D]` over a grid G of one axis or more.
+    """`x [B,*G,D] -> [B,*G,D]` over a grid G of one or more axes.
 
     Raises:
-        ValueError: a config with score_norm, which is for masks that look back only.
+        ValueError: the config has score_norm, which is for masks that only look back.
     """
 
     def __init__(self, config: RetentionConfig):

@@ -1,7 +1,7 @@
-"""Configs of the layers: RetentionConfig, AttentionConfig, FeedForwardConfig, and the checks that every config shares.
+"""Configs of the layers: RetentionConfig, AttentionConfig, FeedForwardConfig, and the checks shared by all configs.
 
-Every variant of a layer is a field: a new one is a line here and one in the layer. A model's config is a list of these
-(`models/config.py`). No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
+Every variant of a layer is a field: a new variant is one line here and one in the layer. A model's config is a list of
+these (`models/config.py`). This file has no `from __future__ import annotations`: `check_fields` reads the field types.
 """
 
 import math
@@ -15,12 +15,12 @@ from retentive.ops import decay as decays
 from retentive.ops import rotary as rotaries
 
 GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
-"""Activations of the gate on the head outputs, by the names that configs give them."""
+"""Activations of the gate on the head outputs, by name in configs."""
 ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
-"""Activations of the feed-forward layer, likewise."""
+"""Activations of the feed-forward layer, by name in configs."""
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
-"""Of every other whole number. What is larger is a typing error, and building it would take all memory."""
+"""Limit of all other whole numbers. A larger value is a typing error, and building the model would take all memory."""
 KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -28,12 +28,12 @@ KINDS: dict[Any, str] = {
     str: "text",
     int | None: "a whole number or null",
 }
-"""What messages call the types of fields."""
+"""Names of field types in messages."""
 
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """Gated multi-scale retention. Defaults: this package's own, `docs/idea.md` says what differs from the paper's."""
+    """Gated multi-scale retention. Defaults are this package's own; `docs/idea.md` lists differences from the paper."""
 
     kind: ClassVar[str] = "retention"
     """Name of this mixer in config.json and in the names of weights."""
@@ -42,49 +42,49 @@ class RetentionConfig:
     heads: int = 4
     """Retention heads H; the key head dim K = key_dim / heads must be even."""
     kv_heads: int = 0
-    """Heads of k and v, each shared by heads / kv_heads query heads; 0: every head has its own."""
+    """Key and value heads, each shared by heads / kv_heads query heads; 0: one per query head."""
     key_dim: int = 0
     """Width of q and k over all heads; 0: dim."""
     value_dim: int = 0
-    """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 a head."""
+    """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 per head."""
     decay: str | tuple[float, ...] = "gated"
     """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
     decay_range: tuple[float, float] = decays.LM_RANGE
-    """1 - gamma of the first and of the last head, for decay lm and for where decay_bias begins."""
+    """1 - gamma of the first and the last head, for decay lm and for the initial decay_bias."""
     decay_scale: float = 16.0
-    """What the log sigmoid of a decay per token is divided by (YOCO's temperature): a fresh head keeps 2^(-1/16)."""
+    """Divisor of the log sigmoid of a per-token decay (YOCO's temperature): a new head keeps 2^(-1/16)."""
     decay_bias: bool = False
-    """A bias in the projection of a decay per token, so that a fresh model has the decays of decay_range."""
+    """Bias in the projection of a per-token decay, so that a new model has the decays of decay_range."""
     rotary: str = "interleaved"
     """Pairs and angles of the rotation: interleaved (torchscale), half (fla), or none."""
     rotary_base: float = 10000.0
-    """Base of the rotation's angles (rope theta)."""
+    """Base of the rotation angles (rope theta)."""
     qk_norm: bool = True
-    """RMSNorm with a gain over each head's q and k, before their rotation."""
+    """RMSNorm with a gain over each head's q and k, before rotation."""
     qk_bias: bool = False
-    """A bias for each feature of q and k, 1 in a fresh model, before their rotation and after their norm."""
+    """Bias for each feature of q and k, initially 1, after their norm and before rotation."""
     score_norm: bool = False
-    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser); not with decay gated."""
+    """Divide row n of the decay mask by the root of its sum (the paper's second stabiliser); not for decay gated."""
     head_norm: bool = False
     """RMSNorm over each head's output (the paper's group norm)."""
     head_norm_affine: bool = False
-    """A gain, shared by the heads, in the head norm (fla)."""
+    """Gain in the head norm, shared by the heads (fla)."""
     gate: bool = True
-    """A gate on the head outputs."""
+    """Gate on the head outputs."""
     gate_activation: str = "swish"
     """Activation of the gate: swish (the paper) or sigmoid."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
     def __post_init__(self):
-        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
+        fill = object.__setattr__  # the only way for a frozen dataclass to derive its defaults
         check_fields(self)
         positive(self, "dim", "heads")
         fill(self, "kv_heads", self.kv_heads or self.heads)
         fill(self, "key_dim", self.key_dim or self.dim)
         unit = 8 * self.heads
         fill(self, "value_dim", self.value_dim or unit * -(-self.dim * 5 // (3 * unit)))  # -(-a // b) rounds up
-        positive(self, "kv_heads", "key_dim", "value_dim")  # the user may have given negative ones
+        positive(self, "kv_heads", "key_dim", "value_dim")  # given values may be negative
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} {getattr(self, name)} is not divisible by heads {self.heads}: change either")
@@ -99,7 +99,7 @@ class RetentionConfig:
 
     @property
     def head_shape(self) -> tuple[int, int, int]:
-        """(H, K, V): the shape of the state of one sequence."""
+        """(H, K, V): shape of one sequence's state."""
         return self.heads, self.key_dim // self.heads, self.value_dim // self.heads
 
     def _check_decay(self) -> None:
@@ -125,16 +125,16 @@ class RetentionConfig:
             raise ValueError(f"decay_bias is of a decay per token: set decay='gated' with it, got decay={self.decay!r}")
         if isinstance(self.decay, str):
             one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
-        self.log_decay()  # raises for decays of other heads
+        self.log_decay()  # raises if the number of decays is not heads
 
     def log_decay(self) -> list[float]:
-        """log(gamma) of each head, for decays that are no function of the token."""
+        """Returns log(gamma) of each head, for decays that do not depend on the token."""
         return decays.values(self.decay, self.heads, self.decay_range)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Softmax attention: rotary positions, grouped heads, and what is known to help it."""
+    """Softmax attention: rotary positions, grouped heads, and known improvements."""
 
     kind: ClassVar[str] = "attention"
     """Name of this mixer in config.json and in the names of weights."""
@@ -143,25 +143,25 @@ class AttentionConfig:
     heads: int = 4
     """Attention heads H."""
     kv_heads: int = 0
-    """Heads of k and v (grouped-query attention); 0: every head has its own."""
+    """Key and value heads (grouped-query attention); 0: one per query head."""
     head_dim: int = 0
-    """Features K of a head, an even number; 0: dim / heads."""
+    """Features K per head, an even number; 0: dim / heads."""
     rotary: str = "half"
     """Pairs and angles of the rotation: half (Llama), interleaved, or none."""
     rotary_base: float = 10000.0
-    """Base of the rotation's angles (rope theta)."""
+    """Base of the rotation angles (rope theta)."""
     qk_norm: bool = False
-    """RMSNorm with a gain over each head's q and k, before their rotation."""
+    """RMSNorm with a gain over each head's q and k, before rotation."""
     forget_gate: bool = False
-    """Forget gate: the log sigmoids of a projection of each token, added up between key and query, lower the score
-    (arXiv 2503.02130). Every head needs keys of its own."""
+    """Forget gate: log sigmoids of a projection of each token, summed from key to query, lower the score
+    (arXiv 2503.02130). Needs one key head per query head."""
     window: int | None = None
-    """Tokens that a token attends to, itself included, in a cache of constant size; None (null): all before it."""
+    """Number of tokens that a token attends to, itself included, in a cache of constant size; None (null): all."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
     def __post_init__(self):
-        fill = object.__setattr__  # a frozen dataclass allows no other way to derive its own defaults
+        fill = object.__setattr__  # the only way for a frozen dataclass to derive its defaults
         check_fields(self)
         positive(self, "dim", "heads")
         fill(self, "kv_heads", self.kv_heads or self.heads)
@@ -184,13 +184,13 @@ class AttentionConfig:
         check_norm_eps(self.norm_eps)
 
     def seen(self, context: int) -> int:
-        """Tokens that the last of `context` tokens attends to, itself included."""
+        """Returns the number of tokens that the last of `context` tokens attends to, itself included."""
         return min(context, self.window or context)
 
 
 @dataclass(frozen=True)
 class FeedForwardConfig:
-    """Feed-forward layer: SwiGLU, or without the gate the paper's plain one of two matrices."""
+    """Feed-forward layer: SwiGLU, or without the gate the paper's plain one with two matrices."""
 
     width: int = 448
     """Width F between the matrices."""
@@ -205,21 +205,21 @@ class FeedForwardConfig:
         one_of("activation", self.activation, ACTIVATIONS)
 
     def parameters(self, dim: int) -> int:
-        """Numbers in the matrices at model width `dim`."""
+        """Returns the number of parameters at model width `dim`."""
         return (3 if self.gate else 2) * dim * self.width
 
 
 def check_fields(config) -> None:
-    """Raises ValueError where a field holds another type than its own, or a whole number beyond any model's.
+    """Raises ValueError if a field has a wrong type, or a whole number beyond any model's.
 
-    A config may come from a JSON file, which may hold anything.
+    A config may come from a JSON file with arbitrary content.
     """
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
         if kind not in KINDS:
-            continue  # decays have several types, and a check of their own
+            continue  # decays have several types and their own check
         allowed = (int, float) if kind is float else kind
-        # bool is a subclass of int: True would pass for the number 1
+        # bool is a subclass of int, so True would pass for 1
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
             raise ValueError(f"{field.name} must be {KINDS[kind]}, got {value!r}")
         most = LIMITS.get(field.name, LIMIT)
@@ -228,20 +228,20 @@ def check_fields(config) -> None:
 
 
 def positive(config, *names: str) -> None:
-    """Raises ValueError where a field is below 1."""
+    """Raises ValueError if a field is below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def one_of(name: str, value: str, allowed) -> None:
-    """Raises ValueError where a field holds none of the allowed values."""
+    """Raises ValueError if a value is not among those allowed."""
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
 
 
 def numbers(name: str, value: Any, wanted: str) -> tuple[float, ...]:
-    """The value as a tuple of numbers, which JSON keeps as a list that is not hashable."""
+    """Returns the value as a tuple of numbers, since JSON's lists are not hashable."""
     try:
         return tuple(float(x) for x in value)
     except (TypeError, ValueError):
@@ -256,6 +256,6 @@ def check_rotation(config) -> None:
 
 
 def check_norm_eps(eps: float) -> None:
-    """Raises ValueError for an epsilon that is none."""
+    """Raises ValueError for an invalid epsilon."""
     if not 0 <= eps <= 1:
         raise ValueError(f"norm_eps must be in [0, 1], got {eps}")

@@ -1,4 +1,4 @@
-"""Feed-forward layer: down(act(gate(x)) * up(x)), SwiGLU with act = swish; without `up`, the paper's plain one.
+"""Feed-forward layer: down(act(gate(x)) * up(x)), SwiGLU for act = swish; without `up` the paper's plain one.
 
 Source: Shazeer, arXiv 2002.05202. torchscale's RetNet calls the three matrices fc1 (gate), gate (up) and fc2 (down).
 """
@@ -9,7 +9,7 @@ from retentive.layers.config import ACTIVATIONS, FeedForwardConfig
 
 
 class FeedForward(nn.Module):
-    """`[..., D]` -> `[..., D]` through width F, no biases."""
+    """`[..., D]` -> `[..., D]` through width F, without biases."""
 
     def __init__(self, D: int, config: FeedForwardConfig):
         super().__init__()

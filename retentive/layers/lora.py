@@ -1,6 +1,6 @@
-"""A matrix with a low-rank change that is trained while the matrix itself stays as it is (LoRA, arXiv 2106.09685).
+"""LoRA: a trained low-rank change of a frozen matrix (arXiv 2106.09685).
 
-W + (alpha / rank) B A        [out, in]: A [rank, in] random, B [out, rank] zero, so that at first nothing is changed
+W + (alpha / rank) B A        [out, in]: A [rank, in] random, B [out, rank] zero, so it starts without any change
 """
 
 import math
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank change of a model; in config.json, "adapter"."""
+    """Low-rank adapter of a model; in config.json, "adapter"."""
 
     base: str
-    """The model folder that it changes, or hf:owner/name."""
+    """Model folder that it changes, or hf:owner/name."""
     base_sha256: str
     """Hash of that model's weights."""
     rank: int
-    """Columns of B and rows of A."""
+    """Rank: columns of B and rows of A."""
     alpha: float
-    """The change is multiplied by alpha / rank."""
+    """Numerator of the scale: the change is multiplied by alpha / rank."""
     targets: tuple[str, ...]
-    """The matrices that it changes, by their own names, such as q_proj or embed."""
+    """Names of the changed matrices, such as q_proj or embed."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON has lists
@@ -34,12 +34,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """Factor of B A."""
         return self.alpha / self.rank
 
 
 class LoRA(nn.Module):
-    """The change of a layer's matrix; `weight` is the changed matrix, to which a tied layer may hold on as well."""
+    """Low-rank change of a layer's matrix. `weight` is the changed matrix, which a tied layer may use as well."""
 
     def __init__(self, layer: nn.Linear | nn.Embedding, adapter: Adapter):
         super().__init__()
@@ -47,16 +47,16 @@ class LoRA(nn.Module):
         rows, columns = layer.weight.shape
         self.lora_a = nn.Parameter(layer.weight.new_empty(adapter.rank, columns))
         self.lora_b = nn.Parameter(layer.weight.new_zeros(rows, adapter.rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as a linear layer itself would be
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # the default of a linear layer
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix, changed."""
+        """The changed matrix."""
         return self.base + self.lora_b @ self.lora_a * self.adapter.scale
 
 
 class LoRALinear(LoRA):
-    """A linear layer with a change; what it computes besides is as small as the change."""
+    """A linear layer with a low-rank change, computed without forming the changed matrix."""
 
     def __init__(self, layer: nn.Linear, adapter: Adapter):
         super().__init__(layer, adapter)
@@ -68,7 +68,7 @@ class LoRALinear(LoRA):
 
 
 class LoRAEmbedding(LoRA):
-    """An embedding with a change."""
+    """An embedding with a low-rank change."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.base) + F.embedding(ids, self.lora_b) @ self.lora_a * self.adapter.scale

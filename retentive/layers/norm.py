@@ -10,7 +10,7 @@ from retentive.ops.rows import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`[..., width]` -> the same, each row with root mean square 1; computed in float32 or wider, in x's dtype."""
+    """`[..., width]` -> same shape, each row with root mean square 1. Computed in float32 or wider, in x's dtype."""
 
     def __init__(self, width: int, *, eps: float, affine: bool = True):
         super().__init__()

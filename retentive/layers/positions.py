@@ -1,6 +1,6 @@
-"""The positions of the tokens of a call: which number each has in its sequence, which are padding, what is packed.
+"""Positions of a call's tokens: their numbers in the sequence, padding, packing.
 
-Computed once a call from what the model was given (`lengths`, `cu_seqlens`, the state), and read by every layer.
+Computed once per call from the model's inputs (`lengths`, `cu_seqlens`, the state), and read by every layer.
 """
 
 from typing import NamedTuple
@@ -10,33 +10,33 @@ from torch import Tensor
 
 
 class Positions(NamedTuple):
-    """Positions of B x T tokens. Padding is not written, does not decay and does not count, on whichever side it is."""
+    """Positions of B x T tokens. Padding on either side is not written, does not decay and does not count."""
 
     of_token: Tensor
-    """int64 `[T]` where all rows agree, else `[B,T]`: tokens of its sequence before this one (padding: any >= 0)."""
+    """int64 `[T]` if all rows agree, else `[B,T]`: number of tokens before this one (for padding any >= 0)."""
     valid: Tensor | None
-    """bool `[B,T]`, False on padding; None where there is none."""
+    """bool `[B,T]`, False on padding; None without padding."""
     cu_seqlens: Tensor | None
-    """`[N+1]`, where the N sequences packed into one row begin, and where the last ends; None for one a row."""
+    """`[N+1]`, borders of N sequences packed into one row; None for one sequence per row."""
     start: Tensor | None
-    """int64 `[N]`, tokens that each sequence's state holds already; None for none."""
+    """int64 `[N]`, number of tokens already in each sequence's state; None for none."""
     end: Tensor
-    """int64 `[N]`, the position after each sequence's last token."""
+    """int64 `[N]`, position after each sequence's last token."""
 
 
 def positions_of(
     B: int, T: int, start: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
 ) -> Positions:
-    """The positions of B x T tokens.
+    """Computes the positions of B x T tokens.
 
     Args:
-        start: int64 `[N]`, tokens that each sequence's state holds already; None for none.
-        lengths: `[B]` valid tokens of each row, padding on the right; or `[B,2]`, (begin, end) of the valid tokens,
-            so that left padding is (T - n, T).
+        start: int64 `[N]`, number of tokens already in each sequence's state; None for none.
+        lengths: `[B]` valid tokens of each row with padding on the right, or `[B,2]`, (begin, end) of the valid
+            tokens; left padding is (T - n, T).
         cu_seqlens: `[N+1]`, with B = 1.
 
     Raises:
-        ValueError: shapes or arguments that do not fit together; on the CPU also values that are out of range.
+        ValueError: shapes or arguments do not fit together; on CPUs also if values are out of range.
     """
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if start is not None and len(start) != N:
@@ -52,7 +52,7 @@ def positions_of(
         if can_be_checked(cu) and not (cu[0] == 0 and cu[-1] == T and bool((count > 0).all())):
             raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {cu.tolist()[:8]}…")
         before = torch.zeros_like(count) if start is None else start
-        # output_size: without it repeat_interleave would wait for the GPU to learn how many there are
+        # output_size: without it repeat_interleave would wait for the GPU to know the sum
         of_token = t - (cu[:-1] - before).repeat_interleave(count, output_size=T)
         return Positions(of_token[None], None, cu_seqlens, start, before + count)
     if lengths is None:
@@ -69,10 +69,10 @@ def positions_of(
         raise ValueError(f"lengths must lie within the {T} tokens of a row, got {lengths.tolist()}")
     valid = (t >= first[:, None]) & (t < last[:, None])
     before = torch.zeros_like(first) if start is None else start
-    of_token = before[:, None] + (t - first[:, None]).clamp(min=0)  # left padding: 0 rather than below it
+    of_token = before[:, None] + (t - first[:, None]).clamp(min=0)  # left padding gets 0 instead of negatives
     return Positions(of_token, valid, None, start, before + last - first)
 
 
 def can_be_checked(x: Tensor) -> bool:
-    """Whether a tensor's values can be read without waiting for a GPU, or breaking a graph that is being compiled."""
+    """True if a tensor's values can be read without waiting for a GPU or breaking a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

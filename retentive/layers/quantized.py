@@ -1,9 +1,9 @@
-"""Matrices of integers with a scale for each row and group of columns, where a model has matrices of floats.
+"""Quantised matrices: integers with a scale for each row and group of columns, in place of matrices of floats.
 
-    w[n, k] = scale[n, k / group] * q[n, k]        q of 8 bits, or of 4, two columns a byte, the first in the low half
+    w[n, k] = scale[n, k / group] * q[n, k]        q of 8 bits, or of 4 bits, two columns per byte, the first one low
 
-They cannot be trained. Here they become floats at every use, which any device can do; `retentive.native` multiplies the
-integers themselves.
+They cannot be trained. This module converts them to floats at every use, on any device; `retentive.native` multiplies
+the integers themselves.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 class Quantized(nn.Module):
-    """What a linear layer and an embedding of integers share."""
+    """Base of the quantised linear layer and embedding."""
 
     def __init__(self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype):
         """
         Args:
             bits: 8 or 4.
-            group: columns of a scale; the last group of a row may have fewer.
-            dtype: of what it computes.
+            group: columns per scale; the last group of a row may have fewer.
+            dtype: dtype of its computation.
         """
         super().__init__()
         self.rows, self.columns, self.bits, self.group, self.dtype = rows, columns, bits, group, dtype
@@ -31,21 +31,21 @@ class Quantized(nn.Module):
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def floats(self, q: Tensor, scale: Tensor) -> Tensor:
-        """Rows as floats `[..., columns]`, from their integers as they are stored and their scales."""
+        """Returns rows as floats `[..., columns]`, from their stored integers and their scales."""
         if self.bits == 4:
-            q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # with their signs
-        # multiplied in float32: a scale in bfloat16 would be off by more than an integer's own error
+            q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # keeps the sign
+        # multiplied in float32: rounding a scale to bfloat16 costs more than the integer's own error
         return (q.float() * scale.float().repeat_interleave(self.group, -1)[..., : self.columns]).to(self.dtype)
 
     def store(self, q: Tensor, scale: Tensor) -> None:
-        """Takes integers `[rows, columns]` and scales `[rows, groups]`."""
+        """Stores integers `[rows, columns]` and scales `[rows, groups]`."""
         if self.bits == 4:
             q = F.pad(q, (0, self.columns % 2)).view(torch.uint8)
             q = q[:, 0::2] & 15 | q[:, 1::2] << 4
         self.weight.data, self.scale.data = q.contiguous(), scale.to(torch.float16).contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # a scale keeps its dtype whatever the model is cast to: of bfloat16's 8 bits, 3 would be lost
+        # a scale keeps its dtype when the model is cast: bfloat16's 8 bits would lose 3 of its bits
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
         self.dtype = moved.dtype
         for name, x in self._parameters.items():
@@ -55,7 +55,7 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized):
-    """`nn.Linear`; a bias is floats."""
+    """Quantised `nn.Linear`; the bias stays in floats."""
 
     def __init__(
         self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, bias: nn.Parameter | None = None
@@ -69,7 +69,7 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """`nn.Embedding`."""
+    """Quantised `nn.Embedding`."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.floats(self.weight[ids], self.scale[ids])

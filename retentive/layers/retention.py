@@ -1,11 +1,11 @@
-"""Gated multi-scale retention, the layer that takes attention's place.
+"""Gated multi-scale retention: the layer in place of attention.
 
     q, k = rotate(x Wq), rotate(x Wk)      v, g = x Wv, x Wg
     y = head_norm(retention(q / sqrt(K) * row_norm, k, v))
     out = (swish(g) * y) Wo
 
-Source: arXiv 2307.08621 equation 8; torchscale's multiscale_retention.py for the details that the paper leaves open.
-With decay "gated" log(gamma) is log sigmoid(x Wd) / 16 of each token: gated retention (YOCO, arXiv 2405.05254).
+Source: arXiv 2307.08621 equation 8; torchscale's multiscale_retention.py for details that the paper leaves open. With
+decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16: gated retention (YOCO, arXiv 2405.05254).
 """
 
 import math
@@ -24,20 +24,19 @@ from retentive.ops.rows import rotate
 
 
 class Phases(NamedTuple):
-    """What depends on positions alone, computed once for all layers; float32, or float64 in a float64 model."""
+    """Functions of the positions, computed once for all layers; float32, or float64 in a float64 model."""
 
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     q_scale: Tensor  # [T or 1, H] or [B, T, H]: K^-1/2, times the row norm
-    log_decay: Tensor  # [H]; empty where each layer computes its own from x (decay "gated")
+    log_decay: Tensor  # [H]; empty if each layer computes its own from x (decay "gated")
 
 
 class MultiScaleRetention(nn.Module):
-    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, with a decay of its own for each head.
+    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, with one decay per head.
 
-    A call with one token and without gradients is decoding: the state then becomes a Ring, which later tokens are
-    written to in place. Decays and phases are not buffers but computed for each call, so that no `.half()` of the
-    module reaches them.
+    A call with one token and without gradients is a decode step: the state becomes a Ring, which later tokens update in
+    place. Decays and phases are computed in each call instead of stored as buffers, so `.half()` cannot round them.
     """
 
     kind = RetentionConfig.kind
@@ -53,14 +52,14 @@ class MultiScaleRetention(nn.Module):
         self.decay_proj = nn.Linear(c.dim, c.heads, bias=c.decay_bias) if c.decay == "gated" else None
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
-        # ones: a fresh head then also reads what its decay alone weighs, whatever the tokens are
+        # ones, so that a new head also reads what its decay alone weighs, independent of the tokens
         self.q_bias = nn.Parameter(torch.ones(c.key_dim)) if c.qk_bias else None
         self.k_bias = nn.Parameter(torch.ones(self.K * c.kv_heads)) if c.qk_bias else None
         self.head_norm = RMSNorm(self.V, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
         self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
-        """Phases, scales and decays for these positions, once for all layers."""
+        """Computes phases, scales and decays for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         device = positions.of_token.device
         cos, sin = rotary.phases(
@@ -83,33 +82,33 @@ class MultiScaleRetention(nn.Module):
         log_decay = phases.log_decay
         if self.decay_proj is not None:
             log_decay = self.decay_of(x, phases.cos.dtype)
-        if positions.valid is not None:  # k = 0 and no decay: padding leaves the state as it is
+        if positions.valid is not None:  # k = 0 and no decay: padding does not change the state
             k_BTHK = k_BTHK * positions.valid[..., None, None]
             log_decay = log_decay * positions.valid[..., None]
-        if self.kv_heads != self.H:  # kv head j serves the query heads j * groups … (j + 1) * groups - 1
+        if self.kv_heads != self.H:  # kv head j serves query heads j * groups … (j + 1) * groups - 1
             k_BTHK, v_BTHV = (y.repeat_interleave(self.H // self.kv_heads, 2) for y in (k_BTHK, v_BTHV))
 
         if x.shape[1] == 1 and positions.cu_seqlens is None and not torch.is_grad_enabled():
             state = Ring.over(state, k_BTHK, v_BTHV)
-        # scale 1: q_scale has 1/sqrt(K) and the row norm, which differs by position
+        # scale 1: q_scale includes 1/sqrt(K), and the row norm, which depends on the position
         o, state = retention(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
         return self.out(x, o), state
 
     def query(self, x: Tensor) -> Tensor:
-        """`[…,H,K]` before the rotation: projected, and as the config says normalised and shifted."""
+        """Returns the queries `[…,H,K]` before rotation: projected, normalised and shifted as configured."""
         return self._feature(x, self.q_proj, self.q_norm, self.q_bias)
 
     def key(self, x: Tensor) -> Tensor:
-        """`[…,kv_heads,K]`, as the query."""
+        """Returns the keys `[…,kv_heads,K]`, computed like the queries."""
         return self._feature(x, self.k_proj, self.k_norm, self.k_bias)
 
     def decay_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Log decays `[…,H]` of the tokens, where they have their own."""
+        """Returns the tokens' log decays `[…,H]`, for decay "gated"."""
         assert self.decay_proj is not None
         return F.logsigmoid(self.decay_proj(x).to(dtype)) / self.config.decay_scale
 
     def out(self, x: Tensor, o: Tensor) -> Tensor:
-        """`[…,D]` of the heads' outputs `[…,H,V]`: normalised, gated by x, and mixed."""
+        """Returns `[…,D]` from the heads' outputs `[…,H,V]`: normalised, gated by x, and projected."""
         if self.head_norm is not None:
             o = self.head_norm(o)
         o = o.flatten(-2)
@@ -126,9 +125,9 @@ class MultiScaleRetention(nn.Module):
         return y
 
     def reset_parameters(self) -> None:
-        """torchscale's choice since 2023-11-24: Xavier, gain 2^-2.5 for what enters and 2^-1 for what leaves.
+        """Initialises as torchscale since 2023-11-24: Xavier, gain 2^-2.5 for input and 2^-1 for output projections.
 
-        A bias of the decay is set so that a fresh model, whose projections are near 0, has the decays of decay_range.
+        A decay bias is set such that a new model, whose projections are near 0, has the decays of decay_range.
         """
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.decay_proj):
             if proj is not None:

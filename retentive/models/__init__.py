@@ -1,6 +1,6 @@
-"""Language models: one class, whose config is a list of blocks; their states and costs; and peers to compare with.
+"""Language models: one class whose config is a list of blocks, with states and costs; and peers for comparisons.
 
-build(retnet("5m", vocab_size=257))                   a RetNet by its size
+build(retnet("5m", vocab_size=257))                    a RetNet by its size
 build(config_of("transformer", "5m", vocab_size=257))  any model by its name
 """
 
@@ -46,20 +46,20 @@ NAMES = (*ARCHITECTURES, "transformer", "hybrid", *PEERS)
 
 
 def build(config: Config) -> LanguageModel:
-    """The model of a config, freshly initialised. (A peer keeps no state: it can be trained and scored only.)"""
+    """Returns a model of this config, newly initialised. A peer keeps no state: it can be trained and scored only."""
     return Peer(config) if isinstance(config, PeerConfig) else LanguageModel(config)
 
 
 def config_of(name: str, size: str | None = None, **changes: Any) -> Config:
-    """The config of a model in a named size.
+    """Returns the config of a model in a named size.
 
     Args:
         name: "retnet", another of ARCHITECTURES, "transformer" (the RetNet's twin), "hybrid", or the kind of a peer.
-        changes: fields that differ from the size's: see `retnet`, `transformer` and `hybrid`; of a peer those of the
-            RetNet that it is as large as.
+        changes: fields that differ from the size's: see `retnet`, `transformer` and `hybrid`; for a peer those of the
+            RetNet whose size it has.
 
     Raises:
-        ValueError: an unknown name, size or field (the known ones are named), or a change that contradicts the name.
+        ValueError: an unknown name, size or field (known ones are listed), or a change that contradicts the name.
     """
     if name == "hybrid":
         return hybrid(size, **changes)

@@ -1,9 +1,9 @@
-"""ModelConfig: a model is a list of blocks, a block is a mixer (retention or attention) and a feed-forward layer.
+"""ModelConfig: a model is a list of blocks; a block is a mixer (retention or attention) and a feed-forward layer.
 
     ModelConfig(vocab_size=257, dim=256, blocks=(BlockConfig(RetentionConfig(256, 4), FeedForwardConfig(448)),) * 6)
 
-`presets.py` has functions that return such a config: RetNet, its twin, hybrids, and the architectures that have a name.
-No `from __future__ import annotations` in this file: `check_fields` reads the fields' types.
+The functions in `presets.py` return such configs: RetNet, its twin, hybrids, and named architectures. This file has no
+`from __future__ import annotations`: `check_fields` reads the field types.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from retentive.layers.config import (
 Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
 MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
-"""Mixers by the names that config.json gives them."""
+"""Mixers by name in config.json."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ModelConfig:
     """A language model: embedding, blocks, output matrix."""
 
     keeps_state: ClassVar[bool] = True
-    """True: it can decode (a peer's config says False)."""
+    """True: it can decode (False for a peer's config)."""
     library: ClassVar[str] = ""
     """Package that implements it; empty for this one."""
     vocab_size: int
@@ -76,7 +76,7 @@ class ModelConfig:
             if block.mixer.dim != self.dim:
                 raise ValueError(f"block {i} has dim {block.mixer.dim}, the model has {self.dim}: make them the same")
 
-    def __hash__(self):  # asked for at every token: the whole list of blocks would take longer than the answer
+    def __hash__(self):  # called at every token, where hashing the whole list of blocks would be slow
         return hash((self.vocab_size, self.dim, len(self.blocks)))
 
     @property
@@ -91,22 +91,22 @@ class ModelConfig:
 
     @property
     def retains(self) -> bool:
-        """True if a block is of retention."""
+        """True if a block uses retention."""
         return RetentionConfig.kind in self.kinds
 
     @property
     def attends(self) -> bool:
-        """True if a block is of attention."""
+        """True if a block uses attention."""
         return AttentionConfig.kind in self.kinds
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Tokens that each block's cache keeps at most; 0 for all of them, and for retention, which has no cache."""
+        """Maximum number of tokens in each block's cache; 0 for unlimited, and for retention, which has no cache."""
         return tuple(m.window or 0 if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
 
     @property
     def constant_state(self) -> bool:
-        """True if the state stops growing: every block retains, or attends within a window."""
+        """True if the state stops growing: every block uses retention, or attention with a window."""
         return all(isinstance(m, RetentionConfig) or m.window for m in self.mixers)
 
     @property
@@ -116,24 +116,24 @@ class ModelConfig:
 
     @property
     def retention(self) -> RetentionConfig | None:
-        """Config of the first block of retention; None without one."""
+        """Config of the first retention block; None without one."""
         return next((m for m in self.mixers if isinstance(m, RetentionConfig)), None)
 
     @property
     def attention(self) -> AttentionConfig | None:
-        """Config of the first block of attention; None without one."""
+        """Config of the first attention block; None without one."""
         return next((m for m in self.mixers if isinstance(m, AttentionConfig)), None)
 
     @property
     def name(self) -> str:
-        """Family of the architecture, for people: RetNet, Transformer or Hybrid."""
+        """Family of the architecture, for display: RetNet, Transformer or Hybrid."""
         return "Hybrid" if self.retains and self.attends else "RetNet" if self.retains else "Transformer"
 
     def all_retention(self, who: str) -> RetentionConfig:
-        """The retention that all blocks share, for a room that runs nothing else.
+        """Returns the retention that all blocks share, for code that runs nothing else.
 
         Raises:
-            ValueError: blocks that attend, or that differ; `who` begins the line.
+            ValueError: a block uses attention, or blocks differ. The message starts with `who`.
         """
         block = self.all_alike(who)
         if not isinstance(block.mixer, RetentionConfig):
@@ -141,7 +141,7 @@ class ModelConfig:
         return block.mixer
 
     def all_alike(self, who: str) -> BlockConfig:
-        """The block that all blocks are equal to; errors as `all_retention`."""
+        """Returns the block that all blocks equal; raises as `all_retention`."""
         odd = next((i for i, block in enumerate(self.blocks) if block != self.blocks[0]), None)
         if odd is None:
             return self.blocks[0]
@@ -150,12 +150,12 @@ class ModelConfig:
         raise ValueError(f"{who} takes models whose blocks are all alike, block {odd} differs from block 0")
 
     def with_ffn(self, more: int) -> "ModelConfig":
-        """The config with the feed-forward layers of all blocks `more` wider (a negative number: narrower)."""
+        """Returns the config with all feed-forward layers `more` wider (narrower if negative)."""
         wider = (replace(block, ffn=replace(block.ffn, width=block.ffn.width + more)) for block in self.blocks)
         return replace(self, blocks=tuple(wider))
 
     def written(self) -> dict[str, Any]:
-        """The config as JSON has it; equal neighbours among the blocks are written once."""
+        """Returns the config as JSON; equal neighbouring blocks are written once."""
         raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
         blocks = []
         for block, equal in groupby(self.blocks):
@@ -165,18 +165,18 @@ class ModelConfig:
 
     @staticmethod
     def read(raw: Mapping[str, Any]) -> "ModelConfig":
-        """The config that `written` describes.
+        """Returns the config that `written` describes.
 
         Raises:
-            TypeError, KeyError: fields that are unknown or missing.
-            ValueError: values that are none.
+            TypeError, KeyError: fields are unknown or missing.
+            ValueError: values are invalid.
         """
         blocks: list[BlockConfig] = []
         for one in raw["blocks"]:
             mixer, ffn, repeat = dict(one["mixer"]), one["ffn"], one.get("repeat", 1)
             check_layers(repeat)
             kind = mixer.pop("kind")
-            if kind not in list(MIXERS):  # a list: JSON may hold what has no hash
+            if kind not in list(MIXERS):  # a list, since JSON values may not be hashable
                 raise ValueError(f"unknown kind of block {kind!r}, expected one of {', '.join(MIXERS)}")
             blocks += [BlockConfig(MIXERS[kind](**mixer), FeedForwardConfig(**ffn))] * repeat
             check_layers(len(blocks))
@@ -184,7 +184,7 @@ class ModelConfig:
 
 
 def check_layers(layers: Any) -> None:
-    """Raises ValueError for a number of blocks that is none, or beyond any model's."""
+    """Raises ValueError for an invalid number of blocks, or one beyond any model's."""
     if type(layers) is not int:
         raise ValueError(f"layers must be a whole number, got {layers!r}")
     if layers < 1:

@@ -1,7 +1,7 @@
-"""What a model costs, as formulas of its config: parameters, FLOPs per token, bytes of weights, state and cache.
+"""Cost of a model as formulas of its config: parameters, FLOPs per token, bytes of weights, state and cache.
 
-A multiply-add counts as two FLOPs. Retention counts as its recurrent form, whatever form computes it: one K x V state
-written and one read, per head and token. Elementwise work (norms, gates, rotations) is left out.
+A multiply-add counts as two FLOPs. Retention counts as its recurrent form, whichever form computes it: per head and
+token one K x V state is written and one read. Elementwise work (norms, gates, rotations) is not counted.
 """
 
 import functools
@@ -16,7 +16,7 @@ from retentive.models.peers import Peer, PeerConfig
 
 
 def block_parameters(config: ModelConfig | PeerConfig) -> int:
-    """Parameters of the blocks, without embedding, output and last norm (a peer's count includes that norm)."""
+    """Returns the parameters of the blocks, without embedding, output and last norm (which a peer's count includes)."""
     if isinstance(config, PeerConfig):
         return parameters(config) - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return sum(sum(_of_block(b)) for b in config.blocks)
@@ -24,17 +24,17 @@ def block_parameters(config: ModelConfig | PeerConfig) -> int:
 
 @functools.cache
 def _of_block(config: BlockConfig) -> tuple[int, int]:
-    """Parameters of one block's matrices, and of its vectors (norms and biases)."""
-    with torch.device("meta"):  # built without memory, only to be counted: no option of a layer is forgotten here
+    """Returns the parameters of one block's matrices, and of its vectors (norms and biases)."""
+    with torch.device("meta"):  # built without memory and counted, so that every option of a layer counts
         block = Block(config, norm_eps=1e-6, dropout=0.0)
     of_dims = [(p.ndim, p.numel()) for p in block.parameters()]
     return sum(n for dims, n in of_dims if dims > 1), sum(n for dims, n in of_dims if dims == 1)
 
 
 def spare_width(config: ModelConfig, wanted: int) -> int:
-    """How much wider all feed-forward layers must be for the blocks to have `wanted` parameters.
+    """Returns how much wider all feed-forward layers must be for the blocks to have `wanted` parameters.
 
-    A difference below a four-hundredth is left: the model is then the one that goes by its name, and not nearly so.
+    Differences below 1/400 are ignored, so that named models keep their exact shape.
     """
     spare = wanted - block_parameters(config)
     if abs(spare) * 400 < wanted:
@@ -43,36 +43,36 @@ def spare_width(config: ModelConfig, wanted: int) -> int:
 
 
 def parameters(config: ModelConfig | PeerConfig) -> int:
-    """All parameters; tied embeddings count once."""
+    """Returns the number of all parameters; tied embeddings count once."""
     if isinstance(config, PeerConfig):
-        with torch.device("meta"):  # built without memory, only to be counted
+        with torch.device("meta"):  # built without memory and counted
             return sum(p.numel() for p in Peer(config).parameters())
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return block_parameters(config) + embeddings + (config.final_norm + config.embed_norm) * config.dim
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: the blocks' matrices and the output, not the embedding."""
+    """Returns the parameters that every token is multiplied with: the blocks' matrices and the output matrix."""
     return sum(_of_block(b)[0] for b in config.blocks) + config.vocab_size * config.dim
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Forward FLOPs of one token at context `context`, itself included. Training takes three times as many."""
+    """Returns the forward FLOPs of one token at context `context`, itself included. Training takes three times that."""
     fixed, by_window = _multiply_adds(config)
     return 2 * (fixed + sum(more * min(context, window or context) for window, more in by_window))
 
 
 def multiply_adds(config: ModelConfig, tokens: int, context: int) -> int:
-    """Multiply-adds of so many tokens, each at context `context`: they decide how many threads a step is worth."""
+    """Returns the multiply-adds of `tokens` tokens, each at context `context`, which decide a step's threads."""
     return tokens * flops_per_token(config, context) // 2
 
 
-@functools.cache  # asked for at every token
+@functools.cache  # called at every token
 def _multiply_adds(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Multiply-adds of a token without context, and those that each token seen adds, by the window of the attention."""
+    """Returns a token's multiply-adds without context, and those per token seen, by the attention's window."""
     fixed, by_window = matrix_parameters(config), Counter[int]()
     for mixer in config.mixers:
-        # two for each number of the state: k v and q S; or for each token seen: q k and p v
+        # two per number of the state, k v and q S; or per token seen, q k and p v
         if isinstance(mixer, RetentionConfig):
             fixed += 2 * mixer.key_dim // mixer.heads * mixer.value_dim
         else:
@@ -81,9 +81,9 @@ def _multiply_adds(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...
 
 
 def training_flops_per_token(config: ModelConfig | PeerConfig, length: int) -> int:
-    """Forward and backward FLOPs of a token, averaged over a sequence of `length`.
+    """Returns the forward and backward FLOPs of a token, averaged over a sequence of `length`.
 
-    A peer is counted as six for each parameter in its blocks and output: how it mixes tokens is left out.
+    For a peer six per parameter in its blocks and output matrix; mixing of tokens is not counted.
     """
     if isinstance(config, PeerConfig):
         return 6 * (block_parameters(config) + config.vocab_size * config.dim)
@@ -91,8 +91,8 @@ def training_flops_per_token(config: ModelConfig | PeerConfig, length: int) -> i
 
 
 def mean_flops_per_token(config: ModelConfig, length: int) -> int:
-    """Forward FLOPs of a token, averaged over a sequence of `length`: attention sees half of it, or of its window's
-    first fill and then all of the window."""
+    """Returns the forward FLOPs of a token, averaged over a sequence of `length`. Attention sees half of it on average;
+    with a window, half of the window's first fill and then all of the window."""
     fixed, by_window = _multiply_adds(config)
     total = fixed * length
     for window, more in by_window:
@@ -102,18 +102,18 @@ def mean_flops_per_token(config: ModelConfig, length: int) -> int:
 
 
 def weight_bytes(config: ModelConfig, *, bytes_per_value: int = 4) -> int:
-    """Bytes of all weights; 4 for float32, 2 for bfloat16."""
+    """Returns the bytes of all weights; 4 per value for float32, 2 for bfloat16."""
     return parameters(config) * bytes_per_value
 
 
 def state_bytes(config: ModelConfig, *, sequences: int = 1) -> int:
-    """Bytes of the float32 retention states, at any context length."""
+    """Returns the bytes of the float32 retention states, at any context length."""
     of_one = (m.key_dim // m.heads * m.value_dim * 4 for m in config.mixers if isinstance(m, RetentionConfig))
     return sequences * sum(of_one)
 
 
 def cache_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """Bytes of the keys and values of `context` tokens, or of a window of them, and of their log forget gates."""
+    """Returns the bytes of keys and values of `context` tokens, or of their window, and of their log forget gates."""
     total = 0
     for m in config.mixers:
         if isinstance(m, AttentionConfig):
@@ -124,22 +124,22 @@ def cache_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_
 
 
 def memory_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
-    """Bytes in which a model remembers `context` tokens: states of constant size, caches, or both."""
+    """Returns the bytes of a model's memory of `context` tokens: states of constant size, caches, or both."""
     cache = cache_bytes(config, context, sequences=sequences, bytes_per_value=bytes_per_value)
     return state_bytes(config, sequences=sequences) + cache
 
 
 def break_even(config: ModelConfig, other: ModelConfig, *, bytes_per_value: int = 4) -> int | None:
-    """Tokens of context from which on the state is smaller than the other's cache; None: never, for its window."""
+    """Returns the context length from which the state is smaller than the other's cache; None if never (a window)."""
     tokens = state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
     grown = cache_bytes(other, tokens, bytes_per_value=bytes_per_value)
     return tokens if grown > state_bytes(config) else None
 
 
 def least_training_bytes(config: ModelConfig | PeerConfig, tokens: int) -> int:
-    """Bytes that a training step on so many tokens at a time needs at the very least; a real one takes more.
+    """Returns a lower bound of the bytes that a training step on `tokens` tokens at a time needs.
 
-    Weights, gradients and AdamW's two moments in float32 (4 x 4 bytes a parameter); the tokens and their targets
-    (2 x 8 bytes each); and the float32 input of every block, which even a backward pass that recomputes all else keeps.
+    Weights, gradients and AdamW's two moments in float32 (4 x 4 bytes per parameter); the tokens and their targets
+    (2 x 8 bytes each); and the float32 input of every block, which even full recomputation keeps.
     """
     return 16 * parameters(config) + tokens * (16 + 4 * config.dim * config.layers)

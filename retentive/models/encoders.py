@@ -1,4 +1,4 @@
-"""Encoders: pictures and sound as embeddings that stand among those of a model's tokens.
+"""Encoders turn pictures and sound into embeddings that stand among those of a model's tokens.
 
     image    a square picture -> convolutions -> patches -> blocks of retention in both directions over their grid -> D
     audio    stacks of log-mel frames -> convolutions over their bands, each by itself -> D: sound of any length can be
@@ -21,35 +21,35 @@ from retentive.layers.config import check_fields, positive
 from retentive.models.model import LanguageModel
 
 KERNEL = 5
-"""Bands that a convolution of the audio encoder sees at once."""
+"""Number of bands in the audio encoder's convolution window."""
 MOST_SIDE, MOST_TOKENS = 4096, 1 << 16
-"""Of a picture, in pixels and in tokens: more is a typing error, and would take all memory."""
+"""Maximum side in pixels and tokens of a picture: more is a typing error, and would take all memory."""
 RATES = range(1_000, 400_000)
-"""Samples a second of sound, of a file and of what is heard of it."""
+"""Supported sample rates in Hz, of files and of the encoder's input."""
 MOST_WINDOW, MOST_FEATURES = 1000, 1 << 14
-"""Of sound, milliseconds of a frame and numbers of a token."""
+"""Maximum milliseconds of a sound frame, and numbers per token."""
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What is seen of a picture, and by how large an encoder."""
+    """Rows of a picture, and the size of its encoder."""
 
     token: int
-    """Id of the placeholder, which no text has: it may be beyond the vocabulary."""
+    """Id of the placeholder, which occurs in no text: it may be beyond the vocabulary."""
     size: int = 64
-    """Side of the square that every picture is brought to, in pixels."""
+    """Side in pixels of the square that every picture is fitted into."""
     patch: int = 8
     """Side of a patch; a picture is (size / patch)^2 tokens."""
     channels: int = 3
     """3 for colours, 1 for grey."""
     stem: int = 16
-    """Channels of two convolutions before patches are cut (arXiv 2106.14881); with 0 these are of pixels."""
+    """Channels of two convolutions before patches are cut (arXiv 2106.14881); 0: patches of pixels."""
     dim: int = 128
     """Width of the encoder."""
     layers: int = 2
-    """Its blocks of retention in both directions; with 0 each patch is seen by itself, but for the stem."""
+    """Blocks of bidirectional retention; with 0, apart from the stem, each patch is encoded alone."""
     heads: int = 2
-    """Heads of these."""
+    """Heads of these blocks."""
 
     def __post_init__(self):
         check_fields(self)
@@ -70,35 +70,35 @@ class ImageConfig:
 
     @property
     def tokens(self) -> int:
-        """Of a picture."""
+        """Number of tokens per picture."""
         return (self.size // self.patch) ** 2
 
     @property
     def features(self) -> int:
-        """Numbers of a row: the pixels of a patch, 0 to 255."""
+        """Numbers per row: the pixels of a patch, 0 to 255."""
         return self.patch**2 * self.channels
 
     def retention(self) -> RetentionConfig:
-        """Of the encoder's blocks; along two axes outputs are products of four, so that heads are normalised."""
+        """Returns the blocks' config. Outputs over two axes are products of four numbers, so heads are normalised."""
         return RetentionConfig(dim=self.dim, heads=self.heads, head_norm=True)
 
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """What is heard of sound, and by how large an encoder."""
+    """Rows of a sound, and the size of its encoder."""
 
     token: int
     """Id of the placeholder."""
     rate: int = 16_000
-    """Samples a second that all sound is brought to."""
+    """Sample rate in Hz that all sound is converted to."""
     mels: int = 40
-    """Bands of a frame, evenly spaced in mel."""
+    """Bands per frame, evenly spaced in mel."""
     window: int = 25
-    """Milliseconds of a frame."""
+    """Milliseconds per frame."""
     hop: int = 10
     """Milliseconds from frame to frame."""
     stack: int = 4
-    """Frames of a token."""
+    """Frames per token."""
     dim: int = 256
     """Width of the encoder: four times the channels of its convolutions."""
 
@@ -124,12 +124,12 @@ class AudioConfig:
 
     @property
     def features(self) -> int:
-        """Numbers of a row."""
+        """Numbers per row."""
         return self.mels * self.stack
 
     @property
     def tokens_per_second(self) -> float:
-        """How many placeholders a second of sound is."""
+        """Number of placeholders per second of sound."""
         return 1000 / (self.hop * self.stack)
 
 
@@ -153,19 +153,19 @@ class EncoderBlock(nn.Module):
 
 
 class Projector(nn.Module):
-    """`[…,dim]` -> `[…,D]`, as large as the embeddings that it stands among."""
+    """`[…,dim]` -> `[…,D]`, scaled like the embeddings it stands among."""
 
     def __init__(self, dim: int, D: int):
         super().__init__()
         self.norm, self.out_proj = RMSNorm(dim, eps=1e-6), nn.Linear(dim, D, bias=False)
-        nn.init.normal_(self.out_proj.weight, std=(dim * D) ** -0.5)  # embeddings have a deviation of D^-1/2
+        nn.init.normal_(self.out_proj.weight, std=(dim * D) ** -0.5)  # embeddings have a standard deviation of D^-1/2
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(self.norm(x))
 
 
 class ImageEncoder(nn.Module):
-    """Rows of patches `[n * tokens, features]`, a picture's one after the other, to embeddings `[n * tokens, D]`."""
+    """Maps rows of patches `[n * tokens, features]`, picture by picture, to embeddings `[n * tokens, D]`."""
 
     def __init__(self, config: ImageConfig, D: int):
         super().__init__()
@@ -173,8 +173,8 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Sequential()
         for _ in range(2 if config.stem else 0):
             seen = nn.Conv2d(channels, config.stem, 3, padding=1)
-            nn.init.kaiming_normal_(seen.weight)  # as large after it as before
-            nn.init.zeros_(seen.bias)  # type: ignore[arg-type]  # there is one
+            nn.init.kaiming_normal_(seen.weight)  # keeps the scale
+            nn.init.zeros_(seen.bias)  # type: ignore[arg-type]  # it has one
             self.stem += nn.Sequential(seen, nn.GELU())
             channels = config.stem
         self.in_proj = nn.Linear(config.patch**2 * channels, config.dim)
@@ -195,10 +195,10 @@ class ImageEncoder(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Rows of frames `[n, features]` to embeddings `[n, D]`, each row by itself.
+    """Maps rows of frames `[n, features]` to embeddings `[n, D]`, each row alone.
 
-    Two convolutions over the bands, with a row's frames as channels, see shapes of a spectrum wherever they stand in
-    it: voices differ by where.
+    Two convolutions over the bands, with a row's frames as channels, detect spectral shapes at any pitch, which differs
+    between voices.
     """
 
     def __init__(self, config: AudioConfig, D: int):
@@ -214,25 +214,25 @@ class AudioEncoder(nn.Module):
 
 
 CONFIGS: dict[str, type[Config]] = {"image": ImageConfig, "audio": AudioConfig}
-"""What can be encoded, by the names that files and messages have for it."""
+"""Config class of each kind, by its name in files and messages."""
 
 
 def encoder_of(config: Config, D: int) -> ImageEncoder | AudioEncoder:
-    """The encoder of a config for models of width D, freshly initialised."""
+    """Returns a newly initialised encoder of a config, for models of width D."""
     return ImageEncoder(config, D) if isinstance(config, ImageConfig) else AudioEncoder(config, D)
 
 
 def config_for(kind: str, how: Mapping[str, Any], **others: Any) -> Config:
-    """The config of an encoder for rows that were made so (`Meta.media`), with other fields."""
+    """Returns an encoder's config for rows made in this way (`Meta.media`), with other fields."""
     known = {f.name for f in fields(CONFIGS[kind])}
     return CONFIGS[kind](**{name: value for name, value in how.items() if name in known}, **others)
 
 
 def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> LanguageModel:
-    """The model, changed in place: it has an encoder for each of these kinds, freshly initialised.
+    """Adds a newly initialised encoder of each of these kinds to the model, in place, and returns it.
 
     Raises:
-        ValueError: an unknown kind, or one placeholder for two kinds.
+        ValueError: a kind is unknown, or two kinds share a placeholder.
     """
     tokens = [config.token for config in configs.values()]
     if len(set(tokens)) < len(tokens):
@@ -247,13 +247,13 @@ def with_encoders(model: LanguageModel, configs: Mapping[str, Config]) -> Langua
 
 
 def encoders_of(model: nn.Module) -> dict[str, Any]:
-    """The encoders of a model by kind; none of one that only reads text."""
+    """Returns the encoders of a model by kind; empty for a model that only reads text."""
     found = dict(model.named_children()).get("encoders")
     return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
 
 
 def configs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The configs of a model's encoders, as config.json has them."""
+    """Returns the configs of a model's encoders, as stored in config.json."""
     return {kind: asdict(encoder.config) for kind, encoder in encoders_of(model).items()}
 
 

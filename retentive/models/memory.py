@@ -1,20 +1,20 @@
-"""What one block remembers: RetentionMemory of constant size, AttentionMemory that grows or stays in a ring of slots.
+"""Memory of one block: RetentionMemory of constant size, AttentionMemory that grows or stays in a ring of slots.
 
-`State` (state.py) holds one for each block and the positions that all of them share. Both kinds have one protocol, in
-which `position` is int64 `[N]`, the tokens that each sequence has had:
+`State` (state.py) holds one memory per block, and the positions that they share. Both kinds have the same methods.
+`position` is int64 `[N]`, the number of tokens in each sequence:
 
-    kind, window           "retention" or "attention"; slots that a cache keeps at most, 0: all, or there is no cache
-    nbytes                 bytes its tensors hold
-    shapes                 of its tensors, without the number of slots, and the window
-    map(f)                 the same with f of every tensor, all of which have the sequences first
-    reserve(slots)         room for so many tokens a sequence; itself where it has it
-    put(row, other, source, position)            one sequence over another, in place
-    for_decoding(dtype, rollback, position)      to be decoded into in place, and to take back so many tokens
+    kind, window           "retention" or "attention"; maximum slots of a cache, 0: unlimited, or no cache
+    nbytes                 bytes of its tensors
+    shapes                 shapes of its tensors, without the number of slots, and the window
+    map(f)                 applies f to every tensor; the first dimension of all is the sequences
+    reserve(slots)         makes room for that many tokens per sequence; returns itself if it has it
+    put(row, other, source, position)            overwrites one sequence with another, in place
+    for_decoding(dtype, rollback, position)      for decoding in place, with `rollback` tokens that can be taken back
     check_rollback(tokens, position), rollback(tokens)
-    settled()              plain tensors with all tokens in them
+    settled()              plain tensors that include all tokens
     cat(memories, positions)
-    named(position)        its tensors by their names in a file;  read(tensors, window, position)
-    writes_into(other)     True if it is `other` after tokens that were written in place
+    named(position)        tensors by their names in a file;  read(tensors, window, position)
+    writes_into(other)     True if it is `other` after tokens were written in place
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,22 +33,22 @@ from retentive.ops.ring import slots as ring_slots
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of states and gates in a model of `dtype`: float32 at least."""
+    """Returns the dtype of states and gates in a model of `dtype`: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass
 class RetentionMemory:
-    """State of a retention layer: the same size after 10 tokens and after 10 million."""
+    """State of a retention layer, of the same size after 10 tokens and after 10 million."""
 
     kind: ClassVar[str] = RetentionConfig.kind
     window: ClassVar[int] = 0
     value: Tensor | Ring
-    """`[N,H,K,V]`, float32 (float64 in a float64 model); a Ring while tokens are decoded one by one."""
+    """`[N,H,K,V]`, float32 (float64 in a float64 model); a Ring while decoding token by token."""
 
     @staticmethod
     def empty(config: RetentionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "RetentionMemory":
-        """State of `batch` sequences before their first token, for a model of `dtype`."""
+        """Returns the state of `batch` sequences before their first token, for a model of `dtype`."""
         return RetentionMemory(torch.zeros(batch, *config.head_shape, dtype=_wide(dtype), device=device))
 
     @property
@@ -61,11 +61,11 @@ class RetentionMemory:
         return [tuple(state.shape)]
 
     def tensor(self) -> Tensor:
-        """`[N,H,K,V]`, with the tokens of the ring in it."""
+        """Returns `[N,H,K,V]`, including the tokens in the ring."""
         return self.value.to_state() if isinstance(self.value, Ring) else self.value
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor it holds."""
+        """Returns all its tensors."""
         return list(self.value.tensors().values()) if isinstance(self.value, Ring) else [self.value]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "RetentionMemory":
@@ -82,7 +82,7 @@ class RetentionMemory:
         return RetentionMemory(torch.cat([m.tensor() for m in memories]))
 
     def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "RetentionMemory":
-        # A ring of R slots holds the last R / 2 tokens at any time: see `ops/ring.py`.
+        # A ring of R slots always holds the last R / 2 tokens: see `ops/ring.py`.
         state = self.tensor()
         return RetentionMemory(Ring.open(state, dtype, max(ring_slots(*state.shape[2:]), 2 * rollback)))
 
@@ -120,10 +120,10 @@ class RetentionMemory:
 
 @dataclass
 class AttentionMemory:
-    """Keys and values of an attention layer. The token at position p lies in slot p; slots beyond are free.
+    """Keys and values of an attention layer. The token at position p is in slot p; slots beyond are free.
 
-    With a window W the S slots are a ring, in which it lies in slot p mod S. S grows with the text up to W; a larger S
-    holds more tokens than are attended to, so that as many can be taken back.
+    With a window W the S slots are a ring with the token in slot p mod S. S grows with the text up to W. A larger S
+    holds more tokens than are attended to, so that these can be taken back.
     """
 
     kind: ClassVar[str] = AttentionConfig.kind
@@ -132,11 +132,11 @@ class AttentionMemory:
     values: Tensor
     """`[N,S,kv_heads,K]`."""
     gates: Tensor | None = None
-    """`[N,S,H]`, every token's log forget gate, float32 (float64 in a float64 model); None without forget gates."""
+    """`[N,S,H]`, each token's log forget gate, float32 (float64 in a float64 model); None without forget gates."""
     window: int = 0
-    """Tokens that a token attends to, itself included; 0: all before it."""
+    """Number of tokens that a token attends to, itself included; 0: all."""
     oldest: Tensor | None = None
-    """int64 `[N]`, with a window: tokens before this position are lost, even where the position was rolled back."""
+    """int64 `[N]`, with a window: tokens before this position are lost, even after a rollback."""
 
     def __post_init__(self):
         if self.window and self.oldest is None:
@@ -144,7 +144,7 @@ class AttentionMemory:
 
     @staticmethod
     def empty(config: AttentionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "AttentionMemory":
-        """Cache of `batch` sequences before their first token: no slots yet."""
+        """Returns the cache of `batch` sequences before their first token, without slots."""
         keys, values = (
             torch.zeros(batch, 0, config.kv_heads, config.head_dim, dtype=dtype, device=device) for _ in range(2)
         )
@@ -153,17 +153,17 @@ class AttentionMemory:
 
     @property
     def layer(self) -> Layer:
-        """(keys, values), and the gates where there are any: the cache as the layer takes it."""
+        """(keys, values), and the gates if any: the cache in the layer's form."""
         return (self.keys, self.values) if self.gates is None else (self.keys, self.values, self.gates)
 
     def filled(self, layer: Layer) -> "AttentionMemory":
-        """The same window over another cache, as the layer returns it."""
+        """Returns a memory with this window and another cache, in the layer's form."""
         keys, values, *gates = layer
         return AttentionMemory(keys, values, gates[0] if gates else None, self.window, self.oldest)
 
     @property
     def slots(self) -> int:
-        """S, of each sequence."""
+        """Number of slots S per sequence."""
         return self.keys.shape[1]
 
     @property
@@ -171,7 +171,7 @@ class AttentionMemory:
         return [(self.window, x.shape[0], *x.shape[2:]) for x in self.layer]
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor it holds."""
+        """Returns all its tensors."""
         return [*self.layer, *(() if self.oldest is None else (self.oldest,))]
 
     @property
@@ -179,7 +179,7 @@ class AttentionMemory:
         return sum(x.nbytes for x in self.tensors())
 
     def _slots(self, f: Callable[[Tensor], Tensor]) -> "AttentionMemory":
-        """The same sequences with other slots; f is of a tensor that has slots."""
+        """Returns the same sequences with other slots; f is applied to each tensor with slots."""
         return self.filled(tuple(f(x) for x in self.layer))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "AttentionMemory":
@@ -189,7 +189,7 @@ class AttentionMemory:
         return self
 
     def reserve(self, slots: int) -> "AttentionMemory":
-        """It grows by half or more, so that n tokens one by one copy O(n) slots in all; with a window up to that."""
+        """Grows by at least half, so that n tokens one by one copy O(n) slots in all; with a window at most to it."""
         have = self.slots
         if self.window:
             slots = min(slots, max(self.window, have))
@@ -199,7 +199,7 @@ class AttentionMemory:
         if self.window:
             size = min(size, self.window)
 
-        def grow(x: Tensor) -> Tensor:  # zeros: a masked slot still enters SDPA's products, where a NaN would spread
+        def grow(x: Tensor) -> Tensor:  # zeros: masked slots still enter SDPA's products, where a NaN would spread
             larger = x.new_zeros(x.shape[0], size, *x.shape[2:])
             larger[:, :have] = x
             return larger
@@ -207,12 +207,12 @@ class AttentionMemory:
         return self._slots(grow)
 
     def _first_held(self, position: Tensor) -> Tensor:
-        """int64 `[N]`, with a window: the first position whose token is still in its slot."""
+        """Returns int64 `[N]`, with a window: the first position whose token is still in its slot."""
         assert self.oldest is not None
         return torch.maximum(self.oldest, position - self.slots)
 
     def _in_rings_of(self, slots: int, position: Tensor) -> "AttentionMemory":
-        """The same with so many slots, for a window: as many of the last tokens as there is room for, each in its own.
+        """Returns a memory with another number of slots, for a window: the last tokens that fit, each in its own slot.
 
         Free slots hold zeros, see `reserve`.
         """
@@ -220,7 +220,7 @@ class AttentionMemory:
         if have == slots:
             return self
         last = position[:, None] - 1
-        at = last - (last - torch.arange(slots, device=last.device)) % max(slots, 1)  # the position of each new slot
+        at = last - (last - torch.arange(slots, device=last.device)) % max(slots, 1)  # position of each new slot
         first = self._first_held(position)
         lost, rows = at < first[:, None], torch.arange(len(last), device=last.device)[:, None]
 
@@ -233,7 +233,7 @@ class AttentionMemory:
 
     @staticmethod
     def cat(memories: Sequence["AttentionMemory"], positions: Sequence[Tensor]) -> "AttentionMemory":
-        """Each sequence gets as many slots as the longest has."""
+        """Joins sequences; each gets as many slots as the longest has."""
         slots = max(m.slots for m in memories)
 
         def longer(x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class AttentionMemory:
         return replace(joined, oldest=torch.cat(oldest) if oldest else None)
 
     def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "AttentionMemory":
-        """It is written in place as it is; with a window, in a ring that keeps `rollback` tokens more."""
+        """Returns itself, since it is written in place; with a window, a ring that keeps `rollback` more tokens."""
         if not self.window or self.slots >= self.window + rollback:
             return self
         return self._in_rings_of(self.window + rollback, position)
@@ -259,7 +259,7 @@ class AttentionMemory:
             raise ValueError(f"the cache holds {position.tolist()} tokens, cannot take back {tokens} of them")
         if self.oldest is None:
             return
-        self.oldest.copy_(self._first_held(position))  # noted before the position moves: it stays lost
+        self.oldest.copy_(self._first_held(position))  # before the position moves, since it stays lost
         if bool(((position - tokens - self.window).clamp(min=0) < self.oldest).any()):
             raise ValueError(
                 f"cannot take back {tokens} tokens: the window of {self.window} before them is no longer in the cache, "
@@ -267,10 +267,10 @@ class AttentionMemory:
             )
 
     def rollback(self, tokens: int) -> None:
-        """Nothing moves: the slots of tokens taken back will be written anew."""
+        """Does nothing: the slots of these tokens will be overwritten."""
 
     def put(self, row: int, other: "AttentionMemory", source: int, position: Tensor) -> None:
-        """`reserve` the slots for it before."""
+        """Overwrites a sequence; `reserve` the slots for it before."""
         used = int(position[source])
         if self.oldest is not None:
             if min(used, self.window) > self.slots:
@@ -280,12 +280,12 @@ class AttentionMemory:
             used, source = self.slots, 0
         for mine, theirs in zip(self.layer, other.layer, strict=True):
             mine[row, :used] = theirs[source, :used]
-            mine[row, used:] = 0  # a NaN of the row's last sequence would spread from a masked slot, see `reserve`
+            mine[row, used:] = 0  # a NaN of the row's old sequence would spread from a masked slot, see `reserve`
         if self.oldest is not None and other.oldest is not None:
             self.oldest[row] = other.oldest[source]
 
     def named(self, position: Tensor) -> dict[str, Tensor]:
-        """The slots in use: as many as there are tokens, or tokens of the window."""
+        """Returns the slots in use: as many as there are tokens, or tokens of the window."""
         used = int(position.max()) if len(position) else 0
         memory = self._in_rings_of(min(used, self.window), position) if self.window else self
         names = ("keys", "values", "gates")
@@ -293,10 +293,10 @@ class AttentionMemory:
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor], window: int, position: Tensor) -> "AttentionMemory":
-        """As `named` wrote it.
+        """Reads what `named` wrote.
 
         Raises:
-            ValueError: another number of slots than tokens or window need.
+            ValueError: the number of slots does not match the tokens or the window.
         """
         found = AttentionMemory(tensors["keys"], tensors["values"], tensors.get("gates"), window)
         needed = min(int(position.max()) if len(position) else 0, window)
@@ -311,18 +311,18 @@ class AttentionMemory:
 
 Memory = RetentionMemory | AttentionMemory
 MEMORIES: dict[str, type[Memory]] = {RetentionMemory.kind: RetentionMemory, AttentionMemory.kind: AttentionMemory}
-"""The memory of each kind of mixer."""
+"""Memory of each kind of mixer."""
 
 pytree.register_dataclass(RetentionMemory, serialized_type_name="retentive.RetentionMemory")
 
 
 def _parts(memory: AttentionMemory) -> dict[str, Tensor]:
-    """Its tensors by the names of its fields; what is None is left out."""
+    """Returns its tensors by field name, without those that are None."""
     names = ("keys", "values", "gates", "oldest")
     return {name: getattr(memory, name) for name in names if getattr(memory, name) is not None}
 
 
-pytree.register_pytree_node(  # not as a dataclass, whose every field would be data: the window is a constant
+pytree.register_pytree_node(  # not as a dataclass, whose fields are all data: the window is a constant
     AttentionMemory,
     lambda memory: (list(_parts(memory).values()), (memory.window, tuple(_parts(memory)))),
     lambda parts, about: AttentionMemory(window=about[0], **dict(zip(about[1], parts, strict=True))),

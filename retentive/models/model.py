@@ -1,6 +1,6 @@
 """LanguageModel: embedding, a list of blocks, output matrix. RetNet, its twin and hybrids are configs of it.
 
-    x, state = model.hidden(ids, state)      [B,T,D], what the output matrix is applied to
+    x, state = model.hidden(ids, state)      [B,T,D], the input of the output matrix
     logits = model.head(x)                   [B,T,vocab]
     logits, state = model(ids, state)        both
 
@@ -31,7 +31,7 @@ LAYERS: dict[str, type[MultiScaleRetention] | type[Attention]] = {
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)).
 
-    The mixer and its norm are registered under the mixer's kind, so that the names of weights say what it is:
+    The mixer and its norm are registered under the mixer's kind, so weight names show it:
     `blocks.0.retention.q_proj.weight`, `blocks.3.attention_norm.weight`.
     """
 
@@ -54,11 +54,11 @@ class Block(nn.Module):
         return self.get_submodule(f"{self.kind}_norm")
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Any:
-        """Values that depend on positions alone, which all blocks of an equal mixer share."""
+        """Computes values that depend on positions alone, shared by all blocks with an equal mixer."""
         return self.mixer.phases(positions, dtype)
 
     def forward(self, x: Tensor, memory: Any, positions: Positions, phases: Any) -> tuple[Tensor, Any]:
-        """(x `[B,T,D]`, what the mixer remembers: a state `[N,H,K,V]`, a Ring, or keys and values)."""
+        """Returns (x `[B,T,D]`, the mixer's memory: a state `[N,H,K,V]`, a Ring, or keys and values)."""
         y, memory = self.mixer(self.mixer_norm(x), memory, positions, phases)
         x = x + F.dropout(y, self.dropout, self.training)
         x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
@@ -69,16 +69,16 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """`model(ids) -> (logits, state)`, and `model(more_ids, state)` goes on from there."""
+    """`model(ids) -> (logits, state)`; `model(more_ids, state)` continues from there."""
 
     own_threads: ClassVar[bool] = False
-    """True if it decides by itself how many threads a call is worth."""
+    """True if the model chooses the number of threads of a call itself."""
     config: Any
-    """ModelConfig; of a peer its PeerConfig."""
+    """ModelConfig; a PeerConfig for a peer."""
     embed: nn.Embedding
     head: nn.Linear
     blocks: nn.ModuleList
-    """Its blocks, first to last: they are compiled, recomputed or sharded one by one."""
+    """Blocks, first to last: compiled, recomputed or sharded one by one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(b, norm_eps=c.norm_eps, dropout=c.dropout) for b in c.blocks)
         self.norm = RMSNorm(c.dim, eps=c.norm_eps) if c.final_norm else nn.Identity()
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        if c.tie_embeddings:  # one parameter of two names, updated and saved once
+        if c.tie_embeddings:  # one parameter with two names, updated and saved once
             self.head.weight = self.embed.weight
         self.reset_parameters()
 
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         return embed.dtype if isinstance(embed, Quantized) else self.embed.weight.dtype
 
     def init_state(self, batch: int) -> State:
-        """State before the first token, for `batch` sequences. Its shapes are those of the layers as they are now."""
+        """Returns the state before the first token, for `batch` sequences, with the shapes of the current layers."""
         mixers: list[Any] = [block.mixer for block in self.blocks]
         memories = [MEMORIES[m.kind].empty(m.config, batch, self.dtype, self.device) for m in mixers]
         return State(memories, torch.zeros(batch, dtype=torch.int64, device=self.device))
@@ -123,24 +123,24 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Hidden states `[B,T,D]` that the output matrix `head` takes, and the state; arguments as for `forward`."""
+        """Returns hidden states `[B,T,D]`, the input of `head`, and the state; arguments as for `forward`."""
         if state is not None:
             state = self.checked(state)
         x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
         before: list[Any] = [None] * len(self.blocks)
-        if state is not None:  # room for all new tokens: a block cannot make its cache larger, only fill it
+        if state is not None:  # reserve room for all new tokens, since a block can fill its cache but not grow it
             longest = int(state.position.max()) + x.shape[1] if self.config.attends else 0
             before = [m.reserve(longest) for m in state.memories]
         phases: dict[int, Any] = {}
         after: list[Memory | None] = []
         for block, memory in zip(self.blocks, before, strict=True):
-            alike = id(block.mixer.config)  # blocks of an equal mixer share its config
+            alike = id(block.mixer.config)  # blocks with an equal mixer share its config
             if alike not in phases:
                 phases[alike] = block.phases(positions, x.dtype)
             x, own = block(x, _taken(memory), positions, phases[alike])
             after.append(_kept(block.mixer, own, memory))
         kept = [memory for memory in after if memory is not None]
-        if len(kept) < len(after):  # packed while training: a state without memories, which no model goes on from
+        if len(kept) < len(after):  # packed in training: a state without memories, from which no model continues
             kept = []
         return self.norm(x), State(kept, positions.end) if state is None else state.then(kept, positions.end)
 
@@ -153,24 +153,23 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Logits `[B,T,vocab]` and the state after the last token.
+        """Returns logits `[B,T,vocab]` and the state after the last token.
 
         The operator chooses form, backend and chunk length of retention; `ops.using` forces them.
 
         Args:
             ids: int64 `[B,T]`.
-            state: the state to go on from, of B sequences (N with cu_seqlens); None for the beginning. It may be
-                written in place, and is refused when it is passed again then: use the one that comes back, or
-                `clone()` it before.
+            state: the state to continue from, of B sequences (N with cu_seqlens); None at the beginning. It may be
+                written in place, and is then refused if passed again: use the returned one, or `clone()` it before.
             embeds: `[B,T,D]` instead of ids, for inputs that are not tokens.
-            cu_seqlens: `[N+1]`, with B = 1: the first token of each of N sequences packed into the row, and the end of
-                the last. While training, attention then keeps no cache unless a state is given.
-            lengths: `[B]` valid tokens a row, padding right, or `[B,2]` begin and end of the valid tokens. Padding is
-                exact: its own logits are meaningless, and nothing else depends on it.
+            cu_seqlens: `[N+1]`, with B = 1: borders of N sequences packed into the row. In training, attention then
+                keeps no cache unless a state is given.
+            lengths: `[B]` valid tokens per row with padding on the right, or `[B,2]` begin and end of the valid tokens.
+                Padding is exact: its own logits are meaningless, and nothing else depends on it.
 
         Raises:
-            ValueError: no token, shapes that do not fit, another model's state, or one that was used up.
-            TypeError, IndexError: ids that are no integers, or outside the vocabulary.
+            ValueError: there is no token, shapes do not fit, or the state is of another model or was used.
+            TypeError, IndexError: ids are not integers, or outside the vocabulary.
         """
         x, state = self.hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
         return self.head(x), state
@@ -183,7 +182,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Positions]:
-        """Embedded tokens `[B,T,D]`, scaled, normalised and dropped out as the config says, and their positions."""
+        """Returns embedded tokens `[B,T,D]`, scaled, normalised and with dropout as configured, and their positions."""
         x = self.embed(checked_ids(ids, self.config.vocab_size)) if embeds is None else embeds
         if x.ndim != 3 or x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(x.shape[:-1])}")
@@ -194,10 +193,10 @@ class LanguageModel(nn.Module):
         return F.dropout(self.embed_norm(x), self.config.dropout, self.training), positions
 
     def checked(self, state: Any) -> State:
-        """The state as this model reads it.
+        """Returns the state in the form that this model reads.
 
         Raises:
-            ValueError: it is no state, was used up, or is of other blocks or another window.
+            ValueError: it is no state, was used, or is of other blocks or another window.
         """
         if not isinstance(state, State):
             raise ValueError(f"a model goes on from a State, got a {type(state).__name__}")
@@ -219,22 +218,22 @@ class LanguageModel(nn.Module):
         return state
 
     def reset_parameters(self) -> None:
-        """torchscale's choice: embedding and output N(0, 1/D), mixing layers as they say, the rest as nn.Linear."""
-        for matrix in (self.embed.weight, self.head.weight):  # tied, it is one matrix, drawn twice
+        """Initialises as torchscale: embedding and output N(0, 1/D), mixers by their own rules, others as nn.Linear."""
+        for matrix in (self.embed.weight, self.head.weight):  # if tied, one matrix, drawn twice
             nn.init.normal_(matrix, std=self.config.dim**-0.5)
         for block in self.blocks:
             block.reset_parameters()
 
 
 def _taken(memory: Memory | None) -> Any:
-    """A memory as its layer takes it."""
+    """Returns a memory in its layer's form."""
     if memory is None:
         return None
     return memory.value if isinstance(memory, RetentionMemory) else memory.layer
 
 
 def _kept(mixer: Any, kept: Any, before: Memory | None) -> Memory | None:
-    """The memory that a layer returned; None where it kept none."""
+    """Returns the memory from a layer's result; None if the layer kept none."""
     if isinstance(mixer, MultiScaleRetention):
         return RetentionMemory(kept)
     if kept is None:
@@ -246,11 +245,11 @@ def _kept(mixer: Any, kept: Any, before: Memory | None) -> Memory | None:
 
 
 def checked_ids(ids: Any, vocab_size: int) -> Tensor:
-    """Token ids as they are; on a GPU their values are not looked at, which would wait for it.
+    """Returns token ids after checks; on a GPU their values are not checked, since that would wait for it.
 
     Raises:
-        TypeError: no tensor of integers.
-        IndexError: an id outside the vocabulary.
+        TypeError: ids are no tensor of integers.
+        IndexError: an id is outside the vocabulary.
     """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = str(ids.dtype).removeprefix("torch.") if isinstance(ids, Tensor) else type(ids).__name__

@@ -1,7 +1,8 @@
-"""Peers: other architectures, from the transformers library (extra `peers`), behind our interface, to compare with.
+"""Peers for comparisons: other architectures from the transformers library (extra `peers`), behind our interface.
 
-They train in our loop, on our data, with our loss and output matrix; how they mix tokens and initialise their blocks is
-theirs. Their states are not those of `state.py`: they can be trained and scored, not decoded or served.
+They train in our loop, on our data, with our loss and output matrix. The mixing of tokens and the initialisation of
+blocks are the library's. Their states are not those of `state.py`: they can be trained and scored, not decoded or
+served.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,12 +17,12 @@ from retentive.models.model import LanguageModel
 from retentive.models.presets import twin
 
 KINDS = ("llama", "mamba", "mamba2", "rwkv")
-"""The names that transformers itself gives these architectures."""
+"""Names of these architectures in transformers."""
 
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """The config of a peer; the function `peer` chooses the numbers for a RetNet."""
+    """Config of a peer; the function `peer` chooses the numbers to match a RetNet."""
 
     keeps_state: ClassVar[bool] = False
     """False: it cannot decode here."""
@@ -38,9 +39,9 @@ class PeerConfig:
     layers: int
     """Blocks."""
     heads: int
-    """Heads, where the architecture has them."""
+    """Heads, if the architecture has them."""
     ffn_dim: int
-    """Width of the feed-forward layer, where the architecture has one."""
+    """Width of the feed-forward layer, if the architecture has one."""
     tie_embeddings: bool = False
     """Use the embedding as the output matrix."""
 
@@ -51,33 +52,33 @@ class PeerConfig:
 
     @property
     def name(self) -> str:
-        """The architecture, for people."""
+        """Architecture, for display."""
         return self.kind
 
     def written(self) -> dict[str, Any]:
-        """The config as JSON has it."""
+        """Returns the config as JSON."""
         return asdict(self)
 
     def theirs(self) -> dict[str, Any]:
-        """The fields of transformers' config."""
+        """Returns the fields of transformers' config."""
         common = dict(vocab_size=self.vocab_size, hidden_size=self.dim, num_hidden_layers=self.layers)
         head = self.dim // self.heads
         of_kind: dict[str, dict[str, Any]] = {
             "llama": dict(num_attention_heads=self.heads, intermediate_size=self.ffn_dim),
             "mamba": dict(state_size=16),
             "mamba2": dict(num_heads=2 * self.heads, head_dim=head, state_size=head, n_groups=1, chunk_size=64),
-            # rescale_every halves weights while a model is evaluated, for float16's sake
+            # rescale_every halves weights during evaluation, for the sake of float16
             "rwkv": dict(attention_hidden_size=self.dim, intermediate_size=self.ffn_dim, rescale_every=0),
         }
         return common | of_kind[self.kind]
 
 
 def peer(config: ModelConfig, kind: str) -> PeerConfig:
-    """The config of a model of another kind that is as wide as the RetNet and has about as many parameters.
+    """Returns the config of a peer of the RetNet's width and about as many parameters.
 
-    Llama has the twin's numbers. A block of Mamba has some 6 D^2 parameters and no feed-forward layer, half of a
-    RetNet's block: it gets twice as many blocks. RWKV's time mixing has 4 D^2, and its channel mixing, of two matrices,
-    a gate of D^2 more.
+    Llama has the twin's numbers. A block of Mamba has about 6 D^2 parameters and no feed-forward layer, half of a
+    RetNet's block, so it gets twice as many blocks. RWKV's time mixing has 4 D^2; its channel mixing has two matrices,
+    and a gate of D^2 more.
     """
     block = twin(config).blocks[0]
     ffn = (3 * block.ffn.width - config.dim) // 2 if kind == "rwkv" else block.ffn.width
@@ -102,22 +103,22 @@ class Peer(LanguageModel):
     config: PeerConfig
 
     def __init__(self, config: PeerConfig):
-        nn.Module.__init__(self)  # it has none of the parts of a model of ours
+        nn.Module.__init__(self)  # it has none of the parts of our models
         try:
             from transformers import AutoConfig, AutoModel
         except ImportError:
             raise ModuleNotFoundError(
                 f"{config.kind} is a model of the transformers library: pip install 'retentive[peers]'"
             ) from None
-        self.config, self.blocks = config, nn.ModuleList()  # empty: the library's blocks cannot be wrapped one by one
+        self.config, self.blocks = config, nn.ModuleList()  # empty, since the library's blocks cannot be wrapped singly
         self.backbone: Any = AutoModel.from_config(AutoConfig.for_model(config.kind, **config.theirs()))
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        nn.init.normal_(self.head.weight, std=config.dim**-0.5)  # as for RetNet: the losses begin alike
+        nn.init.normal_(self.head.weight, std=config.dim**-0.5)  # as for RetNet, so that losses begin alike
 
     @property
-    def embed(self) -> nn.Embedding:  # type: ignore[override]  # found in the backbone, where it is registered
+    def embed(self) -> nn.Embedding:  # type: ignore[override]  # in the backbone, where it is registered
         return self.backbone.get_input_embeddings()
 
     def init_state(self, batch: int) -> Any:
@@ -132,13 +133,13 @@ class Peer(LanguageModel):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """What the output matrix is applied to, `[B,T,D]`; arguments as for `RetNet`, padding on the right only."""
+        """Returns the input of the output matrix, `[B,T,D]`; arguments as for `LanguageModel`, padding right only."""
         if state is not None or ids is None or embeds is not None or (lengths is not None and lengths.ndim != 1):
             raise ValueError(f"{self.config.kind} reads whole rows of ids here: no state, no embeds, no left padding")
         if cu_seqlens is None:
             return self.backbone(ids, use_cache=False).last_hidden_state, None
         counts = cu_seqlens.diff().tolist()
-        # A row a sequence, padded on the right: all are causal, so that no token sees the padding after it.
+        # One row per sequence, padded on the right: all are causal, so no token sees the padding after it.
         rows = nn.utils.rnn.pad_sequence(list(ids[0].split(counts)), batch_first=True)
         x = self.backbone(rows, use_cache=False).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])[None], None

@@ -1,7 +1,7 @@
 """Configs by name: `retnet`, its twin `transformer`, `hybrid`, the architectures of papers and projects, named sizes.
 
     retnet("5m", vocab_size=257, decay="lm")          any field of the layers and of the model may be changed
-    transformer("5m", vocab_size=257)                 the Transformer of as many parameters
+    transformer("5m", vocab_size=257)                 the Transformer with as many parameters
     hybrid("5m", vocab_size=257, attention_every=4, attention_window=256)
 
 All are functions that return a ModelConfig: a variant is data, not a class.
@@ -39,7 +39,7 @@ HYBRID: dict[str, Any] = {
     "attention_window": int | None,
     "attention_rotary": str,
 }
-"""What `hybrid` takes beside the fields of a RetNet."""
+"""Fields of `hybrid` in addition to those of a RetNet."""
 FIELDS: dict[str, Any] = {
     **SHARED,
     **RETENTION,
@@ -50,43 +50,43 @@ FIELDS: dict[str, Any] = {
 
 
 PLAIN: dict[str, Any] = dict(qk_norm=False, qk_bias=False, decay_bias=False, gate_activation="swish", head_norm=True)
-"""What no published RetNet has, but for the norm of each head's output, which all have."""
+"""Values of published RetNets: none of our own options, and a norm of each head's output."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "retnet": {},
-    # the paper's language models, in the parts that its authors published later: RMSNorm, a gated feed-forward layer
+    # the paper's language models with parts that its authors published later: RMSNorm, a gated feed-forward layer
     "retnet-paper": PLAIN | dict(decay="lm", decay_range=decays.LM_RANGE, rotary="interleaved", score_norm=True),
     "torchscale": PLAIN | dict(decay="paper", rotary="interleaved", score_norm=True, embed_scale=True),
     "fla": PLAIN | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
 }
-"""Named RetNets, by the fields that the name stands for. `retnet`, this package's own, is the fields' defaults and
-stands for nothing else: any of them may be changed."""
+"""Named RetNets, with the fields that each name fixes. `retnet`, this package's own, has the fields' defaults and fixes
+none: any of them may be changed."""
 
 
 class Size(NamedTuple):
-    """A named size: shapes, and the architecture that they were published with."""
+    """A named size: shapes, and the architecture they were published with."""
 
     shape: dict[str, Any]
     architecture: str = "retnet"
 
 
 def _small(dim: int, layers: int, heads: int) -> Size:
-    """Tied embeddings: untied, they would be most of a small model's parameters."""
+    """Returns a size with tied embeddings: untied, they would be most of a small model's parameters."""
     return Size(dict(dim=dim, layers=layers, heads=heads, tie_embeddings=True))
 
 
 def _paper(dim: int, layers: int, heads: int) -> Size:
-    """arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 parameters a block."""
+    """Size of arXiv 2307.08621v4: key head dim 256, value and (plain) feed-forward width 2 D, 12 D^2 per block."""
     plain = dict(ffn_dim=2 * dim, ffn_gate=False, activation="gelu")
     return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, dropout=0.1, **plain), "retnet-paper")
 
 
 def _torchscale(dim: int, layers: int, heads: int, ffn: int) -> Size:
-    """The architectures that torchscale registers with fairseq."""
+    """Size of an architecture that torchscale registers with fairseq."""
     return Size(dict(dim=dim, layers=layers, heads=heads, value_dim=ffn, ffn_dim=ffn), "torchscale")
 
 
 def _fla(dim: int, layers: int, heads: int, ffn: int, *, tie: bool = False) -> Size:
-    """The configs behind fla-hub's checkpoints."""
+    """Size of a config of fla-hub's checkpoints."""
     shape = dict(dim=dim, layers=layers, heads=heads, value_dim=2 * dim, ffn_dim=ffn, tie_embeddings=tie)
     return Size(shape, "fla")
 
@@ -122,13 +122,13 @@ def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: 
 
     Args:
         size: a name of PRESETS; None: the shape of DEFAULTS.
-        architecture: a name of ARCHITECTURES; "retnet" is that of the size where it was published with another.
+        architecture: a name of ARCHITECTURES; "retnet" means the size's own if it was published with another.
         changes: fields that differ from the size's: those of RetentionConfig and ModelConfig, `layers`, and `ffn_dim`
             (0: value_dim), `activation`, `ffn_gate` of the feed-forward layers.
 
     Raises:
-        ValueError: an unknown size or architecture (the known ones are named), an unknown field, a field that
-            contradicts the architecture's name, or a value that cannot be.
+        ValueError: an unknown size or architecture (known ones are listed), an unknown field, a field that
+            contradicts the architecture's name, or an invalid value.
     """
     one_of("architecture", architecture, ARCHITECTURES)
     shape, published = Size(DEFAULTS) if size is None else _size(size)
@@ -164,7 +164,7 @@ def _retnet(*, layers: int, ffn_dim: int = 0, **flat: Any) -> ModelConfig:
 
 
 def _check_width(width: Any) -> None:
-    """Raises ValueError for a width that FeedForwardConfig would refuse by another name."""
+    """Raises ValueError for an invalid width, which FeedForwardConfig would report under another name."""
     if type(width) is not int:
         raise ValueError(f"ffn_dim must be a whole number, got {width!r}")
     if not 0 <= width <= LIMIT:
@@ -172,10 +172,10 @@ def _check_width(width: Any) -> None:
 
 
 def flat(config: ModelConfig, who: str) -> dict[str, Any]:
-    """The fields by which `retnet` makes this config, all of them; `who`, which needs them, begins the error's line.
+    """Returns all fields with which `retnet` makes this config.
 
     Raises:
-        ValueError: not a RetNet whose blocks are all alike.
+        ValueError: it is no RetNet with equal blocks. The message starts with `who`, which needs one.
     """
     mixer, ffn = config.all_retention(who), config.blocks[0].ffn
     fields_of_ffn = {name: getattr(ffn, own) for name, (own, _) in FEED_FORWARD.items()}
@@ -187,30 +187,30 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
 
 
 def twin(config: ModelConfig, *, kv_heads: int = 0) -> ModelConfig:
-    """Config of the Transformer of the same width, depth, heads and parameters as a RetNet; a Transformer as it is.
+    """Config of the Transformer with a RetNet's width, depth, heads and parameters; a Transformer is returned as is.
 
-    Attention has 4 D^2 where retention has 2 D key_dim + 3 D value_dim; the feed-forward layer takes the difference:
-    with both widths 5/3 D, the twin's is 8/3 D, the width that Llama uses.
+    Attention has 4 D^2 parameters, retention 2 D key_dim + 3 D value_dim. The feed-forward layer takes the difference:
+    if both widths are 5/3 D, the twin's is 8/3 D, Llama's width.
 
     Args:
-        config: a RetNet, or a hybrid, whose blocks of retention are counted.
-        kv_heads: heads of keys and values, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
-            0: every head has its own.
+        config: a RetNet, or a hybrid, whose retention blocks count.
+        kv_heads: key and value heads, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
+            0: one per query head.
     """
     block = next((b for b in config.blocks if isinstance(b.mixer, RetentionConfig)), None)
     if block is None:
         return config
     attends = _twin_block(block, config.norm_eps, kv_heads)
-    # what only a RetNet has of its model's fields stays behind: the twin is one baseline for all of them
+    # model fields that only RetNets use are dropped, so that the twin is one baseline for all of them
     return replace(config, blocks=(attends,) * config.layers, embed_scale=False, embed_norm=False, final_norm=True)
 
 
 def _twin_block(block: BlockConfig, norm_eps: float, kv_heads: int = 0) -> BlockConfig:
-    """The block of attention and SwiGLU with as many parameters as a block of retention."""
+    """Config of a block of attention and SwiGLU with as many parameters as a retention block."""
     c = block.mixer
     assert isinstance(c, RetentionConfig)
     shared = c.kv_heads / c.heads
-    # All in units of D parameters: what the block of the RetNet has, less what the twin's attention takes.
+    # In units of D parameters: the RetNet block's parameters, minus those of the twin's attention.
     retention = (1 + shared) * c.key_dim + (shared + (2 if c.gate else 1)) * c.value_dim
     retention += c.heads if c.decay == "gated" else 0
     feed_forward = (3 if block.ffn.gate else 2) * block.ffn.width
@@ -225,8 +225,7 @@ def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
 
     Args:
         size: a name of PRESETS; None: the shape of DEFAULTS.
-        changes: fields of the twin's own (ATTENTION, and `ffn_dim`), and those of the RetNet that it is as wide and as
-            large as.
+        changes: fields of the twin (ATTENTION, and `ffn_dim`), and of the RetNet whose width and size it has.
 
     Raises:
         ValueError: as `retnet`.
@@ -251,22 +250,22 @@ def hybrid(
     attention_rotary: str = "half",
     **changes: Any,
 ) -> ModelConfig:
-    """Config of a RetNet of which some blocks are those of its twin: attention, with as many parameters.
+    """Config of a RetNet with some attention blocks from its twin, with as many parameters.
 
-    Its memory grows as many times slower than the Transformer's; with a window it is of constant size. Source: the
-    hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427): one block of attention, in
-    Griffin over a window, to several that are recurrent.
+    Its memory grows slower than the Transformer's by the share of these blocks; with a window it has constant size.
+    Source: the hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427), which have one
+    attention block, in Griffin with a window, for several recurrent ones.
 
     Args:
-        attention: the blocks that attend, counted from 0.
-        attention_every: instead of these, one block in so many, the last of them; 0: 4, or all blocks where there are
-            fewer. 4: three blocks of retention, then one of attention.
-        attention_window: tokens that a token attends to in these blocks, itself included; None: all before it.
+        attention: indices of the attention blocks, from 0.
+        attention_every: instead of indices, the last of every so many blocks; 0: 4, or the number of blocks if there
+            are fewer. 4: three blocks of retention, then one of attention.
+        attention_window: number of tokens that a token attends to in these blocks, itself included; None: all.
         attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
-        changes: as for `retnet`; the blocks that attend have QK-norm if the others have it.
+        changes: as for `retnet`; attention blocks have QK-norm if the others have it.
 
     Raises:
-        ValueError: as `retnet`, or blocks that are not all there, or all of one kind.
+        ValueError: as `retnet`; or an index does not exist, or all blocks are of one kind.
     """
     base = retnet(size, **changes)
     layers, block = base.layers, base.blocks[0]

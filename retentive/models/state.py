@@ -1,12 +1,12 @@
-"""State: what a model remembers between calls, one memory for each block (`memory.py`) and the positions.
+"""State: a model's memory between calls, one memory per block (`memory.py`) and the positions.
 
-    logits, state = model(ids)               one comes back
-    logits, state = model(more, state)       and goes in again
+    logits, state = model(ids)               returns one
+    logits, state = model(more, state)       continues from it
 
-A state that is passed to the model is used up where its memories are written in place, as rings and caches are: the
-model refuses it when it is passed a second time. `clone()` it to go on from the same point twice.
+Passing a state to the model consumes it if its memories are written in place, as rings and caches are. The model
+refuses a consumed state. To continue twice from the same point, `clone()` it first.
 
-State is a pytree node, so that torch.export and torch.func see its tensors.
+State is a pytree node, so torch.export and torch.func see its tensors.
 """
 
 import json
@@ -27,14 +27,14 @@ FORMAT = "retentive-state-2"
 
 @dataclass
 class State:
-    """What a model has read, of N sequences; every tensor has the sequences first."""
+    """Memory of the tokens that N sequences have read; the first dimension of every tensor is N."""
 
     memories: Sequence[Memory]
     """Memory of each block."""
     position: Tensor
-    """int64 `[N]`, tokens that each sequence has had (padding does not count)."""
+    """int64 `[N]`, number of tokens in each sequence (without padding)."""
     used: bool = field(default=False, compare=False, repr=False)
-    """True once a model has written later tokens into these very memories."""
+    """True once a model has written later tokens into these memories."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -43,16 +43,16 @@ class State:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Slots that each memory keeps at most; 0: all tokens, or it has no slots."""
+        """Maximum slots of each memory; 0 for unlimited, and for memories without slots."""
         return tuple(m.window for m in self.memories)
 
     @property
     def nbytes(self) -> int:
-        """Bytes its tensors hold, free slots included."""
+        """Bytes of its tensors, free slots included."""
         return sum(m.nbytes for m in self.memories) + self.position.nbytes
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor it holds, the position last."""
+        """Returns all its tensors, the position last."""
         return [*(x for m in self.memories for x in m.tensors()), self.position]
 
     @property
@@ -61,50 +61,50 @@ class State:
         return [shape for m in self.memories for shape in m.shapes]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "State":
-        """The state with f of every tensor."""
+        """Returns a state with f applied to every tensor."""
         return State([m.map(f) for m in self.memories], f(self.position))
 
     def select(self, rows: Tensor) -> "State":
-        """The sequences `rows`, int64 `[n]`: repeated or reordered as for beam search."""
+        """Returns the sequences `rows`, int64 `[n]`, repeated or reordered as for beam search."""
         return self.map(lambda x: x.index_select(0, rows.to(x.device)))
 
     def view(self, n: int) -> "State":
-        """The first n sequences, in the same memory."""
+        """Returns the first n sequences, sharing memory."""
         return self.map(lambda x: x[:n])
 
     def clone(self) -> "State":
-        """A copy in memory of its own.
+        """Returns a copy with its own memory.
 
         Raises:
-            ValueError: a model has written into it since.
+            ValueError: a model has written into the state since.
         """
         self.check_unused()
         return self.map(lambda x: x.clone())
 
     def detach(self) -> "State":
-        """The same tensors without their gradients."""
+        """Returns the same tensors without gradients."""
         return self.map(lambda x: x.detach())
 
     def to(self, device: torch.device | str) -> "State":
-        """The state on a device."""
+        """Returns the state on a device."""
         return self.map(lambda x: x.to(device))
 
     def settled(self) -> "State":
-        """Plain tensors with all tokens in them, without rings; itself where it has none."""
+        """Returns plain tensors that include all tokens, without rings; itself if it has none."""
         settled = [m.settled() for m in self.memories]
         if all(a is b for a, b in zip(settled, self.memories, strict=True)):
             return self
         return State(settled, self.position.clone())
 
     def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "State":
-        """The state to decode in place: retention in rings for k and v of `dtype`.
+        """Returns a state that decodes in place: retention uses rings for k and v of `dtype`.
 
-        At least the last `rollback` tokens decoded can be taken back.
+        At least the last `rollback` decoded tokens can be taken back.
         """
         return State([m.for_decoding(dtype, rollback, self.position) for m in self.memories], self.position)
 
     def reserve(self, slots: int) -> "State":
-        """The state with room for so many tokens a sequence; itself if it has it, as retention always has."""
+        """Returns the state with room for `slots` tokens per sequence; itself if it has it, as retention always has."""
         memories = [m.reserve(slots) for m in self.memories]
         if all(a is b for a, b in zip(memories, self.memories, strict=True)):
             return self
@@ -114,29 +114,29 @@ class State:
         """Takes back the last `tokens` tokens of every sequence, in place.
 
         Raises:
-            ValueError: more than `for_decoding` was told to keep; nothing has moved then.
+            ValueError: more than `for_decoding` keeps; nothing has changed then.
         """
-        for memory in self.memories:  # before anything moves: one may hold more tokens than another
+        for memory in self.memories:  # before any change, since one may hold more tokens than another
             memory.check_rollback(tokens, self.position)
         for memory in self.memories:
             memory.rollback(tokens)
         self.position -= tokens
 
     def put(self, row: int, other: "State", source: int = 0) -> None:
-        """Writes sequence `source` of another state over the one at `row`, in place."""
+        """Overwrites the sequence at `row` with sequence `source` of another state, in place."""
         for mine, theirs in zip(self.memories, other.memories, strict=True):
             mine.put(row, theirs, source, other.position)  # type: ignore[arg-type]  # of the same kind
         self.position[row] = other.position[source]
 
     @staticmethod
     def cat(states: Sequence["State"]) -> "State":
-        """All sequences of `states`, in order."""
+        """Returns all sequences of `states`, in order."""
         positions = [s.position for s in states]
         by_block: Any = zip(*(s.memories for s in states), strict=True)
         return State([type(of[0]).cat(of, positions) for of in by_block], torch.cat(positions))
 
     def then(self, memories: Sequence[Memory], position: Tensor) -> "State":
-        """The state after more tokens; this one is used up if they were written into its own tensors."""
+        """Returns the state after more tokens; marks this one as used if they were written into its tensors."""
         if not torch.compiler.is_compiling():
             self.used = any(new.writes_into(old) for new, old in zip(memories, self.memories, strict=True))
         return State(memories, position)
@@ -150,9 +150,9 @@ class State:
             )
 
     def placed(self, kinds: Sequence[str]) -> "State":
-        """The state with its memories in the order of these kinds; itself where they are in it, or do not fit.
+        """Returns the state with its memories in the order of these kinds; itself if they are, or if they differ.
 
-        Files of version 0.1.0 hold the memories of retention and those of attention apart.
+        Files of version 0.1.0 store the memories of retention and of attention separately.
         """
         if tuple(kinds) == self.kinds or sorted(kinds) != sorted(self.kinds):
             return self
@@ -160,7 +160,7 @@ class State:
         return State([next(of_kind[kind]) for kind in kinds], self.position)
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by their names in a file, apart from the position."""
+        """Returns the tensors by their names in a file, without the position."""
         return {
             f"memories.{i}.{name}": x
             for i, memory in enumerate(self.memories)
@@ -168,7 +168,7 @@ class State:
         }
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Writes one safetensors file, which `load_state` reads, with `metadata` beside the format's own."""
+        """Writes one safetensors file for `load_state`, with `metadata` in addition to the format's own."""
         self.check_unused()
         about = {**(metadata or {}), "format": FORMAT, "windows": json.dumps(self.windows)}
         write_tensors(Path(path), self.named() | {"position": self.position}, about)
@@ -187,12 +187,12 @@ pytree.register_pytree_node(
 
 
 def load_state(path: str | Path) -> State:
-    """The state that `save` wrote to `path`.
+    """Loads the state that `save` wrote to `path`.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not a state file, or one that is cut short or of a later version.
-        KeyError: a tensor that is missing.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no state file, truncated, or of a later version.
+        KeyError: a tensor is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -219,7 +219,7 @@ def load_state(path: str | Path) -> State:
 
 
 def _windows(said: str, path: Path) -> list[int]:
-    """The windows in a file's metadata, one for each memory."""
+    """Parses the windows in a file's metadata, one per memory."""
     try:
         found = json.loads(said)
     except (ValueError, RecursionError):
@@ -230,8 +230,8 @@ def _windows(said: str, path: Path) -> list[int]:
 
 
 def _version_1(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> tuple[list[dict], list[int]]:
-    """(tensors of each memory, windows) of a file of version 0.1.0, which numbers each kind by itself."""
-    window = metadata.get("window", "0")  # files from before there were windows say nothing of it
+    """Returns (tensors of each memory, windows) of a file of version 0.1.0, which numbers each kind separately."""
+    window = metadata.get("window", "0")  # absent in files from before windows existed
     if not (window.isascii() and window.isdigit()):
         raise ValueError(f"{path} holds a state with a window of {window!r}, expected a number of tokens")
     kinds = ("retention", "kv", "hybrid")

@@ -1,7 +1,7 @@
-"""Configs as version 0.1.0 wrote them: one flat set of fields for each of three kinds of model.
+"""Configs of version 0.1.0: one flat set of fields for each of three kinds of model.
 
-`read_version_1` reads its config.json; `version_1` is what it would have written, which fingerprints of models still
-hash, so that memory files of that version stay those of their model.
+`read_version_1` reads its config.json. `version_1` returns what that version would have written, which fingerprints of
+models still hash, so that its memory files stay valid.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from retentive.models.config import BlockConfig, ModelConfig, check_layers
 from retentive.models.presets import ARCHITECTURES, FEED_FORWARD, HYBRID, RETENTION, SHARED, hybrid, retnet
 
 NEW = ("rotary_base", "head_dim")
-"""Fields of mixers that it did not know."""
+"""Fields of mixers that version did not have."""
 TRANSFORMER = ("kv_heads", "rotary", "qk_norm", "forget_gate", "attention_window", "ffn_dim")
 """Fields of its Transformer beside those that all models share."""
 OWN_NORMS = ("embed_scale", "embed_norm", "final_norm")
@@ -21,14 +21,14 @@ OWN_NORMS = ("embed_scale", "embed_norm", "final_norm")
 
 
 def read_version_1(kind: Any, raw: Mapping[str, Any]) -> ModelConfig:
-    """The config of a "retnet", "transformer" or "hybrid" with these fields.
+    """Returns the config of a "retnet", "transformer" or "hybrid" with these fields.
 
     Raises:
-        TypeError: an unknown kind, or fields that the kind did not have.
-        ValueError: values that are none.
+        TypeError: the kind is unknown, or did not have one of the fields.
+        ValueError: values are invalid.
     """
     kinds = ("retnet", "transformer", "hybrid")
-    if kind not in list(kinds):  # a list: JSON may hold what has no hash
+    if kind not in list(kinds):  # a list, since JSON values may not be hashable
         raise TypeError(f'expected "kind" to be one of {", ".join(kinds)}, got {kind!r}')
     known = {*SHARED, *RETENTION, *FEED_FORWARD}
     known |= {"hybrid": {*HYBRID} - {"attention"}, "transformer": {*TRANSFORMER}}.get(kind, set())
@@ -36,7 +36,7 @@ def read_version_1(kind: Any, raw: Mapping[str, Any]) -> ModelConfig:
         raise TypeError(f"a {kind} has no field {', '.join(unknown)}")
     if kind == "transformer":
         return _transformer(dict(raw))
-    # A field that is not there was not known when the file was written: then all RetNets were the paper's.
+    # A missing field did not exist when the file was written, when all RetNets were the paper's.
     made = ARCHITECTURES["retnet-paper"] | dict(raw)
     return hybrid(**made) if kind == "hybrid" else retnet(**made)
 
@@ -52,7 +52,7 @@ def _transformer(raw: dict[str, Any]) -> ModelConfig:
 
 
 def version_1(config: ModelConfig) -> tuple[str, dict[str, Any]] | None:
-    """(class, fields) as it would have described the model: RetNet, Transformer or Hybrid; None if it could not."""
+    """Returns (class, fields) as that version described a RetNet, Transformer or Hybrid; None if it could not."""
     shared = {name: getattr(config, name) for name in SHARED}
     block = config.blocks[config.kinds.index(RetentionConfig.kind)] if config.retains else config.blocks[0]
     if isinstance(block.mixer, AttentionConfig):

@@ -1,9 +1,9 @@
-"""Pictures and sound from files to the rows that a model's encoders read; needs the extra `multimodal`.
+"""Pictures and sound: from files to the rows that a model's encoders read. Needs the extra `multimodal`.
 
     prepare("digits/train.jsonl", "data/digits", image={"size": 28, "patch": 7, "channels": 1})
     Opener.of(model).rows("image", Path("cat.png"))
 
-What becomes of rows is in `models/encoders.py`; what messages hold, in `data/media.py`.
+The encoders are in `models/encoders.py`, the media of messages in `data/media.py`.
 """
 
 from retentive.multimodal.audio import open_audio

@@ -1,9 +1,9 @@
-"""Sound to rows: decoded part by part, brought to one rate and channel, cut into frames of log-mel energies.
+"""Sound to rows: decoded in parts, resampled to one rate and channel, cut into frames of log-mel energies.
 
     frame_t = (log10(M |FFT(window * x[t hop : t hop + window])|^2 + 1e-8) + 4) / 2        M: bands evenly spaced in mel
 
-A row is `stack` frames. What is heard before does not depend on what comes after, so that an hour of sound takes the
-memory of a few seconds. (mel = 2595 log10(1 + f / 700): O'Shaughnessy, Speech Communication, 1987.)
+A row is `stack` frames. Rows never depend on later sound, so an hour of sound needs the memory of a few seconds.
+(mel = 2595 log10(1 + f / 700): O'Shaughnessy, Speech Communication, 1987.)
 """
 
 import io
@@ -20,15 +20,15 @@ from retentive.models.encoders import RATES, AudioConfig
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")
 MOST_CHANNELS = 8
-"""Of a file: silence of 255 of them is a small one, and a gigabyte when it is decoded."""
+"""Maximum channels of a file: 255 channels of silence are a small file, and a gigabyte when decoded."""
 MOST_SECONDS = 4 * 3600
-"""Of a file."""
+"""Maximum length of a file in seconds."""
 BLOCK = 10
-"""Seconds that are decoded at once."""
+"""Seconds decoded at once."""
 
 
 def open_audio(source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS) -> np.ndarray:
-    """The rows of a sound, float16 `[n, config.features]`.
+    """Returns the rows of a sound, float16 `[n, config.features]`.
 
     Raises:
         OSError, ValueError, ImportError: as `stream_audio`.
@@ -39,12 +39,12 @@ def open_audio(source: Path | bytes, config: AudioConfig, *, most_seconds: float
 def stream_audio(
     source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS
 ) -> Iterator[np.ndarray]:
-    """The rows of a sound, a part of them at a time; they are those of `open_audio`.
+    """Yields the rows of a sound in parts; together they equal those of `open_audio`.
 
     Raises:
-        OSError: no such file.
-        ValueError: no sound of these formats; one that is empty, too long, of an odd rate, or damaged.
-        ImportError: no soundfile or soxr (extra `multimodal`).
+        OSError: the file does not exist.
+        ValueError: it has another format, is empty or too long, has an unsupported sample rate, or is damaged.
+        ImportError: soundfile or soxr is missing (extra `multimodal`).
     """
     try:
         import soundfile
@@ -92,18 +92,18 @@ def stream_audio(
 
 
 def _check_wav(source: Path | bytes, name: str) -> None:
-    """Raises ValueError for a WAV that is shorter than its head says."""
+    """Raises ValueError for a WAV that is shorter than its header says."""
     with _opened(source) as file:
         head, size = file.read(28), file.seek(0, io.SEEK_END)
-    large = head[:4] == b"RF64"  # beyond 4 GB (EBU Tech 3306)
+    large = head[:4] == b"RF64"  # for files above 4 GB (EBU Tech 3306)
     said = int.from_bytes(head[20:28] if large else head[4:8], "little")
-    unknown = not large and said & 0x7FFFF000 == 0x7FFFF000  # who writes to a pipe says the most, signed or not
+    unknown = not large and said & 0x7FFFF000 == 0x7FFFF000  # writers to a pipe give the maximum, signed or not
     if size < said + 8 and not unknown:
         raise ValueError(f"{name} is cut short: it has {size:,} of {said + 8:,} bytes")
 
 
 def _check_ogg(source: Path | bytes, name: str) -> None:
-    """Raises ValueError for an OGG with a page that is cut, missing or changed (RFC 3533, section 6)."""
+    """Raises ValueError for an OGG with a truncated, missing or changed page (RFC 3533, section 6)."""
     with _opened(source) as file:
         size, begin, following = file.seek(0, io.SEEK_END), 0, dict[bytes, int]()
         while begin < size:
@@ -122,7 +122,7 @@ def _check_ogg(source: Path | bytes, name: str) -> None:
 
 
 def _checksum(page: bytes) -> bytes:
-    """CRC-32 as OGG has it: zlib's, of bits in the other order, and without the ones that it begins and ends with."""
+    """Returns OGG's CRC-32: zlib's with bits in reverse order, and without its initial and final inversion."""
     crc = zlib.crc32(page.translate(OTHER_ORDER), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
 
@@ -136,20 +136,20 @@ def _opened(source: Path | bytes) -> BinaryIO:
 
 
 CHECKS = {"WAV": _check_wav, "WAVEX": _check_wav, "RF64": _check_wav, "OGG": _check_ogg}
-"""Of formats that libsndfile reads as far as they go: half a copy would be heard as if it were all."""
+"""Checks for formats that libsndfile reads up to a cut without an error, so that half a copy would pass as all."""
 
 
 class Frames:
-    """Samples in parts to rows in parts, the same rows however the sound is cut."""
+    """Converts samples to rows incrementally; the rows do not depend on how the sound is split."""
 
     def __init__(self, config: AudioConfig):
         self.config = config
         self.window, self.hop = (config.rate * ms // 1000 for ms in (config.window, config.hop))
-        self.samples = np.empty(0, np.float32)  # from the beginning of the next frame on
-        self.waiting = np.empty((0, config.mels), np.float32)  # frames of a row that is not full
+        self.samples = np.empty(0, np.float32)  # from the start of the next frame on
+        self.waiting = np.empty((0, config.mels), np.float32)  # frames of an unfinished row
 
     def push(self, samples: np.ndarray, *, last: bool = False) -> Iterator[np.ndarray]:
-        """The rows that are complete with these samples; at the last, silence fills the last frame and row."""
+        """Yields the rows completed by these samples; after the last, silence pads the last frame and row."""
         self.samples = np.concatenate([self.samples, samples])
         if last:
             left = max(len(self.samples) - self.window, 0)
@@ -168,7 +168,7 @@ class Frames:
             yield rows.reshape(-1, self.config.features).astype(np.float16)
 
     def mels(self, cut: np.ndarray) -> np.ndarray:
-        """Log-mel energies `[n, mels]` of frames of samples `[n, window]`."""
+        """Returns log-mel energies `[n, mels]` of frames of samples `[n, window]`."""
         shape, bands = filters(self.config.rate, self.window, self.config.mels)
         energy = np.abs(np.fft.rfft(cut * shape)) ** 2 @ bands
         return ((np.log10(energy + 1e-8) + 4) / 2).astype(np.float32)
@@ -176,13 +176,13 @@ class Frames:
 
 @lru_cache
 def filters(rate: int, window: int, mels: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Hann's window, with which a full tone has an energy of about 1; triangles `[window // 2 + 1, mels]`)."""
+    """Returns (Hann window scaled so that a full tone has energy 1, triangular filters `[window // 2 + 1, mels]`)."""
     shape = np.hanning(window + 2)[1:-1]
     top = 2595 * np.log10(1 + rate / 2 / 700)
     edges = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
     at = np.fft.rfftfreq(window, 1 / rate)[:, None]
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    # no narrower than what the window resolves: a band between two of its frequencies would be empty
+    # at least as wide as the window's resolution: a band between two of its frequencies would be empty
     least = rate / window
     rise, fall = np.maximum(centre - low, least), np.maximum(high - centre, least)
     bands = np.clip(np.minimum((at - centre) / rise + 1, (centre - at) / fall + 1), 0, None)

@@ -1,6 +1,6 @@
-"""Pictures to rows: opened within bounds, brought to a square, cut into patches.
+"""Pictures to rows: opened within limits, fitted into a square, cut into patches.
 
-A row is a patch, its pixels line by line with their colours, 0 to 255; patches are in reading order.
+A row is a patch: its pixels line by line with their channels, 0 to 255. Patches are in reading order.
 """
 
 import io
@@ -15,19 +15,19 @@ from retentive.models.encoders import ImageConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 1 << 26
-"""Of a picture, known from its head before anything is decoded: a small file may hold pixels without end."""
+"""Maximum pixels of a picture, checked in its header before decoding: a small file may expand without limit."""
 
 
 def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
-    """The rows of a picture, uint8 `[config.tokens, config.features]`.
+    """Returns the rows of a picture, uint8 `[config.tokens, config.features]`.
 
-    It is turned as its camera says, laid on white where it is transparent, and made as large as fits into the square,
-    in whose middle it stands on white.
+    The picture is rotated as its EXIF data say, put on white where transparent, scaled to fit the square, and centred
+    in it on white.
 
     Raises:
-        OSError: no such file.
-        ValueError: no picture of these formats; one that moves, has 16 bits a colour or too many pixels, is damaged.
-        ImportError: no pillow (extra `multimodal`).
+        OSError: the file does not exist.
+        ValueError: it has another format, is animated, has 16 bits per channel or too many pixels, or is damaged.
+        ImportError: pillow is missing (extra `multimodal`).
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -37,36 +37,36 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     if isinstance(source, Path):
         check_file(source)
     raw = source if isinstance(source, bytes) else source.read_bytes()
-    # pillow makes 8 bits of 16 in colours, without a word
+    # pillow silently reduces 16-bit colour to 8 bits
     if raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24:25] == b"\x10":
         raise ValueError(f"{name} has 16 bits a colour: save it with 8")
     too_many = f"{name} has more than {MOST_PIXELS:,} pixels: make it smaller"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the smaller bound
-            picture: Any = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the head alone
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is smaller
+            picture: Any = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads only the header
     except Image.DecompressionBombError:
         raise ValueError(too_many) from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
-    except Exception as error:  # a decoder meets any bytes
+    except Exception as error:  # decoders may raise anything for arbitrary bytes
         raise ValueError(f"{name} cannot be opened as a picture ({error})") from None
     width, height = picture.size
     if width * height > MOST_PIXELS:
         raise ValueError(f"{too_many}, it has {width:,} x {height:,}")
-    # a camera's JPEG may hold a preview or a map of depth as further frames (MPO); the first is the picture
+    # a camera's JPEG may hold a preview or depth map as further frames (MPO); the first is the picture
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
     try:
         if picture.format == "PNG":
-            Image.open(io.BytesIO(raw)).verify()  # its checksums, which `load` does not look at
+            Image.open(io.BytesIO(raw)).verify()  # checks its checksums, which `load` ignores
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
         clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         mode, side = "RGBA" if clear else "L" if config.channels == 1 else "RGB", config.size
-        if picture.mode != mode:  # a copy of a large picture is a quarter of a gigabyte
+        if picture.mode != mode:  # avoids a copy: a large picture is a quarter of a gigabyte
             picture = picture.convert(mode)
         if picture.size != (side, side):
             fitted = [max(round(each / max(picture.size) * side), 1) for each in picture.size]
@@ -81,7 +81,7 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
 
 
 def patches(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """Rows `[n, patch * patch * C]` of pixels `[H, W, C]`, whose sides are multiples of the patch's."""
+    """Returns rows `[n, patch * patch * C]` of pixels `[H, W, C]`, whose sides are multiples of the patch's."""
     H, W, C = pixels.shape
     cut = pixels.reshape(H // patch, patch, W // patch, patch, C).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(cut).reshape(-1, patch * patch * C)

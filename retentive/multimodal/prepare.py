@@ -1,4 +1,4 @@
-"""Conversations with pictures and sound, packed: `data.prepare`, with what opens their files.
+"""Packs conversations with pictures and sound: `data.prepare`, with a function that opens their files.
 
 {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}]},
               {"role": "assistant", "content": "A cat."}]}
@@ -22,20 +22,20 @@ from retentive.multimodal.image import open_image
 
 SEEN = ("size", "patch", "channels")
 HEARD = ("rate", "mels", "window", "hop", "stack")
-"""The fields of encoders' configs that say how files become rows; the others are the model's."""
+"""Fields of encoders' configs that define how files become rows; the other fields belong to the model."""
 NEEDS = {"image": ("PIL",), "audio": ("soundfile", "soxr")}
-"""What opens files of a kind (extra `multimodal`)."""
-NO_ENCODER = "the model has no encoder for {0}: it was trained without any (retentive data --{0} makes data for one)"
-"""What is said to a model that takes none of a kind."""
-UNSAID = "it holds {0}, and nothing says how that becomes tokens (retentive data --{0})"
-"""What is said of a kind that is to be packed and has no fields."""
+"""Packages that open files of each kind (extra `multimodal`)."""
+NO_ENCODER = "the model has no encoder for {0}: train one on data with {0} (docs/see.md, docs/listen.md)"
+"""Error for a model that accepts no media of a kind."""
+UNSAID = "it holds {0}, but nothing says how {0} becomes tokens: give {0}, its encoder's fields"
+"""Error for a kind of media in conversations to pack, whose encoder fields are not given."""
 
 
 class Opener:
-    """`data.media.Open`: opens what messages name, with the encoders' configs.
+    """Opens the files that messages name, as the encoders' configs require (`data.media.Open`).
 
     Args:
-        missing: what is said of a kind that none of them is of.
+        missing: error for a kind that no config is for.
     """
 
     def __init__(self, configs: Mapping[str, Config], missing: str = NO_ENCODER):
@@ -43,7 +43,7 @@ class Opener:
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Opener":
-        """What opens files for a model, as its own encoders see and hear."""
+        """Returns the opener for a model's own encoders."""
         return cls({kind: encoder.config for kind, encoder in encoders_of(model).items()})
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
@@ -52,7 +52,7 @@ class Opener:
         return self.rows(kind, folder / name)._replace(name=name)
 
     def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
-        """It in parts: of a sound some seconds each, so that hours of it take no more memory."""
+        """Opens it in parts, a sound some seconds at a time, so that long sounds need no more memory."""
         config = self._config(kind)
         if isinstance(config, ImageConfig):
             yield self.rows(kind, source)
@@ -60,7 +60,7 @@ class Opener:
             yield from (Media(kind, rows) for rows in stream_audio(source, config))
 
     def rows(self, kind: str, source: Path | bytes, most: int | None = None) -> Media:
-        """A picture or a sound, from its file or its bytes; of sound at most so many tokens, known before they are."""
+        """Opens a picture or sound from its file or bytes; refuses sound above `most` tokens before decoding it."""
         config = self._config(kind)
         if isinstance(config, ImageConfig):
             return Media(kind, open_image(source, config))
@@ -74,9 +74,9 @@ class Opener:
 
 
 def fields_of(model: str | Path | ModelFolder) -> dict[str, dict[str, Any]]:
-    """`prepare`'s image and audio for conversations with the model of a folder: as it sees and hears.
+    """Returns `image` and `audio` for `prepare`, from the encoders of the model in a folder.
 
-    Nothing for a model that only reads.
+    Empty for a model without encoders.
     """
     names = {"image": SEEN, "audio": HEARD}
     found = ModelFolder.open(model).encoders.items()
@@ -91,13 +91,13 @@ def prepare(
     audio: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Meta:
-    """The meta of the packed folder `out`, once written: whole, or nothing of it.
+    """Writes the packed folder `out` atomically and returns its meta.
 
     Args:
-        sources: conversations, as for `retentive.data.prepare`, whose other options these are.
-        image: fields of ImageConfig that say how a picture becomes rows (SEEN); its defaults, if empty. None: no
+        sources: conversations, as for `retentive.data.prepare`, which also takes the other options.
+        image: fields of ImageConfig that define how a picture becomes rows (SEEN); defaults if empty. None: no
             pictures.
-        audio: of AudioConfig (HEARD), for sound.
+        audio: fields of AudioConfig (HEARD), for sound.
 
     Raises:
         ValueError, OSError, ImportError: as `data.prepare`, `open_image` and `open_audio`, with the line of the file.
@@ -111,11 +111,11 @@ def prepare(
             continue
         if unknown := sorted(set(given) - set(names)):
             own = unknown[0] in {f.name for f in fields(make)}
-            why = "the model's (retentive train --set)" if own else f"none of {', '.join(names)}"
-            raise ValueError(f"--{kind} {unknown[0]}: it is {why}")
+            why = "a field of the model, given to training" if own else f"none of {', '.join(names)}"
+            raise ValueError(f"{kind} {unknown[0]}: it is {why}")
         configs[kind] = config = make(token=0, **given)
         said = {name: getattr(config, name) for name in names}
         encoded[kind] = said | {"features": config.features, "dtype": np.dtype(dtype).name}
     if not configs:
-        raise ValueError("neither image nor audio is given: such conversations are packed by retentive.data.prepare")
+        raise ValueError("neither image nor audio is given: use retentive.data.prepare for conversations of text")
     return data_prepare(sources, out, chats=True, media=Opener(configs, UNSAID), encoded=encoded, **options)

@@ -1,7 +1,7 @@
-"""What retention is: arithmetic on tensors, no nn.Module, no config.
+"""The retention operator: arithmetic on tensors, without nn.Module or config.
 
-Letters of the shape suffixes: B batch, T tokens, H heads, K query and key head dim, V value head dim,
-C chunk length, M chunks of the whole batch, N sequences.
+Shape suffixes: B batch, T tokens, H heads, K query and key head dim, V value head dim, C chunk length,
+M chunks of the whole batch, N sequences.
 """
 
 from retentive.ops.pieces import across

@@ -1,7 +1,7 @@
-"""The backends of retention, what each can do, and which one `auto` takes; the same for a decode step with a ring.
+"""Backends of retention: what each supports, and which one "auto" picks. Also for a decode step with a ring.
 
-A backend is a row of BACKENDS: a name, a function that says why it cannot take a call (None when it can), the function
-itself, and the device that it was written for. A backend named by the caller never falls back; only "auto" chooses.
+A backend is a row of BACKENDS: its name, a function that returns the reason why it cannot run a call (None if it can),
+the function that runs it, and the device it was written for. A backend named by the caller never falls back.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from retentive.ops.transforms import traced, transformed
 
 
 class Call(NamedTuple):
-    """A checked call of `retention`: every argument given, `state` and `log_decay` in the state's dtype."""
+    """A checked call of `retention`: all arguments set, `state` and `log_decay` in the state's dtype."""
 
     q: Tensor
     k: Tensor
@@ -39,11 +39,11 @@ class Backend(NamedTuple):
     refuses: Callable[[Call], str | None]
     run: Callable[[Call], tuple[Tensor, Tensor]]
     device: str | None = None
-    """The type of device; None for any."""
+    """Device type; None for any."""
 
 
 def exactly(device: torch.device) -> AbstractContextManager:
-    """A context without autocast, which would round states to 16 bits; devices that know none (meta) are left alone."""
+    """Returns a context without autocast, which would round states to 16 bits. Does nothing on devices without it."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
 
 
@@ -51,19 +51,19 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# Dynamo of torch 2.9 cannot trace the call: a constant of the graph, in the way that cpu.unavailable is one
+# Dynamo of torch 2.9 cannot trace the call, so its result is a constant of the graph, as for cpu.unavailable
 setattr(_autocasts, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def chunk_size(call: Call) -> int:
-    """The chunk length where the caller names none: short for the C x C scores, long for the K x V states."""
+    """Returns the default chunk length: short favours the C x C scores, long the K x V states."""
     if call.form == "parallel":
         return call.q.shape[1]
     return call.chunk_size or (64 if call.q.shape[-1] <= 64 else 128)
 
 
 def run_reference(call: Call) -> tuple[Tensor, Tensor]:
-    """The page of `reference.py`, in the state's dtype, one packed sequence after the other."""
+    """Runs `reference.py` in the state's dtype, one packed sequence after the other."""
     form = "chunkwise" if call.form == "auto" else call.form
     extra = {"chunk_size": chunk_size(call)} if form == "chunkwise" else {}
     function = {"recurrent": reference.recurrent, "parallel": reference.parallel, "chunkwise": reference.chunkwise}[
@@ -72,7 +72,7 @@ def run_reference(call: Call) -> tuple[Tensor, Tensor]:
 
     def one(q, k, v, log_decay, state):
         q, k, v = (x.to(state.dtype) for x in (q, k, v))
-        # the page itself takes no -inf: differences of its sums would be NaN
+        # reference.py accepts no -inf: differences of its sums would be NaN
         log_decay = log_decay.clamp(min=blocked_module.FORGOTTEN)
         return function(q, k, v, log_decay, scale=call.scale, state=state, **extra)
 
@@ -93,7 +93,7 @@ def refuses_triton(call: Call) -> str | None:
         return f"it needs an NVIDIA GPU, and the tensors are on {call.q.device}"
     if call.form in ("recurrent", "parallel"):
         return f"it computes the chunkwise form, not the {call.form} one"
-    # optional and slow to import, so only where there is a GPU
+    # optional and slow to import, so imported on GPUs only
     if find_spec("triton") is None:
         return "it needs an extra: pip install 'retentive[triton]'"
     from retentive.ops import triton as room
@@ -120,19 +120,19 @@ def refuses_cpu(call: Call) -> str | None:
 
 
 def run_cpu(call: Call) -> tuple[Tensor, Tensor]:
-    """The C code of `cpu.py`, keeping states for a backward pass only where there will be one."""
+    """Runs the C code of `cpu.py`. Keeps states for a backward pass only if there will be one."""
     tensors = (call.q, call.k, call.v, per_token(call), call.state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    # an operator's first call imports Dynamo, which takes a second or two: a model that answers does not wait for it
+    # an operator's first call imports Dynamo, one or two seconds that inference should not wait for
     run = cpu_module.cpu if keep or traced(call.q) else cpu_module.forward
     o, state, _ = run(*tensors, call.cu_seqlens, call.scale, chunk_size(call), keep)
     return o, state
 
 
 def per_token(call: Call) -> Tensor:
-    """The log decay as the kernels need it: they give a gradient per token only.
+    """Returns the log decay as the kernels need it, since they compute a gradient per token only.
 
-    One per head `[H]` that is learned is expanded to `[B,T,H]`, and autograd sums the gradient over B and T.
+    A learned `[H]` is expanded to `[B,T,H]`, and autograd sums the gradient over B and T.
     """
     learned = call.log_decay.ndim == 1 and call.log_decay.requires_grad
     return call.log_decay.expand(call.q.shape[:3]) if learned else call.log_decay
@@ -145,7 +145,7 @@ def refuses_blocked(call: Call) -> str | None:
 
 
 def run_blocked(call: Call) -> tuple[Tensor, Tensor]:
-    """`blocked.py`; the parallel form is one chunk as long as the sequence."""
+    """Runs `blocked.py`. The parallel form is one chunk as long as the sequence."""
     return blocked_module.blocked(
         call.q, call.k, call.v, per_token(call), call.state, call.cu_seqlens, call.scale, chunk_size(call)
     )
@@ -160,12 +160,12 @@ BACKENDS = {
 
 
 def choose(name: str, call: Call) -> Backend:
-    """The named backend, or for "auto" the first of BACKENDS that takes the call.
+    """Returns the named backend, or for "auto" the first of BACKENDS that can run the call.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot do this (with its reason).
+        ValueError: the name is unknown, or the named backend cannot run the call (with the reason).
     """
-    if name == "auto":  # there is always one: the reference refuses nothing
+    if name == "auto":  # always finds one: the reference refuses nothing
         return next(BACKENDS[other] for other in BACKENDS if refuses(other, call) is None)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
@@ -176,16 +176,16 @@ def choose(name: str, call: Call) -> Backend:
 
 
 def refuses(name: str, call: Call) -> str | None:
-    """Why the backend cannot take the call; None where it can."""
+    """Returns the reason why the backend cannot run the call; None if it can."""
     if name != "reference" and transformed():
         return "torch.func and forward-mode derivatives go through torch's operations, the reference backend, only"
     return BACKENDS[name].refuses(call)
 
 
 def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend that "auto" takes on `device` for q, k and v of `dtype`, in a line, and why no faster one.
+    """Describes in one line the backend that "auto" picks for q, k, v of `dtype` on `device`, and why no faster one.
 
-    For instance "cpu", or "blocked (cpu, which is faster: no C compiler found (looked for gcc, clang, cc))".
+    Examples: "cpu", or "blocked (cpu, which is faster: no C compiler found (looked for gcc, clang, cc))".
     """
     device = torch.device(device)
     q = torch.empty(1, 64, 1, 64, device=device, dtype=dtype)
@@ -201,8 +201,8 @@ def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`o` `[B,H,V]` after one more token in the ring, by the fastest code there is for its device and dtype."""
-    if torch.compiler.is_compiling():  # Dynamo cannot trace C: an opaque operator, which calls this when the graph runs
+    """Puts one token into the ring and returns `o` `[B,H,V]`, by the fastest code for its device and dtype."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace C: use an opaque operator, which calls this at run time
         return decode_step_op(
             q, k, v, log_decay, scale, ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded
         )
@@ -235,7 +235,7 @@ def decode_step_op(
     written: Tensor,
     folded: Tensor,
 ) -> Tensor:
-    """`decode_step` as one node of a compiled graph; the new Ring is made of the same tensors, not of copies."""
+    """`decode_step` as one node of a compiled graph. The new Ring shares its tensors, it does not copy them."""
     return decode_step(q, k, v, log_decay, scale, Ring(state, ring_k, ring_v, ring_decay, written, folded))
 
 

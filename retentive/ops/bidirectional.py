@@ -1,11 +1,11 @@
-"""Retention in both directions, for what is known whole: twice the causal operator, less its diagonal.
+"""Bidirectional retention, for inputs known as a whole: the causal operator in both directions, minus the diagonal.
 
     o_n = scale * sum_m exp(log_decay summed over (min(n, m), max(n, m)]) (q_n k_m) v_m        m before and after n
 
-The log decay of a token belongs to the gap before it, in either direction, so that the mask is symmetric. Linear in T;
-what is no longer than a chunk, such as a side of a picture, is one product of all pairs, whatever `using` forces.
-Over a grid, such as a picture's, the mask decays with the Manhattan distance: along each row first, and then along each
-column (RMT, arXiv 2309.11523, without its softmax).
+A token's log decay belongs to the gap before it, in either direction, so the mask is symmetric. The cost is linear in
+T. Inputs no longer than a chunk, such as a side of a picture, are one product of all pairs, whatever `using` forces.
+Over a grid, such as a picture's, the mask decays with the Manhattan distance: first along rows, then along columns
+(RMT, arXiv 2309.11523, without its softmax).
 """
 
 from collections.abc import Callable
@@ -17,34 +17,34 @@ from retentive.ops.blocked import FORGOTTEN
 from retentive.ops.retention import checked, retention
 
 SHORT = 64
-"""Tokens up to which all pairs cost less than two passes with states."""
+"""Number of tokens up to which all pairs cost less than two passes with states."""
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None) -> Tensor:
-    """`[B,T,H,V]`, each token's output from all tokens.
+    """Returns `[B,T,H,V]`: each token's output from all tokens.
 
     Args:
         q, k: `[B,T,H,K]`.
         v: `[B,T,H,V]`.
-        log_decay: `[H]`, or `[B,T,H]` of the gap before each token; the first token's own does not matter.
-        scale: K^-1/2 if not given.
+        log_decay: `[H]`, or `[B,T,H]` for the gap before each token. The first token's value has no effect.
+        scale: factor of q; K^-1/2 by default.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.shape[1] <= SHORT:
         return _all_pairs(q, k, v, checked(q, k, v, log_decay), scale)
     before, _ = retention(q, k, v, log_decay, scale=scale)
-    # read from the end, the gap before a token is the one that was after it
+    # read from the end, the gap after a token is the gap before it
     gaps = log_decay if log_decay.ndim == 1 else log_decay.roll(-1, 1).flip(1)
     after, _ = retention(q.flip(1), k.flip(1), v.flip(1), gaps, scale=scale)
-    own = scale * (q * k).sum(-1, keepdim=True) * v  # in both of them
+    own = scale * (q * k).sum(-1, keepdim=True) * v  # counted in both directions
     return before + after.flip(1) - own.to(before.dtype)
 
 
 def _all_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
-    """The same by its definition: scores of every token with every other, as inside a chunk."""
+    """Computes it by the definition: scores of every token with every other, as inside a chunk."""
     with exactly(q.device):
         if log_decay.ndim == 1:
             log_decay = log_decay.expand(1, q.shape[1], -1)
@@ -58,17 +58,17 @@ def _all_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float)
 def over_grid(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, rotated: Callable[[Tensor, int], Tensor] = lambda x, axis: x
 ) -> Tensor:
-    """`[B,*G,H,V]`, along the axes of a grid G one after the other, the last first.
+    """Returns `[B,*G,H,V]`: bidirectional retention along each axis of a grid G in turn, the last axis first.
 
     Args:
         q, k: `[B,*G,H,K]`.
-        v: `[B,*G,H,V]`; what an axis gives is the next one's v.
-        log_decay: `[H]`, or `[B,*G,H]` of the gap before each token, the same along every axis.
-        rotated: (q or k in rows `[N,T,H,K]` along an axis, the axis' number in G) -> the same, rotated by positions.
+        v: `[B,*G,H,V]`. The output along one axis is v of the next.
+        log_decay: `[H]`, or `[B,*G,H]` for the gap before each token, the same along every axis.
+        rotated: (q or k in rows `[N,T,H,K]` along an axis, that axis' number in G) -> the same, rotated by position.
     """
     grid = q.ndim - 3
     for axis in reversed(range(grid)):
-        # next to the heads; all other axes are rows of a batch
+        # the axis moves next to the heads; all other axes become rows of a batch
         q_NTHK, k_NTHK, v_NTHV = (x.movedim(1 + axis, grid) for x in (q, k, v))
         shape = v_NTHV.shape
         q_NTHK, k_NTHK, v_NTHV = (x.reshape(-1, *x.shape[grid:]) for x in (q_NTHK, k_NTHK, v_NTHV))

@@ -1,14 +1,14 @@
-"""Chunkwise retention (equation 7) on whole tensors: every chunk at once, then one scan over the chunks.
+"""Chunkwise retention (equation 7) on whole tensors: all chunks at once, then one scan over the chunks.
 
     inside a chunk    o_i = sum_{j<=i} exp(G_i - G_j) (q_i k_j) v_j          G_i = log decay from the chunk's start
     from the past     o_i += exp(G_i) q_i S                                  S = state at the chunk's start
     chunk to chunk    S' = exp(G_C) S + sum_j exp(G_C - G_j) k_j v_j^T
 
-The backward pass keeps q, k, v and recomputes the rest, so that training memory is linear in T; the T x T
-scores of a chunk live only while they are used. States, decays and their sums are float32 (float64 for float64).
+The backward pass keeps q, k, v and recomputes the rest, so training memory is linear in T. A chunk's scores exist only
+while they are used. States, decays and their sums are float32 (float64 for float64 inputs).
 
-Tokens are laid out as M chunks of C, no chunk crossing a sequence. A chunk that is not full is filled with tokens that
-write nothing (k = 0) and do not decay (log decay 0): its state is that of its true length, exactly.
+Tokens are laid out as M chunks of C; no chunk crosses a sequence. A chunk that is not full is padded with tokens that
+write nothing (k = 0) and do not decay (log decay 0), so its state is exactly that of its true length.
 """
 
 from typing import NamedTuple
@@ -18,26 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FORGOTTEN = -100.0
-"""Log decays below it are taken as it: e^-100 is nothing, and differences of sums of -inf would be nan."""
+"""Lower bound of log decays: e^-100 is negligible, and differences of sums of -inf would be NaN."""
 
 
 class Layout(NamedTuple):
-    """How tokens map to chunks, and in which order the chunks hand on their states."""
+    """Mapping of tokens to chunks, and the order in which chunks pass on their states."""
 
     B: int
     T: int
     C: int
-    length_M: Tensor | None  # tokens of each chunk, None where all are full
-    token_MC: (
-        Tensor | None
-    )  # for packed sequences: index of each token in the flattened batch, B * T where there is none
-    order: list[tuple]  # per step of the scan: (its chunks, their sequences), as indices into M and N
+    length_M: Tensor | None  # tokens of each chunk; None if all are full
+    token_MC: Tensor | None  # packed sequences: index of each token in the flattened batch, B * T for padding
+    order: list[tuple]  # per step of the scan: (its chunks, their sequences), indices into M and N
 
 
 def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
-    """The chunks of B rows of T tokens, or of the sequences that cu_seqlens [N+1] cuts one row of T tokens into.
+    """Lays out the chunks of B rows of T tokens, or of the sequences that cu_seqlens [N+1] cuts one row into.
 
-    With cu_seqlens on a GPU this waits for the device: the number of chunks is a shape.
+    With cu_seqlens on a GPU this waits for the device, since the number of chunks is a shape.
     """
     if cu_seqlens is None:
         C = min(C, T)
@@ -55,7 +53,7 @@ def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.devi
     chunks = -(-lengths // C)
     sequence_M = torch.repeat_interleave(torch.arange(len(lengths), device=device), chunks)
     first_N = chunks.cumsum(0) - chunks
-    # rank: the number of a chunk within its sequence; fillers get the index T, one past the last token
+    # rank: number of a chunk within its sequence; padding gets index T, one past the last token
     rank_M = torch.arange(len(sequence_M), device=device) - first_N[sequence_M]
     length_M = (lengths[sequence_M] - rank_M * C).clamp(max=C)
     offset_C = torch.arange(C, device=device)
@@ -69,7 +67,7 @@ def layout(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.devi
 
 
 def to_chunks(x: Tensor, at: Layout) -> Tensor:
-    """[B, T, H, ...] -> [M, H, C, ...], contiguous, zeros where a chunk has no token."""
+    """Rearranges [B, T, H, ...] to [M, H, C, ...], contiguous, with zeros for padding."""
     if at.token_MC is None:
         tail = -at.T % at.C
         if tail:
@@ -77,24 +75,24 @@ def to_chunks(x: Tensor, at: Layout) -> Tensor:
         x = x.reshape(-1, at.C, *x.shape[2:])
     else:
         x = x.flatten(0, 1)
-        # a row of zeros at index T, which fillers read
+        # a row of zeros at index T, which padding reads
         x = torch.cat((x, x.new_zeros(1, *x.shape[1:])))[at.token_MC]
     return x.transpose(1, 2).contiguous()
 
 
 def from_chunks(x_MHC: Tensor, at: Layout) -> Tensor:
-    """[M, H, C, ...] -> [B, T, H, ...], contiguous: the inverse of to_chunks."""
+    """Rearranges [M, H, C, ...] to [B, T, H, ...], contiguous: the inverse of to_chunks."""
     x = x_MHC.transpose(1, 2)
     if at.token_MC is None:
         x = x.reshape(at.B, -1, *x.shape[2:])[:, : at.T]
         return x.contiguous()
     out = x.new_empty(at.T + 1, *x.shape[2:])
-    out[at.token_MC] = x  # row T takes what the fillers hold, and is cut off
+    out[at.token_MC] = x  # row T collects the padding and is cut off
     return out[: at.T].unsqueeze(0).contiguous()
 
 
 class Decays(NamedTuple):
-    """The four decay factors of a chunk; leading size 1 where they are the same for all chunks."""
+    """The four decay factors of a chunk. The leading size is 1 if they are the same for all chunks."""
 
     inside_MHCC: Tensor  # exp(G_i - G_j) for i >= j, else 0
     start_MHC1: Tensor  # exp(G_i)
@@ -103,7 +101,7 @@ class Decays(NamedTuple):
 
 
 def decays(log_decay: Tensor, at: Layout) -> Decays:
-    """Decay factors from `[H]` or `[B,T,H]` log decays. Exponents are differences of falling sums: none is > 0."""
+    """Computes decay factors from log decays `[H]` or `[B,T,H]`. Exponents are differences of falling sums, so <= 0."""
     C, device = at.C, log_decay.device
     log_decay = log_decay.clamp(min=FORGOTTEN)
     position = torch.arange(C, device=device)
@@ -127,27 +125,27 @@ def decays(log_decay: Tensor, at: Layout) -> Decays:
 
 
 def scan(local_MHKV: Tensor, total_MH11: Tensor, state_NHKV: Tensor, order: list[tuple]) -> tuple[Tensor, Tensor]:
-    """States before each chunk `[M,H,K,V]` in the dtype of `local`, and after the last one of each sequence.
+    """Returns the state before each chunk `[M,H,K,V]`, in the dtype of `local`, and after each sequence's last chunk.
 
-    state' = total * state + local, along `order`. Given the order reversed it is also its own backward pass.
+    Computes state' = total * state + local, along `order`. With the order reversed it is its own backward pass.
     """
     before_MHKV = torch.empty_like(local_MHKV)
-    state_NHKV = state_NHKV.clone(memory_format=torch.contiguous_format)  # updated in place, the caller's is not
+    state_NHKV = state_NHKV.clone(memory_format=torch.contiguous_format)  # updated in place; keeps the caller's intact
     varies = total_MH11.shape[0] > 1
     for chunks, rows in order:
-        state = state_NHKV[rows]  # a view where rows is a slice, a copy where it is indices: hence written back below
+        state = state_NHKV[rows]  # a view for slices, a copy for indices, so it is written back below
         before_MHKV[chunks] = state.to(local_MHKV.dtype)
         state_NHKV[rows] = state.mul_(total_MH11[chunks] if varies else total_MH11).add_(local_MHKV[chunks])
     return before_MHKV, state_NHKV
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """[M,H,x,y] @ [M,H,y,z] as one batch of products."""
+    """Multiplies [M,H,x,y] by [M,H,y,z] as one batch of products."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
 def _add_mm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """c += a @ b, in place. c must be contiguous: `flatten` of anything else is a copy, and the sum would be lost."""
+    """Computes c += a @ b in place. c must be contiguous: `flatten` would copy anything else, and lose the sum."""
     c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
     return c
 
@@ -155,10 +153,10 @@ def _add_mm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, at: Layout, scale: float
 ) -> tuple[Tensor, ...]:
-    """What both passes start from: q, k, v in chunks, decay factors, the states before each chunk and at the end."""
+    """Computes the inputs of both passes: q, k, v in chunks, decay factors, states before each chunk and at the end."""
     q_MHCK, k_MHCK, v_MHCV = (to_chunks(x, at) for x in (q, k, v))
     inside, start, end, total = decays(log_decay, at)
-    # factors of k and q stay float32 until their product is rounded; those of the scores are rounded as the scores are
+    # factors of k and q stay float32 until their product is rounded; those of the scores are rounded like the scores
     local_MHKV = _mm((k_MHCK * end).to(k.dtype).mT, v_MHCV)
     before_MHKV, state = scan(local_MHKV, total, state, at.order)
     return q_MHCK, k_MHCK, v_MHCV, (inside * scale).to(q.dtype), start * scale, end, total, before_MHKV, state
@@ -175,7 +173,7 @@ def blocked(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """(o `[B,T,H,V]`, state `[N,H,K,V]`); the arguments are those of `retention`, checked by it and none left out."""
+    """Returns (o `[B,T,H,V]`, state `[N,H,K,V]`). Arguments as for `retention`, checked by it, all given."""
     with torch.autocast(q.device.type, enabled=False):
         at = layout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
         q_MHCK, k_MHCK, v_MHCV, inside, start, _, _, before_MHKV, state = _prepare(q, k, v, log_decay, state, at, scale)
@@ -198,7 +196,7 @@ def blocked_backward(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    """Returns gradients of q, k, v, log_decay and the initial state. For log_decay `[H]` the gradient is empty."""
     with torch.autocast(q.device.type, enabled=False):
         at = layout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
         q_MHCK, k_MHCK, v_MHCV, inside, start, end, total, before_MHKV, _ = _prepare(
@@ -207,7 +205,7 @@ def blocked_backward(
         do_MHCV = to_chunks(do, at)
         score_MHCC = _mm(q_MHCK, k_MHCK.mT).mul_(inside)
         dscore_MHCC = _mm(do_MHCV, v_MHCV.mT)
-        # the score carries the decay already: this comes before `inside` goes into dscore too
+        # the score already includes the decay, so this comes before dscore is multiplied by `inside`
         if log_decay.ndim == 3:
             product_MHCC = score_MHCC.to(log_decay.dtype) * dscore_MHCC
             dG_MHC = product_MHCC.sum(-1) - product_MHCC.sum(-2)
@@ -222,7 +220,7 @@ def blocked_backward(
         dq_MHCK = _mm(do_MHCV, before_MHKV.mT).mul_(start)
         dk_MHCK = _mm(v_MHCV, after_MHKV.mT).mul_(end)
         dlog_decay = log_decay.new_empty(0)
-        # dq and dk are the shares of the states alone here, which _decay_gradient needs: the scores' come after it
+        # dq and dk hold the states' shares only, as _decay_gradient needs them; the scores' shares are added after it
         if log_decay.ndim == 3:
             kept_MH = (before_MHKV.to(log_decay.dtype) * after_MHKV).sum((-1, -2)) * total[..., 0, 0]
             dlog_decay = _decay_gradient(dG_MHC, q_MHCK, dq_MHCK, k_MHCK, dk_MHCK, kept_MH, at)
@@ -235,13 +233,13 @@ def blocked_backward(
 def _decay_gradient(
     dG_MHC: Tensor, q_MHCK: Tensor, dq_MHCK: Tensor, k_MHCK: Tensor, dk_MHCK: Tensor, kept_MH: Tensor, at: Layout
 ) -> Tensor:
-    """Gradient of a per-token log decay, `[B,T,H]`, from dL/dG inside the chunks and the shares of the states.
+    """Returns the gradient of a per-token log decay, `[B,T,H]`, from dL/dG inside chunks and the states' shares.
 
-    o_i holds exp(G_i) beside q_i, and k_j comes with exp(-G_j): inside a chunk, dL/dG is the row sums minus the column
-    sums of score * dscore, the same rounded numbers in both, so that what cancels cancels exactly. To that come
-    q_i . dq_i from the state before, -k_j . dk_j to the state after, and at the chunk's end <S, dL/dS> of that state.
-    G is a running sum from the chunk's start, so its gradient is summed from the chunk's end: errors do not grow with
-    T.
+    o_i contains exp(G_i) with q_i, and k_j comes with exp(-G_j). Inside a chunk dL/dG is therefore the row sums minus
+    the column sums of score * dscore. Both use the same rounded numbers, so terms that cancel do so exactly. Added are
+    q_i . dq_i for the state before the chunk, -k_j . dk_j for the state after it, and at the chunk's end <S, dL/dS> of
+    that state. G is a running sum from the chunk's start, so its gradient is summed from the chunk's end: errors do not
+    grow with T.
     """
     wide = dG_MHC.dtype
     k_dk_MHC = (k_MHCK.to(wide) * dk_MHCK).sum(-1)
@@ -261,7 +259,7 @@ def check_borders(cu_seqlens: Tensor, T: int) -> None:
 
 
 def refuse_second_derivative(backward) -> None:
-    """Makes a derivative of the custom op `backward` raise RuntimeError, with what to do instead."""
+    """Makes differentiating the custom op `backward` raise a RuntimeError that names the alternative."""
 
     def refuse(ctx, *gradients):
         raise RuntimeError(
@@ -272,7 +270,7 @@ def refuse_second_derivative(backward) -> None:
 
 
 def join_passes(forward, backward) -> None:
-    """Registers shapes and autograd of two custom ops with the arguments of `blocked` and `blocked_backward`."""
+    """Registers shapes and autograd of two custom ops that take the arguments of `blocked` and `blocked_backward`."""
 
     def shapes(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size):
         return v.new_empty(v.shape), state.new_empty(state.shape)

@@ -1,7 +1,7 @@
-"""C sources compiled at first use, for the CPU that is here, and kept in the user's cache.
+"""Compiles C sources at first use for this machine's CPU, and keeps the libraries in the user's cache.
 
-The compiler is the machine's own, or where there is none that of the package ziglang (the extra `compiler`). The
-environment variable RETENTIVE_ISA forces a set of instructions, CC a compiler.
+Uses the machine's own compiler, or the package ziglang (extra `compiler`) if it has none. The environment variable
+RETENTIVE_ISA forces an instruction set, CC a compiler.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# no -ffast-math, which assumes that there are no NaNs
+# no -ffast-math, which assumes there are no NaNs
 FLAGS = ("-O3", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-std=gnu11")
 LINK = ("-lm", "-pthread")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
@@ -40,7 +40,7 @@ SETS = (
         "amx": "-march=sapphirerapids",
     }
 )
-"""Instruction sets by name, and the flag that has a compiler use them."""
+"""Instruction sets by name, with the compiler flag that enables each."""
 ZIG = {
     "-march=x86-64": "-mcpu=x86_64",
     "-march=x86-64-v3": "-mcpu=x86_64_v3",
@@ -51,7 +51,7 @@ ZIG = {
     "-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod",
     "-march=armv8.2-a+dotprod+i8mm": "-mcpu=generic+v8_2a+dotprod+i8mm",
 }
-"""What ziglang calls them."""
+"""ziglang's names for these flags."""
 NEEDED = {
     "avx2": "avx2 fma f16c",
     "avx512": "avx512f avx512bw avx512dq avx512vl",
@@ -60,31 +60,31 @@ NEEDED = {
     "dotprod": "asimddp",
     "i8mm": "asimddp i8mm",
 }
-"""Flags of /proc/cpuinfo without which they would end the process (SIGILL)."""
+"""Flags of /proc/cpuinfo that each set needs; without them it would end the process (SIGILL)."""
 PATIENCE = 300
-"""Seconds after which a compiler is killed."""
+"""Timeout of the compiler in seconds."""
 
 
 class NotBuilt(Exception):
-    """The reason why there is no compiled library, in one line."""
+    """Reason why there is no compiled library, in one line."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a library is made from."""
+    """Sources of one library."""
 
     name: str
-    """How its files in the cache begin, and what a waiting user is told."""
+    """Name for messages; the files in the cache start with it."""
     units: tuple[Path, ...]
-    """The files that the compiler is given."""
+    """Source files, each compiled as one unit."""
     folders: tuple[Path, ...]
-    """Where these and all headers are that they include."""
+    """Folders that hold the units and all headers they include."""
     flags: tuple[str, ...] = FLAGS
-    """The compiler's, those for the instruction set left out."""
+    """Compiler flags, without those for the instruction set."""
 
 
 def _cpu() -> str:
-    """What `-march=native` depends on: a cache in a home directory may be shared by unlike machines."""
+    """Describes the CPU that `-march=native` compiles for: unlike machines may share a cache in a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
@@ -93,10 +93,10 @@ def _cpu() -> str:
 
 
 def instruction_flag(compiler: list[str] | None = None) -> str:
-    """The compiler's flag for the instruction set that RETENTIVE_ISA forces, or else for this CPU's own.
+    """Returns the compiler flag for the instruction set in RETENTIVE_ISA, or for this CPU's own.
 
     Raises:
-        ValueError: an unknown set, or one that this CPU does not have.
+        ValueError: the set is unknown, or this CPU does not support it.
     """
     name = os.environ.get("RETENTIVE_ISA") or "native"
     if name not in SETS:
@@ -109,9 +109,12 @@ def instruction_flag(compiler: list[str] | None = None) -> str:
 
 
 def find_compiler() -> list[str] | None:
-    """A C compiler and what it is always given; None where there is none.
+    """Returns a C compiler with its fixed arguments; None if there is none.
 
-    CC may name one, also with flags of its own; else the first of gcc, clang and cc, and then ziglang's.
+    CC may name one, with arguments. Otherwise the first of gcc, clang and cc is used, then ziglang's.
+
+    Raises:
+        NotBuilt: CC cannot be parsed.
     """
     if os.environ.get("CC"):
         try:
@@ -126,15 +129,15 @@ def find_compiler() -> list[str] | None:
 
 
 def build(source: Source, compiler: list[str], folder: Path) -> Path:
-    """The library compiled by `compiler`, a program and what it is always given, from `folder` or built into it.
+    """Returns the library from `folder`, compiling it with `compiler` (a program and its fixed arguments) if missing.
 
-    A file's name holds a hash of what it was made from, and one of its own bytes: code from a file that was cut short
-    would end the process (SIGBUS), so such a file is deleted and built anew.
+    The file's name holds one hash of its sources and one of its own bytes. Running a truncated file would end the
+    process (SIGBUS), so a file that does not match its hash is deleted and built again.
 
     Raises:
-        NotBuilt: the compiler failed, with its first line that tells of an error; or it took too long.
+        NotBuilt: the compiler failed (with its first line about an error), or it timed out.
     """
-    flags = (instruction_flag(compiler), *source.flags)  # what a source says comes later, and wins
+    flags = (instruction_flag(compiler), *source.flags)  # the source's flags come last, so they win
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
     key = short_hash(repr((texts, compiler, flags, _cpu())).encode())
     for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):
@@ -142,10 +145,10 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
             return library
         library.unlink(missing_ok=True)  # another process may have deleted it first
     logging.getLogger(__name__).info("compiling its %s kernels for this CPU, once (some seconds)", source.name)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run: nobody else may write there
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in the same file system, or the rename would be a copy
-        # what is compiled with OpenMP is linked without: its calls go to the one runtime that PyTorch has loaded, since
-        # the threads of a second one would spin against those of the first
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # holds code that is run: writable by its owner only
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # same file system, so that the rename is atomic
+        # Compiled with OpenMP, but linked without: calls go to the one runtime that PyTorch has loaded. Threads of a
+        # second runtime would spin against those of the first.
         built = Path(scratch) / "built.so"
         units = {file: str(Path(scratch) / f"{file.name}.o") for file in source.units}
         compiling = [[*flags, "-c", str(file), "-o", unit] for file, unit in units.items()]
@@ -154,23 +157,23 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
         if not built.is_file():
             raise NotBuilt(f"{shlex.join(compiler)} makes no library: CC must name a C compiler")
         library = folder / f"{source.name}-{key}-{short_hash(built.read_bytes())}.so"
-        built.replace(library)  # whole or not at all: another process may be looking
+        built.replace(library)  # atomic: another process may be looking for it
     return library
 
 
 def cache_folder() -> Path:
-    """Where compiled files are kept."""
+    """Returns the folder that keeps compiled files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
 
 
 def short_hash(data: bytes) -> str:
-    """16 hexadecimal digits that tell contents apart, in names of files."""
+    """Returns 16 hexadecimal digits of the SHA-256 hash, to tell contents apart in file names."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def run(compiler: list[str], arguments: list[str]) -> None:
-    """Calls a compiler; raises NotBuilt with its first line that tells of an error, or if it takes too long."""
-    # in a session of its own: gcc starts cc1, as and ld, and killpg below must end them too
+    """Calls a compiler. Raises NotBuilt with its first line about an error, or if it times out."""
+    # in its own session, so that killpg below also ends the cc1, as and ld that gcc starts
     process = subprocess.Popen(
         [*compiler, *arguments],
         stdin=subprocess.DEVNULL,
@@ -195,10 +198,10 @@ def run(compiler: list[str], arguments: list[str]) -> None:
 
 
 def load(source: Source) -> ctypes.CDLL | NotBuilt:
-    """The compiled library, or why there is none.
+    """Returns the compiled library, or the reason why there is none.
 
     Raises:
-        ValueError: RETENTIVE_ISA forces what cannot be.
+        ValueError: RETENTIVE_ISA names an unknown or unsupported instruction set.
     """
     instruction_flag()
     cache = cache_folder()
@@ -210,11 +213,11 @@ def load(source: Source) -> ctypes.CDLL | NotBuilt:
         built = build(source, compiler, cache)
         try:
             return ctypes.CDLL(str(built))
-        except OSError:  # an empty file, as a power cut leaves behind
+        except OSError:  # an empty file, left by a power cut
             built.unlink()
             return ctypes.CDLL(str(build(source, compiler, cache)))
     except OSError as error:
-        if error.errno is None:  # the linker's, whose words say all
+        if error.errno is None:  # from the dynamic linker, whose message is complete
             return NotBuilt(str(error))
         return NotBuilt(f"no compiled library can be kept in {cache} ({error.strerror}): XDG_CACHE_HOME names another")
     except (NotBuilt, RuntimeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""Retention in C: the same chunkwise computation as `blocked.py`, one head at a time with its state in the cache.
+"""Retention in C: the chunkwise computation of `blocked.py`, one head at a time with its state in the CPU's cache.
 
-The files of `c/` are compiled by the machine's own compiler at first use and kept in the user's cache; `unavailable()`
-says why they cannot be where that is so, and `auto` then takes `blocked`. It is worth it because the vector units reach
-twice what the BLAS behind torch.matmul does on some CPUs, and because nothing but q, k, v and o goes to memory.
+The files of `c/` are compiled by the machine's compiler at first use and kept in the user's cache. If that fails,
+`unavailable()` returns the reason and `auto` uses `blocked`. C is faster for two reasons: its vector code reaches twice
+the speed of the BLAS behind torch.matmul on some CPUs, and only q, k, v and o go to memory.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ FOLDER = Path(__file__).with_name("c")
 SOURCE = Source("cpu", (FOLDER / "cpu.c", FOLDER / "rows.c"), (FOLDER,), (*FLAGS, "-fopenmp"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = 4
-"""Chunks between two checkpoints: states that the forward pass keeps for the backward pass."""
+"""Chunks per checkpoint, a state that the forward pass keeps for the backward pass."""
 
 
 def struct(numbers: str, pointers: str, *, real: str = "") -> list[tuple[str, type]]:
-    """The fields of a C struct, in its order: numbers (int64), one that may be `real` (double), pointers."""
-    return [  # all 8 bytes wide, so that no compiler puts padding between them
+    """Returns the fields of a C struct in order: numbers (int64), the field in `real` (double), pointers."""
+    return [  # all 8 bytes wide, so that no compiler adds padding
         *((name, ctypes.c_int64) for name in numbers.split()),
         *((name, ctypes.c_double) for name in real.split()),
         *((name, ctypes.c_void_p) for name in pointers.split()),
@@ -55,12 +55,12 @@ class Step(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | NotBuilt:
-    """The compiled library, or why there is none; looked for once in a process, even if that failed."""
+    """Returns the compiled library, or the reason why there is none. Tried once per process, even if it failed."""
     return load(SOURCE)
 
 
 def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the compiled library cannot be used on this machine, or not for inputs of `dtype`; or None."""
+    """Returns the reason why the library cannot be used here, or not for inputs of `dtype`; None if it can."""
     if dtype not in DTYPES:
         return f"it computes in float32 at most, got {dtype}"
     built = library()
@@ -69,26 +69,26 @@ def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
     return "its compiler has no float16" if dtype == torch.float16 and not built.has_half() else None
 
 
-# Dynamo takes the answer as a constant of the graph. This is all that torch.compiler.assume_constant_result does, but
-# calling that would import the whole compiler
+# Dynamo takes the result as a constant of the graph. torch.compiler.assume_constant_result does just this, but calling
+# it would import the whole compiler
 setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tensor, Tensor, int]:
-    """Begin of each sequence [N+1] and its first checkpoint [N], int64; the number of checkpoints at most."""
+    """Returns each sequence's begin [N+1] and first checkpoint [N], int64, and the largest number of checkpoints."""
     if cu_seqlens is not None:
-        check_borders(cu_seqlens, T)  # in a compiled graph not checked before, and C would write past the end
+        check_borders(cu_seqlens, T)  # compiled graphs have not checked it, and C would write past the end
     begin = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     groups = -(-begin.diff() // span)
-    # packed: each sequence has at most one group that is not full; the fake operator below must come to the same number
+    # packed: each sequence has at most one group that is not full; the fake operator below must return the same number
     most = B * -(-T // span) if cu_seqlens is None else T // span + len(begin) - 1
     return begin, groups.cumsum(0) - groups, most
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [B,T,H,n], copied only if need be, with [H,n] contiguous and all B * T tokens the same stride apart."""
+    """Returns x [B,T,H,n] with [H,n] contiguous and a constant stride between all B * T tokens, copied if necessary."""
     B, T, H, n = x.shape
-    if T == 1:  # the stride of its one token may be anything
+    if T == 1:  # the stride of a single token may be anything
         return x.clone(memory_format=torch.contiguous_format)
     even = x.stride(-1) == 1 and (H == 1 or x.stride(2) == n) and (B == 1 or x.stride(0) == T * x.stride(1))
     return x if even else x.contiguous()
@@ -102,7 +102,7 @@ def _check(code: int) -> None:
 
 
 def _run(function: str, **fields) -> None:
-    """Runs a function of cpu.c. `fields` keeps the tensors alive until it returns: `Call` has their addresses only."""
+    """Runs a function of cpu.c. `fields` keeps the tensors alive until it returns: `Call` holds only addresses."""
     call = Call(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in fields.items()})
     _check(getattr(library(), function)(ctypes.byref(call)))
 
@@ -129,7 +129,7 @@ def forward(
     chunk_size: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints); these are empty unless `keep`, which a backward pass needs."""
+    """Returns (o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints). Checkpoints are empty unless `keep`, for a backward."""
     B, T, H, K = q.shape
     begin, first, most = _chunks(cu_seqlens, B, T, chunk_size * GROUP)
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -143,7 +143,7 @@ def forward(
 
 
 cpu = torch.library.custom_op("retentive::cpu", forward, mutates_args=())
-"""`forward` as an operator of torch, which autograd, compilers and tracers know."""
+"""`forward` as a torch operator, visible to autograd, compilers and tracers."""
 
 
 @torch.library.custom_op("retentive::cpu_backward", mutates_args=())
@@ -160,7 +160,7 @@ def cpu_backward(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    """Returns gradients of q, k, v, log_decay and the initial state. For log_decay `[H]` the gradient is empty."""
     if not checkpoints.numel():
         raise ValueError("retentive::cpu kept no states for a backward pass: call it with keep=True")
     begin, first, _ = _chunks(cu_seqlens, q.shape[0], q.shape[1], chunk_size * GROUP)
@@ -206,11 +206,11 @@ refuse_second_derivative(cpu_backward)
 
 
 class Plan:
-    """A decode step over one ring, prepared: what stays the same from token to token is written down once.
+    """A prepared decode step over one ring: everything that stays the same between tokens is set once.
 
-    Checks and pointers cost more than the step itself where states are small (docs/LOG.md). Between two tokens the
-    other layers push a plan out of the CPU's caches, so it is small: `__slots__`, no dictionary. The addresses stay
-    valid since a ring is frozen. Not for two threads at once: they would share `call`, and ctypes releases the GIL.
+    For small states, checks and pointers cost more than the step itself (docs/LOG.md). Between two tokens the other
+    layers evict a plan from the CPU's caches, so it is small: `__slots__`, no dictionary. The addresses stay valid
+    because a ring is frozen. Not thread-safe: threads would share `call`, and ctypes releases the GIL.
     """
 
     __slots__ = ("call", "decays", "dtype", "pointer", "qk", "scale", "step", "v")
@@ -231,7 +231,7 @@ class Plan:
         self.pointer = ctypes.byref(self.call)
 
     def fits(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> bool:
-        """Whether `run` can take the arguments as they are. If not they may still be valid, by the slower way."""
+        """True if `run` can take the arguments as they are. Otherwise the slower path may still accept them."""
         dtype = self.dtype
         return (
             q.shape == self.qk and k.shape == self.qk and v.shape == self.v and log_decay.shape in self.decays
@@ -241,7 +241,7 @@ class Plan:
         )  # fmt: skip
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
-        """`o` `[B,H,V]`; the token is in the ring afterwards. All tensors contiguous on the CPU, see `fits`."""
+        """Puts one token into the ring and returns its `o` `[B,H,V]`. All tensors contiguous on the CPU, see `fits`."""
         call, o = self.call, torch.empty_like(v)
         call.q, call.k, call.v, call.o = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
         call.log_decay, call.decay_stride = log_decay.data_ptr(), self.qk[1] if log_decay.ndim == 2 else 0
@@ -253,11 +253,11 @@ class Plan:
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`ring.decode_step` in one pass over the state.
+    """Decodes one token as `ring.decode_step` does, in one pass over the state.
 
     Raises:
-        ValueError: a log decay above 0, or NaN.
+        ValueError: a log decay is above 0 or NaN.
     """
     if ring.plan is None:
-        object.__setattr__(ring, "plan", Plan(ring))  # a ring is frozen, but this is a cache and no part of its value
+        object.__setattr__(ring, "plan", Plan(ring))  # a ring is frozen; the plan is a cache, not part of its value
     return ring.plan.run(q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous(), scale)

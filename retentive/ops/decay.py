@@ -1,4 +1,4 @@
-"""Decay schedules: how fast each head forgets, as log(gamma) per head, and the row norm that goes with it.
+"""Decay schedules: log(gamma) of each head, and the row norm that belongs to it.
 
 `paper`   gamma_h = 1 - 2^(-5-h), h = 0 … H-1 (equation 8; torchscale and fla)
 `lm`      gamma_h = 1 - exp(linspace(log 1/32, log 1/512, H)) (section 3.1: the paper's language models), or between
@@ -21,10 +21,13 @@ LM_RANGE = (1 / 32, 1 / 512)
 
 
 def values(schedule: str | Sequence[float], heads: int, lm_range: tuple[float, float] = LM_RANGE) -> list[float]:
-    """log(gamma) of each head as Python floats; a sequence of H log decays is checked and returned as it is.
+    """Returns log(gamma) of each head as floats. A sequence of H log decays is checked and returned unchanged.
 
     Args:
         lm_range: 1 - gamma of the first and of the last head, for `lm`.
+
+    Raises:
+        ValueError: an unknown schedule, or a sequence that is not H numbers <= 0.
     """
     if not isinstance(schedule, str):
         if len(schedule) != heads or not all(x <= 0 for x in schedule):
@@ -49,40 +52,40 @@ def log_decay(
     dtype: torch.dtype = torch.float32,
     lm_range: tuple[float, float] = LM_RANGE,
 ) -> Tensor:
-    """log(gamma), `[H]`, for `retention(..., log_decay=...)`. Built when called, so no cast of a model reaches it."""
+    """Returns log(gamma) `[H]` for `retention(..., log_decay=...)`. Built on each call, so no model cast rounds it."""
     return torch.tensor(values(schedule, heads, lm_range), dtype=dtype, device=device)
 
 
 def logit(log_p: Tensor) -> Tensor:
-    """The x of which `log_p` < 0 is the log sigmoid: with it as a bias, fresh gates have given decays."""
+    """Returns x with log sigmoid(x) = `log_p` < 0. As a bias, it gives new gates the decays `exp(log_p)`."""
     return log_p - torch.log(-torch.expm1(log_p))
 
 
 def check_values(log_decay: Tensor) -> None:
-    """Checks the values of log decays on a CPU only: elsewhere reading them would wait for the device.
+    """Checks the values of log decays on CPUs. On other devices reading them would wait for the device.
 
-    Compiled graphs and torch.func transforms are not checked either: there the values are not known yet.
+    Compiled graphs and torch.func transforms are not checked either, since values are unknown there.
 
     Raises:
-        ValueError: one is above 0, or the decay of a head is NaN. That of a token goes on as NaN, as in k or v: it is
-            computed from the token, and a batch may have other rows.
+        ValueError: a value is above 0, or a head's decay is NaN. A token's NaN passes, as in k or v: it comes from that
+            token, and other rows of the batch are unaffected.
     """
     if log_decay.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
-        return  # under vmap one tensor stands for many, and `bool` of it fails
+        return  # under vmap one tensor stands for many, and its `bool` fails
     if bool((log_decay > 0).any() if log_decay.ndim > 1 else not (log_decay <= 0).all()):
         worst = float(log_decay.detach().max())  # max of a tensor with NaN is NaN
         raise ValueError(f"log_decay must be at most 0 everywhere (gamma <= 1), got {worst:g}")
 
 
 def row_norm(log_decay_H: Tensor, count: Tensor) -> Tensor:
-    """1 / sqrt(1 + gamma + … + gamma^(n-1)), `[..., H]`, for n = `count` `[...]` tokens so far, this one included.
+    """Returns 1 / sqrt(1 + gamma + … + gamma^(n-1)), `[..., H]`, for n = `count` `[...]` tokens including this one.
 
-    The paper's second stabiliser, D / sqrt(row sum of D), as a factor of q: being a function of the position
-    alone it is the same in every form.
+    This is the paper's second stabiliser, D / sqrt(row sum of D), as a factor of q. It depends on the position alone,
+    so it is the same in every form.
     """
     n = count.to(log_decay_H.dtype).clamp(min=1)[..., None]
     # the geometric series (1 - gamma^n) / (1 - gamma), by expm1: 1 - gamma itself cancels where gamma is close to 1
     forgets = log_decay_H < 0
-    safe = torch.where(forgets, log_decay_H, -1.0)  # where() evaluates both sides: keep 0/0 out of the one not taken
+    safe = torch.where(forgets, log_decay_H, -1.0)  # where() evaluates both sides: avoid 0/0 in the unused one
     total = torch.where(forgets, torch.expm1(n * safe) / torch.expm1(safe), n)
     return total.rsqrt()

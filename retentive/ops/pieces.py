@@ -1,14 +1,14 @@
-"""Context parallelism: retention over sequences of which each of P processes holds a piece, in order.
+"""Context parallelism: retention over sequences that P processes share, each holding one piece, in order.
 
-A piece needs nothing of those before it but the state that enters it, which is linear in what they add:
+A piece needs only the entering state from the pieces before it, and that state is linear in their contributions:
 
     S_in(r) = S(r-1) + exp(L(r-1)) S_in(r-1)      S(r): piece r's own state, from a blank start;  L(r): its log decay
     o_i    += scale * exp(G_i) q_i S_in(r)        G_i: log decay from the piece's start up to token i
 
-So one exchange of (S, L) a call is all, H (K V + 1) numbers from each process whatever the length, and one of H K V in
-the backward pass. Pieces may have different lengths. Of packed sequences only a piece's first one can have begun in the
-piece before, and only its last goes on in the next: L is -inf where these are not the same one. Source: LASP-2 (arXiv
-2502.07563), here with decays. The sum replaces attention's ring of keys and values, which grows with the length.
+So one exchange of (S, L) per call is enough: H (K V + 1) numbers from each process at any length, and H K V in the
+backward pass. Pieces may differ in length. With packed sequences only a piece's first one may have begun in the piece
+before, and only its last may continue in the next; L is -inf if these differ. Source: LASP-2 (arXiv 2502.07563), here
+with decays. The sum replaces attention's ring of keys and values, which grows with the length.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ from torch import Tensor
 from retentive.ops.backends import Call, exactly
 
 Gather = Callable[[Tensor], Callable[[], Tensor]]
-"""Sends a tensor, and gives a function that waits for those of all P processes, `[P, …]` in order.
+"""Sends a tensor and returns a function that waits for those of all P processes, `[P, …]` in order.
 
-Every process sends in the same order; what is sent must not be changed before the wait is over.
+All processes send in the same order. A sent tensor must not change before the wait is over.
 """
 
 
 def gather_over(group: dist.ProcessGroup) -> Gather:
-    """How the processes of a group exchange tensors."""
+    """Returns the function by which the processes of a group exchange tensors."""
 
     def gather(x: Tensor) -> Callable[[], Tensor]:
         found = x.new_empty(group.size(), *x.shape)
@@ -46,7 +46,7 @@ def gather_over(group: dist.ProcessGroup) -> Gather:
 
 
 class Piece(NamedTuple):
-    """Which piece the calls inside `across` are of."""
+    """The piece that `retention` calls inside `across` work on."""
 
     gather: Gather
     rank: int
@@ -58,14 +58,14 @@ _piece: ContextVar[Piece | None] = ContextVar("retentive.ops.across", default=No
 
 @contextmanager
 def across(gather: Gather, rank: int, continues: Tensor | None) -> Iterator[None]:
-    """Every `retention` call inside is of piece `rank` of sequences that several processes hold.
+    """Makes every `retention` call in the block work on piece `rank` of sequences that several processes share.
 
-    It holds for this thread, and not in compiled graphs. A state that is given is that of the first piece's sequences;
-    those of other pieces must be zeros. What comes back is the state after this piece.
+    Applies to this thread, and not in compiled graphs. An initial state belongs to the first piece's sequences; for
+    other pieces it must be zeros. Calls return the state after this piece.
 
     Args:
-        gather: how processes exchange tensors; it must have no gradient of its own.
-        continues: bool `[N]`, which of the call's sequences go on from the piece before; None for none.
+        gather: exchanges tensors between the processes; it must not be differentiable itself.
+        continues: bool `[N]`, True for each sequence of the call that continues from the piece before; None for none.
     """
     token = _piece.set(Piece(gather, rank, continues))
     try:
@@ -75,14 +75,14 @@ def across(gather: Gather, rank: int, continues: Tensor | None) -> Iterator[None
 
 
 def current() -> Piece | None:
-    """What `across` says here. Compiled graphs take no notice: Dynamo can read no context variable."""
+    """Returns the piece set by `across`; None in compiled graphs, since Dynamo cannot read context variables."""
     return None if torch.compiler.is_compiling() else _piece.get()
 
 
 def run(call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(o, state) of a piece; `whole` computes a call that is complete in itself.
+    """Returns (o, state) of a piece. `whole` computes a call that is complete in itself.
 
-    One half of the heads after the other: what the first have to exchange travels while the second compute.
+    Computes the heads in two halves, so that the exchange of the first overlaps with the computation of the second.
     """
     H = call.q.shape[2]
     halves = [slice(0, H // 2), slice(H // 2, H)] if H > 1 else [slice(0, 1)]
@@ -93,7 +93,7 @@ def run(call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]
 
 
 def _heads(call: Call, half: slice) -> Call:
-    """The call, of some of its heads."""
+    """Returns the call restricted to some of its heads."""
     q, k, v = (x[:, :, half].contiguous() for x in (call.q, call.k, call.v))
     return call._replace(q=q, k=k, v=v, log_decay=call.log_decay[..., half], state=call.state[:, half].contiguous())
 
@@ -101,10 +101,10 @@ def _heads(call: Call, half: slice) -> Call:
 def _begin(
     call: Call, piece: Piece, whole: Callable[[Call], tuple[Tensor, Tensor]]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Computes what a piece adds and sends it; calling what comes back waits for the others, and gives (o, state)."""
+    """Computes and sends a piece's contribution; returns a function that waits for the others and gives (o, state)."""
     o, state = whole(call)
     packed = call.cu_seqlens is not None
-    # tokens of the sequences that another piece may hold a part of: of a packed row the first, else of all rows
+    # tokens of sequences shared with another piece: in a packed row those of the first sequence, else all
     n = int(call.cu_seqlens[1]) if call.cu_seqlens is not None else call.q.shape[1]
     rows = 1 if packed else len(state)
     with exactly(call.q.device):
@@ -131,7 +131,7 @@ def _begin(
 
 
 class Exchange:
-    """What one piece sends to the others and gets from them, states going forward and gradients coming back."""
+    """Tensors that one piece exchanges with the others: states in the forward pass, gradients in the backward pass."""
 
     def __init__(self, piece: Piece):
         self.piece = piece
@@ -142,17 +142,17 @@ class Exchange:
 
 
 class _Sent(torch.autograd.Function):
-    """Sends a state and its log decay; in the backward pass, gets the gradients of all pieces' entering states."""
+    """Sends a state and its log decay. Its backward receives the gradients of all pieces' entering states."""
 
     @staticmethod
     def forward(ctx, state: Tensor, log_decay: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         exchange.states = exchange.piece.gather(torch.cat((state.flatten(2), log_decay[..., None]), -1).contiguous())
-        return torch.empty_like(state)  # its values are never read: it ties `_Entering` to this
+        return torch.empty_like(state)  # its values are never read; it links `_Entering` to this node
 
     @staticmethod
     def backward(ctx, _):
-        """The recursion of `_Entering` from the other end: the gradient of what leaves this piece is all it takes."""
+        """Reverses the recursion of `_Entering`: needs only the gradient of the state that leaves this piece."""
         exchange = ctx.exchange
         grad_PBHKV, rank = exchange.gradients(), exchange.piece.rank
         leaving = torch.zeros_like(grad_PBHKV[0])
@@ -162,7 +162,7 @@ class _Sent(torch.autograd.Function):
 
 
 class _Entering(torch.autograd.Function):
-    """The state that enters this piece, `[B,H,K,V]`, of what all pieces have sent; sends its gradient."""
+    """Computes the state that enters this piece, `[B,H,K,V]`, from all pieces' states. Backward sends its gradient."""
 
     @staticmethod
     def forward(ctx, sent: Tensor, exchange: Exchange) -> Tensor:
@@ -171,7 +171,7 @@ class _Entering(torch.autograd.Function):
         entering = torch.zeros_like(sent, memory_format=torch.contiguous_format)
         for own, factor in zip(found_PBHN[: exchange.piece.rank, ..., :-1], factor_PBH, strict=False):
             entering = own.view_as(sent) + factor[..., None, None] * entering
-        # detached: a tensor that knows how it was made would hold itself in memory, through `ctx`
+        # detached: a tensor with its graph would keep itself alive through `ctx`
         ctx.exchange, exchange.factor_PBH, exchange.entering = exchange, factor_PBH, entering.detach()
         return entering
 

@@ -1,4 +1,4 @@
-"""Retention in its three forms, each with one signature and the same result: the idea, on one page.
+"""Retention in its three forms, with one signature and the same results: the definition, on one page.
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
 
@@ -14,7 +14,7 @@ from torch import Tensor
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token at a time: O(T) work, O(1) memory. The definition."""
+    """Recurrent form, token by token: O(T) work, O(1) memory. This is the definition."""
     gamma_BTH = log_decay.exp().expand(q.shape[:3])
     o = []
     for t in range(q.shape[1]):
@@ -26,7 +26,7 @@ def recurrent(
 def parallel(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All tokens at once: O(T^2), like attention with a fixed decay mask in place of the softmax."""
+    """Parallel form, all tokens at once: O(T^2). Attention with a fixed decay mask instead of the softmax."""
     since_BTH = log_decay.expand(q.shape[:3]).cumsum(1)  # log decay from before the first token to token t
     lag_BTSH = since_BTH[:, :, None] - since_BTH[:, None, :]
     future_TS = torch.ones(lag_BTSH.shape[1:3], dtype=torch.bool, device=q.device).triu(1)
@@ -42,7 +42,7 @@ def parallel(
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Parallel inside a chunk, recurrent from chunk to chunk: O(T C). A ragged last chunk is just shorter."""
+    """Chunkwise form, parallel inside a chunk, recurrent between chunks: O(T C). The last chunk may be shorter."""
     o = []
     for t in range(0, q.shape[1], chunk_size):
         c = slice(t, t + chunk_size)
@@ -53,7 +53,7 @@ def chunkwise(
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float) -> Tensor:
-    """All pairs of tokens, before and after; a log decay belongs to the gap before its token, in either direction."""
+    """Retention over all pairs of tokens. A log decay belongs to the gap before its token, in either direction."""
     since_BTH = log_decay.expand(q.shape[:3]).cumsum(1)
     decay_BTSH = (since_BTH[:, :, None] - since_BTH[:, None, :]).abs().neg().exp()
     return scale * torch.einsum("bthk,bshk,btsh,bshv->bthv", q, k, decay_BTSH, v)

@@ -2,8 +2,8 @@
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
 
-Here are the checks, the choice between chunks and single steps, and `using`, which forces a choice from outside. The
-idea itself is in `reference.py`, the code that computes it in `backends.py`.
+This file holds the checks, the choice between chunks and single steps, and `using`, which overrides that choice. The
+definition is in `reference.py`, the implementations are listed in `backends.py`.
 """
 
 import threading
@@ -38,43 +38,43 @@ def retention(
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | Ring]:
-    """Outputs `o` and the state after the last token; `retention(A+B)` equals A, then B with A's state.
+    """Returns outputs `o` and the state after the last token. `retention(A+B)` equals A, then B with A's state.
 
     Args:
         q, k: `[B,T,H,K]`, any floating dtype.
-        v: `[B,T,H,V]`, the same dtype; V need not be K.
-        log_decay: `[H]`, or `[B,T,H]` for a decay per token; <= 0. Its gradient is computed where asked for.
-        scale: factor of q; K^-1/2 if not given.
-        state: the state to go on from, `[B,H,K,V]`; zeros if not given. Or a `Ring`, which decodes in place: as many
-            tokens as it has slots go into it one after the other. Where that cannot be (more tokens, gradients, a form
-            or backend asked for, another dtype) its state is taken, and a tensor comes back.
+        v: `[B,T,H,V]`, the same dtype; V need not equal K.
+        log_decay: `[H]`, or `[B,T,H]` for a decay per token; <= 0. Differentiable.
+        scale: factor of q; K^-1/2 by default.
+        state: initial state `[B,H,K,V]`; zeros by default. A `Ring` decodes in place, up to as many tokens as it has
+            slots. If it cannot (more tokens, gradients, a chosen form or backend, another dtype), its state is used
+            and a tensor is returned.
         form: "parallel" (one T x T product), "recurrent" (token by token), "chunkwise" (parallel inside chunks,
-            recurrent between them), or "auto", which takes single steps for one token. They return the same numbers.
-        chunk_size: tokens in a chunk of the chunkwise form; by default chosen from K.
-        backend: "triton" (NVIDIA GPUs), "cpu" (compiled at first use), "blocked" (vectorised torch, any device),
-            "reference" (one page, any form), or "auto", the first of them that can. One that is named and cannot do the
-            job raises.
-        cu_seqlens: `[N+1]` integers from 0 to T, ascending: with B = 1, where the N sequences packed into the row begin
-            and end. Each has its own state.
+            recurrent between them), or "auto", which uses single steps for one token. All return the same numbers.
+        chunk_size: tokens per chunk of the chunkwise form; by default chosen from K.
+        backend: "triton" (NVIDIA GPUs), "cpu" (C, compiled at first use), "blocked" (vectorised torch, any device),
+            "reference" (one page, any form), or "auto", the first that can run the call. A named backend that cannot
+            run the call raises.
+        cu_seqlens: `[N+1]` ascending integers from 0 to T, with B = 1: the borders of N sequences packed into one row.
+            Each sequence has its own state.
 
-    `using` forces form, chunk_size and backend for all calls that name none; inside `pieces.across` the tokens are a
+    `using` sets form, chunk_size and backend of all calls that name none. Inside `pieces.across` the tokens are one
     piece of longer sequences.
 
     Returns:
-        o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens), float32, or float64 if q is;
-        or the ring.
+        o `[B,T,H,V]` in the dtype of v; state `[B,H,K,V]` (`[N,H,K,V]` with cu_seqlens) in float32, float64 if q is
+        float64; or the ring.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown form or backend, a log decay above 0 or
-            NaN (looked for on the CPU only, where it costs no wait for a device).
+        ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown form or backend, or a log decay that is
+            above 0 or NaN (checked on CPUs only, where it needs no wait for a device).
 
     Source: arXiv 2307.08621, equations 5 to 7; per-token decays as in YOCO's gated retention, arXiv 2405.05254.
     """
     form, chunk_size, backend = _chosen(form, chunk_size, backend)
-    single = form == backend == "auto" and cu_seqlens is None  # tokens may go one by one
+    single = form == backend == "auto" and cu_seqlens is None  # single steps are allowed
     piece = pieces.current()
     if isinstance(state, Ring):
-        # it is updated in place, which neither autograd nor torch.func can follow, and other pieces do not see
+        # updated in place: autograd and torch.func cannot follow it, and other pieces do not see it
         alone = piece is None and not torch.is_grad_enabled() and not transformed()
         if single and state.takes(q) and alone:
             return _decode(q, k, v, log_decay, scale, state), state
@@ -98,7 +98,7 @@ def retention(
 
 
 class _Choices(NamedTuple):
-    """What `using` forces; None for what it leaves open."""
+    """Choices forced by `using`; None for those left open."""
 
     form: str | None = None
     chunk_size: int | None = None
@@ -107,23 +107,23 @@ class _Choices(NamedTuple):
 
 _forced: ContextVar[_Choices | None] = ContextVar("retentive.ops.using", default=None)
 _forced_in_graphs: _Choices | None = None
-"""The same for graphs that are compiled: Dynamo can read and guard a global, but no context variable."""
+"""The forced choices for compiled graphs: Dynamo can guard a global, but cannot read a context variable."""
 _entered: list[_Choices] = []
-"""The open `using` blocks of all threads; graphs follow the last one entered. Threads leave theirs in any order, hence
-a list and not one previous value."""
+"""Open `using` blocks of all threads; compiled graphs follow the last one entered. Threads leave in any order, so this
+is a list instead of one previous value."""
 _entering = threading.Lock()
 
 
 @contextmanager
 def using(*, form: str | None = None, backend: str | None = None, chunk_size: int | None = None) -> Iterator[None]:
-    """Forces the form, backend or chunk length of every `retention` call inside that names none itself.
+    """Forces form, backend or chunk length of every `retention` call in the block that names none itself.
 
         with using(form="recurrent", backend="reference"):
             logits, state = model(ids)
 
-    It holds for this thread (or asyncio task) alone; in compiled graphs for the whole process. Inside another `using`
-    what is not given stays as there. A backend named here never falls back, as when it is named in the call. Attention
-    is no retention: a Transformer, and the attention blocks of a hybrid, take no notice.
+    It applies to this thread (or asyncio task), and in compiled graphs to the whole process. A nested block keeps the
+    outer block's values for arguments it leaves out. A backend named here never falls back, as if the call named it.
+    Attention is not affected, neither in a Transformer nor in the attention blocks of a hybrid.
 
     Raises:
         ValueError: an unknown form or backend, or a chunk length below 1.
@@ -146,21 +146,21 @@ def using(*, form: str | None = None, backend: str | None = None, chunk_size: in
 
 
 def forced() -> bool:
-    """Whether `using` forces anything here."""
+    """True if a `using` block is open here."""
     return _forced.get() is not None
 
 
 def _force_in_graphs(choices: _Choices, *, enter: bool) -> None:
     global _forced_in_graphs
     with _entering:  # threads enter and leave in any order
-        # `is`, not `==`: another thread may force the same
+        # `is`, not `==`: another thread may force equal choices
         others = [each for each in _entered if each is not choices]
         _entered[:] = [*others, choices] if enter else others
         _forced_in_graphs = _entered[-1] if _entered else None
 
 
 def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int | None, str]:
-    """The arguments, those left open ("auto" or None) replaced by what `using` forces."""
+    """Returns the arguments, with open ones ("auto" or None) replaced by those that `using` forces."""
     forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
     if forced is None:
         return form, chunk_size, backend
@@ -172,12 +172,12 @@ def _chosen(form: str, chunk_size: int | None, backend: str) -> tuple[str, int |
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None, ring: Ring) -> Tensor:
-    """o `[B,T,H,V]` of T tokens that go into the ring one after the other."""
+    """Decodes T tokens into the ring, one after the other; returns o `[B,T,H,V]`."""
     per_token = log_decay.ndim == 3
-    if q.shape[1] == 1:  # by far the most frequent: no view and no copy too many
+    if q.shape[1] == 1:  # by far the most frequent case: avoid every extra view and copy
         decay = log_decay.squeeze(1) if per_token else log_decay
         return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
-    # everything is checked before the first token is written: an error halfway would leave the ring changed
+    # check everything before the first token is written: an error halfway would leave the ring changed
     checked(q, k, v, log_decay)
     _check_state(q, v, ring.state, q.shape[0])
     outputs = []
@@ -196,21 +196,21 @@ def retention_step(
     scale: float | None = None,
     state: Tensor | Ring | None = None,
 ) -> tuple[Tensor, Tensor | Ring]:
-    """The recurrent form for one token without its time axis: `o` `[B,H,V]` and the state after it.
+    """Recurrent form for one token, without time axis: returns `o` `[B,H,V]` and the state after the token.
 
     Args:
         q, k: `[B,H,K]`.
         v: `[B,H,V]`.
         log_decay: `[H]` or `[B,H]`.
         scale: as for `retention`.
-        state: `[B,H,K,V]`, and a new one comes back; or a `Ring`, which is updated in place and comes back itself: half
-            the memory traffic, no gradients.
+        state: `[B,H,K,V]`; a new state is returned. A `Ring` is updated in place and returned itself, with half the
+            memory traffic and without gradients.
 
     Raises:
-        ValueError: as for `retention`; a ring where gradients are asked for.
+        ValueError: as for `retention`, or gradients are needed and the state is a ring.
     """
     if not torch.compiler.is_compiling() and isinstance(state, Ring) and not torch.is_grad_enabled():
-        plan = state.plan  # made at the first token, which was checked: from the second on nothing is looked up again
+        plan = state.plan  # made and checked at the first token, so later tokens skip checks and look-ups
         if plan is not None and not transformed() and plan.fits(q, k, v, log_decay):
             return plan.run(q, k, v, log_decay, plan.scale if scale is None else scale), state
     _check_qkv(q, k, v, ndim=3)
@@ -231,7 +231,7 @@ def retention_step(
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in torch's operations: `o` `[B,H,V]` and a new state."""
+    """One step of the recurrence in torch's operations: returns `o` `[B,H,V]` and a new state."""
     with exactly(q.device):  # autocast would multiply the float32 state in 16 bits
         q_BH1K, k_BHK1, v_BH1V = (scale * q.to(state.dtype))[:, :, None], k[..., None].to(state.dtype), v[:, :, None]
         state = torch.addcmul(log_decay.exp()[..., None, None] * state, k_BHK1, v_BH1V.to(state.dtype))
@@ -240,10 +240,10 @@ def _one_token(
 
 
 def checked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """log_decay, float32 (float64 for float64 inputs), where the four are what retention takes.
+    """Checks the inputs of retention; returns log_decay in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: as `retention`, of these four.
+        ValueError: as in `retention`, for these four arguments.
     """
     _check_qkv(q, k, v, ndim=4)
     B, T, H, K = q.shape
@@ -270,10 +270,10 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, ndim: int) -> None:
 
 
 def _check_decay(q: Tensor, log_decay: Tensor) -> Tensor:
-    """log_decay, float32 (float64 for float64 inputs), of as many tokens as q.
+    """Checks log_decay against q; returns it in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit q.
+        ValueError: its shape, dtype or device does not fit q.
     """
     per_token = list(q.shape[:-1])
     if list(log_decay.shape) not in (per_token[-1:], per_token):
@@ -286,10 +286,10 @@ def _check_decay(q: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int) -> Tensor:
-    """The state, float32 (float64 for float64 inputs): zeros where none is given.
+    """Checks the initial state or makes a zero state; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit q and v.
+        ValueError: its shape, dtype or device does not fit q and v.
     """
     expected = (N, q.shape[-2], q.shape[-1], v.shape[-1])
     if state is None:
@@ -302,15 +302,15 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int) -> Tensor:
 
 
 def _wide(q: Tensor) -> torch.dtype:
-    """Of states and decays."""
+    """Returns the dtype of states and decays for inputs like q."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> int:
-    """N, the number of sequences. Values are checked on a CPU only: elsewhere reading them would wait for the device.
+    """Checks cu_seqlens and returns N, the number of sequences. Values are checked on CPUs only, to not wait for a GPU.
 
     Raises:
-        ValueError: a shape or dtype that is not that of cu_seqlens, B above 1, values that do not ascend from 0 to T.
+        ValueError: the shape or dtype is wrong, B is above 1, or the values do not ascend from 0 to T.
     """
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be [N+1] int32 or int64, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")

@@ -1,13 +1,13 @@
-"""Decoding in place: the state is read once and seldom written, because the last tokens wait in a ring.
+"""Ring buffer for decoding in place: the last tokens wait in a ring, so the state is seldom written.
 
     o  = scale * ( exp(G) q S  +  sum_j exp(G - G_j) (q k_j) v_j )      G_j = log decay from the state to token j
     S' = exp(G_F) S + sum_{j<=F} exp(G_F - G_j) k_j v_j^T               when the ring is full: its older half, F tokens
 
-A decoding step is bound by memory: it reads K x V numbers to do two operations with each. The plain recurrence also
-writes as many. Here they are written once in F steps, for the price of a few rows of k and v. The tokens in the ring
-can be taken back, F of them always (once so many have come), which is what speculative decoding needs.
+A decode step is bound by memory: it reads K x V numbers for two operations each. The plain recurrence also writes as
+many. Here they are written once in F steps, at the cost of a few rows of k and v. Tokens in the ring can be rolled
+back, always at least the last F (once that many have come), as speculative decoding needs.
 
-Token t lies in slot t mod R, R = 2 F. Tokens before `folded` are in the state, the others in the ring.
+Token t is in slot t mod R, with R = 2 F. Tokens before `folded` are in the state, the others in the ring.
 """
 
 import math
@@ -24,18 +24,18 @@ from retentive.ops.decay import check_values
 
 
 def slots(K: int, V: int) -> int:
-    """Slots R for which the fewest bytes move: a fold writes K V numbers, a step reads 3/4 R rows of K + V."""
-    # F where K V / F + 3/2 F (K + V), the numbers moved in a step, is least; then the nearest power of two
+    """Returns the number of slots R that moves the fewest bytes. A fold writes K V numbers, a step reads 3/4 R rows."""
+    # F minimises K V / F + 3/2 F (K + V), the numbers moved per step; then the nearest power of two
     ideal = (K * V / (1.5 * (K + V))) ** 0.5
     return 2 * max(2 ** round(math.log2(ideal)), 2)
 
 
-@dataclass(frozen=True, eq=False)  # frozen: compiled code keeps pointers to its tensors, which are updated in place
+@dataclass(frozen=True, eq=False)  # frozen: compiled code keeps pointers to the tensors, which are updated in place
 class Ring:
-    """The state of B sequences while they are decoded: a state, and the tokens that are not yet in it."""
+    """The state of B sequences during decoding: a state tensor, and the tokens that are not yet folded into it."""
 
     state: Tensor
-    """`[B,H,K,V]`, float32 or float64: the tokens before `folded`."""
+    """`[B,H,K,V]`, float32 or float64: the state of the tokens before `folded`."""
     k: Tensor
     """`[B,H,R,K]`, in the dtype of the inputs."""
     v: Tensor
@@ -45,45 +45,48 @@ class Ring:
     written: Tensor
     """int64 `[B]`: tokens since the ring was opened."""
     folded: Tensor
-    """int64 `[B]`: how many of them are in the state."""
+    """int64 `[B]`: number of these tokens that are in the state."""
     plan: Any = field(default=None, init=False, repr=False)
-    """A `cpu.Plan` once the ring was stepped on a CPU: addresses of these very tensors, so never shared with a copy."""
+    """A `cpu.Plan` after the first step on a CPU. It holds the addresses of these tensors, so copies get none."""
 
     def __post_init__(self):
-        # not made contiguous here: the caller would go on with tensors that are no longer updated
+        # not made contiguous here: the caller would keep tensors that are no longer updated
         for name, x in self.tensors().items():
-            if isinstance(x, Tensor) and not x.is_contiguous():  # (torch.export puts other things in their places)
+            if isinstance(x, Tensor) and not x.is_contiguous():  # (torch.export puts other objects in their place)
                 raise ValueError(f"the tensors of a ring must be contiguous, got {name} with strides {x.stride()}")
 
-    def __reduce__(self):  # copy and pickle leave the plan out: it points to the tensors of the original
+    def __reduce__(self):  # copies and pickles leave the plan out, since it points to the original's tensors
         return Ring, tuple(self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, `plan` left out; the first dimension of all is B."""
+        """Returns the tensors by name, without `plan`. The first dimension of all is B."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @staticmethod
     def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
-        """An empty ring for k and v of `dtype` over `state` `[B,H,K,V]`, which is updated in place from now on.
+        """Opens an empty ring for k and v of `dtype` over `state` `[B,H,K,V]`, which is updated in place from now on.
 
         Args:
-            size: slots, even; by default such that the fewest bytes move.
+            size: number of slots, even; by default the one that moves the fewest bytes.
+
+        Raises:
+            ValueError: an odd number of slots.
         """
         B, H, K, V = state.shape
         R = slots(K, V) if size is None else size
         if R < 2 or R % 2:
             raise ValueError(f"a ring needs an even number of slots, got {R}")
         if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or state.is_inference()):
-            with torch.inference_mode(False):  # tensors made in that mode cannot be updated in place outside it
+            with torch.inference_mode(False):  # inference tensors cannot be updated in place outside that mode
                 return Ring.open(state.clone() if state.is_inference() else state, dtype, R)
         zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
-        # not zeroed: what is in a slot without a token, NaN included, is masked wherever slots are read
+        # left uninitialised: slots without a token, NaN included, are masked wherever they are read
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
 
     @staticmethod
     def over(state: "Tensor | Ring | None", k: Tensor, v: Tensor) -> "Ring":
-        """`state` as a ring for tokens like k `[B,T,H,K]` and v `[B,T,H,V]`: itself where it is one, else a new one."""
+        """Returns `state` as a ring for tokens like k `[B,T,H,K]`, v `[B,T,H,V]`: itself, or a new one if need be."""
         if isinstance(state, Ring):
             if state.k.dtype == k.dtype:
                 return state
@@ -94,24 +97,24 @@ class Ring:
         return Ring.open(state, k.dtype)
 
     def takes(self, q: Tensor) -> bool:
-        """Whether tokens q `[B,T,H,K]` can go into it one after the other: as many as it has slots, in its dtype."""
+        """True if tokens q `[B,T,H,K]` can be decoded into the ring: no more than its slots, in its dtype."""
         return q.ndim == 4 and 0 < q.shape[1] <= self.k.shape[2] and q.dtype == self.k.dtype
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Ring":
-        """`f` of every tensor.
+        """Returns a ring of `f` of every tensor.
 
         Raises:
-            ValueError: a tensor that comes back is not contiguous.
+            ValueError: `f` returned a tensor that is not contiguous.
         """
         return Ring(*map(f, self.tensors().values()))
 
     def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
-        """Sequence `source` of another ring, or of a state, over the one at `row`, in place."""
+        """Overwrites the sequence at `row` in place with sequence `source` of another ring or state."""
         if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.k.dtype == self.k.dtype:
             for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
                 mine[row] = theirs[source]
             return
-        # other slots or another dtype: all tokens are folded into a state, and the row begins with an empty ring
+        # other slots or dtype: fold all its tokens into a state, and start the row with an empty ring
         whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
         self.state[row], self.written[row], self.folded[row] = whole, 0, 0
 
@@ -120,9 +123,9 @@ class Ring:
         return sum(x.nbytes for x in self.tensors().values())
 
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens in the ring, oldest first: k `[B,H,R,K]` and v, zeros after the last one; G_j `[B,H,R]`."""
+        """Returns the ring's tokens, oldest first: k `[B,H,R,K]` and v, zero after the last one; G_j `[B,H,R]`."""
         R = self.k.shape[2]
-        # slots from the oldest token on; those without a token are masked and not multiplied by 0: 0 * NaN is NaN
+        # slots from the oldest token on; empty slots are masked, since multiplying by 0 keeps a NaN
         age_BR = torch.arange(R, device=self.k.device)
         slot_BHR = ((self.folded[:, None] + age_BR) % R)[:, None].expand(self.log_decay.shape)
         free_BHR = (age_BR >= (self.written - self.folded)[:, None])[:, None].expand(slot_BHR.shape)
@@ -133,15 +136,15 @@ class Ring:
         return k, v, self.log_decay.gather(2, slot_BHR).masked_fill(free_BHR, 0).cumsum(-1)
 
     def to_state(self) -> Tensor:
-        """The state after all tokens, `[B,H,K,V]`; the ring stays as it is."""
+        """Returns the state after all tokens, `[B,H,K,V]`. The ring does not change."""
         return self._fold(self.state, self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """`state` after the `tokens` `[B]` oldest tokens of each sequence; later ones leave no trace, even if NaN."""
+        """Returns `state` after each sequence's `tokens` `[B]` oldest tokens. Later tokens have no effect, even NaN."""
         k_BHRK, v_BHRV, since_BHR = self.held()
         last_B11 = (tokens - 1)[:, None, None]
         later_BHR = torch.arange(k_BHRK.shape[2], device=k_BHRK.device) > last_B11
-        # gather takes no index -1: a row that folds no token gets log decay 0 in the next line
+        # gather accepts no index -1: a row that folds no token gets log decay 0 in the next line
         whole_BH1 = since_BHR.gather(2, last_B11.clamp(min=0).expand(*since_BHR.shape[:2], 1))
         whole_BH1 = torch.where(last_B11 < 0, 0, whole_BH1)
         weight_BHR = (whole_BH1 - since_BHR).masked_fill(later_BHR, -torch.inf).exp()
@@ -152,22 +155,22 @@ class Ring:
         """Takes back the last `tokens` tokens (an integer, or `[B]`).
 
         Raises:
-            ValueError: more than the ring holds, or fewer than none.
+            ValueError: the ring holds fewer, or the number is negative.
         """
         held = self.written - self.folded
         tokens = torch.as_tensor(tokens, device=held.device)
         if bool(((tokens < 0) | (tokens > held)).any()):
             raise ValueError(f"the ring holds {held.tolist()} tokens, cannot take back {tokens.tolist()} of them")
-        self.written.sub_(tokens)  # they stay in their slots until the next tokens overwrite them
+        self.written.sub_(tokens)  # the tokens stay in their slots until new ones overwrite them
 
 
 pytree.register_dataclass(Ring, serialized_type_name="retentive.Ring")
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, ring: Ring) -> Tensor:
-    """`o` `[B,H,V]` of one more token, which is put into the ring; the arguments are those of `retention_step`.
+    """Puts one token into the ring and returns its `o` `[B,H,V]`. Arguments as for `retention_step`.
 
-    This is the version in torch's operations, for devices without compiled code (see `backends.decode_step`).
+    This version uses torch's operations, for devices without compiled code (see `backends.decode_step`).
     """
     check_values(log_decay)
     R, rows = ring.k.shape[2], torch.arange(len(q), device=q.device)
@@ -177,10 +180,10 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     ring.written.add_(1)
     q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
     k_BHRK, v_BHRV, since_BHR = ring.held()
-    whole_BH1 = since_BHR[..., -1:]  # slots without a token count as log decay 0, so the last sum is that of all
+    whole_BH1 = since_BHR[..., -1:]  # empty slots count as log decay 0, so the last sum covers all tokens
     score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
     o = whole_BH1.exp()[..., None] * (q_BH1K @ ring.state) + score_BH1R @ v_BHRV
-    # after o, which needs the state as it was; a full ring folds at once, so that the next token finds a free slot
+    # after o, which needs the old state; a full ring folds at once, so that the next token finds a free slot
     full = (ring.written - ring.folded == R).nonzero().squeeze(1)
     if len(full):
         ripe = ring.map(lambda x: x[full])  # a copy of the full rows, folded and written back

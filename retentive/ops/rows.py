@@ -1,13 +1,13 @@
-"""The row-wise operations of a model: RMSNorm, the rotation of q and k with their scale, the loss of logits.
+"""Row-wise operations of a model: RMSNorm, rotation and scale of q and k, softmax loss.
 
     rms_norm(x)     = x / sqrt(mean(x^2) + eps) * weight
     rotate(x)       = scale * rotary.rotate(x)
     softmax_loss(x) = -log softmax(x)[target], and its gradient
 
-In PyTorch each is several passes over memory, with float32 copies where x is bf16; on a CPU they took a third of a
-model's time (docs/LOG.md). `c/rows.c` does each in one. PyTorch's own operations take over where that cannot be used:
-without a compiler, on other devices, in float64, under torch.func, and in compiled graphs, whose compiler fuses them.
-Arithmetic is float32 or wider, results have the dtype of x.
+In PyTorch each takes several passes over memory, with float32 copies if x is bf16; on a CPU they took a third of a
+model's time (docs/LOG.md). `c/rows.c` does each in one pass. PyTorch's operations are used instead without a compiler,
+on other devices, in float64, under torch.func, and in compiled graphs, which fuse them. Arithmetic is float32 or wider;
+results have the dtype of x.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ class Softmax(ctypes.Structure):
 
 
 def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether rows.c can take `x`, and `weight` with it."""
+    """True if rows.c can compute `x`, and `weight` with it."""
     if torch.compiler.is_compiling() or transformed() or not x.numel():
         return False
     if weight is not None and not (weight.shape == x.shape[-1:] and weight.is_contiguous()):
@@ -50,7 +50,7 @@ def compiled(x: Tensor, weight: Tensor | None = None) -> bool:
 
 
 def _call(function: str, call: ctypes.Structure) -> None:
-    """Runs a function of rows.c. `call` holds addresses only: the caller keeps the tensors alive until it returns."""
+    """Runs a function of rows.c. `call` holds only addresses: the caller keeps the tensors alive until it returns."""
     failed = getattr(library(), function)(ctypes.byref(call))
     if failed == 1:
         raise MemoryError("no memory for the work space of a row")
@@ -62,11 +62,11 @@ def _call(function: str, call: ctypes.Structure) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x `[..., n]` normalised over its last dimension, times `weight` `[n]` if there is one; in the dtype of x.
+    """Normalises x `[..., n]` over its last dimension and multiplies it by `weight` `[n]` if given; in the dtype of x.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
-    # compiled graphs and torch.func differentiate F.rms_norm by themselves, and cannot look into _RMSNorm
+    # compiled graphs and torch.func differentiate F.rms_norm themselves and cannot see inside _RMSNorm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
         return _RMSNorm.apply(x, weight, eps)
     if compiled(x, weight):
@@ -75,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None) -> Tensor:
-    """`rms_norm` by rows.c for a contiguous x; `scale`, if given, gets 1 / sqrt(mean(x^2) + eps) of each row."""
+    """Computes `rms_norm` by rows.c for contiguous x. `scale`, if given, gets each row's 1 / sqrt(mean(x^2) + eps)."""
     y, n = torch.empty_like(x), x.shape[-1]
     call = Norm(
         x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype),
@@ -87,7 +87,7 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | Non
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With a backward pass of its own: what autograd derives takes twice the memory traffic (docs/LOG.md)."""
+    """RMSNorm with its own backward pass: autograd's takes twice the memory traffic (docs/LOG.md)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -98,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
             ctx.save_for_backward(x, scale[..., None], weight)
             return y
         wide = torch.promote_types(x.dtype, torch.float32)
-        # summed in float32 without a float32 copy of x, which x.float().square().mean() would make
+        # norm summed in float32 without the float32 copy of x that x.float().square().mean() makes
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
@@ -111,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         if ctx.compiled:
             grad, dx, n, threads = grad.contiguous(), torch.empty_like(x), x.shape[-1], torch.get_num_threads()
-            # a row for each thread, zeroed by C and added up in order: no atomics, the same bits every time
+            # one row per thread, zeroed by C and summed in order: no atomics, so the result is deterministic
             sums = None if weight is None else torch.empty(threads, n, dtype=torch.float64)
             call = Norm(
                 x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype), threads,
@@ -125,7 +125,7 @@ class _RMSNorm(torch.autograd.Function):
         if weight is not None:
             grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
             grad = grad.to(scale.dtype) * weight
-        along = (grad * y).mean(-1, keepdim=True)  # the part along x only changes its length, which is normalised
+        along = (grad * y).mean(-1, keepdim=True)  # the part along x only changes its length, which the norm removes
         return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None
 
 
@@ -133,11 +133,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None = None) -> Tensor:
-    """x rotated and scaled, in its dtype. Gradients of x only: phases and scales are functions of positions.
+    """Rotates and scales x, in its dtype. Only x gets gradients: phases and scales are functions of positions.
 
     Args:
         cos, sin: `[T, K/2]` or `[B, T, K/2]`, see `rotary.phases`.
-        scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 if not given.
+        scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 by default.
     """
     if variant != "none" and compiled(x_BTHK) and cos.dtype == torch.float32:
         return _Rotate.apply(x_BTHK, cos, sin, variant, scale, 1.0)
@@ -146,20 +146,20 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor
 
 
 class _Rotate(torch.autograd.Function):
-    """`rotate` by rows.c; its gradient is the same rotation by the opposite angle (`sign`)."""
+    """`rotate` by rows.c. Its gradient is the same rotation by the opposite angle (`sign`)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, sign: float) -> Tensor:
         ctx.variant, ctx.sign = variant, sign
         ctx.save_for_backward(cos, sin, scale)
         B, T, H, K = x.shape
-        # a slice of a wider projection is read where it lies, if all its tokens are one stride apart
+        # a slice of a wider projection is read in place if its tokens have one constant stride
         even = x.stride(3) == 1 and x.stride(2) == K and (B == 1 or x.stride(0) == T * x.stride(1))
         if not even:
             x = x.contiguous()
         y, rows = torch.empty(x.shape, dtype=x.dtype), [t if t is None else t.contiguous() for t in (cos, sin, scale)]
         cos, sin, scale = rows  # type: ignore[assignment]
-        # a dimension of size 1 may have any stride: the token stride is taken from one that has more, if there is one
+        # a dimension of size 1 may have any stride, so take the token stride from a larger one if there is one
         call = Rotate(
             B * T, T, H, K, DTYPES.index(x.dtype), variant == "half", cos.numel() // (K // 2),
             0 if scale is None else scale.numel() // H, x.stride(1) if T > 1 else (x.stride(0) if B > 1 else H * K),
@@ -180,16 +180,16 @@ class _Rotate(torch.autograd.Function):
 
 
 def softmax_loss(logits: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """(-log softmax(logits)[target] `[T]` in float32 or wider, its gradient `[T,V]` in the dtype of the logits).
+    """Returns (-log softmax(logits)[target] `[T]` in float32 or wider, its gradient `[T,V]` in the logits' dtype).
 
-    Nothing of autograd: the caller has done its part. The gradient may lie where the logits were.
+    Not differentiable: it is called inside an autograd function. The gradient may overwrite the logits.
 
     Args:
         logits: `[T,V]`.
-        target: int64 `[T]`, columns; rows whose target is `ignore` have loss and gradient 0.
+        target: int64 `[T]`, column indices. Rows whose target is `ignore` have loss and gradient 0.
 
     Raises:
-        IndexError, RuntimeError: a target that is no column.
+        IndexError, RuntimeError: a target is no column index.
     """
     T, V = logits.shape
     if compiled(logits):
@@ -203,7 +203,7 @@ def softmax_loss(logits: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, T
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_z = wide.logsumexp(-1, keepdim=True)
     valid = (target != ignore)[:, None]
-    index = target.where(valid[:, 0], 0)[:, None]  # gather takes no -100; `valid` drops these rows afterwards
+    index = target.where(valid[:, 0], 0)[:, None]  # gather accepts no -100; `valid` drops these rows afterwards
     loss = (log_z - wide.gather(1, index)).where(valid, 0)[:, 0]
     p = wide.sub_(log_z).exp_()
     p.scatter_add_(1, index, p.new_full((T, 1), -1.0))

@@ -1,8 +1,8 @@
-"""Whether derivatives are taken in a way that sees torch's own operations only, and whether operators are traced.
+"""Checks for derivatives that only see torch's own operations, and for operators that are being traced.
 
-Forward-mode derivatives (torch.autograd.forward_ad, torch.func.jvp) and the other transforms of torch.func (grad, vmap)
-do not look into a custom operator or compiled C: a tangent that enters it is lost without a word. Where one is at work,
-the code that is written in torch's operations takes over.
+Forward-mode derivatives (torch.autograd.forward_ad, torch.func.jvp) and other torch.func transforms (grad, vmap) do not
+see inside a custom operator or compiled C: they silently lose a tangent that enters one. Under such a transform the
+implementation in torch's operations is used.
 """
 
 import torch
@@ -12,12 +12,11 @@ from torch.autograd import forward_ad
 
 def transformed() -> bool:
     """True inside a torch.func transform or a forward-mode derivative, in compiled graphs too."""
-    # private names: torch has no public way to ask for either
+    # private names: torch has no public query for either
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def traced(x: Tensor) -> bool:
-    """Whether somebody writes down the operators that x goes through, or stands in for them: a compiler, a tracer, a
-    counter of FLOPs, a subclass of tensors."""
+    """True if x's operators are recorded or replaced: by a compiler, a tracer, a FLOP counter, a tensor subclass."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return tracing or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # private: as above

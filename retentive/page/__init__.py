@@ -1,7 +1,7 @@
-"""The page to chat with: files that the server hands out, and that a folder for browsers is made of."""
+"""Chat page: static files that the server serves, and that exports for browsers contain."""
 
 from pathlib import Path
 
 PAGE = Path(__file__).parent
-"""The folder of the page's files."""
+"""Folder of the page's files."""
 FILES = sorted(file for file in PAGE.iterdir() if file.suffix in (".css", ".html", ".js", ".svg"))

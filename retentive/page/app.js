@@ -1,6 +1,6 @@
-// The page of `retentive serve`, and of the folder of `retentive export --to browser`, where server.js has the model in
-// the browser itself. The server keeps each conversation's state under a session's name, so that a request
-// holds only what the state has not read yet; the number of tokens read grows, the state's bytes do not.
+// The page of `retentive serve`, and of folders by `retentive export --to browser`, where server.js runs the model in
+// the browser itself. The server keeps each conversation's state under a session name, so a request holds only what
+// the state has not read yet. The number of tokens read grows, the state's bytes do not.
 
 import * as media from "./media.js";
 import { answer, ready } from "./server.js";
@@ -8,20 +8,20 @@ import { answer, ready } from "./server.js";
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
 const HINTS = {
-  chat: "Ask something. The model keeps what was said in a state of constant size.",
-  write: "Begin a text. The model writes on, and so can you.",
+  chat: "Ask something. The model keeps the conversation in a state of constant size.",
+  write: "Start a text. The model continues it, and so can you.",
 };
 
-let session; // the name of this conversation in the server
-let unread; // [{role, content}] that the state has not read: what is being sent, and what was stopped
+let session; // name of this conversation on the server
+let unread; // [{role, content}] that the state has not read: the message being sent, and stopped answers
 let read; // tokens in the state
-let running = null; // an AbortController while the model answers
-let sending = false; // a message waits for its pictures
+let running = null; // AbortController while the model answers
+let sending = false; // true while a message waits for its pictures
 
-// Talking to the server
+// Requests to the server
 
 async function call(path, { method = "GET", body, signal } = {}, tries = 30) {
-  const headers = { "X-Session-Id": session }; // load balancers send a conversation to the server that has its state
+  const headers = { "X-Session-Id": session }; // lets load balancers route to the server that holds the state
   const key = sessionStorage.getItem("api-key");
   if (key) headers.Authorization = `Bearer ${key}`;
   const file = body instanceof Blob;
@@ -35,7 +35,7 @@ async function call(path, { method = "GET", body, signal } = {}, tries = 30) {
   if (response.ok) return response;
   const error = await refusal(response);
   if (error.code !== "session_busy" || !tries) throw error;
-  await new Promise((later) => setTimeout(later, 100)); // until the server has noticed that its answer was stopped
+  await new Promise((later) => setTimeout(later, 100)); // until the server notices that its answer was stopped
   return call(path, { method, body, signal }, tries - 1);
 }
 
@@ -43,18 +43,18 @@ async function refusal(response) {
   const { message, code } = (await response.json().catch(() => ({}))).error ?? {};
   if (response.status === 401) {
     if (!$("login").open) $("login").showModal();
-    return new Error(sessionStorage.getItem("api-key") ? "The server refused the API key." : "The server wants an API key.");
+    return new Error(sessionStorage.getItem("api-key") ? "The server refused the API key." : "The server needs an API key.");
   }
   const wait = response.headers.get("Retry-After");
   if (response.status === 429) return new Error(`The server is full: try again in ${wait ?? "a few"} s.`);
-  return Object.assign(new Error(message ?? `The server said ${response.status} ${response.statusText}.`), { code });
+  return Object.assign(new Error(message ?? `The server answered ${response.status} ${response.statusText}.`), { code });
 }
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = ""; ; ) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("The server went away in the middle of its answer.");
+      throw error.name === "AbortError" ? error : new Error("The connection broke in the middle of the answer.");
     });
     if (done) return;
     const lines = (held + value).split(/\r?\n/);
@@ -81,10 +81,10 @@ function question() {
 async function send() {
   if (running || sending) return;
   sending = true;
-  await media.ready(); // what was just dropped goes along
+  await media.ready(); // include files dropped a moment ago
   sending = false;
   const text = $("input").value;
-  const enough = text.trim() || !media.empty() || (mode() === "write" && read); // a text that has begun can go on
+  const enough = text.trim() || !media.empty() || (mode() === "write" && read); // a started text needs no input
   if (!enough || !$("sampling").reportValidity()) return;
   say("");
   const before = unread, had = read, items = media.take();
@@ -100,10 +100,10 @@ async function send() {
     await listen(answer, performance.now());
     unread = [];
   } catch (error) {
-    remembered(had); // the state is as before
+    remembered(had); // the state has not changed
     if (answer.textContent) {
-      unread.push({ role: "assistant", content: answer.textContent }); // it reads this next time
-    } else { // nothing came: as if it had not been sent
+      unread.push({ role: "assistant", content: answer.textContent }); // read with the next message
+    } else { // no answer: restore everything as before sending
       unread = before;
       mine.remove();
       answer.remove();
@@ -130,7 +130,7 @@ async function listen(answer, began) {
     if (piece) {
       last = performance.now();
       first ??= last;
-      pieces += 1; // about a token; what the server says at the end is exact
+      pieces += 1; // roughly one token; the server reports the exact number at the end
       append(answer, piece);
       remembered(already + pieces);
       speed(first - began, pieces, last - first);
@@ -138,16 +138,16 @@ async function listen(answer, began) {
     if (event.usage && first) speed(first - began, event.usage.completion_tokens, last - first);
     if (event.session) {
       const { prompt_tokens, completion_tokens } = event.usage;
-      // those of a stop string were made and are not kept; more than that is missing where the session is a new one
+      // tokens of a stop string were generated but dropped; if more are missing, the session is a new one
       forgotten = event.session.tokens + 64 < already + prompt_tokens + completion_tokens;
       remembered(event.session.tokens, event.session.bytes);
     }
   }
-  if (!finished) throw new Error("The server went away in the middle of its answer.");
-  if (forgotten) say("The server had lost this conversation's state, and began anew with your last message.");
+  if (!finished) throw new Error("The connection broke in the middle of the answer.");
+  if (forgotten) say("The server had lost this conversation's state, and started again with your last message.");
 }
 
-// What is seen
+// Display
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 
@@ -167,14 +167,14 @@ function show(kind, text) {
 
 function append(block, piece) {
   const log = $("log");
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // else somebody reads further up
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // do not scroll while the user reads above
   block.append(piece);
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
 function busy(controller) {
   running = controller;
-  $("log").ariaBusy = String(Boolean(running)); // a screen reader reads the answer when it is whole
+  $("log").ariaBusy = String(Boolean(running)); // screen readers wait for the complete answer
   $("send").hidden = $("stop").hidden = false;
   (running ? $("send") : $("stop")).hidden = true;
   for (const button of document.querySelectorAll("#new, #saving button")) button.disabled = Boolean(running);
@@ -199,7 +199,7 @@ function speed(wait, tokens, ms) {
 // Conversations and their states
 
 function begin() {
-  if (read) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // the server drops it in time anyway
+  if (read) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // otherwise it expires on the server
   session = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   unread = [];
   $("log").replaceChildren();
@@ -207,15 +207,15 @@ function begin() {
   $("log").classList.toggle("write", mode() === "write");
   $("mode").disabled = false;
   $("first").textContent = $("speed").textContent = "–";
-  $("send").textContent = mode() === "chat" ? "Send" : "Write on";
+  $("send").textContent = mode() === "chat" ? "Send" : "Continue";
   offer();
   remembered(0);
   say("");
 }
 
-// Pictures and sound, where the model sees or hears and answers
+// Pictures and sound, for models with encoders
 
-let offered = []; // kinds that the model takes
+let offered = []; // kinds that the model accepts
 
 function offer() {
   const kinds = mode() === "chat" ? offered : [];
@@ -232,7 +232,7 @@ async function recording() {
     stopRecording();
     stopRecording = null;
   } else {
-    $("record").disabled = true; // while the browser asks for the microphone
+    $("record").disabled = true; // while the browser asks for permission
     try {
       stopRecording = await media.record($("record"));
     } finally {
@@ -241,17 +241,17 @@ async function recording() {
   }
 }
 
-// A reload goes on: what is seen lies in the tab's own storage, what was read in the server
+// Reload: the display is kept in the tab's storage, the state on the server
 
 function keep() {
   const blocks = [...$("log").children];
-  const part = running ? blocks.at(-1).textContent : ""; // the server drops an answer whose reader has left
+  const part = running ? blocks.at(-1).textContent : ""; // the server drops an answer when its reader leaves
   const stopped = part ? [{ role: "assistant", content: part }] : [];
   const log = blocks.map((block) => [block.classList[0], block.textContent]);
   const kept = { session, read, log, unread: [...unread, ...stopped], mode: mode(), bytes: $("bytes").textContent };
   try {
     sessionStorage.setItem("conversation", JSON.stringify(kept));
-  } catch { // a picture that was not read is larger than what a tab may keep
+  } catch { // an unread picture exceeds the tab's storage
     sessionStorage.setItem("conversation", JSON.stringify({ ...kept, unread: [] }));
   }
 }
@@ -273,7 +273,7 @@ async function attempt(action) {
     await action();
   } catch (error) {
     say(error.message);
-    leaveSettings(); // where the error is seen
+    leaveSettings(); // shows the error
   }
 }
 
@@ -312,7 +312,7 @@ function row(state) {
       const restored = await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
       const { tokens, bytes } = await restored.json();
       remembered(tokens, bytes);
-      show("note", `Restored ${state.name}. The model remembers the ${count.format(tokens)} tokens it had read; their text was not kept.`);
+      show("note", `Restored ${state.name}. The model remembers the ${count.format(tokens)} tokens it had read; their text is not kept.`);
       leaveSettings();
       $("input").focus();
     }),
@@ -328,19 +328,19 @@ function row(state) {
 async function save() {
   const name = $("name").value;
   await call("v1/states", { method: "POST", body: { session, name } });
-  show("note", `Saved as ${name}${unread.length ? ", without what was stopped" : ""}.`);
+  show("note", `Saved as ${name}${unread.length ? ", without the stopped answer" : ""}.`);
   $("name").value = "";
   await listStates();
 }
 
-// A file that was downloaded, here or from another server of the same model, becomes a saved state of its name.
+// Uploads a state file, downloaded here or from another server of the same model, under its file name.
 async function add(file) {
   const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]/g, "_").replace(/^[.-]/, "_").slice(0, 64);
   await call(`v1/states/${name}`, { method: "PUT", body: file });
   await listStates();
 }
 
-// Doors
+// Start and controls
 
 async function open() {
   const loading = (share) => { $("model").textContent = `loading ${Math.round(share * 100)} %`; };
@@ -384,7 +384,7 @@ $("input").onpaste = (event) => {
 for (const kind of ["dragover", "drop"]) {
   document.addEventListener(kind, (event) => {
     if (![...event.dataTransfer.types].includes("Files")) return;
-    event.preventDefault(); // else the browser would leave the page and show the file
+    event.preventDefault(); // otherwise the browser would open the file instead of the page
     if (kind === "drop") media.add(event.dataTransfer.files);
   });
 }

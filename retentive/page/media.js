@@ -1,12 +1,12 @@
-// Pictures and sound that go with the next message: chosen, dropped, pasted or recorded, and seen until it is sent.
-// The server is sent PNG, JPEG or WebP as they are, other pictures as PNG, and all sound as WAV of one channel.
+// Pictures and sound attached to the next message: chosen, dropped, pasted or recorded, and shown until it is sent.
+// PNG, JPEG and WebP are sent unchanged, other pictures as PNG, and all sound as WAV of one channel.
 
-const RATE = 16000; // samples a second that are sent; the server brings them to its model's own
+const RATE = 16000; // samples a second to send; the server resamples them for its model
 const AS_IT_IS = ["image/png", "image/jpeg", "image/webp"];
 
-const held = []; // {part: what is sent, shown: an element}
+const held = []; // {part: sent to the server, shown: an element}
 let place, failed, kinds;
-let adding = Promise.resolve(); // until all that was chosen is held
+let adding = Promise.resolve(); // resolves when all chosen files are held
 
 export function setup(element, { media, onerror }) {
   [place, failed, kinds] = [element, onerror, media];
@@ -30,7 +30,7 @@ export function restore(items) {
 }
 
 export function add(files) {
-  const chosen = [...files]; // the list that the browser gives is emptied with its input
+  const chosen = [...files]; // copied, since the browser empties its list with the input
   adding = adding.then(() => hold(chosen));
   return adding;
 }
@@ -39,7 +39,7 @@ async function hold(files) {
   for (const file of files) {
     const kind = file.type.split("/")[0];
     try {
-      if (!takes(kind)) throw new Error(`This model takes no ${kind === "image" ? "pictures" : kind || "such files"}.`);
+      if (!takes(kind)) throw new Error(`This model accepts no ${kind === "image" ? "pictures" : kind || "such files"}.`);
       held.push(kind === "image" ? await picture(file) : await sound(file));
     } catch (error) {
       failed(error.message);
@@ -50,7 +50,7 @@ async function hold(files) {
 
 export async function record(button) {
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true }).catch(() => {
-    throw new Error("The browser gives no microphone.");
+    throw new Error("The browser does not allow the microphone.");
   });
   const recorder = new MediaRecorder(stream);
   const pieces = [];
@@ -70,7 +70,7 @@ function draw() {
     const remove = document.createElement("button");
     remove.type = "button";
     remove.textContent = "×";
-    remove.ariaLabel = `Leave out ${item.name}`;
+    remove.ariaLabel = `Remove ${item.name}`;
     remove.onclick = () => {
       held.splice(held.indexOf(item), 1);
       draw();
@@ -84,7 +84,7 @@ function draw() {
 
 async function picture(file) {
   const drawn = await createImageBitmap(file).catch(() => {
-    throw new Error(`${file.name} is no picture that this browser can show.`);
+    throw new Error(`${file.name} is not a picture that this browser can show.`);
   });
   let url;
   if (AS_IT_IS.includes(file.type)) {
@@ -104,7 +104,7 @@ async function sound(file) {
   const raw = await file.arrayBuffer();
   const context = new AudioContext();
   const decoded = await context.decodeAudioData(raw).catch(() => {
-    throw new Error(`${file.name} is no sound that this browser can play.`);
+    throw new Error(`${file.name} is not a sound that this browser can play.`);
   });
   await context.close();
   const one = new OfflineAudioContext(1, Math.max(Math.ceil(decoded.duration * RATE), 1), RATE);
@@ -118,7 +118,7 @@ async function sound(file) {
   return { part: { type: "input_audio", input_audio: { data, format: "wav" } }, shown, name: file.name };
 }
 
-// A WAV file: 44 bytes that say what follows, and samples of 16 bits
+// Encodes a WAV file: a header of 44 bytes, then samples of 16 bits
 function encode(samples) {
   const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
   const text = (at, words) => [...words].forEach((c, n) => view.setUint8(at + n, c.charCodeAt(0)));

@@ -1,4 +1,4 @@
-"""One page of all that was measured, from the committed files of results: the paper's tables beside ours."""
+"""One HTML page of all committed results: the paper's tables beside ours."""
 
 from retentive.report.page import build, page
 

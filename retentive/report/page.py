@@ -1,6 +1,6 @@
-"""The page: files of results in, one self-contained HTML file out. No number is computed here and no file left out.
+"""Report page: files of results in, one self-contained HTML file out. Computes no number and leaves out no file.
 
-Each file is shown by itself, with the name of its machine, or of several where a comparison was allowed to mix them.
+Each file is shown on its own, with its machine, or its machines if a comparison was allowed to mix them.
 """
 
 import base64
@@ -20,22 +20,22 @@ class File(NamedTuple):
 
     path: Path
     kind: str
-    """The command that made it: "compare", "bench decode", …"""
+    """Command that wrote it: "compare", "bench decode", …"""
     result: dict[str, Any]
     table: str | None
-    """The table that the command prints of it, Markdown; None for a command that has none."""
+    """Table that the command prints, in Markdown; None if it prints none."""
 
 
 def build(folder: Path) -> str:
-    """The page of all results in a folder.
+    """Returns the page of all results in a folder.
 
     Raises:
-        FileNotFoundError: no folder, or no result in it.
-        ValueError: a file that is damaged, or that no command of this package made.
+        FileNotFoundError: the folder does not exist, or holds no result.
+        ValueError: a file is damaged, or was written by no command of this package.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name the one with the files of results")
-    # all are read before anything is shown: a damaged one is named, and no page is written without it
+    # read all before rendering: a damaged file is reported, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no result: retentive bench, eval and compare write them with --json")
@@ -43,10 +43,10 @@ def build(folder: Path) -> str:
 
 
 def read(path: Path) -> File:
-    """A file of results, and the command that made it.
+    """Reads a file of results, and determines the command that wrote it.
 
     Raises:
-        ValueError: it is damaged, or holds not what its command writes.
+        ValueError: it is damaged, or its content is not what its command writes.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -54,11 +54,11 @@ def read(path: Path) -> File:
         words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
-    # `words` are those after "retentive": a verb, and for a bench its name
+    # `words` follow "retentive": a verb, and for a bench its name
     kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     try:
         shown = table(kind, result)
-        any(section.takes(kind, result) for section in SECTIONS)  # fails here, where the file's name is known
+        any(section.takes(kind, result) for section in SECTIONS)  # raises here, where the file's name is known
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
@@ -67,16 +67,16 @@ def read(path: Path) -> File:
 
 
 def page(files: Sequence[File]) -> str:
-    """The page of these files as HTML, pictures included; files that no section takes are listed at its end."""
+    """Returns the page as HTML with embedded pictures; files of no section are listed at its end."""
     taken: set[Path] = set()
     parts = []
     for section in SECTIONS:
         mine = [file for file in files if section.takes(file.kind, file.result)]
         taken |= {file.path for file in mine}
-        parts.append(_section(section, mine))  # also where there is no file: what is missing is to be seen
+        parts.append(_section(section, mine))  # also without files, to show what is missing
     rest = [file for file in files if file.path not in taken]
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{html.escape(s.title)}</a></li>' for s in SECTIONS)
-    # one line for each machine, though many files are from the same
+    # one line per machine, though many files share one
     machines = sorted({name for file in files for name in machine(file.result).split("; ")})
     hardware = "".join(f"<li>{html.escape(name)}</li>" for name in machines)
     others = "".join(
@@ -94,9 +94,9 @@ def page(files: Sequence[File]) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Hardware and versions of a result, in a line; "; " between those of several kinds of machine."""
+    """Describes hardware and versions of a result in one line, several machines separated by "; "."""
     lines = []
-    # only comparisons hold several; all others name their one machine as "hardware"
+    # only comparisons have several machines; other results name theirs as "hardware"
     for h in result.get("machines", [result["hardware"]]):
         gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
         threads = f"{h['threads']} thread{'s' * (h['threads'] > 1)}"
@@ -105,7 +105,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def _section(section: Section, files: list[File]) -> str:
-    """One question: what the paper says, our files on it, and why the numbers differ; says so where there are none."""
+    """Renders one question: the paper's numbers, our files, and why the numbers differ; or that there are none."""
     blocks = [f'<section id="{_anchor(section.title)}"><h2>{html.escape(section.title)}</h2>']
     blocks.append(f'<p class="question">{html.escape(section.question)}</p>')
     if section.paper:
@@ -120,11 +120,11 @@ def _section(section: Section, files: list[File]) -> str:
 
 
 def _file(file: File) -> str:
-    """One result: what was measured and where, its command, its picture, its table."""
+    """Renders one result: what was measured, on which machine, its command, picture and table."""
     picture = file.path.with_suffix(".png")
     image = ""
     if picture.is_file():
-        # inside the page, so that it can be sent or kept as one file
+        # embedded, so that the page is a single file
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
     name = file.path.stem.split("_")[0]  # of NAME_MACHINE_MONTH.json
@@ -138,12 +138,12 @@ def _file(file: File) -> str:
 
 
 def to_html(markdown: str) -> str:
-    """HTML of Markdown's tables, lists and paragraphs: results use nothing else of it."""
+    """Converts Markdown's tables, lists and paragraphs to HTML; results use nothing else."""
     return "".join(_blocks([block.splitlines() for block in markdown.strip().split("\n\n") if block.strip()]))
 
 
 def _blocks(blocks: list[list[str]]) -> Iterator[str]:
-    """HTML of each block of lines: a table (its second line is the rule), a list, or a paragraph."""
+    """Yields HTML of each block of lines: a table (its second line is the rule), a list, or a paragraph."""
     for lines in blocks:
         if lines[0].startswith("|"):
             head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)

@@ -1,6 +1,6 @@
-"""The questions of the report: what the paper says to each, which of our files answer it, why the numbers differ.
+"""Questions of the report: the paper's numbers for each, the files that answer it, and why the numbers differ.
 
-Which question a file answers is told by the command that made it, which every file of results holds.
+The command stored in each file of results decides which question it answers.
 """
 
 import importlib
@@ -18,11 +18,11 @@ Result = dict[str, Any]
 
 PARTS = Path(__file__).with_name("paper.md").read_text(encoding="utf-8").split("\n## ")[1:]
 PAPER = {heading: text for heading, _, text in (part.partition("\n") for part in PARTS)}
-"""What the paper and others report, Markdown, by the headings of paper.md."""
+"""Numbers that the paper and others report, in Markdown, by the headings of paper.md."""
 
 
 def table(kind: str, result: Result) -> str | None:
-    """The table that the command `kind` ("compare", "bench decode", …) prints, Markdown; None where it has none."""
+    """Returns the Markdown table that the command `kind` ("compare", "bench decode", …) prints; None without one."""
     if "table" in result:
         return str(result["table"])
     verb, _, name = kind.partition(" ")
@@ -34,31 +34,31 @@ def table(kind: str, result: Result) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
-    """A question of the report."""
+    """One question of the report."""
 
     title: str
     question: str
     paper: str
-    """What the paper reports, Markdown; empty where it is silent."""
+    """Numbers from the paper, in Markdown; empty if it has none."""
     takes: Callable[[str, Result], bool]
-    """Whether a file of this kind and content belongs here."""
+    """Returns True if a file of this kind and content belongs here."""
     differs: str
-    """Why ours are not the paper's numbers."""
+    """Why our numbers differ from the paper's."""
 
 
 def _compares(about: str) -> Callable[[str, Result], bool]:
-    """A `Section.takes` for comparisons of "sizes" (or learning rates), of "others" (other libraries), of "parts".
+    """Returns a `Section.takes` for comparisons of "sizes" (or learning rates), "others" (other libraries) or "parts".
 
-    The rows decide: any model of another library makes it "others"; else several sizes or rates make it "sizes".
+    Decided by the rows: a model of another library makes it "others", several sizes or learning rates "sizes".
     """
 
     def takes(kind: str, result: Result) -> bool:
         if kind != "compare":
             return False
         rows = result["rows"]
-        # a variant of the user's own is of a model of ours, or it would not be there: peers have no fields to set
+        # user-defined variants are always of our models: peers have no fields to set
         known = [compare.VARIANTS[row["variant"]] for row in rows if row["variant"] in compare.VARIANTS]
-        # first, since such a comparison may have several sizes as well
+        # checked first, since such a comparison may have several sizes too
         if {variant.model for variant in known} & set(PEERS):
             return about == "others"
         several = any(len({row[key] for row in rows}) > 1 for key in ("size", "lr"))
@@ -68,61 +68,61 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
 
 
 def _is(*kinds: str) -> Callable[[str, Result], bool]:
-    """A `Section.takes` for the files of these commands."""
+    """Returns a `Section.takes` for the files of these commands."""
     return lambda kind, result: kind in kinds
 
 
 def _replies(of_media: bool) -> Callable[[str, Result], bool]:
-    """A `Section.takes` for files of `bench replies`: those of models that see or hear, or the others."""
+    """Returns a `Section.takes` for files of `bench replies`, with or without models that take media."""
     return lambda kind, result: (
         kind == "bench replies" and of_media == any(row.get("encoders") for row in result["rows"])
     )
 
 
 def _eval(by_context: bool) -> Callable[[str, Result], bool]:
-    """A `Section.takes` for files of `retentive eval`: those with rows by context length, or the others."""
+    """Returns a `Section.takes` for files of `retentive eval`, with or without rows by context length."""
     return lambda kind, result: kind == "eval" and by_context == any("context" in row for row in result["results"])
 
 
 SECTIONS = (
     Section(
         "Quality by size",
-        "Is a RetNet as good a language model as a Transformer of its size, trained on the same tokens?",
+        "Is RetNet as good a language model as a Transformer of the same size, trained on the same tokens?",
         PAPER["scaling"],
         _compares("sizes"),
-        "The paper's models are a thousand times larger than what trains on a laptop, and its text is another: the "
-        "order of the two and the slope can be compared, the values cannot.",
+        "The paper's models are a thousand times larger than those here, and trained on other text. The order of the "
+        "two and the slope can be compared, the values cannot.",
     ),
     Section(
         "Ablations",
-        "What do the parts of retention contribute, and what do changes that the paper did not try?",
+        "What do the parts of retention contribute, and what do changes beyond the paper contribute?",
         PAPER["ablations"],
         _compares("parts"),
-        "The paper does not say whether what a variant takes away is given back; here all have the same number of "
-        "parameters, so that a part must be worth more than a wider feed-forward layer.",
+        "The paper does not say whether removed parameters are given back. Here all variants have the same number of "
+        "parameters, so a part must be worth more than a wider feed-forward layer.",
     ),
     Section(
         "Other efficient models",
-        "How do other architectures do on the same tokens?",
+        "How good are other architectures on the same tokens?",
         PAPER["others"],
         _compares("others"),
-        "The peers are the transformers library's own code and initialisation, in our training loop; RetNet without "
-        "decay, among the ablations, is linear attention with the norms and gate of retention.",
+        "The peers use the transformers library's code and initialisation in our training loop. RetNet without decay, "
+        "among the ablations, is linear attention with the norms and gate of retention.",
     ),
     Section(
         "Longer contexts",
-        "What is a longer context worth, in perplexity of the same last tokens?",
+        "How much does a longer context lower the perplexity of the same last tokens?",
         PAPER["contexts"],
         _eval(by_context=True),
-        "The paper trains at the longest length that it measures. Lengths beyond that of training show what a model "
-        "makes of more context than it has learnt from. Tables with another longest length are of other tokens.",
+        "The paper trains at the longest length that it measures. Lengths beyond the training length show how a model "
+        "extrapolates. Tables with another longest length predict other tokens.",
     ),
     Section(
         "Recall",
-        "How much can a state of constant size recall, beside attention, which keeps everything?",
+        "How much can a state of constant size recall, compared with attention, which keeps everything?",
         PAPER["recall"],
         _is("bench recall"),
-        "A synthetic task on tiny models shows the mechanism alone; the loss of recalled tokens in the tables of "
+        "A synthetic task on tiny models isolates the mechanism; the loss of recalled tokens in the tables of "
         "comparisons shows it in text.",
     ),
     Section(
@@ -130,63 +130,63 @@ SECTIONS = (
         "Zero-shot and few-shot accuracy on the paper's tasks.",
         PAPER["tasks"],
         _eval(by_context=False),
-        "Models of a few million parameters are near chance on these tasks (25 % of four choices, 50 % of two), and "
-        "the intervals say what is more; a part of a split is not comparable with the whole.",
+        "Models of a few million parameters are near chance on these tasks (25 % for four choices, 50 % for two), and "
+        "the intervals show which are above it. A part of a split is not comparable with the whole.",
     ),
     Section(
-        "The cost of training",
-        "Tokens per second and memory of a training step, beside a Transformer with SDPA; and how large numbers grow.",
+        "Training cost",
+        "Tokens per second and memory of a training step, beside a Transformer with SDPA; growth of activations.",
         PAPER["training"],
         _is("bench train", "bench activations"),
-        "The paper's rows are eight GPUs with FlashAttention's first version beside plain PyTorch. The ratio grows "
-        "with the length, since attention's work does.",
+        "The paper compares on eight GPUs with FlashAttention's first version and plain PyTorch. The ratio grows with "
+        "the length, as attention's work does.",
     ),
     Section(
-        "The cost of inference",
-        "Memory, throughput and latency of decoding, and the time to read a prompt, against context and batch.",
+        "Inference cost",
+        "Memory, throughput and latency of decoding, and time to read a prompt, by context length and batch.",
         PAPER["decoding"],
         _is("bench decode", "bench prefill", "bench memory"),
-        "The ratio depends on the sizes of state, cache and weights and on the context, not only on the machine; the "
-        "context from which RetNet needs less memory is stated for full and for grouped heads.",
+        "The ratio depends on the sizes of state, cache and weights and on the context, not only on the machine. The "
+        "context from which RetNet needs less memory is given for full and for grouped heads.",
     ),
     Section(
-        "Weights of fewer bits",
-        "What do weights of 8 and 4 bits cost in held-out text, and how exact are states after a long one?",
+        "Quantisation",
+        "How much held-out loss do weights of 8 and 4 bits cost, and how exact are states after a long text?",
         "",
         _is("bench quantization"),
         "The paper does not quantise.",
     ),
     Section(
         "Other runtimes",
-        "What does a model take and do where it leaves this package: files, start, reading, writing, memory?",
+        "How do exported models compare in file size, start, prefill, decoding and memory?",
         "",
         _is("bench edge"),
-        "The paper names phones and other small machines, and measures none.",
+        "The paper names phones and other small machines, but measures none.",
     ),
     Section(
         "The operator",
-        "Retention itself, forward and backward and step by step, beside its rivals and the machine's limits.",
+        "Retention itself, forward, backward and step by step, beside its rivals and the machine's limits.",
         "",
         _is("bench retention", "bench step", "bench grid"),
         "The paper reports no times of the operator.",
     ),
     Section(
-        "Talking, translating, summarising",
-        "What does a small model learn to say, and how does its Transformer twin do after the same tokens?",
+        "Chat, translation, summarisation",
+        "What does a small model learn to write, and how does its Transformer twin do after the same tokens?",
         "",
         _replies(of_media=False),
-        "The paper names translation, summarisation and dialogue, and measures none of them by generation.",
+        "The paper names translation, summarisation and dialogue, but measures none of them by generation.",
     ),
     Section(
-        "Seeing and listening",
-        "What does a small model make of pictures and sound, and what its Transformer twin after the same tokens?",
+        "Pictures and sound",
+        "What does a small model learn from pictures and sound, and its Transformer twin after the same tokens?",
         "",
         _replies(of_media=True),
-        "The paper names multimodal models among what it leaves to later work.",
+        "The paper leaves multimodal models to later work.",
     ),
     Section(
         "Serving, memory, scoring",
-        "What a state of constant size is good for once a model runs.",
+        "Uses of a state of constant size once a model runs.",
         "",
         _is(
             "bench serving",

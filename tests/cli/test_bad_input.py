@@ -138,8 +138,8 @@ TRAINING = {
     "out-is-a-file": (["--out", "corpus/0.txt"], "corpus/0.txt"),
     "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack the one"),
     "weights-of-one": (["--data-weights", "1"], "1 weights for 1 folders of data: give one for each of several"),
-    "no-data": (["--data"], "no folder of data given: name one or several (--data)"),
-    "carry-of-two": (["--data", "data", "more", "--mode", "carry"], "mode carry reads on in one stream"),
+    "no-data": (["--data"], "no folder of data given: name one or several (data)"),
+    "carry-of-two": (["--data", "data", "more", "--mode", "carry"], 'mode is "carry", which reads one stream'),
     "unknown-part": (["--decay-fraction", "2"], "decay_fraction must be in (0, 1], a part of the steps, got 2.0"),
     "recipe-of-something-else": (["--recipe", "wrong.py"], "wrong.py is no recipe"),
 }

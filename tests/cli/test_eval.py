@@ -80,11 +80,15 @@ def break_line() -> None:
 
 
 REFUSED = {
-    "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
+    "no-data": (lambda: None, ["--tasks", "piqa"], "data is missing: give the folder of piqa"),
     "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
-    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with --contexts, or"),
-    "passkey-without-contexts": (lambda: None, ["--tasks", "passkey", "--data", "data"], "passkey needs --contexts"),
+    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with contexts, or"),
+    "passkey-without-contexts": (
+        lambda: None,
+        ["--tasks", "passkey", "--data", "data"],
+        "task passkey needs contexts: give lengths",
+    ),
     "nan": (weights_of_nan, ["--tasks", "piqa", "--data", "data"], "the model's logits are not finite"),
     "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "no task given"),
     "no-file": (

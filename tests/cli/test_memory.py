@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(place, interrup
     assert "has read other documents" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         write(*STORIES, "--memory", "whole.mem", "--out", "lib.mem")
-    assert "went on from another memory" in capsys.readouterr().err
+    assert "continues another memory" in capsys.readouterr().err
     assert Path("lib.mem.unfinished").read_bytes() == kept and not Path("lib.mem").exists()
     interrupted(None)
     write(*STORIES, "--out", "lib.mem")
@@ -232,7 +232,7 @@ MERGE = ["merge", "lib.mem", "other.mem", "--out", "new.mem"]
 WRITE = ["write", "run", "--out", "new.mem"]
 BAD = {
     "unknown-verb": (lambda: None, ["read"], "unknown memory verb 'read', expected one of write, ask, merge, show"),
-    "no-files": (lambda: None, WRITE, "write needs files to read"),
+    "no-files": (lambda: None, WRITE, "no sources given: name files to read"),
     "a-missing-file": (lambda: None, [*WRITE, STORIES[0], "none.txt"], "no such file or folder: none.txt"),
     "an-empty-file": (lambda: put("a.txt", b""), [*WRITE, "a.txt"], "no text in a.txt: every document is empty"),
     "a-binary-file": (lambda: put("a.txt", b"\x00\xff\x80"), [*WRITE, "a.txt"], "a.txt is not UTF-8 text"),

@@ -1,4 +1,4 @@
-"""Conversations from files to batches: schemas, what is wrong with them, what a session reads, what is predicted."""
+"""Conversations from files to batches: schemas, errors, the ids of a session, the predicted tokens."""
 
 import json
 import shutil
@@ -140,7 +140,7 @@ def test_a_folder_of_them(tmp_path, refuses):
     assert all(each.messages == SAID for each in chats(tmp_path))
 
 
-# what a model is taught
+# training targets of a conversation
 
 
 def template(source: str) -> ChatTemplate:
@@ -194,7 +194,7 @@ def test_the_conversation_that_a_template_refuses_is_named(tokenizer, tmp_path, 
 
 
 def test_a_tokenizer_learnt_from_conversations_knows_the_templates_words(tmp_path):
-    """Each turn has them, and spelt in letters they would be most of a short one."""
+    """Each turn contains them; encoded as letters they would be most of a short conversation."""
     file = lines(tmp_path / "a.jsonl", *[{"prompt": f"Which digit is {n}?", "completion": str(n)} for n in range(10)])
     prepare(file, tmp_path / "out", chats=True, vocab_size=400, valid_fraction=0)
     tokenizer = load_tokenizer(tmp_path / "out")
@@ -221,7 +221,7 @@ def data(tmp_path_factory) -> Packed:
 
 
 def whole(data: Packed, split: str) -> list[tuple[list[int], list[int]]]:
-    """(ids, targets) of each conversation, by the files alone."""
+    """Returns (ids, targets) of each conversation, read from the files alone."""
     stream = data.stream(split)
     spans = pairwise([0, *stream.ends_in(0, stream.tokens).tolist()])
     found = []
@@ -251,7 +251,7 @@ def test_rows_of_whole_conversations(data):
     batches = data.batches(mode="whole", batch=2, length=64, seed=3)
     kept = sorted(s for n in range(batches.steps_per_epoch) for s in sequences(batches[n]) if set(s[1]) != {IGNORE})
     wanted = []
-    for ids, targets in whole(data, "train"):  # those longer than a row are cut, and nothing else is
+    for ids, targets in whole(data, "train"):  # only conversations longer than a row are cut
         parts = [(ids[n : n + 64], targets[n : n + 64]) for n in range(0, len(ids), 64)]
         wanted += [part for part in parts if set(part[1]) != {IGNORE}]
     extra = batches.steps_per_epoch * 2 - batches._windows  # rows of the next epoch in the last batch
@@ -273,7 +273,7 @@ def test_carried_rows_are_the_conversations_one_after_the_other(data):
                 rows[row][-1] = tuple(a + b for a, b in zip(rows[row][-1], mine.pop(0), strict=True))
             rows[row] += mine
     wanted = whole(data, "train")
-    for row in rows:  # all but the first and last of a row are whole; their last token, a target elsewhere, is read too
+    for row in rows:  # all but the first and last of a row are whole; their last token, elsewhere a target, is read too
         for ids, targets in row[1:-1]:
             assert (ids[:-1], targets[:-1]) in wanted and ids[-1] == EOS and targets[-1] == IGNORE
 

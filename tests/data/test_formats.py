@@ -1,4 +1,4 @@
-"""Every format gives the texts that were written, and whatever is wrong is named by file and line."""
+"""Every format returns the texts that were written, and errors name file and line."""
 
 import bz2
 import gzip
@@ -104,12 +104,12 @@ def test_json_is_an_object_or_a_list_of_them(tmp_path, refuses):
 @pytest.mark.parametrize("suffix, comma", [(".csv", ","), (".tsv", "\t")])
 def test_tables_have_their_columns_named_in_the_first_line(tmp_path, suffix, comma, refuses):
     file = tmp_path / f"x{suffix}"
-    long = "x" * 200_000  # more than the csv module takes by default
+    long = "x" * 200_000  # above the csv module's default limit
     file.write_text(
         f'n{comma}text\r\n1{comma}one\r\n2{comma}"two\n""lines"""\r\n3{comma}{long}\r\n', "utf-8", newline=""
     )
     assert read(file) == [(":1", "one"), (":2", 'two\n"lines"'), (":3", long)]
-    with refuses(f"x{suffix} has no column 'body': its columns are: n, text (--field)"):
+    with refuses(f"x{suffix} has no column 'body': its columns are: n, text; option field names another"):
         read(file, field="body")
     file.write_text(f"n{comma}text\n1{comma}one\n2\n", "utf-8")
     with refuses(f"x{suffix}:2 has NoneType in field 'text'"):
@@ -124,7 +124,7 @@ def test_tables_have_their_columns_named_in_the_first_line(tmp_path, suffix, com
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_other_encodings_are_named_where_a_mark_says_so(tmp_path, encoding, refuses):
-    """Taken for Latin-1, which is what is advised otherwise, they would turn into rubbish."""
+    """Read as Latin-1, the usual advice, they would turn into garbage."""
     name = encoding[:6].upper()
     (tmp_path / "x.txt").write_bytes("\ufeffcafé\n".encode(encoding))
     with refuses(f"x.txt is {name} text: convert it (iconv -f {name} -t UTF-8)"):
@@ -140,9 +140,9 @@ def test_bad_documents_are_refused_or_remembered(tmp_path, refuses):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         assert list(texts(tmp_path / name, "text", check)) == []
-        with refuses("(retentive data --on-bad-text skip, "):
+        with refuses('or skip such documents (on_bad_text="skip")'):
             read(tmp_path / name)
-    with refuses("b.txt is not UTF-8 text (NUL bytes"):  # no advice to convert it from Latin-1
+    with refuses("b.txt is not UTF-8 text (NUL bytes"):  # does not advise converting it from Latin-1
         read(tmp_path / "b.txt")
     assert check.skipped == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", f"{tmp_path}/c.jsonl:1"]
     with refuses("a.txt is not UTF-8 text (unexpected end of data at 3): convert it (iconv -f LATIN1 -t UTF-8)"):

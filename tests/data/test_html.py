@@ -1,4 +1,4 @@
-"""Of a page its text alone, in lines as a reader sees them."""
+"""Text of a page without markup, in lines as a reader sees them."""
 
 from retentive.data.html import strip_html
 

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step), the same for any number of ranks, and keep documents apart."""
+"""Batches are a pure function of (seed, step), independent of the number of ranks, and keep documents apart."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 
 EOS = 256
-# Lengths from one byte to several windows; every document has bytes of its own, so that a mix-up shows.
+# Lengths from one byte to several windows; each document has its own bytes, so that mix-ups show.
 LENGTHS = [1, 40, 7, 3, 90, 1, 2, 15, 60, 5, 5, 33, 8, 120, 4, 11, 2, 27]
 TEXTS = ["".join(chr(32 + (17 * n + i * (n % 5 + 1)) % 90) for i in range(length)) for n, length in enumerate(LENGTHS)]
 VALID = ["é猫🙂" * 5, "b", "the last held out text"]
@@ -41,7 +41,7 @@ STREAM = stream_of(TEXTS)
 
 
 def expected_targets(tokens: list[int]) -> list[int]:
-    """For T+1 tokens: the next of each, an end of text being followed by what begins the next document."""
+    """Returns the next token of T+1 tokens each; an end of text is followed by the next document's first token."""
     return tokens[1:]
 
 
@@ -71,7 +71,7 @@ def test_permutation_mixes_and_depends_on_its_key():
 
 
 def test_the_order_never_changes():
-    """Runs that are resumed with a later version must see the same data."""
+    """Runs resumed with a later version must see the same data."""
     assert permute(np.arange(10), 10, (1234, 0)).tolist() == [0, 6, 4, 5, 8, 7, 2, 3, 1, 9]
 
 
@@ -142,7 +142,7 @@ def test_carry_streams_every_document_through_its_row(packed, rows, length):
     steps = batches.steps_per_epoch
     assert steps == (TOKENS - 1) // rows // length
     for epoch in range(2):
-        streamed: list[list[list[int]]] = [[] for _ in range(rows)]  # the sequences of each, joined where they go on
+        streamed: list[list[list[int]]] = [[] for _ in range(rows)]  # each row's sequences, joined where they continue
         for step in range(epoch * steps, (epoch + 1) * steps):
             batch = batches[step]
             parts = sequences(batch)
@@ -163,7 +163,7 @@ def test_carry_streams_every_document_through_its_row(packed, rows, length):
         assert all(sequence in inside for row in streamed for sequence in row[1:-1]), "whole documents, no others"
         joined = [id for row in streamed for sequence in row for id in sequence]
         assert len(joined) == rows * steps * length and TOKENS - len(joined) <= rows * length
-        *whole, rest = split_at_ends(joined)  # one row begins where the one before ends
+        *whole, rest = split_at_ends(joined)  # each row begins where the one before ends
         assert all(whole.count(part) <= texts.count(part) for part in whole), "documents of the text, none twice"
         assert any(text[: len(rest)] == rest for text in texts)
 

@@ -1,4 +1,4 @@
-"""Mixtures: rows of each folder as often as its weight says, each of them in its own order, sliced by rank."""
+"""Mixtures: each folder's rows come as often as its weight says, in their own order, sliced by rank."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from retentive.data.tokenizer import ByteTokenizer, train_bpe
 T = 8
 LETTERS = {"low": "abcdefghij", "high": "ABCDEFGHIJ", "digits": "0123456789"}
 SIZES = {"low": 40, "high": 15, "digits": 5}
-"""Documents of each; every folder has letters of its own, so that rows tell where they come from."""
+"""Documents per folder; each folder has its own letters, so that rows reveal their origin."""
 
 
 def packed_from(folder, letters: str, count: int) -> Packed:
@@ -38,7 +38,7 @@ def mixture(parts) -> Mixture:
 
 
 def sources(batch: Batch) -> list[str]:
-    """The folder that each row of a batch comes from."""
+    """Returns the folder that each row of a batch comes from."""
     found = []
     for row in batch.ids.reshape(-1, T).tolist():
         text = {chr(id) for id in row if id < 256}
@@ -51,14 +51,14 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_every_block_of_rows_has_the_shares_exactly(mixture):
-    """And each folder's own rows in it are the next ones of that folder, in their order."""
+    """Each folder's rows in a block are the next ones of that folder, in order."""
     batches = mixture.batches(batch=10, length=T, seed=4)
     for block in (0, 1, 7):
         parts, numbers = batches.places(block * BLOCK + np.arange(BLOCK))
         for part, share in enumerate((0.5, 0.3, 0.2)):
             count = round(share * BLOCK)
             assert numbers[parts == part].tolist() == list(range(block * count, (block + 1) * count))
-        # rows of one folder stand neither together nor in a pattern: ten rows in a row have 5 +- 1.6 of the first
+        # rows of a folder neither cluster nor form a pattern: of ten consecutive rows 5 +- 1.6 are of the first folder
         counts = (parts.reshape(-1, 10) == 0).sum(1)
         assert 1.3 < counts.std() < 1.9
     first, second = (batches.places(np.arange(BLOCK) + at)[0] for at in (0, BLOCK))
@@ -69,7 +69,7 @@ def test_shares_that_do_not_divide_a_block():
     class Part:
         mode, length = "reset", T
 
-    batches = MixedBatches([Part()] * 3, [1 / 3] * 3, batch=1)  # nothing is read of them
+    batches = MixedBatches([Part()] * 3, [1 / 3] * 3, batch=1)  # the parts are not read
     parts, numbers = batches.places(np.arange(2 * BLOCK))
     assert Counter(parts.tolist()) == {0: 6666, 1: 6668, 2: 6666}
     assert all(numbers[parts == part].tolist() == list(range((parts == part).sum())) for part in range(3))
@@ -77,7 +77,7 @@ def test_shares_that_do_not_divide_a_block():
 
 @pytest.mark.parametrize("mode", ["reset", "packed", "whole"])
 def test_rows_are_those_of_the_folders_in_their_own_order(parts, mixture, mode):
-    """What a run reads of one folder is what it would read of that folder alone, row by row."""
+    """The rows read of one folder equal those read of that folder alone, row by row."""
     options = dict(mode=mode, length=T, seed=3)
     batches = mixture.batches(batch=6, **options)
     alone = [part.batches(batch=1, **options) for part in parts.values()]
@@ -112,7 +112,7 @@ def test_ranks_slice_one_global_batch_and_a_batch_depends_on_seed_and_step_only(
 
 
 def test_the_order_never_changes(mixture):
-    """Runs that are resumed with a later version must see the same data."""
+    """Runs resumed with a later version must see the same data."""
     parts, numbers = mixture.batches(batch=1, length=T, seed=1234).places(np.arange(8))
     assert (parts.tolist(), numbers.tolist()) == PLACES
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
     tokenizer = train_bpe(["some text of another kind"] * 9, 260)
     pack(tmp_path / "bpe", tokenizer, [Document("0", "some text of another kind")], [])
     with refuses(
-        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack the one with the other's"
+        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack it again with tokenizer="
     ):
         Mixture([low, Packed(tmp_path / "bpe")])
     with refuses("3 weights for 2 folders of data"):
@@ -159,7 +159,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
         Mixture([low, high, low])
     with refuses("a weight of data is below a 10,000th of their sum"):
         Mixture([low, high], [1.0, 1e-6]).batches(batch=1, length=T)
-    with refuses("mode carry reads on in one stream"):
+    with refuses('mode is "carry", which reads one stream'):
         Mixture([low, high]).batches(batch=1, length=T, mode="carry")
     with refuses("batch 3, rank 0, world 2: expected a multiple of world"):
         Mixture([low, high]).batches(batch=3, length=T, world=2)

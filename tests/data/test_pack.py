@@ -1,4 +1,4 @@
-"""A packed folder holds every document exactly, appears whole or not at all, and is refused when damaged."""
+"""A packed folder holds every document exactly, is written atomically, and is refused when damaged."""
 
 import errno
 import hashlib
@@ -96,7 +96,7 @@ def test_out_is_not_overwritten_by_accident(tmp_path):
     out.mkdir()
     pack(out, ByteTokenizer(), TRAIN, VALID)
     before = contents(out)
-    with pytest.raises(FileExistsError, match=r"holds packed data.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds packed data.*set overwrite"):
         pack(out, ByteTokenizer(), TRAIN[:1], VALID)
     assert contents(out) == before
     pack(out, ByteTokenizer(), TRAIN[:1], VALID, overwrite=True)
@@ -167,7 +167,7 @@ def test_former_data_come_back_when_the_last_move_fails(tmp_path, monkeypatch):
 
 
 def killed_in_the_middle(out: Path, *, after_first_move: bool) -> None:
-    """What a process leaves that is killed while it writes `out`: SIGKILL runs no clean-up, here nothing does."""
+    """Leaves what a process killed while writing `out` leaves: SIGKILL runs no clean-up, and nothing does here."""
     partial = out.with_name(f".{out.name}.k1l_l3d8.partial")
     partial.mkdir()
     (partial / "train-00000.bin").write_bytes(b"half")
@@ -193,7 +193,7 @@ def test_what_a_killed_run_left_is_cleaned_by_the_next(tmp_path, after_first_mov
 
 
 def test_two_at_once_on_one_folder_are_refused(tmp_path):
-    """As two processes are: what the first has not finished the second does not touch."""
+    """Like two processes: the second does not touch what the first has not finished."""
     out = tmp_path / "out"
 
     def second():

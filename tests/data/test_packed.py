@@ -1,4 +1,4 @@
-"""A packed folder opened once: its held-out text against the text itself, and what is damaged against one line."""
+"""A packed folder, opened once: its held-out text against the text itself, and errors about damage."""
 
 from pathlib import Path
 
@@ -66,10 +66,10 @@ def test_held_out_bytes(packed):
 
 
 def test_held_out_bytes_of_a_document_that_ends_in_a_replacement_character(tmp_path):
-    """Text that was decoded badly once holds U+FFFD itself, three bytes: only one that the cut makes is none of it."""
+    """Badly decoded text contains U+FFFD itself, which has three bytes. Only one made by the cut does not count."""
     pack(tmp_path / "data", ByteTokenizer(), [Document("t", "text")], [Document("a", "a\ufffd"), Document("b", "bcd")])
     data = Packed(tmp_path / "data")
-    assert data.held_out_bytes(7) == len("a\ufffdbc".encode())  # a and its three bytes, an end of text, b, c
+    assert data.held_out_bytes(7) == len("a\ufffdbc".encode())  # a, the three bytes, an end of text, b, c
 
 
 def test_another_tokenizer_beside_the_data_is_refused(folder, refuses):
@@ -85,7 +85,7 @@ def test_what_cannot_work_is_refused(packed, tmp_path, refuses):
     with refuses("length is 0: expected at least 1"):
         packed.held_out(length=0)
     pack(tmp_path / "a", ByteTokenizer(), [Document("a", "text")], [])
-    with refuses("no held-out text: pack it with --valid-fraction above 0 or --valid"):
+    with refuses("no held-out text: pack it with valid_fraction above 0, or with valid"):
         Packed(tmp_path / "a").held_out(length=8)
     with refuses("does not exist: expected a folder that `retentive data` wrote", FileNotFoundError):
         Packed(tmp_path / "nowhere")

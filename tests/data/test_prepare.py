@@ -1,4 +1,4 @@
-"""One call from text to a packed folder: what is held out, the tokenizer, who else is at it."""
+"""From text to a packed folder in one call: held-out text, the tokenizer, concurrent writers."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ def books(tmp_path) -> Path:
 
 
 def unpacked(folder: Path, split: str) -> list[str]:
-    """The documents of a split of one shard."""
+    """Returns the documents of a split with one shard."""
     meta, tokenizer = load_meta(folder, verify=True), load_tokenizer(folder)
     ids = np.fromfile(folder / f"{split}-00000.bin", meta.dtype)
     ends = np.fromfile(folder / f"{split}-00000.idx", np.uint64).tolist()
@@ -51,7 +51,7 @@ def test_several_sources_are_read_in_a_row(books, tmp_path):
     alone = prepare(str(books), tmp_path / "alone", **options)
     prepare([books, tmp_path / "more.txt", tmp_path / "lines.csv"], tmp_path / "all", **options)
     added = {"More.\n", "from a table"}
-    for split in alone.splits:  # a document's side does not depend on what else is read
+    for split in alone.splits:  # a document's split does not depend on the other sources
         assert [t for t in unpacked(tmp_path / "all", split) if t not in added] == unpacked(tmp_path / "alone", split)
     assert added < set(unpacked(tmp_path / "all", "train") + unpacked(tmp_path / "all", "valid"))
 
@@ -76,7 +76,7 @@ def test_what_is_left_out_is_said_once_though_the_text_is_read_twice(books, tmp_
 
 
 def test_two_at_once_on_one_folder_are_refused(books, tmp_path):
-    """From the first text read, not from the first byte written: work is not done twice."""
+    """From the first text read, not from the first byte written, so that no work is done twice."""
     refused = Counter()
 
     def second(stage, done, total):

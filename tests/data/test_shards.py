@@ -1,4 +1,4 @@
-"""The shards of a split as one stream: across their borders, in 32 bits, and where they are damaged."""
+"""Shards of a split as one stream: across their borders, in 32 bits, and when damaged."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_tokens_and_document_ends_pass_over_shards(start, stop, folder):
 
 
 def test_a_token_beyond_the_vocabulary_is_named_with_its_file(folder, refuses):
-    """Where a disk or a copy damaged a shard, an embedding would only say that an index is out of range."""
+    """If a disk or a copy damaged a shard, an embedding would only report an index out of range."""
     ids = np.fromfile(folder / "train-00000.bin", "<u2")
     ids[5] = 65535
     ids.tofile(folder / "train-00000.bin")

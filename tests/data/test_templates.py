@@ -1,4 +1,4 @@
-"""Chats as ids: what the templates say, that what people say stays text, and that a template stays in its sandbox."""
+"""Chats as ids: what templates render, that user text stays text, and that a template stays in its sandbox."""
 
 import json
 

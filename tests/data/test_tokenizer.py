@@ -1,4 +1,4 @@
-"""Text comes back unchanged, streams without half characters; hashes outlive save and load."""
+"""Text comes back unchanged and streams without half characters; hashes survive save and load."""
 
 import json
 import sys
@@ -146,9 +146,9 @@ def test_vocab_size_counts_gaps():
 
 @tokenizers
 def test_vocabulary_says_what_every_id_stands_for(tokenizer, tmp_path):
-    """What structured output is made of, without a look into the file."""
+    """Structured output is built from it, without reading the file."""
     vocabulary = tokenizer.vocabulary()
-    if isinstance(vocabulary, str):  # Hugging Face's own file, for libraries that read it
+    if isinstance(vocabulary, str):  # Hugging Face's own file, for libraries that parse it
         assert BPETokenizer(vocabulary).sha256 == tokenizer.sha256
     else:
         ids = tokenizer.encode(NASTY)
@@ -192,7 +192,7 @@ def test_training_refuses_what_cannot_work():
     with pytest.raises(ValueError, match=r"no text to train"):
         train_bpe(["", ""], 300)
     with pytest.raises(ValueError, match=r"^vocab_size 1,000,000,000 is too large: at most 1,048,576 .*$"):
-        train_bpe(CORPUS, 10**9)  # the library ends the process, having no memory for as many
+        train_bpe(CORPUS, 10**9)  # for lack of memory the library would end the process
 
 
 def test_save_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -236,18 +236,18 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_a_tokenizer_json_from_elsewhere_keeps_its_ids_and_its_hash():
-    """The file was saved by tokenizers 0.23: what data and weights remember of it holds in all versions."""
+    """The file was saved by tokenizers 0.23; the hash stored in data and weights must be the same in all versions."""
     kept = load_tokenizer(FIXTURES / "tokenizer.json")
     assert (kept.vocab_size, kept.eos_id) == (290, 0)
     assert kept.sha256 == "6c6bd77ee30ba40e062102044c7369a483216cf325626ec45f61688d1fbf2733"
-    # " the garden" is one merge after another, digits and what was never seen stand alone
+    # " the garden" takes several merges; digits and unseen characters stay single
     ids = [258, 282, 286, 221, 73, 78, 221, 17, 24, 24, 23, 26, 221, 287, 221, 267, 199]
     assert kept.encode("the garden in 1887: naïve 猫\n") == ids and kept.decode(ids) == "the garden in 1887: naïve 猫\n"
     assert kept.decode(kept.encode(NASTY)) == NASTY and kept.eos_id not in kept.encode(NASTY)
 
 
 def test_a_tiktoken_file():
-    """256 bytes, " the" by way of "th" and "the", " g", " ga" and "é"."""
+    """256 bytes, " the" from "th" and "the", " g", " ga" and "é"."""
     pytest.importorskip("tiktoken")
     words = load_tokenizer(FIXTURES / "words.tiktoken")
     assert (words.vocab_size, words.eos_id) == (263, 262)

@@ -1,4 +1,4 @@
-"""A model whose probabilities are written down, and models of random weights."""
+"""A model with known probabilities, and models with random weights."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ def tokenizer() -> ByteTokenizer:
 
 @pytest.fixture(params=["RetNet", "Transformer"])
 def model(request):
-    """Of random weights, in float64: what is computed in two ways must agree to rounding."""
+    """Random weights in float64: two ways of computing the same must agree to rounding."""
     config = retnet(vocab_size=257, dim=32, layers=2, heads=2, decay="paper")
     return build(config if request.param == "RetNet" else twin(config)).double().eval()
 
 
 @pytest.fixture
 def bigram():
-    """`bigram(table)`: a RetNet whose p(next | token) is softmax(table[token]); table `[257,257]`.
+    """`bigram(table)`: a RetNet with p(next | token) = softmax(table[token]); table `[257,257]`.
 
     Embeddings are unit vectors and blocks add nothing, so the output matrix is the table.
     """

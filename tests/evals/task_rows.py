@@ -1,4 +1,4 @@
-"""A row of each task, and what lm-eval 0.4.13 makes of it: prompts, continuations, the right one."""
+"""A row of each task, and lm-eval 0.4.13's prompts, continuations and gold choice for it."""
 
 ROWS = {
     "hellaswag": (
@@ -9,7 +9,7 @@ ROWS = {
             "endings": ["stop. [step] Go.", "run."],
             "label": "1",
         },
-        # two spaces around what was in brackets become one
+        # two spaces around the removed brackets become one
         (["Baking: How to bake. Mix. Then we"] * 2, [" stop. Go.", " run."], 1),
     ),
     "piqa": (
@@ -73,7 +73,7 @@ VARIED = {
 
 
 def variants(name: str, count: int = 5) -> list[dict]:
-    """Rows that differ in a word at their beginning (Winograd's, whose places are counted, at the end)."""
+    """Returns rows that differ in a word at their start (Winograd's, which count positions, at the end)."""
     row, _ = ROWS[name]
     if name == "wsc273":
         return [{**row, "text": f"{row['text']} {n} ends"} for n in range(count)]

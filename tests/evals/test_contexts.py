@@ -1,4 +1,4 @@
-"""Texts by length of context: the windows, against scoring each alone; the hidden number, with models that know it."""
+"""Texts by context length, windows scored alone as the oracle; the hidden number, with models that know it."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def test_all_lengths_predict_the_same_tokens_from_what_stands_before(model, toke
     assert {(r["line"], r["end"]) for r in records if r["context"] == 20} == {
         (r["line"], r["end"]) for r in records if r["context"] == 300
     }
-    assert {r["line"] for r in records} == {1, 2, 3}  # the fourth has not 300 tokens
+    assert {r["line"] for r in records} == {1, 2, 3}  # the fourth has fewer than 300 tokens
     for r in records:
         ids = torch.tensor(tokenizer.encode(TEXTS[r["line"] - 1])[r["end"] - r["context"] : r["end"]])
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_windows_end_at_places_spread_over_the_document(model, tokenizer, folder
 
 
 def test_bytes_are_those_of_the_text_where_a_window_cuts_characters(model, tokenizer, tmp_path):
-    """Tokens are bytes here: every window has as many bytes as tokens."""
+    """Tokens are bytes here, so every window has as many bytes as tokens."""
     text = json.dumps({"text": "“é€” " * 40}, ensure_ascii=False)
     (tmp_path / "perplexity.jsonl").write_text(text, encoding="utf-8")
     _, records = score_contexts(model, tokenizer, ["perplexity"], tmp_path, [50], last=12)
@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_text_where_a_window_cuts_characters(model, token
 
 
 def test_a_context_that_tells_is_worth_something(bigram, tokenizer, folder):
-    """A model of pairs knows no more for a longer context: the same numbers at every length."""
+    """A bigram model gains nothing from a longer context: equal numbers at every length."""
     rows, _ = score_contexts(bigram(torch.randn(257, 257)), tokenizer, ["perplexity"], folder, [20, 40, 80], last=8)
     values = [row["value"] for row in rows if row["metric"] == "perplexity"]
     assert values == pytest.approx([values[0]] * 3, rel=1e-9)
@@ -75,7 +75,7 @@ def test_a_hidden_number_is_asked_for_within_its_context(tokenizer, context):
     assert len(asked) == contexts.KEYS
     for about, group in asked:
         lengths = [len(r.context) + len(r.continuation) for r in group]
-        assert max(lengths) <= context and max(lengths) > context - 110  # a dull sentence more would be too much
+        assert max(lengths) <= context and max(lengths) > context - 110  # one more filler sentence would not fit
         text = tokenizer.decode(group[0].context[1:])
         assert text.count(str(about["key"])) == 2 and tokenizer.decode(group[0].continuation).strip() == str(
             about["key"]
@@ -86,7 +86,7 @@ def test_a_hidden_number_is_asked_for_within_its_context(tokenizer, context):
 
 
 class Reader(LanguageModel):
-    """Knows what it has read: of two characters, after those two, the ones that followed them before."""
+    """Remembers what it has read: after two characters it predicts what followed them before."""
 
     state_type = object
 
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
             score_contexts(model, tokenizer, names, folder, lengths, last=last)
     with refuses("at least 1, got 0"):
         score_contexts(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
-    with refuses("needs --data"):
+    with refuses("needs data: "):
         score_contexts(model, tokenizer, ["perplexity"], None, [20], last=8)
     with refuses("no such file", FileNotFoundError):
         score_contexts(model, tokenizer, ["novels"], folder, [20], last=8)
@@ -179,7 +179,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert [row["context"] for row in json.loads(out.read_text(encoding="utf-8"))["results"]] == [20, 20, 40, 40]
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--shots", "2"])
-    assert "--contexts is for texts: leave out --shots" in capsys.readouterr().err
+    assert "contexts is for texts: leave out shots" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--lm-eval"])
-    assert "--contexts are for our own scorer: leave them out with --lm-eval" in capsys.readouterr().err
+    assert "contexts are for our own scorer: leave them out with lm_eval" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What answers lm-eval's requests, without lm-eval: groups, texts, generation; and the refusals."""
+"""Answers to lm-eval's requests, without lm-eval: groups, texts, generation; and refusals."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from retentive.evals.likelihood import encode, score
 
 @dataclass
 class Asked:
-    """Of lm-eval's Instance what is used."""
+    """The used part of lm-eval's Instance."""
 
     args: tuple[Any, ...]
     task_name: str | None = None
@@ -22,7 +22,7 @@ class Asked:
 
 
 def test_requests_are_answered_in_their_order(model, tokenizer):
-    """Whether they say which question they belong to or not."""
+    """With and without the question that each belongs to."""
     pairs = [("a b", " c"), ("x", " yy"), ("a b", " dd"), ("", "e"), ("x", " z"), ("a b ", "c")]
     expected = [score(model, [[encode(tokenizer, *pair)]])[0][0].logprob for pair in pairs]
     plain = [Asked(pair) for pair in pairs]
@@ -37,14 +37,14 @@ def test_texts_uncut_and_in_windows(bigram, tokenizer):
     ids = [256, *tokenizer.encode(text)]
     expected = sum(float(table.double().log_softmax(-1)[a, b]) for a, b in pairwise(ids))
     model = bigram(table)
-    for window in (None, 2, 7, 24, 100):  # to a bigram what was before the last token is nothing
+    for window in (None, 2, 7, 24, 100):  # a bigram ignores everything before the last token
         assert rolling(model, tokenizer, text, window) == pytest.approx(expected, rel=1e-6)  # a float32 table
     assert rolling(model, tokenizer, "") == 0
 
 
 @pytest.fixture
 def alphabet(bigram):
-    """After each letter the next, after z the end of the text."""
+    """After each letter comes the next one, after z the end of the text."""
     table = torch.zeros(257, 257)
     for a, b in zip("abcdefghijklmnopqrstuvwxy", "bcdefghijklmnopqrstuvwxyz", strict=True):
         table[ord(a), ord(b)] = 20
@@ -80,7 +80,7 @@ def test_without_lm_eval(alphabet, tokenizer, monkeypatch, refuses):
 
 
 def test_intervals_of_shares_lie_between_0_and_1():
-    """The normal interval of three right out of five reaches 1.08, that of one -0.19."""
+    """The normal interval of three right out of five reaches 1.08, that of one right -0.19."""
     results = {"acc,none": 0.6, "acc_stderr,none": 0.245, "acc_norm,none": 0.2, "acc_norm_stderr,none": 0.2}
     results |= {"perplexity,none": 5.0, "perplexity_stderr,none": 1.0, "mcc,none": -0.2, "mcc_stderr,none": 0.1}
     rows = _rows({"results": {"t": results}, "n-samples": {"t": {"effective": 5}}}, 0)

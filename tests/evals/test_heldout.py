@@ -1,4 +1,4 @@
-"""Held-out text token by token: against the model's own logits, one context after the other, and recall by hand."""
+"""Held-out loss token by token, against the model's own logits, context by context; recall by hand."""
 
 import json
 import math
@@ -24,7 +24,7 @@ VALID = ["xq zv xq zv the cat xq", "a dog and a quokka, a quokka! " * 3, "le caf
 EOS = 256
 IDS = [id for text in VALID for id in [*text.encode(), EOS]]
 TINY = retnet(dim=32, layers=2, heads=2)
-# float64 has 53 bits, 1e-16: hundreds of losses of two layers each, summed in another order, cost thousands of that
+# float64 has 53 bits, 1e-16: hundreds of losses of two layers, summed in another order, lose thousands of times that
 EXACT = 1e-12
 
 
@@ -45,14 +45,14 @@ def model():
 
 
 def nats(model, ids: list[int]) -> float:
-    """Minus the log probabilities of all tokens but the first, read as one sequence."""
+    """Returns minus the log probabilities of all tokens but the first, read as one sequence."""
     logprobs = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
     return -float(logprobs[range(len(ids) - 1), ids[1:]].sum())
 
 
 @torch.no_grad()
 def test_a_mixture_is_as_its_text_would_be_mixed(data, model, tmp_path):
-    """By shares of tokens: 1 to 3, whatever the lengths of the held-out texts; and bytes of the same tokens."""
+    """By shares of tokens, 1 to 3, whatever the lengths of the held-out texts; and bytes of the same tokens."""
     other = packed(tmp_path / "other", TRAIN, ["so long " * 40, "and thanks"])
     silent = packed(tmp_path / "silent", TRAIN, [])
     mixture = Mixture([data, silent, other], [1, 4, 3])
@@ -73,7 +73,7 @@ def test_a_mixture_is_as_its_text_would_be_mixed(data, model, tmp_path):
 )
 @torch.no_grad()
 def test_bits_per_byte_by_hand(config, carry, tokens, together, data, monkeypatch):
-    """A sequence begins with the end of the story before and, but for carry, with every window."""
+    """A sequence begins with the end of the story before and, without carry, with every window."""
     monkeypatch.setattr(heldout, "TOGETHER", together)
     length, model = 24, build(config).double()
     ids = IDS[:tokens]
@@ -102,7 +102,7 @@ def test_a_uniform_model_spends_the_logarithm_of_the_vocabulary(length, data):
 
 
 def test_bytes_are_those_of_whole_characters(data, model):
-    """A count that ends within é covers what is before it only."""
+    """A token count that ends within é only covers the text before it."""
     second = next(n for n, id in enumerate(IDS) if 0x80 <= id < 0xC0)
     counts = (second - 1, second, second + 1)
     sizes = [heldout.held_out_loss(model, data, length=64, tokens=tokens).bytes for tokens in counts]
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_whole_characters(data, model):
 
 
 def test_it_disturbs_nothing(data):
-    """Neither dropout nor the random numbers, the gradients or the mode of a model that is being trained."""
+    """Dropout, random numbers, gradients and mode of a model in training stay as they are."""
     model = build(retnet(dim=32, layers=1, heads=2, dropout=0.5)).eval()
     want = heldout.held_out_loss(model, data, length=64)
     assert not model.training
@@ -143,7 +143,7 @@ def test_losses_are_those_of_each_context_alone(data, model, length):
         # float32: sums in another order
         np.testing.assert_allclose(tokens.losses[inside], want.numpy(), atol=2e-5)
         assert tokens.position[inside].tolist() == list(range(1, inside.sum() + 1))
-        assert EOS not in tokens.before[inside][1:]  # a document's end begins a context
+        assert EOS not in tokens.before[inside][1:]  # the end of a document begins a context
 
 
 def test_the_report_adds_up(data, model):
@@ -160,9 +160,9 @@ def test_the_report_adds_up(data, model):
 
 
 def test_what_is_recalled_by_hand(data):
-    """Pairs that stand earlier in the same context and are rare in the training text; there "the" is not rare."""
+    """Pairs that occur earlier in the same context and are rare in the training text, where "the" is not rare."""
     pairs = heldout.Pairs(data)
-    assert pairs.most == 1  # of some 1,300 training tokens, a millionth is less than one
+    assert pairs.most == 1  # a millionth of some 1,300 training tokens is less than one
     text = b"xq the xq the "
     ids = np.frombuffer(text, np.uint8).astype(np.int64)
     n = len(ids) - 1
@@ -170,7 +170,7 @@ def test_what_is_recalled_by_hand(data):
     found = heldout.recalled(tokens, pairs)
     marked = [text[t : t + 2].decode() for t in range(n) if found[t]]
     assert marked == ["xq", "q "]
-    again = tokens._replace(context=np.arange(n) // 7)  # each half a context of its own: nothing stands before
+    again = tokens._replace(context=np.arange(n) // 7)  # each half is a context, with no earlier occurrence
     assert not heldout.recalled(again, pairs).any()
 
 

@@ -1,4 +1,4 @@
-"""Scores against the plain way (each row read whole, alone, every logit computed), and against known probabilities."""
+"""Scores against the plain way (each row read whole and alone, all logits computed), and known probabilities."""
 
 import math
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from retentive.evals import likelihood
-from retentive.evals.answers import windows
 from retentive.evals.likelihood import Request, common_prefix, encode, score
+from retentive.evals.likelihood_tasks import windows
 from retentive.models import build, peer, retnet
 
 
 def plain(model, request: Request) -> tuple[float, bool]:
-    """The definition: one row, no state handed on."""
+    """Scores by the definition: one row, no state passed on."""
     ids = torch.tensor([request.context + request.continuation])
     with torch.no_grad():
         logits = model(ids)[0][0, len(request.context) - 1 : -1]
@@ -25,7 +25,7 @@ def some(*lengths: int, start: int = 0) -> list[int]:
 
 
 def groups() -> list[list[Request]]:
-    """One context for several choices, contexts that part early or at once, one choice alone, short contexts."""
+    """Returns one context for several choices, contexts that differ late or at once, one choice, short contexts."""
     a, b = some(9), some(30)
     return [
         [Request(a, some(n)) for n in (1, 7, 4, 2)],
@@ -131,7 +131,7 @@ def test_a_window_as_long_as_the_text_is_the_text_uncut(model, tokenizer, count)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["llama", "mamba2"])
 def test_a_model_without_a_state_is_scored_all_the_same(kind):
-    """Each request read whole."""
+    """Each request is read whole."""
     pytest.importorskip("transformers")
     model = build(peer(retnet(vocab_size=31, dim=32, layers=2, heads=2), kind)).eval()
     groups = [[Request([3, 4, 5], [6, 7]), Request([3, 4, 5], [8])], [Request([9], [1, 2, 3, 4])]]

@@ -1,4 +1,4 @@
-"""lm-eval's own tasks: our scorer, our class in lm-eval, and a class that reads each row whole, agree."""
+"""lm-eval's own tasks: our scorer, our lm-eval class, and a class that reads each row whole agree."""
 
 import json
 
@@ -16,18 +16,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from retentive.checkpoint import save_model
 from retentive.cli import main
-from retentive.evals.answers import score_tasks, windows
 from retentive.evals.harness import describe, native, rolling, run_tasks
+from retentive.evals.likelihood_tasks import score_likelihood_tasks, windows
 from tests.evals.task_rows import ROWS, variants
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # other people's packages
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other packages
 
 TASKS = list(ROWS)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """All tasks' files, five rows each."""
+    """Files of all tasks, five rows each."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in TASKS:
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class Plain(TemplateLM):
-    """The least that lm-eval asks for: every row read whole, alone; lm-eval divides prompts and continuations."""
+    """The minimum lm-eval needs: every row is read whole and alone; lm-eval splits prompts and continuations."""
 
     def __init__(self, model, tokenizer):
         super().__init__()
@@ -70,7 +70,7 @@ class Plain(TemplateLM):
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_the_three_agree_on_every_task(model, tokenizer, folder, tmp_path, shots):
-    ours, records = score_tasks(model, tokenizer, TASKS, folder, shots=shots)
+    ours, records = score_likelihood_tasks(model, tokenizer, TASKS, folder, shots=shots)
     (tmp_path / "tasks").mkdir()
     describe(TASKS, folder, tmp_path / "tasks")
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)

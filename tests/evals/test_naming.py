@@ -1,4 +1,4 @@
-"""Names chosen by likelihood: the definition, both directions, and what is refused."""
+"""Names chosen by likelihood: by the definition, in both directions; and refusals."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_scores_from_one_state_are_those_of_whole_rows(model, monkeypatch):
     whole = score(model, [[Request(context + before, each)] for each in continuations])
     assert [each.tokens for each in found] == [each.tokens for (each,) in whole]
     assert [each.logprob for each in found] == pytest.approx([each.logprob for (each,) in whole], rel=1e-12)
-    again = score_from(model, state, [Request(before, continuations[0])])  # the state is as it was
+    again = score_from(model, state, [Request(before, continuations[0])])  # the state has not changed
     assert again[0].logprob == pytest.approx(found[0].logprob, rel=1e-12)
 
 
@@ -69,7 +69,7 @@ def test_names_are_ranked_by_the_likelihood_of_the_answer(model, tmp_path):
     by_metric = {row["metric"]: row for row in rows}
     assert by_metric["first"]["value"] == sum(rank == 1 for rank in ranks) / 3
     assert by_metric["first10"]["value"] == 1 and by_metric["first"]["names"] == len(NAMES)
-    # the other way round: "owl" has two questions, of which the better one counts
+    # the reverse direction: "owl" has two questions, of which the better one counts
     owl, fox = NAMES.index("owl"), NAMES.index("fox")
     hits = [bool(max(p[0, owl], p[2, owl]) >= p[1, owl]), bool(p[1, fox] >= max(p[0, fox], p[2, fox]))]
     assert by_metric["found"]["value"] == sum(hits) / 2 and by_metric["found10"]["value"] == 1
@@ -108,4 +108,4 @@ def test_the_command(tmp_path, capsys):
     assert all(sorted(record["likeliest"]) == ["fox", "owl"] for record in records)
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "run"), "--tasks", "naming:few", "--data", str(tmp_path), "--max-length", "9"])
-    assert "leave out --max-length" in capsys.readouterr().err
+    assert "leave out max_length" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`retentive.evaluate`: one call for all ways of scoring, by a model or by where one is."""
+"""`retentive.evaluate`: one call for all ways of scoring, by a model or by its folder."""
 
 import json
 
@@ -8,14 +8,14 @@ import torch
 import retentive
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.evals.answers import score_tasks
 from retentive.evals.contexts import score_contexts
+from retentive.evals.likelihood_tasks import score_likelihood_tasks
 from retentive.models import build, retnet
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, and data/ beside it."""
+    """The folder of a run, with data/ beside it."""
     save_model(tmp_path / "run", build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), ByteTokenizer())
     (tmp_path / "data").mkdir()
     rows = [{"goal": "g", "sol1": "red", "sol2": "blue", "label": n % 2} for n in range(4)]
@@ -27,7 +27,7 @@ def run(tmp_path):
 def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
     data = run.parent / "data"
     model, tokenizer = retentive.load(run)
-    want = score_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
+    want = score_likelihood_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
     for found in (
         retentive.evaluate(model, ["piqa", "perplexity"], data, tokenizer=tokenizer, limit=3, window=16),
         retentive.evaluate(str(run), "piqa, perplexity", str(data), limit=3, window=16),
@@ -40,9 +40,9 @@ def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
 
 
 REFUSED = {
-    "no-data": (dict(tasks="piqa"), "data is needed: the folder of piqa"),
-    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out --shots"),
-    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with --lm-eval"),
+    "no-data": (dict(tasks="piqa"), "data is missing: give the folder of piqa"),
+    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out shots"),
+    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with lm_eval"),
     "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "window must be at least 2, got 0"),
 }
 
@@ -65,7 +65,7 @@ def test_a_model_needs_its_tokenizer(run, refuses):
 
 @pytest.mark.parametrize("how", [dict(tasks="piqa"), dict(tasks="perplexity"), dict(tasks="passkey", contexts=[400])])
 def test_weights_of_nan_have_no_score(how, run, refuses):
-    """The likeliest of NaN is choice 0: it would pass for an answer."""
+    """The argmax of NaN is choice 0, which would pass for an answer."""
     model, tokenizer = retentive.load(run)
     with torch.no_grad():
         model.blocks[0].retention.k_proj.weight.fill_(float("nan"))

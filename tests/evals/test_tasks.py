@@ -1,4 +1,4 @@
-"""Rows of every task against the prompts that lm-eval 0.4.13 makes of them, written out; and rows that are refused."""
+"""Rows of every task against lm-eval 0.4.13's prompts, written out; and rows that are refused."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS
 from tests.evals.task_rows import ROWS
 
-MADE = Path(__file__).parent / "fixtures"  # rows of our own, with the fields that the public files have
+MADE = Path(__file__).parent / "fixtures"  # handmade rows, with the fields of the public files
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 
 
@@ -49,7 +49,7 @@ MADE_GOLDS = {
 
 @pytest.mark.parametrize("name", MADE_GOLDS)
 def test_files_with_the_fields_of_the_public_ones(name):
-    """Answers as letters, digits, strings and numbers; three to five choices; a blank where the pronoun was."""
+    """Answers as letters, digits, strings and numbers; three to five choices; a blank at the pronoun."""
     assert {file.stem for file in MADE.glob("*.jsonl")} == set(MADE_GOLDS)
     questions = [item.content for item in parse(TASKS[name], find(name, MADE))]
     assert [question.gold for question in questions] == MADE_GOLDS[name]
@@ -60,7 +60,7 @@ def test_files_with_the_fields_of_the_public_ones(name):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public task files are not beside this project")
 def test_every_line_of_the_public_files_can_be_used():
-    """And whose answers are not all the same: BoolQ's are 62 % yes, the others balanced."""
+    """Answers are not all the same: BoolQ's are 62 % yes, the others balanced."""
     for name in [file.stem for file in SHARED.glob("*.jsonl")]:
         questions = [item.content for item in parse(TASKS[name], find(name, SHARED))]
         assert len(questions) >= 50
@@ -144,7 +144,7 @@ def test_names_and_places(tmp_path, refuses):
 
 def test_a_csv_file_with_an_open_quotation(tmp_path, refuses):
     (tmp_path / "storycloze.csv").write_text('a,b\n1,"' + "x" * 140_000, encoding="utf-8")
-    limit = csv.field_size_limit(131_072)  # the process's own, which `retentive data` raises
+    limit = csv.field_size_limit(131_072)  # a setting of the process, which `retentive data` raises
     try:
         with refuses("storycloze.csv line 1: field larger than field limit"):
             parse(TASKS["storycloze"], tmp_path / "storycloze.csv")
@@ -163,7 +163,7 @@ def test_the_authors_csv_of_storycloze(tmp_path):
 
 @pytest.fixture
 def twenty(tmp_path):
-    """LAMBADA's file of twenty texts."""
+    """LAMBADA's file with twenty texts."""
     file = tmp_path / "t.jsonl"
     file.write_text("".join(f'{{"text": "text number w{n}"}}\n' for n in range(20)), encoding="utf-8")
     return file
@@ -185,14 +185,14 @@ def test_examples_are_the_same_each_time_and_with_a_limit(twenty):
 
 
 def test_too_few_questions_for_the_examples(twenty, refuses):
-    with refuses("has 20 questions, too few for 20 examples before each: lower --shots"):
+    with refuses("has 20 questions, too few for 20 examples before each: lower shots"):
         parse(TASKS["lambada_openai"], twenty, shots=20)
-    with refuses("holds texts: examples (--shots) are for questions"):
+    with refuses("holds texts, and examples are for questions: set shots=0"):
         parse(TASKS["perplexity"], twenty, shots=1)
 
 
 def test_wilson():
-    """Brown, Cai and DasGupta's form of it, by hand for 8 of 10; and its bounds."""
+    """Brown, Cai and DasGupta's form, by hand for 8 of 10; and its bounds."""
     low, high = wilson(8, 10)
     assert math.isclose(low, 0.4902, abs_tol=5e-5) and math.isclose(high, 0.9433, abs_tol=5e-5)
     assert wilson(0, 10)[0] == 0 and math.isclose(wilson(10, 10)[1], 1)

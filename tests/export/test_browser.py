@@ -151,7 +151,7 @@ def test_a_text_is_written_on_as_natively(weights, handler, tmp_path, serve_file
     folder = exported(tmp_path / "base", weights=weights, template=None)
     here = visit(serve_files(folder, handler), model="tiny")
     assert (here.page.evaluate(THREADS) > 0) == (handler is Isolating)
-    expect(here.page.get_by_label("Write on")).to_be_checked()
+    expect(here.page.get_by_label("Continue text")).to_be_checked()
     here.settings(**GREEDY)
     model, tokenizer = load(folder / "model")
     ids = [tokenizer.eos_id, *tokenizer.encode("It's the")]
@@ -241,7 +241,7 @@ def test_another_folder_at_the_same_address_takes_the_place_of_what_was_kept(tmp
 
 def test_stop_strings_and_stopping_leave_the_state_as_it_was_read(tmp_path, serve_files, visit):
     here = visit(serve_files(exported(tmp_path / "endless", endless=True)), model="tiny")
-    here.page.get_by_label("Write on").check()
+    here.page.get_by_label("Continue text").check()
     here.settings(**GREEDY)
     whole = here.say("It's the 5th")
     further = here.say("")

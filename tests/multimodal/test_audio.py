@@ -1,4 +1,4 @@
-"""Sound: tones in their bands, whatever the file's rate; rows that don't depend on how it is cut; what is refused."""
+"""Sound: tones in their bands at any sample rate, rows that do not depend on the cut; and refusals."""
 
 import io
 
@@ -37,12 +37,12 @@ def mel(hertz: float) -> float:
 def test_a_tone_is_loudest_in_its_band(form, rate):
     for hertz in (300, 1000, 2500):
         rows = open_audio(encoded(tone(hertz, rate), rate, form), CONFIG)
-        assert rows.dtype == np.float16 and rows.shape == (25, 96)  # a second: 98 frames, and silence in the last row
+        assert rows.dtype == np.float16 and rows.shape == (25, 96)  # one second: 98 frames, and silence in the last row
         frames = rows.reshape(-1, 24)[5:90].astype(np.float32)
         centres = np.linspace(0, mel(4000), 26)[1:-1]
         wanted = int(np.abs(centres - mel(hertz)).argmin())
         assert np.median(frames.argmax(1)) == wanted, hertz
-        assert 1.8 < frames.max() < 2.2  # a full tone has an energy of 1: (log10(1) + 4) / 2
+        assert 1.8 < frames.max() < 2.2  # a full tone has energy 1: (log10(1) + 4) / 2
 
 
 def test_both_channels_are_heard():
@@ -56,7 +56,7 @@ def test_both_channels_are_heard():
 def test_rows_do_not_depend_on_how_it_is_cut(samples):
     sound = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
     whole = np.concatenate(list(Frames(CONFIG).push(sound, last=True)))
-    frames = max(samples - 200, 0)  # windows of 25 ms and a hop of 10 ms at 8 kHz: 200 and 80 samples
+    frames = max(samples - 200, 0)  # at 8 kHz a window of 25 ms is 200 samples, a hop of 10 ms is 80
     assert len(whole) == -(-(1 + -(-frames // 80)) // 4)
     cuts = Frames(CONFIG)
     parts = [sound[a : a + 77] for a in range(0, samples, 77)]
@@ -132,7 +132,7 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
 def test_what_comes_short_is_not_filled_up(monkeypatch, refuses):
     raw, read = encoded(tone(300, 8000, 25), 8000), soundfile.SoundFile.read
 
-    def short(file, frames, **how):  # as of a stream with a hole, which libsndfile leaves out
+    def short(file, frames, **how):  # like a stream with a gap, which libsndfile skips
         return read(file, frames, **how)[: 8000 * 7]
 
     monkeypatch.setattr(soundfile.SoundFile, "read", short)

@@ -1,4 +1,4 @@
-"""Pictures: pixels as they are, in patches; brought to the square upright and on white; what is refused and when."""
+"""Pictures: exact pixels in patches; fitted into the square upright and on white; refusals and when they happen."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def encoded(picture, form="PNG", **how) -> bytes:
 
 
 def whole(rows, config):
-    """The picture of the rows, `[H,W,C]`."""
+    """Reassembles the picture from its rows, `[H,W,C]`."""
     n, p, C = config.size // config.patch, config.patch, config.channels
     return rows.reshape(n, n, p, p, C).transpose(0, 2, 1, 3, 4).reshape(n * p, n * p, C)
 
@@ -36,7 +36,7 @@ def test_pixels_are_as_they_are_in_patches(form):
     rows = open_image(encoded(Image.fromarray(pixels), form, **({"lossless": True} if form == "WEBP" else {})), COLOUR)
     assert rows.dtype == np.uint8 and rows.shape == (4, 48)
     assert np.array_equal(whole(rows, COLOUR), pixels)
-    # the second row is the patch on the right of the first, its pixels line by line
+    # the second row is the patch to the right of the first, its pixels line by line
     assert np.array_equal(rows[1], pixels[:4, 4:].reshape(-1))
 
 
@@ -49,13 +49,13 @@ def test_it_is_brought_to_the_square_on_white(tmp_path):
     clear.paste((255, 0, 0, 255), (0, 0, 4, 4))
     seen = whole(open_image(encoded(clear), COLOUR), COLOUR)
     assert (seen[:4, :4] == (255, 0, 0)).all() and (seen[4:] == 255).all()
-    glass = Image.new("RGBA", (24, 12), (0, 0, 0, 51))  # made small before it is laid on white: the same
+    glass = Image.new("RGBA", (24, 12), (0, 0, 0, 51))  # scaled before it is put on white, with the same result
     assert (whole(open_image(encoded(glass), GREY), GREY)[2:6] == 204).all()
 
 
 def test_it_is_turned_as_its_camera_says():
     picture = Image.new("L", (8, 8), "white")
-    picture.paste(0, (0, 0, 8, 2))  # black above
+    picture.paste(0, (0, 0, 8, 2))  # black at the top
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     seen = whole(open_image(encoded(picture, "JPEG", exif=exif, quality=100), GREY), GREY)[..., 0]
@@ -64,7 +64,7 @@ def test_it_is_turned_as_its_camera_says():
 
 def test_a_cameras_preview_is_not_looked_at():
     picture, preview = Image.new("L", (8, 8), 40), Image.new("L", (4, 4), 200)
-    raw = encoded(picture, "MPO", save_all=True, append_images=[preview])  # a JPEG with another one behind it
+    raw = encoded(picture, "MPO", save_all=True, append_images=[preview])  # a JPEG followed by another one
     assert np.abs(open_image(raw, GREY).astype(int) - 40).max() < 5
 
 
@@ -74,7 +74,7 @@ def test_a_thin_picture_is_a_line():
 
 
 def bomb() -> bytes:
-    """A PNG whose head says 100,000 x 100,000 pixels."""
+    """Returns a PNG whose header claims 100,000 x 100,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -85,7 +85,7 @@ def bomb() -> bytes:
 
 
 def changed(raw: bytes, at: int) -> bytes:
-    """It with one byte that is another."""
+    """Returns the bytes with one of them changed."""
     return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
@@ -114,6 +114,6 @@ def test_what_is_refused(tmp_path, refuses, monkeypatch):
     with refuses(f"no file at {tmp_path / 'none.png'}", FileNotFoundError):
         open_image(tmp_path / "none.png", GREY)
     colours = bytearray(encoded(Image.new("RGB", (8, 8))))
-    colours[24] = 16  # as the head of one with 16 bits for each of red, green and blue
+    colours[24] = 16  # like the header of a file with 16 bits each for red, green and blue
     with refuses("the picture has 16 bits a colour: save it with 8"):
         open_image(bytes(colours), COLOUR)

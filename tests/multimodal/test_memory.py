@@ -1,4 +1,4 @@
-"""Memories of pictures and sounds: the answer to a question about the file, the same however it came in parts."""
+"""Memories of pictures and sound give the same answers as the files, however they are read in parts."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,9 @@ def place(tmp_path, monkeypatch):
     model = build(retnet(vocab_size=257, dim=32, layers=2, heads=2))
     image = ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)
     with_encoders(model, {"image": image, "audio": AudioConfig(token=258, rate=8000, mels=8, stack=2, dim=16)})
-    for p in model.parameters():  # far from uniform: what was heard changes what is said
+    for p in model.parameters():  # far from uniform, so that the input changes the output
         torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
-    save_model("run", model.double(), ByteTokenizer(), template=TURNS)  # so that no choice hangs on rounding
+    save_model("run", model.double(), ByteTokenizer(), template=TURNS)  # float64, so that no choice depends on rounding
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save("a.png")
     soundfile.write("b.wav", random.standard_normal(3 * 8000) / 9, 8000)
@@ -48,23 +48,23 @@ ASK = ["--max-tokens", "12", "--temperature", "0", "--prompt", "What?"]
 def test_the_answers_are_those_about_the_files(place, capsys, monkeypatch):
     main(["generate", "run", "--image", "a.png", "--audio", "b.wav", *ASK])
     want = capsys.readouterr().out
-    monkeypatch.setattr(audio, "BLOCK", 1)  # a second at a time
+    monkeypatch.setattr(audio, "BLOCK", 1)  # decode one second at a time
     main(["memory", "write", "run", "a.png", "b.wav", "--out", "m.safetensors"])
     shown = capsys.readouterr().out
     assert "of 2 documents" in shown and "a.png: 4 tokens" in shown and "b.wav: 150 tokens" in shown
-    for _ in range(2):  # asked as often as one likes
+    for _ in range(2):  # may be asked repeatedly
         main(["memory", "ask", "run", "--memory", "m.safetensors", *ASK])
         assert capsys.readouterr().out == want
     memory = load_memory("m.safetensors")
     assert memory.tokens == 4 + 150 + len("User: ") + 1 and memory.sources[1]["kind"] == "audio"
-    main(["memory", "write", "run", "a.png", "--out", "other.safetensors"])  # what is remembered matters
+    main(["memory", "write", "run", "a.png", "--out", "other.safetensors"])  # the memory matters
     capsys.readouterr()
     main(["memory", "ask", "run", "--memory", "other.safetensors", *ASK])
     assert capsys.readouterr().out != want
 
 
 def test_a_conversation_may_follow(place, capsys):
-    """A question is then its next message, after all that was said."""
+    """A question is its next message, after everything before."""
     main(["memory", "write", "run", "a.png", "--out", "m.safetensors"])
     model, tokenizer = load("run")
     template, memory = load_template(place / "run", tokenizer), load_memory("m.safetensors", model)

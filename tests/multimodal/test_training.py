@@ -1,4 +1,4 @@
-"""Conversations with pictures and sound, from files to a trained model: packed, learnt, resumed, loaded, quantised."""
+"""Conversations with pictures and sound, from files to a trained model: packed, trained, resumed, loaded, quantised."""
 
 import io
 import json
@@ -27,8 +27,8 @@ from retentive.data.packed import Packed
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.evals import evaluate
+from retentive.evals.generation_tasks import loss
 from retentive.evals.heldout import held_out_loss
-from retentive.evals.replies import loss
 from retentive.infer import batch
 from retentive.infer.media import rows_of
 from retentive.models.encoders import hidden
@@ -42,7 +42,7 @@ ASKED = {"dark": 0, "light": 255}
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Eighty conversations: is a picture dark or light, is a sound low or high; at times a picture and a sound."""
+    """Eighty conversations: a picture is dark or light, a sound low or high, and some have both."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     (tmp_path / "files").mkdir()
@@ -100,7 +100,7 @@ def test_what_is_packed_is_what_the_files_hold(place):
     heard = open_audio(place / "files/64.wav", config["audio"])
     assert ids.count(image) == 4 == len(want) and ids.count(audio) == len(heard) > 2
     assert np.array_equal(batch.rows["image"].numpy(), want) and np.array_equal(batch.rows["audio"].numpy(), heard)
-    # each batch's rows are those of its own placeholders, wherever it begins
+    # each batch has the rows of its own placeholders, wherever it begins
     for batch in [*data.held_out(length=128), *(data.batches(mode="whole", batch=2, length=128)[n] for n in range(9))]:
         for kind in ("image", "audio"):
             assert len(batch.rows[kind]) == int((batch.ids == data.media[kind]["token"]).sum())
@@ -118,18 +118,18 @@ def test_it_is_learnt_resumed_and_loaded(place, same):
     TrainRun.of("data", "run", steps=60, save_every=30, keep=2, **TRAINED).run(quiet=True)
     model, tokenizer = load("run")
     found = held_out_loss(model, data, length=128)
-    assert found.loss < 0.35  # a guess between two words, each of some four bytes, would be about 0.2 + log(2) / 4
-    # stopped half-way and gone on with, the same to the bit
+    assert found.loss < 0.35  # guessing between two words of about four bytes would give about 0.2 + log(2) / 4
+    # stopped half-way and resumed: identical to the bit
     shutil.rmtree(place / "run/checkpoints/step-00000060")
     whole = (place / "run/model.safetensors").read_bytes()
     TrainRun.of("data", "run", steps=60, save_every=30, keep=2, resume=True, **TRAINED).run(quiet=True)
     assert (place / "run/model.safetensors").read_bytes() == whole
-    # what it says hangs on what it sees and hears
+    # the answer depends on the picture and the sound
     batches = [b for b in data.held_out(length=128)]
     blind = {"image": torch.zeros_like(batches[0].rows["image"]), "audio": batches[0].rows["audio"]}
     seen, unseen = (hidden(model, batches[0].ids, rows=rows)[0] for rows in (batches[0].rows, blind))
     assert (seen - unseen).abs().max() > 0.01
-    # written and read again, and as integers
+    # saved and loaded again, and quantised
     save_model("copy", model, tokenizer)
     again = load("copy")[0]
     same(hidden(again, batches[0].ids, rows=batches[0].rows)[0], seen, 0)
@@ -150,7 +150,7 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
     before, after = load("base")[0].state_dict(), load("seeing")[0].state_dict()
     assert all((after[name] - x).abs().max() < 1e-6 for name, x in before.items())
     assert set(ModelFolder.open(place / "seeing").encoders) == {"image", "audio"}
-    # and on from there, with the same eyes, for data that are seen alike
+    # continue from there with the same encoders, on data encoded alike
     TrainRun.of("data", "more", init="seeing", steps=1, **how).run(quiet=True, overrides={"init", "steps"})
     with refuses("--init seeing brings its encoder of image: leave out --set image"):
         run = TrainRun.of("data", "no", init="seeing", set={"image.dim": 8}, steps=1, **how)
@@ -171,7 +171,7 @@ def test_what_cannot_become_a_model_that_sees_is_refused(place, refuses):
     with refuses("data holds image and audio, and compare is for text"):
         Comparison(place / "data", place / "no").check()
     TrainRun.of("data", "seeing", steps=1, **TRAINED).run(quiet=True)
-    packed(tokenizer="train", vocab_size=270, overwrite=True)  # whose placeholders are others too
+    packed(tokenizer="train", vocab_size=270, overwrite=True)  # changes the placeholders too
     with refuses("seeing has another tokenizer than data: pack the text with that one"):
         TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
     assert not (place / "no").exists()
@@ -209,7 +209,7 @@ def test_fine_tuning_reads_whole_conversations(place):
     SftRun("run", ("data",), place / "tuned", length=128, train=how).run(quiet=True)
     assert json.loads((place / "tuned/train.json").read_text())["command"]["mode"] == "whole"
     assert set(ModelFolder.open(place / "tuned").encoders) == {"image", "audio"}
-    # the same from the files themselves, seen and heard as the model does
+    # the same from the files themselves, encoded as by the model
     SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how).run(quiet=True)
     (folder,) = place.glob("more-data-*")
     assert (
@@ -218,7 +218,7 @@ def test_fine_tuning_reads_whole_conversations(place):
     )
     run = SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how)
     assert run.folder([]) == folder
-    shutil.copy("files/1.png", "files/0.png")  # another picture of the same name: packed anew
+    shutil.copy("files/1.png", "files/0.png")  # another picture of the same name: packed again
     assert run.folder([]) != folder
     main(["data", "train.jsonl", "--chats", "--tokenizer", "run", "--out", "again"])
     assert Packed("again").media == Packed("data").media
@@ -232,7 +232,7 @@ def test_the_loss_of_answers_about_pictures(place):
     conversations = list(chats("valid.jsonl", media=Opener.of(model)))
     (row,) = loss(model, template, conversations, max_length=None)
     total = count = 0.0
-    for each in conversations:  # by the definition: each token after those before it
+    for each in conversations:  # by the definition: each token given those before it
         ids, taught = template.taught([each.messages])[0]
         begin = len(ids) - taught[::-1].index(False)
         rows = {kind: torch.from_numpy(x) for kind, x in rows_of(each.messages).items()}
@@ -267,9 +267,9 @@ def test_pictures_in_a_talk(place, capsys, monkeypatch):
 
 def test_what_is_refused(place, refuses):
     data = packed()
-    with refuses("data with image, audio are read in mode whole, got reset (--mode whole)"):
+    with refuses('data with image, audio need mode "whole", got \'reset\': set mode="whole"'):
         data.batches(batch=2, length=64)
-    with refuses("tokens, a row 16: --length"):
+    with refuses("tokens, a row 16: set length="):
         data.batches(mode="whole", batch=2, length=16)
     for changes, why in (
         ({"image.size": 9}, "--set image.size: the data decide it"),
@@ -280,11 +280,11 @@ def test_what_is_refused(place, refuses):
         with refuses(why):
             TrainRun.of("data", "no", steps=1, **{**TRAINED, "set": changes}).run(quiet=True)
     assert not (place / "no").exists()
-    with refuses("--image width: it is none of size, patch, channels"):
+    with refuses("image width: it is none of size, patch, channels"):
         prepare("train.jsonl", "new", image={"width": 3})
-    with refuses("--image layers: it is the model's (retentive train --set)"):
+    with refuses("image layers: it is a field of the model, given to training"):
         prepare("train.jsonl", "new", image={"layers": 3})
-    with refuses("train.jsonl:1 cannot be taken: it holds audio, and nothing says how that becomes tokens"):
+    with refuses("train.jsonl:1 cannot be taken: it holds audio, but nothing says how audio becomes tokens"):
         prepare("train.jsonl", "new", image=IMAGE, tokenizer="bytes")
     (place / "files/3.png").unlink()
     with refuses("train.jsonl:4 cannot be taken: "):
@@ -352,7 +352,7 @@ def test_on_the_command_line(place, capsys):
     shown = capsys.readouterr().out
     assert "next: retentive train --data data --size 5m --out runs/mine --mode whole" in shown
     heading, *splits = [line.split() for line in shown.splitlines()[2:5]]
-    counts = [dict(zip(heading[:5], split, strict=False)) for split in splits]  # then "7.2 kB", which is two
+    counts = [dict(zip(heading[:5], split, strict=False)) for split in splits]  # then "7.2 kB", two words
     assert [(each["pictures"], each["sound"]) for each in counts] == [("64", "0:00:02"), ("16", "0:00:00")]
     main(["train", "--data", "data", "--out", "run", "--size", "1m", "--set", "dim=32", "layers=1", "heads=1",
           "image.layers=1", "image.dim=16", "audio.dim=16", "--mode", "whole", "--batch", "2", "--length", "128",

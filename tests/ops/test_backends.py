@@ -1,4 +1,4 @@
-"""Which backend is taken on this machine, and how it is said."""
+"""Choice of the backend on this machine, and how `describe` reports it."""
 
 import pytest
 import torch
@@ -22,6 +22,6 @@ def test_a_slower_one_is_named_with_the_reason(dtype, monkeypatch):
 
 
 def test_what_is_said_is_what_is_taken(monkeypatch):
-    """In float64, which no compiled kernel computes; and on a device that none was written for."""
+    """In float64, which no compiled kernel computes, and on a device that no backend was written for."""
     assert backends.describe("cpu", torch.float64).startswith("blocked (cpu, which is faster: it computes in float32")
     assert backends.describe("meta") == "blocked"

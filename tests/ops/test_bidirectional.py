@@ -1,4 +1,4 @@
-"""Both directions: the quadratic form in float64, gradients included, in one dimension and over a grid; linear cost."""
+"""Bidirectional retention against the quadratic form in float64, with gradients, in one dimension and over a grid."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_it_is_the_quadratic_form(T, per_token, form, same, monkeypatch):
 
 
 def by_pairs(q, k, v, log_decay):
-    """One axis after the other, every pair of cells of a row and of a column by hand."""
+    """Computes one axis after the other, with explicit loops over every pair of cells of a row and of a column."""
     scale, (_, Y, X) = q.shape[-1] ** -0.5, q.shape[:3]
     for axis, n in ((2, X), (1, Y)):
         out = torch.zeros_like(v)
@@ -60,7 +60,7 @@ def test_over_a_grid_it_decays_along_each_axis(per_token, short, same, monkeypat
     monkeypatch.setattr(module, "SHORT", short)
     given = [x.detach() for x in tensors(2, 5, 3, per_token=per_token)]
     same(over_grid(*given), by_pairs(*given), EXACT)
-    # of one row, it is the one direction twice: once along it, once across it, where each cell is alone
+    # for a single row, it is one direction applied twice: along it, and across it, where each cell is alone
     q, k, v, decay = [x.detach() for x in tensors(2, 1, 7)]
     own = 0.5 * (q * k).sum(-1, keepdim=True)
     same(

@@ -1,4 +1,4 @@
-"""`blocked` against `reference`: exact in float64, by the gold rule in narrower types, with every gradient."""
+"""`blocked` against `reference`: exact in float64, by the gold rule in narrower types, with all gradients."""
 
 import pytest
 import torch
@@ -6,18 +6,18 @@ import torch
 from retentive.ops import blocked as module
 from retentive.ops import reference, retention, retention_step
 
-# float64 has 53 bits, 1e-16; sums of up to 200 x 8 products in another order cost some hundreds of that
+# float64 has 53 bits, 1e-16; sums of up to 200 x 8 products in another order lose a few hundred times that
 EXACT = 1e-12
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# [H] as RetNet has it; [H] as a parameter, which takes the per-token path in the end; [B,T,H]
+# [H] as in RetNet; [H] as a parameter, which ends up in the per-token path; [B,T,H]
 DECAYS = ["per-head", "learned", "per-token"]
 decays = pytest.mark.parametrize("decay", DECAYS)
 chunks = pytest.mark.parametrize("C", [1, 5, 64, 1000], ids=lambda C: f"C{C}")
 
 
 def inputs(B, T, H, K, V, *, decay="per-head", rows=None, dtype=torch.float64) -> list[torch.Tensor]:
-    """q, k, v, log_decay, state, with gradients but for a log_decay per head; the last two in float32 at least."""
+    """Returns q, k, v, log_decay, state, with gradients but for a per-head log_decay; the last two at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     q, k, v = (torch.randn(B, T, H, n).to(dtype) for n in (K, K, V))
     log_decay = -torch.rand(*((B, T, H) if decay == "per-token" else (H,)), dtype=wide)
@@ -38,12 +38,12 @@ def recurrent(q, k, v, log_decay, state):
 
 
 def parallel(q, k, v, log_decay, state):
-    """As good an oracle (test_reference.py), and faster over many tokens."""
+    """The parallel form: an equally good oracle (test_reference.py), and faster for many tokens."""
     return reference.parallel(q, k, v, log_decay, scale=0.3, state=state)
 
 
 def with_gradients(function, tensors, weights) -> list[torch.Tensor]:
-    """o, state, and the gradients of <weights, (o, state)> for all inputs that ask for one."""
+    """Returns o, state, and the gradients of <weights, (o, state)> for all inputs that require one."""
     out = function(*tensors)
     loss = sum((w * x.to(w.dtype)).sum() for w, x in zip(weights, out, strict=True))
     return [*out, *torch.autograd.grad(loss, [x for x in tensors if x.requires_grad])]
@@ -76,7 +76,7 @@ def test_the_parallel_form_is_one_chunk(decay, same):
     same(got, with_gradients(recurrent, tensors, weights), EXACT)
 
 
-# alone, of one token, one short of a chunk, a chunk, one more, several chunks and a rest
+# alone: one token, one short of a chunk, a chunk, one more, several chunks and a rest
 LENGTHS = {"ragged": [1, 63, 64, 65, 1, 4, 5, 6, 1], "one-sequence": [37], "ones": [1, 1, 1]}
 
 
@@ -102,13 +102,13 @@ def test_packed_sequences_are_sequences_alone(lengths, C, decay, same):
 
 
 def test_packed_chunks_are_no_longer_than_the_longest_sequence():
-    """Or else the parallel form of N short sequences would hold N scores of T x T, T the length of all together."""
+    """Otherwise the parallel form of N short sequences would hold N scores of T x T, T their total length."""
     cu = torch.arange(0, 101, 10)
     assert module.layout(1, 100, 100, cu, cu.device).C == 10
 
 
 def strided(q, k, v, log_decay, state) -> list[torch.Tensor]:
-    """Laid out in memory as [B,H,T,K], with gaps, with a stride of 0, reversed and transposed."""
+    """Returns tensors laid out as [B,H,T,K], with gaps, with a stride of 0, reversed and transposed."""
     learned = log_decay.requires_grad
     q = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
     k = torch.stack((k.detach(), k.detach()), -1)[..., 1]
@@ -124,15 +124,15 @@ def strided(q, k, v, log_decay, state) -> list[torch.Tensor]:
 def test_memory_layout_does_not_matter(T, decay, same):
     tensors = strided(*inputs(2, T, 3, 6, 5, decay=decay))
     assert not any(x.is_contiguous() for x in (*tensors[:3], tensors[4]))
-    # the gradient of a sum is expanded too: all its strides are 0
+    # the gradient of a sum is expanded too, with strides of 0
     weights = torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     got = with_gradients(lambda *x: blocked(*x, C=16), tensors, weights)
     same(got, with_gradients(recurrent, tensors, weights), EXACT)
 
 
-# Both legs round about as often, and norms over some thousand elements differ little. `blocked` rounds the states
-# between chunks and one sum more, which costs up to a fifth in bf16. Of the gradients of a log decay the per-head one
-# has 3 elements only, where one leg may be lucky; the per-token one is a running sum, which scatters more.
+# Both legs round about equally often, and norms over thousands of elements vary little. `blocked` also rounds the
+# states between chunks and one more sum, up to a fifth more error in bf16. The per-head gradient of a log decay has
+# only 3 elements, where one leg may be lucky; the per-token one is a running sum, which scatters more.
 TOL, DECAY_TOL = 0.3, {"learned": 3.0, "per-token": 0.5}
 
 
@@ -154,7 +154,7 @@ def test_is_as_close_to_the_truth_as_plain_torch(dtype, T, decay, gold_rule, pla
 
 @decays
 def test_the_state_is_carried_in_float32(decay):
-    """A state that counts tokens: in bf16 it would stop at 256, where 256 + 1 is 256."""
+    """A state that counts tokens: in bf16 it would stop at 256, since 256 + 1 is 256."""
     T = 1000
     one = torch.ones(1, T, 1, 1, dtype=torch.bfloat16)
     log_decay = torch.zeros(1, T, 1) if decay == "per-token" else torch.zeros(1)
@@ -175,13 +175,13 @@ def test_reads_no_uninitialised_memory(cu, decay, same, poisoned):
                           tensors, weights)  # fmt: skip
     poisoned.clear()
     got = with_gradients(lambda *x: blocked(*x, C=5, cu=cu), tensors, weights)
-    assert poisoned["empty_like"] >= 3  # the states before the chunks, in both passes, and those after them
+    assert poisoned["empty_like"] >= 3  # states before the chunks in both passes, and those after them
     assert cu is None or poisoned["new_empty"] >= 4  # o, dq, dk, dv of packed sequences
     same(got, want, EXACT)
 
 
 def test_the_poison_would_show(poisoned, monkeypatch):
-    """A scan that leaves out a chunk yields NaN under the poison: the test above can fail."""
+    """A scan that skips a chunk gives NaN under the poison, so the test above can fail."""
     scan = module.scan
     monkeypatch.setattr(module, "scan", lambda local, total, state, order: scan(local, total, state, order[:-1]))
     o, _ = blocked(*inputs(1, 37, 2, 4, 3), C=5)
@@ -191,13 +191,13 @@ def test_the_poison_would_show(poisoned, monkeypatch):
 OPCHECK = {"rows": (2, 10, None), "ragged": (2, 13, None), "packed": (1, 13, [0, 1, 9, 13])}
 
 
-# opcheck reads .grad of tensors that are no leaves, of which torch 2.15 warns
+# opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("case", OPCHECK)
-@pytest.mark.parametrize("decay", ["per-head", "per-token"])  # run_blocked expands a learned one before the op sees it
+@pytest.mark.parametrize("decay", ["per-head", "per-token"])  # run_blocked expands a learned one before the op
 def test_opcheck(case, decay, layout):
-    """Schema, autograd registration, and the fake implementation: what compile and export take for true."""
+    """Checks schema, autograd registration and the fake implementation, which compile and export rely on."""
     B, T, cu = OPCHECK[case]
     cu = None if cu is None else torch.tensor(cu)
     tensors = inputs(B, T, 2, 4, 3, decay=decay, rows=B if cu is None else 3)
@@ -222,7 +222,7 @@ def test_compiles_as_one_graph(compiler, packed, decay, same):
     same(got, with_gradients(lambda *x: blocked(*x, C=5, cu=cu), tensors, weights), EXACT)
 
 
-# one chunk, chunks of one token, one head: where a layout in chunks is a view of the input and not a copy
+# one chunk, chunks of one token, one head: here the chunked layout is a view of the input instead of a copy
 @pytest.mark.parametrize("shape", [(1, 8, 1, 4, 4), (2, 8, 3, 4, 4)], ids=["H1", "H3"])
 @pytest.mark.parametrize("C", [1, 4, 8], ids=lambda C: f"C{C}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -234,7 +234,7 @@ def test_inputs_are_never_written_to(shape, C, dtype):
         before = [x.detach().clone() for x in (*tensors, *weights)]
         out = with_gradients(lambda *x, cu=cu: blocked(*x, C=C, cu=cu), tensors, weights)
         assert all(torch.equal(a, b) for a, b in zip((*tensors, *weights), before, strict=True))
-        # nor is a result a view of an input, where a later write to one would change the other
+        # nor is a result a view of an input: writing to one would change the other
         pointers = {x.untyped_storage().data_ptr() for x in (*tensors, *weights)}
         assert pointers.isdisjoint(x.untyped_storage().data_ptr() for x in out)
 
@@ -242,7 +242,7 @@ def test_inputs_are_never_written_to(shape, C, dtype):
 @pytest.mark.parametrize("form", ["parallel", "chunkwise"])
 @decays
 def test_keeps_its_inputs_for_the_backward_pass_and_nothing_else(form, decay):
-    """No T x T scores, no state per chunk: memory of training is linear in T. By storage: views cost nothing."""
+    """No T x T scores and no state per chunk, so training memory is linear in T. Counted by storage: views are free."""
     tensors = inputs(2, 40, 3, 4, 5, decay=decay)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -297,7 +297,7 @@ def test_any_form_goes_on_where_any_other_stopped(first, second, same):
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 def test_autocast_changes_nothing(backend, same):
-    """The operator computes in the dtype of its inputs: bit for bit the same under autocast, gradients too."""
+    """The operator computes in the dtype of its inputs: under autocast it is bit-identical, gradients included."""
     tensors = inputs(2, 13, 2, 4, 3, decay="per-token", dtype=torch.float32)
     weights = weights_for(tensors)
 
@@ -307,7 +307,7 @@ def test_autocast_changes_nothing(backend, same):
 
     want = with_gradients(lambda *x: function(*x, autocast=False), tensors, weights)
     same(with_gradients(lambda *x: function(*x, autocast=True), tensors, weights), want, 0)
-    if backend == "blocked":  # a backward pass inside autocast is against torch's advice, and costs nothing here
+    if backend == "blocked":  # torch advises against a backward pass inside autocast, but it is harmless here
         with torch.autocast("cpu", torch.bfloat16):
             same(with_gradients(lambda *x: function(*x, autocast=True), tensors, weights), want, 0)
 
@@ -322,7 +322,7 @@ def test_autocast_changes_no_step(same):
 
 @pytest.mark.parametrize("decay", ["per-head", "per-token"])
 def test_a_decay_to_nothing_is_the_same_in_every_form(decay, same):
-    """log_decay -inf, gamma 0: all before the token is forgotten. The recurrence takes it, so every form has to."""
+    """With log_decay -inf, gamma 0, all before the token is forgotten. The recurrence allows it, so all forms must."""
     q, k, v, log_decay, state = (x.detach() for x in inputs(1, 7, 2, 4, 3, decay=decay))
     log_decay[..., -1:] = -torch.inf
     if decay == "per-token":

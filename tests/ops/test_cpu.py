@@ -1,4 +1,4 @@
-"""The C kernels against `reference`: by the gold rule, with every gradient; what they read, write, keep; the build."""
+"""The C kernels against `reference`, by the gold rule with all gradients; their memory accesses; the build."""
 
 import ctypes
 import functools
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[2]
 GROUP = module.GROUP
 NAMES = {"per-head": ["o", "state", "dq", "dk", "dv", "dstate"],
          "per-token": ["o", "state", "dq", "dk", "dv", "dlog_decay", "dstate"]}  # fmt: skip
-# a learned log decay is one per token to the operator: its own test, and where autograd has a part in it
+# a learned log decay is per token for the operator: it has its own test, and is added where autograd is involved
 two_decays = pytest.mark.parametrize("decay", NAMES)
 decays = pytest.mark.parametrize("decay", DECAYS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def must_build() -> bool:
-    """A GCC that can: then a library that is not there is a failure, not a reason to look away."""
+    """True if there is a working GCC: a missing library is then a failure instead of a reason to skip."""
     if os.environ.get("CC") or sys.platform != "linux" or not shutil.which("gcc"):
         return False
     version = subprocess.run(["gcc", "-dumpversion"], capture_output=True, text=True).stdout
@@ -50,7 +50,7 @@ def cpu(q, k, v, log_decay, state, *, C=None, cu=None):
 
 
 def packed(function, cu):
-    """`function` of each sequence alone, the results packed again."""
+    """Returns a function that applies `function` to each sequence alone and packs the results again."""
 
     def run(q, k, v, log_decay, state):
         parts = []
@@ -66,7 +66,7 @@ def cu_of(lengths) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-# ---- libraries for other CPUs than this one, as the compiler makes them ----
+# ---- libraries for other CPUs, as the compiler makes them ----
 
 PORTABLE = {
     "4-lanes": ["-march=x86-64"],
@@ -75,12 +75,12 @@ PORTABLE = {
     "no-pairs": ["-march=native", "-mno-avx512bf16"],
 }
 PAIRS = {"no-tiles": 1}
-"""How they multiply pairs: 0 not, 1 in vectors, 2 in tiles."""
+"""How each multiplies pairs: 0 not at all, 1 in vectors, 2 in tiles."""
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """`compiled(flags)`: the library built with `flags` in place of -march=native, once."""
+    """`compiled(flags)` returns the library built once with `flags` instead of -march=native."""
     folder = tmp_path_factory.mktemp("cpu")
 
     @functools.cache
@@ -93,7 +93,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(params=["native", *PORTABLE])
 def library(request, monkeypatch, compiled):
-    """The test runs with this machine's library, and with those for others that this one can run."""
+    """Runs the test with this machine's library, and with those for other CPUs that this one can run."""
     name = request.param
     if name == "native":
         return name
@@ -109,15 +109,16 @@ def library(request, monkeypatch, compiled):
 
 # ---- the numbers ----
 
-# In bf16 and fp16 sums, states and decays are float32, where plain torch rounds them: half its error, so no allowance
-# but for what 30 numbers may be lucky by. In float32 both round alike, but plain torch subtracts running sums of log
-# decays in one dtype, and here some are float64; of a few tokens it makes up to twice the error, where sums in another
-# order already make 1.3 times. The gradient of a log decay is a running sum of differences, and scatters more.
+# In bf16 and fp16 the kernels keep sums, states and decays in float32, where plain torch rounds them. Their error is
+# half of its, so no allowance is needed except for the luck of 30 numbers. In float32 both round alike, but plain torch
+# subtracts running sums of log decays in one dtype, and some are float64 here. For few tokens it has up to twice the
+# error, of which the order of sums alone makes 1.3. The gradient of a log decay is a running sum of differences, and
+# scatters more.
 TOL = {"fp32": 1.3, "bf16": 0.05, "fp16": 0.05}
 DECAY_TOL = {"fp32": 1.5, "bf16": 0.5, "fp16": 0.5}
 
-# tokens, K, V, chunk size: one token less and more than a vector of tokens, a chunk and a group of chunks; K and V of
-# which one is long and one short, more units than are summed at once (256), and odd numbers throughout
+# tokens, K, V, chunk size: one token less and more than a vector of tokens, a chunk and a group of chunks. K and V with
+# one long and one short, with more units than are summed at once (256), and odd numbers throughout.
 CASES = [
     (31, 1, 1, 32), (33, 3, 5, 32), (63, 17, 33, 64), (65, 40, 72, 32), (65, 1, 1, None), (130, 64, 108, 64),
     (130, 17, 33, 32), (300, 3, 5, 32), (300, 17, 33, 64), (300, 40, 72, 128), (300, 64, 108, None), (300, 1, 1, 32),
@@ -132,7 +133,7 @@ def case_id(case) -> str:
 
 def follows_the_gold_rule(check, plain, case, decay, dtype, cu=None, B=2, H=3):
     T, K, V, C = case
-    if K * V < 20:  # norms of few numbers say little
+    if K * V < 20:  # norms of few numbers mean little
         B, H = 4 if cu is None else 1, 8
     tensors = inputs(B, T, H, K, V, decay=decay, dtype=DTYPES[dtype], rows=None if cu is None else len(cu) - 1)
     weights = weights_for(tensors)
@@ -171,7 +172,7 @@ def test_so_it_is_with_the_largest_heads(decay, gold_rule, plain_retention):
     follows_the_gold_rule(gold_rule, plain_retention, (150, 256, 512, 32), decay, "bf16", B=1, H=1)
 
 
-# of one token; a chunk of 32, one less, one more; a group of 128, one less, one more; two groups and a rest
+# one token; a chunk of 32, one less, one more; a group of 128, one less, one more; two groups and a rest
 PACKED = [1, 32, 31, 33, 1, 1, 128, 127, 129, 2, 300]
 
 
@@ -185,7 +186,7 @@ def test_so_it_is_on_packed_sequences(decay, dtype, gold_rule, plain_retention):
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (3, 5), (64, 108)], ids=lambda n: str(n))
 @decays
 def test_one_token_is_what_the_recurrence_says(decay, K, V, same):
-    """By float32's 24 bits, not the gold rule: plain torch has hardly anything to round."""
+    """To float32's 24 bits instead of the gold rule, since plain torch hardly rounds here."""
     for cu in (None, cu_of(LENGTHS["ones"])):
         B, T = (4, 1) if cu is None else (1, 3)
         tensors = inputs(B, T, 3, K, V, decay=decay, dtype=torch.float32, rows=None if cu is None else 3)
@@ -198,7 +199,7 @@ def test_one_token_is_what_the_recurrence_says(decay, K, V, same):
 
         gold = with_gradients(packed(recurrent, cu) if cu is not None else recurrent, exact, weights)
         got = with_gradients(lambda *x, cu=cu: cpu(*x, cu=cu), tensors, weights)
-        # the gradient of a decay is a sum of up to 7000 products of which few are large
+        # the gradient of a decay is a sum of up to 7000 products, few of them large
         same([x.double() for x in got], [x.double() for x in gold], 4e-6)
 
 
@@ -231,7 +232,7 @@ def test_a_learned_decay_has_the_gradient_of_all_tokens_together(dtype, same):
     each = [*tensors[:3], tensors[3].detach().expand(2, 140, 3).contiguous().requires_grad_(), tensors[4]]
     got, want = (with_gradients(lambda *x: cpu(*x, C=32), x, weights) for x in (tensors, each))
     want[5] = want[5].sum((0, 1))
-    same(got[5], want[5], 1e-6)  # float32, 280 numbers in some order
+    same(got[5], want[5], 1e-6)  # float32, 280 numbers in any order
     del got[5], want[5]
     same(got, want, 0)
 
@@ -242,7 +243,7 @@ def test_the_size_of_chunks_does_not_matter(decay, C, same):
     tensors = inputs(1, 600, 2, 9, 20, decay=decay, dtype=torch.float32)
     weights = weights_for(tensors)
     got, want = (with_gradients(lambda *x, C=C: cpu(*x, C=C), tensors, weights) for C in (C, 128))
-    # sums of up to 512 log decays of 0.5 on average are known to 2^-24 of 256, and so are their exponentials
+    # sums of up to 512 log decays of 0.5 on average are exact to 2^-24 of 256, and so are their exponentials
     same(got, want, 2e-5)
 
 
@@ -272,7 +273,7 @@ def test_goes_on_where_any_other_backend_stopped(first, second, same):
 
 @decays
 def test_the_state_is_carried_in_float32(decay, library):
-    """A state that counts tokens: in bf16 it would stop at 256, where 256 + 1 is 256."""
+    """A state that counts tokens: in bf16 it would stop at 256, since 256 + 1 is 256."""
     T = 1000
     one = torch.ones(1, T, 1, 1, dtype=torch.bfloat16)
     log_decay = torch.zeros(1, T, 1) if decay == "per-token" else torch.zeros(1)
@@ -286,7 +287,7 @@ def test_the_state_is_carried_in_float32(decay, library):
 @pytest.mark.parametrize("C", [32, 128])
 @two_decays
 def test_decays_to_nothing_and_none_at_all(decay, C, same):
-    """log_decay -inf: all before the token is forgotten. 0: nothing is."""
+    """log_decay -inf forgets everything before the token, 0 forgets nothing."""
     q, k, v, log_decay, state = (x.detach() for x in inputs(1, 140, 3, 4, 3, decay=decay))
     log_decay[..., 0], log_decay[..., 1] = -torch.inf, 0
     if decay == "per-token":
@@ -295,7 +296,7 @@ def test_decays_to_nothing_and_none_at_all(decay, C, same):
     want = reference.recurrent(q, k, v, log_decay, scale=0.3, state=state)
     tensors = [x.float().requires_grad_(x.ndim > 1) for x in (q, k, v, log_decay, state)]
     got = cpu(*tensors, C=C)
-    # 20 forgettings in a chunk are a running log decay of -2000, which float32 knows to 2^-13, as it knows differences
+    # 20 tokens of -100 in a chunk are a running log decay of -2000, exact to 2^-13 in float32, as are its differences
     tol = 1e-6 if decay == "per-head" else 1e-4
     same([x.double() for x in got], want, tol)
     gradients = torch.autograd.grad(got[0].sum() + got[1].sum(), [x for x in tensors if x.requires_grad])
@@ -310,7 +311,7 @@ def test_a_second_run_is_the_first_whatever_the_threads(decay, dtype, same):
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (2, 1, 2, 7):  # the last: more than heads to go round, on two rows of three
+        for threads in (2, 1, 2, 7):  # 7: more than there are heads, in two rows of three
             torch.set_num_threads(threads)
             results.append(with_gradients(lambda *x: cpu(*x, C=32), tensors, weights))
     finally:
@@ -331,7 +332,7 @@ def test_calls_from_several_threads_at_once_do_not_meet(same):
                 same(result, want[n % len(want)], 0)
 
 
-# ---- memory: what is read, what is written, what is kept ----
+# ---- memory: reads, writes, what is kept ----
 
 
 def spoiled(tensors) -> list[torch.Tensor]:
@@ -342,10 +343,10 @@ def spoiled(tensors) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @two_decays
 def test_reads_nothing_that_it_has_not_written(decay, dtype, lengths, library, same, poisoned):
-    """Results are made in NaN, and so is the work space, by a call on nothing but NaN before."""
+    """Results start as NaN, and so does the work space, by a preceding call on nothing but NaN."""
     cu = None if lengths is None else cu_of(lengths)
     rows = None if cu is None else len(lengths)
-    for K, V in ((17, 9), (4, 50), (40, 3)):  # padded otherwise each time
+    for K, V in ((17, 9), (4, 50), (40, 3)):  # a different padding each time
         tensors = inputs(1, 350, 2, K, V, decay=decay, rows=rows, dtype=DTYPES[dtype])
         weights = weights_for(tensors)
         want = with_gradients(lambda *x: cpu(*x, C=32, cu=cu), tensors, weights)
@@ -357,13 +358,13 @@ def test_reads_nothing_that_it_has_not_written(decay, dtype, lengths, library, s
         bad = with_gradients(lambda *x: cpu(*x, C=64, cu=cu), spoilt, nan)
         assert all(x.isnan().any() for x in bad)
         got = with_gradients(lambda *x: cpu(*x, C=32, cu=cu), tensors, weights)
-        assert poisoned["empty"] >= 2 * 8  # o, state and checkpoints; all gradients; in both calls
+        assert poisoned["empty"] >= 2 * 8  # o, state, checkpoints and all gradients, in both calls
         assert all(x.isfinite().all() for x in got)
         same(got, want, 0)
 
 
 def test_the_poison_would_show(poisoned, monkeypatch):
-    """A call that computes one row less than it returns yields NaN: the test above can fail."""
+    """A call that computes one row less than it returns gives NaN, so the test above can fail."""
     chunks = module._chunks
     monkeypatch.setattr(module, "_chunks", lambda cu, B, *rest: chunks(cu, B - 1, *rest))
     assert cpu(*inputs(2, 37, 2, 4, 3, dtype=torch.float32))[0].isnan().any()
@@ -391,7 +392,7 @@ def test_what_is_not_finite_stays_in_its_row_and_head(decay, dtype, bad, library
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @two_decays
 def test_a_future_that_is_not_finite_never_reaches_the_past(decay, dtype, t, library, same):
-    """q and k. A v may reach the start of its block of rows, which are multiplied together; there 0 * NaN is NaN."""
+    """For q and k. A v may reach the start of its block of rows, multiplied together, since 0 * NaN is NaN."""
     block = 32 if dtype == "bf16" and module.library().can_multiply_pairs() == 2 else 8  # in tiles, in vectors
     for which in range(3):
         tensors = [x.detach() for x in inputs(1, 140, 1, 5, 4, decay=decay, dtype=DTYPES[dtype])]
@@ -402,7 +403,7 @@ def test_a_future_that_is_not_finite_never_reaches_the_past(decay, dtype, t, lib
         same(o[:, :before], want[:, :before], 0)
         assert o[:, t].isnan().all()
     do = torch.ones(1, 140, 1, 4)
-    do[:, t] = torch.nan  # and a gradient that is not never reaches later tokens
+    do[:, t] = torch.nan  # a gradient that is not finite never reaches later tokens either
     tensors = inputs(1, 140, 1, 5, 4, decay=decay, dtype=DTYPES[dtype])
     _, _, dq, dk, dv, *_ = with_gradients(lambda *x: cpu(*x, C=32), tensors, (do, torch.zeros(())))
     later = t // block * block + block
@@ -411,7 +412,7 @@ def test_a_future_that_is_not_finite_never_reaches_the_past(decay, dtype, t, lib
 
 
 def fused(q, k, v, log_decay, state) -> list[torch.Tensor]:
-    """q, k and v as slices of one tensor that one projection made, decays as a transposed view."""
+    """Returns q, k, v as slices of one projection's output, and decays as a transposed view."""
     K, V = q.shape[-1], v.shape[-1]
     qkv = torch.cat([x.detach().flatten(2) for x in (q, k, v)], -1)
     sizes = [q.shape[2] * n for n in (K, K, V)]
@@ -422,7 +423,7 @@ def fused(q, k, v, log_decay, state) -> list[torch.Tensor]:
 
 
 def sliced(q, k, v, log_decay, state) -> list[torch.Tensor]:
-    """Some tokens of longer rows (even ones, so that one row shows it too), some heads of more."""
+    """Returns some tokens of longer rows (an even number, so that one row shows it too), and some heads of more."""
     more = [torch.cat((x.detach(), x.detach()), 1)[:, ::2] for x in (q, k)]
     v = torch.cat((v.detach(), v.detach()), 2)[:, :, 1:4]
     state = torch.cat((state.detach(), state.detach()), 1)[:, :3]
@@ -437,14 +438,14 @@ def test_memory_layout_does_not_matter(decay, dtype, rows, layout, same):
     tensors = layout(*inputs(rows, 70, 3, 6, 5, decay=decay, dtype=DTYPES[dtype]))
     assert not any(x.is_contiguous() for x in tensors[:3])
     plain = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad) for x in tensors]
-    # the gradient of a sum is expanded: all its strides are 0
+    # the gradient of a sum is expanded, with strides of 0
     weights = torch.ones(()), torch.ones(())
     got = with_gradients(lambda *x: cpu(*x, C=32), tensors, weights)
     same(got, with_gradients(lambda *x: cpu(*x, C=32), plain, weights), 0)
 
 
 def test_no_copy_is_made_of_a_fused_projection(monkeypatch):
-    """Nor of anything else whose tokens are evenly spaced: what `_rows` is for."""
+    """Nor of anything else whose tokens are evenly spaced, which is the purpose of `_rows`."""
     tensors = fused(*inputs(2, 70, 3, 6, 5, dtype=torch.float32))
     for x in tensors[:3]:
         assert module._rows(x).data_ptr() == x.data_ptr()
@@ -466,7 +467,7 @@ def test_inputs_are_never_written_to(shape, dtype):
         before = [x.detach().clone() for x in (*tensors, *weights)]
         out = with_gradients(lambda *x, cu=cu: cpu(*x, C=32, cu=cu), tensors, weights)
         assert all(torch.equal(a, b) for a, b in zip((*tensors, *weights), before, strict=True))
-        # nor is a result a view of an input, where a later write to one would change the other
+        # nor is a result a view of an input: writing to one would change the other
         pointers = {x.untyped_storage().data_ptr() for x in (*tensors, *weights)}
         assert pointers.isdisjoint(x.untyped_storage().data_ptr() for x in out)
 
@@ -484,14 +485,14 @@ def test_training_keeps_the_inputs_and_a_state_for_every_group_of_chunks(decay, 
     given = {x.untyped_storage().data_ptr() for x in (*tensors, *(() if cu is None else (cu,)))}
     own = [x for x in saved if x.untyped_storage().data_ptr() not in given]
     assert {x.untyped_storage().data_ptr() for x in saved} >= given and len(own) == 1
-    # of packed sequences as many as there can be: how many there are depends on numbers in cu_seqlens
+    # for packed sequences the maximum: the exact number depends on values in cu_seqlens
     most = 2 * -(-T // (C * GROUP)) if cu is None else T // (C * GROUP) + rows
     assert own[0].shape == (most, 3, 4, 5) and own[0].dtype == torch.float32
     o.sum().backward()
 
 
 def test_inference_does_not_wait_for_dynamo():
-    """torch imports it at the first call of an operator, which takes a second or two: a server's first picture did."""
+    """torch imports Dynamo at the first call of an operator, which delayed a server's first picture by seconds."""
     code = """
 import sys, torch
 from retentive.ops import retention
@@ -534,7 +535,7 @@ def test_keeps_nothing_where_no_gradient_is_asked_for(monkeypatch):
     with torch.inference_mode():
         cpu(*tensors)
     assert kept == [0, 0, 0]
-    for only in range(5):  # and for any one of them it keeps what it needs
+    for only in range(5):  # it keeps what it needs for any single one
         cpu(*(x.detach().requires_grad_(n == only) for n, x in enumerate(tensors)))
     assert len(kept) == 8 and all(kept[3:])
 
@@ -550,7 +551,7 @@ def test_each_gradient_can_be_asked_for_alone(same):
 
 @two_decays
 def test_the_gradient_of_one_result_alone(decay, same):
-    """Nothing comes back from the other: autograd hands over zeros."""
+    """The other result gets no gradient: autograd passes zeros."""
     tensors = inputs(2, 140, 3, 4, 5, decay=decay, dtype=torch.float32)
     wanted = [x for x in tensors if x.requires_grad]
     w, ws = weights_for(tensors)
@@ -567,7 +568,7 @@ FAR = 2**31 // 256 + 1000
 
 @two_decays
 def test_offsets_may_pass_2_to_the_31(decay, same):
-    """The last 100 of 8.4 million tokens. Memory that nobody touches costs nothing: the C function sees only those."""
+    """The last 100 of 8.4 million tokens. Untouched memory is free, and the C function only sees those tokens."""
     T, K, C = 100, 256, 32
     tensors = [x.detach() for x in inputs(1, T, 1, K, K, decay=decay, dtype=torch.bfloat16)]
     do, dstate = torch.randn(1, T, 1, K).bfloat16(), torch.randn(1, 1, K, K)
@@ -607,13 +608,13 @@ def test_offsets_may_pass_2_to_the_31(decay, same):
 OPCHECK = {"rows": (2, 40, None), "ragged": (2, 33, None), "packed": (1, 70, [0, 1, 34, 70])}
 
 
-# opcheck reads .grad of tensors that are no leaves, of which torch 2.15 warns
+# opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("case", OPCHECK)
 @two_decays
 def test_opcheck(case, decay, layout):
-    """Schema, autograd registration, and the fake implementation: what compile and export take for true."""
+    """Checks schema, autograd registration and the fake implementation, which compile and export rely on."""
     B, T, cu = OPCHECK[case]
     cu = None if cu is None else torch.tensor(cu)
     tensors = inputs(B, T, 2, 4, 3, decay=decay, rows=B if cu is None else 3, dtype=torch.float32)
@@ -641,7 +642,7 @@ def test_compiles_as_one_graph(compiler, lengths, decay, same):
     compiled = torch.compile(lambda *x: function(*x[:5], cu=x[5]), fullgraph=True, backend=compiler)
     got = with_gradients(lambda *x: compiled(*x, cu), tensors, weights)
     same(got, with_gradients(lambda *x: function(*x, cu=cu), tensors, weights), 0)
-    with torch.no_grad():  # another graph: one that keeps nothing
+    with torch.no_grad():  # another graph, which keeps nothing
         same(compiled(*tensors, cu), function(*tensors, cu=cu), 0)
 
 
@@ -666,7 +667,7 @@ def test_activations_can_be_recomputed(reentrant, same):
     got = with_gradients(lambda *x: checkpoint(functools.partial(cpu, C=32), *x, use_reentrant=reentrant),
                          tensors, weights) if not reentrant else None  # fmt: skip
     want = with_gradients(lambda *x: cpu(*x, C=32), tensors, weights)
-    if reentrant:  # it takes backward() only
+    if reentrant:  # supports backward() only
         out = checkpoint(functools.partial(cpu, C=32), *tensors, use_reentrant=True)
         sum((w * x).sum() for w, x in zip(weights, out, strict=True)).backward()
         got = [*out, *(x.grad for x in tensors)]
@@ -674,7 +675,7 @@ def test_activations_can_be_recomputed(reentrant, same):
 
 
 def test_autocast_changes_nothing(same):
-    """Bit for bit, gradients too, forward and backward inside it or not."""
+    """Bit-identical with gradients, whether forward and backward are inside autocast or not."""
     tensors = inputs(2, 70, 2, 4, 3, decay="per-token", dtype=torch.float32)
     weights = weights_for(tensors)
     want = with_gradients(cpu, tensors, weights)
@@ -722,7 +723,7 @@ def test_other_devices_are_refused(refuses):
         cpu(*tensors)
 
 
-# ---- one token: more in test_ring.py; here for the libraries of other CPUs ----
+# ---- one token: libraries for other CPUs; test_ring.py has the rest ----
 
 
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (7, 9), (17, 33), (40, 72), (64, 108)], ids=lambda n: str(n))
@@ -734,18 +735,18 @@ def test_a_step_is_that_of_torch_whatever_the_cpu(dtype, K, V, library, same):
         q, k, v = (torch.randn(B, H, n).to(DTYPES[dtype]) for n in (K, K, V))
         log_decay = -torch.rand(H)
         o, want = module.decode_step(q, k, v, log_decay, 0.3, one), plain_step(q, k, v, log_decay, 0.3, two)
-        # both sum in float32 and round once: the last bit may differ
+        # both sum in float32 and round once, so the last bit may differ
         same(o.float(), want.float(), {"fp32": 1e-6, "bf16": 2.0**-8, "fp16": 2.0**-11}[dtype])
     same(one.state, two.state, 1e-6)
     same((one.written, one.folded), (two.written, two.folded), 0)
 
 
-# ---- how it is built ----
+# ---- the build ----
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """As a process begins: no library yet, an empty cache, and a source that is soon compiled. Returns the cache."""
+    """Resets to a process' start: no library, an empty cache (which it returns), and a source that compiles quickly."""
     monkeypatch.setattr(module, "library", functools.cache(module.library.__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = tmp_path / "c" / "small.c"
@@ -765,9 +766,9 @@ def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
     calls = tmp_path / "calls"
     monkeypatch.setenv("CC", script(tmp_path / "cc", f'echo called >> {calls}\nexec gcc "$@"\n'))
     assert module.unavailable() is None and module.library().answer() == 42
-    (library,) = fresh.iterdir()  # and nothing that was only needed to make it
+    (library,) = fresh.iterdir()  # and no intermediate files
     assert library.suffix == ".so"
-    assert len(calls.read_text().split()) == 2  # to compile, to link
+    assert len(calls.read_text().split()) == 2  # one to compile, one to link
     module.library.cache_clear()
     assert module.unavailable() is None and len(calls.read_text().split()) == 2
 
@@ -827,11 +828,11 @@ def test_without_a_compiler_that_works_the_reason_is_said_and_auto_does_without(
         o, _ = retention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, scale=0.3, state=Ring.open(state, q.dtype))
     same(o, got[0][:, 0], 1e-6)
     assert capfd.readouterr() == ("", "")
-    assert not fresh.exists() or not list(fresh.iterdir())  # nothing half made is left to be taken later
+    assert not fresh.exists() or not list(fresh.iterdir())  # no half-made file that would be used later
 
 
 def test_a_cache_that_cannot_be_written_to(fresh, monkeypatch, tmp_path, refuses):
-    (tmp_path / "cache").write_text("a file, where the folder should be")  # root may write to read-only folders
+    (tmp_path / "cache").write_text("a file, where the folder should be")  # root can write to read-only folders
     assert "cache" in module.unavailable() and "\n" not in module.unavailable()
     with refuses("backend 'cpu' cannot do this: "):
         cpu(*inputs(1, 40, 2, 4, 3, dtype=torch.float32))
@@ -845,7 +846,7 @@ def test_a_read_only_cache(fresh, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99], ids=["empty", "half", "nearly-all"])
 def test_a_library_that_is_broken_is_built_anew(keep, fresh, monkeypatch):
-    """As after a power cut. Of one that is half there the loader makes a library whose code is a SIGBUS."""
+    """As after a power cut. Of a truncated file the loader makes a library whose code ends in SIGBUS."""
     monkeypatch.setenv("CC", "gcc")
     library = compiler.build(module.SOURCE, [shutil.which("gcc")], fresh)
     whole = library.read_bytes()
@@ -864,12 +865,12 @@ def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(fresh, monke
     assert module.unavailable() == f"{hangs} took more than 0.5 s to compile the kernels"
     for pid in pids.read_text().split():
         state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"  # gone, or a zombie that nobody asked after
+        assert not state.exists() or state.read_text().split()[2] == "Z"  # gone, or an unreaped zombie
     assert not list(fresh.iterdir())
 
 
 def test_the_step_stands_by_itself(tmp_path):
-    """One file of C and the headers that it includes: what other engines compile alone."""
+    """One C file and the headers it includes, which other engines compile alone."""
     flags = [flag for flag in module.SOURCE.flags if flag != "-fopenmp"]
     command = ["gcc", *flags, "-shared", str(module.FOLDER / "step.c"), "-o", str(tmp_path / "step.so"), *compiler.LINK]
     subprocess.run(command, check=True)
@@ -891,11 +892,11 @@ def test_a_compiler_without_float16_is_left_alone_with_it(monkeypatch, compiled,
 
 
 def test_built_by_several_at_once_it_is_whole_or_not_there(fresh, tmp_path):
-    """Threads with a folder in common are to it what processes are: nothing else is shared."""
+    """Threads that share a folder behave like processes here: they share nothing else."""
     slow = [script(tmp_path / "cc", 'sleep 0.1\nexec gcc "$@"\n')]
     with ThreadPoolExecutor(5) as pool:
         builds = [pool.submit(compiler.build, module.SOURCE, slow, fresh) for _ in range(4)]
-        while not all(x.done() for x in builds):  # whatever can be seen meanwhile can be loaded
+        while not all(x.done() for x in builds):  # any library visible meanwhile can be loaded
             for library in fresh.glob("*.so"):
                 assert ctypes.CDLL(str(library)).answer() == 42
     assert len({x.result() for x in builds}) == 1 and len(list(fresh.iterdir())) == 1
@@ -916,7 +917,7 @@ print(cpu.unavailable())
 
 def test_in_a_process_without_a_compiler(tmp_path):
     environment = os.environ | {"CC": "cc-of-nowhere", "XDG_CACHE_HOME": str(tmp_path)}
-    # torch.compile warns on Python 3.13.0 of its own slowness
+    # torch.compile warns about its own slowness on Python 3.13.0
     warnings = ["-W", "error", "-W", "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"]
     done = subprocess.run([sys.executable, *warnings, "-c", NO_COMPILER], env=environment, cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
@@ -926,7 +927,7 @@ def test_in_a_process_without_a_compiler(tmp_path):
 
 
 def test_products_of_others_on_the_same_threads_are_left_alone(same):
-    """oneDNN multiplies in the tiles of AMX too, where a CPU has them: each finds them as it set them up."""
+    """oneDNN also multiplies in AMX tiles on CPUs that have them: each library finds its own configuration."""
     q, k, v = (torch.randn(1, 300, 4, n).bfloat16() for n in (64, 64, 108))
     a, b, decays = torch.randn(77, 300).bfloat16(), torch.randn(300, 50).bfloat16(), torch.tensor([-0.1] * 4)
     want, wrong = [a @ b, *retention(q, k, v, decays)], []

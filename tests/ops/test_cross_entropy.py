@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against torch's own on whole logits: value, gradients, what it allocates."""
+"""Chunked cross-entropy against torch's own on all logits: value, gradients, allocations."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from retentive.models import build, retnet, transformer
 from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 T, D, VOCAB = 37, 12, 53
-# float64 has 53 bits, 1e-16: sums over 37 tokens and 53 logits in another order cost some hundred times that
+# float64 has 53 bits, 1e-16: sums over 37 tokens and 53 logits in another order lose a few hundred times that
 EXACT = 1e-12
 SMALL = dict(vocab_size=VOCAB, dim=16, layers=1, heads=2)
 
@@ -20,7 +20,7 @@ def inputs(dtype=torch.float64):
 
 
 def plain(x, weight, targets):
-    """Cross-entropy as one would first write it, with all logits at once."""
+    """Cross-entropy in its simplest form, with all logits at once."""
     logits = F.linear(x, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
@@ -33,7 +33,7 @@ def test_value_and_gradients_are_torchs(chunk, ignored, same):
     targets[list(where)] = IGNORE
     got, want = cross_entropy(x, weight, targets, chunk=chunk), plain(x, weight, targets)
     same(got, want, EXACT)
-    # a factor other than 1 on the way back: the mean over tokens, as in training
+    # an incoming gradient other than 1: the mean over tokens, as in training
     same(torch.autograd.grad(got / 7, (x, weight)), torch.autograd.grad(want / 7, (x, weight)), EXACT)
     with torch.no_grad():
         same(cross_entropy(x, weight, targets, chunk=chunk), want, EXACT)
@@ -63,7 +63,7 @@ def test_huge_logits_neither_overflow_nor_vanish(same):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation gives out."""
+    """Records the largest number of elements in any tensor that an operation returns."""
 
     elements = 0
 
@@ -92,7 +92,7 @@ def test_the_logits_of_all_tokens_never_exist(grad):
 
 
 def test_under_autocast_it_is_as_close_to_the_truth_as_plain_torch(gold_rule):
-    """Losses of single tokens, so that roundings do not average out in a sum."""
+    """Uses losses of single tokens, so that rounding errors do not average out in a sum."""
     x, weight, targets = inputs(torch.float32)
     gold = torch.stack([plain(x.double()[t : t + 1], weight.double(), targets[t : t + 1]) for t in range(T)])
     gold_dx, gold_dw = torch.autograd.grad(gold.sum(), (x, weight))
@@ -105,7 +105,7 @@ def test_under_autocast_it_is_as_close_to_the_truth_as_plain_torch(gold_rule):
         want_dx, want_dw = torch.autograd.grad(plain(x, weight, targets), (x, weight))
     got_dx, got_dw = torch.autograd.grad(whole, (x, weight))
     assert got.dtype == whole.dtype == torch.float32 and got_dx.dtype == got_dw.dtype == torch.float32
-    # the same roundings, of x, weight and logits, on both sides; their sums in another order change some of them
+    # both sides round x, weight and logits alike; sums in another order change some of the roundings
     gold_rule(gold, got, want, 0.05, "loss")
     gold_rule(gold, quiet, want, 0.05, "loss without gradient")
     gold_rule(gold_dx, got_dx, want_dx, 0.15, "gradient of x")

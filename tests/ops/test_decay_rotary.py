@@ -1,4 +1,4 @@
-"""Schedules, row norm and phases against their closed forms, the phases in 50 decimal digits."""
+"""Decay schedules, row norm and phases against closed forms; the phases against 50 decimal digits."""
 
 import math
 from decimal import Decimal, getcontext
@@ -15,7 +15,7 @@ TURNING = [variant for variant in rotary.VARIANTS if variant != "none"]
 
 @pytest.fixture
 def digits():
-    """50 digits of Decimal arithmetic, and what was set before again afterwards."""
+    """Decimal arithmetic with 50 digits; restores the previous context."""
     before, getcontext().prec = getcontext().prec, 50
     yield
     getcontext().prec = before
@@ -31,9 +31,9 @@ def test_paper_schedule_is_equation_8():
 def test_lm_schedule_spans_horizons_of_32_to_512_tokens(H):
     gamma = decay.log_decay("lm", H, dtype=torch.float64).exp()
     want = 1 - torch.linspace(math.log(1 / 32), math.log(1 / 512), H, dtype=torch.float64).exp()
-    torch.testing.assert_close(gamma, want, rtol=1e-14, atol=0)  # a few roundings of float64
+    torch.testing.assert_close(gamma, want, rtol=1e-14, atol=0)  # a few float64 roundings
     horizon = 1 / (1 - gamma)
-    # 1 - gamma is at least 2^-9: of the 53 bits 44 are left, 1e-13
+    # 1 - gamma is at least 2^-9, which leaves 44 of 53 bits, 1e-13
     assert horizon[0].item() == pytest.approx(32, rel=1e-12)
     assert H == 1 or horizon[-1].item() == pytest.approx(512, rel=1e-12)
 
@@ -44,7 +44,7 @@ def test_none_never_forgets_and_numbers_are_taken_as_they_are():
 
 
 def test_all_32_heads_of_the_paper_schedule_stay_apart_in_float32():
-    """1 - 2^-36 is 1 in float32, log1p(-2^-36) is not 0."""
+    """In float32 1 - 2^-36 is 1, while log1p(-2^-36) is not 0."""
     got = decay.log_decay("paper", 32)
     assert got.dtype == torch.float32 and len(set(got.tolist())) == 32 and got.max() < 0
     want = [math.log1p(-(2.0 ** (-5 - h))) for h in range(32)]
@@ -67,8 +67,8 @@ def test_bad_schedules(schedule, words, refuses):
         decay.log_decay(schedule, 2)
 
 
-# float64: expm1 / expm1 and the sum of 3000 terms round some times; float32: count * log_decay is rounded besides,
-# which shifts log(gamma^n) by 2^-24 of itself, and rsqrt halves what comes of it
+# float64: expm1 / expm1 and the sum of 3000 terms round a few times. float32: count * log_decay is rounded too, which
+# shifts log(gamma^n) by 2^-24 of itself, and rsqrt halves the effect.
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 4e-7)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("schedule", ["paper", "lm", "none"])
 def test_row_norm_is_the_root_of_the_explicit_sum(schedule, dtype, tol):
@@ -88,18 +88,18 @@ def test_row_norm_has_the_shape_of_the_counts_and_takes_0_for_1():
 
 
 def power(variant: str, i: int, K: int) -> Decimal:
-    """Minus the exponent of 10000: torchscale's linspace(0, 1, K/2), fla's 2i/K."""
+    """Returns minus the exponent of 10000: torchscale's linspace(0, 1, K/2), fla's 2i/K."""
     return Decimal(i) / max(K // 2 - 1, 1) if variant == "interleaved" else Decimal(2 * i) / K
 
 
-@pytest.mark.parametrize("position", [0, 1, 1000, 10**6 + 3, 999_999_937])  # the last is no float32
+@pytest.mark.parametrize("position", [0, 1, 1000, 10**6 + 3, 999_999_937])  # the last is not exact in float32
 @pytest.mark.parametrize("K", [2, 8, 64])
 @pytest.mark.parametrize("variant", TURNING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_phases_against_50_digits(variant, K, position, dtype, digits):
     cos, sin = rotary.phases(torch.tensor([position]), K, variant, dtype=dtype)
     assert cos.shape == sin.shape == (1, K // 2) and cos.dtype == sin.dtype == dtype
-    # the angle and its product with the position are float64, 2^-53 of themselves off; then one rounding of the result
+    # angle and angle * position are float64, each off by 2^-53 of itself; then one rounding of the result
     tol = 4 * 2.0**-53 * position + (2.0**-24 if dtype == torch.float32 else 2.0**-52)
     for i in range(K // 2):
         phase = float(position * Decimal(10000) ** -power(variant, i, K) % TWO_PI)
@@ -130,7 +130,7 @@ def test_without_rotation_nothing_turns():
 
 @pytest.mark.parametrize("variant", TURNING)
 def test_scores_depend_on_the_distance_alone(variant):
-    """The reason for rotating at all: <R_n q, R_m k> is a function of n - m, at rows that start anywhere."""
+    """The purpose of rotation: <R_n q, R_m k> is a function of n - m, wherever rows start."""
     q, k = torch.randn(2, 1, 6, 2, 16, dtype=torch.float64)
 
     def scores(start):

@@ -1,4 +1,4 @@
-"""Each misuse of `retention` and `retention_step` against what the docstring promises: a ValueError of one line."""
+"""Each misuse of `retention` and `retention_step` raises a ValueError of one line, as the docstrings promise."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def arguments(**changes) -> dict:
 
 
 def packed(*cu_seqlens, dtype=torch.int64, rows=1) -> dict:
-    """One row of T tokens, cut as given."""
+    """Returns arguments with one row of T tokens, cut at `cu_seqlens`."""
     q, k, v = torch.randn(rows, T, H, K), torch.randn(rows, T, H, K), torch.randn(rows, T, H, V)
     return {"q": q, "k": k, "v": v, "cu_seqlens": torch.tensor(cu_seqlens, dtype=dtype)}
 
@@ -89,7 +89,7 @@ def test_the_good_call_that_the_bad_ones_are_made_from_is_good():
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_shapes_on_the_meta_device(backend):
-    """Shape inference without memory: what `torch.device("meta")` promises of every operator."""
+    """Shape inference without memory, which `torch.device("meta")` promises for every operator."""
     tensors = {name: x.to("meta") for name, x in arguments().items()}
     o, state = retention(**tensors, backend=backend)
     assert (o.shape, state.shape, o.device.type) == ((B, T, H, V), (B, H, K, V), "meta")

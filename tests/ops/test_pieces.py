@@ -1,6 +1,6 @@
-"""A sequence in pieces equals the whole: outputs, states and all gradients; and what the pieces tell each other.
+"""A sequence in pieces equals the whole, in outputs, states and all gradients; the exchange between the pieces.
 
-Threads stand for processes here, which exchange tensors through a list; `tests/train/test_parallel.py` has real ones.
+Threads stand for processes and exchange tensors through a list; `tests/train/test_parallel.py` uses real processes.
 """
 
 import gc
@@ -18,7 +18,7 @@ H, K, V = 3, 4, 6
 
 
 class Group:
-    """Threads that exchange tensors, and count the numbers that each sends."""
+    """Threads that exchange tensors and count the numbers each sends."""
 
     def __init__(self, size: int):
         self.parts: list[list[Tensor]] = [[] for _ in range(size)]
@@ -35,7 +35,7 @@ class Group:
 
             def wait() -> Tensor:
                 self.events[rank].append(f"wait {at}")
-                self.barrier.wait()  # all wait for the same, in the same order
+                self.barrier.wait()  # all threads wait for the same exchange, in the same order
                 return torch.stack([parts[at] for parts in self.parts])
 
             return wait
@@ -51,7 +51,7 @@ def inputs(B: int, T: int, per_token: bool) -> list[Tensor]:
 
 
 def in_pieces(x: list[Tensor], ends: list[int], starts: list[int] | None, do: Tensor, backend: str):
-    """(o, gradients of x, the last piece's final state, the group): each thread computes its piece, both ways."""
+    """Returns (o, gradients of x, the last piece's final state, the group); each thread computes one piece."""
     group = Group(len(ends) - 1)
 
     def piece(rank: int):
@@ -99,7 +99,7 @@ def test_pieces_are_the_whole(B, ends, starts, per_token, backend, same):
         o, state = retention(*x, cu_seqlens=cu_seqlens)
     o.backward(do)
     found, gradients, last, _ = in_pieces(x, ends, starts, do, backend)
-    # sums are taken in another order: float64's rounding, of some tens of terms
+    # sums in another order: float64 rounding of a few dozen terms
     same(found, o.detach(), 1e-12)
     same(gradients, [y.grad for y in x], 1e-12)
     same(last[-1:] if starts else last, state.detach()[-1:] if starts else state.detach(), 1e-12)
@@ -109,13 +109,13 @@ def test_what_is_exchanged_does_not_grow_with_the_length():
     for T in (40, 400):
         x = inputs(2, T, True)
         *_, group = in_pieces(x, [0, T // 4, T // 2, T], None, torch.ones(2, T, H, V, dtype=torch.float64), "blocked")
-        # forward the states and one log decay a head, backward the gradient of the states; one half of the heads first
+        # forward: states and one log decay per head; backward: gradients of states; one half of the heads first
         few, many = H // 2, H - H // 2
         assert group.sent == [[2 * few * (K * V + 1), 2 * many * (K * V + 1), 2 * many * K * V, 2 * few * K * V]] * 3
 
 
 def test_half_of_the_heads_is_computed_while_the_others_travel():
-    """What was sent first is waited for when the rest has been sent as well, in both directions."""
+    """The first exchange is waited for after the second has been sent, in both directions."""
     x = inputs(2, 12, True)
     *_, group = in_pieces(x, [0, 5, 12], None, torch.ones(2, 12, H, V, dtype=torch.float64), "blocked")
     forward, backward = ["send 0", "send 1", "wait 0", "wait 1"], ["send 2", "send 3", "wait 2", "wait 3"]
@@ -123,7 +123,7 @@ def test_half_of_the_heads_is_computed_while_the_others_travel():
 
 
 def test_nothing_of_an_exchange_is_kept():
-    """Its tensors lie in graphs of autograd: a cycle through one is never found, and memory grows."""
+    """The tensors of an exchange are part of autograd graphs: a reference cycle there is never freed."""
     x = inputs(1, 12, False)
     in_pieces(x, [0, 5, 12], None, torch.ones(1, 12, H, V, dtype=torch.float64), "blocked")
     gc.collect()
@@ -141,7 +141,7 @@ def test_one_head_has_no_other_half(same):
 
 
 def test_a_decay_of_nothing_lets_nothing_through(same):
-    """log gamma = -inf at a token: neither the state nor a NaN passes, in values and gradients."""
+    """With log gamma = -inf at a token neither the state nor a NaN passes, in values and gradients."""
     x = inputs(1, 12, True)
     with torch.no_grad():
         x[3][:, 5] = -torch.inf

@@ -1,4 +1,4 @@
-"""`reference.recurrent` against the paper's recurrence, written out in loops; the other forms against `recurrent`."""
+"""`reference.recurrent` against the paper's recurrence in explicit loops; the other forms against `recurrent`."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ SHAPES = [(1, 1, 1, 2, 3), (2, 2, 2, 4, 3), (2, 37, 3, 6, 5), (1, 65, 2, 8, 4)]
 FORMS = {"parallel": reference.parallel} | {
     f"chunkwise{C}": lambda *args, C=C, **kw: reference.chunkwise(*args, chunk_size=C, **kw) for C in (1, 5, 64, 100)
 }
-# float64 has 53 bits, 1e-16; sums of up to 65 x 8 products in another order cost some tens of that
+# float64 has 53 bits, 1e-16; sums of up to 65 x 8 products in another order lose a few dozen times that
 EXACT = 1e-12
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-T{}-H{}-K{}-V{}".format(*s))
@@ -18,7 +18,7 @@ decays = pytest.mark.parametrize("per_token", [False, True], ids=["per-head", "p
 
 
 def inputs(shape, per_token: bool) -> list[torch.Tensor]:
-    """q, k, v, log_decay, state in float64, all with gradients."""
+    """Returns q, k, v, log_decay, state in float64, all with gradients."""
     B, T, H, K, V = shape
     q, k, v = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V))
     log_decay = -torch.rand(B, T, H, dtype=torch.float64) if per_token else -torch.rand(H, dtype=torch.float64)
@@ -26,7 +26,7 @@ def inputs(shape, per_token: bool) -> list[torch.Tensor]:
 
 
 def results(function, tensors, weights) -> list[torch.Tensor]:
-    """o, state, and the gradients of <weights, (o, state)> for all inputs."""
+    """Returns o, state, and the gradients of <weights, (o, state)> for all inputs."""
     q, k, v, log_decay, state = tensors
     out = function(q, k, v, log_decay, scale=0.3, state=state)
     return [*out, *torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, out, strict=True)), tensors)]
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_finite_differences(form, per_token):
 
 
 def test_strong_decay_over_many_tokens_overflows_in_no_form():
-    """exp(-20 x 500) is 0 and exp(+20 x 500) would be inf: masking before exp keeps inf * 0 away."""
+    """exp(-20 x 500) is 0 and exp(+20 x 500) would be inf: masking before exp avoids inf * 0."""
     q, k, v = torch.randn(3, 1, 500, 2, 4, dtype=torch.float64)
     for how in (dict(form="parallel"), dict(form="chunkwise", chunk_size=100)):
         for backend in ("reference", "blocked"):

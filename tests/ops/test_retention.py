@@ -1,4 +1,4 @@
-"""`retention` with a ring, and `using`: which of the ways that give the same numbers is taken, and by whom."""
+"""`retention` with a ring, and `using`: which of several equivalent paths is chosen, and by whom."""
 
 import contextvars
 import threading
@@ -10,7 +10,7 @@ from retentive.ops import Ring, backends, retention, using
 from retentive.ops import retention_step as one_step
 
 B, H, K, V = 2, 3, 4, 6
-EXACT = 1e-12  # float64 has 53 bits, 1e-16; a dozen tokens summed in another order cost some hundred times that
+EXACT = 1e-12  # float64 has 53 bits, 1e-16; a dozen tokens summed in another order lose a few hundred times that
 
 
 def tensors(T: int, dtype=torch.float64, per_token=False) -> list[torch.Tensor]:
@@ -84,7 +84,7 @@ def test_shapes_are_checked_with_a_ring_too(refuses):
         retention(q[:, :0], k[:, :0], v[:, :0], log_decay, state=ring)
     with refuses("log_decay must be [3] or [2, 3, 3], got [2, 4, 3]"):
         retention(q, k, v, log_decay.expand(B, 4, H), state=ring)
-    with refuses("log_decay must be at most 0"):  # of the last token: the others are not in the ring either
+    with refuses("log_decay must be at most 0"):  # for the last token; the others have not entered the ring either
         retention(q, k, v, torch.stack([log_decay, log_decay, log_decay + 2]).expand(B, 3, H), state=ring)
     assert ring.written.tolist() == [0, 0]
 
@@ -114,7 +114,7 @@ def test_a_ring_over_what_there_is(same):
 
 @pytest.fixture
 def taken(monkeypatch) -> list[tuple]:
-    """(backend, form, chunk length) of each call."""
+    """Records (backend, form, chunk length) of each call."""
     calls = []
     for name, backend in backends.BACKENDS.items():
 
@@ -131,7 +131,7 @@ def test_what_is_forced_holds_inside_and_the_calls_own_words_win(taken):
     with using(form="recurrent", backend="reference"):
         retention(*x)
         retention(*x, form="parallel")
-        with using(chunk_size=3):  # the rest stays as outside
+        with using(chunk_size=3):  # other choices stay as outside
             retention(*x)
             retention(*x, form="chunkwise", chunk_size=2, backend="blocked")
         retention(*x)
@@ -194,13 +194,13 @@ def test_a_compiled_graph_obeys_and_forgets(T, same):
     with using(backend="blocked"):
         same(compiled(*x), want, EXACT)
     same(compiled(*x), want, EXACT)
-    # float64: auto takes blocked, and of one token plain steps; the fourth call has the first one's graph again
+    # float64: "auto" picks blocked, or plain steps for one token; the fourth call reuses the first one's graph
     assert seen == (["plain", "plain", "blocked"] if T == 1 else ["blocked", "plain", "blocked"])
 
 
 def test_graphs_forget_in_whatever_order_threads_leave(same):
     first, way = contextvars.copy_context(), using(backend="reference")
-    first.run(way.__enter__)  # as in a thread of its own
+    first.run(way.__enter__)  # as in a separate thread
     with using(backend="reference"):
         first.run(way.__exit__, None, None, None)
     graphs = []

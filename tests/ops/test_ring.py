@@ -1,4 +1,4 @@
-"""A `Ring` against the recurrence: both implementations, through every fold and rollback; and what it refuses."""
+"""A `Ring` against the recurrence: both implementations, through folds and rollbacks; and what it refuses."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ per = pytest.mark.parametrize("per", ["head", "row"])
 
 @pytest.fixture(params=["torch", "c"])
 def step(request):
-    """`step(q, k, v, log_decay, scale, ring)`: both of them."""
+    """`step(q, k, v, log_decay, scale, ring)`, in both implementations."""
     if request.param == "torch":
         return ring_module.decode_step
     if cpu_module.unavailable():
@@ -30,7 +30,7 @@ def step(request):
 
 
 def token(B=3, H=2, K=5, V=4, dtype=torch.float32, per="head") -> list[torch.Tensor]:
-    """q, k, v, log_decay of one step."""
+    """Returns q, k, v, log_decay of one step."""
     q, k, v = (torch.randn(B, H, n).to(dtype) for n in (K, K, V))
     return [q, k, v, -torch.rand(*((B, H) if per == "row" else (H,)))]
 
@@ -40,7 +40,7 @@ def opened(size=4, B=3, H=2, K=5, V=4, dtype=torch.float32) -> Ring:
 
 
 def tensors(ring: Ring) -> list[torch.Tensor]:
-    """What can be known of a ring: its free slots hold anything."""
+    """Returns what is defined of a ring: its free slots may hold anything."""
     return [ring.state, *ring.held(), ring.written, ring.folded]
 
 
@@ -54,8 +54,8 @@ def clone(ring: Ring) -> Ring:
 
 # ---- the numbers ----
 
-# A running sum of 64 log decays of 0.5 on average is known to 2^-24 of 32, 2e-6, and so are its exponentials: those of
-# most tokens are far better known. In bf16 and fp16 that is nothing beside the rounding of o.
+# A running sum of 64 log decays of 0.5 on average is exact to 2^-24 of 32, 2e-6, and so are its exponentials, most of
+# them far better. In bf16 and fp16 this is negligible beside the rounding of o.
 CLOSE = 1e-6
 SHAPES = [(1, 1), (3, 5), (8, 16), (17, 33), (40, 72), (64, 108), (2, 150), (150, 2)]
 
@@ -79,7 +79,7 @@ def test_is_as_close_to_the_truth_as_a_step_that_writes_its_state(per, dtype, K,
     assert got.dtype == DTYPES[dtype]
     if dtype == "fp32":
         same(got.double(), gold, CLOSE, "o")
-    else:  # both round but once, and the same numbers nearly always
+    else:  # both round only once, and nearly always the same numbers
         gold_rule(gold, got, plain, 0.01, "o")
     same(ring.to_state().double(), exact, CLOSE, "state")
     assert ring.written.tolist() == [len(tokens)] * B
@@ -94,12 +94,12 @@ def test_in_float64_it_is_the_recurrence(size, same):
     log_decay = -torch.rand(B, T, H).double()
     want = reference.recurrent(q, k, v, log_decay, scale=0.3, state=ring.state.clone())
     o = [retention_step(*(x[:, t] for x in (q, k, v, log_decay)), scale=0.3, state=ring)[0] for t in range(T)]
-    same((torch.stack(o, 1), ring.to_state()), want, 1e-12)  # 53 bits, and sums of some hundred
+    same((torch.stack(o, 1), ring.to_state()), want, 1e-12)  # 53 bits, and sums of a few hundred terms
 
 
 @pytest.mark.parametrize("decay", [-torch.inf, -1e4, -90.0, -1e-30, 0.0])
 def test_decays_of_any_size(decay, step, same):
-    """None, and all at once: what the recurrence does with them, so does the ring."""
+    """Decays 1 and 0: the ring follows the recurrence."""
     ring, state = opened(4), None
     state = ring.state.double()
     for n in range(11):
@@ -108,13 +108,13 @@ def test_decays_of_any_size(decay, step, same):
             log_decay[0] = decay
         one = [x.double()[:, None] for x in (q, k, v, log_decay.expand(3, 2))]
         want, state = reference.recurrent(*one, scale=0.3, state=state)
-        # the ring adds up log decays of -100, which float32 knows to 2^-18
+        # the ring sums log decays of -100, exact to 2^-18 in float32
         same(step(q, k, v, log_decay, 0.3, ring).double(), want[:, 0], 2.0**-18)
         same(ring.to_state().double(), state, 2.0**-18)
 
 
 def test_by_default_the_fewest_bytes_move():
-    """A fold writes K V numbers in R / 2 steps, a step reads 3/4 R rows of K + V: the best power of two."""
+    """A fold writes K V numbers per R / 2 steps, a step reads 3/4 R rows of K + V: the best power of two."""
     for K, V in ((1, 1), (16, 16), (64, 64), (64, 108), (128, 256), (256, 256), (256, 512), (3, 1000)):
         cost = {R: 2 * K * V / R + 0.75 * R * (K + V) for R in (4, 8, 16, 32, 64, 128)}
         assert cost[slots(K, V)] == min(cost.values())
@@ -132,7 +132,7 @@ def test_an_odd_number_of_slots_is_refused(size, refuses):
 
 @dtypes
 def test_rows_that_are_not_at_the_same_token_go_on_as_each_would_alone(dtype, step, same):
-    """After a selection and rollbacks, when some fold and some do not."""
+    """After a selection and rollbacks, when some rows fold and others do not."""
     B, T = 4, 19
     ring = opened(8, B, dtype=DTYPES[dtype])
     run(step, ring, [token(B, dtype=DTYPES[dtype]) for _ in range(11)])
@@ -159,7 +159,7 @@ def test_what_is_folded_is_nothing_of_later_tokens(step, same):
     step(*x, 0.3, clean)
     for y in x[:3]:
         y.fill_(torch.nan)
-    step(*x, 0.3, ring)  # the ring is full: its older half goes into the state, and this token stays
+    step(*x, 0.3, ring)  # the ring is full: its older half is folded, and this token stays
     same(ring.state, clean.state, 0)
 
 
@@ -187,13 +187,13 @@ def test_what_is_not_finite_stays_in_its_row_and_head(bad, step, same):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_tokens_taken_back_might_never_have_been(dtype, size, had, step, same):
-    """As many as it holds, whatever came to be folded because of them."""
+    """As many as it holds, whatever was folded because of them."""
     tokens, others = ([token(dtype=DTYPES[dtype]) for _ in range(n)] for n in (had, size + 3))
     start = opened(size, dtype=DTYPES[dtype])
     ring = clone(start)
     run(step, ring, tokens)
     held = int((ring.written - ring.folded)[0])
-    assert held >= min(had, size // 2)  # half a ring can always be taken back
+    assert held >= min(had, size // 2)  # half a ring can always be rolled back
     for back in range(held + 1):
         again = clone(ring)
         again.rollback(back)
@@ -243,7 +243,7 @@ def test_a_token_of_nan_taken_back_leaves_no_trace(step, same):
 
 @pytest.mark.parametrize("size", [4, 64])
 def test_free_slots_may_hold_anything(size, step, same, poisoned):
-    """A ring is opened in NaN here, and what has been folded or taken back is NaN too."""
+    """The ring starts as NaN here, and folded or rolled back tokens are NaN too."""
     start = torch.randn(3, 2, 5, 4)
     ring, other = Ring.open(start.clone(), torch.float32, size), Ring.open(start.clone(), torch.float32, size)
     assert poisoned["empty"] + poisoned["new_empty"] >= 6 and ring.k.isnan().all() and ring.log_decay.isnan().all()
@@ -317,7 +317,7 @@ def test_memory_layout_does_not_matter(step, same):
 
 @pytest.mark.parametrize("at", [10**6, 10**6 + 3, 2**40 + 5])
 def test_after_a_million_tokens_it_is_as_at_first(at, step, same):
-    ring = opened(6)  # no power of two: 2^32 is no multiple of it
+    ring = opened(6)  # not a power of two, so 2^32 is not a multiple of it
     late = clone(ring)
     late.written.add_(at)
     late.folded.add_(at)
@@ -367,12 +367,12 @@ def test_one_step_is_taken_in_place_and_the_ring_comes_back(same):
         assert back is ring
         same(o, ring_module.decode_step(q, k, v, log_decay, 0.3, other), 1e-6)
     q, k, v, log_decay = token(K=5)
-    o, _ = retention_step(q, k, v, log_decay, state=ring)  # the scale is K^-1/2 if not given
+    o, _ = retention_step(q, k, v, log_decay, state=ring)  # the default scale is K^-1/2
     same(o, ring_module.decode_step(q, k, v, log_decay, 5**-0.5, other), 1e-6)
 
 
 def spoilt(name: str) -> list[torch.Tensor]:
-    """A token of B = 3, H = 2, K = 5, V = 4 that needs another look than the one before it."""
+    """Returns a token of B = 3, H = 2, K = 5, V = 4 that needs other checks than the one before it."""
     q, k, v, log_decay = token()
     match name:
         case "strided":
@@ -389,7 +389,7 @@ def spoilt(name: str) -> list[torch.Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["plain", "strided", "expanded", "decay of another dtype", "decays by row"])
 def test_a_token_after_the_first_is_checked_as_the_first_was(name, same):
-    """The compiled code writes down at the first token what it need not look at again: here it must."""
+    """The compiled path skips checks after the first token; here it must check again."""
     ring = opened(4)
     other = clone(ring)
     for n in range(7):
@@ -417,7 +417,7 @@ def test_a_copy_does_not_write_where_its_original_does(same):
     retention_step(*x, state=other)
     same(tensors(ring), before, 0)
     assert other.written.tolist() == [2, 2, 2]
-    with pytest.raises(dataclasses.FrozenInstanceError):  # what is written down would still point to the old one
+    with pytest.raises(dataclasses.FrozenInstanceError):  # the plan would still point to the old tensor
         ring.state = other.state
 
 
@@ -428,7 +428,7 @@ BAD_DECAYS = {"positive": 1e-3, "nan": torch.nan, "inf": torch.inf}
 @per
 def test_a_decay_above_0_is_refused_and_nothing_changed(per, bad, refuses, same):
     ring = opened(4)
-    for _ in range(3):  # the next would fold
+    for _ in range(3):  # the next one would fold
         retention_step(*token(), state=ring)
     before = [x.clone() for x in tensors(ring)]
     q, k, v, log_decay = token(per=per)
@@ -437,14 +437,14 @@ def test_a_decay_above_0_is_refused_and_nothing_changed(per, bad, refuses, same)
         pytest.skip("a token's goes on as NaN: the test below")
     with refuses("log_decay must be at most 0 everywhere"):
         retention_step(q, k, v, log_decay, state=ring)
-    if cpu_module.unavailable() is None:  # the C function looks for itself: in a compiled graph nobody else does
+    if cpu_module.unavailable() is None:  # the C function checks itself, since in a compiled graph nothing else does
         with refuses("log_decay must be at most 0 everywhere, got a larger one, or NaN for a head"):
             cpu_module.decode_step(q, k, v, log_decay, 0.3, ring)
     same(tensors(ring), before, 0)
 
 
 def test_a_decay_of_nan_for_one_row_goes_on_in_that_row_alone(step, same):
-    """Through the ring and through folds: its o and state are NaN from then on, as with NaN in k or v."""
+    """Through the ring and through folds its o and state are NaN from then on, as with NaN in k or v."""
     ring = opened(4)
     healthy, tokens = clone(ring), [token(per="row") for _ in range(7)]
     tokens[2][3][1] = torch.nan
@@ -456,7 +456,7 @@ def test_a_decay_of_nan_for_one_row_goes_on_in_that_row_alone(step, same):
     assert ring.to_state()[1].isnan().all() and ring.to_state()[others].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by C and by torch's operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by C, and by torch's operations
 def test_a_decay_of_nan_for_one_token_goes_on_in_its_sequence_and_head(dtype):
     q, k, v = torch.randn(3, 2, 9, 2, 4, dtype=dtype)
     log_decay = -torch.rand(2, 9, 2, dtype=dtype)
@@ -543,7 +543,7 @@ def test_autocast_changes_nothing(same):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 @per
 def test_compiles_as_one_graph(per, dtype, compiler, same):
-    """Several steps, a fold among them; twice, so that what the first call changed is there in the second."""
+    """Several steps with a fold, twice: the second call must see the first one's changes."""
     wide = dtype == "fp64"
     dtype = torch.float64 if wide else DTYPES[dtype]
     start = torch.randn(3, 2, 5, 4, dtype=torch.float64 if wide else torch.float32)
@@ -580,14 +580,14 @@ def test_compiled_it_refuses_a_decay_above_0_too(refuses, same):
     same(tensors(ring), before, 0)
 
 
-# opcheck reads .grad of tensors that are no leaves, of which torch 2.15 warns
+# opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("already", [0, 3], ids=["empty", "about-to-fold"])
 @per
 def test_opcheck(per, already):
-    """The schema says which tensors it writes to, and no other is; what compile and export take for true."""
+    """The schema names the tensors it writes to, and no others change; compile and export rely on it."""
     ring = opened(4)
-    for x in (ring.k, ring.v, ring.log_decay):  # opcheck compares them all
+    for x in (ring.k, ring.v, ring.log_decay):  # opcheck compares all of them
         x.zero_()
     for _ in range(already):
         retention_step(*token(), state=ring)

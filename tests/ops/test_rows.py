@@ -1,4 +1,4 @@
-"""RMSNorm and the rotation of q and k, compiled and by PyTorch, against float64; layouts, threads, gradients."""
+"""RMSNorm, rotation and softmax loss, compiled and by PyTorch, against float64; layouts, threads, gradients."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def way(request, monkeypatch) -> str:
-    """Both of them, whatever this machine would take."""
+    """Both implementations, whichever this machine would choose."""
     if request.param == "compiled" and cpu_module.unavailable():
         pytest.skip(cpu_module.unavailable())
     if request.param == "torch":
@@ -55,7 +55,7 @@ def test_norm_is_as_close_to_the_truth_as_pytorchs(dtype, shape, affine, gold_ru
     gold = gradients(with_eps(plain_norm), x.double(), [w.double() for w in weights], do.double())
     for what, *three in zip(("y", "dx", "dweight"), gold, test, plain, strict=False):
         assert three[1].dtype == DTYPES[dtype]
-        # single numbers may be rounded luckily in one of the two, and here some tensors have but a few
+        # single numbers may be luckily rounded on one side, and some tensors here have only a few
         gold_rule(*three, 0.5 if three[0].numel() > 200 else 20, what)
 
 
@@ -64,7 +64,7 @@ def test_without_gradients_the_norm_is_the_same(dtype, same):
     x, weight = torch.randn(9, 70).to(DTYPES[dtype]), torch.randn(70).to(DTYPES[dtype])
     want = rms_norm(x, weight, 1e-6)
     with torch.no_grad():
-        # PyTorch's own is another composition of the same operations
+        # PyTorch composes the same operations differently
         same(rms_norm(x, weight, 1e-6), want.detach(), {"fp32": 1e-6, "bf16": 8e-3, "fp16": 1e-3}[dtype])
 
 
@@ -97,7 +97,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(same):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_norm_does_not_depend_on_threads(n, same):
-    """Its rows do not; the gradient of the weight is a sum in float64, rounded once."""
+    """The rows do not; the gradient of the weight is a float64 sum, rounded once."""
     x, weight, do = torch.randn(700, 64), torch.randn(64), torch.randn(700, 64)
     want = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, [weight], do)
     threads = torch.get_num_threads()
@@ -121,7 +121,7 @@ def test_mixed_dtypes_of_weight_and_x(dtype, same):
     y, dx, dweight = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, [weight], torch.ones(40, 32))
     assert (y.dtype, dx.dtype, dweight.dtype) == (DTYPES[dtype], DTYPES[dtype], torch.float32)
     gold = gradients(lambda x, w: plain_norm(x, w, 1e-6), x.double(), [weight.double()], torch.ones(40, 32))
-    close = {"fp32": 1e-6, "bf16": 4e-3, "fp16": 5e-4}[dtype]  # of results rounded once
+    close = {"fp32": 1e-6, "bf16": 4e-3, "fp16": 5e-4}[dtype]  # for results rounded once
     same([y.double(), dx.double()], gold[:2], close)
     same(dweight.double(), gold[2], 1e-6 if dtype == "fp32" else close)
 
@@ -157,7 +157,7 @@ def test_rotates_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
 @pytest.mark.parametrize("variant", rotary.VARIANTS)
 @torch.no_grad()
 def test_rotating_slices_of_one_projection(variant, same):
-    """q and k as views of what one product made, rows in another order, one token of many."""
+    """q and k as views of one projection's output, rows in another order, one token of many."""
     cos, sin = rotary.phases(torch.arange(9), 8, variant)
     both = torch.randn(3, 9, 2 * 4 * 8)
     q, k = (x.unflatten(-1, (4, 8)) for x in both.chunk(2, -1))
@@ -198,7 +198,7 @@ def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
 
 
 def plain_loss(logits, target):
-    """Its loss, a row each, and its gradient, by autograd in the dtype of the logits."""
+    """Returns its loss per row, and its gradient, by autograd in the dtype of the logits."""
     leaf = logits.clone().requires_grad_()
     wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
     loss = F.cross_entropy(wide, target, reduction="none")
@@ -212,7 +212,7 @@ def test_the_loss_and_its_gradient_are_as_close_to_the_truth_as_pytorchs(dtype, 
     gold, plain = plain_loss(logits.double(), target), plain_loss(logits, target)
     loss, gradient = softmax_loss(logits.clone(), target, -100)
     assert (loss.dtype, gradient.dtype) == (torch.float32, logits.dtype)
-    # differences of float32 numbers up to 25, which are 1e-6 apart: what a loss is, and the exponent of a gradient
+    # differences of float32 numbers up to 25 are exact to 1e-6: that is the loss, and a gradient's exponent
     same(loss.double(), gold[0], 4e-6)
     if dtype == "fp32":
         same(gradient.double(), gold[1], 4e-6)

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives and torch.func against what they are defined by: differences, or reverse mode."""
+"""Forward-mode derivatives and torch.func against their definitions: differences, or reverse mode."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from retentive.ops.cross_entropy import cross_entropy
 from retentive.ops.rows import rms_norm, rotate
 from retentive.ops.transforms import transformed
 
-# torch's own forward mode loads decompositions by a function that torch has deprecated
+# torch's own forward mode loads decompositions with a deprecated torch function
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 B, H, K, V = 1, 2, 4, 6
-# float64 has 53 bits, 1e-16: a dozen tokens summed in another order cost some hundred times that. In float32, 6e-8
+# float64 has 53 bits, 1e-16: a dozen tokens summed in another order lose a few hundred times that. float32: 6e-8
 EXACT, CLOSE = 1e-13, 1e-5
 
 
@@ -27,7 +27,7 @@ def run(q, k, v, log_decay, state, **how):
 
 
 def by_hand(function, inputs, tangents):
-    """J t of a function R^n -> R^m from reverse mode alone: the derivative by u of u^T J t, which is linear in u."""
+    """Computes J t of a function R^n -> R^m by reverse mode only: the derivative by u of u^T J t, linear in u."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = function(*inputs)
     u = torch.zeros_like(y).requires_grad_()
@@ -91,7 +91,7 @@ def test_a_ring_has_no_derivative_and_retention_takes_its_state(refuses, same):
     used = Ring.open(state.float(), torch.float32)
     one = [x[:, 0].float() for x in (q, k, v)]
     with torch.no_grad():
-        retention_step(*one, log_decay.float(), state=used)  # from now on in its plan
+        retention_step(*one, log_decay.float(), state=used)  # from now on it has a plan
         with forward_ad.dual_level(), refuses("a ring is updated in place and has no gradients"):
             dual = forward_ad.make_dual(one[0], torch.randn_like(one[0]))
             retention_step(dual, *one[1:], log_decay.float(), state=used)
@@ -146,11 +146,11 @@ def test_a_compiled_graph_loses_no_tangent(way, same):
         same(compiled(q, d), want, EXACT)
         return
     compiled = torch.compile(function, fullgraph=True, backend="eager")
-    same(compiled(q), function(q), EXACT)  # a graph that must not be taken for the next call
+    same(compiled(q), function(q), EXACT)  # a graph that the next call must not reuse
     with forward_ad.dual_level():
         try:
             got = compiled(forward_ad.make_dual(q, d))
-        except torch._dynamo.exc.Unsupported as refused:  # by torch 2.15 itself
+        except torch._dynamo.exc.Unsupported as refused:  # torch 2.15 itself refuses
             assert "tangent" in str(refused)
         else:
             same(forward_ad.unpack_dual(got).tangent, want, EXACT)

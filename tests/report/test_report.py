@@ -1,4 +1,4 @@
-"""The page: every committed result in it, nothing loaded from elsewhere, nothing made up; what is damaged is named."""
+"""The report holds every committed result, loads nothing from elsewhere and invents nothing; damage is named."""
 
 import html
 import json
@@ -66,7 +66,7 @@ def test_a_result_stands_in_its_section_with_its_machine_and_command(tmp_path):
     write(tmp_path, "tasks_chip", **EVAL)
     (tmp_path / "tasks_chip.png").write_bytes(b"\x89PNG1")
     page = build(tmp_path)
-    section = page[page.index('id="tasks"') : page.index('id="the-cost-of-training"')]
+    section = page[page.index('id="tasks"') : page.index('id="training-cost"')]
     assert "A &lt;chip&gt;, 2 threads, torch 2.13" in section and "retentive eval runs/a --tasks piqa" in section
     assert "<td>piqa</td>" in section and "0.25 to 0.75" in section and "data:image/png;base64,iVBORzE=" in section
     assert page.count("Not measured.") == len(SECTIONS) - 1

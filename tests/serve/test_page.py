@@ -188,8 +188,8 @@ def test_a_state_is_saved_restored_and_deleted(server, visit):
 def test_a_base_model_writes_on(serve, visit):
     server = serve("retnet")
     here = visit(server.url)
-    expect(here.page.get_by_label("Write on")).to_be_checked()
-    expect(here["send"]).to_have_text("Write on")
+    expect(here.page.get_by_label("Continue text")).to_be_checked()
+    expect(here["send"]).to_have_text("Continue")
     here.settings(**GREEDY)
     text = here.say("Once upon")
     assert text == ask(server, "/v1/completions", {"prompt": "Once upon", **GREEDY})["text"] != ""
@@ -296,7 +296,7 @@ def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
 
 
 BROKEN = {
-    "cut-short": ("", "The server went away in the middle of its answer."),
+    "cut-short": ("", "The connection broke in the middle of the answer."),
     "error": ('data: {"error": {"message": "the model failed"}}\n\n', "the model failed"),
 }
 
@@ -332,7 +332,7 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
     here.settings(**GREEDY)
     here["files"].set_input_files([tmp_path / "tile.png", tmp_path / "tone.wav", tmp_path / "tile.gif"])
     expect(here.page.locator("#given figure")).to_have_count(3)
-    here.page.get_by_label("Leave out tile.gif").click()
+    here.page.get_by_label("Remove tile.gif").click()
     expect(here.page.locator("#given img")).to_have_count(1)
     answer = here.say("What?")
     expect(here["given"]).to_be_hidden()
@@ -354,7 +354,7 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
     expect(here.page.locator("#given img")).to_have_count(3)
     expect(here["input"]).to_have_value("Three?")
     here["files"].set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
-    expect(here["error"]).to_have_text("a.png is no picture that this browser can show.")
+    expect(here["error"]).to_have_text("a.png is not a picture that this browser can show.")
 
 
 SLOWLY = """() => {

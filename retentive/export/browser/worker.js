@@ -163,7 +163,7 @@ function joined(pieces) {
 function encoded({ messages, prompt }) {
   const begun = conversation.tokens || conversation.pending.length;
   if (!messages) return [...(begun ? [] : [engine.end]), ...engine.encode(prompt)];
-  if (!model.chat) throw new Refused(400, "this model's chat template cannot be followed here: choose Write on");
+  if (!model.chat) throw new Refused(400, "this model's chat template cannot be followed here: choose Continue text");
   const { start, answer, question, end, trim } = model.chat; // before the first message, before answers and questions
   const pieces = [...(begun ? question : start)];
   messages.forEach(({ role, content }, n) => {

@@ -1,17 +1,17 @@
-/* The backward pass of one head of one sequence, from the last chunk to the first.
+/* Backward pass of one head of one sequence, from the last chunk to the first.
 
-    dP = scale * (do v^T) * D                       P, D, G, S: those of forward.c
+    dP = scale * (do v^T) * D                       P, D, G, S: as in forward.c
     dq = scale * exp(G) * (do S^T) + dP k
     dk = exp(G_C - G) * (v dS'^T) + dP^T q          dS' = gradient of the state after the chunk
     dv = P^T do + (exp(G_C - G) k) dS'
     dS = exp(G_C) dS' + (scale * exp(G) q)^T do
 
-The states before the chunks of a group are computed again, from the one that forward left, when it is entered.
+Entering a group recomputes the states before its chunks, from the checkpoint that the forward pass kept.
 */
 
 #include "chunks.h"
 
-/* S^T before each of the chunks of a group that begins at token t */
+/* computes S^T before each chunk of a group that begins at token t */
 static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 checkpoint) {
     i64 K = s->K, V = s->V, C = c->C;
     memset(s->ST[0], 0, round_up(K, NC) * V * 4);
@@ -32,7 +32,7 @@ static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 
     }
 }
 
-/* the operands that are made of dS: its panels, and those of its transpose */
+/* operands made from dS: its panels, and those of its transpose */
 static void operands_of_dS(const Call *c, Space *s) {
     i64 K = s->K, V = s->V;
     if (!c->pair || c->per_token)
@@ -46,8 +46,8 @@ static void operands_of_dS(const Call *c, Space *s) {
     }
 }
 
-/* With a decay per token: both scores times scale * D, and what they say of G. score_ij dscore_ij has exp(G_i - G_j) in
-   it: + for G_i, - for G_j. No vector goes past the diagonal, where a score may be NaN. */
+/* With a decay per token: multiplies both scores by scale * D, and collects dL/dG. score_ij dscore_ij contains
+   exp(G_i - G_j): it adds to G_i and subtracts from G_j. Vectors stop at the diagonal: a score past it may be NaN. */
 static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, float *score, float *dscore, float *dG) {
     float far[c->C], row[c->C];
     memset(dG, 0, c->C * 4);
@@ -56,7 +56,7 @@ static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, floa
         set_row(d, i, width, (float)c->scale, far, row);
         for (int j = i + 1; j < width; j++) score[j] = dscore[j] = 0;
         vf sum = {0};
-        for (int j = 0; j <= i; j += LANES) { /* a part of a vector is zeros */
+        for (int j = 0; j <= i; j += LANES) { /* the rest of a vector is zeros */
             vf D = load(row + j), P = load(score + j) * D, dD = load(dscore + j), x = P * dD;
             store(score + j, P), store(dscore + j, dD * D);
             if (i < count) sum += x, store(dG + j, load(dG + j) - x);
@@ -101,12 +101,12 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
 
     multiply(c, FULL, rows, K, Vu, v_rows, (Operand){s->dST_panels, Vu}, NULL, NULL, dk);
     if (c->per_token) {
-        double kept = 0; /* the sum of all products of S and dS */
+        double kept = 0; /* <S, dS>, the sum of elementwise products */
         for (i64 i = 0; i < count; i++) {
             float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
             s->dG[i] -= x, kept += x;
         }
-        for (i64 r = 0; r < V; r++) /* rows of panels in turn: one sum of all would be as long as K V */
+        for (i64 r = 0; r < V; r++) /* row by row: one sum over all would add K V numbers in float32 */
             for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
                 kept += d->total[0] * dot(s->ST[g] + n * V + r * NC, s->dST + n * V + r * NC, smaller(NC, K - n));
         s->dG[count - 1] += (float)kept;

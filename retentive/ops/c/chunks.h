@@ -1,16 +1,16 @@
-/* What both passes over chunks share: what Python hands over, decays, the work space, states, rows in and out. */
+/* Shared by both passes over chunks: arguments from Python, decays, work space, states, input and output rows. */
 
 #pragma once
 #include "memory.h"
 #include "products.h"
 
-/* ---- what Python hands over (struct Call of cpu.py) ---- */
+/* ---- arguments from Python (struct Call of cpu.py) ---- */
 
 typedef struct {
     i64 N, H, K, V, C, group, dtype, pair, per_token, threads; /* dtype 0 float32, 1 bfloat16, 2 float16 */
     i64 q_stride, k_stride, v_stride, do_stride;               /* elements from token to token */
     double scale;
-    const i64 *begin;            /* [N+1] first token of each sequence, of all tokens in a row */
+    const i64 *begin;            /* [N+1] first token of each sequence, among the tokens of all rows */
     const i64 *first_checkpoint; /* [N] */
     const void *q, *k, *v, *dout;
     const float *log_decay, *state, *dstate; /* [H] or [tokens,H]; [N,H,K,V] */
@@ -23,12 +23,12 @@ typedef struct {
 
 typedef struct {
     float *start, *end, *total, *lag, *since; /* [C] scale * exp(G); [C] exp(G_C - G); [wide] exp(G_C), repeated */
-    i64 wide, count;                          /* [2C] scale * gamma^(C-1-x), then zeros; [C] G; tokens it is for */
+    i64 wide, count;                          /* [2C] scale * gamma^(C-1-x), then zeros; [C] G; tokens covered */
 } Decays;
 
-/* for `count` tokens of head h from token t on */
+/* sets the decays of `count` tokens of head h from token t on */
 static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
-    if (!c->per_token && d->count == count) return; /* the same in every full chunk */
+    if (!c->per_token && d->count == count) return; /* equal for all full chunks */
     double G = 0, since[c->C];
     for (i64 i = 0; i < c->C; i++) {
         if (i < count) G += bounded(c->log_decay[c->per_token ? (t + i) * c->H + h : h]);
@@ -47,9 +47,9 @@ static void set_decays(const Call *c, Decays *d, i64 t, i64 h, i64 count) {
     d->count = count;
 }
 
-/* Row i of scale * D up to `width`, with a decay per token. Before the vector that i lies in, beginning at m, it is a
-   factor of the row times one of the column, exp(G_i - G_m) exp(G_m - G_j), both at most 1: an exp for each element would
-   take as long as a product. `far` keeps the columns' factors from row to row. */
+/* Row i of scale * D up to `width`, with a decay per token. For columns before m, where the vector of i begins, it is a
+   product of a row's and a column's factor, exp(G_i - G_m) exp(G_m - G_j), both at most 1. One exp per element would
+   take as long as a matrix product. `far` keeps the columns' factors from row to row. */
 static void set_row(const Decays *d, int i, int width, float scale, float *far, float *row) {
     const float *G = d->since;
     int m = i / LANES * LANES;
@@ -61,7 +61,7 @@ static void set_row(const Decays *d, int i, int width, float scale, float *far, 
     for (int j = m + LANES; j < width; j++) row[j] = 0;
 }
 
-/* scores [rows][C] times scale * D, zero after the diagonal: chosen, not multiplied, since a score there may be NaN */
+/* multiplies scores [rows][C] by scale * D; selects zero past the diagonal, since a NaN there times 0 is NaN */
 static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score) {
     float far[c->C], row[c->C];
     for (int i = 0; i < rows; i++, score += c->C) {
@@ -77,7 +77,7 @@ static void scale_rows(float *x, i64 rows, i64 width, const float *factor) {
         for (i64 j = 0; j < width; j++) x[j] *= factor[i];
 }
 
-/* ---- the work space of a thread ---- */
+/* ---- work space of a thread ---- */
 
 typedef struct {
     i64 K, V; /* padded */
@@ -90,7 +90,7 @@ typedef struct {
     float *ST[MOST_GROUP], *ST_panels[MOST_GROUP]; /* before each chunk of a group, panels of [V][K] */
 } Space;
 
-/* lays out a space from `at` on, returns its end */
+/* lays out a work space starting at `at`, returns its end */
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
     i64 C = c->C, whole = c->pair == 2 ? BLOCK : WHOLE;
     i64 K = s->K = round_up(c->K, whole), V = s->V = round_up(c->V, whole), wide = K > V ? K : V;
@@ -119,7 +119,7 @@ static char *arrange(const Call *c, int backward, Space *s, char *at) {
 }
 
 static int get_space(const Call *c, int backward, Space *s) {
-    char *at = space_of_thread_with((intptr_t)arrange(c, backward, s, NULL)); /* from 0 on, it ends at its size */
+    char *at = space_of_thread_with((intptr_t)arrange(c, backward, s, NULL)); /* laid out from 0, the end is the size */
     if (at) arrange(c, backward, s, at);
     return at != NULL;
 }
@@ -139,12 +139,12 @@ static void write_state(const Call *c, const Space *s, const float *panels, floa
             memcpy(to + k * c->V + n, panels + n * s->K + k * NC, smaller(NC, c->V - n) * 4);
 }
 
-/* pairs of rows of float panels [cols / NC][rows][NC] */
+/* makes pairs of rows from float panels [cols / NC][rows][NC] */
 static void pair_panels(const float *from, i64 rows, i64 cols, float *to) {
     for (i64 n = 0; n < cols; n += NC) as_panels(1, from + n * rows, NC, rows, NC, to + n * rows / 2);
 }
 
-/* rows that `count` tokens take in the work space, zeros after the last */
+/* rows of work space for `count` tokens; those past the last token are zeros */
 INLINE i64 padded(const Call *c, i64 count) { return round_up(count, c->pair == 2 ? BLOCK : MR); }
 
 INLINE void multiply(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
@@ -169,7 +169,7 @@ INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 un
     (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
 }
 
-/* head h of an input as padded rows from token t on; the same back to a result, which is contiguous [tokens,H,n] */
+/* READ: head h of an input as padded rows from token t on. WRITE: the reverse, to a contiguous result [tokens,H,n] */
 #define READ(x, stride, t, count, n, to, width, rows)                                                          \
     read_rows(c->dtype, element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n, to, width, rows)
 #define WRITE(x, from, width, t, count, n) \

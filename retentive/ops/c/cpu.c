@@ -1,8 +1,8 @@
-/* Chunkwise retention and the decode step for CPUs, one unit for the compiler; the formulas are those of blocked.py.
+/* Chunkwise retention and the decode step for CPUs, as one compilation unit. The formulas are those of blocked.py.
 
-Built by cpu.py with the machine's own compiler at first use. One task is one head of one sequence: it goes through its
-chunks in order, with its state in the cache, and tasks share nothing, so results do not depend on the threads. All that
-is no operand of a product is float32: S, dS, decays.
+Built by cpu.py with the machine's compiler at first use. One task is one head of one sequence: it processes its chunks
+in order, with its state in the cache. Tasks share nothing, so results do not depend on the threads. Everything that is
+no operand of a product is float32: S, dS, decays.
 */
 
 #include "forward.c"
@@ -12,8 +12,8 @@ is no operand of a product is float32: S, dS, decays.
 #include <sys/mman.h>
 #endif
 
-/* Large results are fresh memory, which the kernel hands out page by page as it is first written to; with pages of 4 KB
-   that took as long as the arithmetic (docs/LOG.md). Advice: no harm where it is not taken. */
+/* Large results are fresh memory, which the kernel provides page by page at the first write. With 4 KB pages that took
+   as long as the arithmetic (docs/LOG.md). madvise is a hint, harmless where the kernel ignores it. */
 static void in_large_pages(const void *p, i64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     uintptr_t page = 1 << 21, first = round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
@@ -23,7 +23,7 @@ static void in_large_pages(const void *p, i64 bytes) {
 #endif
 }
 
-/* 0, or 1 when there was no memory */
+/* returns 0, or 1 if memory ran out */
 static int for_each_head(const Call *c, int backward) {
     int failed = 0;
     i64 elements = c->begin[c->N] * c->H, size = size_of(c->dtype), span = c->C * c->group, last = c->N - 1;
@@ -62,7 +62,7 @@ int has_half(void) {
 #endif
 }
 
-/* 0 no, 1 in vectors, 2 in tiles */
+/* multiplies pairs of bfloat16: 0 no, 1 in vectors, 2 in AMX tiles */
 int can_multiply_pairs(void) {
 #ifdef TILES
     if (tiles_are_allowed()) return 2;

@@ -1,10 +1,10 @@
-/* The forward pass of one head of one sequence, chunk after chunk, its state in the cache.
+/* Forward pass of one head of one sequence, chunk by chunk, with its state in the cache.
 
     P  = scale * (q k^T) * D                        D_ij = exp(G_i - G_j), i >= j;  G = running log decay
     o  = scale * exp(G) * (q S) + P v               S  = state before the chunk
     S' = exp(G_C) S + (exp(G_C - G) k)^T v
 
-The backward pass needs S before each chunk: one state is left for every `group` chunks.
+The backward pass needs S before each chunk, so one state per `group` chunks is kept as a checkpoint.
 */
 
 #include "chunks.h"

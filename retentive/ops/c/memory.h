@@ -1,11 +1,11 @@
-/* The work space of a thread. */
+/* Work space of a thread. */
 
 #pragma once
 #include "numbers.h"
 #include <stdlib.h>
 
-#ifdef __wasm__ /* the space lives as long as all else */
-static int in_turn; /* malloc is for one thread there, and while several are at work only this calls it */
+#ifdef __wasm__ /* the space is never freed */
+static int in_turn; /* a lock: malloc is not thread-safe there, and while threads work only this function calls it */
 static void *space_of_thread_with(i64 bytes) {
     static _Thread_local void *space;
     static _Thread_local i64 size;
@@ -21,7 +21,7 @@ static void *space_of_thread_with(i64 bytes) {
 #else
 #include <pthread.h>
 
-/* kept from call to call, since fresh pages cost more than the work of a short call, and freed with its thread */
+/* kept between calls, since fresh pages cost more than the work of a short call; freed when its thread ends */
 static pthread_key_t space_key;
 static int have_key;
 __attribute__((constructor)) static void make_space_key(void) { have_key = !pthread_key_create(&space_key, free); }
@@ -39,9 +39,9 @@ static void *space_of_thread_with(i64 bytes) {
 }
 #endif
 
-/* the next `floats` of the memory from *at on */
+/* returns room for the next `floats` at *at, and moves *at on */
 static float *take(char **at, i64 floats) {
     float *p = (float *)*at;
-    *at += round_up(floats * 4, 64) + 64; /* the gap keeps arrays of 2^n floats from falling on the same cache lines */
+    *at += round_up(floats * 4, 64) + 64; /* the gap avoids cache conflicts between arrays of 2^n floats */
     return p;
 }

@@ -1,4 +1,4 @@
-/* Vectors of the machine's own width, numbers of three types in and out of float32, exp: what all files here share. */
+/* Basics for all files here: vectors of the machine's width, conversion of three types to and from float32, exp. */
 
 #pragma once
 
@@ -39,7 +39,7 @@ INLINE float from_bf16(uint16_t x) {
     return y;
 }
 
-INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even */
+INLINE uint16_t to_bf16(float x) { /* rounds to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &x, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -48,7 +48,7 @@ INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even */
 
 #ifdef __FLT16_MAX__
 typedef _Float16 half;
-#else /* a compiler without it: cpu.py does not offer float16 then */
+#else /* a compiler without _Float16: cpu.py offers no float16 then */
 typedef uint16_t half;
 #endif
 
@@ -60,7 +60,7 @@ INLINE float from_half(half x) {
     float y;
     if (rest >= 0x7c00) bits = (rest << 13) + 0x70000000;                        /* infinity, NaN */
     else if (rest >= 0x400) bits = (rest << 13) + 0x38000000;
-    else return (sign ? -1 : 1) * (float)rest * 5.9604644775390625e-8f;          /* 2^-24: below what is normal */
+    else return (sign ? -1 : 1) * (float)rest * 5.9604644775390625e-8f;          /* 2^-24: subnormal */
     bits |= sign;
     memcpy(&y, &bits, 4);
     return y;
@@ -70,7 +70,7 @@ INLINE float from_half(half x) {
 INLINE i64 size_of(i64 dtype) { return dtype == 0 ? 4 : 2; }
 INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * size_of(dtype); }
 
-/* a row of `n` elements as float32, zeros up to `width` */
+/* converts a row of `n` elements to float32, with zeros up to `width` */
 INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {
     if (dtype == 0) memcpy(to, from, n * 4);
     else if (dtype == 1) {
@@ -83,8 +83,8 @@ INLINE void read_row(i64 dtype, const void *from, i64 n, float *to, i64 width) {
     for (i64 j = n; j < width; j++) to[j] = 0;
 }
 
-/* rows of `n` elements, `stride` apart, as float32 rows of `width`; zeros after the last element and row. They lie far
-   apart, where the hardware's prefetcher does not follow: AHEAD rows are asked for in time. */
+/* Converts rows of `n` elements, `stride` apart, to float32 rows of `width`, with zeros after the last element and row.
+   The rows are too far apart for the hardware prefetcher, so AHEAD rows are prefetched here. */
 static inline void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, i64 n, float *to, i64 width, i64 all_rows) {
     for (i64 i = 0; i < rows; i++, to += width) {
         for (i64 j = 0; j < n; j += dtype == 0 ? 16 : 32)
@@ -119,7 +119,7 @@ static inline float dot(const float *a, const float *b, i64 n) {
 
 INLINE float bounded(float log_decay) { return log_decay < -100 ? -100 : log_decay; } /* blocked.FORGOTTEN; NaN stays */
 
-INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops of it become vectors */
+INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops over it vectorise */
     float y = x < -87.0f ? -87.0f : x;
     float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
     float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;

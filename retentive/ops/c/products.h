@@ -1,11 +1,11 @@
-/* Products of small matrices that lie in the cache.
+/* Products of small matrices that fit in the cache.
 
-Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products are made of 32-bit units along
-the dimension that is summed: one float, or a pair of bfloat16 (`pair`, where the inputs are bfloat16 and the CPU
-multiplies pairs: 1 in vectors, 2 in the tiles of AMX). An operand is laid out as
+Matrices are float32 in rows, padded with zeros to whole vectors. Operands of products consist of 32-bit units along the
+summed dimension. A unit is one float, or a pair of bfloat16 (`pair`, if the inputs are bfloat16 and the CPU multiplies
+pairs: 1 in vectors, 2 in AMX tiles). Layouts of an operand:
     rows      [m][r]                 unit r of row m: the left operand
     panels    [n / NC][r][n % NC]    the right operand, or the left one transposed
-which is what the tiles are loaded from, too, so that with them nothing but the products changes. Sums are float32.
+AMX tiles load from the same layouts, so they replace only the products. Sums are float32.
 */
 
 #pragma once
@@ -33,15 +33,15 @@ enum { MR = 8 };
 #endif
 enum {
     NC = 2 * LANES,                      /* columns of a panel */
-    BLOCK = 32,                          /* rows and columns of four tiles: with them all is padded to it */
+    BLOCK = 32,                          /* rows and columns of four tiles: AMX pads everything to it */
     WHOLE = (int)LANES > (int)MR ? (int)LANES : (int)MR,     /* K and V are padded to a multiple of it */
-    DEPTH = 256,                         /* units summed at once: a panel of so many stays in the first cache */
+    DEPTH = 256,                         /* units summed at once: a panel this deep stays in the L1 cache */
     MOST_GROUP = 16
 };
 
 /* ---- operands ---- */
 
-/* one row's neighbours in pairs: [cols] -> units [cols / 2]; cols a multiple of LANES */
+/* pairs up neighbours of one row: [cols] -> units [cols / 2]; cols is a multiple of LANES */
 INLINE void pair_row(const float *x, i64 cols, float *to) {
 #ifdef __AVX512BF16__
     for (i64 j = 0; j < cols; j += 16)
@@ -51,7 +51,7 @@ INLINE void pair_row(const float *x, i64 cols, float *to) {
 #endif
 }
 
-/* two rows element by element in pairs: 2 x [n] -> units [n] */
+/* pairs up two rows element by element: 2 x [n] -> units [n] */
 INLINE void pair_rows(const float *a, const float *b, i64 n, float *to) {
     i64 j = 0;
 #ifdef __AVX512BF16__
@@ -64,14 +64,14 @@ INLINE void pair_rows(const float *a, const float *b, i64 n, float *to) {
     for (; j < n; j++) ((uint32_t *)to)[j] = to_bf16(a[j]) | (uint32_t)to_bf16(b[j]) << 16;
 }
 
-/* `rows` operand of x [rows][cols]: x itself, or its pairs in `to` */
+/* returns the `rows` operand of x [rows][cols]: x itself, or its pairs in `to` */
 static const float *as_rows(int pair, const float *x, i64 rows, i64 cols, float *to) {
     if (!pair) return x;
     for (i64 i = 0; i < rows; i++) pair_row(x + i * cols, cols, to + i * cols / 2);
     return to;
 }
 
-/* `panels` operand of x [rows][cols], width `ld`, the rows being summed */
+/* makes the `panels` operand of x [rows][cols], of row stride `ld`, summed over rows */
 static void as_panels(int pair, const float *x, i64 ld, i64 rows, i64 cols, float *to) {
     for (i64 c = 0; c < cols; c += NC)
         for (i64 r = 0, n = smaller(NC, cols - c); r < rows; r += pair ? 2 : 1, to += NC) {
@@ -81,7 +81,7 @@ static void as_panels(int pair, const float *x, i64 ld, i64 rows, i64 cols, floa
         }
 }
 
-/* LANES rows of x to the columns of `to`, by perfect shuffles: row i meets row i + LANES / 2, log2(LANES) times */
+/* transposes LANES rows of x into `to` by perfect shuffles: row i meets row i + LANES / 2, log2(LANES) times */
 INLINE void transpose_square(const float *x, i64 ld, float *to, i64 to_ld) {
     vf a[LANES], b[LANES];
 #pragma GCC unroll 16
@@ -100,7 +100,7 @@ INLINE void transpose_square(const float *x, i64 ld, float *to, i64 to_ld) {
     for (int i = 0; i < LANES; i++) store(to + i * to_ld, a[i]);
 }
 
-/* `panels` operand of the transpose of x, given in `rows` units [n][units], width `ld`; its panels are `depth` deep */
+/* makes the `panels` operand of x's transpose; x is `rows` units [n][units] of stride `ld`, panels are `depth` deep */
 static void as_panels_of_transpose(const float *x, i64 ld, i64 n, i64 units, float *to, i64 depth) {
     for (i64 c = 0; c < n; c += LANES) {
         float *y = to + c / NC * NC * depth + c % NC;
@@ -122,7 +122,7 @@ INLINE vf multiply_add(int pair, vf a, vf b, vf c) {
     return a * b + c;
 }
 
-/* MR rows and nv vectors of `to` = from * beta + A B, with A's unit (i, r) at a[i * am + r * ar] */
+/* computes MR rows and nv vectors of `to` = from * beta + A B, with A's unit (i, r) at a[i * am + r * ar] */
 INLINE void tile(int pair, int nv, i64 units, const float *a, i64 am, i64 ar, const float *b, const float *from,
                  const float *beta, float *to, i64 ld) {
     vf sum[MR][2];
@@ -142,9 +142,9 @@ INLINE void tile(int pair, int nv, i64 units, const float *a, i64 am, i64 ar, co
         for (int n = 0; n < nv; n++) store(to + i * ld + n * LANES, sum[i][n]);
 }
 
-typedef enum { FULL, LOWER, UP_TO_ROW, FROM_ROW } Shape; /* what of a product is not zero */
-typedef struct { const float *p; i64 depth; } Operand;   /* depth: units of a row, or of a panel */
-typedef struct { float *p; i64 ld, panel; } Result;      /* floats from row to row, from panel to panel of columns */
+typedef enum { FULL, LOWER, UP_TO_ROW, FROM_ROW } Shape; /* the part of a product that is not zero */
+typedef struct { const float *p; i64 depth; } Operand;   /* depth: units per row, or per panel */
+typedef struct { float *p; i64 ld, panel; } Result;      /* stride of rows, stride of column panels, in floats */
 
 INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
                      const float *from, const float *beta, Result to) {
@@ -168,8 +168,8 @@ INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 un
             }
 }
 
-/* to [M][N] = beta (row by row, 1 if NULL) * from (0 if NULL) + A B; without what `shape` says is zero:
-   LOWER columns past the rows, UP_TO_ROW and FROM_ROW units past and before them */
+/* to [M][N] = beta (per row, 1 if NULL) * from (0 if NULL) + A B. Skips what `shape` says is zero: for LOWER columns
+   past the row, for UP_TO_ROW and FROM_ROW units past and before the row. */
 #define PRODUCT(name, pair, transposed)                                                                             \
     static void name(Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,                 \
                      const float *beta, Result to) {                                                                \
@@ -181,11 +181,11 @@ PRODUCT(product_pairs, 1, 0)
 PRODUCT(product_pairs_transposed, 1, 1)
 
 #ifdef TILES
-/* The same of pairs by AMX, for M and N of whole blocks and units of whole tiles, 16: a block of `to` stays in four tiles
-   while two of A and two of B go by. A tile is 16 rows of 64 bytes: of A 16 units of 16 rows, of B 16 columns of 16. */
+/* The same for pairs, by AMX. M and N are multiples of BLOCK, units of 16. A block of `to` stays in four tiles while
+   two of A and two of B pass. A tile is 16 rows of 64 bytes: 16 units of 16 rows of A, or 16 columns of 16 of B. */
 static void tiles(int transposed, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
                   const float *beta, Result to) {
-    float block[BLOCK * 256] __attribute__((aligned(64))); /* rows of A^T; what is summed then are tokens, 512 at most */
+    float block[BLOCK * 256] __attribute__((aligned(64))); /* rows of A^T, whose units are tokens, 512 at most */
     for (i64 m = 0; m < M; m += BLOCK) {
         i64 first = shape == FROM_ROW ? m / 2 : 0, last = shape == UP_TO_ROW ? smaller(units, (m + BLOCK) / 2) : units;
         const float *a = A.p + m * A.depth + first;
@@ -235,8 +235,8 @@ static void tiles(int transposed, Shape shape, i64 M, i64 N, i64 units, Operand 
 
 typedef struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } TileConfig;
 
-/* All eight tiles for this thread, 64 bytes wide: 0 to 5, of results and of the left operand, with so many rows, 6 and 7,
-   of the right one, with 16. `before` is how the code around us has them. */
+/* Configures all eight tiles of this thread, 64 bytes wide. Tiles 0 to 5 (results, left operand) have `rows` rows, and
+   tiles 6 and 7 (right operand) 16. The caller's configuration is saved in `before`. */
 static void open_tiles(TileConfig *before, int rows) {
     TileConfig ours = {1, 0, {0}, {0}, {0}};
     for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = i < 6 ? rows : 16;
@@ -249,7 +249,7 @@ static void close_tiles(const TileConfig *before) {
     else _tile_release();
 }
 
-/* The system gives the registers to a process that asks for them. */
+/* Linux gives the AMX registers only to a process that asks for them. */
 static int tiles_are_allowed(void) {
     static int allowed = -1;
     enum { ASK = 0x1023, TILE_DATA = 18 };

@@ -1,22 +1,21 @@
-/* RMSNorm, rotation, and the softmax with its loss, of rows, each in one pass over memory. The formulas are those of
-   rows.py.
+/* Row-wise RMSNorm, rotation, and softmax with its loss, each in one pass over memory. The formulas are in rows.py.
 
-Arithmetic is float32. Rows are divided among the threads in order, so that what a sum over rows is made of depends on
-their number only.
+Arithmetic is float32. Rows are divided among the threads in order, so the grouping of a sum over rows depends only on
+the number of threads.
 */
 
 #include "numbers.h"
 #include <stdlib.h>
 
-enum { FEW = 1 << 14 }; /* numbers of which several threads make less than it costs to wake them */
+enum { FEW = 1 << 14 }; /* numbers below which waking further threads costs more than they save */
 
 typedef struct {
-    i64 rows, n, dtype, weight_dtype, threads; /* weight_dtype: -1 where there is no weight */
+    i64 rows, n, dtype, weight_dtype, threads; /* weight_dtype: -1 without weight */
     double eps;
     const void *x, *weight, *dy;
     void *y, *dx;
     float *scale;    /* [rows] */
-    double *dweight; /* [threads][n], a sum over many rows */
+    double *dweight; /* [threads][n], double since it sums many rows */
 } Norm;
 
 typedef struct {
@@ -36,7 +35,7 @@ typedef struct {
 
 static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
 
-/* 0, or 1 when there was no memory */
+/* returns 0, or 1 if memory ran out */
 int rms_norm(const Norm *c) {
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
@@ -89,7 +88,7 @@ int rms_norm_backward(const Norm *c) {
                 for (i64 j = 0; j < n; j++) sum[j] += dy[j] * y[j];
             if (c->weight_dtype >= 0)
                 for (i64 j = 0; j < n; j++) dy[j] *= weight[j];
-            float along = dot(dy, y, n) / n; /* what of the gradient only changes the length of x */
+            float along = dot(dy, y, n) / n; /* the gradient's part along x, which only changes its length */
             for (i64 j = 0; j < n; j++) y[j] = (dy[j] - along * y[j]) * scale;
             write_rows(c->dtype, y, n, 1, n, (char *)c->dx + row * bytes, n);
         }
@@ -137,9 +136,10 @@ int rotate(const Rotate *c) {
     return failed;
 }
 
-/* The loss of each row of logits, and over them its gradient. 2 where a target is no column: the rest is done. */
+/* Computes the loss of each row of logits, and overwrites them with its gradient. Returns 1 if memory ran out, 2 if a
+   target is no column (all other rows are done). */
 int softmax_loss(const Softmax *c) {
-    enum { WIDE = 4 * LANES }; /* lanes of a sum or a maximum, which are folded at the end */
+    enum { WIDE = 4 * LANES }; /* lanes of a sum or maximum, reduced at the end */
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
     {
@@ -169,7 +169,7 @@ int softmax_loss(const Softmax *c) {
                 for (int l = 0; l < WIDE; l++) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
             for (int l = 0; l < WIDE; l++) top = most[l] > top ? most[l] : top;
             for (i64 j = 0; j < wide; j += WIDE)
-                for (int l = 0; l < WIDE; l++) sum[l] += x[j + l] = exp_of(x[j + l] - top); /* NaN goes on as NaN */
+                for (int l = 0; l < WIDE; l++) sum[l] += x[j + l] = exp_of(x[j + l] - top); /* keeps NaN */
             for (int l = 0; l < WIDE; l++) all += sum[l];
             c->loss[row] = logf(all) + top - own;
             all = 1 / all;

@@ -1,4 +1,4 @@
-/* One token of decoding: the formulas are those of ring.py. It needs no other .c file. */
+/* Decode step for one token. The formulas are those of ring.py. Needs no other .c file. */
 
 #include "memory.h"
 #include "products.h"
@@ -15,14 +15,14 @@ typedef struct {
     i64 *written, *folded;    /* [B] */
 } Step;
 
-typedef struct { /* what a full ring folds into the state: S = kept * S + sum over `tokens` of k v^T */
+typedef struct { /* the part of a full ring that is folded into the state: S = kept * S + sum over `tokens` of k v^T */
     i64 tokens;
-    float *k, *v_panels; /* [tokens][K], weighted; operand of the V columns */
-    float kept[8];       /* the same number */
+    float *k, *v_panels; /* [tokens][K], weighted; operand for the V columns */
+    float kept[8];       /* one number, repeated */
 } Fold;
 
-/* Whether reading alone asks for the state ahead of its use, two blocks of eight rows. Intel's prefetcher begins anew
-   on every page of 4 kB, AMD's follows by itself and is better left alone (docs/LOG.md). */
+/* Returns 1 if a step that only reads should prefetch the state, two blocks of eight rows ahead. Intel's hardware
+   prefetcher restarts at every 4 kB page; AMD's follows by itself and does better without help (docs/LOG.md). */
 static int asks_ahead(void) {
 #if defined(__x86_64__)
     return __builtin_cpu_is("intel");
@@ -31,11 +31,11 @@ static int asks_ahead(void) {
 #endif
 }
 
-/* o += q S, eight rows of S at once, which are folded into while they are in the cache; `ahead` a constant */
+/* o += q S, eight rows of S at a time, folding into them while they are in the cache; `ahead` is a constant */
 INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
                           const int ahead) {
     i64 whole = V / LANES * LANES;
-    /* no prefetcher follows while a fold computes: it asks for the block that comes 8 kB later, or the next one */
+    /* hardware prefetchers do not follow during a fold, so prefetch the block 8 kB ahead, or the next one */
     i64 fold_ahead = round_up(8192, 8 * V * 4) / 4;
     for (i64 k = 0, rows; k < K; k += rows, S += rows * V) {
         rows = K - k < 8 ? 1 : 8;
@@ -70,9 +70,9 @@ INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float
     }
 }
 
-typedef struct { /* the tokens that wait in the ring of a head, token j in slot_of(held, j), the oldest first */
+typedef struct { /* tokens in the ring of a head, oldest first; token j is in slot_of(held, j) */
     i64 slots, first, tokens;
-    const float *k, *v, *decay; /* by slots */
+    const float *k, *v, *decay; /* indexed by slot */
 } Held;
 
 INLINE i64 slot_of(const Held *held, i64 j) {
@@ -80,7 +80,7 @@ INLINE i64 slot_of(const Held *held, i64 j) {
     return slot < held->slots ? slot : slot - held->slots;
 }
 
-/* Asks for the rows in the ring of a head: few, and in another place for each head, they are waited for otherwise. */
+/* Prefetches a head's ring rows. They are few and scattered, so the step would wait for each of them. */
 static void ask_ring(const Step *c, i64 bh) {
     i64 b = bh / c->H, R = c->slots, size = size_of(c->dtype), k_bytes = c->K * size, v_bytes = c->V * size;
     __builtin_prefetch(c->ring_decay + bh * R);
@@ -91,7 +91,7 @@ static void ask_ring(const Step *c, i64 bh) {
     }
 }
 
-/* the new token into the ring; all that are in it as float32, in `space` if they are not so there */
+/* puts the new token into the ring; returns all its tokens as float32, converted into `space` if they are 16-bit */
 static Held put(const Step *c, i64 bh, float *space) {
     i64 K = c->K, V = c->V, R = c->slots, size = size_of(c->dtype), b = bh / c->H, slot = c->written[b] % R;
     char *k = (char *)c->ring_k + bh * R * K * size, *v = (char *)c->ring_v + bh * R * V * size;
@@ -103,7 +103,7 @@ static Held put(const Step *c, i64 bh, float *space) {
     Held held = {R, c->folded[b] % R, c->written[b] - c->folded[b] + 1, (float *)k, (float *)v, decay};
     if (c->dtype == 0) return held;
     held.k = space, held.v = space + R * K;
-    for (i64 j = 0, run; j < held.tokens; j += run) { /* to the end of the ring, and on from its begin */
+    for (i64 j = 0, run; j < held.tokens; j += run) { /* up to the end of the ring, then from its start */
         i64 at = slot_of(&held, j);
         run = smaller(held.tokens - j, R - at);
         read_row(c->dtype, k + at * K * size, run * K, space + at * K, run * K);
@@ -112,8 +112,8 @@ static Held put(const Step *c, i64 bh, float *space) {
     return held;
 }
 
-/* o = scale * sum of exp(G - G_j) (q k_j) v_j; scale * exp(G) comes back. A kB of the state S is asked for with every
-   token: memory would have nothing to do otherwise. */
+/* o = scale * sum of exp(G - G_j) (q k_j) v_j; returns scale * exp(G). Prefetches one kB of the state S per token,
+   since memory is otherwise idle here. */
 static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const float *S) {
     i64 K = c->K, V = c->V, whole = V / LANES * LANES;
     float since = 0, scale = (float)c->scale;
@@ -135,11 +135,11 @@ static float through_ring(const Step *c, const Held *held, const float *q, float
     return scale * exp_of(since);
 }
 
-/* the older half of a full ring, of any other nothing */
+/* returns the older half of a full ring, weighted; no tokens if the ring is not full */
 static Fold ripe(const Step *c, const Held *held, float *space) {
     i64 K = c->K, V = c->V, tokens = held->tokens == held->slots ? held->slots / 2 : 0;
     Fold fold = {tokens, space, space + tokens * K, {0}};
-    float since = 0; /* log decay from token j to the newest of them */
+    float since = 0; /* log decay from token j to the newest folded token */
     for (i64 j = tokens - 1; j >= 0; j--) {
         i64 at = slot_of(held, j);
         float weight = exp_of(since);
@@ -153,7 +153,7 @@ static Fold ripe(const Step *c, const Held *held, float *space) {
     return fold;
 }
 
-static i64 step_space(const Step *c) { /* floats: q and o, weights, the ring, what is folded */
+static i64 step_space(const Step *c) { /* in floats: q and o, weights, the ring, the folded tokens */
     return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC));
 }
 
@@ -172,8 +172,8 @@ static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
-/* 0; 1 when there was no memory; 2 for a log decay above 0, or for a head's that is NaN, and then nothing was written.
- * A token's NaN goes on: see decay.check_values */
+/* Returns 0; 1 if memory ran out; 2, with nothing written, if a log decay is above 0 or a head's is NaN. A token's NaN
+ * passes: see decay.check_values */
 int retention_step(const Step *c) {
     i64 heads = c->B * c->H;
     int failed = 0;
@@ -188,7 +188,7 @@ int retention_step(const Step *c) {
             failed = 1;
             continue;
         }
-        if (begin < end) { /* where the state begins is known at once, what the ring holds is not */
+        if (begin < end) { /* the state first: its address is known, that of the ring's rows must be read */
             for (int line = 0; line < 32; line++) __builtin_prefetch(c->state + begin * c->K * c->V + line * 16);
             ask_ring(c, begin);
         }

@@ -1,8 +1,8 @@
-"""Retention on NVIDIA GPUs, in Triton: what `backends.py` needs to know of this room.
+"""Retention on NVIDIA GPUs in Triton: the interface for `backends.py`.
 
-`triton_retention` and its backward pass are custom operators with the arguments of `blocked`; `refuses` says which
-calls they cannot take, `chunk_size` which chunk is best, `decode_step` decodes one token (see `decode.py`). Triton is
-an optional dependency: import this package only where it is wanted.
+`triton_retention` and its backward pass are custom operators with the arguments of `blocked`. `refuses` returns why a
+call cannot run, `chunk_size` the best chunk length, `decode_step` decodes one token (see `decode.py`). Triton is an
+optional dependency, so import this package only when needed.
 """
 
 import torch
@@ -26,17 +26,17 @@ __all__ = [
 ]
 
 MAX_K, MAX_V = 256, 512
-SHORTEST = 16  # rows of the smallest tile that tensor cores take
+SHORTEST = 16  # rows of the smallest tile that tensor cores accept
 MAX_INT = 2**31 - 1
 
 
 def chunk_size(q: Tensor) -> int:
-    """The chunk length of the tile table for tensors like q, which is also the longest that it takes."""
+    """Returns the chunk length of the tile table for tensors like q: the default, and the longest it accepts."""
     return tiles.tiles_for(q).chunk
 
 
 def refuses(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int = 0) -> str | None:
-    """Why this backend cannot take q `[B,T,H,K]` and v `[B,T,H,V]`, packed `sequences` in them; None if it can."""
+    """Returns why q `[B,T,H,K]` and v `[B,T,H,V]`, with `sequences` packed into them, cannot run; None if they can."""
     if not q.is_cuda or torch.version.hip:
         return f"it needs an NVIDIA GPU, and the tensors are on {q.device}"
     if tiles.device_family(q.get_device()) is None:
@@ -46,7 +46,7 @@ def refuses(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int 
 
 
 def refuses_shapes(q: Tensor, v: Tensor, chunk_size: int | None = None, sequences: int = 0) -> str | None:
-    """Why q and v cannot be taken, whatever their device; None if they can."""
+    """Returns why q and v cannot run on any supported GPU; None if they can."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -54,7 +54,7 @@ def refuses_shapes(q: Tensor, v: Tensor, chunk_size: int | None = None, sequence
     if K > MAX_K or V > MAX_V:
         return f"its heads have K up to {MAX_K} and V up to {MAX_V}, not {K} and {V}"
     if q.element_size() == 2 and (K % 2 or V % 2):
-        return f"16-bit heads need even K and V, got {K} and {V}"  # copies of single 16-bit elements have been faulty
+        return f"16-bit heads need even K and V, got {K} and {V}"  # copies of single 16-bit elements were faulty
     longest = tiles.tiles_for(q).chunk
     C = longest if chunk_size is None else chunk_size
     if not SHORTEST <= C <= longest or C & (C - 1):
@@ -79,8 +79,8 @@ def triton_retention(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """(o `[B,T,H,V]`, state `[N,H,K,V]`); the arguments are those of `blocked`."""
-    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of q
+    """Returns (o `[B,T,H,V]`, state `[N,H,K,V]`). Arguments as for `blocked`."""
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which may differ from q's
         return chunkwise(q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
 
 
@@ -97,7 +97,7 @@ def triton_retention_backward(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    """Returns gradients of q, k, v, log_decay and the initial state. For log_decay `[H]` the gradient is empty."""
     with torch.cuda.device_of(q):
         return chunkwise_backward(do, dstate, q, k, v, log_decay, state, cu_seqlens, scale, chunk_size)
 

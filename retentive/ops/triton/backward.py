@@ -1,11 +1,11 @@
-"""Gradients of q, k, v, the decays and the initial state: the kernels of `forward.py` run backward in time.
+"""Gradients of q, k, v, the decays and the initial state: the kernels of `forward.py`, backward in time.
 
-With S the states before the chunks, computed again, and dS the gradients of the states after them:
+With S the recomputed states before the chunks, and dS the gradients of the states after them:
 
     dS = backward scan(q, do)     dq = read(do, v, k | S^T)
     dv = backward read(k, q, do | dS)     dk = backward read(v, do, q | dS^T)
 
-What is new here is the gradient of a log decay per token (`decay_gradient`).
+Only the gradient of a per-token log decay needs a kernel of its own (`decay_gradient`).
 """
 
 import torch
@@ -23,12 +23,13 @@ def decay_gradient(
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a log decay per token, out [BT,H]; one program per slot and head.
+    """Computes the gradient of a per-token log decay, out [BT,H]; one program per slot and head.
 
-    o_i holds exp(G_i) beside q_i, and k_j comes with exp(-G_j): inside a chunk dL/dG is the row sums minus the column
-    sums of score * dscore, of one matrix, so that what cancels cancels exactly. To that come the shares of the states,
-    q_i . dq_i of the one before and -k_j . dk_j of the one after, and at the chunk's end <S, dS> of that state. G is a
-    running sum from the chunk's start, so its gradient is summed from the chunk's end: errors do not grow with T.
+    o_i contains exp(G_i) with q_i, and k_j comes with exp(-G_j). Inside a chunk dL/dG is therefore the row sums minus
+    the column sums of score * dscore, one matrix, so that terms that cancel do so exactly. Added are the shares of the
+    states: q_i . dq_i of the state before, -k_j . dk_j of the state after, and at the chunk's end <S, dS> of the state
+    after. G is a running sum from the chunk's start, so its gradient is summed from the chunk's end: errors do not grow
+    with T.
     """
     slot, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     token, left = place_of(slot, cu, sequence, T, C)
@@ -59,7 +60,7 @@ def decay_gradient(
     product_CC = score_CC * dscore_CC * decay_CC * scale
     dG_C = tl.sum(product_CC, 1) - tl.sum(product_CC, 0)
 
-    # <S, dS>, the gradient of the whole chunk's decay
+    # <S, dS>, the gradient of the chunk's total decay
     kept_KV = tl.zeros([BK, BV], tl.float32)
     for begin_K in range(0, K, BK):
         for begin_V in range(0, V, BV):
@@ -89,7 +90,7 @@ def run_decay_gradient(
     shares: tuple[Tensor, Tensor],
     at: Chunks,
 ) -> Tensor:
-    """Gradient of the log decays, `[B,T,H]`."""
+    """Launches `decay_gradient`; returns the gradient of the log decays, `[B,T,H]`."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     tile = at.tiles.decay.within(K, V)
@@ -114,11 +115,11 @@ def chunkwise_backward(
     scale: float,
     C: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state; that of a log_decay `[H]` comes back empty."""
+    """Returns gradients of q, k, v, log_decay and the initial state. For log_decay `[H]` the gradient is empty."""
     do, dstate, q, k, v, state = (x.contiguous() for x in (do, dstate, q, k, v, state))
     at = chunks_of(q, log_decay, cu_seqlens, scale, C)
     learned = log_decay.ndim == 3
-    # the states are computed again and not kept, so that training memory is that of q, k and v
+    # states are recomputed instead of kept, so that training memory is that of q, k and v
     before, _ = run_scan(k, v, state, at, backward=False)
     after, dinitial = run_scan(q, do, dstate, at, backward=True)
     dv, _ = run_read(k, q, do, after, at, backward=True)

@@ -1,18 +1,18 @@
-"""One decode token, in place: a ring of the latest tokens beside the state, folded into it every R / 2 tokens.
+"""Decode step for one token, in place: a ring of the latest tokens beside the state, folded into it every R / 2 tokens.
 
-A state of 256 x 512 is half a megabyte a head, and decoding does little else than move it. So it is read once per token
-and written once per F = R // 2 tokens only. With g_j the log decays of the held tokens (those not yet in the state S,
+A state of 256 x 512 is half a megabyte per head, and moving it dominates decoding. It is therefore read once per token,
+but written only once per F = R // 2 tokens. With g_j the log decays of the held tokens (those not yet in the state S,
 oldest first, the new one last):
 
     o = scale * (exp(sum_j g_j) q S + sum_j exp(sum_{i>j} g_i) (q . k_j) v_j)
     if R are held:   S <- exp(sum_{j<F} g_j) S + sum_{j<F} exp(sum_{j<i<F} g_i) k_j v_j^T
 
-The idea of a buffer beside the state is that of power retention (github.com/m-a-n-i-f-e-s-t/retention).
+The idea of a buffer beside the state is from power retention (github.com/m-a-n-i-f-e-s-t/retention).
 
-Token t lies in slot t % R; `folded` .. `written` - 1 are held when the call begins, each row at its own counts.
-Programs of one head run at the same time: the new token comes from the arguments and not from its slot, which nobody
-reads, and the counts change after all have read them. There is no wait for the device, no size that depends on it, and
-no memory but that of o, so that a CUDA graph can hold the call.
+Token t is in slot t % R. Tokens `folded` to `written` - 1 are held when the call begins; each row has its own counts.
+Programs of one head run concurrently, so they take the new token from the arguments, never from its slot, and a second
+kernel updates the counts after all have read them. No device synchronisation, no size that depends on device data, and
+no allocation but o, so a CUDA graph can capture the call.
 """
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from retentive.ops.triton.forward import FORGOTTEN
 from retentive.ops.triton.tiles import step_tile
 
-MAX_R = 128  # a ring is read into registers
+MAX_R = 128  # a ring is held in registers
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -31,7 +31,7 @@ def token_step(
     q, k, v, log_decay, state, ring_k, ring_v, ring_decay, written, folded, o, scale, decay_of_row, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, head and tile of V. j counts held tokens, R its side of a tile; the new one is held - 1."""
+    """One program per row, head and tile of V. j indexes held tokens, R is that side of a tile; the new one is last."""
     tiles: tl.constexpr = tl.cdiv(V, BV)
     F: tl.constexpr = R // 2
     tile, row = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -71,9 +71,9 @@ def token_step(
         k_RK = tl.load(ring_k + slot_R[:, None] * K + k_K[None, :], mask=is_old[:, None] & mask_K[None, :], other=0.0)
         k_RK = tl.where(is_new[:, None], k_new_K[None, :], k_RK).to(tl.float32)
         score_R += tl.sum(q_K[None, :] * k_RK, 1)
-        if tile == 0:  # all tiles of a head have the same k
+        if tile == 0:  # k is the same in all tiles of a head
             tl.store(ring_k + new_slot * K + k_K, k_new_K, mask=mask_K)
-        if held == R:  # the F oldest are folded; the new token is not among them, so all are in their slots
+        if held == R:  # folds the F oldest; the new token is not among them, so all are in their slots
             k_KR = tl.load(
                 ring_k + slot_R[None, :] * K + k_K[:, None], mask=(j < F)[None, :] & mask_K[:, None], other=0.0
             )
@@ -88,7 +88,7 @@ def token_step(
 
 @triton.jit
 def count(written, folded, B, R: tl.constexpr, BLOCK: tl.constexpr):
-    """What `token_step` did, after it: one token more, and R // 2 folded where R are held."""
+    """Updates the counts after `token_step`: one more token, and R // 2 more folded in rows that hold R."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     now, first = tl.load(written + b, mask=b < B, other=0), tl.load(folded + b, mask=b < B, other=0)
     tl.store(written + b, now + 1, mask=b < B)
@@ -108,16 +108,21 @@ def decode_step(
     written: Tensor,
     folded: Tensor,
 ) -> Tensor:
-    """o `[B,H,V]` of one token; state, rings and counts are changed in place. All tensors contiguous, on one GPU.
+    """Decodes one token and returns its o `[B,H,V]`; updates state, ring and counts in place.
+
+    All tensors must be contiguous and on one GPU.
 
     Args:
         q, k: `[B,H,K]`.
         v: `[B,H,V]`, the same dtype.
         log_decay: `[H]` or `[B,H]`, float32.
         state: `[B,H,K,V]`, float32.
-        ring_k, ring_v, ring_decay: `[B,H,R,K]`, `[B,H,R,V]` in the dtype of q, `[B,H,R]` in float32; R even. What lies
-            in slots that hold no token does not matter.
+        ring_k, ring_v, ring_decay: `[B,H,R,K]`, `[B,H,R,V]` in the dtype of q, `[B,H,R]` in float32; R even. Slots
+            without a token may hold any values.
         written, folded: `[B]`, int64: tokens so far, and how many of them are in the state; at most R - 1 apart.
+
+    Raises:
+        ValueError: a tensor is not contiguous, or R is odd or out of range.
     """
     tensors = (q, k, v, log_decay, state, ring_k, ring_v, ring_decay, written, folded)
     if not all(x.is_contiguous() for x in tensors):
@@ -135,6 +140,6 @@ def decode_step(
             K=K, V=V, R=R, BR=max(16, triton.next_power_of_2(R)), BK=tile.rows, BV=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        # a kernel of its own: only at its launch have all programs of the step read the counts
+        # a separate kernel: its launch is the first point where all programs of the step have read the counts
         count[(triton.cdiv(B, 128),)](written, folded, B, R=R, BLOCK=128, num_warps=4)
     return o

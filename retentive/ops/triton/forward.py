@@ -1,4 +1,4 @@
-"""The kernels of chunkwise retention (equation 7): two that compute, in either direction of time, and one for decays.
+"""Kernels of chunkwise retention (equation 7): `scan` and `read`, for both directions of time, and the decays.
 
 With G_i the log decay from a chunk's start to its token i, G_C that of the whole chunk, and D_ij = exp(G_i - G_j):
 
@@ -10,17 +10,17 @@ With G_i the log decay from a chunk's start to its token i, G_C that of the whol
 
     o = read(q, k, v | S)    dq = read(do, v, k | S^T)    dk = backward read(v, do, q | dS^T)    dv = (k, q, do | dS)
 
-So the backward pass is the forward pass with other arguments: S are the states before the chunks, dS the gradients of
-the states after them. Two things follow that matter on a GPU: no product of two products is transposed (Triton has
-miscompiled that for Hopper), and a program holds two accumulators only, so that K = 256 and V = 512 fit in registers.
+The backward pass is the forward pass with other arguments: S are the states before the chunks, dS the gradients of the
+states after them. Two consequences matter on a GPU. No product of two products is transposed, which Triton has
+miscompiled for Hopper. A program holds two accumulators only, so K = 256 and V = 512 fit in registers.
 
 Rows are laid end to end: a token is its index in B * T, a chunk its slot. Sequence n of length L has the slots first_n
-to first_n + ceil(L / C) - 1, where first_n = n * ceil(T / C) for rows and start_n // C + n for packed sequences; those
-do not overlap, some stay empty, and nobody has to ask the device how long the sequences are.
+to first_n + ceil(L / C) - 1, where first_n = n * ceil(T / C) for rows and start_n // C + n for packed sequences. These
+slots do not overlap, some stay empty, and the host never has to ask the device for the sequences' lengths.
 
-Letters: C tokens of a chunk, H heads, K and V the sides of a state, I the side that is summed over, O the side that
-comes out; a name ends in the sides of its tile (x_CI). Offsets of a program
-are int64, as tokens times heads times K pass 2^31 early; those inside its tiles are int32, which saves registers.
+Letters: C tokens of a chunk, H heads, K and V the sides of a state, I the summed side, O the output side. A name ends
+in the sides of its tile (x_CI). A program's offsets are int64, since tokens times heads times K soon pass 2^31. Offsets
+inside its tiles are int32, which saves registers.
 """
 
 from typing import NamedTuple
@@ -38,7 +38,7 @@ FORGOTTEN = tl.constexpr(blocked.FORGOTTEN)
 
 @triton.jit
 def sequence_of(n, cu, T, C: tl.constexpr):
-    """First token, length and first slot of sequence n: of row n, or of what cu [N+1] cuts the one row into."""
+    """Returns first token, length and first slot of sequence n: row n, or a part of one row cut by cu [N+1]."""
     if cu is None:
         start = n.to(tl.int64) * T
         length = T
@@ -52,7 +52,7 @@ def sequence_of(n, cu, T, C: tl.constexpr):
 
 @triton.jit
 def place_of(slot, cu, sequence, T, C: tl.constexpr):
-    """First token of the chunk in a slot, and how many tokens its sequence has from there on: <= 0 if it is empty."""
+    """Returns a slot's first token and its sequence's remaining tokens from there, <= 0 if the slot is empty."""
     if cu is None:
         n = slot // tl.cdiv(T, C)
     else:
@@ -64,7 +64,7 @@ def place_of(slot, cu, sequence, T, C: tl.constexpr):
 
 @triton.jit
 def decays(log_decay, head, h, left, H, C: tl.constexpr, PER_TOKEN: tl.constexpr):
-    """G_i, G_C - G_i and G_C of a chunk of which `left` or all tokens exist; the others write and forget nothing."""
+    """Returns G_i, G_C - G_i and G_C of a chunk. Tokens beyond `left` have log decay 0."""
     i = tl.arange(0, C)
     if PER_TOKEN:
         g_C = tl.load(log_decay + head + i * H, mask=i < left, other=0.0)
@@ -74,17 +74,17 @@ def decays(log_decay, head, h, left, H, C: tl.constexpr, PER_TOKEN: tl.constexpr
         g = tl.maximum(tl.load(log_decay + h), FORGOTTEN)
         since_C = g * (i + 1)
         total = g * tl.minimum(left, C)
-    # a parallel sum of falling numbers may rise by a rounding error, and past the end it goes on falling
+    # a parallel sum of falling numbers may rise by a rounding error, and past the end it falls further
     return since_C, tl.minimum(total - since_C, 0.0), total
 
 
-@triton.jit(do_not_specialize=["T", "scale"])  # else it compiles anew where T is 1 or divides by 16
+@triton.jit(do_not_specialize=["T", "scale"])  # avoids recompiling for T = 1 or multiples of 16
 def scan(
     x, y, log_decay, initial, before, final, cu, T, scale, H,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PER_TOKEN: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """States where chunks begin, and in the end: x [BT,H,K], y [BT,H,V] -> before [slots,H,K,V], final [N,H,K,V].
+    """Computes states: x [BT,H,K], y [BT,H,V] -> before each chunk [slots,H,K,V], at the end [N,H,K,V].
 
     One program per sequence, head and tile of the state, which it carries in float32 from chunk to chunk.
     """
@@ -100,7 +100,7 @@ def scan(
     at_KV = k_K[:, None] * V + v_V[None, :]
     mask_KV = (k_K[:, None] < K) & (v_V[None, :] < V)
     S_KV = tl.load(initial + nh.to(tl.int64) * (K * V) + at_KV, mask=mask_KV, other=0.0)
-    chunks = tl.cdiv(length, C)  # the only loop along time: all else is parallel in T
+    chunks = tl.cdiv(length, C)  # the only loop over time: all else is parallel in T
     for step in range(0, chunks):
         if BACKWARD:
             chunk = chunks - 1 - step
@@ -127,10 +127,10 @@ def read(
     C: tl.constexpr, I: tl.constexpr, O: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
     PER_TOKEN: tl.constexpr, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a chunk read from its state and its other tokens: x, y [BT,H,I], z [BT,H,O] -> out [BT,H,O].
+    """Computes outputs from a chunk's state and its tokens: x, y [BT,H,I], z [BT,H,O] -> out [BT,H,O].
 
     One program per slot, head and tile of O. States are [slots,H,I,O], or [slots,H,O,I] if TRANSPOSED. Given `own`
-    [BT,H,O], `share` [tiles,BT,H] becomes each token's product of it with what came from the state.
+    [BT,H,O], writes to `share` [tiles,BT,H] each token's dot product of `own` with its output from the state.
     """
     tiles: tl.constexpr = tl.cdiv(O, BO)
     tile, mh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -172,7 +172,7 @@ def read(
     decay_CC = tl.exp(tl.where(seen_CC, tl.minimum(lag_CC, 0.0), float("-inf")))
     score_CC = (score_CC * (scale * decay_CC)).to(z.dtype.element_ty)
     from_state_CO = from_state_CO * w_C[:, None]
-    # each tile of O has a share of its own, summed by the reader: no atomics, the same bits every time
+    # every tile of O writes its own share and the caller sums them: no atomics, so the result is deterministic
     if own is not None:
         own_CO = tl.load(own + head * O + at_CO, mask=mask_CO, other=0.0)
         share_C = tl.sum(own_CO.to(tl.float32) * from_state_CO, 1)
@@ -183,35 +183,35 @@ def read(
 
 
 class Chunks(NamedTuple):
-    """What all launches of one call share: how tokens lie in slots, the decays, and the tile table's row."""
+    """Values shared by all launches of one call: layout of tokens in slots, decays, the tile table's row."""
 
     tiles: Tiles
     C: int
     log_decay: Tensor
     scale: float
-    rows: int  # N: rows, or packed sequences
-    T: int  # tokens of a row
+    rows: int  # N: rows or packed sequences
+    T: int  # tokens per row
     slots: int
     cu: Tensor | None
-    sequence: Tensor | None  # of each slot, for packed sequences
+    sequence: Tensor | None  # sequence of each slot, for packed sequences
 
 
 def chunks_of(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, scale: float, C: int) -> Chunks:
-    """How the tokens of q `[B,T,H,K]` lie in chunks of C; for packed sequences without a wait for the device."""
+    """Lays out the tokens of q `[B,T,H,K]` in chunks of C, without waiting for the device."""
     B, T = q.shape[:2]
     tiles, log_decay = tiles_for(q, C), log_decay.contiguous()
     if cu_seqlens is None:
         return Chunks(tiles, C, log_decay, scale, B, T, B * triton.cdiv(T, C), None, None)
     cu = cu_seqlens.to(device=q.device, dtype=torch.int64)
     N = len(cu) - 1
-    slots = T // C + N  # at most so many chunks, however the sequences are cut: the exact number is on the device
+    slots = T // C + N  # upper bound for any cut into sequences: the exact number is on the device
     first_N = cu[:-1] // C + torch.arange(N, device=q.device)
     sequence = torch.searchsorted(first_N, torch.arange(slots, device=q.device), right=True) - 1
     return Chunks(tiles, C, log_decay, scale, N, T, slots, cu, sequence)
 
 
 def run_scan(x: Tensor, y: Tensor, initial: Tensor, at: Chunks, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """States before the chunks [slots,H,K,V] in the dtype of x, those after the last in float32; or their gradients."""
+    """Returns states before the chunks [slots,H,K,V] in x's dtype and final ones in float32, or their gradients."""
     H, K, V = initial.shape[1:]
     tile = at.tiles.scan.within(K, V)
     before, final = x.new_empty(at.slots, H, K, V), torch.empty_like(initial)
@@ -234,7 +234,7 @@ def run_read(
     transposed: bool = False,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the kernel `read` makes of them, in the shape of z, and the shares [tiles,BT,H] if `own` is given."""
+    """Launches `read`; returns its output, shaped like z, and the shares [tiles,BT,H] if `own` is given."""
     B, T, H, I = x.shape
     O = z.shape[-1]
     tile = at.tiles.read.within(I, O)
@@ -252,7 +252,7 @@ def run_read(
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, scale: float, C: int
 ) -> tuple[Tensor, Tensor]:
-    """o `[B,T,H,V]` in the dtype of v and the states after the last tokens, float32 `[N,H,K,V]`."""
+    """Returns o `[B,T,H,V]` in the dtype of v, and the states after the last tokens, float32 `[N,H,K,V]`."""
     q, k, v, state = (x.contiguous() for x in (q, k, v, state))
     at = chunks_of(q, log_decay, cu_seqlens, scale, C)
     before, final = run_scan(k, v, state, at, backward=False)

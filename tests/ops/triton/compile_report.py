@@ -1,12 +1,11 @@
-"""Compiles every entry of the tile table for its GPUs, on a machine that has none, and reports what each one takes.
+"""Compiles every entry of the tile table for its GPUs, on a machine without a GPU, and reports what each one needs.
 
     python tests/ops/triton/compile_report.py                 # JSON: a list of the fields of Report
     python tests/ops/triton/compile_report.py --markdown      # the same as a table
 
-The operators are called as ever, with a driver in place that knows the GPU by name only, and launches that end when the
-kernel is compiled. Triton compiles to PTX; the ptxas it brings says how many registers that takes and how many bytes
-are spilled. This must run without TRITON_INTERPRET, so the tests make it a process of its own. It knows nothing of
-speed.
+The operators are called normally, with a driver that only knows the GPU's name, and launches that end when the kernel
+is compiled. Triton compiles to PTX; its ptxas reports the registers and the bytes spilled. This must run without
+TRITON_INTERPRET, so the tests run it in a separate process. It measures no speed.
 """
 
 import argparse
@@ -25,10 +24,10 @@ from typing import Any
 
 import torch
 
-# asked for in so many words, as Triton 3.10 will have another default; 3.9 warns
+# set explicitly, since Triton 3.10 changes the default and 3.9 warns about it
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-LIMITS = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}  # shared memory of a program, bytes
+LIMITS = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}  # shared memory per program, bytes
 TENSOR_CORES = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma"
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 RING = 16
@@ -49,13 +48,13 @@ class Report:
 
 
 class NamedGpu:
-    """As much of a driver as compiling takes."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, arch: int):
         self.arch = arch
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
+        return self.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -67,7 +66,7 @@ class NamedGpu:
 
 
 def calls(kind: str, arch: int) -> None:
-    """A training step on the largest state; one with all that costs more on a small one; short chunks; decoding."""
+    """Runs training steps on the largest state, and with all costly options on a small one; short chunks; decoding."""
     from retentive.ops import triton as room
     from retentive.ops.triton.tiles import TABLE
 
@@ -88,7 +87,7 @@ def calls(kind: str, arch: int) -> None:
     train(8, 256, 512, 16, backward=False)
     train(8, 256, 512, 32, learned=True, backward=False)
     if kind == "tf32":
-        return  # the step multiplies exactly in any case
+        return  # the decode step multiplies exactly anyway
     for K, V in ((64, 128), (256, 512)):
         q, v = (torch.zeros(1, 8, n, dtype=DTYPES[kind]) for n in (K, V))
         rings = [torch.zeros(1, 8, RING, n, dtype=q.dtype) for n in (K, V)]
@@ -98,7 +97,7 @@ def calls(kind: str, arch: int) -> None:
 
 
 def label(name: str, arguments: dict[str, Any]) -> tuple[str, str, str]:
-    """The state's sides, what the kernel is called for, and its tile."""
+    """Returns the state's sides, the kernel's purpose, and its tile."""
     words = {"BACKWARD": "backward", "TRANSPOSED": "transposed", "PER_TOKEN": "per token"}
     words = [word for name, word in words.items() if arguments.get(name)]
     if arguments.get("cu") is not None:
@@ -113,10 +112,10 @@ def label(name: str, arguments: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers, and bytes spilled."""
+    """Returns registers, and bytes spilled."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = get_ptxas(*[arch][: len(inspect.signature(get_ptxas).parameters)])  # until Triton 3.5 one for all GPUs
+    ptxas = get_ptxas(*[arch][: len(inspect.signature(get_ptxas).parameters)])  # up to Triton 3.5 one for all GPUs
     gpu = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -166,7 +165,7 @@ def everything() -> list[Report]:
 
 
 def key() -> str:
-    """What a report depends on: the kernels, what is asked here, and the version of Triton."""
+    """Describes what a report depends on: the kernels, the calls here, and the version of Triton."""
     import triton
 
     from retentive.ops import triton as room

@@ -1,4 +1,4 @@
-"""The kernels on what is here: compiled where there is a GPU, else in Triton's interpreter, on the CPU."""
+"""Runs the kernels on a GPU if there is one, else in Triton's interpreter on the CPU."""
 
 from importlib.util import find_spec
 

@@ -1,7 +1,7 @@
-"""The last 100 of 8.4 million packed tokens, whose offsets pass 2^31, give what they give alone. A script: see below.
+"""Script: the last 100 of 8.4 million packed tokens, whose offsets pass 2^31, must give the results they give alone.
 
-Memory that nobody touches costs nothing, so the tensors may have 2^31 elements and more; programs are run for the last
-sequence only. With 32-bit offsets they would write to where nothing is, which ends the process.
+Untouched memory is free, so the tensors may have 2^31 elements and more. Only programs of the last sequence run. With
+32-bit offsets they would write to unmapped memory, which ends the process.
 """
 
 import interpreted
@@ -15,16 +15,16 @@ from retentive.ops.triton import triton_retention, triton_retention_backward  # 
 
 K, V, C, LAST = 256, 16, 64, 100
 T = 2**31 // K + 1000
-NEW = 64  # programs of the last sequence are among the last that many, and in the upper half
+NEW = 64  # programs of the last sequence are among the last 64, in the upper half
 
 
 def last_ones(stop: int, *rest: int) -> range:
-    """range for the loops over a grid, which give one bound; others get what they ask for."""
+    """Replaces range for loops over a grid, which pass one bound; other calls are unchanged."""
     return range(stop, *rest) if rest else range(max(stop // 2, stop - NEW), stop)
 
 
 def placed(x: torch.Tensor) -> torch.Tensor:
-    """x `[1,LAST,…]` as the end of a row of T tokens, the rest of which is left as it is."""
+    """Returns x `[1,LAST,…]` at the end of a row of T tokens; the rest stays uninitialised."""
     row = torch.empty(1, T, *x.shape[2:], dtype=x.dtype)
     row[:, -LAST:] = x
     return row

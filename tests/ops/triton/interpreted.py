@@ -1,8 +1,8 @@
-"""Triton's interpreter, made to round as a GPU does: `enable()` before anything imports `retentive.ops.triton`.
+"""Makes Triton's interpreter round like a GPU: call `enable()` before anything imports `retentive.ops.triton`.
 
-The interpreter of Triton 3.9 keeps bfloat16 as the integers of its bits. It multiplies those, and cuts float32 off
-where a GPU rounds to the nearest. Two of its functions are replaced for what the kernels here do: products and casts.
-Races, layouts, shared memory and TF32 it does not know.
+The interpreter of Triton 3.9 stores bfloat16 as integers of its bits. It multiplies those integers, and truncates
+float32 where a GPU rounds to nearest. Two of its functions, products and casts, are replaced for these kernels. It does
+not model races, layouts, shared memory and TF32.
 """
 
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def enable() -> None:
-    """Imports the kernels interpreted. The environment stays as it is: other processes may want to compile."""
+    """Imports the kernels as interpreted ones. The environment is unchanged, since other processes may compile."""
     if "retentive.ops.triton" in sys.modules:
         raise RuntimeError("the kernels have been imported already, and would be compiled")
     before = os.environ.get("TRITON_INTERPRET")
@@ -31,7 +31,7 @@ def enable() -> None:
 
 
 def _interpret_the_language() -> None:
-    """`tl.sum` and its like are kernels too, to be compiled if something has imported Triton before (torch does)."""
+    """Replaces `tl.sum` and the like, which are kernels too, and compiled if Triton was imported before (by torch)."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -45,7 +45,7 @@ def _interpret_the_language() -> None:
 
 
 def _look_at_the_language_once() -> None:
-    """A function that a kernel calls finds the language replaced already, and need not look through all of it."""
+    """Patches the language once, so that functions called by a kernel do not search through it again."""
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):  # before Triton 3.9
@@ -62,12 +62,12 @@ def _look_at_the_language_once() -> None:
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """float32 of the bits of bfloat16: the upper half of them."""
+    """Returns float32 from the bits of bfloat16, which are its upper half."""
     return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
-    """Bits of the nearest bfloat16, of two the even one."""
+    """Returns the bits of the nearest bfloat16, ties to even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.reshape(x.shape))

@@ -1,4 +1,4 @@
-"""Every entry of the tile table compiles for its GPUs, and takes what it was chosen to take. No GPU is needed."""
+"""Every entry of the tile table compiles for its GPUs within its limits. Needs no GPU."""
 
 import os
 import subprocess
@@ -15,20 +15,18 @@ from tests.ops.triton import compile_report
 
 pytestmark = pytest.mark.slow
 
-KERNELS = (
-    24  # of an entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
-)
+KERNELS = 24  # per entry: two training steps of 6 and 7 on large states, one of 7 on a small one, 2 + 2 in short chunks
 STEPS = 2
 RESULTS = Path(__file__).parents[3] / "results/triton-compile_sm80-to-sm100_202611.md"
-# bytes: the tiles were chosen with Triton 3.9, where all fit; 3.5 leaves one register over in four kernels
+# bytes: tiles were chosen with Triton 3.9, where all fit; 3.5 spills one register in four kernels
 SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 4
 
 
 @pytest.fixture(scope="session")
 def reports(once, tmp_path_factory) -> list[dict]:
-    """What compile_report.py says, from a process that compiles and does not interpret.
+    """Output of compile_report.py, from a process that compiles instead of interpreting.
 
-    It takes minutes: the page of results is taken where it was made from these very kernels by this very Triton.
+    It takes minutes, so the committed result is used if it was made from these kernels by this version of Triton.
     """
     if RESULTS.is_file() and f"Sources and version: {compile_report.key()}\n" in RESULTS.read_text(encoding="utf-8"):
         return rows_of(RESULTS.read_text(encoding="utf-8"))
@@ -50,7 +48,7 @@ def rows_of(page: str) -> list[dict]:
     return [{name: int(x) if x.isdigit() else x for name, x in row.items()} for row in rows]
 
 
-@pytest.mark.timeout(1800)  # the first of them waits until everything is compiled
+@pytest.mark.timeout(1800)  # the first one waits until everything is compiled
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm{}-{}".format(*row))
 def test_the_tiles_fit(row, reports):
     arch, kind = row

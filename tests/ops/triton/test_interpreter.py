@@ -1,7 +1,7 @@
-"""The Triton kernels against `reference` in float64, by the gold rule, with every gradient.
+"""The Triton kernels against `reference` in float64, by the gold rule, with all gradients.
 
 Without a GPU they run in Triton's interpreter (interpreted.py), where float32 products are exact. Cases are few and
-small: a program takes it milliseconds.
+small, since a program takes milliseconds there.
 """
 
 import subprocess
@@ -26,16 +26,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 0.3
 decays = pytest.mark.parametrize("decay", ["per-head", "per-token"])
 
-# In 16 bits the kernels round less often than plain torch, and need no allowance to speak of. In float32 the order of a
-# sum is all that differs, and a per-token gradient of the decay is a running sum, which scatters more. For sequences of
-# one token that gradient is but <S, dS>, of states which the kernels round and plain torch keeps in float32.
+# In 16 bits the kernels round less often than plain torch, and need hardly any allowance. In float32 only the order of
+# sums differs, and a per-token gradient of the decay is a running sum, which scatters more. For sequences of one token
+# that gradient is only <S, dS>, of states that the kernels round and plain torch keeps in float32.
 TOL = {"16-bit": 0.05, "fp32": 1.0}
 DECAY_TOL = {"16-bit": 0.1, "fp32": 2.0}
 ONE_TOKEN_DECAY_TOL = 3.0
 
 
 def inputs(B, T, H, K, V, *, decay="per-head", rows=None, dtype=torch.float32) -> list[torch.Tensor]:
-    """q, k, v, log_decay, state, with gradients but for a log_decay per head; the last two in float32."""
+    """Returns q, k, v, log_decay, state, with gradients except for a per-head log_decay; the last two in float32."""
     q, k, v = (torch.randn(B, T, H, n).to(dtype) for n in (K, K, V))
     log_decay = -torch.rand(*((B, T, H) if decay == "per-token" else (H,)))
     state = torch.randn(rows or B, H, K, V)
@@ -45,14 +45,14 @@ def inputs(B, T, H, K, V, *, decay="per-head", rows=None, dtype=torch.float32) -
 
 
 def run(q, k, v, log_decay, state, *, C, cu=None):
-    """The operator on DEVICE, whatever layout the tensors have; results on the CPU."""
+    """Runs the operator on DEVICE for tensors of any layout; returns results on the CPU."""
     *tensors, cu = (x if x is None else x.to(DEVICE) for x in (q, k, v, log_decay, state, cu))
     o, state = room.triton_retention(*tensors, cu, SCALE, C)
     return o.cpu(), state.cpu()
 
 
 def alone(function, lengths=None):
-    """A form of retention as a function of the five tensors, one packed sequence after the other."""
+    """Returns a form of retention as a function of the five tensors, one packed sequence after the other."""
 
     def packed(q, k, v, log_decay, state):
         if lengths is None:
@@ -67,7 +67,7 @@ def alone(function, lengths=None):
 
 
 def with_gradients(function, tensors, weights) -> list[torch.Tensor]:
-    """o, state, and the gradients of <weights, (o, state)> for all inputs that ask for one."""
+    """Returns o, state, and the gradients of <weights, (o, state)> for all inputs that require one."""
     out = function(*tensors)
     loss = sum((w * x.to(w.dtype)).sum() for w, x in zip(weights, out, strict=True))
     return [*out, *torch.autograd.grad(loss, [x for x in tensors if x.requires_grad])]
@@ -84,7 +84,7 @@ def gold_of(tensors, weights, lengths=None) -> list[torch.Tensor]:
 
 @pytest.fixture
 def check(gold_rule, plain_retention):
-    """`check(tensors, C, lengths)`: all that comes out and all gradients, by the gold rule."""
+    """`check(tensors, C, lengths)` applies the gold rule to all outputs and gradients."""
 
     def checked(tensors, C, lengths=None):
         cu = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
@@ -105,7 +105,7 @@ def check(gold_rule, plain_retention):
     return checked
 
 
-# the length of one token, one short of a chunk, one more, several chunks and a rest; sides below, at and between tiles
+# lengths: one token, one short of a chunk, one more, several chunks and a rest; sides below, at and between tiles
 SHAPES = {
     "one-token": ((2, 1, 16, 16, 16), 16),
     "T63": ((1, 63, 2, 24, 40), 64),
@@ -128,7 +128,7 @@ def test_is_as_close_to_the_truth_as_plain_torch(shape, decay, dtype, check):
     check(inputs(*shape, decay=decay, dtype=DTYPES[dtype]), C)
 
 
-# alone, of one token, around a chunk of 16, several chunks and a rest
+# alone: one token, around a chunk of 16, several chunks and a rest
 LENGTHS = {"ragged": [1, 15, 16, 17, 1, 40, 1], "one-sequence": [37], "ones": [1, 1, 1]}
 
 
@@ -155,13 +155,13 @@ def test_reads_no_uninitialised_memory(packed, decay, same, poisoned):
     poisoned.clear()
     cu = torch.tensor([0, 1, 21, 54]) if packed else None
     got = with_gradients(lambda *x: run(*x, C=16, cu=cu), tensors, weights)
-    assert poisoned["empty_like"] >= 7 and poisoned["new_empty"] >= 3  # results; states before, again, after the chunks
+    assert poisoned["empty_like"] >= 7 and poisoned["new_empty"] >= 3  # results; states before, twice, and after chunks
     same(got, want, 3e-6)
 
 
 @decays
 def test_nan_after_the_last_token_stays_there(decay, same):
-    """The last chunk is ragged: behind it lies the memory of others."""
+    """The last chunk is ragged: after it lies memory of others."""
     clean = [x.detach() for x in inputs(1, 37, 2, 24, 40, decay=decay)]
 
     def buried(x):
@@ -171,7 +171,7 @@ def test_nan_after_the_last_token_stays_there(decay, same):
     do, dstate = torch.randn_like(clean[2]), torch.randn_like(clean[4])
     results = []
     for tensors, do_part in ((clean, do), (dirty, buried(do))):
-        assert all(x.is_contiguous() for x in (*tensors, do_part))  # so nobody copies them
+        assert all(x.is_contiguous() for x in (*tensors, do_part))  # so that they are not copied
         out = run(*tensors, C=16)
         arguments = (x.to(DEVICE) for x in (do_part, dstate, *tensors))
         results.append([*out, *(x.cpu() for x in room.triton_retention_backward(*arguments, None, SCALE, 16))])
@@ -181,7 +181,7 @@ def test_nan_after_the_last_token_stays_there(decay, same):
 
 @decays
 def test_a_decay_to_nothing(decay, same):
-    """log_decay -inf, gamma 0: all before the token is forgotten."""
+    """log_decay -inf, gamma 0: everything before the token is forgotten."""
     tensors = inputs(1, 37, 2, 16, 24, decay=decay)
     with torch.no_grad():
         tensors[3][..., -1:] = -torch.inf
@@ -198,14 +198,14 @@ def test_a_decay_to_nothing(decay, same):
 
 
 def test_the_state_is_carried_in_float32():
-    """A state that counts tokens: in bf16 it would stop at 256, where 256 + 1 is 256."""
+    """A state that counts tokens: in bf16 it would stop at 256, since 256 + 1 is 256."""
     one = torch.ones(1, 600, 1, 16, dtype=torch.bfloat16)
     _, state = run(one, one, one, torch.zeros(1), torch.full((1, 1, 16, 16), 1 + 2.0**-10), C=64)
     assert (state == 601 + 2.0**-10).all()
 
 
 def strided(q, k, v, log_decay, state) -> list[torch.Tensor]:
-    """Laid out in memory as [B,H,T,K], with gaps, with a stride of 0, reversed and transposed."""
+    """Returns tensors laid out as [B,H,T,K], with gaps, with a stride of 0, reversed and transposed."""
     learned = log_decay.requires_grad
     q = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
     k = torch.stack((k.detach(), k.detach()), -1)[..., 1]
@@ -219,7 +219,7 @@ def strided(q, k, v, log_decay, state) -> list[torch.Tensor]:
 @decays
 def test_memory_layout_does_not_matter(decay, same):
     tensors = strided(*inputs(2, 20, 3, 16, 24, decay=decay))
-    weights = torch.ones(()), torch.ones(())  # the gradient of a sum is expanded too: all its strides are 0
+    weights = torch.ones(()), torch.ones(())  # the gradient of a sum is expanded too, with strides of 0
     got = with_gradients(lambda *x: run(*x, C=16), tensors, weights)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
     want = with_gradients(alone(reference.recurrent), exact, [w.double() for w in weights])
@@ -229,13 +229,13 @@ def test_memory_layout_does_not_matter(decay, same):
 OPCHECK = {"rows": (2, 20, None), "packed": (1, 20, [0, 1, 17, 20])}
 
 
-# opcheck reads .grad of tensors that are no leaves, of which torch 2.15 warns
+# opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("case", OPCHECK)
 @decays
 def test_opcheck(case, decay, layout):
-    """Schema, autograd registration, and the fake implementation: what compile and export take for true."""
+    """Checks schema, autograd registration and the fake implementation, which compile and export rely on."""
     B, T, cu = OPCHECK[case]
     cu = None if cu is None else torch.tensor(cu).to(DEVICE)
     tensors = inputs(B, T, 2, 16, 24, decay=decay, rows=B if cu is None else 3)
@@ -265,7 +265,7 @@ def test_the_same_call_has_the_same_bits(same):
 
 
 def test_the_gold_rule_sees_a_lost_state(check, monkeypatch):
-    """States before the chunks set to zero: the check above can fail."""
+    """Zeroes the states before the chunks, so the check above can fail."""
     run_scan = forward.run_scan
     monkeypatch.setattr(forward, "run_scan", lambda *x, **how: [part.zero_() for part in run_scan(*x, **how)])
     with pytest.raises(AssertionError, match="o is off"):
@@ -275,7 +275,7 @@ def test_the_gold_rule_sees_a_lost_state(check, monkeypatch):
 def test_offsets_are_64_bit():
     """Tokens times heads times K beyond 2^31: the last sequence of a row of 8.4 million tokens, in untouched memory.
 
-    A process of its own, as a wrong address ends it. It runs the programs of that sequence only.
+    Runs in a separate process, which a wrong address would end, and only the programs of that sequence.
     """
     script = Path(__file__).with_name("far_away.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
@@ -313,7 +313,7 @@ def test_takes_what_the_table_has():
 
 
 def test_the_choice_can_be_traced(monkeypatch):
-    """`retention` may be compiled as one graph, and what a backend is asked is a part of it."""
+    """`retention` may be compiled as one graph, which includes the question whether a backend can run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
 
     def asked(q, v):
@@ -330,7 +330,7 @@ def test_every_gpu_has_a_row():
     assert set(tiles.TABLE) == {(arch, kind) for arch in tiles.FAMILIES for kind in ("half", "tf32", "ieee")}
 
 
-@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # of torch 2.9, of its older switch
+@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9, about its older switch
 def test_float32_is_exact_unless_torch_says_otherwise():
     assert tiles.precision() == "ieee"
     matmul = torch.backends.cuda.matmul
@@ -347,7 +347,7 @@ def test_float32_is_exact_unless_torch_says_otherwise():
 
 
 def fresh(B, H, K, V, R, dtype, written) -> dict[str, torch.Tensor]:
-    """A state and an empty ring, NaN in every slot, rows at the given counts."""
+    """Returns a state and an empty ring, with NaN in every slot, and rows at the given counts."""
     counts = torch.tensor(written)
     return {
         "state": torch.randn(B, H, K, V),
@@ -373,11 +373,11 @@ STEPS = {
 @pytest.mark.parametrize("case", STEPS)
 @decays
 def test_steps_are_the_recurrence(case, decay, same):
-    """3R tokens; rows begin at different counts, so that they fold at different times and slots wrap around."""
+    """3R tokens. Rows begin at different counts, so that they fold at different times and slots wrap around."""
     B, H, K, V, R, dtype = STEPS[case]
     place = {name: x.to(DEVICE) for name, x in fresh(B, H, K, V, R, DTYPES[dtype], [5, 0, 2 * R + 1][:B]).items()}
     want_state = place["state"].cpu().double()
-    # rows join one after the other: what they hold differs, and a row that has not joined is at its own count
+    # rows join one by one: they hold different numbers of tokens, and a row that has not joined keeps its count
     tol = 3e-6 if dtype == "fp32" else {"bf16": 2**-8, "fp16": 2**-11}[dtype]
     for t in range(3 * R):
         q, k, v = (torch.randn(B, H, n).to(DTYPES[dtype]) for n in (K, K, V))
@@ -393,7 +393,7 @@ def test_steps_are_the_recurrence(case, decay, same):
         same(o.double(), want, tol, f"o of token {t}")
         folds = place["folded"] != was_folded
         assert torch.equal(place["folded"] - was_folded, folds * (R // 2))
-        assert torch.equal(place["state"][~folds], before[~folds])  # not written to where nothing is folded
+        assert torch.equal(place["state"][~folds], before[~folds])  # unchanged where nothing is folded
         held = place["written"] - place["folded"]
         assert (held >= 0).all() and (held < R).all()
     assert place["written"].tolist() == [n + 3 * R for n in [5, 0, 2 * R + 1][:B]]
@@ -401,7 +401,7 @@ def test_steps_are_the_recurrence(case, decay, same):
 
 
 def unfold(place) -> torch.Tensor:
-    """The state as the recurrence has it: the held tokens folded in, one by one."""
+    """Returns the recurrence's state: the held tokens are folded in one by one."""
     state = place["state"].cpu().double()
     R = place["ring_k"].shape[2]
     for b in range(len(state)):
@@ -412,14 +412,14 @@ def unfold(place) -> torch.Tensor:
 
 
 def test_rows_fold_at_their_own_time(same):
-    """Rows that hold different numbers of tokens, as after one has been reset: each folds when its own ring is full."""
+    """Rows that hold different numbers of tokens, as after a reset, fold when their own ring is full."""
     B, H, K, V, R = 3, 2, 16, 16, 4
     place = fresh(B, H, K, V, R, torch.float32, [0, 0, 0])
     want_state = place["state"].double()
     place = {name: x.to(DEVICE) for name, x in place.items()}
     held = []
     for t in range(3 * R):
-        if t in (2, 5):  # row 1 goes back to an empty ring, its tokens folded by hand
+        if t in (2, 5):  # row 1 returns to an empty ring, its tokens folded by hand
             state = unfold(place)
             place["state"][1] = state[1].to(DEVICE)
             place["folded"][1] = place["written"][1]

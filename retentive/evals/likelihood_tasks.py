@@ -1,12 +1,12 @@
-"""Scoring tasks: from a model and files of questions to metrics with confidence intervals, and a record a question.
+"""Likelihood tasks: questions scored by log-likelihood, to metrics with confidence intervals and a record per question.
 
     acc          the likeliest choice is the right one (kind word: greedy decoding gives the word)
-    acc_norm     the likeliest choice per character,  acc_bytes  per byte of UTF-8
+    acc_norm     the likeliest choice per character,  acc_bytes  per UTF-8 byte
     perplexity   exp of minus the mean log-likelihood of the words
     bits_per_byte, byte_perplexity, word_perplexity      of texts: all bits over all bytes or words
 
-Texts are read twice: uncut, with the state handed on from the first token to the last, and in windows of `window`
-tokens that see one token of the window before; the last one is filled up with earlier tokens, as lm-eval does.
+Texts are read twice: whole, with the state passed on from the first token to the last, and in windows of `window`
+tokens that see one token of the window before. The last window is filled up with earlier tokens, as in lm-eval.
 """
 
 import math
@@ -25,10 +25,10 @@ from retentive.evals.tasks import TASKS, Task
 from retentive.models import LanguageModel
 
 WINDOW = 2048
-"""Tokens of a window, if nothing else is said."""
+"""Default tokens per window."""
 
 
-def score_tasks(
+def score_likelihood_tasks(
     model: LanguageModel,
     tokenizer: Tokenizer,
     names: list[str],
@@ -40,20 +40,20 @@ def score_tasks(
     window: int = WINDOW,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row for each task and metric, a record for each question).
+    """Scores likelihood tasks; returns (a row for each task and metric, a record for each question).
 
     Args:
         names: names in TASKS.
-        folder: where their files are.
+        folder: folder of their files.
         shots: answered examples before each question.
-        limit: questions of each task, from the beginning of its file.
-        max_length: tokens that a question may take; any number if not given.
-        window: tokens of a window, where texts are read in windows.
+        limit: questions of each task, from the start of its file.
+        max_length: maximum tokens of a question; unlimited by default.
+        window: tokens per window, for texts read in windows.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
-        FileNotFoundError: a task without a file.
-        ValueError: an unknown task, a line that cannot be used, a question that is too long; before any is asked.
+        FileNotFoundError: a task has no file.
+        ValueError: an unknown task, an unusable line, or a question that is too long. Raised before any is scored.
         ArithmeticError: the model's logits are not finite.
     """
     for what, value, least in (("shots", shots, 0), ("limit", limit, 1), ("max_length", max_length, 2)):
@@ -63,7 +63,7 @@ def score_tasks(
         raise ValueError(f"window must be at least 2, got {window}")
     files = {name: find(name, folder) for name in known(names)}
     asked = {name: parse(TASKS[name], file, limit=limit, shots=shots) for name, file in files.items()}
-    # all files are parsed and encoded before the first question is asked: errors come at once, not after an hour
+    # parse and encode all files before scoring, so that errors come at once and not after an hour
     groups = {
         name: list(_requests(TASKS[name], items, tokenizer, files[name], window, max_length))
         for name, items in asked.items()
@@ -79,12 +79,12 @@ def score_tasks(
 
 
 def windows(ids: Sequence[int], first: int, length: int) -> list[Request]:
-    """Requests that together predict every id once, each from at most `length` tokens; `first` precedes them all."""
+    """Returns requests that together predict every id once, each within `length` tokens; `first` precedes all."""
     ids = [first, *ids]
     ends = [*range(length, len(ids) - 1, length), len(ids) - 1]
     cuts = []
     for before, end in pairwise([0, *ends]):
-        # the last window is short: it begins earlier, so that it has `length` tokens too
+        # the last window would be short, so it starts earlier to have `length` tokens too
         context = ids[max(0, end - length) : before + 1]
         cuts.append(Request(context, ids[before + 1 : end + 1]))
     return cuts
@@ -93,7 +93,7 @@ def windows(ids: Sequence[int], first: int, length: int) -> list[Request]:
 def _requests(
     task: Task, items: list[Item], tokenizer: Tokenizer, file: Path, window: int, max_length: int | None
 ) -> Iterator[list[Request]]:
-    """A group of requests for each question; for each text one of the whole text, then one for each window."""
+    """Yields a group of requests per question; for each text one of the whole text, then one per window."""
     for line, content in items:
         if task.kind == "text":
             ids = tokenizer.encode(content)
@@ -113,13 +113,13 @@ def _requests(
 
 
 def _records(task: Task, items: list[Item], found: Iterator[list[Score]], window: int) -> Iterator[dict[str, Any]]:
-    """A record for each question or text; `found` has the scores in the order of `_requests`."""
+    """Yields a record for each question or text; `found` has the scores in the order of `_requests`."""
     for line, content in items:
         scores = next(found)
         if task.kind == "text":
             (uncut,) = scores
             cuts = [next(found)[0].logprob for _ in range(0, uncut.tokens, window)]
-            # words as lm-eval counts them: white space at an end counts as one more
+            # words as lm-eval counts them: white space at either end counts as one more
             sizes = {"bytes": len(content.encode()), "words": len(re.split(r"\s+", content))}
             sums = {"logprob": uncut.logprob, "windowed_logprob": sum(cuts)}
             yield {"line": line, **sums, "tokens": uncut.tokens, **sizes}
@@ -129,7 +129,7 @@ def _records(task: Task, items: list[Item], found: Iterator[list[Score]], window
         if task.kind == "word":
             yield {**record, "acc": scores[0].greedy}
             continue
-        lengths = {  # what each metric divides log-likelihoods by
+        lengths = {  # divisors of the log-likelihoods, by metric
             "acc": [1] * len(logprobs),
             "acc_norm": [len(c) for c in content.choices],
             "acc_bytes": [len(c.encode()) for c in content.choices],
@@ -141,7 +141,7 @@ def _records(task: Task, items: list[Item], found: Iterator[list[Score]], window
 
 
 def summary(task: Task, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each metric: its name, value and 95 % interval (None where there is too little to say)."""
+    """Returns a row for each metric: its name, value and 95 % interval (None if there are too few questions)."""
     rows = []
     for metric in task.metrics:
         if task.kind == "text":
@@ -158,7 +158,7 @@ def summary(task: Task, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _of_texts(metric: str, records: list[dict[str, Any]], field: str) -> dict[str, Any]:
-    """Value and interval of a metric over texts, from the sums in `field`: all nats over all bytes or words."""
+    """Returns value and interval of a metric over texts, from the sums in `field`: all nats over all bytes or words."""
     losses = [-record[field] for record in records]
     units = [record["words" if metric == "word_perplexity" else "bytes"] for record in records]
     finish = (lambda x: x / math.log(2)) if metric == "bits_per_byte" else math.exp

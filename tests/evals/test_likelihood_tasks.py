@@ -1,4 +1,4 @@
-"""Whole evaluations of models whose answers are known: right, wrong, at chance; and the numbers by hand."""
+"""Evaluations of models with known answers, right, wrong and at chance; numbers by hand."""
 
 import json
 import math
@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from retentive.evals.answers import score_tasks
+from retentive.evals.likelihood_tasks import score_likelihood_tasks
 from retentive.evals.run import table
 from retentive.models import LanguageModel, build, retnet, twin
 
 
 @pytest.fixture
 def write(tmp_path):
-    """`write(name, rows)`: a task's file in the folder that it returns."""
+    """`write(name, rows)` writes a task's file and returns its folder."""
 
     def put(name, rows):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -32,21 +32,21 @@ def piqa(good: str, bad: str, label: int) -> dict:
 
 
 def test_a_model_that_knows_the_letters_is_right_and_its_contrary_wrong(bigram, tokenizer, write):
-    """x follows x; the right choices are made of it, the wrong ones of y."""
+    """x follows x; the right choices consist of x, the wrong ones of y."""
     table = torch.zeros(257, 257)
     table[:, ord("x")] = 5.0
     folder = write("piqa", [piqa("xxx", "yyy", n % 2) for n in range(10)])
     for sign, expected in ((1, 1.0), (-1, 0.0)):
-        rows, records = score_tasks(bigram(sign * table), tokenizer, ["piqa"], folder)
+        rows, records = score_likelihood_tasks(bigram(sign * table), tokenizer, ["piqa"], folder)
         assert values(rows) == {"acc": expected, "acc_norm": expected, "acc_bytes": expected}
         assert [r["line"] for r in records] == list(range(1, 11)) and all(r["acc"] == expected for r in records)
 
 
 def test_a_model_that_knows_nothing_answers_by_length(bigram, tokenizer, write):
-    """Each token is 1 in 257: the shortest choice is the likeliest, and by character or byte the one that gains most by
-    the space before it, again the shortest; by byte é counts twice."""
+    """Each token has probability 1/257, so the shortest choice is the likeliest. Per character or byte it is the choice
+    that gains most from the space before it, again the shortest; per byte é counts twice."""
     rows = [piqa("bb", "cccc", 0), piqa("bbbb", "cc", 0), piqa("bbbb", "éé", 1), piqa("bbb", "éé", 0)]
-    found, records = score_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], write("piqa", rows))
+    found, records = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], write("piqa", rows))
     nat = math.log(257)
     assert records[0]["logprobs"] == pytest.approx([-3 * nat, -5 * nat])
     assert [r["acc"] for r in records] == [True, False, False, True]  # tokens 3 5, 5 3, 5 5 (a tie), 4 5
@@ -57,12 +57,12 @@ def test_a_model_that_knows_nothing_answers_by_length(bigram, tokenizer, write):
 
 
 def test_random_weights_are_at_chance(tokenizer, write):
-    """300 questions whose choices are drawn alike: four standard errors around 1/2."""
+    """300 questions with choices drawn alike: within four standard errors of 1/2."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(600)]
     rows = [piqa(a, b, n % 2) for n, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))]
     model = build(retnet(vocab_size=257, dim=32, layers=1, heads=2))
-    (acc, *_), _ = score_tasks(model, tokenizer, ["piqa"], write("piqa", rows))
+    (acc, *_), _ = score_likelihood_tasks(model, tokenizer, ["piqa"], write("piqa", rows))
     assert abs(acc["value"] - 0.5) < 4 * 0.5 / math.sqrt(300)
     low, high = acc["interval"]
     assert low < acc["value"] < high
@@ -70,7 +70,7 @@ def test_random_weights_are_at_chance(tokenizer, write):
 
 @pytest.mark.parametrize("kind", ["RetNet", "Transformer"])
 def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
-    """The answer hangs on the subject at the beginning of the question, so it must come through the cloned state."""
+    """The answer depends on the subject at the start of the question, so it must pass through the copied state."""
     names = ["Ann", "Bob", "Cyd", "Dan"]
     rows = [{"goal": f"{name} likes", "sol1": "red", "sol2": "tea", "label": n % 2} for n, name in enumerate(names)]
     texts = [f"Question: {r['goal']}\nAnswer: {r['sol2'] if r['label'] else r['sol1']}" for r in rows]
@@ -86,15 +86,15 @@ def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
         optimizer.step()
     lambada = [{"text": text} for text in texts]
     write("piqa", rows)
-    found, _ = score_tasks(model, tokenizer, ["piqa", "lambada_openai"], write("lambada_openai", lambada))
+    found, _ = score_likelihood_tasks(model, tokenizer, ["piqa", "lambada_openai"], write("lambada_openai", lambada))
     assert [row["value"] for row in found[:4]] == [1.0] * 4  # the fourth: LAMBADA's accuracy
     assert 1 <= found[4]["value"] < 1.1  # its perplexity
 
 
 def test_perplexities_by_hand(bigram, tokenizer, write):
-    """Each token 1 in 257: 8.0056 bits a byte, 257 the byte, and each word its bytes and spaces."""
+    """Each token has probability 1/257: 8.0056 bits per byte, 257 per byte, and per word its bytes and spaces."""
     folder = write("perplexity", [{"text": "ab cd ef"}, {"text": "a" * 30}])
-    found, records = score_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["perplexity"], folder, window=7)
+    found, records = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["perplexity"], folder, window=7)
     nats = 38 * math.log(257)
     assert sum(-r["logprob"] for r in records) == pytest.approx(nats)
     got = values(found)
@@ -105,10 +105,12 @@ def test_perplexities_by_hand(bigram, tokenizer, write):
 
 
 def test_uncut_knows_what_windows_do_not(tokenizer, write):
-    """A text that repeats itself, read by a model that looks far back, and the uncut sum by the model's own call."""
+    """A text that repeats itself, read by a model that looks far back; the model's own call gives the uncut sum."""
     text = "the cat sat on the mat. " * 4
     model = LanguageModel(retnet(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
-    _, (record,) = score_tasks(model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), window=16)
+    _, (record,) = score_likelihood_tasks(
+        model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), window=16
+    )
     ids = torch.tensor([[256, *tokenizer.encode(text)]])
     with torch.no_grad():
         logp = model(ids[:, :-1])[0].log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
@@ -131,7 +133,7 @@ def test_refused_before_anything_is_asked(case, bigram, tokenizer, write, refuse
     told = []
     with refuses(words):
         folder = write("piqa", [piqa("xxx", "yyy", 0)])
-        score_tasks(
+        score_likelihood_tasks(
             bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, progress=lambda *a: told.append(a), **how
         )
     assert told == []
@@ -139,6 +141,6 @@ def test_refused_before_anything_is_asked(case, bigram, tokenizer, write, refuse
 
 def test_the_table(bigram, tokenizer, write):
     folder = write("piqa", [piqa("xxx", "yyy", 0)] * 3)
-    rows, _ = score_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, shots=0, limit=2)
+    rows, _ = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["piqa"], folder, shots=0, limit=2)
     lines = table(rows).splitlines()
     assert lines[2] == "| piqa | 0 | 2 | acc | 1 | 0.3424 to 1 |" and len(lines) == 5

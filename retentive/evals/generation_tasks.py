@@ -1,16 +1,16 @@
-"""Answers that a model writes, or names that it chooses, beside those that people gave.
+"""Generation tasks: answers that the model writes, or names that it chooses, compared with reference answers.
 
-    translation     bleu, chrf                by sacrebleu, whose signature goes with the result
+    translation     bleu, chrf                by sacrebleu, with its signature
     summarisation   rouge1, rouge2, rougeL    by rouge-score; lead_…: those of the question's first three sentences
-    answers         exact                     the same but for case, white space and a full stop
-    transcription   wer                       words that are wrong, missing or too many, over those of the references
-    dialogue        distinct1, distinct2      different words, and pairs of them, among all that were written
-    all of these    ended                     the share of answers that the model ended itself
+    answers         exact                     equal except for case, white space and a final full stop
+    transcription   wer                       word error rate by jiwer: wrong, missing, extra words over the references'
+    dialogue        distinct1, distinct2      different words, and pairs of words, among all that were written
+    all of these    ended                     share of answers that the model ended itself
     naming          first, first10, …         one of many names: evals/naming.py
-    all of them     loss                      nats a token of the references, each token after those before it
+    all tasks       loss                      nats per token of the references, each token given those before it
 
-The file of a task has a conversation a line, as `retentive sft` reads them (data/chats.py): TASK.jsonl, or NAME.jsonl
-for TASK:NAME. All but its last answer is read, by the model's own chat template; that answer is the reference.
+A task's file has one conversation per line, in the format of `retentive sft` (data/chats.py): TASK.jsonl, or NAME.jsonl
+for TASK:NAME. The model's own chat template renders all but the last answer, which is the reference.
 """
 
 import re
@@ -32,32 +32,32 @@ from retentive.infer.media import read, rows_of
 from retentive.models import LanguageModel
 
 LEAD = 3
-"""Sentences of the question that stand for the least that a summary must beat."""
+"""Number of first sentences of a question that form the baseline of a summary."""
 DRAWS = 1000
-"""Of the bootstrap over answers."""
+"""Draws of the bootstrap over answers."""
 
 
 class Answered(NamedTuple):
-    """A question, its answers by people and by the model."""
+    """A question, its reference answer and the model's answer."""
 
     name: str
     question: str
     reference: str
     answer: str
     ended: bool
-    """The model ended it, and not the bound on its tokens."""
+    """True if the model ended it, False if it reached the maximum number of tokens."""
 
 
 Metrics = Callable[[Sequence[Answered]], list[dict[str, Any]]]
-"""Rows: metric, value, interval, and what else belongs to it."""
+"""Computes rows: metric, value, interval, and further fields."""
 
 
 def kind_of(name: str) -> str:
-    """The task of TASK or TASK:NAME."""
+    """Returns the task of TASK or TASK:NAME."""
     return name.partition(":")[0]
 
 
-def score_replies(
+def score_generation_tasks(
     model: LanguageModel,
     template: ChatTemplate,
     names: list[str],
@@ -70,29 +70,29 @@ def score_replies(
     temperature: float = 0.0,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row for each task and metric, a record for each question).
+    """Scores generation tasks; returns (a row for each task and metric, a record for each question).
 
     Args:
-        names: TASK or TASK:NAME, TASK one of KINDS.
-        folder: where their files are.
-        limit: questions of each task, from the beginning of its file.
-        max_length: tokens of a question; the beginning of a longer one is cut off. Any number if not given.
-        max_tokens: of an answer.
+        names: TASK or TASK:NAME, with TASK in KINDS.
+        folder: folder of their files.
+        limit: questions of each task, from the start of its file.
+        max_length: maximum tokens of a question; the start of a longer one is cut off. Unlimited by default.
+        max_tokens: maximum tokens of an answer.
         beams: hypotheses of beam search; 1 for none.
-        temperature: 0 takes the likeliest token; else each answer is drawn with a seed of its own.
+        temperature: 0 picks the likeliest token; otherwise each answer is sampled with a seed of its own.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
-        FileNotFoundError: a task without a file.
-        ValueError: a line that is no conversation, numbers that are too small.
-        ImportError: no sacrebleu or rouge-score (extra `eval`).
+        FileNotFoundError: a task has no file.
+        ValueError: a line is no conversation, or a number is too small.
+        ImportError: sacrebleu, rouge-score or jiwer is missing (extra `eval`).
     """
     for what, value in (
         ("limit", limit), ("max_length", max_length), ("max_tokens", max_tokens), ("beams", beams)
     ):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
-    for name in names:  # before hours of answers
+    for name in names:  # checked before hours of generation
         if (scorer := SCORERS.get(kind_of(name))) and not find_spec(scorer):
             raise ImportError(f"{kind_of(name)} is scored by {scorer}: pip install 'retentive[eval]'")
     rows, records = [], []
@@ -100,9 +100,9 @@ def score_replies(
     for name in names:
         kind, named, of = name.partition(":")
         if named and not of:
-            raise ValueError(f"--tasks {name} names no file: {kind}:NAME takes NAME.jsonl, {kind} alone {kind}.jsonl")
+            raise ValueError(f"task {name} names no file: {kind}:NAME takes NAME.jsonl, {kind} alone {kind}.jsonl")
         if folder.is_file():
-            raise NotADirectoryError(f"--data {folder} is a file: give the folder that holds it")
+            raise NotADirectoryError(f"data {folder} is a file: give the folder that holds it")
         file = folder / f"{of or name}.jsonl"
         if not file.is_file():
             raise FileNotFoundError(f"task {name} needs {file}: no such file")
@@ -112,11 +112,11 @@ def score_replies(
         done = partial(progress, name, len(conversations))
         if (metrics := KINDS[kind_of(name)]) is None:
             if max_length is not None:
-                raise ValueError(f"{name} reads questions whole: leave out --max-length")
+                raise ValueError(f"{name} reads questions whole: leave out max_length")
             new, new_records = naming(model, template, conversations, folder, done=done)
         else:
             how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
-            found = replies(model, template, conversations, max_length=max_length, **how, done=done)
+            found = generate_answers(model, template, conversations, max_length=max_length, **how, done=done)
             new = [*metrics(found), share("ended", [each.ended for each in found])]
             new_records = [each._asdict() for each in found]
         new += loss(model, template, conversations, max_length=max_length)
@@ -125,7 +125,7 @@ def score_replies(
     return rows, records
 
 
-def replies(
+def generate_answers(
     model: LanguageModel,
     template: ChatTemplate,
     conversations: Sequence[Conversation],
@@ -136,13 +136,13 @@ def replies(
     temperature: float = 0.0,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[Answered]:
-    """The model's answers to the last questions of conversations, in order; arguments as of `score_replies`.
+    """Generates answers to the last questions of conversations, in order; arguments as for `score_generation_tasks`.
 
-    A long text that questions in a row are about is read once.
+    A long text that consecutive questions share is read once.
     """
     rows = [rows_of(each.messages) for each in conversations]
     if max_length is not None and any(rows):
-        raise ValueError("pictures and sound are read whole: leave out --max-length")
+        raise ValueError("pictures and sound are read whole: leave out max_length")
     prompts = [template.first(each.messages[:-1])[-(max_length or 0) :] for each in conversations]
     tokens = generate_batch(
         model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), temperature=temperature,
@@ -153,7 +153,7 @@ def replies(
 
 def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_tokens: int) -> Answered:
     text, ended = template.tokenizer.decode(ids), len(ids) < max_tokens
-    for stop in template.stop:  # where an answer ends with a text, and no token
+    for stop in template.stop:  # templates that end an answer with text instead of a token
         if stop in text:
             text, ended = text.partition(stop)[0], True
     question, reference = (
@@ -163,7 +163,7 @@ def _answered(template: ChatTemplate, asked: Conversation, ids: list[int], max_t
 
 
 def _opener(model: LanguageModel) -> Open:
-    """What opens the pictures and sounds that the model sees and hears, and refuses others."""
+    """Returns a function that opens the kinds of media that the model accepts, and refuses others."""
     from retentive.multimodal.prepare import Opener  # an extra
 
     return Opener.of(model)
@@ -173,7 +173,7 @@ def _opener(model: LanguageModel) -> Open:
 
 
 def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
-    """BLEU and chrF of all answers together; their intervals are the bootstrap's of sacrebleu."""
+    """Computes BLEU and chrF of all answers together, with sacrebleu's bootstrap intervals."""
     from sacrebleu.metrics import BLEU, CHRF
 
     rows = []
@@ -188,7 +188,7 @@ def translation(found: Sequence[Answered]) -> list[dict[str, Any]]:
 
 
 def summarisation(found: Sequence[Answered]) -> list[dict[str, Any]]:
-    """Mean F1 of ROUGE of the answers, and of the questions' first sentences."""
+    """Computes the mean ROUGE F1 of the answers, and of the questions' first sentences."""
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]
@@ -201,12 +201,12 @@ def summarisation(found: Sequence[Answered]) -> list[dict[str, Any]]:
 
 
 def lead(text: str, sentences: int = LEAD) -> str:
-    """The first sentences of a text."""
+    """Returns the first sentences of a text."""
     return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:sentences])
 
 
 def answers(found: Sequence[Answered]) -> list[dict[str, Any]]:
-    """The share of answers that are the reference but for case, white space and a full stop."""
+    """Computes the share of answers that equal the reference except for case, white space and a final full stop."""
 
     def plain(text: str) -> str:
         return " ".join(text.lower().split()).removesuffix(".")
@@ -215,25 +215,21 @@ def answers(found: Sequence[Answered]) -> list[dict[str, Any]]:
 
 
 def transcription(found: Sequence[Answered]) -> list[dict[str, Any]]:
-    """The word error rate: edits that turn the answers into the references, over all words of these."""
-    texts = [(each.reference.lower().split(), each.answer.lower().split()) for each in found]
-    errors, counts = [float(edits(*pair)) for pair in texts], [float(len(words)) for words, _ in texts]
+    """Computes the word error rate: wrong, missing and extra words of the answers over the references' words."""
+    from jiwer import process_words
+
+    errors, counts = [], []
+    for each in found:
+        words = process_words(*(" ".join(text.lower().split()) for text in (each.reference, each.answer)))
+        wrong = words.substitutions + words.deletions
+        errors.append(float(wrong + words.insertions))
+        counts.append(float(wrong + words.hits))
     around: Interval = ratio_interval(errors, counts, draws=DRAWS)
     return [{"metric": "wer", "value": sum(errors) / sum(counts), "interval": around}]
 
 
-def edits(one: Sequence[str], other: Sequence[str]) -> int:
-    """The fewest words put in, taken out or replaced that turn one into the other (Levenshtein's distance)."""
-    row = list(range(len(other) + 1))
-    for n, word in enumerate(one, 1):
-        before, row[0] = row[0], n
-        for m, wanted in enumerate(other, 1):
-            before, row[m] = row[m], min(row[m] + 1, row[m - 1] + 1, before + (word != wanted))
-    return row[-1]
-
-
 def dialogue(found: Sequence[Answered]) -> list[dict[str, Any]]:
-    """Different words, and pairs, over all of them (distinct-n: Li et al., arXiv 1510.03055); people's beside."""
+    """Computes distinct-n, different words and pairs over all (Li et al., arXiv 1510.03055), also for references."""
     rows = []
     for prefix, texts in (("", [each.answer for each in found]), ("people_", [each.reference for each in found])):
         words = [text.lower().split() for text in texts]
@@ -252,13 +248,13 @@ KINDS: dict[str, Metrics | None] = {
     "dialogue": dialogue,
     "naming": None,
 }
-"""The tasks, and what their answers are scored by; None where nothing is written."""
-SCORERS = {"translation": "sacrebleu", "summarisation": "rouge_score"}
-"""What is needed for it."""
+"""Metrics of each task's answers; None if the task generates nothing."""
+SCORERS = {"translation": "sacrebleu", "summarisation": "rouge_score", "transcription": "jiwer"}
+"""Package that each task's metrics need."""
 
 
 def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
-    """The row of a mean over answers."""
+    """Returns the row of a mean over answers."""
     around: Interval = ratio_interval(values, [1.0] * len(values), draws=DRAWS)
     return {"metric": metric, "value": sum(values) / len(values), "interval": around}
 
@@ -266,17 +262,17 @@ def mean(metric: str, values: Sequence[float]) -> dict[str, Any]:
 def loss(
     model: LanguageModel, template: ChatTemplate, conversations: Sequence[Conversation], *, max_length: int | None
 ) -> list[dict[str, Any]]:
-    """The row of the loss of people's answers; none where the template cannot be taught, and ends no answer."""
+    """Returns the row of the references' loss; none if the template cannot be trained with and ends no answer."""
     try:
         spelt = template.taught([each.messages for each in conversations])
     except ValueError:
         return []
     asked = []
     for ids, answered in spelt:
-        begin = len(ids) - answered[::-1].index(False)  # of the last answer
+        begin = len(ids) - answered[::-1].index(False)  # start of the last answer
         asked.append(Request(ids[:begin][-(max_length or 0) :], ids[begin:]))
     rows = [rows_of(each.messages) for each in conversations]
-    if any(rows):  # read one by one, as questions with pictures and sound are
+    if any(rows):  # one by one, as questions with pictures and sound are read
         found = []
         with in_eval_mode(model):
             for (context, answer), of_one in zip(asked, rows, strict=True):
