@@ -113,9 +113,9 @@ TRAINING = {
     "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
-    "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, heads"),
+    "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, norm_eps"),
     "all-decays": (["--model", "retnet", "--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
-    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, heads"),
+    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, norm_eps"),
     "large-seed": (["--seed", str(2**70)], "seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
     "infinite-rate": (["--lr", "inf"], "lr must be finite, got inf"),
     "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
@@ -319,7 +319,7 @@ def test_generate_without_a_tokenizer(refused):
 CONVERTING = {
     "taken": (["run", "data"], "data exists: choose another folder, nothing is overwritten"),
     "fla": (["run", "new", "--to", "fla"], "fla"),
-    "twin": (["twin", "new", "--to", "torchscale"], "torchscale has RetNets only, this is a Transformer"),
+    "twin": (["twin", "new", "--to", "torchscale"], "torchscale takes models of retention only, this is a Transformer"),
 }
 
 
@@ -332,7 +332,7 @@ def test_convert(case, refused):
 
 QUANTISING = {
     "taken": (["run", "--out", "data"], "data exists: choose another folder, nothing is overwritten"),
-    "twin": (["twin", "--out", "new"], "only RetNets can be quantised, this is a Transformer"),
+    "twin": (["twin", "--out", "new"], "quantising takes models of retention only, this is a Transformer"),
     "group": (["run", "--out", "new", "--group", "24"], "a group must be a multiple of 16 columns, up to 256, got 24"),
     "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
     "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens must be at least 1, got 0"),
@@ -428,9 +428,9 @@ def test_sft(case, refused):
 
 def test_engines_that_cannot_run_the_model(refused):
     save_model("twin", build(twin(retnet(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
-    words = "the native engine cannot run this model: it runs RetNets, this is a Transformer"
+    words = "the native engine cannot run this model: it takes models of retention only, this is a Transformer"
     refused(["generate", "twin", "--engine", "native"], words)
-    refused(["generate", "twin", "--weights", "int8"], "only RetNets can be quantised, this is a Transformer")
+    refused(["generate", "twin", "--weights", "int8"], "quantising takes models of retention only, this is a Transformer")
 
 
 OTHERS = {

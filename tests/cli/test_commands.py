@@ -42,7 +42,7 @@ from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.models import PRESETS, cost
-from retentive.models.presets import Size
+from retentive.models.presets import Size, flat
 from retentive.ops import backends
 from retentive.serve.options import Options
 from retentive.train import TrainConfig, TrainRun
@@ -319,7 +319,8 @@ SETS = {
 def test_set_changes_the_config(name):
     given, want = SETS[name]
     config = TrainRun(Path("d"), Path("o"), size="1m", set=training.read_changes(given)).config(99)
-    assert {key: getattr(config, key) for key in want} == want
+    found = flat(config, "a test")
+    assert {key: found[key] for key in want} == want
     assert config.vocab_size == 99 and config.kinds[0] == "retention"
 
 

@@ -35,7 +35,7 @@ def close(a: str, b: str) -> None:
     """Two files hold the same memory, up to the rounding of other stretches."""
     one, two = load_memory(a), load_memory(b)
     assert one.tokens == two.tokens and one.sources == two.sources and one.model == two.model
-    for x, y in zip(one.state.layers, two.state.layers, strict=True):
+    for x, y in zip(one.state.tensors(), two.state.tensors(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
@@ -250,7 +250,7 @@ BAD = {
     "separate-for-a-transformer": (
         twin_run,
         ["write", "twin", STORIES[0], "--out", "new.mem", "--separate"],
-        "memories of a Transformer cannot be merged",
+        "memories of attention cannot be merged",
     ),
     "ask-nothing": (lambda: None, [*ASK[:-1], ""], "ask needs a prompt"),
     "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),

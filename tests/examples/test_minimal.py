@@ -84,7 +84,7 @@ def test_both_forms_go_on_from_each_others_state(minimal, pair, same):
     same(after, states, EXACT)
     theirs, their_state = pair[1](ids)
     same(whole, theirs, EXACT)
-    same(states, their_state.layers, EXACT)
+    same(states, [memory.value for memory in their_state.memories], EXACT)
 
 
 def test_it_runs_from_its_text_to_its_own(minimal, capsys, monkeypatch):

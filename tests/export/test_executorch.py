@@ -31,11 +31,11 @@ needs_runtime = pytest.mark.skipif(not find_spec("executorch"), reason="needs pi
 def test_the_step_is_the_models(changes, multiple):
     model = peaked(**changes)
     step, ids = Step(model, multiple), torch.randint(257, (1, 30))
-    c = model.config
+    V = model.config.retention.head_shape[2]
     if multiple == 32:  # matrices whose rows divide into groups
         assert all(m.in_features % 32 == 0 for m in step.modules() if isinstance(m, torch.nn.Linear))
     want, states = copy.deepcopy(model).double()(ids)[0][0], step.blank()
-    assert states[0].shape[-1] >= c.value_dim // c.heads
+    assert states[0].shape[-1] >= V
     for t in range(30):
         logits, *states = step(ids[0, t : t + 1], torch.tensor([t]), *states)
         # float32, and a decay by the log of a sigmoid
@@ -51,7 +51,7 @@ def test_phases_of_far_positions():
 
 
 def test_what_is_refused(tmp_path, monkeypatch, capsys, refuses):
-    with refuses("only RetNets are exported, this is a Transformer"):
+    with refuses("an export takes models of retention only, this is a Transformer"):
         check_exportable(build(twin(retnet(**TINY))))
     with refuses("sees or hears is not exported"):
         check_exportable(with_encoders(peaked(), {"audio": AudioConfig(token=257)}))

@@ -107,7 +107,7 @@ def test_what_is_refused(place, capsys, monkeypatch):
 
     assert "--standard is of --to onnx" in fails("run", "--standard")
     save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
-    assert "only RetNets are exported, this is a Transformer" in fails("twin")
+    assert "an export takes models of retention only, this is a Transformer" in fails("twin")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("hearing")
     save_model("half", peaked().half(), ByteTokenizer())

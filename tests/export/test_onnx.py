@@ -45,8 +45,7 @@ def test_logits_and_states_are_the_models(changes, standard, tmp_path):
             # float32 through a few layers; the runtime's approximations of exp and erf are of some 1e-6
             np.testing.assert_allclose(got, logits[0, -1], rtol=0, atol=2e-5 * float(logits.abs().max()))
     for i, got in enumerate(graph.states.values()):
-        want = state.layers[i]
-        want = (want if isinstance(want, torch.Tensor) else want.to_state()).numpy()
+        want = state.memories[i].tensor().numpy()
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
@@ -107,7 +106,7 @@ def test_batches(tmp_path):
     ids, position = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 700])
     state = model.init_state(2)
     state.position = position.clone()
-    given = {f"state.{i}": x.numpy() for i, x in enumerate(state.layers)}
+    given = {f"state.{i}": memory.value.numpy() for i, memory in enumerate(state.memories)}
     got = session.run(["logits"], {"input_ids": ids.numpy(), "position": position.numpy(), **given})[0]
     with torch.no_grad():
         want = model(ids, state)[0][:, -1].numpy()
@@ -217,13 +216,13 @@ def test_what_is_refused(place, capsys, refuses):
     (place / "taken").mkdir()
     assert "taken exists" in fails("export", "run", "--to", "onnx", "--out", "taken")
     save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
-    assert "only RetNets are exported" in fails("export", "twin", "--to", "onnx", "--out", "no")
+    assert "an export takes models of retention only" in fails("export", "twin", "--to", "onnx", "--out", "no")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("export", "hearing", "--to", "onnx", "--out", "no")
     save_model("odd", quantize(peaked(), 8, 48), ByteTokenizer())
     assert "a group of 48 integers" in fails("export", "odd", "--to", "onnx", "--out", "no")
     hybrid = build(config_of("hybrid", "1m", vocab_size=257, dim=64, heads=2, layers=2))
-    with refuses("only RetNets are exported, this is a Hybrid"):
+    with refuses("an export takes models whose blocks are of one kind, this is a Hybrid"):
         export_onnx(hybrid, place / "no.onnx", eos=0)
     assert not (place / "no").exists() and not list(place.glob(".no*"))
     assert "no file at none.onnx" in fails("generate", "none.onnx")
