@@ -15,13 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from retentive.checkpoint import load
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
 
-__all__ = ["evaluate", "generate", "load", "stream_generate", "train"]
+__all__ = ["evaluate", "generate", "load", "sft", "stream_generate", "train"]
 
 __version__ = "0.5.0"
 
@@ -60,3 +61,18 @@ def train(data: str | Path, out: str | Path, **options: Any) -> Path:
     from retentive.train import TrainRun
 
     return TrainRun.of(data, out, **options).run(overrides=options)
+
+
+def sft(model: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
+    """The run directory `out`, with `model` fine-tuned on the conversations in `data`, files or folders.
+
+    Args:
+        options: fields of `retentive.train.SftRun` and `retentive.train.TrainConfig`, by their names:
+            `epochs=2, lora=8, lr=1e-4`, …
+
+    Raises:
+        ValueError: options, model and conversations that do not go together; others as `SftRun.run`.
+    """
+    from retentive.train import SftRun
+
+    return SftRun.of(data, out, init=str(model), **options).run(overrides=options)

@@ -1,8 +1,13 @@
-"""Checks of options by name and type: unknown names with a suggestion, values of the wrong type."""
+"""Checks of options by name and type, and how errors name an option.
+
+A message names an option in backticks, as Python has it: `batch`, `resume=True` or `mode='carry'`. The command line
+writes the same options as flags: --batch, --resume, --mode carry (`cli.errors.flags`).
+"""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 KINDS: dict[type, str] = {
@@ -14,6 +19,17 @@ KINDS: dict[type, str] = {
     str: "a string",
     Mapping: "a dictionary",
 }
+
+
+def option(name: str, value: Any) -> str:
+    """An option and its value in an error message: `name=value`."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple | list) and all(isinstance(x, Path) for x in value):
+        value = tuple(map(str, value))
+    if isinstance(value, Mapping):
+        value = dict(value)
+    return f"`{name}={value!r}`"
 
 
 def check_type(name: str, value: Any, kind: type) -> None:

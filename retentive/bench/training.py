@@ -26,8 +26,8 @@ from retentive.bench.lab.tables import at_least_one, duration, known, markdown, 
 from retentive.models import LanguageModel, ModelConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.train.config import TrainConfig
-from retentive.train.loop import wrap_blocks
 from retentive.train.optim import adamw
+from retentive.train.prepare import wrap_blocks
 
 MODELS = ("retnet", "transformer")
 PICTURE = "A training step ({size})"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from retentive import __version__
+from retentive.cli.errors import one_line
 from retentive.threads import bound_spinning
 
 VERBS = {
@@ -39,23 +40,8 @@ def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | N
     """
     argv = sys.argv[1:] if argv is None else argv
     mend_streams()
-    try:
+    with one_line(argv[0] if argv else ""):
         (program or run)(argv)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # after the terminal's ^C
-        sys.exit(130)  # 128 + SIGINT, as shells have it
-    except BrokenPipeError:  # the reader has had enough, as `| head`; stdout is flushed once more at exit, to nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as error:
-        if os.environ.get("RETENTIVE_DEBUG"):
-            raise
-        rank = os.environ.get("RANK", "0")  # of several processes that torchrun has started
-        who = "retentive:" if rank == "0" else f"retentive: process {rank}:"
-        said = " ".join(str(error).split()) or "there is not enough memory"
-        # a file's name may hold what a terminal obeys
-        print(who, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said), file=sys.stderr)
-        sys.exit(2)  # what argument parsers use for bad input
 
 
 def mend_streams() -> None:

@@ -1,28 +1,30 @@
 """`retentive train`: train a model on packed data, in a run directory that holds all it takes to resume."""
 
 import json
+import os
 import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from retentive.cli.errors import as_typed, flags, one_line
 from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
-from retentive.train.processes import Elsewhere
-from retentive.train.resume import as_typed
+from retentive.train.checkpoints import folders
+from retentive.train.parallel import RankFailed
 
 RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
-NPROC = "--nproc N starts N processes on this machine that train together, as torchrun --nproc-per-node N does."
 OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
 """Every option of a run, by its field's name."""
 FIELDS: dict[str, Any] = dict(MODEL_FIELDS)
@@ -33,19 +35,28 @@ del FIELDS["vocab_size"]  # the data's
 Recipe = TypeVar("Recipe")
 
 
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
+
+    run: Annotated[TrainRun, tyro.conf.arg(name="")]
+    nproc: int = 1
+    """Processes on this machine that train together, as torchrun --nproc-per-node starts them."""
+
+
 def main(argv: list[str]) -> None:
     """`retentive train ARGV`."""
-    processes, argv = read_processes(argv)
-    given = argv
     recipe, argv = read_recipe(argv, TrainRun)
-    run = tyro.cli(
-        TrainRun,
+    command = tyro.cli(
+        TrainCommand,
         prog="retentive train",
         args=argv,
-        description=f"{TrainRun.__doc__}\n\n{RECIPE} {NPROC}",
-        default=tyro.MISSING_NONPROP if recipe is None else recipe,
+        description=f"{TrainCommand.__doc__}\n\n{RECIPE}",
+        default=tyro.MISSING_NONPROP if recipe is None else TrainCommand(recipe),
+        config=(tyro.conf.OmitArgPrefixes,),
         registry=CHANGES,
     )
+    run = command.run
     # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
     typed = typed_options(argv)
     if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
@@ -53,46 +64,51 @@ def main(argv: list[str]) -> None:
     chosen = typed if recipe is None else OPTIONS
     if run.init:  # a recipe has not typed the size that it leaves at its default
         chosen = chosen - {"size", "model"} | typed
-    if processes:  # which read the same arguments; what is wrong with them has been said once by now
-        from retentive.train.launch import launch  # takes long to import
-
-        launch(processes, ["train", *given])
+    if command.nproc < 1:
+        raise ValueError(f"--nproc must be at least 1, got {command.nproc}")
+    if command.nproc == 1:
+        carry_out(run, chosen)
         return
-    with interruptible():
-        run.run(overrides=chosen)
+    from retentive.train.parallel.launch import launch
+
+    with stoppable(run.out):
+        launch(partial(_rank, run, chosen), command.nproc)
+
+
+def _rank(run: TrainRun, chosen: Collection[str]) -> None:
+    """What each of several processes does."""
+    with one_line("train"):
+        carry_out(run, chosen)
+
+
+def carry_out(run: TrainRun, chosen: Collection[str], **how: Any) -> None:
+    """Trains the run, and ends the process where it was stopped or another rank has failed."""
+    with stoppable(run.out):
+        run.run(overrides=chosen, **how)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """A run in this block that a signal ends says so in a line, and the process ends as signals have it.
+def stoppable(out: Path) -> Iterator[None]:
+    """A run in this block that a signal ends says in a line what is saved, and the process ends as signals have it.
 
-    One that ends because another process has failed, which the first one says, ends silently.
+    A rank that ends because another one has failed, which is said elsewhere, ends silently.
     """
     try:
         yield
-    except Elsewhere:
+    except RankFailed:
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step, or a second one while the run is saving
+        if os.environ.get("RANK", "0") == "0":
+            print(file=sys.stderr)  # after the terminal's ^C
+            kept = folders(out)
+            saved = f"{kept[-1].name} is saved; go on with --resume" if kept else "nothing was saved yet"
+            print(f"stopped: {saved}", file=sys.stderr)
+        sys.exit(130)
     except Interrupted as stop:
-        if str(stop):  # only the first of several processes says it
-            print(stop, file=sys.stderr)
+        if str(stop):  # only the first of several ranks says it
+            print(flags(str(stop)), file=sys.stderr)
         if stop.number == signal.SIGINT:
             sys.exit(130)  # so that `train && next` does not go on
-
-
-def read_processes(argv: list[str]) -> tuple[int, list[str]]:
-    """The number of --nproc N, 0 without, and the arguments without it.
-
-    Raises:
-        ValueError: no number.
-    """
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--nproc=") else [a])]
-    if "--nproc" not in argv:
-        return 0, argv
-    at = argv.index("--nproc")
-    number = argv[at + 1] if at + 1 < len(argv) else "nothing"
-    if not number.isdecimal() or not int(number):
-        raise ValueError(f"--nproc needs a number of processes, at least 1, got {number}")
-    return int(number), argv[:at] + argv[at + 2 :]
 
 
 def typed_options(argv: list[str]) -> set[str]:

@@ -29,8 +29,8 @@ from retentive.models import cost
 from retentive.models.peers import KINDS
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
-from retentive.train.loop import pick_precision
 from retentive.train.resume import FREE
+from retentive.train.speed import pick_precision
 
 
 @dataclass(frozen=True)

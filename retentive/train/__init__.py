@@ -1,9 +1,10 @@
 """Training: one loop for any model, any batches and any objective; and runs, which are that loop with all it needs.
 
 retentive.train("data/mine", "runs/mine", size="5m", steps=1000)       a whole run, in one call
-TrainRun(data=…, out=…, train=TrainConfig(steps=1000)).run()           the same as a value (`run`)
-SftRun("runs/mine", ("chats.jsonl",), Path("runs/talks")).run()         one that teaches a model to answer (`sft`)
+retentive.sft("runs/mine", "chats.jsonl", "runs/talks", epochs=2)      fine-tuning on conversations, in one call
+TrainRun(data=…, out=…, train=TrainConfig(steps=1000)).run()           a run as a value (`run`), or SftRun (`sft`)
 train(model, batches, objective, config, out)                          the loop alone, for parts of your own (`loop`)
+launch(TrainRun(…).run, nproc=8)                                       a run by several processes (`parallel.launch`)
 """
 
 import sys
@@ -11,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from retentive.train.config import TrainConfig
-from retentive.train.loop import Hooks, train
+from retentive.train.hooks import Hooks
+from retentive.train.loop import train
 from retentive.train.objective import language_modelling
 from retentive.train.parallel import Parallel
 from retentive.train.run import TrainRun

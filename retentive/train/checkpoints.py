@@ -28,11 +28,12 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.files import file_crc32, naming, write_json
 from retentive.models import LanguageModel
 from retentive.models.state import State, load_state
-from retentive.train import shards
-from retentive.train.ema import EMA
-from retentive.train.parallel import divided_as, local, part_of_state, shard_of, whole_state
-from retentive.train.processes import ALONE, Processes
-from retentive.train.shards import Shard
+from retentive.options import option
+from retentive.train.parallel import ALONE, Cluster
+from retentive.train.parallel import checkpoint as sharded
+from retentive.train.parallel.checkpoint import Shard, part_of_state, shard_of, sharded_as, whole_state
+from retentive.train.parallel.data import local
+from retentive.train.step import Training
 
 AVERAGED = "ema.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -40,13 +41,13 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class Contents(NamedTuple):
-    """What this process writes of a checkpoint."""
+    """What this rank writes of a checkpoint."""
 
     step: int
     files: dict[str, tuple[dict[str, Shard], dict[str, str]]]
     """(tensors, metadata) by the names of the files."""
     state: State | None
-    """Of all processes."""
+    """Of all ranks."""
 
     def copied(self) -> "Contents":
         """The same in other memory, so that training can go on in its own."""
@@ -54,66 +55,56 @@ class Contents(NamedTuple):
         return Contents(self.step, files, self.state and self.state.clone())
 
 
-def contents(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None = None,
-    *,
-    step: int,
-    state: State | None,
-    here: Processes = ALONE,
-) -> Contents:
-    """The checkpoint of `step` finished steps; all processes must call this.
-
-    Args:
-        state: what the next batch goes on from (mode "carry"), or None.
-    """
-    weights, moments = weights_of(model, here), dict[str, Shard]()
-    for name, p in saved(model):
-        moments |= {f"{key}.{name}": shard_of(name, x, here) for key, x in optimizer.state.get(p, {}).items()}
+def contents(training: Training) -> Contents:
+    """The checkpoint of the steps that are finished; all ranks must call this."""
+    cluster, ema = training.cluster, training.ema
+    weights, moments = weights_of(training.model, cluster), dict[str, Shard]()
+    for name, p in saved(training.model):
+        kept = training.optimizer.state.get(p, {})
+        moments |= {f"{key}.{name}": shard_of(name, x, cluster) for key, x in kept.items()}
     files = {"model.safetensors": (weights, dict[str, str]()), "optimizer.safetensors": (moments, dict[str, str]())}
     if ema:
-        averages = {name: shard_of(name, mean, here) for name, mean in ema.mean.items()}
+        averages = {name: shard_of(name, mean, cluster) for name, mean in ema.mean.items()}
         files[AVERAGED] = (weights | averages, {"weights": f"averages, decay {ema.decay}"})
-    return Contents(step, files, whole_state(state, here))
+    return Contents(training.step, files, whole_state(training.carried, cluster))
 
 
 def write_first(
-    run: Path, model: LanguageModel, tokenizer: Tokenizer | None, template: str | None, here: Processes = ALONE
+    run: Path, model: LanguageModel, tokenizer: Tokenizer | None, template: str | None, cluster: Cluster = ALONE
 ) -> None:
     """Makes the run a model folder of the initial weights, so that it can be loaded before its first checkpoint.
 
-    All processes must call this.
+    All ranks must call this.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    weights, partial = weights_of(model, here), run / ".model.safetensors.partial"
+    weights, partial = weights_of(model, cluster), run / ".model.safetensors.partial"
     try:
-        with here.together(), naming(run):
-            if here.main:
+        with cluster.barrier(), naming(run):
+            if cluster.main:
                 (run / UNTRAINED).touch()
-                shards.begin(partial, weights, {})
-        with here.together(), naming(run):
-            shards.write(partial, weights, {})
-        with here.together(), naming(run):
-            if here.main:
+                sharded.begin(partial, weights, {})
+        with cluster.barrier(), naming(run):
+            sharded.write(partial, weights, {})
+        with cluster.barrier(), naming(run):
+            if cluster.main:
                 partial.replace(run / "model.safetensors")
                 save_all_but_weights(run, model, tokenizer, template=template)
     finally:
-        if here.main:
+        if cluster.main:
             partial.unlink(missing_ok=True)
 
 
-def weights_of(model: nn.Module, here: Processes) -> dict[str, Shard]:
-    """What this process has of the parameters that are saved."""
-    return {name: shard_of(name, p, here) for name, p in saved(model)}
+def weights_of(model: nn.Module, cluster: Cluster) -> dict[str, Shard]:
+    """What this rank has of the parameters that are saved."""
+    return {name: shard_of(name, p, cluster) for name, p in saved(model)}
 
 
-def write(run: Path, found: Contents, keep: int, here: Processes = ALONE) -> Path:
+def write(run: Path, found: Contents, keep: int, cluster: Cluster = ALONE) -> Path:
     """The folder of a checkpoint, once written; its weights are the run's from then on.
 
-    All processes must call this. Each writes its part of every file, so that any other number of them can go on.
+    All ranks must call this. Each writes its part of every file, so that any other number of them can go on.
 
     Args:
         keep: checkpoints that remain, the newest; older ones are deleted.
@@ -124,17 +115,17 @@ def write(run: Path, found: Contents, keep: int, here: Processes = ALONE) -> Pat
     folder = folder_of(run, found.step)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        with here.together(), naming(folder):
-            if here.main:
+        with cluster.barrier(), naming(folder):
+            if cluster.main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 for name, (part, about) in found.files.items():
-                    shards.begin(partial / name, part, about)
-        with here.together(), naming(folder):
+                    sharded.begin(partial / name, part, about)
+        with cluster.barrier(), naming(folder):
             for name, (part, about) in found.files.items():
-                shards.write(partial / name, part, about)
-        with here.together(), naming(folder):
-            if here.main:
+                sharded.write(partial / name, part, about)
+        with cluster.barrier(), naming(folder):
+            if cluster.main:
                 if found.state is not None:
                     found.state.save(partial / "state.safetensors")
                 sums = {file.name: file_crc32(file) for file in sorted(partial.iterdir())}
@@ -146,7 +137,7 @@ def write(run: Path, found: Contents, keep: int, here: Processes = ALONE) -> Pat
                 for old in folders(run)[:-keep]:
                     shutil.rmtree(old)
     finally:
-        if here.main:
+        if cluster.main:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
 
@@ -159,25 +150,24 @@ class Writer:
             next one is to be written, or at the end.
     """
 
-    def __init__(self, run: Path, keep: int, here: Processes = ALONE, *, background: bool = False):
-        self.run, self.keep, self.here = run, keep, here
-        # what is exchanged beside training needs a group of its own: in one, all must do the same in the same order
-        self.beside = here.beside() if background else None
+    def __init__(self, run: Path, keep: int, cluster: Cluster = ALONE, *, background: bool = False):
+        self.run, self.keep, self.cluster = run, keep, cluster
+        self._for_thread = cluster.for_thread() if background else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, found: Contents) -> None:
         """Writes a checkpoint, as `write`; in the background, once the one before is written."""
         self.wait()
-        if self.beside is None:
-            write(self.run, found, self.keep, self.here)
+        if self._for_thread is None:
+            write(self.run, found, self.keep, self.cluster)
             return
-        self._thread = threading.Thread(target=self._write, args=(found.copied(), self.beside), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(found.copied(), self._for_thread), daemon=True)
         self._thread.start()
 
-    def _write(self, found: Contents, here: Processes) -> None:
+    def _write(self, found: Contents, cluster: Cluster) -> None:
         try:
-            write(self.run, found, self.keep, here)
+            write(self.run, found, self.keep, cluster)
         except BaseException as error:  # raised by `wait`, in the thread that trains
             self._error = error
 
@@ -279,23 +269,21 @@ def newest_whole(run: Path, tell: Callable[[str], None]) -> int:
         publish(run, folder)  # a process killed after saving may not have come to it
         return step
     if bad:
-        remedy = f"--overwrite begins anew, --init {run} --out NEW trains on from the model"
+        remedy = f"`overwrite=True` begins anew, {option('init', run)} with another `out` trains on from the model"
         raise ValueError(f"{bad[0]} is damaged: there is no other whole checkpoint: {remedy}")
     return 0
 
 
-def restore(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, here: Processes
-) -> State | None:
-    """Loads the checkpoint of `step` finished steps into the model, the optimiser and `ema`; what it carries on.
+def restore(run: Path, step: int, training: Training) -> None:
+    """Loads the checkpoint of `step` finished steps: weights, moments, averages and the carried state.
 
-    Each process reads its part of it, however many have written it.
+    Each rank reads its part of it, however many have written it.
 
     Raises:
-        FileNotFoundError: this process does not find it.
+        FileNotFoundError: this rank does not find it.
         ValueError: its tensors are not those of the model.
     """
-    folder = folder_of(run, step)
+    folder, cluster, ema = folder_of(run, step), training.cluster, training.ema
     with ExitStack() as opened, _naming_foreign(folder):
 
         def file(name: str) -> Any:
@@ -304,18 +292,19 @@ def restore(
         weights, moments = file("model.safetensors"), file("optimizer.safetensors")
         averages, names = file(AVERAGED) if ema else None, set(moments.keys())
         with torch.no_grad():
-            for name, p in saved(model):
-                like = shard_of(name, p, here)
+            for name, p in saved(training.model):
+                like = shard_of(name, p, cluster)
                 # in place: the optimiser holds these very tensors
-                like.own.copy_(shards.read(weights, name, like))
+                like.own.copy_(sharded.read(weights, name, like))
                 if ema and name in ema.mean:
-                    local(ema.mean[name], here).copy_(shards.read(averages, name, like))
+                    local(ema.mean[name], cluster).copy_(sharded.read(averages, name, like))
                 if p.requires_grad:
                     kept = {key: f"{key}.{name}" for key in MOMENTS if f"{key}.{name}" in names}
-                    found = {key: shards.read(moments, its, like) for key, its in kept.items()}
-                    optimizer.state[p] = {key: divided_as(p, x, here) for key, x in found.items()}
-    carried = folder / "state.safetensors"
-    return part_of_state(load_state(carried), here) if carried.is_file() else None
+                    found = {key: sharded.read(moments, its, like) for key, its in kept.items()}
+                    training.optimizer.state[p] = {key: sharded_as(p, x, cluster) for key, x in found.items()}
+    state = folder / "state.safetensors"
+    training.carried = part_of_state(load_state(state), cluster) if state.is_file() else None
+    training.step = step
 
 
 @contextmanager

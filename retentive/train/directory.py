@@ -1,9 +1,9 @@
 """A run directory: where a run is written, by one process at a time, and what is done where a run is there already.
 
 RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
-RUN/train.json                                      the options, for the record and for --resume
+RUN/train.json                                      the options, for the record and to resume the run
 RUN/metrics.jsonl                                   a line per step, evaluation and sample
-RUN/checkpoints/                                    what --resume goes on from, see `checkpoints`
+RUN/checkpoints/                                    what a resumed run goes on from, see `checkpoints`
 RUN/.lock                                           locked by the process that trains it; the file itself stays
 """
 
@@ -12,7 +12,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from filelock import FileLock, Timeout
 
 from retentive.checkpoint.folder import UNTRAINED
 from retentive.data.tokenizer import Tokenizer
-from retentive.files import make_folder
+from retentive.files import make_folder, write_json
+from retentive.options import option
 from retentive.train.checkpoints import folders
-from retentive.train.processes import Processes
+from retentive.train.config import TrainConfig
+from retentive.train.parallel import Cluster
 
 Existing = Literal["refuse", "resume", "overwrite"]
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
@@ -48,45 +50,50 @@ class RunDirectory:
     def check(self) -> None:
         """Raises FileExistsError unless a run may begin or go on here. Changes nothing."""
         if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} is a file: choose a folder for the run (--out)")
+            raise FileExistsError(f"{self.path} is a file: choose a folder for the run (`out`)")
         if (self.path / "meta.json").exists():
-            raise FileExistsError(f"{self.path} holds packed data: choose another folder for the run (--out)")
+            raise FileExistsError(f"{self.path} holds packed data: choose another folder for the run (`out`)")
         if not (self.path / "train.json").exists():
             if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
-                raise FileExistsError(f"{self.path} holds a model that is no run: choose another --out")
+                raise FileExistsError(f"{self.path} holds a model that is no run: choose another `out`")
             others = sorted(f.name for f in self.path.glob("[!.]*"))
             if others:  # what begins with a dot may be of a run that was killed as it began, such as its lock
                 raise FileExistsError(f"{self.path} holds other things ({others[0]}): choose a new or an empty folder")
         elif self.existing == "refuse" and folders(self.path):
             raise FileExistsError(
-                f"{self.path} already holds a run: add --resume to go on with it, --overwrite to begin anew, "
-                f"or choose another --out"
+                f"{self.path} already holds a run: `resume=True` goes on with it, `overwrite=True` begins anew, "
+                f"or choose another `out`"
             )
         elif self.existing != "overwrite" and not folders(self.path) and self._trained:
             raise FileExistsError(
-                f"{self.path} holds a trained model but no checkpoint to go on from: --overwrite begins anew, "
-                f"--init {self.path} --out NEW trains on from it"
+                f"{self.path} holds a trained model but no checkpoint to go on from: `overwrite=True` begins anew, "
+                f"{option('init', self.path)} with another `out` trains on from it"
             )
 
-    def check_shared(self, here: Processes) -> None:
-        """Raises ValueError unless all processes see this directory: each writes its part of what is saved there."""
-        if here.world == 1:
+    def check_shared(self, cluster: Cluster) -> None:
+        """Raises ValueError unless all ranks see this directory: each writes its part of what is saved there."""
+        if cluster.world_size == 1:
             return
-        token = self.path / f".seen-{here.first(secrets.randbits(60))}"  # a new name: no machine remembers its absence
-        with here.together():
-            if here.main:
+        number = cluster.broadcast(secrets.randbits(60))  # a new name: no machine remembers its absence
+        token = self.path / f".seen-{number}"
+        with cluster.barrier():
+            if cluster.main:
                 token.touch()
         try:
-            with here.together():
+            with cluster.barrier():
                 if not token.exists():
-                    raise ValueError(f"{self.path} is another folder than that of process 0: give one that all share")
+                    raise ValueError(f"{self.path} is another folder than that of rank 0: give one that all share")
         finally:
-            if here.main:
+            if cluster.main:
                 token.unlink(missing_ok=True)
+
+    def write_options(self, config: TrainConfig) -> None:
+        """Writes train.json: the options of training, and the record."""
+        write_json(self.path / "train.json", {"train": asdict(config), **self.record})
 
     @property
     def _trained(self) -> bool:
-        """Whether there are weights, and others than those that a run begins with."""
+        """True if there are weights, and others than those that a run begins with."""
         return (self.path / "model.safetensors").exists() and not (self.path / UNTRAINED).exists()
 
     @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""The log of a run: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for."""
+"""The log of a run: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for.
+
+Steps that are left out, because their loss or gradient was not finite, have a record with "skipped": the number of
+them so far, by which a resumed run counts on.
+"""
 
 import importlib
 import json
@@ -13,22 +17,75 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from retentive.evals.heldout import HeldOut
 from retentive.files import naming, write_text
+from retentive.options import option
 from retentive.train.config import TrainConfig
+from retentive.train.speed import Speedometer
+from retentive.train.step import Training
 
 SECONDS = 15
 """Between two lines of progress where there is no terminal, and so no bar."""
 
 
-class Log:
+class Silence:
+    """The log of a rank that is not the first one of its run: it counts the steps that are left out, no more."""
+
+    def __init__(self, run: Path, config: TrainConfig, *, start: int):
+        self._most, self._skipped, self._in_a_row = config.skip_nonfinite, 0, 0
+        for record in read_metrics(run) if start and self._most else ():
+            if record["step"] <= start and "loss" in record:
+                self._in_a_row = 0
+            elif record["step"] <= start and "skipped" in record:
+                self._skipped, self._in_a_row = record["skipped"], self._in_a_row + 1
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def begin_step(self) -> None:
+        """A step begins."""
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records the metrics of a step, the number of finished ones with it."""
+        self._in_a_row = 0
+
+    def skip(self, step: int, error: FloatingPointError) -> None:
+        """Records that a step was left out.
+
+        Raises:
+            FloatingPointError: it is one more in a row than the config allows.
+        """
+        if self._in_a_row == self._most:
+            before = f", after {counted(self._most, 'step')} in a row left out for that" if self._most else ""
+            raise FloatingPointError(f"{error}{before}")
+        self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+
+    def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
+        """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
+
+    def sample(self, step: int, text: str) -> None:
+        """Records and shows a sample of what the model writes."""
+
+    def say(self, text: str) -> None:
+        """Prints a line for people; nothing for ""."""
+
+    def check(self) -> None:
+        """Raises OSError where records could not be written, and cannot be now: to be asked before a checkpoint."""
+
+
+class Log(Silence):
     """Writes one line of metrics.jsonl a step, and the same to the progress bar and the optional writers.
 
     Args:
         start: the finished steps that the run goes on from; what the file has of later ones is dropped.
+        speedometer: adds the speed of each step to its metrics.
         quiet: nothing on stderr.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, *, start: int, quiet: bool = False):
-        self.path = run / "metrics.jsonl"
+    def __init__(self, run: Path, config: TrainConfig, *, start: int, speedometer: Speedometer, quiet: bool = False):
+        super().__init__(run, config, start=start)
+        self.path, self._speedometer = run / "metrics.jsonl", speedometer
         self._keep_until(start)
         self._file, self._unwritten = self.path.open("ab", buffering=0), bytearray()
         self._error: OSError | None = None
@@ -65,28 +122,31 @@ class Log:
         if self._wandb:
             self._wandb.finish()
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Records a step's metrics; `step` among them counts finished steps."""
-        self._write(metrics)
+    def begin_step(self) -> None:
+        self._speedometer.start()
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        super().step(step, metrics)
+        speed = self._speedometer.read(metrics.pop("tokens"))
+        self._write({"step": step, **metrics, **speed})
         text = (
-            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-            f"MFU {metrics['mfu']:.0%}  {metrics['memory'] / 2**30:.1f} GB{self._held_out}"
+            f"loss {metrics['loss']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {speed['mfu']:.0%}  {speed['memory'] / 2**30:.1f} GB{self._held_out}"
         )
-        self._bar.update(self._task, completed=metrics["step"], description=text)
+        self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and time.monotonic() - self._last_print > SECONDS:
             self._last_print = time.monotonic()
-            rate = (time.monotonic() - self._began) / max(metrics["step"] - self._start, 1)
-            left = rate * (self._steps - metrics["step"])
-            self.say(f"step {metrics['step']}/{self._steps}  {text}  {left / 60:.0f} min left")
+            seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._steps - step)
+            left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+            self.say(f"step {step}/{self._steps}  {text}  {left} left")
 
-    def skipped(self, step: int, total: int, line: str) -> None:
-        """Records that a step was left out, the `total`-th of the run, and says so."""
-        self._write({"step": step, "skipped": total})
+    def skip(self, step: int, error: FloatingPointError) -> None:
+        super().skip(step, error)
+        self._write({"step": step, "skipped": self._skipped})
         self._bar.update(self._task, completed=step)
-        self.say(line)
+        self.say(f"{error}: the step is left out, the weights are as before ({self._skipped} so far)")
 
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
         key = "final_bits_per_byte" if last else "bits_per_byte"
         record: dict[str, Any] = {"step": step, **numbers_of(result, key)}
         if self._averaged:
@@ -107,13 +167,11 @@ class Log:
         self.say(f"step {step}: held-out {result.bits_per_byte:.3f} bits per byte of {size}{which}{parts}{weights}")
 
     def sample(self, step: int, text: str) -> None:
-        """Records and shows a sample of what the model writes."""
         self._write({"step": step, "sample": text})
         shown = "\n    ".join(text.strip("\n").splitlines()[:6])
         self.say(f"step {step}, a sample:\n    {shown}")
 
     def say(self, text: str) -> None:
-        """Prints a line for people; nothing for ""."""
         if text:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -137,7 +195,6 @@ class Log:
             self._error = error
 
     def check(self) -> None:
-        """Raises OSError where records could not be written, and cannot be now: to be asked before a checkpoint."""
         self._flush()
         if self._error:
             with naming(self.path):
@@ -150,37 +207,23 @@ class Log:
             write_text(self.path, "".join(kept))
 
 
+def open_log(training: Training, run: Path, *, quiet: bool = False) -> Silence:
+    """The log of this rank, from the finished steps on: rank 0 writes, the others are silent; all must call this."""
+    config, start = training.config, training.step
+    with training.cluster.barrier():
+        if not training.cluster.main:
+            return Silence(run, config, start=start)
+        return Log(run, config, start=start, speedometer=Speedometer(training), quiet=quiet)
+
+
 def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
     """An evaluation as a line of metrics has it, its bits per byte as `key`."""
     return {key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
 
 
-class Silence:
-    """The log of a process that is not the first one of its run: nothing."""
-
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        pass
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Nothing, as all of these."""
-
-    def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        pass
-
-    def skipped(self, step: int, total: int, line: str) -> None:
-        pass
-
-    def sample(self, step: int, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
+def counted(number: int, noun: str) -> str:
+    """Such as "1 step" or "20 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def say(text: str, *, quiet: bool = False) -> None:
@@ -209,19 +252,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def check_extras(config: TrainConfig) -> None:
-    """Looks, before anything is written, whether the optional writers can be used.
+    """Check that the optional writers can be used, before anything is written.
 
     Raises:
         ModuleNotFoundError: one that is asked for is not installed.
         ValueError: Weights & Biases needs a login.
     """
-    writers = {"--tensorboard": (config.tensorboard, "torch.utils.tensorboard"), "--wandb": (config.wandb, "wandb")}
-    for flag, (wanted, module) in writers.items():
+    writers = {"tensorboard": (config.tensorboard, "torch.utils.tensorboard"), "wandb": (config.wandb, "wandb")}
+    for name, (wanted, module) in writers.items():
         try:
             if wanted:
                 importlib.import_module(module)
         except ImportError:
-            raise ModuleNotFoundError(f"{flag} needs an extra: pip install 'retentive[log]'") from None
+            raise ModuleNotFoundError(f"`{name}` needs an extra: pip install 'retentive[log]'") from None
     if config.wandb and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -229,7 +272,7 @@ def check_extras(config: TrainConfig) -> None:
             wandb.login(verify=False)  # in a terminal it asks for the key, elsewhere it raises
         except wandb.Error:
             how = "run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"
-            raise ValueError(f"--wandb needs a login: {how}") from None
+            raise ValueError(f"`wandb` needs a login: {how}") from None
 
 
 def _tensorboard(run: Path):
@@ -244,4 +287,6 @@ def _wandb(run: Path, config: TrainConfig):
     try:
         return wandb.init(project=config.wandb, name=run.name, dir=str(run), resume="allow")
     except wandb.Error as error:
-        raise OSError(f"--wandb {config.wandb}: {error} (WANDB_MODE=offline does without the service)") from None
+        raise OSError(
+            f"{option('wandb', config.wandb)}: {error} (WANDB_MODE=offline does without the service)"
+        ) from None

@@ -53,8 +53,8 @@ class Muon(torch.optim.AdamW):
         hidden, trained = hidden_matrices(model), trained_parameters(model)
         if not hidden:
             raise ValueError(
-                "--optimizer muon steps whole matrices of this package's blocks, and none are trained here: a low-rank "
-                "change has factors, a peer packs its own (take --optimizer adamw)"
+                "`optimizer='muon'` steps whole matrices of this package's blocks, and none are trained here (an "
+                "adapter has factors, a peer packs its own): take adamw"
             )
         apart = {id(p) for p in hidden}
         groups = decayed_apart([p for p in trained if id(p) not in apart], config)

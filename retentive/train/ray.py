@@ -35,7 +35,7 @@ def fit(run: TrainRun, workers: int, *, cpus: float = 1, restarts: int = 0) -> P
     except ImportError:
         raise ImportError("training with Ray needs ray: pip install 'retentive[ray]'") from None
     if restarts and not run.resume:
-        raise ValueError("workers that are started again go on from the newest checkpoint: make the run with resume")
+        raise ValueError("workers that are started again resume the run: make it with `resume=True`")
     # workers have a working directory of their own
     data = tuple(x.resolve() for x in run.data) if isinstance(run.data, tuple) else run.data.resolve()
     init = str(Path(run.init).resolve()) if run.init and Path(run.init).is_dir() else run.init

@@ -109,7 +109,10 @@ TRAINING = {
     "no-rate": (["--lr", "-1"], "lr must be above 0, got -1.0"),
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
-    "a-run-that-exists": (["--out", "run"], "run already holds a run: add --resume to go on with it"),
+    "a-run-that-exists": (
+        ["--out", "run"],
+        "run already holds a run: --resume goes on with it, --overwrite begins",
+    ),
     "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
@@ -130,7 +133,10 @@ TRAINING = {
     "no-steps": (["--steps", "0"], "steps must be at least 1, got 0"),
     "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "eval_tokens must be at least 2, got 1"),
     "init-and-a-size": (["--init", "run", "--size", "5m"], "--init run brings its architecture: leave out --size"),
-    "going-on-and-anew": (["--resume", "--overwrite"], "resume and overwrite exclude each other: go on with the run"),
+    "going-on-and-anew": (
+        ["--resume", "--overwrite"],
+        "--resume and --overwrite exclude each other",
+    ),
     "no-batch": (["--batch", "0"], "batch is 0"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
@@ -181,13 +187,16 @@ def test_train_on_data(case, refused, train):
 
 
 RESUMING = {
-    "rate": (["--lr", "0.5"], "--lr 0.5 contradicts the run at run, which has 0.001: leave it out"),
+    "rate": (["--lr", "0.5"], "--lr 0.5 contradicts --lr 0.001 of the run at run: leave it out"),
     "fewer-steps": (["--steps", "3"], "--steps 3 is less than the 4 that the run at run has done"),
-    "size": (["--size", "10m"], "--size 10m contradicts the run at run, which has 1m"),
-    "size-of-the-default": (["--size", "5m"], "--size 5m contradicts the run at run, which has 1m"),
-    "set": (["--set", "dim=64"], "--set dim=64 contradicts the run at run, which has dim=32"),
-    "mode": (["--mode", "carry"], "--mode carry contradicts the run at run, which has reset"),
-    "precision": (["--precision", "bf16"], "--precision bf16 contradicts the run at run, which has fp32"),
+    "size": (["--size", "10m"], "--size 10m contradicts --size 1m of the run at run: leave it out"),
+    "size-of-the-default": (["--size", "5m"], "--size 5m contradicts --size 1m of the run at run: leave it out"),
+    "set": (["--set", "dim=64"], "--set dim=64 contradicts --set dim=32"),
+    "mode": (["--mode", "carry"], "--mode carry contradicts --mode reset of the run at run: leave it out"),
+    "precision": (
+        ["--precision", "bf16"],
+        "--precision bf16 contradicts --precision fp32 of the run",
+    ),
     "other-data": (["--data", "other"], "other holds other data than the run at run was trained on"),
 }
 
@@ -411,7 +420,9 @@ SFT_OPTIONS = {
     "no-model": (["nowhere", "--data", "chats.jsonl", "--out", "new"], "no model folder at nowhere"),
     "no-data": (["run", "--data", "nowhere", "--out", "new"], "no such file or folder: nowhere"),
     "texts": (["run", "--data", "data", "--out", "new"], "data holds texts, in which nothing is an answer"),
-    "taken": (["run", "--data", "chats.jsonl", "--out", "run"], "run already holds a run: add --resume"),
+    "taken": (["run", "--data", "chats.jsonl", "--out", "taken"], "taken already holds a run: --resume goes on"),
+    "itself": (["run", "--data", "chats.jsonl", "--out", "run"], "--out run is the model that the run begins with"),
+    "quantised": (["small", "--data", "nowhere", "--out", "new"], "small is quantised, and such are not trained"),
     "template": (
         ["run", "--data", "chats.jsonl", "--out", "new", "--template", "corpus/0.txt"],
         "corpus/0.txt: the chat template does not show each answer once: it cannot be taught",
@@ -423,6 +434,8 @@ SFT_OPTIONS = {
 def test_sft(case, refused):
     argv, words = SFT_OPTIONS[case]
     write("chats.jsonl", json.dumps({"prompt": "a", "completion": "b"}))
+    shutil.copytree("run", "taken")
+    save_model("small", quantize(build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
     refused(["sft", *argv], words)
 
 
@@ -479,7 +492,7 @@ def test_a_full_disk_is_told_in_a_line(place, train, monkeypatch, capsys):
     def full(path, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retentive.train.shards.write", full)
+    monkeypatch.setattr("retentive.train.parallel.checkpoint.write", full)
     with pytest.raises(SystemExit) as stop:
         main(train("new"))
     lines = capsys.readouterr().err.splitlines()

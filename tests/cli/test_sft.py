@@ -122,7 +122,7 @@ def test_other_conversations_or_another_model_do_not_go_on(chats):
         main(["sft", "run", "--data", "others.jsonl", "--resume", *argv])
     assert len(list(Path().glob("talks-data-*"))) == 1  # the run's
     shutil.copytree("run", "other")
-    with refused("--init other contradicts the run at talks"):
+    with refused("RUN other contradicts RUN run of the run at talks"):
         main(["sft", "other", "--data", chats, "--resume", *argv])
     main(["sft", "run", "--data", chats, "--resume", *argv])
     assert len(steps("talks")) == 4

@@ -10,8 +10,7 @@ import torch
 from retentive.data.loader import Batch
 from retentive.models import ARCHITECTURES, LanguageModel, retnet
 from retentive.train import TrainConfig, language_modelling
-from retentive.train.loop import take_step
-from retentive.train.optim import adamw
+from retentive.train.step import Training, take_step
 
 FILE = Path(__file__).parents[2] / "examples" / "minimal.py"
 EXACT = 1e-12  # float64: sums of some thousand terms, added up in another order; measured 1e-14
@@ -62,12 +61,14 @@ def test_training_steps_equal_the_packages(minimal, pair):
     """Rate, clipping and AdamW too: a difference in any of them shows in the loss of the next step."""
     small, package = pair
     config = TrainConfig(steps=minimal.STEPS, warmup=minimal.WARMUP, lr=minimal.LR, weight_decay=0.0, precision="fp32")
-    ours, theirs = minimal.adamw(small), adamw(package, config)
+    ours, batches = minimal.adamw(small), {}
+    training = Training(package, batches, language_modelling, config)
     for step in (0, 1, minimal.WARMUP, minimal.STEPS - 1):
         rows = torch.randint(minimal.VOCAB, (2, 41))
-        batches = {step: Batch(rows[:, :-1], rows[:, 1:], None, None)}
+        batches[step] = Batch(rows[:, :-1], rows[:, 1:], None, None)
         loss = minimal.train_step(small, ours, rows, step)
-        metrics, _ = take_step(package, batches, language_modelling, config, theirs, step)
+        training.step = step
+        metrics = take_step(training)
         # Adam divides by the root of gradients that may be nearly 0: rounding comes back larger
         assert math.isclose(loss, metrics["loss"], rel_tol=1e-9), step
         assert math.isclose(ours.param_groups[0]["lr"], metrics["lr"], rel_tol=1e-15), step

@@ -206,17 +206,17 @@ def test_fine_tuning_reads_whole_conversations(place):
     packed()
     TrainRun.of("data", "run", steps=1, **TRAINED).run(quiet=True)
     how = TrainConfig(steps=1, warmup=1, sample_every=0, precision="fp32", device="cpu")
-    SftRun("run", ("data",), place / "tuned", length=128, train=how).run(quiet=True)
+    SftRun("data", place / "tuned", init="run", length=128, train=how).run(quiet=True)
     assert json.loads((place / "tuned/train.json").read_text())["command"]["mode"] == "whole"
     assert set(ModelFolder.open(place / "tuned").encoders) == {"image", "audio"}
     # the same from the files themselves, encoded as by the model
-    SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how).run(quiet=True)
+    SftRun("train.jsonl", place / "more", init="run", valid="valid.jsonl", length=128, train=how).run(quiet=True)
     (folder,) = place.glob("more-data-*")
     assert (
         Packed(folder).media == Packed("data").media
         and ModelFolder.open(place / "more").encoders == ModelFolder.open(place / "run").encoders
     )
-    run = SftRun("run", ("train.jsonl",), place / "more", valid="valid.jsonl", length=128, train=how)
+    run = SftRun("train.jsonl", place / "more", init="run", valid="valid.jsonl", length=128, train=how)
     assert run.folder([]) == folder
     shutil.copy("files/1.png", "files/0.png")  # another picture of the same name: packed again
     assert run.folder([]) != folder

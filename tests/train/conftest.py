@@ -63,7 +63,7 @@ def packed(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     """One thread is the fastest for models this small; the machine's speed, which runs measure, is of no interest."""
-    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: 1e12)
+    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: 1e12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

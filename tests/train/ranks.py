@@ -29,10 +29,11 @@ from retentive.evals.heldout import held_out_loss
 from retentive.infer.generate import prefill
 from retentive.infer.pieces import prefill_in_pieces
 from retentive.models import build, config_of
-from retentive.train import Hooks, TrainConfig, language_modelling, loop, shards, train
+from retentive.train import Hooks, TrainConfig, language_modelling, speed, train
 from retentive.train.checkpoints import folders
 from retentive.train.directory import RunDirectory
-from retentive.train.processes import ALONE, Elsewhere, Processes
+from retentive.train.parallel import ALONE, Cluster, RankFailed
+from retentive.train.parallel import checkpoint as sharded
 from retentive.train.samples import sample_text
 from retentive.train.signals import Interrupted
 
@@ -98,38 +99,40 @@ class Disturbed:
         if index == self.full:
             while not folders(self.run):  # a thread may still be writing the first one
                 time.sleep(0.01)
-            shards.write = no_space
+            sharded.write = no_space
         return self.batches[index]
 
 
-def run(job: Job, out: Path, here: Processes = ALONE) -> None:
+def run(job: Job, out: Path, cluster: Cluster = ALONE) -> None:
     packed = Packed(Path(job.data))
     torch.manual_seed(0)
     changes = SMALL | ({} if job.kv_heads == 4 else {"kv_heads": job.kv_heads})
     model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
-    alone = (job.sigterm, job.full) if here.rank == here.world - 1 else (-1, -1)
-    batches = Disturbed(packed.batches(**how, rank=here.dp_rank, world=here.dp), job.stop, *alone, out / job.name)
+    alone = (job.sigterm, job.full) if cluster.rank == cluster.world_size - 1 else (-1, -1)
+    batches = Disturbed(
+        packed.batches(**how, rank=cluster.dp.rank, world=cluster.dp.size), job.stop, *alone, out / job.name
+    )
     directory = RunDirectory(out / job.name, packed.tokenizer, existing="resume" if job.resume else "refuse")
     names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
     every = {"eval_every": 2, "sample_every": 2, "eval_tokens": 300} if job.evaluate else {}
     config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same, **every)
-    read = partial(held_out_loss, data=packed, length=job.length, carry=job.mode == "carry")
+    evaluate = partial(held_out_loss, data=packed, length=job.length, carry=job.mode == "carry")
     hooks = Hooks(
-        (lambda model, tokens: read(model, tokens=tokens)) if job.evaluate else None,
+        (lambda model, tokens: evaluate(model, tokens=tokens)) if job.evaluate else None,
         (lambda model: sample_text(model, packed.tokenizer, "It", tokens=12)) if job.evaluate else None,
         quiet=True,
     )
-    real = shards.write
+    real = sharded.write
     try:
-        train(model.double() if job.wide else model, batches, language_modelling, config, directory, hooks, here)
-    except (Crash, Interrupted, Elsewhere):
+        train(model.double() if job.wide else model, batches, language_modelling, config, directory, hooks, cluster)
+    except (Crash, Interrupted, RankFailed):
         pass
     except ValueError as error:  # the first process says it
         (out / f"{job.name}.error").write_text(str(error), encoding="utf-8")
     finally:
-        shards.write = real
+        sharded.write = real
 
 
 def bytes_held(optimizer: torch.optim.Optimizer) -> int:
@@ -141,36 +144,36 @@ def bytes_held(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def agree(out: Path, rank: int, here: Processes) -> None:
+def agree(out: Path, rank: int, cluster: Cluster) -> None:
     """What each process gets where one alone fails, differs, or is late; OUT/agree.RANK is a file of JSON."""
     found = {}
 
     def note(name: str, act: Callable[[], Any]) -> None:
         try:
             found[name] = act()
-        except (Elsewhere, ValueError, RuntimeError) as error:
+        except (RankFailed, ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
     def fail(who: int) -> str:
-        with here.together():
+        with cluster.barrier():
             if rank == who:
                 raise ValueError("the disk is full")
         return "went on"
 
     for who in (-1, 0, 1):
         note(f"fails on {who}", lambda who=who: fail(who))
-    note("same", lambda: here.check_same({"lr": 1}, "process {} differs"))
-    note("other", lambda: here.check_same({"lr": rank}, "process {} differs"))
-    note("first", lambda: here.first(rank + 7))
-    note("total", lambda: here.total(rank + 1, 0.5))
+    note("same", lambda: cluster.check_same({"lr": 1}, "rank {} differs"))
+    note("other", lambda: cluster.check_same({"lr": rank}, "rank {} differs"))
+    note("first", lambda: cluster.broadcast(rank + 7))
+    note("total", lambda: cluster.sum(rank + 1, 0.5))
     for name, folder in (("shared", out), ("own", out / f"own.{rank}")):
         folder.mkdir(exist_ok=True)
-        note(name, lambda folder=folder: RunDirectory(folder).check_shared(here))
-    impatient = Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=timedelta(seconds=2))
+        note(name, lambda folder=folder: RunDirectory(folder).check_shared(cluster))
+    impatient = Cluster((2, 1, 1, 1), device=torch.device("cpu"), timeout=timedelta(seconds=2))
     dist.barrier()
     if rank == 1:
         time.sleep(6)
-    note("late", lambda: impatient.total(1))
+    note("late", lambda: impatient.sum(1))
     (out / f"agree.{rank}").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -199,7 +202,7 @@ def read_in_pieces(out: Path, rank: int) -> None:
 def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
     """Process `rank` of `count`."""
     torch.set_num_threads(1)
-    loop.gemm_rate = lambda device, dtype, **how: 1e12  # the machine's speed is of no interest here
+    speed.gemm_rate = lambda device, dtype, **how: 1e12  # the machine's speed is of no interest here
     compiled = torch.nn.Module.compile  # traced and differentiated, but not translated to C++, which takes minutes
     torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")  # type: ignore[method-assign]
     dist.init_process_group("gloo", f"file://{out}/store.{count}", timeout=WAIT, rank=rank, world_size=count)
@@ -208,14 +211,14 @@ def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
     for job in [Job(**fields) for fields in jobs]:
         mesh: Any = tuple(job.mesh)
         if mesh != (1, 1, 1, 1):
-            run(job, out, Processes(mesh, device=torch.device("cpu"), patience=WAIT))
+            run(job, out, Cluster(mesh, device=torch.device("cpu"), timeout=WAIT))
         elif rank == 0:
             run(job, out)
         if rank == 0:
             (out / f"{job.name}.bytes").write_text(str(held["bytes"]), encoding="utf-8")
     read_in_pieces(out, rank)
     if count == 2:
-        agree(out, rank, Processes((2, 1, 1, 1), device=torch.device("cpu"), patience=WAIT))
+        agree(out, rank, Cluster((2, 1, 1, 1), device=torch.device("cpu"), timeout=WAIT))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -115,7 +115,7 @@ def workers_of(agent: int) -> list[int]:
         except OSError:  # it has ended
             continue
         state, parent = rest.split()[:2]
-        if int(parent) == agent and state != "Z" and b"retentive" in words:
+        if int(parent) == agent and state != "Z" and (b"retentive" in words or any(b"spawn_main" in w for w in words)):
             found.append(int(name.split()[0]))
     return found
 

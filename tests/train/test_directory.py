@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 def test_a_run_with_checkpoints_is_kept_unless_told_otherwise(run, refuses):
     before = names(run)
-    with refuses("already holds a run: add --resume", FileExistsError), RunDirectory(run).locked():
+    with refuses("already holds a run: `resume=True` goes on", FileExistsError), RunDirectory(run).locked():
         pass
     assert names(run) == before
     with RunDirectory(run, existing="resume").locked():

@@ -10,17 +10,41 @@ import pytest
 
 from retentive.evals.heldout import HeldOut
 from retentive.train import TrainConfig
-from retentive.train.log import Log, check_extras, read_metrics
+from retentive.train.log import Log, check_extras, counted, read_metrics
+from retentive.train.speed import Speedometer
 
-STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5, "memory": 2**30}
+STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0}
+SPEED = {"tokens_per_second": 10.0, "mfu": 0.5, "memory": 2**30}
+
+
+class Steady(Speedometer):
+    """One that nothing is measured by."""
+
+    def __init__(self):
+        pass
+
+    def start(self):
+        pass
+
+    def read(self, tokens):
+        return SPEED
+
+
+def log_in(folder, config, **how) -> Log:
+    return Log(folder, config, start=0, speedometer=Steady(), **how)
+
+
+def record(log, step, **metrics) -> None:
+    log.begin_step()
+    log.step(step, {**STEP, **metrics, "tokens": 20})
 
 
 def write(folder, config) -> None:
     """Two steps, an evaluation and a sample."""
     folder.mkdir()
-    with Log(folder, config, start=0) as log:
+    with log_in(folder, config) as log:
         for step in (1, 2):
-            log.step({"step": step, **STEP, "loss": 2.5 / step})
+            record(log, step, loss=2.5 / step)
         log.held_out(2, HeldOut(2.0, 3.0, 40, 2_500_000))
         log.held_out(2, HeldOut(2.0, 3.5, 400, 12_345), last=True)
         log.sample(2, "some text")
@@ -36,7 +60,7 @@ def test_an_evaluation_at_the_end_is_told_from_the_one_before_it(tmp_path, capsy
 
 
 def test_what_was_all_the_text_is_told_once_and_recorded_twice(tmp_path, capsys):
-    with Log(tmp_path, TrainConfig(steps=2), start=0) as log:
+    with log_in(tmp_path, TrainConfig(steps=2)) as log:
         for last in (False, True):
             log.held_out(2, HeldOut(2.0, 3.0, 40, 12_345), last=last)
     assert capsys.readouterr().err == "step 2: held-out 3.000 bits per byte of 12.3 kB\n"
@@ -64,17 +88,17 @@ def test_what_does_not_fit_on_the_disk_is_written_later(tmp_path, monkeypatch):
         def close(self) -> None:
             os.close(self.fd)
 
-    with Log(tmp_path, TrainConfig(steps=3), start=0, quiet=True) as log:
+    with log_in(tmp_path, TrainConfig(steps=3), quiet=True) as log:
         log._file.close()
         log._file = Disk(os.open(tmp_path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT))
         for step in (1, 2):
-            log.step({"step": step, **STEP})
+            record(log, step)
         with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: No space left"):
             log.check()
         full = False
-        log.step({"step": 3, **STEP})
+        record(log, 3)
         log.check()
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_line_is_told_of_and_nothing_is_dropped(tmp_path):
@@ -83,7 +107,7 @@ def test_a_damaged_line_is_told_of_and_nothing_is_dropped(tmp_path):
     text = '{"step": 1}\ngarbage\n{"step": 3}\n'
     file.write_text(text)
     with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no record"):
-        Log(tmp_path, TrainConfig(steps=5), start=3)
+        Log(tmp_path, TrainConfig(steps=5), start=3, speedometer=Steady())
     assert file.read_text() == text
 
 
@@ -130,14 +154,14 @@ def test_the_writer_that_is_missing_is_the_one_that_is_named(monkeypatch, refuse
     """None in sys.modules is how Python says that there is no such module."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("here"))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with refuses("--wandb needs an extra: pip install 'retentive[log]'", ModuleNotFoundError):
+    with refuses("`wandb` needs an extra: pip install 'retentive[log]'", ModuleNotFoundError):
         check_extras(TrainConfig(tensorboard=True, wandb="project"))
 
 
 @pytest.mark.filterwarnings("default")
 def test_wandb_without_a_login_is_told_before_anything_is_made(monkeypatch, wandb, refuses):
     monkeypatch.setattr("sys.stdin", None)  # in a terminal it asks
-    with refuses("--wandb needs a login: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"):
+    with refuses("`wandb` needs a login: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"):
         check_extras(TrainConfig(wandb="project"))
 
 
@@ -145,7 +169,7 @@ def test_metrics_are_lines_of_json(tmp_path):
     write(tmp_path / "run", TrainConfig(steps=2))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2, 2, 2]
-    assert lines[0] == {"step": 1, **STEP} and lines[4] == {"step": 2, "sample": "some text"}
+    assert lines[0] == {"step": 1, **STEP, **SPEED} and lines[4] == {"step": 2, "sample": "some text"}
 
 
 @pytest.mark.parametrize("line", ["junk{", "[]", "5", "{}", "\udcff"])
@@ -163,3 +187,7 @@ def test_a_damaged_record_is_named_with_its_line(line, tmp_path, refuses):
 def test_a_folder_that_is_no_run(tmp_path, refuses):
     with refuses(f"{tmp_path} is no run of `retentive train`", FileNotFoundError):
         read_metrics(tmp_path)
+
+
+def test_one_is_not_counted_as_several():
+    assert [counted(n, "step") for n in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]

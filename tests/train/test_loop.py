@@ -20,7 +20,8 @@ from retentive.files import load_tensors
 from retentive.models import ARCHITECTURES, build, retnet, twin
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.checkpoints import folders
-from retentive.train.loop import accumulate_gradients, pick_precision
+from retentive.train.speed import pick_precision
+from retentive.train.step import Training, accumulate_gradients
 from tests.configs import changed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,7 +72,8 @@ def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, s
     batches = Packed(packed).batches(mode=mode, batch=4, length=32)
     step, accumulate = 2, 3
     options = TrainConfig(accumulate=accumulate, precision="fp32")
-    loss, tokens, carried = accumulate_gradients(model, batches, language_modelling, options, step)
+    training = Training(model, batches, language_modelling, options, step=step)
+    loss, tokens = accumulate_gradients(training)
     want = torch.zeros((), dtype=torch.float64)
     for index in range(step * accumulate, (step + 1) * accumulate):
         batch = batches[index]
@@ -83,7 +85,7 @@ def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, s
             parts = list(zip(rows.split(cuts, 1), targets.split(cuts, 1), strict=True))
         total = sum(F.cross_entropy(model(x)[0][0], y[0], reduction="sum") for x, y in parts)
         want = want + total / 128 / accumulate
-    assert carried is None and tokens == accumulate * 4 * 32
+    assert training.carried is None and tokens == accumulate * 4 * 32
     assert loss == pytest.approx(want.item(), rel=EXACT)
     got = [p.grad for p in model.parameters()]
     same(got, torch.autograd.grad(want, list(model.parameters())), EXACT)
@@ -118,8 +120,10 @@ def test_carried_on_is_read_whole(packed, run, metrics):
 def test_the_carried_state_is_cut_off_from_the_graph(packed):
     batches = Packed(packed).batches(mode="carry", batch=4, length=32)
     options = TrainConfig(precision="fp32")
-    _, _, carried = accumulate_gradients(build(TINY), batches, language_modelling, options, 0)
-    assert all(not x.requires_grad for x in carried.layers) and len(carried.position) == 4
+    training = Training(build(TINY), batches, language_modelling, options)
+    accumulate_gradients(training)
+    carried = training.carried
+    assert all(not x.requires_grad for x in carried.tensors()) and len(carried.position) == 4
 
 
 def test_recomputed_activations_change_nothing(run, same_end):
@@ -215,14 +219,14 @@ def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run, 
 @pytest.mark.parametrize(("speed", "want"), [(1.2, "fp32"), (1.4, "bf16")], ids=["hardly-faster", "faster"])
 def test_auto_takes_bf16_where_it_is_faster(speed, want, monkeypatch):
     rate = {torch.float32: 1.0, torch.bfloat16: speed}
-    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
+    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: rate[dtype])
     assert pick_precision("auto", CPU) == want
     assert (pick_precision("fp32", CPU), pick_precision("bf16", CPU)) == ("fp32", "bf16")
 
 
 def test_what_auto_meant_at_first_it_means_on_resuming(run, monkeypatch, same_end):
     rate = {torch.float32: 1.0, torch.bfloat16: 2.0}
-    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
+    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: rate[dtype])
     whole = run("whole", steps=4, precision="auto", save_every=2)
 
     def stop(model):

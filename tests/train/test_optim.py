@@ -172,7 +172,7 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw():
 def test_muon_refuses_what_has_no_whole_matrices(refuses):
     model = build(MUON["retnet"])
     adapter = Adapter("base", "0", 2, 4.0, targets_of(model, "all", 2))
-    with refuses("--optimizer muon steps whole matrices"):
+    with refuses("`optimizer='muon'` steps whole matrices"):
         optimizer_of(with_adapter(model, adapter), TrainConfig(optimizer="muon"))
 
 

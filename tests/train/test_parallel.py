@@ -24,9 +24,9 @@ from retentive.layers import positions_of
 from retentive.models import build, config_of
 from retentive.train import Parallel, TrainRun
 from retentive.train.checkpoints import folders
-from retentive.train.context import piece_of
-from retentive.train.parallel import checksum, parallelize
-from retentive.train.processes import Elsewhere, Processes
+from retentive.train.parallel import Cluster, RankFailed, checksum, parallelize
+from retentive.train.parallel.context import part_of
+from retentive.train.parallel.mesh import Axis
 from tests.train.ranks import SMALL, Job
 
 LIMIT = 800
@@ -203,7 +203,7 @@ def test_where_one_process_is_told_to_end_all_save_and_end(runs):
 def test_a_full_disk_of_one_process_costs_the_new_checkpoint_only(save, runs):
     """The first process says whose, and nothing half-written is left; the run went on from the checkpoint before."""
     said = (runs / f"retnet-full-{save}.error").read_text(encoding="utf-8")
-    assert said.startswith("process 1: cannot write") and "step-00000008: No space left on device" in said
+    assert said.startswith("rank 1: cannot write") and "step-00000008: No space left on device" in said
     same(runs / "retnet", runs / f"retnet-full-{save}", 1e-6)
     names = [folder.name for folder in (runs / f"retnet-full-{save}" / "checkpoints").iterdir()]
     assert sorted(names) == ["step-00000016", "step-00000020"]
@@ -235,13 +235,13 @@ def test_a_prompt_in_pieces_is_the_prompt(count, runs):
 def test_processes_agree_or_fail_together(runs):
     first, second = (json.loads((runs / f"agree.{rank}").read_text(encoding="utf-8")) for rank in (0, 1))
     assert first["fails on -1"] == second["fails on -1"] == "went on"
-    assert (first["fails on 0"], second["fails on 0"]) == ("ValueError: the disk is full", "Elsewhere: ")
-    assert (first["fails on 1"], second["fails on 1"]) == ("ValueError: process 1: the disk is full", "Elsewhere: ")
+    assert (first["fails on 0"], second["fails on 0"]) == ("ValueError: the disk is full", "RankFailed: ")
+    assert (first["fails on 1"], second["fails on 1"]) == ("ValueError: rank 1: the disk is full", "RankFailed: ")
     assert first["same"] is second["same"] is None
-    assert (first["other"], second["other"]) == ("ValueError: process 1 differs", "Elsewhere: ")
+    assert (first["other"], second["other"]) == ("ValueError: rank 1 differs", "RankFailed: ")
     assert first["first"] == second["first"] == 7 and first["total"] == second["total"] == [3, 1]
     assert first["shared"] is second["shared"] is None
-    assert "own.1 is another folder than that of process 0" in first["own"] and second["own"] == "Elsewhere: "
+    assert "own.1 is another folder than that of rank 0" in first["own"] and second["own"] == "RankFailed: "
     assert not list(runs.rglob(".seen-*"))
     assert first["late"].startswith("RuntimeError") and "gloo" in first["late"]  # and not a wait without end
 
@@ -282,10 +282,10 @@ def test_the_mesh_of_a_number_of_processes(asked, world, sizes):
 @pytest.mark.parametrize(
     ("asked", "world", "message"),
     [
-        ({"tp": 3}, 4, "tp 3 take a multiple of 3 processes, there are 4 processes: start others"),
-        ({"dp_shard": 2}, 1, "take a multiple of 2 processes, there is 1 process: start others .--nproc N"),
+        ({"tp": 3}, 4, "`tp=3` take a multiple of 3 processes, there are 4 processes: start others"),
+        ({"dp_shard": 2}, 1, "take a multiple of 2 processes, there is 1 process: start others .`nproc=2`"),
         ({"dp_replicate": 2, "cp": 2}, 8, "take 4 processes, there are 8"),
-        ({"dp_shard": -1, "cp": -1}, 8, "dp_shard and cp are both -1"),
+        ({"dp_shard": -1, "cp": -1}, 8, "`dp_shard` and `cp` are both -1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(asked, world, message):
@@ -299,22 +299,21 @@ def test_sizes_that_are_none(asked):
         Parallel(**asked)
 
 
-class Mesh(Processes):
-    """One process of a mesh whose others are not there: enough for what is refused before anything is exchanged."""
+class Alone(Cluster):
+    """One rank of a mesh whose others are not there: enough for what is refused before anything is exchanged."""
 
     def __init__(self, *sizes: int):
         super().__init__()
-        self.dp_replicate, self.dp_shard, self.cp, self.tp = sizes
-        self.dp, self.divided = sizes[0] * sizes[1], max(sizes[1:]) > 1
-        self.cp_group, self.tp_group = (object() if size > 1 else None for size in sizes[2:])  # type: ignore[assignment]
+        self.dp, self.cp, self.tp = (Axis(n, 0, None) for n in (sizes[0] * sizes[1], *sizes[2:]))
+        self.sharded = max(sizes[1:]) > 1
 
 
 @pytest.mark.parametrize(
     ("model", "changes", "sizes", "message"),
     [
-        ("retnet", {}, (1, 1, 1, 3), "heads 4 is not divisible by --tp 3"),
-        ("retnet", {"kv_heads": 1}, (1, 1, 1, 2), "kv_heads 1 is not divisible by --tp 2"),
-        ("retnet", {"ffn_dim": 33}, (1, 1, 1, 2), "ffn_dim 33 is not divisible by --tp 2"),
+        ("retnet", {}, (1, 1, 1, 3), "heads 4 is not divisible by `tp=3`"),
+        ("retnet", {"kv_heads": 1}, (1, 1, 1, 2), "kv_heads 1 is not divisible by `tp=2`"),
+        ("retnet", {"ffn_dim": 33}, (1, 1, 1, 2), "ffn_dim 33 is not divisible by `tp=2`"),
         ("transformer", {}, (1, 1, 2, 1), "a Transformer attends as well"),
         ("hybrid", {}, (1, 1, 2, 1), "a Hybrid attends as well"),
     ],
@@ -322,7 +321,7 @@ class Mesh(Processes):
 def test_a_model_that_cannot_be_divided_is_refused(model, changes, sizes, message):
     made = build(config_of(model, "1m", vocab_size=9, **SMALL | changes))
     with pytest.raises(ValueError, match=message):
-        parallelize(made, torch.device("cpu"), Mesh(*sizes))
+        parallelize(made, torch.device("cpu"), Alone(*sizes))
 
 
 def test_a_checksum_tells_weights_apart():
@@ -337,14 +336,14 @@ def test_a_checksum_tells_weights_apart():
 @pytest.mark.parametrize(
     ("how", "sizes", "message"),
     [
-        ({"batch": 3}, (2, 1, 1, 1), "--batch 3 is not divisible by the 2 processes"),
-        ({"length": 1}, (1, 1, 2, 1), "--length 1 is shorter than --cp 2"),
+        ({"batch": 3}, (2, 1, 1, 1), "`batch=3` is not divisible by the 2 ranks"),
+        ({"length": 1}, (1, 1, 2, 1), "`length=1` is shorter than `cp=2`"),
         ({"mode": "carry"}, (1, 1, 2, 1), "use another mode than carry"),
     ],
 )
 def test_batches_that_cannot_be_divided_are_refused(how, sizes, message, packed):
     with pytest.raises(ValueError, match=message):
-        TrainRun.of(packed, "out", **how).batches(Packed(packed), Mesh(*sizes))
+        TrainRun.of(packed, "out", **how).batches(Packed(packed), Alone(*sizes))
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
@@ -352,8 +351,8 @@ def test_batches_that_cannot_be_divided_are_refused(how, sizes, message, packed)
 def test_pieces_of_a_batch_are_all_of_it(mode, size, packed):
     """Their tokens, targets and positions, in order, with a length that does not divide."""
     batch = Packed(packed).batches(mode=mode, batch=3, length=31)[1]
-    pieces = [piece_of(batch, rank, size)[0] for rank in range(size)]
-    starts = [piece_of(batch, rank, size)[1] for rank in range(size)]
+    pieces = [part_of(batch, rank, size)[0] for rank in range(size)]
+    starts = [part_of(batch, rank, size)[1] for rank in range(size)]
     for name in ("ids", "targets"):
         whole = getattr(batch, name).flatten()
         assert torch.equal(torch.cat([getattr(piece, name)[0] for piece in pieces]), whole)
@@ -403,12 +402,20 @@ def test_one_process_says_what_is_wrong(monkeypatch, capsys, tmp_path):
         return end.value.code, capsys.readouterr().err
 
     assert ends("0", ValueError("no room")) == (2, "retentive: no room\n")
-    assert ends("1", Elsewhere()) == (2, "")
-    assert ends("1", ConnectionError("silent for 5 s")) == (2, "retentive: process 1: silent for 5 s\n")
+    assert ends("1", RankFailed()) == (2, "")
+    assert ends("1", ConnectionError("silent for 5 s")) == (2, "retentive: rank 1: silent for 5 s\n")
 
 
-@pytest.mark.parametrize("given", [["--nproc"], ["--nproc", "two"], ["--nproc=0"], ["--nproc", "-1"]])
-def test_a_number_of_processes_that_is_none(given, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--nproc"], "--nproc"),
+        (["--nproc", "two"], "--nproc"),
+        (["--nproc=0"], "--nproc must be at least 1, got 0"),
+        (["--nproc", "-1"], "--nproc must be at least 1, got -1"),
+    ],
+)
+def test_a_number_of_processes_that_is_none(given, words, capsys):
+    with pytest.raises(SystemExit) as end:
         main(["train", "--data", "d", "--out", "o", *given])
-    assert "--nproc needs a number of processes, at least 1, got" in capsys.readouterr().err
+    assert end.value.code == 2 and words in capsys.readouterr().err

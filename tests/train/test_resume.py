@@ -17,8 +17,8 @@ import retentive
 from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
 from retentive.models import build, retnet, twin
-from retentive.train import shards
 from retentive.train.checkpoints import folders
+from retentive.train.parallel import checkpoint as sharded
 from retentive.train.signals import Interrupted
 from tests.configs import changed
 
@@ -210,7 +210,7 @@ def test_the_newest_checkpoints_are_kept(keep, run):
 
 def test_a_run_is_not_begun_over(run, refuses):
     before = files(run("a"))
-    words = "already holds a run: add --resume to go on with it, --overwrite to begin anew, or choose another --out"
+    words = "already holds a run: `resume=True` goes on with it, `overwrite=True` begins anew, or choose another `out`"
     with refuses(words, FileExistsError):
         run("a", init=1)
     assert files(run.folder("a")) == before
@@ -222,7 +222,7 @@ def test_at_the_first_nan_it_stops_and_the_good_checkpoint_stays(clip, run, refu
         with torch.no_grad():
             model.blocks[0].ffn.up_proj.weight[0, 0] = math.nan
 
-    with refuses("step-00000003; try a lower --lr", FloatingPointError):
+    with refuses("step-00000003; try a lower `lr`", FloatingPointError):
         run("a", clip=clip, at=5, act=spoil)
     folder = run.folder("a")
     assert steps(folder) == ["step-00000003"]
@@ -236,14 +236,14 @@ def test_at_a_gradient_that_overflows_it_stops_as_well(run):
     def overflow(model):
         model.head.weight.register_hook(lambda gradient: math.inf * gradient)
 
-    words = r"^loss \d\.\d{1,3} and gradient norm (inf|nan) at step 6: .*step-00000003; try a lower --lr"
+    words = r"^loss \d\.\d{1,3} and gradient norm (inf|nan) at step 6: .*step-00000003; try a lower `lr`"
     with pytest.raises(FloatingPointError, match=words):
         run("a", at=5, act=overflow)
     assert all(p.isfinite().all() for p in retentive.load(run.folder("a"))[0].parameters())
 
 
 def test_at_a_nan_before_any_checkpoint_that_is_said(run, refuses):
-    with refuses("no checkpoint had been saved yet; try a lower --lr", FloatingPointError):
+    with refuses("no checkpoint had been saved yet; try a lower `lr`", FloatingPointError):
         run("a", at=1, act=lambda model: model.embed.weight.data.fill_(math.inf))
 
 
@@ -264,7 +264,7 @@ def fill_disk(patch: pytest.MonkeyPatch, allowed: int) -> None:
 
         return save
 
-    for place in ("safetensors.torch.save_file", "retentive.train.shards.write"):
+    for place in ("safetensors.torch.save_file", "retentive.train.parallel.checkpoint.write"):
         module, _, name = place.rpartition(".")
         patch.setattr(place, filling(getattr(importlib.import_module(module), name)))
 
@@ -292,7 +292,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(allowed, background, run, sam
 def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run, same_end, monkeypatch):
     """However slow the disk is: steps go on meanwhile, and change the weights."""
     whole, written = run("whole", mode="carry", ema=0.9), []
-    real, steps_on = shards.write, threading.Event()
+    real, steps_on = sharded.write, threading.Event()
 
     def slow(path, *args):
         if not path.parent.name.startswith(".step"):  # the first weights
@@ -302,7 +302,7 @@ def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run,
         written.append(path.parent.name)
         real(path, *args)
 
-    monkeypatch.setattr("retentive.train.shards.write", slow)
+    monkeypatch.setattr("retentive.train.parallel.checkpoint.write", slow)
     how = dict(mode="carry", ema=0.9, async_save=True, at=5, act=lambda model: steps_on.set())
     same_end(run("async", **how), whole)
     assert written == [f".step-0000000{n}.partial" for n in (3, 3, 3, 6, 6, 6, 8, 8, 8)]
@@ -365,7 +365,7 @@ def test_a_model_that_is_no_run_is_not_trained_over(run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_step_and_saves(number, run, same_end):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=r"stopped at step 5 of 8, saved; go on with --resume"):
+    with pytest.raises(Interrupted, match=r"stopped at step 5 of 8, saved; go on with `resume=True`"):
         run("stopped", at=4, act=lambda model: signal.raise_signal(number))
     assert signal.getsignal(number) is before
     assert steps(run.folder("stopped")) == ["step-00000003", "step-00000005"]
@@ -424,7 +424,7 @@ def test_killed_before_its_options_were_written_it_begins_anew(run, same_end, mo
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr("retentive.train.loop.write_json", killed)
+        patch.setattr("retentive.train.directory.write_json", killed)
         with pytest.raises(Crash):
             run("stopped")
     same_end(run("stopped", resume=True), run("whole"))

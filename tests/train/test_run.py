@@ -24,8 +24,8 @@ from retentive.models import ARCHITECTURES, build, cost, retnet
 from retentive.models.retnet import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
 from retentive.train.checkpoints import folders
-from retentive.train.loop import accumulate_gradients
-from retentive.train.optim import adamw, learning_rate
+from retentive.train.optim import learning_rate
+from retentive.train.step import Training, accumulate_gradients
 
 SMALL = {"dim": 32, "layers": 1, "heads": 2}
 BRIEF = dict(steps=4, warmup=2, lr=5e-3, save_every=2, precision="fp32", device="cpu", eval_every=0, sample_every=0)
@@ -130,13 +130,13 @@ def test_a_mixture_goes_on_in_the_same_bits_with_the_same_data_only(made, packed
     (letters.parent / "elsewhere").mkdir()
     moved = letters.rename(letters.parent / "elsewhere" / "letters")
     for data, words in (
-        ((moved, packed), f"{moved} {packed} holds other data than the run at {run.out} was trained on"),
+        ((moved, packed), f"`data=('{moved}', '{packed}')` holds other data than the run at {run.out} was trained on"),
         ((packed, packed.parent / "packed"), "is given twice: give it more weight instead"),
         ((moved,), "2 weights for 1 folders of data"),
     ):
         with refuses(words):
             replace(run, data=data).run(quiet=True)
-    with refuses("--data-weights 1 1 contradicts the run at"):
+    with refuses("`data_weights=(1, 1)` contradicts `data_weights=(0.3, 0.7)` of the run at"):
         replace(run, data=(packed, moved), data_weights=(1, 1)).run(quiet=True)
     same_end(replace(run, data=(packed, moved)).run(quiet=True), whole)
 
@@ -154,7 +154,7 @@ def test_numbers_of_other_kinds_are_numbers(made, tmp_path):
 def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, same_end):
     """All fields count here, as for a comparison that is started twice."""
     rate = {torch.float32: 1.0, torch.bfloat16: speed}
-    monkeypatch.setattr("retentive.train.loop.gemm_rate", lambda device, dtype, **how: rate[dtype])
+    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: rate[dtype])
     whole = made("whole", precision="auto").run(quiet=True)
     run = made("cut", precision="auto", resume=True)
     run.run(quiet=True)
@@ -166,10 +166,13 @@ def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, sam
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"precision": "bf16"}, "--precision bf16 contradicts the run at"),
-        ({"lr": 0.5}, "--lr 0.5 contradicts the run at"),
-        ({"set": {"dim": 64}}, "--set dim=64 contradicts the run at"),
-        ({"steps": 8}, "--steps 8 contradicts the run at"),
+        ({"precision": "bf16"}, "`precision='bf16'` contradicts `precision='fp32'` of the run at"),
+        ({"lr": 0.5}, "`lr=0.5` contradicts `lr=0.005` of the run at"),
+        (
+            {"set": {"dim": 64}},
+            "`set={'dim': 64}` contradicts `set={'dim': 32, 'layers': 1, 'heads': 2}` of the run",
+        ),
+        ({"steps": 8}, "`steps=8` contradicts `steps=4` of the run at"),
     ],
     ids=["precision", "lr", "set", "steps"],
 )
@@ -216,7 +219,7 @@ def test_a_longer_run_takes_the_rates_of_a_run_of_so_many_steps(made, metrics, c
 
 def test_a_run_may_not_be_shorter_than_what_is_done(made, refuses):
     made("a").run(quiet=True)
-    with refuses("--steps 3 is less than the 4 that the run at"):
+    with refuses("`steps=3` is less than the 4 that the run at"):
         made("a", steps=3, resume=True).run(overrides={"steps"})
 
 
@@ -228,7 +231,7 @@ def test_going_on_and_being_done_are_said(made, capsys):
     assert capsys.readouterr().err.splitlines()[0] == "going on from step 2 of 4"
     before = losses(run)
     made("a", resume=True).run()
-    assert capsys.readouterr().err == f"done: {run} is at step 4 of 4 (more --steps lengthen it)\n"
+    assert capsys.readouterr().err == f"done: {run} is at step 4 of 4 (more steps lengthen it)\n"
     assert losses(run) == before
 
 
@@ -243,7 +246,7 @@ def test_overwriting_begins_anew_and_leaves_what_is_not_the_runs(made, same_end)
 @pytest.mark.parametrize("more", [{}, {"resume": True}], ids=["again", "resume"])
 def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(more, made, same_end, refuses):
     """A rate that was too high, and the same command with a lower one."""
-    with refuses("no checkpoint had been saved yet; try a lower --lr", FloatingPointError):
+    with refuses("no checkpoint had been saved yet; try a lower `lr`", FloatingPointError):
         made("a", lr=1e30, clip=0.0, warmup=0, save_every=100).run(quiet=True)
     same_end(
         made("a", **more).run(overrides={"lr", "clip", "warmup", "save_every"}, quiet=True), made("b").run(quiet=True)
@@ -260,7 +263,7 @@ def test_a_trained_model_whose_checkpoints_are_gone_is_not_trained_over(gone, mo
         for folder in folders(run):
             (folder / "training.json").unlink()
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
-    words = f"{run} holds a trained model but no checkpoint to go on from: --overwrite begins anew, --init {run} --out"
+    words = f"{run} holds a trained model but no checkpoint to go on from: `overwrite=True` begins anew, `init='{run}'`"
     with refuses(words, FileExistsError):
         made("a", steps=6, **more).run(overrides={"steps"}, quiet=True)
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
@@ -269,7 +272,7 @@ def test_a_trained_model_whose_checkpoints_are_gone_is_not_trained_over(gone, mo
 
 
 def test_resuming_and_overwriting_at_once_is_refused(made, refuses):
-    with refuses("resume and overwrite exclude each other"):
+    with refuses("`resume` and `overwrite` exclude each other"):
         made("a", resume=True, overwrite=True).run()
 
 
@@ -292,7 +295,7 @@ def first_loss(run: TrainRun, folder: Path) -> float:
     """Of the run's first batch, by the model of a folder."""
     model = retentive.load(folder)[0].train()
     options = TrainConfig(precision="fp32", device="cpu")
-    return accumulate_gradients(model, run.batches(Packed(run.data)), language_modelling, options, 0)[0]
+    return accumulate_gradients(Training(model, run.batches(Packed(run.data)), language_modelling, options))[0]
 
 
 def test_training_on_from_given_weights(made, same_end, tmp_path):
@@ -321,12 +324,12 @@ def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
 
 def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuses, packed):
     base = made("base").run(quiet=True)
-    with refuses("brings its architecture: leave out --size and --model"):
+    with refuses("brings its architecture: leave out `size` and `model`"):
         made("a", init=str(base), set={}).run(quiet=True)
     for typed in ("size", "model"):  # at its default, but chosen
-        with refuses("brings its architecture: leave out --size and --model"):
+        with refuses("brings its architecture: leave out `size` and `model`"):
             made("a", size="5m", init=str(base), set={}).run(overrides={typed}, quiet=True)
-    with refuses("brings its architecture: only dropout can be --set"):
+    with refuses("brings its architecture: only dropout can be in `set`"):
         made("a", size="5m", init=str(base), set={"dim": 64}).run(quiet=True)
     pack(tmp_path / "bpe", train_bpe(["some other text"] * 9, 260), [Document("a", "text " * 99)], [])
     with refuses("has another tokenizer than"):
@@ -352,7 +355,8 @@ def test_what_a_step_takes_at_least_is_less_than_what_it_takes(model, made, pack
     """Weights, gradients and moments are counted to the byte; of the rest, the inputs of the blocks."""
     run = made("a", model=model, set={**SMALL, "layers": 4})
     config, trained = run.build(Packed(packed))
-    optimizer = adamw(trained, run.train)
+    training = Training(trained, run.batches(Packed(packed)), language_modelling, run.train)
+    optimizer = training.optimizer
     kept = 0
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -361,7 +365,7 @@ def test_what_a_step_takes_at_least_is_less_than_what_it_takes(model, made, pack
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        accumulate_gradients(trained, run.batches(Packed(packed)), language_modelling, run.train, 0)
+        accumulate_gradients(training)
     optimizer.step()
     held = sum(p.nbytes + p.grad.nbytes for p in trained.parameters())
     held += sum(x.nbytes for s in optimizer.state.values() for name, x in s.items() if name != "step")
@@ -374,7 +378,7 @@ def test_memory_that_is_free_is_enough(made, monkeypatch, refuses):
     run = made("a")
     need = cost.least_training_bytes(run.config(257), run.batch * run.length)
     monkeypatch.setattr("retentive.machine.free_memory", lambda device: need - 1)
-    with refuses("choose a smaller --size, --batch or --length"):
+    with refuses("choose a smaller `size`, `batch` or `length`"):
         run.run(quiet=True)
     monkeypatch.setattr("retentive.machine.free_memory", lambda device: need)
     run.run(quiet=True)

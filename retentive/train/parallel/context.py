@@ -1,7 +1,7 @@
-"""Context parallelism in training: the tokens of a batch divided over the processes of a group, states handed on.
+"""Context parallelism: the tokens of a batch, divided over the ranks of the axis `cp`.
 
-The rows of a batch are laid end to end and cut into equal pieces, to within a token. What crosses a border are the
-position of the sequence that is cut, and in every layer its state (`ops.pieces`), as if each piece were a batch that
+The rows of a batch are laid end to end and cut into equal parts, to within a token. What crosses a border are the
+position of the sequence that is cut, and in every layer its state (`ops.pieces`), as if each part were a batch that
 carries on from the one before.
 """
 
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
@@ -20,32 +19,37 @@ from retentive.models import LanguageModel, State
 from retentive.ops import across
 from retentive.ops.pieces import Gather, gather_over
 from retentive.train.objective import Objective
+from retentive.train.parallel.mesh import Axis
 
 
-def split_sequences(model: LanguageModel, group: dist.ProcessGroup, rank: int) -> None:
-    """Has every layer of retention hand on its states from process to process of the group, in place.
+def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
+    """The model whose layers of retention hand on their states from rank to rank, changed in place.
 
     Raises:
         ValueError: a model that attends.
     """
     if model.config.attends:
-        raise ValueError(f"--cp hands on states of retention, a {model.config.name} attends as well: leave it out")
-    gather = gather_over(group)
+        raise ValueError(
+            f"`cp={axis.size}` hands on states of retention, a {model.config.name} attends as well: leave it out"
+        )
+    assert axis.group is not None
+    gather = gather_over(axis.group)
     for layer in model.blocks.modules():
         if isinstance(layer, MultiScaleRetention):
             # around the layer and not the model: a block that is recomputed in the backward pass exchanges again
-            layer.forward = partial(_across, layer.forward, gather, rank)  # type: ignore[method-assign]
+            layer.forward = partial(_across, layer.forward, gather, axis.rank)  # type: ignore[method-assign]
+    return model
 
 
 def _across(forward: Callable, gather: Gather, rank: int, x, state, positions, phases) -> Any:
-    """A layer's forward pass, of one piece: what does not begin at position 0 goes on from the piece before."""
+    """A layer's forward pass, of one part: what does not begin at position 0 goes on from the part before."""
     with across(gather, rank, None if positions.start is None else positions.start > 0):
         return forward(x, state, positions, phases)
 
 
 @contextmanager
-def undivided_sequences(model: LanguageModel) -> Iterator[None]:
-    """Where every process reads whole sequences, the same ones, and hands on nothing."""
+def whole_sequences(model: LanguageModel) -> Iterator[None]:
+    """In this block every rank reads whole sequences, the same ones, and hands on nothing."""
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention)]
     handing_on = [layer.__dict__.pop("forward") for layer in layers]  # the class's own is behind it
     try:
@@ -55,33 +59,33 @@ def undivided_sequences(model: LanguageModel) -> Iterator[None]:
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def on_piece(objective: Objective, rank: int, size: int) -> Objective:
-    """The objective on piece `rank` of `size` of a batch."""
+def on_part(objective: Objective, axis: Axis) -> Objective:
+    """The objective on this rank's part of each batch."""
 
-    def of_piece(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
-        piece, start = piece_of(batch, rank, size)
+    def of_part(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
+        part, start = part_of(batch, axis.rank, axis.size)
         before = model.init_state(1)
         # blank states, which the layers fill; the position is known at once
         before = State(before.memories, before.position + start)
-        total, count, _ = objective(model, piece, before)
+        total, count, _ = objective(model, part, before)
         return total, count, None
 
-    return of_piece
+    return of_part
 
 
-def piece_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
-    """(a part of a batch's tokens, as one row; how many tokens its first sequence has had before them).
+def part_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
+    """(part `rank` of `size` of a batch's tokens, as one row; how many tokens its first sequence has had before them).
 
-    Targets were shifted before, so that the last token of a piece has its own.
+    Targets were shifted before, so that the last token of a part has its own.
 
     Raises:
-        ValueError: a batch with fewer tokens than pieces, one that carries states on, or with pictures or sound.
+        ValueError: a batch with fewer tokens than parts, one that carries states on, or with pictures or sound.
     """
     if batch.carry is not None or batch.rows:
-        raise ValueError("--cp divides texts that begin in their batch: no mode carry, no pictures or sound")
+        raise ValueError(f"`cp={size}` divides texts that begin in their batch: no mode carry, no pictures or sound")
     length, device = batch.ids.numel(), batch.ids.device
     if length < size:
-        raise ValueError(f"a batch of {length} tokens cannot be divided over --cp {size} processes")
+        raise ValueError(f"a batch of {length} tokens cannot be divided over `cp={size}` ranks")
     starts = torch.arange(0, length, batch.ids.shape[1], device=device)
     if batch.cu_seqlens is not None:
         starts = batch.cu_seqlens[:-1]

@@ -1,9 +1,9 @@
-"""Safetensors files of tensors that processes hold in parts: each writes what it has where it belongs, and reads that.
+"""Sharded checkpoints: safetensors files to which each rank writes the parts of tensors that it has, and reads those.
 
     header's length in 8 bytes | header in JSON: every tensor's dtype, shape, place | numbers, tensor after tensor
 
-(https://github.com/huggingface/safetensors#format). All processes can tell where a tensor lies, since that depends on
-names and shapes alone. So nobody gathers anything, and the file is, byte for byte, that of a single process.
+(https://github.com/huggingface/safetensors#format). All ranks can tell where a tensor lies, since that depends on
+names and shapes alone. So nothing is gathered, and the file is, byte for byte, that of a single process.
 """
 
 import json
@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from retentive.models import RetentionMemory, State
+from retentive.train.parallel.cluster import Cluster
+from retentive.train.parallel.data import local
+from retentive.train.parallel.mesh import Axis
+from retentive.train.parallel.tensor import split_dim
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Their names in a header."""
 
 
 class Shard(NamedTuple):
-    """What this process has of a tensor: a box of it."""
+    """What this rank has of a tensor: a box of it."""
 
     own: Tensor
     shape: tuple[int, ...]
@@ -29,12 +36,71 @@ class Shard(NamedTuple):
     start: tuple[int, ...]
     """Where `own` begins in it, axis by axis."""
     writes: bool = True
-    """Whether this process writes it: of several that have the same box one does."""
+    """True if this rank writes it: of several that have the same box one does."""
 
     def copied(self) -> "Shard":
         """The same in other memory, that of the CPU, for who writes it: training goes on in this one."""
         own = self.own.to("cpu", copy=True) if self.writes else torch.empty(0, dtype=self.own.dtype)
         return self._replace(own=own)
+
+
+def shard_of(name: str, x: Any, cluster: Cluster) -> Shard:
+    """What this rank has of a parameter, or of what belongs to one (a mean, a moment), in the same memory."""
+    x, dim = x.detach(), split_dim(name)
+    if x.ndim == 0:  # a count of steps
+        return Shard(x, (), (), cluster.main)
+    shape, start = list(x.shape), [0] * x.ndim
+    first_replica = cluster.dp_cp.rank < cluster.shard.size
+    if cluster.shard.size > 1:
+        # FSDP2 divides along the first axis as `chunk` does; the last ranks may get nothing of a small tensor
+        start[0] = min(cluster.shard.rank * -(-shape[0] // cluster.shard.size), shape[0])
+    if dim is not None:
+        start[dim] += cluster.tp.rank * shape[dim]
+        shape[dim] *= cluster.tp.size
+    writes = first_replica and (dim is not None or cluster.tp.rank == 0)
+    return Shard(local(x, cluster), tuple(shape), tuple(start), writes)
+
+
+def sharded_as(p: Tensor, own: Tensor, cluster: Cluster) -> Tensor:
+    """What belongs to a parameter (a moment), made of this rank's part of it: divided as the parameter is."""
+    own = own.to(p.device)
+    if cluster.shard.size == 1 or own.ndim == 0:
+        return own
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    assert isinstance(p, DTensor)
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def whole_state(state: State | None, cluster: Cluster) -> State | None:
+    """The states of all rows of the global batch, of which this rank carries its own; all must call this.
+
+    Heads are the second axis of each layer's states `[N,H,K,V]`.
+    """
+    if state is None or cluster.world_size == 1:
+        return state
+    *states, position = state.settled().tensors()
+    whole = [RetentionMemory(gathered(gathered(x, cluster.tp, 1), cluster.dp, 0)) for x in states]
+    return State(whole, gathered(position, cluster.dp, 0))
+
+
+def part_of_state(state: State | None, cluster: Cluster) -> State | None:
+    """The inverse of `whole_state`: the rows and heads that this rank carries."""
+    if state is None or cluster.world_size == 1:
+        return state
+    dp, tp = cluster.dp, cluster.tp
+    *states, position = state.settled().tensors()
+    own = [RetentionMemory(x.chunk(dp.size)[dp.rank].chunk(tp.size, 1)[tp.rank]) for x in states]
+    return State(own, position.chunk(dp.size)[dp.rank])
+
+
+def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The equal parts that the ranks of an axis have, joined along a dimension."""
+    if axis.group is None:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts, dim)
 
 
 def begin(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> None:
@@ -50,7 +116,7 @@ def begin(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) 
 
 
 def write(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> None:
-    """Writes this process's part of a file that `begin` has made with the same arguments, and has it on the disk.
+    """Writes this rank's part of a file that `begin` has made with the same arguments, and has it on the disk.
 
     Raises:
         OSError: the disk is full.

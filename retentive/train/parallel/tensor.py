@@ -1,4 +1,4 @@
-"""Tensor parallelism over heads: a layer's heads and feed-forward columns, divided over the processes of a group.
+"""Tensor parallelism: the heads and feed-forward columns of every block, divided over the ranks of the axis `tp`.
 
     x -> [the same on all] -> q, k, v, g of my heads -> retention -> norm, gate -> my columns of Wo -> [sum] -> y
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retentive.layers import Attention, FeedForward, MultiScaleRetention, RMSNorm
 from retentive.models import LanguageModel
 from retentive.ops.rows import rms_norm
+from retentive.train.parallel.mesh import Axis
 
 AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj", "q_bias", "k_bias"), 0)
 AXES |= {"gate_proj": 0, "up_proj": 0, "out_proj": 1, "down_proj": 1}
@@ -31,30 +32,33 @@ def split_dim(name: str) -> int | None:
     return next((AXES[part] for part in name.split(".") if part in AXES), None)
 
 
-def split_heads(model: LanguageModel, group: dist.ProcessGroup, rank: int, size: int) -> None:
-    """Leaves this process its share of the heads and columns of every block, in place.
+def tensor_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
+    """The model with this rank's share of the heads and columns of every block, changed in place.
 
     Raises:
-        ValueError: heads or columns that do not divide by `size`; the model is as before.
+        ValueError: heads or columns that do not divide by the ranks; the model is as before.
     """
     layers = [m for m in model.blocks.modules() if isinstance(m, MultiScaleRetention | Attention | FeedForward)]
     for layer in layers:
         counts = {"ffn_dim": layer.gate_proj.out_features} if isinstance(layer, FeedForward) else heads_of(layer)
         for name, count in counts.items():
-            if count % size:
-                raise ValueError(f"{name} {count} is not divisible by --tp {size}: change either (--set {name}=…)")
+            if count % axis.size:
+                raise ValueError(f"{name} {count} is not divisible by `tp={axis.size}`: change either (`set`)")
     for name, p in list(model.named_parameters()):
-        axis = split_dim(name)
-        if axis is not None:
+        dim = split_dim(name)
+        if dim is not None:
             owner, _, last = name.rpartition(".")
-            part = p.detach().chunk(size, axis)[rank].clone(memory_format=torch.contiguous_format)
+            part = p.detach().chunk(axis.size, dim)[axis.rank].clone(memory_format=torch.contiguous_format)
             setattr(model.get_submodule(owner), last, nn.Parameter(part, p.requires_grad))
+    group = axis.group
+    assert group is not None
     for layer in layers:
         if not isinstance(layer, FeedForward):
-            _keep_heads(layer, group, rank, size)
+            _keep_heads(layer, axis)
         layer.register_forward_pre_hook(lambda layer, args: (_Copied.apply(args[0], group), *args[1:]))
         last_layer = layer.down_proj if isinstance(layer, FeedForward) else layer.out_proj
         last_layer.register_forward_hook(lambda layer, args, y: _Summed.apply(y, group))
+    return model
 
 
 def heads_of(layer: Any) -> dict[str, int]:
@@ -67,24 +71,24 @@ def shape_of(layer: MultiScaleRetention) -> dict[str, Any]:
     return {**heads_of(layer), "key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
 
 
-def _keep_heads(layer: Any, group: dist.ProcessGroup, rank: int, size: int) -> None:
+def _keep_heads(layer: Any, axis: Axis) -> None:
     """Makes a layer one of fewer heads: those of this rank, with their own decays."""
-    layer.H, layer.kv_heads = layer.H // size, layer.kv_heads // size
+    layer.H, layer.kv_heads = layer.H // axis.size, layer.kv_heads // axis.size
     if isinstance(layer, MultiScaleRetention):
         decay = layer.config.decay
         if decay != "gated":  # known beforehand: the decays of these heads out of those of all
-            decay = tuple(layer.config.log_decay()[rank * layer.H : (rank + 1) * layer.H])
+            decay = tuple(layer.config.log_decay()[axis.rank * layer.H : (axis.rank + 1) * layer.H])
         layer.config = replace(layer.config, **shape_of(layer), decay=decay)  # which a fresh state has the shape of
     for name in SHARED:
         norm = layer._modules.get(name)
         if isinstance(norm, RMSNorm) and norm.weight is not None:
-            setattr(layer, name, _SharedNorm(norm, group))
+            setattr(layer, name, _SharedNorm(norm, axis.group))
 
 
 class _SharedNorm(RMSNorm):
     """The norm of some heads, whose gain is that of all: its gradient is the sum over the group."""
 
-    def __init__(self, norm: RMSNorm, group: dist.ProcessGroup):
+    def __init__(self, norm: RMSNorm, group: dist.ProcessGroup | None):
         super().__init__(norm.width, eps=norm.eps, affine=False)
         self.weight, self.group = norm.weight, group
 
@@ -93,10 +97,10 @@ class _SharedNorm(RMSNorm):
 
 
 class _Copied(torch.autograd.Function):
-    """x, which all processes of the group have; the gradient is the sum of theirs."""
+    """x, which all ranks of the group have; the gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -108,10 +112,10 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of x over the processes of the group; each gets the whole gradient."""
+    """The sum of x over the ranks of the group; each gets the whole gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x

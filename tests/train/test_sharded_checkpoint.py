@@ -1,4 +1,4 @@
-"""Files that several processes write, each its boxes: the bytes of one that wrote all, and boxes are read from them."""
+"""Sharded checkpoints: files that several ranks write, each its boxes, have the bytes of one that wrote all."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from retentive.files import load_tensors, save_tensors
-from retentive.train import shards
-from retentive.train.shards import Shard
+from retentive.train.parallel import checkpoint as sharded
+from retentive.train.parallel.checkpoint import Shard
 
 WHOLE = {
     "rows": torch.arange(35.0).view(7, 5),
@@ -41,20 +41,20 @@ def boxes(rank: int, size: int) -> dict[str, Shard]:
 def test_many_write_the_file_of_one(size, tmp_path):
     about = {"weights": "averages", "a": "b"}
     save_tensors(tmp_path / "one", WHOLE, about)
-    shards.begin(tmp_path / "many", boxes(0, size), about)
+    sharded.begin(tmp_path / "many", boxes(0, size), about)
     for rank in reversed(range(size)):
-        shards.write(tmp_path / "many", {name: box.copied() for name, box in boxes(rank, size).items()}, about)
+        sharded.write(tmp_path / "many", {name: box.copied() for name, box in boxes(rank, size).items()}, about)
     assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
     assert load_tensors(tmp_path / "many")[1] == {"format": "pt", **about}
     with safe_open(tmp_path / "many", framework="pt") as file:
         for rank in range(size + 1):  # another number of them reads it
             for name, box in boxes(rank, size + 1).items():
-                found = shards.read(file, name, box)
+                found = sharded.read(file, name, box)
                 assert torch.equal(found, box.own) and found.dtype == box.own.dtype
         with pytest.raises(SafetensorError, match="other"):
-            shards.read(file, "other", Shard(WHOLE["rows"], (7, 5), (0, 0)))
+            sharded.read(file, "other", Shard(WHOLE["rows"], (7, 5), (0, 0)))
         with pytest.raises(ValueError, match=r"rows is \[7, 5\], expected \[7, 6\]"):
-            shards.read(file, "rows", Shard(torch.empty(7, 6), (7, 6), (0, 0)))
+            sharded.read(file, "rows", Shard(torch.empty(7, 6), (7, 6), (0, 0)))
 
 
 def test_writes_that_the_system_cuts_short_are_gone_on_with(tmp_path, monkeypatch):
@@ -77,10 +77,10 @@ def test_writes_that_the_system_cuts_short_are_gone_on_with(tmp_path, monkeypatc
             return self.file.write(data[:7])
 
     save_tensors(tmp_path / "one", WHOLE)
-    shards.begin(tmp_path / "many", boxes(0, 1), {})
+    sharded.begin(tmp_path / "many", boxes(0, 1), {})
     real = type(tmp_path).open
     monkeypatch.setattr(type(tmp_path), "open", lambda path, *args, **how: Slow(real(path, *args, **how)))
-    shards.write(tmp_path / "many", boxes(0, 1), {})
+    sharded.write(tmp_path / "many", boxes(0, 1), {})
     monkeypatch.undo()
     assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
 
@@ -88,4 +88,4 @@ def test_writes_that_the_system_cuts_short_are_gone_on_with(tmp_path, monkeypatc
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_error_and_no_file_of_zeros():
     with pytest.raises(OSError, match="No space left"):
-        shards.write(Path("/dev/full"), boxes(0, 1), {})
+        sharded.write(Path("/dev/full"), boxes(0, 1), {})

@@ -1,0 +1,77 @@
+"""What a run does beside its steps: evaluation on held-out text, and samples of what the model writes."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from retentive.data.mixture import Mixture
+from retentive.data.packed import Packed
+from retentive.evals.heldout import HeldOut, held_out_loss, mixture_loss
+from retentive.models import LanguageModel
+from retentive.train.config import TrainConfig
+from retentive.train.log import Silence
+from retentive.train.parallel import reading
+from retentive.train.samples import sample_answer, sample_text
+from retentive.train.step import Training
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does beside its steps, and what it prints."""
+
+    evaluate: Callable[[LanguageModel, int], HeldOut] | None = None
+    """(model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end."""
+    sample: Callable[[LanguageModel], str] | None = None
+    """model -> text, called every `sample_every` steps."""
+    title: str = ""
+    """The line that the log begins with."""
+    quiet: bool = False
+    """Write metrics.jsonl only, and print nothing."""
+
+
+def report(training: Training, hooks: Hooks, log: Silence) -> None:
+    """Evaluates and samples, if it is time to: rank 0, or all ranks that divide the model.
+
+    Those compute the same numbers together, and rank 0 writes them down. With averages of the weights it is by them.
+    """
+    config, step, cluster = training.config, training.step, training.cluster
+    last = step == config.steps
+    evaluates = hooks.evaluate and (last or (config.eval_every and step % config.eval_every == 0))
+    samples = hooks.sample and config.sample_every and (last or step % config.sample_every == 0)
+    if not (evaluates or samples) or not (cluster.sharded or cluster.main):
+        return
+    averages = training.ema.in_place() if training.ema else nullcontext()
+    with averages, reading(training.model, cluster):
+        if hooks.evaluate and evaluates:
+            found = hooks.evaluate(training.model, config.eval_tokens)
+            log.held_out(step, found)
+            if last and not found.exhausted(config.eval_tokens):
+                found = hooks.evaluate(training.model, 10 * config.eval_tokens)
+            if last:
+                log.held_out(step, found, last=True)
+        if hooks.sample and samples:
+            log.sample(step, hooks.sample(training.model))
+
+
+def hooks_on(data: Packed | Mixture, length: int, config: TrainConfig, *, carry: bool, decodes: bool) -> Hooks:
+    """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded.
+
+    Args:
+        length: tokens of a row that is evaluated.
+        carry: evaluate rows that read on with their state, as mode "carry" trains them.
+    """
+
+    def evaluate(model: LanguageModel, tokens: int) -> HeldOut:
+        if isinstance(data, Mixture):
+            return mixture_loss(model, data, tokens=tokens, length=length, carry=carry)
+        return held_out_loss(model, data, tokens=tokens, length=length, carry=carry)
+
+    def sample(model: LanguageModel) -> str:
+        asked = config.sample_prompt
+        if data.template is None:
+            return sample_text(model, data.tokenizer, asked)
+        if asked:
+            return sample_answer(model, data.template, data.template.first([{"role": "user", "content": asked}]))
+        return sample_answer(model, data.template, *data.first_question())
+
+    return Hooks(evaluate if data.holds_out(length) else None, sample if decodes else None)

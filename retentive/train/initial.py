@@ -1,0 +1,110 @@
+"""The model that a run begins with: new encoders, given weights, an adapter; and what does not go together."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive import machine
+from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.adapter import targets_of
+from retentive.data.mixture import Mixture
+from retentive.data.packed import Packed
+from retentive.data.tokenizer import Tokenizer
+from retentive.layers.lora import Adapter
+from retentive.models import Config, LanguageModel, cost
+from retentive.models.encoders import CONFIGS as ENCODERS
+from retentive.models.encoders import Config as Encoder
+from retentive.models.encoders import config_for, encoders_of
+from retentive.options import option
+
+
+def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) -> dict[str, Encoder]:
+    """The encoders that a model needs for these data: those of `init` if it has them, or else new ones.
+
+    Args:
+        changes: the option `set`, of which those with a dot in their name change an encoder.
+
+    Raises:
+        ValueError: a field that is none, or one that the data decide; or data that `init` would see otherwise.
+    """
+    made: dict[str, Encoder] = dict(ModelFolder.open(init).encoders) if init else {}
+    wanted = {name: value for name, value in changes.items() if "." in name}
+    for name, value in wanted.items():
+        if name.partition(".")[0] not in data.media:
+            raise ValueError(f"{option('set', {name: value})}: {data.path} holds nothing of that kind")
+    for kind, how in data.media.items():
+        typed = {name: value for name, value in wanted.items() if name.startswith(f"{kind}.")}
+        changed = {name.partition(".")[2]: value for name, value in typed.items()}
+        known = {f.name for f in fields(ENCODERS[kind])}
+        if wrong := sorted(set(changed) - (known - set(how))):
+            why = "the data decide it" if wrong[0] in how else f"it has {', '.join(sorted(known - set(how)))}"
+            raise ValueError(f"{option('set', {f'{kind}.{wrong[0]}': changed[wrong[0]]})}: {why}")
+        if kind not in made:
+            try:
+                made[kind] = config_for(kind, how, **changed)
+            except (ValueError, TypeError) as error:  # which names the field alone
+                raise type(error)(f"{option('set', typed)}: {error}") from None
+        elif changed:
+            raise ValueError(f"{option('init', init)} brings its encoder of {kind}: leave out {option('set', typed)}")
+        # another token is another tokenizer, of which more is said elsewhere
+        elif odd := [k for k, v in how.items() if k in known - {"token"} and getattr(made[kind], k) != v]:
+            had, now = getattr(made[kind], odd[0]), how[odd[0]]
+            raise ValueError(f"{init} has {kind} {odd[0]} {had}, {data.path} has {now}: pack the data alike")
+    return made
+
+
+def load_initial(model: LanguageModel, init: str, data: Packed | Mixture, *, lora: bool) -> None:
+    """Loads the weights of the model folder `init`; encoders that it has not stay as they were drawn.
+
+    Raises:
+        ValueError: they do not go with the data, or with training an adapter alone (`lora`).
+    """
+    folder = ModelFolder.open(init)
+    given = folder.model(dtype=torch.float32)  # weights that are trained are float32, as moments
+    check_vocabulary(init, given, folder.tokenizer, data)
+    new = set(encoders_of(model)) - set(encoders_of(given))
+    if new and lora:
+        raise ValueError(
+            f"{init} has no encoder of {', '.join(sorted(new))}, and `lora` would leave a new one as it was drawn: "
+            "train the whole model on such data first"
+        )
+    model.load_state_dict(given.state_dict(), strict=not new)
+
+
+def load_base(model: LanguageModel, init: str, run: Path) -> None:
+    """Loads the weights that the adapter of a run is of; raises ValueError if those at `init` are others."""
+    before, base = ModelFolder.open(run).adapter, ModelFolder.open(init)
+    if before is None or before.base_sha256 != base.sha256:
+        raise ValueError(f"{init} is not the model, or no longer, that the run at {run} changes")
+    model.load_state_dict(base.model(dtype=torch.float32).state_dict())
+
+
+def adapter_for(model: LanguageModel, init: str, rank: int, alpha: float, targets: str) -> Adapter:
+    """The adapter that is trained, of the model at `init`; raises ValueError for targets that it has not."""
+    base = init if init.startswith("hf:") else str(Path(init).resolve())
+    return Adapter(base, ModelFolder.open(init).sha256, rank, alpha, targets_of(model, targets, rank))
+
+
+def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
+    """Raises ValueError where a step certainly cannot fit into the memory that is free now (it may still not fit)."""
+    least, free = cost.least_training_bytes(config, batch * length), machine.free_memory(device)
+    if least > free:
+        raise ValueError(
+            f"{cost.parameters(config) / 1e6:,.1f} M parameters and {batch:,} x {length:,} tokens a batch take "
+            f"{least / 1e9:,.1f} GB at the very least, {free / 1e9:,.1f} GB are free on {device}: choose a smaller "
+            f"`size`, `batch` or `length` (`accumulate` makes one step of several batches)"
+        )
+
+
+def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Packed | Mixture) -> None:
+    """Raises ValueError where the model's embedding is for other tokens than those of the data."""
+    if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
+        raise ValueError(f"{init} has another tokenizer than {data.path}: pack the text with the tokenizer of {init}")
+    if model.config.vocab_size < data.meta.vocab_size:
+        raise ValueError(
+            f"{init} knows {model.config.vocab_size:,} tokens, {data.path} has {data.meta.vocab_size:,}: "
+            f"pack the text with the model's own tokenizer"
+        )

@@ -1,0 +1,158 @@
+"""How the ranks of a run meet and part, whoever has started them: torchrun, `launch`, or Ray.
+
+Environment variables say which rank a process is (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun sets them.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from retentive.machine import pick_device
+from retentive.train.parallel.cluster import ALONE, Cluster, RankFailed
+from retentive.train.parallel.mesh import Parallel
+from retentive.train.signals import Interrupted
+
+LAUNCHED = "RETENTIVE_LAUNCHED"
+"""Environment variable that `launch` sets: it says which rank was lost, and ranks need not."""
+
+
+def several() -> bool:
+    """True if this process is one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def joined(parallel: Parallel, device: str) -> Iterator[Cluster]:
+    """The cluster of the ranks that were started with this one; they leave it together where nothing failed.
+
+    Reuses a process group that exists already (Ray makes one), and does not destroy it.
+
+    Args:
+        device: as of `pick_device`; each rank takes the GPU of its number on its machine.
+
+    Raises:
+        ValueError: a mesh of another number of ranks, or ranks that were given different meshes.
+        ConnectionError: another rank has ended, or is silent (RankFailed where `launch` says so).
+    """
+    if not several():
+        parallel.sizes(1)
+        yield ALONE
+        return
+    timeout, ours = datetime.timedelta(seconds=parallel.patience), not dist.is_initialized()
+    if ours:
+        connect(device, timeout)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # not where somebody's shell, which may be closed, has started each
+            stop_without(os.getppid())
+    try:
+        yield _cluster(parallel, device, timeout)
+    except Interrupted:  # which all have
+        if ours:
+            leave()
+        raise
+    except Exception as error:  # some may have left already
+        if ours and dist.get_backend() == "gloo":  # whose threads would abort a process that ends without this
+            dist.destroy_process_group()
+        if not lost_a_rank(error):
+            raise
+        if LAUNCHED in os.environ:
+            raise RankFailed from error
+        lost = f"another rank of this run has ended, or was silent for {parallel.patience} s"
+        raise ConnectionError(f"{lost}: go on with `resume=True`") from error
+    if ours:
+        leave()
+
+
+def _cluster(parallel: Parallel, device: str, timeout: datetime.timedelta) -> Cluster:
+    """The cluster, once the ranks agree on its mesh."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    beginning = Cluster((world_size, 1, 1, 1), timeout=timeout)
+    with beginning.barrier():
+        sizes, picked = parallel.sizes(world_size), pick_device(device)
+        if picked.type == "mps":
+            raise ValueError("several ranks train on GPUs of NVIDIA or on CPUs, not on mps: take `device='cpu'`")
+        if picked.type == "cuda":
+            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(picked)
+    beginning.check_same(sizes, "rank {} was started with another mesh than rank 0: give all the same options")
+    return Cluster(sizes, device=picked, timeout=timeout)
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """True if it is what torch.distributed raises where another process has ended, or is silent for too long."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def connect(device: str, timeout: datetime.timedelta) -> None:
+    """Joins the process group of all ranks.
+
+    Raises:
+        ConnectionError: they did not meet in time.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # gloo beside NCCL: numbers that ranks agree on lie in the memory of the CPU
+    gpus = device != "cpu" and torch.cuda.is_available()
+    how: dict[str, Any] = {"timeout": timeout}
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+            how |= {"store": fresh_part(store, rank, world_size, timeout), "rank": rank, "world_size": world_size}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
+    except RuntimeError as error:  # torch's own of stores and of gloo are such
+        why = f"in {timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
+        raise ConnectionError(f"the ranks of this run did not meet {why}") from error
+
+
+def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """A part of torchrun's store that this attempt's ranks have to themselves, to leave their addresses in.
+
+    torchrun has one store for a run and all of its restarts, and torch 2.13 reads there what dead ranks have left:
+    nobody joins anybody again (https://github.com/pytorch/pytorch/issues/135712). The count of restarts that it tells
+    them would tell attempts apart, but each machine counts its own. So each rank leaves a name that nobody had before,
+    rank 0 answers every name that it finds with that of the part, until all have taken it.
+
+    Raises:
+        ConnectionError: they did not in time.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"retentive {rank}", name)
+        part = store.get(f"retentive part for {name}").decode()  # waits for it
+        store.set(f"retentive {part} {rank}", "")
+        return dist.PrefixStore(part, store)
+    part, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    waiting = list(range(1, world_size))
+    while waiting := [other for other in waiting if not store.check([f"retentive {part} {other}"])]:
+        for other in waiting:  # the name may be that of a dead one, and another one tomorrow
+            if store.check([f"retentive {other}"]):
+                store.set(f"retentive part for {store.get(f'retentive {other}').decode()}", part)
+        if time.monotonic() > end:
+            raise ConnectionError(f"ranks {waiting} did not meet rank 0 in {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(part, store)
+
+
+def stop_without(parent: int) -> None:
+    """Starts a thread that has this process save and stop (SIGTERM) once the process that started it is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave() -> None:
+    """Ends the process group, once all ranks are here: one that left early would break the others' connections."""
+    dist.barrier()
+    dist.destroy_process_group()

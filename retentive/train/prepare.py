@@ -1,0 +1,57 @@
+"""From a model to one that is trained: its precision, its blocks, its part on this rank, its optimiser.
+
+Each is applied from outside, in place: no model or layer knows of autocast, compilation, recomputation or ranks.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+
+from retentive.machine import pick_device
+from retentive.models import LanguageModel
+from retentive.train.config import TrainConfig
+from retentive.train.objective import Objective
+from retentive.train.parallel import ALONE, Cluster, parallel_objective, parallelize
+from retentive.train.speed import agreed_precision
+from retentive.train.step import Batches, Training
+
+
+def prepare(
+    model: LanguageModel, batches: Batches, objective: Objective, config: TrainConfig, cluster: Cluster = ALONE
+) -> Training:
+    """The model in training; all ranks must call this.
+
+    Raises:
+        ValueError: options, model and mesh that do not go together.
+    """
+    device = cluster.device or pick_device(config.device)
+    with cluster.barrier():
+        check_options(config, cluster)
+        model = parallelize(model, device, cluster).train()
+        wrap_blocks(model, config)
+    config = replace(config, precision=agreed_precision(config.precision, device, cluster))
+    return Training(model, batches, parallel_objective(model, objective, cluster), config, cluster)
+
+
+def check_options(config: TrainConfig, cluster: Cluster) -> None:
+    """Raises ValueError for options that do not go with the way in which ranks divide the model."""
+    if config.compile and cluster.cp.size * cluster.tp.size > 1:
+        raise ValueError("`compile` cannot look into what ranks exchange in a block: leave it or `cp`, `tp` out")
+    if config.optimizer == "muon" and cluster.tp.size > 1:
+        raise ValueError("`optimizer='muon'` needs whole matrices, and `tp` divides them: leave either out")
+
+
+def wrap_blocks(model: LanguageModel, config: TrainConfig) -> None:
+    """Compiles the blocks, or has them recomputed in the backward pass (activation checkpointing), as the config says.
+
+    Raises:
+        ValueError: a model whose blocks are another library's.
+    """
+    if not len(model.blocks) and (config.compile or config.checkpoint_activations):
+        raise ValueError("the blocks are another library's here: leave out `compile` and `checkpoint_activations`")
+    for block in model.blocks:
+        if config.compile:
+            block.compile()  # in place: names of parameters, and so checkpoints, stay as they are
+        if config.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,101 @@
+"""One training step: the loss of its batches, the gradient, and the new weights.
+
+    gradient = d/dw  mean over batches of (sum of losses / number of targets)        clipped, then the optimiser's step
+
+The learning rate, the batches and the random numbers of a step are functions of its number.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from retentive.models import LanguageModel
+from retentive.train.config import TrainConfig
+from retentive.train.ema import EMA
+from retentive.train.objective import Objective
+from retentive.train.optim import learning_rate, optimizer_of
+from retentive.train.parallel import ALONE, Cluster, clip_gradients
+
+
+class Batches(Protocol):
+    """Source of batches: a pure function of the index, so that a resumed run reads what it would have read."""
+
+    length: int
+    """Tokens of a row, on which the FLOPs of a token depend."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The batch of any index from 0 on; the j-th of a step has the index step * accumulate + j.
+
+        A batch has `ids` and `to(device)`; what else it has concerns the objective alone.
+        """
+
+
+@dataclass
+class Training:
+    """A model in training: what a step reads, and what it changes."""
+
+    model: LanguageModel
+    batches: Batches
+    objective: Objective
+    config: TrainConfig
+    cluster: Cluster = ALONE
+    optimizer: torch.optim.Optimizer = field(init=False)
+    ema: EMA | None = field(init=False)
+    """Averages of the weights, if the config asks for them."""
+    step: int = 0
+    """Finished steps, those that were left out included."""
+    carried: Any = None
+    """State that the next batch goes on from (mode "carry")."""
+
+    def __post_init__(self):
+        self.optimizer = optimizer_of(self.model, self.config)
+        self.ema = EMA(self.model, self.config.ema) if self.config.ema else None
+
+
+def take_step(training: Training) -> dict[str, Any]:
+    """Loss, lr, grad_norm and tokens of the next step, over all ranks.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; weights, moments and state are as before, and the
+            step counts as finished.
+    """
+    config, optimizer, carried = training.config, training.optimizer, training.carried
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(training.step, config)
+    # Dropout is a function of the step too. Seeds are far apart, so that runs of neighbouring seeds do not share them.
+    # So do ranks that read other tokens; those that divide the same ones by heads must drop the same.
+    torch.manual_seed(config.seed * 1_000_003 + training.step + training.cluster.dp_cp.rank * 10**14)
+    loss, tokens = accumulate_gradients(training)
+    norm = clip_gradients(training.model, config.clip or math.inf, training.cluster)  # inf: measured, not clipped
+    training.step += 1
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        training.carried = carried
+        raise FloatingPointError(f"loss {loss:.4g} and gradient norm {norm:.4g} at step {training.step}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "tokens": tokens}
+
+
+def accumulate_gradients(training: Training) -> tuple[float, int]:
+    """(mean loss, tokens) of the next step; its gradients are left in the parameters, its last state in `carried`.
+
+    Every batch of the step weighs the same, whatever the number of its losses; every target of a batch does, whichever
+    rank has it.
+    """
+    config, cluster, device = training.config, training.cluster, training.model.device
+    total, tokens = 0.0, 0
+    for micro in range(config.accumulate):
+        batch = training.batches[training.step * config.accumulate + micro].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            losses, count, training.carried = training.objective(training.model, batch, training.carried)
+            (count_of_all,) = cluster.sum(count)
+            loss = losses / max(count_of_all, 1)
+        # outside of autocast, as torch asks for; gradients are averaged over these ranks, and their sum is meant
+        (loss * cluster.dp_cp.size / config.accumulate).backward()
+        total += loss.item() / config.accumulate
+        tokens += batch.ids.numel()
+    total, all_tokens = cluster.sum(total, tokens / cluster.cp.size)
+    return total, int(all_tokens)
