@@ -33,6 +33,7 @@ from retentive.infer.generate import Token, check_prompt
 from retentive.infer.placeholders import Placeholders, embeddings
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
+from retentive.infer.schedule import shared
 from retentive.models import LanguageModel
 from retentive.models.state import State
 from retentive.threads import threads_for
@@ -112,8 +113,8 @@ class Engine:
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
-        placeholders = Placeholders(ids, rows, self.decoder.encoders) if rows else None
-        self._check(ids, placeholders, n, max_tokens, returns, state)
+        placeholders = self._placeholders(ids, rows, returns)
+        self._check(n, max_tokens, returns, state)
         key = None
         if self.cache is not None and state is None:
             key = ids if placeholders is None else placeholders.keys(ids)
@@ -136,22 +137,19 @@ class Engine:
             self.wake.notify()
         return [request.stream for request in requests]
 
-    def _check(
-        self,
-        ids: list[int],
-        placeholders: Placeholders | None,
-        n: int,
-        max_tokens: int | None,
-        returns: Returns,
-        state: State | None,
-    ) -> None:
-        """Raises ValueError for arguments of `submit` that are out of range."""
-        vocab = self.decoder.vocab_size
-        check_prompt(ids, vocab, placeholders)
-        if placeholders is not None and placeholders.end == len(ids):
-            raise ValueError("the prompt ends with a picture or sound: put text after it")
+    def _placeholders(self, ids: list[int], rows: Rows | None, returns: Returns) -> Placeholders | None:
+        """Where pictures and sound stand in a prompt; raises ValueError for ids or rows that do not fit."""
+        placeholders = Placeholders(ids, rows, self.decoder.encoders) if rows else None
+        check_prompt(ids, self.decoder.vocab_size, placeholders)
         if placeholders is not None and returns.prompt:
             raise ValueError("a prompt's own log probabilities are of text alone: leave out pictures and sound")
+        if placeholders is not None and placeholders.end == len(ids):
+            raise ValueError("the prompt ends with a picture or sound: put text after it")
+        return placeholders
+
+    def _check(self, n: int, max_tokens: int | None, returns: Returns, state: State | None) -> None:
+        """Raises ValueError for arguments of `submit` that are out of range."""
+        vocab = self.decoder.vocab_size
         if not 1 <= n <= self.slots:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
         if max_tokens is not None and max_tokens < 1:
@@ -224,7 +222,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Reads one chunk of the prompts in one packed call; prompts that are done join the batch."""
-        parts = self._parts()
+        parts = shared(self.reading, self.prefill_chunk, self.cache.every if self.cache else None)
         # Prompts whose log probabilities are wanted need logits after every token, not after the last alone: a call of
         # their own, so that the output matrix is not computed for the others.
         for scored in (False, True):
@@ -235,26 +233,6 @@ class Engine:
                     self._fail([prompt for prompt, _ in group], error)
         for prompt in [p for p in self.reading if not p.left]:
             self._join(prompt)
-
-    def _parts(self) -> list[tuple[Prompt, list[int]]]:
-        """(prompt, its next ids) for each: equal shares of the chunk; what short prompts leave goes to the longer ones.
-
-        So a long prompt does not hold up the short ones, nor many short ones the long one.
-        """
-        prompts = sorted((p for p in self.reading if p.left), key=lambda p: p.left)
-        budget, ends = max(self.prefill_chunk, len(prompts)), dict[Prompt, int]()
-        for n, prompt in enumerate(prompts):
-            take = min(prompt.left, budget // (len(prompts) - n))
-            if self.cache is not None:  # end the part where its state is cached
-                take = min(take, prompt.until_kept(self.cache.every))
-            ends[prompt] = prompt.read + take
-            budget -= take
-        # A picture is encoded whole, however little of it is read now. The first come are encoded first, so that none
-        # waits for ever: the first has all the room.
-        room = self.prefill_chunk
-        for prompt in [p for p in self.reading if p.left and p.placeholders]:
-            ends[prompt], room = prompt.placeholders.within(prompt.read, ends[prompt], room)
-        return [(p, p.ids[p.read : end]) for p, end in ends.items() if end > p.read]
 
     def _read(self, parts: list[tuple[Prompt, list[int]]], scored: bool) -> None:
         """Reads these parts packed into one call, keeps their states, and caches those that others may begin with."""
