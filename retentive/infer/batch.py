@@ -12,7 +12,7 @@ from retentive.infer.beam import beam_search
 from retentive.infer.engine import Engine
 from retentive.infer.generate import placeholders_of
 from retentive.infer.media import read
-from retentive.infer.placeholders import among
+from retentive.infer.placeholders import Placeholders
 from retentive.infer.requests import Stream
 from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
@@ -41,7 +41,7 @@ def generate_batch(
         stop_ids: tokens that end an answer.
         temperature: 0 takes the likeliest token; else prompt n is drawn with the seed n.
         beams: hypotheses of beam search; 1 for none.
-        rows: of each prompt's pictures and sound; none for prompts of text alone.
+        rows: rows of each prompt's pictures and sound, as for `Engine.submit`; empty for prompts of text alone.
         done: called with the number of prompts that are answered, now and then.
 
     Raises:
@@ -50,25 +50,33 @@ def generate_batch(
     """
     engine = Engine(model, slots=min(SLOTS, max(len(prompts), 1)), waiting=max(len(prompts), 1))
     how: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids}
-    given = rows or [dict[str, Any]()] * len(prompts)
-    seen = [placeholders_of(model, *each) for each in zip(prompts, given, strict=True)]
+    every: Sequence[Rows] = rows or [{}] * len(prompts)
+    seen = [placeholders_of(model, ids, given) for ids, given in zip(prompts, every, strict=True)]
+    keys = [ids if found is None else found.keys(ids) for ids, found in zip(prompts, seen, strict=True)]
     tokens: list[list[int]] = []
-    for count, group in together([found.keys(ids) if found else ids for ids, found in zip(prompts, seen, strict=True)]):
+    for count, group in together(keys):
         first, streams = len(tokens), list[Stream]()
-        state = read(model, prompts[first][:count], among(seen[first], 0, count)) if count else None
+        begun = parts(prompts[first], seen[first], count)[0]
+        state = read(model, *begun) if count else None
         for n in range(first, first + len(group)):
-            rest, left = prompts[n][count:], among(seen[n], count)
+            ids, left = parts(prompts[n], seen[n], count)[1]
             if beams > 1:
-                found = beam_search(model, rest, beams=beams, rows=left, **how, state=state and state.clone())
-                tokens.append(found[0][0])
+                best = beam_search(model, ids, beams=beams, rows=left, **how, state=state and state.clone())
+                tokens.append(best[0][0])
                 done(len(tokens))
             else:
                 params = SamplingParams(temperature=temperature, seed=n)
-                streams += engine.submit(rest, params, rows=left, **how, state=state)
+                streams += engine.submit(ids, params, rows=left, **how, state=state)
         while engine.step():
             done(first + sum(stream.reason is not None for stream in streams))
         tokens += [[token.id for token in stream] for stream in streams]
     return tokens
+
+
+def parts(ids: Sequence[int], placeholders: Placeholders | None, count: int) -> list[tuple[Sequence[int], Rows]]:
+    """Returns [(the first `count` ids, the rows among them), (the other ids, theirs)]."""
+    spans = [(0, count), (count, len(ids))]
+    return [(ids[a:b], {} if placeholders is None else placeholders.among(a, b)) for a, b in spans]
 
 
 def together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

@@ -51,7 +51,7 @@ class Conversation:
     # what is to be read
 
     def turn(self, messages: Sequence[Message]) -> tuple[list[int], Rows]:
-        """The ids to read for `messages`, the pending ones first, and the rows of the pictures and sound among them.
+        """Returns (the ids to read for `messages`, the pending ones first; the rows of pictures and sound among them).
 
         Raises:
             ValueError: the template refuses these messages.
@@ -83,10 +83,10 @@ class Conversation:
         self._go_on(stream.state, pending)
 
     def cut(self, stream: Stream, kept: Sequence[int]) -> None:
-        """Remembers an answer that was cut after the tokens `kept`: the stream's state has read more than these."""
+        """Remembers an answer that was cut after the tokens `kept`, beyond which the stream's state has read."""
         if stream.prompt_state is None:
             self.put_off([*stream.ids, *kept])
-        else:  # pictures and sound are not read twice
+        else:  # pictures and sound are not in the ids
             self._go_on(stream.prompt_state, [stream.ids[-1], *kept])
 
     def put_off(self, ids: Sequence[int]) -> None:
@@ -132,7 +132,7 @@ class Conversation:
             if whole and stream.state is not None:
                 self.remember(stream, [id for id in stream.pending if id not in stop_ids])
             elif stream.reason != "error" and not (rows and stream.prompt_state is None):
-                self.cut(stream, text.kept_ids())  # else it stays as it was: pictures and sound are not in the ids
+                self.cut(stream, text.kept_ids())  # pictures and sound that were not read yet are forgotten
 
 
 def _end(stream: Stream) -> None:

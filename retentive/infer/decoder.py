@@ -3,7 +3,7 @@
     read(ids, cu_seqlens, states, encoded) -> states     prompts, several in one packed call
     score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose own probabilities are wanted
     decode(ids, pool) -> logits                          one token for each of the first rows of a pool, in place
-    encode(kind, rows) -> embeddings                     of pictures and sound, for `read`
+    encode(kind, rows) -> embeddings                     pictures and sound, for `read`
 
 All work on the same states in the same memory (`models/state.py`), so that another implementation, such as one in C,
 can take over between two calls. Neither side knows text.
@@ -26,7 +26,7 @@ class Decoder(Protocol):
 
     vocab_size: int
     encoders: Mapping[str, Config]
-    """The configs of its encoders by kind; empty for a model that reads text alone."""
+    """Configs of its encoders by kind; empty for a model that reads text alone."""
 
     def init_state(self) -> State:
         """Of one sequence that has read nothing."""
@@ -38,7 +38,7 @@ class Decoder(Protocol):
         """A blank state of `slots` sequences to decode in place; it has `put`, and `reserve` for caches that grow."""
 
     def encode(self, kind: str, rows: Tensor) -> Tensor:
-        """Embeddings `[n, D]` of rows `[n, features]` of pictures or sound, whole pictures; on its own device."""
+        """Returns embeddings `[n, D]` of a kind's rows `[n, features]`, whole pictures, on the decoder's device."""
 
     def read(
         self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
@@ -49,8 +49,8 @@ class Decoder(Protocol):
             ids: `[T]`, those of all sequences one after the other.
             cu_seqlens: `[N+1]`, where each sequence begins, from 0, and where the last ends.
             states: N states of one sequence each; used up.
-            encoded: for each kind the embeddings `[n, D]` of all its placeholders among the ids, in order; none for
-                text alone.
+            encoded: for each kind the embeddings `[n, D]` of all its placeholders among the ids, in order; None or
+                empty for text alone.
         """
 
     def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:

@@ -97,8 +97,8 @@ class Engine:
         """`n` streams of tokens after `ids`, from seeds params.seed, params.seed + 1, …; the prompt is read once.
 
         Args:
-            rows: of pictures and sound, for each kind those of all its placeholders among `ids`; a prompt ends with
-                text.
+            rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`. Text must
+                follow them.
             max_tokens: None for no end but a stop.
             stop_ids: tokens that end a stream; they are not given out.
             constraint: makes the constraint of one stream; called for each, since constraints are in different states.
@@ -109,7 +109,7 @@ class Engine:
         Raises:
             ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1,
                 returns.top not in 0 … vocab, a state that is not of one sequence of this model; rows that do not fit
-                (`Placeholders`), no text after them, their own log probabilities.
+                (`Placeholders`), that no text follows, or with log probabilities of the prompt.
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
@@ -138,7 +138,7 @@ class Engine:
         return [request.stream for request in requests]
 
     def _placeholders(self, ids: list[int], rows: Rows | None, returns: Returns) -> Placeholders | None:
-        """Where pictures and sound stand in a prompt; raises ValueError for ids or rows that do not fit."""
+        """Returns the placeholders of a prompt with rows; raises ValueError for ids or rows that do not fit."""
         placeholders = Placeholders(ids, rows, self.decoder.encoders) if rows else None
         check_prompt(ids, self.decoder.vocab_size, placeholders)
         if placeholders is not None and returns.prompt:
@@ -422,6 +422,6 @@ class Engine:
 
 
 def _writable(state: State) -> State:
-    """A copy that the caller may write to: in inference mode it would be of inference tensors."""
+    """Returns a copy that the caller may write to; made in inference mode, it would be of inference tensors."""
     with torch.inference_mode(False):
         return state.clone()

@@ -47,10 +47,10 @@ def prefill(
     beside them.
 
     Args:
-        rows: of pictures and sound, for each kind those of all its placeholders among the ids.
+        rows: rows of pictures and sound, for each kind those of all its placeholders among the ids.
 
     Raises:
-        ValueError: a model that keeps no state (another library's); rows that do not fit (`Placeholders`).
+        ValueError: a model that keeps no state (another library's); rows do not fit (`Placeholders`).
     """
     if not model.keeps_state:
         raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
@@ -67,7 +67,7 @@ def prefill(
 
 
 def placeholders_of(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None) -> Placeholders | None:
-    """Where pictures and sound stand among the ids of a prompt; None without rows."""
+    """Returns the placeholders of pictures and sound among the ids of a prompt; None without rows."""
     configs = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
     return Placeholders(torch.as_tensor(ids).flatten().tolist(), rows, configs) if rows else None
 
@@ -88,7 +88,7 @@ def generate(
     Args:
         ids: the prompt, at least one token.
         params: how to pick; the defaults sample from the model's own distribution.
-        rows: of pictures and sound, for each kind those of all its placeholders among `ids`.
+        rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`.
         first_ids: what the first token must be one of; anything if not given.
         state: what the model has read before the prompt; used up.
 

@@ -23,7 +23,7 @@ from retentive.models.encoders import encoders_of
 
 
 def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None) -> Any:
-    """The state after ids, none perhaps, a placeholder for each of the rows among them.
+    """Returns the state after ids, which may be empty, with a placeholder for each of the rows among them.
 
     Args:
         state: what the model has read before; used up.

@@ -1,10 +1,10 @@
-"""Pictures and sound among a prompt's ids: what is encoded before a chunk is read, and keys for the prefix cache.
+"""Placeholders of pictures and sound among a prompt's ids: their embeddings chunk by chunk, and keys for the cache.
 
-    of_prompt = Placeholders(ids, rows, configs)            rows: for each kind those of all its placeholders
-    embeddings([(of_prompt, begin, end)], encode)           by kind, for the placeholders among ids[begin:end]
+    placeholders = Placeholders(ids, rows, configs)         rows: for each kind those of all its placeholders
+    embeddings([(placeholders, begin, end)], encode)        by kind, for the placeholders among ids[begin:end]
 
-Chunks of a prompt may begin and end anywhere. Sound is encoded chunk by chunk. A picture is encoded whole with the
-first chunk that reads of it, and the embeddings of the rest wait here for the next ones.
+Chunks of a prompt may begin and end anywhere. Sound is encoded chunk by chunk. A picture is encoded whole, just before
+the first chunk that holds a token of it; the embeddings of its other tokens wait here for the next chunks.
 """
 
 import hashlib
@@ -18,15 +18,18 @@ from retentive.data.media import Rows
 from retentive.models.encoders import Config, check_rows
 
 Encode = Callable[[str, Tensor], Tensor]
-"""Embeddings `[n, D]` of a kind's rows `[n, features]`, whole pictures."""
+"""Function from a kind and its rows `[n, features]`, whole pictures, to embeddings `[n, D]`."""
 
 
 class Placeholders:
     """The placeholders of one prompt, and the rows that they stand for.
 
+    Args:
+        configs: the encoders' configs by kind.
+
     Raises:
-        ValueError: a kind without an encoder, another number of rows than of placeholders, rows of another width, part
-            of a picture.
+        ValueError: a kind has no encoder, placeholders and rows differ in number, rows have another width, or a
+            picture is incomplete.
     """
 
     def __init__(self, ids: Sequence[int], rows: Rows, configs: Mapping[str, Config]):
@@ -37,12 +40,12 @@ class Placeholders:
         self.tokens = frozenset(config.token for config in configs.values())
         """Ids of placeholders, of all kinds."""
         self.end = max((int(of_kind.places[-1]) + 1 for of_kind in self.kinds.values() if len(of_kind.rows)), default=0)
-        """Where the ids after the last of them begin."""
+        """Index of the first id after the last placeholder."""
 
     def keys(self, ids: Sequence[int]) -> list[int]:
-        """The ids, with a negative hash of what it stands for in place of each placeholder: 63 bits of its picture.
+        """Returns the ids with a negative 63-bit hash of its content in place of each placeholder.
 
-        Takes some microseconds for each picture, and for each row of sound.
+        Equal keys mean equal ids and equal pictures and sound. Takes about a microsecond a picture or row of sound.
         """
         keys = list(ids)
         for of_kind in self.kinds.values():
@@ -51,41 +54,47 @@ class Placeholders:
         return keys
 
     def within(self, begin: int, end: int, room: int) -> tuple[int, int]:
-        """(the end of as many of ids[begin:end] as can be read, the room left) if encoders read at most `room` rows.
+        """Returns (end of the longest ids[begin:end] for which encoders read at most `room` rows, room that is left).
 
-        A picture counts with all its rows; one is begun as long as there is any room.
+        A picture counts with all its rows, and is begun as long as there is any room.
         """
         for of_kind in self.kinds.values():
             end, room = of_kind.within(begin, end, room)
         return end, room
 
+    def among(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        """Returns the rows of ids[begin:end], which must not cut a picture."""
+        spans = {kind: slice(*of_kind.places.searchsorted((begin, end))) for kind, of_kind in self.kinds.items()}
+        found = {kind: of_kind.rows[spans[kind]] for kind, of_kind in self.kinds.items()}
+        return {kind: rows for kind, rows in found.items() if len(rows)}
+
 
 class OfKind:
-    """The placeholders of one kind, of which the n-th stands for row n."""
+    """The placeholders of one kind. The n-th stands for row n."""
 
     def __init__(self, kind: str, rows: np.ndarray, places: np.ndarray, config: Config):
         self.kind, self.rows, self.places, self.unit = kind, rows, places, config.unit
         if rows.shape[1:] != (config.features,):
-            raise ValueError(f"{kind} rows {list(rows.shape)}: the model's encoder reads rows of {config.features}")
+            raise ValueError(f"{kind} rows {list(rows.shape)}: the encoder reads rows of {config.features}")
         if len(rows) % self.unit:
-            raise ValueError(f"{len(rows)} rows of {kind}: each has {self.unit}, and is read whole")
+            raise ValueError(f"{len(rows)} rows of {kind}: each has {self.unit}; give all of them")
         self.first, self.waiting = 0, torch.empty(0)
-        """Embeddings that are not read yet, of the rows from `first` on."""
+        """Embeddings that no chunk has read yet, from row `first` on."""
 
     def _due(self, begin: int, end: int) -> tuple[int, int, int, int]:
-        """The rows that ids[begin:end] stand for, and those of them (whole pictures) that are not encoded yet."""
+        """Returns (first, last) row of ids[begin:end], and (first, last) row to encode before: whole pictures."""
         first, last = self.places.searchsorted((begin, end)).tolist()
-        # where a cached state has read part of a picture, it is encoded from its beginning on
+        # a cached state may have read part of a picture, which is then encoded from its beginning
         start = max(self.first + len(self.waiting), first - first % self.unit)
         return first, last, start, max(start, last + -last % self.unit)
 
     def due(self, begin: int, end: int) -> np.ndarray:
-        """The rows to be encoded before ids[begin:end] are read; none where that was done."""
+        """Returns the rows to encode before ids[begin:end] are read; none if that was done."""
         _, _, start, stop = self._due(begin, end)
         return self.rows[start:stop]
 
     def take(self, begin: int, end: int, encoded: Tensor) -> Tensor:
-        """The embeddings of the placeholders among ids[begin:end], of which those that were due are `encoded`."""
+        """Returns the embeddings of the placeholders among ids[begin:end]; `encoded` are those of the rows due."""
         first, last, start, _ = self._due(begin, end)
         if not len(self.waiting):
             self.first, self.waiting = start, encoded
@@ -96,7 +105,7 @@ class OfKind:
         return found
 
     def within(self, begin: int, end: int, room: int) -> tuple[int, int]:
-        """As of `Placeholders`."""
+        """Same as `Placeholders.within`, for this kind."""
         _, _, start, stop = self._due(begin, end)
         most = start + max(room + -room % self.unit, 0)
         if most < stop:
@@ -104,32 +113,22 @@ class OfKind:
         return end, room - (stop - start)
 
     def keys(self) -> list[int]:
-        """A negative number for each placeholder, by a hash of its kind and of all that is encoded with its row."""
+        """Returns a key for each placeholder, by the kind and all rows that are encoded together with its own."""
         keys = []
         for n in range(0, len(self.rows), self.unit):
-            digest = hashlib.blake2b(self.kind.encode(), digest_size=8)
-            digest.update(self.rows[n : n + self.unit].tobytes())
+            digest = hashlib.blake2b(self.kind.encode() + self.rows[n : n + self.unit].tobytes(), digest_size=8)
             keys += [-1 - (int.from_bytes(digest.digest(), "big") >> 1)] * self.unit
         return keys
 
 
-def among(placeholders: Placeholders | None, begin: int, end: int | None = None) -> Rows:
-    """The rows of ids[begin:end], which cut no picture; none of a prompt of text alone."""
-    found = {}
-    for kind, of_kind in ({} if placeholders is None else placeholders.kinds).items():
-        first, last = of_kind.places.searchsorted((begin, np.iinfo(np.int64).max if end is None else end))
-        found[kind] = of_kind.rows[first:last]
-    return {kind: rows for kind, rows in found.items() if len(rows)}
-
-
 def embeddings(parts: Sequence[tuple[Placeholders | None, int, int]], encode: Encode) -> dict[str, Tensor]:
-    """Embeddings for the placeholders among ids[begin:end] of several prompts, by kind, in the order of the prompts.
+    """Returns embeddings by kind for the placeholders among ids[begin:end] of several prompts, in order.
 
-    Encoders run here, each once for all of the prompts.
+    Each encoder runs once for all prompts. None stands for a prompt of text alone.
     """
     spans: dict[str, list[tuple[OfKind, int, int]]] = {}
-    for prompt, begin, end in parts:
-        for kind, of_kind in ({} if prompt is None else prompt.kinds).items():
+    for placeholders, begin, end in parts:
+        for kind, of_kind in ({} if placeholders is None else placeholders.kinds).items():
             spans.setdefault(kind, []).append((of_kind, begin, end))
     found = {}
     for kind, of_prompts in spans.items():

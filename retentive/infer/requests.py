@@ -83,8 +83,8 @@ class Stream:
     pending: list[int] = field(default_factory=list)
     """The last token, which has been picked but not read."""
     prompt_state: State | None = None
-    """The state after the prompt but its last token, where that at the end is asked for and the prompt has pictures or
-    sound: a text that is cut short is read again from its ids, and of these there are none."""
+    """State before the prompt's last token, for a prompt with pictures or sound whose last state is asked for: they
+    cannot be read again from their ids where an answer is cut short."""
     cancelled: bool = False
     """Set by any thread, read by the engine's before each step."""
     deliver: Callable[[Token | Exception | None], object] | None = None
@@ -113,8 +113,8 @@ class Request:
     constraint: Constraint | None
     returns: Returns
     key: Sequence[int] | None
-    """The prompt in the prefix cache: its ids, and hashes of pictures and sound. None where there is no cache, or it
-    began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
+    """Key of the prompt in the prefix cache: its ids, with hashes of pictures and sound. None without a cache, and for
+    a prompt that began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
     made: list[int] = field(default_factory=list)
     """Tokens picked so far, one of `stop_ids` at the end included."""
 
@@ -127,12 +127,12 @@ class Prompt:
     requests: list[Request]
     state: Any  # State | None: after the first `read` ids
     placeholders: Placeholders | None = None
-    """Where pictures and sound stand among the ids; None for text alone."""
+    """Pictures and sound among the ids; None for text alone."""
     read: int = 0
 
     @property
     def key(self) -> Sequence[int] | None:
-        """As of its requests."""
+        """Key in the prefix cache, the same for all its requests."""
         return self.requests[0].key
 
     @property
@@ -146,8 +146,8 @@ class Prompt:
         return len(self.ids) - 1 - self.read
 
     def until_kept(self, every: int) -> int:
-        """Tokens until the next state that belongs into the cache, since other prompts may begin with what it has read:
-        at multiples of `every`, after the last picture or sound, at the end."""
+        """Tokens until the next state for the cache: at multiples of `every`, after the last picture or sound, at the
+        end. Other prompts are likely to begin with these."""
         ends = [self.read + every - self.read % every, len(self.ids) - 1]
         if self.placeholders is not None and self.placeholders.end > self.read:
             ends.append(self.placeholders.end)

@@ -6,14 +6,14 @@ from retentive.infer.requests import Prompt
 
 
 def shared(reading: Sequence[Prompt], chunk: int, every: int | None) -> list[tuple[Prompt, list[int]]]:
-    """(prompt, its next ids) for the prompts that a step reads from: equal shares of the prefill chunk.
+    """Returns (prompt, its next ids) for the prompts that a step reads from: equal shares of the prefill chunk.
 
     Tokens that short prompts leave go to the longer ones. So a long prompt does not hold up the short ones, nor many
     short ones the long one. Encoders of pictures and sound read no more rows than the chunk has tokens, or one picture.
 
     Args:
-        reading: in order of admission.
-        every: a part ends where its state is cached (`Prompt.until_kept`); None without a cache.
+        reading: prompts in order of admission.
+        every: tokens between cached states: parts end there (`Prompt.until_kept`). None without a cache.
     """
     prompts = sorted((p for p in reading if p.left), key=lambda p: p.left)
     budget, ends = max(chunk, len(prompts)), dict[Prompt, int]()
@@ -23,7 +23,7 @@ def shared(reading: Sequence[Prompt], chunk: int, every: int | None) -> list[tup
             take = min(take, prompt.until_kept(every))
         ends[prompt] = prompt.read + take
         budget -= take
-    room = chunk  # a picture is encoded whole, however little of it is read now: some of those that came last may wait
+    room = chunk  # pictures are encoded whole, however little of them is read now: the newest may have to wait
     for prompt in reading:
         if prompt in ends and prompt.placeholders is not None:
             ends[prompt], room = prompt.placeholders.within(prompt.read, ends[prompt], room)

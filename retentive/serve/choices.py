@@ -20,7 +20,7 @@ class Prompt:
     text: str | None = None
     """The text of those, if it is to be echoed."""
     rows: Rows = field(default_factory=dict)
-    """Of the pictures and sound among the ids."""
+    """Rows of the pictures and sound among the ids."""
 
 
 class TokenLogprob(NamedTuple):

@@ -247,7 +247,7 @@ class Completion:
         self.exits.callback(loop.call_at(end, self.mailbox.put, 0, TimeoutError()).cancel)
 
     async def _unless_over(self, work: Future[T]) -> T:
-        """The result of `work`; raises what `_watch` puts into the mailbox, and cancels work that has not begun."""
+        """Returns the result of `work`, or raises what `_watch` puts into the mailbox first, and cancels the work."""
         result: asyncio.Future[Any] = asyncio.wrap_future(work)
         over: asyncio.Future[Any] = asyncio.ensure_future(self.mailbox.take())
         try:

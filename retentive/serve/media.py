@@ -21,7 +21,7 @@ from retentive.serve.options import Options
 OpenMedia = Callable[[str, bytes, int], Media]
 """(kind, the bytes of a file, the most tokens) -> it; raises ValueError."""
 DATA_URL = re.compile(r"data:([a-z0-9/.+-]*)(?:;[a-z0-9-]+=[^;,]*)*(;base64)?,", re.IGNORECASE)
-"""RFC 2397: its type, and whether it is base64."""
+"""A data URL (RFC 2397): its type, and ";base64" if it is."""
 
 
 def senses(model: LanguageModel) -> OpenMedia | None:
@@ -84,7 +84,7 @@ def content(
 
 
 def _picture(url: str, where: str) -> str:
-    """The base64 of a data URL; raises Refused for any other address, and for what is no picture by its type."""
+    """Returns the base64 of a picture's data URL; raises Refused for any other address or type."""
     head = DATA_URL.match(url)
     if head is None:
         wanted = "expected the picture itself as a data URL, data:image/png;base64,…: addresses are not fetched"

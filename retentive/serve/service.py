@@ -46,7 +46,7 @@ class Service:
     open_media: OpenMedia | None = field(init=False)
     """Opens pictures and sound; None for a model that reads text alone."""
     opening: ThreadPoolExecutor = field(init=False)
-    """The one thread in which it does, in order: a picture may take 0.7 GB while it is opened."""
+    """Thread that opens them one after the other: a picture may take 0.7 GB while it is opened."""
     in_flight: int = 0
     """Completions that have begun and not ended."""
     draining: bool = False

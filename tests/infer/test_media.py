@@ -278,8 +278,8 @@ def test_what_does_not_fit(refuses):
         (IDS[:6], {"image": given["image"]}, "4 placeholders of image and 12 rows: each takes one"),
         (IDS, {"image": given["image"]}, "7 placeholders of audio and 0 rows: each takes one"),
         (IDS, {**given, "video": given["image"]}, "the model has no encoder for video: it was trained without any"),
-        (IDS, {**given, "image": given["image"][:, 1:]}, "image rows [12, 15]: the model's encoder reads rows of 16"),
-        ([1, 50, 50, 2], {"image": given["image"][:2]}, "2 rows of image: each has 4, and is read whole"),
+        (IDS, {**given, "image": given["image"][:, 1:]}, "image rows [12, 15]: the encoder reads rows of 16"),
+        ([1, 50, 50, 2], {"image": given["image"][:2]}, "2 rows of image: each has 4; give all of them"),
         ([*IDS, 52], given, "token ids must be in [0, 50), got 1 to 52"),
         (IDS, {}, "token ids must be in [0, 50), got 1 to 51"),
     ):
