@@ -201,8 +201,9 @@ def ask(command: AskCommand) -> None:
     memory = load_memory(command.memory, model)
     if any("kind" in source for source in memory.sources):  # of pictures and sounds: the prompt is a question
         template = command.template_for(tokenizer)
-        ids, bounds = media.asked(model, template, memory, prompt), {"max_tokens": command.max_tokens}
-        type_out("", media.answer_to(model, template, ids, memory.state, command.sampling, **bounds, stop=command.stop))
+        ids, stop = media.asked(model, template, memory, prompt), command.stop
+        how: dict[str, Any] = {"max_tokens": command.max_tokens, "stop": stop}
+        type_out("", media.answer_to(model, template, ids, memory.state, command.sampling, **how))
         return
     how = {"max_tokens": command.max_tokens, "stop": command.stop, **asdict(command.sampling)}
     type_out(prompt, stream_generate(model, tokenizer, prompt, memory=command.memory, **how))

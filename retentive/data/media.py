@@ -7,7 +7,7 @@ Placeholder ids lie beyond the vocabulary, so any tokenizer works and no text ca
 the function that opens files (`retentive.multimodal`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +31,10 @@ class Media(NamedTuple):
     """`[n, features]`: the features of its n tokens."""
     name: str = ""
     """File name as given in the message; "" for media received over HTTP."""
+
+
+Rows = Mapping[str, np.ndarray]
+"""For each kind the rows `[n, features]` of its placeholders among some ids, in order."""
 
 
 class Open(Protocol):
@@ -67,3 +71,11 @@ def media_of(messages: Any) -> list[Media]:
     return [
         part for m in messages if not isinstance(m["content"], str) for part in m["content"] if isinstance(part, Media)
     ]
+
+
+def rows_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The rows of all media of messages, by kind; empty where they hold text alone."""
+    found: dict[str, list[np.ndarray]] = {}
+    for media in media_of(messages):
+        found.setdefault(media.kind, []).append(media.rows)
+    return {kind: np.concatenate(rows) for kind, rows in found.items()}

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retentive.data.chats import Conversation, chats
-from retentive.data.media import Open, text_of
+from retentive.data.media import Open, rows_of, text_of
 from retentive.data.templates import ChatTemplate
 from retentive.evals.likelihood import Progress, Request, in_eval_mode, score, score_from
 from retentive.evals.naming import naming
 from retentive.evals.stats import Interval, ratio_interval, share
 from retentive.infer.batch import generate_batch, together
-from retentive.infer.media import read, rows_of
+from retentive.infer.media import read
 from retentive.models import LanguageModel
 
 LEAD = 3
@@ -276,7 +276,7 @@ def loss(
         found = []
         with in_eval_mode(model):
             for (context, answer), of_one in zip(asked, rows, strict=True):
-                state = read(model, context[:-1], of_one) if len(context) > 1 else model.init_state(1)
+                state = read(model, context[:-1], of_one)
                 found += score_from(model, state, [Request(context[-1:], answer)])
     else:
         requests, groups = iter(asked), list[list[Request]]()

@@ -22,7 +22,7 @@ from retentive.data.packed import Packed
 from retentive.evals.likelihood import in_eval_mode
 from retentive.models import LanguageModel
 from retentive.models.carry import states_in, states_out
-from retentive.models.encoders import hidden
+from retentive.models.encoders import embedded
 from retentive.ops.cross_entropy import IGNORE
 
 TOGETHER = 8192
@@ -135,7 +135,8 @@ def _token_losses(model: LanguageModel, data: Packed, length: int, tokens: int |
             first, continues = torch.tensor([0], device=device), torch.tensor([bool(goes_on)], device=device)
             state = states_in(model, state, first, continues, len(counts))
         there = batch.to(device)
-        x, state = hidden(model, there.ids, state, rows=there.rows, cu_seqlens=there.cu_seqlens)
+        embeds = embedded(model, there.ids, there.rows)
+        x, state = model.hidden(there.ids, state, embeds=embeds, cu_seqlens=there.cu_seqlens)
         # a first part that continues the last context has its number, and later positions
         context = torch.arange(len(counts)).repeat_interleave(counts) + contexts - goes_on
         position = torch.cat([torch.arange(1, int(n) + 1) for n in counts])

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from retentive.data.chats import Conversation
+from retentive.data.media import rows_of
 from retentive.data.templates import ChatTemplate
 from retentive.evals.likelihood import Request, in_eval_mode, score_from
 from retentive.evals.stats import share
-from retentive.infer.media import read, rows_of
+from retentive.infer.media import read
 from retentive.models import LanguageModel
 
 NAMES = "names.txt"
@@ -62,7 +63,7 @@ def score_names(
     with in_eval_mode(model):
         for n, each in enumerate(conversations):
             ids = template.first(each.messages[:-1])
-            state = read(model, ids[:-1], rows_of(each.messages)) if len(ids) > 1 else model.init_state(1)
+            state = read(model, ids[:-1], rows_of(each.messages))
             scores = score_from(model, state, [Request(ids[-1:], answers[m]) for m in order])
             found[n, order] = torch.tensor([score.logprob for score in scores], dtype=torch.float64)
             done(n + 1)

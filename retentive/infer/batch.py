@@ -7,10 +7,13 @@ one.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from retentive.data.media import Rows
 from retentive.infer.beam import beam_search
 from retentive.infer.engine import Engine
-from retentive.infer.generate import checked, prefill
-from retentive.infer.media import Rows, read, seen_first
+from retentive.infer.generate import placeholders_of
+from retentive.infer.media import read
+from retentive.infer.placeholders import Placeholders
+from retentive.infer.requests import Stream
 from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
 
@@ -38,7 +41,7 @@ def generate_batch(
         stop_ids: tokens that end an answer.
         temperature: 0 takes the likeliest token; else prompt n is drawn with the seed n.
         beams: hypotheses of beam search; 1 for none.
-        rows: of each prompt's pictures and sound; none for prompts of text alone.
+        rows: rows of each prompt's pictures and sound, as for `Engine.submit`; empty for prompts of text alone.
         done: called with the number of prompts that are answered, now and then.
 
     Raises:
@@ -46,49 +49,34 @@ def generate_batch(
         ArithmeticError: the model's logits are not finite.
     """
     engine = Engine(model, slots=min(SLOTS, max(len(prompts), 1)), waiting=max(len(prompts), 1))
+    how: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids}
+    every: Sequence[Rows] = rows or [{}] * len(prompts)
+    seen = [placeholders_of(model, ids, given) for ids, given in zip(prompts, every, strict=True)]
+    keys = [ids if found is None else found.keys(ids) for ids, found in zip(prompts, seen, strict=True)]
     tokens: list[list[int]] = []
-    for part in _with_media(model, prompts, rows) if any(rows) else _with_text(model, prompts):
-        if beams > 1:
-            for rest, state in part:
-                how: dict[str, Any] = {"beams": beams, "max_tokens": max_tokens, "stop_ids": stop_ids}
-                tokens.append(beam_search(model, rest, **how, state=state and state.clone())[0][0])
+    for count, group in together(keys):
+        first, streams = len(tokens), list[Stream]()
+        begun = parts(prompts[first], seen[first], count)[0]
+        state = read(model, *begun) if count else None
+        for n in range(first, first + len(group)):
+            ids, left = parts(prompts[n], seen[n], count)[1]
+            if beams > 1:
+                best = beam_search(model, ids, beams=beams, rows=left, **how, state=state and state.clone())
+                tokens.append(best[0][0])
                 done(len(tokens))
-            continue
-        streams = []
-        for n, (rest, state) in enumerate(part, len(tokens)):
-            params = SamplingParams(temperature=temperature, seed=n)
-            streams += engine.submit(rest, params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
+            else:
+                params = SamplingParams(temperature=temperature, seed=n)
+                streams += engine.submit(ids, params, rows=left, **how, state=state)
         while engine.step():
-            done(len(tokens) + sum(stream.reason is not None for stream in streams))
+            done(first + sum(stream.reason is not None for stream in streams))
         tokens += [[token.id for token in stream] for stream in streams]
     return tokens
 
 
-Part = list[tuple[Sequence[int], Any]]
-"""Prompts that are answered together: of each what is yet to be read, and the state that has read the rest, or None."""
-
-
-def _with_text(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Iterator[Part]:
-    for count, group in together(prompts):
-        state = prefill(model, checked(model, group[0][:count]))[1] if count else None
-        yield [(prompt[count:], state) for prompt in group]
-
-
-def _with_media(model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[Rows]) -> Iterator[Part]:
-    """All up to a prompt's last picture or sound is read first, once for prompts in a row that are the same so far."""
-    before: tuple[Any, ...] | None = None
-    state: Any = None
-    part: Part = []
-    for prompt, given in zip(prompts, rows, strict=True):
-        count = seen_first(model, prompt)
-        seen = (list(prompt[:count]), {kind: x.tobytes() for kind, x in given.items()})
-        if seen != before:
-            before, state = seen, read(model, prompt[:count], given) if count else None
-        part.append((prompt[count:], state))
-        if len(part) == SLOTS:
-            yield part
-            part = []
-    yield part
+def parts(ids: Sequence[int], placeholders: Placeholders | None, count: int) -> list[tuple[Sequence[int], Rows]]:
+    """Returns [(the first `count` ids, the rows among them), (the other ids, theirs)]."""
+    spans = [(0, count), (count, len(ids))]
+    return [(ids[a:b], {} if placeholders is None else placeholders.among(a, b)) for a, b in spans]
 
 
 def together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retentive import machine
+from retentive.data.media import Rows
 from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import SamplingParams, check_finite
 from retentive.models import LanguageModel
@@ -30,6 +31,7 @@ def beam_search(
     beams: int,
     max_tokens: int,
     stop_ids: Sequence[int] = (),
+    rows: Rows | None = None,
     first_ids: Sequence[int] | None = None,
     length_penalty: float = 1.0,
     state: State | None = None,
@@ -39,6 +41,7 @@ def beam_search(
     Args:
         beams: number of continuations kept.
         max_tokens: maximum tokens of each.
+        rows: rows of pictures and sound among `ids`, as for `generate`.
         first_ids: allowed first tokens; any by default.
         length_penalty: 0 compares log probabilities, 1 their mean; higher values prefer long continuations.
         state: the model's state before the prompt; consumed.
@@ -48,10 +51,10 @@ def beam_search(
             exceed the memory.
         ArithmeticError: the model's logits are not finite.
     """
-    prompt = checked(model, ids)
+    prompt = checked(model, ids, rows)
     if min(beams, max_tokens) < 1:
         raise ValueError(f"beams and max_tokens must be at least 1, got {beams} and {max_tokens}")
-    logits, state = prefill(model, prompt, state)
+    logits, state = prefill(model, prompt, state, rows=rows)
     needed, free = beams * state.nbytes, machine.free_memory(model.device)
     if needed > free:
         raise ValueError(
@@ -66,19 +69,19 @@ def beam_search(
         totals = sums[:, None] + logits.double().log_softmax(-1).cpu()
         if length == 1 and first_ids is not None:
             totals = torch.full_like(totals, -torch.inf).index_copy_(1, torch.tensor(first_ids), totals[:, first_ids])
-        best, rows, tokens = _best(totals, beams - len(done))
+        best, parents, tokens = _best(totals, beams - len(done))
         ended = [token in stops for token in tokens]
         done += [
-            (live[row], float(total) / length**length_penalty)
-            for total, row, end in zip(best, rows, ended, strict=True)
+            (live[parent], float(total) / length**length_penalty)
+            for total, parent, end in zip(best, parents, ended, strict=True)
             if end
         ]
         kept = [n for n, end in enumerate(ended) if not end]
-        live = [[*live[rows[n]], tokens[n]] for n in kept]
+        live = [[*live[parents[n]], tokens[n]] for n in kept]
         if not kept or length == max_tokens:
             break
-        sums, parents = best[kept], torch.tensor([rows[n] for n in kept])
-        logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, parents))
+        sums, moved = best[kept], torch.tensor([parents[n] for n in kept])
+        logits, state = _step(model, [beam[-1] for beam in live], _reordered(state, moved))
     # beams still live have reached max_tokens
     done += [(beam, float(best[n]) / max_tokens**length_penalty) for n, beam in zip(kept, live, strict=True)]
     return sorted(done, key=lambda pair: -pair[1])

@@ -6,28 +6,25 @@
     save(conversation.memory, "tea.safetensors")
 
 The terminal uses `say`. The server, which answers many at once, asks for the ids to read (`turn`, `lead`), submits
-them, and at the end calls `remember`, or `put_off` if the stream's state has read more than the client was given.
+them, and at the end calls `remember`, or `cut` if the stream's state has read more than the client was given.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
+from retentive.data.media import Rows, rows_of
 from retentive.data.templates import ChatTemplate, Message
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.engine import Engine
-from retentive.infer.media import read, rows_of, seen_first
 from retentive.infer.memory import Memory
 from retentive.infer.requests import Returns, Stream
 from retentive.infer.sample import SamplingParams
 from retentive.infer.text import Text
+from retentive.models.state import State
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 """What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
-
-
-class TooLong(ValueError):
-    """More is to be read than may be."""
 
 
 class Conversation:
@@ -38,8 +35,6 @@ class Conversation:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, memory: Memory):
         self.engine, self.tokenizer, self.template, self.memory = engine, tokenizer, template, memory
-        self.seen: Memory | None = None
-        """What the turn under way goes on from, where it has pictures or sound: `memory`, and all up to the last."""
         self.made = 0
         """Tokens of the last answer of `say`."""
 
@@ -55,38 +50,14 @@ class Conversation:
 
     # what is to be read
 
-    def turn(
-        self,
-        messages: Sequence[Message],
-        *,
-        most: int | None = None,
-        still_wanted: Callable[[], object] = lambda: None,
-    ) -> list[int]:
-        """The ids to read for `messages`, the pending ones first.
-
-        Where these hold pictures or sound, all up to the last of them is read now, which takes its time; the ids are
-        those that come after. `memory` stays as it is until the answer has ended.
-
-        Args:
-            most: of ids, placeholders included, where something is read now.
-            still_wanted: called now and then while it is; what it raises ends that.
+    def turn(self, messages: Sequence[Message]) -> tuple[list[int], Rows]:
+        """Returns (the ids to read for `messages`, the pending ones first; the rows of pictures and sound among them).
 
         Raises:
-            TooLong: there are more ids.
-            ValueError: the template refuses these messages; the model does not see, or hear.
+            ValueError: the template refuses these messages.
         """
-        self.give_up()
-        encode, old = (self.template.next if self.begun else self.template.first), self.memory
-        ids, rows = [*old.pending, *encode(messages)], rows_of(messages)
-        if not rows:
-            return ids
-        if most is not None and len(ids) > most:
-            raise TooLong(f"the messages have {len(ids)} tokens, at most {most} are read")
-        model = self.engine.model
-        count = seen_first(model, ids)
-        state = read(model, ids[:count], rows, old.state.clone(), still_wanted=still_wanted)
-        self.seen = Memory(state, [], old.tokens + count, old.model, old.sources, old.config)
-        return ids[count:]
+        encode = self.template.next if self.begun else self.template.first
+        return [*self.memory.pending, *encode(messages)], rows_of(messages)
 
     @property
     def lead(self) -> list[int]:
@@ -96,8 +67,7 @@ class Conversation:
     def submit(self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[Stream]:
         """Streams of tokens after `ids`, going on from the memory; options as for `Engine.submit`."""
         # With nothing read yet no state is passed: the engine then may begin from its prefix cache.
-        memory = self.seen or self.memory
-        state = memory.state if memory.tokens else None
+        state = self.memory.state if self.memory.tokens else None
         return self.engine.submit(ids, params, state=state, **options)
 
     # what is remembered
@@ -109,21 +79,24 @@ class Conversation:
             pending: those of `stream.pending` that belong to the conversation. A stop token does not: the template
                 writes the end of an answer itself, before the next message.
         """
-        old, state = self.seen or self.memory, stream.state
-        assert state is not None
-        more = int(state.position[0] - old.state.position[0])
-        self.memory = Memory(state, list(pending), old.tokens + more, old.model, old.sources, old.config)
-        self.seen = None
+        assert stream.state is not None
+        self._go_on(stream.state, pending)
 
-    def give_up(self) -> None:
-        """Leaves the conversation as it was before the turn under way, which has no answer."""
-        self.seen = None
+    def cut(self, stream: Stream, kept: Sequence[int]) -> None:
+        """Remembers an answer that was cut after the tokens `kept`, beyond which the stream's state has read."""
+        if stream.prompt_state is None:
+            self.put_off([*stream.ids, *kept])
+        else:  # pictures and sound are not in the ids
+            self._go_on(stream.prompt_state, [stream.ids[-1], *kept])
 
     def put_off(self, ids: Sequence[int]) -> None:
         """Keeps the state from which `ids` (with the pending ones) were read: they are pending for the next turn."""
-        old = self.seen or self.memory
-        self.memory = Memory(old.state, list(ids), old.tokens, old.model, old.sources, old.config)
-        self.seen = None
+        self._go_on(self.memory.state, ids)
+
+    def _go_on(self, state: State, pending: Sequence[int]) -> None:
+        old = self.memory
+        more = int(state.position[0] - old.state.position[0])
+        self.memory = Memory(state, list(pending), old.tokens + more, old.model, old.sources, old.config)
 
     # one answer after the other
 
@@ -134,12 +107,12 @@ class Conversation:
             message: text, or a list of texts and `Media`.
 
         Raises:
-            ValueError: as `turn`.
+            ValueError: as `turn` and `Engine.submit`.
         """
-        ids = self.turn([{"role": "user", "content": message}])
+        ids, rows = self.turn([{"role": "user", "content": message}])
         stop_ids = self.template.stop_ids
         [stream] = self.submit(
-            ids, params, max_tokens=max_tokens, stop_ids=sorted(stop_ids), returns=Returns(state=True)
+            ids, params, rows=rows, max_tokens=max_tokens, stop_ids=sorted(stop_ids), returns=Returns(state=True)
         )
         text, whole = Text(self.tokenizer, self.template.stop), False
         self.made = 0
@@ -158,10 +131,8 @@ class Conversation:
             _end(stream)
             if whole and stream.state is not None:
                 self.remember(stream, [id for id in stream.pending if id not in stop_ids])
-            elif stream.reason != "error":  # the state has read more than was given out: keep the ids, not the state
-                self.put_off([*ids, *text.kept_ids()])
-            else:
-                self.give_up()
+            elif stream.reason != "error" and not (rows and stream.prompt_state is None):
+                self.cut(stream, text.kept_ids())  # pictures and sound that were not read yet are forgotten
 
 
 def _end(stream: Stream) -> None:

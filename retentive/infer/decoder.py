@@ -1,14 +1,15 @@
 """`Decoder`: what the engine asks of a model, and `TorchDecoder`, its implementation with torch.
 
-    read(ids, cu_seqlens, states) -> states              prompts, several in one packed call
+    read(ids, cu_seqlens, states, encoded) -> states     prompts, several in one packed call
     score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose own probabilities are wanted
     decode(ids, pool) -> logits                          one token for each of the first rows of a pool, in place
+    encode(kind, rows) -> embeddings                     pictures and sound, for `read`
 
 All work on the same states in the same memory (`models/state.py`), so that another implementation, such as one in C,
 can take over between two calls. Neither side knows text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from retentive.infer.generate import step_threads
 from retentive.models import LanguageModel
+from retentive.models.encoders import Config, encoders_of, inserted
 from retentive.models.state import State
 
 
@@ -23,6 +25,8 @@ class Decoder(Protocol):
     """A model as the engine sees it. All ids are int64 on the CPU, all logits float32 on the CPU."""
 
     vocab_size: int
+    encoders: Mapping[str, Config]
+    """Configs of its encoders by kind; empty for a model that reads text alone."""
 
     def init_state(self) -> State:
         """Of one sequence that has read nothing."""
@@ -33,13 +37,20 @@ class Decoder(Protocol):
     def pool(self, slots: int) -> State:
         """A blank state of `slots` sequences to decode in place; it has `put`, and `reserve` for caches that grow."""
 
-    def read(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> list[State]:
+    def encode(self, kind: str, rows: Tensor) -> Tensor:
+        """Returns embeddings `[n, D]` of a kind's rows `[n, features]`, whole pictures, on the decoder's device."""
+
+    def read(
+        self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
+    ) -> list[State]:
         """The states after each sequence's ids.
 
         Args:
             ids: `[T]`, those of all sequences one after the other.
             cu_seqlens: `[N+1]`, where each sequence begins, from 0, and where the last ends.
             states: N states of one sequence each; used up.
+            encoded: for each kind the embeddings `[n, D]` of all its placeholders among the ids, in order; None or
+                empty for text alone.
         """
 
     def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
@@ -57,6 +68,7 @@ class TorchDecoder:
 
     def __init__(self, model: LanguageModel):
         self.model, self.vocab_size = model.eval(), model.config.vocab_size
+        self.encoders: Mapping[str, Config] = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
         # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
         # as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
@@ -70,20 +82,29 @@ class TorchDecoder:
     def pool(self, slots: int) -> State:
         return self.model.init_state(slots).for_decoding(self.model.dtype)
 
-    def read(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> list[State]:
-        return self._hidden(ids, cu_seqlens, states)[1]
+    def encode(self, kind: str, rows: Tensor) -> Tensor:
+        return encoders_of(self.model)[kind](rows.to(self.model.device))
+
+    def read(
+        self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
+    ) -> list[State]:
+        return self._hidden(ids, cu_seqlens, states, encoded)[1]
 
     def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
         x, states = self._hidden(ids, cu_seqlens, states)
         return self.model.head(x).float().cpu(), states
 
-    def _hidden(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+    def _hidden(
+        self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, list[State]]:
         """(hidden `[T,D]`, states) of sequences packed into one row; a single one needs no packing, which copies."""
         ids = ids[None].to(self.model.device)
+        embeds = inserted(self.model, ids, encoded) if encoded else None
         if len(states) == 1:
-            x, state = self.model.hidden(ids, states[0])
+            x, state = self.model.hidden(ids, states[0], embeds=embeds)
             return x[0], [state]
-        x, state = self.model.hidden(ids, State.cat(states), cu_seqlens=cu_seqlens.to(self.model.device))
+        cu_seqlens = cu_seqlens.to(self.model.device)
+        x, state = self.model.hidden(ids, State.cat(states), embeds=embeds, cu_seqlens=cu_seqlens)
         return x[0], [state.select(torch.tensor([n])) for n in range(len(states))]
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:

@@ -1,14 +1,15 @@
 """Continuous batching over slots of state: requests join and leave at every step, each in a slot of constant size.
 
-    submit(ids, params) -> Streams of Token         from any thread
+    submit(ids, params) -> Streams of Token         from any thread; with rows, pictures and sound among the ids
     step()                                          one prefill chunk, then one token for every running request
     start(), close()                                a thread that steps while there is work
 
 The running requests are the first rows of one pool of states, decoded in place as one batch; a row that is done is
 replaced by the last one, so that joining or leaving copies one sequence's state and no more. Prompts are read between
 the steps (chunked prefill), several packed into one call, all but their last token: that is decoded with the others'
-and gives the first of the completion. A request's tokens depend on its own logits and generator alone, and its errors
-are its own: a constraint or a callback that fails ends one stream.
+and gives the first of the completion. Pictures and sound are encoded where the chunk that holds them is read, those of
+all prompts in one call. A request's tokens depend on its own logits and generator alone, and its errors are its own: a
+constraint or a callback that fails ends one stream.
 
 The engine knows token ids and states, no text, and computes nothing itself: a `Decoder` reads and decodes. Of a state
 it asks no more than `position`, `reserve`, `put` and `clone`.
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor
 
 from retentive import machine
+from retentive.data.media import Rows
 from retentive.infer.cache import PrefixCache
 from retentive.infer.decoder import Decoder, TorchDecoder
 from retentive.infer.generate import Token, check_prompt
+from retentive.infer.placeholders import Placeholders, embeddings
 from retentive.infer.requests import Constraint, Full, Prompt, Request, Returns, Stream, allowed
 from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, top_logprobs
+from retentive.infer.schedule import shared
 from retentive.models import LanguageModel
 from retentive.models.state import State
 from retentive.threads import threads_for
@@ -44,8 +48,8 @@ class Engine:
     Args:
         model: a model of ours, or any other `Decoder`.
         slots: requests at once; each takes the memory of one state.
-        prefill_chunk: prompt tokens read between two steps: more shorten the time to a first token, fewer the time
-            between the tokens of those that are running.
+        prefill_chunk: prompt tokens read between two steps, and rows encoded (or one picture, where that has more):
+            more shorten the time to a first token, fewer the time between the tokens of those that are running.
         waiting: requests in the queue; more raise Full.
         cache: states of prompts read before, None for none.
     """
@@ -81,6 +85,7 @@ class Engine:
         ids: Sequence[int],
         params: SamplingParams | None = None,
         *,
+        rows: Rows | None = None,
         max_tokens: int | None = None,
         stop_ids: Sequence[int] = (),
         n: int = 1,
@@ -92,6 +97,8 @@ class Engine:
         """`n` streams of tokens after `ids`, from seeds params.seed, params.seed + 1, …; the prompt is read once.
 
         Args:
+            rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`. Text must
+                follow them.
             max_tokens: None for no end but a stop.
             stop_ids: tokens that end a stream; they are not given out.
             constraint: makes the constraint of one stream; called for each, since constraints are in different states.
@@ -101,12 +108,16 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1,
-                returns.top not in 0 … vocab, a state that is not of one sequence of this model.
+                returns.top not in 0 … vocab, a state that is not of one sequence of this model; rows that do not fit
+                (`Placeholders`), that no text follows, or with log probabilities of the prompt.
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
-        check_prompt(ids, vocab)
+        placeholders = self._placeholders(ids, rows, returns)
         self._check(n, max_tokens, returns, state)
+        key = None
+        if self.cache is not None and state is None:
+            key = ids if placeholders is None else placeholders.keys(ids)
         # whatever can be wrong with a request is raised here, in its caller's thread, before it is queued
         requests = []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
@@ -115,16 +126,26 @@ class Engine:
             made = constraint() if constraint else None
             stops = frozenset(stop_ids) | ({made.eos_id} if made else set())
             stream = Stream(ids, deliver=callback)
-            requests.append(Request(stream, sampler, max_tokens, stops, made, returns, cacheable=state is None))
+            requests.append(Request(stream, sampler, max_tokens, stops, made, returns, key))
         with self.wake:  # `closing` too is read under the lock: nothing may be queued behind the last step
             if self.closing:
                 raise Full("the engine is closing")
             if len(self.queue) >= self.most_waiting:
                 raise Full(f"{len(self.queue)} requests are waiting already")
-            self.queue.append(Prompt(ids, requests, state))
+            self.queue.append(Prompt(ids, requests, state, placeholders))
             self.counts["requests"] += n
             self.wake.notify()
         return [request.stream for request in requests]
+
+    def _placeholders(self, ids: list[int], rows: Rows | None, returns: Returns) -> Placeholders | None:
+        """Returns the placeholders of a prompt with rows; raises ValueError for ids or rows that do not fit."""
+        placeholders = Placeholders(ids, rows, self.decoder.encoders) if rows else None
+        check_prompt(ids, self.decoder.vocab_size, placeholders)
+        if placeholders is not None and returns.prompt:
+            raise ValueError("a prompt's own log probabilities are of text alone: leave out pictures and sound")
+        if placeholders is not None and placeholders.end == len(ids):
+            raise ValueError("the prompt ends with a picture or sound: put text after it")
+        return placeholders
 
     def _check(self, n: int, max_tokens: int | None, returns: Returns, state: State | None) -> None:
         """Raises ValueError for arguments of `submit` that are out of range."""
@@ -189,8 +210,9 @@ class Engine:
                 if prompt.state is not None:
                     # a copy: several requests may go on from one state, and reading uses it up
                     prompt.state = self.decoder.adopt(prompt.state.clone())
-                elif self.cache is not None and not prompt.scored:  # a cached state has no log probabilities
-                    prompt.read, state = self.cache.longest(prompt.ids)
+                elif self.cache is not None and prompt.key is not None and not prompt.scored:
+                    # of a scored prompt every log probability is wanted: a cached state has none
+                    prompt.read, state = self.cache.longest(prompt.key)
                     prompt.state = None if state is None else self.decoder.adopt(state)
             except Exception as error:  # such as no memory on the device
                 self._fail([prompt], error)
@@ -200,7 +222,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Reads one chunk of the prompts in one packed call; prompts that are done join the batch."""
-        parts = self._parts()
+        parts = shared(self.reading, self.prefill_chunk, self.cache.every if self.cache else None)
         # Prompts whose log probabilities are wanted need logits after every token, not after the last alone: a call of
         # their own, so that the output matrix is not computed for the others.
         for scored in (False, True):
@@ -212,21 +234,6 @@ class Engine:
         for prompt in [p for p in self.reading if not p.left]:
             self._join(prompt)
 
-    def _parts(self) -> list[tuple[Prompt, list[int]]]:
-        """(prompt, its next ids) for each: equal shares of the chunk; what short prompts leave goes to the longer ones.
-
-        So a long prompt does not hold up the short ones, nor many short ones the long one.
-        """
-        prompts = sorted((p for p in self.reading if p.left), key=lambda p: p.left)
-        budget, parts = max(self.prefill_chunk, len(prompts)), []
-        for n, prompt in enumerate(prompts):
-            take = min(prompt.left, budget // (len(prompts) - n))
-            if self.cache is not None:  # end the part at a multiple of `every`, where its state is cached
-                take = min(take, self.cache.every - prompt.read % self.cache.every)
-            parts.append((prompt, prompt.ids[prompt.read : prompt.read + take]))
-            budget -= take
-        return parts
-
     def _read(self, parts: list[tuple[Prompt, list[int]]], scored: bool) -> None:
         """Reads these parts packed into one call, keeps their states, and caches those that others may begin with."""
         ids = torch.tensor([i for _, part in parts for i in part])
@@ -237,13 +244,16 @@ class Engine:
             logits, states = self.decoder.score(ids, cu_seqlens, states)
             logprobs = logits.log_softmax(-1).split([len(part) for _, part in parts])
         else:
-            states, logprobs = self.decoder.read(ids, cu_seqlens, states), ()
+            spans = [(prompt.placeholders, prompt.read, prompt.read + len(part)) for prompt, part in parts]
+            encoded = embeddings(spans, self.decoder.encode)
+            states, logprobs = self.decoder.read(ids, cu_seqlens, states, encoded), ()
         self.counts["prompt_tokens"] += ends[-1]
         for (prompt, part), state in zip(parts, states, strict=True):
+            kept = self.cache is not None and prompt.until_kept(self.cache.every) == len(part)
             prompt.state = state
             prompt.read += len(part)
-            if self.cache is not None and prompt.requests[0].cacheable and prompt.worth_keeping(self.cache.every):
-                self.cache.store(prompt.ids[: prompt.read], prompt.state)
+            if self.cache is not None and prompt.key is not None and kept:
+                self.cache.store(prompt.key[: prompt.read], prompt.state)
         for (prompt, _), of_prompt in zip(parts, logprobs, strict=False):
             self._score(prompt, of_prompt)
 
@@ -263,8 +273,10 @@ class Engine:
             if self.pool is None:
                 self.pool = self.decoder.pool(self.slots)
             self.pool = self.pool.reserve(int(state.position) + 1)  # slots of a KV cache; a RetNet needs none
-            for row in range(len(self.running), len(self.running) + len(prompt.requests)):
+            for row, request in enumerate(prompt.requests, len(self.running)):
                 self.pool.put(row, state)
+                if prompt.placeholders is not None and request.returns.state:
+                    request.stream.prompt_state = _writable(state)
         except Exception as error:  # such as no memory; rows beyond `running` may be half written, nobody reads them
             self._fail([prompt], error)
             return
@@ -338,7 +350,7 @@ class Engine:
     def _leave(self, row: int, reason: str, error: Exception | None = None) -> None:
         """Ends the request at `row`; the last row moves there, so that the running ones stay the first of the pool."""
         request, last = self.running[row], len(self.running) - 1
-        cacheable = self.cache is not None and request.cacheable and reason != "cancelled"
+        cacheable = request.key is not None and reason != "cancelled"
         if error is None and (request.returns.state or cacheable):
             try:
                 self._keep(row, request, cacheable)  # before the last row is copied over it
@@ -354,11 +366,10 @@ class Engine:
         """Puts the state at `row` into the cache and the stream; it has read all tokens but the last."""
         state: Any = self.decoder.init_state().reserve(int(self.pool.position[row]))
         state.put(0, self.pool, row)
-        if self.cache is not None and cacheable:
-            self.cache.store([*request.stream.ids, *request.made[:-1]], state)
+        if self.cache is not None and request.key is not None and cacheable:
+            self.cache.store([*request.key, *request.made[:-1]], state)
         if request.returns.state:
-            with torch.inference_mode(False):  # else the caller could not write to it: it would be an inference tensor
-                request.stream.state, request.stream.pending = state.clone(), request.made[-1:]
+            request.stream.state, request.stream.pending = _writable(state), request.made[-1:]
 
     def _fail(self, prompts: list[Prompt], error: Exception) -> None:
         """Ends all requests of prompts that could not be read."""
@@ -408,3 +419,9 @@ class Engine:
             self.thread.join()
         while self.step():  # without a thread the queue is worked off here
             continue
+
+
+def _writable(state: State) -> State:
+    """Returns a copy that the caller may write to; made in inference mode, it would be of inference tensors."""
+    with torch.inference_mode(False):
+        return state.clone()

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retentive.data.media import Rows
+from retentive.infer.placeholders import Placeholders, embeddings
 from retentive.infer.sample import Sampler, SamplingParams
 from retentive.models import LanguageModel, cost
+from retentive.models.encoders import encoders_of, inserted
 from retentive.models.state import State
 from retentive.threads import threads_for
 
@@ -35,21 +38,38 @@ def step_threads(model: LanguageModel, tokens: int, state: Any) -> AbstractConte
 
 
 @torch.no_grad()
-def prefill(model: LanguageModel, ids: Tensor, state: Any = None, *, chunk: int = 4096) -> tuple[Tensor, Any]:
+def prefill(
+    model: LanguageModel, ids: Tensor, state: Any = None, *, rows: Rows | None = None, chunk: int = 4096
+) -> tuple[Tensor, Any]:
     """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
 
-    Activations take the memory of one chunk, however long the prompt is; a Transformer's cache grows beside them.
+    Activations take the memory of one chunk (and one picture), however long the prompt is; a Transformer's cache grows
+    beside them.
+
+    Args:
+        rows: rows of pictures and sound, for each kind those of all its placeholders among the ids.
 
     Raises:
-        ValueError: a model that keeps no state (another library's).
+        ValueError: a model that keeps no state (another library's); rows do not fit (`Placeholders`).
     """
     if not model.keeps_state:
         raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
-    for part in ids.split(chunk, 1):
+    placeholders, encoders = placeholders_of(model, ids, rows), encoders_of(model)
+    for begin in range(0, ids.shape[1], chunk):
+        part = ids[:, begin : begin + chunk]
         with step_threads(model, part.numel(), state):
-            x, state = model.hidden(part, state)
+            span = (placeholders, begin, begin + part.shape[1])
+            encoded = embeddings([span], lambda kind, rows: encoders[kind](rows.to(model.device)))
+            embeds = inserted(model, part, encoded) if encoded else None
+            x, state = model.hidden(part, state, embeds=embeds)
             logits = model.head(x[:, -1])  # of the last token only: all of them would be [T, vocab]
     return logits, state
+
+
+def placeholders_of(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None) -> Placeholders | None:
+    """Returns the placeholders of pictures and sound among the ids of a prompt; None without rows."""
+    configs = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
+    return Placeholders(torch.as_tensor(ids).flatten().tolist(), rows, configs) if rows else None
 
 
 def generate(
@@ -58,6 +78,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     max_tokens: int | None = None,
+    rows: Rows | None = None,
     stop_ids: Sequence[int] = (),
     first_ids: Sequence[int] | None = None,
     state: State | None = None,
@@ -67,37 +88,40 @@ def generate(
     Args:
         ids: the prompt, at least one token.
         params: how to pick; the defaults sample from the model's own distribution.
+        rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`.
         first_ids: what the first token must be one of; anything if not given.
         state: what the model has read before the prompt; used up.
 
     Raises:
-        ValueError: an empty prompt, or ids outside the vocabulary; at the call, not at the first token.
+        ValueError: an empty prompt, ids outside the vocabulary, or rows that do not fit; at the call, not at the first
+            token.
         ArithmeticError: the model's logits are not finite.
     """
     # checks are here and the loop is in `_tokens`: a generator would not raise before its first `next`
-    prompt, params = checked(model, ids), params or SamplingParams()
-    return _tokens(model, prompt, params, max_tokens, frozenset(stop_ids), first_ids, state)
+    prompt, params = checked(model, ids, rows), params or SamplingParams()
+    return _tokens(model, prompt, rows, params, max_tokens, frozenset(stop_ids), first_ids, state)
 
 
-def checked(model: LanguageModel, ids: Sequence[int] | Tensor) -> Tensor:
-    """The prompt as int64 `[1,T]` on the model's device; raises as `check_prompt`."""
+def checked(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None = None) -> Tensor:
+    """The prompt as int64 `[1,T]` on the model's device; raises as `check_prompt` and `Placeholders`."""
     prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
-    check_prompt(prompt[0].tolist(), model.config.vocab_size)
+    check_prompt(prompt[0].tolist(), model.config.vocab_size, placeholders_of(model, prompt, rows))
     return prompt.to(model.device)
 
 
-def check_prompt(ids: Sequence[int], vocab: int) -> None:
-    """Raises ValueError for a prompt that is empty, or has ids outside the vocabulary."""
+def check_prompt(ids: Sequence[int], vocab: int, placeholders: Placeholders | None = None) -> None:
+    """Raises ValueError for a prompt that is empty, or has ids outside the vocabulary that are no placeholders."""
     if not ids:
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
-    if min(ids) < 0 or max(ids) >= vocab:
-        raise ValueError(f"token ids must be in [0, {vocab}), got {min(ids)} to {max(ids)}")
+    text = ids if placeholders is None else [id for id in ids if id not in placeholders.tokens] or [0]
+    if min(text) < 0 or max(text) >= vocab:
+        raise ValueError(f"token ids must be in [0, {vocab}), got {min(text)} to {max(text)}")
 
 
-def _tokens(model, prompt, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
+def _tokens(model, prompt, rows, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
     """The loop of `generate`."""
     sampler = Sampler(params, prompt, model.config.vocab_size)
-    logits, state = prefill(model, prompt, state)
+    logits, state = prefill(model, prompt, state, rows=rows)
     made = 0
     while max_tokens is None or made < max_tokens:
         token, logprob = sampler(logits[0], first_ids if made == 0 else None)

@@ -1,81 +1,39 @@
-"""Reading ids with pictures and sound among them into a state, in prefill chunks; from there on all is text.
+"""Questions about pictures and sound, and memories of them.
 
-state = read(model, ids[:-1], rows)                    then generate(model, ids[-1:], state=state), or the engine
 answer(model, template, [picture, "What is it?"])      the text in pieces
+state = read(model, ids, rows)                         for what is scored after it
 remember(model, template, files)                       a memory of them, hours long perhaps, to be asked many times
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from retentive.data.media import SUFFIXES, Media, media_of
+from retentive.data.media import SUFFIXES, Media, Rows, rows_of
 from retentive.data.templates import ChatTemplate
 from retentive.files import file_sha256
-from retentive.infer.generate import generate
+from retentive.infer.generate import checked, generate, prefill
 from retentive.infer.memory import Memory, blank
 from retentive.infer.sample import SamplingParams
 from retentive.infer.text import from_the_first_word, stream_text
 from retentive.models import LanguageModel
-from retentive.models.encoders import ImageConfig, encoders_of, hidden
-
-CHUNK = 4096
-"""Tokens that go through the model at once, and the rest of a picture."""
-
-Rows = Mapping[str, np.ndarray]
-"""For each kind the rows `[n, features]` of its placeholders among some ids, in order."""
+from retentive.models.encoders import encoders_of
 
 
-def rows_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The rows of all media of messages, by kind; nothing where they hold text alone."""
-    found: dict[str, list[np.ndarray]] = {}
-    for media in media_of(messages):
-        found.setdefault(media.kind, []).append(media.rows)
-    return {kind: np.concatenate(rows) for kind, rows in found.items()}
-
-
-def seen_first(model: LanguageModel, ids: Sequence[int]) -> int:
-    """How many of the ids come up to the last placeholder among them, with it; they are what `read` must read."""
-    tokens = {encoder.config.token for encoder in encoders_of(model).values()}
-    return max((n for n, id in enumerate(ids, 1) if id in tokens), default=0)
-
-
-@torch.no_grad()
-def read(
-    model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None, *, chunk: int = CHUNK,
-    still_wanted: Callable[[], object] = lambda: None,
-) -> Any:  # fmt: skip
-    """The state after ids, a placeholder for each of the rows among them.
+def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None) -> Any:
+    """Returns the state after ids, which may be empty, with a placeholder for each of the rows among them.
 
     Args:
         state: what the model has read before; used up.
-        still_wanted: called before each chunk; what it raises ends the reading.
 
     Raises:
-        ValueError: no ids, a kind that the model has no encoder for, another number of rows than of placeholders.
+        ValueError: as `prefill`.
     """
     if not ids:
-        raise ValueError("nothing to read")
-    tokens = {kind: encoder.config.token for kind, encoder in encoders_of(model).items()}
-    if unknown := sorted(set(rows) - set(tokens)):
-        raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
-    for kind, token in tokens.items():  # before anything is read
-        count, given = list(ids).count(token), len(rows[kind]) if kind in rows else 0
-        if count != given:
-            raise ValueError(f"{count} placeholders of {kind} and {given} rows: each takes one")
-    taken = dict.fromkeys(rows, 0)
-    for begin, end in _spans(model, ids, chunk):
-        still_wanted()
-        part, here = ids[begin:end], {}
-        for kind, of_kind in rows.items():
-            count = list(part).count(tokens[kind])
-            here[kind] = torch.from_numpy(of_kind[taken[kind] : taken[kind] + count]).to(model.device)
-            taken[kind] += count
-        state = hidden(model, torch.tensor([part], device=model.device), state, rows=here)[1]
-    return state
+        return model.init_state(1) if state is None else state
+    return prefill(model, checked(model, ids, rows), state, rows=rows)[1]
 
 
 def answer(
@@ -94,12 +52,11 @@ def answer(
         stop: strings that end the answer, beside the template's own.
 
     Raises:
-        ValueError: as `read`; the template refuses the message.
+        ValueError: as `generate`; the template refuses the message.
     """
     messages = [{"role": "user", "content": content}]
-    ids = template.first(messages)
-    state = read(model, ids[:-1], rows_of(messages)) if len(ids) > 1 else None
-    return answer_to(model, template, ids[-1:], state, params, max_tokens=max_tokens, stop=stop)
+    ids, rows = template.first(messages), rows_of(messages)
+    return answer_to(model, template, ids, None, params, rows=rows, max_tokens=max_tokens, stop=stop)
 
 
 def answer_to(
@@ -109,12 +66,17 @@ def answer_to(
     state: Any,
     params: SamplingParams | None = None,
     *,
+    rows: Rows | None = None,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """As `answer`, to the question that ends with these ids; `state` has read what comes before, and is used up."""
+    """As `answer`, to the question that ends with these ids; `state` has read what comes before, and is used up.
+
+    Args:
+        rows: those of the placeholders among the ids.
+    """
     stop_ids = sorted(template.stop_ids)
-    tokens = generate(model, ids, params, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
+    tokens = generate(model, ids, params, rows=rows, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
     return from_the_first_word(stream_text(tokens, template.tokenizer, stop=[*template.stop, *stop]))
 
 
@@ -178,19 +140,3 @@ def _around(template: ChatTemplate, kind: str, config: Any, question: str) -> tu
     ids = template.first([{"role": "user", "content": [one, question]}])
     at = ids.index(config.token)
     return ids[:at], ids[at + 1 :]
-
-
-def _spans(model: LanguageModel, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
-    """Where chunks begin and end: none within a picture, which is encoded whole."""
-    pictures = [e.config for e in encoders_of(model).values() if isinstance(e.config, ImageConfig)]
-    begin = 0
-    while begin < len(ids):
-        end = min(begin + chunk, len(ids))
-        for config in pictures:
-            if end < len(ids) and ids[end] == ids[end - 1] == config.token:
-                first = end - 1  # of the run of placeholders, which may be of several pictures
-                while first and ids[first - 1] == config.token:
-                    first -= 1
-                end += -(end - first) % config.tokens
-        yield begin, end
-        begin = end

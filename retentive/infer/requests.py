@@ -5,7 +5,7 @@ as a dataclass would, costs time at every `remove`.
 """
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.generate import Token
+from retentive.infer.placeholders import Placeholders
 from retentive.infer.sample import Sampler
 from retentive.models.state import State
 
@@ -81,6 +82,9 @@ class Stream:
     """The state at the end, where asked for: it has read all tokens but `pending`."""
     pending: list[int] = field(default_factory=list)
     """The last token, which has been picked but not read."""
+    prompt_state: State | None = None
+    """State before the prompt's last token, for a prompt with pictures or sound whose last state is asked for: they
+    cannot be read again from their ids where an answer is cut short."""
     cancelled: bool = False
     """Set by any thread, read by the engine's before each step."""
     deliver: Callable[[Token | Exception | None], object] | None = None
@@ -108,8 +112,9 @@ class Request:
     stop_ids: frozenset[int]
     constraint: Constraint | None
     returns: Returns
-    cacheable: bool
-    """False where it began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
+    key: Sequence[int] | None
+    """Key of the prompt in the prefix cache: its ids, with hashes of pictures and sound. None without a cache, and for
+    a prompt that began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
     made: list[int] = field(default_factory=list)
     """Tokens picked so far, one of `stop_ids` at the end included."""
 
@@ -121,7 +126,14 @@ class Prompt:
     ids: list[int]
     requests: list[Request]
     state: Any  # State | None: after the first `read` ids
+    placeholders: Placeholders | None = None
+    """Pictures and sound among the ids; None for text alone."""
     read: int = 0
+
+    @property
+    def key(self) -> Sequence[int] | None:
+        """Key in the prefix cache, the same for all its requests."""
+        return self.requests[0].key
 
     @property
     def scored(self) -> bool:
@@ -133,6 +145,10 @@ class Prompt:
         """Tokens still to read: all but the last, whose decoding gives the first token of the completion."""
         return len(self.ids) - 1 - self.read
 
-    def worth_keeping(self, every: int) -> bool:
-        """Whether another prompt may begin with what has been read, so that its state belongs into the cache."""
-        return not self.left or self.read % every == 0
+    def until_kept(self, every: int) -> int:
+        """Tokens until the next state for the cache: at multiples of `every`, after the last picture or sound, at the
+        end. Other prompts are likely to begin with these."""
+        ends = [self.read + every - self.read % every, len(self.ids) - 1]
+        if self.placeholders is not None and self.placeholders.end > self.read:
+            ends.append(self.placeholders.end)
+        return min(ends) - self.read

@@ -37,7 +37,8 @@ class Sampler:
         self.seen = None  # bool [vocab], only for a repetition penalty
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen[prompt.flatten().cpu()] = True
+            ids = prompt.flatten().cpu()
+            self.seen[ids[ids < vocab_size]] = True  # beyond it are placeholders of pictures and sound
         check_bias(params, vocab_size)
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:

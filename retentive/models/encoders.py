@@ -4,11 +4,13 @@
     audio    stacks of log-mel frames -> convolutions over their bands, each by itself -> D: sound of any length can be
              read in parts
 
-A text has a placeholder token for each of these embeddings; `spliced` puts them in its place. What is encoded comes as
+A text has a placeholder token for each of these embeddings; `embedded` puts them in its place. What is encoded comes as
 rows of numbers, a row for each placeholder (`retentive.multimodal` makes them from files).
+
+x, state = model.hidden(ids, state, embeds=embedded(model, ids, rows))
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -74,6 +76,11 @@ class ImageConfig:
         return (self.size // self.patch) ** 2
 
     @property
+    def unit(self) -> int:
+        """Rows that are encoded together: a picture's."""
+        return self.tokens
+
+    @property
     def features(self) -> int:
         """Numbers per row: the pixels of a patch, 0 to 255."""
         return self.patch**2 * self.channels
@@ -121,6 +128,11 @@ class AudioConfig:
                 f"a window of {self.window:,} ms and stack {self.stack:,} of mels {self.mels:,}: at most "
                 f"{MOST_WINDOW:,} ms, and {MOST_FEATURES:,} numbers a token"
             )
+
+    @property
+    def unit(self) -> int:
+        """Rows that are encoded together: each by itself."""
+        return 1
 
     @property
     def features(self) -> int:
@@ -257,22 +269,10 @@ def configs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {kind: asdict(encoder.config) for kind, encoder in encoders_of(model).items()}
 
 
-def hidden(
-    model: LanguageModel,
-    ids: Tensor,
-    state: Any = None,
-    *,
-    rows: Mapping[str, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Any]:
-    """As `model.hidden`, of ids with what is encoded in place of its placeholders; `rows` as of `spliced`."""
-    if not rows:
-        return model.hidden(ids, state, cu_seqlens=cu_seqlens)
-    return model.hidden(None, state, embeds=spliced(model, ids, rows), cu_seqlens=cu_seqlens)
+def embedded(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Embeddings `[B,T,D]` of ids `[B,T]`, those of pictures and sound in place of their placeholders, in order.
 
-
-def spliced(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    """The embeddings `[B,T,D]` of ids `[B,T]`, with what is encoded in place of its placeholders, in order.
+    None without rows: the model embeds the ids itself.
 
     Args:
         rows: for each kind those of all its placeholders, `[n, features]`.
@@ -280,19 +280,34 @@ def spliced(model: LanguageModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Te
     Raises:
         ValueError: a kind that the model has no encoder for, or another number of rows than of placeholders.
     """
+    if not rows:
+        return None
     encoders = encoders_of(model)
-    if unknown := sorted(set(rows) - set(encoders)):
-        raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
-    places = {kind: ids == encoder.config.token for kind, encoder in encoders.items()}
+    counts = {kind: int((ids == encoder.config.token).sum()) for kind, encoder in encoders.items()}
+    check_rows(counts, rows)
+    return inserted(model, ids, {kind: encoders[kind](given) for kind, given in rows.items() if len(given)})
+
+
+def inserted(model: LanguageModel, ids: Tensor, encoded: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings `[B,T,D]` of ids `[B,T]`, with those that are encoded, for each kind `[n, D]`, at its placeholders."""
+    places = {kind: ids == encoder.config.token for kind, encoder in encoders_of(model).items()}
     text = ids
     for where in places.values():
         text = text.masked_fill(where, 0)  # any token: its embedding is replaced
     x = model.embed(text)
-    for kind, encoder in encoders.items():
-        where = places[kind]
-        given = rows[kind] if kind in rows else ids.new_empty(0, encoder.config.features)
-        if (count := int(where.sum())) != len(given):
-            raise ValueError(f"{count} placeholders of {kind} and {len(given)} rows: each takes one")
-        if count:
-            x = x.masked_scatter(where[..., None], encoder(given).to(x.dtype))
+    for kind, embeddings in encoded.items():
+        x = x.masked_scatter(places[kind][..., None], embeddings.to(x.dtype))
     return x
+
+
+def check_rows(placeholders: Mapping[str, int], rows: Mapping[str, Sized]) -> None:
+    """Raises ValueError for rows of a kind without an encoder, or of another number than its placeholders.
+
+    Args:
+        placeholders: their number for each kind that the model has an encoder for.
+    """
+    if unknown := sorted(set(rows) - set(placeholders)):
+        raise ValueError(f"the model has no encoder for {unknown[0]}: it was trained without any")
+    for kind, count in placeholders.items():
+        if count != (given := len(rows[kind]) if kind in rows else 0):
+            raise ValueError(f"{count} placeholders of {kind} and {given} rows: each takes one")

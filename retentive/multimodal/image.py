@@ -14,6 +14,7 @@ from retentive.files import check_file
 from retentive.models.encoders import ImageConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PIXELS = 1 << 26
 """Maximum pixels of a picture, checked in its header before decoding: a small file may expand without limit."""
 
@@ -26,7 +27,8 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
 
     Raises:
         OSError: the file does not exist.
-        ValueError: it has another format, is animated, has 16 bits per channel or too many pixels, or is damaged.
+        ValueError: it has another format, is animated, has 16 bits per channel or too many pixels, or is cut short or
+            damaged.
         ImportError: pillow is missing (extra `multimodal`).
     """
     try:
@@ -38,7 +40,7 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         check_file(source)
     raw = source if isinstance(source, bytes) else source.read_bytes()
     # pillow silently reduces 16-bit colour to 8 bits
-    if raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24:25] == b"\x10":
+    if raw.startswith(PNG) and raw[24:25] == b"\x10":
         raise ValueError(f"{name} has 16 bits a colour: save it with 8")
     too_many = f"{name} has more than {MOST_PIXELS:,} pixels: make it smaller"
     try:
@@ -48,8 +50,10 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
     except Image.DecompressionBombError:
         raise ValueError(too_many) from None
     except UnidentifiedImageError:
+        _check_whole(raw, name)
         raise ValueError(f"{name} is no picture of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders may raise anything for arbitrary bytes
+        _check_whole(raw, name)
         raise ValueError(f"{name} cannot be opened as a picture ({error})") from None
     width, height = picture.size
     if width * height > MOST_PIXELS:
@@ -76,8 +80,23 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         square.paste(picture, place, picture if clear else None)
         picture = square.convert("L" if config.channels == 1 else "RGB")
     except Exception as error:
+        _check_whole(raw, name)
         raise ValueError(f"{name} is damaged ({error})") from None
     return patches(np.asarray(picture, np.uint8).reshape(side, side, config.channels), config.patch)
+
+
+def _check_whole(raw: bytes, name: str) -> None:
+    """Raises ValueError for a file that could not be read since its end is missing."""
+    if raw.startswith(PNG):
+        kind, cut = "PNG", b"IEND" not in raw
+    elif raw.startswith(b"\xff\xd8\xff"):
+        kind, cut = "JPEG", raw.rfind(b"\xff\xd9") <= raw.rfind(b"\xff\xda")  # end of image, start of the last scan
+    elif raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+        kind, cut = "WebP", len(raw) < 8 + int.from_bytes(raw[4:8], "little")
+    else:
+        return
+    if cut:
+        raise ValueError(f"{name}: a {kind} that is cut short after {len(raw):,} bytes; give the whole file")
 
 
 def patches(pixels: np.ndarray, patch: int) -> np.ndarray:

@@ -86,7 +86,7 @@ def _completions(app: FastAPI, service: Service) -> None:
     """The routes of completions."""
 
     async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        request = await receive(http, kind, service.options, media=service.rows is not None)
+        request = await receive(http, kind, service.options, media=service.open_media is not None)
         completion = Completion(service, request, http.state.owner, http.state.request_id)
         try:
             await completion.begin(lambda: _disconnect(http.receive))

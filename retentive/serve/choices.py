@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from retentive.data.media import Rows
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.generate import Token
 from retentive.infer.requests import Stream
@@ -18,8 +19,8 @@ class Prompt:
     """How many of the ids, at the end, the client sent; those before are a session's or the end-of-text token."""
     text: str | None = None
     """The text of those, if it is to be echoed."""
-    seen: int = 0
-    """Tokens before the ids that are read already: pictures and sound, and what comes before the last of them."""
+    rows: Rows = field(default_factory=dict)
+    """Rows of the pictures and sound among the ids."""
 
 
 class TokenLogprob(NamedTuple):

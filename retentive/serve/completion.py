@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -57,8 +58,6 @@ class Completion:
         self.max_tokens = request.length(service.options.max_tokens)
         self.conversation: Conversation = service.new_conversation()
         self.mailbox = Mailbox()
-        self.over: Exception | None = None
-        """Why nobody waits for the answer any more, as `_watch` has found."""
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
         # undone in reverse by `close`: streams, timers, the session's checkout, the place among those in flight
@@ -75,7 +74,7 @@ class Completion:
 
         Raises:
             Refused: something is wrong with the request, there is no room, or the time is over.
-            ClientLeft: the client has left while its pictures and sound were read.
+            ClientLeft: the client has left while its pictures and sound were opened.
         """
         request, service = self.request, self.service
         service.check_model(request.model)
@@ -89,12 +88,10 @@ class Completion:
             self._check_fields()
             self.constraint = await self._constraint()
             self._watch(client_leaves)
-            encode = partial(request.prompts, self.conversation, service.options, service.rows, self._still_wanted)
+            encode = partial(request.prompts, self.conversation, service.options, service.open_media)
             if request.media:
                 with self._failures():
-                    async with service.reading:
-                        self._still_wanted()
-                        self.prompts = await asyncio.to_thread(encode)
+                    self.prompts = await self._unless_over(service.opening.submit(encode))
             else:
                 self.prompts = await _in_thread(request.characters > LONG, encode)
             self._check_prompts()
@@ -177,7 +174,8 @@ class Completion:
             if len(prompt.ids) > options.max_prompt:
                 message = f"the prompt has {len(prompt.ids)} tokens, this server takes {options.max_prompt}"
                 raise Refused(400, message, param=param, code="context_length_exceeded")
-            self._check_ids(prompt.ids)
+            if not prompt.rows:  # else `submit` does, which knows the placeholders
+                self._check_ids(prompt.ids)
         echoed = sum(prompt.sent for prompt in self.prompts if prompt.text is not None)
         if self.top is not None and (asked := echoed * self.n * (1 + self.top)) > MOST_ECHOED:
             message = f"an echo has at most {MOST_ECHOED} log probabilities, this one would have {asked}"
@@ -214,6 +212,7 @@ class Completion:
             streams = self.conversation.submit(
                 prompt.ids,
                 self.params,
+                rows=prompt.rows,
                 max_tokens=max(self.max_tokens, 1),  # the engine makes one at least; see Choice.max_tokens
                 stop_ids=sorted(self.stop_ids),
                 n=self.n,
@@ -228,7 +227,7 @@ class Completion:
         except Full as error:
             raise try_later(str(error), status=503 if engine.closing else 429) from None
         except ValueError as error:
-            raise Refused(400, str(error)) from None
+            raise Refused(400, str(error), param=self.request.prompt_field if prompt.rows else None) from None
         tokenizer = self.service.tokenizer
         for index, stream in enumerate(streams, first):
             text = Text(tokenizer, self.stop)
@@ -239,21 +238,28 @@ class Completion:
         """From now on a client that leaves, and the end of its time, come as items of the mailbox like any other."""
         loop = asyncio.get_running_loop()
 
-        def over(why: Exception) -> None:
-            self.over = why
-            self.mailbox.put(0, why)
-
         async def wait() -> None:
             await client_leaves()
-            over(ClientLeft())
+            self.mailbox.put(0, ClientLeft())
 
+        end = self.began + self.service.options.timeout
         self.exits.callback(loop.create_task(wait()).cancel)
-        self.exits.callback(loop.call_at(self.began + self.service.options.timeout, over, TimeoutError()).cancel)
+        self.exits.callback(loop.call_at(end, self.mailbox.put, 0, TimeoutError()).cancel)
 
-    def _still_wanted(self) -> None:
-        """Raises why nobody waits for the answer any more, from any thread."""
-        if self.over is not None:
-            raise self.over
+    async def _unless_over(self, work: Future[T]) -> T:
+        """Returns the result of `work`, or raises what `_watch` puts into the mailbox first, and cancels the work."""
+        result: asyncio.Future[Any] = asyncio.wrap_future(work)
+        over: asyncio.Future[Any] = asyncio.ensure_future(self.mailbox.take())
+        try:
+            await asyncio.wait({result, over}, return_when=asyncio.FIRST_COMPLETED)
+            if over.done():
+                [(_, why), *_] = over.result()
+                assert isinstance(why, Exception)
+                raise why
+            return result.result()
+        finally:
+            result.cancel()
+            over.cancel()
 
     def _cancel(self) -> None:
         for choice in self.choices:
@@ -314,7 +320,7 @@ class Completion:
             return
         [choice] = self.choices
         if choice.text.stopped:  # the stream's state has read beyond the stop string: keep the ids up to it instead
-            self.conversation.put_off([*choice.prompt.ids, *choice.text.kept_ids()])
+            self.conversation.cut(choice.stream, choice.text.kept_ids())
             await self._catch_up()
             return
         # max_tokens 0: the one token that was made belongs to nobody; and a stop token is the template's to write
@@ -341,7 +347,7 @@ class Completion:
 
     def _usage(self) -> dict[str, Any]:
         """Tokens of prompts and completions, as OpenAI counts them."""
-        read = sum(prompt.seen + len(prompt.ids) for prompt in self.prompts)
+        read = sum(len(prompt.ids) for prompt in self.prompts)
         made = sum(len(choice.ids) for choice in self.choices)
         cached = sum(choice.stream.cached for choice in self.choices[:: self.n])  # n choices share one prompt
         return {

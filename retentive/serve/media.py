@@ -18,12 +18,13 @@ from retentive.models.encoders import encoders_of
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 
-Rows = Callable[[str, bytes, int], Media]
+OpenMedia = Callable[[str, bytes, int], Media]
 """(kind, the bytes of a file, the most tokens) -> it; raises ValueError."""
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:([a-z0-9/.+-]*)(?:;[a-z0-9-]+=[^;,]*)*(;base64)?,", re.IGNORECASE)
+"""A data URL (RFC 2397): its type, and ";base64" if it is."""
 
 
-def senses(model: LanguageModel) -> Rows | None:
+def senses(model: LanguageModel) -> OpenMedia | None:
     """What opens the pictures and sounds that the model sees and hears; None for one that only reads.
 
     Raises:
@@ -40,12 +41,13 @@ def senses(model: LanguageModel) -> Rows | None:
 
 
 def content(
-    parts: Sequence[Any], rows: Rows | None, before: Sequence[Media], options: Options, where: str
+    parts: Sequence[Any], open_media: OpenMedia | None, before: Sequence[Media], options: Options, where: str
 ) -> str | list[str | Media]:
     """A message's content: its text, or texts and media in order.
 
     Args:
         parts: OpenAI's.
+        open_media: None for a model that reads text alone.
         before: media of the messages before it.
         where: the field, for errors.
 
@@ -58,18 +60,15 @@ def content(
         if part.type == "text":
             found.append(part.text)
             continue
-        if rows is None:
+        if open_media is None:
             raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
         media = [*before, *(each for each in found if isinstance(each, Media))]
         if len(media) >= options.media:
             most = f"a request may have at most {options.media} pictures and sounds here (retentive serve --media)"
             raise Refused(400, most, param=field)
         if part.type == "image_url":
-            kind, field, encoded = "image", field + ".image_url.url", part.encoded
-            if not (head := DATA_URL.match(encoded)):
-                wanted = "expected the picture itself as a data URL, data:image/png;base64,…: addresses are not fetched"
-                raise Refused(400, wanted, param=field)
-            encoded = encoded[head.end() :]
+            kind, field = "image", field + ".image_url.url"
+            encoded = _picture(part.encoded, field)
         else:
             kind, field, encoded = "audio", field + ".input_audio.data", part.encoded
         try:
@@ -78,7 +77,19 @@ def content(
         except ValueError:
             raise Refused(400, "expected base64 (A to Z, a to z, 0 to 9, + and /) and no more", param=field) from None
         try:
-            found.append(rows(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
+            found.append(open_media(kind, raw, options.max_prompt - sum(len(each.rows) for each in media)))
         except ValueError as error:
             raise Refused(400, str(error), param=field) from None
     return found if any(isinstance(part, Media) for part in found) else "".join(map(str, found))
+
+
+def _picture(url: str, where: str) -> str:
+    """Returns the base64 of a picture's data URL; raises Refused for any other address or type."""
+    head = DATA_URL.match(url)
+    if head is None:
+        wanted = "expected the picture itself as a data URL, data:image/png;base64,…: addresses are not fetched"
+        raise Refused(400, wanted, param=where)
+    if not (head[1].lower().startswith("image/") and head[2]):
+        wrong = "not base64" if head[1].lower().startswith("image/") else "not the type of a picture"
+        raise Refused(400, f"data:{head[1][:64]}: {wrong}; send data:image/png;base64,… (or jpeg, webp)", param=where)
+    return url[head.end() :]

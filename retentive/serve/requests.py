@@ -6,7 +6,6 @@ itself into prompts (`prompts`) and sampling parameters (`sampling`); `completio
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -15,10 +14,10 @@ from starlette.requests import Request as HTTPRequest
 
 from retentive.data.media import Media, media_of
 from retentive.infer import SamplingParams
-from retentive.infer.conversation import NAME, Conversation, TooLong
+from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
-from retentive.serve.media import Rows, content
+from retentive.serve.media import OpenMedia, content
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
@@ -31,7 +30,6 @@ SHORT_ANSWER = 16
 """max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
 
 Name = Annotated[str, Field(pattern=NAME)]
-Check = Callable[[], object]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -175,12 +173,11 @@ class Generation(Body, ABC):
         return 0
 
     @abstractmethod
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
-        """The prompts as ids, each going on from `conversation`; pictures and sound before them are read by now.
+    def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
+        """The prompts as ids, each going on from `conversation`, and the rows of pictures and sound among them.
 
         Args:
-            rows: what opens those.
-            check: called now and then while they are read; what it raises ends that.
+            open_media: opens those; None for a model that reads text alone.
 
         Raises:
             Refused: messages that the template refuses; pictures or sound that are none, or that nobody sees or hears.
@@ -254,7 +251,7 @@ class CompletionRequest(Generation):
     def characters(self) -> int:
         return sum(map(len, self.prompt))
 
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
         """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
@@ -304,13 +301,12 @@ class ChatRequest(Generation):
         parts = [part for message in self.messages for part in message.content]
         return sum(len(part.encoded) for part in parts if not isinstance(part, TextPart))
 
-    def prompts(self, conversation: Conversation, options: Options, rows: Rows | None, check: Check) -> list[Prompt]:
+    def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
         """The messages (in a session only the new ones are sent) as the chat template writes them."""
         roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
-            check()
-            found = content(m.content, rows, media, options, f"messages[{n}].content")
+            found = content(m.content, open_media, media, options, f"messages[{n}].content")
             media += media_of([{"content": found}])
             if m.role == "assistant" and not isinstance(found, str):
                 raise Refused(
@@ -318,11 +314,8 @@ class ChatRequest(Generation):
                 )
             messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
-            before = conversation.memory.tokens
-            ids = conversation.turn(messages, most=options.max_prompt, still_wanted=check)
-            return [Prompt(ids, seen=conversation.seen.tokens - before if conversation.seen else 0)]
-        except TooLong as error:
-            raise Refused(400, str(error), param="messages", code="context_length_exceeded") from None
+            ids, rows = conversation.turn(messages)
+            return [Prompt(ids, rows=rows)]
         except ValueError as error:
             raise Refused(400, str(error), param="messages", code="template_refuses") from None
 

@@ -1,7 +1,7 @@
 """What a server serves: one model with its engine, template, sessions and saved states, within given bounds."""
 
-import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
-from retentive.serve.media import Rows, senses
+from retentive.serve.media import OpenMedia, senses
 from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions
@@ -43,10 +43,10 @@ class Service:
     sessions: Sessions = field(init=False)
     saved: SavedStates = field(init=False)
     metrics: Metrics = field(init=False)
-    rows: Rows | None = field(init=False)
-    """What opens pictures and sound; None where the model only reads."""
-    reading: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
-    """Of the one request whose pictures and sound are opened and read: a picture may take 0.7 GB while it is opened."""
+    open_media: OpenMedia | None = field(init=False)
+    """Opens pictures and sound; None for a model that reads text alone."""
+    opening: ThreadPoolExecutor = field(init=False)
+    """Thread that opens them one after the other: a picture may take 0.7 GB while it is opened."""
     in_flight: int = 0
     """Completions that have begun and not ended."""
     draining: bool = False
@@ -68,7 +68,7 @@ class Service:
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics = Metrics(self.engine, self.sessions)
-        self.rows = senses(model)
+        self.open_media, self.opening = senses(model), ThreadPoolExecutor(1, "retentive-opening")
 
     @property
     def largest_state(self) -> int:

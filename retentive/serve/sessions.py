@@ -73,7 +73,6 @@ class Sessions:
             yield conversation
         finally:
             self.busy.discard(key)
-            conversation.give_up()  # what a request that failed has seen; of one that was answered it is remembered
             if not conversation.begun:  # a first request that failed, or `drop`: nothing to remember
                 self.held.pop(key, None)
             self._evict()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from retentive.models.carry import states_in, states_out
-from retentive.models.encoders import hidden
+from retentive.models.encoders import embedded
 from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 
@@ -31,7 +31,8 @@ def language_modelling(model: Any, batch: Any, state: Any) -> tuple[Tensor, int,
     carry, before = batch.carry, None
     if carry is not None:
         before = states_in(model, state, carry.first, carry.continues, len(batch.cu_seqlens) - 1)
-    x, after = hidden(model, batch.ids, before, rows=batch.rows, cu_seqlens=batch.cu_seqlens)
+    embeds = embedded(model, batch.ids, batch.rows)
+    x, after = model.hidden(batch.ids, before, embeds=embeds, cu_seqlens=batch.cu_seqlens)
     total = cross_entropy(x, model.head.weight, batch.targets)
     count = int((batch.targets != IGNORE).sum())
     return total, count, None if carry is None else states_out(after, carry.last)

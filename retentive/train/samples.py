@@ -1,9 +1,9 @@
 """What a model writes while it is trained, always with the same seed: only training makes samples differ."""
 
+from retentive.data.media import Rows
 from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams, generate, write_on
-from retentive.infer.media import Rows, read
 from retentive.models import LanguageModel
 
 
@@ -27,9 +27,8 @@ def sample_answer(
     """A conversation's ids and the model's answer to them as text, always with the same seed; rows: its media."""
     training = model.training
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    state = read(model.eval(), ids[:-1], rows or {}) if len(ids) > 1 else None
     stop_ids = sorted(template.stop_ids)
-    answer = generate(model.eval(), ids[-1:], params, max_tokens=tokens, stop_ids=stop_ids, state=state)
+    answer = generate(model.eval(), ids, params, rows=rows, max_tokens=tokens, stop_ids=stop_ids)
     said = [id for id in ids if id < template.tokenizer.vocab_size]  # of pictures and sound there is no text
     text = template.tokenizer.decode([*said, *(token.id for token in answer)])
     model.train(training)

@@ -2,11 +2,13 @@
 
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
+from retentive.data.media import Media, rows_of
 from retentive.data.templates import BUILT_IN, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
@@ -14,6 +16,7 @@ from retentive.infer.conversation import Conversation
 from retentive.infer.engine import Engine
 from retentive.infer.memory import blank
 from retentive.models import build, retnet, twin
+from retentive.models.encoders import ImageConfig, encoders_of, with_encoders
 
 CONFIG = retnet(vocab_size=257, dim=32, layers=2, heads=2)
 TOKENIZER = ByteTokenizer()
@@ -108,3 +111,67 @@ def test_a_text_goes_on_after_what_was_read(conversation):
     assert conversation.lead == [256, 65] and conversation.begun
     say(conversation, "Hello")
     assert conversation.lead == conversation.memory.pending and len(conversation.lead) == 1
+
+
+@pytest.fixture
+def looking(conversation, monkeypatch):
+    """(a conversation with a model that sees, the rows of each call of its encoder)."""
+    model, calls = conversation.engine.model, []
+    with_encoders(model, {"image": ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)})
+    encoder = encoders_of(model)["image"]
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    own = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda rows: calls.append(len(rows)) or own(rows))
+    engine = Engine(model, slots=1).start()
+    yield Conversation(engine, TOKENIZER, conversation.template, blank(model)), calls
+    engine.close(drain=False)
+
+
+SHOWN = [Media("image", np.arange(64, dtype=np.uint8).reshape(4, 16)), "What?"]
+
+
+@pytest.mark.parametrize("ending", ["whole", "closed", "stop string"])
+def test_a_picture_is_read_once_however_its_answer_ends(looking, ending):
+    conversation, calls = looking
+    template, messages = conversation.template, user(SHOWN)
+    ids, rows = template.first(messages), rows_of(messages)
+
+    def whole(ids) -> str:
+        tokens = generate(conversation.engine.model, ids, GREEDY, rows=rows, max_tokens=12)
+        return TOKENIZER.decode([t.id for t in tokens])
+
+    want = whole(ids)
+    if ending == "stop string":
+        template.stop = (want[5:8],)
+        want = want[: want.find(want[5:8])]
+    calls.clear()
+    with closing(conversation.say(SHOWN, GREEDY, max_tokens=12)) as pieces:
+        said = next(pieces) + next(pieces) if ending == "closed" else "".join(pieces)
+    assert want.startswith(said) and (said == want or ending == "closed")
+    template.stop = ()
+    memory = conversation.memory
+    ids += TOKENIZER.encode(said)
+    assert memory.tokens + len(memory.pending) == len(ids) and max(memory.pending) < 257
+    ids += template.next(user("And now?"))
+    assert say(conversation, "And now?") == whole(ids)
+    assert calls == [4, 4]  # that of `say`, and the last one of `whole`
+
+
+def test_a_picture_that_was_not_read_is_forgotten(looking):
+    """Its rows are not in the ids: there is nothing to go on from."""
+    conversation, calls = looking
+    say(conversation, "Hello")
+    before = conversation.memory
+    conversation.engine.close()
+    conversation.engine = engine = Engine(conversation.engine.model, slots=1)  # nobody steps it
+    pieces = conversation.say(SHOWN, GREEDY, max_tokens=12)
+    engine.submit = lambda *given, **how: given and ended(Engine.submit(engine, *given, **how))
+
+    def ended(streams):
+        streams[0].cancel()
+        while engine.step():
+            pass
+        return streams
+
+    assert list(pieces) == [] and calls == [] and conversation.memory is before

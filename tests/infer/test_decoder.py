@@ -14,11 +14,13 @@ from retentive.infer.engine import Engine
 from retentive.infer.memory import tensors
 from retentive.infer.requests import Returns
 from retentive.models import build
+from retentive.models.encoders import ImageConfig, embedded, encoders_of, with_encoders
 from tests.configs import changed
 from tests.infer.memories import MODELS, ids
 
 GREEDY = SamplingParams(temperature=0)
 PROMPTS = [ids(n, n) for n in (7, 1, 30, 12)]
+IMAGE = ImageConfig(token=61, size=8, patch=4, channels=1, dim=16, layers=1)
 
 
 @pytest.fixture(params=MODELS)
@@ -46,6 +48,19 @@ def test_prompts_read_together_are_read_as_each_alone(model, same):
         want, end = model(torch.tensor([PROMPTS[n]]))
         same(next(logits), want[0, -len(halves[1][n]) :].float(), 1e-6)
         same(tensors(state), tensors(end), 1e-12)
+
+
+@torch.inference_mode()
+def test_pictures_are_read_together_with_text(model, same):
+    with_encoders(model, {"image": IMAGE}).double()
+    decoder, token = TorchDecoder(model), IMAGE.token
+    parts = [[*PROMPTS[0], *[token] * 4, 3], PROMPTS[3], [token] * 4]
+    rows = torch.randint(256, (8, 16), dtype=torch.uint8)
+    made = decoder.encode("image", rows)
+    states = decoder.read(*packed(parts), [decoder.init_state() for _ in parts], {"image": made})
+    for part, of_part, state in zip(parts, (rows[:4], rows[:0], rows[4:]), states, strict=True):
+        alone = torch.tensor([part])
+        same(tensors(state), tensors(model.hidden(alone, embeds=embedded(model, alone, {"image": of_part}))[1]), 1e-12)
 
 
 @torch.inference_mode()
@@ -81,10 +96,11 @@ def test_after_an_error_nothing_holds_on_to_the_pool(model, monkeypatch):
 
 
 class Recomputing:
-    """A decoder of another make: its state is the list of ids read so far."""
+    """A decoder of another make: its state is the list of ids read so far, or embeddings of pictures."""
 
     def __init__(self, model):
         self.model, self.vocab_size, self.calls = model, model.config.vocab_size, set()
+        self.encoders = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
 
     def init_state(self):
         return Past([])
@@ -95,9 +111,15 @@ class Recomputing:
     def pool(self, slots):
         return Pool(slots)
 
-    def read(self, ids, cu_seqlens, states):
+    def encode(self, kind, rows):
+        self.calls.add("encode")
+        return self.model.encoders[kind](rows)
+
+    def read(self, ids, cu_seqlens, states, encoded=None):
         self.calls.add("read")
-        parts = [ids[a:b].tolist() for a, b in pairwise(cu_seqlens)]
+        seen = iter([] if not encoded else encoded["image"])
+        items = [next(seen) if id == IMAGE.token else id for id in ids.tolist()]
+        parts = [items[a:b] for a, b in pairwise(cu_seqlens)]
         return [Past([*state.ids, *part]) for state, part in zip(states, parts, strict=True)]
 
     def score(self, ids, cu_seqlens, states):
@@ -112,8 +134,9 @@ class Recomputing:
             pool.rows[row].append(token)
         return torch.stack([self._logits(pool.rows[row])[-1] for row in range(len(ids))])
 
-    def _logits(self, ids):
-        return self.model(torch.tensor([ids]))[0][0].float()
+    def _logits(self, items):
+        rows = [self.model.embed(torch.tensor(item)) if isinstance(item, int) else item for item in items]
+        return self.model(None, embeds=torch.stack(rows)[None])[0][0].float()
 
 
 class Past:
@@ -154,17 +177,25 @@ class Pool:
 
 
 def test_the_engine_asks_no_more_than_the_contract():
-    model = build(MODELS["retnet"]).double().eval()
+    model = with_encoders(build(MODELS["retnet"]), {"image": IMAGE}).double().eval()
     decoder = Recomputing(model)
     engine = Engine(decoder, slots=3, prefill_chunk=8, cache=PrefixCache(1 << 20, every=4))
     streams = [engine.submit(part, GREEDY, max_tokens=6)[0] for part in [*PROMPTS, PROMPTS[2]]]
+    seen, rows = [*PROMPTS[0], *[IMAGE.token] * 4, 5], {"image": torch.arange(64).reshape(4, 16).numpy()}
+    (looking,) = engine.submit(seen, GREEDY, rows=rows, max_tokens=6)
     (scored,) = engine.submit(PROMPTS[0], GREEDY, max_tokens=2, returns=Returns(top=2, prompt=True, state=True))
     while engine.step():
         pass
     for stream, part in zip(streams, [*PROMPTS, PROMPTS[2]], strict=True):
         assert [t.id for t in stream] == [t.id for t in generate(model, part, GREEDY, max_tokens=6)]
     assert len(scored.prompt_logprobs) == len(PROMPTS[0]) - 1 and len(scored.prompt_tops[0]) == 2
-    assert scored.state.ids == [*PROMPTS[0], next(iter(scored)).id] and decoder.calls == {"read", "score", "decode"}
+    assert scored.state.ids == [*PROMPTS[0], next(iter(scored)).id] and decoder.calls == {
+        "read",
+        "score",
+        "decode",
+        "encode",
+    }
+    assert [t.id for t in looking] == [t.id for t in generate(model, seen, GREEDY, rows=rows, max_tokens=6)]
     assert streams[-1].cached > 0
 
 

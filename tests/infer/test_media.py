@@ -1,18 +1,28 @@
-"""Pictures and sound read in chunks: the state of all at once, pictures never cut; what does not fit is refused."""
+"""Pictures and sound among ids: in chunks, in a batch and after a cache hit they give the tokens of all at once."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
 
-from retentive.data.media import Media
-from retentive.infer import SamplingParams, generate
-from retentive.infer.media import read, rows_of
+from retentive.data.media import Media, rows_of
+from retentive.infer import SamplingParams, batch, generate
+from retentive.infer.batch import generate_batch
+from retentive.infer.beam import beam_search
+from retentive.infer.cache import PrefixCache
+from retentive.infer.engine import Engine
+from retentive.infer.generate import prefill
+from retentive.infer.media import read
+from retentive.infer.memory import tensors
+from retentive.infer.requests import Returns
 from retentive.models import build, retnet, twin
-from retentive.models.encoders import AudioConfig, ImageConfig, encoders_of, spliced, with_encoders
+from retentive.models.encoders import AudioConfig, ImageConfig, embedded, encoders_of, with_encoders
 
 TINY = retnet(vocab_size=50, dim=32, layers=2, heads=2)
 IMAGE = ImageConfig(token=50, size=8, patch=4, channels=1, dim=16, layers=1)
 AUDIO = AudioConfig(token=51, mels=5, stack=2, dim=16)
+GREEDY = SamplingParams(temperature=0)
 
 
 def seeing(config=TINY):
@@ -23,8 +33,13 @@ def seeing(config=TINY):
     return model
 
 
-def media():
-    random = np.random.default_rng(0)
+@pytest.fixture(params=[TINY, twin(TINY)], ids=["retnet", "twin"])
+def model(request):
+    return seeing(request.param)
+
+
+def media(seed=0):
+    random = np.random.default_rng(seed)
     return [
         Media("image", random.integers(0, 256, (4, 16), np.uint8)),
         Media("audio", random.standard_normal((7, 10)).astype(np.float16)),
@@ -35,33 +50,247 @@ def media():
 IDS = [1, *[50] * 4, 2, *[51] * 7, 3, 4, *[50] * 8, 5, 6]
 
 
-@pytest.mark.parametrize("config", [TINY, twin(TINY)], ids=["retnet", "twin"])
+def rows(seed=0):
+    a, b, c = media(seed)
+    return rows_of([{"content": ["look", a, "and", b]}, {"content": "no"}, {"content": [c]}])
+
+
+def encoded(monkeypatch, model) -> list[tuple[str, int]]:
+    """What encoders are called with from now on: (kind, rows)."""
+    calls = []
+    for kind, encoder in encoders_of(model).items():
+
+        def forward(x, kind=kind, own=encoder.forward):
+            calls.append((kind, len(x)))
+            return own(x)
+
+        monkeypatch.setattr(encoder, "forward", forward)
+    return calls
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 9, 4096])
 @torch.no_grad()
-def test_chunks_give_the_state_of_all_at_once(config, chunk, same):
-    model, (a, b, c) = seeing(config), media()
-    rows = rows_of([{"content": ["look", a, "and", b]}, {"content": "no"}, {"content": [c]}])
-    assert np.array_equal(rows["image"], np.concatenate([a.rows, c.rows])) and np.array_equal(rows["audio"], b.rows)
-    x = spliced(model, torch.tensor([IDS]), {kind: torch.from_numpy(each) for kind, each in rows.items()})
-    want, _ = model(None, embeds=x)
-    state = read(model, IDS[:-1], rows, chunk=chunk)
-    logits, _ = model(torch.tensor([IDS[-1:]]), state)
-    same(logits[0, -1], want[0, -1], 1e-10)
+def test_chunks_give_the_state_of_all_at_once(model, chunk, same, monkeypatch):
+    (a, b, c), given = media(), rows()
+    assert np.array_equal(given["image"], np.concatenate([a.rows, c.rows])) and np.array_equal(given["audio"], b.rows)
+    x = embedded(model, torch.tensor([IDS]), {kind: torch.from_numpy(each) for kind, each in given.items()})
+    want, end = model(None, embeds=x)
+    calls = encoded(monkeypatch, model)
+    logits, state = prefill(model, torch.tensor([IDS]), rows=given, chunk=chunk)
+    same(logits[0], want[0, -1], 1e-10)
+    same(tensors(state), tensors(end), 1e-10)
+    # pictures whole and once, sound as it comes
+    seen, heard = ([n for kind, n in calls if kind == which] for which in ("image", "audio"))
+    assert sum(seen) == 12 and all(n % 4 == 0 for n in seen)
+    assert sum(heard) == 7 and all(n <= chunk for n in heard)
     # and on from there as from any text
-    state = read(model, IDS[:-1], rows, chunk=chunk)
-    tokens = [t.id for t in generate(model, IDS[-1:], SamplingParams(temperature=0), max_tokens=5, state=state)]
+    tokens = [t.id for t in generate(model, IDS, GREEDY, rows=given, max_tokens=5)]
     assert tokens[0] == int(want[0, -1].argmax())
-    other = read(model, IDS[:-1], {**rows, "audio": rows["audio"] + np.float16(1)}, chunk=chunk)
-    assert (model(torch.tensor([IDS[-1:]]), other)[0] - logits).abs().max() > 1e-3
+    state = read(model, IDS[:-1], given)
+    assert tokens == [t.id for t in generate(model, IDS[-1:], GREEDY, max_tokens=5, state=state)]
+    other = prefill(model, torch.tensor([IDS]), rows={**given, "audio": given["audio"] + np.float16(1)}, chunk=chunk)[0]
+    assert (other - logits).abs().max() > 1e-3
+
+
+def requests(count: int) -> list[tuple[list[int], dict[str, np.ndarray]]]:
+    """Prompts of text, pictures and sound in any order; several begin with the same picture."""
+    rng, made = random.Random(0), []
+    for n in range(count):
+        ids, parts = [rng.randrange(50) for _ in range(rng.choice([1, 3, 20]))], []
+        for _ in range(n % 4):
+            part = rng.choice(media(rng.randrange(2)))
+            parts.append(part)
+            ids += [{"image": 50, "audio": 51}[part.kind]] * len(part.rows)
+            ids += [rng.randrange(50) for _ in range(rng.choice([0, 1, 6]))]
+        made.append(([*ids, rng.randrange(50)], rows_of([{"content": parts}])))
+    return made
+
+
+def alone(model, ids, given, n=6) -> list[int]:
+    return [t.id for t in generate(model, ids, GREEDY, rows=given, max_tokens=n)]
+
+
+def run(engine) -> None:
+    while engine.step():
+        pass
+
+
+@pytest.mark.parametrize("chunk", [2, 9, 512])
+@pytest.mark.parametrize("cached", [False, True], ids=["no-cache", "cache"])
+def test_in_a_batch_with_text_each_gets_its_own_tokens(model, chunk, cached):
+    todo, rng = requests(40), random.Random(1)
+    cache = PrefixCache(1 << 24, every=5) if cached else None
+    engine, streams = Engine(model, slots=5, prefill_chunk=chunk, waiting=100, cache=cache), []
+    for ids, given in [*todo, *todo[:20]]:
+        streams += engine.submit(ids, GREEDY, rows=given, max_tokens=6)
+        for _ in range(rng.randrange(4)):
+            engine.step()
+    run(engine)
+    assert [[t.id for t in s] for s in streams] == [alone(model, *each) for each in [*todo, *todo[:20]]]
+    assert engine.taken == 0 and (cache is None or cache.hits > 10)
+
+
+def test_encoders_run_once_for_all_prompts_of_a_step_and_for_no_more_than_a_chunk(model, monkeypatch):
+    calls, given = encoded(monkeypatch, model), {"image": rows()["image"][:4]}
+    ids = [1, *[50] * 4, 5, 6]
+    engine = Engine(model, slots=8, prefill_chunk=64)
+    streams = [engine.submit(ids, GREEDY, rows=given, max_tokens=6)[0] for _ in range(8)]
+    engine.step()
+    assert calls == [("image", 32)]
+    run(engine)
+    assert [[t.id for t in s] for s in streams] == [alone(model, ids, given)] * 8
+    # a chunk of 6: each of three prompts could read two tokens at a time, but pictures are encoded whole
+    calls.clear()
+    engine = Engine(model, slots=8, prefill_chunk=6)
+    streams = [engine.submit(ids, GREEDY, rows=given, max_tokens=6)[0] for _ in range(3)]
+    (text,) = engine.submit([7, 8, 9], GREEDY, max_tokens=6)
+    engine.step()
+    assert calls == [("image", 8)] and text.ids in [p.ids for p in engine.reading]  # the two that came first
+    run(engine)
+    assert calls == [("image", 8), ("image", 4)]
+    assert [[t.id for t in s] for s in streams] == [alone(model, ids, given)] * 3
+    assert [t.id for t in text] == alone(model, [7, 8, 9], None)
+
+
+def test_a_picture_larger_than_a_chunk_is_encoded_once_and_read_between_steps(model, monkeypatch):
+    calls, given = encoded(monkeypatch, model), {"image": rows()["image"]}
+    ids = [1, *[50] * 12, 5, 6]
+    engine = Engine(model, slots=2, prefill_chunk=1)
+    (running,) = engine.submit([3], GREEDY, max_tokens=40)
+    engine.step()
+    (seen,) = engine.submit(ids, GREEDY, rows=given, max_tokens=6)
+    for n in range(13):
+        engine.step()
+        assert running.inbox.qsize() == n + 2  # the text goes on meanwhile
+    assert calls == [("image", 4)] * 3  # one picture at a time, each when its first token is read
+    run(engine)
+    assert [t.id for t in seen] == alone(model, ids, given)
+
+
+def test_the_same_picture_is_found_in_the_cache_and_another_is_not(model, monkeypatch):
+    cache = PrefixCache(1 << 22, every=100)
+    engine = Engine(model, slots=2, cache=cache)
+    one, other = rows(0), rows(1)
+    assert one["image"].shape == other["image"].shape
+
+    def ask(ids, given) -> tuple[list[int], int]:
+        (stream,) = engine.submit(ids, GREEDY, rows=given, max_tokens=6)
+        run(engine)
+        return [t.id for t in stream], stream.cached
+
+    assert ask(IDS, one) == (alone(model, IDS, one), 0)
+    calls = encoded(monkeypatch, model)
+    assert ask(IDS, one) == (alone(model, IDS, one), len(IDS) - 1)
+    assert ask([*IDS[:-2], 7, 8], one) == (alone(model, [*IDS[:-2], 7, 8], one), len(IDS) - 2)  # another question
+    reply = alone(model, IDS, one)
+    assert ask([*IDS, *reply, 9], one)[1] == len(IDS) + len(reply) - 1  # the talk goes on
+    calls.clear()
+    assert ask(IDS, other) == (alone(model, IDS, other), 0)  # the same ids
+    # one number of the last picture's last row, which all its tokens depend on
+    changed = {**one, "image": one["image"].copy()}
+    changed["image"][-1, -1] ^= 1
+    assert ask(IDS, changed)[1] == 0
+    louder = {**one, "audio": one["audio"] + np.float16(1)}
+    assert ask(IDS, louder)[1] == 0
+    assert ask([i if i < 50 else 9 for i in IDS], None)[1] == 0
+    assert calls  # what was not found was encoded
+
+
+def test_a_cached_state_may_end_within_a_picture(model):
+    """Its rest is encoded with the whole picture, though part of it is read."""
+    engine = Engine(model, slots=1, cache=PrefixCache(1 << 22, every=3))  # after 3, 6, … tokens: pictures at 1 and 15
+    prompts = [(IDS, rows(0)), ([*IDS[:15], *IDS[15:23], 7, 9], rows(0))]
+    changed = {**rows(0), "image": rows(0)["image"].copy()}
+    changed["image"][8:] = rows(1)["image"][8:]  # the last picture alone
+    prompts.append((IDS, changed))
+    prompts.append(([*IDS[:19], 4], {"audio": rows(0)["audio"], "image": rows(0)["image"][:8]}))
+    for ids, given in prompts:
+        (stream,) = engine.submit(ids, GREEDY, rows=given, max_tokens=6)
+        run(engine)
+        assert [t.id for t in stream] == alone(model, ids, given)
+    assert stream.cached == 18  # it reads on in the middle of a picture … of which 4 tokens are known
+
+
+def test_a_cancelled_prompt_is_read_no_further(model, monkeypatch):
+    calls = encoded(monkeypatch, model)
+    engine = Engine(model, slots=1, prefill_chunk=2)
+    (stream,) = engine.submit(IDS, GREEDY, rows=rows())
+    engine.step()
+    stream.cancel()
+    run(engine)
+    assert stream.reason == "cancelled" and calls == [("image", 4)] and engine.taken == 0
+
+
+def test_an_encoder_that_fails_ends_its_own_request(model, monkeypatch):
+    engine = Engine(model, slots=2)
+    (text,) = engine.submit([1], GREEDY, max_tokens=9)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders_of(model)["audio"], "forward", lambda x: 1 / 0)
+        (stream,) = engine.submit(IDS, GREEDY, rows=rows())
+        run(engine)
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+    assert [t.id for t in text] == alone(model, [1], None, 9) and engine.taken == 0
+
+
+def test_the_state_before_an_answer_goes_on_to_another(model):
+    engine = Engine(model, slots=1)
+    (stream,) = engine.submit(IDS, GREEDY, rows=rows(), max_tokens=3, returns=Returns(state=True))
+    run(engine)
+    said = [t.id for t in stream]
+    cut = generate(model, [IDS[-1], *said[:1]], GREEDY, max_tokens=5, state=stream.prompt_state.clone())
+    assert said[:1] + [t.id for t in cut] == alone(model, IDS, rows())
+    later = generate(model, stream.pending, GREEDY, max_tokens=3, state=stream.state)
+    assert said + [t.id for t in later] == alone(model, IDS, rows())
+    (text,) = engine.submit([1, 2], max_tokens=3, returns=Returns(state=True))
+    run(engine)
+    assert text.prompt_state is None  # its ids say it all
+
+
+def test_many_prompts_read_once_what_they_begin_with(model, monkeypatch):
+    monkeypatch.setattr(batch, "SHARED", 8)
+    calls = encoded(monkeypatch, model)
+    prompts = [[*IDS[:-2], 7, 8], [*IDS[:-2], 9], [1, 2], IDS, IDS]
+    given = [rows(0), rows(0), {}, rows(1), rows(0)]
+    found = generate_batch(model, prompts, max_tokens=6, rows=given)
+    assert sum(n for kind, n in calls if kind == "image") == 3 * 12  # the first two are about the same
+    assert found == [alone(model, *each) for each in zip(prompts, given, strict=True)]
+    best = generate_batch(model, prompts, max_tokens=6, rows=given, beams=2)
+    each = zip(prompts, given, strict=True)
+    assert best == [beam_search(model, ids, rows=own, beams=2, max_tokens=6)[0][0] for ids, own in each]
+
+
+def test_words_alone_are_penalised(model):
+    """Placeholders are beyond the vocabulary, and no token that could be repeated."""
+    params = SamplingParams(temperature=0, repetition_penalty=1.5)
+    want = [t.id for t in generate(model, IDS, params, rows=rows(), max_tokens=6)]
+    engine = Engine(model, slots=1)
+    (stream,) = engine.submit(IDS, params, rows=rows(), max_tokens=6)
+    run(engine)
+    assert [t.id for t in stream] == want
 
 
 def test_what_does_not_fit(refuses):
-    model = seeing()
-    rows = rows_of([{"content": media()}])
-    with refuses("4 placeholders of image and 12 rows: each takes one"):
-        read(model, IDS[:6], {"image": rows["image"]})
+    model, given = seeing(), rows()
+    engine = Engine(model)
+    for ids, wrong, why in (
+        (IDS[:6], {"image": given["image"]}, "4 placeholders of image and 12 rows: each takes one"),
+        (IDS, {"image": given["image"]}, "7 placeholders of audio and 0 rows: each takes one"),
+        (IDS, {**given, "video": given["image"]}, "the model has no encoder for video: it was trained without any"),
+        (IDS, {**given, "image": given["image"][:, 1:]}, "image rows [12, 15]: the encoder reads rows of 16"),
+        ([1, 50, 50, 2], {"image": given["image"][:2]}, "2 rows of image: each has 4; give all of them"),
+        ([*IDS, 52], given, "token ids must be in [0, 50), got 1 to 52"),
+        (IDS, {}, "token ids must be in [0, 50), got 1 to 51"),
+    ):
+        with refuses(why):
+            engine.submit(ids, rows=wrong)
+        with refuses(why):
+            generate(model, ids, rows=wrong)
+    with refuses("the prompt ends with a picture or sound: put text after it"):
+        engine.submit(IDS[:5], rows={"image": given["image"][:4]})
+    with refuses("a prompt's own log probabilities are of text alone: leave out pictures and sound"):
+        engine.submit(IDS, rows=given, returns=Returns(prompt=True))
     with refuses("the model has no encoder for audio: it was trained without any"):
-        read(build(TINY), IDS, rows)
-    with refuses("nothing to read"):
-        read(model, [], {})
-    assert rows_of([{"content": "text"}]) == {} and len(encoders_of(model)) == 2
+        Engine(build(TINY)).submit(IDS, rows={"audio": given["audio"]})
+    assert rows_of([{"content": "text"}]) == {} and len(encoders_of(model)) == 2 and not engine.queue

@@ -1,4 +1,4 @@
-"""Encoders: what is spliced stands where its placeholders are, in order, and nowhere else; each picture by itself."""
+"""Encoders: what they make stands where its placeholders are, in order, and nowhere else; each picture by itself."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from retentive.models.encoders import (
     ImageConfig,
     ImageEncoder,
     configs_of,
+    embedded,
     encoders_of,
-    spliced,
     with_encoders,
 )
 
@@ -34,12 +34,12 @@ def pictures(n):
 
 @pytest.mark.parametrize("config", [TINY, twin(TINY)], ids=["retnet", "twin"])
 @torch.no_grad()
-def test_what_is_spliced_stands_where_its_placeholders_are(config, same):
+def test_what_is_encoded_stands_where_its_placeholders_are(config, same):
     model, seen, heard = seeing(config), pictures(3), torch.randn(3, AUDIO.features)
     ids = torch.randint(48, (2, 20))
     ids[0, 3:11], ids[1, 5:9] = 48, 48  # two pictures, and one
     ids[0, 15], ids[1, :2] = 51, 51
-    x = spliced(model, ids, {"image": seen, "audio": heard})
+    x = embedded(model, ids, {"image": seen, "audio": heard})
     text = ids < 48
     assert torch.equal(x[text], model.embed(ids[text]))
     of_pictures = model.encoders["image"](seen)
@@ -59,7 +59,7 @@ def test_what_is_spliced_stands_where_its_placeholders_are(config, same):
 def test_gradients_reach_the_encoders():
     model = seeing().train()
     ids = torch.tensor([[1, 48, 48, 48, 48, 2, 51, 3]])
-    x = spliced(model, ids, {"image": pictures(1), "audio": torch.randn(1, AUDIO.features)})
+    x = embedded(model, ids, {"image": pictures(1), "audio": torch.randn(1, AUDIO.features)})
     model(None, embeds=x)[0].square().mean().backward()
     for encoder in encoders_of(model).values():
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
@@ -96,11 +96,11 @@ def test_patches_are_cut_from_the_picture_after_the_stem(stem, same):
 def test_what_does_not_go_together(refuses):
     model, ids = seeing(), torch.tensor([[1, 48, 48, 48, 48, 2]])
     with refuses("4 placeholders of image and 8 rows: each takes one"):
-        spliced(model, ids, {"image": pictures(2)})
+        embedded(model, ids, {"image": pictures(2)})
     with refuses("4 placeholders of image and 0 rows"):
-        spliced(model, ids, {})
+        embedded(model, ids, {"audio": torch.randn(0, AUDIO.features)})
     with refuses("the model has no encoder for image: it was trained without any"):
-        spliced(build(TINY), ids, {"image": pictures(1)})
+        embedded(build(TINY), ids, {"image": pictures(1)})
     with refuses("no encoder for 'video', expected one of image, audio"):
         with_encoders(build(TINY), {"video": IMAGE})
     with refuses("each kind must have a placeholder of its own, got [48, 48]"):
@@ -122,4 +122,5 @@ def test_what_does_not_go_together(refuses):
     for how in ({"window": 100_000}, {"stack": 100_000}):
         with refuses("at most 1,000 ms, and 16,384 numbers a token"):
             AudioConfig(token=1, **how)
+    assert embedded(model, ids, {}) is None and embedded(build(TINY), ids, None) is None  # the model reads the ids
     assert configs_of(build(TINY)) == {} and configs_of(model)["image"]["size"] == 8

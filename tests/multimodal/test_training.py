@@ -23,6 +23,7 @@ from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
 from retentive.compare.comparison import Comparison
 from retentive.data.chats import chats
+from retentive.data.media import rows_of
 from retentive.data.packed import Packed
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import ByteTokenizer
@@ -30,8 +31,7 @@ from retentive.evals import evaluate
 from retentive.evals.generation_tasks import loss
 from retentive.evals.heldout import held_out_loss
 from retentive.infer import batch
-from retentive.infer.media import rows_of
-from retentive.models.encoders import hidden
+from retentive.models.encoders import embedded
 from retentive.multimodal import Opener, open_audio, open_image, prepare
 from retentive.train import SftRun, TrainConfig, TrainRun
 
@@ -109,6 +109,10 @@ def test_what_is_packed_is_what_the_files_hold(place):
     assert stream.tokens == data.meta.splits["valid"].tokens
 
 
+def hidden(model, ids, rows):
+    return model.hidden(ids, embeds=embedded(model, ids, rows))[0]
+
+
 def load_encoders_of(data):
     return TrainRun.of(data.path, "none", mode="whole").encoders(data)
 
@@ -127,12 +131,12 @@ def test_it_is_learnt_resumed_and_loaded(place, same):
     # the answer depends on the picture and the sound
     batches = [b for b in data.held_out(length=128)]
     blind = {"image": torch.zeros_like(batches[0].rows["image"]), "audio": batches[0].rows["audio"]}
-    seen, unseen = (hidden(model, batches[0].ids, rows=rows)[0] for rows in (batches[0].rows, blind))
+    seen, unseen = (hidden(model, batches[0].ids, rows) for rows in (batches[0].rows, blind))
     assert (seen - unseen).abs().max() > 0.01
     # saved and loaded again, and quantised
     save_model("copy", model, tokenizer)
     again = load("copy")[0]
-    same(hidden(again, batches[0].ids, rows=batches[0].rows)[0], seen, 0)
+    same(hidden(again, batches[0].ids, batches[0].rows), seen, 0)
     small = quantize(model, 8)
     save_model("small", small, tokenizer)
     small, _ = load("small", dtype=torch.float32)
@@ -237,7 +241,7 @@ def test_the_loss_of_answers_about_pictures(place):
         begin = len(ids) - taught[::-1].index(False)
         rows = {kind: torch.from_numpy(x) for kind, x in rows_of(each.messages).items()}
         with torch.no_grad():
-            logprobs = model.head(hidden(model, torch.tensor([ids]), rows=rows)[0])[0].log_softmax(-1)
+            logprobs = model.head(hidden(model, torch.tensor([ids]), rows))[0].log_softmax(-1)
         total -= float(logprobs[begin - 1 : -1].gather(1, torch.tensor(ids[begin:])[:, None]).sum())
         count += len(ids) - begin
     assert row["value"] == pytest.approx(total / count, rel=1e-3)  # float32, a few tokens of a sharp model
@@ -309,6 +313,7 @@ def test_it_is_judged_by_what_it_answers(place, monkeypatch):
     # a second question about the same picture, which is read once for both
     asked = [again for line in asked for again in (line, line)]
     (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    monkeypatch.setattr(batch, "SHARED", 8)  # "User: " and half of a picture
     read, real = [], batch.read
     monkeypatch.setattr(batch, "read", lambda *given: read.append(1) or real(*given))
     found = evaluate("run", "answers", ".", max_tokens=9)

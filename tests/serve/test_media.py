@@ -24,9 +24,9 @@ import openai
 import soundfile
 from PIL import Image
 
+from retentive.data.media import rows_of
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, generate
-from retentive.infer.media import read, rows_of
 from retentive.models.encoders import encoders_of
 from retentive.multimodal.prepare import Opener
 from retentive.serve import media
@@ -78,8 +78,7 @@ def alone(server, *contents, state=None) -> tuple[str, int]:
         for n, content in enumerate(contents)
     ]  # fmt: skip
     ids = template.first(made)
-    state = read(model, ids[:-1], rows_of(made))
-    found = generate(model, ids[-1:], SamplingParams(temperature=0), max_tokens=9, stop_ids=[256], state=state)
+    found = generate(model, ids, SamplingParams(temperature=0), rows=rows_of(made), max_tokens=9, stop_ids=[256])
     return ByteTokenizer().decode([token.id for token in found]), len(ids)
 
 
@@ -103,6 +102,18 @@ def test_a_picture_and_a_clip_through_openais_client(server):
     streamed = ask(model="eyes", messages=[{"role": "user", "content": parts}], stream=True, **GREEDY)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
     assert said == answer.choices[0].message.content
+
+
+def test_the_same_picture_is_found_in_the_cache_and_another_is_not(server):
+    def cached(n: int, words: str) -> tuple[int, int]:
+        usage = server.http().post("/v1/chat/completions", json=asked([seen(picture(n)), text(words)])).json()["usage"]
+        return usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+    left, whole = cached(90, "Which?")
+    assert left == whole == len("|User: ") + 4 + len("Which?\nAssistant:")  # |: the end-of-text token
+    assert cached(90, "Which?")[0] == 1
+    assert cached(90, "Where?")[0] == len("Where?\nAssistant:")  # another question
+    assert cached(91, "Which?")[0] == whole
 
 
 def test_the_example_sends_files(server, tmp_path):
@@ -129,8 +140,8 @@ def test_a_session_remembers_what_it_saw(server):
     messages = [{"role": "user", "content": [rows("image", picture(5)), "One"]}]
     ids = [*service.template.first(messages), *service.tokenizer.encode(said)]
     ids += service.template.next([{"role": "user", "content": "And now?"}])
-    state = read(service.model, ids[:-1], rows_of(messages))
-    found = generate(service.model, ids[-1:], SamplingParams(temperature=0), max_tokens=9, stop_ids=[256], state=state)
+    own = {"rows": rows_of(messages), "max_tokens": 9, "stop_ids": [256]}
+    found = generate(service.model, ids, SamplingParams(temperature=0), **own)
     assert second.choices[0].message.content == service.tokenizer.decode([token.id for token in found])
     tokens = second.model_extra["session"]["tokens"]
     assert tokens == len(ids) + 8  # the last of nine is pending
@@ -168,10 +179,10 @@ def test_nobody_reads_for_who_waits_no_more(server, monkeypatch, eventually):
     def slowly(kind, raw, most):
         opened.append(kind)
         assert go_on.wait(20)
-        return rows(kind, raw, most)
+        return open_media(kind, raw, most)
 
-    rows = service.rows
-    monkeypatch.setattr(service, "rows", slowly)
+    open_media = service.open_media
+    monkeypatch.setattr(service, "open_media", slowly)
     body = {"messages": [{"role": "user", "content": [heard(sound(300))]}], **GREEDY}
 
     def post(timeout: float) -> int:
@@ -226,10 +237,19 @@ BAD = {
         [heard(sound(300, 3)), heard(sound(300, 3))],
         "content[1].input_audio.data", "the sound has 3 seconds, more than 1: cut it",
     ),
-    "long-in-all": ([heard(sound(300, 3)), text("a" * 80)], "messages", "tokens, at most 200 are read"),
+    "long-in-all": ([heard(sound(300, 3)), text("a" * 80)], "messages", "tokens, this server takes 200"),
+    "another-type": (
+        [{"type": "image_url", "image_url": {"url": "data:text/plain;base64,iVBORw0KGgo="}}],
+        "content[0].image_url.url", "data:text/plain: not the type of a picture; send data:image/png;base64,…",
+    ),
+    "no-base64": (
+        [{"type": "image_url", "image_url": {"url": "data:image/png,iVBORw0KGgo="}}],
+        "content[0].image_url.url", "data:image/png: not base64; send data:image/png;base64,…",
+    ),
+    "cut-short": ([seen(picture(1)[:20])], "content[0].image_url.url", "the picture: a PNG that is cut short after 20"),
     "nothing": ([], "content", "at least 1 item"),
     "no-type": ([{}], "content[0]", "expected a part of type text, image_url, input_audio"),
-    "another-type": ([{"type": "video"}], "content[0]", "expected a part of type text, image_url, input_audio"),
+    "another-part": ([{"type": "video"}], "content[0]", "expected a part of type text, image_url, input_audio"),
     "another-format": (
         [{"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}],
         "content[0].input_audio.format", "'wav', 'flac' or 'ogg'",
