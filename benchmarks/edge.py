@@ -31,10 +31,9 @@ from retentive.bench.lab.options import Say, Sized, silent, words
 from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import BITS, quantize
-from retentive.data.tokenizer import ByteTokenizer, train_bpe
-from retentive.export import genai
+from retentive.data.tokenizer import ByteTokenizer
 from retentive.export.browser import write_page
-from retentive.export.folder import FILES, to_executorch, to_onnx
+from retentive.export.folder import FILES, to_onnx
 from retentive.models import build
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK, NotBuilt, find_compiler, instruction_flag
@@ -65,11 +64,6 @@ FORMS = {
     "onnx": Form("ONNX, float32", "onnx", needs=("onnx", "onnxruntime")),
     "onnx-int8": Form("ONNX, int8", "onnx", "int8", ("onnx", "onnxruntime")),
     "onnx-int4": Form("ONNX, int4", "onnx", "int4", ("onnx", "onnxruntime")),
-    "genai": Form("onnxruntime-genai, float32", "genai", needs=("onnx", "onnxruntime_genai")),
-    "genai-int4": Form("onnxruntime-genai, int4", "genai", "int4", ("onnx", "onnxruntime_genai")),
-    "executorch": Form("ExecuTorch, float32", "executorch", needs=("executorch",)),
-    "executorch-int8": Form("ExecuTorch, int8", "executorch", "int8", ("executorch",)),
-    "executorch-int4": Form("ExecuTorch, int4", "executorch", "int4", ("executorch",)),
     "llamacpp-q8_0": Form("twin, llama.cpp Q8_0", "llamacpp", "Q8_0", ("llama_cpp", "gguf")),
     "llamacpp-q4_0": Form("twin, llama.cpp Q4_0", "llamacpp", "Q4_0", ("llama_cpp", "gguf")),
 }
@@ -88,8 +82,8 @@ class Options(Sized):
     """One model in each form that it leaves in: files, start, reading, writing, memory, beside llama.cpp."""
 
     forms: tuple[str, ...] = tuple(FORMS)
-    """torch, native, c, browser, onnx, executorch, these also with -int8 and -int4 but for torch; genai, genai-int4,
-    llamacpp-q8_0, llamacpp-q4_0; those are left out for which something is not installed."""
+    """torch; native, c, browser and onnx, each also with -int8 and -int4; llamacpp-q8_0, llamacpp-q4_0. Forms whose
+    packages are not installed are left out."""
     tokens: int = 512
     """Of the text whose reading is timed."""
     steps: int = 64
@@ -176,16 +170,10 @@ def made(form: Form, options: Options, folder: Path) -> Path:
         return llamacpp.written(models.grouped(config), form.weights, place)
     torch.manual_seed(0)
     model = build(config).eval()
-    if form.kind in ("onnx", "genai"):
+    if form.kind == "onnx":
         graph = place / FILES["onnx"]
         to_onnx(model, graph, 0, form.weights, False)
-        if form.kind == "genai":
-            genai.rename(graph)
-            genai.write_beside(graph, train_bpe(["no text is read"], 257))
         return graph
-    if form.kind == "executorch":
-        to_executorch(model, place / FILES["executorch"], 0, form.weights)
-        return place / FILES["executorch"]
     model = model if form.weights == "stored" else quantize(model, BITS[form.weights], dtype=model.dtype)
     if form.kind == "browser":
         save_model(place / "model", model, ByteTokenizer())

@@ -25,16 +25,9 @@ def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]
 
         graph = OnnxModel(file, threads=threads)
         return graph.read, graph.reset
-    if kind == "genai":
-        return opened_by_genai(file, threads)
     import torch
 
     torch.set_num_threads(threads)
-    if kind == "executorch":
-        from retentive.export.executorch_run import ExecutorchModel
-
-        program = ExecutorchModel(file)
-        return program.read, program.reset
     if kind == "llamacpp":
         from retentive.bench.lab import llamacpp
 
@@ -57,24 +50,6 @@ def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]
         state = None
 
     return read, forget
-
-
-def opened_by_genai(file: Path, threads: int) -> tuple[Callable[[Sequence[int]], Any], Callable[[], None]]:
-    """`opened` by onnxruntime-genai, which has a folder, and of states only that of a whole text."""
-    import onnxruntime_genai as genai
-
-    config = genai.Config(str(file.parent))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = genai.Model(config)
-    params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=1 << 14)
-    generator = genai.Generator(model, params)
-
-    def read(ids: Sequence[int]) -> np.ndarray:
-        generator.append_tokens(np.array(ids, np.int32))
-        return generator.get_logits()[0, -1]
-
-    return read, lambda: generator.rewind_to(0)
 
 
 def main(argument: str) -> None:

@@ -18,7 +18,6 @@ import tyro
 import retentive
 from retentive import cli
 from retentive.checkpoint import save_model
-from retentive.checkpoint.find import SHIPPED
 from retentive.data.pack import pack
 from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
@@ -70,9 +69,6 @@ def test_python(page, place, monkeypatch):
         if "onnx_run" in code:
             pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
             cli.main(["export", "runs/mine", "--to", "onnx", "--out", "novels-onnx"])
-        if "onnxruntime_genai" in code:
-            pytest.importorskip("onnxruntime_genai")
-            cli.main(["export", str(SHIPPED / "novels"), "--to", "genai", "--out", "novels-genai"])
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compiled, names)
         assert not output or printed.getvalue() == output

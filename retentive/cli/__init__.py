@@ -26,7 +26,7 @@ VERBS = {
     "report": ("retentive.cli.report", "all results of a folder as one page, the paper's tables beside them"),
     "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
     "quantize": ("retentive.cli.quantize", "a model folder of 8-bit or 4-bit weights"),
-    "export": ("retentive.cli.export", "a model for another runtime: ONNX, ExecuTorch"),
+    "export": ("retentive.cli.export", "a model for another runtime: ONNX, C sources, a web page"),
     "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
 }
 """Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""
@@ -71,8 +71,8 @@ def run(argv: list[str]) -> None:
         print(usage())
     elif argv[0] in ("-V", "--version"):
         print(f"retentive {__version__}")
-    elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith((".onnx", ".pte")):
-        importlib.import_module("retentive.cli.generate_exported").main(argv[1:])  # which may need no torch
+    elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith(".onnx"):
+        importlib.import_module("retentive.cli.generate_exported").main(argv[1:])  # it needs no torch
     elif argv[0] in VERBS:
         prepare()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])

@@ -18,15 +18,13 @@ class ExportCommand:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder, or hf:owner/name on the hub."""
-    to: Literal["onnx", "genai", "executorch", "native", "browser"]
-    """onnx: one graph, for onnxruntime; genai: a folder for onnxruntime-genai; executorch: a program of one token's
-    step, for phones; native: sources in C, for whatever has a compiler, phones too; browser: a page that any server of
-    files serves."""
+    to: Literal["onnx", "native", "browser"]
+    """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
+    browser: a page that any file server serves."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
-    """Quantise before. For onnx, `retentive quantize --text` makes better integers of 4 bits; executorch rounds by
-    itself."""
+    """Quantise first. `retentive quantize --text` gives better 4-bit weights: export its folder as stored."""
     standard: bool = False
     """ONNX's standard operators only (opset 27), which any runtime may have: slower in onnxruntime than its own."""
     tokenizer: str | None = None
@@ -35,8 +33,6 @@ class ExportCommand:
 
 NEXT = {
     "onnx": "retentive generate {file} --prompt …",
-    "executorch": "retentive generate {file} --prompt …",
-    "genai": "onnxruntime_genai.Model, of {out}; texts begin with the end-of-text id",
     "native": "cmake -B build {out} && cmake --build build && build/write {file}",
     "browser": "python -m http.server --bind 127.0.0.1 --directory {out}",
 }

@@ -1,14 +1,15 @@
-"""`retentive generate FILE.onnx|FILE.pte`: an exported model writes on from a prompt; for ONNX no torch is imported."""
+"""`retentive generate FILE.onnx`: an exported model continues a prompt, without importing torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
+from retentive.export.onnx_run import OnnxModel
 from retentive.export.writing import generate
 from retentive.sampling import TEXT, SamplingParams
 
@@ -18,7 +19,7 @@ class GenerateExportedCommand:
     """Let an exported model write; the tokenizer beside it is read."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """What `retentive export RUN` has written: model.onnx or model.pte."""
+    """model.onnx of a folder that `retentive export RUN --to onnx` wrote."""
     prompt: str = ""
     """What to go on from; - reads standard input; the start of a document if empty."""
     max_tokens: int = 200
@@ -34,25 +35,14 @@ def run(command: GenerateExportedCommand) -> None:
     """Print the prompt and what the model writes after it, as it comes."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
-    model = opened(command.file)
+    model = OnnxModel(command.file)
     tokenizer = load_tokenizer(command.file.parent)
     check_tokens(tokenizer, model.vocab_size)
     prompt = prompt_text(command.prompt)
     type_out(prompt, pieces(model, tokenizer, prompt, command))
 
 
-def opened(file: Path) -> Any:
-    """The model in the file; errors as of its class."""
-    if file.suffix == ".pte":
-        from retentive.export.executorch_run import ExecutorchModel
-
-        return ExecutorchModel(file)
-    from retentive.export.onnx_run import OnnxModel
-
-    return OnnxModel(file)
-
-
-def pieces(model: Any, tokenizer: Tokenizer, prompt: str, command: GenerateExportedCommand) -> Iterator[str]:
+def pieces(model: OnnxModel, tokenizer: Tokenizer, prompt: str, command: GenerateExportedCommand) -> Iterator[str]:
     """The text in whole characters."""
     ids, stream = [tokenizer.eos_id, *tokenizer.encode(prompt)], tokenizer.stream()
     for id in generate(model, ids, command.sampling, max_tokens=command.max_tokens):

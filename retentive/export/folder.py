@@ -15,11 +15,11 @@ from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, quantization_of, quantize
 from retentive.data.templates import TEMPLATE
 from retentive.data.tokenizer import Tokenizer
-from retentive.export import browser, executorch, genai, native, onnx
+from retentive.export import browser, native, onnx
 from retentive.files import naming, only_writer, replace_folder, write_text
 from retentive.models import LanguageModel
 
-FILES = {"onnx": "model.onnx", "genai": "model.onnx", "executorch": "model.pte", "native": "model", "browser": "model"}
+FILES = {"onnx": "model.onnx", "native": "model", "browser": "model"}
 """What of the folder is the model; for native and browser a folder."""
 CHECKED = 48
 """Tokens that are read to see that the export gives what the model does."""
@@ -77,15 +77,7 @@ def export(
                 else:
                     browser.write_page(folder, own, name=given.path.resolve().name)
                 return
-            if to == "executorch":
-                far.append(to_executorch(model, path, own.eos_id, weights))
-            else:
-                if to == "genai":
-                    genai.check_tokenizer(own)
-                far.append(to_onnx(model, path, own.eos_id, weights, standard))
-                if to == "genai":
-                    genai.rename(path)
-                    genai.write_beside(path, own)
+            far.append(to_onnx(model, path, own.eos_id, weights, standard))
             own.save(folder)
             if template is not None:
                 write_text(folder / TEMPLATE, template)
@@ -121,16 +113,6 @@ def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: 
     return difference(reading(model), OnnxModel(path).read, model.config.vocab_size, exact=exact)
 
 
-def to_executorch(model: LanguageModel, path: Path, eos: int, weights: str) -> float:
-    """Writes the program; how far its logits are from those of the model, or of its step with rounded matrices."""
-    from retentive.export.executorch_run import ExecutorchModel
-
-    bits = BITS.get(weights)
-    step = executorch.export_executorch(model, path, eos=eos, bits=bits)
-    wanted = reading(model.float().eval()) if bits is None else stepping(step)
-    return difference(wanted, ExecutorchModel(path).read, model.config.vocab_size, exact=bits is None)
-
-
 def to_c(model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str | None, weights: str) -> float | None:
     """Writes the model as C reads it; how far the logits of that folder are from the model's, read by that C."""
     native.check_exportable(model)
@@ -154,21 +136,6 @@ def reading(model: LanguageModel) -> Read:
         nonlocal state
         logits, state = model(torch.tensor([ids]), state)
         return logits[0, -1].numpy()
-
-    return read
-
-
-def stepping(step: executorch.Step) -> Read:
-    """A step's."""
-    states, position = step.blank(), 0
-
-    @torch.no_grad()
-    def read(ids: Sequence[int]) -> np.ndarray:
-        nonlocal states, position
-        for id in ids:
-            logits, *states = step(torch.tensor([id]), torch.tensor([position]), *states)
-            position += 1
-        return logits[0].numpy()
 
     return read
 

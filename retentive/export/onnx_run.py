@@ -16,7 +16,7 @@ import numpy as np
 
 from retentive.export.writing import check_ids
 
-FORMAT, GENAI_FORMAT = "retentive-onnx-1", "retentive-genai-1"
+FORMAT = "retentive-onnx-1"
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
 
@@ -48,8 +48,6 @@ class OnnxModel:
         except Exception as error:  # its own classes have no name in common
             raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
         said = self.session.get_modelmeta().custom_metadata_map
-        if said.get("format") == GENAI_FORMAT:
-            raise ValueError(f"{path} is a graph for onnxruntime-genai: export the model with --to onnx")
         if said.get("format") != FORMAT:
             raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
         self.config: dict[str, Any] = json.loads(said["config"])

@@ -1,4 +1,4 @@
-"""Tokens from an exported model, by numpy: whatever runs it offers `read`.
+"""Generate tokens from an exported model with numpy alone.
 
 for id in generate(OnnxModel("novels/model.onnx"), ids, SamplingParams(temperature=0), max_tokens=50): …
 """

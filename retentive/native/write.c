@@ -1,12 +1,12 @@
 /* A RetNet that writes, without Python.
 
-    write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]
+    write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [--top-k K] [--top-p P] [--min-p M] [-s SEED] [-j THREADS]
+                [--state FILE]
 
 MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. The state is as large after a million tokens as
 after one: with --state it goes on from a file, if that is there, and is saved to it after the prompt and in the end.
 */
 
-#include <math.h>
 #include <retentive.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,7 +15,7 @@ after one: with --state it goes on from a file, if that is there, and is saved t
 typedef struct {
     const char *model, *prompt, *state;
     long tokens, threads;
-    double temperature;
+    RetentiveSampling how;
     uint64_t seed;
 } Options;
 
@@ -27,12 +27,12 @@ static void stop(const char *what) {
 static double number(const char *text) {
     char *end;
     double x = strtod(text, &end);
-    if (end == text || *end || !(x >= 0 && x <= 1e15)) stop("-n, -t, -s and -j take numbers from 0 on");
+    if (end == text || *end || !(x >= 0 && x <= 1e15)) stop("options but -p and --state take numbers from 0 on");
     return x;
 }
 
 static Options read_options(int argc, char **argv) {
-    Options o = {NULL, "", NULL, 200, 0, 0.8, 0};
+    Options o = {.prompt = "", .tokens = 200, .how = {.temperature = 0.8, .top_p = 0.95}};
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (flag[0] != '-') {
@@ -41,41 +41,22 @@ static Options read_options(int argc, char **argv) {
             continue;
         }
         if (!value)
-            stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [-s SEED] [-j THREADS] [--state FILE]");
+            stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [--top-k K] [--top-p P] [--min-p M] "
+                 "[-s SEED] [-j THREADS] [--state FILE]");
         i++;
         if (!strcmp(flag, "-p")) o.prompt = value;
         else if (!strcmp(flag, "-n")) o.tokens = (long)number(value);
-        else if (!strcmp(flag, "-t")) o.temperature = number(value);
+        else if (!strcmp(flag, "-t")) o.how.temperature = number(value);
+        else if (!strcmp(flag, "--top-k")) o.how.top_k = (int64_t)number(value);
+        else if (!strcmp(flag, "--top-p")) o.how.top_p = number(value);
+        else if (!strcmp(flag, "--min-p")) o.how.min_p = number(value);
         else if (!strcmp(flag, "-s")) o.seed = (uint64_t)number(value);
         else if (!strcmp(flag, "-j")) o.threads = (long)number(value);
         else if (!strcmp(flag, "--state")) o.state = value;
-        else stop("unknown option: -p, -n, -t, -s, -j and --state are known");
+        else stop("unknown option: -p, -n, -t, --top-k, --top-p, --min-p, -s, -j and --state are known");
     }
     if (!o.model) stop("which MODEL? a folder with config.json and model.safetensors");
     return o;
-}
-
-/* a number in [0, 1): xorshift64* */
-static double uniform(uint64_t *seed) {
-    uint64_t x = *seed;
-    x ^= x >> 12, x ^= x << 25, x ^= x >> 27, *seed = x;
-    return (double)(x * 0x2545f4914f6cdd1dull >> 11) / 9007199254740992.0;
-}
-
-/* the likeliest token, or one drawn from softmax(logits / temperature) */
-static int64_t pick(const float *logits, int64_t vocabulary, double temperature, uint64_t *seed) {
-    int64_t best = 0;
-    double sum = 0;
-    for (int64_t i = 0; i < vocabulary; i++)
-        if (!isfinite(logits[i])) stop("the model's logits are not finite: are there NaN in its weights?");
-    for (int64_t i = 1; i < vocabulary; i++)
-        if (logits[i] > logits[best]) best = i;
-    if (temperature == 0) return best;
-    for (int64_t i = 0; i < vocabulary; i++) sum += exp((logits[i] - logits[best]) / temperature);
-    sum *= uniform(seed);
-    for (int64_t i = 0; i < vocabulary; i++)
-        if ((sum -= exp((logits[i] - logits[best]) / temperature)) < 0) return i;
-    return best;
 }
 
 static void print_token(const Retentive *model, int64_t id) {
@@ -108,10 +89,10 @@ int main(int argc, char **argv) {
     if (!retentive_read(states, 0, ids, count, logits)) stop("the prompt could not be read");
     if (o.state && !retentive_save(states, 0, o.state, error)) stop(error); /* before the text, which may be long */
 
-    uint64_t seed = o.seed * 0x9e3779b97f4a7c15ull + 0x123456789abcdefull;
     fputs(o.prompt, stdout);
     for (long n = 0; n < o.tokens; n++) {
-        int64_t id = pick(logits, vocabulary, o.temperature, &seed);
+        int64_t id = retentive_sample(logits, vocabulary, &o.how, &o.seed);
+        if (id < 0) stop("the model's logits are not finite: are there NaN in its weights?");
         if (id == retentive_end(model)) break;
         print_token(model, id);
         if (!retentive_decode(states, 1, &id, logits)) stop("a token could not be read");

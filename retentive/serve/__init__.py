@@ -4,6 +4,6 @@
     serve(service, host, port)  (server.py) answers until a signal
     create_app(service)         (app.py) the FastAPI application by itself
 
-A request's way: protocol -> middleware -> app -> requests -> completion -> async_engine -> choices -> responses.
+A request's way: uvicorn -> middleware -> app -> requests -> completion -> async_engine -> choices -> responses.
 `options` and `sessions` load without the extra; the other modules need it.
 """

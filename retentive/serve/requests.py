@@ -24,6 +24,8 @@ BODY_SECONDS = 60
 """Time for a body to come, if the server's time-out is not shorter."""
 READ_ON = 16
 """A body of up to so many times what is taken is read to its end: a client who still sends would not hear why not."""
+CLOSE = {"Connection": "close"}
+"""Header of responses to requests whose rest is not read: otherwise a client could send on without an end."""
 COLDEST = 1e-4
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
 SHORT_ANSWER = 16
@@ -383,14 +385,14 @@ async def _received(http: HTTPRequest, options: Options, most: int, kind: str) -
     try:
         return await asyncio.wait_for(_body(http, most), seconds)
     except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not come within {seconds:g} s") from None
+        raise Refused(408, f"the body did not come within {seconds:g} s", headers=CLOSE) from None
     except ClientDisconnect:
         raise Refused(499, "the client left") from None
 
 
 async def _body(http: HTTPRequest, most: int) -> bytes:
     """The body, never more than `most` bytes of it in memory; raises Refused (413)."""
-    too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large")
+    too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large", headers=CLOSE)
     said = http.headers.get("content-length", "")  # what the client says; a chunked body says nothing
     if said.isdecimal() and int(said) > READ_ON * most:
         raise too_large

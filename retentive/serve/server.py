@@ -9,8 +9,10 @@ from types import FrameType
 import uvicorn
 
 from retentive.serve.app import create_app
-from retentive.serve.protocol import bounded
 from retentive.serve.service import Service
+
+MOST_HEAD = 65536
+"""Bytes of a request's head (first line and headers), or of a chunked body's trailers, at most."""
 
 
 def serve(service: Service, host: str, port: int) -> None:
@@ -35,10 +37,15 @@ def serve(service: Service, host: str, port: int) -> None:
 
 
 def config(service: Service) -> uvicorn.Config:
-    """uvicorn's configuration: our bounded protocol, no WebSockets, no log of each request."""
+    """uvicorn's configuration: no WebSockets, no log of each request.
+
+    The parser is h11: httptools keeps a header until its end has come, however long it is. h11 bounds the head of a
+    request, and it reads the body of one that offers another protocol (h2c), as Java's HTTP clients do.
+    """
     return uvicorn.Config(
-        create_app(service), http=bounded(service.options), ws="none",
-        log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
+        create_app(service), http="h11", h11_max_incomplete_event_size=MOST_HEAD, ws="none",
+        log_level="error",  # warnings are about requests that are malformed: a line for each would fill the log
+        access_log=False, server_header=False, timeout_keep_alive=30,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ SMALL = {"size": "1m", "vocab_size": 257, "tokens": 70, "steps": 2, "repeats": 1
 
 
 def test_each_form_in_its_own_process():
-    asked = ("native-int8", "c", "c-int8", "onnx", "onnx-int4", "genai", "browser", "browser-int4")
+    asked = ("native-int8", "c", "c-int8", "onnx", "onnx-int4", "browser", "browser-int4")
     forms = ["torch", *(name for name in asked if not edge.missing(FORMS[name]))]
     said = []
     result = edge.measure(Options(forms=tuple(forms), **SMALL), said.append)
@@ -50,10 +50,10 @@ def test_what_is_missing_is_left_out(monkeypatch):
     told = {"logits": [1.0], "first_seconds": 1.0, "peak_bytes": 5, "read_per_second": 7.0, "write_per_second": 9.0}
     monkeypatch.setattr(edge, "run", lambda form, file, options: told)
     said = []
-    result = edge.measure(Options(forms=("torch", "onnx,executorch,c,browser"), **SMALL), said.append)
+    result = edge.measure(Options(forms=("torch", "onnx,c,browser"), **SMALL), said.append)
     assert [row["form"] for row in result["rows"]] == ["torch"]
-    absent = {"c": "a C compiler", "browser": "ziglang", "onnx": "onnx", "executorch": "executorch"}
-    assert said[:4] == [f"without {name}: {what} is not installed" for name, what in absent.items()]
+    absent = {"c": "a C compiler", "browser": "ziglang", "onnx": "onnx"}
+    assert said[:3] == [f"without {name}: {what} is not installed" for name, what in absent.items()]
 
 
 def test_an_export_that_is_not_the_model_is_left_out(monkeypatch):

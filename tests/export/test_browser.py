@@ -9,6 +9,7 @@ import http.server
 import json
 import re
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from retentive.infer.engine import Engine
 from retentive.infer.memory import blank, fingerprint, load_memory, save
 from retentive.models import build, retnet
 from retentive.native import with_engine
+from retentive.native.library import FOLDER, OPS
+from retentive.ops.compiler import FLAGS, LINK
 from tests.pages import PHONE, expect
 
 pytest.importorskip("ziglang", reason="the engine is compiled by pip install 'retentive[compiler]'")
@@ -160,6 +163,24 @@ def test_a_text_is_written_on_as_natively(weights, handler, tmp_path, serve_file
     first = here.say("It's the")
     assert first and whole.startswith(first.rstrip("\ufffd"))
     assert first + here.say("") == whole
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_seed_draws_the_text_that_the_program_in_c_draws(tmp_path, serve_files, visit):
+    folder = exported(tmp_path / "drawn", weights="stored", template=None, endless=True)
+    sources = [str(FOLDER / "retentive.c"), str(FOLDER.parent / "write.c"), f"-I{FOLDER}", f"-I{OPS}"]
+    subprocess.run(["gcc", *FLAGS, "-w", *sources, "-o", str(tmp_path / "write"), *LINK], check=True)
+    here = visit(serve_files(folder), model="tiny")
+    texts = []  # nothing like this was learnt by heart, so much is likely
+    for seed in (7, 8):
+        options = {"-p": "Zebra", "-n": 40, "-t": 2, "--top-p": 0.99, "-s": seed}
+        command = [tmp_path / "write", folder / "model", *(x for pair in options.items() for x in pair)]
+        done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        here.settings(temperature=2, top_p=0.99, max_tokens=40, seed=seed)
+        texts.append(here.say("Zebra"))
+        assert "Zebra" + texts[-1] + "\n" == done.stdout.decode(errors="replace")
+        here["new"].click()
+    assert texts[0] != texts[1]
 
 
 def download(here, name, to) -> bytes:

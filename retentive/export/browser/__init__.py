@@ -4,8 +4,8 @@ The page is that of `retentive serve`, its `server.js` another, which has the mo
 
     server.js    answers the page's requests        worker.js    the conversation, its state, the saved ones
     engine.js    the functions of retentive.h       files.js     files in memory, which these open (WASI)
-    text.js, sampling.js, store.js (IndexedDB)      offline.js   keeps the folder, so that it opens without a network
-    thread.js    a thread of the engine
+    text.js      bytes to text, stop strings        offline.js   keeps the folder, so that it opens without a network
+    store.js     saved states (IndexedDB)           thread.js    a thread of the engine
 
 The engine is there twice, since only pages that are isolated from others may have threads: alone, and with them.
 """
@@ -29,7 +29,7 @@ from retentive.page import FILES as PAGE
 
 SCRIPTS = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
-FUNCTIONS = "open use_threads vocabulary end states position copy save_memory load read encode text"
+FUNCTIONS = "open use_threads vocabulary end states position copy save_memory load read sample encode text"
 """Of retentive.h, those that engine.js calls."""
 COMMON = [
     *("-target", "wasm32-wasi", "-mexec-model=reactor"),

@@ -4,7 +4,7 @@
 
 import { Files } from "./files.js";
 
-const ERROR_BYTES = 256, ALIGNED = 64, MEMORY = "memory.safetensors";
+const ERROR_BYTES = 256, SAMPLING_BYTES = 32, ALIGNED = 64, MEMORY = "memory.safetensors";
 // a function that only adds two vectors of four numbers: what does not take it has no SIMD
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 6, 1, 96, 1, 123, 1, 123, 3, 2, 1, 0, 10, 11, 1, 9, 0, 32, 0, 32, 0, 253, 174, 1, 11];
 const PAGES = 512, MOST_PAGES = [65535, 32768, 16384, 8192]; // of 64 KiB: at first, and as many as a device may promise
@@ -50,7 +50,8 @@ export class Engine {
     engine.vocabulary = Number(exports.retentive_vocabulary(engine.model));
     engine.end = Number(exports.retentive_end(engine.model));
     engine.logits = exports.malloc(4 * engine.vocabulary);
-    if (!engine.states || !engine.logits) throw new Error("There is not enough memory for this model's state.");
+    engine.sampling = exports.malloc(SAMPLING_BYTES + 8); // RetentiveSampling, and the generator behind it
+    if (!engine.states || !engine.logits || !engine.sampling) throw new Error("There is not enough memory for this model's state.");
     return engine;
   }
 
@@ -85,6 +86,21 @@ export class Engine {
     this.c.free(room);
     if (!good) throw new Error("The engine could not read these tokens: its memory may be full.");
     return new Float32Array(this.memory.buffer, this.logits, this.vocabulary);
+  }
+
+  // Begins the random numbers of an answer: the same seed draws the same tokens.
+  seed(seed) {
+    new BigUint64Array(this.memory.buffer, this.sampling + SAMPLING_BYTES, 1)[0] = BigInt.asUintN(64, BigInt(seed));
+  }
+
+  // A token drawn from the logits of the last `read`.
+  sample({ temperature = 1, top_k = 0, top_p = 1, min_p = 0 }) {
+    new Float64Array(this.memory.buffer, this.sampling, 4).set([temperature, 0, top_p, min_p]);
+    new BigInt64Array(this.memory.buffer, this.sampling, 2)[1] = BigInt(top_k);
+    const [count, random] = [BigInt(this.vocabulary), this.sampling + SAMPLING_BYTES];
+    const id = Number(this.c.retentive_sample(this.logits, count, this.sampling, random));
+    if (id < 0) throw new Error("The model's logits are not finite: are there NaN in its weights?");
+    return id;
   }
 
   copy(to, from) {

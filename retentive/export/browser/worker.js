@@ -2,7 +2,6 @@
 // {id, what, …} with {id, done} or {id, error}; while a text is written, with {id, piece, …} again and again before.
 
 import { Engine, about } from "./engine.js";
-import { pick, random } from "./sampling.js";
 import { Store } from "./store.js";
 import { Text } from "./text.js";
 
@@ -187,12 +186,12 @@ const look = () => new Promise((resolve) => {
 async function write(ids, request, say) {
   const text = new Text(engine, [...(request.stop ?? []), ...(request.messages ? model.chat.stop : [])]);
   const ends = new Set(request.messages ? model.chat.ends : [engine.end]);
-  const next = random(request.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
-  let logits, made = 0, looked = performance.now();
+  engine.seed(request.seed ?? crypto.getRandomValues(new BigUint64Array(1))[0]);
+  let made = 0, looked = performance.now();
   stopping = false;
   engine.pace.again();
   for (let at = 0; at < ids.length; at += READ_AT_ONCE) {
-    logits = engine.read(LIVE, ids.slice(at, at + READ_AT_ONCE));
+    engine.read(LIVE, ids.slice(at, at + READ_AT_ONCE));
     await look();
   }
   let held = ""; // a page cannot show thousands of pieces in a second
@@ -201,7 +200,7 @@ async function write(ids, request, say) {
     held = "";
   };
   for (;;) {
-    const id = pick(logits, request, next);
+    const id = engine.sample(request);
     made++;
     if (ends.has(id)) {
       give(text.flush());
@@ -222,7 +221,7 @@ async function write(ids, request, say) {
       await look();
       looked = performance.now();
     }
-    logits = engine.read(LIVE, [id]);
+    engine.read(LIVE, [id]);
   }
 }
 

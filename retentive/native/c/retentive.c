@@ -3,6 +3,7 @@
 #include "retentive.h"
 #include "digest.h"
 #include "read.c"
+#include "sample.h"
 #include "text.h"
 
 struct Retentive {

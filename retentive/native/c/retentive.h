@@ -4,6 +4,7 @@
     Retentive *model = retentive_open("runs/mine", 0, error);
     RetentiveStates *states = retentive_states(model, 1);
     retentive_read(states, 0, ids, count, logits);                 a prompt; logits [vocabulary] after its last token
+    int64_t id = retentive_sample(logits, retentive_vocabulary(model), &(RetentiveSampling){0.8}, &seed);
     retentive_decode(states, 1, &id, logits);                      one token more
 
 Folders are those of the Python package, float32, bfloat16, int8 or int4; states are saved in its files. Functions give
@@ -56,6 +57,17 @@ int retentive_load(RetentiveStates *states, int64_t sequence, const char *path, 
 int retentive_read(RetentiveStates *states, int64_t sequence, const int64_t *ids, int64_t count, float *logits);
 /* A token for each of the first `count` sequences; logits [count][vocabulary]. */
 int retentive_decode(RetentiveStates *states, int64_t count, const int64_t *ids, float *logits);
+
+/* How tokens are drawn. A filter of 0 is off, so that {.temperature = 0.8} draws from all of softmax(logits / 0.8). */
+typedef struct {
+    double temperature; /* 0 picks the likeliest token */
+    int64_t top_k;      /* only the k likeliest tokens */
+    double top_p;       /* only the likeliest tokens whose probabilities sum up to p */
+    double min_p;       /* only tokens at least this fraction as likely as the likeliest */
+} RetentiveSampling;
+/* A token drawn from logits [vocabulary]; -1 where they are not finite, or without memory. `random` is a seed at first,
+   any number, and changes with every draw. */
+int64_t retentive_sample(const float *logits, int64_t vocabulary, const RetentiveSampling *how, uint64_t *random);
 
 /* Ids of a text, at most as many as it has bytes; how many, or -1 where tokenizer.json splits words in a way that is
    not known here (ids then come from elsewhere). */

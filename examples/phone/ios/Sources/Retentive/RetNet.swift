@@ -11,6 +11,7 @@ public final class RetNet {
     private let model: OpaquePointer
     private var states: OpaquePointer
     private var logits: [Float]
+    private var random = UInt64.random(in: 0...UInt64.max)
     private var ready = false
     private var rest = Data()  // the first bytes of a letter whose others are still to come
 
@@ -90,18 +91,12 @@ public final class RetNet {
         ready = true
     }
 
+    /// A token after all that was read. The least likely ones, which are 5 % together, are not drawn.
     private func pick(_ temperature: Double) throws -> Int64 {
-        guard logits.allSatisfy({ $0.isFinite }), let top = logits.max(), let best = logits.firstIndex(of: top) else {
-            throw Failure(why: "the model's logits are not finite")
-        }
-        if temperature == 0 { return Int64(best) }
-        let weights = logits.map { exp(Double($0 - top) / temperature) }
-        var left = Double.random(in: 0..<weights.reduce(0, +))
-        for (id, weight) in weights.enumerated() {
-            left -= weight
-            if left < 0 { return Int64(id) }
-        }
-        return Int64(best)
+        var how = RetentiveSampling(temperature: temperature, top_k: 0, top_p: 0.95, min_p: 0)
+        let id = retentive_sample(logits, Int64(logits.count), &how, &random)
+        if id < 0 { throw Failure(why: "the model's logits are not finite") }
+        return id
     }
 
     /// All whole letters of `rest`; what may still become one, of four bytes at most, is left there.

@@ -12,6 +12,7 @@ typedef struct {
     Retentive *model;
     RetentiveStates *states;
     float *logits;
+    uint64_t random;
 } Session;
 
 static Session *session_of(jlong number) { return (Session *)(intptr_t)number; }
@@ -39,11 +40,12 @@ static void close_session(Session *s) {
     free(s);
 }
 
-CALL(jlong, open)(JNIEnv *env, jclass type, jbyteArray folder, jint threads) {
+CALL(jlong, open)(JNIEnv *env, jclass type, jbyteArray folder, jint threads, jlong seed) {
     char error[256] = "no memory for the model", *path = copy_of(env, folder);
     Session *s = path ? calloc(1, sizeof *s) : NULL;
     if (s) s->model = retentive_open(path, threads, error);
     if (s && s->model) {
+        s->random = (uint64_t)seed;
         s->states = retentive_states(s->model, 1);
         s->logits = malloc((size_t)retentive_vocabulary(s->model) * sizeof(float));
         if (!s->states || !s->logits) strcpy(error, "no memory for the state");
@@ -82,17 +84,22 @@ CALL(jbyteArray, text)(JNIEnv *env, jclass type, jlong number, jlong id) {
     return made;
 }
 
-/* logits after the ids */
-CALL(jfloatArray, read)(JNIEnv *env, jclass type, jlong number, jlongArray ids) {
+CALL(void, read)(JNIEnv *env, jclass type, jlong number, jlongArray ids) {
     Session *s = session_of(number);
-    jsize count = (*env)->GetArrayLength(env, ids), vocabulary = (jsize)retentive_vocabulary(s->model);
+    jsize count = (*env)->GetArrayLength(env, ids);
     jlong *given = (*env)->GetLongArrayElements(env, ids, NULL);
     int good = given && retentive_read(s->states, 0, (const int64_t *)given, count, s->logits);
     if (given) (*env)->ReleaseLongArrayElements(env, ids, given, JNI_ABORT);
-    if (!good) return stop(env, IO, "the text could not be read: no tokens, unknown ones, or no memory"), NULL;
-    jfloatArray made = (*env)->NewFloatArray(env, vocabulary);
-    if (made) (*env)->SetFloatArrayRegion(env, made, 0, vocabulary, s->logits);
-    return made;
+    if (!good) stop(env, IO, "the text could not be read: no tokens, unknown ones, or no memory");
+}
+
+/* a token after all that was read */
+CALL(jlong, sample)(JNIEnv *env, jclass type, jlong number, jdouble temperature, jdouble top_p) {
+    Session *s = session_of(number);
+    RetentiveSampling how = {.temperature = temperature, .top_p = top_p};
+    int64_t id = retentive_sample(s->logits, retentive_vocabulary(s->model), &how, &s->random);
+    if (id < 0) stop(env, IO, "the model's logits are not finite");
+    return id;
 }
 
 static void keep(JNIEnv *env, jlong number, jbyteArray file, int (*how)(RetentiveStates *, int64_t, const char *, char *)) {

@@ -19,9 +19,11 @@ public final class RetNet implements AutoCloseable {
         System.loadLibrary("retentive_phone");
     }
 
+    /** The least likely tokens, which are 5 % together, are not drawn. */
+    private static final double TOP_P = 0.95;
+
     private long session;
-    private float[] logits;
-    private final Random random = new Random();
+    private boolean ready; // a text was read, after which a token can be drawn
     private final CharsetDecoder decoder =
             StandardCharsets.UTF_8
                     .newDecoder()
@@ -31,7 +33,7 @@ public final class RetNet implements AutoCloseable {
 
     /** The model in a folder, read by so many threads; 0 for as many as there are cores. */
     public RetNet(String folder, int threads) throws IOException {
-        session = open(utf8(folder), threads);
+        session = open(utf8(folder), threads, new Random().nextLong());
     }
 
     /** Reads a text, after all that was read and written before. */
@@ -44,7 +46,7 @@ public final class RetNet implements AutoCloseable {
             ids = begun;
         }
         rest = new byte[0];
-        if (ids.length > 0) logits = read(session, ids);
+        if (ids.length > 0) take(ids);
     }
 
     /**
@@ -52,11 +54,11 @@ public final class RetNet implements AutoCloseable {
      * It may be empty, until a letter is whole.
      */
     public String write(double temperature) throws IOException {
-        if (logits == null) throw new IllegalStateException("read a text first");
-        int id = pick(temperature);
-        if (id == end(session())) return null;
+        if (!ready) throw new IllegalStateException("read a text first");
+        long id = sample(session(), temperature, TOP_P);
+        if (id == end(session)) return null;
         String text = decode(text(session, id));
-        logits = read(session, new long[] {id});
+        take(new long[] {id});
         return text;
     }
 
@@ -78,13 +80,13 @@ public final class RetNet implements AutoCloseable {
     /** Goes on from a file: read a text next. */
     public void load(String file) throws IOException {
         load(session(), utf8(file));
-        logits = null;
+        ready = false;
     }
 
     /** Begins anew. */
     public void forget() {
         forget(session());
-        logits = null;
+        ready = false;
     }
 
     @Override
@@ -93,19 +95,9 @@ public final class RetNet implements AutoCloseable {
         session = 0;
     }
 
-    private int pick(double temperature) throws IOException {
-        int best = 0;
-        for (int i = 0; i < logits.length; i++) {
-            if (!Float.isFinite(logits[i])) throw new IOException("the model's logits are not finite");
-            if (logits[i] > logits[best]) best = i;
-        }
-        if (temperature == 0) return best;
-        double sum = 0;
-        for (float x : logits) sum += Math.exp((x - logits[best]) / temperature);
-        sum *= random.nextDouble();
-        for (int i = 0; i < logits.length; i++)
-            if ((sum -= Math.exp((logits[i] - logits[best]) / temperature)) < 0) return i;
-        return best;
+    private void take(long[] ids) throws IOException {
+        read(session(), ids);
+        ready = true;
     }
 
     private String decode(byte[] more) {
@@ -128,7 +120,7 @@ public final class RetNet implements AutoCloseable {
         return text.getBytes(StandardCharsets.UTF_8);
     }
 
-    private static native long open(byte[] folder, int threads) throws IOException;
+    private static native long open(byte[] folder, int threads, long seed) throws IOException;
 
     private static native void close(long session);
 
@@ -142,7 +134,9 @@ public final class RetNet implements AutoCloseable {
 
     private static native byte[] text(long session, long id);
 
-    private static native float[] read(long session, long[] ids) throws IOException;
+    private static native void read(long session, long[] ids) throws IOException;
+
+    private static native long sample(long session, double temperature, double topP) throws IOException;
 
     private static native void save(long session, byte[] file) throws IOException;
 
