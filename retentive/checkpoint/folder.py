@@ -165,7 +165,7 @@ class ModelFolder:
             raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
         found, device = _dtype_of(dtype), pick_device(device) if isinstance(device, str) else device
         if self.untrained:
-            log.warning("%s has trained nothing yet: its weights are the initial ones (--resume goes on)", self.path)
+            log.warning("%s has trained nothing yet: its weights are the initial ones; resume the run", self.path)
         if self.adapter is not None and adapter is None:
             return self.base.model(device=device, dtype=found, weights=weights, adapter=self)
         model = self._model(device, found, None if adapter is None else ModelFolder.open(adapter))

@@ -220,7 +220,8 @@ def transcription(found: Sequence[Answered]) -> list[dict[str, Any]]:
 
     errors, counts = [], []
     for each in found:
-        words = process_words(*(" ".join(text.lower().split()) for text in (each.reference, each.answer)))
+        reference, answer = (" ".join(text.lower().split()) for text in (each.reference, each.answer))
+        words = process_words(reference, answer)
         wrong = words.substitutions + words.deletions
         errors.append(float(wrong + words.insertions))
         counts.append(float(wrong + words.hits))

@@ -118,7 +118,10 @@ TRAINING = {
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
     "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, FIELD one of dim, norm_eps"),
     "all-decays": (["--model", "retnet", "--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
-    "no-vocabulary": (["--set", "vocab_size=9"], "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, norm_eps"),
+    "no-vocabulary": (
+        ["--set", "vocab_size=9"],
+        "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, norm_eps",
+    ),
     "large-seed": (["--seed", str(2**70)], "seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
     "infinite-rate": (["--lr", "inf"], "lr must be finite, got inf"),
     "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
@@ -443,7 +446,9 @@ def test_engines_that_cannot_run_the_model(refused):
     save_model("twin", build(twin(retnet(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
     words = "the native engine cannot run this model: it takes models of retention only, this is a Transformer"
     refused(["generate", "twin", "--engine", "native"], words)
-    refused(["generate", "twin", "--weights", "int8"], "quantising takes models of retention only, this is a Transformer")
+    refused(
+        ["generate", "twin", "--weights", "int8"], "quantising takes models of retention only, this is a Transformer"
+    )
 
 
 OTHERS = {

@@ -170,7 +170,7 @@ def test_separate_documents_are_merged_as_the_files_of_each_are(place, capsys):
     assert show("apart.mem")["errors"] == pytest.approx([first, second], rel=0.2, abs=1e-6)
     main(["memory", "merge", *parts, "--chain", "--out", "chained.mem"])
     chained, whole = load_memory("chained.mem"), load_memory("whole.mem")
-    torch.testing.assert_close(chained.state.layers[0], whole.state.layers[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chained.state.memories[0].value, whole.state.memories[0].value, rtol=1e-4, atol=1e-5)
     assert int(chained.state.position[0]) == int(whole.state.position[0])
     main(["memory", "ask", "run", "--memory", "merged.mem", "--prompt", "The", *GREEDY])
     assert capsys.readouterr().out.splitlines()[-1].startswith("The")

@@ -208,8 +208,7 @@ def test_the_run_can_be_loaded_from_its_first_minute_and_holds_its_options(run, 
     seen["folder"] = run("a", steps=1).with_name("b")
     folder = run("b", steps=2, lr=0.25, at=0, act=look)
     assert seen["same"] and seen["eos"] == EOS
-    assert caplog.messages == [f"{folder} has trained nothing yet: its weights are the initial ones "
-                               "(--resume goes on with it)"]  # fmt: skip
+    assert caplog.messages == [f"{folder} has trained nothing yet: its weights are the initial ones; resume the run"]
     options = json.loads((folder / "train.json").read_text(encoding="utf-8"))["train"]
     assert (options["lr"], options["steps"], options["precision"]) == (0.25, 2, "fp32")
     model, _ = retentive.load(folder)

@@ -29,7 +29,7 @@ def test_carried_states_come_back_for_the_rows(packed):
     batches, model = Packed(packed).batches(mode="carry", batch=3, length=16), build(TINY).double()
     first, _, state = language_modelling(model, batches[0], None)
     assert len(state.position) == 3 and first.requires_grad
-    assert not any(x.requires_grad for x in state.layers)
+    assert not any(x.requires_grad for x in state.tensors())
     on, afresh = (language_modelling(model, batches[1], before)[0].item() for before in (state, None))
     assert on != pytest.approx(afresh, rel=1e-6)
 

@@ -21,7 +21,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.evals.heldout import held_out_loss
 from retentive.models import ARCHITECTURES, build, cost, retnet
-from retentive.models.retnet import Block
+from retentive.models.model import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
 from retentive.train.checkpoints import folders
 from retentive.train.optim import learning_rate
@@ -319,7 +319,7 @@ def test_training_on_from_another_projects_weights_with_dropout(made, tmp_path):
     run = made("tuned", size="5m", init=str(tmp_path / "theirs"), set={"dropout": 0.5})
     assert losses(run.run(quiet=True))[0] != pytest.approx(first_loss(run, tmp_path / "theirs"), rel=1e-3)
     config = retentive.load(run.out)[0].config
-    assert (config.dropout, config.decay, config.layers) == (0.5, "paper", 2)
+    assert (config.dropout, config.retention.decay, config.layers) == (0.5, "paper", 2)
 
 
 def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuses, packed):
