@@ -19,7 +19,7 @@ from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.data.packed import Packed
 from retentive.machine import pick_device
-from retentive.models import LanguageModel, RetentionMemory
+from retentive.models import LanguageModel
 
 PICTURE = None
 OF_LAYERS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
@@ -102,7 +102,8 @@ def activations(
         for ids in rows:
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 _, state = model.hidden(ids)
-            states += [m.tensor().abs().max() for m in state.memories if isinstance(m, RetentionMemory)]
+            retained = [m for m in state.settled().memories if m.kind == "retention"]
+            states += [m.value.abs().max() for m in retained]
     finally:
         for hook in hooks:
             hook.remove()

@@ -26,7 +26,7 @@ from retentive.bench.lab.plot import dress, grid, legend
 from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
-from retentive.models import Config, LanguageModel, ModelConfig, build, cost
+from retentive.models import Config, LanguageModel, build, cost
 from retentive.ops.cross_entropy import IGNORE
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.directory import RunDirectory
@@ -129,7 +129,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     found = []
     for dim, variant in product(dims, variants):
         shape = dict(dim=dim, layers=2, heads=2)
-        config = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
+        config: Any = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
         by_rate: dict[float, dict[str, float]] = {}
         for lr in options.lrs:
             folder = options.out / f"{variant}_{dim}_lr{lr:g}"
@@ -140,7 +140,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         best = max(by_rate, key=lambda lr: sum(by_rate[lr].values()))
         row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config), "lr": best}
         # the cost formulas do not know the peers
-        remembers = cost.memory_bytes(config, 4 * max(pairs)) if isinstance(config, ModelConfig) else None
+        remembers = None if config.library else cost.memory_bytes(config, 4 * max(pairs))
         found.append(row | {"memory_bytes": remembers, "accuracy": by_rate[best]})
     return {
         "what": "associative recall",

@@ -175,3 +175,31 @@ def test_the_check_for_triton_sees_it(source):
 @pytest.mark.parametrize("source", ["def f(x):\n    return hasattr(x, 'y')", "if True:\n    print(1)"])
 def test_the_check_for_calls_sees_them(source):
     assert len(calls(ast.parse(source), "print" if "print" in source else "hasattr")) == 1
+
+
+KINDS = {"ModelConfig", "PeerConfig", "RetentionConfig", "AttentionConfig", "RetentionMemory", "AttentionMemory"}
+"""Classes of configs and memories, which rooms above models ask for properties and never for their class."""
+
+
+def asks_for_kind(tree: ast.Module) -> list[int]:
+    """Returns the lines of `isinstance(x, KIND)` and of `type(x.config) is …`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+            found += [node.lineno] if names & KINDS else []
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type("):
+            found += [node.lineno] if "config" in ast.unparse(node.left) else []
+    return found
+
+
+def test_nobody_above_models_asks_for_the_kind_of_a_config_or_a_memory():
+    wrong = [
+        f"{path}:{line}"
+        for path, tree in modules(PACKAGE)
+        if room_of(path) not in ("models", "layers")
+        for line in asks_for_kind(tree)
+    ]
+    assert wrong == []
+    source = "isinstance(c, A | ModelConfig)\ntype(model.config) is not X\nisinstance(c, A)"
+    assert asks_for_kind(ast.parse(source)) == [1, 2]

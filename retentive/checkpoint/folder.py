@@ -174,8 +174,8 @@ class ModelFolder:
     def _model(self, device: torch.device, dtype: torch.dtype | None, adapter: "ModelFolder | None") -> LanguageModel:
         tensors, how = self.tensors(), self.quantization
         if self.layout in FOREIGN:
-            assert isinstance(self.config, ModelConfig)
-            tensors = FOREIGN[self.layout].read_tensors(tensors, self.config)
+            own: Any = self.config  # other layouts hold models of ours only
+            tensors = FOREIGN[self.layout].read_tensors(tensors, own)
         if adapter is not None:
             tensors = merged(tensors, adapter.tensors(), self._accepted(adapter))
         # A peer has buffers too, which no file holds: it must be real.

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,7 +20,6 @@ from retentive.models import (
     ARCHITECTURES,
     NAMES,
     PRESETS,
-    Config,
     ModelConfig,
     config_of,
     cost,
@@ -78,9 +77,9 @@ def show(console: Console, command: InfoCommand) -> None:
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
         describe(console, retnet(command.run, vocab_size=command.vocab_size), f"size {command.run}")
     elif command.run in NAMES and not Path(command.run).exists():
-        named = config_of(command.run, command.size, vocab_size=command.vocab_size)
+        named: Any = config_of(command.run, command.size, vocab_size=command.vocab_size)
         describe(console, named, f"architecture {command.run} in size {command.size}")
-        if command.run in ARCHITECTURES and isinstance(named, ModelConfig):
+        if command.run in ARCHITECTURES:
             console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = ModelFolder.open(command.run)
@@ -103,14 +102,14 @@ def of_machine() -> dict[str, str]:
     }
 
 
-def describe(console: Console, config: Config, title: str, quantized: Quantization | None = None) -> None:
+def describe(console: Console, config: Any, title: str, quantized: Quantization | None = None) -> None:
     """Print the config and what it costs."""
     console.print(f"[bold]{config.name}[/bold], {title}")
     for line in fields_of(config):
         console.print("  " + line, markup=False, soft_wrap=True)
     parameters = f"{cost.parameters(config):,} parameters, {cost.block_parameters(config):,} of them in the blocks"
     console.print(f"\n  {parameters}")
-    if not isinstance(config, ModelConfig):  # another library's: its memory and FLOPs are not known here
+    if config.library:  # its memory and FLOPs are not known here
         return
     if quantized:
         weights = f"weights of {quantized.bits} bits, a scale for each {quantized.group}"
@@ -135,7 +134,7 @@ def describe(console: Console, config: Config, title: str, quantized: Quantizati
         console.print(f"  The state is the smaller one from {cost.break_even(config, other):,} tokens of context on.")
 
 
-def fields_of(config: Config) -> Iterator[str]:
+def fields_of(config: Any) -> Iterator[str]:
     """The config's fields in lines: those of the model, and for each run of equal blocks those of its layers."""
     written = config.written()
     blocks = written.pop("blocks", [])

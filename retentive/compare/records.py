@@ -92,7 +92,8 @@ def check_model(folder: Path, found: dict[str, Any], config: Config) -> None:
 
 def _fields(config: Config) -> dict[str, Any]:
     """The config as one set of fields, as old records have it, where that can be: a field that differs has a name."""
-    described = version_1(config) if isinstance(config, ModelConfig) else None
+    own: Any = config
+    described = None if config.library else version_1(own)
     return config.written() if described is None else described[1]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from retentive.layers import RetentionConfig
-from retentive.models import ARCHITECTURES, Config, ModelConfig, config_of, cost, retnet
+from retentive.models import ARCHITECTURES, Config, config_of, cost, retnet
 from retentive.ops import decay
 
 Changes = Callable[[RetentionConfig], dict[str, Any]]
@@ -138,8 +138,8 @@ def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
     """
     base = retnet(size, vocab_size=2, **shape)  # no change depends on the vocabulary
     changed = shape | variant.changes(base.all_retention("a comparison"))
-    config = config_of(variant.model, size, vocab_size=2, **changed)
-    if not isinstance(config, ModelConfig):
+    config: Any = config_of(variant.model, size, vocab_size=2, **changed)
+    if config.library:
         return changed
     spare = cost.spare_width(config, cost.block_parameters(base))
     # of a hybrid, `ffn_dim` is the width beside retention: its other blocks follow from that

@@ -10,6 +10,7 @@ arXiv 2212.06713.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ def _mergeable(memories: Sequence[Memory]) -> tuple[list[RetentionConfig], list[
         states.append(memory.state)
     written = first.config
     config = ModelConfig.read(written) if "blocks" in written else read_version_1("retnet", written)
-    return [mixer for mixer in config.mixers if isinstance(mixer, RetentionConfig)], states
+    mixers: Any = config.mixers  # of retention all, as the states are
+    return list(mixers), states
 
 
 def _rotated(state: State, by: int, mixers: Sequence[RetentionConfig]) -> list[Tensor]:
