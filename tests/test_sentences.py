@@ -33,6 +33,7 @@ ROOMS = (
     "retentive/infer/speculative.py",
     "retentive/infer/structured.py",
     "retentive/infer/text.py",
+    "retentive/infer/writing.py",
     "retentive/layers",
     "retentive/models",
     "retentive/multimodal",
