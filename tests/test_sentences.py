@@ -23,6 +23,7 @@ ROOMS = (
     "retentive/options.py",
     "retentive/sampling.py",
     "retentive/threads.py",
+    "retentive/checkpoint",
     "retentive/data",
     "retentive/evals",
     "retentive/infer/beam.py",
