@@ -1,7 +1,7 @@
-"""Adapters: models of which a low-rank change alone is trained and saved; merged into the model that they change.
+"""Adapters (LoRA): only a low-rank change of a model is trained and saved, and can be merged into the model.
 
-with_adapter(model, adapter)           the model to train: LoRA in place of the targets, all else frozen
-merged(tensors, changes, adapter)      the weights of a plain model, which runs as fast as any
+with_adapter(model, adapter)           the model to train: LoRA in place of its targets, everything else frozen
+merged(tensors, changes, adapter)      the weights of a plain model, without overhead at run time
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """The layers of a model that a change is known for, by name: linear ones, and the embedding.
+    """Returns the layers that can be changed, by name: linear layers and the embedding.
 
-    An output matrix that is the embedding is changed with it, and has no name of its own.
+    An output matrix tied to the embedding changes with it, and has no name of its own.
     """
     tied = embedding_is_head(model)
     return {
@@ -29,17 +29,17 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
 
 
 def embedding_is_head(model: nn.Module) -> bool:
-    """Whether the output matrix of a model of ours is its embedding."""
+    """True if the output matrix of one of our models is its embedding."""
     layers = dict(model.named_children())
     embed, head = layers.get("embed"), layers.get("head")
     return isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear) and head.weight is embed.weight
 
 
 def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
-    """The layers that an adapter of such a rank changes: those named, or "all" that are larger than it.
+    """Returns the layers that an adapter of this rank changes: those named, or for "all" those larger than the change.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: a layer does not exist, or is not larger.
     """
     layers = matrices(model)
     large = {name.rpartition(".")[2] for name, layer in layers.items() if min(layer.weight.shape) > rank}
@@ -53,7 +53,7 @@ def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
 
 
 def with_adapter(model: Model, adapter: Adapter) -> Model:
-    """`model`, changed in place: its targets have low-rank changes, which alone are trained."""
+    """Replaces the targets in `model` by layers with low-rank changes, which alone are trained; in place."""
     model.requires_grad_(False)
     tied, head = embedding_is_head(model), model.get_submodule("head")
     for name, layer in matrices(model).items():
@@ -61,7 +61,7 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
         if own in adapter.targets:
             made = LoRALinear(layer, adapter) if isinstance(layer, nn.Linear) else LoRAEmbedding(layer, adapter)
             setattr(model.get_submodule(parent), own, made)
-            if own == "embed" and tied and isinstance(head, nn.Linear):  # one matrix of two names, and one change
+            if own == "embed" and tied and isinstance(head, nn.Linear):  # one matrix with two names has one change
                 of_head = LoRALinear(head, adapter)
                 of_head.lora_a, of_head.lora_b = made.lora_a, made.lora_b
                 model.register_module("head", of_head)
@@ -69,15 +69,15 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
-    """What is trained of the model; None where that is all of it."""
+    """Returns the adapter that is trained; None if the whole model is."""
     return next((m.adapter for m in model.modules() if isinstance(m, LoRA)), None)
 
 
 def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The weights of the model with the changes in them, in its own dtypes.
+    """Returns the model's weights including the changes, in their own dtypes.
 
     Raises:
-        ValueError: changes that do not fit the weights.
+        ValueError: the changes do not fit the weights.
     """
     out = dict(tensors)
     for name in sorted({name.rpartition(".")[0] for name in changes}):

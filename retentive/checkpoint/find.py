@@ -1,21 +1,21 @@
-"""Places where models are: local folders, the models that come with the package, the Hugging Face hub."""
+"""Finds models: local folders, models that come with the package, the Hugging Face hub."""
 
 from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
-"""Folder of the models that come with the package, each with its card, README.md."""
+"""Folder of the models that come with the package, each with a model card, README.md."""
 
 
 def find(path: str | Path) -> Path:
-    """The local folder of a model; that of `hf:owner/name` is downloaded from the Hugging Face hub.
+    """Returns the local folder of a model; `hf:owner/name` is downloaded from the Hugging Face hub.
 
-    Where there is no such folder, it may be the name of a model that comes with the package. Without `hf:` nothing is
-    downloaded: a typing error in a path would fetch a stranger's model.
+    If no such folder exists, the name of a model that comes with the package is accepted. Nothing is downloaded without
+    `hf:`, since a typing error in a path would fetch a stranger's model.
 
     Raises:
-        TypeError: a path of the wrong type.
-        FileNotFoundError: no such folder, or the hub has no such model.
-        ValueError: a file instead of a folder.
+        TypeError: `path` has a wrong type.
+        FileNotFoundError: there is no such folder, or no such model on the hub.
+        ValueError: it is a file instead of a folder.
     """
     if not isinstance(path, str | Path):
         raise TypeError(f"path must name a model folder, got {type(path).__name__}")
@@ -35,12 +35,12 @@ def find(path: str | Path) -> Path:
 
 
 def shipped() -> list[str]:
-    """Names of the models that come with the package."""
+    """Returns the names of the models that come with the package."""
     return sorted(file.parent.name for file in SHIPPED.glob("*/config.json"))
 
 
 def _download(name: str) -> Path:
-    """The folder of a repository in the hub's own cache. Weights are fetched as safetensors only."""
+    """Downloads a repository into the hub's own cache and returns its folder. Fetches only safetensors as weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): its config fields and tensor names, old and new."""
+"""Layout of flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): config fields, tensor names old and new."""
 
 import math
 from types import SimpleNamespace
@@ -25,27 +25,27 @@ TABLE = [
     ("blocks.{i}.ffn.up_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
     ("blocks.{i}.ffn.down_proj.weight", "model.layers.{i}.mlp.down_proj.weight"),
 ]
-# the head norm's name where fla does not fuse it with the gate (fuse_norm false, or no gate)
+# name of the head norm if fla does not fuse it with the gate (fuse_norm false, or no gate)
 UNFUSED = ("blocks.{i}.retention.head_norm.weight", "model.layers.{i}.attn.g_norm.weight")
 
 
 def recognises(config: dict) -> bool:
-    """Whether a config.json is of this project."""
+    """True if a config.json is from this project."""
     return config.get("model_type") == "retnet" and "hidden_size" in config
 
 
 def read_config(config: dict) -> ModelConfig:
-    """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
+    """Returns our config from the fields of its RetNetConfig; missing fields get its defaults.
 
     Raises:
-        ValueError: it asks for what is not supported here.
+        ValueError: it needs something that is not supported here.
     """
-    # use_short_conv and conv_size are fields that its model never passes on to its layers
+    # use_short_conv and conv_size are fields that its model never passes to its layers
     refuse(config, "fla", attn=None, feature_map=None, attnres_block_size=None)
     dim = config.get("hidden_size", 2048)
     ffn = config.get("intermediate_size")
     if ffn is None:
-        ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)  # its own rule: up to 256s
+        ffn = 256 * -(-int(dim * config.get("hidden_ratio", 2) * 2 / 3) // 256)  # fla's rule: rounded up to 256
     activation = config.get("hidden_act", "swish")
     return retnet(
         vocab_size=config.get("vocab_size", 32000),
@@ -65,16 +65,16 @@ def read_config(config: dict) -> ModelConfig:
 
 
 def _ratio(width: int, dim: int) -> float:
-    """width / dim, or the next float above: fla's int(dim * ratio) rounds down, and must give width again."""
+    """Returns width / dim, or the next float above: fla's int(dim * ratio) rounds down, and must give width again."""
     ratio = width / dim
     return ratio if int(dim * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def write_config(config: ModelConfig) -> dict:
-    """The fields of its config.json for a config of ours.
+    """Returns the fields of its config.json for one of our configs.
 
     Raises:
-        ValueError: its architecture cannot express it; all fields that differ are named.
+        ValueError: its architecture cannot express the config; the message names all fields that differ.
     """
     c = SimpleNamespace(**flat(config, "fla"))
     meant = {name: value for name, value in ARCHITECTURES["fla"].items() if name != "head_norm_affine"}  # a field
@@ -102,20 +102,20 @@ def write_config(config: ModelConfig) -> dict:
 
 
 def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors by our names. Files from before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
+    """Returns the tensors by our names. Files before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
     out, width = {}, config.blocks[0].ffn.width
     for name, x in tensors.items():
         if name.endswith("rotary.inv_freq"):
-            continue  # a buffer of angles, rebuilt here
+            continue  # a buffer of angles, computed here
         if name.endswith("mlp.gate_proj.weight") and x.shape[0] == 2 * width:
             out[name], out[name.replace("gate_proj", "up_proj")] = (y.contiguous() for y in x.chunk(2))
         else:
             out[name] = x
     if config.tie_embeddings:
-        out.pop("lm_head.weight", None)  # a copy of the embedding, where it is stored at all
+        out.pop("lm_head.weight", None)  # a copy of the embedding, if stored at all
     return rename(out, flip([*TABLE, UNFUSED]))
 
 
 def write_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors by its names."""
+    """Returns the tensors by its names."""
     return rename(tensors, TABLE if config.all_retention("fla").gate else [UNFUSED, *TABLE])

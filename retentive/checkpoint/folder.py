@@ -1,10 +1,10 @@
-"""ModelFolder: a folder of config.json, model.safetensors and tokenizer.json as a value, in any layout.
+"""ModelFolder: a folder with config.json, model.safetensors and tokenizer.json as a value, in any layout.
 
-    folder = ModelFolder.open("runs/mine")      config.json is read once, here and nowhere else
+    folder = ModelFolder.open("runs/mine")      reads config.json once, here and nowhere else
     folder.config, folder.tokenizer, folder.template(tokenizer)
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
-Layouts: our own, torchscale's and fla's. Weights are only ever read from safetensors.
+Layouts: our own, torchscale's and fla's. Weights are read from safetensors only.
 """
 
 import json
@@ -37,7 +37,7 @@ FORMAT = "retentive-model-2"
 VERSION_1 = "retentive-model-1"
 """Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
-"""File of a run's folder whose weights are the initial ones: nothing has been trained yet."""
+"""File in a run's folder whose weights are still the initial ones."""
 FOREIGN = {"torchscale": torchscale, "fla": fla}
 """Layouts of other projects."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -47,31 +47,31 @@ Weights = Literal["stored", "int8", "int4"]
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder whose config.json has been read; weights, tokenizer and template are read when asked for."""
+    """A model folder whose config.json has been read; weights, tokenizer and template are read on demand."""
 
     path: Path
     """Local folder."""
     name: str
-    """Path, name or hub address by which it was opened."""
+    """Path, name or hub address that it was opened by."""
     layout: str
     """Layout of its files: "retentive", "torchscale" or "fla"."""
     config: Config
-    """Config of the model; of an adapter that of the model which it changes."""
+    """Config of the model; for an adapter that of the model it changes."""
     encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
     """Encoders of pictures and sound by kind; empty for a model that only reads text."""
     adapter: Adapter | None = None
-    """Change of another model that the folder holds in place of a whole one; None for a whole model."""
+    """Adapter that the folder holds instead of a whole model; None for a whole model."""
     quantization: Quantization | None = None
-    """Way in which the matrices are quantised; None if they are floats."""
+    """Quantisation of the matrices; None if they are floats."""
 
     @staticmethod
     def open(path: "str | Path | ModelFolder") -> "ModelFolder":
-        """The folder at a path, of a model that comes with the package, or of `hf:owner/name`; itself if it is one.
+        """Opens a local folder, a model that comes with the package, or `hf:owner/name`; returns a ModelFolder as is.
 
         Raises:
-            TypeError: a path of the wrong type.
-            FileNotFoundError: no such folder, or it holds no config.json.
-            ValueError: config.json is damaged, or describes a model that is not known or not supported.
+            TypeError: `path` has a wrong type.
+            FileNotFoundError: the folder does not exist, or has no config.json.
+            ValueError: config.json is damaged, or describes an unknown or unsupported model.
         """
         if isinstance(path, ModelFolder):
             return path
@@ -87,16 +87,16 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer of the folder, or of the model that its adapter changes; None without one."""
+        """Tokenizer of the folder, or of the model its adapter changes; None without one."""
         if (self.path / "tokenizer.json").is_file():
             return load_tokenizer(self.path)
         return None if self.adapter is None else self.base.tokenizer
 
     def tokenizer_for_text(self, given: str | Tokenizer | None = None) -> Tokenizer:
-        """The tokenizer that is given ("bytes", or a file), or else the folder's own.
+        """Returns the given tokenizer (an object, "bytes", or a file), or else the folder's own.
 
         Raises:
-            ValueError: neither is there, or it has more tokens than the model.
+            ValueError: there is neither, or it has more tokens than the model.
         """
         found = load_tokenizer(given) if isinstance(given, str) else given or self.tokenizer
         if found is None:
@@ -110,24 +110,24 @@ class ModelFolder:
         return template_of(self.path)
 
     def template(self, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN) -> ChatTemplate:
-        """The chat template in `file`, or the model's own, or the default; errors as `load_template`."""
+        """Loads the chat template in `file`, or the model's own, or the default; raises as `load_template`."""
         return load_template(self.path, tokenizer, file, default=default)
 
     # weights
 
     @property
     def untrained(self) -> bool:
-        """True if its weights are the initial ones of a run that has not come to its first checkpoint."""
+        """True if the weights are still the initial ones, of a run before its first checkpoint."""
         return (self.path / UNTRAINED).is_file()
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights, all files of them."""
+        """Hash of all files of weights."""
         return weights_sha256(self.path)
 
     @property
     def base(self) -> "ModelFolder":
-        """The model that the adapter in this folder changes; raises FileNotFoundError where it is no longer there."""
+        """Folder of the model that the adapter changes; raises FileNotFoundError if it no longer exists."""
         assert self.adapter is not None
         base = self.adapter.base
         if not base.startswith("hf:") and not (Path(base) / "config.json").is_file():
@@ -138,7 +138,7 @@ class ModelFolder:
         return ModelFolder.open(base)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by their names in the files, whatever the layout; errors as `read_tensors`."""
+        """Returns all tensors by their names in the files, in any layout; raises as `read_tensors`."""
         return read_tensors(self.path)
 
     def model(
@@ -149,17 +149,17 @@ class ModelFolder:
         weights: Weights = "stored",
         adapter: "str | Path | ModelFolder | None" = None,
     ) -> LanguageModel:
-        """The model in eval mode. The folder of an adapter gives the model that it changes, with the change in it.
+        """Loads the model in eval mode. For an adapter's folder, loads the model it changes with the change merged.
 
         Args:
-            dtype: dtype of the weights, torch's or its name; as stored if not given.
-            weights: "int8" or "int4" quantises while loading, each group of weights by itself.
-            adapter: the folder of an adapter of this model, to be merged into it.
+            dtype: dtype of the weights, torch's or its name; by default as stored.
+            weights: "int8" or "int4" quantises while loading, each group of weights separately.
+            adapter: folder of an adapter of this model to merge.
 
         Raises:
-            FileNotFoundError: no weights.
+            FileNotFoundError: there are no weights.
             ValueError: an unknown dtype, a truncated file, tensors that do not fit the config or are not floating
-                point, matrices of several dtypes (where none is asked for), or an adapter of another model.
+                point, matrices of several dtypes (if `dtype` is None), or an adapter of another model.
         """
         if weights not in get_args(Weights):
             raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
@@ -178,7 +178,7 @@ class ModelFolder:
             tensors = FOREIGN[self.layout].read_tensors(tensors, own)
         if adapter is not None:
             tensors = merged(tensors, adapter.tensors(), self._accepted(adapter))
-        # A peer has buffers too, which no file holds: it must be real.
+        # A peer also has buffers, which no file holds, so it must be real.
         with torch.device("cpu") if self.config.library else Unfilled():
             model = build(self.config)
             if how:
@@ -189,7 +189,7 @@ class ModelFolder:
         return model.eval()
 
     def _accepted(self, change: "ModelFolder") -> Adapter:
-        """The adapter in another folder; raises ValueError where it is none, or does not change this model."""
+        """Returns the adapter in another folder; raises ValueError if it has none, or one of another model."""
         if change.adapter is None:
             raise ValueError(f"{change.name} is a model and no adapter: load it by itself")
         if self.quantization:
@@ -212,7 +212,7 @@ def load(
     adapter: str | Path | ModelFolder | None = None,
     weights: Weights = "stored",
 ) -> tuple[LanguageModel, Tokenizer | None]:
-    """(model in eval mode, tokenizer or None) of a folder; arguments and errors as `ModelFolder.open` and `.model`."""
+    """Returns (model in eval mode, tokenizer or None) of a folder; arguments and errors as `ModelFolder`'s methods."""
     folder = ModelFolder.open(path)
     change = None if adapter is None else ModelFolder.open(adapter)
     model = folder.model(device=device, dtype=dtype, adapter=change, weights=weights)
@@ -220,7 +220,7 @@ def load(
 
 
 def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype by its name; raises ValueError for what weights cannot have."""
+    """Returns a dtype by its name; raises ValueError if weights cannot have it."""
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
@@ -241,7 +241,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
-    """(config, layout) of what config.json says."""
+    """Returns (config, layout) of a config.json."""
     try:
         if raw.get("format") in (FORMAT, VERSION_1):
             kind, config = raw.get("kind"), raw["config"]

@@ -1,4 +1,4 @@
-"""Renaming tensors by a table of (our name, their name), where `{i}` is a block's number; what configs must have."""
+"""Renames tensors by a table of (our name, their name), where `{i}` is a block's number; and checks configs."""
 
 import re
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def rename(tensors: dict[str, Tensor], table: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The tensors under the right-hand names of the table.
+    """Returns the tensors under the right-hand names of the table.
 
     Raises:
-        ValueError: a tensor that the table does not know.
+        ValueError: the table does not contain a tensor.
     """
     patterns = [(re.compile(re.escape(a).replace(re.escape("{i}"), r"(?P<i>\d+)")), b) for a, b in table]
     out = {}
@@ -25,15 +25,15 @@ def rename(tensors: dict[str, Tensor], table: Iterable[tuple[str, str]]) -> dict
 
 
 def flip(table: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The table from their names to ours."""
+    """Returns the table from their names to ours."""
     return [(b, a) for a, b in table]
 
 
 def refuse(config: dict, project: str, **allowed) -> None:
-    """Raises ValueError where fields of a foreign config ask for what is not supported here; it names all of them.
+    """Raises ValueError if fields of a foreign config need something unsupported; the message names all of them.
 
     Args:
-        allowed: for each field the one value that is supported; a field that is None or not there is so too.
+        allowed: the one supported value of each field; missing fields and None are supported too.
     """
     other = {name: value for name, value in allowed.items() if config.get(name, value) not in (value, None)}
     if other:
@@ -42,12 +42,12 @@ def refuse(config: dict, project: str, **allowed) -> None:
 
 
 def require(config, project: str, **needed) -> None:
-    """Raises ValueError where fields of a config of ours differ from the other project's architecture.
+    """Raises ValueError if fields of our config differ from the other project's architecture.
 
-    It names all of them, so that a model need not be trained anew for each.
+    The message names all of them, so that a model need not be retrained for each.
 
     Args:
-        needed: for each field the one value that the other project can express.
+        needed: the one value of each field that the other project can express.
     """
     other = {name: value for name, value in needed.items() if getattr(config, name) != value}
     if other:

@@ -1,11 +1,11 @@
-"""Models whose matrices are integers: rounded to the nearest, or, with text to calibrate on, with error feedback.
+"""Quantises a model's matrices to integers: round to nearest, or with calibration text, GPTQ's error feedback.
 
-    quantize(model, bits, group)                  each group of columns with the scale of least squared error
-    quantize(model, bits, group, batches=ids)     and what rounding a column does to the outputs is made up for by those
-                                                  that are yet to be rounded: GPTQ, arXiv 2210.17323
+    quantize(model, bits, group)                  each group of columns gets the scale of least squared error
+    quantize(model, bits, group, batches=ids)     columns not yet rounded compensate the output error of each rounded
+                                                  column: GPTQ, arXiv 2210.17323
 
-The second is for 4 bits, where it takes away a seventh of what rounding costs, or nearly half (docs/LOG.md); 8 bits
-lose next to nothing either way.
+GPTQ is meant for 4 bits, where it removes a seventh to nearly half of the quality loss (docs/LOG.md). 8 bits lose next
+to nothing either way.
 """
 
 import copy
@@ -24,23 +24,23 @@ from retentive.models import LanguageModel
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = {8: 128, 4: 32}
-"""Columns that share a scale, by bits, where nothing else is asked for."""
+"""Default number of columns that share a scale, by bits."""
 SCALES = 24
-"""Scales of a group that are tried."""
+"""Number of scales tried for a group."""
 MOST_CHARACTERS = 16
-"""Of a token, on average: so much of a document is looked at."""
+"""Maximum characters per token on average, which limits how much of a document is read."""
 DAMPING = 0.01
-"""Of the mean of the Hessian's diagonal, added to it: directions that the text has nothing of stay bounded."""
+"""Fraction of the Hessian's mean diagonal added to it, which bounds directions that the text does not contain."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model's matrices are stored; in config.json, "quantization"."""
+    """Storage of a model's matrices; in config.json, "quantization"."""
 
     bits: int
     """8 or 4."""
     group: int
-    """Columns of a scale, a multiple of 16 up to 256."""
+    """Columns per scale, a multiple of 16 up to 256."""
 
     def __post_init__(self):
         if type(self.bits) is not int or self.bits not in BITS.values():
@@ -50,7 +50,7 @@ class Quantization:
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
-    """How the model is quantised; None if it is not."""
+    """Returns the model's quantisation; None if it has none."""
     return next((Quantization(m.bits, m.group) for m in model.modules() if isinstance(m, Quantized)), None)
 
 
@@ -67,7 +67,7 @@ def check_quantizable(model: LanguageModel) -> None:
 
 
 def as_quantized(model: LanguageModel, how: Quantization, dtype: torch.dtype) -> LanguageModel:
-    """`model`, its matrices replaced by ones of integers that are yet to be filled; in place."""
+    """Replaces the matrices of `model`, in place, by integer ones that are yet to be filled."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | nn.Embedding) or name.startswith("encoders."):  # small beside the rest
             continue
@@ -94,18 +94,18 @@ def quantize(
     dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int, int], object] = lambda done, blocks: None,
 ) -> LanguageModel:
-    """A copy of the model, a RetNet, with integers in place of its matrices.
+    """Returns a copy of the model, a RetNet, with integers in place of its matrices.
 
     Args:
         bits: 8 or 4.
         group: columns that share a scale; by default 128 for 8 bits and 32 for 4.
-        batches: ids `[B,T]` of text to calibrate on; none: every group is rounded for itself.
-        dtype: of what the new model computes.
-        progress: called with the blocks done and all there are.
+        batches: ids `[B,T]` of calibration text; none: every group is rounded separately.
+        dtype: dtype of the new model's computation.
+        progress: called with the number of blocks done, and of all blocks.
 
     Raises:
-        ValueError: no RetNet, or one that is quantised already or has numbers that are not finite; bits or a group that
-            are not supported; text on which the model's activations are not finite.
+        ValueError: the model is no RetNet, already quantised, or has numbers that are not finite; bits or group are
+            unsupported; or the model's activations on the text are not finite.
     """
     check_quantizable(model)
     how = Quantization(bits, GROUPS[bits] if group is None else group)
@@ -128,25 +128,25 @@ def quantize(
 
 
 def _through(block, x, positions) -> Tensor:
-    """What leaves a block, without a state before it."""
+    """Returns a block's output, without a state before it."""
     return block(x, None, positions, block.phases(positions, x.dtype))[0]
 
 
 def _moment(x: Tensor) -> Tensor:
-    """`x^T x` over all rows, `[K,K]`, in float64."""
+    """Returns `x^T x` over all rows, `[K,K]`, in float64."""
     rows = x.flatten(0, -2).double()
     return rows.T @ rows
 
 
 def _reads(name: str) -> str:
-    """The first of the layers that read the same input as this one."""
+    """Returns the first of the layers that read the same input as this one."""
     part, _, own = name.rpartition(".")
     same = {"k_proj": "q_proj", "v_proj": "q_proj", "g_proj": "q_proj", "decay_proj": "q_proj", "up_proj": "gate_proj"}
     return f"{part}.{same.get(own, own)}"
 
 
 def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
-    """Those of what the block's linear layers read, by the first of the layers that share it; none without streams."""
+    """Returns second moments of the linear layers' inputs, by the first layer of each input; empty without streams."""
     found: dict[str, Tensor] = {}
 
     def watch(name: str):
@@ -160,7 +160,7 @@ def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
     for x, positions in streams:
         _through(block, x, positions)
-    for hook in hooks:  # of a copy of the model, so that after an error none matters
+    for hook in hooks:  # on a copy of the model, so none matters after an error
         hook.remove()
     if not all(bool(moment.isfinite().all()) for moment in found.values()):
         raise ValueError("the model's activations on the text are not finite: nothing to calibrate on")
@@ -178,13 +178,13 @@ def _fill(into: Quantized, weight: Tensor, moment: Tensor | None) -> None:
 
 
 def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """The float16 scales `[rows]` with the least squared error of rounding w `[rows, columns]`, of SCALES tried.
+    """Returns float16 scales `[rows]` with the least squared error of rounding w `[rows, columns]`, among SCALES.
 
     Args:
         importance: `[columns]`, weights of the squares.
     """
     top, importance = 2 ** (bits - 1), torch.ones(w.shape[1]).to(w) if importance is None else importance
-    # the largest number may become the integer at the far end, -2^(bits-1), which has no counterpart: hence the sign
+    # the largest number may become the most negative integer, -2^(bits-1), which has no counterpart: hence the sign
     at = w.abs().argmax(1, keepdim=True)
     full = -w.gather(1, at)[:, 0] / top
     best, least = full, torch.full_like(full, torch.inf)
@@ -196,12 +196,12 @@ def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor
 
 
 def _levels(w: Tensor, scale: Tensor, top: int) -> Tensor:
-    """The nearest integers from -top to top - 1; 0 where the scale is 0."""
+    """Returns the nearest integers from -top to top - 1; 0 if the scale is 0."""
     return torch.where(scale[:, None] == 0, 0, w / scale[:, None]).round().clamp(-top, top - 1)
 
 
 def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(integers `[rows, columns]`, scales `[rows, groups]`), every group for itself."""
+    """Returns (integers `[rows, columns]`, scales `[rows, groups]`), every group rounded separately."""
     parts = w.float().split(group, 1)
     scales = [best_scale(part, bits) for part in parts]
     q = [_levels(part, scale.float(), 2 ** (bits - 1)) for part, scale in zip(parts, scales, strict=True)]
@@ -209,8 +209,8 @@ def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """The same, each column's error handed on to later ones so that `|w x - scale q x|` is least on the inputs whose
-    second moment `[columns, columns]` is given (GPTQ, in its natural order of columns)."""
+    """Returns the same with GPTQ, in natural order of columns: later columns compensate each column's error, such that
+    `|w x - scale q x|` is least for inputs with the given second moment `[columns, columns]`."""
     w, top = w.double().clone(), 2 ** (bits - 1)
     H = moment + DAMPING * moment.diagonal().mean().clamp(min=1e-9) * torch.eye(len(moment)).double()
     feed = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -230,14 +230,14 @@ def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, 
 
 
 def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: int, length: int = 512) -> list[Tensor]:
-    """Ids `[1,T]` to calibrate on: the beginnings of as many documents as there are, then what follows in each.
+    """Returns ids `[1,T]` for calibration: the beginnings of as many documents as possible, then what follows in each.
 
     Args:
-        tokens: how many in all, if there is as much text.
-        length: of each part.
+        tokens: number of tokens in all, if there is enough text.
+        length: number of tokens per part.
 
     Raises:
-        ValueError: fewer than one token asked for.
+        ValueError: `tokens` is below 1.
     """
     if tokens < 1:
         raise ValueError(f"calibration needs at least one token, got {tokens}")

@@ -1,4 +1,4 @@
-"""Writing model folders: `save_model`, in our layout or another project's. Files appear whole or not at all."""
+"""Writes model folders: `save_model`, in our layout or another project's, atomically."""
 
 import json
 from dataclasses import asdict
@@ -26,15 +26,15 @@ def save_model(
     template: str | None = None,
     layout: str = "retentive",
 ) -> None:
-    """Writes a model folder; files of the same names in it are replaced.
+    """Writes a model folder, replacing files of the same names.
 
     Args:
-        template: the source of the model's chat template, if it has one.
+        template: source of the model's chat template, if it has one.
         layout: "retentive", "torchscale" or "fla".
 
     Raises:
-        ValueError: an architecture that the other project cannot express (all fields that differ are named).
-        OSError: the folder cannot be written; what was there remains.
+        ValueError: the other project cannot express the architecture (the message names all fields that differ).
+        OSError: the folder cannot be written; its old content remains.
     """
     folder, config = Path(folder), model.config
     tensors = {name: x.detach().cpu().contiguous() for name, x in saved(model)}
@@ -51,7 +51,7 @@ def save_model(
         tensors = FOREIGN[layout].write_tensors(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     described = json.dumps(raw, indent=2) + "\n"
-    about = {"crc32": checksum(tensors)}  # a flipped bit would not show
+    about = {"crc32": checksum(tensors)}  # without it a flipped bit would go unnoticed
     write_together(
         {
             folder / "model.safetensors": lambda partial: save_tensors(partial, tensors, about),
@@ -71,13 +71,13 @@ def save_all_but_weights(
 
 
 def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are saved, by name: all, or those of an adapter, which leaves the others as they are."""
+    """Returns the parameters to save, by name: all, or only those of an adapter."""
     adapter = adapter_of(model)
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not adapter]
 
 
 def _described(model: LanguageModel) -> dict[str, Any]:
-    """The contents of its config.json."""
+    """Returns the content of the model's config.json."""
     raw: dict[str, Any] = {"format": FORMAT, "config": model.config.written()}
     if model.config.library:
         raw["kind"] = "peer"

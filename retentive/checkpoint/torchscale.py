@@ -1,7 +1,7 @@
-"""torchscale's RetNetDecoder (microsoft/torchscale, architecture/retnet.py): its config fields and tensor names.
+"""Layout of torchscale's RetNetDecoder (microsoft/torchscale, architecture/retnet.py): config fields, tensor names.
 
-Ours computes what its recurrent mode does. Its parallel mode also divides the scores by max(1, sum of magnitudes),
-which has no recurrent form; where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
+Our models compute what its recurrent mode does. Its parallel mode also divides the scores by max(1, sum of magnitudes),
+which has no recurrent form. Where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
 """
 
 from types import SimpleNamespace
@@ -26,25 +26,25 @@ TABLE = [
     ("blocks.{i}.retention.v_proj.weight", "layers.{i}.retention.v_proj.weight"),
     ("blocks.{i}.retention.g_proj.weight", "layers.{i}.retention.g_proj.weight"),
     ("blocks.{i}.retention.out_proj.weight", "layers.{i}.retention.out_proj.weight"),
-    # what it calls gate is multiplied with, and fc1 goes through the activation
+    # torchscale's "gate" is the multiplied matrix; fc1 goes through the activation
     ("blocks.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.fc1.weight"),
     ("blocks.{i}.ffn.up_proj.weight", "layers.{i}.ffn.gate.weight"),
     ("blocks.{i}.ffn.down_proj.weight", "layers.{i}.ffn.fc2.weight"),
 ]
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
-"""What it stores beside its parameters, computed from the config."""
+"""Buffers stored beside its parameters, computed from the config."""
 
 
 def recognises(config: dict) -> bool:
-    """Whether a config.json is of this project."""
+    """True if a config.json is from this project."""
     return "decoder_retention_heads" in config
 
 
 def read_config(config: dict) -> ModelConfig:
-    """Our config, from the fields of its RetNetConfig; where a field is left out, with its default.
+    """Returns our config from the fields of its RetNetConfig; missing fields get its defaults.
 
     Raises:
-        ValueError: it asks for what is not supported here.
+        ValueError: it needs something that is not supported here.
     """
     refuse(config, "torchscale", moe_freq=0, deepnorm=False, multiway=False, no_output_layer=False, xpos_rel_pos=False)
     return retnet(
@@ -65,10 +65,10 @@ def read_config(config: dict) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict:
-    """The fields of its config.json for a config of ours.
+    """Returns the fields of its config.json for one of our configs.
 
     Raises:
-        ValueError: its architecture cannot express it; all fields that differ are named.
+        ValueError: its architecture cannot express the config; the message names all fields that differ.
     """
     c = SimpleNamespace(**flat(config, "torchscale"))
     meant = {name: value for name, value in ARCHITECTURES["torchscale"].items() if name != "embed_scale"}  # a field
@@ -92,7 +92,7 @@ def write_config(config: ModelConfig) -> dict:
 
 
 def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors by our names, without its buffers of angles and decays: ours are computed from float64."""
+    """Returns the tensors by our names, without its buffers of angles and decays: ours are computed in float64."""
     tensors = {name: x for name, x in tensors.items() if name not in BUFFERS}
     if config.tie_embeddings:
         tensors.pop("output_projection.weight", None)
@@ -100,11 +100,11 @@ def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, T
 
 
 def write_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors by its names, with the buffers that its strict loading expects."""
+    """Returns the tensors by its names, with the buffers that its strict loading expects."""
     out = rename(tensors, TABLE)
-    if config.tie_embeddings:  # its state_dict has both names; safetensors stores no two names of one memory
+    if config.tie_embeddings:  # its state_dict has both names; safetensors cannot store two names of one memory
         out["output_projection.weight"] = out["embed_tokens.weight"].clone()
-    # One angle for each pair of neighbouring features, as in `ops.rotary`; computed in float64, kept in float32.
+    # One angle per pair of neighbouring features, as in `ops.rotary`; computed in float64, stored in float32.
     mixer = config.all_retention("torchscale")
     half = mixer.key_dim // mixer.heads // 2
     angle = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Weights between files and models: safetensors with a checksum, and tensors in the place of a model's own."""
+"""Weights between files and models: safetensors with a checksum, and assignment to a model's parameters."""
 
 import json
 import zlib
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Unfilled(TorchFunctionMode):
-    """New tensors are on "meta" and never filled: torch would import its compiler for that, which takes 0.8 s."""
+    """Creates tensors on "meta" without filling them, for which torch would import its compiler, 0.8 s."""
 
     FILLING = ("normal_", "uniform_", "constant_", "kaiming_uniform_", "fill_", "zero_", "copy_")
 
@@ -36,11 +36,11 @@ class Unfilled(TorchFunctionMode):
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, by their names there.
+    """Reads all tensors of model.safetensors, or of the shards in model.safetensors.index.json, by their names there.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: one that is damaged.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -48,7 +48,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} lists no shards: the folder is damaged, copy it again") from None
-        files = [folder / Path(name).name for name in sorted(set(shards))]  # name: an index cannot point elsewhere
+        files = [folder / Path(name).name for name in sorted(set(shards))]  # no paths: an index cannot point elsewhere
     else:
         files = [folder / "model.safetensors"]
     tensors: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 of all bytes in the order of names, 8 hex digits: "crc32" in the metadata of a file of weights."""
+    """Returns the CRC-32 of all bytes in order of names, 8 hex digits: "crc32" in the metadata of a file of weights."""
     crc = 0
     for _, x in sorted(tensors.items()):
         crc = zlib.crc32(x.flatten().view(torch.uint8).numpy().data, crc)
@@ -73,27 +73,27 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash of a model folder's weights, all files of them."""
+    """Returns the hash of all weight files of a model folder."""
     return file_sha256(*sorted(folder.glob("model*.safetensors")))
 
 
 def fill(
     model: LanguageModel, tensors: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype | None, where: str
 ) -> None:
-    """Puts tensors in the place of a model's parameters, in `dtype` (as they are if None); integers stay integers.
+    """Assigns tensors to a model's parameters, in `dtype` (as they are if None); integers stay integers.
 
     Args:
         where: their origin, for messages.
 
     Raises:
-        ValueError: tensors that do not fit by name, shape or dtype.
+        ValueError: tensors do not fit by name, shape or dtype.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     _check_fit(tensors, parameters, where)
     kept = {name: x.dtype for name, x in parameters.items() if not x.dtype.is_floating_point or _is_scale(model, name)}
     _check_dtypes(tensors, kept, dtype, where)
-    # assign: the tensors become the parameters, since those on "meta" have no memory to copy into. Not strict: of tied
-    # matrices the file has one, and all else has been checked.
+    # assign: the tensors become the parameters, since those on "meta" have no memory to copy into. Not strict: the file
+    # has only one of tied matrices, and everything else has been checked.
     ready = {name: x.to(device, kept.get(name, dtype)) for name, x in tensors.items()}
     model.load_state_dict(ready, strict=False, assign=True)
     if model.config.tie_embeddings:  # `assign` has untied them
@@ -103,13 +103,13 @@ def fill(
 
 
 def _is_scale(model: Any, name: str) -> bool:
-    """True for the scales of a quantised matrix."""
+    """True for scales of a quantised matrix."""
     owner, _, own = name.rpartition(".")
     return own == "scale" and not model.get_submodule(owner).weight.dtype.is_floating_point
 
 
 def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], where: str) -> None:
-    """Raises ValueError unless the tensors are those of the model, by names and shapes."""
+    """Raises ValueError unless the tensors have the model's names and shapes."""
     missing = sorted(set(parameters) - set(tensors))
     extra = sorted(set(tensors) - set(parameters))
     wrong = [n for n in parameters if n in tensors and parameters[n].shape != tensors[n].shape]
@@ -127,8 +127,8 @@ def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], where:
 def _check_dtypes(
     tensors: dict[str, Tensor], kept: dict[str, torch.dtype], asked: torch.dtype | None, where: str
 ) -> None:
-    """Raises ValueError where weights are not floating point, or no single dtype can be chosen for the model; or where
-    those that keep theirs have another."""
+    """Raises ValueError if weights are not floating point, if no single dtype can be chosen for the model, or if
+    tensors that keep their dtype have a wrong one."""
     for name, dtype in kept.items():
         if tensors[name].dtype != dtype:
             raise ValueError(f"weights in {where}: {name} is {tensors[name].dtype}, expected {dtype}")

@@ -1,4 +1,4 @@
-"""Inference: picking tokens, and generating them one by one from a constant-size state."""
+"""Inference: sampling tokens, and generating them one by one from a state of constant size."""
 
 from retentive.infer.generate import Token, generate
 from retentive.infer.sample import SamplingParams

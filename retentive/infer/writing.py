@@ -1,7 +1,7 @@
-"""Text from a prompt in one call: `retentive.generate`, a string, and `retentive.stream_generate`, as it comes.
+"""Text generation in one call: `retentive.generate` returns a string, `retentive.stream_generate` yields pieces.
 
-Every way of decoding is an option of it: sampling, speculative decoding, beam search; from the start of a document, or
-from a memory file.
+Every decoding method is an option: sampling, speculative decoding, beam search; from the start of a document, or from a
+memory file.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,19 +38,21 @@ def generate(
     stop: str | Sequence[str] = (),
     **more: Any,
 ) -> str:
-    """The text that the model writes after `prompt`, without the prompt.
+    """Generates text after `prompt` and returns it without the prompt.
 
     Args:
-        prompt: what to go on from; the start of a document if empty.
-        max_tokens: tokens to write at most; the text may end before.
-        temperature: divides the logits; 0 always takes the likeliest token (greedy decoding).
-        top_p: only the likeliest tokens whose probabilities sum up to it.
-        seed: the same seed gives the same text; None takes a new one.
-        stop: a string that ends the text, or several; they are not part of it.
+        prompt: text to continue; "" starts a document.
+        max_tokens: maximum tokens to generate; the text may end earlier.
+        temperature: divides the logits; 0 picks the likeliest token (greedy decoding).
+        top_p: nucleus sampling: keeps the likeliest tokens whose probabilities sum to p.
+        seed: the same seed gives the same text; None draws a new one.
+        stop: string, or several, that end the text and are not part of it.
         more: all other options of `stream_generate`.
 
+    Raises the errors of `stream_generate`, and these:
+
     Raises:
-        TypeError: an option that there is not; others as `stream_generate`.
+        TypeError: an option does not exist.
     """
     check_names("generate", more, signature(stream_generate).parameters)
     more |= {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -76,23 +78,23 @@ def stream_generate(
     lookup: bool = False,
     draft: LanguageModel | None = None,
 ) -> Iterator[str]:
-    """The text that the model writes after `prompt`, in pieces as they come. Options as for `generate`, and these.
+    """Yields generated text after `prompt` in pieces, as they come. Options as for `generate`, and these.
 
     Args:
         top_k, min_p, repetition_penalty, bias: see `SamplingParams`.
-        memory: what the model has read before the prompt: a memory, or a file of `retentive memory write`.
+        memory: a memory to start from, or a file of `retentive memory write`.
         beams: beam search with this many beams, whose best text comes as a whole at the end; 0 samples.
-        lookup: speculative decoding with guesses from the text itself (prompt look-up): faster where it repeats itself.
-        draft: speculative decoding with guesses of this smaller model of the same vocabulary.
+        lookup: speculative decoding with guesses from the text itself (prompt look-up): faster for repetitive text.
+        draft: speculative decoding with guesses of this smaller model with the same vocabulary.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an option that cannot be used, two ways of decoding at once, no tokenizer.
+        TypeError: an argument has a wrong type.
+        ValueError: an option is invalid, several decoding methods are given, or there is no tokenizer.
         ArithmeticError: the model's logits are not finite.
     """
     if tokenizer is None:
         raise ValueError("text needs a tokenizer, and the model came without one: name one, as load_tokenizer('bytes')")
-    if not isinstance(model, nn.Module):  # compiled or wrapped ones will do
+    if not isinstance(model, nn.Module):  # accepts compiled or wrapped models
         raise TypeError(f"model must be a model, as `retentive.load` returns it, got {type(model).__name__}")
     if isinstance(tokenizer, str | Path):
         raise TypeError(
@@ -105,11 +107,11 @@ def stream_generate(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
     check_bias(params, model.config.vocab_size)
-    stop = stops(stop)  # now, since what follows is a generator
+    stop = stops(stop)  # checked now, since the rest is a generator
     how = _method(params, beams, lookup, draft)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
-    # a copy: decoding writes into the state, and the caller may ask the same memory again
+    # a copy, since decoding writes into the state, and the caller may use the same memory again
     past: dict[str, Any] = {} if memory is None else {"state": memory.state.clone(), "pending": memory.pending}
     whole = write_on(model, tokenizer, prompt, params, max_tokens=max_tokens, stop=stop, how=how, **past)
     return _without(len(prompt), whole)
@@ -118,7 +120,7 @@ def stream_generate(
 def _method(
     params: SamplingParams, beams: int, lookup: bool, draft: LanguageModel | None
 ) -> Callable[..., Iterator[Token]]:
-    """The function that decodes: one token at a time, speculatively, or by beam search."""
+    """Returns the function that decodes: one token at a time, speculatively, or by beam search."""
     if beams < 0:
         raise ValueError(f"beams must be at least 1, or 0 to sample, got {beams}")
     if bool(beams) + lookup + (draft is not None) > 1:
@@ -133,7 +135,7 @@ def _method(
 
 
 def _without(count: int, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces without the first `count` characters, which are the prompt's; it may end within a piece (healing)."""
+    """Drops the first `count` characters, which are the prompt's; it may end within a piece (token healing)."""
     for piece in pieces:
         if len(piece) > count:
             yield piece[count:]

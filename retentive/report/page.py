@@ -38,7 +38,7 @@ def build(folder: Path) -> str:
     # read all before rendering: a damaged file is reported, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
-        raise FileNotFoundError(f"{folder} holds no result: retentive bench, eval and compare write them with --json")
+        raise FileNotFoundError(f"{folder} holds no result: write some by retentive bench, eval or compare")
     return page(files)
 
 
