@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from retentive.data.tokenizer import Tokenizer
-from retentive.export.retnets import check_plain
+from retentive.export.models import check_model
 from retentive.export.writing import check_ids
 from retentive.files import write_text
 from retentive.models import LanguageModel
@@ -52,7 +52,7 @@ Any folder that `retentive train`, `convert` or `quantize` writes can take the p
 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that C cannot run."""
-    check_plain(model)
+    check_model(model)
     if reason := unfit(model):
         raise ValueError(f"the C library cannot run this model: {reason}; convert or quantize it first")
 

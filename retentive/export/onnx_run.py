@@ -1,10 +1,12 @@
-"""A RetNet in an ONNX graph, run by onnxruntime: numpy, tokenizers and onnxruntime are all it needs.
+"""A model in an ONNX graph, run by onnxruntime: numpy, tokenizers and onnxruntime are all it needs.
 
     model = OnnxModel("novels/model.onnx")
     logits = model.read([5, 6, 7])        and on from there: the state is kept
 
-The state is bound to its input and its output at once, so that it is not copied for each token. Runtimes do not promise
-that this is sound: it is tried when a graph is opened, and where it is not, two states take turns.
+Each memory is bound to its input and its output at once, so that it is not copied for each token. Runtimes do not
+promise that this is sound: it is tried when a graph is opened, and where it is not, two copies take turns.
+
+Caches of attention grow with the text. With a window they are rings of constant size.
 """
 
 import json
@@ -16,9 +18,11 @@ import numpy as np
 
 from retentive.export.writing import check_ids
 
-FORMAT = "retentive-onnx-1"
+FORMAT, READ = "retentive-onnx-2", ("retentive-onnx-1", "retentive-onnx-2")
 CHUNK = 512
-"""Tokens of a prompt that are read at once."""
+"""Tokens of a prompt that are read at once, at most."""
+SLOTS = 256
+"""Slots that a cache without a window grows by."""
 
 
 class OnnxModel:
@@ -48,11 +52,15 @@ class OnnxModel:
         except Exception as error:  # its own classes have no name in common
             raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
         said = self.session.get_modelmeta().custom_metadata_map
-        if said.get("format") != FORMAT:
+        if said.get("format") not in READ:
             raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
         self.config: dict[str, Any] = json.loads(said["config"])
         self.eos = int(said["eos"])
         self.vocab_size = int(self.config["vocab_size"])
+        self._memories = {x.name: x.shape for x in self.session.get_inputs() if x.name not in ("input_ids", "position")}
+        windows = json.loads(said.get("windows", "[]"))  # the first format had no caches
+        self._windows = {name: windows[int(name.split(".")[1])] for name in self._memories if _is_cache(name)}
+        self._chunk = min([CHUNK, *filter(None, self._windows.values())])
         self._value = ort.OrtValue.ortvalue_from_numpy
         self._logits = self._value(np.zeros((1, self.vocab_size), np.float32))
         self.in_place = self._same_in_place()
@@ -60,22 +68,18 @@ class OnnxModel:
 
     def reset(self) -> None:
         """Forgets all that was read."""
-        self.resume(self._zeros(), 0)
+        self.resume(self._zeros(SLOTS), 0)
 
     @property
     def states(self) -> dict[str, np.ndarray]:
-        """A copy of the state of each layer, float32 `[1,H,K,V]`."""
-        return {name: value.numpy().copy() for name, value in self._states.items()}
+        """Copy of each block's memory, float32: `state.i` `[1,H,K,V]`, or the caches of attention, in use so far."""
+        used = {name: self.position for name, window in self._windows.items() if not window}
+        return {name: value.numpy()[:, :, : used.get(name)].copy() for name, value in self._states.items()}
 
     def resume(self, states: dict[str, np.ndarray], position: int) -> None:
         """Goes on from states that `states` gave, and the number of tokens that they had read."""
-        # copies: these are written in place
-        self._states = {name: self._value(np.array(x, np.float32, order="C")) for name, x in states.items()}
-        self._others = self._states
-        if not self.in_place:
-            self._others = {name: self._value(x) for name, x in self._zeros().items()}
-        self._bindings = [self._bound(self._states, self._others), self._bound(self._others, self._states)]
         self.position = position
+        self._bind({name: np.array(x, np.float32, order="C") for name, x in states.items()})  # written in place: copies
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Logits float32 `[vocabulary]` after the ids, which the state has then read.
@@ -84,13 +88,42 @@ class OnnxModel:
             ValueError: no ids, or some that are not in the vocabulary.
         """
         check_ids(ids, self.vocab_size)
-        for begin in range(0, len(ids), CHUNK):
-            logits = self._call(ids[begin : begin + CHUNK])
+        for begin in range(0, len(ids), self._chunk):
+            part = ids[begin : begin + self._chunk]
+            self._reserve(self.position + len(part))
+            logits = self._call(part)
         return logits
 
-    def _zeros(self) -> dict[str, np.ndarray]:
-        states = [x for x in self.session.get_inputs() if x.name.startswith("state.")]
-        return {x.name: np.zeros([1, *x.shape[1:]], np.float32) for x in states}
+    def _zeros(self, slots: int) -> dict[str, np.ndarray]:
+        """Memories before the first token; caches without a window have so many slots."""
+        found = {}
+        for name, shape in self._memories.items():
+            shape = [1, *shape[1:]]
+            if name in self._windows:
+                window = self._windows[name]
+                shape[2] = window + self._chunk - 1 if window else slots
+            found[name] = np.zeros(shape, np.float32)
+        return found
+
+    def _reserve(self, tokens: int) -> None:
+        """Gives caches without a window room for so many tokens in all."""
+        growing = [name for name, window in self._windows.items() if not window]
+        if all(self._states[name].shape()[2] >= tokens for name in growing):
+            return
+        slots, states = -(-tokens // SLOTS) * SLOTS, {}
+        for name, value in self._states.items():
+            more = [(0, 0)] * len(value.shape())
+            if name in growing:
+                more[2] = (0, slots - value.shape()[2])
+            states[name] = np.pad(value.numpy(), more)  # a copy: the memory of `value` goes with it
+        self._bind(states)
+
+    def _bind(self, states: dict[str, np.ndarray]) -> None:
+        """Takes these arrays as the memories, which calls then write in place."""
+        self._states = self._others = {name: self._value(x) for name, x in states.items()}
+        if not self.in_place:
+            self._others = {name: self._value(np.zeros_like(x)) for name, x in states.items()}
+        self._bindings = [self._bound(self._states, self._others), self._bound(self._others, self._states)]
 
     def _bound(self, before: dict[str, Any], after: dict[str, Any]) -> Any:
         """All but ids and position: bound at each token, these would cost 0.1 ms of it."""
@@ -112,11 +145,16 @@ class OnnxModel:
         return self._logits.numpy()[0].copy()  # the next call writes there
 
     def _same_in_place(self) -> bool:
-        """Whether the same comes out when states are written where they are read."""
+        """True if the same comes out when memories are written where they are read."""
         found = []
         for self.in_place in (True, False):
             self.reset()
             some = [n % self.vocab_size for n in range(1, 8)]
-            logits = [self._call(some), self._call(some[:1]), self._call(some[1:2])]
+            logits = [self.read(some), self.read(some[:1]), self.read(some[1:2])]
             found.append([*logits, *self.states.values()])
         return all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def _is_cache(name: str) -> bool:
+    """True for keys, values and gates, which have slots."""
+    return not name.startswith("state.")

@@ -13,10 +13,10 @@ from retentive.checkpoint import load, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.export import folder, native
-from retentive.models import build, load_state, retnet, twin
+from retentive.models import load_state
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.native.library import FOLDER, OPS
-from tests.export.variants import TINY, peaked
+from tests.export.variants import peaked
 
 ASK = ["--prompt", "It's", "--temperature", "0", "--max-tokens", "20"]
 FASTER = "-DINSTRUCTIONS=-O1"
@@ -106,8 +106,6 @@ def test_what_is_refused(place, capsys, monkeypatch):
         return said.err
 
     assert "--standard is of --to onnx" in fails("run", "--standard")
-    save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
-    assert "an export takes models of retention only, this is a Transformer" in fails("twin")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("hearing")
     save_model("half", peaked().half(), ByteTokenizer())

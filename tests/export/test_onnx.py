@@ -19,10 +19,9 @@ from retentive.export.onnx import export_onnx
 from retentive.export.onnx_run import OnnxModel
 from retentive.export.writing import generate, pick
 from retentive.infer import generate as torch_generate
-from retentive.models import build, config_of, retnet, twin
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.sampling import SamplingParams
-from tests.export.variants import TINY, VARIANTS, peaked
+from tests.export.variants import ATTENDING, VARIANTS, peaked, peaked_model
 
 
 def exported(model, tmp_path, **how) -> OnnxModel:
@@ -47,6 +46,46 @@ def test_logits_and_states_are_the_models(changes, standard, tmp_path):
     for i, got in enumerate(graph.states.values()):
         want = state.memories[i].tensor().numpy()
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("standard", [False, True], ids=["own", "standard"])
+@pytest.mark.parametrize("name", ATTENDING)
+def test_attention_is_the_models(name, standard, tmp_path, monkeypatch):
+    """Parts of the text that a window, its ring and the caches' growth end within."""
+    monkeypatch.setattr("retentive.export.onnx_run.SLOTS", 16)
+    model = peaked_model(ATTENDING[name])
+    graph = exported(model, tmp_path, standard=standard)
+    assert graph.in_place
+    wide, state = model.double(), None
+    ids = np.random.default_rng(0).integers(0, 257, 100).tolist()
+    with torch.no_grad():
+        for begin, end in ((0, 40), *((n, n + 1) for n in range(40, 70)), (70, 74), (74, 99), (99, 100)):
+            logits, state = wide(torch.tensor([ids[begin:end]]), state)
+            got = graph.read(ids[begin:end])
+            np.testing.assert_allclose(got, logits[0, -1], rtol=0, atol=2e-5 * float(logits.abs().max()))
+    for name, got in graph.states.items():
+        kind, i = name.split(".")
+        memory, window = state.memories[int(i)], model.config.windows[int(i)]
+        if kind == "state":
+            want = memory.tensor().numpy()
+        else:  # the tokens in view, wherever they lie
+            held = np.arange(100 - (window or 100), 100)
+            got, slots = got[:, :, held % got.shape[2] if window else held], getattr(memory, kind)
+            want = slots[:, held % slots.shape[1]].transpose(1, 2).numpy()
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_graph_of_the_first_format_is_read(tmp_path):
+    import onnx
+
+    exported(peaked(), tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx")
+    said = {p.key: p.value for p in graph.metadata_props if p.key != "windows"}
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, said | {"format": "retentive-onnx-1"})
+    onnx.save(graph, tmp_path / "first.onnx")
+    ids = [3, 1, 4, 1, 5]
+    np.testing.assert_array_equal(OnnxModel(tmp_path / "first.onnx").read(ids), exported(peaked(), tmp_path).read(ids))
 
 
 def test_far_positions_keep_their_phases(tmp_path):
@@ -106,11 +145,63 @@ def test_batches(tmp_path):
     ids, position = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 700])
     state = model.init_state(2)
     state.position = position.clone()
-    given = {f"state.{i}": memory.value.numpy() for i, memory in enumerate(state.memories)}
+    given = {f"state.{i}": memory.tensor().numpy() for i, memory in enumerate(state.memories)}
     got = session.run(["logits"], {"input_ids": ids.numpy(), "position": position.numpy(), **given})[0]
     with torch.no_grad():
         want = model(ids, state)[0][:, -1].numpy()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["forget gate, window", "hybrid"])
+def test_rows_of_a_batch_attend_to_their_own_texts(name, tmp_path):
+    import onnxruntime
+
+    graph, texts, more = exported(peaked_model(ATTENDING[name]), tmp_path), ([7], list(range(20))), [1, 2, 3]
+    states, want = [], []
+    for text in texts:
+        graph.reset()
+        graph.read(text)
+        states.append(graph.states)
+        want.append(graph.read(more))
+    longest = max(map(len, texts)) + len(more)
+    given = {}
+    for key, one in states[0].items():
+        rows = [one, states[1][key]]
+        if not key.startswith("state.") and "window" not in name:  # free slots after those in use
+            rows = [np.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in rows]
+        given[key] = np.concatenate(rows)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    ids, position = np.array([more, more]), np.array([len(text) for text in texts])
+    got = session.run(["logits"], {"input_ids": ids, "position": position, **given})[0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_of_attention_go_in_as_they_are(bits, tmp_path, monkeypatch):
+    monkeypatch.setattr("retentive.checkpoint.quantize.check_quantizable", lambda model: None)
+    model = quantize(peaked_model(ATTENDING["forget gate"]), bits, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, 257, 50).tolist()
+    with torch.no_grad():
+        want = model(torch.tensor([ids]))[0][0, -1].numpy()
+    got = exported(model, tmp_path, standard=True).read(ids)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    got = exported(model, tmp_path).read(ids)
+    assert np.sqrt(((got - want) ** 2).mean()) < 0.05 * want.std()
+
+
+@pytest.mark.parametrize("name", ["window", "hybrid"])
+def test_texts_go_on_from_kept_caches(name, tmp_path):
+    model, greedy = peaked_model(ATTENDING[name]), SamplingParams(temperature=0)
+    graph = exported(model, tmp_path)
+    want = [t.id for t in torch_generate(model, [256, 7, 8], greedy, max_tokens=40, stop_ids=[256])]
+    assert list(generate(graph, [256, 7, 8], greedy, max_tokens=40)) == want
+    graph.reset()
+    graph.read([256, 7])
+    kept, position = graph.states, graph.position
+    graph.read([1, 2, 3])
+    for _ in range(2):
+        graph.resume(kept, position)
+        assert list(generate(graph, [8], greedy, max_tokens=40)) == want
 
 
 def test_tokens_are_those_of_torch(tmp_path):
@@ -205,6 +296,18 @@ main(sys.argv[1:])
     assert stop.value.code == 2 and "they do not belong together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["twin", "hybrid, window"])
+def test_models_that_attend_by_the_command(name, place, capsys):
+    save_model("attends", peaked_model(ATTENDING[name]), ByteTokenizer())
+    ask = ["--prompt", "It", "--temperature", "0", "--max-tokens", "40"]
+    main(["generate", "attends", *ask])
+    want = capsys.readouterr().out
+    main(["export", "attends", "--to", "onnx", "--out", "made"])
+    assert "the next token's logits are off by " in capsys.readouterr().err
+    main(["generate", "made/model.onnx", *ask])
+    assert capsys.readouterr().out == want
+
+
 def test_what_is_refused(place, capsys, refuses):
     def fails(*argv: str) -> str:
         with pytest.raises(SystemExit):
@@ -215,15 +318,10 @@ def test_what_is_refused(place, capsys, refuses):
 
     (place / "taken").mkdir()
     assert "taken exists" in fails("export", "run", "--to", "onnx", "--out", "taken")
-    save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
-    assert "an export takes models of retention only" in fails("export", "twin", "--to", "onnx", "--out", "no")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("export", "hearing", "--to", "onnx", "--out", "no")
     save_model("odd", quantize(peaked(), 8, 48), ByteTokenizer())
     assert "a group of 48 integers" in fails("export", "odd", "--to", "onnx", "--out", "no")
-    hybrid = build(config_of("hybrid", "1m", vocab_size=257, dim=64, heads=2, layers=2))
-    with refuses("an export takes models whose blocks are of one kind, this is a Hybrid"):
-        export_onnx(hybrid, place / "no.onnx", eos=0)
     assert not (place / "no").exists() and not list(place.glob(".no*"))
     assert "no file at none.onnx" in fails("generate", "none.onnx")
     (place / "text.onnx").write_text("no graph")

@@ -1,8 +1,8 @@
-"""RetNets of every field that an export must know, small, and with logits that differ by much."""
+"""Models of every field that an export must know, small, and with logits that differ by much."""
 
 import torch
 
-from retentive.models import build, retnet
+from retentive.models import ModelConfig, build, hybrid, retnet, transformer
 
 TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
 VARIANTS = {
@@ -17,11 +17,29 @@ VARIANTS = {
     "paper, slow heads": {"decay": "paper", "heads": 8, "score_norm": True, "value_dim": 128},
 }
 
+ATTENDING: dict[str, ModelConfig] = {
+    "twin": transformer(**TINY),
+    "grouped heads": transformer(**TINY | {"heads": 4}, kv_heads=2, qk_norm=True, rotary="interleaved"),
+    "wide heads": transformer(**TINY, head_dim=48, rotary="none", tie_embeddings=True),
+    "forget gate": transformer(**TINY, forget_gate=True),
+    "window": transformer(**TINY, attention_window=8),
+    "forget gate, window": transformer(**TINY, forget_gate=True, attention_window=8, rotary_base=500.0),
+    "a window of one": transformer(**TINY, attention_window=1),
+    "hybrid": hybrid(**TINY, attention=(1,)),
+    "hybrid, window": hybrid(**TINY | {"layers": 4}, attention=(0, 3), attention_window=16, attention_rotary="none"),
+}
+"""Configs with blocks of attention."""
+
 
 def peaked(**changes):
-    """A model with weights so large that its logits differ by much."""
+    """A RetNet with weights so large that its logits differ by much."""
+    return peaked_model(retnet(**{**TINY, **changes}))
+
+
+def peaked_model(config: ModelConfig):
+    """A model of this config with such weights."""
     torch.manual_seed(0)
-    model = build(retnet(**{**TINY, **changes})).eval()
+    model = build(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.2)
     return model
