@@ -32,6 +32,11 @@ def option(name: str, value: Any) -> str:
     return f"`{name}={value!r}`"
 
 
+def quoted(message: object) -> str:
+    """Another library's message on one line, with its backticks as quotation marks: only our options have backticks."""
+    return " ".join(str(message).replace("`", "'").split())
+
+
 def check_type(name: str, value: Any, kind: type) -> None:
     """Raises TypeError if the value of an option is not of its kind, one of KINDS.
 

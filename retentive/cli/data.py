@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from retentive.checkpoint import ModelFolder
+from retentive.cli.errors import flags
 from retentive.cli.train import CHANGES, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     console = Console()
 
     def say(remark: str) -> None:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        console.print(flags(remark, "data"), markup=False, highlight=False, soft_wrap=True)
 
     options = vars(command.config)
     try:

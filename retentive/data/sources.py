@@ -26,6 +26,7 @@ from retentive.data.formats import (
     texts,
     unreadable,
 )
+from retentive.options import quoted
 
 Say = Callable[[str], None]
 """Called with one line of text for the user."""
@@ -208,5 +209,5 @@ def _hub_rows(source: str, field: str, check: TextCheck) -> Iterator[Document]:
                 yield Document(f"{name}:{split}:{number}", text)
     except OSError as error:  # no such data set, no network
         raise OSError(
-            f"cannot read {source} from the Hugging Face hub: {str(error).strip().split(chr(10))[0]}"
+            f"cannot read {source} from the Hugging Face hub: {quoted(str(error).strip().split(chr(10))[0])}"
         ) from None
