@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from retentive.files import write_text
-from retentive.options import quoted
+from retentive.options import option, quoted
 
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 20
@@ -325,9 +325,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         ValueError: the size is impossible, or there is no text.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
+        raise ValueError(f"{option('vocab_size', vocab_size)}: must be at least 257, for the bytes and {END_OF_TEXT}")
     if vocab_size > LARGEST:
-        raise ValueError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST:,} tokens can be learnt")
+        raise ValueError(f"{option('vocab_size', vocab_size)}: must be at most {LARGEST:,}")
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -38,7 +38,8 @@ def build(folder: Path) -> str:
     # read all before rendering: a damaged file is reported, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
-        raise FileNotFoundError(f"{folder} holds no result: retentive bench, eval and compare write them with --json")
+        verbs = "`retentive bench`, `retentive eval` and `retentive compare`"
+        raise FileNotFoundError(f"{folder}: no result; {verbs} write them with `json=FILE`")
     return page(files)
 
 

@@ -80,17 +80,17 @@ def break_line() -> None:
 
 
 REFUSED = {
-    "no-data": (lambda: None, ["--tasks", "piqa"], "data is missing: give the folder of piqa"),
+    "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
     "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
     "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with contexts, or"),
     "passkey-without-contexts": (
         lambda: None,
         ["--tasks", "passkey", "--data", "data"],
-        "task passkey needs contexts: give lengths",
+        "--contexts is needed: the lengths at which passkey is asked",
     ),
     "nan": (weights_of_nan, ["--tasks", "piqa", "--data", "data"], "the model's logits are not finite"),
-    "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "no task given"),
+    "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "--tasks is empty"),
     "no-file": (
         lambda: Path("data/piqa.jsonl").unlink(),
         ["--tasks", "piqa", "--data", "data"],
@@ -103,7 +103,7 @@ REFUSED = {
     "long": (
         lambda: None,
         ["--tasks", "piqa", "--data", "data", "--max-length", "9"],
-        "tokens, more than the 9 allowed",
+        "tokens; raise --max-length 9",
     ),
     "shots-of-text": (lambda: None, ["--tasks", "perplexity", "--data", "data", "--shots", "1"], "holds texts"),
 }
