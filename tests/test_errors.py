@@ -1,6 +1,6 @@
 """Errors and remarks of the library name options as Python has them: `data`, not --data.
 
-The command line turns them into flags (`cli.errors`, tests/cli/test_flags.py).
+The command line turns them into flags (`cli.errors`, tests/cli/test_errors.py).
 """
 
 import ast
@@ -24,7 +24,6 @@ ROOMS = sorted(
     path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
 )
 ROOMS.remove("cli")  # the room of flags
-ROOMS.remove("train")  # until its errors are moved as well
 EXCEPTIONS = {
     "bench/lab/server.py": "the command line of a server that is started",
     "bench/serving.py": "the same command line",

@@ -49,7 +49,7 @@ class OnnxModel:
             raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
         said = self.session.get_modelmeta().custom_metadata_map
         if said.get("format") != FORMAT:
-            raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
+            raise ValueError(f"{path}: not a graph of `retentive export`; write one with `to='onnx'`")
         self.config: dict[str, Any] = json.loads(said["config"])
         self.eos = int(said["eos"])
         self.vocab_size = int(self.config["vocab_size"])

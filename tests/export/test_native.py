@@ -105,7 +105,7 @@ def test_what_is_refused(place, capsys, monkeypatch):
         assert not Path("no").exists() and not [p for p in place.glob(".no*") if p.suffix != ".lock"]
         return said.err
 
-    assert "--standard is of --to onnx" in fails("run", "--standard")
+    assert "--standard is for --to onnx; leave it out" in fails("run", "--standard")
     save_model("twin", build(twin(retnet(**TINY))), ByteTokenizer())
     assert "an export takes models of retention only, this is a Transformer" in fails("twin")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
