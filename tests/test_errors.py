@@ -77,7 +77,7 @@ def fields_of(kind: type) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """What the verbs take, by the names of their fields."""
+    """Returns the names of all fields that a verb takes."""
     commands = [vars(importlib.import_module(module)).values() for module, _ in VERBS.values()]
     return {name for all_ in commands for kind in all_ if isinstance(kind, type) and is_dataclass(kind)
             for name in fields_of(kind)}  # fmt: skip

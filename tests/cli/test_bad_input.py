@@ -140,12 +140,12 @@ TRAINING = {
         ["--resume", "--overwrite"],
         "--resume and --overwrite exclude each other",
     ),
-    "no-batch": (["--batch", "0"], "batch is 0"),
+    "no-batch": (["--batch", "0"], "--batch 0, --length 32: each must be at least 1"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
     "no-wandb": (["--wandb", "project"], "--wandb needs an extra: pip install 'retentive[log]'"),
     "out-is-a-file": (["--out", "corpus/0.txt"], "corpus/0.txt"),
-    "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack the one"),
+    "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack it again"),
     "weights-of-one": (["--data-weights", "1"], "1 weights for 1 folders of data: give one for each of several"),
     "no-data": (["--data"], "--data is empty; name one folder or several"),
     "carry-of-two": (["--data", "data", "more", "--mode", "carry"], "--mode carry reads one stream"),
@@ -310,7 +310,7 @@ GENERATING = {
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
     "large-seed": (["--seed", str(2**70)], f"--seed {2**70}: must be from -2^63 to 2^63 - 1"),
     "bias": (["--bias", "99999", "1"], "bias is for tokens in [0, 257), got [99999]"),
-    "endless-beams": (["--beams", "1000000000"], "1,000,000,000 beams keep "),
+    "endless-beams": (["--beams", "1000000000"], "--beams 1000000000: the states take "),
     "infinite-temperature": (["--temperature", "inf"], "--temperature inf: must be at least 0"),
 }
 
@@ -325,7 +325,7 @@ def test_generate(case, refused):
 
 def test_generate_without_a_tokenizer(refused):
     Path("run/tokenizer.json").unlink()
-    refused(["generate", "run"], "run has no tokenizer.json: name one with --tokenizer")
+    refused(["generate", "run"], "run has no tokenizer.json: name one as --tokenizer")
 
 
 CONVERTING = {

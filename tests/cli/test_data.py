@@ -58,7 +58,7 @@ def test_command_takes_several_sources_and_other_suffixes_and_says_what_it_leave
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--vocab-size", "1000000000", "--out", "new"], "`vocab_size=1000000000`: must be at most 1,048,576"),
+        (["--vocab-size", "1000000000", "--out", "new"], "--vocab-size 1000000000: must be at most 1,048,576"),
         (["--out", "text.txt"], "text.txt is a file: choose a new folder for the packed data"),
         (["--out", "text.txt/new"], "cannot write text.txt/new: file exists (text.txt), choose another"),
         (["--out", "new", "--valid", "packed/train-00000.bin"], "cannot read packed/train-00000.bin: expected .txt"),

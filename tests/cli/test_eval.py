@@ -83,7 +83,7 @@ REFUSED = {
     "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
     "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
-    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with contexts, or"),
+    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with --contexts, or"),
     "passkey-without-contexts": (
         lambda: None,
         ["--tasks", "passkey", "--data", "data"],
@@ -98,7 +98,7 @@ REFUSED = {
     ),
     "no-folder": (lambda: shutil.rmtree("data"), ["--tasks", "piqa", "--data", "data"], "no such file"),
     "fields": (break_line, ["--tasks", "piqa", "--data", "data"], "piqa.jsonl line 6: no field 'sol1'"),
-    "no-tokenizer": (no_tokenizer, ["--tasks", "piqa", "--data", "data"], "run has no tokenizer.json: name one with"),
+    "no-tokenizer": (no_tokenizer, ["--tasks", "piqa", "--data", "data"], "run has no tokenizer.json: name one as"),
     "no-run": (lambda: shutil.rmtree("run"), ["--tasks", "piqa", "--data", "data"], "no model folder at run"),
     "long": (
         lambda: None,
