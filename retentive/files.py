@@ -180,7 +180,8 @@ def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): copy or save it again") from None
+        why = str(error).replace("`", "'")  # backticks mark our own options (`retentive.options`)
+        raise ValueError(f"{path} is not a complete safetensors file ({why}): copy or save it again") from None
     except RuntimeError as error:  # raised by torch's allocator and by mmap
         raise MemoryError(f"no memory for {path}: {str(error).splitlines()[0]}") from None
 

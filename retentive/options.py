@@ -5,7 +5,7 @@ writes the same options as flags: --batch, --resume, --mode carry (`cli.errors.f
 """
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def option(name: str, value: Any) -> str:
     return f"`{name}={value!r}`"
 
 
+def quoted(message: object) -> str:
+    """Another library's message on one line, with its backticks as quotation marks: only our options have backticks."""
+    return " ".join(str(message).replace("`", "'").split())
+
+
 def check_type(name: str, value: Any, kind: type) -> None:
     """Raises TypeError if the value of an option is not of its kind, one of KINDS.
 
@@ -40,13 +45,6 @@ def check_type(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, (float, int) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be {KINDS[kind]}, got {value!r}")
-
-
-def check_once(argv: Sequence[str], *names: str) -> None:
-    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
-    for name in names:
-        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
-            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
 
 
 def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:

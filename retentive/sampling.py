@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
-from retentive.options import check_type
+from retentive.options import check_type, option
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class SamplingParams:
             check_type("a token of bias", token, Integral)
             check_type("a bias", bias, Real)
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+            raise ValueError(f"{option('temperature', self.temperature)}: must be at least 0")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+            raise ValueError(f"{option('top_k', self.top_k)}: must be at least 0")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise ValueError(f"{option('top_p', self.top_p)}: must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+            raise ValueError(f"{option('min_p', self.min_p)}: must be in [0, 1]")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+            raise ValueError(f"{option('repetition_penalty', self.repetition_penalty)}: must be above 0")
         if not all(math.isfinite(x) for x in self.bias.values()):
             raise ValueError(f"a bias must be a finite number, got {dict(self.bias)}; -100 bans a token")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {self.seed}")
+            raise ValueError(f"{option('seed', self.seed)}: must be from -2^63 to 2^63 - 1")
 
 
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)

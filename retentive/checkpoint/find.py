@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from retentive.options import quoted
+
 SHIPPED = Path(__file__).parents[1] / "shipped"
 """Folder of the models that come with the package, each with a model card, README.md."""
 
@@ -47,5 +49,5 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = quoted((str(error).strip() or type(error).__name__).splitlines()[0])
         raise FileNotFoundError(f"the Hugging Face hub does not give {name!r}: {reason}") from None

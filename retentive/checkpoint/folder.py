@@ -31,6 +31,7 @@ from retentive.models import Config, LanguageModel, ModelConfig, PeerConfig, bui
 from retentive.models.encoders import CONFIGS, with_encoders
 from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.version_1 import read_version_1
+from retentive.options import option
 
 log = logging.getLogger(__name__)
 FORMAT = "retentive-model-2"
@@ -100,7 +101,7 @@ class ModelFolder:
         """
         found = load_tokenizer(given) if isinstance(given, str) else given or self.tokenizer
         if found is None:
-            raise ValueError(f"{self.name} has no tokenizer.json: give a tokenizer (bytes, or a file)")
+            raise ValueError(f"{self.name} has no tokenizer.json: name one as `tokenizer` (bytes, or a file)")
         check_tokens(found, self.config.vocab_size)
         return found
 
@@ -133,7 +134,7 @@ class ModelFolder:
         if not base.startswith("hf:") and not (Path(base) / "config.json").is_file():
             raise FileNotFoundError(
                 f"{self.name} is an adapter of the model at {base}, which is not there: give that model, wherever it "
-                f"is, and {self.name} as its adapter"
+                f"is, with {option('adapter', self.name)}"
             )
         return ModelFolder.open(base)
 
@@ -162,7 +163,7 @@ class ModelFolder:
                 point, matrices of several dtypes (if `dtype` is None), or an adapter of another model.
         """
         if weights not in get_args(Weights):
-            raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
+            raise ValueError(f"{option('weights', weights)}: expected one of {', '.join(get_args(Weights))}")
         found, device = _dtype_of(dtype), pick_device(device) if isinstance(device, str) else device
         if self.untrained:
             log.warning("%s has trained nothing yet: its weights are the initial ones; resume the run", self.path)
@@ -194,7 +195,7 @@ class ModelFolder:
             raise ValueError(f"{change.name} is a model and no adapter: load it by itself")
         if self.quantization:
             raise ValueError(
-                f"{self.name} is quantised, and takes no adapter: merge it first (retentive convert), then quantise"
+                f"{self.name} is quantised, and takes no adapter: merge it first (`retentive convert`), then quantise"
             )
         if self.sha256 != change.adapter.base_sha256:
             raise ValueError(
@@ -224,7 +225,7 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
-    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+    raise ValueError(f"{option('dtype', name)}: expected one of {', '.join(DTYPES)}")
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

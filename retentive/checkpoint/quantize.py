@@ -21,6 +21,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
 from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from retentive.models import LanguageModel
+from retentive.options import option
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = {8: 128, 4: 32}
@@ -46,7 +47,7 @@ class Quantization:
         if type(self.bits) is not int or self.bits not in BITS.values():
             raise ValueError(f"weights can have 8 or 4 bits, got {self.bits}")
         if type(self.group) is not int or self.group not in range(16, 257, 16):
-            raise ValueError(f"a group must be a multiple of 16 columns, up to 256, got {self.group}")
+            raise ValueError(f"{option('group', self.group)}: must be a multiple of 16 columns, up to 256")
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
@@ -240,7 +241,7 @@ def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: i
         ValueError: `tokens` is below 1.
     """
     if tokens < 1:
-        raise ValueError(f"calibration needs at least one token, got {tokens}")
+        raise ValueError(f"{option('tokens', tokens)}: calibration needs at least 1")
     parts: list[list[list[int]]] = []
     for document in islice(documents, -(-tokens // length)):
         ids = [tokenizer.eos_id, *tokenizer.encode(document.text[: tokens * MOST_CHARACTERS])]

@@ -142,4 +142,4 @@ def _check_dtypes(
     matrices = {x.dtype: name for name, x in tensors.items() if x.ndim > 1}
     if asked is None and len(matrices) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in matrices.items())
-        raise ValueError(f"weights in {where} are of several dtypes ({found}): name one as dtype")
+        raise ValueError(f"weights in {where} are of several dtypes ({found}): name one (`dtype`)")

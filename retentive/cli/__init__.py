@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from retentive import __version__
 from retentive.cli.errors import one_line
+from retentive.cli.progress import say
 from retentive.threads import bound_spinning
 
 VERBS = {
@@ -57,12 +58,19 @@ def mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+class Shown(logging.Handler):
+    """Log handler that writes records to stderr, with options as they are typed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
 def show_log() -> None:
-    """What the package logs goes to stderr: that something is compiled, to someone who waits and would wonder."""
-    log, handler = logging.getLogger("retentive"), logging.StreamHandler()
+    """Show the package's warnings on stderr; at a terminal also what it does, since a user waits for a compiler."""
+    log, handler = logging.getLogger("retentive"), Shown()
     handler.setFormatter(logging.Formatter("retentive: %(message)s"))
     log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
 
 
 def run(argv: list[str]) -> None:
@@ -86,8 +94,7 @@ def prepare() -> None:
     from retentive import machine
 
     machine.keep_freed_memory()
-    if sys.stderr.isatty():
-        show_log()
+    show_log()
 
 
 def usage() -> str:

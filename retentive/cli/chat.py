@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from retentive.cli.errors import described
 from retentive.cli.info import megabytes
 from retentive.cli.loading import Loading
 from retentive.data.media import SUFFIXES, Media
@@ -116,7 +117,7 @@ class Talk:
                     error = ValueError(f"the message is not UTF-8 text ({error.reason} at {error.start})")
                 if not self.at_terminal:
                     raise error from None
-                print("retentive:", " ".join(str(error).split()), file=sys.stderr)
+                print("retentive:", described(error, "chat"), file=sys.stderr)
 
     def answer(self, message: str) -> None:
         """Print it as it comes."""

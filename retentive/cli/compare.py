@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from retentive.cli.errors import flags
 from retentive.cli.progress import Lines
 from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
 from retentive.compare import Comparison, plot, table
@@ -50,12 +51,12 @@ def main(argv: list[str]) -> None:
         lines = Lines()
 
         def progress(line: str) -> None:
-            status.update(line)
+            status.update(flags(line))
             if not console.is_terminal:
                 lines(line)
 
         def say(line: str) -> None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(flags(line), highlight=False, markup=False, soft_wrap=True)
 
         try:
             result = comparison.run(say, progress)

@@ -16,12 +16,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from retentive.checkpoint import ModelFolder
-from retentive.cli.train import CHANGES, typed_options
+from retentive.cli.errors import flags
+from retentive.cli.train import CHANGES, check_once, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
 from retentive.models.encoders import ImageConfig, config_for
-from retentive.options import check_once
 from retentive.train import TrainRun
 
 HEADINGS = {"image": "pictures", "audio": "sound"}
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     console = Console()
 
     def say(remark: str) -> None:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        console.print(flags(remark, "data"), markup=False, highlight=False, soft_wrap=True)
 
     options = vars(command.config)
     try:

@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 
 from retentive.bench import memory
 from retentive.checkpoint import ModelFolder
+from retentive.cli.errors import flags
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
@@ -84,7 +85,7 @@ def run(command: DemoCommand) -> None:
     try:
         training.run()
     except Interrupted as stop:
-        console.print(f"{stop}: retentive train --data {data} --out {command.out} --resume", markup=False)
+        console.print(f"{flags(str(stop))}: retentive train --data {data} --out {command.out} --resume", markup=False)
         sys.exit(128 + stop.number)
     folder = ModelFolder.open(command.out)
     model, tokenizer = folder.model(), folder.tokenizer_for_text()

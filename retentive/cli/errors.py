@@ -6,12 +6,21 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
 OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 """An option in a message of the library (`retentive.options`)."""
-POSITIONAL = {"sft": {"init": "RUN"}}
-"""Fields that a verb takes by their place, and what its help calls them."""
+NAMES = {
+    "convert": {"adapter": "--merge"},
+    "data": {"sources": "SOURCES"},
+    "eval": {"model": "RUN"},
+    "memory": {"sources": "FILES"},
+    "sft": {"init": "RUN"},
+}
+"""Fields that a verb takes under another name or by their place: verb -> field -> name in the verb's help."""
 
 
 def flags(text: str, verb: str = "") -> str:
@@ -19,7 +28,7 @@ def flags(text: str, verb: str = "") -> str:
 
     def flag(found: re.Match) -> str:
         name, value = found.groups()
-        typed = POSITIONAL.get(verb, {}).get(name, "--" + name.replace("_", "-"))
+        typed = NAMES.get(verb, {}).get(name, "--" + name.replace("_", "-"))
         if value is None:
             return typed
         try:
@@ -40,9 +49,19 @@ def as_typed(value: Any) -> str:
     return (" ".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)
 
 
+def described(error: BaseException, verb: str = "") -> str:
+    """The error's message on one line; options become flags if this package raised it, not another library."""
+    said = " ".join(str(error).split()) or "there is not enough memory"
+    frames = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    if frames and Path(frames[-1]).is_relative_to(PACKAGE):
+        said = flags(said, verb)
+    # a file's name may hold what a terminal obeys
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
+
+
 @contextmanager
 def one_line(verb: str = "") -> Iterator[None]:
-    """An error that the user can mend ends the process in this block, in one line (RETENTIVE_DEBUG=1: a traceback)."""
+    """An error that the user can fix ends the process in this block, in one line (RETENTIVE_DEBUG=1: a traceback)."""
     try:
         yield
         sys.stdout.flush()
@@ -56,8 +75,5 @@ def one_line(verb: str = "") -> Iterator[None]:
             raise
         rank = os.environ.get("RANK", "0")  # of several processes that train together
         who = "retentive:" if rank == "0" else f"retentive: rank {rank}:"
-        said = " ".join(str(error).split()) or "there is not enough memory"
-        # a file's name may hold what a terminal obeys
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flags(said, verb))
-        print(who, line, file=sys.stderr)
+        print(who, described(error, verb), file=sys.stderr)
         sys.exit(2)  # what argument parsers use for bad input

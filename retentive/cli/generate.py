@@ -9,7 +9,7 @@ import tyro
 
 from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Loading
-from retentive.cli.train import typed_options
+from retentive.cli.train import check_once, typed_options
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import KINDS, Media
 from retentive.data.tokenizer import Tokenizer
@@ -17,7 +17,6 @@ from retentive.infer import SamplingParams
 from retentive.infer.media import answer
 from retentive.infer.writing import stream_generate
 from retentive.models import LanguageModel
-from retentive.options import check_once
 from retentive.sampling import TEXT
 
 

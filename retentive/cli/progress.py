@@ -3,13 +3,15 @@
 import sys
 import time
 
+from retentive.cli.errors import flags
+
 SECONDS = 15.0
 """Between two lines."""
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr at once, also where that is a file."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line to stderr at once, also if that is a file; options in it as they are typed."""
+    print(flags(line), file=sys.stderr, flush=True)
 
 
 class Lines:

@@ -116,6 +116,13 @@ def typed_options(argv: list[str]) -> set[str]:
     return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
 
 
+def check_once(argv: Sequence[str], *names: str) -> None:
+    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
+    for name in names:
+        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
+            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
+
+
 def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, list[str]]:
     """What the function of --recipe FILE.py returns, and the arguments without it.
 

@@ -27,6 +27,7 @@ from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.models.peers import KINDS
+from retentive.options import option
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
 from retentive.train.resume import FREE
@@ -82,11 +83,11 @@ class Comparison:
             ValueError: an unknown variant, or something that is given twice or not at all.
         """
         if self.train.seed != TrainConfig.seed:
-            raise ValueError(f"--seed is not for comparisons, got {self.train.seed}: name them with --seeds")
+            raise ValueError(f"{option('seed', self.train.seed)}: a comparison has several; name them in `seeds`")
         known([*self.variants, *self.set], self.models, "variant")
         again = [name for name in self.set if name in VARIANTS]
         if again:
-            raise ValueError(f"--set {again[0]}:…: that is a variant already, choose another name")
+            raise ValueError(f"`set` defines {again[0]}: that is a variant already; choose another name")
         lrs = self.lrs or (self.train.lr,)
         given = {"optimizer": self.optimizers, "size": self.sizes, "seed": self.seeds, "variant": self.names, "lr": lrs}
         for what, values in given.items():
@@ -133,7 +134,7 @@ class Comparison:
             ModuleNotFoundError: a variant comes from a library that is not installed.
         """
         if self.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
+            raise ValueError(f"{option('jobs', self.jobs)}: must be at least 1")
         runs = [run for run in self.plan() if run.lr]
         found = sorted(self.out.glob("[!.]*"))  # what begins with a dot is ours: locks, the precision
         ours = {run.name for run in runs}

@@ -68,8 +68,7 @@ def check_done(file: Path, wanted: dict[str, Any], config: Config) -> None:
     for name in want:
         if name != "train" and had.get(name) != want[name]:
             raise ValueError(
-                f"{file.parent} is of another comparison ({name} {had.get(name)}, now {want[name]}): "
-                f"choose another --out"
+                f"{file.parent}: of another comparison ({name} {had.get(name)}, now {want[name]}); choose another `out`"
             )
     check_model(file.parent, record.get("config", {}), config)  # records from before 27 November 2026 have none
 
@@ -85,8 +84,8 @@ def check_model(folder: Path, found: dict[str, Any], config: Config) -> None:
     for name, value in json.loads(json.dumps(had)).items():
         if name != "vocab_size" and wanted.get(name) != value:
             raise ValueError(
-                f"{folder} is of another comparison: its model has {name}={value!r}, this variant "
-                f"{wanted.get(name)!r}: choose another --out, or another name for the variant"
+                f"{folder}: of another comparison, its model has {name}={value!r}, this variant "
+                f"{wanted.get(name)!r}; choose another `out`, or another name for the variant"
             )
 
 
@@ -108,7 +107,7 @@ def adopt(file: Path, out: Path, names: Collection[str]) -> None:
         result = json.loads(file.read_text(encoding="utf-8"))
         found = {record["name"]: record for record in result["runs"]}
     except FileNotFoundError:
-        raise FileNotFoundError(f"no result at {file}: expected a file that compare --json wrote") from None
+        raise FileNotFoundError(f"{file}: no such file; name a result of `retentive compare`") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{file} is no result of a comparison ({type(error).__name__}: {error})") from None
     for name in set(names) & set(found):
@@ -127,4 +126,4 @@ def check_hardware(results: Sequence[dict[str, Any]], *, mixed: bool = False) ->
     kinds = machines(results)
     if len(kinds) > 1 and not mixed:
         examples = "; ".join(f"{r['name']} on {kind}" for kind, r in kinds.items())
-        raise ValueError(f"results of {len(kinds)} kinds of machine in one table ({examples}): --mixed allows it")
+        raise ValueError(f"results of {len(kinds)} kinds of machine in one table ({examples}); `mixed=True` allows it")

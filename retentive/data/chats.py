@@ -185,7 +185,7 @@ def _part(number: int, part: Any, media: Callable[[str, str], Media] | None) -> 
         return part["text"]
     if kind in KINDS_OF_MEDIA and isinstance(part.get(kind), str) and part[kind]:
         if media is None:
-            raise ValueError(f"message {number} holds {kind}: say how it becomes tokens ({kind})")
+            raise ValueError(f"message {number} holds {kind}: say how it becomes tokens (`{kind}`)")
         return media(kind, part[kind])
     if kind in ("text", *KINDS_OF_MEDIA):
         named = f"a part of type {kind!r} must name its {'text' if kind == 'text' else 'file'} as {kind!r}"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from retentive.data.html import strip_html
+from retentive.options import option
 
 PLAIN = (".txt", ".md", ".py", ".rst")
 HTML = (".html", ".htm")
@@ -61,7 +62,7 @@ class TextCheck:
 
     def __init__(self, on_bad_text: OnBadText, *, advise: bool = True):
         if on_bad_text not in ("refuse", "skip"):
-            raise ValueError(f'on_bad_text is {on_bad_text!r}: expected "refuse" or "skip"')
+            raise ValueError(f"{option('on_bad_text', on_bad_text)}: expected 'refuse' or 'skip'")
         self.skips, self.advise = on_bad_text == "skip", advise
         self.skipped: list[str] = []
 
@@ -97,7 +98,7 @@ class TextCheck:
             ValueError: bad text is refused here.
         """
         if not self.skips:
-            skip = ', or skip such documents (on_bad_text="skip")'
+            skip = ", or skip such documents (`on_bad_text='skip'`)"
             raise ValueError(f"{name} {what}: {cure}{skip if self.advise else ''}")
         self.skipped.append(name)
 
@@ -248,7 +249,7 @@ def _check_column(path: Path, field: str, columns: Any, check: TextCheck) -> Non
 
 def _flag(check: TextCheck) -> str:
     """Returns the hint at the end of an error about a missing field."""
-    return "; option field names another" if check.advise else ""
+    return "; `field` names another" if check.advise else ""
 
 
 @contextmanager

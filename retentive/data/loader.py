@@ -26,6 +26,7 @@ from torch import Tensor
 
 from retentive.data.shards import TokenStream
 from retentive.ops.cross_entropy import IGNORE
+from retentive.options import option
 
 Mode = Literal["reset", "packed", "whole", "carry"]
 
@@ -102,16 +103,17 @@ class Batches:
         world: int = 1,
     ):
         if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}: expected one of {', '.join(get_args(Mode))}")
+            raise ValueError(f"{option('mode', mode)}: expected one of {', '.join(get_args(Mode))}")
         if batch < 1 or length < 1:
-            raise ValueError(f"batch is {batch} and length is {length}: expected at least 1 each")
+            raise ValueError(f"{option('batch', batch)}, {option('length', length)}: each must be at least 1")
         self._rows = check_ranks(batch, rank, world)
         self._stream, self.tokens = stream, stream.tokens
         self.mode, self.length, self.seed = mode, length, seed
         self._batch = batch
         self._windows = (self.tokens - 1) // length  # the last token of a window needs a target beyond it
         if stream.media and mode != "whole":
-            raise ValueError(f'data with {", ".join(stream.media)} need mode "whole", got {mode!r}: set mode="whole"')
+            kinds = " and ".join(stream.media)
+            raise ValueError(f"{option('mode', mode)}: data with {kinds} need another; set `mode='whole'`")
         if mode == "whole":
             self._pieces, self._first_pieces = whole_rows(stream, length, seed)
             self._windows = len(self._first_pieces) - 1
@@ -119,7 +121,7 @@ class Batches:
         if self._windows < needed:
             raise ValueError(
                 f"the {stream.name} holds {self.tokens:,} tokens, too few for {what} of length {length} and a "
-                f"target: use a smaller length or batch, or more text"
+                f"target: use a smaller `length` or `batch`, or more text"
             )
         # In mode carry the rows have equal lengths and leave a rest. Otherwise all windows are read, and the last batch
         # takes windows of the next epoch.
@@ -257,7 +259,8 @@ def whole_rows(stream: TokenStream, length: int, seed: int) -> tuple[np.ndarray,
     """
     ends = stream.ends_in(0, stream.tokens)
     if stream.media and (longest := int(np.diff(ends, prepend=0).max())) > length + 1:
-        raise ValueError(f"the longest conversation has {longest:,} tokens, a row {length:,}: set length={longest}")
+        need = option("length", longest)
+        raise ValueError(f"the longest conversation has {longest:,} tokens, a row {length:,}: set {need}")
     # a text also reads the end-of-text id before it; the very first has none
     starts = np.concatenate([[0], ends[:-1] - (not stream.chats)])
     pieces, first, room = list[tuple[int, int]](), [0], length

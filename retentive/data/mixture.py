@@ -22,6 +22,7 @@ from retentive.data.loader import Batch, Batches, Mode, Row, check_ranks, joined
 from retentive.data.pack import Meta, Split
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate
+from retentive.options import option
 
 BLOCK = 10_000
 """Rows that hold each folder's share exactly, so shares are rounded to a ten-thousandth."""
@@ -34,7 +35,7 @@ def open_packed(paths: Sequence[Path], weights: Sequence[float] = ()) -> "Packed
         FileNotFoundError, ValueError: as `Packed` and `Mixture`; or weights are given for one folder.
     """
     if not paths:
-        raise ValueError("no folder of data given: name one or several (data)")
+        raise ValueError("`data` is empty; name one folder or several")
     if len(paths) == 1 and not weights:
         return Packed(paths[0])
     return Mixture([Packed(path) for path in paths], weights)
@@ -61,8 +62,8 @@ class Mixture:
         for other in others:
             if other.tokenizer.sha256 != first.tokenizer.sha256:
                 raise ValueError(
-                    f"{other.path} was packed with another tokenizer than {first.path}: pack it again with "
-                    f"tokenizer={str(first.path)!r}"
+                    f"{other.path} was packed with another tokenizer than {first.path}: pack it again "
+                    f"(`retentive data` with {option('tokenizer', first.path)})"
                 )
         names = [part.path.name for part in packed]
         if len(set(names)) < len(names):
@@ -105,7 +106,7 @@ class Mixture:
             ValueError: mode is "carry", or as `Batches`.
         """
         if mode == "carry":
-            raise ValueError('mode is "carry", which reads one stream, but these are several folders: use another mode')
+            raise ValueError("`mode='carry'` reads one stream, but these are several folders: use another mode")
         parts = [part.batches(mode=mode, batch=1, length=length, seed=seed) for part in self.parts.values()]
         return MixedBatches(parts, list(self.shares.values()), batch=batch, seed=seed, rank=rank, world=world)
 
@@ -197,7 +198,7 @@ def _same_template(packed: Sequence[Packed]) -> ChatTemplate | None:
         if part.template and chats[0].template and part.template.source != chats[0].template.source:
             raise ValueError(
                 f"{part.path} was packed with another chat template than {chats[0].path}: pack both with one "
-                f"(template=FILE)"
+                f"(`retentive data` with `template=FILE`)"
             )
     return chats[0].template if chats else None
 

@@ -208,7 +208,7 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> None:
     if others:
         raise FileExistsError(f"{out} holds other things ({others[0]}): choose a new or an empty folder")
     if any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} holds packed data: choose another folder, or set overwrite to replace it")
+        raise FileExistsError(f"{out} holds packed data: choose another folder, or replace it with `overwrite=True`")
 
 
 def load_meta(path: str | Path, *, verify: bool = False) -> Meta:

@@ -19,6 +19,7 @@ from retentive.data.pack import load_meta
 from retentive.data.shards import TokenStream
 from retentive.data.templates import ChatTemplate, load_template
 from retentive.data.tokenizer import load_tokenizer
+from retentive.options import option
 
 
 class Packed:
@@ -86,7 +87,7 @@ class Packed:
             ValueError: there is no held-out text, or a number is too small. Raised by the call, not by the first batch.
         """
         if length < 1:
-            raise ValueError(f"length is {length}: expected at least 1")
+            raise ValueError(f"{option('length', length)}: must be at least 1")
         stream, count = self._held_out(tokens)
 
         def windows() -> Iterator[Batch]:
@@ -143,5 +144,5 @@ class Packed:
         if tokens is not None and tokens < 2:
             raise ValueError(f"tokens is {tokens}: expected at least 2, one to read and one to predict")
         if stream.tokens < 2:
-            raise ValueError(f"{self.path} has no held-out text: pack it with valid_fraction above 0, or with valid")
+            raise ValueError(f"{self.path}: no held-out text; pack it with `valid_fraction` above 0, or with `valid`")
         return stream, min(tokens or stream.tokens, stream.tokens)

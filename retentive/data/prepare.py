@@ -87,9 +87,9 @@ def prepare(
     config = DataConfig(**options)
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if not sources:
-        raise ValueError("no source: expected files, folders or hf:NAME")
+        raise ValueError("`sources` is empty; name files, folders or hf:NAME")
     if config.template is not None and not config.chats:
-        raise ValueError("template is given, but only conversations have one: set chats=True, or leave it out")
+        raise ValueError("`template`: only conversations have one; set `chats=True`, or leave it out")
     check_free(out, overwrite=config.overwrite)
     report = progress or (lambda stage, done, total: None)
     # First, since missing sources raise here. Learning a tokenizer reads the sources once more.

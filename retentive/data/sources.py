@@ -26,6 +26,7 @@ from retentive.data.formats import (
     texts,
     unreadable,
 )
+from retentive.options import option, quoted
 
 Say = Callable[[str], None]
 """Called with one line of text for the user."""
@@ -108,7 +109,7 @@ def find_files(source: str | Path, suffixes: Iterable[str] = (), *, advise: bool
     if stat.S_ISREG(mode):
         kind, _ = kind_of(path)
         if kind and kind not in {*wanted, *TABLES}:
-            cure = f"; if it is plain text, add {kind} to suffix" if advise else ""
+            cure = f"; read plain text with {option('suffix', (kind,))}" if advise else ""
             raise ValueError(
                 f"cannot read {path}: expected {' '.join(READABLE)}, perhaps with {' '.join(COMPRESSED)}{cure}"
             )
@@ -154,7 +155,7 @@ def _walk(top: Path, wanted: set[str], advise: bool) -> tuple[list[Path], str]:
                 found.append(file.relative_to(top))
             else:
                 kinds[kind + compression or "none"] += 1
-    return found, _left_out(kinds, links, locked, "; option suffix reads more kinds" if advise else "")
+    return found, _left_out(kinds, links, locked, "; `suffix` reads more kinds" if advise else "")
 
 
 def _left_out(kinds: Counter[str], links: int, locked: list[str], advice: str) -> str:
@@ -208,5 +209,5 @@ def _hub_rows(source: str, field: str, check: TextCheck) -> Iterator[Document]:
                 yield Document(f"{name}:{split}:{number}", text)
     except OSError as error:  # no such data set, no network
         raise OSError(
-            f"cannot read {source} from the Hugging Face hub: {str(error).strip().split(chr(10))[0]}"
+            f"cannot read {source} from the Hugging Face hub: {quoted(str(error).strip().split(chr(10))[0])}"
         ) from None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar, cast
 
 from retentive.data.sources import Document
+from retentive.options import option
 
 
 class Named(Protocol):
@@ -29,7 +30,7 @@ def split_documents(docs: Iterable[T], valid_fraction: float, seed: int = 0) -> 
         ValueError: the fraction is below 0 or not below 1.
     """
     if not 0 <= valid_fraction < 1:
-        raise ValueError(f"valid_fraction is {valid_fraction}: expected at least 0 and less than 1")
+        raise ValueError(f"{option('valid_fraction', valid_fraction)}: must be at least 0 and less than 1")
     held: deque[T] = deque()
     done = False
 

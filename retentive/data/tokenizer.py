@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from retentive.files import write_text
+from retentive.options import option, quoted
 
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 20
@@ -160,7 +161,7 @@ class BPETokenizer:
         try:
             self._tokenizer = HFTokenizer.from_str(text)
         except Exception as error:  # the Rust library raises bare Exception
-            raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {error}") from None
+            raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {quoted(error)}") from None
         self._text = text  # saved unchanged, so that the hash is independent of the library's version
         self.eos, self.eos_id = _end_token(self._tokenizer.token_to_id, eos)
         self._tokenizer.add_special_tokens([self.eos])  # some files hold it as an ordinary token, which decodes to text
@@ -324,9 +325,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         ValueError: the size is impossible, or there is no text.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs 257, the bytes and {END_OF_TEXT}")
+        raise ValueError(f"{option('vocab_size', vocab_size)}: must be at least 257, for the bytes and {END_OF_TEXT}")
     if vocab_size > LARGEST:
-        raise ValueError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST:,} tokens can be learnt")
+        raise ValueError(f"{option('vocab_size', vocab_size)}: must be at most {LARGEST:,}")
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

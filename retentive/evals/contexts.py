@@ -21,6 +21,7 @@ from retentive.evals.read import find, parse
 from retentive.evals.stats import ratio_interval, wilson
 from retentive.evals.tasks import PASSKEY, TASKS
 from retentive.models import LanguageModel
+from retentive.options import option
 
 LAST = 128
 """Default number of predicted tokens per window."""
@@ -83,11 +84,11 @@ def check(names: Sequence[str], contexts: Sequence[int], last: int) -> None:
         if name not in (*texts, PASSKEY):
             raise ValueError(f"task {name!r} has no contexts to vary, expected some of {', '.join((*texts, PASSKEY))}")
     if last < 1:
-        raise ValueError(f"the tokens predicted of each window must be at least 1, got {last}")
+        raise ValueError(f"{option('last', last)}: must be at least 1")
     if min(contexts) <= last and set(names) != {PASSKEY}:
-        raise ValueError(f"a context of {min(contexts)} tokens leaves none before the last {last} that are predicted")
+        raise ValueError(f"`contexts`: {min(contexts)} tokens leave none before the {last} that are predicted (`last`)")
     if not names:
-        raise ValueError(f"no task given, expected some of {', '.join((*texts, PASSKEY))}")
+        raise ValueError(f"`tasks` is empty: expected some of {', '.join((*texts, PASSKEY))}")
 
 
 def _windows(
@@ -95,9 +96,9 @@ def _windows(
 ) -> Iterator[tuple[dict[str, Any], list[Request]]]:
     """Yields (about, request) for windows of every length, at up to WINDOWS positions of each long enough document."""
     if folder is None:
-        raise ValueError(f"task {name} needs data: the folder of its texts")
+        raise ValueError(f"`data` is needed: the folder of the texts of {name}")
     if limit is not None and limit < 1:
-        raise ValueError(f"the documents of a task must be at least 1, got {limit}")
+        raise ValueError(f"{option('limit', limit)}: must be at least 1")
     file, longest, found = find(name, folder), max(contexts), 0
     for line, text in parse(TASKS[name], file, limit=limit):
         ids = tokenizer.encode(text)

@@ -30,6 +30,7 @@ from retentive.evals.stats import Interval, ratio_interval, share
 from retentive.infer.batch import generate_batch, together
 from retentive.infer.media import read
 from retentive.models import LanguageModel
+from retentive.options import option
 
 LEAD = 3
 """Number of first sentences of a question that form the baseline of a summary."""
@@ -91,7 +92,7 @@ def score_generation_tasks(
         ("limit", limit), ("max_length", max_length), ("max_tokens", max_tokens), ("beams", beams)
     ):  # fmt: skip
         if value is not None and value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
+            raise ValueError(f"{option(what, value)}: must be at least 1")
     for name in names:  # checked before hours of generation
         if (scorer := SCORERS.get(kind_of(name))) and not find_spec(scorer):
             raise ImportError(f"{kind_of(name)} is scored by {scorer}: pip install 'retentive[eval]'")
@@ -102,7 +103,7 @@ def score_generation_tasks(
         if named and not of:
             raise ValueError(f"task {name} names no file: {kind}:NAME takes NAME.jsonl, {kind} alone {kind}.jsonl")
         if folder.is_file():
-            raise NotADirectoryError(f"data {folder} is a file: give the folder that holds it")
+            raise NotADirectoryError(f"{option('data', folder)}: a file; give the folder that holds it")
         file = folder / f"{of or name}.jsonl"
         if not file.is_file():
             raise FileNotFoundError(f"task {name} needs {file}: no such file")
@@ -112,7 +113,7 @@ def score_generation_tasks(
         done = partial(progress, name, len(conversations))
         if (metrics := KINDS[kind_of(name)]) is None:
             if max_length is not None:
-                raise ValueError(f"{name} reads questions whole: leave out max_length")
+                raise ValueError(f"{name}: reads questions whole; leave out `max_length`")
             new, new_records = naming(model, template, conversations, folder, done=done)
         else:
             how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
@@ -142,7 +143,7 @@ def generate_answers(
     """
     rows = [rows_of(each.messages) for each in conversations]
     if max_length is not None and any(rows):
-        raise ValueError("pictures and sound are read whole: leave out max_length")
+        raise ValueError("pictures and sound are read whole; leave out `max_length`")
     prompts = [template.first(each.messages[:-1])[-(max_length or 0) :] for each in conversations]
     tokens = generate_batch(
         model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), temperature=temperature,

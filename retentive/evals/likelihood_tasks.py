@@ -23,6 +23,7 @@ from retentive.evals.read import Item, find, known, parse, where
 from retentive.evals.stats import mean_interval, ratio_interval, wilson
 from retentive.evals.tasks import TASKS, Task
 from retentive.models import LanguageModel
+from retentive.options import option
 
 WINDOW = 2048
 """Default tokens per window."""
@@ -58,9 +59,9 @@ def score_likelihood_tasks(
     """
     for what, value, least in (("shots", shots, 0), ("limit", limit, 1), ("max_length", max_length, 2)):
         if value is not None and value < least:
-            raise ValueError(f"{what} must be at least {least}, got {value}")
+            raise ValueError(f"{option(what, value)}: must be at least {least}")
     if window < 2:
-        raise ValueError(f"window must be at least 2, got {window}")
+        raise ValueError(f"{option('window', window)}: must be at least 2")
     files = {name: find(name, folder) for name in known(names)}
     asked = {name: parse(TASKS[name], file, limit=limit, shots=shots) for name, file in files.items()}
     # parse and encode all files before scoring, so that errors come at once and not after an hour
@@ -107,7 +108,7 @@ def _requests(
         longest = max(len(r.context) + len(r.continuation) for r in group)
         if max_length is not None and longest > max_length:
             raise ValueError(
-                f"{where(file, line)}: the question takes {longest} tokens, more than the {max_length} allowed"
+                f"{where(file, line)}: its question has {longest} tokens; raise {option('max_length', max_length)}"
             )
         yield group
 

@@ -31,14 +31,14 @@ def known(names: list[str]) -> list[str]:
     Raises:
         ValueError: a name is unknown, or there is none.
     """
-    expected = f"expected some of {', '.join(TASKS)}, {PASSKEY} with contexts, or, by themselves, {REPLIES}"
+    expected = f"expected some of {', '.join(TASKS)}, {PASSKEY} with `contexts`, or, by themselves, {REPLIES}"
     for name in names:
         if name == PASSKEY:
-            raise ValueError(f"task {PASSKEY} needs contexts: give lengths")
+            raise ValueError(f"`contexts` is needed: the lengths at which {PASSKEY} is asked")
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}, {expected}")
     if not names:
-        raise ValueError(f"no task given, {expected}")
+        raise ValueError(f"`tasks` is empty: {expected}")
     return names
 
 
@@ -78,9 +78,9 @@ def parse(task: Task, file: Path, *, limit: int | None = None, shots: int = 0) -
     if shots == 0:
         return items
     if task.kind == "text":
-        raise ValueError(f"{file} holds texts, and examples are for questions: set shots=0")
+        raise ValueError(f"{file}: holds texts, and examples are for questions; set `shots=0`")
     if len(items) <= shots:
-        raise ValueError(f"{file} has {len(items)} questions, too few for {shots} examples before each: lower shots")
+        raise ValueError(f"{file}: {len(items)} questions are too few for {shots} examples before each; lower `shots`")
     draw = random.Random(SEED)
     return [_after(item, items, draw, shots) for item in items[:limit]]
 

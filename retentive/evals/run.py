@@ -76,17 +76,17 @@ def evaluate(
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
     folder = None if data is None else Path(data)
     if lm_eval and (max_length is not None or contexts):
-        raise ValueError("max_length and contexts are for our own scorer: leave them out with lm_eval")
+        raise ValueError("`max_length` and `contexts` are for our own scorer; leave them out with `lm_eval`")
     if contexts and (shots or max_length is not None or window is not None):
-        raise ValueError("contexts is for texts: leave out shots, max_length and window")
+        raise ValueError("`contexts` is for texts; leave out `shots`, `max_length` and `window`")
     replied = [name for name in names if kind_of(name) in KINDS]
     if folder is None and not (lm_eval or contexts):
         asked = names if replied else known(names)
-        raise ValueError(f"data is missing: give the folder of {', '.join(asked)} (NAME.jsonl each)")
+        raise ValueError(f"`data` is needed: the folder of {', '.join(asked)} (NAME.jsonl each)")
     if replied and len(replied) < len(names):
         raise ValueError(f"generation tasks ({', '.join(replied)}) exclude other tasks: use a call for each kind")
     if replied and (lm_eval or contexts or shots or window is not None):
-        raise ValueError(f"{names[0]} takes no shots, window, contexts and lm_eval: leave them out")
+        raise ValueError(f"{names[0]} takes no `shots`, `window`, `contexts` and `lm_eval`; leave them out")
     opened = model if isinstance(model, LanguageModel) else ModelFolder.open(model)
     model, tokenizer = _loaded(opened, tokenizer)  # after all that can be refused without it
     if replied:
@@ -117,7 +117,7 @@ def _loaded(model: LanguageModel | ModelFolder, tokenizer: Tokenizer | str | Non
         found = model.tokenizer_for_text(tokenizer)
         return model.model(), found
     if tokenizer is None or isinstance(tokenizer, str):
-        raise ValueError("a model needs its tokenizer beside it: evaluate(model, …, tokenizer=tokenizer)")
+        raise ValueError("`tokenizer` is needed beside a model: evaluate(model, …, tokenizer=tokenizer)")
     return model, tokenizer
 
 

@@ -59,7 +59,7 @@ def export(
         ImportError: without the extra of that runtime.
     """
     if standard and to != "onnx":
-        raise ValueError("--standard is of --to onnx: leave it out")
+        raise ValueError("`standard=True` is for `to='onnx'`; leave it out")
     with only_writer(out):
         if out.exists() or out.is_symlink():
             raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
@@ -97,7 +97,7 @@ def check_room(out: Path, model: LanguageModel, weights: str) -> None:
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < least:
         have = f"{free / 1e6:,.0f} MB are free at {place}, the export takes {least / 1e6:,.0f} MB at least"
-        raise OSError(f"{have}: choose another folder" + ("" if how else ", or fewer bits (--weights)"))
+        raise OSError(f"{have}; choose another folder" + ("" if how else ", or fewer bits (`weights`)"))
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:

@@ -21,6 +21,7 @@ from retentive.infer.generate import Token, checked, prefill, step_threads
 from retentive.infer.sample import SamplingParams, check_finite
 from retentive.models import LanguageModel
 from retentive.models.state import State
+from retentive.options import option
 
 
 @torch.no_grad()
@@ -53,12 +54,12 @@ def beam_search(
     """
     prompt = checked(model, ids, rows)
     if min(beams, max_tokens) < 1:
-        raise ValueError(f"beams and max_tokens must be at least 1, got {beams} and {max_tokens}")
+        raise ValueError(f"`beams` and `max_tokens` must be at least 1, got {beams} and {max_tokens}")
     logits, state = prefill(model, prompt, state, rows=rows)
     needed, free = beams * state.nbytes, machine.free_memory(model.device)
     if needed > free:
         raise ValueError(
-            f"{beams:,} beams keep {needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free: take fewer"
+            f"{option('beams', beams)}: the states take {needed / 1e9:,.1f} of {free / 1e9:,.1f} GB free; take fewer"
         )
     live: list[list[int]] = [[]]  # tokens of unfinished beams; row i of the state belongs to live[i]
     sums = torch.zeros(1, dtype=torch.float64)  # log probabilities of these beams

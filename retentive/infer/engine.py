@@ -36,6 +36,7 @@ from retentive.infer.sample import NOT_FINITE, Sampler, SamplingParams, pick, to
 from retentive.infer.schedule import shared
 from retentive.models import LanguageModel
 from retentive.models.state import State
+from retentive.options import option
 from retentive.threads import threads_for
 
 OPERATIONS = 4
@@ -153,7 +154,7 @@ class Engine:
         if not 1 <= n <= self.slots:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
         if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+            raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
         if not 0 <= returns.top <= vocab:
             raise ValueError(f"top must be from 0 to the {vocab} tokens of the vocabulary, got {returns.top}")
         if state is not None and state.shapes != self.decoder.init_state().shapes:

@@ -21,6 +21,7 @@ from torch import Tensor
 from retentive.models import LanguageModel
 from retentive.models.state import State, load_state
 from retentive.models.version_1 import version_1
+from retentive.options import quoted
 
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
 """Fields of `Memory` stored as JSON beside the state, and their types."""
@@ -125,7 +126,7 @@ def load_memory(path: str | Path, model: LanguageModel | None = None, expected: 
     if expected is not None and memory.model != expected:
         raise ValueError(
             f"{path} is the memory of another model (fingerprint {memory.model[:12]}, this one has {expected[:12]}): "
-            "use the model that wrote it, with the same dtype"
+            "use the model that wrote it, with the same `dtype`"
         )
     if model is not None:
         _check_fit(memory, model, path)
@@ -151,7 +152,7 @@ def _metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): write it again") from None
+        raise ValueError(f"{path} is not a complete safetensors file ({quoted(error)}): write it again") from None
     if "memory" not in metadata:
         raise ValueError(f"{path} holds a state but not what was read: expected a file of `retentive memory write`")
     return metadata

@@ -89,10 +89,10 @@ def write_memory(
 def check(sources: Sequence[str | Path], out: Path, *, memory: str | Path | None, separate: bool) -> None:
     """Raises ValueError or OSError for problems that need no model, such as an `out` that exists."""
     if not sources:
-        raise ValueError("no sources given: name files to read")
+        raise ValueError("`sources` is empty; name files to read")
     check_out(out, memory)
     if separate and memory is not None:
-        raise ValueError("separate and memory exclude each other: write a separate memory, then merge both")
+        raise ValueError("`separate` and `memory` exclude each other; write a separate memory, then merge both")
     for source in sources:
         if not str(source).startswith("hf:"):
             source_files(source, advise=False)
@@ -146,7 +146,7 @@ def _in_a_row(
     if path.exists():
         memory = start = load_memory(path, model, before.model)
         if start.sources[: len(before.sources)] != before.sources:
-            raise ValueError(f"{path} continues another memory: give the same memory, or delete the file")
+            raise ValueError(f"{path}: continues another memory; give the same `memory`, or delete the file")
         # documents in the unfinished file, the last one perhaps in part
         known = [source["sha256"] for source in start.sources[len(before.sources) :]]
     # Text in the unfinished file is encoded again, which is cheap, and skipped by its token count. The hashes show

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.requests import Constraint
+from retentive.options import quoted
 
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """llguidance's options for white space in JSON: only after separators."""
@@ -133,4 +134,4 @@ class _Bytes:
 def _one_line(message: str) -> str:
     """Returns the line of a parser's message that states the error; the others draw arrows around it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
-    return next((line for line in lines if line.startswith("error:")), lines[0])
+    return quoted(next((line for line in lines if line.startswith("error:")), lines[0]))

@@ -22,7 +22,7 @@ from retentive.infer.sample import SamplingParams
 from retentive.infer.speculative import speculate
 from retentive.infer.text import stops
 from retentive.models import LanguageModel
-from retentive.options import check_names, check_type
+from retentive.options import check_names, check_type, option
 from retentive.sampling import TEXT, check_bias
 
 
@@ -104,7 +104,7 @@ def stream_generate(
     check_type("max_tokens", max_tokens, Integral)
     check_type("beams", beams, Integral)
     if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
     check_bias(params, model.config.vocab_size)
     stop = stops(stop)  # checked now, since the rest is a generator
@@ -122,12 +122,12 @@ def _method(
 ) -> Callable[..., Iterator[Token]]:
     """Returns the function that decodes: one token at a time, speculatively, or by beam search."""
     if beams < 0:
-        raise ValueError(f"beams must be at least 1, or 0 to sample, got {beams}")
+        raise ValueError(f"{option('beams', beams)}: must be at least 1, or 0 to sample")
     if bool(beams) + lookup + (draft is not None) > 1:
-        raise ValueError("beams, lookup and draft exclude each other: choose one")
+        raise ValueError("`beams`, `lookup` and `draft` exclude each other; choose one")
     if beams:
         if params != TEXT:
-            raise ValueError("beams look for the likeliest text: there are no sampling options with them")
+            raise ValueError("`beams` looks for the likeliest text: leave out the options of sampling")
         return partial(likeliest, beams=beams)
     if draft is not None:
         return partial(speculate, draft=draft)

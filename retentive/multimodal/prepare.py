@@ -112,10 +112,10 @@ def prepare(
         if unknown := sorted(set(given) - set(names)):
             own = unknown[0] in {f.name for f in fields(make)}
             why = "a field of the model, given to training" if own else f"none of {', '.join(names)}"
-            raise ValueError(f"{kind} {unknown[0]}: it is {why}")
+            raise ValueError(f"`{kind}` takes no {unknown[0]}: it is {why}")
         configs[kind] = config = make(token=0, **given)
         said = {name: getattr(config, name) for name in names}
         encoded[kind] = said | {"features": config.features, "dtype": np.dtype(dtype).name}
     if not configs:
-        raise ValueError("neither image nor audio is given: use retentive.data.prepare for conversations of text")
+        raise ValueError("neither `image` nor `audio` is given: use retentive.data.prepare for conversations of text")
     return data_prepare(sources, out, chats=True, media=Opener(configs, UNSAID), encoded=encoded, **options)

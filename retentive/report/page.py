@@ -38,7 +38,12 @@ def build(folder: Path) -> str:
     # read all before rendering: a damaged file is reported, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
+<<<<<<< HEAD
         raise FileNotFoundError(f"{folder} holds no result: write some by retentive bench, eval or compare")
+=======
+        verbs = "`retentive bench`, `retentive eval` and `retentive compare`"
+        raise FileNotFoundError(f"{folder}: no result; {verbs} write them with `json=FILE`")
+>>>>>>> errors
     return page(files)
 
 

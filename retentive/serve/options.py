@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from retentive.options import option
+
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 """What browsers send as Origin: scheme and host, no path; or * for any."""
 
@@ -47,19 +49,19 @@ class Options:
     def __post_init__(self):
         for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+                raise ValueError(f"{option(name, getattr(self, name))}: must be above 0")
         for name in ("cache", "sessions", "media", "most_media"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{option(name, getattr(self, name))}: must be at least 0")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_key):
-            raise ValueError("an API key must be printable ASCII and not empty")
+            raise ValueError("`api_key` has a key that is empty or not printable ASCII; choose another")
         for origin in self.cors:
             if not ORIGIN.fullmatch(origin):
-                raise ValueError(f"--cors takes origins such as https://example.org (no path), or *, got {origin!r}")
+                raise ValueError(f"{option('cors', origin)}: expected * or an origin without path, https://example.org")
         for name in ("states", "cache_folder"):
             folder = getattr(self, name)
             if folder is not None and folder.exists() and not folder.is_dir():
-                raise ValueError(f"--{name.replace('_', '-')} is a folder, but {folder} is a file")
+                raise ValueError(f"{option(name, folder)}: a file; name a folder")
 
     @property
     def most_body(self) -> int:

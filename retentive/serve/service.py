@@ -17,6 +17,7 @@ from retentive.infer.memory import Memory, blank, fingerprint
 from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
+from retentive.options import option
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.media import OpenMedia, senses
@@ -60,7 +61,7 @@ class Service:
         needed = options.slots * state.reserve(max(state.windows)).nbytes  # a cache of all tokens grows as they come
         if needed > (free := machine.free_memory(self._blank.state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
-            raise ValueError(f"--slots {options.slots} need {have}: ask for fewer")
+            raise ValueError(f"{option('slots', options.slots)}: they need {have}; ask for fewer")
         cache = None
         if options.cache:
             cache = PrefixCache(options.cache, folder=options.cache_folder, model=name)

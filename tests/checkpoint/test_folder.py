@@ -216,10 +216,10 @@ def test_arguments_of_the_wrong_type(saved, refuses):
     with refuses("path must name a model folder, got int", TypeError):
         retentive.load(5)
     for dtype in (torch.int8, "int8", "half", 16):
-        with refuses("dtype must be one of float32, bfloat16, float16, float64, got "):
+        with refuses("': expected one of float32, bfloat16, float16, float64"):
             retentive.load(saved[1], dtype=dtype)
     assert retentive.load(saved[1], dtype="bfloat16")[0].dtype == torch.bfloat16
-    with refuses("weights must be one of stored, int8, int4, got 'int3'"):
+    with refuses("`weights='int3'`: expected one of stored, int8, int4"):
         retentive.load(saved[1], weights="int3")
 
 
@@ -427,7 +427,7 @@ def test_weights_of_several_dtypes(saved, refuses, same):
     tensors = load_file(folder / "model.safetensors")
     tensors["blocks.0.ffn.up_proj.weight"] = tensors["blocks.0.ffn.up_proj.weight"].double()
     save_file(tensors, folder / "model.safetensors")
-    with refuses("blocks.0.ffn.up_proj.weight is torch.float64): name one as dtype"):
+    with refuses("blocks.0.ffn.up_proj.weight is torch.float64): name one (`dtype`)"):
         retentive.load(folder)
     loaded, _ = retentive.load(folder, dtype=torch.float32)
     same(list(loaded.parameters()), list(model.parameters()), 0)

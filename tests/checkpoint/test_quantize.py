@@ -154,14 +154,14 @@ def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
     with refuses("weights can have 8 or 4 bits, got 5"):
         as_quantized(model, Quantization(5, 32), torch.float32)
     for group in (24, 0, 512):
-        with refuses(f"a group must be a multiple of 16 columns, up to 256, got {group}"):
+        with refuses(f"`group={group}`: must be a multiple of 16 columns, up to 256"):
             quantize(model, 4, group)
     made = quantize(model, 8)
     with refuses("the model is quantised already: take the one that it was made from"):
         quantize(made, 4)
     with refuses("fla has no quantised models"):
         save_model(tmp_path / "new", made, layout="fla")
-    with refuses("calibration needs at least one token, got 0"):
+    with refuses("`tokens=0`: calibration needs at least 1"):
         batches_of([], ByteTokenizer(), tokens=0)
     with torch.no_grad():
         model.blocks[1].ffn.down_proj.weight[3, 4] = torch.nan

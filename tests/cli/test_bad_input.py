@@ -78,9 +78,9 @@ SOURCES = {
     "small-vocabulary": (
         lambda: None,
         ["corpus", "--tokenizer", "train", "--vocab-size", "9"],
-        "vocab_size 9 is too small",
+        "--vocab-size 9: must be at least 257",
     ),
-    "fraction": (lambda: None, ["corpus", "--valid-fraction", "1.5"], "valid_fraction is 1.5"),
+    "fraction": (lambda: None, ["corpus", "--valid-fraction", "1.5"], "--valid-fraction 1.5: must be"),
     "taken-by-others": (lambda: None, ["corpus", "--out", "corpus"], "corpus holds other things (0.txt)"),
     "no-tiktoken": (
         lambda: write("v.tiktoken", "YQ== 0\n"),
@@ -140,15 +140,15 @@ TRAINING = {
         ["--resume", "--overwrite"],
         "--resume and --overwrite exclude each other",
     ),
-    "no-batch": (["--batch", "0"], "batch is 0"),
+    "no-batch": (["--batch", "0"], "--batch 0, --length 32: each must be at least 1"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tensorboard": (["--tensorboard"], "--tensorboard needs an extra: pip install 'retentive[log]'"),
     "no-wandb": (["--wandb", "project"], "--wandb needs an extra: pip install 'retentive[log]'"),
     "out-is-a-file": (["--out", "corpus/0.txt"], "corpus/0.txt"),
-    "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack the one"),
+    "two-tokenizers": (["--data", "data", "other"], "other was packed with another tokenizer than data: pack it again"),
     "weights-of-one": (["--data-weights", "1"], "1 weights for 1 folders of data: give one for each of several"),
-    "no-data": (["--data"], "no folder of data given: name one or several (data)"),
-    "carry-of-two": (["--data", "data", "more", "--mode", "carry"], 'mode is "carry", which reads one stream'),
+    "no-data": (["--data"], "--data is empty; name one folder or several"),
+    "carry-of-two": (["--data", "data", "more", "--mode", "carry"], "--mode carry reads one stream"),
     "unknown-part": (["--decay-fraction", "2"], "decay_fraction must be in (0, 1], a part of the steps, got 2.0"),
     "recipe-of-something-else": (["--recipe", "wrong.py"], "wrong.py is no recipe"),
 }
@@ -297,21 +297,21 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(refused, monkeypatch):
 
 
 GENERATING = {
-    "no-tokens": (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
-    "temperature": (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
-    "top-p": (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+    "no-tokens": (["--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
+    "temperature": (["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
+    "top-p": (["--top-p", "2"], "--top-p 2.0: must be in (0, 1]"),
     "empty-stop": (["--stop", ""], "a stop string must not be empty"),
     "unknown-device": (["--device", "nonsense"], "nonsense"),
     "no-tokenizer": (["--tokenizer", "corpus"], "no tokenizer at corpus/tokenizer.json"),
     "larger-tokenizer": (["--tokenizer", "larger"], "tokens, the model 257: they do not belong together"),
-    "two-ways": (["--lookup", "--draft", "run"], "beams, lookup and draft exclude each other"),
-    "negative-beams": (["--beams", "-1"], "beams must be at least 1, or 0 to sample, got -1"),
-    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "beams look for the likeliest text"),
+    "two-ways": (["--lookup", "--draft", "run"], "--beams, --lookup and --draft exclude each other"),
+    "negative-beams": (["--beams", "-1"], "--beams -1: must be at least 1, or 0 to sample"),
+    "sampled-beams": (["--beams", "2", "--top-p", "0.5"], "--beams looks for the likeliest text"),
     "no-draft": (["--draft", "corpus"], "corpus holds no config.json"),
-    "large-seed": (["--seed", str(2**70)], "seed must be from -2^63 to 2^63 - 1, got"),
+    "large-seed": (["--seed", str(2**70)], f"--seed {2**70}: must be from -2^63 to 2^63 - 1"),
     "bias": (["--bias", "99999", "1"], "bias is for tokens in [0, 257), got [99999]"),
-    "endless-beams": (["--beams", "1000000000"], "1,000,000,000 beams keep "),
-    "infinite-temperature": (["--temperature", "inf"], "temperature must be at least 0, got inf"),
+    "endless-beams": (["--beams", "1000000000"], "--beams 1000000000: the states take "),
+    "infinite-temperature": (["--temperature", "inf"], "--temperature inf: must be at least 0"),
 }
 
 
@@ -325,7 +325,7 @@ def test_generate(case, refused):
 
 def test_generate_without_a_tokenizer(refused):
     Path("run/tokenizer.json").unlink()
-    refused(["generate", "run"], "run has no tokenizer.json: name one with --tokenizer")
+    refused(["generate", "run"], "run has no tokenizer.json: name one as --tokenizer")
 
 
 CONVERTING = {
@@ -345,7 +345,7 @@ def test_convert(case, refused):
 QUANTISING = {
     "taken": (["run", "--out", "data"], "data exists: choose another folder, nothing is overwritten"),
     "twin": (["twin", "--out", "new"], "quantising takes models of retention only, this is a Transformer"),
-    "group": (["run", "--out", "new", "--group", "24"], "a group must be a multiple of 16 columns, up to 256, got 24"),
+    "group": (["run", "--out", "new", "--group", "24"], "--group 24: must be a multiple of 16 columns, up to 256"),
     "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
     "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens must be at least 1, got 0"),
     "no-tokenizer": (["bare", "--out", "new", "--text", "corpus"], "bare has no tokenizer.json"),

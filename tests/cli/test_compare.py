@@ -149,7 +149,7 @@ def test_another_budget_in_the_same_folder_is_refused(place, capsys):
     for change, words in ((["--steps", "5"], "(steps 4, now 5)"), (["--length", "8"], "(length 16, now 8)")):
         with pytest.raises(SystemExit):
             main([*ARGS, "--seeds", "0", "--variants", "retnet", *change])
-        assert f"is of another comparison {words}: choose another --out" in capsys.readouterr().err
+        assert f"of another comparison {words}; choose another --out" in capsys.readouterr().err
 
 
 def test_a_run_that_another_is_at_is_left_to_it(place, capsys):

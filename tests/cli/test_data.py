@@ -25,7 +25,7 @@ def test_command_packs_and_reports(tmp_path, capsys):
     assert f"{train.tokens:,}" in shown and "bytes/token" in shown
     assert f"tokenizer: 270 tokens, learnt from {train.bytes / 1e3:.2f} kB" in shown, "not 0.0 MB"
     assert f" {train.bytes / 1e3:.2f} kB " in shown.split("bytes/token")[1]
-    with pytest.raises(FileExistsError, match="set overwrite"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         command.main([str(source), "--out", str(out)])
     command.main([str(source), "--out", str(out), "--overwrite", "--tokenizer", "bytes", "--valid", f"{source}/1.txt"])
     assert load_meta(out).splits["train"].documents == 6
@@ -50,7 +50,7 @@ def test_command_takes_several_sources_and_other_suffixes_and_says_what_it_leave
     command.main(["papers", "one.txt", "LICENSE", "--suffix", ".tex", "none", *bytes_to, "out"])
     meta = load_meta("out")
     assert meta.splits["train"].documents + meta.splits["valid"].documents == 4
-    assert lines_of(capsys)[0] == "left out of papers: 1 file of other kinds (.bib; option suffix reads more kinds)"
+    assert lines_of(capsys)[0] == "left out of papers: 1 file of other kinds (.bib; --suffix reads more kinds)"
     command.main(["one.txt", "LICENSE", *bytes_to, "other"])
     assert "left out" not in capsys.readouterr().out
 
@@ -58,7 +58,7 @@ def test_command_takes_several_sources_and_other_suffixes_and_says_what_it_leave
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--vocab-size", "1000000000", "--out", "new"], "vocab_size 1,000,000,000 is too large"),
+        (["--vocab-size", "1000000000", "--out", "new"], "--vocab-size 1000000000: must be at most 1,048,576"),
         (["--out", "text.txt"], "text.txt is a file: choose a new folder for the packed data"),
         (["--out", "text.txt/new"], "cannot write text.txt/new: file exists (text.txt), choose another"),
         (["--out", "new", "--valid", "packed/train-00000.bin"], "cannot read packed/train-00000.bin: expected .txt"),

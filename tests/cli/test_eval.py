@@ -80,17 +80,17 @@ def break_line() -> None:
 
 
 REFUSED = {
-    "no-data": (lambda: None, ["--tasks", "piqa"], "data is missing: give the folder of piqa"),
+    "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
     "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
-    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with contexts, or"),
+    "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with --contexts, or"),
     "passkey-without-contexts": (
         lambda: None,
         ["--tasks", "passkey", "--data", "data"],
-        "task passkey needs contexts: give lengths",
+        "--contexts is needed: the lengths at which passkey is asked",
     ),
     "nan": (weights_of_nan, ["--tasks", "piqa", "--data", "data"], "the model's logits are not finite"),
-    "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "no task given"),
+    "no-task": (lambda: None, ["--tasks", ",", "--data", "data"], "--tasks is empty"),
     "no-file": (
         lambda: Path("data/piqa.jsonl").unlink(),
         ["--tasks", "piqa", "--data", "data"],
@@ -98,12 +98,12 @@ REFUSED = {
     ),
     "no-folder": (lambda: shutil.rmtree("data"), ["--tasks", "piqa", "--data", "data"], "no such file"),
     "fields": (break_line, ["--tasks", "piqa", "--data", "data"], "piqa.jsonl line 6: no field 'sol1'"),
-    "no-tokenizer": (no_tokenizer, ["--tasks", "piqa", "--data", "data"], "run has no tokenizer.json: name one with"),
+    "no-tokenizer": (no_tokenizer, ["--tasks", "piqa", "--data", "data"], "run has no tokenizer.json: name one as"),
     "no-run": (lambda: shutil.rmtree("run"), ["--tasks", "piqa", "--data", "data"], "no model folder at run"),
     "long": (
         lambda: None,
         ["--tasks", "piqa", "--data", "data", "--max-length", "9"],
-        "tokens, more than the 9 allowed",
+        "tokens; raise --max-length 9",
     ),
     "shots-of-text": (lambda: None, ["--tasks", "perplexity", "--data", "data", "--shots", "1"], "holds texts"),
 }

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(place, interrup
     assert "has read other documents" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         write(*STORIES, "--memory", "whole.mem", "--out", "lib.mem")
-    assert "continues another memory" in capsys.readouterr().err
+    assert "continues another memory; give the same --memory" in capsys.readouterr().err
     assert Path("lib.mem.unfinished").read_bytes() == kept and not Path("lib.mem").exists()
     interrupted(None)
     write(*STORIES, "--out", "lib.mem")
@@ -232,7 +232,7 @@ MERGE = ["merge", "lib.mem", "other.mem", "--out", "new.mem"]
 WRITE = ["write", "run", "--out", "new.mem"]
 BAD = {
     "unknown-verb": (lambda: None, ["read"], "unknown memory verb 'read', expected one of write, ask, merge, show"),
-    "no-files": (lambda: None, WRITE, "no sources given: name files to read"),
+    "no-files": (lambda: None, WRITE, "FILES is empty; name files to read"),
     "a-missing-file": (lambda: None, [*WRITE, STORIES[0], "none.txt"], "no such file or folder: none.txt"),
     "an-empty-file": (lambda: put("a.txt", b""), [*WRITE, "a.txt"], "no text in a.txt: every document is empty"),
     "a-binary-file": (lambda: put("a.txt", b"\x00\xff\x80"), [*WRITE, "a.txt"], "a.txt is not UTF-8 text"),
@@ -246,14 +246,18 @@ BAD = {
     "no-tokenizer": (lambda: Path("run/tokenizer.json").unlink(), [*WRITE, STORIES[0]], "has no tokenizer.json"),
     "on-from-nothing": (lambda: None, [*WRITE, STORIES[0], "--memory", "none"], "no state file at none"),
     "on-from-another": (other_run, [*WRITE, STORIES[0], "--memory", "other.mem"], "the memory of another model"),
-    "separate-and-on": (lambda: None, [*WRITE, STORIES[0], "--memory", "lib.mem", "--separate"], "exclude each other"),
+    "separate-and-on": (
+        lambda: None,
+        [*WRITE, STORIES[0], "--memory", "lib.mem", "--separate"],
+        "--separate and --memory exclude each other",
+    ),
     "separate-for-a-transformer": (
         twin_run,
         ["write", "twin", STORIES[0], "--out", "new.mem", "--separate"],
         "memories of attention cannot be merged",
     ),
     "ask-nothing": (lambda: None, [*ASK[:-1], ""], "ask needs a prompt"),
-    "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+    "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
     "ask-a-missing-one": (lambda: Path("lib.mem").unlink(), ASK, "no state file at lib.mem"),
     "ask-an-empty-one": (lambda: put("lib.mem", b""), ASK, "lib.mem is not a complete safetensors file"),
     "ask-a-text": (lambda: shutil.copy(STORIES[0], "lib.mem"), ASK, "is not a complete safetensors file"),

@@ -117,9 +117,9 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
         (dict(lrs=(1e-3, 0.0)), "lr must be above 0, got 0.0"),
         (dict(set={"big": {"ffn_dim": 4096}}), "ffn_dim is what gives every variant as many parameters"),
         (dict(optimizers=("muon",), variants=("retnet", "mamba")), "mamba+muon: muon is for whole matrices"),
-        (dict(jobs=0), "--jobs must be at least 1, got 0"),
+        (dict(jobs=0), "`jobs=0`: must be at least 1"),
         (dict(length=100_000), "too little held-out text for windows of 100000 tokens"),
-        (dict(train=TrainConfig(seed=7)), "--seed is not for comparisons, got 7: name them with --seeds"),
+        (dict(train=TrainConfig(seed=7)), "`seed=7`: a comparison has several; name them in `seeds`"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused_before_anything_is_written(changes, words, comparison, refuses):

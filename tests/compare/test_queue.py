@@ -134,13 +134,13 @@ def test_a_signal_at_any_time_ends_all_and_nothing_more_begins(number, tasks):
 def test_a_record_of_another_comparison_is_refused(tasks, refuses):
     (one,) = tasks("done")
     work([one])
-    with refuses("is of another comparison (steps 1000, now 5): choose another --out"):
+    with refuses("of another comparison (steps 1000, now 5); choose another `out`"):
         work([one._replace(about={"train": {"steps": 5}})])
 
 
 def test_a_model_that_the_variants_name_no_longer_stands_for_is_refused(tasks, refuses):
     """As after the defaults have changed, or a variant of one's own: the same name must not mean two models."""
-    words = "its model has rotary='none', this variant 'interleaved': choose another --out"
+    words = "its model has rotary='none', this variant 'interleaved'; choose another `out`"
     under_way, done = tasks("done", "done")
     save_model(under_way.folder, build(changed(CONFIG, rotary="none")))
     with refuses(words):

@@ -37,5 +37,5 @@ def test_an_option_that_a_record_does_not_know_is_at_its_default_there(optimizer
     if optimizer == "adamw":
         check_done(file, wanted, retnet())
         return
-    with refuses("is of another comparison (optimizer adamw, now muon): choose another --out"):
+    with refuses("of another comparison (optimizer adamw, now muon); choose another `out`"):
         check_done(file, wanted, retnet())

@@ -109,7 +109,7 @@ def test_tables_have_their_columns_named_in_the_first_line(tmp_path, suffix, com
         f'n{comma}text\r\n1{comma}one\r\n2{comma}"two\n""lines"""\r\n3{comma}{long}\r\n', "utf-8", newline=""
     )
     assert read(file) == [(":1", "one"), (":2", 'two\n"lines"'), (":3", long)]
-    with refuses(f"x{suffix} has no column 'body': its columns are: n, text; option field names another"):
+    with refuses(f"x{suffix} has no column 'body': its columns are: n, text; `field` names another"):
         read(file, field="body")
     file.write_text(f"n{comma}text\n1{comma}one\n2\n", "utf-8")
     with refuses(f"x{suffix}:2 has NoneType in field 'text'"):
@@ -140,12 +140,12 @@ def test_bad_documents_are_refused_or_remembered(tmp_path, refuses):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         assert list(texts(tmp_path / name, "text", check)) == []
-        with refuses('or skip such documents (on_bad_text="skip")'):
+        with refuses("or skip such documents (`on_bad_text='skip'`)"):
             read(tmp_path / name)
     with refuses("b.txt is not UTF-8 text (NUL bytes"):  # does not advise converting it from Latin-1
         read(tmp_path / "b.txt")
     assert check.skipped == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", f"{tmp_path}/c.jsonl:1"]
     with refuses("a.txt is not UTF-8 text (unexpected end of data at 3): convert it (iconv -f LATIN1 -t UTF-8)"):
         read(tmp_path / "a.txt")
-    with refuses("""on_bad_text is 'ignore': expected "refuse" or "skip\""""):
+    with refuses("`on_bad_text='ignore'`: expected 'refuse' or 'skip'"):
         TextCheck("ignore")

@@ -196,8 +196,8 @@ def test_what_cannot_work_is_refused(packed):
         ({"batch": 3, "world": 2}, "expected a multiple of world"),
         ({"rank": 2, "world": 2}, "a rank below"),
         ({"world": 0}, "batch 4, rank 0, world 0"),
-        ({"mode": "shuffle"}, "mode is 'shuffle': expected"),
-        ({"length": 0}, "length is 0"),
+        ({"mode": "shuffle"}, "`mode='shuffle'`: expected"),
+        ({"length": 0}, "`length=0`: each must"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             packed.batches(**{"batch": 4, "length": T} | options)

@@ -143,14 +143,15 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
     tokenizer = train_bpe(["some text of another kind"] * 9, 260)
     pack(tmp_path / "bpe", tokenizer, [Document("0", "some text of another kind")], [])
     with refuses(
-        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack it again with tokenizer="
+        f"{tmp_path / 'bpe'} was packed with another tokenizer than {low.path}: pack it again "
+        f"(`retentive data` with `tokenizer='{low.path}'`)"
     ):
         Mixture([low, Packed(tmp_path / "bpe")])
     with refuses("3 weights for 2 folders of data"):
         Mixture([low, high], [1, 2, 3])
     with refuses("1 weights for 1 folders of data"):
         open_packed([low.path], [1.0])
-    with refuses("no folder of data given"):
+    with refuses("`data` is empty"):
         open_packed([])
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with refuses("weights of data must be above 0, got 1, "):
@@ -159,7 +160,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
         Mixture([low, high, low])
     with refuses("a weight of data is below a 10,000th of their sum"):
         Mixture([low, high], [1.0, 1e-6]).batches(batch=1, length=T)
-    with refuses('mode is "carry", which reads one stream'):
+    with refuses("`mode='carry'` reads one stream"):
         Mixture([low, high]).batches(batch=1, length=T, mode="carry")
     with refuses("batch 3, rank 0, world 2: expected a multiple of world"):
         Mixture([low, high]).batches(batch=3, length=T, world=2)

@@ -96,7 +96,7 @@ def test_out_is_not_overwritten_by_accident(tmp_path):
     out.mkdir()
     pack(out, ByteTokenizer(), TRAIN, VALID)
     before = contents(out)
-    with pytest.raises(FileExistsError, match=r"holds packed data.*set overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds packed data.*overwrite=True"):
         pack(out, ByteTokenizer(), TRAIN[:1], VALID)
     assert contents(out) == before
     pack(out, ByteTokenizer(), TRAIN[:1], VALID, overwrite=True)
@@ -293,5 +293,5 @@ def test_split_refuses_what_would_go_wrong_silently():
     next(train)
     with pytest.raises(RuntimeError, match=r"to their end first"):
         next(valid)
-    with pytest.raises(ValueError, match=r"valid_fraction is 1"):
+    with pytest.raises(ValueError, match=r"valid_fraction=1"):
         split_documents(TRAIN, 1)

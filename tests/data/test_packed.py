@@ -82,10 +82,10 @@ def test_another_tokenizer_beside_the_data_is_refused(folder, refuses):
 def test_what_cannot_work_is_refused(packed, tmp_path, refuses):
     with refuses("tokens is 1: expected at least 2"):
         packed.held_out(length=8, tokens=1)
-    with refuses("length is 0: expected at least 1"):
+    with refuses("`length=0`: must be at least 1"):
         packed.held_out(length=0)
     pack(tmp_path / "a", ByteTokenizer(), [Document("a", "text")], [])
-    with refuses("no held-out text: pack it with valid_fraction above 0, or with valid"):
+    with refuses("no held-out text; pack it with `valid_fraction` above 0, or with `valid`"):
         Packed(tmp_path / "a").held_out(length=8)
     with refuses("does not exist: expected a folder that `retentive data` wrote", FileNotFoundError):
         Packed(tmp_path / "nowhere")

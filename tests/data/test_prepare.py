@@ -92,10 +92,10 @@ def test_two_at_once_on_one_folder_are_refused(books, tmp_path):
 def test_what_cannot_be_is_refused_before_anything_is_made(books, tmp_path, refuses):
     out = tmp_path / "new" / "data"
     for sources, options, error, words in (
-        ([], {}, ValueError, "no source: expected files, folders or hf:NAME"),
+        ([], {}, ValueError, "`sources` is empty; name files, folders or hf:NAME"),
         ([books, "nowhere"], {}, FileNotFoundError, "no such file or folder: nowhere"),
         (books, {"valid": "nowhere"}, FileNotFoundError, "no such file or folder: nowhere"),
-        (books, {"valid_fraction": 1}, ValueError, "valid_fraction is 1"),
+        (books, {"valid_fraction": 1}, ValueError, "`valid_fraction=1`: must be"),
     ):
         with refuses(words, error):
             prepare(sources, out, **options)

@@ -64,7 +64,7 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch):
     said = []
     assert [name for name, _ in read(notes, say=said.append)] == ["a.txt", "h.txt", "sub/f.txt"]
     assert said == [
-        f"left out of {notes}: 4 files of other kinds (.tex .tar.gz none; option suffix reads more kinds), "
+        f"left out of {notes}: 4 files of other kinds (.tex .tar.gz none; `suffix` reads more kinds), "
         "2 links (to a folder, or broken), 1 folder that cannot be read (secret)"
     ]
     with pytest.warns(UserWarning, match=r"left out of .*notes: 4 files"):
@@ -95,7 +95,7 @@ def test_other_suffixes_are_read_where_they_are_asked_for(tmp_path, refuses):
     assert read(tmp_path, suffixes=[".csv"], say=len)[1:] == [("d.csv:1", "from a table")]
     # A file given by name is read whatever its name, unless its suffix indicates another format.
     assert read(tmp_path / "GPL-3") == [("GPL-3", "text of GPL-3")] and len(read(tmp_path / "d.csv")) == 1
-    with refuses("; if it is plain text, add .tex to suffix"):
+    with refuses("; read plain text with `suffix=('.tex',)`"):
         documents(tmp_path / "b.tex")
     assert read(tmp_path / "b.tex", suffixes=[".tex"]) == [("b.tex", "text of b.tex")]
 
@@ -158,11 +158,11 @@ def test_sources_without_text_are_refused_at_once(tmp_path, refuses):
     (tmp_path / "x.pdf").write_bytes(b"x")
     with refuses(f"no readable text in {tmp_path}: expected files that end in .txt"):
         documents(tmp_path)
-    with refuses("; left out: 1 file of other kinds (.pdf; option suffix reads more kinds)"):
+    with refuses("; left out: 1 file of other kinds (.pdf; `suffix` reads more kinds)"):
         documents(tmp_path)
     with refuses(f"cannot read {tmp_path}/x.pdf: expected .txt"):
         documents(tmp_path / "x.pdf")
-    with refuses("on_bad_text is 'ignore'"):
+    with refuses("`on_bad_text='ignore'`"):
         documents(tmp_path, on_bad_text="ignore")
     (tmp_path / "empty.txt").touch()
     with refuses("every document is empty"):

@@ -136,17 +136,17 @@ def test_whoever_remembers_is_right_and_whoever_knows_the_contrary_is_wrong(toke
 def test_bad_input_is_one_line(model, tokenizer, folder, refuses):
     for names, lengths, last, words in (
         (["hellaswag"], [20], 8, "task 'hellaswag' has no contexts to vary"),
-        (["perplexity"], [8, 20], 8, "a context of 8 tokens leaves none before the last 8"),
-        (["perplexity"], [20], 0, "must be at least 1, got 0"),
+        (["perplexity"], [8, 20], 8, "`contexts`: 8 tokens leave none before the 8"),
+        (["perplexity"], [20], 0, "`last=0`: must be at least 1"),
         (["perplexity"], [500], 8, "no document has the 500 tokens of the longest context"),
         (["passkey"], [100], 8, "a pass key needs a context of"),
-        ([], [100], 8, "no task given"),
+        ([], [100], 8, "`tasks` is empty"),
     ):
         with refuses(words):
             score_contexts(model, tokenizer, names, folder, lengths, last=last)
-    with refuses("at least 1, got 0"):
+    with refuses("`limit=0`: must be at least 1"):
         score_contexts(model, tokenizer, ["perplexity"], folder, [20], last=8, limit=0)
-    with refuses("needs data: "):
+    with refuses("`data` is needed: the folder"):
         score_contexts(model, tokenizer, ["perplexity"], None, [20], last=8)
     with refuses("no such file", FileNotFoundError):
         score_contexts(model, tokenizer, ["novels"], folder, [20], last=8)
@@ -179,7 +179,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert [row["context"] for row in json.loads(out.read_text(encoding="utf-8"))["results"]] == [20, 20, 40, 40]
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--shots", "2"])
-    assert "contexts is for texts: leave out shots" in capsys.readouterr().err
+    assert "--contexts is for texts; leave out --shots" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*base, "--contexts", "20", "--lm-eval"])
-    assert "contexts are for our own scorer: leave them out with lm_eval" in capsys.readouterr().err
+    assert "--contexts are for our own scorer; leave them out with --lm-eval" in capsys.readouterr().err

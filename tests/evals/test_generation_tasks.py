@@ -168,7 +168,7 @@ def test_what_cannot_be_asked(place, refuses, monkeypatch):
     monkeypatch.setattr(generation_tasks, "find_spec", lambda name: None)
     with refuses("translation is scored by sacrebleu: pip install 'retentive[eval]'", ImportError):
         score_generation_tasks(model, template, ["translation:en-de"], place)
-    with refuses("beams must be at least 1, got 0"):
+    with refuses("`beams=0`: must be at least 1"):
         score_generation_tasks(model, template, ["answers"], place, beams=0)
 
 

@@ -119,11 +119,11 @@ def test_uncut_knows_what_windows_do_not(tokenizer, write):
 
 
 REFUSED = {
-    "shots": ({"shots": -1}, "shots must be at least 0, got -1"),
-    "limit": ({"limit": 0}, "limit must be at least 1, got 0"),
-    "max-length": ({"max_length": 1}, "max_length must be at least 2, got 1"),
-    "window": ({"window": 1}, "window must be at least 2, got 1"),
-    "long": ({"max_length": 20}, "piqa.jsonl line 1: the question takes 24 tokens, more than the 20 allowed"),
+    "shots": ({"shots": -1}, "`shots=-1`: must be at least 0"),
+    "limit": ({"limit": 0}, "`limit=0`: must be at least 1"),
+    "max-length": ({"max_length": 1}, "`max_length=1`: must be at least 2"),
+    "window": ({"window": 1}, "`window=1`: must be at least 2"),
+    "long": ({"max_length": 20}, "piqa.jsonl line 1: its question has 24 tokens; raise `max_length=20`"),
 }
 
 

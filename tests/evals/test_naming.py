@@ -108,4 +108,4 @@ def test_the_command(tmp_path, capsys):
     assert all(sorted(record["likeliest"]) == ["fox", "owl"] for record in records)
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "run"), "--tasks", "naming:few", "--data", str(tmp_path), "--max-length", "9"])
-    assert "leave out max_length" in capsys.readouterr().err
+    assert "leave out --max-length" in capsys.readouterr().err

@@ -40,10 +40,10 @@ def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
 
 
 REFUSED = {
-    "no-data": (dict(tasks="piqa"), "data is missing: give the folder of piqa"),
-    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out shots"),
-    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with lm_eval"),
-    "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "window must be at least 2, got 0"),
+    "no-data": (dict(tasks="piqa"), "`data` is needed: the folder of piqa"),
+    "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out `shots`"),
+    "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with `lm_eval`"),
+    "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "`window=0`: must be at least 2"),
 }
 
 
@@ -57,7 +57,7 @@ def test_options_that_exclude_each_other(case, run, monkeypatch, refuses):
 
 def test_a_model_needs_its_tokenizer(run, refuses):
     model, tokenizer = retentive.load(run)
-    with refuses("a model needs its tokenizer"):
+    with refuses("`tokenizer` is needed beside a model"):
         retentive.evaluate(model, "piqa", run.parent / "data")
     given = retentive.evaluate(run, "piqa", run.parent / "data", tokenizer=tokenizer)  # beside a folder it may be given
     assert given == retentive.evaluate(model, "piqa", run.parent / "data", tokenizer=tokenizer)

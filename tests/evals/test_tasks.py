@@ -134,7 +134,7 @@ def test_text_that_is_not_utf8(tmp_path, refuses):
 def test_names_and_places(tmp_path, refuses):
     with refuses("unknown task 'hellaswig', expected some of hellaswag, piqa"):
         known(["piqa", "hellaswig"])
-    with refuses("no task given"):
+    with refuses("`tasks` is empty"):
         known([])
     with refuses("task storycloze needs", FileNotFoundError):
         find("storycloze", tmp_path)
@@ -185,9 +185,9 @@ def test_examples_are_the_same_each_time_and_with_a_limit(twenty):
 
 
 def test_too_few_questions_for_the_examples(twenty, refuses):
-    with refuses("has 20 questions, too few for 20 examples before each: lower shots"):
+    with refuses("20 questions are too few for 20 examples before each; lower `shots`"):
         parse(TASKS["lambada_openai"], twenty, shots=20)
-    with refuses("holds texts, and examples are for questions: set shots=0"):
+    with refuses("holds texts, and examples are for questions; set `shots=0`"):
         parse(TASKS["perplexity"], twenty, shots=1)
 
 

@@ -342,6 +342,6 @@ def test_what_is_refused(place, capsys, refuses):
     other = onnx.load("made/model.onnx")
     onnx.helper.set_model_props(other, {"format": "another"})
     onnx.save(other, "made/other.onnx")
-    with refuses("is no graph that `retentive export --to onnx` has written"):
+    with refuses("not a graph of `retentive export`; write one with `to='onnx'`"):
         OnnxModel("made/other.onnx")
     assert json.loads(graph.session.get_modelmeta().custom_metadata_map["config"])["dim"] == 64

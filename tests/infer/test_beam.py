@@ -110,11 +110,11 @@ def test_a_past_and_first_tokens(model):
 
 @pytest.mark.parametrize("bad", [dict(beams=0, max_tokens=1), dict(beams=1, max_tokens=0)])
 def test_bad_arguments(model, bad, refuses):
-    with refuses("beams and max_tokens must be at least 1"):
+    with refuses("`beams` and `max_tokens` must be at least 1"):
         beam_search(model, PROMPT, **bad)
 
 
 def test_more_beams_than_there_is_memory_for_are_refused(model, monkeypatch, refuses):
     monkeypatch.setattr("retentive.infer.beam.machine.free_memory", lambda device: 10_000)
-    with refuses("1,000,000 beams keep "):
+    with refuses("`beams=1000000`: the states take "):
         beam_search(model, PROMPT, beams=1_000_000, max_tokens=DEPTH)

@@ -130,7 +130,7 @@ def test_a_full_queue_and_bad_requests_are_refused(model, refuses):
         (dict(ids=[]), "at least one token"),
         (dict(ids=[61]), "token ids must be in [0, 61)"),
         (dict(ids=[1], n=3), "n must be from 1 to the engine's 2 slots, got 3"),
-        (dict(ids=[1], max_tokens=0), "max_tokens must be at least 1, got 0"),
+        (dict(ids=[1], max_tokens=0), "`max_tokens=0`: must be at least 1"),
     ):
         with refuses(words):
             engine.submit(**arguments)

@@ -169,14 +169,14 @@ def test_logits_of_any_dtype(dtype):
 
 
 BAD = {
-    "temperature": (dict(temperature=-0.1), "temperature must be at least 0, got -0.1"),
-    "temperature-nan": (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
-    "top-k": (dict(top_k=-1), "top_k must be at least 0, got -1"),
-    "top-p-0": (dict(top_p=0.0), "top_p must be in (0, 1], got 0.0"),
-    "top-p-2": (dict(top_p=2.0), "top_p must be in (0, 1], got 2.0"),
-    "min-p": (dict(min_p=-0.1), "min_p must be in [0, 1], got -0.1"),
-    "min-p-2": (dict(min_p=1.1), "min_p must be in [0, 1], got 1.1"),
-    "penalty": (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0"),
+    "temperature": (dict(temperature=-0.1), "`temperature=-0.1`: must be at least 0"),
+    "temperature-nan": (dict(temperature=math.nan), "`temperature=nan`: must be at least 0"),
+    "top-k": (dict(top_k=-1), "`top_k=-1`: must be at least 0"),
+    "top-p-0": (dict(top_p=0.0), "`top_p=0.0`: must be in (0, 1]"),
+    "top-p-2": (dict(top_p=2.0), "`top_p=2.0`: must be in (0, 1]"),
+    "min-p": (dict(min_p=-0.1), "`min_p=-0.1`: must be in [0, 1]"),
+    "min-p-2": (dict(min_p=1.1), "`min_p=1.1`: must be in [0, 1]"),
+    "penalty": (dict(repetition_penalty=0.0), "`repetition_penalty=0.0`: must be above 0"),
 }
 
 
@@ -211,5 +211,5 @@ def test_at_a_great_temperature_all_that_is_allowed_is_alike(temperature):
 
 @pytest.mark.parametrize("seed", [2**63, 2**70, -(2**63) - 1])
 def test_a_seed_beyond_64_bits_is_refused(seed, refuses):
-    with refuses(f"seed must be from -2^63 to 2^63 - 1, got {seed}"):
+    with refuses(f"`seed={seed}`: must be from -2^63 to 2^63 - 1"):
         SamplingParams(seed=seed)

@@ -81,12 +81,12 @@ def test_every_field_of_the_sampling_is_an_option(model):
 
 
 REFUSED = {
-    "max-tokens": ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-    "temperature": ({"temperature": -1}, "temperature must be at least 0, got -1"),
-    "seed": ({"seed": 2**70}, "seed must be from -2^63 to 2^63 - 1, got"),
-    "two-ways": ({"beams": 2, "lookup": True}, "beams, lookup and draft exclude each other"),
-    "negative-beams": ({"beams": -1}, "beams must be at least 1, or 0 to sample, got -1"),
-    "sampled-beams": ({"beams": 2, "top_p": 0.5}, "beams look for the likeliest text"),
+    "max-tokens": ({"max_tokens": 0}, "`max_tokens=0`: must be at least 1"),
+    "temperature": ({"temperature": -1}, "`temperature=-1`: must be at least 0"),
+    "seed": ({"seed": 2**70}, f"`seed={2**70}`: must be from -2^63 to 2^63 - 1"),
+    "two-ways": ({"beams": 2, "lookup": True}, "`beams`, `lookup` and `draft` exclude each other"),
+    "negative-beams": ({"beams": -1}, "`beams=-1`: must be at least 1, or 0 to sample"),
+    "sampled-beams": ({"beams": 2, "top_p": 0.5}, "`beams` looks for the likeliest text"),
     "bias": ({"bias": {99999: 1.0}}, "bias is for tokens in [0, 257), got [99999]"),
     "empty-stop": ({"stop": ["a", ""]}, "a stop string must not be empty"),
 }

@@ -271,9 +271,9 @@ def test_pictures_in_a_talk(place, capsys, monkeypatch):
 
 def test_what_is_refused(place, refuses):
     data = packed()
-    with refuses('data with image, audio need mode "whole", got \'reset\': set mode="whole"'):
+    with refuses("`mode='reset'`: data with image and audio need another; set `mode='whole'`"):
         data.batches(batch=2, length=64)
-    with refuses("tokens, a row 16: set length="):
+    with refuses("tokens, a row 16: set `length="):
         data.batches(mode="whole", batch=2, length=16)
     for changes, why in (
         ({"image.size": 9}, "--set image.size: the data decide it"),
@@ -284,9 +284,9 @@ def test_what_is_refused(place, refuses):
         with refuses(why):
             TrainRun.of("data", "no", steps=1, **{**TRAINED, "set": changes}).run(quiet=True)
     assert not (place / "no").exists()
-    with refuses("image width: it is none of size, patch, channels"):
+    with refuses("`image` takes no width: it is none of size, patch, channels"):
         prepare("train.jsonl", "new", image={"width": 3})
-    with refuses("image layers: it is a field of the model, given to training"):
+    with refuses("`image` takes no layers: it is a field of the model, given to training"):
         prepare("train.jsonl", "new", image={"layers": 3})
     with refuses("train.jsonl:1 cannot be taken: it holds audio, but nothing says how audio becomes tokens"):
         prepare("train.jsonl", "new", image=IMAGE, tokenizer="bytes")

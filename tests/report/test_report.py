@@ -121,7 +121,7 @@ def test_a_damaged_file_is_named(case, tmp_path, refuses):
 
 
 def test_folders_without_results_are_refused(tmp_path, refuses):
-    with refuses("holds no result", FileNotFoundError):
+    with refuses("no result; `retentive bench`", FileNotFoundError):
         build(tmp_path)
     with refuses("no folder", FileNotFoundError):
         build(tmp_path / "nothing")

@@ -7,16 +7,16 @@ def test_options_that_make_no_sense(refuses, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for options, words in (
-        (dict(slots=0), "--slots must be above 0, got 0"),
-        (dict(max_prompt=-1), "--max-prompt must be above 0, got -1"),
-        (dict(timeout=float("nan")), "--timeout must be above 0"),
-        (dict(cache=-1), "--cache must be at least 0"),
-        (dict(cors=("junk",)), "--cors takes origins such as https://example.org (no path), or *, got 'junk'"),
+        (dict(slots=0), "`slots=0`: must be above 0"),
+        (dict(max_prompt=-1), "`max_prompt=-1`: must be above 0"),
+        (dict(timeout=float("nan")), "`timeout=nan`: must be above 0"),
+        (dict(cache=-1), "`cache=-1`: must be at least 0"),
+        (dict(cors=("junk",)), "`cors='junk'`: expected * or an origin without path, https://example.org"),
         (dict(cors=("https://example.org/",)), "got 'https://example.org/'"),
-        (dict(states=file), f"--states is a folder, but {file} is a file"),
-        (dict(cache_folder=file), f"--cache-folder is a folder, but {file} is a file"),
-        (dict(api_key=("",)), "an API key must be printable"),
-        (dict(api_key=("a\nb",)), "an API key must be printable"),
+        (dict(states=file), f"`states='{file}'`: a file; name a folder"),
+        (dict(cache_folder=file), f"`cache_folder='{file}'`: a file; name a folder"),
+        (dict(api_key=("",)), "`api_key` has a key that is empty or not printable ASCII"),
+        (dict(api_key=("a\nb",)), "`api_key` has a key that is empty or not printable ASCII"),
     ):
         with refuses(words):
             Options(**options)

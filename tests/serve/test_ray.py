@@ -129,7 +129,7 @@ WRONG = {
     "unknown": ({"run": "x", "replica": "2"}, "unknown arguments replica: expected run, replicas"),
     "no-number": ({"run": "x", "slots": "many"}, "slots: Input should be a valid integer"),
     "replicas": ({"run": "x", "replicas": "few"}, "Input should be a valid integer"),
-    "bounds": ({"run": "x", "slots": "0"}, "--slots must be above 0, got 0"),
+    "bounds": ({"run": "x", "slots": "0"}, "`slots=0`: must be above 0"),
 }
 
 

@@ -87,12 +87,12 @@ def test_a_second_signal_ends_it_at_once(process, eventually):
 
 BAD = {
     "no-model": (["nowhere"], "no model folder at nowhere"),
-    "no-slots": (["{run}", "--slots", "0"], "--slots must be above 0"),
+    "no-slots": (["{run}", "--slots", "0"], "--slots 0: must be above 0"),
     "no-port": (["{run}", "--port", "70000"], "--port must be from 0 to 65535"),
     "no-template": (["{run}", "--template", "nothing"], "no chat template at nothing"),
-    "states-a-file": (["{run}", "--states", "{run}/config.json"], "--states is a folder, but"),
-    "too-many-slots": (["{run}", "--slots", "1000000000"], "--slots 1000000000 need"),
-    "no-origin": (["{run}", "--cors", "junk"], "--cors takes origins such as https://example.org"),
+    "states-a-file": (["{run}", "--states", "{run}/config.json"], "config.json: a file; name a folder"),
+    "too-many-slots": (["{run}", "--slots", "1000000000"], "--slots 1000000000: they need"),
+    "no-origin": (["{run}", "--cors", "junk"], "--cors junk: expected * or an origin"),
     "no-address": (["{run}", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7:8000"),
 }
 

@@ -21,7 +21,7 @@ def test_the_info_for_the_page(server):
 
 
 def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refuses):
-    with refuses("--slots 1000000000 need"):
+    with refuses("`slots=1000000000`: they need"):
         open_service(runs / "retnet", Options(slots=10**9))
 
 
@@ -29,7 +29,7 @@ def test_slots_of_a_window_are_counted_before_they_are_filled(tmp_path, refuses)
     """A blank state has none of its window's slots yet, but the pool will have all."""
     config = transformer(vocab_size=257, dim=32, layers=1, heads=2, attention_window=2**20)
     save_model(tmp_path, build(config), ByteTokenizer())
-    with refuses("--slots 100000 need 26,843.5 GB of states"):  # 2^20 x 2 x 32 x 4 bytes each
+    with refuses("`slots=100000`: they need 26,843.5 GB of states"):  # 2^20 x 2 x 32 x 4 bytes each
         open_service(tmp_path, Options(slots=10**5))
 
 
