@@ -17,11 +17,12 @@ from retentive import machine
 from retentive.bench.lab import clock
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.layers import BidirectionalRetention
 from retentive.layers.config import RetentionConfig
 from retentive.ops import reference
 from retentive.ops.bidirectional import bidirectional
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 NAMES = {"retention": "retention, both directions", "attention": "attention (torch's MultiheadAttention)"}
 TOLERANCE = 1e-12

@@ -11,14 +11,16 @@ from itertools import product
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.models import LLAMACPP, NAMES, check_decoding, chosen, make
 from retentive.bench.lab.options import Say, Sized, silent, words
-from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer.batch import SHARED, generate_batch
 from retentive.models import cost
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 PROMPT = 24
 """Tokens of a question."""
@@ -89,7 +91,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         [
             NAMES[row["model"]], str(row["questions"]), duration(row["seconds"]), f"{row['ratio']:.2f}",
-            size(row["state_bytes"]),
+            decimal(row["state_bytes"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

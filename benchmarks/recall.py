@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import compare, machine
 from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import dress, grid, legend
-from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
 from retentive.models import Config, LanguageModel, ModelConfig, build, cost
 from retentive.ops.cross_entropy import IGNORE
+from retentive.options import at_least_one, known
+from retentive.tables import markdown
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.directory import RunDirectory
 
@@ -194,7 +196,7 @@ def table(result: dict[str, Any]) -> str:
     heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
     lines = []
     for row in result["rows"]:
-        memory = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB"
+        memory = "–" if row["memory_bytes"] is None else decimal(row["memory_bytes"])
         cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", f"{row['lr']:g}", memory]
         lines.append([*cells, *(f"{row['accuracy'][n]:.1%}" for n in pairs)])
     unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]

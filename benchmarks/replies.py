@@ -14,12 +14,13 @@ import numpy as np
 from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import grid, legend
-from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.checkpoint import ModelFolder
 from retentive.evals.replies import KINDS, kind_of, score_replies
 from retentive.models import cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
+from retentive.options import at_least_one, known
+from retentive.tables import markdown
 
 PICTURE = "What models answer"
 SHOWN = {

@@ -4,8 +4,10 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear, tokens
-from retentive.bench.lab.tables import duration, markdown, size, span
+from retentive.tables import duration, markdown, span
 
 NAMES = {"retentive": "retentive", "blocked": "blocked", "torchscale": "torchscale", "sdpa": "SDPA", "fla": "fla"}
 COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3", "fla": "C2"}
@@ -44,7 +46,7 @@ def _rows(result: dict[str, Any]) -> str:
         cells += [_ratio(of[n], ours, "seconds") for n in others]
         cells += [result["rivals"][n] for n in absent]
         if "seconds" in ours:
-            cells += [size(ours["peak_bytes"]), f"{ours['peak_bytes'] / row['qkvo_bytes']:.2f}"]
+            cells += [decimal(ours["peak_bytes"]), f"{ours['peak_bytes'] / row['qkvo_bytes']:.2f}"]
         else:
             cells += ["", ""]
         cells += [_ratio(of[n], ours, "peak_bytes") for n in others]
@@ -57,7 +59,7 @@ def _ratio(rival: dict[str, Any], ours: dict[str, Any], key: str) -> str:
     if "skipped" in rival:
         return rival["skipped"]
     if key not in ours:
-        return duration(rival[key]) if key == "seconds" else size(rival[key])
+        return duration(rival[key]) if key == "seconds" else decimal(rival[key])
     chunk = f" (C={rival['chunk']})" if "seconds_by_chunk" in rival and key == "seconds" else ""
     return f"{rival[key] / ours[key]:.2f}x{chunk}"
 

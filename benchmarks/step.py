@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from benchmarks.lab.roofline import DTYPES
@@ -40,11 +41,12 @@ from retentive.bench.decode import ring_bytes
 from retentive.bench.lab import clock
 from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
 from retentive.ops import Ring, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
 from retentive.ops.ring import slots
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown, span
 
 SPREAD = 1 << 29
 """Bytes of the states that a repetition goes through: more than any cache holds."""
@@ -249,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
-        cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        cells += [decimal(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
         # older files of results lack it
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]

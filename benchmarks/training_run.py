@@ -11,9 +11,9 @@ import tyro
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
-from retentive.bench.lab.tables import markdown
 from retentive.data.packed import Packed
 from retentive.evals.heldout import YARDSTICKS, yardsticks
+from retentive.tables import markdown
 from retentive.train.log import read_metrics
 
 PICTURE = "The training run {run}"

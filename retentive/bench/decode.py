@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from retentive import machine
 from retentive.bench.lab import clock, llamacpp, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid, tokens
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
 from retentive.models import ModelConfig, cost, twin
 from retentive.ops.ring import slots
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
@@ -381,7 +383,7 @@ def table(result: dict[str, Any]) -> str:
         for name in names:
             other = row["models"][name]
             times = "" if name == "retnet" else _times(other, base, "memory_bytes")
-            cells.append(size(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
+            cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
         f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."

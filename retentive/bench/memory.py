@@ -16,8 +16,9 @@ import torch
 from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.models import LanguageModel, build, twin
+from retentive.options import at_least_one
+from retentive.tables import markdown
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 PICTURE = "What remembering costs: a RetNet ({size}) and a Transformer of its size"

@@ -16,8 +16,9 @@ from retentive import machine
 from retentive.bench.lab import clock, llamacpp, models
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
 from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown
 from retentive.models import cost
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 MODELS = ("retnet", "transformer", "grouped", *models.NATIVE, *models.LLAMACPP)
 PICTURE = "Reading a prompt ({size})"

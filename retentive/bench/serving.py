@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench import http
@@ -27,12 +28,13 @@ from retentive.bench.lab import models
 from retentive.bench.lab.clock import median_ratio, spread, turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.infer import SamplingParams
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
 from retentive.models import LanguageModel, cost
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
@@ -266,6 +268,8 @@ def table(result: dict[str, Any]) -> str:
     waits[1][1] += f" ({result['miss_over_hit']:.0f} times sooner)"
     parts.append(markdown([f"first token after {result['prompt']} tokens", "seconds"], waits))
     if "long_stream" in result:
-        rows = [[f"{at['tokens']:,}", size(at["state"]), size(at["process"])] for at in result["long_stream"]["at"]]
+        rows = [
+            [f"{at['tokens']:,}", decimal(at["state"]), decimal(at["process"])] for at in result["long_stream"]["at"]
+        ]
         parts.append(markdown(["tokens of a stream", "its state", "the process"], rows))
     return "\n\n".join(parts)

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.models import LanguageModel, ModelConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 from retentive.train.config import TrainConfig
 from retentive.train.loop import wrap_blocks
 from retentive.train.optim import adamw
@@ -179,7 +181,7 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{row['length']:,}", str(row["batch"])]
         cells += [f"{row[name]['tokens_per_second']:,.0f}" for name in MODELS]
         cells.append(f"{row['ratio']:.2f}")
-        cells += [size(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in MODELS]
+        cells += [decimal(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in MODELS]
         lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in MODELS)])
     if "neighbour" not in result:
         return markdown(heads, lines)

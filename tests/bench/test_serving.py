@@ -36,7 +36,7 @@ def test_a_small_run_measures_everything(config, monkeypatch):
     grown = late["state"] > early["state"]
     assert grown == (config is not CONFIG), "a state does not grow, a cache does"
     shown = serving.table(result)
-    assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7 MB |" in shown
+    assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7.0 MB |" in shown
 
 
 @pytest.mark.skipif(native.refused(model()) is not None, reason="no library here")

@@ -117,7 +117,7 @@ def test_the_table_holds_the_rows():
     for row, line in zip(result["rows"], cells[2:], strict=True):
         rates = [f"{row[name]['tokens_per_second']:,.0f}" for name in ("retnet", "transformer")]
         assert line[:5] == [str(row["length"]), str(row["batch"]), *rates, f"{row['ratio']:.2f}"]
-        assert line[5:7] == ["1 GB", "1 GB"]
+        assert line[5:7] == ["1.0 GB", "1.0 GB"]
 
 
 def test_the_picture_shows_both_models(tmp_path, lines):

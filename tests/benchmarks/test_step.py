@@ -9,9 +9,9 @@ import torch
 from benchmarks import step
 from benchmarks.step import Options
 from retentive.bench.lab.options import silent
-from retentive.bench.lab.tables import duration
 from retentive.ops import Ring
 from retentive.ops.ring import slots
+from retentive.tables import duration
 
 READING = 1e10
 

@@ -176,7 +176,7 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
 def test_a_quantised_folder_is_taken_like_any_other(to, place, capsys):
     main(["quantize", "run", "--to", to, "--out", f"new/{to}", "--text", "corpus", "--tokens", "300"])
     assert re.search(
-        rf"^run -> new/{to}: {to}, [\d.]+ MB -> [\d.]+ MB, calibrated on 300 tokens$",
+        rf"^run -> new/{to}: {to}, [\d.]+ kB -> [\d.]+ kB, calibrated on 300 tokens$",
         capsys.readouterr().out,
         re.MULTILINE,
     )

@@ -16,13 +16,13 @@ from importlib.util import find_spec
 import torch
 
 from retentive.bench.lab.options import Say
-from retentive.bench.lab.tables import known
 from retentive.checkpoint.quantize import quantize
 from retentive.models import Config, LanguageModel, ModelConfig, build, peer, twin
 from retentive.native import NativeRetNet
 from retentive.native.library import library
 from retentive.ops import using
 from retentive.ops.compiler import NotBuilt
+from retentive.options import known
 
 NAMES = {
     "retnet": "RetNet",
