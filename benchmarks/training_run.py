@@ -30,8 +30,8 @@ class Options:
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `report`, of the run that the options name."""
-    return report(options.run, Packed(options.data))
+    """As `report`, of the run that the options name, with its `run`."""
+    return {"run": str(options.run), **report(options.run, Packed(options.data))}
 
 
 def report(run: Path, data: Packed) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from retentive import machine
 from retentive.bench.lab import clock, llamacpp, models, neighbour
-from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import curves, dress, grid, tokens
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent
+from retentive.bench.lab.plot import grid, legend, panel, tokens
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
 from retentive.models import ModelConfig, cost, twin
@@ -35,6 +35,7 @@ from retentive.tables import duration, markdown
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
+RETNETS = ("retnet", *models.NATIVE)
 TRIED = 4
 """Steps by which the faster setting of llama.cpp is found."""
 PICTURE = "Decoding ({size})"
@@ -75,7 +76,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
-    dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models), device, say)
+    dtype, names = models.PRECISIONS[options.precision], models.chosen(options.models, models.NAMES, device, say)
     # made once for all batches and contexts, which differ by their states only
     rivals = {
         name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names if name not in models.LLAMACPP
@@ -389,11 +390,9 @@ def table(result: dict[str, Any]) -> str:
         f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."
         for name, n in result["break_even"].items()
     ]
-    for name in (n for n in names[1:] if n not in models.NATIVE):
-        for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
-            at = faster_from(result["rows"], name, batch)
-            if at is not None:
-                notes.append(f"- A step of RetNet is shorter than one of {models.NAMES[name]} {at} at batch {batch}.")
+    notes += filter(
+        None, (fastest(result["rows"], batch) for batch in dict.fromkeys(r["batch"] for r in result["rows"]))
+    )
     # before there were models in C there was one
     for at in result.get("neighbours") or filter(None, [result.get("neighbour")]):
         name = models.NAMES[at.get("model", "retnet")]
@@ -406,39 +405,42 @@ def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
     return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
 
 
-def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None:
-    """From which measured context on RetNet's step is the shorter one, in words."""
-    mine = sorted(
-        (r["context"], r["models"]["retnet"]["seconds"] < r["models"][name]["seconds"])
-        for r in rows
-        if r["batch"] == batch and all("seconds" in r["models"].get(one, {}) for one in ("retnet", name))
-    )
-    if not mine:
-        return None
-    # the longest context at which RetNet is still slower decides: timings may cross more than once
-    slower = [context for context, faster in mine if not faster]
-    if not slower:
-        return f"at all of these contexts, from {mine[0][0]:,} tokens,"
-    beyond = [context for context, _ in mine if context > max(slower)]
-    if not beyond:
-        return f"not at the longest of these contexts, {mine[-1][0]:,} tokens,"
-    return f"from somewhere between {max(slower):,} and {min(beyond):,} tokens of context on"
+def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
+    """A line on the fastest RetNet and the fastest Transformer at the longest context that both were measured at."""
+    for row in sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["context"], reverse=True):
+        seconds = {name: of["seconds"] for name, of in row["models"].items() if "seconds" in of}
+        ours, theirs = (
+            sorted((n for n in seconds if (n in RETNETS) == own), key=lambda name: seconds[name])
+            for own in (True, False)
+        )
+        if ours and theirs:
+            best, other = ours[0], theirs[0]
+            ratio = seconds[other] / seconds[best]
+            return (
+                f"- Batch {batch}, context {row['context']:,}: the fastest RetNet ({models.NAMES[best]}: "
+                f"{duration(seconds[best])} a step) is {ratio:.1f} times as fast as the fastest Transformer "
+                f"({models.NAMES[other]}: {duration(seconds[other])})."
+            )
+    return None
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch."""
-    figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
-    rows, names = result["rows"], {name: models.NAMES[name] for name in result["parameters"]}
-    most = max(row["batch"] for row in rows)
-    contexts = sorted({row["context"] for row in rows})
+    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch.
+
+    One context or one batch has no panel of its own; one of both is a ranking of memory and latency.
+    """
+    rows = result["rows"]
+    most, contexts = max(row["batch"] for row in rows), sorted({row["context"] for row in rows})
     at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
     by_context = [(row["context"], row["models"]) for row in rows if row["batch"] == most]
     by_batch = [(row["batch"], row["models"]) for row in rows if row["context"] == at]
-    curves(memory, by_context, names, "memory_bytes", unit=1e9)
-    curves(throughput, by_context, names, "tokens_per_second")
-    curves(latency, by_batch, names, "seconds", unit=1e-3)
-    dress(memory, contexts, f"memory at batch {most} (GB)", "context (tokens)")
-    dress(throughput, contexts, f"tokens/s at batch {most}", "context (tokens)")
-    dress(latency, sorted({row["batch"] for row in rows}), f"one step at context {tokens(at)} (ms)", "batch")
-    figure.legend(*memory.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    memory = (by_context, "memory_bytes", f"memory at batch {most} (GB)", "context", 1e9)
+    throughput = (by_context, "tokens_per_second", f"tokens/s at batch {most}", "context", 1)
+    latency = (by_batch, "seconds", f"one step at context {tokens(at)} (ms)", "batch", 1e-3)
+    panels = [memory, throughput] * (len(contexts) > 1) + [latency] * (len(by_batch) > 1) or [memory, latency]
+    figure, axes = grid(title, 1, len(panels), size=(4.8, 4.0))
+    names = models.shown(list(result["parameters"]), by_context[-1][1])
+    for axis, (points, key, label, along, unit) in zip(axes[0], panels, strict=True):
+        panel(axis, points, names, key, label, along, unit=unit, looks=models.LOOKS)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -38,6 +38,7 @@ from retentive.tables import duration, markdown
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
+MODELS = ("retnet", *models.NATIVE)
 PICTURE = None
 
 
@@ -58,9 +59,9 @@ class Options(Sized):
     server: bool = False
     """The same streams through the HTTP server as well."""
     precision: str = "fp32"
-    """bf16 or fp32, of the weights."""
-    native: tuple[str, ...] = ()
-    """Also through engines with the model in C: native-bf16, native-int8, native-int4."""
+    """bf16 or fp32, of the weights of retnet."""
+    models: tuple[str, ...] = MODELS
+    """retnet, native-bf16, native-int8, native-int4 (the RetNet in C); each has an engine of its own."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -71,11 +72,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: an unknown precision or model.
     """
     known([options.precision], models.PRECISIONS, "precision")
-    known(list(options.native), list(models.NATIVE), "model in C")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
-    others = {name: models.make(name, options.config, cpu) for name in options.native}
-    model = models.make("retnet", options.config, cpu, dtype)
-    return {"size": options.size, "precision": options.precision, **of_model(model, options, say, others)}
+    names = models.chosen(options.models, MODELS, cpu, say)
+    model, *others = (models.make(name, options.config, cpu, dtype) for name in names)
+    of_others = dict(zip(names[1:], others, strict=True))
+    return {"size": options.size, "precision": options.precision, **of_model(model, options, say, of_others)}
 
 
 def of_model(
@@ -257,7 +258,8 @@ def table(result: dict[str, Any]) -> str:
         [f"bare step, {streams} rows", f"{rates['bare']:,.0f}", f"engine {result['engine_over_bare']:.3f} of it"],
     ]
     for name, times in result.get("native_over_engine", {}).items():
-        lines.append([f"{streams} streams, {name}", f"{rates[name]:,.0f}", f"{times:.2f} times the engine with torch"])
+        of = f"{times:.2f} times the engine with torch"
+        lines.append([f"{streams} streams, {models.NAMES[name]}", f"{rates[name]:,.0f}", of])
     if "server" in result:
         through = result["server"]["tokens_per_second"]["server"]["median"]
         beside = f"{result['server']['server_over_engine']:.3f} of the engine"

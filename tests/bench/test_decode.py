@@ -121,23 +121,20 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, ref
         measured()
 
 
-ROWS = [
-    {"batch": 1, "context": c, "models": {"retnet": {"seconds": 2.0}, "transformer": {"seconds": s}}}
-    for c, s in ((512, 1.0), (2048, 2.5), (8192, 9.0))
-]
+def test_the_fastest_retnet_is_held_against_the_fastest_transformer():
+    def row(context, **seconds):
+        found = {name.replace("_", "-"): {"seconds": s} if s else {"skipped": "no room"} for name, s in seconds.items()}
+        return {"batch": 1, "context": context, "models": found}
 
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (ROWS, "from somewhere between 512 and 2,048 tokens of context on"),
-        (ROWS[1:], "at all of these contexts, from 2,048 tokens,"),
-        (ROWS[:1], "not at the longest of these contexts, 512 tokens,"),
-        ([], None),
-    ],
-)
-def test_from_where_on_a_step_is_shorter(rows, words):
-    assert decode.faster_from(rows, "transformer", 1) == words
+    rows = [row(512, retnet=2.0, native_int8=1.0, transformer=0.5, grouped=4.0)]
+    assert decode.fastest(rows, 1) == (
+        "- Batch 1, context 512: the fastest RetNet (RetNet in C, int8: 1 s a step) is 0.5 times as fast as the "
+        "fastest Transformer (Transformer twin: 500 ms)."
+    )
+    rows += [row(2048, retnet=0.5, native_int8=1.0, transformer=9.0, grouped=4.0), row(8192, retnet=2.0, grouped=None)]
+    said = "context 2,048: the fastest RetNet (RetNet: 500 ms a step) is 8.0 times as fast"
+    assert said in decode.fastest(rows, 1), "the longest at which both were measured"
+    assert decode.fastest(rows[2:], 1) is None and decode.fastest(rows, 8) is None
 
 
 def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
@@ -151,6 +148,20 @@ def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
     assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())
     x, y = lines["RetNet"][0]
     assert x == [8, 16] and y[0] == y[1]  # memory does not grow
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [(dict(contexts=(8,)), ["one step at context 8 (ms)"]),
+     (dict(batches=(3,)), ["memory at batch 3 (GB)", "tokens/s at batch 3"]),
+     (dict(contexts=(8,), batches=(3,)), ["memory at batch 3 (GB), context 8", "one step at context 8 (ms), batch 3"])],
+    ids=["batches", "contexts", "one-of-both"],
+)  # fmt: skip
+def test_no_panel_of_the_picture_has_a_single_point(how, shown, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(decode, "legend", lambda figure, axes: drawn.extend(axes.flat))
+    decode.plot(measured(**how), tmp_path / "a.png", title="t")
+    assert [axis.get_ylabel() or axis.get_xlabel() for axis in drawn] == shown  # a ranking has its label along x
 
 
 def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table(monkeypatch):

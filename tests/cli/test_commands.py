@@ -379,7 +379,9 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
     assert json.loads(Path("run/train.json").read_text(encoding="utf-8"))["command"]["data"] == "elsewhere"
 
 
-@pytest.mark.parametrize("argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench memory --contexts 8 16"])
+@pytest.mark.parametrize(
+    "argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench decode --contexts 8 16 --models retnet"]
+)
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("retentive.machine.gemm_rate", lambda *_, **__: 1e12)
