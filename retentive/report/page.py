@@ -51,11 +51,9 @@ def read(path: Path) -> File:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         command, _ = result.get("command", ""), machine(result)
-        words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
+        kind = kind_of(command)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
-    # `words` are those after "retentive": a verb, and for a bench its name
-    kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     try:
         shown = table(kind, result)
         any(section.takes(kind, result) for section in SECTIONS)  # fails here, where the file's name is known
@@ -64,6 +62,16 @@ def read(path: Path) -> File:
             f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
         ) from None
     return File(path, kind, result, shown)
+
+
+def kind_of(command: str) -> str:
+    """The verb of a command line, and for a bench its name: "compare", "bench decode"; "?" without a verb.
+
+    Raises:
+        ValueError: a quotation that is not closed.
+    """
+    words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
+    return " ".join(words[:2]) if words[0] == "bench" else words[0]
 
 
 def page(files: Sequence[File]) -> str:

@@ -131,5 +131,6 @@ def legend(figure: Any, axes: Any) -> None:
         name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        columns = min(len(handles), max(int(figure.get_figwidth() // 1.9), 1))  # inches of an entry
+        inches = 0.6 + 0.075 * max(map(len, handles))  # of the widest entry
+        columns = min(len(handles), max(int(figure.get_figwidth() // inches), 1))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9)
