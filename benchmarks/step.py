@@ -37,8 +37,8 @@ from torch import Tensor
 
 from benchmarks.lab.roofline import DTYPES
 from retentive import machine
-from retentive.bench.decode import ring_bytes
 from retentive.bench.lab import clock
+from retentive.bench.lab.decoders import ring_bytes
 from retentive.bench.lab.options import OnDevice, Say, silent, words
 from retentive.bench.lab.plot import GREY, LOOKS, grid, legend, panel
 from retentive.ops import Ring, retention_step

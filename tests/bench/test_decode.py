@@ -8,7 +8,7 @@ import torch
 from retentive import machine
 from retentive.bench import decode
 from retentive.bench.decode import Options
-from retentive.bench.lab import models
+from retentive.bench.lab import decoders, models
 from retentive.models import LanguageModel, cost, retnet, twin
 
 CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
@@ -45,7 +45,7 @@ def test_rows_of_all_rivals():
 @torch.inference_mode()
 def test_a_filled_state_is_one_of_that_many_tokens(name):
     """It goes through the code that a read one does, and is as large as the formula says."""
-    one = decode.Rival(name, CONFIG, CPU, torch.float32)
+    one = decoders.Rival(name, CONFIG, CPU, torch.float32)
     state = one.fill(3, 10, room=4)
     assert state.position.tolist() == [10, 10, 10]
     after = one.step(torch.zeros(3, 1, dtype=torch.int64), state)
@@ -57,12 +57,12 @@ def test_a_filled_state_is_one_of_that_many_tokens(name):
 
 
 def test_moves_count_weights_and_memory():
-    one = decode.Rival("transformer", CONFIG, CPU, torch.bfloat16)
+    one = decoders.Rival("transformer", CONFIG, CPU, torch.bfloat16)
     config = twin(CONFIG)
     assert one.moves(2, 100) == 2 * cost.matrix_parameters(config) + cost.cache_bytes(
         config, 100, sequences=2, bytes_per_value=2
     )
-    retnet = decode.Rival("retnet", CONFIG, CPU, torch.bfloat16)
+    retnet = decoders.Rival("retnet", CONFIG, CPU, torch.bfloat16)
     assert retnet.moves(2, 100) == retnet.moves(2, 10**6) > 2 * cost.matrix_parameters(CONFIG)
 
 
@@ -101,7 +101,7 @@ def test_another_engine_takes_part_where_it_is_installed():
     result = measured(models=("retnet", "llama"), contexts=(8,), batches=(2,))
     (row,) = result["rows"]
     assert row["models"]["llama"]["seconds"] > 0
-    one = decode.Llama("llama", CONFIG, CPU, torch.float32)
+    one = decoders.Llama("llama", CONFIG, CPU, torch.float32)
     with torch.inference_mode():
         cache = one.fill(2, 8, room=3)
         ids = torch.zeros(2, 1, dtype=torch.int64)
@@ -184,7 +184,7 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
     names = ("retnet", *models.NATIVE)
     result = measured(models=names, neighbour=False)
     matrices = cost.matrix_parameters(CONFIG)
-    rivals = {name: decode.RIVALS.get(name, decode.Rival)(name, CONFIG, CPU, torch.bfloat16) for name in names}
+    rivals = {name: decoders.make(name, CONFIG, CPU, torch.bfloat16) for name in names}
     state = rivals["retnet"].moves(1, 8) - 2 * matrices
     for name, bits in (("native-bf16", 16), ("native-int8", 8 + 16 / 128), ("native-int4", 4 + 16 / 32)):
         assert rivals[name].moves(1, 8) == pytest.approx(state + matrices * bits / 8)
@@ -197,8 +197,8 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
 def test_llamacpp_decodes_what_it_is_given():
     config = retnet(vocab_size=64, dim=64, layers=2, heads=4)
     for name in models.LLAMACPP:
-        one = decode.LlamaCpp(name, config, CPU)
-        assert decode.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
+        one = decoders.LlamaCpp(name, config, CPU)
+        assert decoders.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
         session = one.fill(3, 20, room=2)
         at = session.position
         one.step(torch.zeros(3, 1, dtype=torch.int64), session)
