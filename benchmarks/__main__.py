@@ -18,6 +18,8 @@ def run(argv: list[str]) -> None:
     from retentive.cli import bench  # loads torch, so after `prepare`
 
     bench.main(argv, BENCHES, "python -m benchmarks")
+    if not argv or argv[0] in ("-h", "--help"):
+        print("\n  redraw FILE…  Tables and pictures of results anew, from the numbers in their files.")
 
 
 if __name__ == "__main__":

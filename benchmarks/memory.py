@@ -21,7 +21,7 @@ from retentive.options import at_least_one
 from retentive.tables import markdown
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-PICTURE = "What remembering costs: a RetNet ({size}) and a Transformer of its size"
+PICTURE = "Memory and time per token ({size})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from retentive.native import with_engine
 from retentive.options import at_least_one, known
 from retentive.tables import markdown
 
-PICTURE = "What models answer"
+PICTURE = "Replies"
 SHOWN = {
     "translation": {"bleu": 1, "chrf": 1},
     "summarisation": {"rouge1": 1, "rouge2": 1, "rougeL": 1},

@@ -16,7 +16,7 @@ from retentive.evals.heldout import YARDSTICKS, yardsticks
 from retentive.tables import markdown
 from retentive.train.log import read_metrics
 
-PICTURE = "The training run {run}"
+PICTURE = "Training run {run}"
 
 
 @dataclass(frozen=True)
