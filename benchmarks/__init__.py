@@ -4,6 +4,7 @@ Each module has the shape of `retentive.bench`. Results are kept in results/ and
 """
 
 BENCHES = {
+    "memory": "benchmarks.memory",
     "run": "benchmarks.training_run",
     "retention": "benchmarks.retention",
     "step": "benchmarks.step",

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import retentive
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.tables import at_least_one, markdown
 from retentive.data.packed import Packed
 from retentive.machine import pick_device
 from retentive.models import LanguageModel
+from retentive.options import at_least_one
+from retentive.tables import markdown
 
 PICTURE = None
 OF_LAYERS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from benchmarks.edge_browser import find_browser
 from benchmarks.edge_form import PROMPT
 from retentive import machine
 from retentive.bench.lab import llamacpp, models
 from retentive.bench.lab.options import Say, Sized, silent, words
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.checkpoint import save_model
 from retentive.checkpoint.quantize import BITS, quantize
 from retentive.data.tokenizer import ByteTokenizer
@@ -38,6 +38,8 @@ from retentive.models import build
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK, NotBuilt, find_compiler, instruction_flag
 from retentive.ops.compiler import run as run_compiler
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 
 class Form(NamedTuple):
@@ -216,8 +218,8 @@ def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = [
         [
-            FORMS[row["form"]].label, size(row["file_bytes"]), duration(row["first_seconds"]),
-            f"{row['read_per_second']:,.0f}", f"{row['write_per_second']:,.0f}", size(row["peak_bytes"]),
+            FORMS[row["form"]].label, decimal(row["file_bytes"]), duration(row["first_seconds"]),
+            f"{row['read_per_second']:,.0f}", f"{row['write_per_second']:,.0f}", decimal(row["peak_bytes"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

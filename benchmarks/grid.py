@@ -16,12 +16,13 @@ from torch import nn
 from retentive import machine
 from retentive.bench.lab import clock
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, markdown
+from retentive.bench.lab.plot import grid, legend, panel
 from retentive.layers import BidirectionalRetention
 from retentive.layers.config import RetentionConfig
 from retentive.ops import reference
 from retentive.ops.bidirectional import bidirectional
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 NAMES = {"retention": "retention, both directions", "attention": "attention (torch's MultiheadAttention)"}
 TOLERANCE = 1e-12
@@ -81,6 +82,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return {
         "what": "a layer over a grid of patches, forward",
         "hardware": machine.describe(),
+        "dim": options.dim,
+        "heads": options.heads,
         "off_by": worst,
         "rows": rows,
     }
@@ -117,9 +120,8 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: milliseconds of a layer against patches."""
-    figure, ((axis,),) = grid(title, 1, 1, size=(6, 4.2))
+    figure, axes = grid(title, 1, 1, size=(6, 4.2))
     points = [(row["patches"], row["models"]) for row in result["rows"]]
-    curves(axis, points, NAMES, "seconds", unit=1e-3)
-    dress(axis, [patches for patches, _ in points], "ms", "patches")
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    panel(axes[0, 0], points, NAMES, "seconds", "ms", "patches", unit=1e-3)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.clock import turns
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.infer import SamplingParams, generate
 from retentive.infer.memory import blank, load_memory, save
 from retentive.infer.reading import ingest
 from retentive.models import LanguageModel, build
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 PROMPT, REPLY = 16, 32
 """Tokens of a question."""
@@ -96,6 +98,6 @@ def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = []
     for row in result["rows"]:
-        asked = [size(row["file_bytes"]), duration(row["median"] / 1e3)]
+        asked = [decimal(row["file_bytes"]), duration(row["median"] / 1e3)]
         lines.append([f"{row['tokens']:,}", *asked, f"{row['tokens_per_second']:,.0f}"])
     return markdown(["tokens read", "file", "a question", "read at (tokens/s)"], lines)

@@ -31,7 +31,6 @@ from benchmarks.prompting_tasks import NAMES, SHOWN, Files, Texts, activities, k
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
-from retentive.bench.lab.tables import markdown
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.compare.variants import short_head
 from retentive.data.sources import Document
@@ -41,6 +40,7 @@ from retentive.infer.memory import Memory, blank
 from retentive.infer.merge import chain, chain_errors, keep_size, merge
 from retentive.infer.reading import ingest
 from retentive.models import ARCHITECTURES, LanguageModel, ModelConfig, build, retnet
+from retentive.tables import markdown
 
 GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
 """Values of M."""

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.filesize import decimal
 from torch import Tensor
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.tables import at_least_one, markdown, size
 from retentive.checkpoint import load
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
 from retentive.data.packed import Packed
@@ -27,7 +27,9 @@ from retentive.evals.heldout import summed, token_losses
 from retentive.infer.generate import generate
 from retentive.models import LanguageModel
 from retentive.native import with_engine
+from retentive.options import at_least_one
 from retentive.sampling import SamplingParams
+from retentive.tables import markdown
 
 PICTURE = None
 FIRST = 16
@@ -184,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
         change = "" if row is base else f"{row['bits_per_byte'] / base['bits_per_byte'] - 1:+.3%}"
         same = "" if row is base else f"{row['same_tokens']:g} of {result['written']}"
         nats = [f"{row[key]:.4f}" for key in ("first", "others")]
-        lines.append([row["weights"], size(row["bytes"]), f"{row['bits_per_byte']:.4f}", change, *nats, same])
+        lines.append([row["weights"], decimal(row["bytes"]), f"{row['bits_per_byte']:.4f}", change, *nats, same])
     states = "; ".join(
         f"{row['weights']} {row['torch']:.1e} (torch), {row['native']:.1e} (native)" for row in result["states"]
     )

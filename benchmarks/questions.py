@@ -11,17 +11,20 @@ from itertools import product
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
-from retentive.bench.lab.models import LLAMACPP, NAMES, check_decoding, chosen, make
-from retentive.bench.lab.options import Say, Sized, silent, words
-from retentive.bench.lab.tables import at_least_one, duration, markdown, size
+from retentive.bench.lab.models import NAMES, NATIVE, check_decoding, chosen, make
+from retentive.bench.lab.options import Say, Sized, silent
 from retentive.infer.batch import SHARED, generate_batch
 from retentive.models import cost
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 PROMPT = 24
 """Tokens of a question."""
+MODELS = ("retnet", "transformer", "grouped", *NATIVE)
 PICTURE = None
 
 
@@ -51,10 +54,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     at_least_one(options, "questions", "reply", "repeats")
     if options.tokens < SHARED:
         raise ValueError(f"a text of {options.tokens} tokens is shorter than {SHARED}, from which on it is read once")
-    cpu, asked_for = torch.device("cpu"), words(options.models)
-    if foreign := sorted({"llama", *LLAMACPP} & set(asked_for)):
-        raise ValueError(f"{foreign[0]} is not read by this package: choose among the others")
-    models = {name: make(name, options.config, cpu) for name in chosen(asked_for, cpu, say)}
+    cpu = torch.device("cpu")
+    models = {name: make(name, options.config, cpu) for name in chosen(options.models, MODELS, cpu, say)}
     for model in models.values():
         check_decoding(model)
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         [
             NAMES[row["model"]], str(row["questions"]), duration(row["seconds"]), f"{row['ratio']:.2f}",
-            size(row["state_bytes"]),
+            decimal(row["state_bytes"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

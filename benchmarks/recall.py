@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import compare, machine
 from retentive.bench.lab.options import Say, silent, words
-from retentive.bench.lab.plot import dress, grid, legend
-from retentive.bench.lab.tables import at_least_one, known, markdown
+from retentive.bench.lab.plot import LOOKS, MOST, grid, legend, panel
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
 from retentive.models import Config, LanguageModel, build, cost
 from retentive.ops.cross_entropy import IGNORE
+from retentive.options import at_least_one, known
+from retentive.tables import markdown
 from retentive.train import Hooks, TrainConfig, language_modelling, train
 from retentive.train.directory import RunDirectory
 
@@ -194,7 +196,7 @@ def table(result: dict[str, Any]) -> str:
     heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
     lines = []
     for row in result["rows"]:
-        memory = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e3:,.0f} kB"
+        memory = "–" if row["memory_bytes"] is None else decimal(row["memory_bytes"])
         cells = [str(row["dim"]), row["variant"], f"{row['parameters'] / 1e3:,.0f} k", f"{row['lr']:g}", memory]
         lines.append([*cells, *(f"{row['accuracy'][n]:.1%}" for n in pairs)])
     unlearned = [f"{row['variant']} ({row['dim']})" for row in result["rows"] if not learned(row)]
@@ -209,17 +211,17 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: accuracy against pairs, a panel a width."""
     dims = list(dict.fromkeys(row["dim"] for row in result["rows"]))
-    figure, (axes,) = grid(title, 1, len(dims), size=(5.2, 4))
-    for axis, dim in zip(axes, dims, strict=True):
-        for n, row in enumerate(r for r in result["rows"] if r["dim"] == dim):
-            pairs = [int(count) for count in row["accuracy"]]
-            style, more = ("-", "") if learned(row) else (":", ", not trained to the end")
-            how = {"color": f"C{n}", "marker": "osv^Dx"[n % 6], "linestyle": style, "label": row["variant"] + more}
-            how |= {"markersize": max(13 - 2 * n, 4)}  # of those that are even all show
-            axis.plot(pairs, list(row["accuracy"].values()), **how)
-        dress(axis, pairs, "answers that are right", "pairs to remember")
-        axis.set_yscale("linear")
-        axis.set_ylim(0, 1.03)
+    figure, axes = grid(title, 1, len(dims), size=(5.2, 4))
+    for axis, dim in zip(axes[0], dims, strict=True):
+        rows = {row["variant"]: row for row in [row for row in result["rows"] if row["dim"] == dim][:MOST]}
+        pairs = list(next(iter(rows.values()))["accuracy"])
+        points = [(int(n), {name: {"right": row["accuracy"][n]} for name, row in rows.items()}) for n in pairs]
+        names = {n: n if learned(row) else f"{n}, not trained to the end" for n, row in rows.items()}
+        looks = {
+            name: look | {"linestyle": "-" if learned(rows[name]) else ":", "markersize": max(13 - 2 * n, 4)}
+            for n, (name, look) in enumerate(zip(rows, LOOKS, strict=False))  # of those that are even all show
+        }
+        panel(axis, points, names, "right", "answers that are right", "pairs to remember", percent=True, looks=looks)
         axis.set_title(f"width {dim}, two layers", fontsize=9)
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

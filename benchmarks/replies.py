@@ -14,14 +14,15 @@ import numpy as np
 from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import grid, legend
-from retentive.bench.lab.tables import at_least_one, known, markdown
 from retentive.checkpoint import ModelFolder
 from retentive.evals.generation_tasks import KINDS, kind_of, score_generation_tasks
 from retentive.models import cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
+from retentive.options import at_least_one, known
+from retentive.tables import markdown
 
-PICTURE = "What models answer"
+PICTURE = "Replies"
 SHOWN = {
     "translation": {"bleu": 1, "chrf": 1},
     "summarisation": {"rouge1": 1, "rouge2": 1, "rougeL": 1},

@@ -21,8 +21,9 @@ from benchmarks.retention_report import plot, table
 from retentive import machine
 from retentive.bench.lab import clock
 from retentive.bench.lab.options import OnDevice, Say, silent, words
-from retentive.bench.lab.tables import at_least_one, duration, known
 from retentive.ops import cpu as cpu_module
+from retentive.options import at_least_one, known
+from retentive.tables import duration
 
 __all__ = ["PICTURE", "Options", "measure", "plot", "table"]
 

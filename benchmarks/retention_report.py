@@ -4,12 +4,14 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear, tokens
-from retentive.bench.lab.tables import duration, markdown, size, span
+from rich.filesize import decimal
+
+from retentive.bench.lab import plot as pictures
+from retentive.bench.lab.plot import GREY, grid, legend, panel, tokens
+from retentive.tables import duration, markdown, span
 
 NAMES = {"retentive": "retentive", "blocked": "blocked", "torchscale": "torchscale", "sdpa": "SDPA", "fla": "fla"}
-COLOURS = {"retentive": "C0", "blocked": "C9", "torchscale": "C1", "sdpa": "C3", "fla": "C2"}
-MARKERS = {"retentive": "o", "blocked": "v", "torchscale": "s", "sdpa": "^", "fla": "D"}
+LOOKS = dict(zip(NAMES, pictures.LOOKS, strict=False)) | {"limit": GREY}
 
 DISTURBED = 0.15
 """Relative difference of the GEMM rate before and after a row: beyond it, something else must have used the machine."""
@@ -44,7 +46,7 @@ def _rows(result: dict[str, Any]) -> str:
         cells += [_ratio(of[n], ours, "seconds") for n in others]
         cells += [result["rivals"][n] for n in absent]
         if "seconds" in ours:
-            cells += [size(ours["peak_bytes"]), f"{ours['peak_bytes'] / row['qkvo_bytes']:.2f}"]
+            cells += [decimal(ours["peak_bytes"]), f"{ours['peak_bytes'] / row['qkvo_bytes']:.2f}"]
         else:
             cells += ["", ""]
         cells += [_ratio(of[n], ours, "peak_bytes") for n in others]
@@ -57,7 +59,7 @@ def _ratio(rival: dict[str, Any], ours: dict[str, Any], key: str) -> str:
     if "skipped" in rival:
         return rival["skipped"]
     if key not in ours:
-        return duration(rival[key]) if key == "seconds" else size(rival[key])
+        return duration(rival[key]) if key == "seconds" else decimal(rival[key])
     chunk = f" (C={rival['chunk']})" if "seconds_by_chunk" in rival and key == "seconds" else ""
     return f"{rival[key] / ours[key]:.2f}x{chunk}"
 
@@ -141,41 +143,20 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG, a column a shape: time, memory and fraction of the limit against T."""
-    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
-    figure, axes = grid(title, 3, len(shapes), size=(5.5, 3.4))
-    for column, shape in enumerate(shapes):
-        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["T"])
-        time, memory, fraction = axes[:, column]
+    """A PNG, a column for each shape and dtype: time, memory and fraction of the limit against T."""
+    columns = list(dict.fromkeys((row["shape"], row["dtype"]) for row in result["rows"]))
+    figure, axes = grid(title, 3, len(columns), size=(4.4, 3.4))
+    for (time, memory, fraction), column in zip(axes.T, columns, strict=True):
+        rows = [row for row in result["rows"] if (row["shape"], row["dtype"]) == column]
         first = rows[0]
-        time.set_title(f"{shape}: B = {first['B']}, {first['H']} heads, K = {first['K']}, V = {first['V']}")
-        for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            same = [row for row in rows if row["dtype"] == dtype]
-            lengths = [row["T"] for row in same]
-            limit = [1e3 * row["limit"]["seconds"] for row in same]
-            # below its own inputs and outputs no pass can come
-            least = [row["qkvo_bytes"] / 1e6 for row in same]
-            grey = {"color": "0.6", "linestyle": STYLES[dtype], "linewidth": 1}
-            time.plot(lengths, limit, label=f"limit, {dtype}", **grey)
-            memory.plot(lengths, least, label=f"size of q, k, v, o, {dtype}", **grey)
-            for name in first["contestants"]:
-                _curves(same, name, dtype, (time, memory, fraction))
-        lengths = sorted({row["T"] for row in rows})
-        for axis, label in ((time, "forward + backward (ms)"), (memory, "memory (MB)"), (fraction, "of the limit")):
-            dress(axis, lengths, label)
-        linear(fraction)
-        fraction.set_xlabel("tokens")
+        shape = "B = {}, {} heads, K = {}, V = {}".format(*(first[n] for n in "BHKV"))
+        time.set_title(f"{', '.join(column)}\n{shape}", fontsize=9)
+        # below its own inputs and outputs no pass can come
+        bounds = [{"seconds": row["limit"]["seconds"], "peak_bytes": row["qkvo_bytes"]} for row in rows]
+        points = [(row["T"], row["contestants"] | {"limit": bound}) for row, bound in zip(rows, bounds, strict=True)]
+        names = {name: NAMES[name] for name in first["contestants"]} | {"limit": "limit; size of q, k, v, o"}
+        panel(time, points, names, "seconds", "forward + backward (ms)", "tokens", unit=1e-3, looks=LOOKS)
+        panel(memory, points, names, "peak_bytes", "memory (MB)", "tokens", unit=1e6, looks=LOOKS)
+        panel(fraction, points, names, "fraction", "of the limit", "tokens", percent=True, looks=LOOKS)
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")
-
-
-def _curves(rows: list[dict[str, Any]], name: str, dtype: str, axes: tuple[Any, Any, Any]) -> None:
-    """The rival's three curves, over the lengths at which it ran."""
-    ran = [row for row in rows if "seconds" in row["contestants"].get(name, {})]
-    if not ran:
-        return
-    how = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": STYLES[dtype], "markersize": 5}
-    for axis, key, unit in zip(axes, ("seconds", "peak_bytes", "fraction"), (1e3, 1e-6, 1), strict=True):
-        # NaN leaves a gap in the line where one of the three is missing
-        values = [(row["T"], unit * row["contestants"][name].get(key, float("nan"))) for row in ran]
-        axis.plot(*zip(*values, strict=True), label=f"{NAMES[name]}, {dtype}", **how)

@@ -16,13 +16,14 @@ import tyro
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import ModelFolder
 from retentive.data.tokenizer import Tokenizer
 from retentive.evals.likelihood import Request, common_prefix, encode, score
 from retentive.evals.read import find, known, parse
 from retentive.evals.tasks import TASKS
 from retentive.models import LanguageModel, cost
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""

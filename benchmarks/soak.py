@@ -25,9 +25,9 @@ from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
 from retentive.bench.lab.server import server
-from retentive.bench.lab.tables import markdown
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import LanguageModel, build, retnet
+from retentive.tables import markdown
 
 SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]

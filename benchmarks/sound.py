@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.tables import at_least_one, duration, markdown, size
 from retentive.data.templates import TURNS, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams
@@ -26,6 +26,8 @@ from retentive.infer.media import answer_to, asked, remember
 from retentive.models import LanguageModel, build
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.native import with_engine
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 QUESTION = "What was said?"
 PICTURE = None
@@ -128,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         [
             f"{row['minutes']:g} min", f"{row['tokens']:,}", duration(row["seconds"]),
-            f"{row['times_real_time']:,.0f}", size(row["peak_bytes"]), size(row["state_bytes"]),
+            f"{row['times_real_time']:,.0f}", decimal(row["peak_bytes"]), decimal(row["state_bytes"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

@@ -17,11 +17,12 @@ import tyro
 from retentive import machine
 from retentive.bench.lab.clock import turns
 from retentive.bench.lab.options import Say, silent
-from retentive.bench.lab.tables import at_least_one, duration, markdown
 from retentive.checkpoint import ModelFolder
 from retentive.infer import SamplingParams, generate
 from retentive.infer.speculative import speculate
 from retentive.models import LanguageModel, cost
+from retentive.options import at_least_one
+from retentive.tables import duration, markdown
 
 GREEDY = SamplingParams(temperature=0)
 PICTURE = None

@@ -32,19 +32,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from benchmarks.lab.roofline import DTYPES
 from retentive import machine
-from retentive.bench.decode import ring_bytes
 from retentive.bench.lab import clock
+from retentive.bench.lab.decoders import ring_bytes
 from retentive.bench.lab.options import OnDevice, Say, silent, words
-from retentive.bench.lab.plot import STYLES, dress, grid, legend, linear
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size, span
+from retentive.bench.lab.plot import GREY, LOOKS, grid, legend, panel
 from retentive.ops import Ring, retention_step
 from retentive.ops import cpu as cpu_module
 from retentive.ops.decay import log_decay
 from retentive.ops.ring import slots
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown, span
 
 SPREAD = 1 << 29
 """Bytes of the states that a repetition goes through: more than any cache holds."""
@@ -249,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
-        cells += [size(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
+        cells += [decimal(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
         # older files of results lack it
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
@@ -266,29 +268,20 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG, a column a shape: time of a step and fraction of the limit against the batch."""
-    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
-    figure, axes = grid(title, 2, len(shapes), size=(5.5, 3.6))
-    for (time, fraction), shape in zip(axes.T, shapes, strict=True):
-        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["B"])
-        time.set_title(f"{shape}: {rows[0]['H']} heads, K = {rows[0]['K']}, V = {rows[0]['V']}")
-        for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            same = [row for row in rows if row["dtype"] == dtype]
-            batches, style = [row["B"] for row in same], STYLES[dtype]
-            limit = [1e6 * row["limit"]["seconds"] for row in same]
-            time.plot(batches, limit, color="0.6", linestyle=style, linewidth=1, label=f"limit, {dtype}")
-            alone = [row["machine"].get("alone", {}) for row in same]
-            if all(alone):
-                how = {"color": "0.3", "linestyle": style, "linewidth": 1, "label": f"reading alone, {dtype}"}
-                time.plot(batches, [1e6 * one["seconds"] for one in alone], **how)
-                fraction.plot(batches, [one["fraction"] for one in alone], **how)
-            for n, name in enumerate(RIVALS):
-                how = {"color": f"C{n}", "marker": "osv"[n], "linestyle": style, "label": f"{name}, {dtype}"}
-                time.plot(batches, [1e6 * row["contestants"][name]["seconds"] for row in same], **how)
-                fraction.plot(batches, [row["contestants"][name]["fraction"] for row in same], **how)
-        for axis, label in ((time, "one step of one layer (us)"), (fraction, "of the limit")):
-            dress(axis, [row["B"] for row in rows], label)
-        linear(fraction)
-        fraction.set_xlabel("sequences decoded together")
+    """A PNG, a column for each shape and dtype: time of a step and fraction of the limit against the batch."""
+    columns = list(dict.fromkeys((row["shape"], row["dtype"]) for row in result["rows"]))
+    figure, axes = grid(title, 2, len(columns), size=(4.4, 3.6))
+    along = "sequences decoded together"
+    names = {name: name for name in RIVALS} | {"alone": "reading alone", "limit": "limit"}
+    looks = dict(zip(RIVALS, LOOKS, strict=False)) | {"alone": {"color": "0.3", "linewidth": 1}, "limit": GREY}
+    for (time, fraction), column in zip(axes.T, columns, strict=True):
+        rows = [row for row in result["rows"] if (row["shape"], row["dtype"]) == column]
+        shape = "{} heads, K = {}, V = {}".format(*(rows[0][n] for n in "HKV"))
+        time.set_title(f"{', '.join(column)}\n{shape}", fontsize=9)
+        # older files of results lack "alone"
+        bounds = [{"limit": {"seconds": r["limit"]["seconds"]}, "alone": r["machine"].get("alone", {})} for r in rows]
+        points = [(row["B"], row["contestants"] | bound) for row, bound in zip(rows, bounds, strict=True)]
+        panel(time, points, names, "seconds", "one step of one layer (us)", along, unit=1e-6, looks=looks)
+        panel(fraction, points, names, "fraction", "of the limit", along, percent=True, looks=looks)
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -11,12 +11,12 @@ import tyro
 from retentive import machine
 from retentive.bench.lab.options import Say, silent
 from retentive.bench.lab.plot import grid
-from retentive.bench.lab.tables import markdown
 from retentive.data.packed import Packed
 from retentive.evals.heldout import YARDSTICKS, yardsticks
+from retentive.tables import markdown
 from retentive.train.log import read_metrics
 
-PICTURE = "The training run {run}"
+PICTURE = "Training run {run}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Options:
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `report`, of the run that the options name."""
-    return report(options.run, Packed(options.data))
+    """As `report`, of the run that the options name, with its `run`."""
+    return {"run": str(options.run), **report(options.run, Packed(options.data))}
 
 
 def report(run: Path, data: Packed) -> dict[str, Any]:

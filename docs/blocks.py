@@ -71,6 +71,11 @@ def thousands(x: float) -> str:
     return f"{x / 1000:.1f} k"
 
 
+def train_ratio(of: dict[str, Any]) -> float:
+    """Training throughput of RetNet relative to its twin's."""
+    return of["retnet"]["tokens_per_second"] / of["transformer"]["tokens_per_second"]
+
+
 def millions(x: float) -> str:
     """A number in millions."""
     return f"{x / 1e6:.1f} M"

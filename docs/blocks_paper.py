@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from blocks import EPYC, XEON, best, perplexities, result, row, size, table, thousands, times
+from blocks import EPYC, XEON, best, perplexities, result, row, size, table, thousands, times, train_ratio
 
 
 def decoding(context: int, batch: int) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def paper_claims() -> str:
         f"decoding throughput at 8k tokens | 8.4 times (6.7B) | {times(speed)} times (130 M, batch 8)",
         f"decoding memory at 8k tokens | 3.4 times less (6.7B) | {times(memory)} times less (130 M, batch 8)",
         f"decoding latency at 8k tokens | 15.6 times lower (6.7B) | {times(latency)} times lower (130 M, batch 1)",
-        f"training throughput on rows of 8,192 tokens | 1.1 times (1.3B) | {times(trained['ratio'])} times (130 M)",
+        f"training throughput on rows of 8,192 tokens | 1.1 times (1.3B) | {times(train_ratio(trained))} times (130 M)",
         f"quality after the same tokens | better from 2.7B on | up to {100 * behind:.1f} % worse (1.5 M to 6.0 M)",
     ]
     return table("against a Transformer | the paper | measured here", *lines)
@@ -90,7 +90,7 @@ def training() -> str:
         ours, theirs = r["retnet"], r["transformer"]
         speeds = [f"{model['tokens_per_second']:,.0f} tokens/s" for model in (ours, theirs)]
         memory = [size(model["peak_bytes"]) for model in (ours, theirs)]
-        lines.append(" | ".join([f"{r['length']:,}", *speeds, f"{r['ratio']:.1f}", *memory]))
+        lines.append(" | ".join([f"{r['length']:,}", *speeds, f"{train_ratio(r):.1f}", *memory]))
     return table("length of a row | RetNet | twin | ratio | RetNet: memory | twin: memory", *lines)
 
 
@@ -98,7 +98,7 @@ def training_small() -> str:
     """Speed of a training step, 6.0 M parameters."""
     lines = [
         f"{r['length']:,} | {thousands(r['retnet']['tokens_per_second'])} tokens/s | "
-        f"{thousands(r['transformer']['tokens_per_second'])} tokens/s | {r['ratio']:.1f}"
+        f"{thousands(r['transformer']['tokens_per_second'])} tokens/s | {train_ratio(r):.1f}"
         for r in result("train-step", EPYC)["rows"]
     ]
     return table("length of a row | RetNet | twin | ratio", *lines)

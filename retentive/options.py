@@ -5,7 +5,7 @@ writes the same options as flags: --batch, --resume, --mode carry (`cli.errors.f
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,21 @@ def check_names(what: str, names: Collection[str], known: Collection[str]) -> No
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
         raise TypeError(f"{what} has no option {name!r}: {hint}")
+
+
+def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
+    """Raises ValueError for a name that is not among `all_names`, and if there is none."""
+    for name in names:
+        if name not in all_names:
+            raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(all_names)}")
+    if not names:
+        raise ValueError(f"no {what} given, expected one of {', '.join(all_names)}")
+
+
+def at_least_one(options: Any, *fields: str) -> None:
+    """Raises ValueError if one of these fields, a number or a tuple of numbers, is below 1 or empty."""
+    for field in fields:
+        value = getattr(options, field)
+        numbers = [value] if isinstance(value, int) else value
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{field} must be at least 1, got {min(numbers) if numbers else 'none'}")

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from numbers import Integral, Real
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from retentive.options import check_names, check_type
+from retentive.options import at_least_one, check_names, check_type, known
 
 FITS = [(int, 3), (float, 3), (float, np.float64(3)), (bool, True), (str, "x"), (Mapping, {}), (Integral, np.int64(3))]
 FITS += [(Real, np.float32(3)), (Real, 3), (Integral, 3)]
@@ -39,3 +40,16 @@ def test_names(refuses):
         check_names("it", ["max_token"], ["max_tokens", "stop"])
     with refuses("it has no option 'zzz': expected one of a, b", TypeError):
         check_names("it", ["a", "zzz"], ["b", "a"])
+
+
+def test_what_is_asked_for_is_checked(refuses):
+    known(["a"], ("a", "b"), "letter")
+    options = SimpleNamespace(right=(1, 2), one=1, small=(3, 0), nothing=(), zero=0)
+    at_least_one(options, "right", "one")
+    with refuses("unknown letter 'c', expected one of a, b"):
+        known(["a", "c"], ("a", "b"), "letter")
+    with refuses("no letter given, expected one of a, b"):
+        known([], ("a", "b"), "letter")
+    for field, got in (("small", "0"), ("zero", "0"), ("nothing", "none")):
+        with refuses(f"{field} must be at least 1, got {got}"):
+            at_least_one(options, "right", field)

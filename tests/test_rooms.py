@@ -12,7 +12,7 @@ import pytest
 import retentive
 
 FLOORS = [
-    "files machine threads options page",
+    "files machine threads options tables page",
     "sampling",
     "ops",
     "layers",

@@ -11,30 +11,26 @@ interleaved. The correctness gate: each model of ours must decode, token by toke
 """
 
 import gc
-import inspect
 import statistics
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.filesize import decimal
 
 from retentive import machine
-from retentive.bench.lab import clock, llamacpp, models, neighbour
-from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import curves, dress, grid, tokens
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
-from retentive.checkpoint.quantize import quantization_of
-from retentive.infer.generate import step_threads
-from retentive.models import ModelConfig, cost, twin
-from retentive.ops.ring import slots
+from retentive.bench.lab import clock, models, neighbour
+from retentive.bench.lab.decoders import Decoding, Rival, make
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent
+from retentive.bench.lab.plot import grid, legend, panel, tokens
+from retentive.models import cost
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 LATENCY_AT = 8192
 """Tokens of context at which the picture shows the latency."""
-TRIED = 4
-"""Steps by which the faster setting of llama.cpp is found."""
+RETNETS = ("retnet", *models.NATIVE)
 PICTURE = "Decoding ({size})"
 
 
@@ -73,12 +69,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
-    dtype, names = models.PRECISIONS[options.precision], models.chosen(words(options.models), device, say)
+    dtype, names = models.PRECISIONS[options.precision], models.chosen(options.models, models.NAMES, device, say)
     # made once for all batches and contexts, which differ by their states only
-    rivals = {
-        name: RIVALS.get(name, Rival)(name, config, device, dtype) for name in names if name not in models.LLAMACPP
-    }
-    rivals |= {n: LlamaCpp(n, config, device, full_heads=options.full_heads) for n in names if n in models.LLAMACPP}
+    rivals = {name: make(name, config, device, dtype, full_heads=options.full_heads) for name in names}
     for one in rivals.values():
         one.check()  # all of them before anything is timed: a wrong step may well be a fast one
     rows = []
@@ -119,7 +112,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return result
 
 
-def beside_neighbour(rival: "Rival", batch: int, options: Options) -> dict[str, Any]:
+def beside_neighbour(rival: Rival, batch: int, options: Options) -> dict[str, Any]:
     """Seconds a step alone and beside a busy process."""
     context = options.contexts[0]
     # without room: a state takes any number of further tokens
@@ -131,179 +124,6 @@ def beside_neighbour(rival: "Rival", batch: int, options: Options) -> dict[str, 
 
 def _told(result: dict[str, Any]) -> str:
     return result.get("skipped") or duration(result["seconds"])
-
-
-class Rival:
-    """A model that decodes, and what it costs."""
-
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        self.name, self.device, self.dtype = name, device, dtype
-        self.model = self.made(config)
-        self.config: Any = models.config_of(name, config)
-        self.ring_bytes = self.ring()
-
-    @property
-    def mixer(self) -> Any:
-        """Config of its first mixer."""
-        return self.config.mixers[0]
-
-    def made(self, config: ModelConfig) -> Any:
-        """The model."""
-        return models.make(self.name, config, self.device, self.dtype)
-
-    @property
-    def bytes_per_weight(self) -> float:
-        return self.dtype.itemsize
-
-    def ring(self) -> int:
-        """Bytes that a sequence takes while it is decoded, beside its state or cache."""
-        state: Any = self.model.init_state(1)
-        state = state.reserve(max(state.windows))  # a window's slots are the cache
-        return state.for_decoding(self.dtype).nbytes - state.nbytes
-
-    def check(self) -> None:
-        """The correctness gate: raises ArithmeticError where it decodes other logits than it reads."""
-        models.check_decoding(self.model)
-
-    def fill(self, batch: int, context: int, room: int) -> Any:
-        """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
-        state: Any = self.model.init_state(batch).reserve(context + room)
-        for x in (x for x in state.tensors() if x.is_floating_point()):
-            # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
-            # slice is broadcast, since random numbers for all would take minutes
-            x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
-        state.position.fill_(context)  # rotations and masks of the next token depend on it
-        return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
-
-    def step(self, ids: Tensor, state: Any) -> Any:
-        """The state after one more token of each sequence; its logits are computed and dropped."""
-        with step_threads(self.model, len(ids), state):  # as everything that decodes
-            x, state = self.model.hidden(ids, state)
-            self.model.head(x)
-        return state
-
-    def remembers(self, batch: int, context: int) -> int:
-        """Bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
-        memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
-        return memory + batch * self.ring_bytes
-
-    def moves(self, batch: int, context: int) -> float:
-        """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
-        c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
-        if not c.attends:
-            shapes: list[tuple[int, int, int]] = [m.head_shape for m in c.mixers]
-            return weights + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
-        return weights + self.remembers(batch, context)
-
-
-def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
-    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
-    fold = slots(K, V) // 2
-    rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
-    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
-
-
-class Llama(Rival):
-    """Another engine: Llama of the transformers library with its static cache, weights of the same shapes."""
-
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        super().__init__(name, config, device, dtype)
-        self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas know no Llama
-        names = inspect.signature(self.model.backbone.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
-
-    def ring(self) -> int:
-        return 0
-
-    def check(self) -> None:
-        """Nothing: how it decodes is tested in its own library."""
-
-    def fill(self, batch: int, context: int, room: int) -> Any:
-        from transformers import StaticCache
-
-        backbone = self.model.backbone
-        cache = StaticCache(config=backbone.config, max_cache_len=context + room)
-        c = self.config.attention
-        for layer in range(self.config.layers):
-            keys = torch.randn(1, 1, 1, c.head_dim, dtype=self.dtype, device=self.device)
-            keys = keys.expand(batch, c.heads, context, -1)
-            cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
-        return cache
-
-    def step(self, ids: Tensor, state: Any) -> Any:
-        x = self.model.backbone(ids, use_cache=True, **{self.cache_name: state}).last_hidden_state
-        self.model.head(x)
-        return state
-
-
-class Native(Rival):
-    """The RetNet in C, with a ring of bfloat16."""
-
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        super().__init__(name, config, device, torch.bfloat16)
-
-    @property
-    def bytes_per_weight(self) -> float:
-        how = quantization_of(self.model)
-        return 2.0 if how is None else how.bits / 8 + 2 / how.group  # a scale of 16 bits for each group
-
-
-class LlamaCpp(Rival):
-    """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
-
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, *, full_heads: bool = False):
-        self.full_heads = full_heads
-        super().__init__(name, config, device, torch.float16)  # of its cache
-        self.config = self.theirs(config)
-
-    def theirs(self, config: ModelConfig) -> ModelConfig:
-        return twin(config) if self.full_heads else models.grouped(config)
-
-    def made(self, config: ModelConfig) -> Any:
-        return llamacpp.Model(self.theirs(config), self.name.removeprefix("llamacpp-").upper())
-
-    @property
-    def bytes_per_weight(self) -> float:
-        return models.LLAMACPP[self.name] / 8
-
-    def ring(self) -> int:
-        return 0
-
-    def check(self) -> None:
-        """Nothing: how it decodes is tested in its own library."""
-
-    def fill(self, batch: int, context: int, room: int) -> Any:
-        found = []
-        for flash in (True, False):
-            session = llamacpp.Session(self.model, tokens=context + room + TRIED, sequences=batch, flash=flash)
-            session.read(context)
-            session.step()
-            found.append((machine.clock(self.device, partial(session.steps, TRIED - 1)), session))
-        (_, faster), (_, slower) = sorted(found, key=lambda one: one[0])
-        slower.close()
-        return faster
-
-    def step(self, ids: Tensor, state: Any) -> Any:
-        state.step()
-        return state
-
-
-RIVALS: dict[str, type[Rival]] = {"llama": Llama}
-RIVALS |= dict.fromkeys(models.NATIVE, Native)
-
-
-class Decoding:
-    """A rival that decodes: its state for a batch and a context, and the steps that go on from it."""
-
-    def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
-        self.rival, self.steps = rival, steps
-        self.state = rival.fill(batch, context, room)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)  # any tokens: all take the same time
-
-    def run(self) -> None:
-        """`steps` more tokens of each sequence."""
-        for _ in range(self.steps):
-            self.state = self.rival.step(self.ids, self.state)  # the context grows meanwhile: `room` is for that
 
 
 def batches_that_fit(
@@ -381,17 +201,15 @@ def table(result: dict[str, Any]) -> str:
         for name in names:
             other = row["models"][name]
             times = "" if name == "retnet" else _times(other, base, "memory_bytes")
-            cells.append(size(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
+            cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
         f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."
         for name, n in result["break_even"].items()
     ]
-    for name in (n for n in names[1:] if n not in models.NATIVE):
-        for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
-            at = faster_from(result["rows"], name, batch)
-            if at is not None:
-                notes.append(f"- A step of RetNet is shorter than one of {models.NAMES[name]} {at} at batch {batch}.")
+    notes += filter(
+        None, (fastest(result["rows"], batch) for batch in dict.fromkeys(r["batch"] for r in result["rows"]))
+    )
     # before there were models in C there was one
     for at in result.get("neighbours") or filter(None, [result.get("neighbour")]):
         name = models.NAMES[at.get("model", "retnet")]
@@ -404,39 +222,42 @@ def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
     return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
 
 
-def faster_from(rows: list[dict[str, Any]], name: str, batch: int) -> str | None:
-    """From which measured context on RetNet's step is the shorter one, in words."""
-    mine = sorted(
-        (r["context"], r["models"]["retnet"]["seconds"] < r["models"][name]["seconds"])
-        for r in rows
-        if r["batch"] == batch and all("seconds" in r["models"].get(one, {}) for one in ("retnet", name))
-    )
-    if not mine:
-        return None
-    # the longest context at which RetNet is still slower decides: timings may cross more than once
-    slower = [context for context, faster in mine if not faster]
-    if not slower:
-        return f"at all of these contexts, from {mine[0][0]:,} tokens,"
-    beyond = [context for context, _ in mine if context > max(slower)]
-    if not beyond:
-        return f"not at the longest of these contexts, {mine[-1][0]:,} tokens,"
-    return f"from somewhere between {max(slower):,} and {min(beyond):,} tokens of context on"
+def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
+    """A line on the fastest RetNet and the fastest Transformer at the longest context that both were measured at."""
+    for row in sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["context"], reverse=True):
+        seconds = {name: of["seconds"] for name, of in row["models"].items() if "seconds" in of}
+        ours, theirs = (
+            sorted((n for n in seconds if (n in RETNETS) == own), key=lambda name: seconds[name])
+            for own in (True, False)
+        )
+        if ours and theirs:
+            best, other = ours[0], theirs[0]
+            ratio = seconds[other] / seconds[best]
+            return (
+                f"- Batch {batch}, context {row['context']:,}: the fastest RetNet ({models.NAMES[best]}: "
+                f"{duration(seconds[best])} a step) is {ratio:.1f} times as fast as the fastest Transformer "
+                f"({models.NAMES[other]}: {duration(seconds[other])})."
+            )
+    return None
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch."""
-    figure, ((memory, throughput, latency),) = grid(title, 1, 3, size=(4.8, 4.0))
-    rows, names = result["rows"], {name: models.NAMES[name] for name in result["parameters"]}
-    most = max(row["batch"] for row in rows)
-    contexts = sorted({row["context"] for row in rows})
+    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch.
+
+    One context or one batch has no panel of its own; one of both is a ranking of memory and latency.
+    """
+    rows = result["rows"]
+    most, contexts = max(row["batch"] for row in rows), sorted({row["context"] for row in rows})
     at = min(contexts, key=lambda c: abs(c - LATENCY_AT))
     by_context = [(row["context"], row["models"]) for row in rows if row["batch"] == most]
     by_batch = [(row["batch"], row["models"]) for row in rows if row["context"] == at]
-    curves(memory, by_context, names, "memory_bytes", unit=1e9)
-    curves(throughput, by_context, names, "tokens_per_second")
-    curves(latency, by_batch, names, "seconds", unit=1e-3)
-    dress(memory, contexts, f"memory at batch {most} (GB)", "context (tokens)")
-    dress(throughput, contexts, f"tokens/s at batch {most}", "context (tokens)")
-    dress(latency, sorted({row["batch"] for row in rows}), f"one step at context {tokens(at)} (ms)", "batch")
-    figure.legend(*memory.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    memory = (by_context, "memory_bytes", f"memory at batch {most} (GB)", "context", 1e9)
+    throughput = (by_context, "tokens_per_second", f"tokens/s at batch {most}", "context", 1)
+    latency = (by_batch, "seconds", f"one step at context {tokens(at)} (ms)", "batch", 1e-3)
+    panels = [memory, throughput] * (len(contexts) > 1) + [latency] * (len(by_batch) > 1) or [memory, latency]
+    figure, axes = grid(title, 1, len(panels), size=(4.8, 4.0))
+    names = models.shown(list(result["parameters"]), by_context[-1][1])
+    for axis, (points, key, label, along, unit) in zip(axes[0], panels, strict=True):
+        panel(axis, points, names, key, label, along, unit=unit, looks=models.LOOKS)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -14,10 +14,11 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab import clock, llamacpp, models
-from retentive.bench.lab.options import OnDevice, Say, Sized, silent, words
-from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown
+from retentive.bench.lab.options import OnDevice, Say, Sized, silent
+from retentive.bench.lab.plot import grid, legend, panel
 from retentive.models import cost
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 MODELS = ("retnet", "transformer", "grouped", *models.NATIVE, *models.LLAMACPP)
 PICTURE = "Reading a prompt ({size})"
@@ -48,13 +49,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: an unknown name or precision, a number below 1.
         ArithmeticError: a gate is red; nothing was timed.
     """
-    device, names = options.torch_device, words(options.models)
+    device = options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "lengths", "repeats")
-    known(names, MODELS, "model")
     dtype = models.PRECISIONS[options.precision]
     rivals: dict[str, Any] = {}
-    for name in models.chosen(names, device, say):
+    for name in models.chosen(options.models, MODELS, device, say):
         if name in models.LLAMACPP:
             rivals[name] = llamacpp.Model(models.grouped(options.config), name.removeprefix("llamacpp-").upper())
         else:
@@ -131,9 +131,9 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s against length."""
-    figure, ((axis,),) = grid(title, 1, 1, size=(6, 4.2))
+    figure, axes = grid(title, 1, 1, size=(6, 4.2))
     points = [(row["length"], row["models"]) for row in result["rows"]]
-    curves(axis, points, {name: models.NAMES[name] for name in result["parameters"]}, "tokens_per_second")
-    dress(axis, [length for length, _ in points], "tokens/s", "tokens of the prompt")
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    names = models.shown(list(result["parameters"]), points[-1][1])
+    panel(axes[0, 0], points, names, "tokens_per_second", "tokens/s", "tokens of the prompt", looks=models.LOOKS)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

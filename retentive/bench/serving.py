@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench import http
@@ -27,15 +28,17 @@ from retentive.bench.lab import models
 from retentive.bench.lab.clock import median_ratio, spread, turns
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
 from retentive.infer import SamplingParams
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
 from retentive.models import LanguageModel, cost
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 
 EARLY = 100
 """Tokens after which a stream's memory is measured first."""
+MODELS = ("retnet", *models.NATIVE)
 PICTURE = None
 
 
@@ -56,9 +59,9 @@ class Options(Sized):
     server: bool = False
     """The same streams through the HTTP server as well."""
     precision: str = "fp32"
-    """bf16 or fp32, of the weights."""
-    native: tuple[str, ...] = ()
-    """Also through engines with the model in C: native-bf16, native-int8, native-int4."""
+    """bf16 or fp32, of the weights of retnet."""
+    models: tuple[str, ...] = MODELS
+    """retnet, native-bf16, native-int8, native-int4 (the RetNet in C); each has an engine of its own."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -69,11 +72,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: an unknown precision or model.
     """
     known([options.precision], models.PRECISIONS, "precision")
-    known(list(options.native), list(models.NATIVE), "model in C")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
-    others = {name: models.make(name, options.config, cpu) for name in options.native}
-    model = models.make("retnet", options.config, cpu, dtype)
-    return {"size": options.size, "precision": options.precision, **of_model(model, options, say, others)}
+    names = models.chosen(options.models, MODELS, cpu, say)
+    model, *others = (models.make(name, options.config, cpu, dtype) for name in names)
+    of_others = dict(zip(names[1:], others, strict=True))
+    return {"size": options.size, "precision": options.precision, **of_model(model, options, say, of_others)}
 
 
 def of_model(
@@ -255,7 +258,8 @@ def table(result: dict[str, Any]) -> str:
         [f"bare step, {streams} rows", f"{rates['bare']:,.0f}", f"engine {result['engine_over_bare']:.3f} of it"],
     ]
     for name, times in result.get("native_over_engine", {}).items():
-        lines.append([f"{streams} streams, {name}", f"{rates[name]:,.0f}", f"{times:.2f} times the engine with torch"])
+        of = f"{times:.2f} times the engine with torch"
+        lines.append([f"{streams} streams, {models.NAMES[name]}", f"{rates[name]:,.0f}", of])
     if "server" in result:
         through = result["server"]["tokens_per_second"]["server"]["median"]
         beside = f"{result['server']['server_over_engine']:.3f} of the engine"
@@ -266,6 +270,8 @@ def table(result: dict[str, Any]) -> str:
     waits[1][1] += f" ({result['miss_over_hit']:.0f} times sooner)"
     parts.append(markdown([f"first token after {result['prompt']} tokens", "seconds"], waits))
     if "long_stream" in result:
-        rows = [[f"{at['tokens']:,}", size(at["state"]), size(at["process"])] for at in result["long_stream"]["at"]]
+        rows = [
+            [f"{at['tokens']:,}", decimal(at["state"]), decimal(at["process"])] for at in result["long_stream"]["at"]
+        ]
         parts.append(markdown(["tokens of a stream", "its state", "the process"], rows))
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""`retentive bench train`: a step of RetNet against a step of its Transformer twin, tokens/s and memory by length.
+"""`retentive bench train`: a training step of a RetNet beside its Transformer twins, tokens/s and memory by length.
 
 A step is forward, loss, backward and optimiser, over the same tokens in the same precision; the models are interleaved.
 The correctness gate: RetNet's forms must agree, on the very model that is timed then. Memory is the most that a process
@@ -12,24 +12,27 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
-from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, duration, known, markdown, size
+from retentive.bench.lab.plot import grid, legend, panel
 from retentive.models import LanguageModel, ModelConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
+from retentive.options import at_least_one, known
+from retentive.tables import duration, markdown
 from retentive.train.config import TrainConfig
 from retentive.train.optim import adamw
 from retentive.train.prepare import wrap_blocks
 
-MODELS = ("retnet", "transformer")
+MODELS = ("retnet", "transformer", "grouped")
 PICTURE = "A training step ({size})"
 
 
@@ -82,6 +85,8 @@ class Options(OnDevice, Sized):
 
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
+    models: tuple[str, ...] = MODELS[:2]
+    """retnet, transformer, grouped (the twin with grouped heads)."""
     tokens: int = 8192
     """Tokens a step, one row at least."""
     precision: str = "bf16"
@@ -97,29 +102,29 @@ class Options(OnDevice, Sized):
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per length: of both models tokens/s, the fraction of the GEMM rate that their FLOPs are, and memory.
+    """A row per length: of each model tokens/s, the fraction of the GEMM rate that their FLOPs are, and memory.
 
     Raises:
-        ValueError: an unknown size, device or precision, a number below 1.
+        ValueError: an unknown size, model, device or precision, a number below 1.
         ArithmeticError: the gate is red; nothing was timed.
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "lengths", "tokens", "repeats")
+    names = models.chosen(options.models, MODELS, device, say)
     how = (options.tokens, options.precision, options.checkpoint_activations, str(device))
     steps = [Step(config, length, *how) for length in options.lengths]
     rows = []
     for step in steps:
         row: dict[str, Any] = {"length": step.length, "batch": step.batch}
         # times first, in this process; then memory, in processes of their own with nothing beside them
-        row |= interleaved(step, options.repeats, options.patience)
+        row |= interleaved(names, step, options.repeats, options.patience)
         gc.collect()
         machine.free_memory(device)  # gives back what the next processes need
-        row["ratio"] = row["retnet"]["tokens_per_second"] / row["transformer"]["tokens_per_second"]
-        for name in MODELS:
+        for name in names:
             row[name] |= memory(name, step)
         rows.append(row)
-        told = ", ".join(f"{name} {duration(row[name]['seconds'])}" for name in MODELS)
+        told = ", ".join(f"{name} {duration(row[name]['seconds'])}" for name in names)
         say(f"{step.batch} x {step.length:,} tokens: {told}")
     result = {
         "size": options.size,
@@ -129,6 +134,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "checkpoint_activations": options.checkpoint_activations,
         "device": str(device),
         "hardware": machine.describe(),
+        "models": names,
         "rows": rows,
     }
     if options.neighbour:
@@ -137,11 +143,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return result
 
 
-def interleaved(step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
-    """Of both models the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
+def interleaved(names: Sequence[str], step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
+    """Of each model the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
     device = torch.device(step.device)
-    # both in memory at once, since they take turns
-    trainers = {name: Trainer(name, step) for name in MODELS}
+    # all in memory at once, since they take turns
+    trainers = {name: Trainer(name, step) for name in names}
     retnet = trainers["retnet"].model
     # 1024 tokens are many chunks already, and the recurrent form goes through them one by one
     models.check_forms(retnet.eval(), min(step.length, 1024))
@@ -171,16 +177,18 @@ def memory(name: str, step: Step) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    heads = ["length", "rows", "RetNet: tokens/s", "Transformer: tokens/s", "ratio", "RetNet: memory"]
-    heads += ["Transformer: memory", "RetNet: of the GEMM rate", "Transformer: of the GEMM rate"]
+    """The result as a Markdown table; ratios above 1 say that RetNet trains faster."""
+    names = _names(result)
+    heads = ["length", "rows", *(f"{models.NAMES[name]}: tokens/s" for name in names)]
+    heads += [f"of {models.NAMES[name]}" for name in names[1:]] + [f"{models.NAMES[name]}: memory" for name in names]
+    heads += [f"{models.NAMES[name]}: of the GEMM rate" for name in names]
     lines = []
     for row in result["rows"]:
-        cells = [f"{row['length']:,}", str(row["batch"])]
-        cells += [f"{row[name]['tokens_per_second']:,.0f}" for name in MODELS]
-        cells.append(f"{row['ratio']:.2f}")
-        cells += [size(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in MODELS]
-        lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in MODELS)])
+        rates = {name: row[name]["tokens_per_second"] for name in names}
+        cells = [f"{row['length']:,}", str(row["batch"]), *(f"{rate:,.0f}" for rate in rates.values())]
+        cells += [f"{rates['retnet'] / rates[name]:.2f}x" for name in names[1:]]
+        cells += [decimal(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in names]
+        lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in names)])
     if "neighbour" not in result:
         return markdown(heads, lines)
     beside = result["neighbour"]
@@ -188,16 +196,22 @@ def table(result: dict[str, Any]) -> str:
     return f"{markdown(heads, lines)}\n\n{neighbour.note(beside, of)}"
 
 
+def _names(result: dict[str, Any]) -> list[str]:
+    """Models of the result; files of version 0.1.0 hold two and do not name them."""
+    return result.get("models", ["retnet", "transformer"])
+
+
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: tokens/s and memory against length."""
-    figure, ((left, right),) = grid(title, 1, 2)
+    figure, axes = grid(title, 1, 2)
     points = [(row["length"], row) for row in result["rows"]]
-    names = {name: models.NAMES[name] for name in MODELS}
-    curves(left, points, names, "tokens_per_second")
-    curves(right, points, names, "peak_bytes", unit=1e9)
-    for axis, label in ((left, "tokens/s"), (right, "memory of a step (GB)")):
-        dress(axis, [length for length, _ in points], label, "length (tokens)")
-        axis.legend(fontsize=9)
+    names = {name: models.NAMES[name] for name in _names(result)}
+    for axis, key, label, unit in (
+        (axes[0, 0], "tokens_per_second", "tokens/s", 1),
+        (axes[0, 1], "peak_bytes", "memory of a step (GB)", 1e9),
+    ):
+        panel(axis, points, names, key, label, "length (tokens)", unit=unit, looks=models.LOOKS)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 
 from retentive.cli.errors import described
-from retentive.cli.info import megabytes
 from retentive.cli.loading import Loading
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
@@ -137,7 +137,7 @@ class Talk:
     def describe(self) -> str:
         """A line: tokens read, bytes that remembering them takes, and the speed of the last answer."""
         conversation, made = self.conversation, self.conversation.made
-        line = f"{self.read:,} tokens read, remembered in {megabytes(conversation.memory.nbytes)}"
+        line = f"{self.read:,} tokens read, remembered in {decimal(conversation.memory.nbytes)}"
         if self.first:
             line += f"; first token after {self.first:.2f} s"
         if self.first and made > 1:

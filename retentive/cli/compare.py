@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from retentive.bench.run import draw
 from retentive.cli.errors import flags
 from retentive.cli.progress import Lines
 from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
-from retentive.compare import Comparison, plot, table
-from retentive.files import check_places, write_json, write_together
+from retentive.compare import Comparison, plot, table, title_of
+from retentive.files import check_places, write_json
 from retentive.train import Interrupted
 
 
@@ -97,6 +98,4 @@ def show(result: dict, command: CompareCommand, typed: str) -> None:
     print(table(result))
     if command.json:
         write_json(command.json, {"command": typed, **result})
-        machines = " and ".join(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
-        title = f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {machines}"
-        write_together({command.json.with_suffix(".png"): lambda path: plot(result, path, title=title)})
+        draw(command.json, plot, result, title_of(result))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -124,13 +125,13 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
         read = split.tokens - sum(rows.values())  # as text
         ratio = f"{split.bytes / read:.2f}" if read else "-"
         counts = (f"{split.documents:,}", f"{split.tokens:,}", *(senses[kind](n) for kind, n in rows.items()))
-        table.add_row(name, *counts, _size(split.bytes), ratio, f"{len(split.shards)}")
+        table.add_row(name, *counts, decimal(split.bytes), ratio, f"{len(split.shards)}")
     origin = command.config.tokenizer
     if origin == "train":
         text = meta.splits["train"].bytes
-        origin = f"learnt from {_size(text) if text <= SAMPLE else f'a sample of {_size(text)}'}"
+        origin = f"learnt from {decimal(text) if text <= SAMPLE else f'a sample of {decimal(text)}'}"
     packed = sum(file.stat().st_size for file in command.out.iterdir())
-    console.print(f"{command.out}  {_size(packed)}", style="bold", markup=False, highlight=False)
+    console.print(f"{command.out}  {decimal(packed)}", style="bold", markup=False, highlight=False)
     console.print(f"tokenizer: {meta.vocab_size:,} tokens, {origin}", markup=False, highlight=False)
     console.print(table)
     if meta.splits["train"].tokens <= TrainRun.length:
@@ -148,11 +149,3 @@ def of_rows(kind: str, how: Mapping[str, Any]) -> Callable[[int], str]:
     if isinstance(config, ImageConfig):
         return lambda rows: f"{rows // config.tokens:,}"
     return lambda rows: str(timedelta(seconds=round(rows / config.tokens_per_second)))
-
-
-def _size(count: int) -> str:
-    """A number of bytes with three digits and a fitting unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.{max(0, 3 - len(str(int(count / size))))}f} {unit}"
-    return f"{count} bytes"

@@ -18,7 +18,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from retentive.bench import memory
+from retentive.bench import decode
+from retentive.bench.run import keep
 from retentive.checkpoint import ModelFolder
 from retentive.cli.errors import flags
 from retentive.data.pack import check_free, pack
@@ -27,13 +28,15 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import train_bpe
 from retentive.evals import heldout
 from retentive.files import make_folder, write_json
-from retentive.models import LanguageModel, build, retnet, twin
+from retentive.models import LanguageModel, retnet
 from retentive.native import with_engine
 from retentive.ops import using
 from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.log import read_metrics
 from retentive.train.samples import sample_text
 
+CONTEXTS = (256, 1024, 4096, 16384)
+"""Tokens of context at which memory and time are measured."""
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
 """Packages and modules that are held out whole, with their tests; most readers know them."""
 SKIPPED = (
@@ -99,7 +102,7 @@ def run(command: DemoCommand) -> None:
         console.print(sample_text(writer, tokenizer, prompt, tokens=90), markup=False)
         console.print("[dim]" + "·" * 40 + "[/dim]")
     console.rule("6. What its memory costs")
-    costs(console, model, command.out)
+    costs(console, command)
     console.rule(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Go on with")
     console.print(
         f"  retentive generate {command.out} --prompt 'import '      let it write\n"
@@ -213,13 +216,22 @@ def forms(console: Console, model: LanguageModel, data: Path) -> None:
         console.print(f"  {name:<32}{float((logits - exact).abs().max()):.1e}")
 
 
-def costs(console: Console, model: LanguageModel, out: Path) -> None:
-    """Print the memory of a state and of a KV cache, and write JSON and a picture into the run directory."""
-    result = memory.of_models({"RetNet": model, "Transformer twin": build(twin(model.config)).eval()})
-    console.print(Markdown(memory.table(result)))
-    write_json(out / "memory.json", result)
+def costs(console: Console, command: DemoCommand) -> None:
+    """Print memory and time of a decoding step by context, beside the twin; write JSON and a picture beside the run."""
+    # both depend on the sizes of models, not on their weights
+    options = decode.Options(
+        size=command.size,
+        vocab_size=command.vocab_size,
+        contexts=CONTEXTS,
+        batches=(1,),
+        models=("retnet", "transformer"),
+        precision="fp32",
+        device="cpu",
+    )
+    result = decode.measure(options)
+    console.print(Markdown(decode.table(result)))
     try:
-        memory.plot(result, out / "memory.png", title="What remembering costs: a RetNet and a Transformer of its size")
-        console.print(f"the picture: {out / 'memory.png'}")
+        keep(command.out / "decode.json", decode, result, "retentive demo")
+        console.print(f"the picture: {command.out / 'decode.png'}")
     except ModuleNotFoundError as missing:  # matplotlib is an extra: the demo does without the picture
         console.print(str(missing), markup=False)

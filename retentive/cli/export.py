@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.filesize import decimal
 
-from retentive.cli.info import megabytes
 from retentive.cli.progress import say
 from retentive.export.folder import export
 
@@ -48,5 +48,5 @@ def run(command: ExportCommand) -> None:
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
     close = f"off by {off:.1e} of their size" if off is not None else "not checked: no C could be compiled here"
-    say(f"{file}: {megabytes(nbytes)}; the next token's logits are {close}")
+    say(f"{file}: {decimal(nbytes)}; the next token's logits are {close}")
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")

@@ -11,6 +11,7 @@ import torch
 import tyro
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from retentive import machine, native
@@ -93,7 +94,7 @@ def show(console: Console, command: InfoCommand) -> None:
 
 def of_machine() -> dict[str, str]:
     """Lines on the processor and on what runs models on it."""
-    free = megabytes(machine.free_memory(torch.device("cpu")))
+    free = decimal(machine.free_memory(torch.device("cpu")))
     return {
         "processor": f"{machine.cpu_name()}, {os.cpu_count()} cores, {free} of memory free",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
@@ -114,7 +115,7 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
     if quantized:
         weights = f"weights of {quantized.bits} bits, a scale for each {quantized.group}"
     else:
-        weights = f"{megabytes(cost.weight_bytes(config))} of weights in float32"
+        weights = f"{decimal(cost.weight_bytes(config))} of weights in float32"
     console.print(
         f"  {weights}, {cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
@@ -126,9 +127,9 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
         table.add_column(f"{n:,}", justify="right")
     if config.retains:
         name = "states and KV cache" if config.attends else "RetNet's state"
-        table.add_row(name, *[megabytes(cost.memory_bytes(config, n)) for n in CONTEXTS])
+        table.add_row(name, *[decimal(cost.memory_bytes(config, n)) for n in CONTEXTS])
     name = "the twin's KV cache" if config.retains else "KV cache"
-    table.add_row(name, *[megabytes(cost.cache_bytes(other, n)) for n in CONTEXTS])
+    table.add_row(name, *[decimal(cost.cache_bytes(other, n)) for n in CONTEXTS])
     console.print(table)
     if not config.attends:
         console.print(f"  The state is the smaller one from {cost.break_even(config, other):,} tokens of context on.")
@@ -155,7 +156,7 @@ def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
             takes = f"{config.tokens} tokens of a picture, {side} x {side} {colours}, patches of {config.patch}"
         else:
             takes = f"{config.tokens_per_second:g} tokens of a second of sound, {config.rate:,} Hz, {config.mels} bands"
-        yield f"{kind}: {takes}; an encoder of {count:,} parameters more, {megabytes(4 * count)} in float32"
+        yield f"{kind}: {takes}; an encoder of {count:,} parameters more, {decimal(4 * count)} in float32"
 
 
 def differences(config: ModelConfig, size: str, vocab_size: int) -> str:
@@ -199,11 +200,6 @@ def sizes(vocab_size: int) -> Table:
             *map(str, (c.dim, c.layers, H)),
             head,
             f"{cost.parameters(c) / 1e6:,.1f} M",
-            megabytes(cost.state_bytes(c)),
+            decimal(cost.state_bytes(c)),
         )
     return table
-
-
-def megabytes(count: float) -> str:
-    """A number of bytes in MB, or GB if it is large."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

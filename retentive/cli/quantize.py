@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.filesize import decimal
 from torch import Tensor
 
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
-from retentive.cli.info import megabytes
 from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
 from retentive.files import only_writer, replace_folder
@@ -69,7 +69,7 @@ def write(command: QuantizeCommand) -> None:
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
     read = sum(ids.numel() for ids in batches)
     how = f", calibrated on {read:,} tokens" if read else ""
-    print(f"{command.source} -> {command.out}: {command.to}, {megabytes(before)} -> {megabytes(after)}{how}")
+    print(f"{command.source} -> {command.out}: {command.to}, {decimal(before)} -> {decimal(after)}{how}")
 
 
 def texts(sources: tuple[str, ...]) -> Iterator[Document]:

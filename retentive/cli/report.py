@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.filesize import decimal
 
 from retentive.files import check_place, write_text
 
@@ -31,4 +32,4 @@ def main(argv: list[str]) -> None:
     check_place(command.out)
     page = build(command.results)
     write_text(command.out, page)
-    print(f"{command.out}  {len(page) / 1e6:.1f} MB")
+    print(f"{command.out}  {decimal(len(page))}")

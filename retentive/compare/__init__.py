@@ -10,9 +10,9 @@ summary     all records as a table with intervals, and scaling laws; `pictures` 
 """
 
 from retentive.compare.comparison import Comparison
-from retentive.compare.pictures import plot
+from retentive.compare.pictures import plot, title_of
 from retentive.compare.records import Run
 from retentive.compare.summary import table
 from retentive.compare.variants import VARIANTS, Variant, config_of_variant
 
-__all__ = ["VARIANTS", "Comparison", "Run", "Variant", "config_of_variant", "plot", "table"]
+__all__ = ["VARIANTS", "Comparison", "Run", "Variant", "config_of_variant", "plot", "table", "title_of"]

@@ -17,7 +17,6 @@ import torch
 import tyro
 from filelock import FileLock
 
-from retentive.bench.lab.tables import duration, known
 from retentive.compare.queue import Task, work
 from retentive.compare.records import Run, adopt, check_hardware, machines, records
 from retentive.compare.summary import best_rates, report
@@ -27,7 +26,8 @@ from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.models.peers import KINDS
-from retentive.options import option
+from retentive.options import known, option
+from retentive.tables import duration
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
 from retentive.train.resume import FREE

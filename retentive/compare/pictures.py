@@ -1,15 +1,34 @@
-"""Plots of a comparison: bits per byte by size, rate or variant; curves of training by tokens and by time; recall."""
+"""Picture of a comparison: bits per byte and loss of recalled tokens, and training curves by tokens and by time.
 
-from collections.abc import Sequence
+A panel has a curve for each variant, the mean of its seeds. With more variants than can be told apart, curves are those
+of the baseline and of the best; rankings name all of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retentive.bench.lab.plot import grid
+from retentive.bench.lab.plot import GREY, MOST, grid, legend, rank
+
+Rows = list[dict[str, Any]]
+Looks = Mapping[str, Mapping[str, Any]]
+BITS = ("bits_per_byte", "held-out bits per byte")
+RECALLED = ("recalled", "loss of recalled tokens (nats)")
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # C7 is a grey, as those without a curve have it
+STROKES = ("-", "--", ":", "-.")
+"""Line styles of a model's optimisers."""
+
+
+def title_of(result: dict[str, Any]) -> str:
+    """Title of the picture: the tokens of a run, and the machines."""
+    machines = " and ".join(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
+    return f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {machines}"
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """Writes a PNG of four plots: bits per byte (by size, or by learning rate or variant if there is one size), curves
-    of training against tokens and against time, and the loss of recalled tokens.
+    """Writes a PNG: bits per byte (by size, or by learning rate or variant if there is one size), the loss of recalled
+    tokens, and training curves against tokens and against time. A panel with one point is left out.
 
     Args:
         result: what `Comparison.result` returns.
@@ -18,113 +37,111 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
     """
     rows = [row for row in result["rows"] if row["best_rate"]]
-    best = {(row["size"], row["variant"]): row["lr"] for row in rows}
-    figure, ((left, right), (by_tokens, by_time)) = grid(title, 2, 2, size=(6.4, 4.6))
-    from matplotlib import colormaps  # after `grid`, which names the extra where it is missing
-
-    pairs = colormaps["tab20"]  # ten colours, each followed by a lighter one
-    colours = {variant: pairs(n) for variant, n in shades([row["variant"] for row in rows]).items()}
+    look = looks(shown(rows, result["baseline"]))
+    panels: list[Callable[[Any], None]] = []
     if len({row["size"] for row in rows}) > 1:
-        _by_size(left, rows, result["laws"], colours, "bits_per_byte", "held-out bits per byte")
-        _by_size(right, rows, [], colours, "recalled", "loss of recalled tokens (nats)")
+        panels += [partial(_by_size, rows, result["laws"], look, BITS), partial(_by_size, rows, [], look, RECALLED)]
     else:
         if len({row["lr"] for row in result["rows"]}) > 1:
-            _by_rate(left, result["rows"], colours)
-        else:
-            _by_variant(left, rows, colours, "bits_per_byte", "held-out bits per byte")
-        _by_variant(right, rows, colours, "recalled", "loss of recalled tokens (nats)")
-    runs = [r for r in result["runs"] if r["lr"] == best[r["size"], r["variant"]]]
-    _curves(by_tokens, runs, colours, None)
-    _curves(by_time, runs, colours, {(row["size"], row["variant"]): row["tokens_per_second"] for row in rows})
+            panels.append(partial(_by_rate, result["rows"], look))
+        elif len(rows) > 1:
+            panels.append(partial(_by_variant, rows, look, BITS))
+        if sum(row["recalled"] is not None for row in rows) > 1:
+            panels.append(partial(_by_variant, rows, look, RECALLED))
+    best = {(row["size"], row["variant"]): row["lr"] for row in rows}
+    runs = [run for run in result["runs"] if run["lr"] == best[run["size"], run["variant"]]]
+    speeds = {(row["size"], row["variant"]): row["tokens_per_second"] for row in rows}
+    panels += [partial(_curves, runs, look, None), partial(_curves, runs, look, speeds)]
+    figure, axes = grid(title, -(-len(panels) // 2), 2, size=(6.4, 4.6))
+    for axis, draw in zip(axes.flat, panels, strict=False):
+        draw(axis)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")
 
 
-def shades(names: Sequence[str]) -> dict[str, int]:
-    """A number below 20 for each variant: even ones are dark, and the odd one after each is its lighter shade.
+def shown(rows: Rows, baseline: str) -> list[str]:
+    """Variants that have curves: all, or the baseline and the best others where there are more than `MOST`."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    best = sorted(rows, key=lambda row: (row["variant"] != baseline, row["bits_per_byte"]))
+    kept = list(dict.fromkeys(row["variant"] for row in best))[:MOST]
+    return sorted((name for name in variants if name in kept), key=lambda name: name != baseline)
 
-    A variant with another optimiser (retnet+muon) is a lighter shade of its model's. Otherwise those come from the
-    eleventh variant on only.
-    """
-    variants = list(dict.fromkeys(names))
+
+def looks(variants: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line style of each variant: those of one model differ by their optimiser (retnet+muon) and style."""
     models = list(dict.fromkeys(name.partition("+")[0] for name in variants))
-    if len(models) < len(variants) <= 2 * len(models) <= 20:
-        return {name: 2 * models.index(name.partition("+")[0]) + ("+" in name) for name in variants}
-    return {name: 2 * n % 20 + n // 10 % 2 for n, name in enumerate(variants)}
+    found: dict[str, dict[str, Any]] = {}
+    for name in variants:
+        model = name.partition("+")[0]
+        before = sum(other.partition("+")[0] == model for other in found)
+        found[name] = {"color": COLOURS[models.index(model)], "linestyle": STROKES[before % len(STROKES)]}
+    return found
 
 
-def _by_size(
-    axis: Any, rows: list[dict[str, Any]], laws: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str
-) -> None:
+def _by_size(rows: Rows, laws: Rows, looks: Looks, what: tuple[str, str], axis: Any) -> None:
     """Points with intervals over the parameters of the blocks, and the fitted law of each variant that has one."""
-    for variant, colour in colours.items():
+    key, label = what
+    for variant, look in looks.items():
         mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
+        mine = [row for row in mine if row[key] is not None]
         x, y = [row["block_parameters"] / 1e6 for row in mine], [row[key] for row in mine]
-        errors = [row["half_width"] or 0 for row in mine] if key == "bits_per_byte" else None
-        axis.errorbar(x, y, yerr=errors, color=colour, marker="o", linestyle="none", capsize=3, label=variant)
+        errors = [row["half_width"] or 0 for row in mine] if what == BITS else None
+        axis.errorbar(x, y, yerr=errors, color=look["color"], marker="o", linestyle="none", capsize=3)
         for found in laws:
             if found["variant"] == variant:
-                fitted = [found["a"] * n ** -found["b"] for n in x]
-                axis.plot(
-                    x, fitted, color=colour, linewidth=1, label=f"_{variant}, fitted"
-                )  # _: no entry in the legend
+                axis.plot(x, [found["a"] * n ** -found["b"] for n in x], linewidth=1, label=variant, **look)
     axis.set_xscale("log")
     ticks = sorted({row["block_parameters"] / 1e6 for row in rows})
     axis.set_xticks(ticks, [f"{n:.1f}" for n in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel("parameters in the blocks (millions)")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _labelled(axis, "parameters in the blocks (millions)", label)
 
 
-def _by_rate(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+def _by_rate(rows: Rows, looks: Looks, axis: Any) -> None:
     """A line over the learning rates for each variant, of one size."""
-    for variant, colour in colours.items():
+    for variant, look in looks.items():
         mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
-        rates, bits = zip(*mine, strict=True)
-        axis.plot(rates, bits, color=colour, marker="o", label=variant)
+        axis.plot(*zip(*mine, strict=True), marker="o", label=variant, **look)
     ticks = sorted({row["lr"] for row in rows})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel("peak learning rate")
-    axis.set_ylabel("held-out bits per byte")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _labelled(axis, "peak learning rate", BITS[1])
 
 
-def _by_variant(axis: Any, rows: list[dict[str, Any]], colours: dict[str, Any], key: str, label: str) -> None:
+def _by_variant(rows: Rows, looks: Looks, what: tuple[str, str], axis: Any) -> None:
     """A point with its interval for each variant, the best on top, of one size."""
-    order = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=True)
-    for n, row in enumerate(order):
-        error = row["half_width"] if key == "bits_per_byte" else None
-        axis.errorbar(row[key], n, xerr=error, color=colours[row["variant"]], marker="o", capsize=3)
-    axis.set_yticks(range(len(order)), [row["variant"] for row in order])
-    axis.set_xlabel(label)
-    axis.grid(alpha=0.3, axis="x")
+    key, label = what
+    colours = {row["variant"]: {"color": looks.get(row["variant"], GREY)["color"]} for row in rows}
+    half = {row["variant"]: row["half_width"] if what == BITS else None for row in rows}
+    found = [(row["variant"], row[key]) for row in rows if row[key] is not None]
+    rank(axis, [(name, value, half[name], colours[name]) for name, value in found], label)
 
 
-def _curves(
-    axis: Any, runs: list[dict[str, Any]], colours: dict[str, Any], speeds: dict[tuple[str, str], float] | None
-) -> None:
-    """Held-out bits per byte in the course of training: a line for each run of the largest size.
+def _curves(runs: Rows, looks: Looks, speeds: dict[tuple[str, str], float] | None, axis: Any) -> None:
+    """Held-out bits per byte in the course of training: the mean of each variant's seeds, of the largest size.
 
     Against tokens, or against the time that they take at the `speeds` of the table's rows, tokens/s of a variant and
     size: a run that had a busy neighbour is not drawn as slower than the others of its variant.
     """
-    largest = max(runs, key=lambda r: r["block_parameters"])["size"]
-    labels: set[str] = set()
-    for r in (r for r in runs if r["size"] == largest):
-        tokens, bits = zip(*r["curve"], strict=True)
-        label = None if r["variant"] in labels else r["variant"]
-        labels.add(r["variant"])
-        unit = 1e6 if speeds is None else 60 * speeds[r["size"], r["variant"]]
-        axis.plot([t / unit for t in tokens], bits, color=colours[r["variant"]], linewidth=1, label=label)
-    axis.set_title(f"{largest}, every seed", fontsize=9)
-    axis.set_xlabel(
-        "tokens trained on (millions)" if speeds is None else "minutes of training, as fast as in the table"
-    )
-    axis.set_ylabel("bits per byte (first part of the held-out text)")
+    largest = max(runs, key=lambda run: run["block_parameters"])["size"]
+    for variant, look in looks.items():
+        mine = [dict(run["curve"]) for run in runs if (run["size"], run["variant"]) == (largest, variant)]
+        if not mine:
+            continue
+        unit = 1e6 if speeds is None else 60 * speeds[largest, variant]
+        tokens = [t for t in mine[0] if all(t in curve for curve in mine)]
+        means = [sum(curve[t] for curve in mine) / len(mine) for t in tokens]
+        axis.plot([t / unit for t in tokens], means, label=variant, **look)
+    variants = len({run["variant"] for run in runs})
+    which = "" if variants == len(looks) else f", the baseline and the best {len(looks) - 1} of {variants} variants"
+    axis.set_title(f"{largest}, mean of the seeds{which}", fontsize=9)
+    along = "tokens trained on (millions)" if speeds is None else "minutes of training, as fast as in the table"
+    _labelled(axis, along, "bits per byte (first part of the held-out text)")
+
+
+def _labelled(axis: Any, along: str, label: str) -> None:
+    axis.minorticks_off()
+    axis.set_xlabel(along)
+    axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-    if speeds is None and len(labels) <= 10:  # more would cover the curves; the plots above name the colours
-        axis.legend(fontsize=8)

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from retentive.bench.lab.tables import duration
 from retentive.checkpoint import ModelFolder
 from retentive.compare.records import RECORD, Run, check_done, check_model, read_record
 from retentive.files import make_folder
 from retentive.models import Config
+from retentive.tables import duration
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
 from retentive.train.signals import stop_signals

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
-from retentive.bench.lab.tables import markdown
 from retentive.evals.stats import half_width, pooled, t95
+from retentive.tables import markdown
 
 OWN = 5
 """Values from which a cell's own spread is taken: t has 4 degrees of freedom then, and is 2.8 where a pool's is 2."""
@@ -131,7 +132,7 @@ def table(result: dict[str, Any]) -> str:
             _number(row["recalled"], ".3f"),
             _number(row["others"], ".3f"),
         ]
-        memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f} GB"
+        memory = "–" if row["memory"] is None else decimal(row["memory"])
         cells += [f"{row['tokens_per_second']:,.0f}", *[memory] * measured]
         lines.append(cells)
     notes = ["* The best rate of each; differences are taken between these."] if several else []

@@ -13,6 +13,7 @@ from retentive.evals.likelihood import Progress
 from retentive.evals.likelihood_tasks import WINDOW, score_likelihood_tasks
 from retentive.evals.read import known
 from retentive.models import LanguageModel
+from retentive.tables import markdown
 
 
 class Evaluation(NamedTuple):
@@ -131,5 +132,4 @@ def table(rows: list[dict[str, Any]]) -> str:
         low_high = "–" if row["interval"] is None else " to ".join(f"{x:.4g}" for x in row["interval"])
         cells = {"questions": row["n"], "value": f"{row['value']:.4g}", "95 % interval": low_high}
         lines.append([str({**row, **cells}[head]) for head in heads])
-    rule = ["---" if head in ("task", "metric") else "---:" for head in heads]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
+    return markdown(heads, lines)

@@ -52,13 +52,8 @@ class OnnxModel:
         except Exception as error:  # its own classes have no name in common
             raise ValueError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from None
         said = self.session.get_modelmeta().custom_metadata_map
-<<<<<<< HEAD
-        if said.get("format") not in READ:
-            raise ValueError(f"{path} is no graph that `retentive export --to onnx` has written")
-=======
         if said.get("format") not in READ:
             raise ValueError(f"{path}: not a graph of `retentive export`; write one with `to='onnx'`")
->>>>>>> errors
         self.config: dict[str, Any] = json.loads(said["config"])
         self.eos = int(said["eos"])
         self.vocab_size = int(self.config["vocab_size"])

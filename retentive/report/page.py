@@ -38,12 +38,8 @@ def build(folder: Path) -> str:
     # read all before rendering: a damaged file is reported, and no page is written without it
     files = [read(path) for path in sorted(folder.glob("*.json"))]
     if not files:
-<<<<<<< HEAD
-        raise FileNotFoundError(f"{folder} holds no result: write some by retentive bench, eval or compare")
-=======
         verbs = "`retentive bench`, `retentive eval` and `retentive compare`"
         raise FileNotFoundError(f"{folder}: no result; {verbs} write them with `json=FILE`")
->>>>>>> errors
     return page(files)
 
 
@@ -56,11 +52,9 @@ def read(path: Path) -> File:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         command, _ = result.get("command", ""), machine(result)
-        words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
+        kind = kind_of(command)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results ({type(error).__name__}: {error}): take it away") from None
-    # `words` follow "retentive": a verb, and for a bench its name
-    kind = " ".join(words[:2]) if words[0] == "bench" else words[0]
     try:
         shown = table(kind, result)
         any(section.takes(kind, result) for section in SECTIONS)  # raises here, where the file's name is known
@@ -69,6 +63,16 @@ def read(path: Path) -> File:
             f"{path} does not hold what {command[:40]!r} writes ({type(error).__name__} {error}): measure it again"
         ) from None
     return File(path, kind, result, shown)
+
+
+def kind_of(command: str) -> str:
+    """The verb of a command line, and for a bench its name: "compare", "bench decode"; "?" without a verb.
+
+    Raises:
+        ValueError: a quotation that is not closed.
+    """
+    words = shlex.split(command.replace("python -m benchmarks", "retentive bench", 1))[1:] or ["?"]
+    return " ".join(words[:2]) if words[0] == "bench" else words[0]
 
 
 def page(files: Sequence[File]) -> str:

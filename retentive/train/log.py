@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from retentive.evals.heldout import HeldOut
@@ -159,7 +160,7 @@ class Log(Silence):
         if last and result.bytes == self._evaluated:
             return  # there is no longer part: this very result has been printed
         self._evaluated = result.bytes
-        size = f"{result.bytes / 1e6:.2f} MB" if result.bytes >= 1e6 else f"{result.bytes / 1e3:.1f} kB"
+        size = decimal(result.bytes)
         which = " (the longer part, read once at the end)" if last else ""
         weights = " by the averaged weights" if self._averaged else ""
         each = ", ".join(f"{name} {part.bits_per_byte:.3f}" for name, part in (result.parts or {}).items())

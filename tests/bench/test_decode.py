@@ -8,7 +8,7 @@ import torch
 from retentive import machine
 from retentive.bench import decode
 from retentive.bench.decode import Options
-from retentive.bench.lab import models
+from retentive.bench.lab import decoders, models
 from retentive.models import LanguageModel, cost, retnet, twin
 
 CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
@@ -45,7 +45,7 @@ def test_rows_of_all_rivals():
 @torch.inference_mode()
 def test_a_filled_state_is_one_of_that_many_tokens(name):
     """It goes through the code that a read one does, and is as large as the formula says."""
-    one = decode.Rival(name, CONFIG, CPU, torch.float32)
+    one = decoders.Rival(name, CONFIG, CPU, torch.float32)
     state = one.fill(3, 10, room=4)
     assert state.position.tolist() == [10, 10, 10]
     after = one.step(torch.zeros(3, 1, dtype=torch.int64), state)
@@ -57,12 +57,12 @@ def test_a_filled_state_is_one_of_that_many_tokens(name):
 
 
 def test_moves_count_weights_and_memory():
-    one = decode.Rival("transformer", CONFIG, CPU, torch.bfloat16)
+    one = decoders.Rival("transformer", CONFIG, CPU, torch.bfloat16)
     config = twin(CONFIG)
     assert one.moves(2, 100) == 2 * cost.matrix_parameters(config) + cost.cache_bytes(
         config, 100, sequences=2, bytes_per_value=2
     )
-    retnet = decode.Rival("retnet", CONFIG, CPU, torch.bfloat16)
+    retnet = decoders.Rival("retnet", CONFIG, CPU, torch.bfloat16)
     assert retnet.moves(2, 100) == retnet.moves(2, 10**6) > 2 * cost.matrix_parameters(CONFIG)
 
 
@@ -101,7 +101,7 @@ def test_another_engine_takes_part_where_it_is_installed():
     result = measured(models=("retnet", "llama"), contexts=(8,), batches=(2,))
     (row,) = result["rows"]
     assert row["models"]["llama"]["seconds"] > 0
-    one = decode.Llama("llama", CONFIG, CPU, torch.float32)
+    one = decoders.Llama("llama", CONFIG, CPU, torch.float32)
     with torch.inference_mode():
         cache = one.fill(2, 8, room=3)
         ids = torch.zeros(2, 1, dtype=torch.int64)
@@ -121,23 +121,20 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, ref
         measured()
 
 
-ROWS = [
-    {"batch": 1, "context": c, "models": {"retnet": {"seconds": 2.0}, "transformer": {"seconds": s}}}
-    for c, s in ((512, 1.0), (2048, 2.5), (8192, 9.0))
-]
+def test_the_fastest_retnet_is_held_against_the_fastest_transformer():
+    def row(context, **seconds):
+        found = {name.replace("_", "-"): {"seconds": s} if s else {"skipped": "no room"} for name, s in seconds.items()}
+        return {"batch": 1, "context": context, "models": found}
 
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (ROWS, "from somewhere between 512 and 2,048 tokens of context on"),
-        (ROWS[1:], "at all of these contexts, from 2,048 tokens,"),
-        (ROWS[:1], "not at the longest of these contexts, 512 tokens,"),
-        ([], None),
-    ],
-)
-def test_from_where_on_a_step_is_shorter(rows, words):
-    assert decode.faster_from(rows, "transformer", 1) == words
+    rows = [row(512, retnet=2.0, native_int8=1.0, transformer=0.5, grouped=4.0)]
+    assert decode.fastest(rows, 1) == (
+        "- Batch 1, context 512: the fastest RetNet (RetNet in C, int8: 1 s a step) is 0.5 times as fast as the "
+        "fastest Transformer (Transformer twin: 500 ms)."
+    )
+    rows += [row(2048, retnet=0.5, native_int8=1.0, transformer=9.0, grouped=4.0), row(8192, retnet=2.0, grouped=None)]
+    said = "context 2,048: the fastest RetNet (RetNet: 500 ms a step) is 8.0 times as fast"
+    assert said in decode.fastest(rows, 1), "the longest at which both were measured"
+    assert decode.fastest(rows[2:], 1) is None and decode.fastest(rows, 8) is None
 
 
 def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
@@ -151,6 +148,20 @@ def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
     assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())
     x, y = lines["RetNet"][0]
     assert x == [8, 16] and y[0] == y[1]  # memory does not grow
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [(dict(contexts=(8,)), ["one step at context 8 (ms)"]),
+     (dict(batches=(3,)), ["memory at batch 3 (GB)", "tokens/s at batch 3"]),
+     (dict(contexts=(8,), batches=(3,)), ["memory at batch 3 (GB), context 8", "one step at context 8 (ms), batch 3"])],
+    ids=["batches", "contexts", "one-of-both"],
+)  # fmt: skip
+def test_no_panel_of_the_picture_has_a_single_point(how, shown, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(decode, "legend", lambda figure, axes: drawn.extend(axes.flat))
+    decode.plot(measured(**how), tmp_path / "a.png", title="t")
+    assert [axis.get_ylabel() or axis.get_xlabel() for axis in drawn] == shown  # a ranking has its label along x
 
 
 def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table(monkeypatch):
@@ -173,7 +184,7 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
     names = ("retnet", *models.NATIVE)
     result = measured(models=names, neighbour=False)
     matrices = cost.matrix_parameters(CONFIG)
-    rivals = {name: decode.RIVALS.get(name, decode.Rival)(name, CONFIG, CPU, torch.bfloat16) for name in names}
+    rivals = {name: decoders.make(name, CONFIG, CPU, torch.bfloat16) for name in names}
     state = rivals["retnet"].moves(1, 8) - 2 * matrices
     for name, bits in (("native-bf16", 16), ("native-int8", 8 + 16 / 128), ("native-int4", 4 + 16 / 32)):
         assert rivals[name].moves(1, 8) == pytest.approx(state + matrices * bits / 8)
@@ -186,8 +197,8 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
 def test_llamacpp_decodes_what_it_is_given():
     config = retnet(vocab_size=64, dim=64, layers=2, heads=4)
     for name in models.LLAMACPP:
-        one = decode.LlamaCpp(name, config, CPU)
-        assert decode.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
+        one = decoders.LlamaCpp(name, config, CPU)
+        assert decoders.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
         session = one.fill(3, 20, room=2)
         at = session.position
         one.step(torch.zeros(3, 1, dtype=torch.int64), session)

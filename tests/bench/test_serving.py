@@ -36,7 +36,7 @@ def test_a_small_run_measures_everything(config, monkeypatch):
     grown = late["state"] > early["state"]
     assert grown == (config is not CONFIG), "a state does not grow, a cache does"
     shown = serving.table(result)
-    assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7 MB |" in shown
+    assert f"{result['streams_over_one']:.2f} times one stream" in shown and "| 150 |" in shown and "7.0 MB |" in shown
 
 
 @pytest.mark.skipif(native.refused(model()) is not None, reason="no library here")
@@ -50,8 +50,8 @@ def test_engines_with_the_model_in_c_are_timed_beside_that_with_torch():
 
 
 def test_unknown_models_and_precisions_are_refused(refuses):
-    with refuses("unknown model in C 'native-int2', expected one of native-bf16, native-int8, native-int4"):
-        serving.measure(Options(native=("native-int2",)))
+    with refuses("unknown model 'native-int2', expected one of retnet, native-bf16, native-int8, native-int4"):
+        serving.measure(Options(models=("retnet", "native-int2")))
     with refuses("unknown precision 'fp8'"):
         serving.measure(Options(precision="fp8"))
 

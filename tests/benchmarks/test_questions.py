@@ -29,7 +29,7 @@ def test_a_text_is_read_once_for_all_questions(sizes, monkeypatch):
 def test_what_is_refused(refuses):
     with refuses("a text of 99 tokens is shorter than 256"):
         measured(tokens=99)
-    with refuses("llama is not read by this package"):
+    with refuses("unknown model 'llama'"):
         measured(models=("retnet", "llama"))
     with refuses("questions must be at least 1"):
         measured(questions=())

@@ -9,9 +9,9 @@ import torch
 from benchmarks import step
 from benchmarks.step import Options
 from retentive.bench.lab.options import silent
-from retentive.bench.lab.tables import duration
 from retentive.ops import Ring
 from retentive.ops.ring import slots
+from retentive.tables import duration
 
 READING = 1e10
 
@@ -155,7 +155,7 @@ def test_the_table_and_the_plot_hold_the_rows(tmp_path, lines):
     assert "| – |" in step.table(result)
     step.plot(result, tmp_path / "step.png", title="a title")
     drawn = [1e6 * row["contestants"]["ring"]["seconds"] for row in result["rows"] if row["dtype"] == "bf16"]
-    assert lines["ring, bf16"][0] == ([1, 3], drawn) and len(lines["limit, fp32"]) == 1
+    assert lines["ring"][2] == ([1, 3], drawn) and len(lines["limit"]) == 2, "of time, for each dtype"
 
 
 @pytest.mark.parametrize(

@@ -453,14 +453,14 @@ def test_engines_that_cannot_run_the_model(refused):
 
 OTHERS = {
     "unknown-verb": (["trian"], "unknown verb 'trian', expected one of demo, data, train"),
-    "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
+    "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, serving"),
     "info-of-nothing": (
         ["info"],
         "info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture",
     ),
-    "bench-of-no-size": (["bench", "memory", "--size", "3m"], "unknown size '3m'"),
+    "bench-of-no-size": (["bench", "decode", "--size", "3m"], "unknown size '3m'"),
     "bench-onto-its-picture": (
-        ["bench", "memory", "--size", "1m", "--json", "new/o.png"],
+        ["bench", "decode", "--size", "1m", "--json", "new/o.png"],
         "two files would be written to new/o.png: choose another name",
     ),
     "eval-two-in-one": (

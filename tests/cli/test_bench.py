@@ -9,7 +9,7 @@ import pytest
 
 import benchmarks
 from benchmarks.__main__ import run as program
-from retentive.bench import BENCHES, decode, memory, prefill
+from retentive.bench import BENCHES, prefill
 from retentive.cli import bench, main
 from retentive.models import PRESETS
 from retentive.models.presets import Size
@@ -33,7 +33,7 @@ def made_up(monkeypatch):
     def make(**changes):
         def measure(options, say):
             say(f"lengths {options.lengths}")
-            return {"hardware": HARDWARE, "device": "cpu", **changes}
+            return {"size": options.size, "hardware": HARDWARE, "device": "cpu", **changes}
 
         monkeypatch.setattr(prefill, "measure", measure)
         monkeypatch.setattr(prefill, "table", lambda result: f"a table of {result['device']}")
@@ -50,6 +50,7 @@ def test_the_file_holds_the_command_and_the_picture_is_beside_it(made_up, tmp_pa
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result == {
         "command": f"retentive bench prefill --lengths 8 --device cpu --json {out}",
+        "size": "5m",
         "hardware": HARDWARE,
         "device": "cpu",
         "table": "a table of cpu",
@@ -59,11 +60,6 @@ def test_the_file_holds_the_command_and_the_picture_is_beside_it(made_up, tmp_pa
     made_up(device="cuda")
     main([*PREFILL, "--json", str(out)])
     assert out.with_suffix(".png").read_text(encoding="utf-8") == "Reading a prompt (5m) on a GPU"
-
-
-def test_the_title_has_what_the_options_say():
-    assert decode.PICTURE.format(**vars(decode.Options(size="130m"))) == "Decoding (130m)"
-    assert "RetNet (5m)" in memory.PICTURE.format(**vars(memory.Options()))
 
 
 def test_what_found_something_wrong_is_kept_and_ends_with_2(made_up, tmp_path, capsys):
@@ -105,12 +101,12 @@ def test_a_picture_that_fails_leaves_the_file_alone(made_up, monkeypatch, tmp_pa
 
 
 BAD = {
-    "unknown": (["speed"], "unknown bench 'speed', expected one of train, prefill, decode, memory"),
+    "unknown": (["speed"], "unknown bench 'speed', expected one of train, prefill, decode, serving"),
     "device": (["decode", "--device", "tpu"], "unknown device 'tpu'"),
     "size": (["train", "--size", "3m"], "unknown size '3m'"),
 }
 BENCHMARKS = {
-    "unknown": (["train"], "unknown bench 'train', expected one of run, retention"),
+    "unknown": (["train"], "unknown bench 'train', expected one of memory, run"),
     "shape": (["retention", "--shapes", "big"], "unknown shape 'big', expected one of 5m, small"),
     "minutes": (["soak", "--minutes", "0"], "--minutes must be above 0, got 0"),
 }

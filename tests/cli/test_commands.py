@@ -176,7 +176,7 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
 def test_a_quantised_folder_is_taken_like_any_other(to, place, capsys):
     main(["quantize", "run", "--to", to, "--out", f"new/{to}", "--text", "corpus", "--tokens", "300"])
     assert re.search(
-        rf"^run -> new/{to}: {to}, [\d.]+ MB -> [\d.]+ MB, calibrated on 300 tokens$",
+        rf"^run -> new/{to}: {to}, [\d.]+ kB -> [\d.]+ kB, calibrated on 300 tokens$",
         capsys.readouterr().out,
         re.MULTILINE,
     )
@@ -380,7 +380,9 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
     assert json.loads(Path("run/train.json").read_text(encoding="utf-8"))["command"]["data"] == "elsewhere"
 
 
-@pytest.mark.parametrize("argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench memory --contexts 8 16"])
+@pytest.mark.parametrize(
+    "argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench decode --contexts 8 16 --models retnet"]
+)
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("retentive.machine.gemm_rate", lambda *_, **__: 1e12)

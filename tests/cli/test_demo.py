@@ -5,8 +5,9 @@ import json
 import signal
 
 import pytest
+import torch
 
-from retentive.bench import memory
+from retentive import machine
 from retentive.cli import demo
 from retentive.models import PRESETS
 from retentive.models.presets import Size
@@ -19,8 +20,9 @@ def test_demo(tmp_path, monkeypatch, capsys):
     part = [(d, False) for d, _ in everything] + [(d, True) for d, _ in held]
     monkeypatch.setattr(demo, "library", lambda: iter(part))
     monkeypatch.setitem(PRESETS, "1m", Size(dict(dim=32, layers=2, heads=2, tie_embeddings=True)))
-    real = memory.of_models
-    monkeypatch.setattr(memory, "of_models", lambda models: real(models, contexts=(64, 128), steps=4))
+    monkeypatch.setattr(demo, "CONTEXTS", (64, 128))
+    monkeypatch.setattr(machine, "gemm_rate", lambda *_, **__: 1e12)
+    monkeypatch.setattr(machine, "numbers", lambda device, *_: torch.ones(64, 4096, device=device))  # not half a GB
     out = tmp_path / "runs" / "demo"
     arguments = ["--out", str(out), "--size", "1m", "--vocab-size", "512", "--minutes", "0.001"]
     demo.main(arguments)
@@ -31,12 +33,13 @@ def test_demo(tmp_path, monkeypatch, capsys):
     figures = json.loads((out / "held_out.json").read_text())
     assert figures["bytes"] == sum(len(d.text.encode()) for d, h in part if h)
     assert 0 < figures["xz -9"] < figures["order-0 entropy"] < 8 and 0 < figures["this model"] < 8
-    rows = json.loads((out / "memory.json").read_text())["rows"]
+    rows = json.loads((out / "decode.json").read_text())["rows"]
     assert [row["context"] for row in rows] == [64, 128]
-    assert rows[0]["RetNet"]["bytes"] == rows[1]["RetNet"]["bytes"]
-    assert rows[0]["Transformer twin"]["bytes"] < rows[1]["Transformer twin"]["bytes"]
+    few, many = (row["models"] for row in rows)
+    assert few["retnet"]["state_bytes"] == many["retnet"]["state_bytes"]
+    assert few["transformer"]["state_bytes"] < many["transformer"]["state_bytes"]
     assert all(f"{n}. " in shown for n in range(1, 7)) and f"retentive generate {out}" in shown.replace("\n", "")
-    assert (out / "memory.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "decode.png").read_bytes()[:4] == b"\x89PNG"
 
     assert "20 steps of 4 x 512 tokens fit 0.001 minutes" in " ".join(shown.split())
 

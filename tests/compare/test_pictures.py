@@ -19,10 +19,37 @@ def test_the_picture_shows_every_variant(sizes, tmp_path, lines):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_optimiser_is_a_lighter_shade_of_its_model():
-    assert pictures.shades(["a", "a+muon", "b", "b+muon"]) == {"a": 0, "a+muon": 1, "b": 2, "b+muon": 3}
-    assert pictures.shades(["a+muon", "b", "b+muon"]) == {"a+muon": 1, "b": 2, "b+muon": 3}
-    names = [str(n) for n in range(12)]
-    assert list(pictures.shades([*names, *names]).values()) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 1, 3]
-    for many in (names, [f"{n}{o}" for n in range(11) for o in ("", "+muon")][:20], ["a", "b+muon"]):
-        assert len(set(pictures.shades(many).values())) == len(many), "no two alike"
+def test_curves_are_means_of_the_seeds(tmp_path, lines):
+    found = [record("retnet", 2.0 + 0.1 * seed, seed=seed) for seed in range(3)]
+    pictures.plot(summary.report(found, "retnet"), tmp_path / "a.png", title="t")
+    by_tokens, by_time = lines["retnet"]
+    assert by_tokens == ([0.0005, 0.001], [pytest.approx(3.1), pytest.approx(2.1)])
+    assert by_time[0] == [pytest.approx(500 / 60 / 101), pytest.approx(1000 / 60 / 101)], "at the median of the speeds"
+
+
+def test_a_picture_has_eight_curves_at_most_and_names_all_variants(tmp_path, lines, monkeypatch):
+    names = [f"v{n}" for n in range(12)]
+    drawn = []
+    monkeypatch.setattr(pictures, "legend", lambda figure, axes: drawn.extend(axes.flat))
+    pictures.plot(
+        summary.report([record(v, 3.0 - 0.1 * n) for n, v in enumerate(names)], "v0"), tmp_path / "a.png", title="t"
+    )
+    assert set(lines) == {"v0", *names[5:]}, "the baseline, though the worst, and the best"
+    ranked, _, by_tokens, _ = drawn
+    assert [tick.get_text() for tick in ranked.get_yticklabels()] == names
+    assert len(by_tokens.get_lines()) == 8 and "the best 7 of 12 variants" in by_tokens.get_title()
+
+
+def test_a_panel_with_one_point_is_left_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "legend", lambda figure, axes: drawn.extend(axes.flat))
+    pictures.plot(summary.report([record("retnet", 2.0)], "retnet"), tmp_path / "a.png", title="t")
+    assert [axis.get_xlabel().split()[0] for axis in drawn] == ["tokens", "minutes"]
+
+
+def test_an_optimiser_is_another_stroke_of_its_model():
+    found = pictures.looks(["a", "a+muon", "b", "b+muon"])
+    assert [look["color"] for look in found.values()] == ["C0", "C0", "C1", "C1"]
+    assert [look["linestyle"] for look in found.values()] == ["-", "--", "-", "--"]
+    alike = pictures.looks([str(n) for n in range(8)])
+    assert len({look["color"] for look in alike.values()}) == 8, "no two alike"

@@ -105,11 +105,7 @@ def test_what_is_refused(place, capsys, monkeypatch):
         assert not Path("no").exists() and not [p for p in place.glob(".no*") if p.suffix != ".lock"]
         return said.err
 
-<<<<<<< HEAD
-    assert "--standard is of --to onnx" in fails("run", "--standard")
-=======
     assert "--standard is for --to onnx; leave it out" in fails("run", "--standard")
->>>>>>> errors
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears is not exported" in fails("hearing")
     save_model("half", peaked().half(), ByteTokenizer())

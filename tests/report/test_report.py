@@ -11,7 +11,7 @@ import pytest
 import retentive
 from retentive.cli import main
 from retentive.report import build
-from retentive.report.page import read, to_html
+from retentive.report.page import kind_of, read, to_html
 from retentive.report.sections import SECTIONS
 
 RESULTS = Path(retentive.__file__).parents[1] / "results"
@@ -83,6 +83,15 @@ def test_a_bench_that_the_package_does_not_have_brings_its_table(tmp_path):
     write(tmp_path, "recall", command="retentive bench recall --dims 16", table="| a |\n| --- |\n| told |")
     page = build(tmp_path)
     assert "<td>told</td>" in page[page.index('id="recall"') : page.index('id="tasks"')]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("retentive compare --data x", "compare"), ("retentive bench decode --size 5m", "bench decode"),
+     ("python -m benchmarks recall --json x", "bench recall"), ("", "?")],
+)  # fmt: skip
+def test_kinds_of_commands(command, kind):
+    assert kind_of(command) == kind
 
 
 def test_what_no_section_knows_is_listed(tmp_path):

@@ -54,7 +54,7 @@ def test_an_evaluation_at_the_end_is_told_from_the_one_before_it(tmp_path, capsy
     write(tmp_path / "run", TrainConfig(steps=2))
     lines = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
     assert lines == [
-        "step 2: held-out 3.000 bits per byte of 2.50 MB",
+        "step 2: held-out 3.000 bits per byte of 2.5 MB",
         "step 2: held-out 3.500 bits per byte of 12.3 kB (the longer part, read once at the end)",
     ]
 

@@ -10,31 +10,33 @@ llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, 
 The last two are for CPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from retentive.bench.lab.options import Say
-from retentive.bench.lab.tables import known
+from retentive.bench.lab import plot
+from retentive.bench.lab.options import Say, words
 from retentive.checkpoint.quantize import quantize
 from retentive.models import Config, LanguageModel, ModelConfig, build, peer, twin
 from retentive.native import NativeRetNet
 from retentive.native.library import library
 from retentive.ops import using
 from retentive.ops.compiler import NotBuilt
+from retentive.options import known
 
 NAMES = {
     "retnet": "RetNet",
     "transformer": "Transformer twin",
-    "grouped": "twin, grouped heads",
-    "llama": "Llama, transformers",
+    "grouped": "Transformer twin, grouped heads",
+    "llama": "Llama of transformers",
     "native-bf16": "RetNet in C, bf16",
     "native-int8": "RetNet in C, int8",
     "native-int4": "RetNet in C, int4",
-    "llamacpp-f16": "twin, llama.cpp F16",
-    "llamacpp-q8_0": "twin, llama.cpp Q8_0",
-    "llamacpp-q4_0": "twin, llama.cpp Q4_0",
+    "llamacpp-f16": "Transformer twin, llama.cpp F16",
+    "llamacpp-q8_0": "Transformer twin, llama.cpp Q8_0",
+    "llamacpp-q4_0": "Transformer twin, llama.cpp Q4_0",
 }
 NATIVE = {"native-bf16": None, "native-int8": 8, "native-int4": 4}
 """Models in C, and the bits of their weights where those are integers."""
@@ -43,7 +45,14 @@ LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
 TOLERANCE = 1e-4
 """Largest difference of logits between two ways of computing them in float32: rounding of sums over a whole sequence
 stays well below."""
+LOOKS = dict(zip(NAMES, plot.LOOKS, strict=True))
+"""Colour and marker of each model, the same in all pictures."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shown(names: Sequence[str], last: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names and labels of the models in a picture, as `plot.at_most` chooses them."""
+    return {name: NAMES[name] for name in plot.at_most(names, last)}
 
 
 def grouped(config: ModelConfig) -> ModelConfig:
@@ -71,13 +80,18 @@ def missing(name: str, device: torch.device) -> str | None:
     return str(library()) if name in NATIVE and isinstance(library(), NotBuilt) else None
 
 
-def chosen(names: Sequence[str], device: torch.device, say: Say) -> list[str]:
-    """The names in the order of NAMES, without those that cannot take part here, which is said.
+def chosen(names: Sequence[str], among: Collection[str], device: torch.device, say: Say) -> list[str]:
+    """The names in the order of NAMES, without those that this machine cannot run, which is said.
+
+    Args:
+        names: as an option `models` has them.
+        among: names that the bench knows.
 
     Raises:
         ValueError: an unknown name; RetNet, to which all others are compared, not among them.
     """
-    known(names, NAMES, "model")
+    names = words(names)
+    known(names, among, "model")
     if "retnet" not in names:
         raise ValueError(f"retnet must be among the models, the others are compared with it; got {', '.join(names)}")
     reasons = {name: missing(name, device) for name in NAMES if name in names}

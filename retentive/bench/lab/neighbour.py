@@ -18,7 +18,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
-from retentive.bench.lab.tables import duration
+from retentive.tables import duration
 
 LONG_ENOUGH = 0.5
 """Seconds of a timed repetition, at least: many times as long as a scheduler lets a process run."""

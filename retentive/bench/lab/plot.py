@@ -1,11 +1,19 @@
-"""Pictures of measurements; matplotlib comes with the extra `plot`."""
+"""Pictures of measurements; matplotlib comes with the extra `plot`.
 
-from collections.abc import Mapping, Sequence
+A panel has several points along its x axis, and at most `MOST` curves. Measurements at a single x are a ranking, a row
+for each model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
-STYLES = {"fp32": "-", "bf16": "--", "fp16": ":"}
-"""The line style of each dtype, in all pictures."""
+MOST = 8
+"""Curves of a panel; more cannot be told apart."""
+LOOKS = tuple({"color": f"C{n}", "marker": marker, "markersize": 5} for n, marker in enumerate("osv^DPX*hd"))
+"""Colour and marker of the first, second, … model."""
+GREY = {"color": "0.6", "linewidth": 1}
+"""Look of a bound, which no model measured."""
 
 
 def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
@@ -28,19 +36,64 @@ def tokens(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-def curves(
-    axis: Any, points: Sequence[tuple[int, Mapping[str, Any]]], names: Mapping[str, str], key: str, *, unit: float = 1
-) -> None:
-    """Draws `key` / `unit` of each model in `names` (model: its label), against the x of `points`.
+def at_most(names: Sequence[str], last: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The first name and the fastest others, `MOST` in all, in the order of `names`.
 
     Args:
-        points: (x, what was measured there of each model). A model that was skipped there has no `key`, and no point.
+        last: results by name at the longest context or the largest batch; those without `seconds` go first.
     """
-    for n, (name, label) in enumerate(names.items()):
-        # colours go by the name's place, also where a model has no curve: it looks the same in all pictures
-        found = [(x, of[name][key] / unit) for x, of in points if key in of[name]]
-        if found:
-            axis.plot(*zip(*found, strict=True), color=f"C{n}", marker="osv^DPX*hd"[n], label=label)
+    speed = sorted(names[1:], key=lambda name: last[name].get("seconds", float("inf")))
+    kept = {*names[:1], *speed[: MOST - 1]}
+    return [name for name in names if name in kept]
+
+
+def panel(
+    axis: Any,
+    points: Sequence[tuple[int, Mapping[str, Any]]],
+    names: Mapping[str, str],
+    key: str,
+    label: str,
+    along: str,
+    *,
+    unit: float = 1,
+    percent: bool = False,
+    looks: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Draws a curve for each model, or a ranking if there is one x only.
+
+    Args:
+        points: (x, results by model). A model without `key` at an x has no point there.
+        names: label of each model.
+        key: result that is drawn, divided by `unit`.
+        label: name of that result.
+        along: name of x.
+        percent: draw fractions as percentages from 0, with a line at 100 %. By default values are logarithmic.
+        looks: colour, marker and line style of each model; by default those of `LOOKS`, in the order of `names`.
+    """
+    looks = looks or dict(zip(names, LOOKS, strict=False))
+    points = sorted(points, key=lambda point: point[0])
+    found = {name: [(x, of[name][key] / unit) for x, of in points if key in of.get(name, {})] for name in names}
+    xs = sorted({x for x, _ in points})
+    if len(xs) == 1:
+        rank(axis, [(names[n], at[0][1], None, looks[n]) for n, at in found.items() if at], f"{label}, {along} {xs[0]}")
+        return
+    for name, at in found.items():
+        if at:
+            axis.plot(*zip(*at, strict=True), label=names[name], **looks[name])
+    dress(axis, xs, label, along)
+    if percent:
+        _percent(axis)
+
+
+def rank(axis: Any, rows: Iterable[tuple[str, float, float | None, Mapping[str, Any]]], label: str) -> None:
+    """Draws a row for each (name, value, half an interval, look), the least value on top."""
+    order = sorted(rows, key=lambda row: row[1], reverse=True)
+    for n, (_, value, error, look) in enumerate(order):
+        axis.errorbar(value, n, xerr=error, **{"marker": "o", "capsize": 3} | look)
+    axis.set_yticks(range(len(order)), [name for name, *_ in order])
+    axis.set_ylim(-0.5, len(order) - 0.5)
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.3, axis="x")
 
 
 def dress(axis: Any, ticks: Sequence[int], label: str, along: str = "") -> None:
@@ -61,14 +114,14 @@ def dress(axis: Any, ticks: Sequence[int], label: str, along: str = "") -> None:
     axis.grid(alpha=0.3)
 
 
-def linear(axis: Any) -> None:
-    """Makes the y axis one of percentages, from 0, with a line at 100%."""
+def _percent(axis: Any) -> None:
+    """Makes the y axis one of percentages, from 0, with a line at 100 %."""
     from matplotlib.ticker import AutoLocator, PercentFormatter
 
     axis.set_yscale("linear")
     axis.yaxis.set_major_locator(AutoLocator())
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.axhline(1, color="0.6", linewidth=1)
+    axis.axhline(1, **GREY)
     axis.set_ylim(bottom=0)
 
 
@@ -77,17 +130,7 @@ def legend(figure: Any, axes: Any) -> None:
     handles = {
         name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    # a row for each dtype where there is room
-    dtypes = [dtype for dtype in STYLES if any(name.endswith(dtype) for name in handles)]
-    order = sorted(handles, key=lambda name: [name.endswith(dtype) for dtype in dtypes], reverse=True)
-    columns = max(len(handles) // max(len(dtypes), 1), 1)
-    columns = min(columns, max(int(figure.get_figwidth() // 1.7), 1))  # inches of an entry
-    figure.legend(
-        [handles[name] for name in _by_columns(order, columns)], _by_columns(order, columns),
-        loc="outside lower center", ncols=columns, fontsize=9,
-    )  # fmt: skip
-
-
-def _by_columns(names: list[str], columns: int) -> list[str]:
-    """The names reordered so that they read row by row: matplotlib fills a legend column by column."""
-    return [name for n in range(columns) for name in names[n::columns]]
+    if handles:
+        inches = 0.6 + 0.075 * max(map(len, handles))  # of the widest entry
+        columns = min(len(handles), max(int(figure.get_figwidth() // inches), 1))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9)

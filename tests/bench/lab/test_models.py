@@ -18,16 +18,18 @@ def test_grouped_heads_are_a_quarter_or_what_divides(config, kv_heads):
 
 def test_names_come_in_one_order_and_retnet_is_among_them(refuses, monkeypatch):
     cpu, said = torch.device("cpu"), []
-    assert models.chosen(["transformer", "retnet"], cpu, said.append) == ["retnet", "transformer"]
+    assert models.chosen(["transformer,retnet"], models.NAMES, cpu, said.append) == ["retnet", "transformer"]
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     names = ["retnet", "llama", "llamacpp-q8_0"]
-    assert models.chosen(names, cpu, said.append) == ["retnet"]
+    assert models.chosen(names, models.NAMES, cpu, said.append) == ["retnet"]
     assert said == ["without llama: transformers is not installed", "without llamacpp-q8_0: llama_cpp is not installed"]
     assert models.missing("native-int4", torch.device("cuda")) == "it runs on the CPU"
     with refuses("unknown model 'mamba', expected one of retnet, transformer"):
-        models.chosen(["retnet", "mamba"], cpu, said.append)
+        models.chosen(["retnet", "mamba"], models.NAMES, cpu, said.append)
+    with refuses("unknown model 'llama', expected one of retnet, grouped"):
+        models.chosen(["retnet", "llama"], ["retnet", "grouped"], cpu, said.append)
     with refuses("retnet must be among the models"):
-        models.chosen(["transformer"], cpu, said.append)
+        models.chosen(["transformer"], models.NAMES, cpu, said.append)
 
 
 def test_a_model_is_the_same_every_time():

@@ -1,7 +1,7 @@
-"""What remembering costs: bytes held and time per token against context, RetNet beside its Transformer twin.
+"""`python -m benchmarks memory`: bytes of state and cache and time per token against context, in the README's picture.
 
-Both read the same tokens up to each context for real, then decode; the state's and the cache's own tensors are counted.
-`bench decode` goes further, with filled states; this one is what the demo shows of a model that it has just trained.
+Both models read the same tokens up to each context, then decode; the state's and the cache's own tensors are counted.
+`retentive bench decode` fills states instead, measures more models, and holds them against the machine's limit.
 """
 
 import statistics
@@ -15,12 +15,13 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.options import Say, Sized, silent
-from retentive.bench.lab.plot import curves, dress, grid
-from retentive.bench.lab.tables import at_least_one, markdown
+from retentive.bench.lab.plot import grid, legend, panel
 from retentive.models import LanguageModel, build, twin
+from retentive.options import at_least_one
+from retentive.tables import markdown
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-PICTURE = "What remembering costs: a RetNet ({size}) and a Transformer of its size"
+PICTURE = "Memory and time per token ({size})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +108,13 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: memory left, time right."""
     points = [(row["context"], row) for row in result["rows"]]
     names = {name: name for name in _names(result)}
-    figure, ((memory, speed),) = grid(title, 1, 2)
-    curves(memory, points, names, "bytes", unit=1e6)
-    curves(speed, points, names, "ms_per_token")
-    for axis, label in ((memory, "memory of one sequence (MB)"), (speed, "time per token (ms)")):
-        dress(axis, [context for context, _ in points], label, "context (tokens)")
-        axis.legend()
-    speed.set_yscale("linear")  # `memory` stays logarithmic: on a linear axis the state would be a line on the floor
-    speed.set_ylim(bottom=0)
+    figure, axes = grid(title, 1, 2)
+    memory, speed = axes[0]
+    panel(memory, points, names, "bytes", "memory of one sequence (MB)", "context (tokens)", unit=1e6)
+    panel(speed, points, names, "ms_per_token", "time per token (ms)", "context (tokens)")
+    if len(points) > 1:
+        # `memory` stays logarithmic: on a linear axis the state would be a line on the floor
+        speed.set_yscale("linear")
+        speed.set_ylim(bottom=0)
+    legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

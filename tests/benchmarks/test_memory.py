@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks import memory
+from benchmarks.memory import Options
 from retentive import machine
-from retentive.bench import memory
-from retentive.bench.memory import Options
 from retentive.models import build, cost, retnet, twin
 
 CONFIG = retnet(vocab_size=31, dim=16, layers=2, heads=2)

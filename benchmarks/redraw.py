@@ -1,0 +1,41 @@
+"""`python -m benchmarks redraw FILE…`: tables and pictures of results anew, from the numbers in their files.
+
+For changes of how a result is shown: what was measured stays as it is.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import BENCHES
+from retentive import bench, compare
+from retentive.bench.run import draw, title_of
+from retentive.files import write_json
+from retentive.report.page import kind_of
+
+ALL = bench.BENCHES | BENCHES
+
+
+def redraw(paths: Sequence[Path]) -> list[Path]:
+    """Write the table of each bench's result, and the pictures that stand beside results; returns these files.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or written, or is damaged.
+    """
+    done = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        verb, _, name = kind_of(result.get("command", "")).partition(" ")
+        module: Any = compare if verb == "compare" else None
+        if verb == "bench" and name in ALL:
+            module = importlib.import_module(ALL[name])
+            write_json(path, result | {"table": module.table(result)})
+        if module is None:
+            continue
+        if path.with_suffix(".png").exists():
+            title = compare.title_of(result) if module is compare else title_of(module, result)
+            draw(path, module.plot, result, title)
+        done.append(path)
+    return done

@@ -1,0 +1,202 @@
+"""Models that decode, of this package and of others, and what a step of each costs."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retentive import machine
+from retentive.bench.lab import llamacpp, models
+from retentive.checkpoint.quantize import quantization_of
+from retentive.infer.generate import step_threads
+from retentive.models import ModelConfig, cost, twin
+from retentive.ops.ring import slots
+
+TRIED = 4
+"""Steps by which the faster setting of llama.cpp is found."""
+
+
+class Rival:
+    """A model that decodes, and what it costs."""
+
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+        self.name, self.device, self.dtype = name, device, dtype
+        self.model = self.made(config)
+        self.config: Any = models.config_of(name, config)
+        self.ring_bytes = self.ring()
+
+    @property
+    def mixer(self) -> Any:
+        """Config of its first mixer."""
+        return self.config.mixers[0]
+
+    def made(self, config: ModelConfig) -> Any:
+        """The model."""
+        return models.make(self.name, config, self.device, self.dtype)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.dtype.itemsize
+
+    def ring(self) -> int:
+        """Bytes that a sequence takes while it is decoded, beside its state or cache."""
+        state: Any = self.model.init_state(1)
+        state = state.reserve(max(state.windows))  # a window's slots are the cache
+        return state.for_decoding(self.dtype).nbytes - state.nbytes
+
+    def check(self) -> None:
+        """The correctness gate: raises ArithmeticError where it decodes other logits than it reads."""
+        models.check_decoding(self.model)
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
+        state: Any = self.model.init_state(batch).reserve(context + room)
+        for x in (x for x in state.tensors() if x.is_floating_point()):
+            # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
+            # slice is broadcast, since random numbers for all would take minutes
+            x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
+        state.position.fill_(context)  # rotations and masks of the next token depend on it
+        return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        """The state after one more token of each sequence; its logits are computed and dropped."""
+        with step_threads(self.model, len(ids), state):  # as everything that decodes
+            x, state = self.model.hidden(ids, state)
+            self.model.head(x)
+        return state
+
+    def remembers(self, batch: int, context: int) -> int:
+        """Bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
+        memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
+        return memory + batch * self.ring_bytes
+
+    def moves(self, batch: int, context: int) -> float:
+        """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
+        c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
+        if not c.attends:
+            shapes: list[tuple[int, int, int]] = [m.head_shape for m in c.mixers]
+            return weights + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
+        return weights + self.remembers(batch, context)
+
+
+def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
+    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
+    fold = slots(K, V) // 2
+    rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
+    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
+
+
+class Llama(Rival):
+    """Another engine: Llama of the transformers library with its static cache, weights of the same shapes."""
+
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(name, config, device, dtype)
+        self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas know no Llama
+        names = inspect.signature(self.model.backbone.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
+
+    def ring(self) -> int:
+        return 0
+
+    def check(self) -> None:
+        """Nothing: how it decodes is tested in its own library."""
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        from transformers import StaticCache
+
+        backbone = self.model.backbone
+        cache = StaticCache(config=backbone.config, max_cache_len=context + room)
+        c = self.config.attention
+        for layer in range(self.config.layers):
+            keys = torch.randn(1, 1, 1, c.head_dim, dtype=self.dtype, device=self.device)
+            keys = keys.expand(batch, c.heads, context, -1)
+            cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
+        return cache
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        x = self.model.backbone(ids, use_cache=True, **{self.cache_name: state}).last_hidden_state
+        self.model.head(x)
+        return state
+
+
+class Native(Rival):
+    """The RetNet in C, with a ring of bfloat16."""
+
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+        super().__init__(name, config, device, torch.bfloat16)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        how = quantization_of(self.model)
+        return 2.0 if how is None else how.bits / 8 + 2 / how.group  # a scale of 16 bits for each group
+
+
+class LlamaCpp(Rival):
+    """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
+
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, *, full_heads: bool = False):
+        self.full_heads = full_heads
+        super().__init__(name, config, device, torch.float16)  # of its cache
+        self.config = self.theirs(config)
+
+    def theirs(self, config: ModelConfig) -> ModelConfig:
+        return twin(config) if self.full_heads else models.grouped(config)
+
+    def made(self, config: ModelConfig) -> Any:
+        return llamacpp.Model(self.theirs(config), self.name.removeprefix("llamacpp-").upper())
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return models.LLAMACPP[self.name] / 8
+
+    def ring(self) -> int:
+        return 0
+
+    def check(self) -> None:
+        """Nothing: how it decodes is tested in its own library."""
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        found = []
+        for flash in (True, False):
+            session = llamacpp.Session(self.model, tokens=context + room + TRIED, sequences=batch, flash=flash)
+            session.read(context)
+            session.step()
+            found.append((machine.clock(self.device, partial(session.steps, TRIED - 1)), session))
+        (_, faster), (_, slower) = sorted(found, key=lambda one: one[0])
+        slower.close()
+        return faster
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        state.step()
+        return state
+
+
+def make(
+    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, full_heads: bool = False
+) -> Rival:
+    """The rival of that name.
+
+    Args:
+        dtype: of weights and caches, for models of this package and of transformers.
+        full_heads: give llama.cpp's twin keys and values for every query head.
+    """
+    if name in models.LLAMACPP:
+        return LlamaCpp(name, config, device, full_heads=full_heads)
+    kind = Llama if name == "llama" else Native if name in models.NATIVE else Rival
+    return kind(name, config, device, dtype)
+
+
+class Decoding:
+    """A rival that decodes: its state for a batch and a context, and the steps that go on from it."""
+
+    def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
+        self.rival, self.steps = rival, steps
+        self.state = rival.fill(batch, context, room)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)  # any tokens: all take the same time
+
+    def run(self) -> None:
+        """`steps` more tokens of each sequence."""
+        for _ in range(self.steps):
+            self.state = self.rival.step(self.ids, self.state)  # the context grows meanwhile: `room` is for that

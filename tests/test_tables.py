@@ -1,0 +1,13 @@
+"""Numbers for people, and tables of them."""
+
+from retentive.tables import duration, markdown, span
+
+
+def test_numbers_to_read():
+    assert [duration(x) for x in (12.345, 0.0123, 4.56e-6, 1e-9)] == ["12.3 s", "12.3 ms", "4.56 us", "0.001 us"]
+    assert [span([1.2, 0.9]), span([80.4, 1234.0])] == ["1", "80 to 1,234"]
+
+
+def test_a_table_of_no_lines_is_none():
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert markdown(["a"], []) == ""
