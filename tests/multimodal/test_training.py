@@ -34,6 +34,7 @@ from retentive.infer import batch
 from retentive.models.encoders import embedded
 from retentive.multimodal import Opener, open_audio, open_image, prepare
 from retentive.train import SftRun, TrainConfig, TrainRun
+from retentive.train.initial import encoders_for
 
 IMAGE = {"size": 8, "patch": 4, "channels": 1}
 AUDIO = {"rate": 8000, "mels": 8, "stack": 2}
@@ -95,7 +96,7 @@ def test_what_is_packed_is_what_the_files_hold(place):
     image, audio = (data.media[kind]["token"] for kind in ("image", "audio"))
     assert (image, audio) == (257, 258)  # beyond the bytes and the end of text
     ids = batch.ids[0].tolist()
-    config = load_encoders_of(data)
+    config = encoders_for(data, "", {})
     want = open_image(place / "files/64.png", config["image"])
     heard = open_audio(place / "files/64.wav", config["audio"])
     assert ids.count(image) == 4 == len(want) and ids.count(audio) == len(heard) > 2
@@ -111,10 +112,6 @@ def test_what_is_packed_is_what_the_files_hold(place):
 
 def hidden(model, ids, rows):
     return model.hidden(ids, embeds=embedded(model, ids, rows))[0]
-
-
-def load_encoders_of(data):
-    return TrainRun.of(data.path, "none", mode="whole").encoders(data)
 
 
 def test_it_is_learnt_resumed_and_loaded(place, same):
@@ -156,7 +153,7 @@ def test_eyes_for_a_model_that_has_none(place, refuses):
     assert set(ModelFolder.open(place / "seeing").encoders) == {"image", "audio"}
     # continue from there with the same encoders, on data encoded alike
     TrainRun.of("data", "more", init="seeing", steps=1, **how).run(quiet=True, overrides={"init", "steps"})
-    with refuses("--init seeing brings its encoder of image: leave out --set image"):
+    with refuses("`init='seeing'` brings its encoder of image: leave out `set={'image.dim': 8}`"):
         run = TrainRun.of("data", "no", init="seeing", set={"image.dim": 8}, steps=1, **how)
         run.run(quiet=True, overrides={"init"})
     packed(image={**IMAGE, "patch": 2}, overwrite=True)
@@ -170,13 +167,13 @@ def test_what_cannot_become_a_model_that_sees_is_refused(place, refuses):
     config = TrainRun.of("data", "base", size="1m", set=TINY).config(257)
     save_model("base", LanguageModel(config), ByteTokenizer())
     how = {k: v for k, v in TRAINED.items() if k not in ("size", "set")}
-    with refuses("base has no encoder of audio, image, and --lora would leave a new one as it was drawn"):
+    with refuses("base has no encoder of audio, image, and `lora` would leave a new one as it was drawn"):
         TrainRun.of("data", "no", init="base", lora=2, steps=1, **how).run(quiet=True, overrides={"init"})
     with refuses("data holds image and audio, and compare is for text"):
         Comparison(place / "data", place / "no").check()
     TrainRun.of("data", "seeing", steps=1, **TRAINED).run(quiet=True)
     packed(tokenizer="train", vocab_size=270, overwrite=True)  # changes the placeholders too
-    with refuses("seeing has another tokenizer than data: pack the text with that one"):
+    with refuses("seeing has another tokenizer than data: pack the text with the tokenizer of seeing"):
         TrainRun.of("data", "no", init="seeing", steps=1, **how).run(quiet=True, overrides={"init"})
     assert not (place / "no").exists()
 
@@ -276,10 +273,10 @@ def test_what_is_refused(place, refuses):
     with refuses("tokens, a row 16: set `length="):
         data.batches(mode="whole", batch=2, length=16)
     for changes, why in (
-        ({"image.size": 9}, "--set image.size: the data decide it"),
-        ({"image.colour": 9}, "--set image.colour: it has dim, heads, layers"),
-        ({"image.layers": -1}, "--set image.…: layers must be at least 0, got -1"),
-        ({"video.dim": 9}, "--set video.…: data holds nothing of that kind"),
+        ({"image.size": 9}, "`set={'image.size': 9}`: the data decide it"),
+        ({"image.colour": 9}, "`set={'image.colour': 9}`: it has dim, heads, layers"),
+        ({"image.layers": -1}, "`set={'image.layers': -1}`: layers must be at least 0, got -1"),
+        ({"video.dim": 9}, "`set={'video.dim': 9}`: data holds nothing of that kind"),
     ):
         with refuses(why):
             TrainRun.of("data", "no", steps=1, **{**TRAINED, "set": changes}).run(quiet=True)
@@ -363,7 +360,7 @@ def test_on_the_command_line(place, capsys):
           "image.layers=1", "image.dim=16", "audio.dim=16", "--mode", "whole", "--batch", "2", "--length", "128",
           "--steps", "2", "--warmup", "1", "--sample-every", "2", "--precision", "fp32"])  # fmt: skip
     said = capsys.readouterr().err
-    assert "User: Dark?\n    Assistant:" in said and " 0.0 M parameters and 0.0 M of encoders, " in said
+    assert "User: Dark?\n    Assistant:" in said and " 21,216 parameters and 11,240 of encoders, " in said
     assert "steps on cpu" in said and ", fp32\n" in said
     assert Packed("data").media["image"] == {
         "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",

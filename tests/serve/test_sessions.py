@@ -8,7 +8,6 @@ import threading
 import pytest
 
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models.state import RetentionState
 from retentive.serve.errors import Refused
 from retentive.serve.sessions import EVICTED, Sessions
 from tests.serve.asked import CHAT, START, TEXT
@@ -40,8 +39,8 @@ def test_a_chat_goes_on_as_if_all_were_sent_again(server, stop):
         assert reply["session"]["tokens"] == read
     assert reply["usage"]["prompt_tokens"] < len(said) / 3
     [conversation] = server.service.sessions.held.values()
-    state = conversation.memory.state
-    assert not isinstance(state, RetentionState) or state.nbytes == server.service.model.init_state(1).nbytes
+    model, state = server.service.model, conversation.memory.state
+    assert not model.config.constant_state or state.nbytes == model.init_state(1).nbytes
 
 
 def test_a_streamed_chat_keeps_its_session_too(server):
