@@ -23,7 +23,7 @@ from retentive.ops import rotary
 
 def memories(mixer: Mixer, i: int) -> dict[str, list[Any]]:
     """Shapes of the tensors that block i remembers, by the names of their inputs; outputs have "new_" before these."""
-    if isinstance(mixer, RetentionConfig):
+    if mixer.kind == "retention":
         return {f"state.{i}": ["B", *mixer.head_shape]}
     slots = f"S{mixer.window or ''}"
     cache = ["B", mixer.kv_heads, slots, mixer.head_dim]
@@ -50,9 +50,9 @@ def positions_of(graph: Graph) -> Positions:
     return Positions(shape, T, graph.add("Add", graph.add("Unsqueeze", "position", one), steps))
 
 
-def shared(graph: Graph, mixer: Mixer, at: Positions, i: int) -> dict[str, str]:
+def shared(graph: Graph, mixer: Any, at: Positions, i: int) -> dict[str, str]:
     """Values that depend on positions alone, for all blocks of this mixer; i is the first of them."""
-    if isinstance(mixer, RetentionConfig):
+    if mixer.kind == "retention":
         return _phases(graph, mixer, mixer.head_shape[1], at) | _decays(graph, mixer, at)
     return _phases(graph, mixer, mixer.head_dim, at) | _slots(graph, mixer, at, f"keys.{i}")
 
