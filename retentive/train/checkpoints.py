@@ -31,7 +31,7 @@ from retentive.models.state import State, load_state
 from retentive.options import option
 from retentive.train.parallel import ALONE, Cluster
 from retentive.train.parallel import checkpoint as sharded
-from retentive.train.parallel.checkpoint import Shard, part_of_state, shard_of, sharded_as, whole_state
+from retentive.train.parallel.checkpoint import UNSEALED, Shard, part_of_state, shard_of, sharded_as, whole_state
 from retentive.train.parallel.data import local
 from retentive.train.step import Training
 
@@ -62,10 +62,10 @@ def contents(training: Training) -> Contents:
     for name, p in saved(training.model):
         kept = training.optimizer.state.get(p, {})
         moments |= {f"{key}.{name}": shard_of(name, x, cluster) for key, x in kept.items()}
-    files = {"model.safetensors": (weights, dict[str, str]()), "optimizer.safetensors": (moments, dict[str, str]())}
+    files = {"model.safetensors": (weights, dict(UNSEALED)), "optimizer.safetensors": (moments, dict[str, str]())}
     if ema:
         averages = {name: shard_of(name, mean, cluster) for name, mean in ema.mean.items()}
-        files[AVERAGED] = (weights | averages, {"weights": f"averages, decay {ema.decay}"})
+        files[AVERAGED] = (weights | averages, {"weights": f"averages, decay {ema.decay}", **UNSEALED})
     return Contents(training.step, files, whole_state(training.carried, cluster))
 
 
@@ -84,11 +84,12 @@ def write_first(
         with cluster.barrier(), naming(run):
             if cluster.main:
                 (run / UNTRAINED).touch()
-                sharded.begin(partial, weights, {})
+                sharded.begin(partial, weights, UNSEALED)
         with cluster.barrier(), naming(run):
-            sharded.write(partial, weights, {})
+            sharded.write(partial, weights, UNSEALED)
         with cluster.barrier(), naming(run):
             if cluster.main:
+                sharded.seal(partial)
                 partial.replace(run / "model.safetensors")
                 save_all_but_weights(run, model, tokenizer, template=template)
     finally:
@@ -128,6 +129,8 @@ def write(run: Path, found: Contents, keep: int, cluster: Cluster = ALONE) -> Pa
             if cluster.main:
                 if found.state is not None:
                     found.state.save(partial / "state.safetensors")
+                for name in found.files:
+                    sharded.seal(partial / name)
                 sums = {file.name: file_crc32(file) for file in sorted(partial.iterdir())}
                 write_json(partial / "training.json", {"step": found.step, "crc32": sums})
                 shutil.rmtree(folder, ignore_errors=True)  # what somebody took training.json from

@@ -191,7 +191,7 @@ def read_in_pieces(out: Path, rank: int) -> None:
         want, state = prefill(made, ids)
         before = prefill_in_pieces(made, ids[:, :read], group, chunk=5)[1] if read else None
         have, after = prefill_in_pieces(made, ids[:, read:], group, before, chunk=5)
-        pairs = [(want, have), *zip(state.tensors(), after.tensors(), strict=True)]
+        pairs = [(want, have), *zip(state.settled().tensors(), after.settled().tensors(), strict=True)]
         found[name] = max(float((a - b).abs().max()) for a, b in pairs)
         found[f"{name} position"] = int(after.position) - length
         one, other = (prefill(made, ids[:, :1], x.clone())[0] for x in (state, after))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from retentive.checkpoint.weights import checksum
 from retentive.files import load_tensors, save_tensors
 from retentive.train.parallel import checkpoint as sharded
-from retentive.train.parallel.checkpoint import Shard
+from retentive.train.parallel.checkpoint import UNSEALED, Shard
 
 WHOLE = {
     "rows": torch.arange(35.0).view(7, 5),
@@ -89,3 +90,11 @@ def test_writes_that_the_system_cuts_short_are_gone_on_with(tmp_path, monkeypatc
 def test_a_full_disk_is_an_error_and_no_file_of_zeros():
     with pytest.raises(OSError, match="No space left"):
         sharded.write(Path("/dev/full"), boxes(0, 1), {})
+
+
+def test_weights_of_a_run_carry_their_checksum(run):
+    """Of the first weights and of every checkpoint: `load` refuses a flipped bit, see tests/checkpoint."""
+    folder = run("a", steps=4, save_every=2, ema=0.9)
+    for file in (folder / "model.safetensors", *folder.glob("checkpoints/*/model.safetensors")):
+        tensors, about = load_tensors(file)
+        assert about["crc32"] == checksum(tensors) != UNSEALED["crc32"]

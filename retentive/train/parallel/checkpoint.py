@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from retentive.checkpoint.weights import checksum
+from retentive.files import load_tensors
 from retentive.models import RetentionMemory, State
 from retentive.train.parallel.cluster import Cluster
 from retentive.train.parallel.data import local
@@ -25,6 +27,8 @@ from retentive.train.parallel.tensor import split_dim
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Their names in a header."""
+UNSEALED = {"crc32": "00000000"}
+"""Metadata of a file of weights until `seal` has written its checksum."""
 
 
 class Shard(NamedTuple):
@@ -129,6 +133,20 @@ def write(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) 
                 file.seek(places[name][0] + at * piece.element_size())
                 while data:  # a call writes 2 GB at most
                     data = data[file.write(data) :]
+        os.fsync(file.fileno())
+
+
+def seal(path: Path) -> None:
+    """Writes the checksum of a file of weights, whole by now, into the place that UNSEALED holds in its header."""
+    found, about = load_tensors(path)
+    if about.get("crc32") != UNSEALED["crc32"]:
+        return
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(length)
+        file.seek(8 + head.index(b'"crc32":"') + len(b'"crc32":"'))
+        file.write(checksum(found).encode())
+        file.flush()
         os.fsync(file.fileno())
 
 
