@@ -17,6 +17,7 @@ import tyro
 
 from retentive.bench import BENCHES
 from retentive.bench.run import keep
+from retentive.cli.parsing import parse
 from retentive.cli.progress import say
 from retentive.files import check_places
 
@@ -32,7 +33,7 @@ def main(argv: list[str], benches: Mapping[str, str] = BENCHES, program: str = "
     if name not in benches:
         raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(benches)}")
     bench: Any = importlib.import_module(benches[name])
-    command = tyro.cli(command_of(bench), prog=f"{program} {name}", args=argv[1:])
+    command = parse(command_of(bench), f"{program} {name}", argv[1:])
     if command.json:  # known before hours of measuring
         check_places(command.json, command.json.with_suffix(".png") if bench.PICTURE else None)
     from retentive.train import Interrupted  # slow to import, and only here

@@ -17,6 +17,7 @@ from rich.filesize import decimal
 
 from retentive.cli.errors import described
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
@@ -52,7 +53,7 @@ class ChatCommand(Loading):
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ChatCommand, prog="retentive chat", args=argv))
+    run(parse(ChatCommand, "retentive chat", argv))
 
 
 def run(command: ChatCommand) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from retentive.bench.run import draw
 from retentive.cli.errors import flags
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines
-from retentive.cli.train import CHANGES, RECIPE, read_changes, read_recipe
+from retentive.cli.train import RECIPE, read_changes, read_recipe
 from retentive.compare import Comparison, plot, table, title_of
 from retentive.files import check_places, write_json
 from retentive.train import Interrupted
@@ -33,14 +34,13 @@ class CompareCommand:
 def main(argv: list[str]) -> None:
     """`retentive compare ARGV`."""
     default, rest = read_recipe(argv, Comparison)
-    command = tyro.cli(
+    command = parse(
         CompareCommand,
-        prog="retentive compare",
-        args=rest,
+        "retentive compare",
+        rest,
         description=f"{CompareCommand.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
         config=(tyro.conf.OmitArgPrefixes,),
-        registry=CHANGES,
     )
     comparison, console = command.comparison, Console(stderr=True)
     if None in comparison.set.values():  # NAME:FIELD=VALUE strings so far; a recipe's own `set` has values already

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from retentive.checkpoint import ModelFolder, save_model
+from retentive.cli.parsing import parse
 from retentive.files import replace_folder
 
 
@@ -15,7 +16,7 @@ class ConvertCommand:
     """Read a model in any known layout (ours, torchscale's, fla's; recognised by itself) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla"] = "retentive"
@@ -26,7 +27,7 @@ class ConvertCommand:
 
 def main(argv: list[str]) -> None:
     """`retentive convert ARGV`."""
-    command = tyro.cli(ConvertCommand, prog="retentive convert", args=argv)
+    command = parse(ConvertCommand, "retentive convert", argv)
     # before loading, which takes longer; `replace_folder` alone would replace it
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")

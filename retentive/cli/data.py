@@ -18,7 +18,7 @@ from rich.table import Table
 
 from retentive.checkpoint import ModelFolder
 from retentive.cli.errors import flags
-from retentive.cli.train import CHANGES, check_once, typed_options
+from retentive.cli.parsing import check_once, parse, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
@@ -47,7 +47,7 @@ class DataCommand:
 
 def main(argv: list[str]) -> None:
     """`retentive data ARGV`."""
-    command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv, registry=CHANGES)
+    command = parse(DataCommand, "retentive data", argv, description=DataCommand.__doc__)
     check_once(argv, *KINDS)
     given = typed_options(argv)
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -22,6 +21,7 @@ from retentive.bench import decode
 from retentive.bench.run import keep
 from retentive.checkpoint import ModelFolder
 from retentive.cli.errors import flags
+from retentive.cli.parsing import parse
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
@@ -69,7 +69,7 @@ class DemoCommand:
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(DemoCommand, prog="retentive demo", args=argv))
+    run(parse(DemoCommand, "retentive demo", argv))
 
 
 def run(command: DemoCommand) -> None:

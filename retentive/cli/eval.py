@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from retentive import machine
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines
 from retentive.evals.contexts import LAST
 from retentive.evals.generation_tasks import KINDS, kind_of
@@ -62,7 +62,7 @@ class EvalCommand(Loading):
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(EvalCommand, prog="retentive eval", args=argv)
+    command = parse(EvalCommand, "retentive eval", argv)
     run(command, shlex.join(["retentive", "eval", *argv]))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.filesize import decimal
 
+from retentive.cli.parsing import parse
 from retentive.cli.progress import say
 from retentive.export.folder import export
 
@@ -17,7 +18,7 @@ class ExportCommand:
     """Write a model for another runtime: with its tokenizer and its chat template, in a folder."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     to: Literal["onnx", "native", "browser"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
     browser: a page that any file server serves."""
@@ -40,7 +41,7 @@ NEXT = {
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ExportCommand, prog="retentive export", args=argv))
+    run(parse(ExportCommand, "retentive export", argv))
 
 
 def run(command: ExportCommand) -> None:

@@ -9,7 +9,7 @@ import tyro
 
 from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Loading
-from retentive.cli.train import check_once, typed_options
+from retentive.cli.parsing import check_once, parse, typed_options
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import KINDS, Media
 from retentive.data.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class GenerateCommand(Loading):
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(GenerateCommand, prog="retentive generate", args=argv)
+    command = parse(GenerateCommand, "retentive generate", argv)
     check_once(argv, "image", "audio", "stop")
     for kind in KINDS:
         if kind in typed_options(argv) and not getattr(command, kind):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from retentive.cli.parsing import parse
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
 from retentive.export.onnx_run import OnnxModel
@@ -28,7 +29,7 @@ class GenerateExportedCommand:
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(GenerateExportedCommand, prog="retentive generate", args=argv))
+    run(parse(GenerateExportedCommand, "retentive generate", argv))
 
 
 def run(command: GenerateExportedCommand) -> None:

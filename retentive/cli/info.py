@@ -17,6 +17,7 @@ from rich.table import Table
 from retentive import machine, native
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.quantize import Quantization
+from retentive.cli.parsing import parse
 from retentive.models import (
     ARCHITECTURES,
     NAMES,
@@ -44,7 +45,7 @@ class InfoCommand:
     """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory or model folder, a size such as 5m or an architecture such as retnet-paper or hybrid."""
+    """Run directory, model folder, the shipped model novels, a size such as 5m, or an architecture such as hybrid."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
@@ -56,7 +57,7 @@ class InfoCommand:
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
+    command = parse(InfoCommand, "retentive info", argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     with console.capture() as shown:  # printed at once: an error leaves no half a page
         show(console, command)

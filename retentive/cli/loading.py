@@ -20,7 +20,7 @@ class Loading:
     """The flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder (ours, torchscale's or fla's), or hf:owner/name on the hub."""
+    """Run directory, model folder (ours, torchscale's, fla's), the shipped model novels, or hf:owner/name."""
     tokenizer: str | None = None
     """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
     device: str = "cpu"

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import SUFFIXES
@@ -89,11 +90,11 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive memory VERB [OPTIONS]\n")
         for name, cls in VERBS.items():
-            print(f"  {name:<6} {cls.__doc__}")
+            print(f"  {name:<6} {' '.join(str(cls.__doc__).split())}")
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown memory verb {argv[0]!r}, expected one of {', '.join(VERBS)}")
-    command: Any = tyro.cli(VERBS[argv[0]], prog=f"retentive memory {argv[0]}", args=argv[1:])
+    command: Any = parse(VERBS[argv[0]], f"retentive memory {argv[0]}", argv[1:])
     if isinstance(command, WriteCommand):
         write(command)
     elif isinstance(command, AskCommand):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
 from retentive.files import only_writer, replace_folder
@@ -22,7 +23,7 @@ class QuantizeCommand:
     token. What takes RUN takes the new folder too."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     to: Literal["int8", "int4"]
     """Bits of a weight."""
     out: Path
@@ -38,7 +39,7 @@ class QuantizeCommand:
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(QuantizeCommand, prog="retentive quantize", args=argv))
+    run(parse(QuantizeCommand, "retentive quantize", argv))
 
 
 def run(command: QuantizeCommand) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.filesize import decimal
 
+from retentive.cli.parsing import parse
 from retentive.files import check_place, write_text
 
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     """`retentive report ARGV`."""
     from retentive.report import build  # late: --help comes at once
 
-    command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
+    command = parse(ReportCommand, "retentive report", argv)
     if command.out.is_dir():
         raise IsADirectoryError(
             f"{command.out} is a folder: name the file of the page, as -o {command.out}/report.html"

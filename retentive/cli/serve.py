@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.serve.options import Options
 
 
@@ -21,7 +22,7 @@ class ServeCommand(Loading):
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ServeCommand, prog="retentive serve", args=argv))
+    run(parse(ServeCommand, "retentive serve", argv))
 
 
 def run(command: ServeCommand) -> None:

@@ -6,7 +6,7 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,16 +15,16 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from retentive.cli.errors import as_typed, flags, one_line
+from retentive.cli.errors import flags, one_line
+from retentive.cli.parsing import parse, typed_options
 from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import RankFailed
 
-RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
+RECIPE = "With --recipe FILE.py, options come from the function recipe() in the file; further flags override them."
 OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
 """Every option of a run, by its field's name."""
 FIELDS: dict[str, Any] = dict(MODEL_FIELDS)
@@ -47,14 +47,13 @@ class TrainCommand:
 def main(argv: list[str]) -> None:
     """`retentive train ARGV`."""
     recipe, argv = read_recipe(argv, TrainRun)
-    command = tyro.cli(
+    command = parse(
         TrainCommand,
-        prog="retentive train",
-        args=argv,
+        "retentive train",
+        argv,
         description=f"{TrainCommand.__doc__}\n\n{RECIPE}",
         default=tyro.MISSING_NONPROP if recipe is None else TrainCommand(recipe),
         config=(tyro.conf.OmitArgPrefixes,),
-        registry=CHANGES,
     )
     run = command.run
     # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
@@ -109,18 +108,6 @@ def stoppable(out: Path) -> Iterator[None]:
             print(flags(str(stop)), file=sys.stderr)
         if stop.number == signal.SIGINT:
             sys.exit(130)  # so that `train && next` does not go on
-
-
-def typed_options(argv: list[str]) -> set[str]:
-    """The names of the options that were typed, as fields have them."""
-    return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
-
-
-def check_once(argv: Sequence[str], *names: str) -> None:
-    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
-    for name in names:
-        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
-            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
 
 
 def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, list[str]]:
@@ -195,21 +182,3 @@ def read_value(item: str, text: str, kind: Any) -> Any:
     if type(value) is list and any(get_origin(k) is tuple for k in kinds):
         return tuple(value)
     raise ValueError(f"--set {item}: expected {WANTED.get(kinds[0], 'numbers as in [1, 2]')}, got {text}")
-
-
-CHANGES = ConstructorRegistry()
-"""tyro's rule for the one option that is a mapping, --set."""
-
-
-@CHANGES.primitive_rule
-def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """--set FIELD=VALUE FIELD=VALUE …"""
-    if info.type is not Mapping[str, Any] and info.type_origin is not Mapping:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="FIELD=VALUE",
-        instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: as_typed(value).split(" "),
-    )
