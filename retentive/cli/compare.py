@@ -63,11 +63,13 @@ def main(argv: list[str]) -> None:
             result = comparison.run(say, progress)
         except Interrupted as error:  # show what is done so far
             stopped, result = error, comparison.result()
-    show(result, command, shlex.join(["retentive", "compare", *argv]))
+    whole = show(result, command, shlex.join(["retentive", "compare", *argv]))
     if stopped:
         print(f"{stopped} (the same command goes on)", file=sys.stderr)
         if stopped.number == signal.SIGINT:  # so that `compare && next` does not go on
             sys.exit(130)
+    elif not whole:  # another process is still at some of the runs
+        sys.exit(1)
 
 
 def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -88,14 +90,14 @@ def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
     return variants
 
 
-def show(result: dict, command: CompareCommand, typed: str) -> None:
-    """Print the table of results, and write them with a picture if a file is given."""
+def show(result: dict, command: CompareCommand, typed: str) -> bool:
+    """Print the table of results, and write them with a picture if a file is given; True if all runs are done."""
     done = len(result["runs"]) + len(result["failed"])
     if done < result["planned"]:
         print(f"{done} of {result['planned']} runs are done", file=sys.stderr)
-    if not result["rows"]:
-        return
-    print(table(result))
-    if command.json:
+    if result["rows"]:
+        print(table(result))
+    if result["rows"] and command.json:
         write_json(command.json, {"command": typed, **result})
         draw(command.json, plot, result, title_of(result))
+    return done == result["planned"]
