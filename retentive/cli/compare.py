@@ -19,6 +19,7 @@ from retentive.cli.progress import Lines
 from retentive.cli.train import RECIPE, read_changes, read_recipe
 from retentive.compare import Comparison, plot, table, title_of
 from retentive.files import check_places, write_json
+from retentive.tables import counted
 from retentive.train import Interrupted
 
 
@@ -94,7 +95,7 @@ def show(result: dict, command: CompareCommand, typed: str) -> bool:
     """Print the table of results, and write them with a picture if a file is given; True if all runs are done."""
     done = len(result["runs"]) + len(result["failed"])
     if done < result["planned"]:
-        print(f"{done} of {result['planned']} runs are done", file=sys.stderr)
+        print(f"{done} of {counted(result['planned'], 'run')} done", file=sys.stderr)
     if result["rows"]:
         print(table(result))
     if result["rows"] and command.json:

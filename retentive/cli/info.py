@@ -32,6 +32,7 @@ from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.encoders import ImageConfig, encoder_of
 from retentive.models.presets import flat
 from retentive.ops import backends
+from retentive.tables import counted
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
@@ -97,8 +98,8 @@ def of_machine() -> dict[str, str]:
     """Lines on the processor and on what runs models on it."""
     free = decimal(machine.free_memory(torch.device("cpu")))
     return {
-        "processor": f"{machine.cpu_name()}, {os.cpu_count()} cores, {free} of memory free",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": f"{machine.cpu_name()}, {counted(os.cpu_count() or 1, 'core')}, {free} of memory free",
+        "torch": f"{torch.__version__}, {counted(torch.get_num_threads(), 'thread')}",
         "retention": backends.describe(),
         "native": native.describe(),
     }
@@ -178,12 +179,12 @@ def progress(console: Console, folder: Path) -> None:
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "bits_per_byte" in r or "final_bits_per_byte" in r]
     if steps:
-        console.print(f"  trained {steps[-1]['step']:,} steps, loss {steps[-1]['loss']:.3f} nats per token")
+        console.print(f"  trained {counted(steps[-1]['step'], 'step')}, loss {steps[-1]['loss']:.3f} nats per token")
     if held:
         last = held[-1]
         bits = last.get("final_bits_per_byte", last.get("bits_per_byte"))
         at = f"step {last['step']:,}" + (f", by {last['weights']} of the weights" if "weights" in last else "")
-        console.print(f"  held-out text ({last['bytes'] / 1e6:.2f} MB): {bits:.3f} bits per byte at {at}")
+        console.print(f"  held-out text ({decimal(last['bytes'])}): {bits:.3f} bits per byte at {at}")
 
 
 def sizes(vocab_size: int) -> Table:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -23,6 +24,7 @@ from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
 from retentive.infer.writing import stream_generate
 from retentive.sampling import TEXT
+from retentive.tables import counted
 
 SHOWN = 20
 """Documents that are listed by name."""
@@ -218,17 +220,20 @@ def layers_of(config: dict[str, Any]) -> int:
 def described(about: dict[str, Any], path: Path) -> str:
     """What `show` found, as lines to print."""
     config, sources = about["config"], about["sources"]
+    read = f"{counted(about['tokens'], 'token')} of {counted(len(sources), 'document')}"
+    size = f", {counted(layers_of(config), 'layer')}, width {config['dim']}" if config else ""
     lines = [
-        f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",
-        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({' and '.join(about['kinds'])}), "
-        f"{about['file_bytes'] / 1e6:.2f} MB of file",
-        f"  model {about['model']}" + (f", {layers_of(config)} layers, width {config['dim']}" if config else ""),
+        f"{path}: {read}, position {about['position']:,}",
+        f"  {decimal(about['state_bytes'])} of state ({' and '.join(about['kinds'])}), "
+        f"{decimal(about['file_bytes'])} of file",
+        f"  model {about['model']}{size}",
     ]
     if about["pending"]:
         lines.append(f"  still to be read: {about['pending']}")
     for source in sources[:SHOWN]:
         part = f", part {source['part']}" if "part" in source else ""
-        lines.append(f"    {source['name']}: {source['tokens']:,} tokens{part}, sha256 {source['sha256'][:12]}")
+        tokens = counted(source["tokens"], "token")
+        lines.append(f"    {source['name']}: {tokens}{part}, sha256 {source['sha256'][:12]}")
     if len(sources) > SHOWN:
         lines.append(f"    and {len(sources) - SHOWN} more")
     if about["errors"]:

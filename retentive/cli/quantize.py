@@ -15,6 +15,7 @@ from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
 from retentive.files import only_writer, replace_folder
+from retentive.tables import counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def write(command: QuantizeCommand) -> None:
     lines = Lines()
     made = quantize(
         model, BITS[command.to], command.group, batches=batches,
-        progress=lambda done, blocks: lines(f"{done} of {blocks} blocks"),
+        progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"),
     )  # fmt: skip
     replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))

@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_is_told_of_with_the_checkpoint_that_is_good(pl
 def test_skipped_documents_are_told_of(place, capsys):
     Path("corpus/latin.txt").write_bytes("café".encode("latin-1"))
     main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
-    assert "skipped 1 documents that are not UTF-8 text, the first is corpus/latin.txt" in capsys.readouterr().out
+    assert "skipped 1 document (not UTF-8 text), the first is corpus/latin.txt" in capsys.readouterr().out
     assert sum(split["documents"] for split in json.loads(Path("new/meta.json").read_text())["splits"].values()) == 6
 
 
