@@ -61,7 +61,7 @@ def about(module: str) -> str:
 
 def command_of(bench: Any) -> Any:
     """The bench's `Options` with one more field, `json`."""
-    text = "File for the result; a picture is put beside it." if bench.PICTURE else "File for the result."
+    text = "File for the result; a picture is written beside it." if bench.PICTURE else "File for the result."
     json = ("json", Annotated[Path | None, tyro.conf.arg(help=text)], None)
     return make_dataclass(
         "Command", [json], bases=(bench.Options,), frozen=True, namespace={"__doc__": bench.Options.__doc__}

@@ -1,4 +1,4 @@
-"""`retentive compare`: several models on the same tokens, in the same order, with the same budget."""
+"""`retentive compare`: train several models on the same tokens, in the same order, with the same budget."""
 
 import re
 import shlex
@@ -25,11 +25,11 @@ from retentive.train import Interrupted
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Train variants of a model on the same tokens in the same order, and say how they compare."""
+    """Train variants of a model on the same tokens in the same order, and compare them."""
 
     comparison: Annotated[Comparison, tyro.conf.arg(name="")]
     json: Path | None = None
-    """File for the result; a picture is put beside it."""
+    """File for the result; a picture is written beside it."""
 
 
 def main(argv: list[str]) -> None:
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
         CompareCommand,
         "retentive compare",
         rest,
-        description=f"{CompareCommand.__doc__}\n\n{RECIPE} Interrupt it at any time: the same command goes on.",
+        description=f"{CompareCommand.__doc__}\n\n{RECIPE} You can interrupt it at any time; the same command resumes.",
         default=tyro.MISSING_NONPROP if default is None else CompareCommand(default),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     comparison, console = command.comparison, Console(stderr=True)
-    if None in comparison.set.values():  # NAME:FIELD=VALUE strings so far; a recipe's own `set` has values already
+    if None in comparison.set.values():  # NAME:FIELD=VALUE strings; a recipe's `set` has values
         comparison = replace(comparison, set=read_variants(list(comparison.set)))
     if command.json:
         check_places(command.json, command.json.with_suffix(".png"))
@@ -74,17 +74,17 @@ def main(argv: list[str]) -> None:
 
 
 def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The variants that NAME:FIELD=VALUE,FIELD=VALUE strings define; model=NAME is the model that they change.
+    """Return the variants that NAME:FIELD=VALUE,FIELD=VALUE strings define; model=NAME names the model to change.
 
     Raises:
-        ValueError: no name, an unknown field, or a value that is not of its type.
+        ValueError: a name is missing, a field is unknown, or a value has the wrong type.
     """
     variants = {}
     for item in items:
         name, colon, text = item.partition(":")
-        if not re.fullmatch(r"[A-Za-z0-9.-]+", name) or not colon or not text:  # a part of a folder's name
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", name) or not colon or not text:  # becomes part of a folder's name
             raise ValueError(f"--set {item}: expected NAME:FIELD=VALUE,FIELD=VALUE, NAME of letters, digits, . and -")
-        parts = re.split(r",(?![^\[]*\])", text)  # not the commas within a list of numbers
+        parts = re.split(r",(?![^\[]*\])", text)  # not at commas within a list of numbers
         model = [part.removeprefix("model=") for part in parts if part.startswith("model=")]
         fields = read_changes([part for part in parts if not part.startswith("model=")])
         variants[name] = ({"model": model[0]} if model else {}) | fields

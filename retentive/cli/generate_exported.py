@@ -17,14 +17,14 @@ from retentive.sampling import TEXT, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateExportedCommand:
-    """Let an exported model write; the tokenizer beside it is read."""
+    """Generate text by an exported model, with the tokenizer beside it."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """model.onnx of a folder that `retentive export RUN --to onnx` wrote."""
     prompt: str = ""
-    """What to go on from; - reads standard input; the start of a document if empty."""
+    """Text to continue; - reads standard input; empty starts a document."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Maximum tokens to generate."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(command: GenerateExportedCommand) -> None:
-    """Print the prompt and what the model writes after it, as it comes."""
+    """Print the prompt and the generated text, as it comes."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     model = OnnxModel(command.file)
@@ -44,7 +44,7 @@ def run(command: GenerateExportedCommand) -> None:
 
 
 def pieces(model: OnnxModel, tokenizer: Tokenizer, prompt: str, command: GenerateExportedCommand) -> Iterator[str]:
-    """The text in whole characters."""
+    """Yield the generated text in whole characters."""
     ids, stream = [tokenizer.eos_id, *tokenizer.encode(prompt)], tokenizer.stream()
     for id in generate(model, ids, command.sampling, max_tokens=command.max_tokens):
         yield stream.push(id)

@@ -78,7 +78,7 @@ def docstrings(kind: Any) -> dict[str, str]:
 
 
 def typed_options(argv: list[str]) -> set[str]:
-    """The names of the options that were typed, as fields have them."""
+    """Return the names of the typed options, as fields."""
     return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
 
 

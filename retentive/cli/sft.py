@@ -1,4 +1,4 @@
-"""`retentive sft`: fine-tune a model on conversations; the template that they are spelt by goes with it."""
+"""`retentive sft`: fine-tune a model on conversations; their chat template is saved with it."""
 
 import sys
 from dataclasses import replace
