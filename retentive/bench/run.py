@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retentive.files import write_json, write_together
+from retentive.tables import counted
 
 
 def keep(path: Path, bench: Any, result: dict[str, Any], command: str) -> None:
@@ -26,7 +27,7 @@ def keep(path: Path, bench: Any, result: dict[str, Any], command: str) -> None:
 def title_of(bench: Any, result: dict[str, Any]) -> str:
     """Title of a result's picture: the bench's PICTURE and the machine."""
     machine = result["hardware"]
-    where = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    where = f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
     if result.get("device", "cpu") != "cpu":
         where = machine["gpu"]
     return f"{bench.PICTURE.format(**result)} on {where}"

@@ -1,4 +1,4 @@
-"""`retentive VERB …`: a table of verbs, each in a module of its own that is imported only when it is called."""
+"""`retentive VERB …`: a table of verbs. Each has its own module, imported only when the verb is called."""
 
 import importlib
 import io
@@ -13,24 +13,24 @@ from retentive.cli.progress import say
 from retentive.threads import bound_spinning
 
 VERBS = {
-    "demo": ("retentive.cli.demo", "train a RetNet on this machine's Python library and see what it can do"),
-    "data": ("retentive.cli.data", "turn text into packed tokens to train on"),
+    "demo": ("retentive.cli.demo", "train a small RetNet on Python's own source and see what it can do"),
+    "data": ("retentive.cli.data", "pack text into tokens to train on"),
     "train": ("retentive.cli.train", "train a RetNet, or its Transformer twin, on packed tokens"),
     "sft": ("retentive.cli.sft", "teach a model to answer, by conversations"),
-    "generate": ("retentive.cli.generate", "let a model write"),
-    "memory": ("retentive.cli.memory", "read documents into a file of constant size, ask it, merge several"),
+    "generate": ("retentive.cli.generate", "generate text from a prompt"),
+    "memory": ("retentive.cli.memory", "read documents into a memory file of constant size; ask it, merge several"),
     "chat": ("retentive.cli.chat", "talk with a model in the terminal"),
-    "serve": ("retentive.cli.serve", "a model behind OpenAI's HTTP API, and a page to talk with it"),
-    "bench": ("retentive.cli.bench", "measure training speed, memory and decoding on this machine"),
-    "eval": ("retentive.cli.eval", "score a model on the tasks of the field"),
-    "compare": ("retentive.cli.compare", "train several models on the same tokens and say how they compare"),
-    "report": ("retentive.cli.report", "all results of a folder as one page, the paper's tables beside them"),
-    "info": ("retentive.cli.info", "what a model, a run or a size is made of and what it costs"),
-    "quantize": ("retentive.cli.quantize", "a model folder of 8-bit or 4-bit weights"),
-    "export": ("retentive.cli.export", "a model for another runtime: ONNX, C sources, a web page"),
-    "convert": ("retentive.cli.convert", "model folders between our layout, torchscale's and fla's"),
+    "serve": ("retentive.cli.serve", "serve a model by OpenAI's HTTP API, with a chat page"),
+    "bench": ("retentive.cli.bench", "measure training, prefill, decoding and serving on this machine"),
+    "eval": ("retentive.cli.eval", "score a model on standard tasks"),
+    "compare": ("retentive.cli.compare", "train several models on the same tokens and compare them"),
+    "report": ("retentive.cli.report", "build one page from all results in a folder, beside the paper's tables"),
+    "info": ("retentive.cli.info", "show the architecture and the costs of a model, a run or a size"),
+    "quantize": ("retentive.cli.quantize", "write a model folder with 8-bit or 4-bit weights"),
+    "export": ("retentive.cli.export", "export a model for another runtime: ONNX, C sources, a web page"),
+    "convert": ("retentive.cli.convert", "convert model folders between our layout, torchscale's and fla's"),
 }
-"""Verb: its module, whose `main(argv)` runs it, and a line of help. So `retentive --help` imports no torch."""
+"""Module of each verb, whose `main(argv)` runs it, and a line of help. `retentive --help` imports no torch."""
 
 
 def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | None = None) -> None:
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | N
 
 
 def mend_streams() -> None:
-    """Makes standard streams usable: closed ones (`<&-`) become the null device; what a locale cannot write, "?".
+    """Make standard streams usable: closed ones (`<&-`) become the null device, unencodable characters become "?".
 
-    Python has None for a closed stream, on which every print would fail.
+    Python sets a closed stream to None, and every print would fail.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the process ends)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -74,7 +74,7 @@ def show_log() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Print the usage or the version, or call the verb's own main."""
+    """Print the usage or the version, or call the main function of the verb."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
     elif argv[0] in ("-V", "--version"):
@@ -89,8 +89,8 @@ def run(argv: list[str]) -> None:
 
 
 def prepare() -> None:
-    """Set up threads, memory and the log, before anything imports torch."""
-    bound_spinning()  # read by OpenMP when torch loads it
+    """Set up threads, memory and the log before anything imports torch."""
+    bound_spinning()  # OpenMP reads it when torch loads it
     from retentive import machine
 
     machine.keep_freed_memory()
@@ -98,7 +98,7 @@ def prepare() -> None:
 
 
 def usage() -> str:
-    """The list of verbs."""
+    """Return the list of verbs with their one-line descriptions."""
     lines = ["usage: retentive VERB [OPTIONS]    (retentive VERB --help tells each verb's options)", ""]
     lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import tyro
 
 from retentive.bench import BENCHES
 from retentive.bench.run import keep
+from retentive.cli.parsing import parse
 from retentive.cli.progress import say
 from retentive.files import check_places
 
@@ -32,7 +33,7 @@ def main(argv: list[str], benches: Mapping[str, str] = BENCHES, program: str = "
     if name not in benches:
         raise ValueError(f"unknown bench {name!r}, expected one of {', '.join(benches)}")
     bench: Any = importlib.import_module(benches[name])
-    command = tyro.cli(command_of(bench), prog=f"{program} {name}", args=argv[1:])
+    command = parse(command_of(bench), f"{program} {name}", argv[1:])
     if command.json:  # known before hours of measuring
         check_places(command.json, command.json.with_suffix(".png") if bench.PICTURE else None)
     from retentive.train import Interrupted  # slow to import, and only here
@@ -60,7 +61,7 @@ def about(module: str) -> str:
 
 def command_of(bench: Any) -> Any:
     """The bench's `Options` with one more field, `json`."""
-    text = "File for the result; a picture is put beside it." if bench.PICTURE else "File for the result."
+    text = "File for the result; a picture is written beside it." if bench.PICTURE else "File for the result."
     json = ("json", Annotated[Path | None, tyro.conf.arg(help=text)], None)
     return make_dataclass(
         "Command", [json], bases=(bench.Options,), frozen=True, namespace={"__doc__": bench.Options.__doc__}

@@ -1,6 +1,7 @@
 """`retentive chat`: a conversation in the terminal, which can be saved and continued another day.
 
-The conversation is infer/conversation.py. The engine runs in a thread, so that Ctrl-C stops an answer at any token.
+The conversation itself is infer/conversation.py. The engine runs in a thread, so that Ctrl-C stops an answer at any
+token.
 """
 
 import re
@@ -17,6 +18,7 @@ from rich.filesize import decimal
 
 from retentive.cli.errors import described
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
@@ -38,21 +40,21 @@ Ctrl-C stops an answer. A message that begins with / takes a space before it."""
 
 @dataclass(frozen=True, kw_only=True)
 class ChatCommand(Loading):
-    """Talk with a model. It remembers all that was said in a state that does not grow; /help tells the commands."""
+    """Talk with a model. It keeps the conversation in a state of constant size. /help lists the commands."""
 
     memory: Path | None = None
-    """What it has read before: a file of /save or of `retentive memory write`."""
+    """Memory to start from: a file of /save or of `retentive memory write`."""
     states: Path = Path("states")
-    """Folder of /save and /load."""
+    """Folder that /save writes to and /load reads from."""
     template: Path | None = None
-    """A chat template (jinja2) in place of the model's own."""
+    """Chat template (jinja2) to use instead of the model's own."""
     max_tokens: int = 400
-    """Tokens of an answer at most."""
+    """Maximum tokens of an answer."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ChatCommand, prog="retentive chat", args=argv))
+    run(parse(ChatCommand, "retentive chat", argv))
 
 
 def run(command: ChatCommand) -> None:
@@ -67,26 +69,26 @@ def run(command: ChatCommand) -> None:
     try:
         talk.until_the_input_ends()
     finally:
-        engine.close(drain=False)  # Ctrl-C in an answer: the rest of it is not wanted
+        engine.close(drain=False)  # after Ctrl-C in an answer nobody wants the rest
     if talk.failed and not talk.at_terminal:
-        sys.exit(2)  # a script must notice; at a terminal the message was seen
+        sys.exit(2)  # so that a script notices; at a terminal the user has seen the message
 
 
 class Talk:
-    """The terminal's side of a conversation: lines in, answers out, and how long they took."""
+    """Terminal side of a conversation: lines in, answers out, and their timing."""
 
     def __init__(self, conversation: Conversation, command: ChatCommand):
         self.conversation, self.command = conversation, command
         self.at_terminal = sys.stdin.isatty()
         self.first = self.others = 0.0
-        """Seconds from the last question to the first text of its answer, and from there to its end."""
+        """Seconds from the last question to the first text of its answer, and from there to the end."""
         self.failed = False
-        """Whether a /save has failed, or a command was unknown."""
+        """True if a /save has failed or a command was unknown."""
         self.shown: list[Media] = []
-        """The pictures and sounds that the next message begins with."""
+        """Pictures and sounds that the next message begins with."""
 
     def until_the_input_ends(self) -> None:
-        """Read lines and answer them. An error or Ctrl-C ends one line at a terminal; in a script it ends all."""
+        """Read lines and answer them. An error or Ctrl-C ends one line at a terminal, but a whole script."""
         console = Console(highlight=False, markup=False)
         if self.at_terminal:
             with suppress(ImportError):
@@ -95,7 +97,7 @@ class Talk:
         while True:
             try:
                 line = input("> " if self.at_terminal else "")
-                line.encode()  # in some locales Python lets through what is no text, as lone surrogates
+                line.encode()  # in some locales Python decodes invalid bytes to lone surrogates
                 if line.strip() in ("/quit", "/exit"):
                     return
                 if line.startswith("/"):
@@ -106,7 +108,7 @@ class Talk:
                         console.print(self.describe(), style="dim", soft_wrap=True)
             except EOFError:
                 if self.at_terminal:
-                    print()  # the shell's prompt begins on a line of its own
+                    print()  # so that the shell's prompt begins on a new line
                 return
             except KeyboardInterrupt:
                 if not self.at_terminal:
@@ -120,22 +122,22 @@ class Talk:
                 print("retentive:", described(error, "chat"), file=sys.stderr)
 
     def answer(self, message: str) -> None:
-        """Print it as it comes."""
+        """Print the answer to a message as it comes."""
         visible, began, self.first = sys.stdout.isatty(), time.perf_counter(), 0.0
         content = [*self.shown, message] if self.shown else message
         self.shown = []
         said = self.conversation.say(content, self.command.sampling, max_tokens=self.command.max_tokens)
-        with closing(said) as pieces:  # on Ctrl-C the conversation remembers at once what came so far
+        with closing(said) as pieces:  # on Ctrl-C the conversation keeps what came so far
             for piece in from_the_first_word(pieces):
                 self.first = self.first or time.perf_counter() - began
-                if visible:  # a model may write anything: no escape sequences to the terminal
+                if visible:  # removes escape sequences, since a model may write anything
                     piece = "".join(c for c in piece if c.isprintable() or c in "\n\t")
                 print(piece, end="", flush=True)
         self.others = time.perf_counter() - began - self.first
         print(flush=True)
 
     def describe(self) -> str:
-        """A line: tokens read, bytes that remembering them takes, and the speed of the last answer."""
+        """Return one line: tokens read, size of the memory, and speed of the last answer."""
         conversation, made = self.conversation, self.conversation.made
         line = f"{self.read:,} tokens read, remembered in {decimal(conversation.memory.nbytes)}"
         if self.first:
@@ -146,14 +148,14 @@ class Talk:
 
     @property
     def read(self) -> int:
-        """Tokens of the conversation so far, those that are yet to be read by the model included."""
+        """Tokens of the conversation so far, including those that the model has yet to read."""
         return self.conversation.memory.tokens + len(self.conversation.memory.pending)
 
     def obey(self, line: str) -> str:
-        """Carries out a command such as `/save tea`; what is to be printed.
+        """Run a command such as `/save tea` and return what to print.
 
         Raises:
-            ValueError, OSError, ImportError: a bad name, a file that cannot be loaded or shown.
+            ValueError, OSError, ImportError: a bad name, or a file that cannot be loaded or shown.
         """
         conversation, memory = self.conversation, self.conversation.memory
         verb, _, name = line.partition(" ")
@@ -166,7 +168,7 @@ class Talk:
                 save(memory, path)
             except OSError as error:
                 self.failed = True
-                # such as a full disk: not raised, since in a script that would end the conversation unsaved
+                # not raised (for example for a full disk), since in a script that would end the conversation unsaved
                 return f"not saved, the conversation goes on: {error}"
             return f"saved {self.read:,} tokens' memory: {path}"
         if verb == "/load":
@@ -184,15 +186,15 @@ class Talk:
             return self.describe()
         if verb == "/help":
             return HELP
-        self.failed = True  # not raised, for the same reason as above
+        self.failed = True  # not raised, for the same reason
         return f"unknown command {verb}: /help tells them"
 
 
 def opened(model: LanguageModel, name: str) -> Media:
-    """The picture or sound in a file, as the model sees and hears it.
+    """Return the picture or sound in a file, as the model's encoder reads it.
 
     Raises:
-        ValueError, OSError: no file, none of these, or the model has no encoder for it.
+        ValueError, OSError: no such file, neither a picture nor a sound, or the model has no encoder for it.
         ImportError: without the extra `multimodal`.
     """
     kind = SUFFIXES.get(Path(name).suffix.lower())

@@ -7,27 +7,28 @@ from typing import Annotated, Literal
 import tyro
 
 from retentive.checkpoint import ModelFolder, save_model
+from retentive.cli.parsing import parse
 from retentive.files import replace_folder
 
 
 @dataclass(frozen=True)
 class ConvertCommand:
-    """Read a model in any known layout (ours, torchscale's, fla's; recognised by itself) and write it in another."""
+    """Read a model in any known layout (ours, torchscale's or fla's; detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla"] = "retentive"
-    """Layout of the new folder. Its architecture must be able to express the model."""
+    """Layout of the new folder. Its architecture must be able to represent the model."""
     merge: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """An adapter of the model (a run of --lora), merged into the new one."""
+    """LoRA adapter of the model (a run with --lora) to merge into the new one."""
 
 
 def main(argv: list[str]) -> None:
     """`retentive convert ARGV`."""
-    command = tyro.cli(ConvertCommand, prog="retentive convert", args=argv)
-    # before loading, which takes longer; `replace_folder` alone would replace it
+    command = parse(ConvertCommand, "retentive convert", argv)
+    # before loading, which is slow; `replace_folder` alone would replace the folder
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
     source = ModelFolder.open(command.source)

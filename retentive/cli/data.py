@@ -1,4 +1,4 @@
-"""`retentive data`: sources of text become a packed folder that `retentive train` reads."""
+"""`retentive data`: pack sources of text into a folder that `retentive train` reads."""
 
 import shlex
 import sys
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from retentive.checkpoint import ModelFolder
 from retentive.cli.errors import flags
-from retentive.cli.train import CHANGES, check_once, typed_options
+from retentive.cli.parsing import check_once, parse, typed_options
 from retentive.data.media import KINDS
 from retentive.data.pack import Meta
 from retentive.data.prepare import SAMPLE, DataConfig, Progress, prepare
@@ -26,28 +26,28 @@ from retentive.models.encoders import ImageConfig, config_for
 from retentive.train import TrainRun
 
 HEADINGS = {"image": "pictures", "audio": "sound"}
-"""What the table of what was packed says of a kind."""
+"""Headings of the kinds in the table of packed data."""
 
 
 @dataclass(frozen=True)
 class DataCommand:
-    """Turn text into a folder of training data: learn or load a tokenizer, encode, hold some text out."""
+    """Pack text into a folder of training data: learn or load a tokenizer, encode, and hold some text out."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCES")]
     """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), or hf:NAME[:SPLIT]."""
     out: Path
-    """The folder to write."""
+    """Folder to write."""
     image: Mapping[str, Any] = field(default_factory=dict)
-    """The conversations hold pictures, which are seen so: size=64 patch=8 channels=3, if nothing follows. As the model
-    of --tokenizer sees them, if it does and neither this nor --audio is given."""
+    """Pack the conversations' pictures, by default with size=64 patch=8 channels=3. If neither this nor --audio is
+    given, the encoders of the model of --tokenizer decide."""
     audio: Mapping[str, Any] = field(default_factory=dict)
-    """They hold sound, which is heard so: rate=16000 mels=40 window=25 hop=10 stack=4, if nothing follows."""
+    """Pack their sound, by default with rate=16000 mels=40 window=25 hop=10 stack=4."""
     config: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
 def main(argv: list[str]) -> None:
     """`retentive data ARGV`."""
-    command = tyro.cli(DataCommand, prog="retentive data", description=DataCommand.__doc__, args=argv, registry=CHANGES)
+    command = parse(DataCommand, "retentive data", argv, description=DataCommand.__doc__)
     check_once(argv, *KINDS)
     given = typed_options(argv)
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def shown(file: TextIO) -> Iterator[Progress]:
-    """A function that draws a progress bar on a terminal, one for each stage."""
+    """Yield a function that draws a progress bar on a terminal, one for each stage."""
     console = Console(file=file)
     columns = (
         TextColumn("{task.description}"),
@@ -94,7 +94,7 @@ def shown(file: TextIO) -> Iterator[Progress]:
         task = bar.add_task("reading", total=None)
 
         def show(stage: str, done: int, total: int | None) -> None:
-            if stage != bar.tasks[0].description:  # a new stage begins at zero, with a clock of its own
+            if stage != bar.tasks[0].description:  # a new stage starts at zero and with a new clock
                 bar.reset(task, description=stage, total=total)
             bar.update(task, completed=done, total=total)
 
@@ -102,7 +102,7 @@ def shown(file: TextIO) -> Iterator[Progress]:
 
 
 def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
-    """What FIELD=VALUE says of pictures or sound; raises ValueError for what is no whole number."""
+    """Return the fields of FIELD=VALUE items; raises ValueError for a value that is not a whole number."""
     found = {}
     for item in items:
         name, _, text = item.partition("=")
@@ -114,7 +114,7 @@ def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
 
 
 def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
-    """Print what was packed, and what to do next."""
+    """Print what was packed, and the next command."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     senses = {kind: of_rows(kind, how) for kind, how in (meta.media or {}).items()}
     seen = [HEADINGS[kind] for kind in senses]
@@ -135,7 +135,7 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
     console.print(f"tokenizer: {meta.vocab_size:,} tokens, {origin}", markup=False, highlight=False)
     console.print(table)
     if meta.splits["train"].tokens <= TrainRun.length:
-        return  # less than a row and the target after it: it can be trained on with a smaller --length only
+        return  # less than one row: training needs a smaller --length
     todo = f"next: retentive train --data {shlex.quote(str(command.out))} --size 5m --out runs/mine"
     if meta.chats:
         mode = "whole" if meta.media else "carry"
@@ -144,7 +144,7 @@ def _summary(console: Console, command: DataCommand, meta: Meta) -> None:
 
 
 def of_rows(kind: str, how: Mapping[str, Any]) -> Callable[[int], str]:
-    """What so many rows are: pictures, or hours, minutes and seconds of sound; `how` they became rows is Meta's."""
+    """Return a function that writes a number of rows as pictures, or as hours, minutes and seconds of sound."""
     config = config_for(kind, how)
     if isinstance(config, ImageConfig):
         return lambda rows: f"{rows // config.tokens:,}"

@@ -1,6 +1,6 @@
-"""`retentive demo`: in a few minutes, from the Python library's own source to a RetNet that writes Python.
+"""`retentive demo`: in a few minutes, from the source of Python's standard library to a RetNet that writes Python.
 
-It trains on text that every machine has, holds whole modules out, and then shows: held-out bits per byte beside two
+It trains on text that every machine has and holds whole modules out. Then it shows held-out bits per byte beside two
 yardsticks, that the three forms of the trained model agree, what the model writes, and what its memory costs beside a
 Transformer's.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -22,6 +21,7 @@ from retentive.bench import decode
 from retentive.bench.run import keep
 from retentive.checkpoint import ModelFolder
 from retentive.cli.errors import flags
+from retentive.cli.parsing import parse
 from retentive.data.pack import check_free, pack
 from retentive.data.packed import Packed
 from retentive.data.sources import Document
@@ -38,7 +38,7 @@ from retentive.train.samples import sample_text
 CONTEXTS = (256, 1024, 4096, 16384)
 """Tokens of context at which memory and time are measured."""
 HELD_OUT = ("asyncio", "http", "json", "argparse.py", "statistics.py", "tarfile.py", "turtle.py")
-"""Packages and modules that are held out whole, with their tests; most readers know them."""
+"""Well-known packages and modules that are held out as a whole, with their tests."""
 SKIPPED = (
     "site-packages",
     "dist-packages",
@@ -49,31 +49,31 @@ SKIPPED = (
     "bad_coding",
     "badsyntax",
 )
-"""Parts of paths that are left out: installed packages, caches, and tests of files that are no valid Python."""
+"""Parts of paths to leave out: installed packages, caches, and test files that are not valid Python."""
 
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """Train on the Python standard library's source, then see what a RetNet is and what it costs."""
+    """Train on the source of Python's standard library, then see what a RetNet does and what it costs."""
 
     out: Path = Path("runs/demo")
-    """Run directory to make; its data go beside it."""
+    """Run directory to make. The data go into a folder beside it."""
     minutes: float = 4.0
-    """Time for training; the number of steps is chosen for this machine's speed."""
+    """Training time in minutes. The number of steps is chosen for the speed of this machine."""
     size: str = "1m"
-    """Size of the model. In a few minutes the smallest learns most, since it reads most."""
+    """Size of the model. In a few minutes the smallest one learns most, since it reads the most text."""
     vocab_size: int = 4096
-    """Tokens of the vocabulary."""
+    """Number of tokens in the vocabulary."""
     overwrite: bool = False
-    """Replace what an earlier demo left."""
+    """Replace the run and the data of an earlier demo."""
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(DemoCommand, prog="retentive demo", args=argv))
+    run(parse(DemoCommand, "retentive demo", argv))
 
 
 def run(command: DemoCommand) -> None:
-    """The whole demo, step by step."""
+    """Run the whole demo, step by step."""
     console, began = Console(highlight=False), time.monotonic()
     if not command.out.name:
         raise ValueError(f"--out {command.out} has no name of its own: the data go beside it, to NAME-data")
@@ -115,7 +115,7 @@ def run(command: DemoCommand) -> None:
 
 
 def check(command: DemoCommand, data: Path) -> None:
-    """Raises ValueError or OSError for what is wrong with the options, before any work is done."""
+    """Raises ValueError or OSError for invalid options, before any work is done."""
     if not 0 < command.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0 and finite, got {command.minutes:g}")
     if command.out.exists() and not command.out.is_dir():
@@ -130,7 +130,7 @@ def check(command: DemoCommand, data: Path) -> None:
 
 
 def library() -> Iterator[tuple[Document, bool]]:
-    """(module's source, whether it is held out), in the order of the names.
+    """Yields (module's source, True if it is held out), in the order of names.
 
     Tests of held-out modules are in neither split: they quote the modules.
     """
@@ -154,7 +154,7 @@ def prepare(console: Console, data: Path, command: DemoCommand) -> None:
     documents = list(library())
     train = [d for d, held in documents if not held]
     valid = [d for d, held in documents if held]
-    tokenizer = train_bpe((d.text for d in train[::2]), command.vocab_size)  # half of them are enough to learn from
+    tokenizer = train_bpe((d.text for d in train[::2]), command.vocab_size)  # half of them are enough
     meta = pack(data, tokenizer, train, valid, overwrite=command.overwrite)
     for name, split in meta.splits.items():
         console.print(
@@ -165,8 +165,8 @@ def prepare(console: Console, data: Path, command: DemoCommand) -> None:
 
 
 def planned(command: DemoCommand, data: Path) -> TrainRun:
-    """The training run that takes about the minutes given, from the time of a few steps on this machine."""
-    # small batches: with so few tokens, many small steps learn more than half as many of twice the size
+    """Returns a training run of about the given minutes, by the time of a few steps on this machine."""
+    # small batches: with few tokens, many small steps learn more than half as many large ones
     first = TrainRun(data, command.out, size=command.size, batch=4, length=512, overwrite=command.overwrite)
     overhead = 1.12  # for evaluations, samples and checkpoints
     steps = max(20, min(20_000, int(command.minutes * 60 / (overhead * first.seconds_per_step()))))
@@ -184,7 +184,7 @@ def planned(command: DemoCommand, data: Path) -> TrainRun:
 
 
 def yardsticks(console: Console, data: Path, out: Path) -> None:
-    """Held-out bits per byte of the model, of order-0 entropy and of xz -9 on the very same bytes."""
+    """Print held-out bits per byte of the model, of order-0 entropy and of xz -9, on the same bytes."""
     marks = heldout.yardsticks(Packed(data))
     final = next(r["final_bits_per_byte"] for r in reversed(read_metrics(out)) if "final_bits_per_byte" in r)
     figures = {name: marks[name] for name in heldout.YARDSTICKS} | {"this model": final}
@@ -195,16 +195,16 @@ def yardsticks(console: Console, data: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def forms(console: Console, model: LanguageModel, data: Path) -> None:
-    """Print how far float32 logits on held-out text are from float64 ones, in each form and handed over between two."""
+    """Print the float32 error of logits on held-out text, in each form and across a change of form."""
     ids = next(Packed(data).held_out(length=1024)).ids
     with using(form="recurrent"):
-        exact, _ = model.double()(ids)  # in place, not a copy; float32 values survive the way there and back
+        exact, _ = model.double()(ids)  # in place; float32 values survive the round trip
     model.float()
     results = {}
     for form in ("parallel", "recurrent", "chunkwise"):
         with using(form=form):
             results[form], _ = model(ids)
-    with using(form="parallel"):  # a prompt in one form, then token by token: 777 is no multiple of a chunk
+    with using(form="parallel"):  # prompt in one form, then token by token; 777 is not a multiple of the chunk size
         first, state = model(ids[:, :777])
     rest = []
     for t in range(777, ids.shape[1]):

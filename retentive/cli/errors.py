@@ -1,4 +1,4 @@
-"""Errors as the command line says them: one line on stderr, exit code 2, options as they are typed."""
+"""Errors on the command line: one line on stderr, exit code 2, options written as flags."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
-"""An option in a message of the library (`retentive.options`)."""
+"""Pattern of an option in a message of the library (`retentive.options`)."""
 NAMES = {
     "convert": {"adapter": "--merge"},
     "data": {"sources": "SOURCES"},
@@ -20,11 +20,11 @@ NAMES = {
     "memory": {"sources": "FILES"},
     "sft": {"init": "RUN"},
 }
-"""Fields that a verb takes under another name or by their place: verb -> field -> name in the verb's help."""
+"""Fields that a verb takes under another name or by position: verb -> field -> name in its help."""
 
 
 def flags(text: str, verb: str = "") -> str:
-    """The text with its options as they are typed: --batch for `batch`, --mode carry for `mode='carry'`."""
+    """Return the text with its options as flags: --batch for `batch`, --mode carry for `mode='carry'`."""
 
     def flag(found: re.Match) -> str:
         name, value = found.groups()
@@ -33,7 +33,7 @@ def flags(text: str, verb: str = "") -> str:
             return typed
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a name that stands for any value
+        except (ValueError, SyntaxError):  # a placeholder for a value
             return f"{typed} {value}"
         if isinstance(value, bool):
             return typed if value else typed.replace("--", "--no-", 1)
@@ -43,32 +43,32 @@ def flags(text: str, verb: str = "") -> str:
 
 
 def as_typed(value: Any) -> str:
-    """The value of an option as it is typed."""
+    """Return the value of an option as it is typed."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={x}" for name, x in value.items()) or "none"
     return (" ".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)
 
 
 def described(error: BaseException, verb: str = "") -> str:
-    """The error's message on one line; options become flags if this package raised it, not another library."""
+    """Return the error's message on one line, its options as flags if this package raised it."""
     said = " ".join(str(error).split()) or "there is not enough memory"
     frames = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     if frames and Path(frames[-1]).is_relative_to(PACKAGE):
         said = flags(said, verb)
-    # a file's name may hold what a terminal obeys
+    # escape sequences in a file's name must not reach the terminal
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
 
 
 @contextmanager
 def one_line(verb: str = "") -> Iterator[None]:
-    """An error that the user can fix ends the process in this block, in one line (RETENTIVE_DEBUG=1: a traceback)."""
+    """End the process on an error in this block that the user can fix: one line (RETENTIVE_DEBUG=1: a traceback)."""
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # after the terminal's ^C
-        sys.exit(130)  # 128 + SIGINT, as shells have it
-    except BrokenPipeError:  # the reader has had enough, as `| head`; stdout is flushed once more at exit, to nowhere
+        print(file=sys.stderr)  # ends the line of the terminal's ^C
+        sys.exit(130)  # 128 + SIGINT, as in shells
+    except BrokenPipeError:  # the reader has gone, as `| head`; the flush at exit then goes to the null device
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as error:
         if os.environ.get("RETENTIVE_DEBUG"):

@@ -1,4 +1,4 @@
-"""`retentive eval`: a model's scores on the tasks of the field, from local files or through lm-eval."""
+"""`retentive eval`: score a model on standard tasks, from local files or through lm-eval."""
 
 import json
 import shlex
@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from retentive import machine
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines
 from retentive.evals.contexts import LAST
 from retentive.evals.generation_tasks import KINDS, kind_of
@@ -28,46 +28,46 @@ from retentive.models import cost
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(Loading):
-    """Score a model on tasks: a question's context is read once, and each choice goes on from a copy of its state."""
+    """Score a model on tasks. The context of a question is read once; each choice starts from a copy of its state."""
 
     tasks: str
-    """Names with commas between them; a wrong one lists all."""
+    """Names of tasks, separated by commas. An unknown name lists all."""
     data: Path | None = None
-    """Folder of the tasks' files, NAME.jsonl each."""
+    """Folder of the tasks' files, each NAME.jsonl."""
     shots: int = 0
     """Answered examples before each question, drawn from its file."""
     limit: int | None = None
-    """Questions of each task, from the beginning of its file."""
+    """Number of questions of each task, from the start of its file."""
     max_length: int | None = None
-    """Tokens that a question may take; any number if not given. Where an answer is written, a longer question loses its
-    beginning."""
+    """Maximum tokens of a question; unlimited by default. In tasks that generate answers, a longer question loses its
+    start."""
     window: int | None = None
-    """Tokens of a window for the windowed perplexity of texts, 2048 if not given; --lm-eval then reads them uncut."""
+    """Tokens per window for the windowed perplexity of texts, 2048 by default; --lm-eval reads whole texts then."""
     contexts: tuple[int, ...] = ()
-    """Lengths of context in tokens: the last tokens of windows of each length are predicted. For texts and passkey."""
+    """Context lengths in tokens; predicts the last tokens of windows of each length. For texts and passkey."""
     last: int = LAST
-    """Tokens of each of those windows that are predicted."""
+    """Predicted tokens of each of these windows."""
     max_tokens: int = 256
-    """Tokens of an answer, in tasks in which models write (TASK, or TASK:NAME for NAME.jsonl)."""
+    """Maximum tokens of a generated answer (tasks TASK, or TASK:NAME for NAME.jsonl)."""
     beams: int = 1
-    """Hypotheses of beam search for these answers; 1 for none."""
+    """Beam search hypotheses for generated answers; 1 for greedy decoding or sampling."""
     temperature: float = 0.0
-    """Of these answers; 0 takes the likeliest token, else each is drawn with a seed of its own."""
+    """Sampling temperature of generated answers; 0 picks the likeliest token."""
     lm_eval: bool = False
-    """Run lm-eval's own tasks by their names, from the files in --data where they are there, else from the hub."""
+    """Run lm-eval's own tasks of these names, on the files in --data if given, else from the hub."""
     json: Path | None = None
     """File for the result."""
     examples: Path | None = None
-    """JSONL file for what came out of each question."""
+    """JSONL file for the record of each question."""
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(EvalCommand, prog="retentive eval", args=argv)
+    command = parse(EvalCommand, "retentive eval", argv)
     run(command, shlex.join(["retentive", "eval", *argv]))
 
 
 def run(command: EvalCommand, typed: str) -> None:
-    """Print the table of scores, and write the files that were asked for."""
+    """Print the table of scores, and write the requested files."""
     check_places(command.json, command.examples)
     model, tokenizer = command.load()
     names = (
@@ -106,11 +106,11 @@ def run(command: EvalCommand, typed: str) -> None:
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """A function that shows progress: a bar for each task if stderr is a terminal, else a line now and then."""
+    """Yield a function that shows progress: a bar for each task on a terminal, else a line now and then."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
-        ids: dict[str, Any] = {}  # of the bars, by task
+        ids: dict[str, Any] = {}  # bars by task
         lines = Lines()
 
         def progress(name: str, total: int, done: int) -> None:

@@ -1,4 +1,4 @@
-"""`retentive export`: a model for another runtime, in a folder of its own."""
+"""`retentive export`: write a model for another runtime, in a new folder."""
 
 import shlex
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from typing import Annotated, Literal
 import tyro
 from rich.filesize import decimal
 
+from retentive.cli.parsing import parse
 from retentive.cli.progress import say
 from retentive.export.folder import export
 
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a model for another runtime: with its tokenizer and its chat template, in a folder."""
+    """Write a model for another runtime, with its tokenizer and chat template, in a new folder."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     to: Literal["onnx", "native", "browser"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
     browser: a page that any file server serves."""
@@ -26,9 +27,9 @@ class ExportCommand:
     weights: Literal["stored", "int8", "int4"] = "stored"
     """Quantise first. `retentive quantize --text` gives better 4-bit weights: export its folder as stored."""
     standard: bool = False
-    """ONNX's standard operators only (opset 27), which any runtime may have: slower in onnxruntime than its own."""
+    """Use ONNX's standard operators only (opset 27), for any runtime; onnxruntime is faster with its own."""
     tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
+    """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
 
 
 NEXT = {
@@ -36,11 +37,11 @@ NEXT = {
     "native": "cmake -B build {out} && cmake --build build && build/write {file}",
     "browser": "python -m http.server --bind 127.0.0.1 --directory {out}",
 }
-"""What to do with a folder."""
+"""Next command for each kind of export."""
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ExportCommand, prog="retentive export", args=argv))
+    run(parse(ExportCommand, "retentive export", argv))
 
 
 def run(command: ExportCommand) -> None:

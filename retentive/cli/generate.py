@@ -1,4 +1,4 @@
-"""`retentive generate`: a model writes on from a prompt, printed as it comes."""
+"""`retentive generate`: generate text from a prompt, printed as it comes."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import tyro
 
 from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Loading
-from retentive.cli.train import check_once, typed_options
+from retentive.cli.parsing import check_once, parse, typed_options
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import KINDS, Media
 from retentive.data.tokenizer import Tokenizer
@@ -22,30 +22,30 @@ from retentive.sampling import TEXT
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand(Loading):
-    """Let a model write: the prompt is read in chunks, then a state of constant size goes on token by token."""
+    """Generate text: read the prompt in chunks, then decode token by token from a state of constant size."""
 
     prompt: str = ""
-    """What to go on from; - reads standard input; the start of a document if empty."""
+    """Text to continue; - reads standard input; empty starts a document."""
     image: tuple[str, ...] = ()
-    """Pictures that the prompt is about, for a model that sees: it answers, by its chat template. It is shown them in
-    this order, then the sounds, then the prompt."""
+    """Pictures for a model that sees. The model gets them in this order, then the sounds, then the prompt, and answers
+    by its chat template."""
     audio: tuple[str, ...] = ()
-    """Sounds that it is about, for one that hears."""
+    """Sounds for a model that hears."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Maximum tokens to generate."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not printed."""
     beams: int = 0
-    """Continuations to follow at once, of which the likeliest is printed at the end; 0 samples."""
+    """Beam search with this many beams; prints the likeliest text at the end. 0 samples."""
     lookup: bool = False
-    """Guess tokens from what was written before, several to a call: the same text sooner, where it repeats itself."""
+    """Speculative decoding by prompt look-up: the same text, faster for repetitive text."""
     draft: str | None = None
-    """Run of a smaller model of the same vocabulary that guesses tokens."""
+    """Run of a smaller model with the same vocabulary, for speculative decoding."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(GenerateCommand, prog="retentive generate", args=argv)
+    command = parse(GenerateCommand, "retentive generate", argv)
     check_once(argv, "image", "audio", "stop")
     for kind in KINDS:
         if kind in typed_options(argv) and not getattr(command, kind):
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> Iterator[str]:
-    """The answer to the prompt about pictures and sounds, in pieces."""
+    """Yield pieces of the answer to the prompt about pictures and sounds."""
     if command.beams or command.lookup or command.draft:
         raise ValueError("--beams, --lookup and --draft are for text alone: leave them out with --image and --audio")
     files = [("image", name) for name in command.image] + [("audio", name) for name in command.audio]
@@ -67,7 +67,7 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
 
 
 def run(command: GenerateCommand) -> None:
-    """Print the prompt and what the model writes after it, as it comes."""
+    """Print the prompt and the generated text, as it comes."""
     model, tokenizer = command.load()
     draft = None if command.draft is None else command.model(ModelFolder.open(command.draft))
     prompt = prompt_text(command.prompt)

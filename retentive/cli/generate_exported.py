@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from retentive.cli.parsing import parse
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
 from retentive.export.onnx_run import OnnxModel
@@ -16,23 +17,23 @@ from retentive.sampling import TEXT, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateExportedCommand:
-    """Let an exported model write; the tokenizer beside it is read."""
+    """Generate text by an exported model, with the tokenizer beside it."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """model.onnx of a folder that `retentive export RUN --to onnx` wrote."""
     prompt: str = ""
-    """What to go on from; - reads standard input; the start of a document if empty."""
+    """Text to continue; - reads standard input; empty starts a document."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Maximum tokens to generate."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(GenerateExportedCommand, prog="retentive generate", args=argv))
+    run(parse(GenerateExportedCommand, "retentive generate", argv))
 
 
 def run(command: GenerateExportedCommand) -> None:
-    """Print the prompt and what the model writes after it, as it comes."""
+    """Print the prompt and the generated text, as it comes."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     model = OnnxModel(command.file)
@@ -43,7 +44,7 @@ def run(command: GenerateExportedCommand) -> None:
 
 
 def pieces(model: OnnxModel, tokenizer: Tokenizer, prompt: str, command: GenerateExportedCommand) -> Iterator[str]:
-    """The text in whole characters."""
+    """Yield the generated text in whole characters."""
     ids, stream = [tokenizer.eos_id, *tokenizer.encode(prompt)], tokenizer.stream()
     for id in generate(model, ids, command.sampling, max_tokens=command.max_tokens):
         yield stream.push(id)

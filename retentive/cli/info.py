@@ -1,4 +1,4 @@
-"""`retentive info`: what a model is made of, and what it costs in memory and arithmetic."""
+"""`retentive info`: architecture of a model, and its costs in memory and arithmetic."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ from rich.table import Table
 from retentive import machine, native
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.quantize import Quantization
+from retentive.cli.parsing import parse
 from retentive.models import (
     ARCHITECTURES,
     NAMES,
@@ -31,40 +32,41 @@ from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.encoders import ImageConfig, encoder_of
 from retentive.models.presets import flat
 from retentive.ops import backends
+from retentive.tables import counted
 from retentive.train.log import read_metrics
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
-"""Tokens for which memory is shown."""
+"""Context lengths for which memory is shown."""
 WIDE = 1000
-"""Columns if the output is no terminal, so that nothing is cut or wrapped in a pipe."""
+"""Width in columns outside a terminal, so that nothing is cut or wrapped in a pipe."""
 
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Architecture, parameters, FLOPs, and the memory of a model against its Transformer twin."""
+    """Show architecture, parameters and FLOPs of a model, and its memory beside its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory or model folder, a size such as 5m or an architecture such as retnet-paper or hybrid."""
+    """Run directory, model folder, the shipped model novels, a size such as 5m, or an architecture such as hybrid."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
-    """Vocabulary, where a named size or architecture is asked for."""
+    """Vocabulary size for a named size or architecture."""
     size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5m"
-    """Size in which an architecture is shown."""
+    """Size of a named architecture."""
     machine: bool = False
-    """What this machine has, and what models are run by on it."""
+    """Show this machine: processor, torch, and the engines that run models on it."""
 
 
 def main(argv: list[str]) -> None:
-    command = tyro.cli(InfoCommand, prog="retentive info", args=argv)
+    command = parse(InfoCommand, "retentive info", argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-    with console.capture() as shown:  # printed at once: an error leaves no half a page
+    with console.capture() as shown:  # printed at once, so that an error leaves no partial page
         show(console, command)
     print(shown.get(), end="")
 
 
 def show(console: Console, command: InfoCommand) -> None:
-    """Print what is asked for."""
+    """Print the requested page."""
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif command.machine:
@@ -93,18 +95,18 @@ def show(console: Console, command: InfoCommand) -> None:
 
 
 def of_machine() -> dict[str, str]:
-    """Lines on the processor and on what runs models on it."""
+    """Returns lines on the processor and on the engines that run models on it."""
     free = decimal(machine.free_memory(torch.device("cpu")))
     return {
-        "processor": f"{machine.cpu_name()}, {os.cpu_count()} cores, {free} of memory free",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": f"{machine.cpu_name()}, {counted(os.cpu_count() or 1, 'core')}, {free} of memory free",
+        "torch": f"{torch.__version__}, {counted(torch.get_num_threads(), 'thread')}",
         "retention": backends.describe(),
         "native": native.describe(),
     }
 
 
 def describe(console: Console, config: Any, title: str, quantized: Quantization | None = None) -> None:
-    """Print the config and what it costs."""
+    """Print the config and its costs."""
     console.print(f"[bold]{config.name}[/bold], {title}")
     for line in fields_of(config):
         console.print("  " + line, markup=False, soft_wrap=True)
@@ -132,11 +134,12 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
     table.add_row(name, *[decimal(cost.cache_bytes(other, n)) for n in CONTEXTS])
     console.print(table)
     if not config.attends:
-        console.print(f"  The state is the smaller one from {cost.break_even(config, other):,} tokens of context on.")
+        least = cost.break_even(config, other)
+        console.print(f"  The state is smaller than the KV cache from {least:,} tokens of context.")
 
 
 def fields_of(config: Any) -> Iterator[str]:
-    """The config's fields in lines: those of the model, and for each run of equal blocks those of its layers."""
+    """Yields the config's fields in lines: the model's, and those of the layers for each run of equal blocks."""
     written = config.written()
     blocks = written.pop("blocks", [])
     yield "  ".join(f"{k}={v}" for k, v in written.items())
@@ -148,7 +151,7 @@ def fields_of(config: Any) -> Iterator[str]:
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
-    """A line for each encoder beside a model of this width: what it takes, and how large it is."""
+    """Yields a line for each encoder beside a model of this width: its input and its size."""
     for kind, config in encoders.items():
         count = sum(p.numel() for p in encoder_of(config, dim).parameters())
         if isinstance(config, ImageConfig):
@@ -160,33 +163,33 @@ def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:
 
 
 def differences(config: ModelConfig, size: str, vocab_size: int) -> str:
-    """What the config has otherwise than this package's RetNet of that size."""
+    """Returns the fields in which the config differs from this package's RetNet of that size."""
     ours = flat(retnet(size, vocab_size=vocab_size), "info")
     theirs = {name: value for name, value in flat(config, "info").items() if value != ours[name]}
     if not theirs:
-        return "  This is what `--model retnet` means."
+        return "  This is `--model retnet`."
     each = ", ".join(f"{name}={value} (ours: {ours[name]})" for name, value in theirs.items())
-    return f"  Other than `--model retnet`: {each}"
+    return f"  Differs from `--model retnet`: {each}"
 
 
 def progress(console: Console, folder: Path) -> None:
-    """Print how far training has come, if the folder is a run directory."""
+    """Print the progress of training, if the folder is a run directory."""
     if not (folder / "metrics.jsonl").is_file():
         return
     records = read_metrics(folder)
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "bits_per_byte" in r or "final_bits_per_byte" in r]
     if steps:
-        console.print(f"  trained {steps[-1]['step']:,} steps, loss {steps[-1]['loss']:.3f} nats per token")
+        console.print(f"  trained {counted(steps[-1]['step'], 'step')}, loss {steps[-1]['loss']:.3f} nats per token")
     if held:
         last = held[-1]
         bits = last.get("final_bits_per_byte", last.get("bits_per_byte"))
         at = f"step {last['step']:,}" + (f", by {last['weights']} of the weights" if "weights" in last else "")
-        console.print(f"  held-out text ({last['bytes'] / 1e6:.2f} MB): {bits:.3f} bits per byte at {at}")
+        console.print(f"  held-out text ({decimal(last['bytes'])}): {bits:.3f} bits per byte at {at}")
 
 
 def sizes(vocab_size: int) -> Table:
-    """The named sizes with what they cost."""
+    """Returns a table of the named sizes with their costs."""
     title = f"sizes, with a vocabulary of {vocab_size:,}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))  # 80 columns hold it
     for name in ("size", "dim", "layers", "heads", "K x V", "parameters", "state"):

@@ -1,4 +1,4 @@
-"""What verbs for a model share: the flags that say which model, and how it is loaded."""
+"""Flags that verbs share: which model, and how to load it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,44 +17,44 @@ from retentive.native import with_engine
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """The flags of a verb that loads a model."""
+    """Flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder (ours, torchscale's or fla's), or hf:owner/name on the hub."""
+    """Run directory, model folder (ours, torchscale's, fla's), the shipped model novels, or hf:owner/name."""
     tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
+    """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
     device: str = "cpu"
-    """cpu, cuda, mps, or auto."""
+    """Device: cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Of the weights; the state is float32 in any case. A memory belongs to the dtype that wrote it."""
+    """Dtype of the weights; the state is always float32. A memory file needs the dtype that wrote it."""
     weights: Weights = "stored"
-    """Quantise while loading; `retentive quantize` writes a folder of such weights once."""
+    """Quantise while loading; `retentive quantize` does it once and writes a folder."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """An adapter of this model (a run of --lora), merged into it; its folder alone also says which model it changes."""
+    """LoRA adapter of this model (a run with --lora) to merge into it. As RUN, an adapter loads its own model too."""
     engine: Literal["auto", "native", "torch"] = "auto"
-    """What reads tokens on a CPU: native is the model in C, auto takes it where it can run the model."""
+    """Engine on a CPU: native is the model in C; auto uses it if it can run the model."""
 
     @cached_property
     def folder(self) -> ModelFolder:
-        """The model's folder."""
+        """Folder of the model."""
         return ModelFolder.open(self.run)
 
     @cached_property
     def change(self) -> ModelFolder | None:
-        """The adapter's folder."""
+        """Folder of the adapter; None without one."""
         return None if self.adapter is None else ModelFolder.open(self.adapter)
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """The model and a tokenizer that fits it; errors as the methods of `ModelFolder` and `with_engine`."""
+        """Return the model and its tokenizer; errors as the methods of `ModelFolder` and `with_engine`."""
         tokenizer = self.folder.tokenizer_for_text(self.tokenizer)
         return self.model(self.folder, self.change), tokenizer
 
     def model(self, folder: ModelFolder, adapter: ModelFolder | None = None) -> LanguageModel:
-        """The model of a folder, with the weights and the engine that were asked for."""
+        """Return the model of a folder, with the requested weights and engine."""
         dtype = None if self.dtype == "stored" else self.dtype
         made = folder.model(device=self.device, dtype=dtype, weights=self.weights, adapter=adapter)
         return with_engine(made, self.engine)
 
     def template_for(self, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
-        """The chat template in `file`, or that of the adapter or the model."""
+        """Return the chat template in `file`, or the adapter's, or the model's."""
         return (self.change or self.folder).template(tokenizer, file)

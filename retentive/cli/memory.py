@@ -1,4 +1,4 @@
-"""`retentive memory write|ask|merge|show`: read documents once, keep the state in a file, ask it many times."""
+"""`retentive memory write|ask|merge|show`: read documents once into a file, and ask it many times."""
 
 import signal
 import time
@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
 from retentive.cli.typing_out import prompt_text, type_out
 from retentive.data.media import SUFFIXES
@@ -22,38 +24,39 @@ from retentive.infer.memory import head, load_memory, save, show
 from retentive.infer.merge import merge_files
 from retentive.infer.writing import stream_generate
 from retentive.sampling import TEXT
+from retentive.tables import counted
 
 SHOWN = 20
-"""Documents that are listed by name."""
+"""Maximum number of documents listed by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteCommand(Loading):
-    """Read documents of any length into one memory file. Ctrl-C keeps what was read of text, and the same command goes
-    on; of pictures and sounds it keeps nothing."""
+    """Read documents of any length into one memory file. After Ctrl-C the same command continues (with pictures and
+    sounds it starts again)."""
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILES")]
-    """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order; or, for a model
-    that sees or hears, pictures and sounds alone (.png .jpg .webp .wav .flac .ogg)."""
+    """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order. For a model
+    that sees or hears: only pictures and sounds (.png .jpg .webp .wav .flac .ogg)."""
     out: Path
-    """The file to write."""
+    """File to write."""
     memory: Path | None = None
-    """A memory to go on from, with text; --out may be the same file."""
+    """Memory file to continue with text; --out may be the same file."""
     separate: bool = False
-    """Read each document for itself and merge them, so that all are equally near: structured prompting. Ctrl-C
-    then keeps nothing."""
+    """Read each document separately and merge them, so that all are equally near (structured prompting). Ctrl-C then
+    keeps nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskCommand(Loading):
-    """Write on from a prompt after all that a memory has read. What that takes does not depend on how much it was."""
+    """Generate text after a prompt, from a memory file. The cost does not depend on how much the memory has read."""
 
     memory: Path
-    """The memory file."""
+    """Memory file."""
     prompt: str
-    """What to go on from; - reads standard input."""
+    """Text to continue; - reads standard input."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Maximum tokens to generate."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not printed."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
@@ -61,39 +64,39 @@ class AskCommand(Loading):
 
 @dataclass(frozen=True)
 class MergeCommand:
-    """One memory out of several of the same model, all equally near to what is asked: structured prompting."""
+    """Merge several memories of the same model, so that all are equally near (structured prompting)."""
 
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")]
     """Memory files, two or more."""
     out: Path
-    """The file to write."""
+    """File to write."""
     chain: bool = False
-    """One after the other instead, as if they had been read in a row: exact in the first layer."""
+    """Chain them instead, as if read in a row: exact in the first layer."""
     against: Path | None = None
-    """A memory that has read the same documents in a row: tells how far each layer is from it."""
+    """Memory that has read the same documents in a row, to print each layer's difference from it."""
 
 
 @dataclass(frozen=True)
 class ShowCommand:
-    """What is in a memory file."""
+    """Show the content of a memory file."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """The memory file."""
+    """Memory file."""
 
 
 VERBS = {"write": WriteCommand, "ask": AskCommand, "merge": MergeCommand, "show": ShowCommand}
 
 
 def main(argv: list[str]) -> None:
-    """`retentive memory ARGV`: its own four verbs, so that each has a --help of its own."""
+    """`retentive memory ARGV`: four verbs, each with its own --help."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: retentive memory VERB [OPTIONS]\n")
         for name, cls in VERBS.items():
-            print(f"  {name:<6} {cls.__doc__}")
+            print(f"  {name:<6} {' '.join(str(cls.__doc__).split())}")
         return
     if argv[0] not in VERBS:
         raise ValueError(f"unknown memory verb {argv[0]!r}, expected one of {', '.join(VERBS)}")
-    command: Any = tyro.cli(VERBS[argv[0]], prog=f"retentive memory {argv[0]}", args=argv[1:])
+    command: Any = parse(VERBS[argv[0]], f"retentive memory {argv[0]}", argv[1:])
     if isinstance(command, WriteCommand):
         write(command)
     elif isinstance(command, AskCommand):
@@ -110,7 +113,7 @@ def write(command: WriteCommand) -> None:
     if any(Path(file).suffix.lower() in SUFFIXES for file in command.files):
         write_media(command)
         return
-    # before the model is loaded, which may take a minute
+    # before loading the model, which may take a minute
     reading.check(command.files, command.out, memory=command.memory, separate=command.separate)
     model, tokenizer = command.load()
     kept = reading.unfinished(command.out)
@@ -129,7 +132,7 @@ def write(command: WriteCommand) -> None:
 
 
 def write_media(command: WriteCommand) -> None:
-    """Read pictures and sounds and save the memory; what was read is not kept if that is interrupted."""
+    """Read pictures and sounds and save the memory; an interruption keeps nothing."""
     if command.memory or command.separate:
         raise ValueError(
             "a memory of pictures and sounds begins anew, with all of them: leave out --memory and --separate"
@@ -148,7 +151,7 @@ def write_media(command: WriteCommand) -> None:
 
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
-    """Within the block SIGTERM, as a batch system or `timeout` sends it, is Ctrl-C: what was read is kept."""
+    """Treat SIGTERM in the block as Ctrl-C, so that what was read is kept. Batch systems and `timeout` send it."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -162,7 +165,7 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def shown() -> Iterator[Callable[[reading.Progress], None]]:
-    """A function that shows how far reading is: a bar if stderr is a terminal, else a line now and then."""
+    """Yield a function that shows the progress of reading: a bar on a terminal, else a line now and then."""
     console = Console(stderr=True)
     columns = (
         TextColumn("reading {task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s"),
@@ -172,7 +175,7 @@ def shown() -> Iterator[Callable[[reading.Progress], None]]:
         TimeRemainingColumn(),
     )
     began, lines = time.monotonic(), Lines()
-    first: int | None = None  # tokens at the first call; a memory that reading went on from does not count as speed
+    first: int | None = None  # tokens at the first call: those of a continued memory do not count for the speed
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, tokens=0, speed=0.0)
 
@@ -193,13 +196,13 @@ def shown() -> Iterator[Callable[[reading.Progress], None]]:
 
 
 def ask(command: AskCommand) -> None:
-    """Print the prompt and what the model writes after it, going on from the memory, as it comes."""
+    """Print the prompt and the text generated from the memory, as it comes."""
     prompt = prompt_text(command.prompt)
     if not prompt:
         raise ValueError("ask needs a prompt: --prompt TEXT, or --prompt - to read standard input")
     model, tokenizer = command.load()
     memory = load_memory(command.memory, model)
-    if any("kind" in source for source in memory.sources):  # of pictures and sounds: the prompt is a question
+    if any("kind" in source for source in memory.sources):  # of pictures or sounds: the prompt is a question
         template = command.template_for(tokenizer)
         ids, stop = media.asked(model, template, memory, prompt), command.stop
         how: dict[str, Any] = {"max_tokens": command.max_tokens, "stop": stop}
@@ -210,24 +213,27 @@ def ask(command: AskCommand) -> None:
 
 
 def layers_of(config: dict[str, Any]) -> int:
-    """Blocks of the model in a memory file; files of version 0.1.0 say their number."""
+    """Return the number of blocks of the model in a memory file; files of version 0.1.0 store the number."""
     return config["layers"] if "layers" in config else sum(block["repeat"] for block in config["blocks"])
 
 
 def described(about: dict[str, Any], path: Path) -> str:
-    """What `show` found, as lines to print."""
+    """Return the result of `show` as text."""
     config, sources = about["config"], about["sources"]
+    read = f"{counted(about['tokens'], 'token')} of {counted(len(sources), 'document')}"
+    size = f", {counted(layers_of(config), 'layer')}, width {config['dim']}" if config else ""
     lines = [
-        f"{path}: {about['tokens']:,} tokens of {len(sources)} documents, position {about['position']:,}",
-        f"  {about['state_bytes'] / 1e6:.2f} MB of state ({' and '.join(about['kinds'])}), "
-        f"{about['file_bytes'] / 1e6:.2f} MB of file",
-        f"  model {about['model']}" + (f", {layers_of(config)} layers, width {config['dim']}" if config else ""),
+        f"{path}: {read}, position {about['position']:,}",
+        f"  {decimal(about['state_bytes'])} of state ({' and '.join(about['kinds'])}), "
+        f"{decimal(about['file_bytes'])} of file",
+        f"  model {about['model']}{size}",
     ]
     if about["pending"]:
         lines.append(f"  still to be read: {about['pending']}")
     for source in sources[:SHOWN]:
         part = f", part {source['part']}" if "part" in source else ""
-        lines.append(f"    {source['name']}: {source['tokens']:,} tokens{part}, sha256 {source['sha256'][:12]}")
+        tokens = counted(source["tokens"], "token")
+        lines.append(f"    {source['name']}: {tokens}{part}, sha256 {source['sha256'][:12]}")
     if len(sources) > SHOWN:
         lines.append(f"    and {len(sources) - SHOWN} more")
     if about["errors"]:

@@ -1,4 +1,4 @@
-"""Lines of progress on stderr, so that stdout has the result alone."""
+"""Progress lines on stderr, so that stdout holds only the result."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ import time
 from retentive.cli.errors import flags
 
 SECONDS = 15.0
-"""Between two lines."""
+"""Minimum seconds between two lines."""
 
 
 def say(line: str) -> None:
@@ -15,10 +15,10 @@ def say(line: str) -> None:
 
 
 class Lines:
-    """Says a line where nobody looks at a bar, as in a batch job's log, unless another was less than SECONDS ago."""
+    """Prints a line in place of a progress bar, as in a batch job's log, at most every SECONDS."""
 
     def __init__(self) -> None:
-        self.last = time.monotonic()  # so the first line comes after SECONDS too: what is quick says nothing
+        self.last = time.monotonic()  # the first line comes after SECONDS too, so quick commands print none
 
     def __call__(self, line: str) -> None:
         now = time.monotonic()

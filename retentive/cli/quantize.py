@@ -1,4 +1,4 @@
-"""`retentive quantize`: a model folder whose matrices are integers of 8 or 4 bits."""
+"""`retentive quantize`: write a model folder with 8-bit or 4-bit matrices."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,48 +11,50 @@ from torch import Tensor
 
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
+from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
 from retentive.data.sources import Document, documents
 from retentive.files import only_writer, replace_folder
+from retentive.tables import counted
 
 
 @dataclass(frozen=True)
 class QuantizeCommand:
-    """Write a RetNet with integers in place of its matrices: half or a quarter of the memory, and as much less time a
-    token. What takes RUN takes the new folder too."""
+    """Write a model folder with 8-bit or 4-bit weights: a half or a quarter of the memory, and faster decoding. Use
+    the new folder as RUN of any verb."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     to: Literal["int8", "int4"]
-    """Bits of a weight."""
+    """Weight precision."""
     out: Path
     """Folder to make."""
     text: tuple[str, ...] = ()
-    """Files or folders of text like that which the model is for, to calibrate on: with 4 bits less is lost."""
+    """Files or folders of text to calibrate on, similar to the model's use. Improves 4-bit weights."""
     tokens: int = 32768
-    """Tokens of it that are read."""
+    """Number of tokens of that text to read."""
     group: int | None = None
-    """Weights that share a scale, a multiple of 16 up to 256; 128 of 8 bits and 32 of 4 if not given."""
+    """Weights per scale, a multiple of 16 up to 256. Default: 128 for int8, 32 for int4."""
     tokenizer: str | None = None
-    """A tokenizer (bytes, or a tokenizer.json) for models that come without one."""
+    """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(QuantizeCommand, prog="retentive quantize", args=argv))
+    run(parse(QuantizeCommand, "retentive quantize", argv))
 
 
 def run(command: QuantizeCommand) -> None:
-    """Load, quantise, write, and say how many bytes that saves."""
+    """Load, quantise and write the model, and print the bytes saved."""
     if command.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {command.tokens}")
-    with only_writer(command.out):  # from the beginning: it may take long, and another process want the same place
+    with only_writer(command.out):  # from the start: it takes long, and another process may want the folder
         if command.out.exists() or command.out.is_symlink():
             raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
         write(command)
 
 
 def write(command: QuantizeCommand) -> None:
-    """As `run`, once the place is its own."""
+    """Write the folder, once no other process can write it."""
     batches: list[Tensor] = []
     source = ModelFolder.open(command.source)
     tokenizer = source.tokenizer_for_text(command.tokenizer) if command.text or command.tokenizer else source.tokenizer
@@ -63,7 +65,7 @@ def write(command: QuantizeCommand) -> None:
     lines = Lines()
     made = quantize(
         model, BITS[command.to], command.group, batches=batches,
-        progress=lambda done, blocks: lines(f"{done} of {blocks} blocks"),
+        progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"),
     )  # fmt: skip
     replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
@@ -73,6 +75,6 @@ def write(command: QuantizeCommand) -> None:
 
 
 def texts(sources: tuple[str, ...]) -> Iterator[Document]:
-    """All documents of these sources."""
+    """Yields all documents of these sources."""
     for source in sources:
         yield from documents(source, say=say)

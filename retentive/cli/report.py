@@ -1,4 +1,4 @@
-"""`retentive report`: all results of a folder as one page."""
+"""`retentive report`: build one page from all results in a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,24 +7,25 @@ from typing import Annotated
 import tyro
 from rich.filesize import decimal
 
+from retentive.cli.parsing import parse
 from retentive.files import check_place, write_text
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """One self-contained HTML page of all results in a folder, the paper's tables beside them."""
+    """Build one self-contained HTML page from all results in a folder, beside the paper's tables."""
 
     results: Path = Path("results")
-    """Folder of the JSON files that bench, eval and compare write, with their pictures."""
+    """Folder of JSON files from bench, eval and compare, with their pictures."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page."""
+    """File of the page."""
 
 
 def main(argv: list[str]) -> None:
     """`retentive report ARGV`."""
-    from retentive.report import build  # late: --help comes at once
+    from retentive.report import build  # here, so that --help is fast
 
-    command = tyro.cli(ReportCommand, prog="retentive report", args=argv)
+    command = parse(ReportCommand, "retentive report", argv)
     if command.out.is_dir():
         raise IsADirectoryError(
             f"{command.out} is a folder: name the file of the page, as -o {command.out}/report.html"

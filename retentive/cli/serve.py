@@ -1,4 +1,4 @@
-"""`retentive serve`: a model behind OpenAI's HTTP API, with a page to talk with it."""
+"""`retentive serve`: serve a model by OpenAI's HTTP API, with a chat page."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -6,27 +6,28 @@ from typing import Annotated
 import tyro
 
 from retentive.cli.loading import Loading
+from retentive.cli.parsing import parse
 from retentive.serve.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeCommand(Loading):
-    """Serve a model to any OpenAI client, and to a browser: each stream takes the memory of one state, however long."""
+    """Serve a model to OpenAI clients and browsers. Each request takes the memory of one state, whatever its length."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    """Address to listen on; 0.0.0.0 for all addresses of this machine."""
     port: int = 8000
-    """Port; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
 
 def main(argv: list[str]) -> None:
-    run(tyro.cli(ServeCommand, prog="retentive serve", args=argv))
+    run(parse(ServeCommand, "retentive serve", argv))
 
 
 def run(command: ServeCommand) -> None:
-    """Serve until a signal."""
-    try:  # an extra: --help works without it
+    """Serve until a signal comes."""
+    try:  # an extra; --help works without it
         from retentive.serve.server import serve
         from retentive.serve.service import open_service
     except ModuleNotFoundError as error:

@@ -1,20 +1,19 @@
-"""`retentive sft`: fine-tune a model on conversations; the template that they are spelt by goes with it."""
+"""`retentive sft`: fine-tune a model on conversations; their chat template is saved with it."""
 
 import sys
 from dataclasses import replace
 from functools import partial
 
-import tyro
-
 from retentive.cli.data import shown
+from retentive.cli.parsing import parse, typed_options
 from retentive.cli.progress import say
-from retentive.cli.train import CHANGES, carry_out, read_changes, typed_options
+from retentive.cli.train import carry_out, read_changes
 from retentive.train.sft import SftRun
 
 
 def main(argv: list[str]) -> None:
     """`retentive sft ARGV`."""
-    run = tyro.cli(SftRun, prog="retentive sft", args=argv, registry=CHANGES)
+    run = parse(SftRun, "retentive sft", argv)
     typed = typed_options(argv)
     if "set" in typed:
         run = replace(run, set=read_changes(list(run.set)))

@@ -1,4 +1,4 @@
-"""`retentive train`: train a model on packed data, in a run directory that holds all it takes to resume."""
+"""`retentive train`: train a model on packed data. The run directory holds everything needed to resume."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,22 +15,22 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from retentive.cli.errors import as_typed, flags, one_line
+from retentive.cli.errors import flags, one_line
+from retentive.cli.parsing import parse, typed_options
 from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import RankFailed
 
-RECIPE = "--recipe FILE.py takes the options that the file's function recipe() returns; further flags change them."
+RECIPE = "With --recipe FILE.py, options come from the function recipe() in the file; further flags override them."
 OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
-"""Every option of a run, by its field's name."""
+"""Names of all options of a run."""
 FIELDS: dict[str, Any] = dict(MODEL_FIELDS)
 FIELDS |= {f"{name}.{f.name}": f.type for name, kind in ENCODERS.items() for f in fields(kind)}
-"""Every field that --set may name, and its type."""
-del FIELDS["vocab_size"]  # the data's
+"""Fields that --set may name, with their types."""
+del FIELDS["vocab_size"]  # given by the data
 
 Recipe = TypeVar("Recipe")
 
@@ -41,28 +41,27 @@ class TrainCommand:
 
     run: Annotated[TrainRun, tyro.conf.arg(name="")]
     nproc: int = 1
-    """Processes on this machine that train together, as torchrun --nproc-per-node starts them."""
+    """Number of processes that train together on this machine, as torchrun --nproc-per-node."""
 
 
 def main(argv: list[str]) -> None:
     """`retentive train ARGV`."""
     recipe, argv = read_recipe(argv, TrainRun)
-    command = tyro.cli(
+    command = parse(
         TrainCommand,
-        prog="retentive train",
-        args=argv,
+        "retentive train",
+        argv,
         description=f"{TrainCommand.__doc__}\n\n{RECIPE}",
         default=tyro.MISSING_NONPROP if recipe is None else TrainCommand(recipe),
         config=(tyro.conf.OmitArgPrefixes,),
-        registry=CHANGES,
     )
     run = command.run
-    # When a run is resumed, flags that were typed win over its record, and defaults do not; a recipe has typed all.
+    # On resume, typed flags override the run's record, defaults do not; a recipe counts as typed.
     typed = typed_options(argv)
-    if "set" in typed:  # FIELD=VALUE strings so far; a recipe's own `set` has values already
+    if "set" in typed:  # FIELD=VALUE strings; a recipe's `set` has values
         run = replace(run, set=read_changes(list(run.set)))
     chosen = typed if recipe is None else OPTIONS
-    if run.init:  # a recipe has not typed the size that it leaves at its default
+    if run.init:  # the size does not count as typed if a recipe leaves its default
         chosen = chosen - {"size", "model"} | typed
     if command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, got {command.nproc}")
@@ -76,22 +75,22 @@ def main(argv: list[str]) -> None:
 
 
 def _rank(run: TrainRun, chosen: Collection[str]) -> None:
-    """What each of several processes does."""
+    """Train as one of several processes."""
     with one_line("train"):
         carry_out(run, chosen)
 
 
 def carry_out(run: TrainRun, chosen: Collection[str], **how: Any) -> None:
-    """Trains the run, and ends the process where it was stopped or another rank has failed."""
+    """Train the run, and end the process if it was stopped or another rank has failed."""
     with stoppable(run.out):
         run.run(overrides=chosen, **how)
 
 
 @contextmanager
 def stoppable(out: Path) -> Iterator[None]:
-    """A run in this block that a signal ends says in a line what is saved, and the process ends as signals have it.
+    """Print what is saved if a signal ends the run in this block, and exit as shells expect after a signal.
 
-    A rank that ends because another one has failed, which is said elsewhere, ends silently.
+    Exits silently if another rank has failed, which that rank reports.
     """
     try:
         yield
@@ -111,25 +110,13 @@ def stoppable(out: Path) -> Iterator[None]:
             sys.exit(130)  # so that `train && next` does not go on
 
 
-def typed_options(argv: list[str]) -> set[str]:
-    """The names of the options that were typed, as fields have them."""
-    return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
-
-
-def check_once(argv: Sequence[str], *names: str) -> None:
-    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
-    for name in names:
-        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
-            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
-
-
 def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, list[str]]:
-    """What the function of --recipe FILE.py returns, and the arguments without it.
+    """Return the result of the function of --recipe FILE.py, and the other arguments.
 
     Raises:
-        ValueError: the file is no recipe, or has an error, named with its line.
+        ValueError: the file is not a recipe, or has an error; names its line.
     """
-    # --recipe is taken out before tyro sees it: the recipe is tyro's default
+    # --recipe is removed before parsing, since the recipe gives the defaults
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
     if "--recipe" not in argv:
         return None, argv
@@ -152,20 +139,20 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
 
 
 def line_of(error: Exception, path: Path) -> str:
-    """FILE:LINE in the recipe that an error comes from: the innermost frame that is in the recipe's folder."""
+    """Return FILE:LINE of an error in a recipe: the innermost frame in the recipe's folder."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    files = {str(file) for file in path.parent.glob("*.py")}  # recipes may run others beside them
+    files = {str(file) for file in path.parent.glob("*.py")}  # recipes may import others beside them
     inside = [f"{f.filename}:{f.lineno}" for f in frames if f.filename in files]
     return inside[-1] if inside else str(path)
 
 
 def read_changes(items: Sequence[str]) -> dict[str, Any]:
-    """The fields of a model's config and their values, from FIELD=VALUE strings.
+    """Return fields of a model's config with their values, from FIELD=VALUE strings.
 
     Raises:
-        ValueError: an unknown field, or a value that is not of its type.
+        ValueError: a field is unknown, or a value has the wrong type.
     """
     changes = {}
     for item in items:
@@ -180,7 +167,7 @@ WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "
 
 
 def read_value(item: str, text: str, kind: Any) -> Any:
-    """The value of --set FIELD=text for a field of this type; what is no text is written as in JSON."""
+    """Return the value of --set FIELD=text for a field of this type; all but text is JSON."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if str in kinds and not text.startswith("["):  # a list of numbers may be a decay
         return text
@@ -195,21 +182,3 @@ def read_value(item: str, text: str, kind: Any) -> Any:
     if type(value) is list and any(get_origin(k) is tuple for k in kinds):
         return tuple(value)
     raise ValueError(f"--set {item}: expected {WANTED.get(kinds[0], 'numbers as in [1, 2]')}, got {text}")
-
-
-CHANGES = ConstructorRegistry()
-"""tyro's rule for the one option that is a mapping, --set."""
-
-
-@CHANGES.primitive_rule
-def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """--set FIELD=VALUE FIELD=VALUE …"""
-    if info.type is not Mapping[str, Any] and info.type_origin is not Mapping:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="FIELD=VALUE",
-        instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: as_typed(value).split(" "),
-    )

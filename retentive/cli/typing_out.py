@@ -1,4 +1,4 @@
-"""A prompt from the command line or standard input, and text printed as it comes; nothing here needs torch."""
+"""Prompts from the command line or standard input, and text printed as it comes. Needs no torch."""
 
 import sys
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from itertools import chain
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt, or standard input where it is "-".
+    """Return the prompt, or standard input if it is "-".
 
     Raises:
-        ValueError: bytes that are no UTF-8 text.
+        ValueError: the bytes are not UTF-8 text.
     """
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # Python reads bytes that are no UTF-8 in arguments as lone surrogates: they fail here
+        text.encode()  # fails for lone surrogates, which Python makes of invalid bytes in arguments
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         where = "standard input" if prompt == "-" else "the prompt"
         raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
@@ -21,12 +21,12 @@ def prompt_text(prompt: str) -> str:
 
 
 def type_out(prompt: str, pieces: Iterator[str]) -> None:
-    """Print a prompt and the pieces of text after it, as they come; nothing if an error comes before the first."""
+    """Print a prompt and the pieces of text after it, as they come; nothing if an error precedes the first piece."""
     first = next(pieces, "")
     sys.stdout.write(prompt)
     try:
         for piece in chain([first], pieces):
             sys.stdout.write(piece)
             sys.stdout.flush()
-    finally:  # an error message, or the shell's prompt, begins on a line of its own
+    finally:  # so that an error message or the shell's prompt starts a new line
         sys.stdout.write("\n")

@@ -27,7 +27,7 @@ from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.models.peers import KINDS
 from retentive.options import known, option
-from retentive.tables import duration
+from retentive.tables import counted, duration
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
 from retentive.train.resume import FREE
@@ -227,11 +227,11 @@ class Comparison:
                 seconds, parameters = step * self.train.steps, cost.parameters(training.config(vocabulary))
                 total += seconds * count
                 each = f"{parameters / 1e6:.3f} M parameters, {duration(step)} a step, {duration(seconds)} a run"
-                yield f"{first[key].variant} {first[key].size}: {each}, {count} runs"
+                yield f"{first[key].variant} {first[key].size}: {each}, {counted(count, 'run')}"
         finally:
             torch.set_num_threads(before)
         if counts:
-            yield f"{len(runs)} runs, about {duration(total / self.jobs)} in all"
+            yield f"{counted(len(runs), 'run')}, about {duration(total / self.jobs)} in all"
 
     def precision(self) -> Precision:
         """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""

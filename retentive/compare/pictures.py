@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retentive.bench.lab.plot import GREY, MOST, grid, legend, rank
+from retentive.tables import millions
 
 Rows = list[dict[str, Any]]
 Looks = Mapping[str, Mapping[str, Any]]
@@ -23,7 +24,7 @@ STROKES = ("-", "--", ":", "-.")
 def title_of(result: dict[str, Any]) -> str:
     """Title of the picture: the tokens of a run, and the machines."""
     machines = " and ".join(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
-    return f"{result['rows'][0]['tokens'] / 1e6:.1f} M tokens a run, {machines}"
+    return f"{millions(result['rows'][0]['tokens'])} tokens a run, {machines}"
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:

@@ -22,7 +22,7 @@ from retentive.checkpoint import ModelFolder
 from retentive.compare.records import RECORD, Run, check_done, check_model, read_record
 from retentive.files import make_folder
 from retentive.models import Config
-from retentive.tables import duration
+from retentive.tables import counted, duration
 from retentive.threads import bounded_spin
 from retentive.train import Interrupted
 from retentive.train.signals import stop_signals
@@ -133,7 +133,7 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
         raise ChildProcessError(failed)
     if stop.signal:
         done = sum(task.done for task in tasks)
-        raise Interrupted(f"stopped with {done} of {len(tasks)} runs done, all else saved", stop.signal)
+        raise Interrupted(f"stopped with {done} of {counted(len(tasks), 'run')} done, all else saved", stop.signal)
 
 
 def locked_or_done(task: Task) -> bool:

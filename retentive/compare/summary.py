@@ -16,7 +16,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from retentive.evals.stats import half_width, pooled, t95
-from retentive.tables import markdown
+from retentive.tables import counted, markdown
 
 OWN = 5
 """Values from which a cell's own spread is taken: t has 4 degrees of freedom then, and is 2.8 where a pool's is 2."""
@@ -140,7 +140,7 @@ def table(result: dict[str, Any]) -> str:
         notes.append("+: trained with the optimiser named after it, at its own best of the same rates.")
     notes += [
         f"{found['variant']}: bits per byte = {found['a']:.3f} (N / 10^6)^-b, b = {found['b']:.4f} ± "
-        f"{found['b_half_width']:.4f}, N parameters in the blocks, {found['runs']} runs"
+        f"{found['b_half_width']:.4f}, N parameters in the blocks, {counted(found['runs'], 'run')}"
         for found in result["laws"]
     ]
     notes += [f"{name} did not train: {why}" for name, why in result["failed"].items()]

@@ -21,6 +21,7 @@ from retentive.data.media import KINDS as KINDS_OF_MEDIA
 from retentive.data.media import Media, Open, media_of, text_of
 from retentive.data.sources import Say, find_files
 from retentive.data.templates import Message
+from retentive.tables import counted
 
 KINDS = (".jsonl", ".json", ".parquet")
 ROLES = {
@@ -108,7 +109,8 @@ def chats(
                 empty = False
                 yield Conversation(name + within, messages)
         if check.skipped:
-            say(f"{source}: skipped {len(check.skipped)} conversations, the first is {first or check.skipped[0]}")
+            skipped = counted(len(check.skipped), "conversation")
+            say(f"{source}: skipped {skipped}, the first is {first or check.skipped[0]}")
         if empty:
             raise ValueError(f"no conversations in {source}: it is empty{' or all were skipped' * bool(check.skipped)}")
 

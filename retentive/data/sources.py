@@ -27,6 +27,7 @@ from retentive.data.formats import (
     unreadable,
 )
 from retentive.options import option, quoted
+from retentive.tables import counted
 
 Say = Callable[[str], None]
 """Called with one line of text for the user."""
@@ -163,17 +164,13 @@ def _left_out(kinds: Counter[str], links: int, locked: list[str], advice: str) -
     parts = []
     if kinds:
         named = " ".join(kind for kind, _ in kinds.most_common(8)) + " …" * (len(kinds) > 8)
-        parts.append(f"{_count(kinds.total(), 'file')} of other kinds ({named}{advice})")
+        parts.append(f"{counted(kinds.total(), 'file')} of other kinds ({named}{advice})")
     if links:
-        parts.append(f"{_count(links, 'link')} (to a folder, or broken)")
+        parts.append(f"{counted(links, 'link')} (to a folder, or broken)")
     if locked:
         named = " ".join(locked[:4]) + " …" * (len(locked) > 4)
-        parts.append(f"{_count(len(locked), 'folder')} that cannot be read ({named})")
+        parts.append(f"{counted(len(locked), 'folder')} that cannot be read ({named})")
     return ", ".join(parts)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, say: Say) -> Iterator[Document]:
@@ -184,8 +181,8 @@ def _nonempty(rows: Iterator[Document], source: str | Path, check: TextCheck, sa
             empty = False
             yield document
     if check.skipped:
-        count, first = len(check.skipped), check.skipped[0]
-        say(f"{source}: skipped {count} documents that are not UTF-8 text, the first is {first}")
+        count = counted(len(check.skipped), "document")
+        say(f"{source}: skipped {count} (not UTF-8 text), the first is {check.skipped[0]}")
     if empty:
         raise ValueError(f"no text in {source}: every document is empty{' or was skipped' if check.skipped else ''}")
 

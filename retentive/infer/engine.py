@@ -132,7 +132,7 @@ class Engine:
             if self.closing:
                 raise Full("the engine is closing")
             if len(self.queue) >= self.most_waiting:
-                raise Full(f"{len(self.queue)} requests are waiting already")
+                raise Full(f"too many requests are waiting already ({len(self.queue)})")
             self.queue.append(Prompt(ids, requests, state, placeholders))
             self.counts["requests"] += n
             self.wake.notify()

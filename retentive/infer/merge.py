@@ -20,6 +20,7 @@ from retentive.layers import RetentionConfig
 from retentive.models import ModelConfig, RetentionMemory, State
 from retentive.models.version_1 import read_version_1
 from retentive.ops import rotary
+from retentive.tables import counted
 
 
 def keep_size(states: Tensor) -> Tensor:
@@ -88,10 +89,8 @@ def chain_errors(memories: Sequence[Memory], whole: Memory) -> list[float]:
     _mergeable([chained, whole])
     position = int(whole.state.position[0])
     if _hashes(chained) != _hashes(whole) or int(chained.state.position[0]) != position:
-        raise ValueError(
-            f"expected a memory of the same {len(chained.sources)} documents ({chained.tokens} tokens) read in a row, "
-            f"got one of {len(whole.sources)} documents ({whole.tokens} tokens)"
-        )
+        want, got = (f"{counted(len(m.sources), 'document')} ({m.tokens} tokens)" for m in (chained, whole))
+        raise ValueError(f"expected a memory of the same {want} read in a row, got one of {got}")
     # the last tensor is the position
     pairs = zip(tensors(chained.state)[:-1], tensors(whole.state)[:-1], strict=True)
     return [float((a - b).norm() / b.norm()) for a, b in pairs]

@@ -1,5 +1,7 @@
 """Text generation in one call: `retentive.generate` returns a string, `retentive.stream_generate` yields pieces.
 
+The model is given with its tokenizer, or as the folder that holds both.
+
 Every decoding method is an option: sampling, speculative decoding, beam search; from the start of a document, or from a
 memory file.
 """
@@ -13,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from retentive.checkpoint import ModelFolder
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import Token, write_on
 from retentive.infer import generate as one_by_one
@@ -22,13 +25,14 @@ from retentive.infer.sample import SamplingParams
 from retentive.infer.speculative import speculate
 from retentive.infer.text import stops
 from retentive.models import LanguageModel
+from retentive.native import with_engine
 from retentive.options import check_names, check_type, option
 from retentive.sampling import TEXT, check_bias
 
 
 def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
+    model: LanguageModel | ModelFolder | str | Path,
+    tokenizer: Tokenizer | str | None = None,
     prompt: str = "",
     *,
     max_tokens: int = 200,
@@ -40,7 +44,12 @@ def generate(
 ) -> str:
     """Generates text after `prompt` and returns it without the prompt.
 
+        retentive.generate(model, tokenizer, "Once upon a time")
+        retentive.generate("runs/mine", prompt="Once upon a time")
+
     Args:
+        model: a model, or its place: a run directory, a model folder, a shipped model's name, `hf:owner/name`.
+        tokenizer: required beside a model. Beside a folder its own by default, or a name ("bytes", or a file).
         prompt: text to continue; "" starts a document.
         max_tokens: maximum tokens to generate; the text may end earlier.
         temperature: divides the logits; 0 picks the likeliest token (greedy decoding).
@@ -60,8 +69,8 @@ def generate(
 
 
 def stream_generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
+    model: LanguageModel | ModelFolder | str | Path,
+    tokenizer: Tokenizer | str | None = None,
     prompt: str = "",
     *,
     max_tokens: int = 200,
@@ -92,29 +101,49 @@ def stream_generate(
         ValueError: an option is invalid, several decoding methods are given, or there is no tokenizer.
         ArithmeticError: the model's logits are not finite.
     """
-    if tokenizer is None:
-        raise ValueError("text needs a tokenizer, and the model came without one: name one, as load_tokenizer('bytes')")
-    if not isinstance(model, nn.Module):  # accepts compiled or wrapped models
-        raise TypeError(f"model must be a model, as `retentive.load` returns it, got {type(model).__name__}")
-    if isinstance(tokenizer, str | Path):
-        raise TypeError(
-            f"tokenizer must be a tokenizer, as load_tokenizer({str(tokenizer)!r}) returns it, got a string"
-        )
     check_type("prompt", prompt, str)
     check_type("max_tokens", max_tokens, Integral)
     check_type("beams", beams, Integral)
     if max_tokens < 1:
         raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
-    check_bias(params, model.config.vocab_size)
     stop = stops(stop)  # checked now, since the rest is a generator
     how = _method(params, beams, lookup, draft)
+    model, tokenizer = _opened(model, tokenizer)
+    check_bias(params, model.config.vocab_size)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
     # a copy, since decoding writes into the state, and the caller may use the same memory again
     past: dict[str, Any] = {} if memory is None else {"state": memory.state.clone(), "pending": memory.pending}
     whole = write_on(model, tokenizer, prompt, params, max_tokens=max_tokens, stop=stop, how=how, **past)
     return _without(len(prompt), whole)
+
+
+def _opened(
+    model: LanguageModel | ModelFolder | str | Path, tokenizer: Tokenizer | str | None
+) -> tuple[LanguageModel, Tokenizer]:
+    """Returns the model and its tokenizer; a folder's model is run by the engine that `retentive generate` would take.
+
+    Raises:
+        TypeError: neither a model nor a folder, or the name of a tokenizer beside a model.
+        ValueError: no tokenizer; others as `ModelFolder.open` and its methods.
+    """
+    if isinstance(model, str | Path | ModelFolder):
+        folder = ModelFolder.open(model)
+        try:
+            tokenizer = folder.tokenizer_for_text(tokenizer)
+        except FileNotFoundError as error:  # a text in its place
+            raise FileNotFoundError(f"{error}; a text to continue is given as `prompt`") from None
+        return with_engine(folder.model()), tokenizer
+    if not isinstance(model, nn.Module):  # accepts compiled or wrapped models
+        raise TypeError(f"model must be a model or its folder, got {type(model).__name__}")
+    if tokenizer is None:
+        raise ValueError("`tokenizer` is needed beside a model: name one, as load_tokenizer('bytes')")
+    if isinstance(tokenizer, str | Path):
+        raise TypeError(
+            f"tokenizer must be a tokenizer, as load_tokenizer({str(tokenizer)!r}) returns it, got a string"
+        )
+    return model, tokenizer
 
 
 def _method(

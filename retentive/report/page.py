@@ -13,6 +13,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from retentive.report.sections import SECTIONS, Section, table
+from retentive.tables import counted
 
 
 class File(NamedTuple):
@@ -108,8 +109,7 @@ def machine(result: dict[str, Any]) -> str:
     # only comparisons have several machines; other results name theirs as "hardware"
     for h in result.get("machines", [result["hardware"]]):
         gpu = "" if h.get("gpu", "none") == "none" else f", {h['gpu']}"
-        threads = f"{h['threads']} thread{'s' * (h['threads'] > 1)}"
-        lines.append(f"{h['cpu']}, {threads}{gpu}, torch {h['torch']}, Python {h['python']}")
+        lines.append(f"{h['cpu']}, {counted(h['threads'], 'thread')}{gpu}, torch {h['torch']}, Python {h['python']}")
     return "; ".join(lines)
 
 

@@ -10,6 +10,7 @@ import uvicorn
 
 from retentive.serve.app import create_app
 from retentive.serve.service import Service
+from retentive.tables import counted
 
 MOST_HEAD = 65536
 """Bytes of a request's head (first line and headers), or of a chunked body's trailers, at most."""
@@ -63,7 +64,8 @@ class _Server(uvicorn.Server):
             # no clean-up, which could hang: files appear whole or not at all, so none is left half-written
             os._exit(128 + sig)
         self.service.draining = True
-        print(f"retentive: {signal.Signals(sig).name}: finishing {self.service.in_flight} requests", file=sys.stderr)
+        requests = counted(self.service.in_flight, "request")
+        print(f"retentive: {signal.Signals(sig).name}: finishing {requests}", file=sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether the server is to stop; uvicorn calls it ten times a second."""

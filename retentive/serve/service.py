@@ -98,7 +98,7 @@ class Service:
             raise try_later("the server is stopping", status=503, seconds=5)
         # Far more than can have or await a slot: the others are finished, but their clients do not read the answers.
         if self.in_flight >= 4 * (self.options.slots + self.options.queue):
-            raise try_later(f"{self.in_flight} requests are in flight already")
+            raise try_later(f"too many requests are in flight already ({self.in_flight})")
         self.in_flight += 1
         try:
             yield

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from retentive.evals.heldout import HeldOut
 from retentive.files import naming, write_text
 from retentive.options import option
+from retentive.tables import counted, duration
 from retentive.train.config import TrainConfig
 from retentive.train.speed import Speedometer
 from retentive.train.step import Training
@@ -138,8 +139,7 @@ class Log(Silence):
         if not self._console.is_terminal and time.monotonic() - self._last_print > SECONDS:
             self._last_print = time.monotonic()
             seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._steps - step)
-            left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
-            self.say(f"step {step}/{self._steps}  {text}  {left} left")
+            self.say(f"step {step}/{self._steps}  {text}  {duration(seconds)} left")
 
     def skip(self, step: int, error: FloatingPointError) -> None:
         super().skip(step, error)
@@ -220,11 +220,6 @@ def open_log(training: Training, run: Path, *, quiet: bool = False) -> Silence:
 def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
     """An evaluation as a line of metrics has it, its bits per byte as `key`."""
     return {key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as "1 step" or "20 steps"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def say(text: str, *, quiet: bool = False) -> None:

@@ -24,12 +24,13 @@ from retentive.models import Config, LanguageModel, build, config_of, cost
 from retentive.models.encoders import encoders_of, with_encoders
 from retentive.ops import backends
 from retentive.options import check_names, check_type, option
+from retentive.tables import counted, millions
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.hooks import Hooks, hooks_on
 from retentive.train.initial import adapter_for, check_fits, encoders_for, load_base, load_initial
-from retentive.train.log import counted, say
+from retentive.train.log import say
 from retentive.train.loop import train
 from retentive.train.objective import language_modelling
 from retentive.train.parallel import ALONE, Cluster, Parallel, checksum
@@ -380,11 +381,6 @@ def nested(parts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, An
         own = {f.name: found.pop(f.name) for f in fields(part) if f.name in found}
         found[name] = replace(part, **own)
     return found
-
-
-def millions(number: int) -> str:
-    """A number of tokens or parameters."""
-    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"
 
 
 def amount(data: Data) -> str:

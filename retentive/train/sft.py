@@ -42,7 +42,7 @@ class SftRun(TrainRun):
     """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion), which
     are packed into a folder beside the run (OUT-data-…); or a folder that `retentive data --chats` has packed."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Run directory or model folder to begin with, or hf:owner/name on the hub."""
+    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub, to begin with."""
     mode: Mode | Literal["auto"] = "auto"
     """carry: rows read on from row to row, with their states, however long a conversation is; whole: rows of whole
     conversations. auto: carry for RetNets, whole for models that attend and where there are pictures or sound."""

@@ -156,7 +156,7 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{cost.parameters(model.config):,} parameters" in shown and "RetNet, new (retentive layout)" in shown
     assert "trained 4 steps" in shown and "decay=paper" in shown
-    assert f"smaller one from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens" in shown
+    assert f"smaller than the KV cache from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens" in shown
 
     main(["convert", "new", "theirs", "--to", "torchscale"])
     assert "decoder_retention_heads" in Path("theirs/config.json").read_text(encoding="utf-8")
@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_is_told_of_with_the_checkpoint_that_is_good(pl
 def test_skipped_documents_are_told_of(place, capsys):
     Path("corpus/latin.txt").write_bytes("café".encode("latin-1"))
     main(["data", "corpus", "--out", "new", "--tokenizer", "bytes", "--on-bad-text", "skip"])
-    assert "skipped 1 documents that are not UTF-8 text, the first is corpus/latin.txt" in capsys.readouterr().out
+    assert "skipped 1 document (not UTF-8 text), the first is corpus/latin.txt" in capsys.readouterr().out
     assert sum(split["documents"] for split in json.loads(Path("new/meta.json").read_text())["splits"].values()) == 6
 
 

@@ -154,10 +154,11 @@ def test_another_budget_in_the_same_folder_is_refused(place, capsys):
 
 def test_a_run_that_another_is_at_is_left_to_it(place, capsys):
     Path("cmp").mkdir()
-    with FileLock("cmp/.retnet_1m_lr0.002_seed0.lock"):
+    with FileLock("cmp/.retnet_1m_lr0.002_seed0.lock"), pytest.raises(SystemExit) as end:
         main([*ARGS, "--seeds", "0"])
     out, said = capsys.readouterr()
-    assert "| retnet |" not in out and "| transformer |" in out and "1 of 2 runs are done" in said
+    assert "| retnet |" not in out and "| transformer |" in out and "1 of 2 runs done" in said
+    assert end.value.code == 1  # so that `compare && next` does not go on
     main([*ARGS, "--seeds", "0"])
     assert "transformer" in capsys.readouterr().out
 

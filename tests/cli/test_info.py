@@ -20,7 +20,7 @@ def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
     main(["info", "--sizes"])
     assert "…" not in capsys.readouterr().out
     main(["info", "5m"])
-    assert "The state is the smaller one from 57 tokens of context on.\n" in capsys.readouterr().out
+    assert "The state is smaller than the KV cache from 57 tokens of context.\n" in capsys.readouterr().out
 
 
 def test_every_model_that_has_a_name(capsys):
@@ -28,4 +28,4 @@ def test_every_model_that_has_a_name(capsys):
         main(["info", name, "--size", "1m", "--vocab-size", "257"])
         out = capsys.readouterr().out
         assert out.startswith(f"{shown}, architecture {name} in size 1m")
-        assert ("Other than `--model retnet`" in out) == (name == "retnet-paper")
+        assert ("Differs from `--model retnet`" in out) == (name == "retnet-paper")

@@ -139,7 +139,7 @@ def test_bad_text_is_skipped_and_counted(tmp_path, refuses):
     said = []
     assert read(tmp_path, on_bad_text="skip", say=said.append) == [("b.jsonl:2", "fine")]
     assert said == [
-        f"{tmp_path}: skipped 3 documents that are not UTF-8 text, the first is {tmp_path}/a.txt",
+        f"{tmp_path}: skipped 3 documents (not UTF-8 text), the first is {tmp_path}/a.txt",
     ]
     (tmp_path / "b.jsonl").unlink()
     with refuses("every document is empty or was skipped"), pytest.warns(UserWarning, match=r"skipped 1"):

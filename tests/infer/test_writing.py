@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import retentive
+from retentive.checkpoint import ModelFolder, save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import SamplingParams, write_on
 from retentive.infer.memory import save
@@ -103,7 +104,7 @@ def test_options_that_cannot_be_used(case, model, tokenizer, refuses):
 WRONG = {
     "prompt-number": ({"prompt": 5}, "prompt must be a string, got 5"),
     "prompt-list": ({"prompt": ["a"]}, "prompt must be a string, got ['a']"),
-    "model": ({"model": "a1"}, "model must be a model, as `retentive.load` returns it, got str"),
+    "model": ({"model": 1}, "model must be a model or its folder, got int"),
     "tokenizer": ({"tokenizer": "bytes"}, "tokenizer must be a tokenizer, as load_tokenizer('bytes') returns it"),
     "temperature": ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
     "max-tokens": ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
@@ -125,8 +126,28 @@ def test_arguments_of_the_wrong_type(case, model, tokenizer, refuses):
 
 
 def test_a_model_without_a_tokenizer(model, refuses):
-    with refuses("text needs a tokenizer"):
-        retentive.generate(model, None, PROMPT)
+    for given in ((model, None, PROMPT), (model,)):
+        with refuses("`tokenizer` is needed beside a model: name one, as load_tokenizer('bytes')"):
+            retentive.generate(*given)
+
+
+def test_a_folder_in_place_of_a_model(model, tokenizer, tmp_path, refuses):
+    run, bare = tmp_path / "run", tmp_path / "bare"
+    save_model(run, model, tokenizer)
+    save_model(bare, model)
+    how = {"max_tokens": 30, "temperature": 0}
+    want = retentive.generate(model, tokenizer, PROMPT, **how)
+    for place in (run, str(run), ModelFolder.open(run)):
+        assert retentive.generate(place, prompt=PROMPT, **how) == want
+        assert retentive.generate(place, None, PROMPT, **how) == want
+        assert "".join(retentive.stream_generate(place, prompt=PROMPT, **how)) == want
+    assert all(retentive.generate(bare, name, PROMPT, **how) == want for name in ("bytes", tokenizer))
+    with refuses(f"{bare} has no tokenizer.json: name one as `tokenizer` (bytes, or a file)"):
+        retentive.generate(bare, prompt=PROMPT)
+    with refuses("or a .tiktoken file; a text to continue is given as `prompt`", FileNotFoundError):
+        retentive.generate(run, "Once upon")
+    with refuses("no model folder at nowhere", FileNotFoundError):
+        retentive.generate("nowhere")
 
 
 @pytest.mark.parametrize(

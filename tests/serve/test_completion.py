@@ -328,7 +328,7 @@ def test_a_session_whose_answer_was_stopped_goes_on_where_the_queue_was_full(ser
 
     def full_at_the_end(ids, params=None, **options):
         if params is None:
-            raise Full("1 requests are waiting already")
+            raise Full("too many requests are waiting already (1)")
         return submit(ids, params, **options)
 
     monkeypatch.setattr(server.service.engine, "submit", full_at_the_end)

@@ -10,7 +10,7 @@ import pytest
 
 from retentive.evals.heldout import HeldOut
 from retentive.train import TrainConfig
-from retentive.train.log import Log, check_extras, counted, read_metrics
+from retentive.train.log import Log, check_extras, read_metrics
 from retentive.train.speed import Speedometer
 
 STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0}
@@ -187,7 +187,3 @@ def test_a_damaged_record_is_named_with_its_line(line, tmp_path, refuses):
 def test_a_folder_that_is_no_run(tmp_path, refuses):
     with refuses(f"{tmp_path} is no run of `retentive train`", FileNotFoundError):
         read_metrics(tmp_path)
-
-
-def test_one_is_not_counted_as_several():
-    assert [counted(n, "step") for n in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]

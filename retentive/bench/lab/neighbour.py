@@ -18,7 +18,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
-from retentive.tables import duration
+from retentive.tables import counted, duration
 
 LONG_ENOUGH = 0.5
 """Seconds of a timed repetition, at least: many times as long as a scheduler lets a process run."""
@@ -80,5 +80,5 @@ def note(found: dict[str, Any], of: str) -> str:
     return (
         f"- Beside one other busy process, {of} keeps {found['kept']:.0%} of its speed: "
         f"{duration(found['beside_seconds'])} instead of {duration(found['quiet_seconds'])} "
-        f"({found['threads']} threads)."
+        f"({counted(found['threads'], 'thread')})."
     )

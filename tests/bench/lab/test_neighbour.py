@@ -12,6 +12,7 @@ import torch
 
 from retentive import machine
 from retentive.bench.lab import neighbour
+from retentive.tables import counted
 
 CPU = torch.device("cpu")
 TICK = os.sysconf("SC_CLK_TCK") if "SC_CLK_TCK" in os.sysconf_names else 100
@@ -66,10 +67,8 @@ def test_quiet_and_beside_are_measured_in_turns(monkeypatch):
     threads = torch.get_num_threads()
     assert found == {"quiet_seconds": 1.0, "beside_seconds": 4.0, "kept": 0.25, "repeats": 2, "threads": threads}
     line = neighbour.note(found, "a step")
-    assert (
-        line
-        == f"- Beside one other busy process, a step keeps 25% of its speed: 4 s instead of 1 s ({threads} threads)."
-    )
+    on = counted(threads, "thread")
+    assert line == f"- Beside one other busy process, a step keeps 25% of its speed: 4 s instead of 1 s ({on})."
 
 
 def test_a_short_run_is_repeated_until_it_is_long_enough(monkeypatch):

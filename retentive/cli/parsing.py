@@ -1,0 +1,89 @@
+"""From the arguments of a verb to its command: the parser, its help, and which options were typed."""
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from textwrap import dedent
+from types import MappingProxyType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from retentive.cli.errors import as_typed
+
+Command = TypeVar("Command")
+
+MAPPINGS = ConstructorRegistry()
+"""Rule of the parser for options that are mappings."""
+
+
+@MAPPINGS.primitive_rule
+def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Parse FIELD=VALUE FIELD=VALUE … into a dictionary."""
+    if info.type is not Mapping[str, Any] and info.type_origin is not Mapping:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FIELD=VALUE",
+        instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: as_typed(value).split(" "),
+    )
+
+
+def parse(kind: type[Command], program: str, argv: Sequence[str], **how: Any) -> Command:
+    """Parse arguments into a command; ends the process after --help and for arguments that do not fit.
+
+    Args:
+        kind: the command's dataclass. The docstrings of its fields become the help.
+        program: "retentive VERB", for the usage.
+        how: further options of `tyro.cli`.
+    """
+    if {"-h", "--help"} & set(argv):
+        join_help(kind)
+    return tyro.cli(kind, prog=program, args=list(argv), registry=MAPPINGS, **how)
+
+
+def join_help(kind: Any) -> None:
+    """Gives each field of a dataclass, and of those within it, its docstring as help, joined to one paragraph.
+
+    The parser itself would take a docstring of several lines for several paragraphs.
+    """
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        for inner in (hints[f.name], *get_args(hints[f.name])):
+            if isinstance(inner, type) and is_dataclass(inner):
+                join_help(inner)
+    for base in filter(is_dataclass, kind.__mro__):
+        for name, text in docstrings(base).items():
+            own = base.__dataclass_fields__[name]
+            own.metadata = MappingProxyType({**own.metadata, "help": " ".join(text.split())})
+
+
+def docstrings(kind: Any) -> dict[str, str]:
+    """Returns the docstrings below the annotated fields of a class itself; none of a class made at run time."""
+    try:
+        source = inspect.getsource(kind)
+    except OSError:
+        return {}
+    found = {}
+    for field, below in pairwise(ast.parse(dedent(source)).body[0].body):  # type: ignore[attr-defined]
+        text = below.value if isinstance(below, ast.Expr) else None
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant):
+            found[ast.unparse(field.target)] = str(text.value)
+    return found
+
+
+def typed_options(argv: list[str]) -> set[str]:
+    """Return the names of the typed options, as fields."""
+    return {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in argv if a[:2] == "--"}
+
+
+def check_once(argv: Sequence[str], *names: str) -> None:
+    """Raises ValueError if an option that takes several values is given twice, since only the last would count."""
+    for name in names:
+        if sum(word.split("=")[0] == f"--{name}" for word in argv) > 1:
+            raise ValueError(f"--{name} stands twice: give all its values after one --{name}")
