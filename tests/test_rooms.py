@@ -125,6 +125,18 @@ def test_the_check_sees_a_planted_violation(case, tmp_path):
     assert len(found) == 1 and found[0].startswith(path)
 
 
+def test_the_package_needs_nothing_of_the_repository_around_it():
+    around = ("benchmarks", "recipes", "tests")
+    lines = [
+        f"{path}:{line} imports {name}"
+        for path, tree in modules(PACKAGE)
+        for room in around
+        for line, name in imported(tree, room)
+        if name.split(".")[0] == room
+    ]
+    assert lines == []
+
+
 def test_recipes_lean_on_the_library_and_never_on_the_command_line():
     recipes = {path: ast.parse(path.read_text(encoding="utf-8")) for path in RECIPES.glob("*.py")}
     assert recipes

@@ -118,7 +118,11 @@ def reading(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     names = list(result["parameters"])
-    heads = ["tokens", *(f"{models.NAMES[n]}: tokens/s" for n in names), *(f"of {models.NAMES[n]}" for n in names[1:])]
+    heads = [
+        "tokens",
+        *(f"{models.NAMES[n]}: tokens/s" for n in names),
+        *(f"RetNet / {models.NAMES[n]}" for n in names[1:]),
+    ]
     heads += [f"{models.NAMES[n]}: of the GEMM rate" for n in names]
     lines = []
     for row in result["rows"]:

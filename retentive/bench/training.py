@@ -180,7 +180,9 @@ def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table; ratios above 1 say that RetNet trains faster."""
     names = _names(result)
     heads = ["length", "rows", *(f"{models.NAMES[name]}: tokens/s" for name in names)]
-    heads += [f"of {models.NAMES[name]}" for name in names[1:]] + [f"{models.NAMES[name]}: memory" for name in names]
+    heads += [f"RetNet / {models.NAMES[name]}" for name in names[1:]] + [
+        f"{models.NAMES[name]}: memory" for name in names
+    ]
     heads += [f"{models.NAMES[name]}: of the GEMM rate" for name in names]
     lines = []
     for row in result["rows"]:
