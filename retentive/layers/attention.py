@@ -10,7 +10,6 @@ forget gate its score of token j is
 Sums are taken backwards from the last token, so near keys have small ones, which is exact at any length.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from retentive.layers.config import AttentionConfig
 from retentive.layers.norm import RMSNorm
+from retentive.layers.past import Layer, Span, cache_after, spans_of, tokens_before
 from retentive.layers.positions import Positions, positions_of
 from retentive.ops import decay as decays
 from retentive.ops import rotary
 from retentive.ops.rows import rotate
 
-Layer = tuple[Tensor, ...]
-"""(keys, values), each `[N,S,kv_heads,K]`; with a forget gate also the log gates `[N,S,H]`, float32 or wider."""
+ROWS = 1024
+"""Queries that attend in one call where each needs a mask, whose memory is ROWS times the keys."""
 
 
 class Phases(NamedTuple):
@@ -41,7 +41,8 @@ class Attention(nn.Module):
     """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is a `Layer` of S slots.
 
     The token at position p is in slot p, with a window in slot p mod S, where S is at least the window or the text's
-    length. A given cache is written in place and must have enough slots.
+    length. Without gradients a given cache is written in place and must have enough slots; with them another cache
+    comes back (`past.py`).
     """
 
     kind = AttentionConfig.kind
@@ -81,7 +82,9 @@ class Attention(nn.Module):
             new += (gate_BTH if positions.valid is None else gate_BTH * positions.valid[..., None],)
         if cache is not None:
             self._check(cache, new)
-        if positions.cu_seqlens is not None:
+        if cache is not None and torch.is_grad_enabled():
+            o, cache = self._continued(q_BTHK, new, cache, spans_of(positions, phases.starts, x.shape[1]))
+        elif positions.cu_seqlens is not None:
             o, cache = self._packed(q_BTHK, new, cache, positions.cu_seqlens.tolist(), phases.starts)
         elif cache is None and positions.valid is None:
             o, cache = self._whole(q_BTHK, new), self._last(new)
@@ -197,16 +200,48 @@ class Attention(nn.Module):
         fades = [_after_in_slots(gate_BSH, positions.end[:, None], at_BS) for gate_BSH in gates]
         return self._attend(q, k, v, *fades, mask_BTS=mask_BTS), cache
 
+    def _continued(self, q: Tensor, new: Layer, cache: Layer, spans: list[Span]) -> tuple[Tensor, Layer]:
+        """Attends to the cache and to new tokens, and returns another cache: gradients pass through both."""
+        flat = q.flatten(0, 1)[None]
+        new = tuple(x.flatten(0, 1)[None] for x in new)
+        o = self._within(flat, new, spans, tokens_before(cache, spans, self.window))
+        return o.unflatten(1, q.shape[:2])[0], cache_after(cache, new, spans, self.window)
+
+    def _within(self, q: Tensor, new: Layer, spans: list[Span], past: dict[int, Layer]) -> Tensor:
+        """Attends within each span `[1,T,…]`, and to the tokens `[1,P,…]` before those that have a past; else 0."""
+        fresh = [span for n, span in enumerate(spans) if n not in past and span.end > span.begin]
+        out, places = self._together(q, new, fresh)
+        for n, tokens in past.items():
+            a, b, _ = spans[n]
+            laid = tuple(torch.cat((x.to(y.dtype), y[:, a:b]), 1) for x, y in zip(tokens, new, strict=True))
+            out.append(self._masked(q[:, a:b], laid)[0])
+            places.append(torch.arange(a, b, device=q.device))
+        found = torch.cat(out)
+        return found.new_zeros(q.shape[1], *found.shape[1:]).index_copy(0, torch.cat(places), found)[None]
+
+    def _masked(self, q: Tensor, laid: Layer) -> Tensor:
+        """Attends with queries `[B,T,H,K]` to `laid` `[B,P+T,…]`, the P tokens before the first and their own."""
+        (T, P), W, out = (q.shape[1], laid[0].shape[1] - q.shape[1]), self.window, []
+        for i in range(0, T, ROWS):
+            j = min(i + ROWS, T)
+            first = max(0, P + i - W + 1) if W else 0
+            query = torch.arange(P + i, P + j, device=q.device)[:, None]
+            key = torch.arange(first, P + j, device=q.device)
+            mask_TS = (key <= query) & (key > query - W) if W else key <= query
+            k, v, *gates = (x[:, first : P + j] for x in laid)
+            out.append(self._attend(q[:, i:j], k, v, *map(_after, gates), mask_BTS=mask_TS[None]))
+        return torch.cat(out, 1)
+
     def _packed(
         self, q: Tensor, new: Layer, cache: Layer | None, cu: list[int], starts: list[int]
     ) -> tuple[Tensor, Layer | None]:
         """Attends sequence by sequence: on CPUs SDPA has no packed form, and one masked call is quadratic in all of T.
 
-        No cache is kept in training: padded to the longest sequence, it would be larger than the batch.
+        No cache is kept in training unless one is given: padded to the longest sequence, it is larger than the batch.
         """
-        if cache is None and self.training:
-            return self._together(q, new, cu), None
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
+        if cache is None and self.training:
+            return self._within(q, new, [Span(*each) for each in spans], {}), None
         if cache is None:
             S = max(b - a + start for a, b, start in spans)
             cache = tuple(x.new_zeros(len(spans), min(S, self.window or S), *x.shape[2:]) for x in new)
@@ -225,25 +260,26 @@ class Attention(nn.Module):
             out.append(self._cached(q[:, a:b], part, one, here, [start])[0])
         return torch.cat(out, 1), cache
 
-    def _together(self, q: Tensor, new: Layer, cu: list[int]) -> Tensor:
-        """Attends within sequences that have no past, those of similar length in one call, padded on the right.
+    def _together(self, q: Tensor, new: Layer, spans: list[Span]) -> tuple[list[Tensor], list[Tensor]]:
+        """Attends within spans that have no past, those of similar length in one call, padded on the right.
 
-        Padding follows the real tokens and causal attention does not look ahead, so no mask is needed. At most half of
-        a call is padding. A call per sequence takes much longer for hundreds of short ones.
+        Returns outputs, and the places of their tokens in the row. Padding follows the real tokens and causal attention
+        does not look ahead, so no mask is needed. At most half of a call is padding. A call per sequence takes much
+        longer for hundreds of short ones.
         """
-        alike: dict[int, list[int]] = {}
-        for n, (a, b) in enumerate(pairwise(cu)):
-            alike.setdefault((b - a - 1).bit_length(), []).append(n)
-        border, out, places = torch.tensor(cu, device=q.device), [], []
+        alike: dict[int, list[tuple[int, int]]] = {}
+        for a, b, _ in spans:
+            alike.setdefault((b - a - 1).bit_length(), []).append((a, b - a))
+        out, places = [], []
         for group in alike.values():
-            begin_N1, count_N1 = border[group, None], border.diff()[group, None]
+            begin_N1, count_N1 = torch.tensor(group, device=q.device).mT[..., None]
             column = torch.arange(int(count_N1.max()), device=q.device)
             real_NT = column < count_N1
             at = torch.where(real_NT, begin_N1 + column, begin_N1)
             q_NTHK, *laid = (x[0].index_select(0, at.flatten()).unflatten(0, at.shape) for x in (q, *new))
             out.append(self._whole(q_NTHK, tuple(laid))[real_NT])
             places.append(at[real_NT])
-        return torch.cat(out).index_select(0, torch.cat(places).argsort())[None]
+        return out, places
 
     # the slots of a cache
 

@@ -129,7 +129,9 @@ class LanguageModel(nn.Module):
         x, positions = self.begin(ids, state, embeds, cu_seqlens, lengths)
         before: list[Any] = [None] * len(self.blocks)
         if state is not None:  # reserve room for all new tokens, since a block can fill its cache but not grow it
-            longest = int(state.position.max()) + x.shape[1] if self.config.attends else 0
+            # with gradients it returns another cache, of the size that it needs
+            grows = self.config.attends and not torch.is_grad_enabled()
+            longest = int(state.position.max()) + x.shape[1] if grows else 0
             before = [m.reserve(longest) for m in state.memories]
         phases: dict[int, Any] = {}
         after: list[Memory | None] = []
