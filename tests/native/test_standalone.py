@@ -167,7 +167,10 @@ PROJ = "blocks.1.ffn.down_proj.weight"
 DAMAGES = {
     "no-folder": (lambda folder: shutil.rmtree(folder), "config.json cannot be read"),
     "no-json": (lambda folder: (folder / "config.json").write_text('{"format": '), "config.json is not JSON"),
-    "cut-short": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors does not fit config.json: "),
+    "cut-short": (
+        lambda folder: cut(folder / "model.safetensors"),
+        "model.safetensors is damaged: its bytes are not those",
+    ),
     "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
     "no-head": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
