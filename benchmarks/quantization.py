@@ -73,6 +73,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     data = Packed(options.data)
     model, tokenizer = load(options.run)
     check_quantizable(model)
+    model.config.all_retention("this benchmark")  # it compares their states
     if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(
             f"{options.data} was packed with another tokenizer than the model's: pack it with {options.run}'s"

@@ -59,7 +59,6 @@ def check_quantizable(model: LanguageModel) -> None:
     """Raises ValueError for a model that cannot be quantised."""
     if model.config.library:
         raise ValueError(f"only models of this package can be quantised, this is one of {model.config.library}")
-    model.config.all_retention("quantising")
     if quantization_of(model):
         raise ValueError("the model is quantised already: take the one that it was made from")
     for name, x in model.named_parameters():
@@ -95,7 +94,7 @@ def quantize(
     dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int, int], object] = lambda done, blocks: None,
 ) -> LanguageModel:
-    """Returns a copy of the model, a RetNet, with integers in place of its matrices.
+    """Returns a copy of the model with integers in place of its matrices.
 
     Args:
         bits: 8 or 4.
@@ -105,8 +104,8 @@ def quantize(
         progress: called with the number of blocks done, and of all blocks.
 
     Raises:
-        ValueError: the model is no RetNet, already quantised, or has numbers that are not finite; bits or group are
-            unsupported; or the model's activations on the text are not finite.
+        ValueError: the model is of another library, already quantised, or has numbers that are not finite; bits or group
+            are unsupported; or the model's activations on the text are not finite.
     """
     check_quantizable(model)
     how = Quantization(bits, GROUPS[bits] if group is None else group)
@@ -142,8 +141,9 @@ def _moment(x: Tensor) -> Tensor:
 def _reads(name: str) -> str:
     """Returns the first of the layers that read the same input as this one."""
     part, _, own = name.rpartition(".")
-    same = {"k_proj": "q_proj", "v_proj": "q_proj", "g_proj": "q_proj", "decay_proj": "q_proj", "up_proj": "gate_proj"}
-    return f"{part}.{same.get(own, own)}"
+    first = {"up_proj": "gate_proj"}
+    first |= dict.fromkeys(("k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj"), "q_proj")
+    return f"{part}.{first.get(own, own)}"
 
 
 def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:

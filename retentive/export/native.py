@@ -32,7 +32,7 @@ LEFT_OUT = ("backward.c", "cpu.c", "rows.c")
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\r\n\n\tnaïve «été» — 東京 🙂 don't end "
 """What is split into tokens by both."""
 ERROR_BYTES = 256
-README = """# A RetNet in C
+README = """# A language model in C
 
 `model/` is the model, `c/` the library that runs it, `write.c` a program that writes text with it.
 
@@ -46,7 +46,7 @@ when a toolchain file tells it that it compiles for another.
 ends on others. Keep {flags}; `-ffast-math` is wrong here.
 
 Your own programs include `c/retentive.h`, which says what there is: open a folder, read, decode, keep and copy states.
-Any folder that `retentive train`, `convert` or `quantize` writes can take the place of `model/`, if it is a RetNet.
+Any folder that `retentive train`, `convert` or `quantize` writes can take the place of `model/`.
 """
 
 

@@ -1,4 +1,4 @@
-"""The compiled library: the structs of `c/model.h` and `c/read.c`, and what is called."""
+"""The compiled library: the structs of `c/model.h`, `c/block.h` and `c/read.c`, and what is called."""
 
 import ctypes
 import functools
@@ -20,12 +20,20 @@ class Matrix(ctypes.Structure):
     _fields_ = struct("N K kind group", "lines scales")
 
 
+class Turn(ctypes.Structure):
+    """struct Turn of c/model.h."""
+
+    _fields_ = struct("K H halves row_norm at", "frequency log_decay")
+
+
 class Layer(ctypes.Structure):
     """struct Layer of c/model.h."""
 
     _fields_ = [
+        *struct("kind H kv K V F gate gate_activation gated normed_heads activation ffn_gate window sinks", ""),
+        *struct("", "turn log_decay mixer_norm ffn_norm", real="eps decay_scale"),
+        *struct("", "q_norm k_norm q_bias k_bias decay_bias head_norm"),
         *((name, Matrix) for name in ("in_", "out", "up", "down")),
-        *struct("", "retention_norm ffn_norm q_norm k_norm q_bias k_bias decay_bias head_norm"),
     ]
 
 
@@ -33,25 +41,22 @@ class Model(ctypes.Structure):
     """struct Model of c/model.h."""
 
     _fields_ = [
-        *struct("D layers H kv K V F vocab halves gate gate_activation activation ffn_gate", ""),
-        *struct("gated row_norm normed_heads", "", real="eps decay_scale embed_scale"),
-        *struct("", "frequency log_decay log_decay_f layer"),
+        *struct("D layers vocab turns", "turn layer embed_norm final_norm", real="eps embed_scale"),
         ("embed", Matrix),
         ("head", Matrix),
-        *struct("", "embed_norm final_norm"),
     ]
 
 
-class Rings(ctypes.Structure):
-    """struct Rings of c/read.c."""
+class Memory(ctypes.Structure):
+    """struct Memory of c/block.h."""
 
-    _fields_ = struct("", "state k v decay written folded")
+    _fields_ = [*struct("", "state k v decay written folded"), *struct("slots", "")]
 
 
 class Reading(ctypes.Structure):
-    """struct Reading of c/read.c."""
+    """struct Reading of c/block.h."""
 
-    _fields_ = struct("N slots dtype threads", "pool model ids begin position rings x")
+    _fields_ = struct("N steps dtype threads", "pool model ids begin position rows memory x")
 
 
 class Heading(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""NativeRetNet: a RetNet whose tokens the library reads, over the states that torch would read them with."""
+"""NativeModel: a model whose tokens the C library reads, over the same states as torch."""
 
 import ctypes
 import weakref
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retentive.models import LanguageModel, RetentionMemory, State
+from retentive.models import AttentionMemory, LanguageModel, RetentionMemory, State
+from retentive.models.memory import Memory
 from retentive.models.model import checked_ids
-from retentive.native.library import Heading, Matrix, Reading, Rings, library
+from retentive.native import library as lib
+from retentive.native.library import Heading, Reading, library
 from retentive.native.threads import Threads
 from retentive.native.weights import ROWS, Packed
 from retentive.ops import Ring, forced
@@ -18,19 +20,17 @@ from retentive.ops.compiler import NotBuilt
 from retentive.ops.cpu import DTYPES
 
 ENGINES = ("auto", "native", "torch")
-"""What may read tokens: auto is native where that can run the model."""
+"""Engines that can read tokens; auto is native where that can run the model."""
 STEPS = 64
 """Tokens at most that go through rings one by one; more are read in chunks."""
+ROOM = 1 << 62
+"""Tokens for which there is room where no cache grows."""
 
 
 def unfit(model: Any) -> str | None:
-    """Why C cannot read with such a model, on whatever machine; None if it can."""
+    """Reason why C cannot run the model on any machine; None if it can."""
     if model.config.library:
         return f"it runs models of this package, this is one of {model.config.library}"
-    try:
-        model.config.all_retention("it")
-    except ValueError as error:
-        return str(error)
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):
@@ -39,7 +39,7 @@ def unfit(model: Any) -> str | None:
 
 
 def refused(model: Any) -> str | None:
-    """Why the library cannot read with this model here; None if it can."""
+    """Reason why the library cannot run the model here; None if it can."""
     return unfit(model) or (str(library()) if isinstance(library(), NotBuilt) else None)
 
 
@@ -55,7 +55,7 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
     if engine == "torch" or (engine == "auto" and refused(model)):
         return model
     try:
-        return NativeRetNet(model)
+        return NativeModel(model)
     except MemoryError:
         if engine == "native":
             raise
@@ -63,7 +63,7 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
 
 
 def native_here(*tensors: Tensor | None) -> bool:
-    """Whether a call may leave torch: nobody asks for gradients, and all is on the CPU."""
+    """True if a call may leave torch: without gradients, and with all tensors on the CPU."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -74,30 +74,29 @@ def native_here(*tensors: Tensor | None) -> bool:
 class NativeHead(nn.Module):
     """The output matrix: float32 logits `[..., vocab]` from x `[..., D]`."""
 
-    def __init__(self, head: nn.Module, matrix: Matrix, dtype: torch.dtype, threads: Threads):
+    def __init__(self, head: nn.Module, packed: Packed, dtype: torch.dtype, threads: Threads):
         super().__init__()
-        for name, parameter in head.named_parameters():
-            self.register_parameter(name, parameter)
+        self._parameters = head._parameters  # the very dictionary: a parameter assigned to one is the other's too
         self._torch = (head, dtype)  # in a tuple, or its parameters would be registered once more
-        self._matrix, self._threads = matrix, threads
+        self._packed, self._threads = packed, threads
 
     def forward(self, x: Tensor) -> Tensor:
         if not native_here(x) or not x.numel():  # of nothing: where a chunk of a text predicts no token
             head, dtype = self._torch
             return head(x.to(dtype))
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        logits = torch.empty(len(rows), -(-self._matrix.N // ROWS) * ROWS)
+        rows, matrix = x.reshape(-1, x.shape[-1]).float().contiguous(), self._packed.struct.head
+        logits = torch.empty(len(rows), -(-matrix.N // ROWS) * ROWS)
         low = DTYPES.index(self._torch[1])
-        call = Heading(len(rows), low, head=ctypes.addressof(self._matrix), x=rows.data_ptr(), logits=logits.data_ptr())
-        self._threads.call(library().native_head, call, len(rows))
-        return logits[:, : self._matrix.N].unflatten(0, x.shape[:-1])
+        call = Heading(len(rows), low, head=ctypes.addressof(matrix), x=rows.data_ptr(), logits=logits.data_ptr())
+        self._threads.call(library().native_head, call, len(rows), self._packed.head.refresh)
+        return logits[:, : matrix.N].unflatten(0, x.shape[:-1])
 
 
-class NativeRetNet(LanguageModel):
-    """The same model, with the same parameters: what needs no gradients is read by the library, the rest by torch.
+class NativeModel(LanguageModel):
+    """The same model, with the same parameters: calls without gradients are read by the library, others by torch.
 
-    States are those of any RetNet, so that either can go on where the other stopped. The library has a packed copy of
-    the weights: later changes of the parameters do not reach it, and another dtype of them is refused.
+    Both take and return the same states, so that either goes on where the other stopped. The library has a packed copy
+    of the weights, and packs again what has changed since the last call; another dtype of the weights is refused.
     """
 
     own_threads = True
@@ -121,12 +120,21 @@ class NativeRetNet(LanguageModel):
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
         self._packed_dtype = self.dtype
-        head: Any = NativeHead(model.head, self._packed.struct.head, self.dtype, self._threads)
+        head: Any = NativeHead(model.head, self._packed, self.dtype, self._threads)
         self.head = head
         self.train(model.training)
 
     def __reduce_ex__(self, protocol):
         raise TypeError("a model of the native engine is not copied or pickled: do that with the one it was made from")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.dtype != self.dtype or not moved.is_cpu:
+            raise ValueError(
+                f"a model of the native engine stays {str(self.dtype).removeprefix('torch.')} on the CPU: convert the "
+                "model it was made from, and call with_engine anew"
+            )
+        return super()._apply(fn, recurse)
 
     def hidden(
         self,
@@ -138,91 +146,155 @@ class NativeRetNet(LanguageModel):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As every model's, but float32 where the library has computed it."""
-        if embeds is not None or lengths is not None or ids is None or forced() or not native_here(ids, cu_seqlens):
+        if lengths is not None or forced() or not native_here(ids, embeds, cu_seqlens):
             return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
         if self.dtype != self._packed_dtype:
             was, now = (str(dtype).removeprefix("torch.") for dtype in (self._packed_dtype, self.dtype))
             raise ValueError(f"the native engine has {was} weights, the model has {now} now: call with_engine anew")
-        if ids.ndim != 2 or not ids.numel():
-            raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
-        checked_ids(ids, self.config.vocab_size)
-        begin, tokens = self._borders(ids, cu_seqlens)
+        given, rows = self._given(ids, embeds)
+        begin, tokens = _borders(given, cu_seqlens)
         state = self.init_state(len(begin) - 1) if state is None else state
-        memories, places = self._memories(state, len(begin) - 1, ids.shape[1] if cu_seqlens is None else 0)
-        x = self._read(ids.long().contiguous(), begin, state.position, places)
-        return x.unflatten(0, ids.shape), state.then(memories, state.position + tokens)
+        memories, places = self._memories(state, tokens, equal=cu_seqlens is None)
+        x, position = torch.empty(given.numel(), self.config.dim), state.position.long().contiguous()
+        call = Reading(
+            len(tokens), int(places.most > 0), DTYPES.index(self.dtype), model=ctypes.addressof(self._packed.struct),
+            ids=given.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(), memory=places.address,
+            rows=None if rows is None else rows.data_ptr(), x=x.data_ptr(),
+        )  # fmt: skip
+        self._threads.call(library().native_read, call, given.numel(), self._packed.body.refresh)
+        return x.unflatten(0, given.shape), state.then(memories, position + tokens)
 
-    def _borders(self, ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | int]:
-        """Where the sequences begin and end `[N+1]`, and how many tokens each has."""
-        if cu_seqlens is None:
-            return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
-        begin = cu_seqlens.to(torch.int64).contiguous()
-        tokens = begin.diff()
-        if begin[0] != 0 or begin[-1] != ids.numel() or bool((tokens < 0).any()):
-            raise ValueError(f"cu_seqlens must ascend from 0 to the {ids.numel()} tokens, got {begin.tolist()}")
-        return begin, tokens
+    def _given(self, ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(int64 `[B,T]`, rows `[B T, D]`): ids, or in place of each `~r` for row r of the embeddings."""
+        if embeds is None:
+            ids = checked_ids(ids, self.config.vocab_size)
+            if ids.ndim != 2 or not ids.numel():
+                raise ValueError(f"the model needs ids [B,T] with at least one token, got {list(ids.shape)}")
+            return ids.long().contiguous(), None
+        if embeds.ndim != 3 or not embeds.numel() or embeds.shape[-1] != self.config.dim:
+            raise ValueError(f"the model needs embeds [B,T,{self.config.dim}], got {list(embeds.shape)}")
+        rows = embeds.reshape(-1, self.config.dim).float().contiguous()
+        return ~torch.arange(len(rows)).view(embeds.shape[:2]), rows
 
-    def _memories(self, state: State, N: int, T: int) -> "tuple[Sequence[Any], Places]":
-        """The memories to read tokens into, in place; T tokens for each sequence, 0 for different numbers of them.
+    def _memories(self, state: State, tokens: Tensor, *, equal: bool) -> "tuple[Sequence[Any], Places]":
+        """The memories to read tokens `[N]` into, in place.
 
         Single tokens go through rings, and a few where there are rings with room for them; more in chunks through plain
-        states.
+        states. Caches take any number.
+
+        Args:
+            equal: all sequences have as many tokens.
 
         Raises:
             ValueError: the state does not fit the model or the N sequences.
         """
+        N, T = len(tokens), int(tokens[0]) if equal else STEPS + 1
         if tuple(state.position.shape) != (N,):
             raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
+        longest = int((state.position + tokens).max()) if self.config.attends else 0
         kept = self._kept  # looked at once: another thread may put its own there
-        if 0 < T <= STEPS and kept is not None and kept.N == N and kept.slots >= T and kept.are_of(state.memories):
+        if kept is not None and kept.N == N and kept.most >= T and longest <= kept.room and kept.are_of(state.memories):
             state.check_unused()
-            return state.memories, kept  # the rings that the last token went into, as a rule
-        memories: Any = self.checked(state).memories
-        self._check_shapes(memories, N)
-        rings = [m.value for m in memories if isinstance(m.value, Ring) and m.value.k.dtype == self.dtype]
-        ready = len(rings) == len(memories)
-        if T == 1 or (ready and 0 < T <= min(STEPS, rings[0].k.shape[2])):
-            memories = memories if ready else state.for_decoding(self.dtype).memories
-            self._kept = kept = Places(memories)
-            return memories, kept
-        plain = [m.tensor() if isinstance(m.value, Ring) else m.value.clone() for m in memories]
-        memories = [RetentionMemory(x.contiguous()) for x in plain]
-        return memories, Places(memories)
+            return state.memories, kept  # where the last token went, as a rule
+        state = self.checked(state).placed(self.config.kinds)
+        for block, memory in zip(self.blocks, state.memories, strict=True):
+            _check_memory(block.mixer, memory, N, self.dtype)
+        most = _most_steps(state.memories, self.dtype)
+        if T == 1 and not most:
+            state, most = state.for_decoding(self.dtype), 1
+        elif most < T:
+            state, most = State([_plain(m) for m in state.memories], state.position), 0
+        memories = [_with_room(m, longest) for m in state.memories]
+        places = Places(memories, N, most)
+        self._kept = places if places.most else kept
+        return memories, places
 
-    def _check_shapes(self, memories: Sequence[Any], N: int) -> None:
-        """Raises ValueError for states that the library would read or write past the end of."""
-        wanted = (N, *self._packed.state)
-        for memory in memories:
-            inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
-            if tuple(inner.shape) != wanted or inner.dtype != torch.float32 or not inner.is_cpu:
-                raise ValueError(f"state must be float32 {list(wanted)}, got {inner.dtype} {list(inner.shape)}")
 
-    def _read(self, ids: Tensor, begin: Tensor, position: Tensor, places: "Places") -> Tensor:
-        """x `[tokens, D]` after tokens that go into the states, in place."""
-        x, position = torch.empty(ids.numel(), self.config.dim), position.long().contiguous()
-        call = Reading(
-            len(begin) - 1, places.slots, DTYPES.index(self._packed_dtype), model=ctypes.addressof(self._packed.struct),
-            ids=ids.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(), rings=places.address,
-            x=x.data_ptr(),
-        )  # fmt: skip
-        self._threads.call(library().native_read, call, ids.numel())
-        return x
+def _most_steps(memories: Sequence[Memory], dtype: torch.dtype) -> int:
+    """Tokens at most that can go through the rings one by one; 0 where there is a state without a ring of `dtype`."""
+    rings: list[Any] = [m.value for m in memories if isinstance(m, RetentionMemory)]
+    if not all(isinstance(x, Ring) and x.k.dtype == dtype for x in rings):
+        return 0
+    return min([STEPS, *(x.k.shape[2] for x in rings)])
+
+
+def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(first token of each sequence and the end `[N+1]`, tokens of each `[N]`)."""
+    if cu_seqlens is None:
+        begin = torch.arange(0, ids.numel() + 1, ids.shape[1])
+        return begin, begin.diff()
+    begin = cu_seqlens.to(torch.int64).contiguous()
+    tokens = begin.diff()
+    if begin[0] != 0 or begin[-1] != ids.numel() or bool((tokens < 0).any()):
+        raise ValueError(f"cu_seqlens must ascend from 0 to the {ids.numel()} tokens, got {begin.tolist()}")
+    return begin, tokens
+
+
+def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
+    """Raises ValueError for a memory that the library would read or write past the end of."""
+    if isinstance(memory, RetentionMemory):
+        inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
+        parts = {"state": (inner, torch.float32, (N, mixer.H, mixer.K, mixer.V))}
+    else:
+        cached = (N, memory.slots, mixer.kv_heads, mixer.K)
+        parts = {"keys": (memory.keys, dtype, cached), "values": (memory.values, dtype, cached)}
+        if memory.gates is not None:
+            parts["gates"] = (memory.gates, torch.float32, (N, memory.slots, mixer.H))
+        if (memory.gates is None) != (mixer.forget_proj is None):
+            has = "no forget gates" if memory.gates is None else "forget gates"
+            raise ValueError(f"the cache has {has}, unlike the model: another model's state?")
+    for name, (x, wanted, shape) in parts.items():
+        if tuple(x.shape) != shape or x.dtype != wanted or not x.is_cpu:
+            asked = f"{str(wanted).removeprefix('torch.')} {list(shape)}"
+            raise ValueError(f"{name} must be {asked}, got {x.dtype} {list(x.shape)}")
+
+
+def _plain(memory: Memory) -> Memory:
+    """A state as a copy without a ring; a cache as it is."""
+    if isinstance(memory, AttentionMemory):
+        return memory
+    value = memory.value
+    return RetentionMemory((value.to_state() if isinstance(value, Ring) else value.clone()).contiguous())
+
+
+def _with_room(memory: Memory, slots: int) -> Memory:
+    """A cache with room for so many tokens, contiguous; itself where it is so, as a state always is."""
+    if isinstance(memory, RetentionMemory):
+        return memory
+    memory = memory.reserve(slots)
+    return memory if all(x.is_contiguous() for x in memory.layer) else memory.map(Tensor.contiguous)
 
 
 class Places:
-    """The addresses of states or rings, written down once for all tokens that go into the same ones."""
+    """The addresses of memories, written down once for all tokens that go into the same ones."""
 
-    def __init__(self, memories: Sequence[Any]):
-        values = [m.value for m in memories]
-        # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
-        self._rings = [weakref.ref(x) for x in values if isinstance(x, Ring)]
-        self.N = values[0].k.shape[0] if self._rings else 0
-        self.slots = values[0].k.shape[2] if self._rings else 0
-        tensors = [x.tensors().values() if isinstance(x, Ring) else [x] for x in values]
-        self._array = (Rings * len(tensors))(*(Rings(*(t.data_ptr() for t in layer)) for layer in tensors))
+    def __init__(self, memories: Sequence[Memory], N: int, most: int):
+        """
+        Args:
+            most: tokens at most that go through rings one by one; 0: states are plain, tokens go in chunks.
+        """
+        self.N, self.most, self.room = N, most, ROOM
+        self._array = (lib.Memory * len(memories))(*map(self._place, memories))
         self.address = ctypes.addressof(self._array)
+        # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
+        self._held = [weakref.ref(_holder(memory)) for memory in memories]
 
-    def are_of(self, memories: Sequence[Any]) -> bool:
-        """True if these are the very rings."""
-        same = (a() is m.value for a, m in zip(self._rings, memories, strict=False))
-        return len(memories) == len(self._rings) and all(same)
+    def _place(self, memory: Memory) -> Any:
+        if isinstance(memory, RetentionMemory):
+            tensors = memory.tensors()
+            slots = tensors[1].shape[2] if len(tensors) > 1 else 0
+            return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots)
+        if not memory.window or memory.slots < memory.window:
+            self.room = min(self.room, memory.slots)
+        gates = None if memory.gates is None else memory.gates.data_ptr()
+        return lib.Memory(k=memory.keys.data_ptr(), v=memory.values.data_ptr(), decay=gates, slots=memory.slots)
+
+    def are_of(self, memories: Sequence[Memory]) -> bool:
+        """True if these are the very memories, in the same order."""
+        same = (held() is _holder(memory) for held, memory in zip(self._held, memories, strict=False))
+        return len(memories) == len(self._held) and all(same)
+
+
+def _holder(memory: Memory) -> Any:
+    """The ring, or the tensor of keys: the same object as long as the addresses stay."""
+    return memory.value if isinstance(memory, RetentionMemory) else memory.keys

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,13 +85,17 @@ class Threads:
         if getattr(self, "_pool", None):
             self._close(self._pool)
 
-    def call(self, function: Any, call: Any, tokens: int) -> None:
+    def call(self, function: Any, call: Any, tokens: int, before: Callable[[], None]) -> None:
         """Calls a function of the library for so many tokens, with at most torch's number of threads.
+
+        Args:
+            before: called first, while no other thread is in a call.
 
         Raises:
             MemoryError: the library found none.
         """
         with self._lock:
+            before()
             most, began = torch.get_num_threads(), time.perf_counter()
             # to a power of two of tokens, which take about as long each
             kind = function.__name__, tokens.bit_length(), most

@@ -1,8 +1,10 @@
 """A model's weights as the library reads them: every matrix packed once, those of a sublayer that read the same input
-one below the other."""
+one below the other; and packed again when the model's own weights change."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +12,15 @@ from torch import Tensor, nn
 
 from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel
-from retentive.native.library import KINDS, Layer, Matrix, Model, library
+from retentive.native.library import KINDS, Layer, Matrix, Model, Turn, library
 from retentive.ops.rotary import frequencies
 
 ROWS, LINE = 16, 64
 """Rows of a panel, bytes of its lines: c/weights.h."""
 ACTIVATIONS = ("swish", "gelu", "sigmoid")
-"""As c/model.h counts them."""
+"""Activations as c/model.h counts them."""
+MIXERS = ("retention", "attention")
+"""Kinds of layers as c/model.h counts them."""
 
 
 class Rows(NamedTuple):
@@ -41,43 +45,123 @@ class Rows(NamedTuple):
     def panels(self) -> int:
         return -(-len(self.stored) // ROWS)
 
+    @property
+    def shape(self) -> str:
+        """Everything but the numbers: kind, rows, columns, and the columns of a scale."""
+        grouped = f" in groups of {self.group}" if self.group else ""
+        return f"{self.kind} [{len(self.stored)}, {self.columns}]{grouped}"
+
+
+class Watched:
+    """Copies of parameters, made again when one of these has changed.
+
+    Seen are the changes that torch counts: other storage in a parameter's place (`load_state_dict`, `.data =`), and
+    operations in place, such as an optimiser's step. Writing into `.data` is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._copies: list[tuple[range, Callable[[], None]]] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._copied: list[Tensor] = []  # kept alive, so that no other storage gets the same address
+
+    def add(self, copy: Callable[[], None], *modules: nn.Module) -> None:
+        """Has `copy` called at the next refresh, and after a change of the modules' parameters."""
+        first = len(self._places)
+        self._places += [(m._parameters, name) for m in modules for name, x in m._parameters.items() if x is not None]
+        self._copies.append((range(first, len(self._places)), copy))
+        self._stamps += [(0, -1)] * (len(self._places) - first)
+
+    def refresh(self) -> None:
+        """Copies what is new or has changed.
+
+        Raises:
+            ValueError: a parameter has another shape or dtype than before.
+        """
+        now: list[Any] = [parameters[name] for parameters, name in self._places]
+        stamps = list(zip(map(Tensor.data_ptr, now), _versions(now), strict=True))
+        if stamps == self._stamps:
+            return
+        for places, copy in self._copies:
+            if any(stamps[i] != self._stamps[i] for i in places):
+                copy()
+        self._stamps, self._copied = stamps, [x.detach() for x in now]
+
+
+def _versions(parameters: list[Any]) -> list[int]:
+    """Version counters; 0 for parameters made in inference mode, which have none."""
+    try:
+        return list(map(attrgetter("_version"), parameters))
+    except RuntimeError:
+        return [0 if x.is_inference() else x._version for x in parameters]
+
 
 class Packed:
     """A model for the library (`struct Model`), with all memory that it points to."""
 
     def __init__(self, model: LanguageModel):
+        """
+        Raises:
+            MemoryError: no memory for the packed weights.
+        """
         self._keep: list[Any] = []
-        whole, c, ffn = model.config, model.config.all_retention("it"), model.config.blocks[0].ffn
-        layers = (Layer * whole.layers)(*(self._layer(block) for block in model.blocks))
-        self.state = H, K, V = c.head_shape
-        """The shape of a layer's state, of one sequence."""
-        fixed = [] if c.decay == "gated" else c.log_decay()
-        turning = [] if c.rotary == "none" else frequencies(K, c.rotary, base=c.rotary_base).tolist()
+        self.body, self.head = Watched(), Watched()
+        c: Any = model.config
+        turns, of_layer = self._turns([block.mixer for block in model.blocks])
+        layers = (Layer * len(c.blocks))(*map(self._layer, model.blocks, c.blocks, of_layer))
         self.struct = Model(
-            D=c.dim, layers=whole.layers, H=H, kv=c.kv_heads, K=K, V=V,
-            F=ffn.width, vocab=whole.vocab_size, halves=c.rotary == "half", gate=c.gate,
-            gate_activation=ACTIVATIONS.index(c.gate_activation), activation=ACTIVATIONS.index(ffn.activation),
-            ffn_gate=ffn.gate, gated=c.decay == "gated", row_norm=c.score_norm, normed_heads=c.head_norm,
-            eps=whole.norm_eps, decay_scale=c.decay_scale, embed_scale=c.dim**0.5 if whole.embed_scale else 1.0,
-            frequency=self._kept((ctypes.c_double * len(turning))(*turning)) if turning else None,
-            log_decay=self._kept((ctypes.c_double * len(fixed))(*fixed)),
-            log_decay_f=self._kept((ctypes.c_float * len(fixed))(*fixed)), layer=self._kept(layers),
-            embed=self._matrix([Rows.of(model.embed)]), head=self._matrix([Rows.of(model.head)]),
-            embed_norm=self._gain(model.embed_norm), final_norm=self._gain(model.norm),
+            D=c.dim, layers=len(layers), vocab=c.vocab_size, turns=len(turns), eps=c.norm_eps,
+            embed_scale=c.dim**0.5 if c.embed_scale else 1.0, turn=self._kept(turns), layer=self._kept(layers),
+            embed_norm=self._vector(model.embed_norm), final_norm=self._vector(model.norm),
+            embed=self._matrix([model.embed]), head=self._matrix([model.head], watched=self.head),
+        )  # fmt: skip
+        self.body.refresh()
+        self.head.refresh()
+
+    def _turns(self, mixers: Sequence[Any]) -> tuple[Any, list[int]]:
+        """The different turns, and the address of each layer's."""
+        keys = []
+        for mixer in mixers:
+            c = mixer.config
+            decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
+            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, decays))
+        unique, at = list(dict.fromkeys(keys)), 0
+        turns = (Turn * len(unique))()
+        for turn, (K, H, rotary, base, decays) in zip(turns, unique, strict=True):
+            turning = frequencies(K, rotary, base=base).tolist() if rotary != "none" else []
+            turn.K, turn.H, turn.halves, turn.row_norm, turn.at = K, H, rotary == "half", bool(decays), at
+            turn.frequency, turn.log_decay, at = self._doubles(turning), self._doubles(decays), at + K + H
+        size = ctypes.sizeof(Turn)
+        return turns, [ctypes.addressof(turns) + unique.index(key) * size for key in keys]
+
+    def _layer(self, block: Any, config: Any, turn: int) -> Layer:
+        mixer, c, ffn = block.mixer, block.mixer.config, block.ffn
+        own = self._retention if c.kind == "retention" else self._attention
+        return Layer(
+            kind=MIXERS.index(c.kind), H=mixer.H, kv=mixer.kv_heads, K=mixer.K, F=config.ffn.width,
+            activation=ACTIVATIONS.index(config.ffn.activation), ffn_gate=config.ffn.gate, eps=c.norm_eps, turn=turn,
+            mixer_norm=self._vector(block.mixer_norm), ffn_norm=self._vector(block.ffn_norm),
+            q_norm=self._vector(mixer.q_norm), k_norm=self._vector(mixer.k_norm), out=self._matrix([mixer.out_proj]),
+            up=self._matrix([ffn.gate_proj, ffn.up_proj], in_turn=True), down=self._matrix([ffn.down_proj]),
+            **own(mixer, c),
         )  # fmt: skip
 
-    def _layer(self, block: Any) -> Layer:
-        mixing, ffn = block.retention, block.ffn
-        read = [mixing.q_proj, mixing.k_proj, mixing.v_proj, mixing.g_proj, mixing.decay_proj]
-        ups = [Rows.of(proj) for proj in (ffn.gate_proj, ffn.up_proj) if proj is not None]
-        return Layer(
-            in_=self._matrix([Rows.of(proj) for proj in read if proj is not None]),
-            out=self._matrix([Rows.of(mixing.out_proj)]), up=self._matrix(ups, in_turn=True),
-            down=self._matrix([Rows.of(ffn.down_proj)]),
-            retention_norm=self._gain(block.retention_norm), ffn_norm=self._gain(block.ffn_norm),
-            q_norm=self._gain(mixing.q_norm), k_norm=self._gain(mixing.k_norm), q_bias=self._vector(mixing.q_bias),
-            k_bias=self._vector(mixing.k_bias), head_norm=self._gain(mixing.head_norm),
-            decay_bias=self._vector(mixing.decay_proj.bias) if mixing.decay_proj is not None else None,
+    def _retention(self, mixer: Any, c: Any) -> dict[str, Any]:
+        fixed, decay = [] if c.decay == "gated" else c.log_decay(), mixer.decay_proj
+        return dict(
+            V=mixer.V, gate=c.gate, gate_activation=ACTIVATIONS.index(c.gate_activation), gated=c.decay == "gated",
+            normed_heads=c.head_norm, decay_scale=c.decay_scale, head_norm=self._vector(mixer.head_norm),
+            log_decay=self._kept((ctypes.c_float * len(fixed))(*fixed)) if fixed else None,
+            q_bias=self._vector(mixer, "q_bias"), k_bias=self._vector(mixer, "k_bias"),
+            decay_bias=self._vector(decay, "bias"),
+            in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, decay]),
+        )  # fmt: skip
+
+    def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
+        return dict(
+            V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0,
+            decay_bias=self._vector(mixer.forget_proj, "bias"),
+            in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
         )  # fmt: skip
 
     def _kept(self, memory: Any) -> int:
@@ -85,22 +169,29 @@ class Packed:
         self._keep.append(memory)
         return ctypes.addressof(memory)
 
-    def _gain(self, norm: Any) -> int | None:
-        """Of a norm that is there and has one."""
-        return None if norm is None or isinstance(norm, nn.Identity) else self._vector(norm.weight)
+    def _doubles(self, numbers: Sequence[float]) -> int | None:
+        return self._kept((ctypes.c_double * len(numbers))(*numbers)) if numbers else None
 
-    def _vector(self, x: Tensor | None) -> int | None:
-        if x is None:
+    def _vector(self, module: Any, name: str = "weight") -> int | None:
+        """The address of a module's parameter as float32; None where there is none."""
+        if module is None or module._parameters.get(name) is None:
             return None
-        self._keep.append(x := x.detach().float().contiguous().clone())
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written outside it
+            x = torch.empty(module._parameters[name].shape)
+        self._keep.append(x)
+        self.body.add(lambda: x.copy_(module._parameters[name].detach()), module)
         return x.data_ptr()
 
-    def _matrix(self, parts: Sequence[Rows], *, in_turn: bool = False) -> Matrix:
-        """The parts one below the other, each in panels of its own; or panels of each in turn.
+    def _matrix(
+        self, modules: Sequence[nn.Module | None], *, in_turn: bool = False, watched: Watched | None = None
+    ) -> Matrix:
+        """The modules' matrices one below the other, each in panels of its own; or panels of each in turn.
 
         Raises:
             MemoryError: no memory for it.
         """
+        there = [module for module in modules if module is not None]
+        parts = [Rows.of(module) for module in there]
         kind, columns, group, *_ = parts[0]
         panels = sum(part.panels for part in parts)
         # whole panels count as its rows, but for those of the last part, whose padding nobody asks for
@@ -112,12 +203,21 @@ class Packed:
         except RuntimeError:  # torch's allocator
             raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
         library().place(ctypes.byref(matrix), ctypes.c_void_p(blob.data_ptr() + -blob.data_ptr() % LINE))
+        self._keep += [blob, matrix]
         first = 0
-        for n, part in enumerate(parts):
-            stored, scales = part.stored.contiguous(), None if part.scales is None else part.scales.contiguous()
-            pointers = (stored.data_ptr(), None if scales is None else scales.data_ptr())
-            where = (len(stored), n, len(parts)) if in_turn else (len(stored), first, 1)
-            library().pack(ctypes.byref(matrix), *map(ctypes.c_int64, where), *map(ctypes.c_void_p, pointers))
+        for n, (module, part) in enumerate(zip(there, parts, strict=True)):
+            where = (n, len(parts)) if in_turn else (first, 1)
+            (watched or self.body).add(partial(_pack, matrix, module, part.shape, *where), module)
             first += part.panels
-        self._keep.append(blob)
         return matrix
+
+
+def _pack(matrix: Matrix, module: nn.Module, shape: str, first: int, step: int) -> None:
+    """Packs a module's matrix into every `step`-th panel from `first` on."""
+    part = Rows.of(module)
+    if part.shape != shape:
+        raise ValueError(f"the native engine has packed {shape}, the model has {part.shape} now: call with_engine anew")
+    stored, scales = part.stored.contiguous(), None if part.scales is None else part.scales.contiguous()
+    pointers = (stored.data_ptr(), None if scales is None else scales.data_ptr())
+    where = map(ctypes.c_int64, (len(stored), first, step))
+    library().pack(ctypes.byref(matrix), *where, *map(ctypes.c_void_p, pointers))

@@ -1,10 +1,9 @@
-/* A RetNet that writes, without Python.
+/* A model that writes, without Python.
 
     write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [--top-k K] [--top-p P] [--min-p M] [-s SEED] [-j THREADS]
                 [--state FILE]
 
-MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. The state is as large after a million tokens as
-after one: with --state it goes on from a file, if that is there, and is saved to it after the prompt and in the end.
+MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. With --state it goes on from a file, if that is there, and is saved to it after the prompt and in the end.
 */
 
 #include <retentive.h>

@@ -43,7 +43,7 @@ def test_a_small_run_measures_everything(config, monkeypatch):
 def test_engines_with_the_model_in_c_are_timed_beside_that_with_torch():
     one = model()
     options = Options(streams=2, tokens=4, prompt=9, long=0, repeats=1)
-    result = serving.of_model(one, options, others={"native-bf16": native.NativeRetNet(one)})
+    result = serving.of_model(one, options, others={"native-bf16": native.NativeModel(one)})
     assert json.loads(json.dumps(result)) == result
     times = result["native_over_engine"]["native-bf16"]
     assert times > 0 and f"{times:.2f} times the engine with torch" in serving.table(result)

@@ -95,7 +95,7 @@ def test_a_model_is_measured_with_each_kind_of_weights(data, tmp_path):
 
 def test_what_cannot_be_measured_is_said(data, tmp_path):
     save_model(tmp_path / "twin", model("transformer"), ByteTokenizer())
-    with pytest.raises(ValueError, match="quantising takes models of retention only, this is a Transformer"):
+    with pytest.raises(ValueError, match="this benchmark takes models of retention only, this is a Transformer"):
         measure(Options(run=str(tmp_path / "twin"), data=data.path))
     save_model(tmp_path / "int8", quantize(model(), 8), ByteTokenizer())
     with pytest.raises(ValueError, match="quantised already"):

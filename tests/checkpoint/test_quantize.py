@@ -1,6 +1,7 @@
 """Integers in place of matrices: how near they are, what calibration gains, and folders of them."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import load_tensors, save_tensors
 from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
-from retentive.models import ARCHITECTURES, build, config_of, retnet, transformer
+from retentive.models import ARCHITECTURES, build, hybrid, peer, retnet, transformer
 
 SMALL = dict(vocab_size=67, dim=48, layers=2, heads=2, ffn_dim=50)
 CONFIGS = {
@@ -30,11 +31,17 @@ CONFIGS = {
     "paper": ARCHITECTURES["retnet-paper"],
     "plain": dict(gate=False, ffn_gate=False, final_norm=False),
 }
+MODELS = {
+    **{name: retnet(**SMALL | fields) for name, fields in CONFIGS.items()},
+    "transformer": transformer(**SMALL | dict(heads=4, kv_heads=2, qk_norm=True)),
+    "forget-gate": transformer(**SMALL, forget_gate=True, attention_window=5),
+    "hybrid": hybrid(**SMALL, attention=(1,)),
+}
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=MODELS)
 def model(request):
-    return build(retnet(**SMALL | CONFIGS[request.param])).eval()
+    return build(MODELS[request.param]).eval()
 
 
 def error(a, b):
@@ -111,8 +118,9 @@ def test_logits_of_integers(model):
 
 
 @torch.no_grad()
-def test_calibration_brings_logits_nearer_on_text_like_that():
-    model = build(retnet(**SMALL)).eval()
+@pytest.mark.parametrize("name", ["retnet", "forget-gate", "hybrid"])
+def test_calibration_brings_logits_nearer_on_text_like_that(name):
+    model = build(MODELS[name]).eval()
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
@@ -147,10 +155,9 @@ def test_text_to_calibrate_on_comes_from_all_documents_in_turn():
 
 
 def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
-    with refuses("quantising takes models of retention only, this is a Transformer"):
-        quantize(build(transformer(**{k: v for k, v in SMALL.items() if k != "ffn_dim"})), 8)
-    with refuses("quantising takes models whose blocks are of one kind, this is a Hybrid"):
-        quantize(build(config_of("hybrid", "1m", vocab_size=67)), 8)
+    if find_spec("transformers"):
+        with refuses("only models of this package can be quantised, this is one of transformers"):
+            quantize(build(peer(retnet(**SMALL), "llama")), 8)
     with refuses("weights can have 8 or 4 bits, got 5"):
         as_quantized(model, Quantization(5, 32), torch.float32)
     for group in (24, 0, 512):

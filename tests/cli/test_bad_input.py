@@ -344,7 +344,6 @@ def test_convert(case, refused):
 
 QUANTISING = {
     "taken": (["run", "--out", "data"], "data exists: choose another folder, nothing is overwritten"),
-    "twin": (["twin", "--out", "new"], "quantising takes models of retention only, this is a Transformer"),
     "group": (["run", "--out", "new", "--group", "24"], "--group 24: must be a multiple of 16 columns, up to 256"),
     "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
     "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens must be at least 1, got 0"),
@@ -443,12 +442,9 @@ def test_sft(case, refused):
 
 
 def test_engines_that_cannot_run_the_model(refused):
-    save_model("twin", build(twin(retnet(vocab_size=257, dim=16, layers=1, heads=2))), ByteTokenizer())
-    words = "the native engine cannot run this model: it takes models of retention only, this is a Transformer"
-    refused(["generate", "twin", "--engine", "native"], words)
-    refused(
-        ["generate", "twin", "--weights", "int8"], "quantising takes models of retention only, this is a Transformer"
-    )
+    save_model("half", build(retnet(vocab_size=257, dim=16, layers=1, heads=2)).half(), ByteTokenizer())
+    words = "the native engine cannot run this model: it computes in float32 or bfloat16, the model is float16"
+    refused(["generate", "half", "--engine", "native"], words)
 
 
 OTHERS = {

@@ -16,7 +16,7 @@ from retentive.export import folder, native
 from retentive.models import load_state
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.native.library import FOLDER, OPS
-from tests.export.variants import peaked
+from tests.export.variants import ATTENDING, peaked, peaked_model
 
 ASK = ["--prompt", "It's", "--temperature", "0", "--max-tokens", "20"]
 FASTER = "-DINSTRUCTIONS=-O1"
@@ -68,6 +68,23 @@ def test_the_folder_is_built_and_writes_what_the_model_writes(place, capsys):
     want = generated("run", capsys)
     assert written("build/write", "made/model") == want and len(want) > 20
     assert generated("made/model", capsys) == want
+
+
+@needs_compiler
+@needs_cmake
+@pytest.mark.parametrize("kind", ["twin", "hybrid, window"])
+def test_every_kind_of_block_is_exported_and_written_with(kind, place, capsys):
+    """Through a state in a file, which the program goes on from."""
+    save_model("other", peaked_model(ATTENDING[kind]), ByteTokenizer())
+    main(["export", "other", "--to", "native", "--out", "made"])
+    for command in (["-B", "build", "made", FASTER], ["--build", "build"]):
+        subprocess.run(["cmake", *command], check=True, capture_output=True)
+    assert written("build/write", "made/model", "--state", "kept") == (want := generated("other", capsys))
+    position = 1 + len(b"It's") + 20
+    assert load_state("kept").position.tolist() == [position] and len(want) > 20
+    again = ["build/write", "made/model", "--state", "kept", "-p", "It's", "-n", "3"]
+    assert subprocess.run(again, capture_output=True, check=True).stdout.startswith(b"It's")
+    assert load_state("kept").position.tolist() == [position + 4 + 3]
 
 
 @needs_compiler

@@ -13,8 +13,8 @@ from retentive.checkpoint.quantize import quantize
 from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine
 from retentive.infer.generate import generate
-from retentive.models import ARCHITECTURES, ModelConfig, State, build, retnet, transformer
-from retentive.native import NativeRetNet, refused, with_engine
+from retentive.models import ARCHITECTURES, ModelConfig, State, build, hybrid, retnet, transformer
+from retentive.native import NativeModel, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(libr
 
 VOCAB, TOKENS = 53, 40
 SMALL = dict(vocab_size=VOCAB, dim=48, layers=2, heads=2)
-CONFIGS = {
+RETNETS = {
     "retnet": {},
     **{name: fields for name, fields in ARCHITECTURES.items() if fields},
     "kv-heads": dict(heads=4, kv_heads=2, head_norm=True, head_norm_affine=True),
@@ -32,6 +32,25 @@ CONFIGS = {
     "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),
     "own-decays": dict(decay=(-0.3, 0.0), tie_embeddings=True, embed_norm=True, embed_scale=True, rotary="half"),
 }
+TRANSFORMERS = {
+    "transformer": {},
+    "whole-vectors": dict(dim=128, rotary_base=500_000.0),
+    "grouped": dict(heads=4, kv_heads=2, qk_norm=True, head_dim=20),
+    "one-kv-head": dict(dim=96, heads=12, kv_heads=1, rotary="interleaved"),
+    "forget-gate": dict(forget_gate=True),
+    "window": dict(attention_window=7),
+    "wide-window": dict(attention_window=150, kv_heads=1, rotary="none"),
+    "window-gate": dict(dim=64, attention_window=20, forget_gate=True),
+}
+HYBRIDS = {
+    "hybrid": dict(layers=4, attention_every=2),
+    "hybrid-window": dict(layers=3, attention=(0,), attention_window=9, decay="lm", score_norm=True, value_dim=32),
+}
+FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
+CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
+"""Every kind of block; some of these models have several, of different shapes."""
+LONG = 300
+"""Tokens that are several chunks of positions, and more than pass through the layers together."""
 
 
 def mattering(config: ModelConfig) -> torch.nn.Module:
@@ -44,12 +63,18 @@ def mattering(config: ModelConfig) -> torch.nn.Module:
 
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    return mattering(retnet(**{**SMALL, **CONFIGS[request.param]}))
+    return mattering(CONFIGS[request.param])
 
 
 @pytest.fixture
 def one():
-    return mattering(retnet(**SMALL))
+    return mattering(CONFIGS["retnet"])
+
+
+@pytest.fixture(params=["retnet", "transformer", "hybrid-window"])
+def each(request):
+    """A model of each family."""
+    return mattering(CONFIGS[request.param])
 
 
 @pytest.fixture(params=[1, 3])
@@ -59,6 +84,11 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def named(state):
+    """The tensors of a state as its file has them: without rings and free slots."""
+    return list(state.named().values())
 
 
 def decoded(model, ids, state):
@@ -83,7 +113,7 @@ def in_float64(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["decode", "read", "few"])
 def test_logits_and_states_are_torchs_in_float32(model, how, threads, same):
-    ids, native = torch.randint(VOCAB, (3, TOKENS)), NativeRetNet(model)
+    ids, native = torch.randint(VOCAB, (3, TOKENS)), NativeModel(model)
     if how == "decode":
         got, state = decoded(native, ids, None)
     elif how == "read":
@@ -99,14 +129,26 @@ def test_logits_and_states_are_torchs_in_float32(model, how, threads, same):
     # sums in another order: some of the errors are larger, none by much
     assert as_close(got, plain, exact, 2)
     assert state.position.tolist() == [TOKENS] * 3
-    same(state.settled().tensors(), theirs.tensors(), 1e-5)
+    same(named(state), named(theirs), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *HYBRIDS])
+def test_long_texts_in_parts_of_any_size(name, threads, same):
+    model, ids = mattering(CONFIGS[name]), torch.randint(VOCAB, (2, LONG))
+    native, state, got = NativeModel(model), None, []
+    for part in ids.split([100, 1, 3, 60, 2, 1, 1, LONG - 168], 1):
+        logits, state = native(part, state)
+        got.append(logits)
+    assert as_close(torch.cat(got, 1), model(ids)[0], in_float64(model, ids)[0], 2)
+    same(named(state), named(model(ids)[1]), 1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["decode", "read"])
 def test_in_bfloat16_it_is_as_close_as_torch(model, how):
     ids, low = torch.randint(VOCAB, (2, TOKENS)), model.bfloat16()
-    native = NativeRetNet(low)
+    native = NativeModel(low)
     got = decoded(native, ids, None)[0] if how == "decode" else native(ids)[0]
     exact, _ = in_float64(low, ids)
     assert as_close(got, low(ids)[0], exact, 1)
@@ -117,18 +159,18 @@ def test_in_bfloat16_it_is_as_close_as_torch(model, how):
 @pytest.mark.parametrize("how", ["decode", "read"])
 def test_integers_give_what_the_floats_that_they_stand_for_give(model, bits, how, same):
     ids, made = torch.randint(VOCAB, (3, TOKENS)), quantize(model, bits, 32, dtype=torch.float32)
-    native = NativeRetNet(made)
+    native = NativeModel(made)
     got = decoded(native, ids, None)[0] if how == "decode" else native(ids)[0]
     same(got, made(ids)[0], 1e-3)  # what they multiply has 16 bits, 2e-5 of the largest number of 32, layer after layer
     assert [name for name, _ in native.named_parameters()] == [name for name, _ in made.named_parameters()]
-    low = NativeRetNet(made.bfloat16())
+    low = NativeModel(made.bfloat16())
     assert low.dtype == torch.bfloat16  # of keys and values; what leaves a layer stays float32
     same(low(ids)[0], made.float()(ids)[0], 0.05)
 
 
 @torch.no_grad()
 def test_either_goes_on_where_the_other_stopped(model, same):
-    ids, native, state, got = torch.randint(VOCAB, (2, TOKENS)), NativeRetNet(model), None, []
+    ids, native, state, got = torch.randint(VOCAB, (2, TOKENS)), NativeModel(model), None, []
     for n, part in enumerate(ids.split([9, 1, 1, 5, 1, 1, 12, 1, 1, 8], 1)):
         logits, state = (native if n % 3 else model)(part, state)
         got.append(logits)
@@ -136,11 +178,11 @@ def test_either_goes_on_where_the_other_stopped(model, same):
 
 
 @torch.no_grad()
-def test_sequences_of_any_length_packed_into_a_row(one, threads, same):
+def test_sequences_of_any_length_packed_into_a_row(each, threads, same):
     """Blocks of tokens end within sequences; one sequence has none of its own in this call."""
     lengths = [300, 1, 0, 250, 7, 256]
     ids, begin = torch.randint(VOCAB, (1, sum(lengths))), torch.tensor([0, *lengths]).cumsum(0)
-    native = NativeRetNet(one)
+    native, one = NativeModel(each), each
     before = native(torch.randint(VOCAB, (len(lengths), 3)))[1]
     x, state = native.hidden(ids, before.clone(), cu_seqlens=begin)
     assert state.position.tolist() == [n + 3 for n in lengths]
@@ -149,13 +191,13 @@ def test_sequences_of_any_length_packed_into_a_row(one, threads, same):
         if len(part):
             want, own = one.hidden(part[None], own)
             same(x[0, begin[n] : begin[n + 1]], want[0], 1e-4)
-        same([x[n] for x in state.tensors()], [x[0] for x in own.settled().tensors()], 1e-5)
+        same(named(state.select(torch.tensor([n]))), named(own), 1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_in_a_batch_gets_the_bits_that_it_gets_alone(model, dtype, threads, same):
-    native, ids = NativeRetNet(model.to(dtype)), torch.randint(VOCAB, (11, 6))
+    native, ids = NativeModel(model.to(dtype)), torch.randint(VOCAB, (11, 6))
     together, _ = decoded(native, ids, None)
     for row in (0, 4, 8, 10):
         same(decoded(native, ids[row : row + 1], None)[0][0], together[row], 0)
@@ -163,8 +205,8 @@ def test_a_sequence_in_a_batch_gets_the_bits_that_it_gets_alone(model, dtype, th
 
 @torch.no_grad()
 def test_tokens_taken_back_are_read_again(model, same):
-    native, ids = NativeRetNet(model), torch.randint(VOCAB, (2, 20))
-    pool = model.init_state(2).for_decoding(torch.float32, rollback=5)
+    native, ids = NativeModel(model), torch.randint(VOCAB, (2, 20))
+    pool = model.init_state(2).for_decoding(torch.float32, rollback=5).reserve(20)
     want, pool = decoded(native, ids, pool)
     pool.rollback(5)
     same(native(ids[:, 15:], pool)[0], want[:, 15:], 1e-5)
@@ -173,7 +215,7 @@ def test_tokens_taken_back_are_read_again(model, same):
 @torch.no_grad()
 def test_the_state_of_a_prompt_is_not_written_over(one, same):
     """A cache of prefixes keeps it."""
-    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 20))
+    native, ids = NativeModel(one), torch.randint(VOCAB, (1, 20))
     _, state = native(ids)
     kept = state.clone()
     native(ids, state)
@@ -181,15 +223,15 @@ def test_the_state_of_a_prompt_is_not_written_over(one, same):
 
 
 @torch.no_grad()
-def test_a_long_run_stays_with_float64(one, same):
-    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 3000))
+def test_a_long_run_stays_with_float64(each, same):
+    native, ids = NativeModel(each), torch.randint(VOCAB, (1, 3000))
     _, state = decoded(native, ids, None)
-    _, exact = in_float64(one, ids)
-    same([x.double() for x in state.settled().tensors()], [x.double() for x in exact.tensors()], 1e-5)
+    _, exact = in_float64(each, ids)
+    same([x.double() for x in named(state)], [x.double() for x in named(exact)], 1e-5)
 
 
-def test_the_engine_and_generate_write_what_they_write_with_torch(one):
-    native = NativeRetNet(one)
+def test_the_engine_and_generate_write_what_they_write_with_torch(each):
+    native, one = NativeModel(each), each
     prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (3, 70, 20)]
     greedy = SamplingParams(temperature=0.0)
     engine = Engine(native, slots=2, prefill_chunk=16)
@@ -203,8 +245,8 @@ def test_the_engine_and_generate_write_what_they_write_with_torch(one):
 
 
 def test_what_needs_gradients_or_another_backend_is_left_to_torch(one, same, monkeypatch):
-    native, ids = NativeRetNet(one), torch.randint(VOCAB, (2, 9))
-    monkeypatch.setattr(native, "_read", None)  # what the library is called by
+    native, ids = NativeModel(one), torch.randint(VOCAB, (2, 9))
+    monkeypatch.setattr("retentive.native.model.Reading", None)  # what the library is called with
     logits, _ = native(ids)
     logits.sum().backward()
     assert all(p.grad is not None for p in one.parameters())
@@ -216,7 +258,7 @@ def test_what_needs_gradients_or_another_backend_is_left_to_torch(one, same, mon
 
 @torch.no_grad()
 def test_many_callers_at_once_get_what_each_gets_alone(one, same):
-    native, ids = NativeRetNet(one, threads=2), torch.randint(VOCAB, (4, 30))
+    native, ids = NativeModel(one, threads=2), torch.randint(VOCAB, (4, 30))
     want, got = [decoded(native, row[None], None)[0] for row in ids], {}
 
     @torch.no_grad()
@@ -235,7 +277,7 @@ def test_many_callers_at_once_get_what_each_gets_alone(one, same):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_process_has_threads_of_its_own(one, threads):
     with torch.no_grad():
-        native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 5))
+        native, ids = NativeModel(one), torch.randint(VOCAB, (1, 5))
         want = native(ids)[0]
         child = os.fork()
         if child == 0:
@@ -248,7 +290,7 @@ def test_a_child_process_has_threads_of_its_own(one, threads):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @torch.no_grad()
 def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have(one):
-    native, ids = NativeRetNet(one), torch.randint(VOCAB, (1, 5))
+    native, ids = NativeModel(one), torch.randint(VOCAB, (1, 5))
     want = native(ids)[0]
     with native._threads._lock:  # as another thread holds it that is in a call
         child = os.fork()
@@ -261,7 +303,7 @@ def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have(one):
 @torch.no_grad()
 def test_more_threads_than_the_pool_has(one, monkeypatch):
     """Whatever number is found the fastest, the pool works with those that it has."""
-    native, ids = NativeRetNet(one, threads=3), torch.randint(VOCAB, (1, 5))
+    native, ids = NativeModel(one, threads=3), torch.randint(VOCAB, (1, 5))
     want = native(ids)[0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(Pace, "threads", lambda self, now: 4)  # of 1, 2, 4
@@ -271,7 +313,7 @@ def test_more_threads_than_the_pool_has(one, monkeypatch):
 
 @torch.no_grad()
 def test_rings_of_fewer_sequences_are_refused(one, refuses):
-    native, ids = NativeRetNet(one), torch.randint(VOCAB, (3, 1))
+    native, ids = NativeModel(one), torch.randint(VOCAB, (3, 1))
     _, state = native(ids[:2])
     _, state = native(ids[:2], state)  # the rings that the next token would go into
     with refuses("3 sequences need"):
@@ -286,7 +328,7 @@ def test_rings_of_fewer_sequences_are_refused(one, refuses):
 def test_groups_of_any_size_in_prompts(bits, group, threads):
     """No thread writes into another's work space: the same bits every time, near those of float32."""
     made = quantize(mattering(retnet(**SMALL | dict(dim=256, ffn_dim=448))), bits, group)
-    native, ids = NativeRetNet(made, threads=threads), torch.randint(VOCAB, (2, TOKENS))
+    native, ids = NativeModel(made, threads=threads), torch.randint(VOCAB, (2, TOKENS))
     first = native(ids)[0]
     for _ in range(5):
         assert torch.equal(native(ids)[0], first)
@@ -296,14 +338,14 @@ def test_groups_of_any_size_in_prompts(bits, group, threads):
 
 @torch.no_grad()
 def test_the_logits_of_nothing(one):
-    model = NativeRetNet(one)
+    model = NativeModel(one)
     x, _ = model.hidden(torch.tensor([[1, 2]]))
     assert model.head(x[:, :0]).shape == (1, 0, one.config.vocab_size)
 
 
 @torch.no_grad()
 def test_ids_and_positions_of_other_integers(one, same, refuses):
-    made, ids = NativeRetNet(one), torch.randint(VOCAB, (2, 9))
+    made, ids = NativeModel(one), torch.randint(VOCAB, (2, 9))
     want, state = one(ids[:, :8])
     for dtype in (torch.int32, torch.int64):
         same(made(ids[:, :8].to(dtype))[0], want, 1e-4)
@@ -314,18 +356,108 @@ def test_ids_and_positions_of_other_integers(one, same, refuses):
             made(ids.to(dtype))
 
 
+def step_of_an_optimiser(model):
+    with torch.enable_grad():
+        model(torch.tensor([[1, 2, 3]]))[0].sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def times(model):
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.mul_(1.5)
+
+
+def other_storage(model):
+    for p in model.parameters():
+        p.data = p.data.roll(1, 0)
+
+
+CHANGES = {
+    "load_state_dict": lambda model: model.load_state_dict(build(model.config).state_dict()),
+    "assigned": lambda model: model.load_state_dict(build(model.config).state_dict(), assign=True),
+    "in-place": times,
+    "optimiser": step_of_an_optimiser,
+    "other-storage": other_storage,
+    "one-vector": lambda model: model.blocks[-1].ffn_norm.weight.add_(1),
+    "the-head": lambda model: model.head.weight.mul_(2),
+    "a-bias": lambda model: [p.add_(1) for name, p in model.named_parameters() if name.endswith("bias")],
+}
+
+
 @torch.no_grad()
-def test_another_dtype_of_the_weights_is_refused_afterwards(one, refuses):
-    made = NativeRetNet(one)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["own-decays", "biases", "forget-gate", "hybrid"])
+def test_it_computes_with_the_weights_as_they_are_now(name, change, same):
+    """Changed through either model, they are packed again."""
+    model, ids = mattering(CONFIGS[name]), torch.randint(VOCAB, (2, 9))
+    native = NativeModel(model)
+    for changed in (native, model) if change != "assigned" else (native,):  # only there are the new ones
+        native(ids)
+        CHANGES[change](changed)
+        same(native(ids)[0], super(NativeModel, native).hidden(ids)[0] @ native.head.weight.T, 1e-4)
+
+
+@torch.no_grad()
+def test_integers_are_packed_again_too(one, same):
+    made, other = (quantize(mattering(CONFIGS["retnet"]), 4, dtype=torch.float32) for _ in range(2))
+    native, ids = NativeModel(made), torch.randint(VOCAB, (1, 9))
+    native(ids)
+    native.load_state_dict(other.state_dict())
+    same(native(ids)[0], other(ids)[0], 1e-3)
+
+
+@torch.no_grad()
+def test_weights_made_in_inference_mode_are_read(same):
+    with torch.inference_mode():
+        model = mattering(CONFIGS["hybrid"])
+        native, ids = NativeModel(model), torch.randint(VOCAB, (1, 9))
+        same(native(ids)[0], model(ids)[0], 1e-4)
+
+
+@torch.no_grad()
+def test_another_shape_or_dtype_of_the_weights_is_refused_afterwards(one, refuses):
+    made, ids = NativeModel(one), torch.tensor([[1, 2, 3]])
+    one.blocks[0].ffn.up_proj.weight.data = torch.zeros(7, 48)
+    with refuses("the native engine has packed float32 [80, 48], the model has float32 [7, 48] now: call with_engine"):
+        made(ids)
+    made = NativeModel(one := mattering(CONFIGS["retnet"]))
     one.bfloat16()
-    for ids in (torch.tensor([[1]]), torch.tensor([[1, 2, 3]])):
+    for part in (ids[:, :1], ids):
         with refuses("the native engine has float32 weights, the model has bfloat16 now: call with_engine anew"):
-            made(ids)
+            made(part)
+
+
+def test_it_is_not_converted(one, refuses):
+    made = NativeModel(one)
+    for convert in (made.half, made.bfloat16, made.double, lambda: made.to("meta")):
+        with refuses("a model of the native engine stays float32 on the CPU: convert the model it was made from"):
+            convert()
+    assert made.float() is made and made.to("cpu") is made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["own-decays", "transformer", "hybrid"])
+def test_rows_in_place_of_ids(name, same, refuses):
+    """As pictures and sound have them: scaled and normalised like the embeddings of ids."""
+    model = mattering(CONFIGS[name])
+    native, ids = NativeModel(model), torch.randint(VOCAB, (2, 21))
+    rows = torch.randn(2, 21, 48)
+    got, state = native.hidden(None, embeds=rows[:, :20])
+    want, theirs = model.hidden(None, embeds=rows[:, :20])
+    same(got, want, 1e-4)
+    same(native.hidden(None, state, embeds=rows[:, 20:])[0], model.hidden(None, theirs, embeds=rows[:, 20:])[0], 1e-4)
+    same(native.hidden(None, embeds=model.embed(ids))[0], native.hidden(ids)[0], 0)
+    packed = torch.tensor([0, 5, 21])
+    got, _ = native.hidden(None, embeds=rows[:1], cu_seqlens=packed)
+    same(got, model.hidden(None, embeds=rows[:1], cu_seqlens=packed)[0], 1e-4)
+    with refuses("the model needs embeds [B,T,48], got [2, 21, 47]"):
+        native.hidden(None, embeds=rows[..., 1:])
 
 
 def test_it_is_not_copied(one, refuses):
     with refuses("is not copied or pickled", TypeError):
-        copy.deepcopy(NativeRetNet(one))
+        copy.deepcopy(NativeModel(one))
 
 
 def test_without_memory_for_it_torch_goes_on_where_nobody_chose(one, monkeypatch, refuses):
@@ -342,9 +474,9 @@ def test_without_memory_for_it_torch_goes_on_where_nobody_chose(one, monkeypatch
 def test_what_it_cannot_do_is_refused(one, refuses):
     assert refused(one) is None
     assert "the model is float16" in refused(build(retnet(**SMALL)).half())
-    with refuses("the native engine cannot run this model: it takes models of retention only, this is a Transformer"):
-        NativeRetNet(build(transformer(**SMALL)))
-    native = NativeRetNet(one)
+    with refuses("the native engine cannot run this model: it computes in float32 or bfloat16, the model is float16"):
+        NativeModel(build(retnet(**SMALL)).half())
+    native = NativeModel(one)
     with refuses("the model needs ids [B,T] with at least one token, got [1, 0]"):
         native(torch.zeros(1, 0, dtype=torch.int64))
     for bad in (-1, VOCAB):

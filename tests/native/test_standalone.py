@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from retentive.checkpoint import load, save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from retentive.files import load_tensors
 from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
-from retentive.models import ARCHITECTURES, build, load_state, retnet
+from retentive.models import ARCHITECTURES, build, hybrid, load_state, retnet, transformer
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
 
@@ -36,8 +38,9 @@ CROSS = [target for target, (compiler, *_) in TARGETS.items() if compiler[0] == 
 INCLUDE = [f"-I{FOLDER}", f"-I{OPS}", "-Wno-unknown-pragmas"]
 SOURCES = [*INCLUDE, str(FOLDER / "retentive.c")]
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\n\n\tnaïve «été» — 東京 don't end "
-SMALL = dict(dim=48, layers=2, heads=2)
-MODELS = {
+OLD = HERE.parent / "checkpoint" / "fixtures" / "v0.1.0"
+SMALL = dict(vocab_size=257, dim=48, layers=2, heads=2)
+RETNETS = {
     "float32": {},
     "bfloat16": {},
     "int8": {},
@@ -47,6 +50,23 @@ MODELS = {
     "biases": dict(decay_bias=True, qk_bias=True, rotary="half", heads=4, kv_heads=2, tie_embeddings=True),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, decay="lm", qk_norm=False),
     "own-decays": dict(decay=(-0.3, 0.0), embed_norm=True, embed_scale=True, rotary="none", gate_activation="sigmoid"),
+}
+TRANSFORMERS = {
+    "transformer": {},
+    "transformer-bfloat16": dict(heads=4, kv_heads=2, qk_norm=True),
+    "transformer-int4": dict(ffn_dim=50, head_dim=20, tie_embeddings=True),
+    "forget-gate": dict(forget_gate=True, rotary="none"),
+    "window": dict(attention_window=9, rotary="interleaved", rotary_base=500_000.0),
+    "window-gate": dict(attention_window=20, forget_gate=True),
+}
+HYBRIDS = {
+    "hybrid": dict(attention=(0,), decay="lm", score_norm=True),
+    "hybrid-int8": dict(layers=4, attention_every=2, attention_window=40),
+}
+MODELS = {
+    name: make(**SMALL | fields)
+    for make, models in ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
+    for name, fields in models.items()
 }
 
 
@@ -93,10 +113,11 @@ def logits(request, programs):
 
 def folder_of(name, path, tokenizer):
     torch.manual_seed(3)
-    model = build(retnet(vocab_size=tokenizer.vocab_size, **SMALL | MODELS[name])).eval()
-    if name in ("int8", "int4"):
-        model = quantize(model, int(name[3:]))
-    elif name == "bfloat16":
+    model = build(replace(MODELS[name], vocab_size=tokenizer.vocab_size)).eval()
+    how = name.rpartition("-")[2]
+    if how in ("int8", "int4"):
+        model = quantize(model, int(how[3:]))
+    elif how == "bfloat16":
         model = model.bfloat16()
     save_model(path, model, tokenizer)
     return load(path)[0]
@@ -126,14 +147,33 @@ def test_logits_and_states_are_those_of_torch(name, logits, tmp_path, same):
     ids = torch.randint(257, (1, 31))
     found = logits(tmp_path, tmp_path / "state.safetensors", "", ids[0].tolist())
     assert found["code"] == 0, found
+    low = model.dtype == torch.bfloat16
     exact, state = model.float()(ids)
-    close = 1e-4 if model.config.retention.decay == "none" or name not in ("bfloat16", "int8", "int4") else 0.03
+    close = 0.03 if low else 1e-4
     same(torch.tensor(found["read"]), exact[0, 14], close)
     same(torch.tensor(found["decoded"]), exact[0, 30], close)
     same(torch.tensor(found["copied"]), torch.tensor(found["decoded"]), 0)
     kept = load_state(tmp_path / "state.safetensors")
-    assert kept.position.tolist() == [31]
-    same(kept.tensors(), state.tensors(), close)
+    assert kept.position.tolist() == [31] and kept.windows == model.config.windows
+    same([x.float() for x in kept.named().values()], list(state.named().values()), close)
+
+
+OLD_NAMES = [file.stem for file in sorted(OLD.glob("*.expected")) if file.stem != "adapter"]
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_folders_and_states_of_version_0_1_0_are_read(name, tmp_path, same):
+    expected, _ = load_tensors(OLD / f"{name}.expected")
+    (tmp_path / "old.c").write_text(AFTER)
+    program = str(tmp_path / "old")
+    subprocess.run(["gcc", *FLAGS, *SOURCES, str(tmp_path / "old.c"), "-o", program, *LINK], check=True)
+    ids, close = expected["ids"][0].tolist(), 1e-4 if "int4" not in name else 0.05
+    for kept in (f"{name}.state", f"{name}.memory", "none"):
+        has = (OLD / kept).is_file()
+        command = [program, str(OLD / name), str(OLD / kept) if has else "", *map(str, ids[11:] if has else ids)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        same(torch.tensor([float(x) for x in done.stdout.split()]), expected["logits"][0, -1], close)
 
 
 def test_text_is_split_as_the_tokenizer_splits_it(logits, tmp_path):
@@ -146,6 +186,26 @@ def test_text_is_split_as_the_tokenizer_splits_it(logits, tmp_path):
     assert found["text"] == TEXT.replace("\n", " ")
 
 
+AFTER = """
+#include <retentive.h>
+#include <stdio.h>
+#include <stdlib.h>
+int main(int argc, char **argv) { /* MODEL STATE IDS: logits after them */
+    char error[256];
+    Retentive *model = retentive_open(argv[1], 1, error);
+    if (!model) return puts(error), 2;
+    RetentiveStates *states = retentive_states(model, 1);
+    if (*argv[2] && !retentive_load(states, 0, argv[2], error)) return puts(error), 3;
+    float *logits = malloc(retentive_vocabulary(model) * sizeof *logits);
+    int64_t ids[64], count = 0;
+    for (int i = 3; i < argc; i++) ids[count++] = atoll(argv[i]);
+    if (!retentive_read(states, 0, ids, count, logits)) return 4;
+    for (int64_t i = 0; i < retentive_vocabulary(model); i++) printf("%.9g ", logits[i]);
+    return 0;
+}
+"""
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -153,7 +213,7 @@ def cut(path):
 def changed(folder, changes=(), mixer=(), **fields):
     """The model there with other tensors, or another config: other fields of its mixers, or of the whole model."""
     tensors = load_file(folder / "model.safetensors")
-    save_file(
+    save_file(  # without a checksum, as foreign tools do
         {name: x for name, x in ({**tensors, **dict(changes)}).items() if x is not None}, folder / "model.safetensors"
     )
     config = json.loads((folder / "config.json").read_text())
@@ -162,12 +222,35 @@ def changed(folder, changes=(), mixer=(), **fields):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def flipped(path):
+    """A bit of the last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 4
+    path.write_bytes(data)
+
+
+def without_sum(path):
+    save_file(load_file(path), path)
+    cut(path)
+
+
 HALF = "blocks.0.retention_norm.weight"
 PROJ = "blocks.1.ffn.down_proj.weight"
 DAMAGES = {
     "no-folder": (lambda folder: shutil.rmtree(folder), "config.json cannot be read"),
     "no-json": (lambda folder: (folder / "config.json").write_text('{"format": '), "config.json is not JSON"),
-    "cut-short": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors does not fit config.json: "),
+    "cut-short": (
+        lambda folder: cut(folder / "model.safetensors"),
+        "model.safetensors is damaged: its bytes are not those",
+    ),
+    "flipped": (
+        lambda folder: flipped(folder / "model.safetensors"),
+        "model.safetensors is damaged: its bytes are not",
+    ),
+    "cut-short, no sum": (
+        lambda folder: without_sum(folder / "model.safetensors"),
+        "model.safetensors does not fit config.json: ",
+    ),
     "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
     "no-head": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
@@ -209,7 +292,7 @@ def test_matrices_of_two_dtypes_are_refused(programs, tmp_path):
 def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
     folder_of("float32", tmp_path, ByteTokenizer())
     memory = tmp_path / "library.mem"
-    state = build(retnet(vocab_size=257, **SMALL)).init_state(1)
+    state = build(retnet(**SMALL)).init_state(1)
     save_file(state.named(), memory, {"format": "retentive-state-1", "kind": "retention", "memory": "{}"})
     before = memory.read_bytes()
     done = subprocess.run(
@@ -233,11 +316,13 @@ int main(int argc, char **argv) {
 """
 
 
-def test_memories_are_exchanged_with_python_and_damage_is_found(tmp_path):
+@pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "hybrid"])
+@pytest.mark.parametrize("length", [9, 30])
+def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, tmp_path):
     """The digest is that of hashlib: what one wrote the other takes, and what was changed neither."""
-    model = folder_of("float32", tmp_path / "model", ByteTokenizer())
+    model = folder_of(name, tmp_path / "model", ByteTokenizer())
     memory = blank(model)
-    memory.state, memory.tokens = model(torch.randint(257, (1, 9)))[1], 9
+    memory.state, memory.tokens = model(torch.randint(257, (1, length)))[1], length
     memory.sources = [{"name": 'a "b"\\\n\u00e9', "tokens": 9, "sha256": ""}]
     save(memory, tmp_path / "written")
     (tmp_path / "memory.c").write_text(MEMORY)
@@ -247,7 +332,7 @@ def test_memories_are_exchanged_with_python_and_damage_is_found(tmp_path):
     command = [program, str(tmp_path / "model"), str(tmp_path / "written")]
     subprocess.run([*command, str(tmp_path / "again"), about], check=True)
     again = load_memory(tmp_path / "again", model)
-    assert again.sources == memory.sources and again.tokens == 9
+    assert again.sources == memory.sources and again.tokens == length
     assert all(torch.equal(a, b) for a, b in zip(tensors(again.state), tensors(memory.state), strict=True))
     data = bytearray((tmp_path / "written").read_bytes())
     data[-1] ^= 1
@@ -257,10 +342,18 @@ def test_memories_are_exchanged_with_python_and_damage_is_found(tmp_path):
 
 
 def test_a_state_of_another_model_is_refused(programs, tmp_path):
-    for name, fields in (("one", "int4"), ("two", "biases")):
-        folder_of(fields, tmp_path / name, ByteTokenizer())
+    for name, kind in (("one", "int4"), ("two", "window")):
+        folder_of(kind, tmp_path / name, ByteTokenizer())
     state = tmp_path / "state.safetensors"
     build(retnet(**SMALL | dict(layers=3))).init_state(1).save(state)
+    others = {
+        "other-window": transformer(**SMALL, attention_window=8),
+        "no-window": transformer(**SMALL),
+        "gates": transformer(**SMALL, attention_window=9, forget_gate=True),
+        "retention": MODELS["int4"],
+    }
+    for name, config in others.items():
+        build(config)(torch.tensor([[1, 2]]))[1].save(tmp_path / name)
     program = tmp_path / "load.c"
     program.write_text("""
 #include <retentive.h>
@@ -286,6 +379,11 @@ int main(int argc, char **argv) {
         f"{tmp_path / 'one' / 'model.safetensors'} holds no state of one sequence of this model",
         f"{tmp_path / 'none'} cannot be read",
     ]
+    paths = [str(tmp_path / name) for name in others]
+    done = subprocess.run(
+        [str(tmp_path / "load"), str(tmp_path / "two"), *paths], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"{path} holds no state of one sequence of this model" for path in paths]
 
 
 @pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")

@@ -20,7 +20,7 @@ from retentive.bench.lab import plot
 from retentive.bench.lab.options import Say, words
 from retentive.checkpoint.quantize import quantize
 from retentive.models import Config, LanguageModel, ModelConfig, build, peer, twin
-from retentive.native import NativeRetNet
+from retentive.native import NativeModel
 from retentive.native.library import library
 from retentive.ops import using
 from retentive.ops.compiler import NotBuilt
@@ -109,7 +109,7 @@ def make(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtyp
         return build(config_of(name, config)).to(device, dtype).eval()
     model, bits = build(config).bfloat16().eval(), NATIVE[name]
     made = model if bits is None else quantize(model, bits)
-    return NativeRetNet(made)
+    return NativeModel(made)
 
 
 @torch.inference_mode()

@@ -1,64 +1,12 @@
 /* Tokens of a few sequences through the whole model, in one parallel section: decoding one of each, a few of each as
 speculation does, or prompts.
 
-States are rings, into which tokens go one after the other, or plain, for tokens in chunks. The threads share the panels
-of every matrix, the tokens, and the heads of every sequence; between phases they meet. The residual stream x, norms,
-rotations, sums and states are float32.
+The threads share the panels of every matrix, the tokens, and the heads of every sequence; between phases they meet. The
+residual stream x, norms, rotations, sums and states are float32.
 */
 
-#include "forward.c"
-#include "step.c"
-#include "pool.h"
-#include "token.h"
-#include <stdatomic.h>
-
-typedef struct { /* of a layer, for N sequences: the tensors of retentive.ops.Ring; a plain state is `state` alone */
-    float *state;
-    void *k, *v;
-    float *decay;
-    i64 *written, *folded;
-} Rings;
-
-typedef struct {
-    i64 N, slots, dtype, threads; /* sequences; of every ring, 0 for plain states; 0 float32, 1 bfloat16: of k and v */
-    Pool *pool;
-    const Model *model;
-    const i64 *ids, *begin, *position; /* of all tokens; [N + 1] first token of each sequence; [N] tokens read before */
-    Rings *rings;                      /* [layers] */
-    float *x;                          /* [tokens][D], what the head is applied to */
-} Reading;
-
-enum { BLOCK_TOKENS = 256 }; /* tokens that go through all layers together */
-
-typedef struct {
-    const Reading *c;
-    i64 n, first, threads, ld; /* tokens in this block, the first of them, threads at work, the widest product */
-    i64 *sequence, *begin;     /* [n] of each token; [N + 1] in this block */
-    float *x, *added;          /* [n][D], [n][D, whole panels] */
-    float *y, *z, *turn;       /* [n][ld]; [n][H V]; [n][K + H] */
-    void *q, *k, *v, *o;       /* [n][H][K], [n][H][V] in `dtype` */
-    float *log_decay;          /* [n][H] */
-    Input of_D, of_HV, of_F;   /* products' inputs of three widths */
-    uint8_t *expanded;         /* [threads][each] */
-    i64 each;
-    atomic_int failed;
-} Block;
-
-typedef struct {
-    i64 thread, first_row;
-    float *space;
-    uint8_t *expanded;
-} Self; /* a thread; where its rows of inputs begin */
-
-static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
-    *first = all * thread / threads, *last = all * (thread + 1) / threads;
-}
-
-/* of inputs, AT_ONCE rows of which lie in the same lines of memory: two threads would take them from each other */
-static void share_rows(i64 rows, i64 thread, i64 threads, i64 *first, i64 *last) {
-    share((rows + AT_ONCE - 1) / AT_ONCE, thread, threads, first, last);
-    *first *= AT_ONCE, *last = smaller(*last * AT_ONCE, rows);
-}
+#include "attend.h"
+#include "retain.h"
 
 /* ---- inputs of products: of few tokens every thread prepares all for itself, of more each its share ---- */
 
@@ -75,7 +23,7 @@ static void prepared(const Block *b) {
 
 /* Prompts, unlike single tokens, may be multiplied by integers as bfloat16, where the model is no more exact itself. */
 static Input input_of(const Block *b, const Self *me, const Input *all, const Matrix *w) {
-    return input_for(all, w, me->first_row, b->n, b->c->dtype && !b->c->slots);
+    return input_for(all, w, me->first_row, b->n, b->c->dtype && !b->c->steps);
 }
 
 /* norm(x), or x where there is no weight, as input of w */
@@ -92,7 +40,7 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
     return in;
 }
 
-static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
+static Input mixed_heads(Block *b, const Self *me, const Matrix *w) { /* z */
     i64 first, last;
     Input in = input_of(b, me, &b->of_HV, w);
     tokens_of(b, me, &first, &last);
@@ -101,8 +49,9 @@ static Input gated_heads(Block *b, const Self *me, const Matrix *w) { /* z */
     return in;
 }
 
-static Input activated(Block *b, const Self *me, const Matrix *w) { /* every second panel of y, or every one */
-    i64 first, last, together = b->c->model->ffn_gate ? 2 : 1;
+/* every panel of y, or every second one */
+static Input activated(Block *b, const Self *me, const Matrix *w, i64 together) {
+    i64 first, last;
     Input in = input_of(b, me, &b->of_F, w);
     float f[whole(w->K)];
     tokens_of(b, me, &first, &last);
@@ -112,101 +61,6 @@ static Input activated(Block *b, const Self *me, const Matrix *w) { /* every sec
     }
     prepared(b);
     return in;
-}
-
-/* What this thread will read first of w: memory has something to do while threads meet. */
-static void ask(const Block *b, const Matrix *w, i64 together, const Self *me) {
-    i64 first, last, bytes = lines_of_panel(w) * LINE * together;
-    share(panels_of(w) / together, me->thread, b->threads, &first, &last);
-    for (i64 at = 0; at < smaller(AHEAD_BYTES, (last - first) * bytes); at += LINE)
-        __builtin_prefetch(w->lines + first * bytes + at);
-}
-
-/* ---- retention ---- */
-
-/* the tokens of a sequence through the ring of a head, one after the other; the next head's is asked for before `last` */
-static void step_through(Block *b, const Layer *layer, const Rings *rings, i64 s, i64 h, i64 last, float *space) {
-    const Reading *c = b->c;
-    const Model *m = c->model;
-    i64 H = m->H, K = m->K, V = m->V, R = c->slots, size = size_of(c->dtype), sH = s * H;
-    i64 written = rings->written[s], folded = rings->folded[s]; /* all heads count: the ring's own move at the end */
-    Step step = {1, H, K, V, R, c->dtype, 1, H, 1, NULL, NULL, NULL, NULL, rings->state + sH * K * V,
-                 (char *)rings->k + sH * R * K * size, (char *)rings->v + sH * R * V * size, NULL,
-                 rings->decay + sH * R, &written, &folded};
-    for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++) {
-        const float *y = b->y + t * b->ld;
-        char *q = (char *)b->q + t * H * K * size, *k = (char *)b->k + t * H * K * size;
-        char *v = (char *)b->v + t * H * V * size, *o = (char *)b->o + t * H * V * size;
-        inputs_of_head(m, layer, y, b->turn + t * (K + H), h, c->dtype, q + h * K * size, k + h * K * size,
-                       v + h * V * size, b->log_decay + t * H + h);
-        step.q = q, step.k = k, step.v = v, step.o = o, step.log_decay = b->log_decay + t * H;
-        step_head(&step, h, last, space);
-        if (++written - folded == R) folded += R / 2;
-        output_of_head(m, layer, y, h, c->dtype, o + h * V * size, b->z + (t * H + h) * V);
-    }
-}
-
-static void by_steps(Block *b, const Layer *layer, Rings *rings, const Self *me) {
-    const Reading *c = b->c;
-    i64 H = c->model->H, first, last;
-    share(c->N * H, me->thread, b->threads, &first, &last);
-    for (i64 sh = first; sh < last; sh++)
-        step_through(b, layer, rings, sh / H, sh % H, smaller(H, last - sh / H * H), me->space);
-    ask(b, &layer->out, 1, me);
-    meet(c->pool);
-    for (i64 s = me->thread; s < c->N; s += b->threads)
-        for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++)
-            if (++rings->written[s] - rings->folded[s] == c->slots) rings->folded[s] += c->slots / 2;
-}
-
-static Call call_of(const Block *b, const Rings *rings) { /* the operator's */
-    const Model *m = b->c->model;
-    i64 bf16 = b->c->dtype == 1, pair = 0;
-#ifdef __AVX512BF16__
-    pair = bf16;
-#endif
-#ifdef TILES
-    if (bf16 && tiles_are_allowed()) pair = 2;
-#endif
-    i64 C = m->K <= 64 ? 64 : 128; /* as ops/backends.py has it; a divisor of BLOCK_TOKENS */
-    Call call = {b->c->N, m->H, m->K, m->V, C, 1, b->c->dtype, pair, m->gated, 1};
-    call.q_stride = call.k_stride = m->H * m->K, call.v_stride = m->H * m->V;
-    call.scale = 1, call.begin = b->begin, call.q = b->q, call.k = b->k, call.v = b->v, call.o = b->o;
-    call.log_decay = m->gated ? b->log_decay : m->log_decay_f;
-    call.state = call.final = rings ? rings->state : NULL;
-    return call;
-}
-
-static void chunks_of_head(const Call *call, i64 s, i64 h) {
-    Space space;
-    get_space(call, 0, &space); /* there is memory: through_model has asked for it */
-#ifdef TILES
-    TileConfig before;
-    if (call->pair == 2) open_tiles(&before, 16);
-#endif
-    forward_head(call, &space, s, h);
-#ifdef TILES
-    if (call->pair == 2) close_tiles(&before);
-#endif
-}
-
-static void by_chunks(Block *b, const Layer *layer, const Rings *rings, const Self *me) {
-    const Reading *c = b->c;
-    const Model *m = c->model;
-    i64 H = m->H, K = m->K, V = m->V, size = size_of(c->dtype), first, last;
-    share(b->n, me->thread, b->threads, &first, &last);
-    for (i64 th = first * H; th < last * H; th++)
-        inputs_of_head(m, layer, b->y + th / H * b->ld, b->turn + th / H * (K + H), th % H, c->dtype,
-                       (char *)b->q + th * K * size, (char *)b->k + th * K * size, (char *)b->v + th * V * size,
-                       b->log_decay + th);
-    meet(c->pool);
-    Call call = call_of(b, rings);
-    for (i64 sh = me->thread; sh < c->N * H; sh += b->threads)
-        if (b->begin[sh / H] < b->begin[sh / H + 1]) chunks_of_head(&call, sh / H, sh % H);
-    meet(c->pool);
-    for (i64 th = first * H; th < last * H; th++)
-        output_of_head(m, layer, b->y + th / H * b->ld, th % H, c->dtype, (char *)b->o + th * V * size, b->z + th * V);
-    meet(c->pool);
 }
 
 /* ---- a layer ---- */
@@ -225,27 +79,28 @@ static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix
 static void through_layer(Block *b, i64 l, const Self *me) {
     const Model *m = b->c->model;
     const Layer *layer = m->layer + l;
-    i64 first, last, together = m->ffn_gate ? 2 : 1;
-    Input in = normed(b, me, layer->retention_norm, &layer->in);
+    i64 first, last, each = together(layer);
+    Input in = normed(b, me, layer->mixer_norm, &layer->in);
     share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
     product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
     meet(b->c->pool);
-    if (b->c->slots) by_steps(b, layer, b->c->rings + l, me);
-    else by_chunks(b, layer, b->c->rings + l, me);
-    in = gated_heads(b, me, &layer->out);
-    add_product(b, &layer->out, &in, &layer->up, together, me);
+    if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
+    else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
+    else by_chunks(b, layer, b->c->memory + l, me);
+    in = mixed_heads(b, me, &layer->out);
+    add_product(b, &layer->out, &in, &layer->up, each, me);
 
     in = normed(b, me, layer->ffn_norm, &layer->up);
-    share(panels_of(&layer->up) / together, me->thread, b->threads, &first, &last);
-    product(&layer->up, &in, b->n, first * together, last * together, b->y, b->ld, me->expanded);
+    share(panels_of(&layer->up) / each, me->thread, b->threads, &first, &last);
+    product(&layer->up, &in, b->n, first * each, last * each, b->y, b->ld, me->expanded);
     for (i64 r = 0; r < b->n; r++)
         for (i64 panel = first; panel < last; panel++) { /* over the gates, where nobody else reads */
-            float *y = b->y + r * b->ld + panel * together * ROWS;
-            activate(m->activation, y, m->ffn_gate ? y + ROWS : NULL, ROWS, y);
+            float *y = b->y + r * b->ld + panel * each * ROWS;
+            activate(layer->activation, y, layer->ffn_gate ? y + ROWS : NULL, ROWS, y);
         }
     ask(b, &layer->down, 1, me);
     meet(b->c->pool);
-    in = activated(b, me, &layer->down);
+    in = activated(b, me, &layer->down, each);
     add_product(b, &layer->down, &in, l + 1 < m->layers ? &m->layer[l + 1].in : &m->head, 1, me);
 }
 
@@ -270,9 +125,9 @@ static void through_block(Block *b, const Self *me) {
     i64 first, last;
     share(b->n, me->thread, b->threads, &first, &last);
     for (i64 t = first; t < last; t++) {
-        i64 all = b->first + t, s = b->sequence[t];
-        embed(m, c->ids[all], b->x + t * m->D);
-        turn_at(m, c->position[s] + all - c->begin[s], b->turn + t * (m->K + m->H));
+        i64 all = b->first + t, s = b->sequence[t], id = c->ids[all], position = c->position[s] + all - c->begin[s];
+        embed(m, id, id < 0 ? c->rows + ~id * m->D : NULL, b->x + t * m->D);
+        for (i64 i = 0; i < m->turns; i++) turn_at(m->turn + i, position, b->turn + t * b->turn_ld + m->turn[i].at);
     }
     meet(c->pool);
     for (i64 l = 0; l < m->layers; l++) through_layer(b, l, me);
@@ -287,10 +142,12 @@ static void through_model(void *what, int thread) {
     Block *b = what;
     const Reading *c = b->c;
     const Model *m = c->model;
-    Call call = call_of(b, NULL);
-    Space space;
-    i64 bytes = c->slots ? step_space(&(Step){c->N, m->H, m->K, m->V, c->slots}) * 4
-                         : (i64)(intptr_t)arrange(&call, 0, &space, NULL);
+    i64 bytes = 1;
+    for (i64 l = 0; l < m->layers; l++) {
+        const Layer *layer = m->layer + l;
+        bytes = larger(bytes, layer->kind == ATTENTION ? attention_space(b, layer)
+                                                       : retention_space(b, layer, c->memory + l));
+    }
     Self me = {thread, each_alone(b) ? thread * APART : 0, space_of_thread_with(bytes),
                b->expanded + thread * b->each};
     if (!me.space) atomic_store(&b->failed, 1);
@@ -305,22 +162,32 @@ static void through_model(void *what, int thread) {
     }
 }
 
+typedef struct { i64 HK, HV, H, F, y; } Widths; /* the widest of all layers */
+
+static Widths widths_of(const Model *m) {
+    Widths w = {0};
+    for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
+        w.HK = larger(w.HK, l->H * l->K), w.HV = larger(w.HV, l->H * l->V), w.H = larger(w.H, l->H);
+        w.F = larger(w.F, l->F), w.y = larger(w.y, larger(rows_in(l), rows_up(l)));
+    }
+    return w;
+}
+
 /* lays out the work space of so many tokens from `at` on; returns its end */
 static char *arrange_block(Block *b, i64 n, char *at) {
     const Model *m = b->c->model;
-    i64 up = rows_up(m), in = rows_in(m), HV = m->H * m->V;
-    i64 each = APART * b->threads; /* the last block may be of few */
-    i64 rows = n > each ? n : each;
-    b->ld = in > up ? in : up;
+    Widths w = widths_of(m);
+    i64 D = m->D, rows = larger(n, APART * b->threads); /* the last block may be of few */
+    b->ld = w.y, b->turn_ld = turn_floats(m);
     b->sequence = (i64 *)take(&at, 2 * n), b->begin = (i64 *)take(&at, 2 * (b->c->N + 1));
-    b->x = take(&at, n * m->D), b->added = take(&at, n * whole(m->D));
-    b->y = take(&at, n * b->ld), b->z = take(&at, n * HV);
-    b->turn = take(&at, n * (m->K + m->H)), b->log_decay = take(&at, n * m->H);
-    b->q = take(&at, n * m->H * m->K), b->k = take(&at, n * m->H * m->K);
-    b->v = take(&at, n * HV), b->o = take(&at, n * HV);
-    b->of_D = input_at(&at, rows, m->D), b->of_HV = input_at(&at, rows, HV), b->of_F = input_at(&at, rows, m->F);
-    i64 wide = HV > m->F ? HV : m->F;
-    b->each = expanded_bytes(wide > m->D ? wide : m->D);
+    b->x = take(&at, n * D), b->added = take(&at, n * whole(D));
+    b->y = take(&at, n * b->ld), b->z = take(&at, n * w.HV);
+    b->turn = take(&at, n * b->turn_ld), b->log_decay = take(&at, n * w.H);
+    b->q = take(&at, n * w.HK), b->k = take(&at, n * w.HK);
+    b->v = take(&at, n * w.HV), b->o = take(&at, n * w.HV);
+    b->partial = take(&at, partial_floats(b));
+    b->of_D = input_at(&at, rows, D), b->of_HV = input_at(&at, rows, w.HV), b->of_F = input_at(&at, rows, w.F);
+    b->each = expanded_bytes(larger(D, larger(w.HV, w.F)));
     b->expanded = (uint8_t *)take(&at, b->threads * b->each / 4);
     return at;
 }

@@ -45,35 +45,38 @@ static void row_of_matrix(const Matrix *m, i64 id, float *to) {
     }
 }
 
-static void embed(const Model *m, i64 id, float *x) {
-    row_of_matrix(&m->embed, id, x);
+/* the embedding of token `id`, or of a row in its place, as a picture or sound has them; then scaled and normalised */
+static void embed(const Model *m, i64 id, const float *row, float *x) {
+    if (row) memcpy(x, row, m->D * 4);
+    else row_of_matrix(&m->embed, id, x);
     for (i64 i = 0; i < m->D; i++) x[i] *= (float)m->embed_scale;
     if (m->embed_norm) norm_row(x, m->embed_norm, m->D, m->eps, x);
 }
 
-/* cosines, sines [K / 2] and the scale of q by head [H], for a token at `position`: rotary.phases and decay.row_norm */
-static void turn_at(const Model *m, i64 position, float *turn) {
-    i64 half_K = m->K / 2;
+/* Numbers of a token at `position` for all layers that share a turn: cosines and sines [K / 2], and the scale of q by head
+   [H], as rotary.phases and decay.row_norm have them. */
+static void turn_at(const Turn *t, i64 position, float *turn) {
+    i64 half_K = t->K / 2;
     for (i64 i = 0; i < half_K; i++) {
-        double angle = m->frequency ? position * m->frequency[i] : 0;
+        double angle = t->frequency ? position * t->frequency[i] : 0;
         turn[i] = (float)cos(angle), turn[half_K + i] = (float)sin(angle);
     }
-    for (i64 h = 0; h < m->H; h++) {
-        double scale = 1 / sqrt((double)m->K), n = position + 1.0;
-        if (m->row_norm) scale /= sqrt(m->log_decay[h] < 0 ? expm1(n * m->log_decay[h]) / expm1(m->log_decay[h]) : n);
-        turn[m->K + h] = (float)scale;
+    for (i64 h = 0; h < t->H; h++) {
+        double scale = 1 / sqrt((double)t->K), n = position + 1.0;
+        if (t->row_norm) scale /= sqrt(t->log_decay[h] < 0 ? expm1(n * t->log_decay[h]) / expm1(t->log_decay[h]) : n);
+        turn[t->K + h] = (float)scale;
     }
 }
 
-/* a query or key of a head: normalised, shifted, turned, scaled */
-static void feature(const Model *m, const float *x, const float *norm, const float *bias, const float *turn,
+/* a query or key of a head: normalised, shifted, rotated, scaled */
+static void feature(const Layer *layer, const float *x, const float *norm, const float *bias, const float *turn,
                     float scale, float *to) {
-    i64 K = m->K, half_K = K / 2;
+    i64 K = layer->K, half_K = K / 2;
     float y[K];
-    if (norm) norm_row(x, norm, K, m->eps, y);
+    if (norm) norm_row(x, norm, K, layer->eps, y);
     else memcpy(y, x, K * 4);
     for (i64 i = 0; i < K && bias; i++) y[i] += bias[i];
-    if (m->halves)
+    if (layer->turn->halves)
         for (i64 i = 0; i < half_K; i++) {
             to[i] = scale * (y[i] * turn[i] - y[i + half_K] * turn[half_K + i]);
             to[i + half_K] = scale * (y[i + half_K] * turn[i] + y[i] * turn[half_K + i]);
@@ -85,27 +88,42 @@ static void feature(const Model *m, const float *x, const float *norm, const flo
         }
 }
 
-/* What head h reads of a token whose products `in` gave y: q, k [K] and v [V] in `dtype`, the decay as float32. */
-static void inputs_of_head(const Model *m, const Layer *layer, const float *y, const float *turn, i64 h, i64 dtype,
-                           void *q, void *k, void *v, float *log_decay) {
-    i64 K = m->K, V = m->V, kv = h / (m->H / m->kv);
+/* The query of head h of a token, [K] in `dtype`, from the products `in` of the token, y. */
+static void query_of_head(const Layer *layer, const float *y, const float *turn, i64 h, float scale, i64 dtype,
+                          void *q) {
+    i64 K = layer->K;
     float x[K];
-    feature(m, y + h * K, layer->q_norm, layer->q_bias ? layer->q_bias + h * K : NULL, turn, turn[K + h], x);
+    feature(layer, y + h * K, layer->q_norm, layer->q_bias ? layer->q_bias + h * K : NULL, turn, scale, x);
     write_rows(dtype, x, K, 1, K, q, K);
-    feature(m, y + row_of_k(m) + kv * K, layer->k_norm, layer->k_bias ? layer->k_bias + kv * K : NULL, turn, 1, x);
-    write_rows(dtype, x, K, 1, K, k, K);
-    write_rows(dtype, y + row_of_v(m) + kv * V, V, 1, V, v, V);
-    if (m->gated) { /* log sigmoid */
-        float z = y[row_of_decay(m) + h] + (layer->decay_bias ? layer->decay_bias[h] : 0);
-        *log_decay = -(fmaxf(-z, 0) + log1pf(expf(-fabsf(z)))) / (float)m->decay_scale + z * 0; /* NaN stays */
-    } else *log_decay = (float)m->log_decay[h];
 }
 
-/* what leaves head h [V]: o in `dtype`, normalised and gated */
-static void output_of_head(const Model *m, const Layer *layer, const float *y, i64 h, i64 dtype, const void *o,
-                           float *z) {
-    i64 V = m->V;
+/* The key [K] and value [V] of kv head g of a token. */
+static void key_and_value(const Layer *layer, const float *y, const float *turn, i64 g, i64 dtype, void *k, void *v) {
+    i64 K = layer->K, V = layer->V;
+    float x[K];
+    feature(layer, y + row_of_k(layer) + g * K, layer->k_norm, layer->k_bias ? layer->k_bias + g * K : NULL, turn, 1, x);
+    write_rows(dtype, x, K, 1, K, k, K);
+    write_rows(dtype, y + row_of_v(layer) + g * V, V, 1, V, v, V);
+}
+
+/* The logarithm of a token's gate, log sigmoid: its decay in retention (before decay_scale), forgetting in attention. */
+static float log_gate(const Layer *layer, const float *y, i64 h) {
+    float z = y[row_of_decay(layer) + h] + (layer->decay_bias ? layer->decay_bias[h] : 0);
+    return -(fmaxf(-z, 0) + log1pf(expf(-fabsf(z)))) / (float)layer->decay_scale + z * 0; /* NaN stays */
+}
+
+/* all that head h of retention reads of a token; the decay as float32 */
+static void inputs_of_head(const Layer *layer, const float *y, const float *turn, i64 h, i64 dtype, void *q, void *k,
+                           void *v, float *log_decay) {
+    query_of_head(layer, y, turn, h, turn[layer->K + h], dtype, q);
+    key_and_value(layer, y, turn, h / (layer->H / layer->kv), dtype, k, v);
+    *log_decay = layer->gated ? log_gate(layer, y, h) : layer->log_decay[h];
+}
+
+/* what leaves head h of retention [V]: o in `dtype`, normalised and gated */
+static void output_of_head(const Layer *layer, const float *y, i64 h, i64 dtype, const void *o, float *z) {
+    i64 V = layer->V;
     read_row(dtype, o, V, z, V);
-    if (m->normed_heads) norm_row(z, layer->head_norm, V, m->eps, z);
-    if (m->gate) activate(m->gate_activation, y + row_of_gate(m) + h * V, z, V, z);
+    if (layer->normed_heads) norm_row(z, layer->head_norm, V, layer->eps, z);
+    if (layer->gate) activate(layer->gate_activation, y + row_of_gate(layer) + h * V, z, V, z);
 }

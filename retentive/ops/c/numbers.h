@@ -28,6 +28,7 @@ INLINE void store(float *p, vf x) { *(vf *)p = x; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf splat_unit(const float *p) { return (vf)(*(const int32_t *)p + (vi){0}); } /* bits, not a number */
 INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 round_up(i64 a, i64 b) { return (a + b - 1) / b * b; }
 
 /* dtype: 0 float32, 1 bfloat16, 2 float16 */
