@@ -32,7 +32,7 @@ def test_recipe(recipe):
         if run.model in ("retnet", "transformer", "hybrid"):  # others need the extra `peers`
             with torch.device("meta"):
                 model = build(run.config(4096))
-            assert type(model).__name__.lower() == run.model
+            assert model.config.name.lower() == run.model
 
 
 def prepared(recipe: str, *args: str, cwd: Path) -> str:
