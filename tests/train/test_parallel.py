@@ -93,7 +93,7 @@ def train_all(data: str, out: Path) -> None:
         Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("twin", data, model="transformer", **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("packed", data, mode="packed", batch=1, length=255, checkpoint_activations=True, **WIDE): ("cp2",),
-        Job("fla", data, model="fla", kv_heads=2, **WIDE): ("tp2", "cp2"),
+        Job("fla", data, model="fla", changes={"kv_heads": 2}, **WIDE): ("tp2", "cp2"),
         Job("bf16", data, precision="bf16", steps=4): ("fsdp2", "cp2", "tp2"),
         Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
         Job("ema", data, ema=0.9, async_save=True, **WIDE): ("fsdp2", "tp2"),
