@@ -66,7 +66,7 @@ class Job:
     steps: int = 20
     save_every: int = 1000
     checkpoint_activations: bool = False
-    changes: dict = field(default_factory=dict)
+    changes: dict = field(default_factory=dict, hash=False)
     """Of the model's config."""
     precision: Any = "fp32"
     optimizer: Any = "adamw"
