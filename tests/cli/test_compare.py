@@ -128,7 +128,7 @@ def test_runs_of_an_earlier_result_are_not_done_again(place, capsys, refuses):
     assert [run for run in both if run["seed"] == 0] == first and len(both) == 2 * len(first)
     for typed, message in (
         (["--earlier", "none.json"], "none.json: no such file; name a result of"),
-        (["--earlier", "data/meta.json"], "is no result of a comparison"),
+        (["--earlier", "data/meta.json"], "is not a result of a comparison"),
         (["--earlier", "first.json", "--batch", "3"], "of another comparison (batch"),
     ):
         shutil.rmtree("again", ignore_errors=True)
