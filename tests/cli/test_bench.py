@@ -108,7 +108,7 @@ BAD = {
 BENCHMARKS = {
     "unknown": (["train"], "unknown bench 'train', expected one of memory, run"),
     "shape": (["retention", "--shapes", "big"], "unknown shape 'big', expected one of 5m, small"),
-    "minutes": (["soak", "--minutes", "0"], "--minutes must be above 0, got 0"),
+    "minutes": (["soak", "--minutes", "0"], "minutes must be above 0, got 0"),
 }
 
 
