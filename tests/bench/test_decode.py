@@ -211,7 +211,7 @@ def test_llamacpp_decodes_what_it_is_given():
     [
         (dict(precision="fp8"), "unknown precision 'fp8'"),
         (dict(models=("retnet", "mamba")), "unknown model 'mamba'"),
-        (dict(models=("transformer",)), "retnet must be among the models"),
+        (dict(models=("transformer",)), "`models=('transformer',)`: retnet is missing"),
         (dict(repeats=0), "`repeats=0`: must be at least 1"),
         (dict(contexts=()), "`contexts=()`: must be at least 1"),
     ],

@@ -57,7 +57,7 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, ref
     [
         (dict(precision="fp8"), "unknown precision 'fp8'"),
         (dict(models=("retnet", "llama")), "unknown model 'llama'"),
-        (dict(models=("transformer",)), "retnet must be among the models"),
+        (dict(models=("transformer",)), "`models=('transformer',)`: retnet is missing"),
         (dict(repeats=0), "`repeats=0`: must be at least 1"),
     ],
 )

@@ -139,4 +139,4 @@ def test_json_is_asked_for_with_what_it_makes():
         module = SimpleNamespace(PICTURE=picture, Options=prefill.Options)
         (field,) = (f for f in bench.command_of(module).__dataclass_fields__.values() if f.name == "json")
         texts[picture] = str(field.type)
-    assert "a picture is put beside it" in texts["A title"] and "a picture" not in texts[None]
+    assert "a picture is written beside it" in texts["A title"] and "a picture" not in texts[None]
