@@ -87,7 +87,7 @@ def test_every_variant_is_trained_with_every_optimiser_at_its_own_best_rate(comp
     train(lambda run: 2 + abs(run.lr - best[run.variant]))
     result = both.run()
     assert {row["variant"]: row["lr"] for row in result["rows"] if row["best_rate"]} == best
-    assert result["baseline"] == "retnet" and "+: trained with the optimiser" in table(result)
+    assert result["baseline"] == "retnet" and "+: trained with the named optimiser" in table(result)
     muon = replace(both, train=replace(both.train, optimizer="muon"))
     assert muon.names == ("retnet+adamw", "retnet", "gated+adamw", "gated")
     assert muon.train_run(muon.plan()[0]).train.optimizer == "adamw"
@@ -108,7 +108,7 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
     ("changes", "words"),
     [
         (dict(variants=("retnet", "gpt")), "unknown variant 'gpt', expected one of retnet"),
-        (dict(variants=()), "`variants` is empty: nothing to compare"),
+        (dict(variants=()), "no variant given"),
         (dict(seeds=()), "`seeds` is empty: nothing to compare"),
         (dict(sizes=("1m", "1m")), "`sizes=('1m', '1m')`: a value is given twice"),
         (dict(sizes=("9z",)), "unknown size '9z'"),
