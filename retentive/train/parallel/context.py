@@ -1,8 +1,8 @@
-"""Context parallelism: the tokens of a batch, divided over the ranks of the axis `cp`.
+"""Context parallelism: divides the tokens of a batch over the ranks of the axis `cp`.
 
-The rows of a batch are laid end to end and cut into equal parts, to within a token. What crosses a border are the
-position of the sequence that is cut, and in every layer its state (`ops.pieces`), as if each part were a batch that
-carries on from the one before.
+The rows of a batch are laid end to end and cut into equal parts, to within a token. Two things cross a border: the
+position of the sequence that is cut, and its state in every layer (`ops.pieces`). So each part is like a batch that
+carries on from the part before.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ from retentive.train.parallel.mesh import Axis
 
 
 def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """The model whose layers of retention hand on their states from rank to rank, changed in place.
+    """Make the model's retention layers, in place, hand on their states from rank to rank.
 
     Raises:
-        ValueError: a model that attends.
+        ValueError: the model has attention.
     """
     if model.config.attends:
         raise ValueError(
@@ -36,22 +36,22 @@ def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
     gather = gather_over(axis.group)
     for layer in model.blocks.modules():
         if isinstance(layer, MultiScaleRetention):
-            # around the layer and not the model: a block that is recomputed in the backward pass exchanges again
+            # wraps the layer, not the model, so that a block recomputed in the backward pass exchanges again
             layer.forward = partial(_across, layer.forward, gather, axis.rank)  # type: ignore[method-assign]
     return model
 
 
 def _across(forward: Callable, gather: Gather, rank: int, x, state, positions, phases) -> Any:
-    """A layer's forward pass, of one part: what does not begin at position 0 goes on from the part before."""
+    """Forward pass of a layer on one part: a sequence begun in the part before continues from its state."""
     with across(gather, rank, None if positions.start is None else positions.start > 0):
         return forward(x, state, positions, phases)
 
 
 @contextmanager
 def whole_sequences(model: LanguageModel) -> Iterator[None]:
-    """In this block every rank reads whole sequences, the same ones, and hands on nothing."""
+    """Let every rank read the same whole sequences in this block, and hand on nothing."""
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention)]
-    handing_on = [layer.__dict__.pop("forward") for layer in layers]  # the class's own is behind it
+    handing_on = [layer.__dict__.pop("forward") for layer in layers]  # uncovers the class's own method
     try:
         yield
     finally:
@@ -65,7 +65,7 @@ def on_part(objective: Objective, axis: Axis) -> Objective:
     def of_part(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
         part, start = part_of(batch, axis.rank, axis.size)
         before = model.init_state(1)
-        # blank states, which the layers fill; the position is known at once
+        # blank states, which the layers fill; the position is known already
         before = State(before.memories, before.position + start)
         total, count, _ = objective(model, part, before)
         return total, count, None
@@ -74,12 +74,12 @@ def on_part(objective: Objective, axis: Axis) -> Objective:
 
 
 def part_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
-    """(part `rank` of `size` of a batch's tokens, as one row; how many tokens its first sequence has had before them).
+    """Returns (part `rank` of `size` of a batch's tokens, as one row; tokens of its first sequence before the part).
 
-    Targets were shifted before, so that the last token of a part has its own.
+    Targets are already shifted, so the last token of a part has its target.
 
     Raises:
-        ValueError: a batch with fewer tokens than parts, one that carries states on, or with pictures or sound.
+        ValueError: the batch has fewer tokens than parts, carries states on, or has pictures or sound.
     """
     if batch.carry is not None or batch.rows:
         raise ValueError(f"`cp={size}` divides texts that begin in their batch: no mode carry, no pictures or sound")
