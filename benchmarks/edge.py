@@ -66,9 +66,17 @@ FORMS = {
     "onnx": Form("ONNX, float32", "onnx", needs=("onnx", "onnxruntime")),
     "onnx-int8": Form("ONNX, int8", "onnx", "int8", ("onnx", "onnxruntime")),
     "onnx-int4": Form("ONNX, int4", "onnx", "int4", ("onnx", "onnxruntime")),
-    "llamacpp-q8_0": Form("twin, llama.cpp Q8_0", "llamacpp", "Q8_0", ("llama_cpp", "gguf")),
-    "llamacpp-q4_0": Form("twin, llama.cpp Q4_0", "llamacpp", "Q4_0", ("llama_cpp", "gguf")),
+    "llamacpp-q8_0": Form("Transformer twin, llama.cpp Q8_0", "llamacpp", "Q8_0", ("llama_cpp", "gguf")),
+    "llamacpp-q4_0": Form("Transformer twin, llama.cpp Q4_0", "llamacpp", "Q4_0", ("llama_cpp", "gguf")),
 }
+REMOVED = {
+    "genai": "onnxruntime-genai, float32",
+    "genai-int4": "onnxruntime-genai, int4",
+    "executorch": "ExecuTorch, float32",
+    "executorch-int8": "ExecuTorch, int8",
+    "executorch-int4": "ExecuTorch, int4",
+}
+"""Labels of forms of version 0.1.0, which committed results hold."""
 PROGRAM = [
     *(flag for flag in FLAGS if flag != "-fPIC"),
     *(f"-I{FOLDER}", f"-I{OPS}"),
@@ -216,9 +224,10 @@ def check(found: dict[str, list[dict[str, Any]]]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
+    labels = {name: form.label for name, form in FORMS.items()} | REMOVED
     lines = [
         [
-            FORMS[row["form"]].label, decimal(row["file_bytes"]), duration(row["first_seconds"]),
+            labels[row["form"]], decimal(row["file_bytes"]), duration(row["first_seconds"]),
             f"{row['read_per_second']:,.0f}", f"{row['write_per_second']:,.0f}", decimal(row["peak_bytes"]),
         ]
         for row in result["rows"]

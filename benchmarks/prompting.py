@@ -146,7 +146,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     folder = ModelFolder.open(options.out)
     model, tokenizer = folder.model(), folder.tokenizer_for_text()
     if not model.keeps_state or model.config.attends:
-        raise ValueError(f"{options.out} holds no RetNet, whose states can be merged: choose another --out")
+        raise ValueError(f"{options.out} holds no RetNet, whose states can be merged: choose another out")
     sets = {
         "kinds of text": known_kinds[1],
         "activities": known_activities[1],

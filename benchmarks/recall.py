@@ -122,7 +122,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     known(variants, compare.VARIANTS, "variant")
     at_least_one(options, "pairs", "dims", "steps", "tokens")
     if not options.lrs:
-        raise ValueError("no rate to train at: give --lrs one or more")
+        raise ValueError("lrs has no learning rate: give one or more")
     if max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
     trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "growing": GROWING}
@@ -179,7 +179,7 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
     if file.is_file():
         had = json.loads(file.read_text(encoding="utf-8")).get("recall")
         if had != options:
-            raise ValueError(f"{folder} was trained otherwise ({had}, now {options}): choose another --out")
+            raise ValueError(f"{folder} was trained otherwise ({had}, now {options}): choose another out")
 
 
 def learned(row: dict[str, Any]) -> bool:

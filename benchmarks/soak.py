@@ -50,7 +50,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     """Counts, memory and errors of the soak; `ok` is true if there were no errors."""
     minutes = options.minutes
     if not minutes > 0:
-        raise ValueError(f"--minutes must be above 0, got {minutes}")
+        raise ValueError(f"minutes must be above 0, got {minutes}")
     model = tiny(seed)
     say("computing what the answers must be")
     single, chats = requests(model, 60, seed), conversations(model, 12, seed)

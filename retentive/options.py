@@ -70,4 +70,4 @@ def at_least_one(options: Any, *fields: str) -> None:
         value = getattr(options, field)
         numbers = [value] if isinstance(value, int) else value
         if not numbers or min(numbers) < 1:
-            raise ValueError(f"{field} must be at least 1, got {min(numbers) if numbers else 'none'}")
+            raise ValueError(f"{option(field, value)}: must be at least 1")

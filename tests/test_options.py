@@ -50,6 +50,6 @@ def test_what_is_asked_for_is_checked(refuses):
         known(["a", "c"], ("a", "b"), "letter")
     with refuses("no letter given, expected one of a, b"):
         known([], ("a", "b"), "letter")
-    for field, got in (("small", "0"), ("zero", "0"), ("nothing", "none")):
-        with refuses(f"{field} must be at least 1, got {got}"):
+    for field, got in (("small", "(3, 0)"), ("zero", "0"), ("nothing", "()")):
+        with refuses(f"`{field}={got}`: must be at least 1"):
             at_least_one(options, "right", field)

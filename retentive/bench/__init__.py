@@ -1,14 +1,14 @@
-"""Benches: how fast our code is on this machine, beside the alternative: interleaved, behind a correctness gate.
+"""Benches: speed of our code beside the alternatives on this machine, interleaved, after a correctness gate.
 
-Every module has the same shape, so that one verb serves them all:
+All modules have the same shape, so that one verb serves them all:
 
-    Options                      a frozen dataclass, a line of text under each field: the command line's flags
-    measure(options, say)        a dictionary that is JSON; `say` is called with lines of progress
+    Options                      frozen dataclass with a line of text under each field: flags of the command line
+    measure(options, say)        result, a dictionary for JSON; calls `say` with lines of progress
     table(result)                Markdown
-    PICTURE                      the title of the picture, with keys of the result in braces; None without a picture
+    PICTURE                      title of the picture, with keys of the result in braces; None without a picture
     plot(result, path, title=)   a PNG; ModuleNotFoundError without matplotlib (extra `plot`)
 
-`run.keep` writes what `measure` returned.
+`run.keep` writes the result of `measure`.
 """
 
 BENCHES = {
@@ -17,4 +17,4 @@ BENCHES = {
     "decode": "retentive.bench.decode",
     "serving": "retentive.bench.serving",
 }
-"""The module of each name, imported when its bench runs."""
+"""Module of each bench, imported when it runs."""

@@ -1,13 +1,13 @@
-"""`retentive bench decode`: the paper's Figure 6, memory, throughput and latency of decoding against context and batch.
+"""`retentive bench decode`: memory, throughput and latency of decoding against context and batch (the paper's Figure 6).
 
-A step decodes one token of every sequence. States and caches are filled with random numbers instead of reading a prompt
-(what a step costs does not depend on them), so that 32k tokens of context take no hours. Repetitions of the rivals are
-interleaved. The correctness gate: each model of ours must decode, token by token, the logits of a text read whole.
+A step decodes one token of every sequence. States and caches are filled with random numbers: the cost of a step does
+not depend on them, and reading 32k tokens would take hours. Repetitions of the rivals are interleaved. The correctness
+gate: each model of ours must decode, token by token, the logits of a text read at once.
 
     memory      weights, and the state with its ring of newest tokens, or the cache at that context
-    limit       what a step must move (all weights but the embedding; the state, and its share of writes; keys and
-                values, read) at the rate of reading, or its FLOPs at the GEMM rate, whichever takes longer; the rate of
-                reading is measured around every repetition
+    limit       roofline: the bytes a step must move (all weights but the embedding; the state and its share of writes;
+                keys and values, read) at the rate of reading, or its FLOPs at the GEMM rate, whichever is longer. The
+                rate of reading is measured around every repetition
 """
 
 import gc
@@ -29,53 +29,53 @@ from retentive.options import at_least_one, known
 from retentive.tables import duration, markdown
 
 LATENCY_AT = 8192
-"""Tokens of context at which the picture shows the latency."""
+"""Context length at which the picture shows the latency."""
 RETNETS = ("retnet", *models.NATIVE)
 PICTURE = "Decoding ({size})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OnDevice, Sized):
-    """Decoding: memory, throughput and latency by context and batch, RetNet and its twins (the paper's Figure 6)."""
+    """Decoding: memory, throughput and latency by context and batch, of RetNet and its twins (the paper's Figure 6)."""
 
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
-    """Tokens that have been read."""
+    """Context lengths in tokens."""
     batches: tuple[int, ...] = (1, 8)
-    """Sequences decoded together."""
+    """Batch sizes: sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
-    """retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, where that is installed),
+    """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, if installed),
     native-bf16, native-int8, native-int4 (the RetNet in C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped
-    twin by llama.cpp, where llama_cpp and gguf are installed)."""
+    twin by llama.cpp, if llama_cpp and gguf are installed)."""
     precision: str = "bf16"
-    """bf16 or fp32, of weights and caches; the state is float32 in any case."""
+    """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     full_heads: bool = False
-    """Give llama.cpp's twin keys and values for every query head, as `transformer` has them, and not for groups."""
+    """Give llama.cpp's twin a key head for every query head, as in `transformer`, instead of grouped heads."""
     steps: int = 16
-    """Tokens decoded in a repetition."""
+    """Tokens decoded per repetition."""
     repeats: int = 3
-    """Repetitions timed of each, interleaved; the best counts."""
+    """Timed repetitions of each model, interleaved; the best counts."""
     neighbour: bool = False
-    """Also time the RetNet, and those in C, at all batches and the first context, beside one other busy process."""
+    """Also time the RetNets beside one other busy process, at all batches and the first context."""
 
 
 @torch.inference_mode()
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per batch and context: of every rival seconds a step, memory, and its fraction of the limit.
+    """Returns a row per batch and context: seconds per step, memory and fraction of the limit of every rival.
 
     Raises:
-        ValueError: an unknown name or precision, a number below 1.
-        ArithmeticError: a gate is red; nothing was timed.
+        ValueError: a name or precision is unknown, or a number is below 1.
+        ArithmeticError: a correctness gate failed; nothing was timed.
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(options.models, models.NAMES, device, say)
-    # made once for all batches and contexts, which differ by their states only
+    # made once for all batches and contexts, which differ only in their states
     rivals = {name: make(name, config, device, dtype, full_heads=options.full_heads) for name in names}
     for one in rivals.values():
-        one.check()  # all of them before anything is timed: a wrong step may well be a fast one
+        one.check()  # all before anything is timed, since a wrong step may be fast
     rows = []
-    # each once and rising, whatever the order they were given in: tables and curves read so
+    # sorted and unique, as tables and curves need them
     for batch in sorted(set(options.batches)):
         for context in sorted(set(options.contexts)):
             row: dict[str, Any] = {"batch": batch, "context": context}
@@ -94,7 +94,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
             name: [getattr(one.config.mixers[0], h) for h in ("heads", "kv_heads")] for name, one in rivals.items()
         },
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
-        # the first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
+        # first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring
         "break_even": {
             name: rivals["retnet"].remembers(1, 0) // one.remembers(1, 1) + 1
             for name, one in rivals.items()
@@ -113,9 +113,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def beside_neighbour(rival: Rival, batch: int, options: Options) -> dict[str, Any]:
-    """Seconds a step alone and beside a busy process."""
+    """Returns the seconds per step, alone and beside a busy process."""
     context = options.contexts[0]
-    # without room: a state takes any number of further tokens
+    # no room needed: a state takes any number of further tokens
     decoding = Decoding(rival, batch, context, options.steps)
     kept = neighbour.speed_kept(decoding.run, rival.device, repeats=options.repeats)
     kept |= {key: kept[key] / options.steps for key in ("quiet_seconds", "beside_seconds")}
@@ -129,7 +129,7 @@ def _told(result: dict[str, Any]) -> str:
 def batches_that_fit(
     rivals: dict[str, Rival], batch: int, context: int, free: int
 ) -> tuple[list[list[str]], list[str]]:
-    """(groups of rivals whose states fit in `free` bytes together, in order; those that do not even fit alone)."""
+    """Returns (groups of rivals whose states fit in `free` bytes together, in order; rivals that do not fit alone)."""
     found: list[list[str]] = [[]]
     left_out, taken = [], 0
     for name, one in rivals.items():
@@ -137,7 +137,7 @@ def batches_that_fit(
         if need > free:
             left_out.append(name)
             continue
-        # in the order given, as many as fit: only those of one group are interleaved
+        # as many as fit, in the given order; only rivals of one group are interleaved
         if taken + need > free:
             found.append([])
             taken = 0
@@ -147,27 +147,27 @@ def batches_that_fit(
 
 
 def interleaved(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
-    """Of every rival seconds a step, memory, fraction of the limit; those that fit in memory are interleaved."""
-    gc.collect()  # the states of the last row, before what is free is asked for
+    """Returns seconds per step, memory and fraction of the limit of every rival, interleaved if memory allows."""
+    gc.collect()  # frees the states of the last row before asking for the free memory
     device = next(iter(rivals.values())).device
     together, left_out = batches_that_fit(rivals, batch, context, int(0.8 * machine.free_memory(device)))
-    # of free memory a fifth is left to activations and to what else the machine does
+    # a fifth of free memory is left to activations and other processes
     results: dict[str, dict[str, Any]] = {name: {"skipped": "not enough memory"} for name in left_out}
     for names in filter(None, together):
         results |= timed({name: rivals[name] for name in names}, batch, context, options)
         gc.collect()
-        machine.free_memory(device)  # called for what it does first: freed memory goes back to the system
+        machine.free_memory(device)  # called for its first step: it gives freed memory back to the system
     return {name: results[name] for name in rivals}
 
 
 def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) -> dict[str, dict[str, Any]]:
-    """Of every rival seconds a step in the best and the median repetition, memory, fraction of the limit."""
+    """Returns seconds per step (best and median repetition), memory and fraction of the limit of every rival."""
     one = next(iter(rivals.values()))
     device, dtype = one.device, one.dtype
-    # one turn more than is counted: the first warms up
+    # one more turn than counts: the first warms up
     room = (options.repeats + 1) * options.steps
     runs = {name: Decoding(one, batch, context, options.steps, room).run for name, one in rivals.items()}
-    # measured once, and not around each repetition as reading is: a step is seldom bound by its products
+    # measured once and not around each repetition, since matrix products rarely bound a step
     gemm = machine.gemm_rate(device, dtype)
     found, _ = clock.beside_reading(runs, machine.numbers(device), repeats=options.repeats)
     results = {}
@@ -187,7 +187,7 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table, with where the state begins to be the smaller memory."""
+    """Returns the rows as a Markdown table, and the context from which the state is smaller than a cache."""
     names = list(result["parameters"])
     heads = ["batch", "context", *(f"{models.NAMES[name]}: a step" for name in names)]
     heads += ["RetNet: memory", *(f"{models.NAMES[name]}: memory" for name in names[1:])]
@@ -204,13 +204,13 @@ def table(result: dict[str, Any]) -> str:
             cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context on."
+        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context."
         for name, n in result["break_even"].items()
     ]
     notes += filter(
         None, (fastest(result["rows"], batch) for batch in dict.fromkeys(r["batch"] for r in result["rows"]))
     )
-    # before there were models in C there was one
+    # results from before the models in C hold one
     for at in result.get("neighbours") or filter(None, [result.get("neighbour")]):
         name = models.NAMES[at.get("model", "retnet")]
         notes.append(neighbour.note(at, f"a step of {name} (batch {at['batch']}, context {at['context']:,})"))
@@ -218,12 +218,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
-    # above 1: the other takes longer, or more
+    # above 1: the other takes longer, or more memory
     return f" ({other[key] / base[key]:.2f}x)" if key in other and key in base else ""
 
 
 def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
-    """A line on the fastest RetNet and the fastest Transformer at the longest context that both were measured at."""
+    """Returns a line on the fastest RetNet and Transformer, at the longest context at which both were measured."""
     for row in sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["context"], reverse=True):
         seconds = {name: of["seconds"] for name, of in row["models"].items() if "seconds" in of}
         ours, theirs = (
@@ -242,9 +242,9 @@ def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG as the paper's Figure 6: memory, throughput against context at the largest batch, latency against batch.
+    """Writes a PNG as Figure 6 of the paper: memory and throughput by context at the largest batch, latency by batch.
 
-    One context or one batch has no panel of its own; one of both is a ranking of memory and latency.
+    A single context or batch has no panel of its own. With one of both, the panels rank memory and latency.
     """
     rows = result["rows"]
     most, contexts = max(row["batch"] for row in rows), sorted({row["context"] for row in rows})

@@ -1,8 +1,8 @@
-"""The client of `bench serving --server`: many streamed completions over HTTP at once, by plain sockets.
+"""Client of `bench serving --server`: many streamed completions over HTTP at once, by plain sockets.
 
-The client is this process, whose one thread only collects bytes while the clock runs and parses them afterwards, so
-that as little as possible of the measured time is its own. Every stream's text must be the one that `generate` gives
-alone: a server that lost tokens would look fast.
+The client is this process. Its one thread only collects bytes while the clock runs and parses them afterwards, to keep
+its own time small. Every stream's text must equal the text of `generate` alone, since a server that lost tokens would
+look fast.
 """
 
 import json
@@ -22,7 +22,7 @@ PATH = "/v1/completions"
 
 
 def library_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer trained on text that every machine has, the source of Python's standard library."""
+    """Returns a tokenizer trained on text that every machine has, the source of Python's standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return train_bpe((file.read_text(encoding="utf-8", errors="replace") for file in islice(files, 150)), vocab_size)
 
@@ -30,11 +30,11 @@ def library_tokenizer(vocab_size: int) -> Tokenizer:
 def requests(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int
 ) -> list[tuple[bytes, str]]:
-    """(HTTP request, text it must be answered with) of each stream."""
+    """Returns (HTTP request, expected text) of each stream."""
     made = []
-    # a thousand seeds for each stream, so that no two streams come to the same one
+    # a thousand seeds per stream, so that no two streams share one
     for ids, first in zip(prompts, count(0, 1000), strict=False):
-        for seed in count(first):  # the first one whose text does not end early: all streams have `tokens` tokens
+        for seed in count(first):  # the first seed whose text does not end early
             written = [t.id for t in generate(model, ids, SamplingParams(seed=seed), max_tokens=tokens)]
             if tokenizer.eos_id not in written:
                 break
@@ -47,13 +47,13 @@ def requests(
 
 
 def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
-    """Seconds from the first request to the last byte of the responses.
+    """Returns the seconds from the first request to the last byte of the responses.
 
     Raises:
-        ArithmeticError: a stream's text is not the one it must be.
+        ArithmeticError: a stream's text is not the expected one.
     """
     selector, answers = selectors.DefaultSelector(), [bytearray() for _ in asked]
-    # connected before the clock starts: it is the streams that are compared with the engine
+    # connected before the clock starts, since only the streams are compared with the engine
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in asked]
     for connection, answer in zip(sockets, answers, strict=True):
         selector.register(connection, selectors.EVENT_READ, answer)
@@ -64,7 +64,7 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
         for key, _ in selector.select():
             part = key.fileobj.recv(1 << 16)
             key.data.extend(part)
-            if not part:  # the server has closed it: this response is complete
+            if not part:  # the server has closed the connection: the response is complete
                 selector.unregister(key.fileobj)
     seconds = time.perf_counter() - began
     for n, (connection, answer, (_, want)) in enumerate(zip(sockets, answers, asked, strict=True)):
@@ -76,7 +76,7 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
 
 
 def text_of(answer: bytes) -> str:
-    """The text in a response's events; its status and its last bytes where it is no complete stream."""
+    """Returns the text in a response's events; of an incomplete stream the status and the last bytes."""
     events = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")]
     if not events or b"data: [DONE]" not in answer:
         status, _, rest = answer.decode(errors="replace").partition("\r\n")

@@ -1,7 +1,7 @@
-"""`retentive bench prefill`: reading a prompt, tokens/s against its length, RetNet beside its twin.
+"""`retentive bench prefill`: tokens/s of reading a prompt against its length, RetNet beside its twin.
 
-One sequence is read at once, without gradients, up to the hidden state of its last token and the state or cache after
-it; the models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read whole.
+Reads one sequence at once, without gradients, up to the hidden state of its last token and the state or cache after it.
+The models are interleaved. The correctness gate: each must decode, token by token, the logits of a text read at once.
 """
 
 from collections.abc import Callable
@@ -26,28 +26,28 @@ PICTURE = "Reading a prompt ({size})"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OnDevice, Sized):
-    """Reading a prompt: tokens/s of a RetNet and of its Transformer twins, by length."""
+    """Prefill: tokens/s of reading a prompt by its length, of a RetNet and its Transformer twins."""
 
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
-    """Tokens of the prompt."""
+    """Prompt lengths in tokens."""
     models: tuple[str, ...] = MODELS
-    """retnet, transformer, grouped (the twin with grouped heads), native-bf16, native-int8, native-int4 (the RetNet in
-    C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, where that is installed)."""
+    """Models: retnet, transformer, grouped (the twin with grouped heads), native-bf16, native-int8, native-int4 (the
+    RetNet in C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, if installed)."""
     precision: str = "bf16"
-    """bf16 or fp32, of weights and caches; the state is float32 in any case."""
+    """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     repeats: int = 3
-    """Prompts timed of each, interleaved; the best counts."""
+    """Timed repetitions of each model, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; a model that takes longer for a prompt reads it once, without repetitions."""
+    """Seconds; a model that is slower than this reads the prompt only once."""
 
 
 @torch.inference_mode()
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per length: of every model seconds, tokens/s, and the fraction of its FLOPs at the GEMM rate.
+    """Returns a row per length: seconds, tokens/s and the fraction of the GEMM rate of every model.
 
     Raises:
-        ValueError: an unknown name or precision, a number below 1.
-        ArithmeticError: a gate is red; nothing was timed.
+        ValueError: a name or precision is unknown, or a number is below 1.
+        ArithmeticError: a correctness gate failed; nothing was timed.
     """
     device = options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
@@ -61,7 +61,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
             rivals[name] = models.make(name, options.config, device, dtype)
             models.check_decoding(rivals[name])
     rows = []
-    # each once and rising, as tables and curves read
+    # sorted and unique, as tables and curves need them
     for length in sorted(set(options.lengths)):
         found = interleaved(rivals, length, dtype, device, options)
         rows.append({"length": length, "models": found})
@@ -82,17 +82,17 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def interleaved(
     rivals: dict[str, Any], length: int, dtype: torch.dtype, device: torch.device, options: Options
 ) -> dict[str, dict[str, Any]]:
-    """Of every model the best and the median of its repetitions, in tokens/s and of the GEMM rate."""
+    """Returns the best and the median repetition of every model, in tokens/s and as a fraction of the GEMM rate."""
     gemm = machine.gemm_rate(device, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
-    # hidden states, and no logits: of a prompt only the last token has any use for them
+    # hidden states without logits: only the last token of a prompt needs them
     runs = {name: reading(model, ids) for name, model in rivals.items()}
     timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
     results = {}
     for name, times in timed.items():
         config = rivals[name].config
-        # a token has half of the prompt before it on average; the output matrix (2 V D FLOPs) is not applied
+        # on average half of the prompt precedes a token; the output matrix (2 V D FLOPs) is not applied
         flops = cost.mean_flops_per_token(config, length) - 2 * config.vocab_size * config.dim
         results[name] = {
             **clock.best(times),
@@ -103,7 +103,7 @@ def interleaved(
 
 
 def reading(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
-    """A call that reads the prompt from its beginning; llama.cpp's computes the logits of its last token too."""
+    """Returns a call that reads the prompt from its start; llama.cpp's also computes the logits of its last token."""
     if not isinstance(model, llamacpp.Model):
         return partial(model.hidden, ids)
     session = llamacpp.Session(model, tokens=ids.shape[1])
@@ -116,7 +116,7 @@ def reading(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
+    """Returns the rows as a Markdown table."""
     names = list(result["parameters"])
     heads = [
         "tokens",
@@ -134,7 +134,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: tokens/s against length."""
+    """Writes a PNG: tokens/s against length."""
     figure, axes = grid(title, 1, 1, size=(6, 4.2))
     points = [(row["length"], row["models"]) for row in result["rows"]]
     names = models.shown(list(result["parameters"]), points[-1][1])

@@ -1,4 +1,4 @@
-"""Keeps what a bench measured: a file of the result with the command and the table, and a picture beside it."""
+"""Files of a bench: the result with its command and table, and a picture beside it."""
 
 from collections.abc import Callable
 from pathlib import Path

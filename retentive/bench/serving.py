@@ -1,15 +1,15 @@
-"""The engine beside the bare batched step, many streams beside one, a hit of the prefix cache beside a miss.
+"""`retentive bench serving`: engine against bare batched step, many streams against one, cache hit against miss.
 
 The correctness gate: as many streams as slots, joining one by one, give the tokens that each gives alone. Interleaved:
 
     one       one stream through the engine
     engine    as many streams as slots through the engine
-    bare      the same rows decoded by a loop of model and `pick`, no requests, no queue, no deliveries
+    bare      the same rows decoded by a loop of model and `pick`, without requests, queue and deliveries
 
-    miss, hit     from `submit` to the first token, for a prompt never seen and for one seen before
+    miss, hit     from `submit` to the first token, for a new prompt and for a repeated one
 
-Then one stream of very many tokens, with the bytes of its state and of the process at its beginning and its end; and
-with --server the same streams through the HTTP server (`http.py`), interleaved with the engine.
+Then one very long stream, with the bytes of its state and of the process at its start and its end. With --server, the
+same streams go through the HTTP server (`http.py`), interleaved with the engine.
 """
 
 import statistics
@@ -37,39 +37,39 @@ from retentive.options import at_least_one, known
 from retentive.tables import duration, markdown
 
 EARLY = 100
-"""Tokens after which a stream's memory is measured first."""
+"""Tokens after which the memory of a stream is first measured."""
 MODELS = ("retnet", *models.NATIVE)
 PICTURE = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Sized):
-    """The engine beside the bare batched step, many streams beside one, a prefix hit beside a miss, a long stream."""
+    """Serving: engine against bare batched step, many streams against one, prefix hit against miss, a long stream."""
 
     streams: int = 16
-    """Streams at once."""
+    """Simultaneous streams."""
     tokens: int = 256
-    """Tokens of each stream, a repetition."""
+    """Tokens of each stream per repetition."""
     prompt: int = 4000
-    """Tokens of the prompt whose first answer is timed."""
+    """Tokens of the prompt for the time to the first token."""
     long: int = 100_000
-    """Tokens of the long stream; 0 leaves it out."""
+    """Tokens of the long stream; 0 skips it."""
     repeats: int = 5
-    """Repetitions timed of each, interleaved; the median counts."""
+    """Timed repetitions of each run, interleaved; the median counts."""
     server: bool = False
-    """The same streams through the HTTP server as well."""
+    """Also send the same streams through the HTTP server."""
     precision: str = "fp32"
-    """bf16 or fp32, of the weights of retnet."""
+    """Precision of the weights of retnet, bf16 or fp32."""
     models: tuple[str, ...] = MODELS
-    """retnet, native-bf16, native-int8, native-int4 (the RetNet in C); each has an engine of its own."""
+    """Models: retnet, native-bf16, native-int8, native-int4 (the RetNet in C), each with its own engine."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """Tokens/s of the three (and of the server), seconds of a miss and a hit, bytes of a long stream.
+    """Returns tokens/s of the three (and of the server), seconds of a miss and a hit, and bytes of a long stream.
 
     Raises:
-        ArithmeticError: the gate is red.
-        ValueError: an unknown precision or model.
+        ArithmeticError: the correctness gate failed.
+        ValueError: a precision or model is unknown.
     """
     known([options.precision], models.PRECISIONS, "precision")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
@@ -82,11 +82,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def of_model(
     model: LanguageModel, options: Options, say: Say = silent, others: Mapping[str, LanguageModel] | None = None
 ) -> dict[str, Any]:
-    """As `measure`, of this model; and of others the streams through an engine."""
+    """As `measure` for this model, and the streams of other models through an engine."""
     streams, tokens, repeats = options.streams, options.tokens, options.repeats
     at_least_one(options, "streams", "tokens", "prompt", "repeats")
-    # A batch that mixes up its rows would be as fast as a right one. (In bf16 torch's sums depend on the batch by more
-    # than the likeliest tokens are apart: the same code is held to it in float32.)
+    # A batch that mixed up its rows would be as fast as a correct one. (In bf16, sums in torch depend on the batch by
+    # more than the likeliest tokens differ, so the same code is checked in float32.)
     if model.dtype == torch.float32:
         gate(model, streams)
     runs = {
@@ -122,15 +122,15 @@ def of_model(
 
 
 def beside_server(model: LanguageModel, engine: Callable[[], float], options: Options, say: Say) -> dict[str, Any]:
-    """Tokens/s of the streams through the engine and through `retentive serve`, interleaved, and their ratio.
+    """Returns tokens/s of the streams through the engine and through `retentive serve`, interleaved, and their ratio.
 
     Raises:
-        ArithmeticError: a stream's text is not what the model writes alone.
+        ArithmeticError: a stream's text is not the text of the model alone.
     """
     streams, tokens = options.streams, options.tokens
     tokenizer = http.library_tokenizer(model.config.vocab_size)
     asked = http.requests(model, tokenizer, prompts(model, streams, 2), tokens)
-    # no prefix cache: a repetition must not be quicker than the first for having read the prompts already
+    # no prefix cache, so that repetitions do not gain from prompts read before
     with server(model, tokenizer, "--slots", str(streams), "--cache", "0") as (_, port):
         runs = {"engine": engine, "server": lambda: streams * tokens / http.through_server(port, asked)}
         found = in_turns(runs, options.repeats, say)
@@ -141,7 +141,7 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
 
 
 def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int, say: Say) -> list[dict[str, float]]:
-    """Tokens/s of each run by name, a dictionary for each turn."""
+    """Returns tokens/s of each run by name, one dictionary per turn."""
     found = []
     for turn in turns(runs, repeats):
         found.append(turn)
@@ -156,11 +156,11 @@ def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> lis
 
 def gate(model: LanguageModel, streams: int) -> None:
     """Raises ArithmeticError unless streams that join one by one give the tokens that each gives alone."""
-    # stepped from here and not by its thread, so that the order in which streams join is always the same
+    # stepped from here and not by its thread, so that streams always join in the same order
     engine, made = Engine(model, slots=streams), []
     for n, ids in enumerate(prompts(model, streams, 9)):
         made += engine.submit(ids, SamplingParams(seed=n), max_tokens=24)
-        engine.step()  # the next one joins a batch that is decoding already
+        engine.step()  # the next stream joins a batch that already decodes
     while engine.step():
         continue
     for n, (ids, stream) in enumerate(zip(prompts(model, streams, 9), made, strict=True)):
@@ -173,7 +173,7 @@ def gate(model: LanguageModel, streams: int) -> None:
 
 
 def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) -> float:
-    """Tokens/s of `streams` requests at once, delivered to callbacks, from the engine's own thread."""
+    """Returns tokens/s of `streams` simultaneous requests, delivered to callbacks from the engine's own thread."""
     engine, heard = Engine(model, slots=slots), [0] * streams
 
     def listener(n: int) -> Callable[[Any], object]:
@@ -184,7 +184,7 @@ def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) 
 
     for n, ids in enumerate(prompts(model, streams, 2)):
         engine.submit(ids, SamplingParams(seed=n), max_tokens=tokens, deliver=[listener(n)])
-    # all are queued before the thread starts; close() returns when the last one has ended
+    # all are queued before the thread starts; close() returns when the last has ended
     began = time.perf_counter()
     engine.start().close()
     seconds = time.perf_counter() - began
@@ -195,12 +195,12 @@ def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) 
 
 @torch.inference_mode()
 def bare(model: LanguageModel, rows: int, tokens: int) -> float:
-    """Tokens/s of the batched step and of sampling alone: what an engine without any cost of its own would reach."""
+    """Returns tokens/s of the batched step with sampling: the bound for an engine without costs of its own."""
     begin = prompts(model, rows, 2)
     samplers = [
         Sampler(SamplingParams(seed=n), torch.tensor(ids), model.config.vocab_size) for n, ids in enumerate(begin)
     ]
-    # as the engine has it, so that only the engine's own work is between the two
+    # as in the engine, so that the difference is only the engine's own work
     state: Any = model.init_state(rows).for_decoding(model.dtype)
     last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
@@ -212,8 +212,8 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
 
 
 def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[float], list[float]]:
-    """(seconds to the first token of each prompt when it is new, and when it comes again: misses, hits)."""
-    # a cache of 1 GB holds every prompt of the bench: no hit may turn into a miss
+    """Returns the seconds to the first token of new prompts and of repeated ones: (misses, hits)."""
+    # a cache of 1 GB holds every prompt of the bench, so that no hit becomes a miss
     engine = Engine(model, cache=PrefixCache(1 << 30)).start()
 
     def once(ids: list[int]) -> float:
@@ -223,7 +223,7 @@ def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[
         return time.perf_counter() - began
 
     misses, hits = [], []
-    # a miss, then its hit: the pair meets the same speed of the machine
+    # a miss, then its hit, so that both meet the same speed of the machine
     for ids in prompts(model, repeats + 1, length, seed=1):
         misses.append(once(ids))
         hits.append(once(ids))
@@ -232,7 +232,7 @@ def first_tokens(model: LanguageModel, length: int, repeats: int) -> tuple[list[
 
 
 def long_stream(model: LanguageModel, slots: int, tokens: int) -> dict[str, Any]:
-    """Bytes of one stream's state and of the process after EARLY tokens and after the last, with its tokens/s."""
+    """Returns the bytes of a stream's state and of the process, after EARLY tokens and after the last, and tokens/s."""
     engine, seen, count = Engine(model, slots=slots), [], 0
 
     def hear(item: Any) -> None:
@@ -249,7 +249,7 @@ def long_stream(model: LanguageModel, slots: int, tokens: int) -> dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """The numbers as Markdown tables."""
+    """Returns the result as Markdown tables."""
     rates = {name: rate["median"] for name, rate in result["tokens_per_second"].items()}
     streams = result["streams"]
     lines = [

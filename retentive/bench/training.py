@@ -1,9 +1,8 @@
-"""`retentive bench train`: a training step of a RetNet beside its Transformer twins, tokens/s and memory by length.
+"""`retentive bench train`: tokens/s and memory of a training step by length, of a RetNet and its Transformer twins.
 
-A step is forward, loss, backward and optimiser, over the same tokens in the same precision; the models are interleaved.
-The correctness gate: RetNet's forms must agree, on the very model that is timed then. Memory is the most that a process
-of its own holds during a step, weights and optimiser included, beyond what it held before the model was made (on a GPU:
-that the allocator held).
+A step is forward, loss, backward and optimiser, over the same tokens in the same precision. The models are interleaved.
+The correctness gate: the forms of the timed RetNet must agree. Memory is the peak of a separate process during a step,
+including weights and optimiser, above its memory before the model was made (on a GPU: memory of the allocator).
 
     python -m retentive.bench.training '{"name": "retnet", …}'     one line of JSON: the memory of one model
 """
@@ -38,12 +37,12 @@ PICTURE = "A training step ({size})"
 
 @dataclass(frozen=True)
 class Step:
-    """A training step but for the model's name; in one bench all steps differ by their length only."""
+    """Description of a training step, except the model's name. Steps of one bench differ only in length."""
 
     config: ModelConfig
     length: int
     tokens: int
-    """Tokens of a step: as many rows of `length` as they fill, one at least."""
+    """Tokens per step: as many rows of `length` as they fill, at least one."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     checkpoint_activations: bool = False
@@ -55,7 +54,7 @@ class Step:
 
 
 class Trainer:
-    """A model, its optimiser and a batch."""
+    """Model with its optimiser and a batch."""
 
     def __init__(self, name: str, step: Step):
         device = torch.device(step.device)
@@ -63,12 +62,12 @@ class Trainer:
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)
-        # one token more than a row: the targets are the same row, shifted by one
+        # one token more than a row, since the targets are the row shifted by one
         self.ids = torch.randint(step.config.vocab_size, (step.batch, step.length + 1), generator=generator).to(device)
         self.precision = step.precision
 
     def run(self, length: int | None = None) -> None:
-        """One whole step, of the first `length` tokens of each row if given."""
+        """Makes one whole step, on the first `length` tokens of each row if given."""
         ids, targets = self.ids[:, :-1][:, :length], self.ids[:, 1:][:, :length]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x, _ = self.model.hidden(ids)
@@ -81,32 +80,32 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OnDevice, Sized):
-    """Training step: tokens/s and memory of a RetNet and of its Transformer twin, by length."""
+    """Training step: tokens/s and memory by length, of a RetNet and its Transformer twins."""
 
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
     models: tuple[str, ...] = MODELS[:2]
-    """retnet, transformer, grouped (the twin with grouped heads)."""
+    """Models: retnet, transformer, grouped (the twin with grouped heads)."""
     tokens: int = 8192
-    """Tokens a step, one row at least."""
+    """Tokens per step, at least one row."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     checkpoint_activations: bool = False
-    """Recompute each block in the backward pass, for models and lengths that memory has no room for otherwise."""
+    """Recompute each block in the backward pass, to save memory."""
     repeats: int = 5
-    """Steps timed of each, interleaved; the best counts."""
+    """Timed steps of each model, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; a model whose step takes longer makes one, without repetitions."""
+    """Seconds; a model whose step is slower than this makes only one."""
     neighbour: bool = False
     """Also time the RetNet, at the first length, beside one other busy process."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per length: of each model tokens/s, the fraction of the GEMM rate that their FLOPs are, and memory.
+    """Returns a row per length: tokens/s, fraction of the GEMM rate, and memory of each model.
 
     Raises:
-        ValueError: an unknown size, model, device or precision, a number below 1.
-        ArithmeticError: the gate is red; nothing was timed.
+        ValueError: a size, model, device or precision is unknown, or a number is below 1.
+        ArithmeticError: the correctness gate failed; nothing was timed.
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
@@ -117,10 +116,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows = []
     for step in steps:
         row: dict[str, Any] = {"length": step.length, "batch": step.batch}
-        # times first, in this process; then memory, in processes of their own with nothing beside them
+        # times first, in this process; then memory, in separate processes without others beside them
         row |= interleaved(names, step, options.repeats, options.patience)
         gc.collect()
-        machine.free_memory(device)  # gives back what the next processes need
+        machine.free_memory(device)  # gives back memory that the next processes need
         for name in names:
             row[name] |= memory(name, step)
         rows.append(row)
@@ -144,12 +143,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def interleaved(names: Sequence[str], step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
-    """Of each model the best and the median seconds of a step, tokens/s, and the fraction of the GEMM rate."""
+    """Returns the best and median seconds per step, tokens/s and the fraction of the GEMM rate of each model."""
     device = torch.device(step.device)
-    # all in memory at once, since they take turns
+    # all in memory at once, since their steps are interleaved
     trainers = {name: Trainer(name, step) for name in names}
     retnet = trainers["retnet"].model
-    # 1024 tokens are many chunks already, and the recurrent form goes through them one by one
+    # 1024 tokens are many chunks, and the recurrent form is slow
     models.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
     gemm = machine.gemm_rate(device, models.PRECISIONS[step.precision])
@@ -168,16 +167,16 @@ def interleaved(names: Sequence[str], step: Step, repeats: int, patience: float)
 
 
 def memory(name: str, step: Step) -> dict[str, Any]:
-    """{"peak_bytes": …} of a step in a process of its own; {} where that failed, for instance for want of memory."""
+    """Returns {"peak_bytes": …} of a step in a separate process; {} if that failed, for example out of memory."""
     task = {"name": name, **vars(step), "config": step.config.written()}
     command = [sys.executable, "-m", "retentive.bench.training", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
-    # the last line: libraries may print before it
+    # the last line, since libraries may print before it
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table; ratios above 1 say that RetNet trains faster."""
+    """Returns the result as a Markdown table; ratios above 1 mean that RetNet trains faster."""
     names = _names(result)
     heads = ["length", "rows", *(f"{models.NAMES[name]}: tokens/s" for name in names)]
     heads += [f"RetNet / {models.NAMES[name]}" for name in names[1:]] + [
@@ -204,7 +203,7 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: tokens/s and memory against length."""
+    """Writes a PNG: tokens/s and memory against length."""
     figure, axes = grid(title, 1, 2)
     points = [(row["length"], row) for row in result["rows"]]
     names = {name: models.NAMES[name] for name in _names(result)}
@@ -221,10 +220,10 @@ def main(argument: str) -> None:
     """Prints the memory of one model's step."""
     task = json.loads(argument)
     device = torch.device(task["device"])
-    before = machine.reset_peak_memory(device)  # before the model is made: weights count
+    before = machine.reset_peak_memory(device)  # before the model is made, since weights count
     config = ModelConfig.read(task.pop("config"))
     trainer = Trainer(task.pop("name"), Step(config=config, **task))
-    trainer.run(length=1)  # makes the optimiser's moments, which the step that counts then has from the beginning
+    trainer.run(length=1)  # makes the optimiser's moments, which the measured step then has from the start
     trainer.run()
     print(json.dumps({"peak_bytes": machine.peak_memory(device) - before}))
 

@@ -104,8 +104,8 @@ def quantize(
         progress: called with the number of blocks done, and of all blocks.
 
     Raises:
-        ValueError: the model is of another library, already quantised, or has numbers that are not finite; bits or group
-            are unsupported; or the model's activations on the text are not finite.
+        ValueError: the model is of another library, already quantised, or has numbers that are not finite; bits or
+            group are unsupported; or the model's activations on the text are not finite.
     """
     check_quantizable(model)
     how = Quantization(bits, GROUPS[bits] if group is None else group)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from textwrap import dedent
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -17,14 +17,14 @@ from retentive.cli.errors import as_typed
 Command = TypeVar("Command")
 
 MAPPINGS = ConstructorRegistry()
-"""Rule of the parser for options that are mappings."""
+"""Rule of the parser for options that map names to values."""
 
 
 @MAPPINGS.primitive_rule
 def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Parse FIELD=VALUE FIELD=VALUE … into a dictionary."""
-    if info.type is not Mapping[str, Any] and info.type_origin is not Mapping:
-        return None
+    if get_origin(info.type) is not Mapping or get_args(info.type)[0] is not str:
+        return None  # such as a bias for tokens, which the parser reads itself
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar="FIELD=VALUE",

@@ -2,10 +2,10 @@
 
 Comparison(data=…, out=…, variants=("retnet", "transformer"), sizes=("1m", "5m"), seeds=(0, 1)).run()
 
-comparison  the options, and the training runs that they mean
+comparison  the options, and the training runs they define
 variants    the models that can be compared
-queue       runs them, each in a process of its own, which is `worker`
-records     what each run leaves on disk
+queue       runs each training run in its own process, `worker`
+records     result of each run on disk
 summary     all records as a table with intervals, and scaling laws; `pictures` plots them
 """
 

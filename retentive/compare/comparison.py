@@ -1,6 +1,6 @@
-"""A comparison: its options, and the training runs that they mean.
+"""A comparison: its options, and the training runs they define.
 
-Each run is a run directory that `retentive train` could have made; a run that is done is not done again.
+Each run is a run directory as of `retentive train`. A finished run is not repeated.
 """
 
 import json
@@ -36,51 +36,51 @@ from retentive.train.speed import pick_precision
 
 @dataclass(frozen=True)
 class Comparison:
-    """Train variants of a model on the same tokens in the same order, and say how they compare."""
+    """Train variants of a model on the same tokens in the same order, and compare them."""
 
     data: Path
     """Folder of packed tokens with held-out text."""
     out: Path
-    """Folder for the runs, made if need be; what is done there already is not done again."""
+    """Folder for the runs, made if missing. Finished runs in it are not repeated."""
     variants: tuple[str, ...] = ("retnet", "transformer")
-    """Names of what is compared; the first is the baseline. An unknown name lists all."""
+    """Names of the variants; the first is the baseline. An unknown name lists all."""
     set: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Variants of your own: the name of each, and its fields; `model` among them is the model that is changed, or else
-    it is retnet. They are compared with the others."""
+    """Your own variants, compared with the others: a name and its fields for each. The field `model` names the model to
+    change, by default retnet."""
     sizes: tuple[str, ...] = ("1m",)
-    """Sizes as `retentive train --size` takes them."""
+    """Model sizes, as for `retentive train --size`."""
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds of the initialisation and the order of the text; each variant is trained with all of them."""
+    """Seeds of the initialisation and of the order of the text. Each variant is trained with every seed."""
     lrs: tuple[float, ...] = ()
-    """Peak learning rates; each variant is trained with all of them, and its best counts. By default that of --lr."""
+    """Peak learning rates, by default --lr. Each variant is trained with every rate, and its best counts."""
     optimizers: tuple[Optimizer, ...] = ()
-    """Optimisers; each variant is trained with all of them, and has its best rate with each. By default with that of
-    --optimizer; a variant with another one has it in its name, as in retnet+muon."""
+    """Optimisers, by default --optimizer. Each variant is trained with every optimiser, each at its best learning rate.
+    Other optimisers become part of the variant's name: retnet+muon."""
     tune: bool = False
-    """Train all rates with the first seed only, and the other seeds with the variant's best of them."""
+    """Try all learning rates with the first seed only; the other seeds use the variant's best rate."""
     mode: Literal["reset", "packed"] = "reset"
-    """As `retentive train --mode`."""
+    """Mode of batches, as for `retentive train --mode`."""
     batch: int = 8
-    """Rows of a batch."""
+    """Rows per batch."""
     length: int = 1024
-    """Tokens of a row, in training and in evaluation."""
+    """Tokens per row, in training and in evaluation."""
     earlier: tuple[Path, ...] = ()
-    """Results of earlier comparisons, files that --json wrote: runs in them are not done again."""
+    """Result files of earlier comparisons (--json). Their runs are not repeated."""
     jobs: int = 1
-    """Runs at a time, each in a process with its share of the cores."""
+    """Simultaneous runs, each in a process with its share of the cores."""
     mixed: bool = False
-    """Allow runs of unlike machines in one table."""
+    """Allow runs of different machines in one table."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(steps=500, lr=2e-3, sample_every=0, keep=1)
     )
 
     def plan(self) -> list[Run]:
-        """All runs, one seed after the other: one that is stopped early leaves whole comparisons of fewer seeds.
+        """Returns all runs, seed by seed: stopped early, a comparison of fewer seeds is complete.
 
-        With `tune`, runs of the other seeds have no rate until all rates of their size and variant are done.
+        With `tune`, runs of the other seeds have no learning rate until all rates of their size and variant are done.
 
         Raises:
-            ValueError: an unknown variant, or something that is given twice or not at all.
+            ValueError: a variant is unknown, or a list is empty or holds a value twice.
         """
         if self.train.seed != TrainConfig.seed:
             raise ValueError(f"{option('seed', self.train.seed)}: a comparison has several; name them in `seeds`")
@@ -89,54 +89,54 @@ class Comparison:
         if again:
             raise ValueError(f"`set` defines {again[0]}: that is a variant already; choose another name")
         lrs = self.lrs or (self.train.lr,)
-        given = {"optimizer": self.optimizers, "size": self.sizes, "seed": self.seeds, "variant": self.names, "lr": lrs}
-        for what, values in given.items():
-            if not values and what != "optimizer":
-                raise ValueError(f"no {what} given: nothing to compare")
+        given = {"optimizers": self.optimizers, "sizes": self.sizes, "seeds": self.seeds, "variants": self.names}
+        for name, values in (given | {"lrs": lrs}).items():
+            if not values and name != "optimizers":
+                raise ValueError(f"`{name}` is empty: nothing to compare")
             if len(set(values)) < len(values):
-                raise ValueError(f"{what} given twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{option(name, values)}: a value is given twice")
         if min(lrs) <= 0:  # 0 stands for a rate that is not known yet, whose runs wait
-            raise ValueError(f"lr must be above 0, got {min(lrs)}")
+            raise ValueError(f"{option('lrs', lrs)}: must be above 0")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
         first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]
         found = records(self.out, first)
         done = {record["name"] for record in found}
-        rates = best_rates(record for record in found if "failed" not in record)  # none where all rates diverged
+        rates = best_rates(record for record in found if "failed" not in record)  # none if all rates diverged
         waiting = {(run.size, run.variant): None for run in first if run.name not in done}
         later = product(self.seeds[1:], (rates | waiting).items())
         return first + [Run(v, size, seed, lr) for seed, ((size, v), lr) in later]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all variants that are compared."""
+        """Names of all variants of the comparison."""
         bare = self.variants + tuple(name for name in self.set if name not in self.variants)
         optimizers = self.optimizers or (self.train.optimizer,)
         return tuple(name if o == self.train.optimizer else f"{name}+{o}" for name, o in product(bare, optimizers))
 
     @property
     def models(self) -> dict[str, Variant]:
-        """All variants that are known, by the names of their models."""
+        """All known variants, by name."""
         return VARIANTS | {name: own_variant(fields) for name, fields in self.set.items()}
 
     @property
     def table(self) -> dict[str, Variant]:
-        """The same, and what they are with each of the other optimisers."""
+        """All known variants, also with each of the other optimisers."""
         others = product(self.models.items(), [o for o in self.optimizers if o != self.train.optimizer])
         return self.models | {f"{name}+{o}": variant._replace(optimizer=o) for (name, variant), o in others}
 
     def check(self) -> None:
-        """Looks whether all runs are possible on this machine. Writes nothing.
+        """Checks that all runs are possible on this machine. Writes nothing.
 
         Raises:
-            ValueError: too little held-out text, or a model that cannot be built.
+            ValueError: there is too little held-out text, or a model cannot be built.
             FileExistsError: the folder is not empty and holds no runs.
-            ModuleNotFoundError: a variant comes from a library that is not installed.
+            ModuleNotFoundError: a variant needs a library that is not installed.
         """
         if self.jobs < 1:
             raise ValueError(f"{option('jobs', self.jobs)}: must be at least 1")
         runs = [run for run in self.plan() if run.lr]
-        found = sorted(self.out.glob("[!.]*"))  # what begins with a dot is ours: locks, the precision
+        found = sorted(self.out.glob("[!.]*"))  # files that begin with a dot are ours: locks, the precision
         ours = {run.name for run in runs}
         if found and not any(f.name in ours or (f / "train.json").is_file() for f in found):
             raise FileExistsError(f"{self.out} holds other things ({found[0].name}): choose a new or an empty folder")
@@ -145,7 +145,7 @@ class Comparison:
         for peer in peers:
             if (self.table[peer].optimizer or self.train.optimizer) == "muon":
                 raise ValueError(f"{peer}: muon is for whole matrices, and a peer packs its own: leave it out")
-        if peers and not find_spec("transformers"):  # looked for, not imported, which would take seconds
+        if peers and not find_spec("transformers"):  # not imported, which takes seconds
             raise ModuleNotFoundError(
                 f"{peers[0]} is a model of the transformers library: pip install 'retentive[peers]'"
             )
@@ -157,10 +157,10 @@ class Comparison:
         if packed.meta.splits["valid"].tokens <= self.length:
             raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
         for run in runs:
-            self.train_run(run).config(packed.meta.vocab_size)  # raises what the worker would raise hours later
+            self.train_run(run).config(packed.meta.vocab_size)  # raises now what a worker would raise hours later
 
     def train_run(self, run: Run) -> TrainRun:
-        """The training run of `retentive train` that a run of this comparison is."""
+        """Returns the training run of a run of this comparison."""
         own: dict[str, Any] = {"lr": run.lr or self.train.lr, "seed": run.seed, "sample_every": 0}
         if self.table[run.variant].optimizer:
             own["optimizer"] = self.table[run.variant].optimizer
@@ -173,12 +173,12 @@ class Comparison:
             mode=self.mode,
             batch=self.batch,
             length=self.length,
-            resume=True,  # a run that was stopped goes on from its checkpoint
+            resume=True,  # a stopped run resumes from its checkpoint
             train=replace(self.train, **own),
         )
 
     def about(self, run: Run) -> dict[str, Any]:
-        """All that the result of a run depends on, apart from what is in its name."""
+        """Returns everything that the result of a run depends on, except what its name says."""
         train = {name: value for name, value in asdict(self.train_run(run).train).items() if name not in FREE}
         batches = {"mode": self.mode, "batch": self.batch, "length": self.length}
         return {"data_sha256": Packed(self.data).fingerprint, **batches, "train": train}
@@ -186,15 +186,15 @@ class Comparison:
     def run(
         self, say: Callable[[str], None] = lambda line: None, progress: Callable[[str], None] = lambda line: None
     ) -> dict[str, Any]:
-        """The result of all runs, once those that are missing are trained and scored: see `result`.
+        """Trains and scores the missing runs, and returns the result of all: see `result`.
 
         Args:
             say: called with a line when a run is done.
-            progress: called some times a second with a line on the runs under way.
+            progress: called several times a second with a line on the current runs.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; all is saved, and the same comparison goes on from there.
-            ValueError: a run is impossible, or one table would have results of unlike machines.
+            Interrupted: Ctrl-C or SIGTERM. Everything is saved, and the same comparison resumes.
+            ValueError: a run is impossible, or one table would mix different machines.
             ModuleNotFoundError, ChildProcessError: as `check` and `queue.work`.
         """
         self.check()
@@ -204,18 +204,18 @@ class Comparison:
         missing = [run for run in self.plan() if not (run.lr and self.task(run, threads).done)]
         for line in self.estimate(missing, threads):
             say(line)
-        for _ in range(1 + self.tune):  # what the first round finds out are the rates of the second
+        for _ in range(1 + self.tune):  # the first round finds the learning rates of the second
             tasks = [self.task(run, threads) for run in self.plan() if run.lr]
             work(tasks, jobs=self.jobs, say=say, progress=progress)
         return self.result()
 
     def task(self, run: Run, threads: int) -> Task:
-        """What the queue has to do for a run."""
+        """Returns the queue's task for a run."""
         order = json.dumps([self.described(), run, self.precision(), threads])
         return Task(run, self.out / run.name, self.about(run), self.train_run(run).config(2), order)
 
     def estimate(self, runs: Sequence[Run], threads: int) -> Iterator[str]:
-        """A line for each variant and size on what its runs cost, by a few steps made now, and one for all of them."""
+        """Yields a line for each variant and size on the cost of its runs, measured by a few steps, and a total."""
         counts = Counter((run.size, run.variant) for run in runs)
         first = {(run.size, run.variant): run for run in reversed(runs)}
         before, total, vocabulary = torch.get_num_threads(), 0.0, Packed(self.data).meta.vocab_size
@@ -234,7 +234,7 @@ class Comparison:
             yield f"{counted(len(runs), 'run')}, about {duration(total / self.jobs)} in all"
 
     def precision(self) -> Precision:
-        """That of every run. What "auto" means is measured once and kept: measured by each run, it could differ."""
+        """Returns the precision of every run. "auto" is measured once and kept, since runs might measure another."""
         if self.train.precision != "auto":
             return self.train.precision
         file = self.out / ".precision"
@@ -245,7 +245,7 @@ class Comparison:
             return cast(Precision, file.read_text(encoding="utf-8"))
 
     def result(self) -> dict[str, Any]:
-        """The result of the runs that are done: `summary.report`, with the machines and options behind it."""
+        """Returns the result of the finished runs: `summary.report`, with machines and options."""
         runs = self.plan()
         found = records(self.out, [run for run in runs if run.lr])
         check_hardware(found, mixed=self.mixed)

@@ -1,7 +1,7 @@
 """Picture of a comparison: bits per byte and loss of recalled tokens, and training curves by tokens and by time.
 
-A panel has a curve for each variant, the mean of its seeds. With more variants than can be told apart, curves are those
-of the baseline and of the best; rankings name all of them.
+A panel has a curve for each variant, the mean of its seeds. If there are too many variants to tell apart, only the
+baseline and the best have curves. Rankings name all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 Looks = Mapping[str, Mapping[str, Any]]
 BITS = ("bits_per_byte", "held-out bits per byte")
 RECALLED = ("recalled", "loss of recalled tokens (nats)")
-COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # C7 is a grey, as those without a curve have it
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # C7 is the grey of variants without a curve
 STROKES = ("-", "--", ":", "-.")
 """Line styles of a model's optimisers."""
 
@@ -32,7 +32,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     tokens, and training curves against tokens and against time. A panel with one point is left out.
 
     Args:
-        result: what `Comparison.result` returns.
+        result: the result of `Comparison.result`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `plot`).
@@ -63,7 +63,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 
 
 def shown(rows: Rows, baseline: str) -> list[str]:
-    """Variants that have curves: all, or the baseline and the best others where there are more than `MOST`."""
+    """Returns the variants with curves: all, or the baseline and the best others if there are more than `MOST`."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     best = sorted(rows, key=lambda row: (row["variant"] != baseline, row["bits_per_byte"]))
     kept = list(dict.fromkeys(row["variant"] for row in best))[:MOST]
@@ -71,7 +71,7 @@ def shown(rows: Rows, baseline: str) -> list[str]:
 
 
 def looks(variants: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and line style of each variant: those of one model differ by their optimiser (retnet+muon) and style."""
+    """Returns colour and line style of each variant; variants of one model differ in optimiser and line style."""
     models = list(dict.fromkeys(name.partition("+")[0] for name in variants))
     found: dict[str, dict[str, Any]] = {}
     for name in variants:
@@ -82,7 +82,7 @@ def looks(variants: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _by_size(rows: Rows, laws: Rows, looks: Looks, what: tuple[str, str], axis: Any) -> None:
-    """Points with intervals over the parameters of the blocks, and the fitted law of each variant that has one."""
+    """Draws points with intervals over the parameters of the blocks, and the fitted scaling law of each variant."""
     key, label = what
     for variant, look in looks.items():
         mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["block_parameters"])
@@ -100,7 +100,7 @@ def _by_size(rows: Rows, laws: Rows, looks: Looks, what: tuple[str, str], axis: 
 
 
 def _by_rate(rows: Rows, looks: Looks, axis: Any) -> None:
-    """A line over the learning rates for each variant, of one size."""
+    """Draws a line over the learning rates for each variant of one size."""
     for variant, look in looks.items():
         mine = sorted((row["lr"], row["bits_per_byte"]) for row in rows if row["variant"] == variant)
         axis.plot(*zip(*mine, strict=True), marker="o", label=variant, **look)
@@ -111,7 +111,7 @@ def _by_rate(rows: Rows, looks: Looks, axis: Any) -> None:
 
 
 def _by_variant(rows: Rows, looks: Looks, what: tuple[str, str], axis: Any) -> None:
-    """A point with its interval for each variant, the best on top, of one size."""
+    """Draws a point with its interval for each variant of one size, the best on top."""
     key, label = what
     colours = {row["variant"]: {"color": looks.get(row["variant"], GREY)["color"]} for row in rows}
     half = {row["variant"]: row["half_width"] if what == BITS else None for row in rows}
@@ -120,10 +120,10 @@ def _by_variant(rows: Rows, looks: Looks, what: tuple[str, str], axis: Any) -> N
 
 
 def _curves(runs: Rows, looks: Looks, speeds: dict[tuple[str, str], float] | None, axis: Any) -> None:
-    """Held-out bits per byte in the course of training: the mean of each variant's seeds, of the largest size.
+    """Draws held-out bits per byte during training: the mean of each variant's seeds, for the largest size.
 
-    Against tokens, or against the time that they take at the `speeds` of the table's rows, tokens/s of a variant and
-    size: a run that had a busy neighbour is not drawn as slower than the others of its variant.
+    The horizontal axis is tokens. With `speeds` (tokens/s of a variant and size, as in the table) it is time, so that a
+    run beside a busy process is not drawn as slower than the others of its variant.
     """
     largest = max(runs, key=lambda run: run["block_parameters"])["size"]
     for variant, look in looks.items():

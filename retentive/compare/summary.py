@@ -1,11 +1,13 @@
-"""The records of a comparison as a table with confidence intervals, as scaling laws, and both as Markdown.
+"""Summary of a comparison: a table with confidence intervals and scaling laws, and both as Markdown.
 
-Each variant counts at the best of the learning rates that all were given, by the seeds that all rates were tried with.
-The uncertainty is that of seeds, which are the initialisation and the order of the text. A cell (one variant, size and
-rate) of `OWN` seeds or more has its own standard deviation. With fewer it would be a guess: it is then pooled over all
-cells of the table, in which the noise is nearly the same, and that gives the interval its degrees of freedom.
-Differences to the baseline, best rate against best rate, are paired seed by seed, since half of the noise is the order
-of the text, which both share.
+Each variant counts at its best learning rate, by the seeds with which all rates were tried. The uncertainty is that of
+the seeds, which set the initialisation and the order of the text.
+
+A cell is one variant, size and rate. With `OWN` seeds or more it has its own standard deviation. With fewer, it is
+pooled over all cells of the table, whose noise is nearly the same, and the pool gives the degrees of freedom.
+
+Differences to the baseline compare best rate with best rate. They are paired seed by seed: half of the noise is the
+order of the text, which both share.
 """
 
 import math
@@ -19,13 +21,13 @@ from retentive.evals.stats import half_width, pooled, t95
 from retentive.tables import counted, markdown
 
 OWN = 5
-"""Values from which a cell's own spread is taken: t has 4 degrees of freedom then, and is 2.8 where a pool's is 2."""
+"""Least seeds for a cell's own spread: t then has 4 degrees of freedom and is 2.8, against 2 for a pool."""
 
 
 def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """A row for each size, learning rate and variant: means over the seeds, with 95 % intervals.
+    """Returns a row for each size, learning rate and variant: means over the seeds, with 95 % intervals.
 
-    Where the rate is the variant's best, also the difference to the baseline at the baseline's best rate.
+    A row at the variant's best rate also has the difference to the baseline at the baseline's best rate.
     """
     # (size, lr, variant) -> seed -> record
     cells: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = {}
@@ -33,7 +35,7 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
         cells.setdefault((r["size"], r["lr"], r["variant"]), {})[r["seed"]] = r
     bits = {key: [r["bits_per_byte"] for r in cell.values()] for key, cell in cells.items()}
     best = best_rates(found)
-    # the same key -> differences to the baseline, one for each seed that both have; none for the baseline itself
+    # same key -> differences to the baseline, one for each shared seed; none for the baseline itself
     differences: dict[tuple[str, float, str], list[float]] = {}
     for (size, variant), lr in best.items():
         base, mine = cells.get((size, best.get((size, baseline), lr), baseline), {}), cells[size, lr, variant]
@@ -61,29 +63,29 @@ def summary(found: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, An
 
 
 def _half_width(values: Sequence[float], shared: tuple[float, int]) -> float | None:
-    """Half the 95 % interval of the mean of `values`: by their own spread if they are `OWN`, else by the `shared`."""
+    """Returns half the 95 % interval of the mean: by the values' own spread from `OWN` on, else by the `shared` one."""
     spread, freedom = pooled([values]) if len(values) >= OWN else shared
     return half_width(spread, freedom, len(values))
 
 
 def best_rates(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(size, variant) -> its best learning rate, by its records' bits per byte with the seeds that all rates have."""
+    """Returns (size, variant) -> best learning rate, by mean bits per byte over the seeds that all rates share."""
     tried: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for r in found:
         tried.setdefault((r["size"], r["variant"]), {}).setdefault(r["lr"], {})[r["seed"]] = r["bits_per_byte"]
 
     def best(rates: dict[float, dict[int, float]]) -> float:
-        shared = set.intersection(*map(set, rates.values()))  # none: then each rate counts by all that it has
+        shared = set.intersection(*map(set, rates.values()))  # if none, each rate counts with all its seeds
         return min(rates, key=lambda lr: np.mean([rates[lr][seed] for seed in shared or rates[lr]]))
 
     return {key: best(rates) for key, rates in tried.items()}
 
 
 def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
-    """The rows of all runs, and the scaling laws of those variants that have enough sizes, each at its best rate.
+    """Returns the rows of all runs, and the scaling laws of variants with enough sizes, each at its best rate.
 
-    Runs that diverged (`"failed"` in their record says why) are named. A variant that diverged at a rate for any seed
-    has no row there: the mean of the other seeds would flatter it.
+    Names the runs that diverged (`"failed"` in their record says why). If a variant diverged at a rate for any seed, it
+    has no row at that rate, since the mean of the other seeds would flatter it.
     """
     failed = {(r["size"], r["lr"], r["variant"]) for r in found if "failed" in r}
     trained = [r for r in found if (r["size"], r["lr"], r["variant"]) not in failed]
@@ -96,10 +98,10 @@ def report(found: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
 
 
 def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
-    """bits per byte = a * (parameters of the blocks / 10^6)^-b over the runs of a variant; None below three sizes.
+    """Fits bits per byte = a * (parameters of the blocks / 10^6)^-b to the runs of a variant; None below three sizes.
 
-    Least squares of the logarithms. The interval of b is that of the line's slope: runs that lie off the line, by their
-    seed or because the law does not hold, make it wider.
+    Least squares of the logarithms. The interval of b is that of the slope. Runs off the line widen it, whether by
+    their seed or because the law does not hold.
     """
     mine = [r for r in found if r["variant"] == variant]
     if len({r["size"] for r in mine}) < 3:
@@ -107,7 +109,7 @@ def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
     x = np.log([r["block_parameters"] / 1e6 for r in mine])
     y = np.log([r["bits_per_byte"] for r in mine])
     slope, intercept = np.polyfit(x, y, 1)
-    freedom = len(x) - 2  # two numbers are fitted
+    freedom = len(x) - 2  # two fitted numbers
     squares = float(((y - slope * x - intercept) ** 2).sum())
     error = math.sqrt(squares / freedom / float(((x - x.mean()) ** 2).sum()))
     fitted = {"a": math.exp(intercept), "b": -float(slope), "b_half_width": t95(freedom) * error}
@@ -115,10 +117,10 @@ def law(found: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows, laws and failures of a `report`, as Markdown."""
+    """Returns rows, laws and failures of a `report` as Markdown."""
     heads = ["size", "variant", "parameters", "seeds", "bits per byte", "± ", f"against {result['baseline']}", "±"]
     heads += ["recalled", "others", "tokens/s"]
-    measured = any(row["memory"] is not None for row in result["rows"])  # not in results of old
+    measured = any(row["memory"] is not None for row in result["rows"])  # missing in old results
     heads += ["memory"] * measured
     lines = []
     several = len({row["lr"] for row in result["rows"]}) > 1
@@ -135,9 +137,9 @@ def table(result: dict[str, Any]) -> str:
         memory = "–" if row["memory"] is None else decimal(row["memory"])
         cells += [f"{row['tokens_per_second']:,.0f}", *[memory] * measured]
         lines.append(cells)
-    notes = ["* The best rate of each; differences are taken between these."] if several else []
+    notes = ["* The best learning rate of each variant. Differences compare these."] if several else []
     if any("+" in row["variant"] for row in result["rows"]):
-        notes.append("+: trained with the optimiser named after it, at its own best of the same rates.")
+        notes.append("+: trained with the named optimiser, at its own best of the same learning rates.")
     notes += [
         f"{found['variant']}: bits per byte = {found['a']:.3f} (N / 10^6)^-b, b = {found['b']:.4f} ± "
         f"{found['b_half_width']:.4f}, N parameters in the blocks, {counted(found['runs'], 'run')}"

@@ -1,7 +1,8 @@
-"""The variants of a comparison: models by name with some fields of their configs changed.
+"""Variants of a comparison: models by name, with some fields of their configs changed.
 
-All variants of a size have the same number of parameters (a peer's nearly): the feed-forward layer gets what a variant
-takes away, as in the twin. A new variant is one line of the table, or `--set NAME:FIELD=VALUE,…` on the command line.
+All variants of a size have the same number of parameters (peers nearly): the width of the feed-forward layer makes up
+for the change, as in the twin. A new variant is one line of the table, or `--set NAME:FIELD=VALUE,…` on the command
+line.
 """
 
 import math
@@ -13,47 +14,47 @@ from retentive.models import ARCHITECTURES, Config, config_of, cost, retnet
 from retentive.ops import decay
 
 Changes = Callable[[RetentionConfig], dict[str, Any]]
-"""From the retention of the size's RetNet to the fields that differ."""
+"""Function from the retention config of the size's RetNet to the changed fields."""
 
 
 class Variant(NamedTuple):
-    """A model that can be compared."""
+    """Model that can be compared."""
 
     model: str
-    """Its name for `retentive train --model`."""
+    """Name for `retentive train --model`."""
     changes: Changes
-    """What differs from the config of that name."""
+    """Changes to the config of that name."""
     about: str
-    """What it is, for people."""
+    """Description for people."""
     optimizer: str = ""
-    """What it is trained with, where that differs from the comparison's."""
+    """Optimiser, if not the comparison's."""
 
 
 def none(config: RetentionConfig) -> dict[str, Any]:
-    """No change."""
+    """Returns no changes."""
     return {}
 
 
 def always(**fields: Any) -> Changes:
-    """The same fields in every size."""
+    """Returns the same fields for every size."""
     return lambda config: fields
 
 
 def paper(changes: Changes = none, **fields: Any) -> Changes:
-    """The paper's RetNet with fields changed; it is then no longer what its name stands for."""
+    """Returns the paper's RetNet with changed fields, which make it another architecture."""
     return lambda config: ARCHITECTURES["retnet-paper"] | changes(config) | fields
 
 
 def short_head(heads: int) -> tuple[float, ...]:
-    """log(gamma) of each head: the language models', except that the first keeps 1/e of its state from token to token.
+    """Returns log(gamma) of each head as for language models, except that the first keeps 1/e of its state per token.
 
-    It sees little more than the last two tokens, which is how a model finds out what stood before the present one.
+    The first head sees little more than the last two tokens, which tells the model what stood before the current one.
     """
     return (-1.0, *decay.values("lm", heads)[1:])
 
 
 def small_heads(config: RetentionConfig) -> dict[str, Any]:
-    """Four times as many heads, as wide in all."""
+    """Returns four times as many heads of the same total width."""
     return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
 
 
@@ -116,22 +117,22 @@ VARIANTS = {
 
 
 def own_variant(fields: Mapping[str, Any]) -> Variant:
-    """The variant of these fields, of which `model` names the model that is changed.
+    """Returns the variant of these fields; the field `model` names the model to change.
 
     Raises:
         ValueError: the feed-forward width is among them.
     """
     if "ffn_dim" in fields:
-        raise ValueError("ffn_dim is what gives every variant as many parameters: leave it out, or change other fields")
+        raise ValueError("ffn_dim: set by the comparison for equal parameters; change other fields")
     changed = {name: value for name, value in fields.items() if name != "model"}
     about = ", ".join(f"{name}={value}" for name, value in fields.items())
     return Variant(fields.get("model", "retnet"), always(**changed), about)
 
 
 def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
-    """The fields of the variant that differ from the config of its model's name (`retentive train --set`).
+    """Returns the fields of the variant that differ from its model's config (`retentive train --set`).
 
-    Among them a feed-forward width by which it has the parameters of the size's RetNet.
+    They include the feed-forward width that gives it as many parameters as the size's RetNet.
 
     Args:
         shape: fields that differ from the size's in all variants.
@@ -148,5 +149,5 @@ def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
 
 
 def config_of_variant(variant: Variant, size: str, *, vocab_size: int, **shape: Any) -> Config:
-    """The config of a variant in a named size; arguments as for `changes`."""
+    """Returns the config of a variant in a named size; arguments as for `changes`."""
     return config_of(variant.model, size, vocab_size=vocab_size, **changes(variant, size, **shape))

@@ -1,4 +1,4 @@
-"""One run of a comparison, trained and scored in a process of its own, which `queue` starts.
+"""Worker of a comparison: trains and scores one run in its own process, which `queue` starts.
 
 python -m retentive.compare.worker PARENT '[{the comparison}, [variant, size, seed, lr], precision, threads]'
 """
@@ -33,23 +33,23 @@ from retentive.train.log import read_metrics
 
 
 def train_and_score(comparison: Comparison, run: Run, precision: Precision) -> dict[str, Any]:
-    """The record of the run, once trained and scored; a loss that is no longer finite is a result too."""
+    """Trains and scores the run and returns its record; a loss that is not finite is a result too."""
     record = run._asdict() | {"name": run.name, "about": comparison.about(run), "hardware": machine.describe()}
     device = pick_device(comparison.train.device)
     before = machine.reset_peak_memory(device)
     training = comparison.train_run(run)
-    if not read_options(training.out):  # one that goes on keeps its own
+    if not read_options(training.out):  # a resumed run keeps its own
         training = replace(training, train=replace(training.train, precision=precision))
     try:
         training.run(quiet=True)
     except FloatingPointError as error:
         return record | {"failed": str(error)}
-    record["memory"] = machine.peak_memory(device) - before  # before scoring, which does not belong to training's cost
+    record["memory"] = machine.peak_memory(device) - before  # before scoring, which is not part of training's cost
     return record | score(comparison, run)
 
 
 def score(comparison: Comparison, run: Run) -> dict[str, Any]:
-    """How well a trained run does on the held-out text, and its curves and speed of training."""
+    """Returns the scores of a trained run on the held-out text, and its curves and speed of training."""
     folder, packed = comparison.out / run.name, Packed(comparison.data)
     model, _ = retentive.load(folder)
     metrics = read_metrics(folder)
@@ -72,19 +72,19 @@ def score(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 
 def end_with_the_parent(parent: int) -> None:
-    """Sends SIGTERM to this process, which then saves and ends, as soon as the one that started it has ended."""
-    # An orphan gets another parent; polled, since Linux alone can signal that. It may be one already when it begins.
+    """Sends SIGTERM to this process, which then saves and ends, as soon as its parent has ended."""
+    # An orphan gets another parent. Polled, since only Linux can signal that; it may be an orphan from the start.
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(argument: str, parent: int | None = None) -> int:
-    """The exit code: 0 done, TAKEN if another process has locked the run, STOPPED if a signal came (all is saved).
+    """Does the run. Returns the exit code: 0 done, TAKEN if another process has locked it, STOPPED after a signal.
 
     Args:
-        argument: JSON of the comparison's fields, the run's, its precision, the number of threads (0: torch's choice).
-        parent: the process that started this one, which ends with it; None for none.
+        argument: JSON of the comparison's fields, the run's fields, the precision, and the threads (0: torch's choice).
+        parent: process id of the parent, with which this process ends; None for none.
     """
     raw, fields, precision, threads = json.loads(argument)
     comparison, run = Comparison.from_description(raw), Run(*fields)
@@ -98,7 +98,7 @@ def main(argument: str, parent: int | None = None) -> int:
         with lock_of(folder):
             record = train_and_score(comparison, run, precision)
             folder.mkdir(exist_ok=True)
-            # Last of all: the record says that the run is done.
+            # last, since the record marks the run as done
             write_json(folder / RECORD, record)
     except Timeout:
         return TAKEN

@@ -15,16 +15,17 @@ def shared(reading: Sequence[Prompt], chunk: int, every: int | None) -> list[tup
         reading: prompts in order of admission.
         every: tokens between cached states: parts end there (`Prompt.until_kept`). None without a cache.
     """
-    prompts = sorted((p for p in reading if p.left), key=lambda p: p.left)
-    budget, ends = max(chunk, len(prompts)), dict[Prompt, int]()
-    for n, prompt in enumerate(prompts):
-        take = min(prompt.left, budget // (len(prompts) - n))
-        if every is not None:
-            take = min(take, prompt.until_kept(every))
-        ends[prompt] = prompt.read + take
-        budget -= take
-    room = chunk  # pictures are encoded whole, even if only a part is read now: the newest may have to wait
+    room, most = chunk, dict[Prompt, int]()  # pictures are encoded whole, and the newest may have to wait for room
     for prompt in reading:
-        if prompt in ends and prompt.placeholders is not None:
-            ends[prompt], room = prompt.placeholders.within(prompt.read, ends[prompt], room)
-    return [(prompt, prompt.ids[prompt.read : end]) for prompt, end in ends.items() if end > prompt.read]
+        ahead = prompt.left if every is None else prompt.until_kept(every)
+        end = prompt.read + min(ahead, chunk)
+        if prompt.placeholders is not None:
+            end, room = prompt.placeholders.within(prompt.read, end, room)
+        most[prompt] = end - prompt.read
+    prompts = sorted((prompt for prompt in most if most[prompt]), key=lambda prompt: most[prompt])
+    budget, parts = max(chunk, len(prompts)), []
+    for n, prompt in enumerate(prompts):
+        take = min(most[prompt], budget // (len(prompts) - n))
+        parts.append((prompt, prompt.ids[prompt.read : prompt.read + take]))
+        budget -= take
+    return parts

@@ -10,7 +10,7 @@ forget gate its score of token j is
 Sums are taken backwards from the last token, so near keys have small ones, which is exact at any length.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
         self.out_proj = nn.Linear(self.K * c.heads, c.dim, bias=False)
+        self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Computes phases for these positions, once for all layers."""
@@ -82,7 +83,9 @@ class Attention(nn.Module):
             new += (gate_BTH if positions.valid is None else gate_BTH * positions.valid[..., None],)
         if cache is not None:
             self._check(cache, new)
-        if cache is not None and torch.is_grad_enabled():
+        if self.context is not None:
+            o = self._context_parallel(q_BTHK, new, spans_of(positions, phases.starts, x.shape[1]))
+        elif cache is not None and torch.is_grad_enabled():
             o, cache = self._continued(q_BTHK, new, cache, spans_of(positions, phases.starts, x.shape[1]))
         elif positions.cu_seqlens is not None:
             o, cache = self._packed(q_BTHK, new, cache, positions.cu_seqlens.tolist(), phases.starts)
@@ -206,6 +209,11 @@ class Attention(nn.Module):
         new = tuple(x.flatten(0, 1)[None] for x in new)
         o = self._within(flat, new, spans, tokens_before(cache, spans, self.window))
         return o.unflatten(1, q.shape[:2])[0], cache_after(cache, new, spans, self.window)
+
+    def _context_parallel(self, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
+        """Attends within packed sequences, of which other ranks have the tokens before the first."""
+        new, past = self.context.before(new, spans[0].start, self.window)
+        return self._within(q, new, spans, {} if past is None else {0: past})
 
     def _within(self, q: Tensor, new: Layer, spans: list[Span], past: dict[int, Layer]) -> Tensor:
         """Attends within each span `[1,T,…]`, and to the tokens `[1,P,…]` before those that have a past; else 0."""

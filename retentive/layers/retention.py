@@ -9,7 +9,7 @@ decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16: gated retenti
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,7 @@ class MultiScaleRetention(nn.Module):
         self.k_bias = nn.Parameter(torch.ones(self.K * c.kv_heads)) if c.qk_bias else None
         self.head_norm = RMSNorm(self.V, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
         self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
+        self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Computes phases, scales and decays for these positions, once for all layers."""
@@ -91,7 +92,8 @@ class MultiScaleRetention(nn.Module):
         if x.shape[1] == 1 and positions.cu_seqlens is None and not torch.is_grad_enabled():
             state = Ring.over(state, k_BTHK, v_BTHV)
         # scale 1: q_scale includes 1/sqrt(K), and the row norm, which depends on the position
-        o, state = retention(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
+        operator = retention if self.context is None else self.context.retention(positions)
+        o, state = operator(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
         return self.out(x, o), state
 
     def query(self, x: Tensor) -> Tensor:

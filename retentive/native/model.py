@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retentive.models import AttentionMemory, LanguageModel, RetentionMemory, State
+from retentive.models import LanguageModel, RetentionMemory, State
 from retentive.models.memory import Memory
 from retentive.models.model import checked_ids
 from retentive.native import library as lib
@@ -211,8 +211,8 @@ class NativeModel(LanguageModel):
 
 
 def _most_steps(memories: Sequence[Memory], dtype: torch.dtype) -> int:
-    """Maximum tokens that can go through the rings one by one; 0 if any state has no ring of `dtype`."""
-    rings: list[Any] = [m.value for m in memories if isinstance(m, RetentionMemory)]
+    """Tokens at most that can go through the rings one by one; 0 where there is a state without a ring of `dtype`."""
+    rings: list[Any] = [m.value for m in memories if m.kind == "retention"]
     if not all(isinstance(x, Ring) and x.k.dtype == dtype for x in rings):
         return 0
     return min([STEPS, *(x.k.shape[2] for x in rings)])
@@ -231,8 +231,9 @@ def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
-    """Raise ValueError for a memory past whose end the library would read or write."""
-    if isinstance(memory, RetentionMemory):
+    """Raises ValueError for a memory that the library would read or write past the end of."""
+    parts: dict[str, tuple[Any, torch.dtype, tuple[int, ...]]]
+    if memory.kind == "retention":
         inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
         parts = {"state": (inner, torch.float32, (N, mixer.H, mixer.K, mixer.V))}
     else:
@@ -250,16 +251,16 @@ def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
 
 
 def _plain(memory: Memory) -> Memory:
-    """Copy of a state without a ring; a cache itself."""
-    if isinstance(memory, AttentionMemory):
+    """A state as a copy without a ring; a cache as it is."""
+    if memory.kind == "attention":
         return memory
     value = memory.value
     return RetentionMemory((value.to_state() if isinstance(value, Ring) else value.clone()).contiguous())
 
 
 def _with_room(memory: Memory, slots: int) -> Memory:
-    """Contiguous cache with room for `slots` tokens, itself if it already is one; a state itself."""
-    if isinstance(memory, RetentionMemory):
+    """A cache with room for so many tokens, contiguous; itself where it is so, as a state always is."""
+    if memory.kind == "retention":
         return memory
     memory = memory.reserve(slots)
     return memory if all(x.is_contiguous() for x in memory.layer) else memory.map(Tensor.contiguous)
@@ -280,7 +281,7 @@ class Places:
         self._held = [weakref.ref(_holder(memory)) for memory in memories]
 
     def _place(self, memory: Memory) -> Any:
-        if isinstance(memory, RetentionMemory):
+        if memory.kind == "retention":
             tensors = memory.tensors()
             slots = tensors[1].shape[2] if len(tensors) > 1 else 0
             return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots)
@@ -296,5 +297,5 @@ class Places:
 
 
 def _holder(memory: Memory) -> Any:
-    """The ring, or the tensor of keys: the same object as long as the addresses stay the same."""
-    return memory.value if isinstance(memory, RetentionMemory) else memory.keys
+    """The ring, or the tensor of keys: the same object as long as the addresses stay."""
+    return memory.value if memory.kind == "retention" else memory.keys

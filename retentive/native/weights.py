@@ -181,7 +181,11 @@ class Packed:
         with torch.inference_mode(False):  # a tensor made in that mode could not be written outside it
             x = torch.empty(module._parameters[name].shape)
         self._keep.append(x)
-        self.body.add(lambda: x.copy_(module._parameters[name].detach()), module)
+
+        def copy() -> None:
+            x.copy_(module._parameters[name].detach())
+
+        self.body.add(copy, module)
         return x.data_ptr()
 
     def _matrix(

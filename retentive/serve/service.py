@@ -25,6 +25,9 @@ from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions
 
+CHUNK, CPU_CHUNK = 512, 256
+"""Prompt tokens read between two decoding steps. On two cores, 512 doubles the pauses of running streams, and the first
+token comes no sooner."""
 STATE_HEAD = 1 << 20
 """Bytes of a state's file beside its tensors, at most: what was read, by names."""
 
@@ -65,7 +68,8 @@ class Service:
         cache = None
         if options.cache:
             cache = PrefixCache(options.cache, folder=options.cache_folder, model=name)
-        self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, cache=cache)
+        chunk = CPU_CHUNK if model.device.type == "cpu" else CHUNK
+        self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache)
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics = Metrics(self.engine, self.sessions)

@@ -316,9 +316,10 @@ class TrainRun:
         # since it began.
         begun = ModelFolder.open(self.out) if self.resumes else None
         config = begun.config if begun else self.config(data.meta.vocab_size)
-        if self.mode == "carry" and (config.library or config.attends):
+        if self.mode == "carry" and not (config.keeps_state and config.constant_state):
             raise ValueError(
-                f"mode carry hands on states of retention, a {config.name} attends as well: use another mode"
+                f"mode carry hands on a state of constant size, and a {config.name} has none: use another mode, or "
+                "attention with a window"
             )
         if not cluster.sharded:  # there is no estimate of the memory of a part of a model
             check_fits(config, self.batch // cluster.dp.size, self.length, self._device(cluster))

@@ -211,9 +211,9 @@ def test_llamacpp_decodes_what_it_is_given():
     [
         (dict(precision="fp8"), "unknown precision 'fp8'"),
         (dict(models=("retnet", "mamba")), "unknown model 'mamba'"),
-        (dict(models=("transformer",)), "retnet must be among the models"),
-        (dict(repeats=0), "repeats must be at least 1, got 0"),
-        (dict(contexts=()), "contexts must be at least 1, got none"),
+        (dict(models=("transformer",)), "`models=('transformer',)`: retnet is missing"),
+        (dict(repeats=0), "`repeats=0`: must be at least 1"),
+        (dict(contexts=()), "`contexts=()`: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(how, words, never_timed, refuses):

@@ -57,8 +57,8 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch, never_timed, ref
     [
         (dict(precision="fp8"), "unknown precision 'fp8'"),
         (dict(models=("retnet", "llama")), "unknown model 'llama'"),
-        (dict(models=("transformer",)), "retnet must be among the models"),
-        (dict(repeats=0), "repeats must be at least 1, got 0"),
+        (dict(models=("transformer",)), "`models=('transformer',)`: retnet is missing"),
+        (dict(repeats=0), "`repeats=0`: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(how, words, never_timed, refuses):

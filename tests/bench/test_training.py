@@ -146,8 +146,8 @@ def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table
 @pytest.mark.parametrize(
     ("changes", "words"),
     [(dict(precision="fp8"), "unknown precision 'fp8'"), (dict(models=("llama",)), "unknown model 'llama'"),
-     (dict(lengths=()), "lengths must be at least 1, got none"),
-     (dict(repeats=0), "repeats must be at least 1, got 0"), (dict(tokens=0), "tokens must be at least 1, got 0")],
+     (dict(lengths=()), "`lengths=()`: must be at least 1"),
+     (dict(repeats=0), "`repeats=0`: must be at least 1"), (dict(tokens=0), "`tokens=0`: must be at least 1")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(changes, words, refuses):
     with refuses(words):

@@ -55,5 +55,5 @@ def test_a_model_is_measured_on_held_out_text(tmp_path):
     )
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
         measure(Options(run=tmp_path / "model", data=data, precision="fp8"))
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`tokens=0`: must be at least 1"):
         measure(Options(run=tmp_path / "model", data=data, tokens=0))

@@ -91,5 +91,5 @@ def test_a_size_is_measured_with_its_twin_and_the_hardware_named(sizes, refuses)
     hardware = result["hardware"]
     assert hardware == machine.describe() and hardware["torch"] == torch.__version__ and hardware["cores"] >= 1
     assert all(hardware[key] for key in ("cpu", "system", "python", "retentive", "gpu", "threads"))
-    with refuses("contexts must be at least 1, got 0"):
+    with refuses("`contexts=(0,)`: must be at least 1"):
         memory.measure(Options(**how | {"contexts": (0,)}))

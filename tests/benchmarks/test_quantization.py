@@ -100,7 +100,7 @@ def test_what_cannot_be_measured_is_said(data, tmp_path):
     save_model(tmp_path / "int8", quantize(model(), 8), ByteTokenizer())
     with pytest.raises(ValueError, match="quantised already"):
         measure(Options(run=str(tmp_path / "int8"), data=data.path))
-    with pytest.raises(ValueError, match="prompts must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`prompts=0`: must be at least 1"):
         measure(Options(run=str(tmp_path / "int8"), data=data.path, prompts=0))
 
 

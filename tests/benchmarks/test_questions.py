@@ -15,8 +15,8 @@ def measured(say=lambda line: None, **changes):
 
 
 def test_a_text_is_read_once_for_all_questions(sizes, monkeypatch):
-    read, real = [], batch.prefill
-    monkeypatch.setattr(batch, "prefill", lambda model, ids: read.append(ids.shape[1]) or real(model, ids))
+    read, real = [], batch.read
+    monkeypatch.setattr(batch, "read", lambda model, ids, rows: read.append(len(ids)) or real(model, ids, rows))
     result = measured(models=("retnet", "transformer"), questions=(2, 5))
     # two models, two numbers of questions, and a first turn that warms up
     assert read == [300] * 8

@@ -95,7 +95,7 @@ def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
 @pytest.mark.parametrize(
     ("how", "words"),
     [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 64 keys, too few for 300"),
-     (dict(steps=0), "steps must be at least 1, got 0"), (dict(lrs=()), "no rate to train at")],
+     (dict(steps=0), "`steps=0`: must be at least 1"), (dict(lrs=()), "lrs has no learning rate")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
     with refuses(words):

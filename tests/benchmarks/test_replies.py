@@ -100,7 +100,7 @@ def test_what_is_refused(place, refuses):
         measured(tasks=("piqa",))
     with refuses("beams must be at least 1"):
         measured(beams=(0,))
-    with refuses("max_length must be at least 1"):
+    with refuses("`max_length=-2`: must be at least 1"):
         measured(max_lengths=(-2,))
     with refuses("no model folder at elsewhere", FileNotFoundError):
         measured(models=("run", "elsewhere"))

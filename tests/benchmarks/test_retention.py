@@ -195,8 +195,8 @@ def test_a_lack_of_memory_is_said_in_the_row(tiny, monkeypatch):
         (dict(dtypes=("fp64",)), "unknown dtype 'fp64', expected one of fp32, bf16, fp16"),
         (dict(rivals=("flash",)), "unknown rival 'flash', expected one of auto, none, torchscale, sdpa, fla"),
         (dict(rivals=("fla",)), "rival 'fla': needs a GPU"),
-        (dict(lengths=(64, 0)), "lengths must be at least 1, got 0"),
-        (dict(repeats=0), "repeats must be at least 1, got 0"),
+        (dict(lengths=(64, 0)), "`lengths=(64, 0)`: must be at least 1"),
+        (dict(repeats=0), "`repeats=0`: must be at least 1"),
         (dict(shapes=(",",)), "no shape given"),
     ],
 )

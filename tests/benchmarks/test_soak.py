@@ -140,5 +140,5 @@ def test_threads_lose_no_count():
 
 
 def test_no_time_is_refused(refuses):
-    with refuses("--minutes must be above 0, got 0"):
+    with refuses("minutes must be above 0, got 0"):
         soak.measure(Options(minutes=0))

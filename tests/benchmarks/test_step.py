@@ -163,8 +163,8 @@ def test_the_table_and_the_plot_hold_the_rows(tmp_path, lines):
     [
         (dict(shapes=("big",)), "unknown shape 'big', expected one of small, 1.3B, 6.7B"),
         (dict(dtypes=("int8",)), "unknown dtype 'int8', expected one of fp32, bf16, fp16"),
-        (dict(batches=(0,)), "batches must be at least 1, got 0"),
-        (dict(repeats=-1), "repeats must be at least 1, got -1"),
+        (dict(batches=(0,)), "`batches=(0,)`: must be at least 1"),
+        (dict(repeats=-1), "`repeats=-1`: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(how, words, never_timed, refuses):

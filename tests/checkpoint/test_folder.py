@@ -216,7 +216,7 @@ def test_arguments_of_the_wrong_type(saved, refuses):
     with refuses("path must name a model folder, got int", TypeError):
         retentive.load(5)
     for dtype in (torch.int8, "int8", "half", 16):
-        with refuses("': expected one of float32, bfloat16, float16, float64"):
+        with refuses("'`: expected one of float32, bfloat16, float16, float64"):
             retentive.load(saved[1], dtype=dtype)
     assert retentive.load(saved[1], dtype="bfloat16")[0].dtype == torch.bfloat16
     with refuses("`weights='int3'`: expected one of stored, int8, int4"):

@@ -108,7 +108,7 @@ BAD = {
 BENCHMARKS = {
     "unknown": (["train"], "unknown bench 'train', expected one of memory, run"),
     "shape": (["retention", "--shapes", "big"], "unknown shape 'big', expected one of 5m, small"),
-    "minutes": (["soak", "--minutes", "0"], "--minutes must be above 0, got 0"),
+    "minutes": (["soak", "--minutes", "0"], "minutes must be above 0, got 0"),
 }
 
 
@@ -139,4 +139,4 @@ def test_json_is_asked_for_with_what_it_makes():
         module = SimpleNamespace(PICTURE=picture, Options=prefill.Options)
         (field,) = (f for f in bench.command_of(module).__dataclass_fields__.values() if f.name == "json")
         texts[picture] = str(field.type)
-    assert "a picture is put beside it" in texts["A title"] and "a picture" not in texts[None]
+    assert "a picture is written beside it" in texts["A title"] and "a picture" not in texts[None]

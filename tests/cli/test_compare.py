@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 import retentive
+from retentive.checkpoint import ModelFolder
 from retentive.cli import main
 from retentive.compare import queue, worker
 from retentive.models import PRESETS
@@ -72,11 +73,9 @@ def test_variants_of_ones_own_are_compared_under_their_names(place, capsys):
     main([*ARGS, "--seeds", "0", "--variants", "retnet", "--set", *own, "--json", "out/a.json"])
     rows = {row["variant"]: row for row in json.loads(Path("out/a.json").read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"retnet", "bare", "narrow"}
-    bare, narrow = (
-        json.loads(Path("cmp", f"{v}_1m_lr0.002_seed0", "config.json").read_text()) for v in rows if v != "retnet"
-    )
-    assert (bare["kind"], bare["config"]["rotary"], bare["config"]["decay"]) == ("retnet", "none", [-0.5, -0.1])
-    assert (narrow["kind"], narrow["config"]["kv_heads"]) == ("transformer", 1)
+    bare, narrow = (ModelFolder.open(f"cmp/{v}_1m_lr0.002_seed0").config.blocks[0].mixer for v in ("bare", "narrow"))
+    assert (bare.kind, bare.rotary, bare.decay) == ("retention", "none", (-0.5, -0.1))
+    assert (narrow.kind, narrow.kv_heads) == ("attention", 1)
     # of two feed-forward layers one unit of width
     assert abs(rows["narrow"]["block_parameters"] - rows["retnet"]["block_parameters"]) <= 2 * 3 * 16
     main(["report", "--results", "out", "-o", "report.html"])
@@ -91,7 +90,7 @@ WRONG = {
     "wrong-type": ("mine:gate=maybe", "expected true or false"),
     "contradiction": ("mine:score_norm=true", "score_norm needs decays that are known beforehand"),
     "unknown-model": ("mine:model=lstm", "unknown model 'lstm'"),
-    "of-another-model": ("mine:forget_gate=true", "RetNetConfig has no field forget_gate"),
+    "of-another-model": ("mine:forget_gate=true", "a RetNet has no field forget_gate"),
     "named-architecture": ("mine:model=fla,qk_norm=true", "fla stands for qk_norm=False"),
     "taken": ("no-gate:rotary=none", "that is a variant already"),
     "bias-of-nan": ("mine:decay=[NaN,-0.1]", "log decays <= 0"),
@@ -128,9 +127,9 @@ def test_runs_of_an_earlier_result_are_not_done_again(place, capsys, refuses):
     first, both = (json.loads(Path(name).read_text(encoding="utf-8"))["runs"] for name in ("first.json", "both.json"))
     assert [run for run in both if run["seed"] == 0] == first and len(both) == 2 * len(first)
     for typed, message in (
-        (["--earlier", "none.json"], "no result at none.json"),
-        (["--earlier", "data/meta.json"], "is no result of a comparison"),
-        (["--earlier", "first.json", "--batch", "3"], "is of another comparison (batch"),
+        (["--earlier", "none.json"], "none.json: no such file; name a result of"),
+        (["--earlier", "data/meta.json"], "is not a result of a comparison"),
+        (["--earlier", "first.json", "--batch", "3"], "of another comparison (batch"),
     ):
         shutil.rmtree("again", ignore_errors=True)
         with pytest.raises(SystemExit):

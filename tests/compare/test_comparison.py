@@ -87,7 +87,7 @@ def test_every_variant_is_trained_with_every_optimiser_at_its_own_best_rate(comp
     train(lambda run: 2 + abs(run.lr - best[run.variant]))
     result = both.run()
     assert {row["variant"]: row["lr"] for row in result["rows"] if row["best_rate"]} == best
-    assert result["baseline"] == "retnet" and "+: trained with the optimiser" in table(result)
+    assert result["baseline"] == "retnet" and "+: trained with the named optimiser" in table(result)
     muon = replace(both, train=replace(both.train, optimizer="muon"))
     assert muon.names == ("retnet+adamw", "retnet", "gated+adamw", "gated")
     assert muon.train_run(muon.plan()[0]).train.optimizer == "adamw"
@@ -109,13 +109,13 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
     [
         (dict(variants=("retnet", "gpt")), "unknown variant 'gpt', expected one of retnet"),
         (dict(variants=()), "no variant given"),
-        (dict(seeds=()), "no seed given"),
-        (dict(sizes=("1m", "1m")), "size given twice"),
+        (dict(seeds=()), "`seeds` is empty: nothing to compare"),
+        (dict(sizes=("1m", "1m")), "`sizes=('1m', '1m')`: a value is given twice"),
         (dict(sizes=("9z",)), "unknown size '9z'"),
-        (dict(variants=("retnet", "retnet")), "variant given twice"),
-        (dict(optimizers=("muon", "muon")), "optimizer given twice: muon, muon"),
-        (dict(lrs=(1e-3, 0.0)), "lr must be above 0, got 0.0"),
-        (dict(set={"big": {"ffn_dim": 4096}}), "ffn_dim is what gives every variant as many parameters"),
+        (dict(variants=("retnet", "retnet")), "`variants=('retnet', 'retnet')`: a value is given twice"),
+        (dict(optimizers=("muon", "muon")), "`optimizers=('muon', 'muon')`: a value is given twice"),
+        (dict(lrs=(1e-3, 0.0)), "`lrs=(0.001, 0.0)`: must be above 0"),
+        (dict(set={"big": {"ffn_dim": 4096}}), "ffn_dim: set by the comparison for equal parameters"),
         (dict(optimizers=("muon",), variants=("retnet", "mamba")), "mamba+muon: muon is for whole matrices"),
         (dict(jobs=0), "`jobs=0`: must be at least 1"),
         (dict(length=100_000), "too little held-out text for windows of 100000 tokens"),

@@ -100,7 +100,7 @@ def test_what_another_process_is_at_is_left_to_it(tasks):
     with one.lock:
         work([one, other], say=lines.append)
     assert other.done and not one.done
-    assert lines[0].endswith("another process is at it: when that has ended, give the same command again")
+    assert lines[0].endswith("another process trains it; repeat the command when that has ended")
 
 
 def test_a_worker_whose_parent_went_while_it_was_starting_ends():

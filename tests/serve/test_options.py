@@ -12,7 +12,7 @@ def test_options_that_make_no_sense(refuses, tmp_path):
         (dict(timeout=float("nan")), "`timeout=nan`: must be above 0"),
         (dict(cache=-1), "`cache=-1`: must be at least 0"),
         (dict(cors=("junk",)), "`cors='junk'`: expected * or an origin without path, https://example.org"),
-        (dict(cors=("https://example.org/",)), "got 'https://example.org/'"),
+        (dict(cors=("https://example.org/",)), "`cors='https://example.org/'`: expected * or an origin without path"),
         (dict(states=file), f"`states='{file}'`: a file; name a folder"),
         (dict(cache_folder=file), f"`cache_folder='{file}'`: a file; name a folder"),
         (dict(api_key=("",)), "`api_key` has a key that is empty or not printable ASCII"),

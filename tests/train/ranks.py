@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,8 @@ class Job:
     steps: int = 20
     save_every: int = 1000
     checkpoint_activations: bool = False
-    kv_heads: int = 4
+    changes: dict = field(default_factory=dict, hash=False)
+    """Of the model's config."""
     precision: Any = "fp32"
     optimizer: Any = "adamw"
     ema: float = 0.0
@@ -106,8 +107,7 @@ class Disturbed:
 def run(job: Job, out: Path, cluster: Cluster = ALONE) -> None:
     packed = Packed(Path(job.data))
     torch.manual_seed(0)
-    changes = SMALL | ({} if job.kv_heads == 4 else {"kv_heads": job.kv_heads})
-    model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **changes))
+    model = build(config_of(job.model, "1m", vocab_size=packed.meta.vocab_size, **SMALL | job.changes))
     how: dict[str, Any] = {"mode": job.mode, "batch": job.batch, "length": job.length}
     alone = (job.sigterm, job.full) if cluster.rank == cluster.world_size - 1 else (-1, -1)
     batches = Disturbed(

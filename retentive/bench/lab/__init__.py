@@ -1,1 +1,1 @@
-"""What benches share: correctness gate, roofline, interleaved runs, isolated runs, rivals, tables and plots."""
+"""Parts shared by benches: correctness gate, roofline, interleaved runs, isolated runs, rivals and plots."""

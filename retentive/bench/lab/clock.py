@@ -1,4 +1,4 @@
-"""Interleaved runs: what is compared is timed in turns, so that whatever slows the machine slows all alike."""
+"""Interleaved runs: compared code is timed in turns, so that a slow spell of the machine slows all alike."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,31 +13,30 @@ T = TypeVar("T")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The least, the median and the most of them."""
+    """Returns minimum, median and maximum of the values."""
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
 def best(times: Sequence[float]) -> dict[str, Any]:
-    """The best and the median of the seconds, and how many there are, as results name them."""
-    # the best is what counts between rivals: what else a machine does only ever adds to a time
+    """Returns the best and the median of the seconds and their number, named as in results."""
+    # the best counts between rivals, since other work of the machine only adds time
     return {"seconds": min(times), "median_seconds": statistics.median(times), "repeats": len(times)}
 
 
 def median_ratio(found: Sequence[Mapping[str, float]], above: str, below: str) -> float:
-    """The median over the turns of one run's number divided by another's.
+    """Returns the median over the turns of one run's number divided by another's.
 
-    Not the ratio of medians: the two numbers of a turn are neighbours in time, and a slow spell of the machine that
-    meets both drops out.
+    Not the ratio of medians: the two numbers of a turn are close in time, and a slow spell that meets both cancels.
     """
     return statistics.median(turn[above] / turn[below] for turn in found)
 
 
 def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
-    """What each run returned, a dictionary a turn; in a turn all run once, one after the other.
+    """Yields the results of all runs, one dictionary per turn. In a turn all run once, one after the other.
 
-    A first turn warms up (allocates, compiles, fills caches) and is not among them.
+    A first turn warms up (allocates, compiles, fills caches) and is left out.
     """
-    for turn in range(repeats + 1):  # in each one all runs, and not all turns of one run: the machine's speed drifts
+    for turn in range(repeats + 1):  # all runs in each turn, not all turns of one run: the machine's speed drifts
         found = {name: run() for name, run in runs.items()}
         if turn:
             yield found
@@ -46,12 +45,12 @@ def turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[st
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, patience: float
 ) -> dict[str, list[float]]:
-    """Seconds of each run's repetitions; in every turn all runs go once, one after the other.
+    """Returns the seconds of each run's repetitions. In every turn all run once, one after the other.
 
-    The first turn allocates and does not count. But a run that takes longer than `patience` seconds in it is not
-    repeated: that time is its result, since allocating is little beside what it computes.
+    The first turn allocates and does not count. A run that takes longer than `patience` seconds in it is not repeated,
+    and that time is its result, since allocation is little beside its computation.
     """
-    # one after the other and all before the first repetition: it decides which of them are repeated
+    # all before the first repetition, since this turn decides which are repeated
     first = {name: machine.clock(device, run) for name, run in runs.items()}
     quick = {name: partial(machine.clock, device, run) for name, run in runs.items() if first[name] <= patience}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -62,19 +61,19 @@ def interleaved(
 
 
 class Timed(NamedTuple):
-    """A run, and how fast this machine's memory was around it."""
+    """Time of a run, and the speed of the machine's memory around it."""
 
     seconds: float
     rate: float
-    """Bytes/s of reading, the mean of before and after."""
+    """Rate of reading in bytes/s, mean of before and after."""
 
 
 def beside_reading(
     runs: Mapping[str, Callable[[], Any]], numbers: torch.Tensor, *, repeats: int
 ) -> tuple[dict[str, list[Timed]], list[float]]:
-    """(each run's repetitions in turns, with the rate of reading `numbers` around them, all the rates).
+    """Returns (each run's repetitions in turns, with the rate of reading `numbers` around them; all the rates).
 
-    The rate of a shared machine changes from one second to the next, so it is measured between any two runs.
+    The rate of a shared machine changes from second to second, so it is measured between any two runs.
     """
     # n runs have n + 1 rates between and around them
     rates = [machine.read_rate(numbers)]
@@ -82,7 +81,7 @@ def beside_reading(
     def timed(run: Callable[[], Any]) -> Timed:
         seconds = machine.clock(numbers.device, run)
         rates.append(machine.read_rate(numbers))
-        return Timed(seconds, statistics.mean(rates[-2:]))  # the last two: right before the run and right after it
+        return Timed(seconds, statistics.mean(rates[-2:]))  # the last two rates: right before and right after the run
 
     found = list(turns({name: partial(timed, run) for name, run in runs.items()}, repeats))
     return {name: [turn[name] for turn in found] for name in runs}, rates

@@ -1,4 +1,4 @@
-"""Models that decode, of this package and of others, and what a step of each costs."""
+"""Models that decode, of this package and of others, and the cost of a step of each."""
 
 import inspect
 from functools import partial
@@ -15,11 +15,11 @@ from retentive.models import ModelConfig, cost, twin
 from retentive.ops.ring import slots
 
 TRIED = 4
-"""Steps by which the faster setting of llama.cpp is found."""
+"""Steps to find the faster setting of llama.cpp."""
 
 
 class Rival:
-    """A model that decodes, and what it costs."""
+    """Model that decodes, with its costs."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         self.name, self.device, self.dtype = name, device, dtype
@@ -29,11 +29,11 @@ class Rival:
 
     @property
     def mixer(self) -> Any:
-        """Config of its first mixer."""
+        """Config of the first mixer."""
         return self.config.mixers[0]
 
     def made(self, config: ModelConfig) -> Any:
-        """The model."""
+        """Returns the model."""
         return models.make(self.name, config, self.device, self.dtype)
 
     @property
@@ -41,39 +41,39 @@ class Rival:
         return self.dtype.itemsize
 
     def ring(self) -> int:
-        """Bytes that a sequence takes while it is decoded, beside its state or cache."""
+        """Returns the bytes that a sequence takes during decoding, beside its state or cache."""
         state: Any = self.model.init_state(1)
         state = state.reserve(max(state.windows))  # a window's slots are the cache
         return state.for_decoding(self.dtype).nbytes - state.nbytes
 
     def check(self) -> None:
-        """The correctness gate: raises ArithmeticError where it decodes other logits than it reads."""
+        """Correctness gate: raises ArithmeticError if decoding gives other logits than reading at once."""
         models.check_decoding(self.model)
 
     def fill(self, batch: int, context: int, room: int) -> Any:
-        """A state as after `context` tokens, with room for `room` more, so that no cache grows while it is timed."""
+        """Returns a state as after `context` tokens, with room for `room` more, so that no cache grows while timed."""
         state: Any = self.model.init_state(batch).reserve(context + room)
         for x in (x for x in state.tensors() if x.is_floating_point()):
-            # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds. One random
-            # slice is broadcast, since random numbers for all would take minutes
+            # written, since untouched pages are all one page of zeros, which the CPU's cache holds. One random slice is
+            # broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
         state.position.fill_(context)  # rotations and masks of the next token depend on it
         return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
 
     def step(self, ids: Tensor, state: Any) -> Any:
-        """The state after one more token of each sequence; its logits are computed and dropped."""
-        with step_threads(self.model, len(ids), state):  # as everything that decodes
+        """Returns the state after one more token of each sequence; computes and drops its logits."""
+        with step_threads(self.model, len(ids), state):  # as in all decoding
             x, state = self.model.hidden(ids, state)
             self.model.head(x)
         return state
 
     def remembers(self, batch: int, context: int) -> int:
-        """Bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
+        """Returns the bytes of state and ring, or of the cache, for `batch` sequences of `context` tokens."""
         memory = cost.memory_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
         return memory + batch * self.ring_bytes
 
     def moves(self, batch: int, context: int) -> float:
-        """Bytes that a step must move at least: the weights once, and the state with its ring, or the cache."""
+        """Returns the bytes that a step must move at least: the weights once, and the state with ring or the cache."""
         c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
         if not c.attends:
             shapes: list[tuple[int, int, int]] = [m.head_shape for m in c.mixers]
@@ -82,26 +82,26 @@ class Rival:
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
-    """Bytes that a step of one layer with a ring moves on average; `itemsize` is that of q, k and v."""
+    """Returns the average bytes that a step of one layer with a ring moves; `itemsize` is that of q, k and v."""
     fold = slots(K, V) // 2
     rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
     return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
 class Llama(Rival):
-    """Another engine: Llama of the transformers library with its static cache, weights of the same shapes."""
+    """Llama of the transformers library with its static cache, and weights of the same shapes."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, dtype)
-        self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas know no Llama
+        self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas have no Llama
         names = inspect.signature(self.model.backbone.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in the course of version 5
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed within version 5
 
     def ring(self) -> int:
         return 0
 
     def check(self) -> None:
-        """Nothing: how it decodes is tested in its own library."""
+        """Checks nothing: its own library tests its decoding."""
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         from transformers import StaticCache
@@ -112,7 +112,7 @@ class Llama(Rival):
         for layer in range(self.config.layers):
             keys = torch.randn(1, 1, 1, c.head_dim, dtype=self.dtype, device=self.device)
             keys = keys.expand(batch, c.heads, context, -1)
-            cache.update(keys, keys, layer)  # copies them in, so the expanded ones may share their memory
+            cache.update(keys, keys, layer)  # copies, so expanded tensors may share memory
         return cache
 
     def step(self, ids: Tensor, state: Any) -> Any:
@@ -122,7 +122,7 @@ class Llama(Rival):
 
 
 class Native(Rival):
-    """The RetNet in C, with a ring of bfloat16."""
+    """RetNet in C, with a ring of bfloat16."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, torch.bfloat16)
@@ -130,11 +130,11 @@ class Native(Rival):
     @property
     def bytes_per_weight(self) -> float:
         how = quantization_of(self.model)
-        return 2.0 if how is None else how.bits / 8 + 2 / how.group  # a scale of 16 bits for each group
+        return 2.0 if how is None else how.bits / 8 + 2 / how.group  # with a 16-bit scale per group
 
 
 class LlamaCpp(Rival):
-    """Another engine: llama.cpp, with the faster setting of its flash attention at each context."""
+    """llama.cpp, with the faster setting of its flash attention at each context."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, *, full_heads: bool = False):
         self.full_heads = full_heads
@@ -155,7 +155,7 @@ class LlamaCpp(Rival):
         return 0
 
     def check(self) -> None:
-        """Nothing: how it decodes is tested in its own library."""
+        """Checks nothing: its own library tests its decoding."""
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         found = []
@@ -176,11 +176,11 @@ class LlamaCpp(Rival):
 def make(
     name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, full_heads: bool = False
 ) -> Rival:
-    """The rival of that name.
+    """Returns the rival of that name.
 
     Args:
-        dtype: of weights and caches, for models of this package and of transformers.
-        full_heads: give llama.cpp's twin keys and values for every query head.
+        dtype: dtype of weights and caches, for models of this package and of transformers.
+        full_heads: give llama.cpp's twin a key head for every query head.
     """
     if name in models.LLAMACPP:
         return LlamaCpp(name, config, device, full_heads=full_heads)
@@ -189,7 +189,7 @@ def make(
 
 
 class Decoding:
-    """A rival that decodes: its state for a batch and a context, and the steps that go on from it."""
+    """Decoding of a rival: its state for a batch and a context, and the steps after it."""
 
     def __init__(self, rival: Rival, batch: int, context: int, steps: int, room: int = 0):
         self.rival, self.steps = rival, steps
@@ -197,6 +197,6 @@ class Decoding:
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=rival.device)  # any tokens: all take the same time
 
     def run(self) -> None:
-        """`steps` more tokens of each sequence."""
+        """Decodes `steps` more tokens of each sequence."""
         for _ in range(self.steps):
-            self.state = self.rival.step(self.ids, self.state)  # the context grows meanwhile: `room` is for that
+            self.state = self.rival.step(self.ids, self.state)  # the context grows into `room`

@@ -1,9 +1,9 @@
 """llama.cpp with a Transformer of random weights, through the low-level functions of llama-cpp-python.
 
-    model = Model(config, "Q4_0")           of the twin's sizes, written as GGUF and quantised by llama.cpp itself
-    session = Session(model, tokens=8192)   its cache; read(count) a prompt, step() a token of each
+    model = Model(config, "Q4_0")           the twin's sizes, written as GGUF and quantised by llama.cpp itself
+    session = Session(model, tokens=8192)   its cache; read(count) reads a prompt, step() decodes a token of each
 
-Both settings of its flash attention are tried where something is timed, since which is faster depends on the context.
+Timed code tries both settings of its flash attention, since the faster one depends on the context.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ import torch
 from retentive.models import ModelConfig
 
 MULTIPLE = 32
-"""Its quantised blocks: widths are rounded to a multiple."""
+"""Size of its quantised blocks; widths are rounded to a multiple."""
 UBATCH = 512
-"""Tokens of a prompt that it computes at once, its own default."""
+"""Tokens of a prompt that it computes at once: its own default."""
 
 
 def write(config: ModelConfig, path: Path) -> None:
-    """A GGUF file in F16 with random weights; the tokenizer is none."""
+    """Writes a GGUF file in F16 with random weights, without a tokenizer."""
     import gguf
 
     rng, c, block = np.random.default_rng(0), config, config.all_alike("llama.cpp")
@@ -71,7 +71,7 @@ def write(config: ModelConfig, path: Path) -> None:
 
 @functools.cache
 def begin() -> Any:
-    """Starts the library, once, and keeps it silent; what comes back is called by C, and must live."""
+    """Starts the library once, silenced. Keep the result alive, since C calls it."""
     import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -81,7 +81,7 @@ def begin() -> Any:
 
 
 def written(config: ModelConfig, format: str, folder: Path) -> Path:
-    """A GGUF file in the folder, of the twin's sizes, whose widths are rounded to a multiple.
+    """Writes a GGUF file of the twin's sizes, widths rounded to a multiple, and returns its path.
 
     Args:
         format: F16, Q8_0 or Q4_0.
@@ -106,12 +106,12 @@ def written(config: ModelConfig, format: str, folder: Path) -> Path:
 
 
 def rounded(config: ModelConfig) -> ModelConfig:
-    """The config with widths that its blocks divide."""
+    """Returns the config with widths that are multiples of the block size."""
     return config.with_ffn(-config.blocks[0].ffn.width % MULTIPLE)
 
 
 class Model:
-    """A loaded model; weights are the same for the same config."""
+    """Loaded model. The same config gives the same weights."""
 
     def __init__(self, config: ModelConfig, format: str):
         """
@@ -121,13 +121,13 @@ class Model:
         Raises:
             RuntimeError: llama.cpp refuses.
         """
-        with tempfile.TemporaryDirectory() as folder:  # the file goes
+        with tempfile.TemporaryDirectory() as folder:  # deletes the file
             self._load(written(config, format, Path(folder)), mapped=False)
         self.config: ModelConfig | None = rounded(config)
 
     @classmethod
     def of(cls, file: Path) -> "Model":
-        """The model in a GGUF file, mapped into memory, as llama.cpp does by default."""
+        """Returns the model in a GGUF file, mapped into memory, as llama.cpp does by default."""
         begin()
         model = cls.__new__(cls)
         model.config = None
@@ -152,13 +152,13 @@ class Model:
 
 
 class Session:
-    """Sequences of a model, with room in their cache."""
+    """Sequences of a model, with room in the cache."""
 
     def __init__(self, model: Model, *, tokens: int, sequences: int = 1, flash: bool = True):
         """
         Args:
-            tokens: of a sequence, at most.
-            flash: its fused attention.
+            tokens: maximum tokens of a sequence.
+            flash: use its fused attention.
 
         Raises:
             RuntimeError: no memory for the cache.
@@ -183,7 +183,7 @@ class Session:
     __del__ = close
 
     def _decode(self, tokens: list[tuple[int, int]], logits: int) -> None:
-        """Tokens, each (sequence, position); logits of the last so many."""
+        """Decodes tokens, each (sequence, position), with logits for the last `logits` of them."""
         self.batch.n_tokens = len(tokens)
         for i, (sequence, position) in enumerate(tokens):
             self.batch.token[i] = i % self.model.vocab_size
@@ -193,7 +193,7 @@ class Session:
             raise RuntimeError(f"llama.cpp could not decode (code {code})")
 
     def read(self, count: int) -> None:
-        """A prompt of the first sequence, which all others then have read too."""
+        """Reads a prompt into the first sequence, and copies it to all others."""
         for at in range(0, count, UBATCH):
             parts = range(at, min(at + UBATCH, count))
             self._decode([(0, self.position + t) for t in parts], int(parts.stop == count))
@@ -203,7 +203,7 @@ class Session:
             self.api.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
 
     def step(self) -> None:
-        """One token more of every sequence, with its logits."""
+        """Decodes one more token of every sequence, with its logits."""
         self._decode([(sequence, self.position) for sequence in range(self.sequences)], self.sequences)
         self.position += 1
 
@@ -212,6 +212,6 @@ class Session:
             self.step()
 
     def forget(self) -> None:
-        """All that was read."""
+        """Clears the cache."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.pointer), False)
         self.position = 0

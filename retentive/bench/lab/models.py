@@ -1,13 +1,13 @@
-"""The whole models that benches put side by side, and the correctness gates before anything is timed.
+"""Models that benches compare, and the correctness gates before anything is timed.
 
 retnet        the RetNet itself
-transformer   its twin: as wide and deep, the same parameters, a head of keys and values for every query head
-grouped       the twin with one head of keys and values for every four of queries (or nearly: the number must divide)
-llama         Llama of the transformers library with its static cache, where that is installed: another engine
-native-*      the RetNet by the model in C, with weights of bf16, int8 or int4
-llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, where llama_cpp and gguf are installed
+transformer   its twin: same width, depth and parameters, one key head per query head
+grouped       the twin with one key head for every four query heads, or nearly (the number must divide)
+llama         Llama of the transformers library with its static cache, if installed
+native-*      the RetNet in C, with weights of bf16, int8 or int4
+llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, if llama_cpp and gguf are installed
 
-The last two are for CPUs.
+The last two run on CPUs only.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +24,7 @@ from retentive.native import NativeModel
 from retentive.native.library import library
 from retentive.ops import using
 from retentive.ops.compiler import NotBuilt
-from retentive.options import known
+from retentive.options import known, option
 
 NAMES = {
     "retnet": "RetNet",
@@ -39,9 +39,9 @@ NAMES = {
     "llamacpp-q4_0": "Transformer twin, llama.cpp Q4_0",
 }
 NATIVE = {"native-bf16": None, "native-int8": 8, "native-int4": 4}
-"""Models in C, and the bits of their weights where those are integers."""
+"""Models in C, with the bits of their weights if those are integers."""
 LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
-"""llama.cpp's formats, and their bits a weight: blocks of 32 with a scale of 16 bits."""
+"""Formats of llama.cpp, with their bits per weight: blocks of 32 with a 16-bit scale."""
 TOLERANCE = 1e-4
 """Largest difference of logits between two ways of computing them in float32: rounding of sums over a whole sequence
 stays well below."""
@@ -51,18 +51,18 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shown(names: Sequence[str], last: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Names and labels of the models in a picture, as `plot.at_most` chooses them."""
+    """Returns names and labels of the models in a picture, as chosen by `plot.at_most`."""
     return {name: NAMES[name] for name in plot.at_most(names, last)}
 
 
 def grouped(config: ModelConfig) -> ModelConfig:
-    """The twin of a RetNet with one head of keys and values for every four of queries, or nearly."""
+    """Returns the twin of a RetNet with one key head for every four query heads, or nearly."""
     heads = config.all_retention("a bench").heads
     return twin(config, kv_heads=next(n for n in range(-(-heads // 4), 0, -1) if heads % n == 0))
 
 
 def config_of(name: str, config: ModelConfig) -> Config:
-    """The config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
+    """Returns the config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
     if name == "llama":
         return peer(config, "llama")
     if name == "grouped" or name in LLAMACPP:
@@ -71,7 +71,7 @@ def config_of(name: str, config: ModelConfig) -> Config:
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """Why the model cannot take part here, or None."""
+    """Returns the reason why the model cannot run here; None if it can."""
     packages = ["transformers"] if name == "llama" else ["llama_cpp", "gguf"] if name in LLAMACPP else []
     if absent := [package for package in packages if not find_spec(package)]:
         return f"{absent[0]} is not installed"
@@ -81,19 +81,19 @@ def missing(name: str, device: torch.device) -> str | None:
 
 
 def chosen(names: Sequence[str], among: Collection[str], device: torch.device, say: Say) -> list[str]:
-    """The names in the order of NAMES, without those that this machine cannot run, which is said.
+    """Returns the names in the order of NAMES; reports and leaves out models that this machine cannot run.
 
     Args:
-        names: as an option `models` has them.
+        names: value of an option `models`.
         among: names that the bench knows.
 
     Raises:
-        ValueError: an unknown name; RetNet, to which all others are compared, not among them.
+        ValueError: a name is unknown, or retnet, the base of all comparisons, is missing.
     """
     names = words(names)
     known(names, among, "model")
     if "retnet" not in names:
-        raise ValueError(f"retnet must be among the models, the others are compared with it; got {', '.join(names)}")
+        raise ValueError(f"{option('models', tuple(names))}: retnet is missing, with which all others are compared")
     reasons = {name: missing(name, device) for name in NAMES if name in names}
     for name, reason in reasons.items():
         if reason:
@@ -102,8 +102,8 @@ def chosen(names: Sequence[str], among: Collection[str], device: torch.device, s
 
 
 def make(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The model with random weights, the same at every call, ready for inference."""
-    # so that repetitions, and the process that memory is measured in, have the same model
+    """Returns the model with random weights, the same at every call, ready for inference."""
+    # so that repetitions, and the process that measures memory, have the same model
     torch.manual_seed(0)
     if name not in NATIVE:
         return build(config_of(name, config)).to(device, dtype).eval()
@@ -114,20 +114,20 @@ def make(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtyp
 
 @torch.inference_mode()
 def check_forms(model: LanguageModel, length: int) -> float:
-    """The largest difference of float32 logits between the parallel and the other forms.
+    """Returns the largest difference of float32 logits between the parallel and the other forms.
 
     Raises:
-        ArithmeticError: it is above the tolerance.
+        ArithmeticError: the difference is above the tolerance.
     """
     ids = _ids(model, length)
     logits = {}
-    # all three: which one a model takes depends on length and state, so that any may run while it is timed
+    # all three, since length and state decide the form, and any may run while timed
     for form in ("parallel", "chunkwise", "recurrent"):
         with using(form=form):
             logits[form] = model(ids)[0]
-    # held against `parallel`, which has no state to carry and no chunks to join
+    # compared with `parallel`, which carries no state and joins no chunks
     worst = max(float((x - logits["parallel"]).abs().max()) for x in logits.values())
-    # `not <=` and not `>`: a NaN is worse than any bound
+    # `not <=` instead of `>`, so that a NaN fails
     if not worst <= TOLERANCE:
         raise ArithmeticError(f"RetNet's forms differ by {worst:.1e} at length {length}, above {TOLERANCE}: not timed")
     return worst
@@ -135,10 +135,10 @@ def check_forms(model: LanguageModel, length: int) -> float:
 
 @torch.inference_mode()
 def check_decoding(model: LanguageModel, length: int = 48) -> float:
-    """The largest difference of logits between reading a text at once and token by token, in the model's dtype.
+    """Returns the largest difference of logits between reading a text at once and token by token, in the model's dtype.
 
     Raises:
-        ArithmeticError: it is above the tolerance (in bf16: above that of 16 roundings, relative to the largest logit).
+        ArithmeticError: the difference is above the tolerance (in bf16: 16 roundings, relative to the largest logit).
     """
     ids = _ids(model, length)
     want, state = model(ids)[0], None
@@ -147,7 +147,7 @@ def check_decoding(model: LanguageModel, length: int = 48) -> float:
         logits, state = model(ids[:, t : t + 1], state)
         parts.append(logits)
     worst = float((torch.cat(parts, 1) - want).abs().max())
-    # one rounding to bf16 is off by 2^-8 of a number at most
+    # one rounding to bf16 changes a number by 2^-8 of it at most
     bound = TOLERANCE if model.dtype == torch.float32 else 16 * 2**-8 * max(1.0, float(want.abs().max()))
     if not worst <= bound:
         raise ArithmeticError(

@@ -1,8 +1,7 @@
-"""A neighbour on the machine: one other process that is busy all the time, and what speed it leaves to us.
+"""Speed beside a busy neighbour: one other process that computes all the time.
 
-Threads that wait by spinning, as those of OpenMP do by default, lose far more than the share of a core that such a
-process takes: the thread that it holds up is waited for by all others. What is measured is this process as it is, with
-its threads and OMP_ variables.
+Threads that wait by spinning, the default of OpenMP, lose far more than the neighbour's share of a core, since all wait
+for the thread that it delays. The measurement takes this process as it is, with its threads and OMP_ variables.
 """
 
 import math
@@ -21,9 +20,9 @@ from retentive.bench.lab.clock import median_ratio, turns
 from retentive.tables import counted, duration
 
 LONG_ENOUGH = 0.5
-"""Seconds of a timed repetition, at least: many times as long as a scheduler lets a process run."""
+"""Minimum seconds of a timed repetition: many time slices of a scheduler."""
 SETTLE = 1.2
-"""Seconds after which nobody makes room any more for a neighbour who has gone (`retentive.threads.Neighbours`)."""
+"""Seconds after which threads stop making room for a neighbour that has ended (`retentive.threads.Neighbours`)."""
 BUSY = """
 import os
 parent = os.getppid()
@@ -31,25 +30,25 @@ print(flush=True)
 while os.getppid() == parent:
     sum(range(100_000))
 """
-"""A plain loop that ends by itself when its parent process has died."""
+"""Plain loop that ends by itself when its parent process has died."""
 
 
 @contextmanager
 def neighbour() -> Iterator[subprocess.Popen]:
-    """One process more, busy from the beginning of the block to its end."""
+    """Keeps one more process busy from the start of the block to its end."""
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
-            process.stdout.readline()  # an empty line: it is running now, and not still starting
+            process.stdout.readline()  # an empty line: the process runs now
             yield process
         finally:
             process.kill()
 
 
 def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) -> dict[str, Any]:
-    """Seconds of `run` alone and beside a neighbour, interleaved, and the share of its speed that it keeps (`kept`)."""
+    """Returns the seconds of `run` alone and beside a neighbour, interleaved, and the fraction of speed `kept`."""
     run()  # warms up
-    # warm, so that `times` is reckoned from what a repetition will take
+    # warm, so that `times` follows from the time of a repetition
     once = machine.clock(device, run)
     times = max(math.ceil(LONG_ENOUGH / max(once, 1e-9)), 1)
 
@@ -57,7 +56,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
         return machine.clock(device, lambda: [run() for _ in range(times)]) / times
 
     def quiet() -> float:
-        # else this would be the speed of threads that still leave cores to the last neighbour
+        # otherwise threads would still leave cores to the last neighbour
         time.sleep(SETTLE)
         return timed()
 
@@ -76,7 +75,7 @@ def speed_kept(run: Callable[[], Any], device: torch.device, *, repeats: int) ->
 
 
 def note(found: dict[str, Any], of: str) -> str:
-    """A line of a table: what is kept, and of what."""
+    """Returns a line for a table: the fraction of speed kept, and of which code."""
     return (
         f"- Beside one other busy process, {of} keeps {found['kept']:.0%} of its speed: "
         f"{duration(found['beside_seconds'])} instead of {duration(found['quiet_seconds'])} "

@@ -7,9 +7,10 @@ import torch
 
 from retentive.machine import pick_device
 from retentive.models import ModelConfig, retnet
+from retentive.options import option
 
 Say = Callable[[str], object]
-"""Called with a line of progress now and then."""
+"""Function that is called with lines of progress."""
 
 
 def silent(line: str) -> None:
@@ -18,47 +19,47 @@ def silent(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sized:
-    """A RetNet of a named size."""
+    """Options of a RetNet of a named size."""
 
     size: str = "5m"
-    """Size of the RetNet, freshly initialised; what it is compared with has its parameters."""
+    """Size of the RetNet, with random weights. The other models have the same number of parameters."""
     vocab_size: int = 4096
-    """Tokens of the vocabulary."""
+    """Number of tokens in the vocabulary."""
 
     @property
     def config(self) -> ModelConfig:
-        """The RetNet's config.
+        """Config of the RetNet.
 
         Raises:
-            ValueError: an unknown size.
+            ValueError: the size is unknown.
         """
         return retnet(self.size, vocab_size=self.vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice:
-    """A CPU or an NVIDIA GPU, which are what benches measure."""
+    """Option of the device: benches run on a CPU or an NVIDIA GPU."""
 
     device: str = "auto"
-    """auto (a GPU where there is one), cpu or cuda."""
+    """Device: auto (a GPU if there is one), cpu or cuda."""
 
     @property
     def torch_device(self) -> torch.device:
-        """The device.
+        """Device of torch.
 
         Raises:
-            ValueError: a device that this machine does not have, or that benches don't measure.
+            ValueError: the machine does not have the device, or benches do not run on it.
         """
         name = self.device
-        if name == "auto":  # not pick_device's own "auto", which may be MPS
+        if name == "auto":  # unlike "auto" of pick_device, never MPS
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = pick_device(name)
-        # on others `machine.clock` would stop before the device is done
+        # on others `machine.clock` would stop before the device has finished
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"measured on cpu and cuda only, got device {name!r}")
+            raise ValueError(f"{option('device', name)}: benches run on cpu and cuda only")
         return device
 
 
 def words(names: Sequence[str]) -> list[str]:
-    """The names one by one: `--dtypes fp32 bf16` and `--dtypes fp32,bf16` mean the same."""
+    """Returns the names one by one: `--dtypes fp32 bf16` and `--dtypes fp32,bf16` mean the same."""
     return [part for name in names for part in name.split(",") if part]

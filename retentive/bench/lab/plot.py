@@ -9,21 +9,21 @@ from textwrap import fill
 from typing import Any
 
 MOST = 8
-"""Curves of a panel; more cannot be told apart."""
+"""Maximum curves of a panel; more cannot be told apart."""
 LOOKS = tuple({"color": f"C{n}", "marker": marker, "markersize": 5} for n, marker in enumerate("osv^DPX*hd"))
 """Colour and marker of the first, second, … model."""
 GREY = {"color": "0.6", "linewidth": 1}
-"""Look of a bound, which no model measured."""
+"""Look of a bound, which is no measurement of a model."""
 
 
 def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
-    """(figure, axes `[rows, columns]`), each of `size` inches, to draw on and then `figure.savefig(path, dpi=120)`.
+    """Returns (figure, axes `[rows, columns]`), each of `size` inches; save with `figure.savefig(path, dpi=120)`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # not pyplot, which looks for a screen and keeps every figure
+        from matplotlib.figure import Figure  # not pyplot, which needs a screen and keeps every figure
     except ImportError:
         raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -32,12 +32,12 @@ def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5,
 
 
 def tokens(n: int) -> str:
-    """A number of tokens in short: 8192 is 8k, 1000 is 1000."""
+    """Returns a number of tokens in short: 8192 is 8k, 1000 is 1000."""
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
 def at_most(names: Sequence[str], last: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The first name and the fastest others, `MOST` in all, in the order of `names`.
+    """Returns the first name and the fastest others, `MOST` in all, in the order of `names`.
 
     Args:
         last: results by name at the longest context or the largest batch; those without `seconds` go first.
@@ -59,7 +59,7 @@ def panel(
     percent: bool = False,
     looks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Draws a curve for each model, or a ranking if there is one x only.
+    """Draws a curve for each model, or a ranking if there is only one x.
 
     Args:
         points: (x, results by model). A model without `key` at an x has no point there.

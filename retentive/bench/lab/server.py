@@ -1,4 +1,4 @@
-"""`retentive serve` in a process of its own, for the benches that measure it from outside."""
+"""`retentive serve` in a separate process, for benches that measure it from outside."""
 
 import subprocess
 import sys
@@ -15,17 +15,17 @@ from retentive.models import LanguageModel
 
 @contextmanager
 def server(model: LanguageModel, tokenizer: Tokenizer, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """(process, port) of `retentive serve` with this model and these options, killed at the end of the block.
+    """Yields (process, port) of `retentive serve` with this model and options; kills it at the end of the block.
 
     Raises:
-        OSError: it did not start, with what it said.
+        OSError: the server did not start; with its message.
     """
     with tempfile.TemporaryDirectory(prefix="retentive-bench-", ignore_cleanup_errors=True) as folder:
         run = Path(folder) / "model"
         save_model(run, model, tokenizer)
         # port 0: a free one, which the first line of stderr names
         command = [sys.executable, "-m", "retentive", "serve", str(run), "--port", "0", *options]
-        # a process of its own: in this one, server and clients would share Python's lock and be timed together
+        # a separate process, since here server and clients would share Python's lock and be timed together
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as aside:
             assert process.stderr is not None
             try:

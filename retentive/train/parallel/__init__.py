@@ -58,7 +58,7 @@ def parallelize(model: LanguageModel, device: torch.device, cluster: Cluster) ->
 def parallel_objective(model: LanguageModel, objective: Objective, cluster: Cluster) -> Objective:
     """The objective on this rank's part of a batch, with gradients averaged over the ranks; all must call this."""
     if cluster.cp.size > 1:
-        objective = on_part(objective, cluster.cp)
+        objective = on_part(model, objective)
     if cluster.dp_cp.size == 1 or cluster.shard.size > 1:  # FSDP2 averages them itself
         return objective
     return replicated(model, objective, cluster)

@@ -9,7 +9,7 @@ them. Nothing is gathered, and the file equals a single process's byte for byte.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from retentive.checkpoint.weights import checksum
 from retentive.files import load_tensors
 from retentive.models import RetentionMemory, State
+from retentive.models.memory import Memory
 from retentive.train.parallel.cluster import Cluster
 from retentive.train.parallel.data import local
 from retentive.train.parallel.mesh import Axis
@@ -77,15 +78,12 @@ def sharded_as(p: Tensor, own: Tensor, cluster: Cluster) -> Tensor:
 
 
 def whole_state(state: State | None, cluster: Cluster) -> State | None:
-    """Gather the carried states of all rows of the global batch; all must call this.
-
-    Heads are the second axis of each layer's states `[N,H,K,V]`.
-    """
+    """The states of all rows of the global batch, of which this rank carries its own; all must call this."""
     if state is None or cluster.world_size == 1:
         return state
-    *states, position = state.settled().tensors()
-    whole = [RetentionMemory(gathered(gathered(x, cluster.tp, 1), cluster.dp, 0)) for x in states]
-    return State(whole, gathered(position, cluster.dp, 0))
+    state = state.settled().reserve(max(state.windows))  # as many slots on every rank
+    memories = [of_heads(m, lambda x, dim: gathered(x, cluster.tp, dim)) for m in state.memories]
+    return State(memories, state.position).map(lambda x: gathered(x, cluster.dp, 0))
 
 
 def part_of_state(state: State | None, cluster: Cluster) -> State | None:
@@ -93,9 +91,15 @@ def part_of_state(state: State | None, cluster: Cluster) -> State | None:
     if state is None or cluster.world_size == 1:
         return state
     dp, tp = cluster.dp, cluster.tp
-    *states, position = state.settled().tensors()
-    own = [RetentionMemory(x.chunk(dp.size)[dp.rank].chunk(tp.size, 1)[tp.rank]) for x in states]
-    return State(own, position.chunk(dp.size)[dp.rank])
+    memories = [of_heads(m, lambda x, dim: x.chunk(tp.size, dim)[tp.rank]) for m in state.settled().memories]
+    return State(memories, state.position).map(lambda x: x.chunk(dp.size)[dp.rank])
+
+
+def of_heads(memory: Memory, f: Callable[[Tensor, int], Tensor]) -> Memory:
+    """The memory with f applied to all tensors that have heads, and to the dimension that these are."""
+    if isinstance(memory, RetentionMemory):
+        return RetentionMemory(f(memory.tensor(), 1))
+    return memory.filled(tuple(f(x, 2) for x in memory.layer))
 
 
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -1,69 +1,147 @@
 """Context parallelism: divides the tokens of a batch over the ranks of the axis `cp`.
 
-The rows of a batch are laid end to end and cut into equal parts, to within a token. Two things cross a border: the
-position of the sequence that is cut, and its state in every layer (`ops.pieces`). So each part is like a batch that
-carries on from the part before.
+The rows of a batch are laid end to end and cut into equal parts, to within a token. What crosses a border are the
+position of the sequence that is cut and, in every layer, what its mixer needs of the parts before:
+
+    retention   its state, of the same size whatever the length (`ops.pieces`)
+    attention   keys and values of the sequence's tokens before this part, of a window those that can be seen
+
+Layers exchange through the `ContextParallel` in their attribute `context`, which is None in a model of one rank.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
-from retentive.layers import MultiScaleRetention
+from retentive.layers import Attention, MultiScaleRetention, Positions
+from retentive.layers.past import Layer
 from retentive.models import LanguageModel, State
-from retentive.ops import across
-from retentive.ops.pieces import Gather, gather_over
+from retentive.ops import across, retention
+from retentive.ops.pieces import gather_over
 from retentive.train.objective import Objective
 from retentive.train.parallel.mesh import Axis
 
 
-def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """Make the model's retention layers, in place, hand on their states from rank to rank.
+class ContextParallel:
+    """What the layers of a model exchange with the ranks that have the other parts of a batch."""
 
-    Raises:
-        ValueError: the model has attention.
+    def __init__(self, axis: Axis):
+        assert axis.group is not None
+        self.axis, self.group, self.gather = axis, axis.group, gather_over(axis.group)
+        self.lengths: list[int] = []
+        """Tokens of each part of the batch."""
+        self.longest = 0
+        """Most tokens that a sequence has before a border."""
+
+    def part_of(self, batch: Batch) -> tuple[Batch, int]:
+        """This rank's part of a batch, as `part_of`; the next calls of the layers are of it."""
+        borders = borders_of(batch, self.axis.size)
+        self.lengths = [b - a for a, b in pairwise(borders)]
+        self.longest = max(tokens_before(batch, border) for border in borders[:-1])
+        return part_of(batch, self.axis.rank, self.axis.size)
+
+    def retention(self, positions: Positions) -> Callable[..., tuple[Tensor, Any]]:
+        """`ops.retention` for this part: sequences that do not begin at position 0 go on from the part before."""
+
+        def of_part(*args: Any, **how: Any) -> tuple[Tensor, Any]:
+            with across(self.gather, self.axis.rank, None if positions.start is None else positions.start > 0):
+                return retention(*args, **how)
+
+        return of_part
+
+    def before(self, new: Layer, start: int, window: int) -> tuple[Layer, Layer | None]:
+        """Keys and values of this part, and of the tokens before it that its first sequence sees; None without any.
+
+        Args:
+            new: `[1,T,…]` each.
+            start: tokens of the first sequence before this part.
+        """
+        most = min(self.longest, window - 1) if window else self.longest
+        if not most:  # on no rank
+            return new, None
+        own = len(new)
+        given = _Gathered.apply(self.group, most, *new)
+        wanted = min(start, window - 1) if window else start
+        if not wanted:
+            return given[:own], None
+        # a part that is shorter than `most` tokens was padded in front
+        held = [most - min(length, most) for length in self.lengths[: self.axis.rank]]
+        parts = (torch.cat([x[rank, pad:] for rank, pad in enumerate(held)])[-wanted:] for x in given[own:])
+        return given[:own], tuple(x[None] for x in parts)
+
+
+class _Gathered(torch.autograd.Function):
+    """(the tensors `[1,T,…]` themselves, the last tokens `[C,most,…]` that each of the C ranks has of them).
+
+    The gradient of a token is the sum of those of the ranks that have seen it. Gradients pass through the tensors
+    themselves on every rank, so that all take part in the exchange, also those that no token before is seen by.
     """
-    if model.config.attends:
-        raise ValueError(
-            f"`cp={axis.size}` hands on states of retention, a {model.config.name} attends as well: leave it out"
-        )
-    assert axis.group is not None
-    gather = gather_over(axis.group)
-    for layer in model.blocks.modules():
-        if isinstance(layer, MultiScaleRetention):
-            # wraps the layer, not the model, so that a block recomputed in the backward pass exchanges again
-            layer.forward = partial(_across, layer.forward, gather, axis.rank)  # type: ignore[method-assign]
+
+    @staticmethod
+    def forward(ctx, group: dist.ProcessGroup, most: int, *new: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.most = group, most
+        gathered = []
+        for x in new:
+            last = x[0, -most:]
+            sent = torch.cat((x.new_zeros(most - len(last), *x.shape[2:]), last)).contiguous()
+            found = x.new_empty(group.size(), *sent.shape)
+            dist.all_gather(list(found), sent, group=group)
+            gathered.append(found)
+        return (*(x.view_as(x) for x in new), *gathered)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        own = len(grads) // 2
+        summed = []
+        for grad, of_all in zip(grads[:own], grads[own:], strict=True):
+            of_all = of_all.contiguous()
+            dist.all_reduce(of_all, group=ctx.group)
+            count = min(ctx.most, grad.shape[1])
+            grad = grad.clone()
+            grad[0, -count:] += of_all[ctx.group.rank(), ctx.most - count :]
+            summed.append(grad)
+        return None, None, *summed
+
+
+def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
+    """The model whose layers exchange what crosses the borders between ranks, changed in place."""
+    context = ContextParallel(axis)
+    for layer in mixers(model):
+        layer.context = context
     return model
 
 
-def _across(forward: Callable, gather: Gather, rank: int, x, state, positions, phases) -> Any:
-    """Forward pass of a layer on one part: a sequence begun in the part before continues from its state."""
-    with across(gather, rank, None if positions.start is None else positions.start > 0):
-        return forward(x, state, positions, phases)
+def mixers(model: LanguageModel) -> list[Any]:
+    """The layers that mix tokens."""
+    return [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention | Attention)]
 
 
 @contextmanager
 def whole_sequences(model: LanguageModel) -> Iterator[None]:
-    """Let every rank read the same whole sequences in this block, and hand on nothing."""
-    layers = [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention)]
-    handing_on = [layer.__dict__.pop("forward") for layer in layers]  # uncovers the class's own method
+    """In this block every rank reads whole sequences, the same ones, and exchanges nothing."""
+    layers = mixers(model)
+    context = layers[0].context
+    for layer in layers:
+        layer.context = None
     try:
         yield
     finally:
-        for layer, forward in zip(layers, handing_on, strict=True):
-            layer.forward = forward  # type: ignore[method-assign]
+        for layer in layers:
+            layer.context = context
 
 
-def on_part(objective: Objective, axis: Axis) -> Objective:
+def on_part(model: LanguageModel, objective: Objective) -> Objective:
     """The objective on this rank's part of each batch."""
+    context: ContextParallel = mixers(model)[0].context
 
     def of_part(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
-        part, start = part_of(batch, axis.rank, axis.size)
+        part, start = context.part_of(batch)
         before = model.init_state(1)
         # blank states, which the layers fill; the position is known already
         before = State(before.memories, before.position + start)
@@ -73,25 +151,42 @@ def on_part(objective: Objective, axis: Axis) -> Objective:
     return of_part
 
 
-def part_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
-    """Returns (part `rank` of `size` of a batch's tokens, as one row; tokens of its first sequence before the part).
-
-    Targets are already shifted, so the last token of a part has its target.
+def borders_of(batch: Batch, size: int) -> list[int]:
+    """Where the parts of a batch begin among its tokens, laid end to end, and where the last one ends.
 
     Raises:
         ValueError: the batch has fewer tokens than parts, carries states on, or has pictures or sound.
     """
     if batch.carry is not None or batch.rows:
         raise ValueError(f"`cp={size}` divides texts that begin in their batch: no mode carry, no pictures or sound")
-    length, device = batch.ids.numel(), batch.ids.device
+    length = batch.ids.numel()
     if length < size:
         raise ValueError(f"a batch of {length} tokens cannot be divided over `cp={size}` ranks")
-    starts = torch.arange(0, length, batch.ids.shape[1], device=device)
+    return [rank * length // size for rank in range(size + 1)]
+
+
+def tokens_before(batch: Batch, border: int) -> int:
+    """How many tokens the sequence at a border has before it."""
+    starts = starts_of(batch)
+    return border - int(starts[starts <= border][-1])
+
+
+def starts_of(batch: Batch) -> Tensor:
+    """Where the sequences of a batch begin among its tokens."""
     if batch.cu_seqlens is not None:
-        starts = batch.cu_seqlens[:-1]
-    begin, end = rank * length // size, (rank + 1) * length // size
+        return batch.cu_seqlens[:-1]
+    return torch.arange(0, batch.ids.numel(), batch.ids.shape[1], device=batch.ids.device)
+
+
+def part_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
+    """(part `rank` of `size` of a batch's tokens, as one row; how many tokens its first sequence has had before them).
+
+    Targets were shifted before, so that the last token of a part has its own. Errors as `borders_of`.
+    """
+    begin, end = borders_of(batch, size)[rank : rank + 2]
+    starts, device = starts_of(batch), batch.ids.device
     inner = starts[(starts > begin) & (starts < end)]
-    before = begin - int(starts[starts <= begin][-1])
+    before = tokens_before(batch, begin)
     ends = torch.tensor([begin, end], device=device, dtype=torch.int32)
     cu_seqlens = torch.cat((ends[:1], inner.to(torch.int32), ends[1:])) - begin
     zero = torch.zeros(1, dtype=torch.int64, device=device)

@@ -50,11 +50,11 @@ def tensor_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
             owner, _, last = name.rpartition(".")
             part = p.detach().chunk(axis.size, dim)[axis.rank].clone(memory_format=torch.contiguous_format)
             setattr(model.get_submodule(owner), last, nn.Parameter(part, p.requires_grad))
-    group = axis.group
+    group, configs = axis.group, dict[int, Any]()
     assert group is not None
     for layer in layers:
         if not isinstance(layer, FeedForward):
-            _keep_heads(layer, axis)
+            _keep_heads(layer, axis, configs)
         layer.register_forward_pre_hook(lambda layer, args: (_Copied.apply(args[0], group), *args[1:]))
         last_layer = layer.down_proj if isinstance(layer, FeedForward) else layer.out_proj
         last_layer.register_forward_hook(lambda layer, args, y: _Summed.apply(y, group))
@@ -66,19 +66,24 @@ def heads_of(layer: Any) -> dict[str, int]:
     return {"heads": layer.H, "kv_heads": layer.kv_heads}
 
 
-def shape_of(layer: MultiScaleRetention) -> dict[str, Any]:
-    """Widths of a divided layer, by the names of its config's fields."""
-    return {**heads_of(layer), "key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
+def _keep_heads(layer: Any, axis: Axis, configs: dict[int, Any]) -> None:
+    """Makes a layer one of fewer heads: those of this rank, with their own decays.
 
-
-def _keep_heads(layer: Any, axis: Axis) -> None:
-    """Reduce a layer to this rank's heads, with their own decays."""
+    Args:
+        configs: those made so far, by the id of the config before: layers that share one share the other.
+    """
     layer.H, layer.kv_heads = layer.H // axis.size, layer.kv_heads // axis.size
-    if isinstance(layer, MultiScaleRetention):
-        decay = layer.config.decay
-        if decay != "gated":  # fixed decays: take those of this rank's heads
-            decay = tuple(layer.config.log_decay()[axis.rank * layer.H : (axis.rank + 1) * layer.H])
-        layer.config = replace(layer.config, **shape_of(layer), decay=decay)  # gives fresh states their shape
+    whole = layer.config
+    if id(whole) not in configs:
+        shape = {**heads_of(layer), "head_dim": layer.K}
+        if isinstance(layer, MultiScaleRetention):
+            decay = whole.decay
+            if decay != "gated":  # known beforehand: the decays of these heads out of those of all
+                decay = tuple(whole.log_decay()[axis.rank * layer.H : (axis.rank + 1) * layer.H])
+            widths = {"key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
+            shape = {**heads_of(layer), **widths, "decay": decay}
+        configs[id(whole)] = replace(whole, **shape)
+    layer.config = configs[id(whole)]  # which a fresh state has the shape of
     for name in SHARED:
         norm = layer._modules.get(name)
         if isinstance(norm, RMSNorm) and norm.weight is not None:

@@ -28,7 +28,7 @@ def test_names_come_in_one_order_and_retnet_is_among_them(refuses, monkeypatch):
         models.chosen(["retnet", "mamba"], models.NAMES, cpu, said.append)
     with refuses("unknown model 'llama', expected one of retnet, grouped"):
         models.chosen(["retnet", "llama"], ["retnet", "grouped"], cpu, said.append)
-    with refuses("retnet must be among the models"):
+    with refuses("retnet is missing, with which all others are compared"):
         models.chosen(["transformer"], models.NAMES, cpu, said.append)
 
 

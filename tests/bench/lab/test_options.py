@@ -16,7 +16,7 @@ def test_a_device_is_a_cpu_or_an_nvidia_gpu(monkeypatch, refuses):
     with refuses("unknown device 'tpu'"):
         _ = OnDevice(device="tpu").torch_device
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with refuses("measured on cpu and cuda only, got device 'mps'"):
+    with refuses("`device='mps'`: benches run on cpu and cuda only"):
         _ = OnDevice(device="mps").torch_device
 
 
