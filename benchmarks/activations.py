@@ -1,7 +1,7 @@
-"""The largest numbers inside a trained model: what its layers hand on, block by block, and its states.
+"""Largest activations of a trained model: outputs of its layers, block by block, and its states.
 
-Without a norm of each head's output nothing bounds them from above: this tells how far they are from what float16 and
-float8 can hold, and whether any is not finite.
+Without a norm of each head's output, activations are unbounded. This benchmark shows how far they are from the range of
+float16 and float8, and whether all are finite.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from retentive.tables import markdown
 
 PICTURE = None
 OF_LAYERS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
-"""Sublayers by their names in a block, and what their outputs are called. (What enters `out_proj` is called o.)"""
+"""Sublayers by name in a block, and the names of their outputs. (The input of `out_proj` is called o.)"""
 PARTS = ("q", "k", "v", "o", "out", "ffn", "x")
 
 
@@ -37,7 +37,7 @@ class Options:
     data: Path
     """Packed data with held-out text."""
     tokens: int = 4096
-    """Tokens of held-out text that are read, in rows of --length."""
+    """Tokens of held-out text to read, in rows of --length."""
     length: int = 512
     """Tokens of a row."""
     precision: str = "bf16"
@@ -75,9 +75,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 def activations(
     model: LanguageModel, rows: Iterable[Tensor], precision: str
 ) -> tuple[list[dict[str, float]], float | None]:
-    """(for each block, part -> largest magnitude; the largest in the states after a row, None without any).
+    """(for each block, part -> largest magnitude; largest magnitude in the states after a row, None without states).
 
-    NaN where there is one. The parts: PARTS, of which x is the residual stream after the block.
+    A magnitude is NaN if any number is. The parts are PARTS; x is the residual stream after the block.
     """
     found: list[dict[str, float]] = [dict.fromkeys(PARTS, 0.0) for _ in model.blocks]
     hooks, states = [], []

@@ -1,12 +1,12 @@
-"""`python -m benchmarks edge`: one model in every form that leaves this machine's Python, each in a process of its own.
+"""`python -m benchmarks edge`: one model in every exported form, each measured in a process of its own.
 
-Of each: the bytes of its file, seconds from the start of its process (Python, and torch where it is imported) to the
-first token after a prompt, tokens a second of reading and of writing, and the most memory that it took. Processes go in
-rounds, one after the other; the best of a rate counts, and the median of the rest. The correctness gate: what computes
-in floats must give torch's logits, or nothing is shown; integers were held against the model when they were exported.
+For each form: file size, time to first token, prefill and decoding throughput, and peak memory. The time to first token
+counts from the start of the process, including Python, and torch if imported. Processes run in rounds, one after the
+other. Throughput is the best of the rounds, the other numbers are medians. The correctness gate: forms that compute in
+floats must give torch's logits, or nothing is shown. Quantised forms were checked against the model when exported.
 
-What each process does is `edge_form.py`, which imports nothing that its form does not need; `edge_form.c` for C without
-Python, `edge_browser.py` for Chromium, whose first token is counted from the opening of the page.
+Each process runs `edge_form.py`, which imports only what its form needs. `edge_form.c` is for C without Python, and
+`edge_browser.py` for Chromium, where the time to first token counts from the opening of the page.
 """
 
 import json
@@ -43,13 +43,13 @@ from retentive.tables import duration, markdown
 
 
 class Form(NamedTuple):
-    """A model as it is run somewhere."""
+    """An exported form of the model and its runtime."""
 
     label: str
     kind: str
     weights: str = "stored"
     needs: tuple[str, ...] = ()
-    """Packages."""
+    """Packages that the form requires."""
 
 
 FORMS = {
@@ -83,34 +83,34 @@ PROGRAM = [
     *(str(file) for file in (FOLDER / "retentive.c", Path(__file__).with_name("edge_form.c"))),
 ]
 TOLERANCE = 1e-3
-"""Largest difference from torch's logits, of their size, for what computes in floats."""
+"""Largest difference from torch's logits, relative to their size, for forms that compute in floats."""
 PICTURE = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Sized):
-    """One model in each form that it leaves in: files, start, reading, writing, memory, beside llama.cpp."""
+    """One model in each exported form: file size, time to first token, prefill, decoding, memory, beside llama.cpp."""
 
     forms: tuple[str, ...] = tuple(FORMS)
     """torch; native, c, browser and onnx, each also with -int8 and -int4; llamacpp-q8_0, llamacpp-q4_0. Forms whose
     packages are not installed are left out."""
     tokens: int = 512
-    """Of the text whose reading is timed."""
+    """Tokens of the text for timing prefill."""
     steps: int = 64
-    """Tokens written in a repetition."""
+    """Tokens decoded in a repetition."""
     repeats: int = 3
     """Rounds of processes."""
     threads: int = 2
-    """That each may use."""
+    """Threads of each form."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per form.
 
     Raises:
-        ValueError: an unknown form or size, torch not among the forms, numbers below 1.
-        ArithmeticError: a form gives other logits than torch.
-        ChildProcessError: a form's process failed, with the last line of why.
+        ValueError: an unknown form or size, forms without torch, or numbers below 1.
+        ArithmeticError: a form gives different logits than torch.
+        ChildProcessError: a form's process failed; has the last line of its error.
     """
     at_least_one(options, "tokens", "steps", "repeats", "threads")
     asked = words(options.forms)
@@ -156,7 +156,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def missing(form: Form) -> str | None:
-    """What a form needs and is not here."""
+    """First requirement of a form that is not installed, or None."""
     if form.kind == "c" and not compiler():
         return "a C compiler"
     absent = [package for package in form.needs if not find_spec(package)]
@@ -164,7 +164,7 @@ def missing(form: Form) -> str | None:
 
 
 def compiler() -> list[str]:
-    """That of C, and what it is always given; empty where there is none."""
+    """The C compiler and its fixed flags; empty if no compiler is installed."""
     try:
         return find_compiler() or []
     except NotBuilt:  # CC names none
@@ -172,7 +172,7 @@ def compiler() -> list[str]:
 
 
 def made(form: Form, options: Options, folder: Path) -> Path:
-    """The file of a form, written into the folder; weights are the same in all of ours."""
+    """Write a form's file into the folder and return it; all forms of this package have the same weights."""
     config = options.config
     place = folder / f"{form.kind}-{form.weights}"
     place.mkdir()
@@ -199,7 +199,7 @@ def made(form: Form, options: Options, folder: Path) -> Path:
 
 
 def run(form: Form, file: Path, options: Options) -> dict[str, Any]:
-    """What the process of a form says; raises ChildProcessError with the last line of why it failed."""
+    """Run a form's process and return its numbers; raises ChildProcessError with the last line of its error."""
     task = {"kind": form.kind, "file": str(file), "vocab_size": options.vocab_size, "threads": options.threads}
     task |= {"tokens": options.tokens, "steps": options.steps, "began": time.time()}
     command = [sys.executable, "-m", "benchmarks.edge_form", json.dumps(task)]
@@ -213,7 +213,7 @@ def run(form: Form, file: Path, options: Options) -> dict[str, Any]:
 
 
 def check(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Raises ArithmeticError where floats give other logits than torch's."""
+    """Raise ArithmeticError if a form in floats gives different logits than torch."""
     want = np.array(found["torch"][0]["logits"])
     for name, runs in found.items():
         if FORMS[name].weights == "stored":

@@ -1,7 +1,7 @@
 """A browser's row in `python -m benchmarks edge`: a folder of `export --to browser` in headless Chromium.
 
-A server of files hands it out with the headers of an isolated page, so that the engine may have threads. The first
-token is counted from the opening of the page, with an empty cache; memory is that of the engine.
+A file server sends it with the headers of an isolated page, so that the engine may use threads. The time to first token
+counts from the opening of the page, with an empty cache. Memory is the engine's.
 """
 
 import http.server
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# It looks nothing up by itself. No sandbox: these pages only are seen, and containers may have no user but root.
+# No background requests. No sandbox: it opens only these pages, and containers may have no user but root.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 WORKER = Path(__file__).with_suffix(".js")
 PAGE = b"<!doctype html><title>bench</title>"
@@ -33,7 +33,7 @@ TALK = """async (task) => {
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium; None where there is none."""
+    """Path of an installed Chromium, or None."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
@@ -60,10 +60,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def measure(folder: Path, *, prompt: int, tokens: int, steps: int) -> dict[str, Any]:
-    """The numbers of a row.
+    """Measure the numbers of a row.
 
     Raises:
-        RuntimeError: what failed in the browser.
+        RuntimeError: the browser failed; has its error.
     """
     from playwright.sync_api import sync_playwright
 

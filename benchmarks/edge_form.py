@@ -1,8 +1,8 @@
-"""The process of one form in `python -m benchmarks edge`: it is opened, reads and writes, and says how fast.
+"""Process of one form in `python -m benchmarks edge`: opens the form, and times prefill and decoding.
 
     python -m benchmarks.edge_form '{"kind": "onnx", "file": …}'      one line of JSON
 
-Nothing is imported that the form does not need: what a runtime takes beside it would count.
+It imports only what the form needs, since other imports would count in its time and memory.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 PROMPT = 64
-"""Tokens of the prompt that the first token comes after."""
+"""Tokens of the prompt for the time to first token."""
 
 
 def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]], Any], Callable[[], None]]:
-    """(reads more ids, to the logits after them; forgets all that was read)."""
+    """Open a form; returns functions (read more ids and return the logits after them; reset)."""
     if kind == "onnx":
         from retentive.export.onnx_run import OnnxModel
 
@@ -53,7 +53,7 @@ def opened(kind: str, file: Path, threads: int) -> tuple[Callable[[Sequence[int]
 
 
 def main(argument: str) -> None:
-    """Prints what a form does, as one line of JSON."""
+    """Print a form's numbers as one line of JSON."""
     task = json.loads(argument)
     if task["kind"] == "browser":
         from benchmarks import edge_browser

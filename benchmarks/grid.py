@@ -1,7 +1,8 @@
-"""Retention in both directions over a grid of patches, by its size, beside attention among all patches.
+"""Bidirectional retention over grids of patches of several sizes, beside attention among all patches.
 
-One layer of an image encoder, forward, in float32. The correctness gate: the operator must give what the quadratic form
-does, in float64. `exponent` says how the time grows from one grid to the next: 1 is linear in the patches, 2 quadratic.
+Measures the forward pass of one layer of an image encoder in float32. The correctness gate: the operator must equal the
+quadratic form in float64. `exponent` is the growth of time from one grid to the next: 1 is linear in the number of
+patches, 2 quadratic.
 """
 
 import math
@@ -32,14 +33,14 @@ PICTURE = "A layer over a grid of patches (width {dim}, {heads} heads)"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Retention in both directions over grids of patches, beside attention: seconds of a layer by the patches."""
+    """Bidirectional retention over grids of patches, beside attention: seconds of a layer by number of patches."""
 
     sides: tuple[int, ...] = (16, 32, 64, 128)
     """Patches along a side of the grids."""
     dim: int = 128
     """Width of the layers."""
     heads: int = 2
-    """Their heads."""
+    """Heads of the layers."""
     repeats: int = 5
     """Repetitions timed of each, interleaved; the best counts."""
     patience: float = 20.0
@@ -48,11 +49,11 @@ class Options:
 
 @torch.inference_mode()
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per grid: seconds of each layer, and how they have grown.
+    """A row per grid: seconds of each layer, and their growth.
 
     Raises:
-        ValueError: numbers below 1, or a width that does not divide.
-        ArithmeticError: the gate is red; nothing was timed.
+        ValueError: numbers below 1, or a width not divisible by the heads.
+        ArithmeticError: the gate failed; nothing was timed.
     """
     at_least_one(options, "sides", "dim", "heads", "repeats")
     worst = check()
@@ -90,10 +91,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def check() -> float:
-    """The largest difference between the operator and the quadratic form.
+    """Largest difference between the operator and the quadratic form.
 
     Raises:
-        ArithmeticError: it is above the tolerance.
+        ArithmeticError: the difference is above the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 150, 2, n, generator=generator, dtype=torch.float64) for n in (16, 16, 24))

@@ -1,7 +1,7 @@
 """`python -m benchmarks memory`: bytes of state and cache and time per token against context, in the README's picture.
 
 Both models read the same tokens up to each context, then decode; the state's and the cache's own tensors are counted.
-`retentive bench decode` fills states instead, measures more models, and holds them against the machine's limit.
+`retentive bench decode` fills states instead, measures more models, and compares them with the machine's limit.
 """
 
 import statistics
@@ -35,7 +35,7 @@ class Options(Sized):
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `of_models`, of a RetNet and its twin with random weights."""
+    """Same as `of_models`, for a RetNet and its twin with random weights."""
     at_least_one(options, "contexts", "batch")
     models = {"RetNet": build(options.config).eval(), "Transformer twin": build(twin(options.config)).eval()}
     result = of_models(models, contexts=options.contexts, batch=options.batch, say=say)
@@ -51,9 +51,9 @@ def of_models(
     steps: int = 16,
     say: Say = silent,
 ) -> dict[str, Any]:
-    """A row per context: for each of the two models the bytes of its memory, median milliseconds of a decoding step.
+    """A row per context: bytes of memory and median milliseconds of a decoding step, for each of the two models.
 
-    At every context one model is measured right after the other, so that a slow spell of the machine meets both.
+    At every context one model is measured right after the other, so that a slow spell of the machine affects both.
     """
     vocab = next(iter(models.values())).config.vocab_size
     # the same tokens for both; `steps` more than the longest context are decoded after it
@@ -63,8 +63,8 @@ def of_models(
     for context in sorted(contexts):
         row: dict[str, Any] = {"context": context}
         for name, model in models.items():
-            # goes on from the state at the last context, so that no token is read twice; in parts, which bounds what
-            # attention and activations take
+            # continues from the state at the last context, so that no token is read twice; in parts, which bounds the
+            # memory of attention and activations
             for part in ids[:, read:context].split(2048, 1):
                 _, states[name] = model.hidden(part, states[name])
             # a clone, since the cache is written in place; the first two steps warm up
@@ -88,7 +88,7 @@ def _decode(model: LanguageModel, state: Any, ids: torch.Tensor) -> list[float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table; a ratio above 1 says how much less the first model needs."""
+    """The rows as a Markdown table; a ratio of n means that the first model needs 1/n of the second."""
     a, b = _names(result)
     heads = ["context", f"{a}: memory", f"{b}: memory", "ratio", f"{a}: ms/token", f"{b}: ms/token", "ratio"]
     lines = []
@@ -113,7 +113,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     panel(memory, points, names, "bytes", "memory of one sequence (MB)", "context (tokens)", unit=1e6)
     panel(speed, points, names, "ms_per_token", "time per token (ms)", "context (tokens)")
     if len(points) > 1:
-        # `memory` stays logarithmic: on a linear axis the state would be a line on the floor
+        # `memory` stays logarithmic: on a linear axis the state would lie at the bottom
         speed.set_yscale("linear")
         speed.set_ylim(bottom=0)
     legend(figure, axes)

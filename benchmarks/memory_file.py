@@ -1,7 +1,7 @@
-"""What asking a memory file costs after it has read little and much: its size, and the time of a whole question.
+"""Cost of a question to a memory file that has read few or many tokens: file size and time of the whole question.
 
-A question is what `retentive memory ask` does once the model is loaded: read the file, check it against the model, read
-the prompt, write the reply. Questions to the memories are interleaved.
+A question is the work of `retentive memory ask` after the model is loaded: read the file, check it against the model,
+read the prompt, write the reply. Questions to the memories are interleaved.
 """
 
 import statistics
@@ -27,18 +27,18 @@ from retentive.options import at_least_one
 from retentive.tables import duration, markdown
 
 PROMPT, REPLY = 16, 32
-"""Tokens of a question."""
+"""Tokens of a question's prompt and reply."""
 PICTURE = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Sized):
-    """A question to a memory that has read little and to one that has read much: time and bytes."""
+    """A question to memories that have read few and many tokens: time and bytes."""
 
     lengths: tuple[int, ...] = (1_000, 1_000_000)
     """Tokens that each memory has read."""
     repeats: int = 15
-    """Questions timed of each, interleaved; the median counts."""
+    """Questions timed per memory, interleaved; the median counts."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -67,16 +67,16 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def write(model: LanguageModel, tokens: int, file: Path, say: Say) -> dict[str, Any]:
-    """The row of a new memory file that has read so many random tokens."""
+    """Write a memory file that has read `tokens` random tokens; returns its row."""
     generator, began = torch.Generator().manual_seed(tokens), time.perf_counter()
-    # drawn part by part, as documents come: a million tokens are never held at once
+    # drawn part by part, so that a million tokens are never held at once
     parts = (
         torch.randint(model.config.vocab_size, (min(4096, tokens - at),), generator=generator).tolist()
         for at in range(0, tokens, 4096)
     )
     # a memory comes after every chunk; a deque of one keeps the last
     memory = deque(ingest(model, parts, blank(model)), maxlen=1).pop()
-    # what `retentive memory write` would note: it is part of the file, and of the reading that is timed
+    # the source that `retentive memory write` would record: part of the file, and of its timed reading
     memory.sources = [{"name": "random", "tokens": tokens, "sha256": 64 * "0"}]
     save(memory, file)
     seconds = time.perf_counter() - began

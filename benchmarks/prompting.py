@@ -1,7 +1,7 @@
-"""Structured prompting measured: few-shot classification from M groups of demonstrations, merged or in a row.
+"""Structured prompting: few-shot classification from M groups of demonstrations, merged or in a row.
 
-A task draws four classes of text and gives each a name from A to D at random, so that only the demonstrations tell
-which is which. A group has one demonstration of each class: a text, its class and the name.
+A task draws four classes of text and gives each a random name from A to D, which only the demonstrations reveal. A
+group has one demonstration of each class: a text, its class and the name.
 
     A man is kneeling on a -> Ice fishing C
 
@@ -43,7 +43,7 @@ from retentive.models import ARCHITECTURES, LanguageModel, ModelConfig, build, r
 from retentive.tables import markdown
 
 GROUPS = (1, 2, 4, 8, 16, 32, SHOWN)
-"""Values of M."""
+"""Numbers of groups, M."""
 
 WEIGHTS: dict[str, Callable[[Tensor], Any]] = {
     "merged": keep_size,
@@ -60,16 +60,16 @@ PICTURE = "Structured prompting"
 
 @dataclass(frozen=True)
 class Options(Files):
-    """Structured prompting: few-shot accuracy from merged groups, from the same in a row, and from nothing."""
+    """Structured prompting: few-shot accuracy from merged groups, from groups in a row, and without groups."""
 
     out: Path = Path("runs/prompting")
-    """Folder of the model, which is trained first if it is not there."""
+    """Folder of the model, which is trained first if it is missing."""
     size: str = "1m"
     """Size of the model."""
     steps: int = 1500
     """Training steps of 8 tasks."""
     episodes: int = 20
-    """Tasks of each set of texts that are measured."""
+    """Tasks to measure for each set of texts."""
 
 
 # training on tasks
@@ -86,7 +86,7 @@ def learn(
     seed: int = 0,
     say: Say = silent,
 ) -> LanguageModel:
-    """A model trained on `batch` new tasks a step; the loss is that of classes and names, and not of the texts."""
+    """Train a model on `batch` new tasks a step; the loss counts classes and names, not the texts."""
     torch.manual_seed(seed)
     model = build(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -120,7 +120,7 @@ def answers_of(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[Ten
         row, mark = [tokenizer.eos_id], [False]
         for demonstration in document.text.splitlines(keepends=True):
             text, _, answer = demonstration.rpartition(" -> ")
-            # apart, as Questions does: text and answer may not share a token. The last token is the end of the line
+            # encoded separately, as in Questions: text and answer must not share a token. The last token is the newline
             begin, end = tokenizer.encode(f"{text} ->"), tokenizer.encode(f" {answer}")
             row += begin + end
             mark += [False] * len(begin) + [True] * (len(end) - 1) + [False]
@@ -138,7 +138,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `of_model`, of the model in `out`, on texts of known kinds, of known activities and of new ones."""
+    """Same as `of_model`, for the model in `out` and texts of known kinds, known activities and new activities."""
     known_kinds = split(kinds(options), new=False)
     known_activities = split(activities(options), new=True)
     if not options.out.exists():
@@ -156,9 +156,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def train_model(options: Options, families: Sequence[Mapping[str, Sequence[str]]], say: Say) -> None:
-    """Writes a model trained on tasks from these texts, with its tokenizer, to `out`."""
+    """Train a model on tasks from these texts, and save it with its tokenizer to `out`."""
     tokenizer = train_bpe((d.text for d in tasks(families, 3000, seed=1)), 4096)
-    # the paper's RetNet but for one head: memories of decays per token cannot be chained, which is studied here
+    # the paper's RetNet with one head: memories with decays per token cannot be chained, and chaining is measured here
     fields = ARCHITECTURES["retnet-paper"] | {"heads": 4, "decay": short_head(4)}
     config = retnet(options.size, vocab_size=tokenizer.vocab_size, **fields)
     save_model(options.out, learn(config, tokenizer, families, steps=options.steps, say=say), tokenizer)
@@ -220,7 +220,7 @@ def episode(
     shown = [rng.sample(texts.shown[c], max(groups)) for c in classes]
     parts = []
     for n in range(max(groups)):
-        # classes in a new order in every group, so that the order tells nothing
+        # classes in a new order in every group, so that the order gives no hint
         order = rng.sample(range(len(NAMES)), len(NAMES))
         parts.append("".join(line(shown[i][n], classes[i], NAMES[i]) for i in order))
     asked = [(text, i) for i, c in enumerate(classes) for text in rng.sample(texts.asked[c], queries)]
@@ -228,7 +228,7 @@ def episode(
     answers = torch.tensor([i for _, i in asked])
     empty, begin = blank(model, "bench"), [tokenizer.eos_id]
 
-    def remember(ids: Sequence[int]) -> Memory:  # from a clone: `ingest` uses up the memory that it goes on from
+    def remember(ids: Sequence[int]) -> Memory:  # from a clone: `ingest` consumes the memory that it continues from
         return last(ingest(model, [ids], Memory(empty.state.clone(), [], 0, empty.model, [], empty.config)))
 
     ids = [tokenizer.encode(part) for part in parts]
@@ -241,7 +241,7 @@ def episode(
         accuracy["nothing", m] = nothing
         for way, memory in states.items():
             accuracy[way, m] = score(model, memory, batch, answers)
-    # every group with its own end-of-text token, as those in `apart` have, so that the two are comparable
+    # every group has its own end-of-text token, as those in `apart` do, so that the two are comparable
     whole = remember([i for part in ids for i in begin + part])
     return accuracy, chain_errors(apart, whole)
 
@@ -283,7 +283,7 @@ class Questions:
 
 
 def score(model: LanguageModel, memory: Memory, asked: Questions, answers: Tensor) -> float:
-    """The share of questions whose right name is the likeliest.
+    """Accuracy: share of questions whose right name is the likeliest.
 
     A name's probability is summed over the classes that may stand before it: sum_c p(c | text) p(name | text, c).
     """

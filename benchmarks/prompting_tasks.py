@@ -1,4 +1,4 @@
-"""The tasks of structured prompting (`prompting.py`): texts with classes, whose names are drawn anew for every task."""
+"""Tasks of structured prompting (`prompting.py`): texts with classes, whose names are drawn anew for every task."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ from retentive.data.sources import Document
 
 NAMES = ("A", "B", "C", "D")
 WORDS = 6
-"""Words of a text that are kept, at most."""
+"""Maximum words of a text."""
 SHOWN, ASKED = 64, 24
-"""Texts that a class needs, to be measured: so many for demonstrations, and so many for questions."""
+"""Texts that a measured class needs for demonstrations and for questions."""
 EPISODE = 48
 """Demonstrations of a task in training."""
 
@@ -28,22 +28,22 @@ Classes = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True)
 class Files:
-    """The texts, as the data sets of these names hold them."""
+    """Files of the data sets."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of texts, in which the files below are."""
+    """Folder with the files below."""
     novels: str = "novels/train"
     """Folder of novels, a text file each."""
     play: str = "tinyshakespeare/input.txt"
     """Plays in one text file: speeches with a blank line between them, their first lines the names of the speakers."""
     meetings: str = "qmsum/train.jsonl"
-    """Meetings, as QMSum has them."""
+    """Meetings, in the format of QMSum."""
     papers: str = "summarization/scitldr/train.jsonl"
-    """Abstracts of papers, as SciTLDR has them."""
+    """Abstracts of papers, in the format of SciTLDR."""
     reports: str = "gov_report/gov_report.jsonl"
-    """Reports, as GovReport has them."""
+    """Reports, in the format of GovReport."""
     articles: str = "eval/boolq.jsonl"
-    """Passages of articles, as BoolQ has them."""
+    """Passages of articles, in the format of BoolQ."""
     english: str = "translation/enja/train.en"
     """English phrases, a line each."""
     japanese: str = "translation/enja/train.ja"
@@ -54,7 +54,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of each class that are shown as demonstrations, and those that are asked about."""
+    """Texts of each class for demonstrations, and texts for questions."""
 
     shown: dict[str, list[str]]
     asked: dict[str, list[str]]
@@ -67,7 +67,7 @@ def rows(path: Path) -> Iterator[dict]:
 
 
 def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None:
-    """Adds the first WORDS words of each text to a class and source, but none twice and no text under four words."""
+    """Add the first WORDS words of each text to a class and source, without duplicates and texts under four words."""
     kept = classes[label][source]
     for text in texts:
         words = text.split()[:WORDS]
@@ -76,7 +76,7 @@ def add(classes: Classes, label: str, source: str, texts: Iterable[str]) -> None
 
 
 def sentences(text: str, most: int = 20) -> list[str]:
-    """The first `most` sentences: what ends with . ! or ? and white space."""
+    """The first `most` sentences, which end with . ! or ? and white space."""
     return re.split(r"(?<=[.!?])\s+", text)[:most]
 
 
@@ -115,8 +115,8 @@ def kinds(files: Files) -> Classes:
 def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, Texts]:
     """(texts to train on, texts of known classes, texts of new ones).
 
-    A fifth of the sources, whose bucket is 0, is for questions and is never shown. Classes are measured if they have
-    texts enough; with `new`, about two fifths of those are kept out of training.
+    A fifth of the sources (bucket 0) is for questions only. Classes are measured if they have enough texts. With `new`,
+    about two fifths of those are held out of training.
     """
     train: dict[str, list[str]] = {}
     measured = Texts({}, {}), Texts({}, {})  # by `unseen`: known classes, new ones
@@ -133,7 +133,7 @@ def split(classes: Classes, *, new: bool) -> tuple[dict[str, list[str]], Texts, 
 
 
 def bucket(name: str) -> int:
-    """0 to 4 by the name's hash, so that a source is always held out or never."""
+    """Bucket 0 to 4 by the name's hash, so that a source is always held out or never."""
     return hashlib.sha256(name.encode()).digest()[0] % 5
 
 

@@ -1,8 +1,9 @@
-"""`python -m benchmarks quantization`: what weights of fewer bits cost a trained model in the native engine.
+"""`python -m benchmarks quantization`: quality loss from quantisation of a trained model in the native engine.
 
-Against the model in float32 by torch: bits per byte of held-out text, the loss of a context's first tokens apart (their
-states hold least, and rounding shows there first), and how long the likeliest texts stay the same. And how far states
-drift from those of float64 with the same weights, in the model's own precision and the engine's, over a long text.
+Compared with the model in float32 by torch: bits per byte of held-out text, and tokens until greedy texts differ. The
+loss of a context's first tokens is reported separately, since rounding shows first in states that have read little. The
+drift of states over a long text is relative to float64 with the same weights, in the model's own precision and the
+engine's.
 """
 
 import copy
@@ -33,41 +34,41 @@ from retentive.tables import markdown
 
 PICTURE = None
 FIRST = 16
-"""Tokens of a context whose loss is told apart."""
+"""First tokens of a context, whose loss is reported separately."""
 CHUNK = 1024
-"""Tokens of a long text that are read at a time."""
+"""Tokens of a long text read at a time."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Weights of 16, 8 and 4 bits beside float32: held-out text, likeliest texts, and states after a long text."""
+    """Weights of 16, 8 and 4 bits beside float32: held-out loss, greedy texts, and states after a long text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory or model folder of a RetNet, not quantised yet."""
+    """Run directory or model folder of a RetNet that is not quantised."""
     data: Path
     """Packed data with held-out text."""
     text: tuple[str, ...] = ()
-    """Files or folders of text to calibrate int4 on; without any that row is left out."""
+    """Files or folders of text to calibrate int4 on; without any, the calibrated row is left out."""
     calibration: int = 16384
-    """Tokens of it that are read."""
+    """Tokens of calibration text."""
     tokens: int = 65536
-    """Of held-out text."""
+    """Tokens of held-out text."""
     length: int = 1024
     """Tokens of a window."""
     prompts: int = 16
-    """Beginnings of windows that the model goes on from with its likeliest tokens."""
+    """Prompts, from beginnings of windows, that the model continues greedily."""
     written: int = 128
-    """Tokens of each of these texts."""
+    """Tokens of each greedy continuation."""
     long: int = 100_000
-    """Tokens of the long text: held-out text, from its beginning again where it ends."""
+    """Tokens of the long text: held-out text, repeated from its beginning."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per kind of weights, and the distances of states.
 
     Raises:
-        ValueError: no RetNet or a quantised one, no native engine, no held-out text, other tokens than the model's, or
-            a number below 1.
+        ValueError: the model is no RetNet or is quantised, there is no native engine or held-out text, the data have
+            other tokens than the model, or a number is below 1.
     """
     at_least_one(options, "calibration", "tokens", "length", "prompts", "written", "long")
     data = Packed(options.data)
@@ -106,7 +107,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def forms(model: LanguageModel, options: Options, data: Packed) -> Iterator[tuple[str, LanguageModel]]:
-    """(name, model) of each kind of weights, made when it is asked for; the first is the model itself, for torch."""
+    """Yield (name, model) of each kind of weights, made on demand; the first is the model itself, for torch."""
     yield "float32", model
     yield "bf16", copy.deepcopy(model).bfloat16()
     for name, bits in BITS.items():
@@ -118,7 +119,7 @@ def forms(model: LanguageModel, options: Options, data: Packed) -> Iterator[tupl
 
 
 def losses(model: LanguageModel, data: Packed, options: Options) -> dict[str, float]:
-    """Bits per byte of the held-out text, and nats a token of the first FIRST tokens of a context and of the others."""
+    """Bits per byte of the held-out text, and nats a token of a context's first FIRST tokens and of the others."""
     tokens = token_losses(model, data, length=options.length, tokens=options.tokens)
     first = tokens.position < FIRST  # the first token of a context is read, not predicted
     return {
@@ -135,12 +136,12 @@ def begun(data: Packed, options: Options) -> list[list[int]]:
 
 
 def greedy(model: LanguageModel, ids: list[int], count: int) -> list[int]:
-    """The `count` tokens that go on from `ids`, each the likeliest."""
+    """Continue `ids` greedily with `count` tokens."""
     return [token.id for token in generate(model, ids, SamplingParams(temperature=0), max_tokens=count)]
 
 
 def agreed(text: list[int], other: list[int]) -> int:
-    """Tokens before the first that differs."""
+    """Number of tokens before the first difference."""
     return next((n for n, (a, b) in enumerate(zip(text, other, strict=True)) if a != b), len(text))
 
 
@@ -152,9 +153,9 @@ def long_text(data: Packed, count: int) -> Tensor:
 
 @torch.no_grad()
 def distances(model: LanguageModel, ids: Tensor, say: Say = silent) -> list[dict[str, Any]]:
-    """How far a state after `ids` is from float64's with the same weights, by the weights' dtype and the engine.
+    """Distance of the state after `ids` from float64's with the same weights, per dtype of weights and engine.
 
-    The norm of the difference over that of float64's, in the layer where it is largest.
+    It is the norm of the difference over the norm of float64's state, in the layer where that is largest.
     """
     found = []
     for name, dtype in {"float32": torch.float32, "bf16": torch.bfloat16}.items():

@@ -1,7 +1,7 @@
-"""What ten questions about one long text cost beside one: the text is read once, and its state copied for each.
+"""Cost of ten questions about one long text beside one question: the text is read once, its state copied for each.
 
-A RetNet's state is as large after ten thousand tokens as after ten; a Transformer's cache, which is copied as well,
-holds all of them. Models and numbers of questions are timed in turns.
+A RetNet's state is as large after ten thousand tokens as after ten. A Transformer's cache, also copied, holds all
+tokens. Models and numbers of questions are timed in turns.
 """
 
 import statistics
@@ -35,21 +35,21 @@ class Options(Sized):
     models: tuple[str, ...] = ("retnet", "native-bf16", "transformer")
     """retnet, transformer, grouped, native-bf16, native-int8, native-int4."""
     tokens: int = 10_000
-    """Of the text."""
+    """Tokens of the text."""
     questions: tuple[int, ...] = (1, 10)
     """Numbers of questions; the ratios are to the first."""
     reply: int = 64
     """Tokens of an answer."""
     repeats: int = 5
-    """Repetitions timed of each, interleaved; the median counts."""
+    """Timed repetitions of each, interleaved; the median counts."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per model and number of questions: seconds from the first token read to the last written, and bytes.
 
     Raises:
-        ValueError: an unknown model, numbers that are too small.
-        ArithmeticError: a model decodes other logits than it reads.
+        ValueError: an unknown model, or numbers that are too small.
+        ArithmeticError: a model's decoding gives different logits than its prefill.
     """
     at_least_one(options, "questions", "reply", "repeats")
     if options.tokens < SHARED:
@@ -61,7 +61,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(options.vocab_size, (options.tokens,), generator=generator).tolist()
     asked = torch.randint(options.vocab_size, (max(options.questions), PROMPT), generator=generator).tolist()
-    asked = [[n, *question[1:]] for n, question in enumerate(asked)]  # no two begin alike
+    asked = [[n, *question[1:]] for n, question in enumerate(asked)]  # with different first tokens
     ways = {}
     for name, count in product(models, options.questions):
         prompts = [text + question for question in asked[:count]]

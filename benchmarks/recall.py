@@ -1,12 +1,12 @@
-"""`python -m benchmarks recall`: multi-query associative recall, the test in which states of constant size are weakest.
+"""`python -m benchmarks recall`: multi-query associative recall, the weakest test of states of constant size.
 
 A row names n pairs of a key and a value, drawn anew for every row, and then asks for every key once:
 
     k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
 
-All that is needed to answer stands in the row. A model is trained on rows of one number of pairs a step, the fewest
-alone at first and then one number after another with them: attention that is given all at once does not learn to find
-what it is asked for, and learns it from four pairs in some thousand steps. Accuracy is measured for each number.
+A row holds everything that its answers need. Each training step has rows of one number of pairs: at first only the
+smallest, then larger numbers join one after another. Attention that gets all numbers at once does not learn to look up
+keys. From four pairs it learns this in some thousand steps. Accuracy is measured for each number.
 
 Source: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart.
 """
@@ -37,24 +37,23 @@ PAIRS = (4, 8, 16, 32)
 KEYS = VALUES = 64
 PICTURE = "Associative recall"
 ASKED = 4096
-"""Answers that an accuracy is the mean of, at least."""
+"""Minimum answers per accuracy."""
 GROWING = 0.5
-"""Share of the steps by whose end all numbers of pairs are there."""
+"""Share of the steps after which all numbers of pairs are in use."""
 FEW, LEARNED = 4, 0.9
-"""Every model here has room for FEW pairs: one that is right about them less often than LEARNED, a share, has not
-learned the task."""
+"""Every model here has room for FEW pairs: an accuracy on them below LEARNED means that it did not learn the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Associative recall: small models trained to answer from pairs of keys and values that stand before."""
+    """Associative recall: small models trained to answer from pairs of keys and values earlier in the row."""
 
     out: Path = Path("runs/recall")
-    """Folder for the models; those that are there are not trained again."""
+    """Folder of the models; existing ones are not trained again."""
     variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid-window", "transformer")
-    """As `retentive compare --variants`."""
+    """Model variants, as in `retentive compare --variants`."""
     dims: tuple[int, ...] = (64,)
-    """Widths of the models, of two layers."""
+    """Widths of the models, which have two layers."""
     pairs: tuple[int, ...] = PAIRS
     """Pairs in a row."""
     steps: int = 6000
@@ -62,7 +61,7 @@ class Options:
     tokens: int = 4096
     """Tokens of a training step."""
     lrs: tuple[float, ...] = (4e-3, 1e-2)
-    """Peak learning rates: each model counts at its best."""
+    """Peak learning rates; each model's best counts."""
 
 
 class Rows:
@@ -71,9 +70,9 @@ class Rows:
     def __init__(self, *, tokens: int, steps: int, pairs: Sequence[int] = PAIRS, seed: int = 0):
         self.tokens, self.pairs, self.seed = tokens, sorted(pairs), seed
         self.grown = max(int(GROWING * steps), 1)
-        """Steps until all numbers of pairs are there."""
+        """Steps until all numbers of pairs are in use."""
         self.length = sum(4 * n - 1 for n in pairs) // len(pairs)
-        """The mean length of a row, from which the FLOPs of a step are counted."""
+        """Mean length of a row, for counting the FLOPs of a step."""
 
     def __getitem__(self, step: int) -> Batch:
         there = min(1 + step * len(self.pairs) // self.grown, len(self.pairs))
@@ -83,8 +82,8 @@ class Rows:
 
 
 def rows(n: int, count: int, generator: torch.Generator) -> Batch:
-    """`count` rows of n pairs: ids and targets `[B,4n-1]`; all targets but the answers are IGNORE."""
-    # argsort of random numbers is a random order: n different keys, and then the order in which they are asked
+    """Make `count` rows of n pairs: ids and targets `[B,4n-1]`; all targets but the answers are IGNORE."""
+    # argsort of random numbers is a random order: first n different keys, then the order of the questions
     keys = torch.rand(count, KEYS, generator=generator).argsort(-1)[:, :n]
     values = torch.randint(KEYS, KEYS + VALUES, (count, n), generator=generator)
     order = torch.rand(count, n, generator=generator).argsort(-1)
@@ -98,7 +97,7 @@ def rows(n: int, count: int, generator: torch.Generator) -> Batch:
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
-    """(share of answers that are the likeliest token, answers), over rows that training has not seen."""
+    """(share of answers that are the likeliest token, number of answers), over rows not seen in training."""
     generator = torch.Generator().manual_seed(seed + n)  # above the seeds of training, which are its steps
     right = total = 0
     while total < asked:
@@ -112,13 +111,12 @@ def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """A row per width and variant, at its best rate: accuracy for each number of pairs, and the bytes that the model
-    remembers in.
+    """A row per width and variant at its best learning rate: accuracy by number of pairs, and bytes of memory.
 
-    The models are trained in `out`; those that are there are not trained again.
+    The models are trained in `out`; existing ones are not trained again.
 
     Raises:
-        ValueError: an unknown variant, a number below 1, more pairs than keys; a model in `out` trained otherwise.
+        ValueError: an unknown variant, a number below 1, more pairs than keys, or a model in `out` with other options.
     """
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, compare.VARIANTS, "variant")
@@ -157,12 +155,12 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def trained_model(config: Config, folder: Path, options: dict[str, Any]) -> LanguageModel:
-    """The model of the folder; trained first where it is not there.
+    """The model of the folder, trained first if it is missing.
 
     Raises:
-        ValueError: it was trained with other options.
+        ValueError: the model was trained with other options.
     """
-    check_done(folder, options)  # "resume" below does nothing for a model that is trained: it must be the right one
+    check_done(folder, options)  # "resume" below does nothing for a trained model, so check that it is the right one
     steps = options["steps"]
     how = TrainConfig(
         steps=steps, lr=options["lr"], warmup=steps // 10, weight_decay=0.1, eval_every=0, sample_every=0, keep=1
@@ -176,7 +174,7 @@ def trained_model(config: Config, folder: Path, options: dict[str, Any]) -> Lang
 
 
 def check_done(folder: Path, options: dict[str, Any]) -> None:
-    """Raises ValueError where the folder holds a model trained with other options."""
+    """Raise ValueError if the folder holds a model trained with other options."""
     file = folder / "train.json"
     if file.is_file():
         had = json.loads(file.read_text(encoding="utf-8")).get("recall")
@@ -185,12 +183,12 @@ def check_done(folder: Path, options: dict[str, Any]) -> None:
 
 
 def learned(row: dict[str, Any]) -> bool:
-    """Whether the model learned the task: if it fails at FEW pairs, its row tells of training and not of memory."""
+    """True if the model learned the task: a row that fails at FEW pairs measures training, not memory."""
     return all(share >= LEARNED for n, share in row["accuracy"].items() if int(n) <= FEW)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table, and below it the models whose rows say nothing about memory."""
+    """The rows as a Markdown table, and below it the models that did not learn the task."""
     pairs = list(result["rows"][0]["accuracy"])
     longest = 4 * max(int(n) for n in pairs)
     heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
@@ -219,7 +217,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         names = {n: n if learned(row) else f"{n}, not trained to the end" for n, row in rows.items()}
         looks = {
             name: look | {"linestyle": "-" if learned(rows[name]) else ":", "markersize": max(13 - 2 * n, 4)}
-            for n, (name, look) in enumerate(zip(rows, LOOKS, strict=False))  # of those that are even all show
+            for n, (name, look) in enumerate(zip(rows, LOOKS, strict=False))  # equal curves all stay visible
         }
         panel(axis, points, names, "right", "answers that are right", "pairs to remember", percent=True, looks=looks)
         axis.set_title(f"width {dim}, two layers", fontsize=9)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks redraw FILE…`: tables and pictures of results anew, from the numbers in their files.
+"""`python -m benchmarks redraw FILE…`: renew tables and pictures of results from the numbers in their files.
 
-For changes of how a result is shown: what was measured stays as it is.
+It serves changes of the presentation; the measured numbers stay the same.
 """
 
 import importlib
@@ -19,7 +19,7 @@ ALL = bench.BENCHES | BENCHES
 
 
 def redraw(paths: Sequence[Path]) -> list[Path]:
-    """Write the table of each bench's result, and the pictures that stand beside results; returns these files.
+    """Write the table of each result, and the pictures beside it; returns these files.
 
     Raises:
         OSError, ValueError: a file cannot be read or written, or is damaged.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks replies`: models beside each other on what they write, by the tasks of `retentive eval`.
+"""`python -m benchmarks replies`: compare models on generation tasks of `retentive eval`.
 
 Every model answers the same questions; intervals are those of `evals.generation_tasks`.
 """
@@ -31,16 +31,16 @@ SHOWN = {
     "dialogue": {"distinct1": 100, "distinct2": 100, "ended": 100},
     "naming": {"first": 100, "first10": 100, "found": 100, "found10": 100},
 }
-"""The metrics of the picture, and what makes each a number up to 100."""
+"""Metrics of the picture, each with the factor that scales it to 100."""
 MOST_PANELS = 4
-"""Side by side in the picture; more stand below."""
+"""Maximum panels side by side in the picture; more are placed below."""
 BESIDE = {"lead_": "first three sentences", "people_": "people"}
-"""What is scored beside the models, by the prefix of its metrics."""
+"""References scored beside the models, by the prefix of their metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What models write, beside each other: translations, summaries, short answers, small talk."""
+    """Compare models on generated text: translations, summaries, short answers, small talk."""
 
     models: tuple[str, ...]
     """Run directories or model folders."""
@@ -49,16 +49,15 @@ class Options:
     data: Path
     """Folder of the tasks' files."""
     limit: int | None = None
-    """Questions of each task, from the beginning of its file."""
+    """Number of questions of each task, from the beginning of its file."""
     max_lengths: tuple[int, ...] = ()
-    """Tokens that each model may read of a question, whose beginning is cut off; 0 for any number, as for all if not
-    given."""
+    """Maximum tokens of a question for each model: longer ones lose their beginning. 0, the default, for no limit."""
     max_tokens: int = 256
     """Tokens of an answer."""
     beams: tuple[int, ...] = (1,)
-    """Hypotheses of beam search, one after the other; 1 for none."""
+    """Beam sizes to measure; 1 for no beam search."""
     temperature: float = 0.0
-    """Of answers without beams; 0 takes the likeliest token, else each is drawn with a seed of its own."""
+    """Sampling temperature of answers without beams; 0 takes the likeliest token. Each answer has its own seed."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"several models are called {twice[0][0]}: they would share a column")
     opened = [ModelFolder.open(model) for model in models]
-    loaded = [folder.model() for folder in opened]  # a wrong name is known before hours of answers
+    loaded = [folder.model() for folder in opened]  # all at once: a wrong name fails before hours of answers
     rows = []
     for name, length, folder, model in zip(models, lengths, opened, loaded, strict=True):
         template, reader = folder.template(folder.tokenizer_for_text()), with_engine(model)
@@ -117,9 +116,9 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: two panels for each task; above the scores of each model, below the loss of people's answers.
+    """A PNG with two panels for each task: scores of each model above, loss on reference answers below.
 
-    Tasks that are numbered, such as answers:row8-1 to answers:row8-8, are curves in one panel.
+    Numbered tasks, such as answers:row8-1 to answers:row8-8, are curves in one panel.
     """
     rows = result["rows"]
     labels = list(dict.fromkeys(row["model"] for row in rows))
@@ -143,7 +142,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
 
 
 def _series(task: str) -> tuple[str, int | None]:
-    """(NAME, n) of a task NAME-n; (its name, None) of one without a number."""
+    """(NAME, n) for a task NAME-n; (name, None) for a task without a number."""
     numbered = re.fullmatch(r"(.+)-(\d+)", task)
     return (numbered[1], int(numbered[2])) if numbered else (task, None)
 
@@ -160,12 +159,12 @@ def _scores(above: Any, below: Any, rows: list[dict[str, Any]], labels: list[str
         for m, (label, prefix, colour, name) in enumerate(bars):
             if row := of_task.get((label, prefix + metric)):
                 _bar(above, n + (m - (len(bars) - 1) / 2) * width, row, unit, width, colour, name)
-    above.set_ylim(0, max(above.get_ylim()[1], 1))  # in hundredths, and there where nothing is wrong
+    above.set_ylim(0, max(above.get_ylim()[1], 1))  # in hundredths; at least 1, in case all scores are 0
     above.set_xticks(range(len(shown)), list(shown))
     above.set_ylabel("of 100")
     for n, label in enumerate(labels):
         if row := of_task.get((label, "loss")):
-            # a point and no bar: losses differ by little, and an axis from 0 would hide it
+            # a point instead of a bar: losses differ little, and an axis from 0 would hide that
             below.errorbar(n, row["value"], _around(row, 1), color=f"C{n}", marker="o", capsize=3)
     below.set_xlim(-0.5, len(labels) - 0.5)
     below.set_xticks([])
@@ -194,7 +193,7 @@ def _bar(axis: Any, x: float, row: dict[str, Any], unit: float, width: float, co
 
 
 def _around(row: dict[str, Any], unit: float) -> list[list[float]] | None:
-    """How far a row's interval goes below and above its value, as matplotlib wants it."""
+    """Lengths of a row's interval below and above its value, for matplotlib."""
     if not row["interval"]:
         return None
     low, high = row["interval"]

@@ -1,9 +1,9 @@
-"""`python -m benchmarks retention`: the operator against its rivals and against what the machine can do at all.
+"""`python -m benchmarks retention`: the operator against its rivals and the machine's limit.
 
-For each shape and dtype: the correctness gate; the machine's own rates; then for each length the memory of every rival
-in a process of its own, and forward and backward passes, interleaved, the best of which counts; the rates again. A
-rival that takes longer than LONG seconds runs once, in the process that its memory is measured in. Nothing is left out
-silently: where a time is missing, the reason stands in its place.
+For each shape and dtype it runs the correctness gate and measures the machine's rates. For each length it measures the
+memory of every rival in a process of its own, and times interleaved forward and backward passes, of which the best
+counts. Then it measures the rates again. A rival slower than LONG seconds runs once, in the process that measures its
+memory. A missing time is replaced by its reason.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from retentive.tables import duration
 __all__ = ["PICTURE", "Options", "measure", "plot", "table"]
 
 LONG = 20.0
-"""Seconds of one forward and backward pass beyond which it is not repeated."""
+"""Seconds of a forward and backward pass above which it is not repeated."""
 CLOSE = 1.5
 """Chunk lengths of torchscale are timed further if their first pass takes at most this multiple of the best one's."""
 
@@ -48,8 +48,8 @@ SHAPES = {
     "6.7B": Shape(1, 16, 256, 512, (2048, 8192)),
     "long": Shape(1, 8, 64, 128, (32768, 65536, 131072)),
 }
-"""5m: a training batch of our own small model. small: heads of a quarter of the paper's. 1.3B, 6.7B: the paper's
-models, 2,048 and 4,096 wide in heads of 256. long: where the square of T is out of reach."""
+"""Shapes. 5m: a training batch of our own small model. small: heads a quarter of the paper's size. 1.3B, 6.7B: the
+paper's models, 2,048 and 4,096 wide with heads of 256. long: lengths out of reach for quadratic time."""
 
 
 PICTURE = "Retention"
@@ -57,28 +57,28 @@ PICTURE = "Retention"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OnDevice):
-    """The operator: time and memory of forward and backward beside its rivals and the machine's limit."""
+    """The operator: time and memory of forward and backward passes beside its rivals and the machine's limit."""
 
     shapes: tuple[str, ...] = ("small", "1.3B")
-    """Of 5m, small, 1.3B, 6.7B, long: heads as in our small model, a quarter of the paper's, the paper's."""
+    """Shapes: 5m (heads of our small model), small (a quarter of the paper's), 1.3B, 6.7B, long (the paper's)."""
     lengths: tuple[int, ...] = ()
-    """Sequence lengths, in place of each shape's own."""
+    """Sequence lengths. Default: each shape's own."""
     dtypes: tuple[str, ...] = ("fp32",)
-    """Of q, k and v: fp32, bf16, fp16."""
+    """Dtypes of q, k and v: fp32, bf16, fp16."""
     rivals: tuple[str, ...] = ("auto",)
-    """Of torchscale, sdpa, fla; auto takes those that are installed, none takes none."""
+    """Rivals: torchscale, sdpa, fla; auto takes all installed ones, none takes none."""
     repeats: int = 5
-    """Passes timed of each; the best counts. What takes longer than 20 s runs once."""
+    """Timed passes of each; the best counts. Passes above 20 s run once."""
     patience: float = 600
-    """Seconds; a rival whose pass would take longer is left out, and the table says so."""
+    """Maximum seconds of a pass; a slower rival is left out, and the table says so."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """Rows of all shapes, dtypes and lengths (each shape's own if none are given), with the machine's rates.
+    """Rows of all shapes, dtypes and lengths, with the machine's rates.
 
     Raises:
-        ValueError: a name that is unknown, a number below 1, a rival asked for by name that cannot take part.
-        ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
+        ValueError: an unknown name, a number below 1, or a rival requested by name that cannot run.
+        ArithmeticError: a gate failed; nothing of that shape and dtype was timed.
     """
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
@@ -101,10 +101,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def chosen(asked: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """(rivals that take part, ours first; why the others do not). "auto" asks for all of them, "none" for none.
+    """(rivals that run, ours first; reasons why the others do not). "auto" requests all of them, "none" none.
 
     Raises:
-        ValueError: an unknown name, or one asked for by name that cannot take part.
+        ValueError: an unknown name, or a rival requested by name that cannot run.
     """
     known(asked, ("auto", "none", *rivals.OTHERS), "rival")
     names = rivals.OTHERS if "auto" in asked else [name for name in asked if name != "none"]
@@ -119,7 +119,7 @@ def group(shape: str, works: list[Work], names: list[str], options: Options, say
     device = torch.device(works[0].device)
     # torchscale is checked below, for the chunk lengths that are timed; SDPA is another function
     errors = {name: gate.check(name, works[0]) for name in names if name not in ("torchscale", "sdpa")}
-    # before and after all lengths: a difference between the two tells of other work on the machine
+    # before and after all lengths: a difference between the two shows other work on the machine
     before = machine.rates(device, works[0].torch_dtype)
     rows = []
     for work in works:
@@ -142,23 +142,23 @@ def group(shape: str, works: list[Work], names: list[str], options: Options, say
 
 
 def prepare(name: str, work: Work, patience: float) -> list[dict[str, Any]]:
-    """How the rival will run, its memory, and its first time; or why it will not run ("skipped").
+    """Prepare a rival: its settings, memory and first time, or the reason why it does not run ("skipped").
 
-    One dictionary; for torchscale one for each chunk length that may be its best.
+    Returns one dictionary, for torchscale one for each chunk length that may be its best.
     """
     if name != "torchscale":
         return [_prepare(name, work, None, patience)]
     ways: list[dict[str, Any]] = []
-    # from the longest on: the shorter ones are not tried once they get slower
+    # from the longest chunk down, until shorter ones get slower
     for chunk in sorted(rivals.CHUNKS, reverse=True):
         if work.T % chunk == 0:
             ways.append(_prepare(name, work, chunk, patience))
             best = min(_seconds(way) for way in ways)
             if _seconds(ways[-1]) > CLOSE * best:
-                break  # shorter chunks have more states to keep, and are slower yet
+                break  # shorter chunks keep more states, and are slower still
     if not ways:
         return [{"skipped": f"needs a multiple of {rivals.CHUNKS[0]} tokens"}]
-    # what was tried stands in the file, so that nobody wonders whether another chunk would have been faster
+    # the file records all chunk lengths tried
     tried = {str(way["chunk"]): way.get("seconds", way.get("skipped")) for way in ways}
     return [way | {"tried": tried} for way in ways if _seconds(way) <= CLOSE * best]
 
@@ -172,7 +172,7 @@ def _prepare(name: str, work: Work, chunk: int | None, patience: float) -> dict[
     result = {"backend": one.backend, "chunk": one.chunk}
     try:
         expected = estimate(name, work, one)
-        # known from a short pass, since a pass that has begun can't be taken back
+        # estimated from a short pass, since a running pass cannot be cancelled
         if expected > patience:
             return result | {"skipped": f"would take {expected:.0f} s"}
         return result | isolated.in_own_process(name, work, one.chunk)
@@ -186,30 +186,30 @@ def quickest(ways: list[dict[str, Any]]) -> dict[str, Any]:
     """The way with the best time, and the times of the others."""
     best = min(ways, key=_seconds)
     if "tried" in best:
-        # beside "tried", which has the first pass alone: the best of the repetitions
+        # the best of the repetitions, beside "tried", which has the first pass only
         best["seconds_by_chunk"] = {str(way["chunk"]): way["seconds"] for way in ways if "seconds" in way}
     return best
 
 
 def estimate(name: str, work: Work, one: Rival) -> float:
-    """Seconds that a pass will take, from a short one's and the counted work; 0 where it is short itself."""
+    """Estimated seconds of a pass, from a short pass and the FLOPs; 0 if the pass is short itself."""
     short = replace(work, T=min(work.T, 2048))  # torchscale's chunks divide 2048
     if short == work:
         return 0
-    # by counted FLOPs: good enough to tell seconds from hours, which is all that it is for
+    # by counted FLOPs, which is good enough to tell seconds from hours
     return warm(rivals.make(name, short, one.chunk), short) * one.flops(work) / one.flops(short)
 
 
 def warm(one: Rival, work: Work) -> float:
-    """Seconds of a forward and backward pass after one that warms up."""
+    """Seconds of a forward and backward pass after a warm-up pass."""
     inputs = isolated.tensors(one, work)
     return [machine.clock(torch.device(work.device), lambda: isolated.both(one, inputs)) for _ in range(2)][1]
 
 
 def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int) -> None:
-    """Times of all that are quick enough to be repeated, into their dictionaries."""
+    """Time all ways that are fast enough to repeat, and write the times into their dictionaries."""
     device = torch.device(work.device)
-    # what one isolated pass took, for all; those that are quick get better numbers below
+    # seconds of the isolated pass for all; fast ways get better numbers below
     ready = [(name, way) for name, way in ways if "skipped" not in way]
     for _, way in ready:
         way |= {"repeats": 1, "median_seconds": way["seconds"]}
@@ -217,11 +217,11 @@ def interleaved(ways: list[tuple[str, dict[str, Any]]], work: Work, repeats: int
     if not quick:
         return
     ones = [rivals.make(name, work, way["chunk"]) for name, way in quick]
-    inputs = isolated.flat(work, ones)  # one set for all rivals, each with its own view: memory is that of the largest
+    inputs = isolated.flat(work, ones)  # one set for all rivals, each with its own view, to save memory
     times: list[list[tuple[float, float]]] = [[] for _ in ones]
     for _ in range(repeats + 1):
         for (_, way), one, measured in zip(quick, ones, times, strict=True):
-            # LONG is also the budget of all repetitions of one; the first, which warms up, does not count
+            # LONG is also the time budget of all repetitions of one way; the first is a warm-up and does not count
             if (len(measured) - 1) * way["seconds"] <= LONG:
                 measured.append(both_and_forward(one, isolated.tensors(one, work, inputs), device))
     for (_, way), measured in zip(quick, times, strict=True):
@@ -241,9 +241,9 @@ def both_and_forward(one: Rival, inputs: list[Tensor], device: torch.device) -> 
 
 
 def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dict[str, float]) -> None:
-    """Puts the machine's rates, the limit, and the fraction of it that each rival reaches into the row.
+    """Add the machine's rates, the limit, and the fraction of it that each rival reaches to the row.
 
-    All retentions share one limit, that of the chunk length that our backend takes; attention has its own.
+    All retentions share the limit for our backend's chunk length; attention has its own.
     """
     # one speed for all of a group's rows: the mean of its beginning and its end
     rates = {name: (before[name] + after[name]) / 2 for name in before}
@@ -263,7 +263,7 @@ def finish(row: dict[str, Any], work: Work, before: dict[str, float], after: dic
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in one line of progress."""
+    """A row as one line of progress."""
     said = []
     for name, result in row["contestants"].items():
         how = duration(result["seconds"]) if "seconds" in result else result["skipped"]

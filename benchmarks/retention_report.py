@@ -1,4 +1,4 @@
-"""The measurements of `bench retention` as tables to read and as a picture."""
+"""Tables and picture of the measurements of `bench retention`."""
 
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -18,13 +18,13 @@ DISTURBED = 0.15
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a line a row with every ratio, how time and memory grow with T, dtypes compared, the machine."""
+    """Markdown tables: a line per row with every ratio, growth of time and memory with T, dtypes, the machine."""
     parts = [_rows(result), _growth(result["rows"]), _dtypes(result["rows"]), _notes(result)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _rows(result: dict[str, Any]) -> str:
-    # rivals that could not take part have a column too, with the reason in place of times
+    # rivals that could not run have a column too, with the reason in place of times
     absent = [name for name in result["rivals"] if name not in result["rows"][0]["contestants"]]
     others = [name for name in result["rows"][0]["contestants"] if name != "retentive"]
     heads = ["shape", "T", "inputs", "retentive", "forward", "of the limit"]
@@ -55,7 +55,7 @@ def _rows(result: dict[str, Any]) -> str:
 
 
 def _ratio(rival: dict[str, Any], ours: dict[str, Any], key: str) -> str:
-    """`2.9x (C=128)`; the rival's own number where ours is missing, its reason where it is."""
+    """Text such as `2.9x (C=128)`; the rival's own number if ours is missing, the reason if the rival's is."""
     if "skipped" in rival:
         return rival["skipped"]
     if key not in ours:
@@ -69,7 +69,7 @@ def _apart(before: dict[str, float], after: dict[str, float]) -> float:
 
 
 def _growth(rows: list[dict[str, Any]]) -> str:
-    """A table of how many times as much time and memory each length takes as the one before."""
+    """Table of the growth of time and memory from each length to the next, as factors."""
     lines: list[list[str]] = []
     names = list(rows[0]["contestants"])
     for a, b in _neighbours(rows):
@@ -95,7 +95,7 @@ def _neighbours(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[s
 
 
 def _dtypes(rows: list[dict[str, Any]]) -> str:
-    """A table of how much faster 16-bit inputs are than float32 ones."""
+    """Table of the speed of 16-bit inputs relative to float32."""
     # of the same shape and length: only the dtype may differ
     wide = {(row["shape"], row["T"]): row for row in rows if row["dtype"] == "fp32"}
     lines = []
@@ -126,7 +126,7 @@ def _notes(result: dict[str, Any]) -> str:
             f"This machine meanwhile: {dtype} GEMM {span(gemm)} GFLOP/s, reading {span(read)} GB/s "
             f"({result['hardware']['cpu'] if result['device'] == 'cpu' else result['hardware']['gpu']})."
         )
-    # said and not corrected: nobody knows which rows the other work has met
+    # reported, not corrected: it is unknown which rows the other work has slowed down
     if any(_apart(*row["machine"].values()) > DISTURBED for row in result["rows"]):
         lines.append(
             "The machine did other work too: its GEMM rate before and after some rows differs, and so do they."
@@ -151,7 +151,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         first = rows[0]
         shape = "B = {}, {} heads, K = {}, V = {}".format(*(first[n] for n in "BHKV"))
         time.set_title(f"{', '.join(column)}\n{shape}", fontsize=9)
-        # below its own inputs and outputs no pass can come
+        # lower bound of memory: the inputs and outputs of a pass
         bounds = [{"seconds": row["limit"]["seconds"], "peak_bytes": row["qkvo_bytes"]} for row in rows]
         points = [(row["T"], row["contestants"] | {"limit": bound}) for row, bound in zip(rows, bounds, strict=True)]
         names = {name: NAMES[name] for name in first["contestants"]} | {"limit": "limit; size of q, k, v, o"}

@@ -1,6 +1,6 @@
-"""Scoring choices: the shared context read once and its state copied, beside every row read whole.
+"""Scoring of choices: reading the shared context once and copying its state, beside reading every row whole.
 
-Both ways are batched alike and interleaved. The correctness gate: their log-likelihoods agree.
+Both ways use the same batches and are interleaved. The correctness gate: their log-likelihoods agree.
 """
 
 import statistics
@@ -26,13 +26,13 @@ from retentive.options import at_least_one
 from retentive.tables import duration, markdown
 
 TOLERANCE = 1e-4
-"""Of a log-likelihood, relative (and absolute below 1): float32 sums in another order."""
+"""Tolerance of a log-likelihood, relative (absolute below 1): float32 sums in another order."""
 PICTURE = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """Scoring the choices of questions from one state each, beside reading every row whole."""
+    """Scoring of choices from one state per question, beside reading every row whole."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder."""
@@ -43,7 +43,7 @@ class Options:
     shots: tuple[int, ...] = (0, 4)
     """Answered examples before each question."""
     limit: int = 100
-    """Questions."""
+    """Number of questions."""
     repeats: int = 5
     """Repetitions timed of each, interleaved; the median counts."""
 
@@ -60,7 +60,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     asked = {f"{options.task}, {n} shots": questions(options, tokenizer, n) for n in options.shots}
     rows = []
     for name, groups in asked.items():
-        # both through the same batching code: what differs is the sharing alone
+        # both use the same batching code and differ in sharing only
         ways = {way: partial(logprobs, model, groups, way == "once") for way in ("once", "whole")}
         row = {"what": name, "questions": len(groups), **compared(name, ways, options.repeats)}
         rows.append(row | {"token_ratio": token_ratio(groups)})
@@ -75,7 +75,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def questions(options: Options, tokenizer: Tokenizer, shots: int) -> list[list[Request]]:
-    """The requests of each question."""
+    """Requests of each question."""
     (name,) = known([options.task])
     if TASKS[name].kind != "choice":
         raise ValueError(f"task {name} has no choices: choose one that has")
@@ -85,27 +85,27 @@ def questions(options: Options, tokenizer: Tokenizer, shots: int) -> list[list[R
 
 
 def logprobs(model: LanguageModel, groups: list[list[Request]], share: bool) -> list[float]:
-    """The log-likelihoods of all choices, from one state a question where `share`."""
+    """Log-likelihoods of all choices; `share` scores from one state per question."""
     return [s.logprob for scores in score(model, groups, share=share) for s in scores]
 
 
 def token_ratio(groups: list[list[Request]]) -> float:
-    """How many times as many tokens the model reads where it reads every row whole; padding does not count."""
-    # - 1: the last token of a continuation is predicted and never read
+    """Ratio of the tokens read without sharing to those with sharing; padding does not count."""
+    # - 1: the last token of a continuation is predicted, never read
     whole = sum(len(r.context) + len(r.continuation) - 1 for group in groups for r in group)
     saved = sum(common_prefix(group) * (len(group) - 1) for group in groups)
     return whole / (whole - saved)
 
 
 def compared(name: str, ways: Mapping[str, Callable[[], list[float]]], repeats: int) -> dict[str, Any]:
-    """Median seconds of both ways, "once" and "whole", and of their ratio, and how far their results differ.
+    """Medians of both ways' seconds ("once" and "whole") and of their ratio, with the difference of their results.
 
     Raises:
-        ArithmeticError: further than the tolerance; nothing was timed.
+        ArithmeticError: the difference exceeds the tolerance; nothing was timed.
     """
-    # relative to the log-likelihood, but absolute near 0, where any rounding would be large beside it
+    # relative to the log-likelihood, but absolute near 0, where any rounding would be relatively large
     gaps = [abs(a - b) / max(1, abs(b)) for a, b in zip(ways["once"](), ways["whole"](), strict=True)]
-    if not all(gap <= TOLERANCE for gap in gaps):  # `not all`: a NaN fails too, which max() would pass over
+    if not all(gap <= TOLERANCE for gap in gaps):  # `not all` fails for a NaN too, which max() could skip
         raise ArithmeticError(f"{name}: log-likelihoods differ by {max(gaps):.1e} of them, more than {TOLERANCE:.0e}")
     cpu = torch.device("cpu")
     found = list(turns({key: partial(machine.clock, cpu, way) for key, way in ways.items()}, repeats))

@@ -1,9 +1,9 @@
-"""The server under random clients for minutes: nothing lost or mixed up, no slot or session left over, memory flat.
+"""Soak test of the server: minutes of random clients must lose or mix up nothing, leave nothing over, leak no memory.
 
-A tiny random model in a server process of its own; clients that ask, stream, hang up, flood, read slowly, send invalid
-requests and hold conversations (`soak_clients.py`). Afterwards no request may be left in flight and no session; then
-SIGTERM comes while streams run, which must reach their ends. A server that dies or no longer answers ends the soak at
-once, with a result that says so.
+A server process of its own runs a tiny random model. Clients ask, stream, hang up, flood, read slowly, send invalid
+requests and hold conversations (`soak_clients.py`). Afterwards no request may be in flight and no session may be left.
+Then SIGTERM arrives while streams run, and these must reach their ends. A server that dies or stops answering ends the
+soak at once, with a result that says so.
 """
 
 import signal
@@ -32,22 +32,22 @@ from retentive.tables import markdown
 SLOTS, QUEUE, THREADS = 8, 16, 20
 LITTLE = ["--slots", str(SLOTS), "--queue", str(QUEUE), "--max-tokens", "2000", "--max-prompt", "4000"]
 LITTLE += ["--cache", str(4 << 20)]
-"""Options of the server: little room for everything, so that its limits are reached."""
+"""Options of the server: small limits, so that they are reached."""
 SAMPLED = {"tokens": "generated_tokens_total", "running": "running", "queue": "queue_length", "sessions": "sessions"}
-"""What a sample holds: its names, and those of the server's metrics."""
+"""Metrics of a sample: its own names, and the server's."""
 PICTURE = "The server under random clients"
 
 
 @dataclass(frozen=True)
 class Options:
-    """The server under random clients: no reply lost or mixed up, nothing left over, memory flat, SIGTERM drains."""
+    """Soak test of the server: no reply lost or mixed up, nothing left over, memory flat, SIGTERM drains."""
 
     minutes: float = 10
-    """How long the clients are at it."""
+    """Minutes that the clients run."""
 
 
 def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any]:
-    """Counts, memory and what went wrong in so many minutes; `ok` where nothing did."""
+    """Counts, memory and errors of the soak; `ok` is true if there were no errors."""
     minutes = options.minutes
     if not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
@@ -59,7 +59,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     left = dict[str, float]()
     drained: dict[str, Any] = {"streams": 0, "wrong": [], "exit_code": None, "ok": False}
     with ThreadPoolExecutor(1) as aside, server(model, ByteTokenizer(), *LITTLE) as (process, port):
-        # more at once than slots and queue together have room for
+        # more requests at once than slots and queue have room for
         clients = Clients(port, single, chats, tally, flood=2 * (SLOTS + QUEUE))
         watching = aside.submit(watch, process, port, 60 * minutes, samples, say)
         watching.add_done_callback(lambda _: clients.over.set())  # at the end of the minutes or of the server
@@ -70,9 +70,9 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
             try:
                 left = settle(port)
                 drained = drain(process, port, long)
-            except Exception as error:  # whatever a dying server sends: the minutes before were measured
+            except Exception as error:  # a dying server may send anything: keep the result of the minutes before
                 gone = f"the server failed after its last client: {type(error).__name__} {error}"
-    # the first quarter is left out, in which caches and the allocator still grow
+    # leaves out the first quarter, in which caches and the allocator still grow
     settled = [s for s in samples if s["seconds"] >= 60 * minutes / 4] or samples
     return {
         "minutes": minutes,
@@ -98,7 +98,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
 def tiny(seed: int) -> LanguageModel:
     """A random model with weights so large that no two tokens are nearly equally likely.
 
-    Else rounding, which differs with the batch that a row is in, would now and then choose another token.
+    Otherwise rounding, which depends on the batch, would sometimes choose another token.
     """
     torch.manual_seed(seed)
     model = build(retnet(vocab_size=ByteTokenizer.vocab_size, dim=64, layers=2, heads=2)).eval()
@@ -111,14 +111,14 @@ def tiny(seed: int) -> LanguageModel:
 
 
 def figures(port: int) -> dict[str, float]:
-    """The server's metrics by name, as Prometheus would read them."""
+    """The server's Prometheus metrics by name."""
     with closing(send(port, "GET", "/metrics")) as response:
         lines = response.read().decode().splitlines()
     return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
 
 
 def resident(process: subprocess.Popen) -> float:
-    """Megabytes (2^20) of the process in memory; NaN where the system does not say."""
+    """Resident memory of the process in MiB; NaN if the system does not report it."""
     status = Path(f"/proc/{process.pid}/status")
     if not status.is_file():
         return float("nan")  # not Linux
@@ -127,10 +127,10 @@ def resident(process: subprocess.Popen) -> float:
 
 
 def watch(process: subprocess.Popen, port: int, seconds: float, samples: list[dict[str, float]], say: Say) -> str:
-    """Appends a sample to `samples` every second, and says a line every minute, for so many seconds.
+    """Append a sample to `samples` every second, and report a line every minute, for `seconds` seconds.
 
     Returns:
-        why the server is gone, as soon as it is; "" where it was there to the end.
+        the reason as soon as the server is gone; "" if it ran to the end.
     """
     began = answered = time.monotonic()
     while (now := time.monotonic()) < began + seconds:
@@ -140,7 +140,7 @@ def watch(process: subprocess.Popen, port: int, seconds: float, samples: list[di
             found = figures(port)
             sample = {"seconds": now - began, "rss_mb": resident(process)}
             sample |= {name: found[f"retentive_{key}"] for name, key in SAMPLED.items()}
-        except Exception as error:  # a busy machine may miss one answer; many in a row are another matter
+        except Exception as error:  # a busy machine may miss one answer, but not many in a row
             if time.monotonic() > answered + soak_clients.PATIENCE:
                 silence = f"the server did not answer for {soak_clients.PATIENCE:.0f} s"
                 return f"{silence}: {type(error).__name__} {error}"
@@ -154,9 +154,9 @@ def watch(process: subprocess.Popen, port: int, seconds: float, samples: list[di
 
 
 def settle(port: int, seconds: float = 30) -> dict[str, float]:
-    """Requests and sessions that are left after the last client: zeros, once the server has noticed who hung up.
+    """Requests and sessions left after the last client: zeros, once the server has noticed all disconnects.
 
-    That may take it a moment, so this waits up to `seconds` for it.
+    Waits up to `seconds` for that.
     """
     names, end = ("running", "queue_length", "sessions"), time.monotonic() + seconds
     while True:
@@ -167,7 +167,7 @@ def settle(port: int, seconds: float = 30) -> dict[str, float]:
 
 
 def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, Any]:
-    """Sends SIGTERM while streams run; `ok` where each came to its end and the process then ended with code 0."""
+    """Send SIGTERM while streams run; `ok` is true if each reached its end and the process then exited with code 0."""
     tally = Tally()
 
     def listen(asked: Asked) -> None:
@@ -179,17 +179,17 @@ def drain(process: subprocess.Popen, port: int, long: list[Asked]) -> dict[str, 
     for thread in threads:
         thread.start()
     end = time.monotonic() + 20
-    # not before all are in a slot: one that was still queued would prove nothing
+    # only when all are in a slot: a queued one would prove nothing
     while figures(port)["retentive_running"] < len(threads) and time.monotonic() < end:
-        time.sleep(0.01)  # each look is a connection of its own, and a system has only so many ports
-    # as a service manager or Kubernetes does it
+        time.sleep(0.01)  # each poll is a connection of its own, and a system's ports are limited
+    # as a service manager or Kubernetes stops it
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
     try:
         code = process.wait(timeout=60)
     except subprocess.TimeoutExpired:
-        code = None  # it is killed by `server` then
+        code = None  # `server` kills the process then
     # a stream that was cut off is in `wrong`; the code tells a clean end from a crash after the last stream
     return {"streams": len(threads), "wrong": tally.wrong, "exit_code": code, "ok": code == 0 and not tally.wrong}
 
@@ -202,7 +202,7 @@ def tokens_per_second(samples: list[dict[str, float]]) -> float:
 
 
 def halves(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Mean megabytes of the first and of the second half of the samples, and by what share they grew."""
+    """Mean memory in MiB of the first and second half of the samples, and its relative growth."""
     rss = [s["rss_mb"] for s in samples] or [float("nan")]
     half = len(rss) // 2 or 1
     first, second = (statistics.fmean(part) for part in (rss[:half], rss[half:] or rss))
@@ -214,7 +214,7 @@ def peak(samples: list[dict[str, float]]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The counts as a Markdown table, and below it what went wrong; where the server is gone, that first."""
+    """The counts as a Markdown table, and the errors below it, beginning with a server that is gone."""
     rss, drained = result["rss_mb"], result["drained"]
     lines = [[name, f"{count:,}"] for name, count in result["counts"].items()]
     lines += [

@@ -1,7 +1,7 @@
-"""The clients of the soak: what they send, what must come back, and the misuse that a server must survive.
+"""Clients of the soak: their requests, the expected responses, and the misuse that a server must survive.
 
-Every complete response is compared with the text that `generate` gave for that request without a server, so that a
-token lost, doubled or meant for another client is seen.
+Every complete response is compared with the text of `generate` for that request without a server. That reveals a token
+that is lost, doubled or meant for another client.
 """
 
 import http.client
@@ -28,7 +28,7 @@ from retentive.models import LanguageModel
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PATIENCE = 120.0
-"""Seconds without an answer after which a request has failed, and after which the server counts as gone."""
+"""Seconds without an answer until a request has failed, and until the server counts as gone."""
 BAD: list[tuple[str, bytes, int]] = [
     (TEXT, b"{", 400),
     (TEXT, b'{"prompt": 5}', 400),
@@ -42,12 +42,12 @@ BAD: list[tuple[str, bytes, int]] = [
     ("/v1/states/..%2fa/restore", b'{"session": "a"}', 404),
     ("/v1/states", b'{"session": "nothing-of-this-name", "name": "a"}', 404),
 ]
-"""(path, body, the status it must get)."""
+"""Invalid requests: (path, body, expected status)."""
 
 
 @dataclass
 class Asked:
-    """A request, and the text that each choice of its response must have."""
+    """A request, and the expected text of each choice of its response."""
 
     path: str
     body: dict[str, Any]
@@ -56,11 +56,11 @@ class Asked:
 
 @dataclass
 class Tally:
-    """What happened, as all clients tell it: its methods may be called by several threads at once."""
+    """Thread-safe counts and errors of all clients."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    """Responses that were not what they had to be, a line each."""
+    """Wrong responses, a line each."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, what: str, number: int = 1) -> None:
@@ -68,17 +68,17 @@ class Tally:
             self.counts[what] += number
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
-        """Notes that a response was checked, and both values where they differ."""
+        """Count a checked response, and record both values if they differ."""
         self.count(f"{what} checked")
         if got != wanted:
             self.wrong.append(f"{what}: got {str(got)[:200]!r}, expected {str(wanted)[:200]!r}")
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
-        """What is raised in the block is noted as wrong and goes no further."""
+        """Record an exception raised in the block as wrong, and suppress it."""
         try:
             yield
-        # anything: a connection that broke, half an event, JSON of another shape. None may cost what others found
+        # any exception, such as a broken connection, half an event, unexpected JSON: other clients must continue
         except Exception as error:
             self.wrong.append(f"{what}: {type(error).__name__} {error}")
 
@@ -87,16 +87,16 @@ class Tally:
 
 
 def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens: int, stop: list[str]) -> str | None:
-    """What the model writes after the prompt without a server; None where rounding could choose another token.
+    """The model's text after the prompt without a server; None if rounding could choose another token.
 
-    A server may read a row in any batch, and sums of another order are rounded otherwise: a text that hangs on the
-    last bits of a logit is no test of it.
+    A server may read a row in any batch, and rounding differs with the order of sums. So a text that depends on the
+    last bits of a logit cannot test it.
     """
     tokenizer = ByteTokenizer()  # the server begins a text with end-of-text too, as in training
     ids, read = [tokenizer.eos_id, *tokenizer.encode(prompt)], list[int]()
 
     def heard() -> Iterator[Token]:
-        # by `generate`, which knows no batches, slots or queues: what those break is then seen
+        # by `generate`, which has no batches, slots or queues, so that their errors show
         for token in generate(model, ids, params, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id]):
             read.append(token.id)
             yield token
@@ -109,9 +109,9 @@ def write(model: LanguageModel, prompt: str, params: SamplingParams, max_tokens:
 
 @torch.no_grad()
 def decided(model: LanguageModel, prompt: list[int], tokens: list[int], params: SamplingParams) -> bool:
-    """Whether the sampler picks these tokens after the prompt from logits that are a little off, too.
+    """True if the sampler picks these tokens after the prompt from slightly changed logits, too.
 
-    A little is 1e-4, some ten times what rounding does to the logits of the soak's model; four draws of it.
+    The change is 1e-4, about ten times the rounding error of the logits of the soak's model, in four random draws.
     """
     ids = torch.tensor([[*prompt, *tokens]])
     logits = model(ids)[0][0, len(prompt) - 1 : -1]
@@ -124,7 +124,7 @@ def decided(model: LanguageModel, prompt: list[int], tokens: list[int], params: 
 
 
 def long_requests(model: LanguageModel, count: int, tokens: int) -> list[Asked]:
-    """Greedy requests of so many tokens, none of which may end before, that they still run when SIGTERM comes."""
+    """Greedy requests of `tokens` tokens without an earlier end, so long that they still run when SIGTERM arrives."""
     greedy, made = SamplingParams(temperature=0, bias={ByteTokenizer.eos_id: -100}), list[Asked]()
     drawn = {"max_tokens": tokens, "temperature": 0, "logit_bias": {str(ByteTokenizer.eos_id): -100}}
     numbers = itertools.count()
@@ -143,12 +143,12 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
     while len(made) < count:
         n = next(numbers)
         prompt = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([1, 8, 40, 300, 900])))
-        # few long ones: slots must come free all the time, so that requests join running batches
+        # few long ones: slots must become free all the time, so that requests join running batches
         length, choices = rng.choice([1, 10, 40, 120]), rng.choice([1, 1, 1, 3])
         drawn: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.0]), "top_p": rng.choice([1.0, 0.9]), "seed": n}
         stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.3 else []
         body = {"prompt": prompt, "max_tokens": length, "n": choices, "stop": stop, **drawn}
-        # each choice has a seed of its own, counted from the request's
+        # each choice has its own seed, counted from the request's
         params = [SamplingParams(**{**drawn, "seed": n + i}) for i in range(choices)]
         texts = [text for p in params if (text := write(model, prompt, p, length, stop)) is not None]
         if len(texts) == choices:
@@ -157,13 +157,13 @@ def requests(model: LanguageModel, count: int, seed: int) -> list[Asked]:
 
 
 def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Asked]]:
-    """Chats of three turns; each request holds the new message alone, since the session remembers the others."""
+    """Chats of three turns; each request holds only the new message, since the session remembers the others."""
     rng, made = random.Random(seed), list[list[Asked]]()
     while len(made) < count:
         said, turns = "", []
         for turn in range(3):
             content = "".join(chr(rng.randrange(97, 123)) for _ in range(rng.choice([3, 30, 200])))
-            # the whole transcript by the chat template: what the session's state must have read
+            # the whole transcript by the chat template, which the session's state must have read
             said += f"{'' if turn == 0 else chr(10)}User: {content}\nAssistant:"
             stop = [chr(rng.randrange(97, 123))] if rng.random() < 0.5 else []
             text = write(model, said, SamplingParams(temperature=0), 30, [*stop, "\nUser:"])
@@ -186,23 +186,23 @@ def conversations(model: LanguageModel, count: int, seed: int) -> list[list[Aske
 
 
 def send(port: int, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
-    """The response, its body unread; closing it closes the connection."""
+    """Send a request; returns the response with its body unread. Closing it closes the connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
         return connection.getresponse()
     except BaseException:
-        connection.close()  # there is no response whose closing would do it
+        connection.close()  # there is no response to close
         raise
 
 
 def ask(
     port: int, asked: Asked, *, slow: float = 0, leave_after: int | None = None, **more: Any
 ) -> tuple[int, list[str]]:
-    """(status, texts of the choices); streamed if `stream` is among `more`.
+    """Send a completion request; returns (status, texts of the choices). Streams if `stream` is among `more`.
 
-    For streams that begin well but do not end well the status is made up: 0 where this client hung up, 598 where the
-    last chunk (that of `include_usage`) is missing, 599 where an error came in the stream.
+    A stream that starts but does not end properly gets an artificial status: 0 if this client hung up, 598 if the last
+    chunk (of `include_usage`) is missing, 599 for an error in the stream.
 
     Args:
         slow: seconds between two reads of a stream.
@@ -227,12 +227,12 @@ def ask(
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    """The text of a choice: of a completion, of a chat, or of a chunk of either."""
+    """Text of a choice: of a completion, of a chat, or of a chunk of either."""
     return choice.get("text") or choice.get("delta", choice.get("message", {})).get("content") or ""
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The server-sent events of a response, without the final [DONE]."""
+    """Yield the server-sent events of a response, without the final [DONE]."""
     while line := response.readline():
         if line.startswith(b"data: {"):
             yield json.loads(line[6:])
@@ -242,22 +242,22 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 class Clients:
-    """Threads that do random things to the server, each by a seed of its own; a flood is `flood` requests at once."""
+    """Threads that send random requests to the server, each with its own seed; a flood is `flood` requests at once."""
 
     def __init__(self, port: int, single: list[Asked], chats: list[list[Asked]], tally: Tally, *, flood: int):
         self.port, self.single, self.chats, self.tally, self.flood = port, single, chats, tally, flood
         self.over = threading.Event()
-        """Once it is set, every client ends what it does and begins nothing new."""
+        """Event that makes every client finish its request and begin no other."""
 
     def run(self, threads: int) -> None:
-        """Returns when all clients have ended, after `over`."""
+        """Run the clients; returns when all have ended, after `over`."""
         with ThreadPoolExecutor(threads) as pool:
             for done in [pool.submit(self._client, n) for n in range(threads)]:
                 done.result()
 
     def _client(self, number: int) -> None:
         rng = random.Random(number)
-        # what a client may do, and how often relative to the rest
+        # actions of a client, and their relative frequency
         doings: dict[Callable[[random.Random], None], int] = {
             self._whole: 30,
             self._stream: 30,
@@ -272,11 +272,11 @@ class Clients:
             with self.tally.noting(doing.__name__[1:]):
                 doing(rng)
                 continue
-            # it failed. Without a pause a server that is gone would refuse thousands of requests a second
+            # after a failure, pause: a server that is gone would refuse thousands of requests a second
             self.over.wait(1)
 
     def _reply(self, what: str, asked: Asked, **how: Any) -> int:
-        """Sends a request, checks the response, returns its status; 429 (queue full) is right too, after a pause."""
+        """Send a request, check the response and return its status; 429 (queue full) is valid too, after a pause."""
         status, texts = ask(self.port, asked, **how)
         self.tally.count(f"status {status}")
         if status == 429:
@@ -295,7 +295,7 @@ class Clients:
         self._reply("slow", rng.choice(self.single), slow=0.05, stream=True, stream_options={"include_usage": True})
 
     def _abort(self, rng: random.Random) -> None:
-        asked = rng.choice(self.single)  # with more tokens than it has: it must still run when the client leaves
+        asked = rng.choice(self.single)  # with more tokens, so that it still runs when the client leaves
         ask(self.port, asked, leave_after=rng.randrange(4), stream=True, max_tokens=2000, stop=[])
         self.tally.count("aborted")
 
@@ -306,7 +306,7 @@ class Clients:
         self.tally.check("bad", (path, body[:60], response.status), (path, body[:60], wanted))
 
     def _flood(self, rng: random.Random) -> None:
-        """Sends more requests at once than slots and queue have room for, each with a connection of its own."""
+        """Send more requests at once than slots and queue have room for, each over its own connection."""
         many = [rng.choice(self.single) for _ in range(self.flood)]
         with ThreadPoolExecutor(len(many)) as pool:
             statuses = list(pool.map(lambda asked: self._reply("flood", asked), many))
@@ -314,12 +314,12 @@ class Clients:
         self.tally.count("refused in floods", sum(s == 429 for s in statuses))
 
     def _chat(self, rng: random.Random) -> None:
-        """Three turns of a session; in half of them it is saved, deleted and restored before the last."""
+        """Run three turns of a session; half of the sessions are saved, deleted and restored before the last turn."""
         name = f"s{rng.randrange(10**12)}"
         for turn, asked in enumerate(rng.choice(self.chats)):
             end = time.monotonic() + PATIENCE
             while self._reply("session", asked, session=name) == 429:
-                if time.monotonic() > end:  # without a bound, a queue that is stuck would hold this client for ever
+                if time.monotonic() > end:  # without a bound, a stuck queue would hold this client for ever
                     raise TimeoutError(f"the queue was full for {PATIENCE:.0f} s")
             if turn == 1 and rng.random() < 0.5:
                 self._call("POST", "/v1/states", {"session": name, "name": name})

@@ -1,7 +1,7 @@
-"""What a model hears of long sound: time and memory of reading it into a state, and of questions about it.
+"""Long sound: time and memory of reading it into a state, and of questions about it.
 
-Sound is noise in a WAV file, written for the purpose and read part by part, as `retentive memory write` reads it. A
-question is answered from a copy of the state, as `retentive memory ask` does, the file of the memory left out.
+The sound is noise in a WAV file, read part by part as `retentive memory write` does. A question is answered from a copy
+of the state, as `retentive memory ask` does, but without a memory file.
 """
 
 import statistics
@@ -38,13 +38,13 @@ class Options(Sized):
     """Long sound: seconds and memory to read it into a state, and ten questions about it beside one."""
 
     size: str = "1m"
-    """Size of the RetNet, freshly initialised, with bytes for tokens."""
+    """Size of the RetNet, with random weights and bytes as tokens."""
     minutes: tuple[float, ...] = (1, 10, 30)
-    """Of sound; the questions are about the longest."""
+    """Minutes of sound; the questions are about the longest."""
     rate: int = 8000
-    """Samples a second."""
+    """Sample rate in Hz."""
     mels: int = 20
-    """Bands that are heard."""
+    """Mel bands of the encoder."""
     questions: tuple[int, ...] = (1, 10)
     """Numbers of questions; the ratios are to the first."""
     reply: int = 32
@@ -57,8 +57,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """A row per length, and one per number of questions, reading included.
 
     Raises:
-        ValueError: numbers that are too small.
-        ImportError: no soundfile or soxr (extra `multimodal`).
+        ValueError: numbers are too small.
+        ImportError: soundfile or soxr (extra `multimodal`) is not installed.
     """
     at_least_one(options, "questions", "reply", "repeats", "rate", "mels")
     if not options.minutes or not min(options.minutes) > 0:
@@ -71,7 +71,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         files = [write(Path(folder) / f"{n}.wav", 60 * m, options.rate) for n, m in enumerate(sorted(options.minutes))]
-        remember(model, template, files[:1])  # loads and compiles what is needed
+        remember(model, template, files[:1])  # warm-up: loads and compiles code
         for minutes, file in zip(sorted(options.minutes), files, strict=True):
             before = machine.reset_peak_memory(model.device)
             began = time.perf_counter()
@@ -103,7 +103,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 def write(file: Path, seconds: float, rate: int) -> Path:
-    """A WAV of noise."""
+    """Write a WAV file of noise."""
     import soundfile  # extra `multimodal`
 
     random, left = np.random.default_rng(0), round(seconds * rate)
@@ -116,7 +116,7 @@ def write(file: Path, seconds: float, rate: int) -> Path:
 
 
 def questions(model: LanguageModel, template: ChatTemplate, file: Path, count: int, reply: int) -> None:
-    """The sound read once, and so many questions asked of copies of its state."""
+    """Read the sound once, and ask `count` questions of copies of its state."""
     memory = remember(model, template, [file])
     ids = asked(model, template, memory, QUESTION)
     for _ in range(count):

@@ -1,6 +1,7 @@
-"""Speculative decoding beside plain decoding: tokens a call of the model and tokens/s, on texts that one gives.
+"""Speculative decoding beside plain decoding: tokens per call of the model and tokens/s, on given texts.
 
-Greedy, so that the correctness gate is exact: every way must give the tokens of plain generation. Ways are interleaved.
+Decoding is greedy, so the correctness gate is exact: every way must give the tokens of plain generation. Ways are
+interleaved.
 """
 
 import statistics
@@ -30,18 +31,18 @@ PICTURE = None
 
 @dataclass(frozen=True)
 class Options:
-    """Speculative decoding beside plain: tokens a call of the model and tokens/s, by look-up and by a draft model."""
+    """Speculative decoding beside plain: tokens per call of the model and tokens/s, by look-up and by a draft model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory or model folder."""
     texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")]
-    """Text files; the model goes on from the beginning of each."""
+    """Text files; the model continues the beginning of each."""
     draft: str | None = None
-    """Run directory of a smaller model of the same vocabulary."""
+    """Run directory of a smaller model with the same vocabulary."""
     prompt: int = 300
-    """Tokens of each text that are read."""
+    """Prompt tokens of each text."""
     tokens: int = 200
-    """Tokens that are written after each."""
+    """Tokens generated after each prompt."""
     most: tuple[int, ...] = (2, 4, 8)
     """Tokens guessed before each call of the model; each number is timed."""
     repeats: int = 3
@@ -60,7 +61,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
 
 class Way(NamedTuple):
-    """A way of writing: plainly, or with so many guesses a call, from the text itself (look-up) or by a draft model."""
+    """A way of decoding: plain, or with `most` guesses a call, from the text itself (look-up) or by a draft model."""
 
     name: str
     most: int
@@ -70,7 +71,7 @@ class Way(NamedTuple):
         return f"{self.name} with {self.most} guesses" if self.most else self.name
 
     def write(self, model: LanguageModel, ids: list[int], tokens: int, counts: Counter[str]) -> list[int]:
-        """The tokens after `ids`; `counts` is increased by the calls of the model and the guesses made and right.
+        """Generate tokens after `ids`; adds calls of the model, guesses and right guesses to `counts`.
 
         Plain generation counts nothing: it is one call a token.
         """
@@ -82,7 +83,7 @@ class Way(NamedTuple):
 
 
 class Repetition(NamedTuple):
-    """One way, once over all texts."""
+    """One pass of a way over all texts."""
 
     seconds: float
     counts: Counter[str]
@@ -96,25 +97,25 @@ def of_models(
     draft: LanguageModel | None = None,
     say: Say = silent,
 ) -> dict[str, Any]:
-    """A row per way: plain, look-up and, where there is one, the draft model, each with `most` guesses a call.
+    """A row per way: plain, look-up, and the draft model if given, each with `most` guesses a call.
 
-    Of the options `most`, `tokens` and `repeats` count.
+    It uses the options `most`, `tokens` and `repeats` only.
 
     Raises:
-        ArithmeticError: a way gave other tokens than plain generation.
+        ArithmeticError: a way gave different tokens than plain generation.
     """
     at_least_one(options, "most", "tokens", "repeats")
     tokens = options.tokens
     ways = [Way("plain", 0), *(Way("look-up", n) for n in options.most)]
     if draft is not None:
         ways += [Way("draft", n, draft) for n in options.most]
-    # the gate: greedy text is the same by every way, token for token, or the way is wrong
+    # the gate: greedy text must be the same by every way, token for token
     wanted = [ways[0].write(model, ids, tokens, Counter()) for ids in texts]
 
     def repetition(way: Way) -> Repetition:
         counts, began = Counter[str](), time.perf_counter()
         made = [way.write(model, ids, tokens, counts) for ids in texts]
-        # before the comparison, which is the bench's own work
+        # before the comparison, which must not be timed
         seconds = time.perf_counter() - began
         if made != wanted:
             raise ArithmeticError(f"{way} gave other tokens than plain generation: not counted")
@@ -134,7 +135,7 @@ def of_models(
 
 
 def summary(way: Way, found: list[dict[str, Repetition]], tokens: int) -> dict[str, Any]:
-    """The row of a way that wrote `tokens` tokens in every turn; its counts are the same in all of them."""
+    """Row of a way that generated `tokens` tokens in every turn; its counts are the same in all turns."""
     counts = found[-1][str(way)].counts
     return {
         "way": way.name,

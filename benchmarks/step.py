@@ -1,25 +1,24 @@
-"""`python -m benchmarks step`: the decoding step against plain torch and against the memory that it must read.
+"""`python -m benchmarks step`: the decoding step against plain torch and against the time to read its memory.
 
-A step goes through the states of many layers, SPREAD bytes in all, as a model does, so that no cache holds them. A
-repetition is F = R / 2 tokens, as many as a ring takes between two writes of its state, so that each has one write. The
-correctness gate: 3 R steps of every rival against the recurrence in float64.
+A step goes through the states of many layers, as a model does: SPREAD bytes in all, so that no cache holds them. A
+repetition is F = R / 2 tokens. A ring takes as many between two writes of its state, so each repetition has one write.
+The correctness gate: 3 R steps of every rival against the recurrence in float64.
 
-    ring     retention_step(..., state=Ring), by the fastest code there is       reads the state, writes it once in F
+    ring     retention_step(..., state=Ring), by the fastest code                reads the state, writes it once in F
     plain    retention_step(..., state=tensor)                                   reads it and writes new ones
     torch    the recurrence in three operations of torch, in place               reads it three times, writes it twice
 
-Where states are larger than some MB (plain, B large), each new one is fresh memory from the system, and its page faults
+If states are larger than some MB (plain, large B), each new one is fresh memory from the system, and its page faults
 cost more than the step.
 
-The limit is that of the ring: its state once, 1/F of it for the writing, the rows of k and v in the ring ((3 F + 1) / 2
-on average), q, k, v and o, at the rate at which this machine reads. Two operations for four bytes count as nothing. The
-rate of a shared machine changes from one second to the next, so it is measured around every repetition, and the
-fraction is the median of theirs.
+The limit is the ring's memory traffic at this machine's read bandwidth: its state once, 1/F of it for writing, the rows
+of k and v in the ring ((3 F + 1) / 2 on average), q, k, v and o. Two operations for four bytes count as nothing. The
+bandwidth of a shared machine changes from second to second. So it is measured around every repetition, and the fraction
+of the limit is the median over the repetitions.
 
-That rate is reached over half a GB in one call. A call for little never reaches it, whatever it computes: the overhead
-of Python and of waking the threads is some microseconds, and prefetchers have to start. So each turn has one
-more repetition, in which torch only reads: `torch.sum` of as many bytes as the limit counts, in memory that no cache
-holds, as often as a step is called.
+One call over half a GB reaches that bandwidth. A small call never does: Python and waking the threads take some
+microseconds, and prefetchers have to start. So each turn has one more repetition, in which torch only reads:
+`torch.sum` of as many bytes as the limit counts, in memory that no cache holds, as often as a step is called.
 """
 
 import statistics
@@ -49,10 +48,10 @@ from retentive.options import at_least_one, known
 from retentive.tables import duration, markdown, span
 
 SPREAD = 1 << 29
-"""Bytes of the states that a repetition goes through: more than any cache holds."""
+"""Bytes of all states of a repetition: more than any cache holds."""
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3, "fp16": 4e-4}
-"""Of the norm of the gold. fp32: rounding at 6e-8 over some hundred terms. bf16, fp16: o is rounded once, at 2e-3
-(2e-4) of itself at most; states and sums are float32."""
+"""Tolerance relative to the norm of the gold. fp32: rounding at 6e-8 over some hundred terms. bf16, fp16: o is rounded
+once, by at most 2e-3 (2e-4) of itself; states and sums are float32."""
 
 
 class Shape(NamedTuple):
@@ -68,14 +67,14 @@ PICTURE = "A decoding step"
 
 class Rival(NamedTuple):
     open: Callable[[Tensor, torch.dtype], State]
-    """(state, dtype of q, k and v) -> what the step takes as a state."""
+    """(state, dtype of q, k and v) -> state for `step`."""
     step: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
     """(q, k, v, log_decay, state) -> (o, state)."""
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(o, state) of the recurrence in torch, written with care for memory: the state is updated in place."""
-    # in place: with new tensors in every step the allocator would be timed too
+    """(o, state) of the recurrence in torch; the state is updated in place to save memory traffic."""
+    # in place: new tensors in every step would time the allocator too
     state.mul_(log_decay_H.exp()[:, None, None])
     state.addcmul_(k.to(state.dtype)[..., None], v.to(state.dtype)[..., None, :])
     return ((q.shape[-1] ** -0.5 * q.to(state.dtype))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
@@ -90,14 +89,14 @@ RIVALS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OnDevice):
-    """The decoding step of one layer beside plain torch and the time that reading its state takes."""
+    """The decoding step of one layer beside plain torch and the time to read its state."""
 
     shapes: tuple[str, ...] = ("small", "1.3B")
-    """Of small, 1.3B, 6.7B."""
+    """Shapes: small, 1.3B, 6.7B."""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Sequences decoded together."""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
-    """Of q, k and v: fp32, bf16, fp16. The state is float32."""
+    """Dtypes of q, k and v: fp32, bf16, fp16. The state is float32."""
     repeats: int = 5
     """Repetitions timed of each; the best counts."""
 
@@ -108,7 +107,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown shape or dtype, a number below 1.
-        ArithmeticError: a gate is red; nothing of that shape and dtype was timed.
+        ArithmeticError: a gate failed; nothing of that shape and dtype was timed.
     """
     shapes, dtypes, device = words(options.shapes), words(options.dtypes), options.torch_device
     known(shapes, SHAPES, "shape")
@@ -117,7 +116,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, dtype in product(shapes, dtypes):
         shape = SHAPES[name]
-        # once for all batches: the gate has one of its own
+        # once for all batches: the gate has its own batch
         errors = {rival: check(rival, shape, dtype, device) for rival in RIVALS}
         for B in options.batches:
             results, rates, alone = interleaved(shape, B, dtype, device, options.repeats)
@@ -141,16 +140,16 @@ def backend(device: torch.device, dtype: str) -> str:
 
 
 def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
-    """The largest error of the rival's outputs and last state, of their norm, over 3 R steps from some state.
+    """Largest error of the rival's outputs and last state, relative to their norm, over 3 R steps from some state.
 
     Raises:
-        ArithmeticError: it is above the tolerance, or not a number.
+        ArithmeticError: the error is above the tolerance, or NaN.
     """
     H, K, V = shape
     B, tokens = 3, 3 * slots(K, V)  # several folds, and every slot used more than once
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, B, H, n, generator=generator).to(device, DTYPES[dtype]) for n in (K, K, V))
-    # from some state and not from zeros: decay of what was there must be right as well
+    # from a nonzero state, so that its decay is checked too
     start = torch.randn(B, H, K, V, generator=generator).to(device)
     decays, outputs, golds = log_decay("paper", H, device=device), [], []
     state, gold = RIVALS[name].open(start.clone(), DTYPES[dtype]), start.double()  # updated in place
@@ -175,11 +174,11 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> float:
 def interleaved(
     shape: Shape, B: int, dtype: str, device: torch.device, repeats: int
 ) -> tuple[dict[str, dict[str, Any]], list[float], dict[str, float]]:
-    """What one step of one layer takes.
+    """Measure one step of one layer, with the rivals interleaved.
 
     Returns:
-        of every rival the seconds, the fraction of the limit, the multiple of its time that reading alone takes;
-        the rates of reading; the seconds and the fraction of the limit of reading alone.
+        per rival the seconds, the fraction of the limit, and the time of reading alone relative to its own; the read
+        bandwidths; the seconds and the fraction of the limit of reading alone.
     """
     H, K, V = shape
     nbytes, numbers = ring_bytes(B, H, K, V, DTYPES[dtype].itemsize), machine.numbers(device)
@@ -188,12 +187,12 @@ def interleaved(
     q, k, v = (torch.randn(B, H, n, device=device).to(DTYPES[dtype]) for n in (K, K, V))
     decays = log_decay("paper", H, device=device)
     pieces = in_pieces(numbers, nbytes)
-    # allocated once: `reads` shall do nothing but read
+    # allocated once, so that `reads` only reads
     sums = torch.empty(pieces[0].shape[0], device=device)
 
     def steps(step: Callable, states: list[Any]) -> None:
         for _ in range(tokens):
-            # layer by layer as in a model: until its next step a state has left every cache
+            # layer by layer, as in a model: a state has left every cache before its next step
             for n, state in enumerate(states):
                 _, states[n] = step(q, k, v, decays, state)
 
@@ -203,7 +202,7 @@ def interleaved(
 
     runs: dict[str, Callable[[], None]] = {"alone": reads}
     for name, one in RIVALS.items():
-        # written, not zeros: untouched pages are all one page of zeros, which the CPU's cache holds
+        # written, because untouched pages are all one page of zeros, which the CPU's cache holds
         states = [one.open(s, DTYPES[dtype]) for s in torch.randn(layers, B, H, K, V, device=device)]
         runs[name] = partial(steps, one.step, states)
     timed, rates = clock.beside_reading(runs, numbers, repeats=repeats)
@@ -212,7 +211,7 @@ def interleaved(
     seconds = {name: [one.seconds / steps_in[name] for one in timed[name]] for name in runs}
 
     def summary(name: str) -> dict[str, Any]:
-        # each by the rate around it, and the median of these: the rate changes from second to second
+        # each by the bandwidth around it, then the median: the bandwidth changes from second to second
         fractions = [nbytes / s / one.rate for s, one in zip(seconds[name], timed[name], strict=True)]
         return clock.best(seconds[name]) | {"fraction": statistics.median(fractions)}
 
@@ -224,13 +223,13 @@ def interleaved(
 
 
 def in_pieces(numbers: Tensor, nbytes: int) -> list[Tensor]:
-    """`numbers` cut into tensors of about `nbytes`, of whole rows: what `machine.read_rate` sums in one call."""
+    """Cut `numbers` into tensors of whole rows, about `nbytes`, as `machine.read_rate` sums in a call."""
     each = min(max(round(nbytes / numbers[0].nbytes), 1), len(numbers))
     return list(numbers[: len(numbers) // each * each].split(each))
 
 
 def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], errors: dict[str, float]) -> dict[str, Any]:
-    """The row with the machine's rate, the limit, reading alone, and the error of each rival at the gate."""
+    """Add the machine's bandwidth, the limit, reading alone, and each rival's error at the gate to the row."""
     B, H, K, V = (row[n] for n in "BHKV")
     nbytes = ring_bytes(B, H, K, V, DTYPES[row["dtype"]].itemsize)
     for name, result in row["contestants"].items():
@@ -244,7 +243,7 @@ def finish(row: dict[str, Any], read: list[float], alone: dict[str, float], erro
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table, the machine under it."""
+    """The rows as a Markdown table, with the machine below."""
     heads = ["shape", "B", "inputs", "state", f"ring ({result['ring_backend']})", "of the limit", "of reading alone"]
     heads += ["plain", "torch", "tokens/s of a layer"]
     lines = []
@@ -252,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
         ring, plain, torch_ = (row["contestants"][name] for name in RIVALS)
         cells = [f"{row['shape']} ({row['H']} x {row['K']}/{row['V']})", str(row["B"]), row["dtype"]]
         cells += [decimal(row["state_bytes"]), duration(ring["seconds"]), f"{ring['fraction']:.0%}"]
-        # older files of results lack it
+        # missing in older files of results
         cells.append(f"{ring['of_reading']:.0%}" if "of_reading" in ring else "–")
         cells += [f"{other['seconds'] / ring['seconds']:.2f}x" for other in (plain, torch_)]
         lines.append([*cells, f"{row['B'] / ring['seconds']:,.0f}"])

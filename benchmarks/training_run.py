@@ -1,4 +1,4 @@
-"""The report of a training run: its curve, held-out bits per byte beside two yardsticks, and its samples of text."""
+"""Report of a training run: its curve, held-out bits per byte beside two baselines, and its text samples."""
 
 import json
 import statistics
@@ -26,21 +26,21 @@ class Options:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     data: Path
-    """The packed data that it was trained on."""
+    """Packed data that the run was trained on."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
-    """As `report`, of the run that the options name, with its `run`."""
+    """Same as `report`, for the run of the options, with its name as `run`."""
     return {"run": str(options.run), **report(options.run, Packed(options.data))}
 
 
 def report(run: Path, data: Packed) -> dict[str, Any]:
-    """The run's metrics in short, with the yardsticks on the same text and the hardware.
+    """Summary of the run's metrics, with the baselines on the same text and the hardware.
 
     Points are [tokens of training, value]; the training loss is thinned to about 200 means.
 
     Raises:
-        ValueError: the run has not come to its last evaluation.
+        ValueError: the run has not reached its last evaluation.
     """
     records = read_metrics(run)
     steps = [r for r in records if "loss" in r]
@@ -53,7 +53,7 @@ def report(run: Path, data: Packed) -> dict[str, Any]:
         tokens_per_step = command["batch"] * command["length"] * options["train"]["accumulate"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{run / 'train.json'} does not say how the run was made: it is damaged") from None
-    every = max(len(steps) // 200, 1)  # steps of a mean
+    every = max(len(steps) // 200, 1)  # steps per mean
     return {
         "what": "training run",
         "hardware": machine.describe(),
@@ -73,17 +73,17 @@ def report(run: Path, data: Packed) -> dict[str, Any]:
 
 
 def bits_per_byte(result: dict[str, Any]) -> dict[str, float]:
-    """Held-out bits per byte of the yardsticks and of the model, by name."""
+    """Held-out bits per byte of the baselines and of the model, by name."""
     return {name: result["yardsticks"][name] for name in YARDSTICKS} | {"this model": result["final"][1]}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Held-out bits per byte of the yardsticks and of the model."""
+    """Table of the held-out bits per byte of the baselines and of the model."""
     return markdown(["", "bits per byte"], [[name, f"{value:.3f}"] for name, value in bits_per_byte(result).items()])
 
 
 def plot(result: dict[str, Any], path: Path, *, title: str) -> None:
-    """The curve as a PNG: training loss left, held-out bits per byte with the yardsticks right."""
+    """The curve as a PNG: training loss left, held-out bits per byte with the baselines right."""
     figure, ((left, right),) = grid(title, 1, 2)
     for axis, points, label in (
         (left, result["train_loss"], "training loss (nats per token)"),

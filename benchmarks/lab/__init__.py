@@ -1,1 +1,1 @@
-"""Parts of the operator's benchmarks: correctness gate, rivals, each alone in a process, the roofline model."""
+"""Parts of the operator's benchmarks: correctness gate, rivals, isolated processes, the roofline model."""

@@ -1,10 +1,10 @@
-"""An isolated run: one forward and backward pass of one rival, its time and the most memory beyond its inputs.
+"""An isolated run: time and peak memory beyond the inputs of one forward and backward pass of one rival.
 
-On a CPU this needs a process of its own: memory that other passes left in the allocator would be used without being
-counted. A pass over a short sequence loads the code and starts the threads; then the system's high-water mark is reset,
-and what it rises by counts: o, the three gradients and all that comes and goes between them; not q, k, v and the
-gradient of o, which are there before. The process may not take more memory than is free: a rival that needs more is
-reported so, instead of being killed by the system, or the machine with it.
+On a CPU this needs a process of its own: otherwise memory that other passes left in the allocator would be reused
+without being counted. A pass over a short sequence loads the code and starts the threads. Then the system's high-water
+mark is reset, and its rise is the peak memory. That includes o, the three gradients and all temporaries, but not q, k,
+v and the gradient of o, which exist before. The process may not take more memory than is free: a rival that needs more
+is reported, before the system kills it.
 
     python -m benchmarks.lab.isolated '{"name": "sdpa", "work": {…}, "chunk": null, "threads": 2}'    one JSON line
 """
@@ -34,7 +34,7 @@ def tensors(one: Rival, work: Work, share: list[Tensor] | None = None) -> list[T
 
 def flat(work: Work, several: list[Rival]) -> list[Tensor]:
     """Normal numbers, four flat tensors, each long enough for the q, k, v or gradient of o of any of the rivals."""
-    # drawn on the device itself: on the CPU that would take longer than the passes, and a copy after it
+    # drawn on the device itself: drawing on the CPU and copying would take longer than the passes
     generator = torch.Generator(work.device).manual_seed(0)
     sizes = [max(_size(one.shapes[n]) for one in several) for n in range(4)]
     return [torch.randn(n, generator=generator, device=work.device, dtype=work.torch_dtype) for n in sizes]
@@ -45,43 +45,43 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def forward(one: Rival, inputs: list[Tensor]) -> Tensor:
-    """o, from fresh leaves, so that a backward pass makes their gradients instead of adding to old ones."""
+    """Forward pass from fresh leaves, so that a backward pass makes gradients instead of adding to old ones."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     return one.run(q, k, v)
 
 
 def both(one: Rival, inputs: list[Tensor]) -> None:
-    """Forward and backward pass."""
+    """Run a forward and a backward pass."""
     forward(one, inputs).backward(inputs[3])
 
 
 def measure(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
-    """`seconds` of both passes, `forward_seconds` of them, `peak_bytes`; in this process, once."""
+    """Measure once in this process: `seconds` of both passes, `forward_seconds` of the first, `peak_bytes`."""
     device = torch.device(work.device)
-    # a whole chunk, or the code of full chunks would be loaded in the pass that counts
+    # a whole chunk, so that the code of full chunks is loaded before the timed pass
     short = replace(work, B=1, T=min(work.T, chunk or 256))
     one = rivals.make(name, short, chunk)
     both(one, tensors(one, short))
     one = rivals.make(name, work, chunk)
     inputs, outputs = tensors(one, work), list[Tensor]()
     before = reset_peak_memory(device)  # after the inputs, which do not count
-    # o is held in a list: between the two clocks it keeps the graph alive
+    # o is held in a list, to keep the graph alive between the two clocks
     ahead = clock(device, lambda: outputs.append(forward(one, inputs)))
     back = clock(device, lambda: outputs[0].backward(inputs[3]))
     return {"seconds": ahead + back, "forward_seconds": ahead, "peak_bytes": peak_memory(device) - before}
 
 
 def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str, Any]:
-    """`measure` in a new process on a CPU, {"skipped": why} where memory does not suffice; in this one on a GPU.
+    """`measure` in a new process on a CPU, in this process on a GPU; {"skipped": reason} if memory does not suffice.
 
     Raises:
-        ChildProcessError: the pass failed, with the last line of why.
+        ChildProcessError: the pass failed; has the last line of its error.
     """
     if torch.device(work.device).type == "cuda":
         torch.cuda.empty_cache()
         measure(name, work, chunk)  # the first pass compiles kernels for this shape
         return measure(name, work, chunk)
-    # threads too: the child would take all cores, whatever this process was told
+    # threads too: by default the child would use all cores
     task = {"name": name, "work": asdict(work), "chunk": chunk, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "benchmarks.lab.isolated", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -93,12 +93,12 @@ def in_own_process(name: str, work: Work, chunk: int | None = None) -> dict[str,
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether it was raised for want of memory: torch raises a plain RuntimeError for that on a CPU."""
+    """True for an out-of-memory error: torch raises a plain RuntimeError for it on a CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def main(argument: str) -> None:
-    """Prints the result of `measure` for a task in JSON, as one line of JSON: the child of `in_own_process`."""
+    """Entry of the child of `in_own_process`: prints the result of `measure` for a task in JSON, as a line of JSON."""
     task = json.loads(argument)
     torch.set_num_threads(task["threads"])
     take_no_more_than_is_free()

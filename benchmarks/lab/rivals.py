@@ -1,4 +1,4 @@
-"""The rivals of `bench retention`: our operator by the backend it chooses and in plain torch, and those of others.
+"""Rivals of `bench retention`: our operator with its chosen backend and in plain torch, and other implementations.
 
     retentive    retention(..., backend="auto")                       q, k [B,T,H,K], v [B,T,H,V]
     blocked      retention(..., backend="blocked")                    the same
@@ -26,10 +26,10 @@ from retentive.ops import backends, retention
 from retentive.ops.decay import log_decay
 
 OURS = {"retentive": "auto", "blocked": "blocked"}
-"""Those of ours, and the `backend` that each asks for."""
+"""Our own rivals, and the `backend` of each."""
 OTHERS = ("torchscale", "sdpa", "fla")
 CHUNKS = (64, 128, 256, 512)
-"""Chunk lengths that torchscale is tried with."""
+"""Chunk lengths to try with torchscale."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Rival:
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     shapes: tuple[tuple[int, ...], ...]
-    """Of q, k, v and o."""
+    """Shapes of q, k, v and o."""
     flops: Callable[[Work], int]
-    """FLOPs of forward and backward for any length: from them the time of a long pass is estimated."""
+    """FLOPs of forward and backward passes for any length, to estimate the time of a long pass."""
     backend: str
     """The code that computes it, for the table."""
     chunk: int | None = None
 
 
 def missing(rival: str, device: torch.device) -> str | None:
-    """Why the rival cannot take part here, or None."""
+    """Reason why the rival cannot run here, or None."""
     if rival == "fla" and device.type != "cuda":
         return "needs a GPU"
     package = {"torchscale": "torchscale", "fla": "fla"}.get(rival)
@@ -55,7 +55,7 @@ def missing(rival: str, device: torch.device) -> str | None:
 
 
 def version(rival: str) -> str:
-    """The version of the rival's package; "?" where that is not installed as one."""
+    """Version of the rival's package; "?" if it is not installed as a package."""
     try:
         return importlib.metadata.version({"sdpa": "torch", "fla": "flash-linear-attention"}.get(rival, rival))
     except importlib.metadata.PackageNotFoundError:
@@ -98,7 +98,7 @@ def make(name: str, work: Work, chunk: int | None = None) -> Rival:
 
 
 def taken(work: Work, name: str) -> tuple[str, int]:
-    """(backend, chunk length) that `backend=name` comes to for this work."""
+    """(backend, chunk length) that `backend=name` resolves to for this work."""
     q, v = (torch.empty(1, 1, work.H, n, dtype=work.torch_dtype, device=work.device) for n in (work.K, work.V))
     # the choice looks at shapes, dtypes and devices only: expanded and meta tensors have those and take no memory
     q, v = (x.expand(work.B, work.T, *x.shape[2:]) for x in (q, v))
@@ -117,7 +117,7 @@ def taken(work: Work, name: str) -> tuple[str, int]:
 def torchscale(work: Work, chunk: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """torchscale's chunkwise algorithm: (q, k, v) -> o `[B,T/C,C,H,V]`, each row divided by a positive number.
 
-    Its method is called without its layer: of `self` it needs three numbers, and the decays come from a formula.
+    The method is called without its layer: it needs three numbers of `self`, and the decays come from a formula.
     """
     from torchscale.component.multiscale_retention import MultiScaleRetention
 
@@ -129,7 +129,7 @@ def torchscale(work: Work, chunk: int) -> Callable[[Tensor, Tensor, Tensor], Ten
 def torchscale_decays(
     H: int, C: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What torchscale's RetNetRelPos gives to its chunkwise algorithm, by formula. For gamma of the head and i, j < C:
+    """Decays that torchscale's RetNetRelPos gives to its chunkwise algorithm. For a head's gamma and i, j < C:
 
     inside a chunk   gamma^(i-j) / sqrt(r_i)         r_i = 1 + gamma + … + gamma^i, the row's sum
     chunk to chunk   gamma^C

@@ -1,4 +1,4 @@
-"""The roofline model: the shapes that are measured, their FLOPs and bytes, and the least time that these need.
+"""The roofline model: FLOPs and bytes of a retention, and the least time that they need.
 
 A multiply-add counts as two FLOPs. Retention counts as its chunkwise form with chunks of C tokens; a chunk of n tokens
 has n (n + 1) / 2 pairs of a query and a key not after it, since the upper triangle need not be computed. In FLOPs:
@@ -11,11 +11,11 @@ has n (n + 1) / 2 pairs of a query and a key not after it, since the upper trian
                 k^T v again, for the states   2 K V         a token
 
 Causal attention with heads of D numbers has two products forward and five backward, 2 D a pair. Memory: each of q, k, v
-and o crosses it once, and so does its gradient in a backward pass; in the dtype of the inputs. Decays count as nothing.
+and o is moved once, and so is its gradient in a backward pass, in the dtype of the inputs. Decays count as nothing.
 
-The limit, the roofline, is max(FLOPs / GEMM rate, bytes / read bandwidth), both rates as torch reaches them here. A
-fraction of it above 1 is possible: where the BLAS of torch does not use the CPU's widest vectors (MKL on AMD, in
-float32), a kernel that does passes it.
+The limit, the roofline, is max(FLOPs / GEMM rate, bytes / read bandwidth), with the rates that torch reaches here. A
+fraction above 1 is possible: if torch's BLAS does not use the CPU's widest vectors (MKL on AMD, in float32), a kernel
+that does exceeds it.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Work:
         return self.qkvo_bytes * (2 if backward else 1)
 
     def flops(self, chunk: int, *, backward: bool) -> int:
-        """FLOPs of the chunkwise form; the last chunk has the tokens that are left."""
+        """FLOPs of the chunkwise form; the last chunk has the remaining tokens."""
         full, left = divmod(self.T, chunk)
         # the table above, row by row: pairs of every chunk, then what each token costs whatever the chunk
         per_head = full * pairs(chunk) * 2 * (self.K + self.V) + pairs(left) * 2 * (self.K + self.V)
@@ -80,11 +80,11 @@ def pairs(n: int) -> int:
 class Limit(NamedTuple):
     seconds: float
     by: str
-    """What takes that long: "compute" or "memory"."""
+    """Bound: "compute" or "memory"."""
 
 
 def limit(flops: float, nbytes: float, flops_rate: float, byte_rate: float) -> Limit:
-    """The longer of the two times, of computing at `flops_rate` (FLOP/s) and of moving at `byte_rate` (bytes/s)."""
+    """The longer of two times: computing at `flops_rate` (FLOP/s) and moving at `byte_rate` (bytes/s)."""
     # the longer, not the sum: while one tile is computed, the next can be loaded
     compute, memory = flops / flops_rate, nbytes / byte_rate
     return Limit(compute, "compute") if compute >= memory else Limit(memory, "memory")

@@ -1,6 +1,6 @@
-"""Many prompts at once, each to its tokens; what prompts in a row begin with in common is read once.
+"""Batch generation: many prompts at once. A prefix shared by consecutive prompts is read once.
 
-A state is copied for each prompt that goes on from it, so that ten questions about a long text cost little more than
+Its state is copied for each prompt that continues from it, so ten questions about a long text cost little more than
 one.
 """
 
@@ -18,9 +18,9 @@ from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
 
 SLOTS = 16
-"""Prompts that are answered at once."""
+"""Maximum prompts that are decoded at once."""
 SHARED = 256
-"""Tokens in common from which on a state is worth its copies."""
+"""Minimum tokens of a shared prefix, so that its state is worth the copies."""
 
 
 def generate_batch(
@@ -34,15 +34,15 @@ def generate_batch(
     rows: Sequence[Rows] = (),
     done: Callable[[int], object] = lambda n: None,
 ) -> list[list[int]]:
-    """The tokens after each of the prompts, the token that stopped them left out.
+    """Generate tokens after each prompt; the token that stopped an answer is left out.
 
     Args:
-        max_tokens: after a prompt.
+        max_tokens: maximum tokens of an answer.
         stop_ids: tokens that end an answer.
-        temperature: 0 takes the likeliest token; else prompt n is drawn with the seed n.
+        temperature: 0 takes the likeliest token; otherwise prompt n is sampled with the seed n.
         beams: hypotheses of beam search; 1 for none.
-        rows: rows of each prompt's pictures and sound, as for `Engine.submit`; empty for prompts of text alone.
-        done: called with the number of prompts that are answered, now and then.
+        rows: rows of each prompt's pictures and sound, as for `Engine.submit`; empty for prompts of text only.
+        done: called now and then with the number of answered prompts.
 
     Raises:
         ValueError: as `Engine.submit` and `beam_search`.
@@ -74,17 +74,17 @@ def generate_batch(
 
 
 def parts(ids: Sequence[int], placeholders: Placeholders | None, count: int) -> list[tuple[Sequence[int], Rows]]:
-    """Returns [(the first `count` ids, the rows among them), (the other ids, theirs)]."""
+    """Split a prompt: returns [(the first `count` ids, their rows), (the other ids, their rows)]."""
     spans = [(0, count), (count, len(ids))]
     return [(ids[a:b], {} if placeholders is None else placeholders.among(a, b)) for a, b in spans]
 
 
 def together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-    """(tokens that they all begin with, prompts) for parts of the prompts, in order; 0 where that is below SHARED.
+    """Group consecutive prompts: yields (tokens of their shared prefix, prompts), with 0 for less than SHARED.
 
-    A token of each prompt is left over, at least: it must be read to give logits.
+    The shared prefix leaves at least one token of each prompt, which must be read to give logits.
     """
-    first = rest = 0  # of the prompts that are looked at, and of those that share nothing with the next
+    first = rest = 0  # index of the group being built, and of the first pending prompt without a shared prefix
     while first < len(prompts):
         stop, common = first + 1, len(prompts[first]) - 1
         while stop < len(prompts) and (less := alike(prompts[first][:common], prompts[stop][:-1])) >= SHARED:
@@ -100,6 +100,6 @@ def together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[S
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,9 +1,9 @@
-"""Prefix cache: states of prompts that were read before, from which a prompt with the same beginning goes on.
+"""Prefix cache: states of prompts read before, from which a prompt with the same prefix continues.
 
-The engine stores a state at multiples of `every` tokens, before a prompt's last token, and before the last of a
-completion. It is found by a hash of its tokens, longest prefix first, and is exact: the very state that was stored. The
-least recently used is evicted when a bound in bytes is reached; it goes to `folder`, if there is one, as a memory file
-(`memory.py`), within a bound of its own. A file that cannot be written or read is forgotten: all can be computed anew.
+The engine stores a state at multiples of `every` tokens, before a prompt's last token, and before a completion's last
+token. `longest` finds it by a hash of its tokens, longest prefix first, and returns exactly the state that was stored.
+When the states reach a bound in bytes, the least recently used is evicted. It goes to `folder`, if given, as a memory
+file (`memory.py`), within a separate bound. A file that cannot be written or read is dropped: it can be recomputed.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from retentive.models.state import State
 
 
 def prefix_hashes(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, str]]:
-    """(length, hash in hex) of the prefixes of `ids` of these ascending lengths; 128 bits, so that none collide.
+    """(length, hash in hex) of the prefixes of `ids` with these ascending lengths; 128 bits, so none collide.
 
-    Takes one pass over the ids, however many lengths there are.
+    Takes one pass over the ids for any number of lengths.
     """
     raw, digest, before, found = array("q", ids).tobytes(), hashlib.blake2b(digest_size=16), 0, []
-    for length in lengths:  # the running digest is copied at each length and goes on; an id takes 8 bytes ("q")
+    for length in lengths:  # copies the running digest at each length; an id takes 8 bytes ("q")
         digest.update(raw[8 * before : 8 * length])
         before = length
         found.append((length, digest.copy().hexdigest()))
@@ -31,14 +31,14 @@ def prefix_hashes(ids: Sequence[int], lengths: Sequence[int]) -> list[tuple[int,
 
 
 class PrefixCache:
-    """States of one sequence of one model by what they have read: `longest(ids)`, `store(ids, state)`. Thread-safe.
+    """States of single sequences of one model by the tokens read: `longest(ids)`, `store(ids, state)`. Thread-safe.
 
     Args:
-        most_bytes: of states in memory.
+        most_bytes: maximum bytes of states in memory.
         every: tokens between kept states of a long prompt.
-        folder: where evicted states go; None drops them.
-        most_bytes_on_disk: of those; the least recently used are deleted first.
-        model: the model's fingerprint, needed with a folder: other models' files there are left alone.
+        folder: folder for evicted states; None drops them.
+        most_bytes_on_disk: maximum bytes in the folder; the least recently used files are deleted first.
+        model: the model's fingerprint, required with a folder: other models' files there are left alone.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PrefixCache:
             raise ValueError("a prefix cache with a folder needs the model's fingerprint: other models may share it")
         self.most_bytes, self.every, self.folder = most_bytes, every, folder
         self.most_bytes_on_disk, self.model = most_bytes_on_disk, model
-        # by hash, the least recently used first; a state that was read back from disk is in both
+        # by hash, the least recently used first; a state read back from disk is in both
         self.states: OrderedDict[str, tuple[int, State]] = OrderedDict()  # tokens, state
         self.files: OrderedDict[str, tuple[int, int]] = OrderedDict()  # tokens, bytes
         self.nbytes = self.nbytes_on_disk = self.hits = self.misses = 0
@@ -66,12 +66,12 @@ class PrefixCache:
             self._find_files(folder)
 
     def longest(self, ids: Sequence[int]) -> tuple[int, State | None]:
-        """(tokens, a copy of the state after them) for the longest known prefix of `ids`; (0, None) if there is none.
+        """(tokens, copy of the state after them) for the longest known prefix of `ids`; (0, None) if there is none.
 
-        It is shorter than `ids` by a token at least: the last one must be decoded to give logits.
+        The prefix is at least one token shorter than `ids`: the last token must be decoded to give logits.
         """
         with self.lock:
-            # only lengths that occur are hashed; of equal lengths the hash tells whether the tokens are the same
+            # hashes only lengths that occur; the hash then tells whether the tokens are the same
             known = {n for n, _ in (*self.states.values(), *self.files.values()) if n < len(ids)}
             for length, name in reversed(prefix_hashes(ids, sorted(known))):
                 if name in self.states:
@@ -80,14 +80,14 @@ class PrefixCache:
                     return length, self.states[name][1].clone()  # decoding writes into a state in place
                 if name in self.files and (state := self._read(name)) is not None:
                     self.hits += 1
-                    if state.nbytes <= self.most_bytes:  # else it would evict all others, and then itself
+                    if state.nbytes <= self.most_bytes:  # a larger one would evict all others, and then itself
                         self._keep(name, length, state.clone())
                     return length, state
             self.misses += 1
             return 0, None
 
     def store(self, ids: Sequence[int], state: State) -> None:
-        """Keeps a copy of `state`, which has read `ids`; one that is larger than the whole cache is not kept."""
+        """Store a copy of `state`, which has read `ids`, unless it is larger than the whole cache."""
         ((length, name),) = prefix_hashes(ids, [len(ids)])
         with self.lock:
             if name in self.states:
@@ -96,7 +96,7 @@ class PrefixCache:
                 self._keep(name, length, state.clone())
 
     def _keep(self, name: str, length: int, state: State) -> None:
-        """Adds a state that is not there yet, and evicts others until all fit. Called under the lock."""
+        """Add a new state, and evict others until all fit. Called under the lock."""
         self.states[name] = (length, state)
         self.nbytes += state.nbytes
         while self.nbytes > self.most_bytes:
@@ -112,20 +112,20 @@ class PrefixCache:
         return self.folder / f"{name}.safetensors"
 
     def _write(self, name: str, tokens: int, state: State) -> None:
-        """Puts an evicted state on disk, if there is room; an unwritten one is lost, which costs only time."""
-        if name in self.files:  # it was read back from there: the file is still the same
+        """Write an evicted state to disk. A state that cannot be written is lost, which only costs time."""
+        if name in self.files:  # it was read back from disk: the file is still the same
             self.files.move_to_end(name)
             return
         path = self._path(name)
         try:
             save(Memory(state, [], tokens, self.model, []), path)
             size = path.stat().st_size
-        except OSError:  # a full disk, a folder taken away
+        except OSError:  # a full disk, a removed folder
             return
         self._add_file(name, tokens, size)
 
     def _add_file(self, name: str, tokens: int, size: int) -> None:
-        """Counts a file of the folder, and deletes the least recently used ones until all fit."""
+        """Add a file to the count, and delete the least recently used files until all fit."""
         self.files[name] = (tokens, size)
         self.nbytes_on_disk += size
         while self.nbytes_on_disk > self.most_bytes_on_disk:
@@ -143,11 +143,11 @@ class PrefixCache:
         self.nbytes_on_disk -= self.files.pop(name)[1]
         try:
             self._path(name).unlink(missing_ok=True)
-        except OSError:  # no right to delete it: it is out of the count all the same
+        except OSError:  # no permission to delete it: it is no longer counted anyway
             return
 
     def _find_files(self, folder: Path) -> None:
-        """Takes up the files that an earlier process left there for this model, the oldest first."""
+        """Add the files that an earlier process left for this model, the oldest first."""
         found = []
         for path in folder.glob("*.safetensors"):
             try:
@@ -156,5 +156,5 @@ class PrefixCache:
                 continue
             if about["model"] == self.model:
                 found.append((stat.st_mtime, path.stem, about["tokens"], stat.st_size))
-        for _, name, tokens, size in sorted(found):  # by time of writing: as if they had been evicted in that order
+        for _, name, tokens, size in sorted(found):  # by time of writing, as if evicted in that order
             self._add_file(name, tokens, size)

@@ -1,12 +1,12 @@
-"""A conversation with a model, remembered in a state of constant size, however much was said.
+"""A conversation with a model, remembered in a state of constant size at any length.
 
     conversation = Conversation(engine, tokenizer, template, blank(model))
     for piece in conversation.say("Who is there?", max_tokens=400):
         print(piece, end="")
     save(conversation.memory, "tea.safetensors")
 
-The terminal uses `say`. The server, which answers many at once, asks for the ids to read (`turn`, `lead`), submits
-them, and at the end calls `remember`, or `cut` if the stream's state has read more than the client was given.
+The terminal uses `say`. The server, which answers many at once, gets the ids to read (`turn`, `lead`) and submits
+them. At the end it calls `remember`, or `cut` if the stream's state has read more than the client received.
 """
 
 from collections import deque
@@ -24,13 +24,13 @@ from retentive.infer.text import Text
 from retentive.models.state import State
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
-"""What a saved conversation may be called. It becomes a file name, so no slash and no leading dot."""
+"""Pattern of a saved conversation's name. It becomes a file name, so no slash and no leading dot."""
 
 
 class Conversation:
-    """One conversation: a memory, and how the next messages go on from it.
+    """One conversation: a memory, and the encoding of the next messages after it.
 
-    `memory` is replaced after every answer and never written to, so that many conversations may share one.
+    `memory` is replaced after every answer and never written to, so many conversations may share one.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, memory: Memory):
@@ -40,18 +40,18 @@ class Conversation:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was said or read; the next messages are then encoded as a continuation."""
+        """True if anything was said or read; the next messages are then encoded as a continuation."""
         return bool(self.memory.tokens or self.memory.pending)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that remembering it takes, beyond the blank state that all conversations share."""
+        """Bytes of the conversation's memory, beyond the blank state that all conversations share."""
         return (self.memory.nbytes if self.memory.tokens else 0) + 8 * len(self.memory.pending)
 
     # what is to be read
 
     def turn(self, messages: Sequence[Message]) -> tuple[list[int], Rows]:
-        """Returns (the ids to read for `messages`, the pending ones first; the rows of pictures and sound among them).
+        """Encode messages: returns (ids to read, pending ones first; rows of the pictures and sound among them).
 
         Raises:
             ValueError: the template refuses these messages.
@@ -61,36 +61,36 @@ class Conversation:
 
     @property
     def lead(self) -> list[int]:
-        """The ids to read before a plain text: the pending ones, or the end-of-text token that begins a document."""
+        """Ids to read before a plain text: the pending ones, or the end-of-text token that begins a document."""
         return list(self.memory.pending) if self.begun else [self.tokenizer.eos_id]
 
     def submit(self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[Stream]:
-        """Streams of tokens after `ids`, going on from the memory; options as for `Engine.submit`."""
-        # With nothing read yet no state is passed: the engine then may begin from its prefix cache.
+        """Submit `ids` after the memory; returns streams of tokens. Options as for `Engine.submit`."""
+        # Before anything is read, no state is passed, so that the engine can use its prefix cache.
         state = self.memory.state if self.memory.tokens else None
         return self.engine.submit(ids, params, state=state, **options)
 
     # what is remembered
 
     def remember(self, stream: Stream, pending: Sequence[int]) -> None:
-        """Takes over the state that a finished stream (with `Returns.state`) has left.
+        """Take over the final state of a finished stream (with `Returns.state`).
 
         Args:
-            pending: those of `stream.pending` that belong to the conversation. A stop token does not: the template
-                writes the end of an answer itself, before the next message.
+            pending: tokens of `stream.pending` that belong to the conversation. A stop token does not: the template
+                itself writes the end of an answer before the next message.
         """
         assert stream.state is not None
         self._go_on(stream.state, pending)
 
     def cut(self, stream: Stream, kept: Sequence[int]) -> None:
-        """Remembers an answer that was cut after the tokens `kept`, beyond which the stream's state has read."""
+        """Remember an answer cut after the tokens `kept`, although the stream's state has read beyond them."""
         if stream.prompt_state is None:
             self.put_off([*stream.ids, *kept])
         else:  # pictures and sound are not in the ids
             self._go_on(stream.prompt_state, [stream.ids[-1], *kept])
 
     def put_off(self, ids: Sequence[int]) -> None:
-        """Keeps the state from which `ids` (with the pending ones) were read: they are pending for the next turn."""
+        """Keep the state from before `ids` (which include the pending ones): they are pending for the next turn."""
         self._go_on(self.memory.state, ids)
 
     def _go_on(self, state: State, pending: Sequence[int]) -> None:
@@ -101,7 +101,7 @@ class Conversation:
     # one answer after the other
 
     def say(self, message: Any, params: SamplingParams | None = None, *, max_tokens: int) -> Generator[str, None, None]:
-        """The answer in pieces, as it comes. Closing the generator stops it, and what came so far is remembered.
+        """Answer a message in pieces, as they are made. Closing the generator keeps the answer so far.
 
         Args:
             message: text, or a list of texts and `Media`.
@@ -136,7 +136,7 @@ class Conversation:
 
 
 def _end(stream: Stream) -> None:
-    """Cancel the stream if it still runs, and wait until the engine has ended it: its state is final only then."""
+    """Cancel the stream if it still runs, and wait until the engine has ended it. Only then is its state final."""
     if stream.reason is None:
         stream.cancel()
         deque(stream, maxlen=0)

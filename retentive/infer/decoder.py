@@ -1,12 +1,12 @@
-"""`Decoder`: what the engine asks of a model, and `TorchDecoder`, its implementation with torch.
+"""`Decoder`: the interface of a model to the engine, and `TorchDecoder`, its implementation with torch.
 
     read(ids, cu_seqlens, states, encoded) -> states     prompts, several in one packed call
-    score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose own probabilities are wanted
+    score(ids, cu_seqlens, states) -> (logits, states)   the same, for prompts whose log probabilities are requested
     decode(ids, pool) -> logits                          one token for each of the first rows of a pool, in place
     encode(kind, rows) -> embeddings                     pictures and sound, for `read`
 
-All work on the same states in the same memory (`models/state.py`), so that another implementation, such as one in C,
-can take over between two calls. Neither side knows text.
+All work on the same states in the same memory (`models/state.py`), so another implementation, such as one in C, can
+take over between two calls. Neither side knows text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,51 +26,51 @@ class Decoder(Protocol):
 
     vocab_size: int
     encoders: Mapping[str, Config]
-    """Configs of its encoders by kind; empty for a model that reads text alone."""
+    """Configs of the model's encoders by kind; empty for a model that reads text only."""
 
     def init_state(self) -> State:
-        """Of one sequence that has read nothing."""
+        """Blank state of one sequence."""
 
     def adopt(self, state: State) -> State:
-        """The state on the device where this decoder computes; itself if it is there already."""
+        """The state on this decoder's device; itself if it is there already."""
 
     def pool(self, slots: int) -> State:
-        """A blank state of `slots` sequences to decode in place; it has `put`, and `reserve` for caches that grow."""
+        """Blank state of `slots` sequences to decode in place; it has `put`, and `reserve` for growing caches."""
 
     def encode(self, kind: str, rows: Tensor) -> Tensor:
-        """Returns embeddings `[n, D]` of a kind's rows `[n, features]`, whole pictures, on the decoder's device."""
+        """Encode a kind's rows `[n, features]`, whole pictures, to embeddings `[n, D]` on the decoder's device."""
 
     def read(
         self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
     ) -> list[State]:
-        """The states after each sequence's ids.
+        """Read each sequence's ids; returns the states after them.
 
         Args:
-            ids: `[T]`, those of all sequences one after the other.
-            cu_seqlens: `[N+1]`, where each sequence begins, from 0, and where the last ends.
-            states: N states of one sequence each; used up.
-            encoded: for each kind the embeddings `[n, D]` of all its placeholders among the ids, in order; None or
-                empty for text alone.
+            ids: `[T]`, the ids of all sequences, concatenated.
+            cu_seqlens: `[N+1]`, first index of each sequence, from 0, and the end of the last.
+            states: N states of one sequence each; consumed.
+            encoded: per kind the embeddings `[n, D]` of all its placeholders among the ids, in order; None or empty
+                for text only.
         """
 
     def score(self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """(logits `[T, vocab]` after each of the ids, states) with arguments as for `read`."""
+        """Same as `read`, but returns (logits `[T, vocab]` after each of the ids, states)."""
 
     def decode(self, ids: Tensor, pool: State) -> Tensor:
-        """Logits `[n, vocab]` after ids `[n]`, one for each of the pool's first n sequences, which have then read it.
+        """Decode ids `[n]`, one for each of the pool's first n sequences, in place; returns logits `[n, vocab]`.
 
         The caller has reserved room for them in the pool.
         """
 
 
 class TorchDecoder:
-    """The `Decoder` of any model of ours."""
+    """`Decoder` of any model of this package."""
 
     def __init__(self, model: LanguageModel):
         self.model, self.vocab_size = model.eval(), model.config.vocab_size
         self.encoders: Mapping[str, Config] = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
-        # A view of the pool is tens of tensor views, which cost as much as a small model's layer: the last one is kept
-        # as long as the pool and the number of rows stay the same.
+        # A view of the pool is tens of tensor views and costs as much as a small model's layer. So the last one is
+        # kept as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
 
     def init_state(self) -> State:
@@ -97,7 +97,7 @@ class TorchDecoder:
     def _hidden(
         self, ids: Tensor, cu_seqlens: Tensor, states: Sequence[State], encoded: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, list[State]]:
-        """(hidden `[T,D]`, states) of sequences packed into one row; a single one needs no packing, which copies."""
+        """(hidden `[T,D]`, states) of sequences packed into one row; a single one is not packed, to save copies."""
         ids = ids[None].to(self.model.device)
         embeds = inserted(self.model, ids, encoded) if encoded else None
         if len(states) == 1:
@@ -110,11 +110,11 @@ class TorchDecoder:
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
         n, kept = len(ids), self._view
         self._view = (None, 0, None)  # so that after an error the pool's memory can be freed
-        # `is`: a pool that grew is another object, and its old views point into memory that nobody writes any more
+        # `is`: a pool that grew is a new object, and old views point into memory that is no longer written
         view = kept[2] if kept[0] is pool and kept[1] == n else pool.view(n)
         with step_threads(self.model, n, view):
             x, state = self.model.hidden(ids[:, None].to(self.model.device), view)
-            pool.position[:n] = state.position  # the one part of a state that is not written in place
+            pool.position[:n] = state.position  # the only part of a state that is not written in place
             logits = self.model.head(x[:, -1]).float().cpu()
         self._view = (pool, n, State(view.memories, view.position))  # `view` itself is used up
         return logits

@@ -1,18 +1,17 @@
-"""Continuous batching over slots of state: requests join and leave at every step, each in a slot of constant size.
+"""Continuous batching over slots of state: requests join and leave at every step, each in one slot.
 
-    submit(ids, params) -> Streams of Token         from any thread; with rows, pictures and sound among the ids
+    submit(ids, params) -> Streams of Token         from any thread; `rows` gives pictures and sound among the ids
     step()                                          one prefill chunk, then one token for every running request
     start(), close()                                a thread that steps while there is work
 
-The running requests are the first rows of one pool of states, decoded in place as one batch; a row that is done is
-replaced by the last one, so that joining or leaving copies one sequence's state and no more. Prompts are read between
-the steps (chunked prefill), several packed into one call, all but their last token: that is decoded with the others'
-and gives the first of the completion. Pictures and sound are encoded where the chunk that holds them is read, those of
-all prompts in one call. A request's tokens depend on its own logits and generator alone, and its errors are its own: a
-constraint or a callback that fails ends one stream.
+Running requests are the first rows of one pool of states, decoded in place as one batch. The last row replaces a row
+that is done, so joining or leaving copies one sequence's state only. Prompts are read between the steps (chunked
+prefill), several packed into one call. Their last token is not prefilled: it is decoded with the batch and gives the
+first token of the completion. Pictures and sound are encoded with the chunk that holds them, for all prompts in one
+call. A request's tokens depend on its own logits and generator only. A failing constraint or callback ends one stream.
 
-The engine knows token ids and states, no text, and computes nothing itself: a `Decoder` reads and decodes. Of a state
-it asks no more than `position`, `reserve`, `put` and `clone`.
+The engine handles token ids and states, not text. A `Decoder` does the computing. Of a state the engine uses only
+`position`, `reserve`, `put` and `clone`.
 """
 
 import itertools
@@ -40,19 +39,19 @@ from retentive.options import option
 from retentive.threads import threads_for
 
 OPERATIONS = 4
-"""On a logit, until a token is drawn: what decides whether a second thread is worth its waiting."""
+"""Operations per logit to sample a token: decides how many threads sampling is worth."""
 
 
 class Engine:
-    """Decodes for many requests at once on one model.
+    """Decodes many requests at once on one model.
 
     Args:
-        model: a model of ours, or any other `Decoder`.
-        slots: requests at once; each takes the memory of one state.
-        prefill_chunk: prompt tokens read between two steps, and rows encoded (or one picture, where that has more):
-            more shorten the time to a first token, fewer the time between the tokens of those that are running.
-        waiting: requests in the queue; more raise Full.
-        cache: states of prompts read before, None for none.
+        model: a model of this package, or any other `Decoder`.
+        slots: maximum running requests; each takes the memory of one state.
+        prefill_chunk: maximum prompt tokens read between two steps, and rows encoded (or one picture, if larger). A
+            larger chunk shortens the time to first token, a smaller one the latency between tokens of other requests.
+        waiting: maximum requests in the queue; more raise Full.
+        cache: prefix cache of prompts read before; None for none.
     """
 
     def __init__(
@@ -70,12 +69,12 @@ class Engine:
         self.model: Any = model
         self.decoder: Decoder = TorchDecoder(model) if isinstance(model, torch.nn.Module) else model
         self.slots, self.prefill_chunk, self.most_waiting, self.cache = slots, prefill_chunk, waiting, cache
-        # A request goes from `queue` to `reading` to `running`. Any thread may touch `queue`, under `wake`; the others
-        # belong to the thread that steps and need no lock.
+        # A request goes from `queue` to `reading` to `running`. Any thread may touch `queue`, under `wake`. The others
+        # belong to the stepping thread and need no lock.
         self.queue: deque[Prompt] = deque()
         self.reading: list[Prompt] = []
         self.running: list[Request] = []
-        self.pool: Any = None  # a State of `slots` sequences, made with the first request; row i is that of running[i]
+        self.pool: Any = None  # a State of `slots` sequences, made with the first request; row i belongs to running[i]
         self.wake = threading.Condition()
         self.thread: threading.Thread | None = None
         self.closing = self.abandoned = False
@@ -95,22 +94,21 @@ class Engine:
         returns: Returns = Returns(),  # noqa: B008 (frozen)
         deliver: Sequence[Callable[[Token | Exception | None], object]] = (),
     ) -> list[Stream]:
-        """`n` streams of tokens after `ids`, from seeds params.seed, params.seed + 1, …; the prompt is read once.
+        """Queue a prompt, which is read once, for `n` streams of tokens with seeds params.seed, params.seed + 1, …
 
         Args:
-            rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`. Text must
-                follow them.
-            max_tokens: None for no end but a stop.
-            stop_ids: tokens that end a stream; they are not given out.
-            constraint: makes the constraint of one stream; called for each, since constraints are in different states.
-            state: of one sequence, what the model has read before `ids`; it is copied, never written to.
-            returns: what the streams carry beside the tokens.
-            deliver: a callback for each stream, to be used instead of iterating; called from the stepping thread.
+            rows: rows of pictures and sound, per kind for all its placeholders among `ids`. Text must follow them.
+            max_tokens: maximum tokens of a stream; None for no limit.
+            stop_ids: tokens that end a stream; they are not returned.
+            constraint: makes the constraint of one stream; called for each stream, since each has its own progress.
+            state: state of one sequence before `ids`; it is copied, never written to.
+            returns: results beside the tokens.
+            deliver: a callback for each stream, instead of iterating; called from the stepping thread.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, n not in 1 … slots, max_tokens below 1,
-                returns.top not in 0 … vocab, a state that is not of one sequence of this model; rows that do not fit
-                (`Placeholders`), that no text follows, or with log probabilities of the prompt.
+            ValueError: the prompt is empty, or has ids outside the vocabulary; n is not in 1 … slots, max_tokens below
+                1, or returns.top not in 0 … vocab; the state is not of one sequence of this model. Or rows do not fit
+                (`Placeholders`), no text follows them, or log probabilities of their prompt are requested.
             Full: the queue is full.
         """
         ids, vocab, params = list(ids), self.decoder.vocab_size, params or SamplingParams()
@@ -119,7 +117,7 @@ class Engine:
         key = None
         if self.cache is not None and state is None:
             key = ids if placeholders is None else placeholders.keys(ids)
-        # whatever can be wrong with a request is raised here, in its caller's thread, before it is queued
+        # all checks of a request are made here, in the caller's thread, before it is queued
         requests = []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
             own = params if params.seed is None else replace(params, seed=params.seed + i)
@@ -128,7 +126,7 @@ class Engine:
             stops = frozenset(stop_ids) | ({made.eos_id} if made else set())
             stream = Stream(ids, deliver=callback)
             requests.append(Request(stream, sampler, max_tokens, stops, made, returns, key))
-        with self.wake:  # `closing` too is read under the lock: nothing may be queued behind the last step
+        with self.wake:  # reads `closing` under the lock too: nothing may be queued after the last step
             if self.closing:
                 raise Full("the engine is closing")
             if len(self.queue) >= self.most_waiting:
@@ -139,7 +137,7 @@ class Engine:
         return [request.stream for request in requests]
 
     def _placeholders(self, ids: list[int], rows: Rows | None, returns: Returns) -> Placeholders | None:
-        """Returns the placeholders of a prompt with rows; raises ValueError for ids or rows that do not fit."""
+        """The placeholders of a prompt with rows; raises ValueError for ids or rows that do not fit."""
         placeholders = Placeholders(ids, rows, self.decoder.encoders) if rows else None
         check_prompt(ids, self.decoder.vocab_size, placeholders)
         if placeholders is not None and returns.prompt:
@@ -149,7 +147,7 @@ class Engine:
         return placeholders
 
     def _check(self, n: int, max_tokens: int | None, returns: Returns, state: State | None) -> None:
-        """Raises ValueError for arguments of `submit` that are out of range."""
+        """Raise ValueError for arguments of `submit` that are out of range."""
         vocab = self.decoder.vocab_size
         if not 1 <= n <= self.slots:
             raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
@@ -164,12 +162,12 @@ class Engine:
 
     @property
     def taken(self) -> int:
-        """Slots in use; those of prompts that are still being read count, since each will need one."""
+        """Slots in use, including those that prompts still being read will need."""
         return len(self.running) + sum(len(p.requests) for p in self.reading)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Admits and drops requests, reads a chunk of prompts, decodes a token each; False if nothing was to do."""
+        """Admit and drop requests, prefill a chunk, decode a token each; returns False if there was nothing to do."""
         self._drop_cancelled()
         self._admit()
         if not self.reading and not self.running:
@@ -180,27 +178,27 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        """Ends cancelled requests, wherever they are on their way."""
+        """End cancelled requests: queued, being read, or running."""
 
         def cancelled(request: Request) -> bool:
             return request.stream.cancelled or self.abandoned
 
         with self.wake:
             waiting = list(self.queue)
-        # not under the lock: `_end` calls callbacks, which may submit and would then wait for themselves
+        # not under the lock: `_end` calls callbacks, which may submit and would deadlock
         for prompt in [*waiting, *self.reading]:
             for request in [r for r in prompt.requests if cancelled(r)]:
                 prompt.requests.remove(request)
                 self._end(request, "cancelled")
-        with self.wake:  # filtered, not replaced by `waiting`: others may have submitted meanwhile
+        with self.wake:  # filters the queue instead of replacing it: other threads may have submitted meanwhile
             self.queue = deque(p for p in self.queue if p.requests)
         self.reading = [p for p in self.reading if p.requests]
-        for row in reversed(range(len(self.running))):  # from the end, since the last row moves into a gap
+        for row in reversed(range(len(self.running))):  # from the end, because the last row moves into a gap
             if cancelled(self.running[row]):
                 self._leave(row, "cancelled")
 
     def _admit(self) -> None:
-        """First come, first served: a request for many slots holds back those behind it, or it would starve."""
+        """Admit prompts, first come, first served: one that needs many slots holds back later ones, or would starve."""
         while True:
             with self.wake:
                 if not self.queue or self.taken + len(self.queue[0].requests) > self.slots:
@@ -209,34 +207,34 @@ class Engine:
                 self.reading.append(prompt)
             try:
                 if prompt.state is not None:
-                    # a copy: several requests may go on from one state, and reading uses it up
+                    # a copy: several requests may continue from one state, and reading consumes it
                     prompt.state = self.decoder.adopt(prompt.state.clone())
                 elif self.cache is not None and prompt.key is not None and not prompt.scored:
-                    # of a scored prompt every log probability is wanted: a cached state has none
+                    # a scored prompt needs log probabilities of all its tokens, which a cached state lacks
                     prompt.read, state = self.cache.longest(prompt.key)
                     prompt.state = None if state is None else self.decoder.adopt(state)
-            except Exception as error:  # such as no memory on the device
+            except Exception as error:  # such as out of memory on the device
                 self._fail([prompt], error)
             for request in prompt.requests:
                 request.stream.cached = prompt.read
             self.counts["cached_tokens"] += prompt.read
 
     def _prefill(self) -> None:
-        """Reads one chunk of the prompts in one packed call; prompts that are done join the batch."""
+        """Read one chunk of the prompts in one packed call; prompts that are read join the batch."""
         parts = shared(self.reading, self.prefill_chunk, self.cache.every if self.cache else None)
-        # Prompts whose log probabilities are wanted need logits after every token, not after the last alone: a call of
-        # their own, so that the output matrix is not computed for the others.
+        # Scored prompts need logits after every token. They get a call of their own, so that the output matrix is not
+        # applied to the others.
         for scored in (False, True):
             if group := [(prompt, part) for prompt, part in parts if prompt.scored == scored]:
                 try:
                     self._read(group, scored)
-                except Exception as error:  # the model's, such as no memory: the others go on
+                except Exception as error:  # of the model, such as out of memory: other prompts continue
                     self._fail([prompt for prompt, _ in group], error)
         for prompt in [p for p in self.reading if not p.left]:
             self._join(prompt)
 
     def _read(self, parts: list[tuple[Prompt, list[int]]], scored: bool) -> None:
-        """Reads these parts packed into one call, keeps their states, and caches those that others may begin with."""
+        """Read these parts packed into one call, keep their states, and cache those that others may continue from."""
         ids = torch.tensor([i for _, part in parts for i in part])
         ends = list(itertools.accumulate(len(part) for _, part in parts))
         cu_seqlens = torch.tensor([0, *ends])
@@ -259,7 +257,7 @@ class Engine:
             self._score(prompt, of_prompt)
 
     def _score(self, prompt: Prompt, logprobs: Tensor) -> None:
-        """Notes the log probabilities of the prompt's next tokens, from those `[T, vocab]` after the T just read."""
+        """Record log probabilities of the prompt's next tokens, from those `[T, vocab]` after the T tokens read."""
         following = prompt.ids[prompt.read - len(logprobs) + 1 : prompt.read + 1]
         found = logprobs.gather(1, torch.tensor(following)[:, None]).squeeze(1).tolist()
         for request in prompt.requests:
@@ -268,25 +266,25 @@ class Engine:
                 request.stream.prompt_tops += top_logprobs(logprobs, request.returns.top)
 
     def _join(self, prompt: Prompt) -> None:
-        """The prompt is read: each of its requests takes the next row of the pool, with a copy of its state."""
+        """Start the requests of a read prompt: each takes the next row of the pool, with a copy of its state."""
         try:
             state = self.decoder.init_state() if prompt.state is None else prompt.state
             if self.pool is None:
                 self.pool = self.decoder.pool(self.slots)
-            self.pool = self.pool.reserve(int(state.position) + 1)  # slots of a KV cache; a RetNet needs none
+            self.pool = self.pool.reserve(int(state.position) + 1)  # room in KV caches; a RetNet needs none
             for row, request in enumerate(prompt.requests, len(self.running)):
                 self.pool.put(row, state)
                 if prompt.placeholders is not None and request.returns.state:
                     request.stream.prompt_state = _writable(state)
-        except Exception as error:  # such as no memory; rows beyond `running` may be half written, nobody reads them
+        except Exception as error:  # such as out of memory; rows beyond `running` may be half written: they are unused
             self._fail([prompt], error)
             return
-        self.counts["prompt_tokens"] += 1  # the last one, which is decoded, not prefilled
+        self.counts["prompt_tokens"] += 1  # the last token, which is decoded, not prefilled
         self.reading.remove(prompt)
         self.running += prompt.requests
 
     def _decode(self) -> None:
-        """Decodes one token for each running request, in one call."""
+        """Decode one token for each running request, in one call."""
         n = len(self.running)
         if n == 0:
             return
@@ -294,16 +292,16 @@ class Engine:
             self.pool = self.pool.reserve(int(self.pool.position[:n].max()) + 1)
             ids = [r.made[-1] if r.made else r.stream.ids[-1] for r in self.running]
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
-            # torch's other threads would go on spinning when the model's own want their cores
+            # more torch threads would keep spinning when the model's own threads want the cores
             with threads_for(OPERATIONS * logits.numel()):
                 tokens, logprobs, failed = self._pick(logits)
-        except Exception as error:  # the model's: the pool is written in place and may be half a token on, so all end
+        except Exception as error:  # of the model: the pool, written in place, may be inconsistent, so all requests end
             for request in self.running:
                 self._end(request, "error", error)
             self.running, self.pool = [], None
             return
         chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
-        for row in reversed(range(n)):  # from the end: who leaves is replaced by the last one
+        for row in reversed(range(n)):  # from the end, because the last row replaces one that leaves
             try:
                 if row in failed:
                     raise failed[row]
@@ -312,16 +310,16 @@ class Engine:
                 self._leave(row, "error", error)
 
     def _pick(self, logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
-        """A token for each row, log probabilities `[n, vocab]`, and errors of single rows.
+        """Pick a token for each row; returns (tokens, log probabilities `[n, vocab]`, errors by row).
 
-        Those are kept until all are picked: a row that left now would move the others under their logits.
+        Errors wait until all tokens are picked: a row that left now would shift the other rows against their logits.
         """
         failed: dict[int, Exception] = {}
         masks: list[Tensor | None] = [None] * len(self.running)
         for row, (request, finite) in enumerate(zip(self.running, logits.amax(-1).isfinite().tolist(), strict=True)):
             try:
                 if not finite:
-                    logits[row] = 0  # `pick` needs numbers; what it picks here is thrown away
+                    logits[row] = 0  # `pick` needs finite numbers; its token for this row is discarded
                     raise ArithmeticError(NOT_FINITE)
                 if request.constraint:
                     masks[row] = allowed(request.constraint, logits.shape[1])
@@ -330,7 +328,7 @@ class Engine:
         return *pick(logits, [r.sampler for r in self.running], masks), failed
 
     def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
-        """Gives the token to the request at `row`, which leaves if it was its last."""
+        """Deliver the token to the request at `row`, which leaves after its last token."""
         request = self.running[row]
         request.made.append(token)
         if token in request.stop_ids:
@@ -349,7 +347,7 @@ class Engine:
     # endings
 
     def _leave(self, row: int, reason: str, error: Exception | None = None) -> None:
-        """Ends the request at `row`; the last row moves there, so that the running ones stay the first of the pool."""
+        """End the request at `row`; the last row moves there, so that running requests stay the pool's first rows."""
         request, last = self.running[row], len(self.running) - 1
         cacheable = request.key is not None and reason != "cancelled"
         if error is None and (request.returns.state or cacheable):
@@ -364,7 +362,7 @@ class Engine:
         self._end(request, reason, error)
 
     def _keep(self, row: int, request: Request, cacheable: bool) -> None:
-        """Puts the state at `row` into the cache and the stream; it has read all tokens but the last."""
+        """Put the state at `row` into the cache and the stream; it has read all tokens but the last."""
         state: Any = self.decoder.init_state().reserve(int(self.pool.position[row]))
         state.put(0, self.pool, row)
         if self.cache is not None and request.key is not None and cacheable:
@@ -373,14 +371,14 @@ class Engine:
             request.stream.state, request.stream.pending = _writable(state), request.made[-1:]
 
     def _fail(self, prompts: list[Prompt], error: Exception) -> None:
-        """Ends all requests of prompts that could not be read."""
+        """End all requests of prompts that could not be read."""
         for prompt in prompts:
             self.reading.remove(prompt)
             for request in prompt.requests:
                 self._end(request, "error", error)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        request.stream.reason = reason  # before None is delivered: who sees the end must find why
+        request.stream.reason = reason  # before None is delivered, so that the reader of the end finds the reason
         if error is not None:
             self._deliver(request.stream, error)
         self._deliver(request.stream, None)
@@ -388,41 +386,41 @@ class Engine:
     def _deliver(self, stream: Stream, item: Token | Exception | None) -> None:
         try:
             (stream.deliver or stream.inbox.put)(item)
-        except Exception:  # the callback's own, such as a closed event loop: nobody listens any more
+        except Exception:  # of the callback, such as a closed event loop: nothing receives the tokens any more
             stream.cancel()
 
     # a thread of its own
 
     def start(self) -> "Engine":
-        """Steps in a thread while there is work, until `close`."""
-        machine.release_workers()  # the new thread gets OpenMP workers of its own: twice as many would fight for cores
+        """Start a thread that steps while there is work, until `close`."""
+        machine.release_workers()  # the new thread gets its own OpenMP workers: twice as many would compete for cores
         self.thread = threading.Thread(target=self._run, name="retentive-engine", daemon=True)
         self.thread.start()
         return self
 
     def _run(self) -> None:
-        """The thread: steps while there is work, and sleeps until `submit` or `close` wakes it."""
+        """Step while there is work, and sleep until `submit` or `close` wakes the thread."""
         while True:
             if self.step():
                 continue
-            with self.wake:  # look again under the lock: a request that came since `step` would never wake us
+            with self.wake:  # check again under the lock: a request queued since `step` would never wake this thread
                 if self.closing and not self.queue:
                     return
                 if not self.queue:
                     self.wake.wait()
 
     def close(self, *, drain: bool = True) -> None:
-        """No new requests; those in flight are finished, or cancelled if not `drain`; then the thread ends."""
+        """Refuse new requests, finish those in flight (or cancel them if not `drain`), and end the thread."""
         with self.wake:
             self.closing, self.abandoned = True, self.abandoned or not drain
             self.wake.notify()
         if self.thread is not None:
             self.thread.join()
-        while self.step():  # without a thread the queue is worked off here
+        while self.step():  # without a thread, the remaining requests are finished here
             continue
 
 
 def _writable(state: State) -> State:
-    """Returns a copy that the caller may write to; made in inference mode, it would be of inference tensors."""
+    """Copy a state so that the caller may write to it: a copy made in inference mode would have inference tensors."""
     with torch.inference_mode(False):
         return state.clone()

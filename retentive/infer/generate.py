@@ -1,7 +1,7 @@
-"""Generation, one sequence at a time: the prompt in chunks, then token by token, from a state that does not grow.
+"""Generation of one sequence: prefill of the prompt in chunks, then decoding token by token.
 
-This is the plain loop, and the oracle: the engine and speculative decoding must give the same tokens. It knows ids
-alone; their text is `text.py`.
+This is the plain loop and the reference: the engine and speculative decoding must give the same tokens. It handles ids
+only; `text.py` handles text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ from retentive.threads import threads_for
 class Token(NamedTuple):
     id: int
     logprob: float
-    """Natural log of its probability under the model, before temperature and filters."""
+    """Natural log of the token's probability under the model, before temperature and filters."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and their log probabilities, where they were asked for."""
+    """Likeliest tokens and their log probabilities, if requested."""
 
 
 def step_threads(model: LanguageModel, tokens: int, state: Any) -> AbstractContextManager:
-    """As many threads as reading so many tokens after `state` is worth, inside the block."""
+    """Context with as many threads as reading `tokens` tokens after `state` is worth."""
     if model.own_threads:
         return nullcontext()
-    # where the position is on a GPU, asking for it would wait for the GPU
+    # reading a position on a GPU would wait for the GPU
     context = 0 if state is None or model.device.type != "cpu" else int(state.position.max())
     return threads_for(cost.multiply_adds(model.config, tokens, context))
 
@@ -41,16 +41,16 @@ def step_threads(model: LanguageModel, tokens: int, state: Any) -> AbstractConte
 def prefill(
     model: LanguageModel, ids: Tensor, state: Any = None, *, rows: Rows | None = None, chunk: int = 4096
 ) -> tuple[Tensor, Any]:
-    """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state), reading `chunk` tokens at a time.
+    """Read `ids` `[1,T]`, `chunk` tokens at a time; returns (logits `[1, vocab]` after the last, state).
 
-    Activations take the memory of one chunk (and one picture), however long the prompt is; a Transformer's cache grows
-    beside them.
+    Activations take the memory of one chunk (and one picture) at any prompt length. A Transformer's cache grows with
+    the prompt.
 
     Args:
-        rows: rows of pictures and sound, for each kind those of all its placeholders among the ids.
+        rows: rows of pictures and sound, per kind for all its placeholders among the ids.
 
     Raises:
-        ValueError: a model that keeps no state (another library's); rows do not fit (`Placeholders`).
+        ValueError: the model keeps no state (another library's), or rows do not fit (`Placeholders`).
     """
     if not model.keeps_state:
         raise ValueError(f"{model.config.kind} has no state here: it can be trained and scored, not decoded")
@@ -62,12 +62,12 @@ def prefill(
             encoded = embeddings([span], lambda kind, rows: encoders[kind](rows.to(model.device)))
             embeds = inserted(model, part, encoded) if encoded else None
             x, state = model.hidden(part, state, embeds=embeds)
-            logits = model.head(x[:, -1])  # of the last token only: all of them would be [T, vocab]
+            logits = model.head(x[:, -1])  # after the last token only: all logits would be [T, vocab]
     return logits, state
 
 
 def placeholders_of(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None) -> Placeholders | None:
-    """Returns the placeholders of pictures and sound among the ids of a prompt; None without rows."""
+    """Placeholders of pictures and sound among the ids of a prompt; None without rows."""
     configs = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
     return Placeholders(torch.as_tensor(ids).flatten().tolist(), rows, configs) if rows else None
 
@@ -83,34 +83,34 @@ def generate(
     first_ids: Sequence[int] | None = None,
     state: State | None = None,
 ) -> Iterator[Token]:
-    """Tokens after `ids`, as they come, until one of `stop_ids` (which is not given out) or `max_tokens`.
+    """Generate tokens after `ids` until one of `stop_ids` (which is not returned) or `max_tokens`.
 
     Args:
         ids: the prompt, at least one token.
-        params: how to pick; the defaults sample from the model's own distribution.
-        rows: rows of pictures and sound, for each kind those of all its placeholders among `ids`.
-        first_ids: what the first token must be one of; anything if not given.
-        state: what the model has read before the prompt; used up.
+        params: sampling parameters; the defaults sample from the model's own distribution.
+        rows: rows of pictures and sound, per kind for all its placeholders among `ids`.
+        first_ids: tokens allowed as the first one; all if not given.
+        state: state before the prompt; consumed.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, or rows that do not fit; at the call, not at the first
-            token.
+        ValueError: the prompt is empty, has ids outside the vocabulary, or rows that do not fit. Raised at the call,
+            not at the first token.
         ArithmeticError: the model's logits are not finite.
     """
-    # checks are here and the loop is in `_tokens`: a generator would not raise before its first `next`
+    # the loop is a separate generator, which would not raise before its first `next`
     prompt, params = checked(model, ids, rows), params or SamplingParams()
     return _tokens(model, prompt, rows, params, max_tokens, frozenset(stop_ids), first_ids, state)
 
 
 def checked(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None = None) -> Tensor:
-    """The prompt as int64 `[1,T]` on the model's device; raises as `check_prompt` and `Placeholders`."""
+    """Check a prompt and return it as int64 `[1,T]` on the model's device; raises as `check_prompt`, `Placeholders`."""
     prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
     check_prompt(prompt[0].tolist(), model.config.vocab_size, placeholders_of(model, prompt, rows))
     return prompt.to(model.device)
 
 
 def check_prompt(ids: Sequence[int], vocab: int, placeholders: Placeholders | None = None) -> None:
-    """Raises ValueError for a prompt that is empty, or has ids outside the vocabulary that are no placeholders."""
+    """Raise ValueError for an empty prompt, or ids outside the vocabulary that are no placeholders."""
     if not ids:
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     text = ids if placeholders is None else [id for id in ids if id not in placeholders.tokens] or [0]
@@ -119,7 +119,7 @@ def check_prompt(ids: Sequence[int], vocab: int, placeholders: Placeholders | No
 
 
 def _tokens(model, prompt, rows, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
-    """The loop of `generate`."""
+    """Loop of `generate`."""
     sampler = Sampler(params, prompt, model.config.vocab_size)
     logits, state = prefill(model, prompt, state, rows=rows)
     made = 0

@@ -1,8 +1,8 @@
 """Questions about pictures and sound, and memories of them.
 
 answer(model, template, [picture, "What is it?"])      the text in pieces
-state = read(model, ids, rows)                         for what is scored after it
-remember(model, template, files)                       a memory of them, hours long perhaps, to be asked many times
+state = read(model, ids, rows)                         the state after them, to score continuations
+remember(model, template, files)                       a memory of files, even hours long, for many questions
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,10 @@ from retentive.models.encoders import encoders_of
 
 
 def read(model: LanguageModel, ids: Sequence[int], rows: Rows, state: Any = None) -> Any:
-    """Returns the state after ids, which may be empty, with a placeholder for each of the rows among them.
+    """Read ids, which may be empty and hold a placeholder for each of the rows; returns the state after them.
 
     Args:
-        state: what the model has read before; used up.
+        state: state before the ids; consumed. None begins afresh.
 
     Raises:
         ValueError: as `prefill`.
@@ -45,14 +45,14 @@ def answer(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """What the model answers to a user's message, in pieces, without space before it.
+    """The model's answer to a user's message, in pieces, without leading space.
 
     Args:
         content: texts and media in order (`multimodal.Opener` opens files).
-        stop: strings that end the answer, beside the template's own.
+        stop: strings that end the answer, in addition to the template's own.
 
     Raises:
-        ValueError: as `generate`; the template refuses the message.
+        ValueError: as `generate`, or the template refuses the message.
     """
     messages = [{"role": "user", "content": content}]
     ids, rows = template.first(messages), rows_of(messages)
@@ -70,10 +70,10 @@ def answer_to(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """As `answer`, to the question that ends with these ids; `state` has read what comes before, and is used up.
+    """Same as `answer`, for a question encoded as `ids` after `state`, which is consumed.
 
     Args:
-        rows: those of the placeholders among the ids.
+        rows: rows of the placeholders among the ids.
     """
     stop_ids = sorted(template.stop_ids)
     tokens = generate(model, ids, params, rows=rows, max_tokens=max_tokens, stop_ids=stop_ids, state=state)
@@ -87,15 +87,15 @@ def remember(
     *,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Memory:
-    """A memory of pictures and sounds, as a user's message begins with them; `asked` is what follows in it.
+    """Read pictures and sound into a memory, as the beginning of a user's message; `asked` gives the rest of it.
 
     Args:
-        files: of data.media.SUFFIXES, read in this order; of a sound only some seconds are in memory at a time.
+        files: files with suffixes of data.media.SUFFIXES, in order; sound is loaded some seconds at a time.
         progress: called with the tokens read so far.
 
     Raises:
-        ValueError, OSError: no files, a file that is no picture or sound, or one that the model does not take.
-        ImportError: without the extra `multimodal`.
+        ValueError, OSError: no files, a file that is no picture or sound, or one that the model cannot read.
+        ImportError: the extra `multimodal` is not installed.
     """
     from retentive.multimodal.prepare import Opener  # an extra
 
@@ -122,9 +122,9 @@ def remember(
 
 
 def asked(model: LanguageModel, template: ChatTemplate, memory: Memory, question: str) -> list[int]:
-    """The ids to read after a memory that `remember` has made, for a question about what is in it.
+    """Ids to read after a memory made by `remember`, for a question about it.
 
-    Where a conversation has gone on from it, the question is its next message.
+    If a conversation has continued from the memory, the question is its next message.
     """
     kind = next(source["kind"] for source in reversed(memory.sources) if "kind" in source)  # text may have followed
     before, after = _around(template, kind, encoders_of(model)[kind].config, question)
@@ -135,7 +135,7 @@ def asked(model: LanguageModel, template: ChatTemplate, memory: Memory, question
 
 
 def _around(template: ChatTemplate, kind: str, config: Any, question: str) -> tuple[list[int], list[int]]:
-    """The ids of a message before its picture or sound, and those after it, with a question."""
+    """(ids of a message before its picture or sound, ids after it, with a question)."""
     one = Media(kind, np.zeros((1, config.features), np.uint8))
     ids = template.first([{"role": "user", "content": [one, question]}])
     at = ids.index(config.token)

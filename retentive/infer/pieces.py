@@ -1,9 +1,10 @@
-"""A long prompt read by several processes: each reads a piece of it, and they hand on states (`ops.pieces`).
+"""Prefill of a long prompt by several processes: each reads a piece, and they hand on states (`ops.pieces`).
 
     round 1:  [process 0][process 1] … [process P-1]  round 2:  [process 0] …
-               chunk      chunk          chunk -> the state after all of them, which every process gets
+               chunk      chunk          chunk -> the state after all of them, sent to every process
 
-Activations take the memory of a chunk, as in `generate.prefill`, and a round exchanges as much whatever its length.
+Activations take the memory of one chunk, as in `generate.prefill`. The data exchanged in a round do not depend on its
+length.
 """
 
 from typing import Any
@@ -22,12 +23,12 @@ from retentive.ops.pieces import gather_over
 def prefill_in_pieces(
     model: LanguageModel, ids: Tensor, group: dist.ProcessGroup, state: Any = None, *, chunk: int = 4096
 ) -> tuple[Tensor, State]:
-    """(logits `[1, vocab]` after the last of `ids` `[1,T]`, state) as `prefill` has them, the same on all processes.
+    """Same as `prefill` on all processes: returns (logits `[1, vocab]` after the last of `ids` `[1,T]`, state).
 
     All processes of the group call this at the same time, with the same arguments. Each reads 1 / P of the tokens.
 
     Raises:
-        ValueError: a model that attends, whose cache would have to be handed on; ids of another shape, or none.
+        ValueError: the model has attention, whose cache would have to be handed on; ids are empty or of another shape.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"ids must be [1,T] with at least one token, got {list(ids.shape)}")
@@ -40,7 +41,7 @@ def prefill_in_pieces(
     goes_on = torch.tensor([rank > 0], device=model.device)
     for part in ids.split(size * chunk, 1):
         length = part.shape[1]
-        if length < size:  # too few for all to have one
+        if length < size:  # fewer tokens than processes
             logits, state = prefill(model, part, state)
             continue
         begin, end = rank * length // size, (rank + 1) * length // size

@@ -1,10 +1,10 @@
 """Placeholders of pictures and sound among a prompt's ids: their embeddings chunk by chunk, and keys for the cache.
 
-    placeholders = Placeholders(ids, rows, configs)         rows: for each kind those of all its placeholders
+    placeholders = Placeholders(ids, rows, configs)         rows: per kind, for all its placeholders
     embeddings([(placeholders, begin, end)], encode)        by kind, for the placeholders among ids[begin:end]
 
-Chunks of a prompt may begin and end anywhere. Sound is encoded chunk by chunk. A picture is encoded whole, just before
-the first chunk that holds a token of it; the embeddings of its other tokens wait here for the next chunks.
+Chunks of a prompt may begin and end anywhere. Sound is encoded chunk by chunk. A picture is encoded whole, before the
+first chunk that holds one of its tokens. The embeddings of its other tokens wait here for the next chunks.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Encode = Callable[[str, Tensor], Tensor]
 
 
 class Placeholders:
-    """The placeholders of one prompt, and the rows that they stand for.
+    """Placeholders of one prompt, and the rows that they stand for.
 
     Args:
         configs: the encoders' configs by kind.
@@ -54,9 +54,9 @@ class Placeholders:
         return keys
 
     def within(self, begin: int, end: int, room: int) -> tuple[int, int]:
-        """Returns (end of the longest ids[begin:end] for which encoders read at most `room` rows, room that is left).
+        """Returns (end of the longest ids[begin:end] for which encoders read at most `room` rows, remaining room).
 
-        A picture counts with all its rows, and is begun as long as there is any room.
+        A picture counts with all its rows, and is begun if there is any room.
         """
         for of_kind in self.kinds.values():
             end, room = of_kind.within(begin, end, room)
@@ -70,7 +70,7 @@ class Placeholders:
 
 
 class OfKind:
-    """The placeholders of one kind. The n-th stands for row n."""
+    """Placeholders of one kind. The n-th stands for row n."""
 
     def __init__(self, kind: str, rows: np.ndarray, places: np.ndarray, config: Config):
         self.kind, self.rows, self.places, self.unit = kind, rows, places, config.unit
@@ -82,14 +82,14 @@ class OfKind:
         """Embeddings that no chunk has read yet, from row `first` on."""
 
     def _due(self, begin: int, end: int) -> tuple[int, int, int, int]:
-        """Returns (first, last) row of ids[begin:end], and (first, last) row to encode before: whole pictures."""
+        """Returns (first, last) row of ids[begin:end], then (first, last) row to encode before it, whole pictures."""
         first, last = self.places.searchsorted((begin, end)).tolist()
-        # a cached state may have read part of a picture, which is then encoded from its beginning
+        # a cached state may have read a part of a picture; the picture is still encoded from its beginning
         start = max(self.first + len(self.waiting), first - first % self.unit)
         return first, last, start, max(start, last + -last % self.unit)
 
     def due(self, begin: int, end: int) -> np.ndarray:
-        """Returns the rows to encode before ids[begin:end] are read; none if that was done."""
+        """Returns the rows to encode before ids[begin:end] are read; none if they are encoded already."""
         _, _, start, stop = self._due(begin, end)
         return self.rows[start:stop]
 

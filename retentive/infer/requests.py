@@ -1,7 +1,7 @@
-"""What goes into the engine and comes out of it: a `Stream` for the caller, a `Request` and a `Prompt` for the engine.
+"""Requests of the engine: a `Stream` for the caller, a `Request` and a `Prompt` inside the engine.
 
-All three are found by identity (eq=False): two equal prompts are two requests, and comparing long ones token by token,
-as a dataclass would, costs time at every `remove`.
+All three compare by identity (eq=False). Two equal prompts are two requests, and comparing long prompts token by token
+would cost time at every `remove`.
 """
 
 import queue
@@ -19,76 +19,76 @@ from retentive.models.state import State
 
 
 class Full(Exception):
-    """The queue has no room: try again later."""
+    """Error for a full queue: try again later."""
 
 
 class Constraint(Protocol):
-    """Which tokens may come next, as for JSON or a regular expression. One object a stream; its errors end that one."""
+    """Constraint on the next token, such as JSON or a regular expression. One object a stream; an error ends it."""
 
     eos_id: int
     """The token that ends the text; allowed where the text may end."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but the end may come: the stream then stops, as if the end had been picked."""
+        """True if only the end may follow: the stream then stops, as if the end had been picked."""
 
     def mask(self) -> Tensor:
-        """Bool `[vocab]`, the tokens allowed now; a shorter mask allows none beyond its end."""
+        """Mask of the tokens allowed now, bool `[vocab]`; a shorter mask allows none beyond its end."""
 
     def accept(self, token: int) -> None:
-        """Take note of the token that was picked."""
+        """Advance by the token that was picked."""
 
 
 def allowed(constraint: Constraint, vocab: int) -> Tensor:
-    """The constraint's mask, bool `[vocab]`.
+    """The constraint's mask, padded to bool `[vocab]`.
 
     Raises:
-        ValueError: a mask that is longer, or allows nothing.
+        ValueError: the mask is longer, or allows nothing.
     """
     mask = constraint.mask()
     if mask.dtype != torch.bool or mask.ndim != 1 or len(mask) > vocab or not bool(mask.any()):
         raise ValueError(f"a constraint must allow some of {vocab} tokens, got {mask.dtype} {list(mask.shape)}")
-    # a model may have more rows of logits than its tokenizer has tokens: those are never allowed
+    # a model may have more logits than its tokenizer has tokens: the surplus is never allowed
     return torch.nn.functional.pad(mask, (0, vocab - len(mask)))
 
 
 @dataclass(frozen=True)
 class Returns:
-    """What a request wants beside its tokens; all of it costs something."""
+    """Results of a request beside its tokens; each costs time or memory."""
 
     top: int = 0
-    """How many of the likeliest tokens come with each token."""
+    """Number of likeliest tokens to return with each token."""
     prompt: bool = False
-    """Log probabilities of the prompt too; no cached state is used then, which would not have them."""
+    """Return log probabilities of the prompt too. No cached state is used then: it does not have them."""
     state: bool = False
-    """The state at the end is left in the stream, so that another request can go on from there."""
+    """Leave the final state in the stream, so that another request can continue from it."""
 
 
 @dataclass(eq=False)
 class Stream:
-    """The tokens of one request, as they come: iterate over it. `reason` says at the end why there are no more."""
+    """Iterator over the tokens of one request, as they are made. Afterwards `reason` says why it ended."""
 
     ids: list[int]
     """The prompt."""
     cached: int = 0
-    """Tokens of the prompt that a cached state had read."""
+    """Number of prompt tokens that a cached state had read already."""
     reason: str | None = None
-    """ "stop" (an id of stop_ids, not given out), "length", "cancelled" or "error"; None while it runs."""
+    """Reason of the end: "stop" (a token of stop_ids, not returned), "length", "cancelled" or "error"; None before."""
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Of prompt tokens 1, 2, …, given those before; where asked for (`Returns`)."""
+    """Log probabilities of prompt tokens 1, 2, …, each given those before, if requested (`Returns`)."""
     prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """The likeliest tokens at each of those positions, where both were asked for."""
+    """Likeliest tokens at each of those positions, if both were requested."""
     state: State | None = None
-    """The state at the end, where asked for: it has read all tokens but `pending`."""
+    """Final state, if requested: it has read all tokens but `pending`."""
     pending: list[int] = field(default_factory=list)
-    """The last token, which has been picked but not read."""
+    """The last token, picked but not yet read."""
     prompt_state: State | None = None
-    """State before the prompt's last token, for a prompt with pictures or sound whose last state is asked for: they
-    cannot be read again from their ids where an answer is cut short."""
+    """State before the prompt's last token, for a prompt with pictures or sound if the final state is requested. If
+    the answer is cut short, these cannot be read again from their ids."""
     cancelled: bool = False
-    """Set by any thread, read by the engine's before each step."""
+    """True after `cancel`. Any thread may set it; the engine's thread reads it before each step."""
     deliver: Callable[[Token | Exception | None], object] | None = None
-    """Called from the engine's thread with each token, an exception, or None at the end; iterate over it otherwise."""
+    """Callback from the engine's thread with each token, an exception, or None at the end. Replaces iterating."""
     inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
     def __iter__(self) -> Iterator[Token]:
@@ -98,13 +98,13 @@ class Stream:
             yield item
 
     def cancel(self) -> None:
-        """No more tokens: its slot is free at the engine's next step."""
+        """Stop the request: its slot is free at the engine's next step."""
         self.cancelled = True
 
 
 @dataclass(eq=False)
 class Request:
-    """What the engine knows of a stream: it waits with its prompt, then decodes in a row of the pool."""
+    """A stream inside the engine: it waits with its prompt, then decodes in a row of the pool."""
 
     stream: Stream
     sampler: Sampler
@@ -114,14 +114,14 @@ class Request:
     returns: Returns
     key: Sequence[int] | None
     """Key of the prompt in the prefix cache: its ids, with hashes of pictures and sound. None without a cache, and for
-    a prompt that began from a state: what that has read is not in the ids, so nobody can look its prefixes up."""
+    a prompt that began from a given state, whose tokens are not among the ids."""
     made: list[int] = field(default_factory=list)
-    """Tokens picked so far, one of `stop_ids` at the end included."""
+    """Tokens picked so far, including a final one of `stop_ids`."""
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt on its way into one state, and the requests that will go on from there (n > 1 share it)."""
+    """A prompt that is being read into one state, and the requests that continue from it (n > 1 share it)."""
 
     ids: list[int]
     requests: list[Request]
@@ -132,22 +132,25 @@ class Prompt:
 
     @property
     def key(self) -> Sequence[int] | None:
-        """Key in the prefix cache, the same for all its requests."""
+        """Key in the prefix cache, the same for all requests of the prompt."""
         return self.requests[0].key
 
     @property
     def scored(self) -> bool:
-        """Whether its own log probabilities are wanted."""
+        """True if log probabilities of the prompt are requested."""
         return self.requests[0].returns.prompt
 
     @property
     def left(self) -> int:
-        """Tokens still to read: all but the last, whose decoding gives the first token of the completion."""
+        """Tokens still to prefill: all but the last, whose decoding gives the first token of the completion."""
         return len(self.ids) - 1 - self.read
 
     def until_kept(self, every: int) -> int:
-        """Tokens until the next state for the cache: at multiples of `every`, after the last picture or sound, at the
-        end. Other prompts are likely to begin with these."""
+        """Tokens until the next state for the cache.
+
+        States are kept at multiples of `every`, after the last picture or sound, and at the end, where other prompts
+        are likely to share a prefix.
+        """
         ends = [self.read + every - self.read % every, len(self.ids) - 1]
         if self.placeholders is not None and self.placeholders.end > self.read:
             ends.append(self.placeholders.end)

@@ -1,4 +1,4 @@
-"""Scheduling of prefill: how much of each prompt one step reads."""
+"""Scheduling of prefill: the number of tokens that a step reads of each prompt."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from retentive.infer.requests import Prompt
 
 
 def shared(reading: Sequence[Prompt], chunk: int, every: int | None) -> list[tuple[Prompt, list[int]]]:
-    """Returns (prompt, its next ids) for the prompts that a step reads from: equal shares of the prefill chunk.
+    """Divide the prefill chunk equally: returns (prompt, its next ids) for each prompt that the step reads.
 
-    Tokens that short prompts leave go to the longer ones. So a long prompt does not hold up the short ones, nor many
-    short ones the long one. Encoders of pictures and sound read no more rows than the chunk has tokens, or one picture.
+    Tokens that short prompts leave go to longer ones. So a long prompt does not hold up short ones, nor many short ones
+    a long one. Encoders of pictures and sound read at most as many rows as the chunk has tokens, or one picture.
 
     Args:
         reading: prompts in order of admission.

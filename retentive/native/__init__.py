@@ -1,4 +1,4 @@
-"""The whole model in C: it reads and decodes at the speed of memory, over the states that torch would use."""
+"""The native engine: the whole model in C. It prefills and decodes over the same states as torch."""
 
 from retentive.native.library import describe
 from retentive.native.model import ENGINES, NativeModel, refused, unfit, with_engine

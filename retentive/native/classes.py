@@ -1,7 +1,7 @@
-"""Which class a character has where words are split: `python -m retentive.native.classes` writes `c/classes.h`.
+"""Character classes for splitting words: `python -m retentive.native.classes` writes `c/classes.h`.
 
-Nothing is known here of Unicode: the pre-tokenizers of the `tokenizers` package, ByteLevel (GPT-2's words) and Digits,
-are asked how they split every character there is. Their versions know different versions of Unicode.
+The classes are not taken from Unicode tables. They are measured: the pre-tokenizers ByteLevel (GPT-2's words) and
+Digits of the `tokenizers` package split every character. Their versions know different versions of Unicode.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from retentive.files import write_text
 from retentive.native.library import FOLDER
 
 NAMES = ("SPACE", "LETTER", "DIGIT", "OTHER", "NEW_DIGIT")
-"""NEW_DIGIT is one that Digits cuts off, but GPT-2's pattern, with an older Unicode, does not know."""
+"""Class names. NEW_DIGIT is a digit that Digits splits off, but GPT-2's pattern, with an older Unicode, does not."""
 SPACE, LETTER, DIGIT, OTHER, NEW_DIGIT = range(5)
 BEYOND = 0x110000
 PART = 1 << 10
-"""Characters that are split at once: longer texts take them longer than their length says."""
+"""Characters split at once: the time for longer texts grows faster than their length."""
 PAGE = """/* The classes of characters where words are split: `python -m retentive.native.classes` has written them, as
 tokenizers {version} has them. Each entry is the first character of a run << 3 | the class of all up to the next. */
 
@@ -38,8 +38,7 @@ class Run(NamedTuple):
 
 
 def runs() -> list[Run]:
-    """The classes of all code points, as the installed tokenizers has them. Surrogates, which no text holds, are
-    OTHER."""
+    """Classes of all code points in the installed tokenizers. Surrogates, which no text holds, are OTHER."""
     from tokenizers import pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +52,7 @@ def runs() -> list[Run]:
 
 
 def _pieces(*splitters: Any) -> Iterator[int]:
-    """Where a piece of the text of all characters, in order, begins: inside of it all have one class."""
+    """Yield the first character of each piece of the text of all characters, in order: a piece has one class."""
     for begin in range(0, BEYOND, PART):
         if 0xD800 <= begin < 0xE000:
             yield begin
@@ -62,14 +61,14 @@ def _pieces(*splitters: Any) -> Iterator[int]:
         starts = {
             begin,
             *(range(128) if begin == 0 else ()),
-        }  # of ASCII each by itself: a space is joined to what follows
+        }  # each ASCII character by itself: a space is joined to the next character
         for splitter in splitters:
             starts.update(begin + start for _, (start, _) in splitter.pre_tokenize_str(text))
         yield from sorted(starts)
 
 
 def _class(words: Any, digits: Any, character: str) -> int:
-    """That beside whose like the character stays in one word."""
+    """Class of a character: it stays in one word with other characters of its class."""
     for kind, like in ((LETTER, "x"), (DIGIT, "1"), (OTHER, "!")):
         if len(words.pre_tokenize_str(like + character + like)) == 1:
             cut = len(digits.pre_tokenize_str("x" + character)) == 2
@@ -78,7 +77,7 @@ def _class(words: Any, digits: Any, character: str) -> int:
 
 
 def header() -> str:
-    """The text of `c/classes.h`."""
+    """Text of `c/classes.h`."""
     import tokenizers
 
     entries = [f"{run.first << 3 | run.kind:#x}," for run in runs()]

@@ -1,4 +1,4 @@
-"""The compiled library: the structs of `c/model.h`, `c/block.h` and `c/read.c`, and what is called."""
+"""The compiled library: the structs of `c/model.h`, `c/block.h` and `c/read.c`, and its functions."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ from retentive.ops.cpu import struct
 FOLDER = Path(__file__).with_name("c")
 SOURCE = Source("native", (FOLDER / "read.c",), (FOLDER, OPS), (*FLAGS, f"-I{OPS}"))
 KINDS = ("float32", "bfloat16", "int8", "int4")
-"""The kinds of weights, as `c/weights.h` counts them."""
+"""Kinds of weights, numbered as in `c/weights.h`."""
 
 
 class Matrix(ctypes.Structure):
@@ -67,7 +67,7 @@ class Heading(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | NotBuilt:
-    """The compiled library, or why there is none; looked for once in a process, even if that failed."""
+    """Compile and load the library once a process, even if that fails; NotBuilt says why there is none."""
     built = load(SOURCE)
     if not isinstance(built, NotBuilt):
         built.packed_bytes.restype = ctypes.c_int64
@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL | NotBuilt:
 
 
 def describe() -> str:
-    """What the engine runs with, or why there is none, in a line."""
+    """One line about the engine: its CPU instructions, or the reason why there is none."""
     built = library()
     if isinstance(built, NotBuilt):
         return f"none, torch reads and decodes instead ({built})"

@@ -1,4 +1,4 @@
-"""NativeModel: a model whose tokens the C library reads, over the same states as torch."""
+"""NativeModel: a model run by the C library, over the same states as torch."""
 
 import ctypes
 import weakref
@@ -20,11 +20,11 @@ from retentive.ops.compiler import NotBuilt
 from retentive.ops.cpu import DTYPES
 
 ENGINES = ("auto", "native", "torch")
-"""Engines that can read tokens; auto is native where that can run the model."""
+"""Engines that can run a model; auto is native if that can run the model."""
 STEPS = 64
-"""Tokens at most that go through rings one by one; more are read in chunks."""
+"""Maximum tokens that go through rings one by one; more are read in chunks."""
 ROOM = 1 << 62
-"""Tokens for which there is room where no cache grows."""
+"""Room in tokens if no cache grows."""
 
 
 def unfit(model: Any) -> str | None:
@@ -47,8 +47,8 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
     """The model, read by one of ENGINES.
 
     Raises:
-        ValueError: an unknown engine, or native was asked for and cannot run the model.
-        MemoryError: no memory for the packed weights, and native was asked for.
+        ValueError: the engine is unknown, or is "native" and cannot run the model.
+        MemoryError: the engine is "native", and there is no memory for the packed weights.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
@@ -59,7 +59,7 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
     except MemoryError:
         if engine == "native":
             raise
-        return model  # whose weights are there already
+        return model  # torch needs no packed copy of the weights
 
 
 def native_here(*tensors: Tensor | None) -> bool:
@@ -81,7 +81,7 @@ class NativeHead(nn.Module):
         self._packed, self._threads = packed, threads
 
     def forward(self, x: Tensor) -> Tensor:
-        if not native_here(x) or not x.numel():  # of nothing: where a chunk of a text predicts no token
+        if not native_here(x) or not x.numel():  # x is empty if a chunk of a text predicts no token
             head, dtype = self._torch
             return head(x.to(dtype))
         rows, matrix = x.reshape(-1, x.shape[-1]).float().contiguous(), self._packed.struct.head
@@ -93,10 +93,10 @@ class NativeHead(nn.Module):
 
 
 class NativeModel(LanguageModel):
-    """The same model, with the same parameters: calls without gradients are read by the library, others by torch.
+    """The same model with the same parameters: the library runs calls without gradients, torch all others.
 
-    Both take and return the same states, so that either goes on where the other stopped. The library has a packed copy
-    of the weights, and packs again what has changed since the last call; another dtype of the weights is refused.
+    Both take and return the same states, so either continues where the other stopped. The library has a packed copy of
+    the weights, and packs weights again that changed since the last call. It refuses a changed dtype.
     """
 
     own_threads = True
@@ -104,10 +104,10 @@ class NativeModel(LanguageModel):
     def __init__(self, model: LanguageModel, *, threads: int | None = None):
         """
         Args:
-            threads: the most that a call uses; by default torch's number.
+            threads: maximum threads of a call; by default torch's number.
 
         Raises:
-            ValueError: the library cannot run such a model, or there is none.
+            ValueError: the library cannot run this model, or is not available.
             MemoryError: no memory for the packed weights.
         """
         if reason := refused(model):
@@ -145,7 +145,7 @@ class NativeModel(LanguageModel):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """As every model's, but float32 where the library has computed it."""
+        """Same as `LanguageModel.hidden`, but float32 if the library computed it."""
         if lengths is not None or forced() or not native_here(ids, embeds, cu_seqlens):
             return super().hidden(ids, state, embeds=embeds, cu_seqlens=cu_seqlens, lengths=lengths)
         if self.dtype != self._packed_dtype:
@@ -179,8 +179,8 @@ class NativeModel(LanguageModel):
     def _memories(self, state: State, tokens: Tensor, *, equal: bool) -> "tuple[Sequence[Any], Places]":
         """The memories to read tokens `[N]` into, in place.
 
-        Single tokens go through rings, and a few where there are rings with room for them; more in chunks through plain
-        states. Caches take any number.
+        A single token goes through rings, and so do a few tokens if the rings have room. More go through plain states
+        in chunks. Caches take any number.
 
         Args:
             equal: all sequences have as many tokens.
@@ -192,10 +192,10 @@ class NativeModel(LanguageModel):
         if tuple(state.position.shape) != (N,):
             raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
         longest = int((state.position + tokens).max()) if self.config.attends else 0
-        kept = self._kept  # looked at once: another thread may put its own there
+        kept = self._kept  # read once: another thread may replace it
         if kept is not None and kept.N == N and kept.most >= T and longest <= kept.room and kept.are_of(state.memories):
             state.check_unused()
-            return state.memories, kept  # where the last token went, as a rule
+            return state.memories, kept  # usually the memories of the last token
         state = self.checked(state).placed(self.config.kinds)
         for block, memory in zip(self.blocks, state.memories, strict=True):
             _check_memory(block.mixer, memory, N, self.dtype)
@@ -267,17 +267,17 @@ def _with_room(memory: Memory, slots: int) -> Memory:
 
 
 class Places:
-    """The addresses of memories, written down once for all tokens that go into the same ones."""
+    """Addresses of memories, collected once for all tokens that are read into the same memories."""
 
     def __init__(self, memories: Sequence[Memory], N: int, most: int):
         """
         Args:
-            most: tokens at most that go through rings one by one; 0: states are plain, tokens go in chunks.
+            most: maximum tokens that go through rings one by one; 0 if states are plain and tokens go in chunks.
         """
         self.N, self.most, self.room = N, most, ROOM
         self._array = (lib.Memory * len(memories))(*map(self._place, memories))
         self.address = ctypes.addressof(self._array)
-        # weak: a pool that nobody else holds can go, and a ring that comes in its place is another one
+        # weak references, so that an unused pool can be freed; a ring at the same address is another object
         self._held = [weakref.ref(_holder(memory)) for memory in memories]
 
     def _place(self, memory: Memory) -> Any:
@@ -291,7 +291,7 @@ class Places:
         return lib.Memory(k=memory.keys.data_ptr(), v=memory.values.data_ptr(), decay=gates, slots=memory.slots)
 
     def are_of(self, memories: Sequence[Memory]) -> bool:
-        """True if these are the very memories, in the same order."""
+        """True if these are the same memory objects, in the same order."""
         same = (held() is _holder(memory) for held, memory in zip(self._held, memories, strict=False))
         return len(memories) == len(self._held) and all(same)
 

@@ -1,5 +1,7 @@
-"""A model's weights as the library reads them: every matrix packed once, those of a sublayer that read the same input
-one below the other; and packed again when the model's own weights change."""
+"""A model's weights packed for the library, and packed again when the model's own weights change.
+
+Matrices of a sublayer that read the same input are packed as one, one below the other.
+"""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -16,20 +18,20 @@ from retentive.native.library import KINDS, Layer, Matrix, Model, Turn, library
 from retentive.ops.rotary import frequencies
 
 ROWS, LINE = 16, 64
-"""Rows of a panel, bytes of its lines: c/weights.h."""
+"""Rows of a panel and bytes of its lines, as in c/weights.h."""
 ACTIVATIONS = ("swish", "gelu", "sigmoid")
-"""Activations as c/model.h counts them."""
+"""Activations, numbered as in c/model.h."""
 MIXERS = ("retention", "attention")
-"""Kinds of layers as c/model.h counts them."""
+"""Kinds of layers, numbered as in c/model.h."""
 
 
 class Rows(NamedTuple):
-    """Some rows of a matrix as they are stored, with their scales if they are integers."""
+    """Rows of a matrix as stored, with scales if they are integers."""
 
     kind: str
     columns: int
     group: int
-    """Columns of a scale; 0 for floats."""
+    """Columns per scale; 0 for floats."""
     stored: Tensor
     scales: Tensor | None = None
 
@@ -47,16 +49,16 @@ class Rows(NamedTuple):
 
     @property
     def shape(self) -> str:
-        """Everything but the numbers: kind, rows, columns, and the columns of a scale."""
+        """Text of everything but the numbers: kind, rows, columns, and columns per scale."""
         grouped = f" in groups of {self.group}" if self.group else ""
         return f"{self.kind} [{len(self.stored)}, {self.columns}]{grouped}"
 
 
 class Watched:
-    """Copies of parameters, made again when one of these has changed.
+    """Copies of parameters, renewed when a parameter has changed.
 
-    Seen are the changes that torch counts: other storage in a parameter's place (`load_state_dict`, `.data =`), and
-    operations in place, such as an optimiser's step. Writing into `.data` is not counted.
+    It detects new storage of a parameter (`.data =`), and the in-place operations that torch counts, such as
+    `load_state_dict` and an optimiser's step. It does not detect writing into `.data`.
     """
 
     def __init__(self) -> None:
@@ -66,14 +68,14 @@ class Watched:
         self._copied: list[Tensor] = []  # kept alive, so that no other storage gets the same address
 
     def add(self, copy: Callable[[], None], *modules: nn.Module) -> None:
-        """Has `copy` called at the next refresh, and after a change of the modules' parameters."""
+        """Register `copy`, called at the next refresh, and after a change of the modules' parameters."""
         first = len(self._places)
         self._places += [(m._parameters, name) for m in modules for name, x in m._parameters.items() if x is not None]
         self._copies.append((range(first, len(self._places)), copy))
         self._stamps += [(0, -1)] * (len(self._places) - first)
 
     def refresh(self) -> None:
-        """Copies what is new or has changed.
+        """Copy parameters that are new or have changed.
 
         Raises:
             ValueError: a parameter has another shape or dtype than before.
@@ -97,7 +99,7 @@ def _versions(parameters: list[Any]) -> list[int]:
 
 
 class Packed:
-    """A model for the library (`struct Model`), with all memory that it points to."""
+    """A model for the library (`struct Model`), with all memory that the struct points to."""
 
     def __init__(self, model: LanguageModel):
         """
@@ -165,7 +167,7 @@ class Packed:
         )  # fmt: skip
 
     def _kept(self, memory: Any) -> int:
-        """The address of something that lives as long as this does."""
+        """Keep an object alive as long as this one, and return its address."""
         self._keep.append(memory)
         return ctypes.addressof(memory)
 
@@ -173,7 +175,7 @@ class Packed:
         return self._kept((ctypes.c_double * len(numbers))(*numbers)) if numbers else None
 
     def _vector(self, module: Any, name: str = "weight") -> int | None:
-        """The address of a module's parameter as float32; None where there is none."""
+        """Address of a module's parameter as float32; None if there is none."""
         if module is None or module._parameters.get(name) is None:
             return None
         with torch.inference_mode(False):  # a tensor made in that mode could not be written outside it
@@ -189,16 +191,16 @@ class Packed:
     def _matrix(
         self, modules: Sequence[nn.Module | None], *, in_turn: bool = False, watched: Watched | None = None
     ) -> Matrix:
-        """The modules' matrices one below the other, each in panels of its own; or panels of each in turn.
+        """Pack the modules' matrices one below the other, each in its own panels; or panels of each in turn.
 
         Raises:
-            MemoryError: no memory for it.
+            MemoryError: no memory for the packed matrix.
         """
         there = [module for module in modules if module is not None]
         parts = [Rows.of(module) for module in there]
         kind, columns, group, *_ = parts[0]
         panels = sum(part.panels for part in parts)
-        # whole panels count as its rows, but for those of the last part, whose padding nobody asks for
+        # rows of whole panels, except for the last part, whose padding is left out
         rows = (panels - parts[-1].panels) * ROWS + len(parts[-1].stored)
         matrix = Matrix(rows, columns, KINDS.index(kind), group)
         size = library().packed_bytes(ctypes.byref(matrix)) + LINE
@@ -217,7 +219,7 @@ class Packed:
 
 
 def _pack(matrix: Matrix, module: nn.Module, shape: str, first: int, step: int) -> None:
-    """Packs a module's matrix into every `step`-th panel from `first` on."""
+    """Pack a module's matrix into every `step`-th panel from `first` on."""
     part = Rows.of(module)
     if part.shape != shape:
         raise ValueError(f"the native engine has packed {shape}, the model has {part.shape} now: call with_engine anew")

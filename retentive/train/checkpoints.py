@@ -1,12 +1,12 @@
-"""Training checkpoints: all that is needed to go on exactly, in safetensors and JSON. Each folder is whole or absent.
+"""Training checkpoints in safetensors and JSON: a run resumes from one exactly. Each folder is complete or absent.
 
 RUN/checkpoints/step-00000500/   model.safetensors  optimizer.safetensors  training.json  [state.safetensors]
                                  [ema.safetensors: the model with the averaged weights]
-RUN/checkpoints/damaged-step-…   one whose files were found to have changed: the one before it went on instead
-RUN/model.safetensors            the newest of those weights, averaged ones if there are, which `retentive.load` reads
-RUN/.untrained                   there until the first checkpoint: those weights are the initial ones
+RUN/checkpoints/damaged-step-…   a checkpoint whose files had changed: the run resumed from the one before it
+RUN/model.safetensors            weights of the newest checkpoint, averaged ones if any: `retentive.load` reads them
+RUN/.untrained                   exists until the first checkpoint: the weights are still the initial ones
 
-The state of the random numbers is not kept: the loop seeds them anew at every step.
+Random number generators are not saved: the loop seeds them anew at every step.
 """
 
 import json
@@ -37,26 +37,26 @@ from retentive.train.step import Training
 
 AVERAGED = "ema.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What optimisers keep of a parameter: AdamW the first three (fused, its step is a tensor there too), Muon the last."""
+"""Optimiser state of a parameter: AdamW keeps the first three (the fused one's step is a tensor), Muon the last."""
 
 
 class Contents(NamedTuple):
-    """What this rank writes of a checkpoint."""
+    """This rank's part of a checkpoint."""
 
     step: int
     files: dict[str, tuple[dict[str, Shard], dict[str, str]]]
-    """(tensors, metadata) by the names of the files."""
+    """(tensors, metadata) by file name."""
     state: State | None
-    """Of all ranks."""
+    """State of all ranks' rows."""
 
     def copied(self) -> "Contents":
-        """The same in other memory, so that training can go on in its own."""
+        """A copy in other memory, so that training can continue while it is written."""
         files = {file: ({n: x.copied() for n, x in part.items()}, about) for file, (part, about) in self.files.items()}
         return Contents(self.step, files, self.state and self.state.clone())
 
 
 def contents(training: Training) -> Contents:
-    """The checkpoint of the steps that are finished; all ranks must call this."""
+    """The checkpoint after the finished steps; all ranks must call this."""
     cluster, ema = training.cluster, training.ema
     weights, moments = weights_of(training.model, cluster), dict[str, Shard]()
     for name, p in saved(training.model):
@@ -72,7 +72,7 @@ def contents(training: Training) -> Contents:
 def write_first(
     run: Path, model: LanguageModel, tokenizer: Tokenizer | None, template: str | None, cluster: Cluster = ALONE
 ) -> None:
-    """Makes the run a model folder of the initial weights, so that it can be loaded before its first checkpoint.
+    """Write the initial weights, so that the run can be loaded as a model folder before its first checkpoint.
 
     All ranks must call this.
 
@@ -98,17 +98,17 @@ def write_first(
 
 
 def weights_of(model: nn.Module, cluster: Cluster) -> dict[str, Shard]:
-    """What this rank has of the parameters that are saved."""
+    """This rank's shards of the parameters that are saved, by name."""
     return {name: shard_of(name, p, cluster) for name, p in saved(model)}
 
 
 def write(run: Path, found: Contents, keep: int, cluster: Cluster = ALONE) -> Path:
-    """The folder of a checkpoint, once written; its weights are the run's from then on.
+    """Write a checkpoint, publish its weights as the run's, and return its folder.
 
-    All ranks must call this. Each writes its part of every file, so that any other number of them can go on.
+    All ranks must call this. Each writes its part of every file, so that any number of ranks can resume.
 
     Args:
-        keep: checkpoints that remain, the newest; older ones are deleted.
+        keep: number of newest checkpoints to keep; older ones are deleted.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there remain.
@@ -133,10 +133,10 @@ def write(run: Path, found: Contents, keep: int, cluster: Cluster = ALONE) -> Pa
                     sharded.seal(partial / name)
                 sums = {file.name: file_crc32(file) for file in sorted(partial.iterdir())}
                 write_json(partial / "training.json", {"step": found.step, "crc32": sums})
-                shutil.rmtree(folder, ignore_errors=True)  # what somebody took training.json from
+                shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder without training.json
                 partial.replace(folder)
                 publish(run, folder)
-                # The old ones last: a process killed at any moment leaves at least one whole checkpoint.
+                # Delete old ones last: a process killed at any moment leaves at least one complete checkpoint.
                 for old in folders(run)[:-keep]:
                     shutil.rmtree(old)
     finally:
@@ -149,8 +149,8 @@ class Writer:
     """Writes the checkpoints of a run, one after the other.
 
     Args:
-        background: while training goes on, from a copy in the memory of the CPU. What fails then is raised where the
-            next one is to be written, or at the end.
+        background: write while training continues, from a copy in CPU memory. An error is raised at the next `save`,
+            or at the end.
     """
 
     def __init__(self, run: Path, keep: int, cluster: Cluster = ALONE, *, background: bool = False):
@@ -160,7 +160,7 @@ class Writer:
         self._error: BaseException | None = None
 
     def save(self, found: Contents) -> None:
-        """Writes a checkpoint, as `write`; in the background, once the one before is written."""
+        """Write a checkpoint, as `write` does. In the background, waits for the previous one first."""
         self.wait()
         if self._for_thread is None:
             write(self.run, found, self.keep, self.cluster)
@@ -175,7 +175,7 @@ class Writer:
             self._error = error
 
     def wait(self) -> None:
-        """Returns once nothing is being written; raises what has failed meanwhile."""
+        """Wait for the background write to finish, and raise its error if it failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -187,15 +187,15 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not KeyboardInterrupt:  # of a user who does not wait any longer
+        if kind is not KeyboardInterrupt:  # a second Ctrl-C: the user does not want to wait
             self.wait()
 
 
 def publish(run: Path, folder: Path) -> None:
-    """Makes the checkpoint's weights the run's: by a hard link where the file system has them, else by a copy."""
+    """Make the checkpoint's weights the run's, by a hard link if the file system supports it, else by a copy."""
     partial, target = run / ".model.safetensors.partial", run / "model.safetensors"
     source = folder / AVERAGED if (folder / AVERAGED).is_file() else folder / "model.safetensors"
-    partial.unlink(missing_ok=True)  # of a process that was killed here
+    partial.unlink(missing_ok=True)  # left by a process that was killed here
     # renaming one link to a file over another does nothing (POSIX), and `partial` would remain
     if not (target.exists() and target.samefile(source)):
         try:
@@ -207,7 +207,7 @@ def publish(run: Path, folder: Path) -> None:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of so many finished steps lies: with zeros, so that names sort by step."""
+    """Folder of the checkpoint after `step` finished steps, padded with zeros so that names sort by step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -217,7 +217,7 @@ def folders(run: Path) -> list[Path]:
 
 
 class Damaged(ValueError):
-    """A checkpoint of which `file` is not as it was written."""
+    """Error for a damaged checkpoint: `file` has changed since it was written."""
 
     def __init__(self, file: Path):
         super().__init__(f"{file} is damaged")
@@ -225,10 +225,10 @@ class Damaged(ValueError):
 
 
 def check(folder: Path) -> int:
-    """The finished steps of a whole checkpoint, held against the sums in its training.json (which older ones lack).
+    """Verify a checkpoint by the checksums in its training.json (older ones have none); return its finished steps.
 
     Raises:
-        Damaged: a file of it is cut short, changed, or gone.
+        Damaged: one of its files is truncated, changed or missing.
     """
     file = folder / "training.json"
     try:
@@ -242,7 +242,7 @@ def check(folder: Path) -> int:
             file = folder / name
             if name in sums and file_crc32(file) != sums[name]:
                 raise Damaged(file)
-            with safe_open(file, framework="pt"):  # raises where it is shorter than its header says
+            with safe_open(file, framework="pt"):  # raises if the file is shorter than its header says
                 pass
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError):
         raise Damaged(file) from None
@@ -250,12 +250,12 @@ def check(folder: Path) -> int:
 
 
 def newest_whole(run: Path, tell: Callable[[str], None]) -> int:
-    """The steps of the newest checkpoint that is whole; 0 where there is none. Damaged ones are put aside, and told of.
+    """Finished steps of the newest undamaged checkpoint, or 0. Renames damaged ones and reports them by `tell`.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: all checkpoints are damaged.
     """
-    for rest in (run / "checkpoints").glob(".step-*"):  # of a save that was killed
+    for rest in (run / "checkpoints").glob(".step-*"):  # left by a save that was killed
         shutil.rmtree(rest)
     bad = list[Path]()
     for folder in reversed(folders(run)):
@@ -269,7 +269,7 @@ def newest_whole(run: Path, tell: Callable[[str], None]) -> int:
             shutil.rmtree(aside, ignore_errors=True)
             file.parent.rename(aside)
             tell(f"{file} is damaged: put aside as {aside.name}, going on from step {step}")
-        publish(run, folder)  # a process killed after saving may not have come to it
+        publish(run, folder)  # a process killed right after saving may not have published it
         return step
     if bad:
         remedy = f"`overwrite=True` begins anew, {option('init', run)} with another `out` trains on from the model"
@@ -280,10 +280,10 @@ def newest_whole(run: Path, tell: Callable[[str], None]) -> int:
 def restore(run: Path, step: int, training: Training) -> None:
     """Loads the checkpoint of `step` finished steps: weights, moments, averages and the carried state.
 
-    Each rank reads its part of it, however many have written it.
+    Each rank reads its own part, however many ranks wrote it.
 
     Raises:
-        FileNotFoundError: this rank does not find it.
+        FileNotFoundError: this rank does not find the checkpoint.
         ValueError: its tensors are not those of the model.
     """
     folder, cluster, ema = folder_of(run, step), training.cluster, training.ema
@@ -312,7 +312,7 @@ def restore(run: Path, step: int, training: Training) -> None:
 
 @contextmanager
 def _naming_foreign(folder: Path) -> Iterator[None]:
-    """Errors of tensors that the model does not have, or has in another shape, name the checkpoint."""
+    """Name the checkpoint in errors about missing tensors or tensors of another shape."""
     try:
         yield
     except (ValueError, SafetensorError) as error:

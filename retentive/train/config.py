@@ -10,7 +10,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
 LARGEST_SEED = 10**12
-"""Each step has a seed of its own, this times a million and more, of which torch takes 64 bits."""
+"""Largest seed: each step's own seed is more than a million times as large, and torch takes 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -22,33 +22,34 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """adamw, or muon: Muon for the matrices of the blocks at the same rate and decay, AdamW for all else."""
+    """adamw or muon. Muon steps the matrices of the blocks, at the same learning rate and weight decay, AdamW the
+    rest."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up; wsd: it stays at the peak, and falls at the end in a line."""
+    """Learning rate schedule after the warm-up; wsd keeps the peak and falls linearly at the end."""
     warmup: int = 50
-    """Steps over which it first rises from 0."""
+    """Warm-up: steps over which the learning rate rises from 0 to its peak."""
     final_lr: float = 0.1
-    """What it falls to, as a fraction of the peak."""
+    """Final learning rate, as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """The part of all steps in which it falls, of schedule wsd."""
+    """Fraction of all steps in which the learning rate falls, with schedule wsd."""
     weight_decay: float = 0.05
-    """Decay of matrices; vectors (norm gains) are not decayed."""
+    """Weight decay of matrices; vectors (norm gains) have none."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.98
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    """Gradient clipping: largest norm of the gradient; 0 for no clipping."""
     skip_nonfinite: int = 0
-    """Steps in a row that are left out, the weights as they were, because their loss or gradient is not finite; one
-    more stops the run. By default the first does."""
+    """Steps in a row that may be skipped because their loss or gradient is not finite. One more stops the run; by
+    default the first does."""
     ema: float = 0.0
-    """Decay of an average of the weights, such as 0.999, which is then what is evaluated and saved as the run's model:
-    4 bytes a parameter more. 0 for none."""
+    """Decay of a moving average of the weights, such as 0.999; 0 for none. The average is evaluated and saved as the
+    run's model. Costs 4 bytes a parameter."""
     accumulate: int = 1
-    """Batches whose gradients make one step."""
+    """Gradient accumulation: batches per optimiser step."""
     precision: Precision = "auto"
-    """Precision of matrix products (autocast); auto takes bf16 where this machine multiplies faster in it."""
+    """Precision of matrix products (autocast); auto takes bf16 if this machine multiplies faster in it."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -58,19 +59,19 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialisation, data order, dropout and samples."""
     eval_every: int = 250
-    """Steps between evaluations on held-out text; 0 for none but the last."""
+    """Steps between evaluations on held-out text; 0 evaluates at the end only."""
     eval_tokens: int = 65536
-    """Held-out tokens of an evaluation, the same every time; the one at the end reads up to ten times as many."""
+    """Held-out tokens of an evaluation, the same every time; the last evaluation reads up to ten times as many."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept, the newest."""
+    """Number of newest checkpoints to keep."""
     async_save: bool = False
-    """Write checkpoints while training goes on, from a copy: 12 bytes a parameter of the CPU's memory more."""
+    """Write checkpoints in the background, from a copy in CPU memory of 12 bytes a parameter."""
     sample_every: int = 250
     """Steps between samples of text; 0 for none."""
     sample_prompt: str = ""
-    """What samples begin with; the start of a document if empty."""
+    """Prompt of the samples; the start of a document if empty."""
     tensorboard: bool = False
     """Write TensorBoard events into the run directory as well."""
     wandb: str = ""

@@ -1,10 +1,10 @@
-"""A run directory: where a run is written, by one process at a time, and what is done where a run is there already.
+"""The run directory: its files, its lock, and the rules for a directory that already holds a run.
 
-RUN/config.json tokenizer.json model.safetensors    what `retentive.load` reads
+RUN/config.json tokenizer.json model.safetensors    the model folder that `retentive.load` reads
 RUN/train.json                                      the options, for the record and to resume the run
 RUN/metrics.jsonl                                   a line per step, evaluation and sample
-RUN/checkpoints/                                    what a resumed run goes on from, see `checkpoints`
-RUN/.lock                                           locked by the process that trains it; the file itself stays
+RUN/checkpoints/                                    checkpoints to resume from, see `checkpoints`
+RUN/.lock                                           locked by the process that trains; the file itself stays
 """
 
 import contextlib
@@ -28,27 +28,27 @@ from retentive.train.parallel import Cluster
 
 Existing = Literal["refuse", "resume", "overwrite"]
 DELETED = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb")
-"""What is deleted when a run begins anew. The options and the model's files are replaced, all other files are kept."""
+"""Files deleted when a run begins anew. The options and the model's files are replaced, all other files are kept."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run is written."""
+    """Directory that a run is written to."""
 
     path: Path
-    """The directory, made if it does not exist."""
+    """The directory, created if it does not exist."""
     tokenizer: Tokenizer | None = None
     """Saved beside the model, so that the run alone is enough to generate text."""
     template: str | None = None
     """The source of the model's chat template, saved there as well."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """What else is kept in train.json."""
+    """Further entries of train.json."""
     existing: Existing = "refuse"
-    """What is done where a run has left checkpoints; one that was killed before its first is begun anew: nothing is
-    lost. Trained weights whose checkpoints are gone are lost by "overwrite" alone."""
+    """Action if the directory holds a run with checkpoints. A run killed before its first checkpoint begins anew.
+    Only "overwrite" replaces trained weights that have no checkpoints."""
 
     def check(self) -> None:
-        """Raises FileExistsError unless a run may begin or go on here. Changes nothing."""
+        """Raise FileExistsError unless a run may begin or resume here. Changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file: choose a folder for the run (`out`)")
         if (self.path / "meta.json").exists():
@@ -57,7 +57,7 @@ class RunDirectory:
             if (self.path / "model.safetensors").exists() or (self.path / "config.json").exists():
                 raise FileExistsError(f"{self.path} holds a model that is no run: choose another `out`")
             others = sorted(f.name for f in self.path.glob("[!.]*"))
-            if others:  # what begins with a dot may be of a run that was killed as it began, such as its lock
+            if others:  # files that begin with a dot may be left by a run that was killed early, such as its lock
                 raise FileExistsError(f"{self.path} holds other things ({others[0]}): choose a new or an empty folder")
         elif self.existing == "refuse" and folders(self.path):
             raise FileExistsError(
@@ -71,10 +71,10 @@ class RunDirectory:
             )
 
     def check_shared(self, cluster: Cluster) -> None:
-        """Raises ValueError unless all ranks see this directory: each writes its part of what is saved there."""
+        """Raise ValueError unless all ranks see this directory: each writes its part of a checkpoint there."""
         if cluster.world_size == 1:
             return
-        number = cluster.broadcast(secrets.randbits(60))  # a new name: no machine remembers its absence
+        number = cluster.broadcast(secrets.randbits(60))  # a new name: no file system has cached its absence
         token = self.path / f".seen-{number}"
         with cluster.barrier():
             if cluster.main:
@@ -93,12 +93,12 @@ class RunDirectory:
 
     @property
     def _trained(self) -> bool:
-        """True if there are weights, and others than those that a run begins with."""
+        """True if the directory holds trained weights, not just initial ones."""
         return (self.path / "model.safetensors").exists() and not (self.path / UNTRAINED).exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the directory, ready for the run, and keeps other processes out of it in this block.
+        """Create and prepare the directory, and lock it against other processes in this block.
 
         Raises:
             BlockingIOError: another process is training there.
@@ -108,7 +108,7 @@ class RunDirectory:
         make_folder(self.path)
         try:
             with FileLock(self.path / ".lock", timeout=0):
-                self.check()  # again: another process may have begun a run there before this one had the lock
+                self.check()  # again: another process may have begun a run here before this one held the lock
                 if self.existing == "overwrite" or not folders(self.path):
                     self._clear()
                 yield
@@ -118,19 +118,19 @@ class RunDirectory:
     def _clear(self) -> None:
         for name in DELETED:
             path, old = self.path / name, self.path / f".{name}.old"
-            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+            shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
             if path.is_dir():
-                path.rename(old)  # deleting takes time: killed in between, half a checkpoint must not count as one
+                path.rename(old)  # deleting takes time: if killed midway, half a checkpoint must not count as one
                 shutil.rmtree(old)
             else:
                 path.unlink(missing_ok=True)
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """The content of a run's train.json; {} where there is none.
+    """Content of a run's train.json, or {} without one.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     file = run / "train.json"
     if not file.exists():

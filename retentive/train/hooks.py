@@ -1,4 +1,4 @@
-"""What a run does beside its steps: evaluation on held-out text, and samples of what the model writes."""
+"""Hooks of a run between its steps: evaluation on held-out text, and samples of the model's text."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,22 +17,23 @@ from retentive.train.step import Training
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run does beside its steps, and what it prints."""
+    """Callbacks of a run between its steps, and its output."""
 
     evaluate: Callable[[LanguageModel, int], HeldOut] | None = None
-    """(model, tokens at most) -> held-out loss, called every `eval_every` steps and at the end."""
+    """(model, maximum tokens) -> held-out loss, called every `eval_every` steps and at the end."""
     sample: Callable[[LanguageModel], str] | None = None
     """model -> text, called every `sample_every` steps."""
     title: str = ""
-    """The line that the log begins with."""
+    """First line of the log."""
     quiet: bool = False
     """Write metrics.jsonl only, and print nothing."""
 
 
 def report(training: Training, hooks: Hooks, log: Silence) -> None:
-    """Evaluates and samples, if it is time to: rank 0, or all ranks that divide the model.
+    """Evaluate and sample if the step is due: on rank 0, or on all ranks if they divide the model.
 
-    Those compute the same numbers together, and rank 0 writes them down. With averages of the weights it is by them.
+    Ranks that divide the model compute the same numbers together, and rank 0 logs them. Uses the averaged weights if
+    there are any.
     """
     config, step, cluster = training.config, training.step, training.cluster
     last = step == config.steps
@@ -54,11 +55,11 @@ def report(training: Training, hooks: Hooks, log: Silence) -> None:
 
 
 def hooks_on(data: Packed | Mixture, length: int, config: TrainConfig, *, carry: bool, decodes: bool) -> Hooks:
-    """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded.
+    """Hooks with evaluation if the data hold out text, and samples if the model can decode.
 
     Args:
-        length: tokens of a row that is evaluated.
-        carry: evaluate rows that read on with their state, as mode "carry" trains them.
+        length: tokens of an evaluated row.
+        carry: evaluate rows that carry their state on, as mode "carry" trains them.
     """
 
     def evaluate(model: LanguageModel, tokens: int) -> HeldOut:

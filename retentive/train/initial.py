@@ -1,4 +1,4 @@
-"""The model that a run begins with: new encoders, given weights, an adapter; and what does not go together."""
+"""The initial model of a run: new encoders, given weights, an adapter, and checks that they fit the data."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -22,13 +22,13 @@ from retentive.options import option
 
 
 def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) -> dict[str, Encoder]:
-    """The encoders that a model needs for these data: those of `init` if it has them, or else new ones.
+    """Configs of the encoders that a model needs for these data: those of `init` if it has them, else new ones.
 
     Args:
-        changes: the option `set`, of which those with a dot in their name change an encoder.
+        changes: the option `set`; names with a dot change an encoder.
 
     Raises:
-        ValueError: a field that is none, or one that the data decide; or data that `init` would see otherwise.
+        ValueError: an unknown field, a field that the data decide, or data packed differently from those of `init`.
     """
     made: dict[str, Encoder] = dict(ModelFolder.open(init).encoders) if init else {}
     wanted = {name: value for name, value in changes.items() if "." in name}
@@ -49,7 +49,7 @@ def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) 
                 raise type(error)(f"{option('set', typed)}: {error}") from None
         elif changed:
             raise ValueError(f"{option('init', init)} brings its encoder of {kind}: leave out {option('set', typed)}")
-        # another token is another tokenizer, of which more is said elsewhere
+        # another token means another tokenizer, which `check_vocabulary` reports better
         elif odd := [k for k, v in how.items() if k in known - {"token"} and getattr(made[kind], k) != v]:
             had, now = getattr(made[kind], odd[0]), how[odd[0]]
             raise ValueError(f"{init} has {kind} {odd[0]} {had}, {data.path} has {now}: pack the data alike")
@@ -57,10 +57,10 @@ def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) 
 
 
 def load_initial(model: LanguageModel, init: str, data: Packed | Mixture, *, lora: bool) -> None:
-    """Loads the weights of the model folder `init`; encoders that it has not stay as they were drawn.
+    """Load the weights of the model folder `init`; encoders that it lacks keep their random initial weights.
 
     Raises:
-        ValueError: they do not go with the data, or with training an adapter alone (`lora`).
+        ValueError: the weights do not fit the data, or training an adapter alone (`lora`).
     """
     folder = ModelFolder.open(init)
     given = folder.model(dtype=torch.float32)  # weights that are trained are float32, as moments
@@ -75,7 +75,7 @@ def load_initial(model: LanguageModel, init: str, data: Packed | Mixture, *, lor
 
 
 def load_base(model: LanguageModel, init: str, run: Path) -> None:
-    """Loads the weights that the adapter of a run is of; raises ValueError if those at `init` are others."""
+    """Load the base weights of a run's adapter; raises ValueError if the weights at `init` are different ones."""
     before, base = ModelFolder.open(run).adapter, ModelFolder.open(init)
     if before is None or before.base_sha256 != base.sha256:
         raise ValueError(f"{init} is not the model, or no longer, that the run at {run} changes")
@@ -83,13 +83,13 @@ def load_base(model: LanguageModel, init: str, run: Path) -> None:
 
 
 def adapter_for(model: LanguageModel, init: str, rank: int, alpha: float, targets: str) -> Adapter:
-    """The adapter that is trained, of the model at `init`; raises ValueError for targets that it has not."""
+    """The adapter to train on the model at `init`; raises ValueError for targets that the model lacks."""
     base = init if init.startswith("hf:") else str(Path(init).resolve())
     return Adapter(base, ModelFolder.open(init).sha256, rank, alpha, targets_of(model, targets, rank))
 
 
 def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
-    """Raises ValueError where a step certainly cannot fit into the memory that is free now (it may still not fit)."""
+    """Raise ValueError if a step certainly does not fit into free memory. Passing is no guarantee that it fits."""
     least, free = cost.least_training_bytes(config, batch * length), machine.free_memory(device)
     if least > free:
         raise ValueError(
@@ -100,7 +100,7 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
 
 
 def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Packed | Mixture) -> None:
-    """Raises ValueError where the model's embedding is for other tokens than those of the data."""
+    """Raise ValueError if the model's vocabulary or tokenizer is not that of the data."""
     if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(f"{init} has another tokenizer than {data.path}: pack the text with the tokenizer of {init}")
     if model.config.vocab_size < data.meta.vocab_size:

@@ -1,7 +1,7 @@
-"""The log of a run: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B where asked for.
+"""The log of a run: a progress bar for people, metrics.jsonl for programs, TensorBoard and W&B on request.
 
-Steps that are left out, because their loss or gradient was not finite, have a record with "skipped": the number of
-them so far, by which a resumed run counts on.
+A step skipped because its loss or gradient was not finite has a record with "skipped", the number of skipped steps so
+far. A resumed run counts on from it.
 """
 
 import importlib
@@ -25,11 +25,11 @@ from retentive.train.speed import Speedometer
 from retentive.train.step import Training
 
 SECONDS = 15
-"""Between two lines of progress where there is no terminal, and so no bar."""
+"""Seconds between two lines of progress without a terminal, where there is no bar."""
 
 
 class Silence:
-    """The log of a rank that is not the first one of its run: it counts the steps that are left out, no more."""
+    """The log of every rank but rank 0: it only counts skipped steps."""
 
     def __init__(self, run: Path, config: TrainConfig, *, start: int):
         self._most, self._skipped, self._in_a_row = config.skip_nonfinite, 0, 0
@@ -46,17 +46,17 @@ class Silence:
         pass
 
     def begin_step(self) -> None:
-        """A step begins."""
+        """Start timing a step."""
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records the metrics of a step, the number of finished ones with it."""
+        """Record the metrics of a step; `step` counts it as finished."""
         self._in_a_row = 0
 
     def skip(self, step: int, error: FloatingPointError) -> None:
-        """Records that a step was left out.
+        """Record a skipped step.
 
         Raises:
-            FloatingPointError: it is one more in a row than the config allows.
+            FloatingPointError: more steps in a row were skipped than the config allows.
         """
         if self._in_a_row == self._most:
             before = f", after {counted(self._most, 'step')} in a row left out for that" if self._most else ""
@@ -64,25 +64,25 @@ class Silence:
         self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
 
     def held_out(self, step: int, result: HeldOut, *, last: bool = False) -> None:
-        """Records an evaluation: on the same part of the text every time, and at the end (`last`) on a longer one."""
+        """Record an evaluation: on the same part of the text every time, and at the end (`last`) on a longer part."""
 
     def sample(self, step: int, text: str) -> None:
-        """Records and shows a sample of what the model writes."""
+        """Record and print a sample of the model's text."""
 
     def say(self, text: str) -> None:
-        """Prints a line for people; nothing for ""."""
+        """Print a line for people; nothing for ""."""
 
     def check(self) -> None:
-        """Raises OSError where records could not be written, and cannot be now: to be asked before a checkpoint."""
+        """Raise OSError if records are still unwritten and writing fails again; call it before each checkpoint."""
 
 
 class Log(Silence):
     """Writes one line of metrics.jsonl a step, and the same to the progress bar and the optional writers.
 
     Args:
-        start: the finished steps that the run goes on from; what the file has of later ones is dropped.
+        start: finished steps that the run resumes from; later records in the file are dropped.
         speedometer: adds the speed of each step to its metrics.
-        quiet: nothing on stderr.
+        quiet: print nothing on stderr.
     """
 
     def __init__(self, run: Path, config: TrainConfig, *, start: int, speedometer: Speedometer, quiet: bool = False):
@@ -103,7 +103,7 @@ class Log(Silence):
         self._steps, self._start, self._began = config.steps, start, time.monotonic()
         self._last_print = time.monotonic()
         self._held_out = ""  # of the last evaluation, as the progress bar shows it
-        self._evaluated = 0  # bytes of text that it covered
+        self._evaluated = 0  # bytes of text that the last evaluation covered
         self._averaged = bool(config.ema)
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config) if config.wandb else None
@@ -116,7 +116,7 @@ class Log(Silence):
     def __exit__(self, *exc) -> None:
         if self._console.is_terminal:
             self._bar.stop()
-        with suppress(OSError):  # what `check` would raise must not hide why the run ends
+        with suppress(OSError):  # an error of writing must not hide why the run ends
             self._flush()
         self._file.close()
         if self._tensorboard:
@@ -158,7 +158,7 @@ class Log(Silence):
         if not last:
             self._held_out = f"  held-out {result.bits_per_byte:.3f} bits/byte"
         if last and result.bytes == self._evaluated:
-            return  # there is no longer part: this very result has been printed
+            return  # the text has no longer part: this result is printed already
         self._evaluated = result.bytes
         size = decimal(result.bytes)
         which = " (the longer part, read once at the end)" if last else ""
@@ -178,7 +178,7 @@ class Log(Silence):
 
     def _write(self, record: dict[str, Any]) -> None:
         self._unwritten += json.dumps(record).encode() + b"\n"
-        self._flush()  # at once: others read it while the run goes on
+        self._flush()  # at once: other programs read it during the run
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard:
             for name, value in numbers.items():
@@ -187,7 +187,7 @@ class Log(Silence):
             self._wandb.log(numbers, step=record["step"])
 
     def _flush(self) -> None:
-        """Writes what is not written yet; what does not fit on the disk now is tried again."""
+        """Write pending records; records that do not fit on the disk are tried again later."""
         try:
             while self._unwritten:
                 del self._unwritten[: self._file.write(self._unwritten)]
@@ -202,14 +202,14 @@ class Log(Silence):
                 raise self._error
 
     def _keep_until(self, step: int) -> None:
-        """Drops what an interrupted run wrote after the checkpoint that this one goes on from."""
+        """Drop the records of an interrupted run after the checkpoint that this run resumes from."""
         if self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path.parent) if record["step"] <= step]
             write_text(self.path, "".join(kept))
 
 
 def open_log(training: Training, run: Path, *, quiet: bool = False) -> Silence:
-    """The log of this rank, from the finished steps on: rank 0 writes, the others are silent; all must call this."""
+    """Open this rank's log after the finished steps: rank 0 writes, the others are silent; all must call this."""
     config, start = training.config, training.step
     with training.cluster.barrier():
         if not training.cluster.main:
@@ -218,20 +218,21 @@ def open_log(training: Training, run: Path, *, quiet: bool = False) -> Silence:
 
 
 def numbers_of(result: HeldOut, key: str) -> dict[str, float]:
-    """An evaluation as a line of metrics has it, its bits per byte as `key`."""
+    """Numbers of an evaluation for metrics.jsonl, with the bits per byte as `key`."""
     return {key: result.bits_per_byte, "held_out_loss": result.loss, "bytes": result.bytes}
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """Prints a line for people where there is no Log."""
+    """Print a line for people without a Log."""
     Console(stderr=True, quiet=quiet).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line that is still being written is left out.
+    """Read the records of a run's metrics.jsonl, without a last line that is still being written.
 
     Raises:
-        FileNotFoundError: no run there; ValueError: the file is damaged.
+        FileNotFoundError: `run` has no metrics.jsonl.
+        ValueError: the file is damaged.
     """
     file = run / "metrics.jsonl"
     if not file.is_file():
@@ -251,7 +252,7 @@ def check_extras(config: TrainConfig) -> None:
     """Check that the optional writers can be used, before anything is written.
 
     Raises:
-        ModuleNotFoundError: one that is asked for is not installed.
+        ModuleNotFoundError: a requested writer is not installed.
         ValueError: Weights & Biases needs a login.
     """
     writers = {"tensorboard": (config.tensorboard, "torch.utils.tensorboard"), "wandb": (config.wandb, "wandb")}

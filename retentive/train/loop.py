@@ -2,8 +2,8 @@
 
     prepare the model  ->  begin, or restore the newest checkpoint  ->  steps, with reports and checkpoints between them
 
-Everything is a function of the config, the data and the step: a run that was killed and resumed ends, on CPU, in the
-same bits as one that was not.
+Everything is a function of the config, the data and the step: on CPU, a run that was killed and resumed ends with the
+same bits as an uninterrupted one.
 """
 
 from dataclasses import replace
@@ -32,26 +32,26 @@ def train(
     hooks: Hooks | None = None,
     cluster: Cluster = ALONE,
 ) -> Path:
-    """The run directory, once `model` is trained in place, from the run's newest checkpoint where it is resumed.
+    """Train `model` in place and return the run directory; resumes from the run's newest checkpoint if told to.
 
     Args:
-        batches: this rank's share of them, where there are several.
-        cluster: the ranks that train together; all call this with the same arguments, rank 0 writes.
+        batches: this rank's share of the batches.
+        cluster: the ranks that train together; all call this with the same arguments, and rank 0 writes.
 
     Raises:
-        FileExistsError: `out` holds a run already, and is not a RunDirectory that says what to do with it.
+        FileExistsError: `out` already holds a run, unless it is a RunDirectory that resumes or overwrites it.
         BlockingIOError: another process is training there.
-        FloatingPointError: the loss or the gradient is not finite, at the first step that this happens or, by
-            `skip_nonfinite`, after so many in a row; the last good checkpoint is kept.
-        Interrupted: SIGTERM, SIGUSR1 or SIGINT, after a checkpoint was saved.
+        FloatingPointError: the loss or the gradient is not finite in more than `skip_nonfinite` steps in a row; the
+            last good checkpoint is kept.
+        Interrupted: SIGTERM, SIGUSR1 or SIGINT arrived; a checkpoint was saved.
         OSError: a checkpoint could not be written; older ones remain.
     """
     directory, hooks = out if isinstance(out, RunDirectory) else RunDirectory(Path(out)), hooks or Hooks()
-    with cluster.barrier():  # what can be refused is refused before anything is written or moved to a GPU
+    with cluster.barrier():  # check everything before anything is written or moved to a GPU
         check_extras(config)
         directory.check()
         before = read_options(directory.path).get("train", {}) if directory.existing == "resume" else {}
-    if config.precision == "auto":  # measured once a run: a resumed one keeps what was found then
+    if config.precision == "auto":  # measured once a run: a resumed run keeps the result
         config = replace(config, precision=before.get("precision", "auto"))
     training = prepare(model, batches, objective, config, cluster)
     with cluster.on_main(directory.locked):
@@ -65,7 +65,7 @@ def train(
 
 
 def begin(training: Training, directory: RunDirectory, hooks: Hooks) -> None:
-    """Restores the newest checkpoint, or writes the first weights; all ranks must call this."""
+    """Restore the newest checkpoint, or write the initial weights; all ranks must call this."""
     run, cluster, tell = directory.path, training.cluster, partial(say, quiet=hooks.quiet)
     done, steps = 0, training.config.steps
     with cluster.barrier():
@@ -84,7 +84,7 @@ def begin(training: Training, directory: RunDirectory, hooks: Hooks) -> None:
 
 
 def run_steps(training: Training, run: Path, hooks: Hooks, title: str) -> None:
-    """All steps that are left; all ranks must call this."""
+    """Run all remaining steps; all ranks must call this."""
     writer = checkpoints.Writer(run, training.config.keep, training.cluster, background=training.config.async_save)
     with open_log(training, run, quiet=hooks.quiet) as log, stop_signals() as stop, writer:
         log.say(title)
@@ -99,13 +99,13 @@ def run_steps(training: Training, run: Path, hooks: Hooks, title: str) -> None:
 
 
 def finish_step(training: Training, hooks: Hooks, log: Silence, writer: checkpoints.Writer, stop: Stop) -> None:
-    """What follows a step when it is time to: averages, evaluation, a checkpoint, the end by a signal."""
+    """Finish a step: update averages, and, when due, evaluate, save a checkpoint, or stop after a signal."""
     config, step, cluster = training.config, training.step, training.cluster
     if training.ema:
         training.ema.update(step)
     report(training, hooks, log)
-    last, stopped = step == config.steps, cluster.max(stop.signal)  # the signal may have come to one of them
-    # After the report: the log of a checkpoint's step is whole, and no resumed run writes it again.
+    last, stopped = step == config.steps, cluster.max(stop.signal)  # the signal may have reached one rank only
+    # After the report: the log of a checkpoint's step is complete, and no resumed run writes it again.
     if last or stopped or step % config.save_every == 0:
         with cluster.barrier():
             log.check()
@@ -116,7 +116,7 @@ def finish_step(training: Training, hooks: Hooks, log: Silence, writer: checkpoi
 
 
 def leave_out(error: FloatingPointError, training: Training, run: Path, log: Silence) -> None:
-    """Leaves a step out, or raises FloatingPointError with what to do; all ranks have the same loss and norm."""
+    """Skip a step, or raise FloatingPointError with advice; all ranks have the same loss and norm."""
     try:
         log.skip(training.step, error)
     except FloatingPointError as last:
@@ -124,7 +124,7 @@ def leave_out(error: FloatingPointError, training: Training, run: Path, log: Sil
 
 
 def advice_after_failure(run: Path) -> str:
-    """What a run that cannot go on has saved, and what to do."""
+    """Advice for a run that has failed: its last good checkpoint, and what to change."""
     kept = checkpoints.folders(run)
     if kept:
         return f"training stopped, the last good checkpoint is {kept[-1]}; try a lower `lr`, with `overwrite=True`"
@@ -132,7 +132,7 @@ def advice_after_failure(run: Path) -> str:
 
 
 def resumed_line(done: int, steps: int, planned: int) -> str:
-    """The first line of the log of a resumed run."""
+    """First line of the log of a resumed run."""
     if steps == planned:
         return f"going on from step {done} of {steps}"
     return f"going on from step {done}, to {steps} instead of {planned}: with the learning rates of a run of {steps}"

@@ -1,9 +1,9 @@
-"""What training minimises: a function of the model and a batch, which is all that the loop knows of the loss.
+"""Training objective: a function of the model and a batch. The loop knows nothing else of the loss.
 
     objective(model, batch, state) -> (sum of losses, number of losses, state)
 
-The sum is a scalar with a graph; the loop divides it by the number. The state is what the next batch of the same rows
-goes on from: None before the first batch, and for objectives that carry nothing.
+The sum is a scalar with a graph; the loop divides it by the number. The next batch of the same rows continues from the
+state. It is None before the first batch, and for objectives that carry none.
 """
 
 from typing import Any, Protocol
@@ -16,17 +16,17 @@ from retentive.ops.cross_entropy import IGNORE, cross_entropy
 
 
 class Objective(Protocol):
-    """Any function of this shape; `model` is one of the package's, `batch` what the run's batches give."""
+    """Type of an objective; `model` is one of the package's models, `batch` an item of the run's batches."""
 
     def __call__(self, model: Any, batch: Any, state: Any) -> tuple[Tensor, int, Any]: ...
 
 
 def language_modelling(model: Any, batch: Any, state: Any) -> tuple[Tensor, int, Any]:
-    """The sum of the next tokens' losses in nats, and their number; targets that are IGNORE do not count.
+    """Language modelling: the summed next-token loss in nats, and its number of targets without IGNORE.
 
     Args:
-        batch: as of `retentive.data.loader`. Its `carry` (mode "carry") says which rows go on from `state`; without,
-            every sequence begins afresh.
+        batch: a batch of `retentive.data.loader`. Its `carry` (mode "carry") says which rows continue from `state`.
+            Without it every sequence begins with an empty state.
     """
     carry, before = batch.carry, None
     if carry is not None:

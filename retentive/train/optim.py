@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from retentive.train.config import TrainConfig
 
 MOMENTUM = 0.95
-"""Of Muon; Nesterov's."""
+"""Nesterov momentum of Muon."""
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton–Schulz iteration: its quintic rises steeply from 0, and keeps singular values at about 0.7 to 1.2."""
+"""Quintic of the Newton–Schulz iteration: it rises steeply from 0 and keeps singular values at about 0.7 to 1.2."""
 EPS = 1e-7
-"""What a norm is at least, so that no gradient at all is not a division by 0."""
+"""Least norm to divide by, so that a zero gradient causes no division by 0."""
 DECAYS = ("decay_proj", "forget_proj")
-"""Matrices with a row for each head that gates depend on: no map from features to features, so AdamW's."""
+"""Matrices with a row per head, for gates: they do not map features to features, so AdamW steps them."""
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimiser that the config names, over the parameters of the model that are trained."""
+    """The optimiser that the config names, over the model's trained parameters."""
     return adamw(model, config) if config.optimizer == "adamw" else Muon(model, config)
 
 
@@ -40,13 +40,13 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, with Muon for a first group of parameters, the model's `hidden_matrices`.
+    """AdamW with Muon for its first parameter group, the model's `hidden_matrices`.
 
-    torch.optim.Muon takes matrices alone, so that a run would have two optimisers to step, save and restore; and it
-    iterates in bfloat16 always, where this one does so as the run multiplies matrices (`config.precision`).
+    torch.optim.Muon takes matrices only, so a run would have two optimisers to step, save and restore. It also always
+    iterates in bfloat16; this class does so only if the run does (`config.precision`).
 
     Raises:
-        ValueError: a model that has no such matrices.
+        ValueError: the model has no such matrices.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig):
@@ -61,11 +61,11 @@ class Muon(torch.optim.AdamW):
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "muon": True})
         super().__init__([{"muon": False} | group for group in groups], **adamw_options(trained, config))
         self.bf16 = config.precision == "bf16"
-        """Whether the iteration runs in bfloat16."""
+        """True if the iteration runs in bfloat16."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters; those that Muon has stepped have no gradient afterwards.
+        """Step all parameters; those that Muon steps have no gradient afterwards.
 
         Args:
             closure: computes the loss and the gradients, and returns the loss.
@@ -78,15 +78,15 @@ class Muon(torch.optim.AdamW):
             for p in group["params"] if group["muon"] else ():
                 if p.grad is not None:
                     self._step_matrix(p, group["lr"], group["weight_decay"])
-                    p.grad = None  # used up: AdamW passes over parameters that have none
+                    p.grad = None  # used up: AdamW skips parameters without a gradient
         super().step()
         return loss
 
     def _step_matrix(self, p: Tensor, lr: float, weight_decay: float) -> None:
-        # A step is a function of the whole matrix. Of one whose rows are sharded as a DTensor (FSDP2) torch gathers
-        # what each product needs, which is right but happens at every product: gathering `update` once would do. Of
-        # one whose pieces are plain tensors (the heads of a rank) `update` must be gathered before it is made
-        # orthogonal, and each rank takes its piece of the result. The momentum is elementwise, and stays where it is.
+        # A step is a function of the whole matrix. If its rows are sharded as a DTensor (FSDP2), torch gathers operands
+        # at every product. That is right, but gathering `update` once would do. If its pieces are plain tensors (the
+        # heads of a rank), `update` would have to be gathered before it is made orthogonal, and each rank would take
+        # its piece of the result. The momentum is elementwise and stays sharded.
         assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:  # the name that torch.optim.Muon has for it
@@ -95,12 +95,12 @@ class Muon(torch.optim.AdamW):
         update = p.grad.lerp(momentum, MOMENTUM)
         update = orthogonal(update.bfloat16() if self.bf16 else update)
         p.mul_(1 - lr * weight_decay)
-        # one with singular values of 1 has a root mean square of max(rows, columns)^-1/2
+        # an update with singular values of 1 has a root mean square of max(rows, columns)^-1/2
         p.add_(update, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """`[m,n]`: x with its singular values brought near to 1 (0.7 to 1.2), by a Newton–Schulz iteration.
+    """Bring the singular values of x `[m,n]` near to 1 (0.7 to 1.2) by a Newton–Schulz iteration.
 
     X <- a X + (b A + c A A) X with A = X X^T, from x / |x|; small singular values may stay below.
     """
@@ -115,10 +115,10 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The matrices of the blocks, those of encoders too: each of q, k, v, gate, out, and of the feed-forward layers.
+    """Matrices of the blocks, encoders' included: q, k, v, gate, out, and those of the feed-forward layers.
 
-    Each is a parameter of its own, which matters: of a packed one the parts would be brought to one scale together.
-    None of a peer, whose blocks are another library's and packed in many ways.
+    Each must be a parameter of its own: the parts of a packed one would be brought to one scale together. So a peer,
+    whose blocks another library packs in its own way, has none.
     """
     if not list(model.get_submodule("blocks").children()):
         return []
@@ -133,12 +133,12 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
 
 
 def trained_parameters(model: nn.Module) -> list[Tensor]:
-    """Those that are not frozen."""
+    """The parameters that are not frozen."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def decayed_apart(parameters: list[Tensor], config: TrainConfig) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and vectors, which do not."""
+    """Two parameter groups: matrices with weight decay, vectors without."""
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -146,7 +146,7 @@ def decayed_apart(parameters: list[Tensor], config: TrainConfig) -> list[dict[st
 
 
 def adamw_options(parameters: list[Tensor], config: TrainConfig) -> dict[str, Any]:
-    """What AdamW is called with beside its groups."""
+    """Keyword arguments of AdamW beside its parameter groups."""
     fused = parameters[0].device.type in (
         "cpu",
         "cuda",
@@ -155,10 +155,10 @@ def adamw_options(parameters: list[Tensor], config: TrainConfig) -> dict[str, An
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step, counted from 0: up over `warmup` steps, then down to `final_lr` of the peak.
+    """Learning rate of a step, counted from 0: rises over `warmup` steps, then falls to `final_lr` of the peak.
 
-    With "wsd" (warm-up, stable, decay: MiniCPM, arXiv 2404.06395) it stays at the peak until the last `decay_fraction`
-    of all steps, in which it falls in a line.
+    With "wsd" (warm-up, stable, decay: MiniCPM, arXiv 2404.06395) it stays at the peak, then falls linearly in the last
+    `decay_fraction` of all steps.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

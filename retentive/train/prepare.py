@@ -1,6 +1,7 @@
-"""From a model to one that is trained: its precision, its blocks, its part on this rank, its optimiser.
+"""Prepare a model for training: its precision, its blocks, its part on this rank, its optimiser.
 
-Each is applied from outside, in place: no model or layer knows of autocast, compilation, recomputation or ranks.
+All of it is applied from outside, in place: models and layers know nothing of autocast, compilation, recomputation or
+ranks.
 """
 
 from dataclasses import replace
@@ -20,10 +21,10 @@ from retentive.train.step import Batches, Training
 def prepare(
     model: LanguageModel, batches: Batches, objective: Objective, config: TrainConfig, cluster: Cluster = ALONE
 ) -> Training:
-    """The model in training; all ranks must call this.
+    """Prepare the model and return it as a Training; all ranks must call this.
 
     Raises:
-        ValueError: options, model and mesh that do not go together.
+        ValueError: options, model and mesh do not fit each other.
     """
     device = cluster.device or pick_device(config.device)
     with cluster.barrier():
@@ -35,7 +36,7 @@ def prepare(
 
 
 def check_options(config: TrainConfig, cluster: Cluster) -> None:
-    """Raises ValueError for options that do not go with the way in which ranks divide the model."""
+    """Raise ValueError for options that do not fit the way in which ranks divide the model."""
     if config.compile and cluster.cp.size * cluster.tp.size > 1:
         raise ValueError("`compile` cannot look into what ranks exchange in a block: leave it or `cp`, `tp` out")
     if config.optimizer == "muon" and cluster.tp.size > 1:
@@ -43,15 +44,15 @@ def check_options(config: TrainConfig, cluster: Cluster) -> None:
 
 
 def wrap_blocks(model: LanguageModel, config: TrainConfig) -> None:
-    """Compiles the blocks, or has them recomputed in the backward pass (activation checkpointing), as the config says.
+    """Compile the blocks, or recompute them in the backward pass (activation checkpointing), as the config says.
 
     Raises:
-        ValueError: a model whose blocks are another library's.
+        ValueError: the blocks are another library's.
     """
     if not len(model.blocks) and (config.compile or config.checkpoint_activations):
         raise ValueError("the blocks are another library's here: leave out `compile` and `checkpoint_activations`")
     for block in model.blocks:
         if config.compile:
-            block.compile()  # in place: names of parameters, and so checkpoints, stay as they are
+            block.compile()  # in place, so that parameter names and checkpoints stay the same
         if config.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""A run by workers of Ray Train (extra `ray`): Ray starts the processes, and starts them again, instead of torchrun.
+"""Training with Ray Train (extra `ray`): Ray starts and restarts the processes, instead of torchrun.
 
     from retentive.train import TrainRun
     from retentive.train.ray import fit
@@ -6,7 +6,7 @@
     run = TrainRun.of("/shared/data/mine", "/shared/runs/mine", device="cuda", dp_shard=2, resume=True)
     fit(run, workers=8, restarts=3)
 
-All else is as under torchrun: the same loop, the same losses, the same run directory.
+Everything else is as under torchrun: the same loop, losses and run directory.
 """
 
 from dataclasses import replace
@@ -16,17 +16,17 @@ from retentive.train.run import TrainRun
 
 
 def fit(run: TrainRun, workers: int, *, cpus: float = 1, restarts: int = 0) -> Path:
-    """The run directory, once `workers` processes have trained it; every node must see it and the data at those paths.
+    """Train a run with `workers` processes and return its directory; every node must see it and the data.
 
-    What Ray itself keeps of it (its logs, its attempts) goes beside the run directory, to `.NAME.ray`.
+    Ray's own logs and attempts go to `.NAME.ray` beside the run directory.
 
     Args:
-        cpus: cores of each worker; one whose run is on "cuda" has a GPU as well.
-        restarts: how often all are started again after one of them has failed; the run must be one that resumes.
+        cpus: CPU cores per worker; on "cuda" each worker has a GPU as well.
+        restarts: how often all workers are restarted after one has failed; needs a run with `resume=True`.
 
     Raises:
-        ImportError: no Ray here.
-        ValueError: restarts of a run that does not resume.
+        ImportError: Ray is not installed.
+        ValueError: `restarts` with a run that does not resume.
         ray.train.TrainingFailedError: a worker failed once too often.
     """
     try:
@@ -36,14 +36,14 @@ def fit(run: TrainRun, workers: int, *, cpus: float = 1, restarts: int = 0) -> P
         raise ImportError("training with Ray needs ray: pip install 'retentive[ray]'") from None
     if restarts and not run.resume:
         raise ValueError("workers that are started again resume the run: make it with `resume=True`")
-    # workers have a working directory of their own
+    # absolute paths, since each worker has a working directory of its own
     data = tuple(x.resolve() for x in run.data) if isinstance(run.data, tuple) else run.data.resolve()
     init = str(Path(run.init).resolve()) if run.init and Path(run.init).is_dir() else run.init
     run = replace(run, data=data, out=run.out.resolve(), init=init)
     gpu = run.train.device.startswith("cuda")
 
     def work() -> None:
-        """What each worker does; Ray has joined them in a group already."""
+        """Work of each worker; Ray has already made the process group."""
         run.run()
 
     trainer = TorchTrainer(

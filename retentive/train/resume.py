@@ -1,4 +1,4 @@
-"""A resumed run's options: those in its train.json, but for those that may change."""
+"""Options of a resumed run: those of its train.json, except for options that may change."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -18,13 +18,13 @@ FREE = {
     "tensorboard",
     "wandb",
 }
-"""Options that a resumed run may change at any time: none of them alters what is computed."""
+"""Options that a resumed run may always change: they do not alter the computation."""
 
 
 def check_unchanged(new: Mapping[str, Any], old: Mapping[str, Any], names: Collection[str], run: Path) -> None:
-    """Raises ValueError if one of the options `names` is another one now than in the run's record."""
+    """Raise ValueError if one of the options `names` differs from the run's record."""
     for name in sorted(names):
-        # train.json has the precision that "auto" was found to mean, and JSON's lists for tuples
+        # train.json has the measured precision in place of "auto", and lists in place of tuples
         same_precision = name == "precision" and new[name] == "auto"
         if plain(new[name]) != plain(old[name]) and not same_precision:
             given, has = option(name, new[name]), option(name, old[name])
@@ -32,7 +32,7 @@ def check_unchanged(new: Mapping[str, Any], old: Mapping[str, Any], names: Colle
 
 
 def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """The config's changes as train.json has them; runs from before 26 November 2026 have FIELD=VALUE strings."""
+    """The option `set` from train.json; runs from before 26 November 2026 stored FIELD=VALUE strings."""
     if isinstance(stored, Mapping):
         return dict(stored)
     pairs = [str.partition(item, "=")[::2] for item in stored]
@@ -41,5 +41,5 @@ def changes_of(stored: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value as it comes back from JSON."""
+    """The value after a round trip through JSON."""
     return json.loads(json.dumps(value, default=str))

@@ -1,6 +1,6 @@
-"""A training run as a value: its data, model, options and directory. `TrainRun(…).run()` carries it out.
+"""A training run as a value: its data, model, options and directory. `TrainRun(…).run()` trains it.
 
-The command line, `compare`, the demo and the recipes all make one of these; `retentive.train` is the short form.
+The command line, `compare`, the demo and the recipes all make a TrainRun; `retentive.train` is the short form.
 """
 
 import math
@@ -47,55 +47,57 @@ class TrainRun:
     """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
 
     data: Path | tuple[Path, ...]
-    """Folder of packed tokens; or several, whose rows are mixed."""
+    """Folder of packed tokens, or several folders whose rows are mixed."""
     out: Path
-    """Run directory to make."""
+    """Run directory to create."""
     data_weights: tuple[float, ...] = ()
     """Mixing weight of each data folder, in the same order and any unit. Default: proportional to its tokens. Each is
     evaluated by itself as well."""
     size: str = "5m"
-    """1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info --sizes)."""
+    """Model size: 1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info
+    --sizes)."""
     model: Literal[
         "retnet", "retnet-paper", "torchscale", "fla", "transformer", "hybrid", "llama", "mamba", "mamba2", "rwkv"
     ] = "retnet"
-    """A RetNet: ours, the paper's, or torchscale's or fla's. Or, as wide and with as many parameters: its Transformer
-    twin, a hybrid of both, or a peer (extra `peers`)."""
+    """Architecture. A RetNet: ours, the paper's, torchscale's or fla's. Or a model of the same width and parameter
+    count: its Transformer twin, a hybrid of both, or a peer (extra `peers`)."""
     set: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the model's config, such as decay=paper heads=2 dropout=0.1, and to its encoders', such as
+    """Changes to the model's config, such as decay=paper heads=2 dropout=0.1, and to its encoders' configs, such as
     image.layers=4."""
     init: str = ""
-    """Model folder to train on from, a run or a converted model: its weights and architecture in place of a size's."""
+    """Model folder to start from, a run or a converted model: gives the weights and the architecture instead of a
+    size."""
     lora: int = 0
-    """Rank of a LoRA adapter of the initial model, which is trained and saved alone; 0 trains all weights."""
+    """Rank of a LoRA adapter of the initial model; only the adapter is trained and saved. 0 trains all weights."""
     lora_alpha: float = 16.0
-    """The adapter is multiplied by this over its rank."""
+    """LoRA alpha: the adapter is scaled by alpha / rank."""
     lora_targets: str = "all"
-    """Matrices that the adapter changes: all, or some, such as q_proj,v_proj."""
+    """Matrices that the LoRA adapter changes: all, or some, such as q_proj,v_proj."""
     mode: Mode | Literal["auto"] = "reset"
-    """reset: no state passes a document's end. packed: documents run into each other. whole: rows of whole documents,
-    or conversations. carry: each row reads on, with its state. auto: carry for RetNets, whole for models that attend
-    and where there are pictures or sound."""
+    """reset: the state is reset at each document's end. packed: documents run into each other. whole: rows of whole
+    documents or conversations. carry: each row continues the one before, with its state. auto: whole for models with
+    attention and for data with pictures or sound, else carry."""
     batch: int = 8
-    """Rows of a batch."""
+    """Batch size in rows."""
     length: int = 512
-    """Tokens of a row."""
+    """Context length: tokens of a row."""
     epochs: float = 0.0
-    """Passes over the data, which give the number of steps; 0: that is given itself."""
+    """Passes over the data, which set the number of steps; 0 takes `steps` as given."""
     resume: bool = False
-    """Go on from the run's newest checkpoint, if it has one, with its own options; another number of steps makes it
-    longer."""
+    """Resume from the run's newest checkpoint, if it has one, with the run's own options. A larger number of steps
+    lengthens the run."""
     overwrite: bool = False
-    """Begin anew where there is a run: its checkpoints and its log are deleted."""
+    """Begin anew if the directory holds a run: its checkpoints and its log are deleted."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
-    """How several processes share the work. A resumed run may have another number of them."""
+    """Mesh of several processes. A resumed run may have another number of processes."""
 
     @classmethod
     def of(cls, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> "TrainRun":
-        """A run from keywords, which are fields of TrainRun, of TrainConfig or of Parallel.
+        """Make a run from keywords: fields of TrainRun, TrainConfig or Parallel.
 
         Raises:
-            TypeError: a keyword that none has, or a value of another type than the field's.
+            TypeError: an unknown keyword, or a value of the wrong type.
         """
         parts = {f.name: f.default_factory() for f in fields(cls) if f.name in PARTS}
         known = {f.name for kind in (cls, *parts.values()) for f in fields(kind)} - {"data", "out", *PARTS}
@@ -103,7 +105,7 @@ class TrainRun:
         return cls(data, Path(out), **nested(parts, options))  # type: ignore[arg-type]  # made paths of there
 
     def __post_init__(self):
-        # strings are welcome too, and lists; a frozen dataclass wants this way
+        # strings and lists are accepted too; a frozen dataclass needs object.__setattr__
         several = (self.data,) if isinstance(self.data, str | Path) else self.data
         paths = tuple(map(Path, several))
         object.__setattr__(self, "data", paths[0] if len(paths) == 1 else paths)
@@ -125,16 +127,16 @@ class TrainRun:
             raise ValueError(f"epochs must be at least 0 and finite, got {self.epochs}")
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
-        """The run directory, once the model is trained.
+        """Train the model and return the run directory.
 
         Args:
-            overrides: where a run is resumed, the names of the fields that the user has chosen, and not left at their
-                defaults. They must be as in the run on disk, but for `steps` and for FREE; all others are taken from
-                it. If not given, all fields count as chosen, and `steps` must be as in the run as well.
-            quiet: nothing on stderr.
+            overrides: names of the fields that the user chose, for a resumed run. They must equal those of the run on
+                disk, except for `steps` and FREE; all other fields are taken from that run. If not given, all fields
+                count as chosen, and `steps` must equal the run's as well.
+            quiet: print nothing on stderr.
 
         Raises:
-            ValueError: data, model or options that do not go together; what cannot fit into memory.
+            ValueError: data, model and options do not fit each other, or the run does not fit into memory.
             FileExistsError, BlockingIOError, FloatingPointError, Interrupted, OSError: as `loop.train`.
         """
         with joined(self.parallel, self.train.device) as cluster:
@@ -150,15 +152,15 @@ class TrainRun:
                 say(f"the run at {self.out} {there}: beginning it", quiet=quiet)
             same = (run.options, run.existing, directory.record["data_sha256"], model.config)
             cluster.check_same(same, "rank {} was started with other options or data than rank 0: give all the same")
-            if cluster.sharded:  # replicas get the weights of the first one
+            if cluster.sharded:  # replicas get the weights of rank 0
                 other = "rank {} begins with other weights than rank 0 (`init`, or another version of torch)"
                 cluster.check_same(checksum(model), other)
             hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
             return train(model, batches, language_modelling, run.train, directory, hooks, cluster)
 
     def check(self) -> None:
-        """Raises what can be refused before any data is read: ValueError or OSError. Changes nothing."""
-        if self.resume and self.overwrite:  # not when it is made: the parser would put the line into a box of its own
+        """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""
+        if self.resume and self.overwrite:  # not in __post_init__: the parser would print that error in a box
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
         if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
             raise ValueError(f"{option('out', self.out)} is the model that the run begins with: choose another folder")
@@ -174,7 +176,7 @@ class TrainRun:
 
     @property
     def existing(self) -> Existing:
-        """What is done where a run is there already."""
+        """Action if the directory already holds a run."""
         return "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
 
     @property
@@ -184,14 +186,14 @@ class TrainRun:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options that say what is trained, by name: those of TrainRun and of TrainConfig, without the folders."""
+        """All options that determine the training, by name: those of TrainRun and TrainConfig, without the folders."""
         own = {f.name: getattr(self, f.name) for f in fields(TrainRun) if f.name not in APART}
         return own | {f.name: getattr(self.train, f.name) for f in fields(self.train)}
 
     def settled(self, data: Data, overrides: Collection[str] | None = None) -> "TrainRun":
-        """The run as it is carried out: steps in place of epochs, a mode in place of auto; resumed, its own options.
+        """The run with every option settled: steps for epochs, a mode for auto, and a resumed run's own options.
 
-        A run that has no checkpoint yet may change in anything. The folder of the data may have been moved, but its
+        A run without a checkpoint may change every option. The data folder may have been moved, but its
         content must be the same.
 
         Raises:
@@ -212,7 +214,7 @@ class TrainRun:
         return run
 
     def concrete(self, data: Data, *, by_steps: bool = False) -> "TrainRun":
-        """The run with steps in place of epochs (which `by_steps` ignores), and a mode in place of auto."""
+        """The run with steps for epochs, and a mode for auto; `by_steps` keeps the steps and ignores the epochs."""
         run = self
         if self.mode == "auto":
             config = ModelFolder.open(self.out).config if self.resumes else self.config(data.meta.vocab_size)
@@ -223,7 +225,7 @@ class TrainRun:
         return replace(run, epochs=0.0)
 
     def _as_resumed(self, saved: Mapping[str, Any], fingerprint: str, chosen: Collection[str], free: Any) -> "TrainRun":
-        """The run at `out`, whose train.json is `saved`; of the options `chosen` those that are `free` may change."""
+        """The run at `out`, whose train.json is `saved`; of the `chosen` options, only `free` ones may change."""
         chosen, kept = set(chosen), folders(self.out)
         try:
             own = {**saved["command"], "data": self.data, "out": self.out, "set": changes_of(saved["command"]["set"])}
@@ -235,7 +237,7 @@ class TrainRun:
         if not kept:
             free = chosen
         elif before.lora:
-            free = free | {"init"}  # which is known by its weights
+            free = free | {"init"}  # `load_base` checks it by its weights
         if kept and not same_data:
             raise ValueError(
                 f"{option('data', self.data)} holds other data than the run at {self.out} was trained on: name those, "
@@ -250,13 +252,13 @@ class TrainRun:
         return replace(before, **nested({name: getattr(before, name) for name in PARTS}, changes))
 
     def seconds_per_step(self) -> float:
-        """Seconds of a step of this run on this machine: the median of three, or of two seconds. Writes nothing."""
+        """Median seconds of a step of this run on this machine, measured on a few steps. Writes nothing."""
         data = self.opened()
         run = self.concrete(data)
         _, model = run.build(data)
         training = prepare(model, run.batches(data), language_modelling, run.train)
         times = []
-        for _ in range(50):  # the first one allocates and compiles, and is left out; short ones vary, and are many
+        for _ in range(50):  # leaves out the first step, which allocates and compiles; measures many short steps
             began = time.perf_counter()
             take_step(training)
             times.append(time.perf_counter() - began)
@@ -265,14 +267,14 @@ class TrainRun:
         return statistics.median(times[1:])
 
     def opened(self) -> Data:
-        """The folder of data, or several as one; raises ValueError or FileNotFoundError where it cannot be."""
+        """Open the data folder, or several as a mixture; raises ValueError or FileNotFoundError if it cannot."""
         return open_packed(self.data if isinstance(self.data, tuple) else (self.data,), self.data_weights)
 
     def batches(self, data: Data, cluster: Cluster = ALONE) -> Batches | MixedBatches:
-        """The batches that are trained on, in order; of several ranks the rows that this one reads.
+        """The training batches in order; with several ranks, the rows that this rank reads.
 
         Raises:
-            ValueError: rows that do not divide by the ranks that read different ones, or among those of `cp`.
+            ValueError: the rows cannot be divided over the data parallel ranks, or their tokens over the ranks of `cp`.
         """
         dp, cp = cluster.dp, cluster.cp
         if self.batch % dp.size:
@@ -290,10 +292,10 @@ class TrainRun:
         return data.batches(**how, rank=dp.rank, world=dp.size)
 
     def config(self, vocab_size: int) -> Config:
-        """The config of the model for a vocabulary; with `init`, that of the model there.
+        """Config of the model for a vocabulary size; with `init`, the config of that model.
 
         Raises:
-            ValueError: no such size or field, or an architecture beside that of `init`.
+            ValueError: an unknown size or field, or an architecture given together with `init`.
         """
         own = {name: value for name, value in self.set.items() if "." not in name}
         if not self.init:
@@ -305,13 +307,13 @@ class TrainRun:
         return replace(ModelFolder.open(self.init).config, **own)
 
     def build(self, data: Data, cluster: Cluster = ALONE) -> tuple[Config, LanguageModel]:
-        """(config, model) to begin with.
+        """Build the initial (config, model).
 
         Raises:
-            ValueError: they do not fit the data, the mode or the memory; found before the model is made.
+            ValueError: the model does not fit the data, the mode or the memory; checked before it is made.
         """
-        # A resumed run has its config and its weights: the model that it began from may be there no more.
-        # So may the defaults of this version be others than those that it began with.
+        # A resumed run uses its own config and weights: its initial model may be gone, and defaults may have changed
+        # since it began.
         begun = ModelFolder.open(self.out) if self.resumes else None
         config = begun.config if begun else self.config(data.meta.vocab_size)
         if self.mode == "carry" and not (config.keeps_state and config.constant_state):
@@ -319,9 +321,9 @@ class TrainRun:
                 f"mode carry hands on a state of constant size, and a {config.name} has none: use another mode, or "
                 "attention with a window"
             )
-        if not cluster.sharded:  # what a part of a model takes is not looked at
+        if not cluster.sharded:  # there is no estimate of the memory of a part of a model
             check_fits(config, self.batch // cluster.dp.size, self.length, self._device(cluster))
-        torch.manual_seed(self.train.seed)  # of the initialisation; each step seeds what comes after
+        torch.manual_seed(self.train.seed)  # for the initialisation; each step has its own seed
         encoders = begun.encoders if begun else encoders_for(data, self.init, self.set)
         if encoders and config.library:
             raise ValueError(f"a {config.name} reads ids alone, and {data.path} holds {', '.join(encoders)}")
@@ -330,18 +332,18 @@ class TrainRun:
             with_encoders(model, encoders)
         if self.init and not begun:
             load_initial(model, self.init, data, lora=bool(self.lora))
-        elif self.lora:  # what the checkpoint has is the adapter alone
+        elif self.lora:  # the checkpoint holds the adapter only
             load_base(model, self.init, self.out)
         if self.lora:
             model = with_adapter(model, adapter_for(model, self.init, self.lora, self.lora_alpha, self.lora_targets))
         return config, model
 
     def hooks(self, data: Data, config: Config) -> Hooks:
-        """Evaluation on the held-out text, if there is some, and samples of text, if the model can be decoded."""
+        """Hooks with evaluation if the data hold out text, and samples if the model can decode."""
         return hooks_on(data, self.length, self.train, carry=self.mode == "carry", decodes=config.keeps_state)
 
     def title(self, data: Data, model: LanguageModel, cluster: Cluster) -> str:
-        """The line that the log begins with."""
+        """First line of the log."""
         encoding = sum(p.numel() for encoder in encoders_of(model).values() for p in encoder.parameters())
         senses = f" and {millions(encoding)} of encoders" if encoding else ""
         device = self._device(cluster)
@@ -356,7 +358,7 @@ class TrainRun:
         return title
 
     def directory(self, data: Data) -> RunDirectory:
-        """Where the run is written, with what train.json records of it to resume it."""
+        """Run directory, with the record that train.json keeps to resume the run."""
         options = {f.name: getattr(self, f.name) for f in fields(TrainRun) if f.name not in ("data", "out", *APART)}
         options = {"data": self.data, "out": self.out, **options}
         record = {"command": plain(options), "data_sha256": data.fingerprint}
@@ -370,13 +372,13 @@ class TrainRun:
 
 
 PARTS = ("train", "parallel")
-"""Fields of TrainRun that are dataclasses themselves, whose fields are options of the run."""
+"""Fields of TrainRun that are dataclasses themselves; their fields are options of the run."""
 APART = ("data", "out", "epochs", "resume", "overwrite", *PARTS)
-"""Fields that do not say what is trained."""
+"""Fields that do not determine the training."""
 
 
 def nested(parts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as TrainRun takes them, those that are fields of one of its `parts` within it."""
+    """The options as arguments of TrainRun: fields of one of its `parts` are moved into that part."""
     found = dict(options)
     for name, part in parts.items():
         own = {f.name: found.pop(f.name) for f in fields(part) if f.name in found}
@@ -385,7 +387,7 @@ def nested(parts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, An
 
 
 def amount(data: Data) -> str:
-    """How much text there is to train on, and of a mixture how much of the rows each folder has."""
+    """Number of training tokens as text, and each folder's share of the rows of a mixture."""
     tokens = f"{millions(data.meta.splits['train'].tokens)} tokens"
     if not isinstance(data, Mixture):
         return tokens

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a run on conversations, which are packed beside it and then trained on as any data.
+"""Supervised fine-tuning (SFT): packs conversations into a folder beside the run, then trains on it.
 
 SftRun("chats.jsonl", "runs/talks", init="runs/mine").run()
 """
@@ -39,24 +39,24 @@ class SftRun(TrainRun):
     """
 
     data: Path | tuple[Path, ...]
-    """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion), which
-    are packed into a folder beside the run (OUT-data-…); or a folder that `retentive data --chats` has packed."""
+    """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion). They
+    are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data --chats`."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub, to begin with."""
+    """Initial model: run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     mode: Mode | Literal["auto"] = "auto"
-    """carry: rows read on from row to row, with their states, however long a conversation is; whole: rows of whole
-    conversations. auto: carry for RetNets, whole for models that attend and where there are pictures or sound."""
+    """carry: each row continues the one before, with its state, so conversations may be of any length. whole: rows of
+    whole conversations. auto: whole for models with attention and for data with pictures or sound, else carry."""
     epochs: float = 3.0
     """Passes over all conversations, unless the number of steps is given."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(lr=3e-4, warmup=20, eval_every=100, save_every=100, sample_every=100)
     )
     valid: str | None = None
-    """Conversations to hold out, instead of a part of the others."""
+    """File or folder of held-out conversations, instead of a fraction of `data`."""
     valid_fraction: float = 0.05
-    """Part of the conversations that is held out."""
+    """Fraction of the conversations to hold out."""
     template: Path | None = None
-    """A chat template in place of the model's own; without either, a plain one."""
+    """Chat template file. Default: the model's own template, or a plain one."""
 
     def __post_init__(self):
         if self.init is tyro.MISSING or not self.init:
@@ -73,16 +73,18 @@ class SftRun(TrainRun):
         shown: Shown = nullcontext,
         say: Callable[[str], None] = warnings.warn,
     ) -> Path:
-        """The run directory, once the model is trained.
+        """Pack the conversations, train the model and return the run directory.
 
         Args:
-            overrides: as of `TrainRun.run`. The epochs count unless "steps" is among them, and "epochs" is not.
-            quiet: as of `TrainRun.run`.
-            shown: a context in which packing is shown, as by a bar; it gives what is told how far that is.
-            say: as of `prepare`.
+            overrides: as in `TrainRun.run`. Epochs set the number of steps unless `overrides` has "steps" without
+                "epochs".
+            quiet: as in `TrainRun.run`.
+            shown: makes a context that shows the progress of packing, such as a bar; it gives the progress callback.
+            say: as in `prepare`.
 
         Raises:
-            ValueError, OSError: as `prepare` and `TrainRun.run`; nothing is left of conversations packed for nothing.
+            ValueError, OSError: as `prepare` and `TrainRun.run`; conversations packed for a run that did not train
+                are deleted.
         """
         if several():
             raise ValueError(
@@ -96,10 +98,10 @@ class SftRun(TrainRun):
             run = TrainRun(**{**own, "data": folder})
             if not run.opened().meta.chats:
                 raise ValueError(f"{folder} holds texts, in which nothing is an answer: retentive train reads it")
-            # what it begins with is always said
+            # `init` always counts as chosen by the user
             return run.run(overrides=None if overrides is None else {*overrides, "init"}, quiet=quiet)
         except Exception:
-            if made and folders(self.out) == before:  # nothing is trained on it
+            if made and folders(self.out) == before:  # no run has trained on it
                 shutil.rmtree(folder)
             raise
 
@@ -109,10 +111,10 @@ class SftRun(TrainRun):
         return self.data if isinstance(self.data, tuple) else (self.data,)
 
     def folder(self, overrides: Collection[str] = ()) -> Path:
-        """Folder of the packed conversations: the one given, or one beside the run, named by what it is made from.
+        """Folder of the packed conversations: the given one, or one beside the run, named by a hash of its sources.
 
         Raises:
-            ValueError: options of packing were chosen beside a folder that is packed.
+            ValueError: packing options were given together with a packed folder.
         """
         if len(self.sources) == 1 and (self.sources[0] / "meta.json").is_file():
             if given := sorted({"valid", "valid_fraction", "template"} & set(overrides)):
@@ -129,14 +131,14 @@ class SftRun(TrainRun):
         return self.out.with_name(f"{self.out.name}-data-{digest[:8]}")
 
     def pack(self, folder: Path, shown: Shown, say: Callable[[str], None]) -> bool:
-        """Packs the conversations into the folder; False if they are there already."""
+        """Pack the conversations into the folder; returns False if it already holds them."""
         if (folder / "meta.json").is_file():
             return False
         base = ModelFolder.open(self.init)
         options: dict[str, Any] = {"tokenizer": str(base.path), "template": self.template, "say": say}
         options |= {"valid": self.valid, "valid_fraction": self.valid_fraction}
         with shown() as progress:
-            if base.encoders:  # it may be shown pictures and sound
+            if base.encoders:  # conversations may have pictures and sound
                 from retentive import multimodal  # an extra
 
                 media = multimodal.fields_of(base)
@@ -147,7 +149,7 @@ class SftRun(TrainRun):
 
 
 def media_files(source: str | Path) -> list[tuple[str, str]]:
-    """(path, digest) of each picture and sound that conversations name; packing says what is wrong with them."""
+    """(path, digest) of each existing picture and sound file that the conversations name."""
     found = []
 
     def look(kind: str, name: str, *, folder: Path) -> Media:

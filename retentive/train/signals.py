@@ -1,7 +1,7 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: a run finishes the step under way, saves, and stops.
 
-A handler may run between any two instructions of Python, also while a checkpoint is written: so it only takes a note,
-and the loop looks at that where it can stop.
+A handler may run between any two instructions of Python, even while a checkpoint is written. So it only sets a flag,
+and the loop checks the flag where it can stop.
 """
 
 import contextlib
@@ -11,33 +11,33 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = [x for x in signal.Signals if x.name in ("SIGTERM", "SIGINT", "SIGUSR1")]
-"""Those that ask to stop; batch systems send SIGUSR1 before a job's time is over, and Windows has none."""
+"""Signals that ask a run to stop; batch systems send SIGUSR1 before a job's time is over. Windows has no SIGUSR1."""
 
 
 class Interrupted(Exception):
-    """One of them arrived; a checkpoint was saved."""
+    """A stop signal arrived; a checkpoint was saved."""
 
     def __init__(self, message: str, number: int = signal.SIGTERM):
         super().__init__(message)
         self.number = number
-        """The number of the signal, which exit codes are made of."""
+        """Signal number, for the exit code."""
 
 
 class Stop:
-    """Whether a signal has asked to stop."""
+    """Flag that a stop signal sets."""
 
     signal = 0
-    """The number of the first signal that came, 0 before."""
+    """Number of the first signal that arrived, 0 before."""
 
 
 @contextlib.contextmanager
 def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
-    """Takes a note of these signals in this block, instead of ending the process.
+    """Record stop signals in this block, instead of ending the process.
 
-    In another thread than the main one nothing is noted: Python lets that one alone set handlers.
+    Outside the main thread it records nothing, because Python allows only the main thread to set handlers.
 
     Args:
-        insistent: a SIGINT after the first signal raises KeyboardInterrupt at once, for who will not wait.
+        insistent: a SIGINT after the first signal raises KeyboardInterrupt at once.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -49,7 +49,7 @@ def stop_signals(*, insistent: bool = True) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
 
-    # Whoever had a handler gets it back: a notebook, pytest, or a program that trains in between.
+    # Restore the handlers afterwards: the caller may be a notebook, pytest or another program.
     before = {s: signal.signal(s, handle) for s in SIGNALS}
     try:
         yield stop

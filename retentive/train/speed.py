@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: the precision that suits it, and what part of that speed a run reaches."""
+"""Speed of this machine's matrix products: the precision that suits it, and the fraction that a run reaches (MFU)."""
 
 import time
 from typing import get_args
@@ -13,29 +13,29 @@ from retentive.train.step import Training
 
 
 def pick_precision(name: Precision, device: torch.device) -> Precision:
-    """fp32 or bf16; "auto" is bf16 where a matrix product is 1.3 times as fast in it or more, measured now."""
+    """fp32 or bf16; "auto" measures now, and picks bf16 if a matrix product is more than 1.3 times as fast in it."""
     if name != "auto":
         return name
     if device.type == "mps":
         return "fp32"
     bf16 = fp32 = 0.0
-    for _ in range(8):  # in turn: what a busy neighbour takes, it takes from both
+    for _ in range(8):  # in turn, so that a busy neighbour slows both alike
         bf16 = max(bf16, gemm_rate(device, torch.bfloat16, size=1024, repeats=1))
         fp32 = max(fp32, gemm_rate(device, torch.float32, size=1024, repeats=1))
     return "bf16" if bf16 > 1.3 * fp32 else "fp32"
 
 
 def agreed_precision(name: Precision, device: torch.device, cluster: Cluster) -> Precision:
-    """`pick_precision`, of which the measurement of rank 0 holds for all."""
+    """Precision that rank 0 picks (`pick_precision`), for all ranks."""
     names = get_args(Precision)
     return names[cluster.broadcast(names.index(pick_precision(name, device)))]
 
 
 class Speedometer:
-    """Tokens a second, MFU and memory of each step.
+    """Meter of throughput (tokens a second), MFU and memory of each step.
 
-    MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) is a fraction of the rate of a large matrix product on this
-    machine, measured now.
+    MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) is relative to the speed of a large matrix product on this
+    machine, measured when the meter is made.
     """
 
     def __init__(self, training: Training):
@@ -46,10 +46,10 @@ class Speedometer:
         self.device, self._mfu, self._began = model.device, flops / peak, time.perf_counter()
 
     def start(self) -> None:
-        """A step begins."""
+        """Start timing a step."""
         self._began = time.perf_counter()
 
     def read(self, tokens: int) -> dict[str, float]:
-        """The figures of a step of so many tokens, which ends now."""
+        """Metrics of the step that ends now, which read `tokens` tokens."""
         rate = tokens / (time.perf_counter() - self._began)
         return {"tokens_per_second": rate, "mfu": rate * self._mfu, "memory": peak_memory(self.device)}

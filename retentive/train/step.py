@@ -2,7 +2,7 @@
 
     gradient = d/dw  mean over batches of (sum of losses / number of targets)        clipped, then the optimiser's step
 
-The learning rate, the batches and the random numbers of a step are functions of its number.
+The learning rate, batches and random numbers of a step depend on its number only.
 """
 
 import math
@@ -20,21 +20,21 @@ from retentive.train.parallel import ALONE, Cluster, clip_gradients
 
 
 class Batches(Protocol):
-    """Source of batches: a pure function of the index, so that a resumed run reads what it would have read."""
+    """Source of batches: a pure function of the index, so that a resumed run reads the same batches."""
 
     length: int
-    """Tokens of a row, on which the FLOPs of a token depend."""
+    """Tokens of a row; FLOPs per token depend on it."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """The batch of any index from 0 on; the j-th of a step has the index step * accumulate + j.
+        """The batch at any index from 0 on; batch j of a step has the index step * accumulate + j.
 
-        A batch has `ids` and `to(device)`; what else it has concerns the objective alone.
+        A batch has `ids` and `to(device)`; only the objective uses its other fields.
         """
 
 
 @dataclass
 class Training:
-    """A model in training: what a step reads, and what it changes."""
+    """A model in training, with everything that a step reads and changes."""
 
     model: LanguageModel
     batches: Batches
@@ -43,11 +43,11 @@ class Training:
     cluster: Cluster = ALONE
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: EMA | None = field(init=False)
-    """Averages of the weights, if the config asks for them."""
+    """Moving average of the weights, if the config asks for it."""
     step: int = 0
-    """Finished steps, those that were left out included."""
+    """Finished steps, including skipped ones."""
     carried: Any = None
-    """State that the next batch goes on from (mode "carry")."""
+    """State that the next batch continues from (mode "carry")."""
 
     def __post_init__(self):
         self.optimizer = optimizer_of(self.model, self.config)
@@ -55,17 +55,17 @@ class Training:
 
 
 def take_step(training: Training) -> dict[str, Any]:
-    """Loss, lr, grad_norm and tokens of the next step, over all ranks.
+    """Take the next step and return its loss, lr, grad_norm and tokens, over all ranks.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite; weights, moments and state are as before, and the
+        FloatingPointError: the loss or the gradient is not finite. Weights, moments and state stay as before, and the
             step counts as finished.
     """
     config, optimizer, carried = training.config, training.optimizer, training.carried
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(training.step, config)
-    # Dropout is a function of the step too. Seeds are far apart, so that runs of neighbouring seeds do not share them.
-    # So do ranks that read other tokens; those that divide the same ones by heads must drop the same.
+    # Dropout depends on the step only. Seeds are far apart, so that runs with neighbouring seeds do not share any.
+    # Ranks that read different tokens have different seeds; tensor parallel ranks must drop the same values.
     torch.manual_seed(config.seed * 1_000_003 + training.step + training.cluster.dp_cp.rank * 10**14)
     loss, tokens = accumulate_gradients(training)
     norm = clip_gradients(training.model, config.clip or math.inf, training.cluster)  # inf: measured, not clipped
@@ -80,10 +80,10 @@ def take_step(training: Training) -> dict[str, Any]:
 
 
 def accumulate_gradients(training: Training) -> tuple[float, int]:
-    """(mean loss, tokens) of the next step; its gradients are left in the parameters, its last state in `carried`.
+    """Compute the next step's gradients into the parameters, and its state into `carried`; returns (mean loss, tokens).
 
-    Every batch of the step weighs the same, whatever the number of its losses; every target of a batch does, whichever
-    rank has it.
+    Every batch of the step has the same weight, whatever its number of targets. Within a batch every target has the
+    same weight, whichever rank reads it.
     """
     config, cluster, device = training.config, training.cluster, training.model.device
     total, tokens = 0.0, 0
@@ -93,7 +93,7 @@ def accumulate_gradients(training: Training) -> tuple[float, int]:
             losses, count, training.carried = training.objective(training.model, batch, training.carried)
             (count_of_all,) = cluster.sum(count)
             loss = losses / max(count_of_all, 1)
-        # outside of autocast, as torch asks for; gradients are averaged over these ranks, and their sum is meant
+        # outside autocast, as torch requires; scaled because ranks average gradients, and the sum is wanted
         (loss * cluster.dp_cp.size / config.accumulate).backward()
         total += loss.item() / config.accumulate
         tokens += batch.ids.numel()

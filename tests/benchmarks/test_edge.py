@@ -1,4 +1,4 @@
-"""`bench edge`: a process a form, the gate, the table, and what is refused."""
+"""`bench edge`: a process per form, the gate, the table, and refused options."""
 
 import json
 

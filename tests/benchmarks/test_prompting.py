@@ -1,4 +1,4 @@
-"""Few-shot tasks: what is asked was never shown; with one group all ways of remembering are the same one."""
+"""Few-shot tasks: questions were never demonstrations; with one group all ways of remembering agree."""
 
 import json
 import math

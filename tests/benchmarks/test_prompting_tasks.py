@@ -1,4 +1,4 @@
-"""Tasks of structured prompting: what is asked was never shown, classes are named anew, files are where one says."""
+"""Tasks of structured prompting: questions were never demonstrations, classes get new names, files are configurable."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What fewer bits cost: each measure against one made by hand, and what is refused."""
+"""`bench quantization`: each measure against one computed by hand, and refused options."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""`bench questions`: one text, read once by each model for any number of questions."""
+"""`bench questions`: each model reads one text once for any number of questions."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Associative recall: rows that ask what they named, an oracle that answers, training that learns it."""
+"""Associative recall: rows that ask for the pairs they named, an oracle that answers, and training that learns it."""
 
 import json
 
@@ -61,8 +61,7 @@ def measured(out, say=lambda line: None, **how):
 
 
 def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
-    """Of two keys and eight values, so that it learns in 120 steps at one of two rates; a second call does not train
-    again."""
+    """Two keys and eight values are learnt in 120 steps at one of two rates; a second call does not train again."""
     monkeypatch.setattr(recall, "KEYS", 2)
     monkeypatch.setattr(recall, "VALUES", 8)
     how = dict(variants=("retnet",), dims=(32,), pairs=(2,), tokens=512, lrs=(1e-9, 1e-2), steps=120)

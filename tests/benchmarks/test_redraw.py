@@ -1,4 +1,4 @@
-"""Results shown anew: the table from the numbers, the picture where there was one, nothing else."""
+"""`benchmarks redraw`: renews the table from the numbers and the picture if there was one, nothing else."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""`bench retention`: gates against a wrong operator, who takes part, rows.
+"""`bench retention`: gates against a wrong operator, the choice of rivals, rows.
 
 Works are tiny, and the memory of processes of their own is made up where it is not what is tested.
 """

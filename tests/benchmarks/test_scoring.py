@@ -1,4 +1,4 @@
-"""`bench scoring`: what is run, what is counted, and that ways which disagree are not counted."""
+"""`bench scoring`: its runs, its counts, and an error if the two ways disagree."""
 
 import json
 

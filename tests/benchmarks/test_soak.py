@@ -1,4 +1,4 @@
-"""A short soak, whole: the server in its process, every kind of client, and the count of what went wrong."""
+"""A short but complete soak: the server in its process, every kind of client, and the count of errors."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""`bench sound`: sound is read once for all questions, and what is refused."""
+"""`bench sound`: reads sound once for all questions, and refuses bad options."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`bench speculation`: what was guessed is counted, other tokens are seen, a line is said for every step."""
+"""`bench speculation`: counts guesses, detects different tokens, and reports a line for every step."""
 
 import json
 

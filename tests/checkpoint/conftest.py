@@ -1,4 +1,4 @@
-"""Where the other projects' weights and logits lie: small ones here, on some machines larger beside the checkout."""
+"""Folders of other projects' weights and logits: small ones here, and larger ones beside the checkout if present."""
 
 from pathlib import Path
 

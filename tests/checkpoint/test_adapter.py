@@ -1,4 +1,4 @@
-"""Adapters: nothing is changed at first, the merged model is the trained one, and no other model takes them."""
+"""Adapters: a new one changes nothing, the merged model equals the trained one, and other models refuse it."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Model folders: what is saved comes back, in three layouts; what is damaged or unknown is refused in one line."""
+"""Model folders: saved models come back, in three layouts; damaged or unknown folders are refused in one line."""
 
 import errno
 import json
@@ -337,7 +337,7 @@ def test_foreign_architectures_that_ours_has_not(layout, field, value, tmp_path,
 
 @pytest.mark.parametrize("layout", ["torchscale", "fla"])
 def test_all_reasons_are_said_at_once(layout, tmp_path, refuses):
-    """A default run goes to neither layout: whoever trains anew needs all of the reasons beforehand."""
+    """A default run fits neither layout: a user who trains anew needs all reasons beforehand."""
     words = f"{layout} needs qk_norm=False (this model: True), head_norm=True (this model: False), "
     words += "decay='paper' (this model: 'gated')"
     if layout == "fla":
@@ -444,7 +444,7 @@ def test_gains_may_be_wider_than_matrices(saved):
 
 @pytest.mark.parametrize("vocab", [256, 257, 1280, 1281, 4096])
 def test_a_tokenizer_must_be_the_models_by_its_size(vocab, tmp_path, refuses):
-    """Of bytes, 257 tokens. An embedding may be rounded up by less than 1024 rows; beyond that it is another's."""
+    """The byte tokenizer has 257 tokens. A model may have up to 1023 rows more, by rounding up, and no other size."""
     save_model(tmp_path, build(changed(OURS["retnet"], vocab_size=vocab)), ByteTokenizer())
     if vocab in (257, 1280):
         assert ModelFolder.open(tmp_path).tokenizer_for_text().vocab_size == 257
@@ -500,7 +500,7 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line(case, monkeypatch, refus
 
 @pytest.mark.parametrize("path", ["a/b/c", "/none/here", "./none", "../none", "none", "runs/mien"])
 def test_without_hf_the_hub_is_not_asked(path, monkeypatch, refuses):
-    """A slip in a path would fetch a stranger's model; the way to the hub is said where it may have been meant."""
+    """A typo in a path must not fetch a stranger's model; the error names hf: if the hub may have been meant."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     hint = "; for the Hugging Face repository write hf:runs/mien" if path == "runs/mien" else ""
     with refuses(f"no model folder at {path}{hint}", FileNotFoundError):
@@ -533,7 +533,7 @@ def test_a_model_in_use_outlives_its_folder(saved, same):
 
 
 def test_loading_imports_no_compiler(tmp_path):
-    """torch's takes most of a second, and would be asked for numbers that nobody needs."""
+    """torch's compiler takes most of a second to import, and loading does not need it."""
     save_model(tmp_path, build(retnet(vocab_size=67, dim=32, layers=1, heads=2)))
     code = "import sys, retentive; retentive.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Integers in place of matrices: how near they are, what calibration gains, and folders of them."""
+"""Quantised matrices: their error, the gain of calibration, and folders of quantised models."""
 
 import json
 from importlib.util import find_spec

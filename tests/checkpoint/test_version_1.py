@@ -12,10 +12,10 @@ from retentive.models import load_state
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1.0"
 READ = 11
-"""Tokens that the states and memories have read."""
+"""Number of tokens that the states and memories have read."""
 NAMES = sorted(path.stem for path in OLD.glob("*.expected"))
 TOL = 1e-5
-"""Of the norm: float32 sums in another order, as another processor or version of torch takes them."""
+"""Tolerance relative to the norm: float32 sums in another order, as on another processor or version of torch."""
 
 
 @pytest.mark.parametrize("name", NAMES)

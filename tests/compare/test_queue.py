@@ -1,4 +1,4 @@
-"""The queue: workers of their own, what is done stays done, a stop at any time, memory of each run alone."""
+"""The queue: a worker per run, finished runs stay finished, a stop at any time, and the memory of each run."""
 
 import json
 import os

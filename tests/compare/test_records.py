@@ -1,4 +1,4 @@
-"""Records of runs: read, refused where damaged, of unlike machines only where that is wanted."""
+"""Records of runs: read, refused if damaged, and of different machines on request only."""
 
 import json
 

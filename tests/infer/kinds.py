@@ -1,4 +1,4 @@
-"""A model of each kind, all of one vocabulary and width: what the tests of decoding run over."""
+"""A model of each kind for the tests of decoding, all with one vocabulary and width."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from tests.configs import changed
 
 
 def kinds(config: ModelConfig) -> dict[str, Any]:
-    """Their configs by name: decays per token and fixed ones, a growing cache, a window, and hybrids."""
+    """Configs by name: decays per token, fixed decays, a growing cache, a window, and hybrids."""
     heads = config.all_retention("tests").heads
     mixed = hybrid(vocab_size=config.vocab_size, dim=config.dim, layers=2, heads=heads, attention_every=2)
     return {

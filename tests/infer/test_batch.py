@@ -1,4 +1,4 @@
-"""Prompts that begin alike: read once, to the tokens that each gives by itself."""
+"""Prompts with a common prefix: it is read once, and each prompt gives the tokens that it gives alone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Beam search against all continuations there are, and against greedy decoding."""
+"""Beam search against all possible continuations, and against greedy decoding."""
 
 import math
 from itertools import product

@@ -1,4 +1,4 @@
-"""The prefix cache against reading anew: the very states, within its bounds, whatever happens to its files."""
+"""The prefix cache against reading anew: the same states, within its bounds, even if files are damaged or lost."""
 
 import random
 import threading
@@ -94,7 +94,7 @@ def test_a_state_larger_than_all_the_room_is_not_kept(model):
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 def test_a_hit_gives_the_tokens_of_a_miss(model, on_disk, tmp_path):
-    """Prompts twice, then with more after them, and after their replies; the bound holds two states or so."""
+    """Prompts repeat, then continue, then continue after their replies; the bound holds about two states."""
     rng = random.Random(0)
     common = [rng.randrange(61) for _ in range(40)]
     prompts = [[*common[: rng.choice([8, 21, 40])], *(rng.randrange(61) for _ in range(9))] for _ in range(8)]
@@ -125,7 +125,7 @@ def folder(tmp_path) -> Path:
 
 
 def filled(model, folder, count=4, **more) -> PrefixCache:
-    """Room for one state in memory, the others on disk."""
+    """A cache with room for one state in memory, and the others on disk."""
     cache = PrefixCache(read(model, prefix(0)).nbytes, folder=folder, model=fingerprint(model), **more)
     for n in range(count):
         cache.store(prefix(n), read(model, prefix(n)))
@@ -215,7 +215,7 @@ def test_a_full_disk_costs_the_states_and_nothing_else(model, folder, monkeypatc
 
 
 def test_threads_share_it(model, folder, same):
-    """Eight of them, room for two states in memory and for four on disk; every answer is right."""
+    """Eight threads, room for two states in memory and four on disk; every answer is right."""
     states = [read(model, prefix(n)) for n in range(12)]
     cache = filled(model, folder, 1, most_bytes_on_disk=4 * 12_000)
     cache.most_bytes *= 2

@@ -1,4 +1,4 @@
-"""Conversations: turn by turn from a state gives what reading the whole conversation anew gives."""
+"""Conversations: answers from a state, turn by turn, equal answers after reading the whole conversation anew."""
 
 from contextlib import closing
 
@@ -39,7 +39,7 @@ def say(conversation, message: str) -> str:
 
 
 def anew(conversation, ids: list[int]) -> str:
-    """The answer after `ids` by the plain loop."""
+    """Answer after `ids` by the plain loop."""
     return TOKENIZER.decode([t.id for t in generate(conversation.engine.model, ids, GREEDY, max_tokens=12)])
 
 
@@ -89,7 +89,7 @@ def test_the_end_of_text_is_left_to_the_template(conversation):
 
 
 def test_what_is_remembered_has_no_room_in_it_but_its_own(conversation):
-    """Plain tensors, of the tokens read and no more: it is what files and sessions hold."""
+    """Files and sessions hold plain tensors without free room."""
     say(conversation, "Hello")
     memory = conversation.memory
     fresh = conversation.engine.model.init_state(1).reserve(memory.tokens)
@@ -115,7 +115,7 @@ def test_a_text_goes_on_after_what_was_read(conversation):
 
 @pytest.fixture
 def looking(conversation, monkeypatch):
-    """(a conversation with a model that sees, the rows of each call of its encoder)."""
+    """(conversation with a model that reads pictures, rows of each call of its encoder)."""
     model, calls = conversation.engine.model, []
     with_encoders(model, {"image": ImageConfig(token=257, size=8, patch=4, channels=1, dim=16, layers=1)})
     encoder = encoders_of(model)["image"]
@@ -159,7 +159,7 @@ def test_a_picture_is_read_once_however_its_answer_ends(looking, ending):
 
 
 def test_a_picture_that_was_not_read_is_forgotten(looking):
-    """Its rows are not in the ids: there is nothing to go on from."""
+    """The picture's rows are not in the ids, so the conversation cannot continue from it."""
     conversation, calls = looking
     say(conversation, "Hello")
     before = conversation.memory

@@ -1,4 +1,4 @@
-"""The decoder's contract: with torch against the model's own call, and an engine over a decoder of another make."""
+"""The decoder's contract: TorchDecoder against the model's own call, and an engine with another decoder."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ IMAGE = ImageConfig(token=61, size=8, patch=4, channels=1, dim=16, layers=1)
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    """In float64, where what is packed differs from what is read alone by rounding only."""
+    """A model in float64, in which packed and single sequences differ by little rounding."""
     return build(MODELS[request.param]).double().eval()
 
 
@@ -81,7 +81,7 @@ def test_decoding_moves_the_first_rows_of_the_pool_in_place(model, same):
 
 @torch.inference_mode()
 def test_after_an_error_nothing_holds_on_to_the_pool(model, monkeypatch):
-    """There was no memory for a step: a new pool must find the old one's."""
+    """If a step runs out of memory, a new pool must be able to use the old pool's memory."""
     decoder = TorchDecoder(model)
     pool = decoder.pool(2).reserve(4)
     decoder.decode(torch.tensor([1]), pool)
@@ -96,7 +96,7 @@ def test_after_an_error_nothing_holds_on_to_the_pool(model, monkeypatch):
 
 
 class Recomputing:
-    """A decoder of another make: its state is the list of ids read so far, or embeddings of pictures."""
+    """Another decoder: its state is the list of ids read so far, or embeddings of pictures."""
 
     def __init__(self, model):
         self.model, self.vocab_size, self.calls = model, model.config.vocab_size, set()
@@ -140,7 +140,7 @@ class Recomputing:
 
 
 class Past:
-    """One sequence that was read."""
+    """State of one sequence: all that it has read."""
 
     nbytes = 8
 

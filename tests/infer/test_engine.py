@@ -1,4 +1,4 @@
-"""The engine against `generate`, one request at a time: the same tokens, whatever else is in the batch."""
+"""The engine against `generate`, one request at a time: the same tokens in any batch."""
 
 import random
 import threading
@@ -29,7 +29,7 @@ def model(request):
 
 
 def requests(count: int) -> list[tuple[list[int], SamplingParams, int]]:
-    """Prompts of 1 to 90 tokens, every third with a beginning in common; greedy and sampled in many ways."""
+    """Requests with prompts of 1 to 90 tokens, every third with a common prefix; greedy and sampled in many ways."""
     rng = random.Random(0)
     common = [rng.randrange(61) for _ in range(40)]
     made = []
@@ -146,7 +146,7 @@ def greedy(model, ids, n) -> list[int]:
 
 
 class Only:
-    """Allows one token; fails as told."""
+    """Constraint that allows one token, and fails on request."""
 
     eos_id, complete = 60, False
 
@@ -282,7 +282,7 @@ def test_cancelling_one_of_n_leaves_the_others(model):
 
 
 def test_a_cancelled_stream_leaves_its_state_where_asked_for(model):
-    """A reply that is cut at a stop string goes on from there."""
+    """A reply cut at a stop string can continue from that state."""
     engine, params = Engine(model, slots=2), SamplingParams(temperature=0)
     (first,) = engine.submit([4, 5, 6], params, returns=Returns(state=True))
     for _ in range(5):

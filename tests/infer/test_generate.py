@@ -27,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
 
 
 def make(name, dtype=torch.float64):
-    """Matrices N(0, 1/width), so that every part matters and the likeliest tokens stand apart."""
+    """A model with matrices N(0, 1/width), so that every part matters and the likeliest tokens are distinct."""
     model = build(CONFIGS[name])
     for p in model.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
@@ -36,7 +36,7 @@ def make(name, dtype=torch.float64):
 
 @torch.no_grad()
 def naive(model, ids, params, count) -> list[int]:
-    """The tokens of a loop without any state."""
+    """Tokens of a loop without any state."""
     sampler, ids = Sampler(params, torch.tensor(ids), 31), list(ids)
     for _ in range(count):
         logits, _ = model(torch.tensor([ids]))
@@ -94,7 +94,7 @@ def test_a_copy_of_the_state_answers_as_often_as_asked(name):
 @pytest.mark.parametrize("chunk", [1, 3, 8, 100], ids=lambda n: f"chunk{n}")
 @torch.no_grad()
 def test_prefill_in_chunks_of_any_size(name, chunk, same):
-    """Its state is like any other: the model may go on from it outside of generation too."""
+    """Its state is like any other: the model can continue from it outside of generation too."""
     model, ids = make(name), torch.tensor([PROMPT])
     logits, state = prefill(model, ids, chunk=chunk)
     want, end = model(ids)
@@ -145,7 +145,7 @@ def test_tokens_end_at_max_tokens_or_not_at_all():
 
 
 def test_the_last_token_is_not_read(monkeypatch):
-    """Its logits are of no use: n tokens cost the prompt and n - 1 steps."""
+    """Its logits are not needed: n tokens cost the prompt and n - 1 steps."""
     model, calls = make("retnet"), []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *a, **how: calls.append(ids.shape[1]) or hidden(ids, *a, **how))

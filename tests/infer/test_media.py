@@ -1,4 +1,4 @@
-"""Pictures and sound among ids: in chunks, in a batch and after a cache hit they give the tokens of all at once."""
+"""Pictures and sound among ids: in chunks, in a batch and after a cache hit they give the tokens of one whole call."""
 
 import random
 
@@ -56,7 +56,7 @@ def rows(seed=0):
 
 
 def encoded(monkeypatch, model) -> list[tuple[str, int]]:
-    """What encoders are called with from now on: (kind, rows)."""
+    """(kind, number of rows) of each later call of an encoder."""
     calls = []
     for kind, encoder in encoders_of(model).items():
 
@@ -197,7 +197,7 @@ def test_the_same_picture_is_found_in_the_cache_and_another_is_not(model, monkey
 
 
 def test_a_cached_state_may_end_within_a_picture(model):
-    """Its rest is encoded with the whole picture, though part of it is read."""
+    """The whole picture is encoded, although a part of it is read already."""
     engine = Engine(model, slots=1, cache=PrefixCache(1 << 22, every=3))  # after 3, 6, … tokens: pictures at 1 and 15
     prompts = [(IDS, rows(0)), ([*IDS[:15], *IDS[15:23], 7, 9], rows(0))]
     changed = {**rows(0), "image": rows(0)["image"].copy()}
@@ -262,7 +262,7 @@ def test_many_prompts_read_once_what_they_begin_with(model, monkeypatch):
 
 
 def test_words_alone_are_penalised(model):
-    """Placeholders are beyond the vocabulary, and no token that could be repeated."""
+    """Placeholders are outside the vocabulary, so the repetition penalty does not apply to them."""
     params = SamplingParams(temperature=0, repetition_penalty=1.5)
     want = [t.id for t in generate(model, IDS, params, rows=rows(), max_tokens=6)]
     engine = Engine(model, slots=1)

@@ -1,4 +1,4 @@
-"""Memory files: all of a memory comes back, and what is no memory of this model is refused."""
+"""Memory files: a memory comes back complete, and files that are no memory of this model are refused."""
 
 import json
 from dataclasses import replace
@@ -110,14 +110,14 @@ def test_a_fingerprint_names_config_and_weights(model):
 
 
 def rewrite(path, tensors=None, **metadata) -> None:
-    """The file with other tensors or metadata."""
+    """Rewrite the file with other tensors or metadata."""
     with safe_open(path, framework="pt") as file:
         old = file.metadata()
     save_file(load_file(path) | (tensors or {}), path, metadata={**old, **metadata})
 
 
 def forged(path, **about) -> None:
-    """A file in which all is consistent, made by somebody who knows how."""
+    """Write a forged file that is consistent in itself."""
     memory = load_memory(path)
     for name, value in about.items():
         setattr(memory, name, value)

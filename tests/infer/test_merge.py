@@ -15,12 +15,12 @@ from tests.infer.memories import CONFIG, after, ids, remember
 EXACT = 1e-12  # float64, sums of some hundred terms
 LENGTHS = (5, 40, 23)
 FIXED = changed(CONFIG, decay="lm", decay_range=(1 / 8, 1 / 64))
-"""With decays that are known beforehand: only such memories can be chained."""
+"""Config with fixed decays: only such memories can be chained."""
 
 
 @pytest.fixture(params=["interleaved", "half"])
 def retnet(request):
-    """In float64, with states of all sizes in all layers."""
+    """A RetNet in float64, with states of all sizes in all layers."""
     out = build(changed(FIXED, rotary=request.param)).double().eval()
     for p in out.parameters():
         torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None

@@ -1,4 +1,4 @@
-"""Reading in prefill chunks is reading at once; what is broken off goes on, and nothing is lost."""
+"""Reading in prefill chunks equals reading at once; an interrupted reading resumes, and nothing is lost."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_progress_of_documents_read_apart(reader, texts, tmp_path):
 
 
 def test_what_a_killed_process_had_read_is_there(reader, texts, tmp_path, monkeypatch):
-    """Killed without a chance to save: what was saved as time went by is gone on from."""
+    """After a kill without a chance to save, reading resumes from the last periodic save."""
     whole = write_memory(*reader, texts, tmp_path / "whole.mem")
     monkeypatch.setattr(reading, "SAVE_EVERY", 0.0)
 

@@ -1,4 +1,4 @@
-"""Picking tokens against hand-made distributions: what each filter leaves, and how often it comes."""
+"""Sampling against hand-made distributions: the tokens that each filter leaves, and their frequencies."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_what_a_filter_leaves(name):
 @pytest.mark.parametrize("top_k", [0, 7, 300, 900])
 @pytest.mark.parametrize("width", [0.2, 3.0], ids=["flat", "peaked"])
 def test_what_filters_leave_of_a_large_vocabulary(width, top_k, top_p):
-    """Against all tokens in order, in float64; where few are enough and where they are not."""
+    """Against sorting all tokens, in float64; with a few top tokens that suffice, and that do not."""
     logits = width * torch.randn(2000)
     p, order = logits.double().softmax(0).sort(descending=True)
     p = p[: top_k or None] / p[: top_k or None].sum()
@@ -98,7 +98,7 @@ def test_greedy_looks_at_no_filter_and_no_seed():
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=3.0, top_k=2), dict(min_p=0.3)], ids=str)
 def test_the_logprob_is_the_models_own(options):
-    """Before temperature, filters and penalty."""
+    """The log probability is that before temperature, filters and penalty."""
     for prompt in ((), (1,)):
         token, logprob = pick(P.log() + 5, prompt=prompt, **options, repetition_penalty=1.5)
         assert logprob == pytest.approx(math.log(P[token]), rel=CLOSE)
@@ -123,7 +123,7 @@ def test_a_bias_may_be_whole_numbers(temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("options", [dict(repetition_penalty=1e-320), dict(bias={3: 1e39})], ids=["penalty", "bias"])
 def test_what_float32_cannot_hold_is_a_great_deal(temperature, options):
-    """Not NaN, from which nothing can be picked."""
+    """The result is not NaN, from which no token can be picked."""
     logits = P.log().index_fill(0, torch.tensor([3]), 1.0).index_fill(0, torch.tensor([0]), 0.0)
     assert pick(logits, temperature=temperature, seed=0, prompt=[0, 3], **options)[0] == 3
 

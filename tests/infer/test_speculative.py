@@ -1,4 +1,4 @@
-"""Guessing against not guessing: greedy token for token, sampled in distribution; a state without what was wrong."""
+"""Speculative against plain decoding: equal greedy tokens, equal sampled distribution, and exact rollback of states."""
 
 import functools
 import random
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def peaked(config):
-    """Greedy choices that are no ties; float64, so that they do not depend on how many tokens a call has."""
+    """A model without ties in greedy choices, in float64, so that they do not depend on the tokens per call."""
     out = build(config).double().eval()
     for p in out.parameters():
         torch.nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 
 @functools.cache
 def plain(kind: str) -> list[list[Token]]:
-    """What the model of this kind writes after each prompt without guessing."""
+    """Tokens of plain decoding after each prompt, by the model of this kind."""
     torch.manual_seed(0)
     model = peaked(MODELS[kind])
     return [list(generate(model, ids, GREEDY, max_tokens=40)) for ids in prompts()]
@@ -72,7 +72,7 @@ def test_greedy_tokens_are_those_of_plain_generation(kind, how, most):
 
 
 def test_a_text_that_repeats_itself_takes_fewer_calls(model):
-    """Greedy decoding of a small model runs into a circle, which look-up guesses."""
+    """Greedy decoding of a small model ends in a loop, which look-up guesses."""
     counts = Counter()
     list(speculate(model, [1, 2, 3], GREEDY, max_tokens=400, counts=counts))
     assert counts["right"] > 20 and counts["calls"] + counts["right"] >= 399
@@ -119,7 +119,7 @@ def test_what_cannot_be_taken_back(model, refuses):
 
 
 def surprise(counts: Counter, p: dict) -> float:
-    """How far the counts are from what the probabilities say: chi-square, in standard deviations over its mean."""
+    """Distance of counts from probabilities: chi-square, in standard deviations above its mean."""
     total = sum(counts.values())
     kinds = [kind for kind in p if p[kind] * total >= 5]
     rest = total - sum(counts[k] for k in kinds), 1 - sum(p[k] for k in kinds)

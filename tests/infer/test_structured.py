@@ -1,4 +1,4 @@
-"""Structured output of untrained models against a validator of its own: whatever they would say, the text fits."""
+"""Structured output of untrained models against an independent validator: the text always fits the constraint."""
 
 import base64
 import functools
@@ -44,7 +44,7 @@ def tokenizer(request, tmp_path):
 
 @pytest.fixture(params=["retnet", "transformer"])
 def model(request, tokenizer):
-    """Ten tokens more than the tokenizer has, as where a vocabulary is padded."""
+    """A model with ten tokens more than the tokenizer, as with a padded vocabulary."""
     config = retnet(vocab_size=tokenizer.vocab_size + 10, dim=16, layers=1, heads=1)
     out = build(config if request.param == "retnet" else twin(config)).eval()
     for p in out.parameters():
@@ -94,7 +94,7 @@ def test_json_is_always_valid_under_its_schema(model, tokenizer, schema):
 
 
 def test_any_object(model, tokenizer):
-    """Unbounded, so it may be cut off by max_tokens; those that end are objects."""
+    """Text is unbounded, so max_tokens may cut it off; texts that end are objects."""
     engine, made = Engine(model), json_schema({"type": "object"}, tokenizer)
     streams = [s for n in range(16) for s in engine.submit([n], SamplingParams(seed=n), constraint=made, max_tokens=60)]
     run(engine)

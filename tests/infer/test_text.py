@@ -1,4 +1,4 @@
-"""Text out of tokens: whole characters, stop strings at any border, healed prompts, and the ids of what was cut."""
+"""Text from tokens: whole characters, stop strings at any border, healed prompts, and the ids of cut text."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_text_ends_before_the_first_stop_string(name):
 
 @pytest.mark.parametrize("name", [n for n in STOPS if n != "none"])
 def test_no_part_of_a_stop_string_is_ever_shown(name):
-    """Whatever the borders: larger tokens stop in the same place."""
+    """Larger tokens, with other borders, stop in the same place."""
     text, stop, want = STOPS[name]
     tokenizer = train_bpe([text, text], 257 + 40)
     assert "".join(stream(tokenizer.encode(text), stop=stop, tokenizer=tokenizer)) == want
@@ -85,7 +85,7 @@ def test_an_empty_stop_string_is_refused(refuses):
 
 
 def text_model(vocab_size: int):
-    """Small, and in the dtype that makes choices plain."""
+    """A small model in float64, which makes choices unambiguous."""
     return build(retnet(vocab_size=vocab_size, dim=24, layers=1, heads=2)).double().eval()
 
 
@@ -115,7 +115,7 @@ def test_the_last_token_of_a_prompt_may_become_a_longer_one():
 
 
 def test_a_stop_string_is_looked_for_in_what_is_new():
-    """The prompt's end is written anew, but it is still the prompt's."""
+    """The prompt's end is written again, but still belongs to the prompt."""
     text = "".join(write_on(text_model(257), BYTES, "one line\n", GREEDY, max_tokens=4, stop=["\n"]))
     assert text.startswith("one line\n")
 
@@ -128,7 +128,7 @@ def test_max_tokens_counts_what_is_new():
 @pytest.mark.parametrize("name", [n for n in STOPS if n != "none"])
 @pytest.mark.parametrize("large", [False, True], ids=["bytes", "bpe"])
 def test_the_ids_of_what_was_given_out_are_those_of_its_text(name, large):
-    """Also where a token reaches over the stop: of such a one only the text before it is kept."""
+    """If a token reaches beyond the stop string, only its text before the stop is kept."""
     said, stop, want = STOPS[name]
     tokenizer = train_bpe([said, said], 257 + 40) if large else BYTES
     text = Text(tokenizer, stop)

@@ -95,7 +95,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_options_that_cannot_be_used(case, model, tokenizer, refuses):
-    """At the call, not at the first piece."""
+    """Errors are raised at the call, not at the first piece."""
     options, words = REFUSED[case]
     with refuses(words):
         retentive.stream_generate(model, tokenizer, PROMPT, **options)
@@ -164,5 +164,5 @@ def test_weights_of_nan_write_nothing(how, model, tokenizer, refuses):
 
 
 def test_an_endless_temperature_picks_all_tokens_alike(model, tokenizer):
-    """Of those allowed: the first token after "The" must begin with its last letter."""
+    """All allowed tokens are equally likely: the first one after "The" must begin with its last letter."""
     assert retentive.generate(model, tokenizer, "The", temperature=1e308, top_p=1.0, seed=0, max_tokens=40)

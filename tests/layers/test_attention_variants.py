@@ -1,7 +1,7 @@
 """Attention with a window, a forget gate, QK-norm and other rotations, against its formula in float64.
 
-The formula is written token by token and head by head; everything that the layer does to be fast (blocks, rings, extra
-columns) must give what it gives.
+The formula is written token by token and head by head. Everything that makes the layer fast (blocks, rings, extra
+columns) must give the same results.
 """
 
 import math
@@ -278,7 +278,7 @@ def in_pieces(layer, x, cuts):
 @pytest.mark.parametrize("variant", ["forget-gate", "window-gate", "all"])
 @torch.no_grad()
 def test_long_texts_keep_their_gates(variant, dtype, same):
-    """Where the sums of the log gates reach thousands, a score is as exact as the last bit of the largest of its sums.
+    """If sums of log gates reach thousands, a score is as exact as the last bit of the largest of its sums.
 
     Those of a window are of its own tokens alone, and so is the one that a single token takes from its cache.
     """

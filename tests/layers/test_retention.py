@@ -149,7 +149,7 @@ def test_padding_neither_writes_nor_decays_nor_counts(variant, form, same):
 
 @variants
 def test_all_forms_have_the_same_gradients(variant, same):
-    """Of the input, of what came before and of every weight, through the formula and through each form."""
+    """Gradients of the input, of the state before and of every weight, through the formula and through each form."""
     layer, x = make(variant), torch.randn(2, 19, D, dtype=torch.float64, requires_grad=True)
     inputs = [x, *layer.parameters()]
     toward = torch.randn(2, 19, D, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every model is to the floors above: device, dtype, whose state it takes; torch.export and torch.func."""
+"""The interface of every model: device, dtype, states that it accepts; torch.export and torch.func."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""States between batches: rows that go on get theirs, others a fresh one, whatever sequences lie between."""
+"""States between batches: rows that continue get their state, others a fresh one, for any sequences between."""
 
 import pytest
 import torch

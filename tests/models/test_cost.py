@@ -86,7 +86,7 @@ def test_state_bytes_are_those_of_a_state(name, sequences):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
 def test_cache_bytes_are_those_of_a_cache(name, dtype):
-    """Of one that a whole text filled: token by token it grows by half at a time, ahead of its need."""
+    """The cache of a text read at once: decoding token by token grows it by half at a time, ahead of its need."""
     config = CONFIGS[name]
     model, size = build(config).to(dtype).eval(), dtype.itemsize
     for T in (1, 5, 40):

@@ -1,4 +1,4 @@
-"""Encoders: what they make stands where its placeholders are, in order, and nowhere else; each picture by itself."""
+"""Encoders: embeddings replace exactly their placeholders, in order; each picture is encoded by itself."""
 
 import pytest
 import torch

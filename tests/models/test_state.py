@@ -1,4 +1,4 @@
-"""State of every kind of block: whatever is done to a state, each row goes on as it would alone.
+"""State of every kind of block: after every operation on a state, each row continues as it would alone.
 
 The oracle is the model on each row's whole text (test_decoding.py).
 """
@@ -467,7 +467,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(kind, written, make,
 
 @kinds
 def test_what_a_row_held_before_does_not_reach_its_next_sequence(kind, make, goes_on):
-    """Not even NaN, in a row that is longer than the next sequence."""
+    """Even NaN does not, in a row that is longer than the next sequence."""
     model = make(CONFIGS[kind])
     texts = [ids_of(1, 3)[0], ids_of(1, 9)[0]]
     pool = model(ids_of(2, 9))[1].for_decoding(torch.float64)

@@ -1,4 +1,4 @@
-"""The native model against torch: the same logits and states, wherever the other left off."""
+"""The native model against torch: the same logits and states, and each continues from the other's states."""
 
 import copy
 import os
@@ -50,7 +50,7 @@ FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
 """Every kind of block; some of these models have several, of different shapes."""
 LONG = 300
-"""Tokens that are several chunks of positions, and more than pass through the layers together."""
+"""Tokens of a long prompt: several chunks of positions, and more than pass through the layers together."""
 
 
 def mattering(config: ModelConfig) -> torch.nn.Module:
@@ -79,7 +79,7 @@ def each(request):
 
 @pytest.fixture(params=[1, 3])
 def threads(request):
-    """As many threads as torch is set to work on a token."""
+    """Number of threads that torch is set to."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -87,7 +87,7 @@ def threads(request):
 
 
 def named(state):
-    """The tensors of a state as its file has them: without rings and free slots."""
+    """Tensors of a state as in its file, without rings and free slots."""
     return list(state.named().values())
 
 
@@ -100,7 +100,7 @@ def decoded(model, ids, state):
 
 
 def as_close(got, plain, exact, times):
-    """Whether `got` is at most so many times as far from float64's result as torch in the model's own dtype."""
+    """True if the error of `got` is at most `times` the error of torch in the model's own dtype, both to float64."""
     return float((got.double() - exact).norm()) <= times * float((plain.double() - exact).norm())
 
 
@@ -214,7 +214,7 @@ def test_tokens_taken_back_are_read_again(model, same):
 
 @torch.no_grad()
 def test_the_state_of_a_prompt_is_not_written_over(one, same):
-    """A cache of prefixes keeps it."""
+    """A prefix cache keeps that state."""
     native, ids = NativeModel(one), torch.randint(VOCAB, (1, 20))
     _, state = native(ids)
     kept = state.clone()
@@ -302,7 +302,7 @@ def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have(one):
 
 @torch.no_grad()
 def test_more_threads_than_the_pool_has(one, monkeypatch):
-    """Whatever number is found the fastest, the pool works with those that it has."""
+    """The pool uses the threads that it has, even if a larger number was found the fastest."""
     native, ids = NativeModel(one, threads=3), torch.randint(VOCAB, (1, 5))
     want = native(ids)[0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -389,7 +389,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["own-decays", "biases", "forget-gate", "hybrid"])
 def test_it_computes_with_the_weights_as_they_are_now(name, change, same):
-    """Changed through either model, they are packed again."""
+    """Weights changed through either model are packed again."""
     model, ids = mattering(CONFIGS[name]), torch.randint(VOCAB, (2, 9))
     native = NativeModel(model)
     for changed in (native, model) if change != "assigned" else (native,):  # only there are the new ones
@@ -439,7 +439,7 @@ def test_it_is_not_converted(one, refuses):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["own-decays", "transformer", "hybrid"])
 def test_rows_in_place_of_ids(name, same, refuses):
-    """As pictures and sound have them: scaled and normalised like the embeddings of ids."""
+    """Rows, as of pictures and sound, are scaled and normalised like the embeddings of ids."""
     model = mattering(CONFIGS[name])
     native, ids = NativeModel(model), torch.randint(VOCAB, (2, 21))
     rows = torch.randn(2, 21, 48)

@@ -48,12 +48,12 @@ int pairs(void) {
 """
 SHAPES = [(16, 16, 16), (33, 70, 32), (100, 129, 64), (7, 300, 128), (5, 5, 256)]
 UNEVEN = [(33, 224, 96), (40, 256, 240), (17, 250, 48), (16, 512, 144)]
-"""Groups that 256 is no multiple of."""
+"""Shapes (N, K, group) whose groups do not divide 256."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """`built(name)`: the harness for an instruction set, compiled once; skips what this CPU does not have."""
+    """`built(name)`: the harness for an instruction set, compiled once; skips sets that this CPU lacks."""
 
     @functools.cache
     def build(name):

@@ -1,4 +1,4 @@
-"""The sampler in C picks the token that Python's picks with the same uniform number."""
+"""The sampler in C picks the same token as Python's with the same uniform number."""
 
 import ctypes
 
@@ -42,7 +42,7 @@ def sample():
 
 
 def uniform(state: int) -> float:
-    """The number that SplitMix64 makes of its state, as the paper has it."""
+    """Uniform number of SplitMix64 from its state, as in the paper."""
     x = (state + 0x9E3779B97F4A7C15) & MASK
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
@@ -91,7 +91,7 @@ def test_temperature_0_picks_the_likeliest_and_draws_nothing(sample):
 
 @pytest.mark.parametrize("seed", [0, 1, MASK])
 def test_any_seed_is_good(seed, sample):
-    """Of a fair coin's 4,000 tosses a half is heads, within five standard deviations."""
+    """Half of 4,000 tosses of a fair coin are heads, within five standard deviations."""
     random = ctypes.c_uint64(seed)
     heads = sum(sample(torch.zeros(2), SamplingParams(), random) for _ in range(4000))
     assert abs(heads - 2000) < 5 * (4000 / 4) ** 0.5

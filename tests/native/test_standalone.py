@@ -32,7 +32,7 @@ TARGETS = {
     "i8mm": (ARM, ["-mcpu=generic+dotprod+i8mm"], ["-static", *LINK], ["qemu-aarch64"]),
     "wasm": ([*ZIG, "-target", "wasm32-wasi"], ["-msimd128"], ["-lm"], NODE),
 }
-"""The compiler, its flags, those of the linker, and what the program is run by."""
+"""Targets: the compiler, its flags, the linker's flags, and the command that runs the program."""
 CROSS = [target for target, (compiler, *_) in TARGETS.items() if compiler[0] == ZIG[0]]
 """Slow: ziglang compiles a C library too, for each kind of CPU and of optimisation that it links for."""
 INCLUDE = [f"-I{FOLDER}", f"-I{OPS}", "-Wno-unknown-pragmas"]
@@ -211,7 +211,7 @@ def cut(path):
 
 
 def changed(folder, changes=(), mixer=(), **fields):
-    """The model there with other tensors, or another config: other fields of its mixers, or of the whole model."""
+    """Change the folder's model: other tensors, or other fields of its mixers or of the whole model."""
     tensors = load_file(folder / "model.safetensors")
     save_file(  # without a checksum, as foreign tools do
         {name: x for name, x in ({**tensors, **dict(changes)}).items() if x is not None}, folder / "model.safetensors"
@@ -223,7 +223,7 @@ def changed(folder, changes=(), mixer=(), **fields):
 
 
 def flipped(path):
-    """A bit of the last tensor."""
+    """Flip a bit of the last tensor."""
     data = bytearray(path.read_bytes())
     data[-40] ^= 4
     path.write_bytes(data)
@@ -319,7 +319,7 @@ int main(int argc, char **argv) {
 @pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "hybrid"])
 @pytest.mark.parametrize("length", [9, 30])
 def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, tmp_path):
-    """The digest is that of hashlib: what one wrote the other takes, and what was changed neither."""
+    """The digest equals hashlib's: each accepts the other's memories, and both refuse changed ones."""
     model = folder_of(name, tmp_path / "model", ByteTokenizer())
     memory = blank(model)
     memory.state, memory.tokens = model(torch.randint(257, (1, length)))[1], length

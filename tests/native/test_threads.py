@@ -1,4 +1,4 @@
-"""How many threads a call is given, with times that the test makes up."""
+"""Number of threads of a call, with made-up times."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from retentive.native.threads import Pace
 
 
 def chosen(pace, seconds, now, calls=400, apart=0.01):
-    """The numbers of threads of so many calls from `now` on, which take `seconds(threads, now)`."""
+    """Numbers of threads of `calls` calls from `now` on, which take `seconds(threads, now)`."""
     found = []
     for n in range(calls):
         at = now + n * apart
@@ -37,7 +37,7 @@ def test_one_thread_is_always_one():
 
 
 def test_a_core_is_left_to_a_neighbour_while_there_is_one():
-    """Beside it two threads wait for each other in every third call, for long; from 4 s to 12 s."""
+    """From 4 s to 12 s, a neighbour makes two threads wait long for each other in every third call."""
 
     def seconds(threads, now):
         stalled = 4 <= now < 12 and round(now * 100) % 3 == 0

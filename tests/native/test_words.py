@@ -1,4 +1,4 @@
-"""C splits texts into words as the tokenizers package does: every code point, random texts, and bytes that are none."""
+"""C splits texts into words as the tokenizers package does: every code point, random texts, and invalid bytes."""
 
 import random
 import re
@@ -18,7 +18,7 @@ from retentive.ops.compiler import FLAGS, LINK
 
 HEADER = FOLDER / "classes.h"
 SAME = tokenizers.__version__ in HEADER.read_text()
-"""Whether the installed version is the one that the tables are from: others know another Unicode."""
+"""True if the tables are from the installed version: other versions know another Unicode."""
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,14 @@ def words(once):
 
 
 def of_each(runs):
-    """The class of each code point."""
+    """Class of each code point."""
     ends = [first for first, _ in runs[1:]] + [0x110000]
     return [kind for (first, kind), end in zip(runs, ends, strict=True) for _ in range(first, end)]
 
 
 @pytest.fixture(scope="module")
 def known():
-    """The class of every code point in the installed tokenizers; digits that only one of its splitters knows
-    apart."""
+    """Classes of all code points in the installed tokenizers, and the digits that only one of its splitters knows."""
     return of_each(classes.runs())
 
 
@@ -93,10 +92,10 @@ def test_random_texts_are_split_as_there(digits, words, known):
 
 
 def test_bytes_that_are_no_text(words):
-    """What a byte begins that is no text is U+FFFD: of a length of one, and never a letter."""
+    """An invalid byte becomes U+FFFD: one byte long, and never a letter."""
     cases = {
         b"a\xff\xc3\xa9\x80": [0x61, 0xFFFD, 0xE9, 0xFFFD],
-        b"\xc0\xaf\xe0\x80\xaf\xf0\x80\x80\xaf": [0xFFFD] * 9,  # longer than need be
+        b"\xc0\xaf\xe0\x80\xaf\xf0\x80\x80\xaf": [0xFFFD] * 9,  # overlong encodings
         b"\xed\xa0\x80": [0xFFFD] * 3,  # a surrogate
         b"\xf4\x90\x80\x80\xf8\x88": [0xFFFD] * 6,  # past the last code point
         b"\xf4\x8f\xbf\xbf\xe2\x82\xac": [0x10FFFF, 0x20AC],

@@ -1,4 +1,4 @@
-"""A small text with some order in it, packed; runs on it, and when two of them count as the same."""
+"""A small packed text with some order in it, runs on it, and the comparison of two runs."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    """One thread is the fastest for models this small; the machine's speed, which runs measure, is of no interest."""
+    """Use one thread, the fastest for models this small, and skip measuring the machine's speed."""
     monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: 1e12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ TINY = retnet(dim=32, layers=2, heads=2)
 
 
 class Acting:
-    """Batches, and something that happens as one of them is about to be read."""
+    """Batches with an action before one of them is read."""
 
     def __init__(self, batches: Batches, model: LanguageModel, at: int, act: Callable[[LanguageModel], None] | None):
         self.batches, self.model, self.at, self.act = batches, model, at, act
@@ -129,7 +129,7 @@ def run(packed, tmp_path) -> Runs:
 
 @pytest.fixture
 def metrics():
-    """`metrics(run)`: the lines of metrics.jsonl, but for what the clock and the machine's memory say."""
+    """`metrics(run)`: the lines of metrics.jsonl without times and memory."""
 
     def read(folder: Path) -> list[dict]:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

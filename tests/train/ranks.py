@@ -1,6 +1,6 @@
-"""Several processes that train tiny models together, run after run: `python -m tests.train.ranks JOBS OUT`.
+"""Several processes train tiny models together, run after run: `python -m tests.train.ranks JOBS OUT`.
 
-JOBS is a file of JSON, for each number of processes a list of `Job`s; OUT/NAME is each one's run directory.
+JOBS is a JSON file with a list of `Job`s for each number of processes. OUT/NAME is the run directory of a job.
 """
 
 import errno
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp  # takes long, and is wanted by all that are forked
+import torch.distributed.fsdp  # takes long, and every forked process needs it
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -38,18 +38,18 @@ from retentive.train.samples import sample_text
 from retentive.train.signals import Interrupted
 
 WAIT = timedelta(seconds=180)
-"""A process that waits longer for another fails, and the test with it."""
+"""Maximum wait of a process for another; beyond it the process fails, and the test with it."""
 SMALL = {"dim": 32, "layers": 2, "heads": 4}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, as all of its processes do it."""
+    """A run of all processes."""
 
     name: str
     data: str
     mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
-    """Of one process: the first one alone does it."""
+    """Mesh of the ranks; with one rank, the first process runs alone."""
     model: str = "retnet"
     wide: bool = False
     """float64 instead of float32."""
@@ -59,9 +59,9 @@ class Job:
     stop: int = -1
     """The batch before which all processes crash."""
     sigterm: int = -1
-    """The batch before which the last process gets a SIGTERM, and it alone."""
+    """The batch before which only the last process gets a SIGTERM."""
     full: int = -1
-    """The batch before which the disk of the last process is full, and of it alone."""
+    """The batch before which only the last process's disk becomes full."""
     resume: bool = False
     steps: int = 20
     save_every: int = 1000
@@ -74,11 +74,11 @@ class Job:
     async_save: bool = False
     compile: bool = False
     evaluate: bool = False
-    """At the second step and at the end, and write a sample."""
+    """Evaluate at the second step and at the end, and write a sample."""
 
 
 class Crash(Exception):
-    """What no code of the package catches."""
+    """Error that no code of the package catches."""
 
 
 def no_space(*args: Any) -> None:
@@ -86,7 +86,7 @@ def no_space(*args: Any) -> None:
 
 
 class Disturbed:
-    """Batches of which one is never read, or read by a process that was told to end."""
+    """Batches with a disturbance before one of them: a crash, a SIGTERM or a full disk."""
 
     def __init__(self, batches: Batches, crash: int, sigterm: int, full: int, run: Path):
         self.batches, self.length, self.run = batches, batches.length, run
@@ -145,7 +145,7 @@ def bytes_held(optimizer: torch.optim.Optimizer) -> int:
 
 
 def agree(out: Path, rank: int, cluster: Cluster) -> None:
-    """What each process gets where one alone fails, differs, or is late; OUT/agree.RANK is a file of JSON."""
+    """Record the errors of each process if one alone fails, differs or is late, in the JSON file OUT/agree.RANK."""
     found = {}
 
     def note(name: str, act: Callable[[], Any]) -> None:
@@ -178,7 +178,7 @@ def agree(out: Path, rank: int, cluster: Cluster) -> None:
 
 
 def read_in_pieces(out: Path, rank: int) -> None:
-    """How far what several processes read together is from what one reads; OUT/pieces.RANK is a file of JSON."""
+    """Record the differences between prefill by several processes and by one, in the JSON file OUT/pieces.RANK."""
     group, found = dist.new_group(backend="gloo", timeout=WAIT), {}
     for name, model, read, length in (
         ("", "retnet", 14, 43),
@@ -200,7 +200,7 @@ def read_in_pieces(out: Path, rank: int) -> None:
 
 
 def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
-    """Process `rank` of `count`."""
+    """Run the jobs as process `rank` of `count`."""
     torch.set_num_threads(1)
     speed.gemm_rate = lambda device, dtype, **how: 1e12  # the machine's speed is of no interest here
     compiled = torch.nn.Module.compile  # traced and differentiated, but not translated to C++, which takes minutes
@@ -224,7 +224,7 @@ def main(rank: int, count: int, jobs: list[dict], out: Path) -> None:
 
 
 def fork(count: int, jobs: list[dict], out: Path) -> None:
-    """Carries out the jobs in `count` processes; a SystemExit where one of them fails."""
+    """Run the jobs in `count` processes; raises SystemExit if one of them fails."""
     context = multiprocessing.get_context("fork")  # torch is imported once, and has no threads yet
     processes = [context.Process(target=main, args=(rank, count, jobs, out)) for rank in range(count)]
     for process in processes:

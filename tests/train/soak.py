@@ -1,9 +1,9 @@
-"""Kills one of two processes of a run at a random step, again and again, and holds its end against an undisturbed run.
+"""Soak test: kills one of a run's two processes at random steps, and compares its end with an undisturbed run.
 
     python -m tests.train.soak --kills 20 --out results/training-soak_MACHINE_YYYYMM.json
 
-torchrun starts the processes again (--max-restarts), and they go on from the newest checkpoint (--resume). One is
-written at every step, so that many a kill comes while one is being written.
+torchrun restarts the processes (--max-restarts), and they resume from the newest checkpoint (--resume). A checkpoint is
+written at every step, so that many kills hit the writing of one.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from retentive.machine import describe
 from tests.train.conftest import story
 
 EACH = 6
-"""Steps from one kill to the next at most; the least is one."""
+"""Maximum steps from one kill to the next; the minimum is one."""
 PATIENCE = 300
-"""Seconds without a step after which the run counts as lost."""
+"""Seconds without a step until the run counts as lost."""
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def soak(folder: Path, kills: int, chance: random.Random) -> dict:
         "kills": len(events),
         "steps": steps,
         "exit_code": agent.returncode,
-        # lines of torchrun, one for each time that it has started all processes again, and what ended them
+        # lines of torchrun: one for each restart of all processes, and the reason of each end
         "failures": [
             line.split("] ")[-1].split(" (pid")[0] for line in errors.splitlines() if "failed (exitcode" in line
         ],
@@ -106,7 +106,7 @@ def started(command: list[str], errors: Path) -> Iterator[subprocess.Popen]:
 
 
 def workers_of(agent: int) -> list[int]:
-    """The processes that torchrun has started and that live."""
+    """Living processes that torchrun has started."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -126,7 +126,7 @@ def losses(run: Path) -> list[float]:
 
 
 def steps_of(run: Path) -> int:
-    """Steps that the log has; a line that is being written counts not."""
+    """Number of steps in the log, without a line that is being written."""
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b'"loss"') if file.is_file() else 0
 

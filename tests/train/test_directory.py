@@ -1,4 +1,4 @@
-"""A run directory: what may begin there, what is cleared away, and what is not the run's."""
+"""The run directory: checks before a run begins, files that are deleted, and files that are not the run's."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from retentive.train.directory import RunDirectory, read_options
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """As a run leaves it, but for what is in the files."""
+    """A directory as a run leaves it, with other content in the files."""
     folder = tmp_path / "run"
     for step in (1, 2):
         (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_what_has_no_checkpoint_begins_anew(existing, run):
 
 
 def test_a_checkpoint_that_is_half_deleted_is_none(run, monkeypatch):
-    """Killed while it clears: its weights may be gone already, and nothing may go on from it."""
+    """If a run is killed while it clears, weights may be gone already, so nothing may resume from that checkpoint."""
 
     def killed(path, **how):
         if how:
@@ -72,7 +72,7 @@ def test_a_file_and_a_model_that_is_no_run_are_refused(run, refuses):
 def test_a_folder_of_other_things_is_refused_and_an_empty_one_is_not(tmp_path, refuses):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / ".lock").touch()  # as a run leaves it that is killed at once
+    (folder / ".lock").touch()  # as left by a run that is killed at once
     with RunDirectory(folder).locked():
         pass
     (folder / "0.txt").touch()

@@ -1,4 +1,4 @@
-"""The average of the weights against its definition, and what of a run is of it: evaluation, saved model, resuming."""
+"""The moving average of the weights against its definition, and its use in evaluation, saved model and resuming."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_in_place_and_back_again_in_the_same_bits(same):
 
 
 class Crash(Exception):
-    """What no code of the package catches."""
+    """Error that no code of the package catches."""
 
 
 def crash(model):
@@ -72,7 +72,7 @@ def test_a_run_evaluates_and_saves_the_averages_and_trains_the_weights(run, metr
     mean = load_file(newest / "ema.safetensors")
     model, _ = retentive.load(averaged)
     same([p.detach() for p in model.parameters()], [mean[name] for name, _ in model.named_parameters()], 0)
-    # the mean of what was saved after each step
+    # the mean of the weights saved after each step
     each = run("each", save_every=1, keep=8)
     weights = [load_file(folder / "model.safetensors")["head.weight"] for folder in folders(each)]
     factors = [0.9 ** (8 - step) for step in range(1, 9)]

@@ -1,4 +1,4 @@
-"""`retentive train` in a process of its own, stopped by SIGTERM and by SIGKILL, against the run that was left alone."""
+"""`retentive train` in a process of its own, stopped by SIGTERM and SIGKILL, against an undisturbed run."""
 
 import os
 import random
@@ -23,14 +23,14 @@ STEPS = 60
 def arguments(data: Path, out: Path) -> list[str]:
     small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "dropout=0.1", "--batch", "4", "--length", "32"]
     how = ["--mode", "carry", "--accumulate", "2", "--steps", str(STEPS), "--warmup", "5", "--precision", "fp32"]
-    # a checkpoint a step, so that many a moment falls into the writing of one
+    # a checkpoint a step, so that many kills hit the writing of one
     saving = ["--save-every", "1", "--eval-every", "9", "--sample-every", "0", "--device", "cpu"]
     return ["train", "--data", str(data), "--out", str(out), *small, *how, *saving]
 
 
 @pytest.fixture(scope="module")
 def whole(packed, tmp_path_factory) -> Path:
-    """The run that nothing stops."""
+    """The undisturbed run."""
     out, threads = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
     torch.set_num_threads(1)
     main(arguments(packed, out))
@@ -40,7 +40,7 @@ def whole(packed, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(packed):
-    """`stopped(out, number, steps)`: (exit code, stderr) of a process that gets signal `number` after those steps."""
+    """`stopped(out, number, steps)`: (exit code, stderr) of a process that gets signal `number` after `steps` steps."""
     processes = []
 
     def run(out: Path, number: int, steps: int, wait: float = 0, more: tuple[str, ...] = ()) -> tuple[int, str]:
@@ -78,7 +78,7 @@ def test_a_signal_saves_and_exits_well(number, packed, whole, tmp_path, stopped,
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at-once", "async"])
 def test_sigkill_at_any_moment_loses_nothing_but_time(more, packed, whole, tmp_path, stopped, same_end, capfd):
-    """A moment drawn anew every time: it must not matter."""
+    """The moment is random in every run of the test."""
     out, steps, wait = tmp_path / "run", random.randrange(STEPS // 2), random.uniform(0, 0.05)
     code, errors = stopped(out, signal.SIGKILL, steps, wait, more)
     assert code == -signal.SIGKILL, errors
@@ -90,10 +90,10 @@ def test_sigkill_at_any_moment_loses_nothing_but_time(more, packed, whole, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_torchrun_starts_killed_processes_again(tmp_path):
-    """Twice, of two that have shards; `python -m tests.train.soak` does it more often."""
+    """Two kills, of two processes with shards; `python -m tests.train.soak` does more."""
     result = soak(tmp_path, 2, random.Random())
     assert result["exit_code"] == 0 and result["kills"] == 2
-    assert result["largest_difference_of_losses"] < 1e-6  # two processes round otherwise than one
+    assert result["largest_difference_of_losses"] < 1e-6  # two processes round differently than one
 
 
 def arguments_of_many(data: Path, out: Path, steps: int, *, save_every: int = 10) -> list[str]:
@@ -105,7 +105,7 @@ def arguments_of_many(data: Path, out: Path, steps: int, *, save_every: int = 10
 
 @pytest.fixture
 def launched(tmp_path):
-    """`launched(command)`: a process whose output goes to a file; all are ended after the test, and theirs."""
+    """`launched(command)`: a process with output to a file; after the test all are ended, with their children."""
     processes, environment = [], {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def launch(*command: str) -> subprocess.Popen:
@@ -136,7 +136,7 @@ def until(reached: Callable[[], bool]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_processes_of_two_machines_start_again(victim, packed, tmp_path, launched):
-    """Two agents of torchrun, of which one counts a restart and the other may not: the processes meet nevertheless."""
+    """The processes meet although one of torchrun's two agents counts a restart and the other may not."""
     out, port = tmp_path / "run", free_port()
     where = ["--rdzv-backend", "c10d", "--rdzv-id", str(port), "--rdzv-endpoint", f"localhost:{port}"]
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", *where]

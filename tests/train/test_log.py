@@ -1,4 +1,4 @@
-"""What people and other programs are told: lines, sizes, and the writers of TensorBoard and W&B, really run."""
+"""The log for people and programs: lines, sizes, and the writers of TensorBoard and W&B, really run."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ SPEED = {"tokens_per_second": 10.0, "mfu": 0.5, "memory": 2**30}
 
 
 class Steady(Speedometer):
-    """One that nothing is measured by."""
+    """Speedometer that measures nothing."""
 
     def __init__(self):
         pass
@@ -40,7 +40,7 @@ def record(log, step, **metrics) -> None:
 
 
 def write(folder, config) -> None:
-    """Two steps, an evaluation and a sample."""
+    """Write two steps, an evaluation and a sample."""
     folder.mkdir()
     with log_in(folder, config) as log:
         for step in (1, 2):
@@ -69,11 +69,11 @@ def test_what_was_all_the_text_is_told_once_and_recorded_twice(tmp_path, capsys)
 
 
 def test_what_does_not_fit_on_the_disk_is_written_later(tmp_path, monkeypatch):
-    """The log ends no run, but no checkpoint is written of steps that it has not."""
+    """A full disk does not end the run, but no checkpoint is written for steps that are not logged."""
     full = True
 
     class Disk:
-        """A file that takes ten bytes more, and then nothing while the disk is full."""
+        """A file that takes ten more bytes, then nothing while the disk is full."""
 
         def __init__(self, fd: int):
             self.fd, self.left = fd, 10
@@ -102,7 +102,7 @@ def test_what_does_not_fit_on_the_disk_is_written_later(tmp_path, monkeypatch):
 
 
 def test_a_damaged_line_is_told_of_and_nothing_is_dropped(tmp_path):
-    """But for the last one, which a crash may have cut short."""
+    """The last line is an exception: a crash may have cut it short."""
     file = tmp_path / "metrics.jsonl"
     text = '{"step": 1}\ngarbage\n{"step": 3}\n'
     file.write_text(text)
@@ -125,7 +125,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """The library as in a new process of somebody who has never logged in."""
+    """The library as in a new process without a login."""
     library = pytest.importorskip("wandb", reason="the extra `log` is not installed")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -151,7 +151,7 @@ def test_wandb_keeps_what_was_written(tmp_path, monkeypatch, wandb):
 
 
 def test_the_writer_that_is_missing_is_the_one_that_is_named(monkeypatch, refuses):
-    """None in sys.modules is how Python says that there is no such module."""
+    """None in sys.modules makes Python treat the module as missing."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("here"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with refuses("`wandb` needs an extra: pip install 'retentive[log]'", ModuleNotFoundError):

@@ -1,7 +1,7 @@
 """The loop against losses and gradients computed plainly, and against golden losses.
 
-The golden files hold the losses of 20 steps on the stories of conftest.py, so that whoever changes what is computed
-sees it in the diff. For a change that is meant, the failure's message holds the new lines.
+The golden files hold the losses of 20 steps on the stories of conftest.py, so that a diff shows every change of the
+computation. For an intended change, the failure's message holds the new lines.
 """
 
 import json
@@ -92,7 +92,7 @@ def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, s
 
 
 def test_carried_on_is_read_whole(packed, run, metrics):
-    """With weights that stand still, the losses of consecutive batches are those of whole documents read at once."""
+    """With constant weights, the losses of consecutive batches are those of whole documents read at once."""
     rows, length, steps = 4, 32, 12
     folder = run("carry", model=double(TINY), mode="carry", accumulate=2, steps=steps // 2, lr=1e-300, weight_decay=0.0)
     got = losses(metrics(folder))
@@ -127,7 +127,7 @@ def test_the_carried_state_is_cut_off_from_the_graph(packed):
 
 
 def test_recomputed_activations_change_nothing(run, same_end):
-    """Dropout too: the second forward pass of a block draws what the first one drew."""
+    """The second forward pass of a block draws the same dropout as the first."""
     config = replace(TINY, dropout=0.1)
     same_end(run("recomputed", model=config, checkpoint_activations=True), run("kept", model=config))
 
@@ -148,7 +148,7 @@ def test_the_seed_orders_the_data_and_draws_the_dropout(run, metrics):
 
 
 def test_dropout_differs_from_step_to_step(run, metrics, monkeypatch):
-    """On the same batch with weights that stand still, only the masks can change the loss."""
+    """On the same batch with constant weights, only the masks can change the loss."""
     monkeypatch.setattr("retentive.data.loader.Batches.__getitem__", lambda batches, step: batches._shuffled(0))
     still = dict(lr=1e-300, weight_decay=0.0, steps=4)
     got = losses(metrics(run("dropped", model=replace(TINY, dropout=0.5), **still)))
@@ -157,7 +157,7 @@ def test_dropout_differs_from_step_to_step(run, metrics, monkeypatch):
 
 
 def test_the_gradient_is_clipped_to_its_norm(run, metrics):
-    """Recorded is the norm before; AdamW's second moment tells what it was given."""
+    """The log records the norm before clipping; AdamW's second moment shows the clipped gradient."""
     folder = run("clipped", steps=1, clip=1e-3, warmup=0)
     assert metrics(folder)[0]["grad_norm"] > 1e-2
     moments = load_tensors(folders(folder)[-1] / "optimizer.safetensors")[0]
@@ -186,7 +186,7 @@ def test_metrics_tell_every_step_and_evaluation(run, metrics):
 
 
 def test_held_out_text_that_is_read_whole_is_not_read_again(run, metrics):
-    """Of 30 tokens 29 are predicted: more cannot be asked for."""
+    """30 tokens have 29 targets, and an evaluation of more reads the same."""
     asked = []
 
     def evaluate(model, tokens):

@@ -1,4 +1,4 @@
-"""An objective is all that the loop knows of what is trained: the one there is, and one of a test's own."""
+"""Objectives: language modelling, and a test's own objective in the loop."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_language_modelling_is_the_sum_over_targets_that_count():
 
 
 def test_carried_states_come_back_for_the_rows(packed):
-    """One state a row, which makes the next batch's losses those of text that was read on."""
+    """Each row has a state, so that the next batch has the losses of continued text."""
     batches, model = Packed(packed).batches(mode="carry", batch=3, length=16), build(TINY).double()
     first, _, state = language_modelling(model, batches[0], None)
     assert len(state.position) == 3 and first.requires_grad

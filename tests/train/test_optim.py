@@ -1,4 +1,4 @@
-"""The optimiser's groups against the model's own parameters, and the learning rate at the places that define it."""
+"""The optimiser's groups against the model's parameters, and the learning rate at its defining steps."""
 
 import math
 from copy import deepcopy
@@ -41,7 +41,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_a_step_decays_matrices_only():
-    """Without a gradient AdamW does nothing but decay: p * (1 - lr * weight_decay)."""
+    """With zero gradients AdamW only decays: p * (1 - lr * weight_decay)."""
     model = build(CONFIGS["retnet"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -88,7 +88,7 @@ def test_muon_has_the_blocks_of_encoders_but_not_their_ends():
 
 
 def step_twice(model: LanguageModel, optimizer: torch.optim.Optimizer, rate: float = 0.02) -> list[torch.Tensor]:
-    """Two steps along made-up gradients, the second at half the rate; the weights after them."""
+    """Weights after two steps with made-up gradients, the second at half the learning rate."""
     generator = torch.Generator().manual_seed(3)
     for lr in (rate, rate / 2):
         for group in optimizer.param_groups:
@@ -101,7 +101,7 @@ def step_twice(model: LanguageModel, optimizer: torch.optim.Optimizer, rate: flo
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:
-    """As in the source: five times p(X) = a X + b (X X^T) X + c (X X^T)^2 X, from X / |X| (Frobenius)."""
+    """The iteration of the source: five times p(X) = a X + b (X X^T) X + c (X X^T)^2 X, from X / |X| (Frobenius)."""
     x = x / x.square().sum().sqrt()
     for _ in range(5):
         gram = x @ x.T
@@ -144,7 +144,7 @@ def test_two_steps_of_muon_are_the_formula(same):
 
 
 def test_muon_in_bf16_is_torchs(same):
-    """torch.optim.Muon, which iterates in bfloat16, on the same matrices: the same bits."""
+    """torch.optim.Muon, which iterates in bfloat16, gives the same bits on the same matrices."""
     model = build(MUON["retnet"])
     config = TrainConfig(optimizer="muon", weight_decay=0.1, precision="bf16")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def test_muon_in_bf16_is_torchs(same):
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw():
-    """0.2 lr in root mean square, whatever the gradient's size and the matrix's shape."""
+    """A step is 0.2 lr in root mean square for every size of gradient and shape of matrix."""
     model = build(retnet(dim=64, layers=1, heads=2))
     before = [p.detach().clone() for p in hidden_matrices(model)]
     optimizer = Muon(model, TrainConfig(weight_decay=0.0, precision="fp32"))
@@ -196,7 +196,7 @@ def rates(**options) -> list[float]:
     return [learning_rate(step, config) for step in range(config.steps)]
 
 
-# cosine at half of its way stands at the mean of peak and end, and so does a straight line
+# halfway, both cosine and straight line are at the mean of peak and end
 SHAPES = {"cosine": (1.1, 0.2), "linear": (1.1, 0.2), "wsd": (2.0, 0.2), "constant": (2.0, 2.0)}
 
 

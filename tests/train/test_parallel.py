@@ -1,7 +1,7 @@
-"""Many processes train as one does: the same losses, the same weights, whatever the mesh; and start and stop together.
+"""Many processes train as one does: the same losses and weights on every mesh; they start and stop together.
 
-The oracle is one process. Two runs whose sums are taken in another order differ by rounding: about 1e-15 in float64,
-which shows that the arithmetic is the same, and 1e-6 in float32, which is what users see.
+The oracle is one process. Two runs with another order of sums differ by rounding: about 1e-15 in float64, which shows
+that the arithmetic is the same, and 1e-6 in float32, which users see.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from retentive.train.parallel.mesh import Axis
 from tests.train.ranks import SMALL, Job
 
 LIMIT = 800
-"""Seconds after which processes that hang are a failure; a loaded machine takes most of a minute to import torch."""
+"""Seconds until hanging processes are a failure; a loaded machine takes most of a minute to import torch."""
 MESHES = {"dp2": (2, 1, 1, 1), "fsdp2": (1, 2, 1, 1), "cp2": (1, 1, 2, 1), "tp2": (1, 1, 1, 2)}
 LARGER = {
     "fsdp2-cp2": (1, 2, 2, 1),
@@ -50,7 +50,7 @@ GATE = {"attention_window": 20, "forget_gate": True}
 
 
 def ranks(jobs: dict[int, list[Job]], folder: Path) -> None:
-    """Carries out jobs, by the number of processes; they fail where one of them does, or where they take too long."""
+    """Run jobs by number of processes; fails if one of them fails or takes too long."""
     file = folder / "jobs.json"
     described = {count: [asdict(job) for job in of_count] for count, of_count in jobs.items()}
     file.write_text(json.dumps(described), encoding="utf-8")
@@ -77,16 +77,16 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(packed, once) -> Path:
-    """The folder of all runs, for all workers: they take the cores by themselves."""
+    """Folder of all runs, made once for all workers, because the runs use all cores."""
     return once("runs", lambda out: train_all(str(packed), out))
 
 
 def train_all(data: str, out: Path) -> None:
-    """All runs of one, two and four processes."""
+    """Train all runs of one, two and four processes."""
     out.mkdir()
     jobs, larger = [], []
     for model in MODELS:
-        # 4 x 63 tokens cut in two: the border lies inside of a document, and of a row
+        # 4 x 63 tokens cut in two: the border is inside a document and a row
         base = Job(model, data, model=model, length=63)
         wide = replace(base, name=f"{model}-wide", **WIDE)
         jobs += [divided(job, mesh) for job in (base, wide) for mesh in ("one", *MESHES)]
@@ -132,7 +132,7 @@ def train_all(data: str, out: Path) -> None:
 
 
 def divided(job: Job, mesh: str) -> Job:
-    """The job of several processes, under a name that says so."""
+    """The job for several processes, with the mesh in its name."""
     if mesh == "one":
         return job
     return replace(job, name=f"{job.name}-{mesh}", mesh=(MESHES | LARGER)[mesh])
@@ -149,9 +149,9 @@ def test_two_processes_train_as_one(model, mesh, runs):
 
 
 def same(one: Path, other: Path, tolerance: float) -> None:
-    """Two runs have the same losses, of training and held out, and samples; and norms of gradients, ten times as large.
+    """Check that two runs have the same losses, samples and gradient norms (with ten times the tolerance).
 
-    Some do not evaluate.
+    Some runs do not evaluate.
     """
     for key, times in (("loss", 1), ("grad_norm", 10), ("held_out_loss", 1)):
         want, have = values(one, key), values(other, key)
@@ -160,9 +160,9 @@ def same(one: Path, other: Path, tolerance: float) -> None:
 
 
 def same_weights(one: Path, other: Path) -> None:
-    """What a model folder and a checkpoint have, weights and moments: whole, under the same names.
+    """Check that model folder and checkpoint hold the same complete weights and moments, under the same names.
 
-    AdamW's step divides by the root of a mean square: where that is near 0, rounding is amplified.
+    AdamW's step divides by the root of a mean square, which amplifies rounding near 0.
     """
     for a, b in ((one, other), (folders(one)[-1], folders(other)[-1])):
         for file in a.glob("*.safetensors"):
@@ -187,7 +187,7 @@ def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
 
 @pytest.mark.parametrize("name", ["muon-dp2", "muon-fsdp2", "muon-cp2", "ema-fsdp2", "ema-tp2"])
 def test_muons_steps_and_averages_of_weights(name, runs):
-    """Muon's matrices are whole where they are made orthogonal, in bfloat16: what rounds there rounds alike."""
+    """Muon makes whole matrices orthogonal, in bfloat16, so all meshes round alike."""
     one = runs / name.split("-")[0]
     same(one, runs / name, 1e-12)
     same_weights(one, runs / name)
@@ -196,14 +196,14 @@ def test_muons_steps_and_averages_of_weights(name, runs):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_weights_before_the_first_step(mesh, runs):
-    """Of runs that crashed there: the file of one process, and nothing else."""
+    """Runs that crashed before it left the file of one process, and nothing else."""
     one, other = ({f.name: f.read_bytes() for f in (runs / f"first{end}").iterdir()} for end in ("", f"-{mesh}"))
     assert one == other and {"model.safetensors", "config.json", "tokenizer.json", ".untrained"} <= set(one)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("retnet", 1e-6), ("carry", 1e-12), ("carry-window", 1e-12)])
 def test_a_run_goes_on_with_another_number_of_processes(name, tolerance, runs):
-    """Two, one, and two others that divide it in another way: the losses of one that nothing stopped."""
+    """Two processes, one, and two with another mesh give the losses of an uninterrupted run."""
     same(runs / name, runs / f"{name}-resumed", tolerance)
     assert len(losses(runs / name)) == len(losses(runs / f"{name}-resumed"))
 
@@ -211,12 +211,12 @@ def test_a_run_goes_on_with_another_number_of_processes(name, tolerance, runs):
 def test_where_one_process_is_told_to_end_all_save_and_end(runs):
     same(runs / "retnet", runs / "retnet-told", 1e-6)
     steps = [json.loads(line)["step"] for line in (runs / "retnet-told" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 21))  # those after the SIGTERM were done once, by the processes that went on
+    assert steps == list(range(1, 21))  # steps after the SIGTERM were done once, by the resumed processes
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["at-once", "async"])
 def test_a_full_disk_of_one_process_costs_the_new_checkpoint_only(save, runs):
-    """The first process says whose, and nothing half-written is left; the run went on from the checkpoint before."""
+    """The first process names the rank, nothing half-written is left, and the run resumes from the one before."""
     said = (runs / f"retnet-full-{save}.error").read_text(encoding="utf-8")
     assert said.startswith("rank 1: cannot write") and "step-00000008: No space left on device" in said
     same(runs / "retnet", runs / f"retnet-full-{save}", 1e-6)
@@ -241,7 +241,7 @@ def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_prompt_in_pieces_is_the_prompt(count, runs):
-    """In rounds of 5 tokens a process, from a state that was there before; with too few tokens for all as well."""
+    """Rounds of 5 tokens a process, from an earlier state, and with fewer tokens than processes."""
     for rank in range(count):
         found = json.loads((runs / f"pieces.{count}.{rank}").read_text(encoding="utf-8"))
         assert len(found) == 9 and all(x < 1e-12 for x in found.values()), found  # float64's rounding of sums in pieces
@@ -258,7 +258,7 @@ def test_processes_agree_or_fail_together(runs):
     assert first["shared"] is second["shared"] is None
     assert "own.1 is another folder than that of rank 0" in first["own"] and second["own"] == "RankFailed: "
     assert not list(runs.rglob(".seen-*"))
-    assert first["late"].startswith("RuntimeError") and "gloo" in first["late"]  # and not a wait without end
+    assert first["late"].startswith("RuntimeError") and "gloo" in first["late"]  # instead of an endless wait
 
 
 @pytest.mark.parametrize("name", ["bf16-fsdp2", "bf16-cp2", "bf16-tp2", "bf16-window-cp2"])
@@ -316,7 +316,7 @@ def test_sizes_that_are_none(asked):
 
 
 class Alone(Cluster):
-    """One rank of a mesh whose others are not there: enough for what is refused before anything is exchanged."""
+    """One rank of a mesh without the others: enough for errors that are raised before anything is exchanged."""
 
     def __init__(self, *sizes: int):
         super().__init__()
@@ -363,7 +363,7 @@ def test_batches_that_cannot_be_divided_are_refused(how, sizes, message, packed)
 @pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("mode", ["reset", "packed", "whole"])
 def test_pieces_of_a_batch_are_all_of_it(mode, size, packed):
-    """Their tokens, targets and positions, in order, with a length that does not divide."""
+    """Tokens, targets and positions are in order, with a length that is not divisible."""
     batch = Packed(packed).batches(mode=mode, batch=3, length=31)[1]
     pieces = [part_of(batch, rank, size)[0] for rank in range(size)]
     starts = [part_of(batch, rank, size)[1] for rank in range(size)]
@@ -381,7 +381,7 @@ def test_pieces_of_a_batch_are_all_of_it(mode, size, packed):
 
 
 def test_the_command_line_trains_in_two_processes(packed, tmp_path):
-    """The short form of torchrun: what is said is said once, and the run can be loaded."""
+    """The short form of torchrun: every line is printed once, and the run can be loaded."""
     command = [sys.executable, "-W", "error", "-m", "retentive", "train", "--data", str(packed)]
     small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "--batch", "4", "--length", "32", "--steps", "2"]
     how = ["--precision", "fp32", "--device", "cpu", "--nproc", "2", "--dp-shard", "2"]
@@ -406,7 +406,7 @@ def test_the_command_line_trains_in_two_processes(packed, tmp_path):
 
 
 def test_one_process_says_what_is_wrong(monkeypatch, capsys, tmp_path):
-    """Of several that torchrun has started: the first in a line, one that has its own error with its number."""
+    """Among processes of torchrun, rank 0 reports in one line; a rank with an error of its own reports its number."""
 
     def ends(rank: str, error: Exception) -> tuple[object, str]:
         monkeypatch.setenv("RANK", rank)

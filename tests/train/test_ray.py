@@ -1,4 +1,4 @@
-"""Training in workers of Ray Train: the run that one process trains, and started again where a worker dies."""
+"""Training in workers of Ray Train equals training in one process, and restarts if a worker dies."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def losses(folder) -> list[float]:
 
 
 def test_workers_train_as_one_process_does_and_are_started_again(packed, tmp_path, monkeypatch):
-    """One of two dies before batch 5, once: the other ends with it, and both go on from the checkpoint of step 3."""
+    """One of two dies before batch 5, once: the other ends with it, and both resume from the checkpoint of step 3."""
     how = dict(size="1m", set=SMALL, batch=4, length=32, steps=6, precision="fp32", device="cpu", eval_every=0)
     how |= dict(save_every=3, resume=True)
     alone = TrainRun.of(packed, tmp_path / "alone", **how).run(quiet=True)

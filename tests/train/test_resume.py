@@ -1,4 +1,4 @@
-"""Runs that were stopped against those that were not: resumed, they end in the same bits; nothing good is ever lost."""
+"""Resumed runs against uninterrupted ones: they end in the same bits, and no good checkpoint is lost."""
 
 import errno
 import importlib
@@ -26,7 +26,7 @@ TINY = retnet(dim=32, layers=2, heads=2, dropout=0.1)
 
 
 class Crash(Exception):
-    """What no code of the package catches."""
+    """Error that no code of the package catches."""
 
 
 def crash(model):
@@ -34,7 +34,7 @@ def crash(model):
 
 
 def files(folder) -> dict:
-    """Name -> content of all below a folder."""
+    """Name -> content of all files below a folder."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
@@ -102,7 +102,7 @@ def test_the_carried_state_is_what_it_goes_on_from(run, metrics):
     shutil.copytree(folder, folder.with_name("robbed"))
     newest = folders(folder.with_name("robbed"))[-1]
     (newest / "state.safetensors").unlink()
-    (newest / "training.json").write_text(json.dumps({"step": 3}))  # which knows nothing of it
+    (newest / "training.json").write_text(json.dumps({"step": 3}))  # without checksums
     with_, without = (metrics(run(name, mode="carry", resume=True)) for name in ("stopped", "robbed"))
     assert with_[:3] == without[:3] and with_[3]["loss"] != without[3]["loss"]
 
@@ -124,7 +124,7 @@ def test_frozen_parameters_stay_and_the_run_goes_on(run, same_end):
 
 
 def test_metrics_go_on_where_the_checkpoint_was(run, metrics, same_end):
-    """What came after it was written too, evaluations as well, and a line that the crash cut short."""
+    """Later records are dropped: steps, evaluations, and a line that the crash cut short."""
 
     def evaluate(model, tokens):
         return HeldOut(model.head.weight.sum().item(), 1.0, tokens, 1000)
@@ -190,7 +190,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_touched(run, refuses):
 
 
 def test_a_checkpoint_without_sums_is_read(run, same_end):
-    """As older versions wrote them."""
+    """Older versions wrote such checkpoints."""
     whole = run("whole")
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)
@@ -248,7 +248,7 @@ def test_at_a_nan_before_any_checkpoint_that_is_said(run, refuses):
 
 
 def fill_disk(patch: pytest.MonkeyPatch, allowed: int) -> None:
-    """The disk fills in the middle of file of tensors number `allowed` + 1: a part of it is there."""
+    """Fill the disk in the middle of tensor file number `allowed` + 1, so that only a part of it is written."""
     calls = 0
 
     def filling(real):
@@ -269,7 +269,7 @@ def fill_disk(patch: pytest.MonkeyPatch, allowed: int) -> None:
         patch.setattr(place, filling(getattr(importlib.import_module(module), name)))
 
 
-# of its second checkpoint: the weights, the moments, the carried state
+# files of the second checkpoint: the weights, the moments, the carried state
 @pytest.mark.parametrize("background", [False, True], ids=["at-once", "async"])
 @pytest.mark.parametrize(
     "allowed",
@@ -290,7 +290,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(allowed, background, run, sam
 
 
 def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run, same_end, monkeypatch):
-    """However slow the disk is: steps go on meanwhile, and change the weights."""
+    """Steps continue and change the weights while a slow disk writes."""
     whole, written = run("whole", mode="carry", ema=0.9), []
     real, steps_on = sharded.write, threading.Event()
 
@@ -309,7 +309,7 @@ def test_what_is_written_while_training_goes_on_is_what_the_step_ended_with(run,
 
 
 def test_a_full_disk_on_resuming_costs_nothing(run, same_end, monkeypatch):
-    """The run's model is a link to the checkpoint's: writing one must not go through to the other."""
+    """The run's model is a hard link to the checkpoint's: writing one must not change the other."""
     whole = run("whole")
     with pytest.raises(Crash):
         run("stopped", at=5, act=crash)

@@ -1,4 +1,4 @@
-"""Whole runs from Python: what goes on, what is lengthened, begun anew or from given weights, and what is refused."""
+"""Whole runs from Python: resumed, lengthened, begun anew, begun from given weights, and refused."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ BRIEF = dict(steps=4, warmup=2, lr=5e-3, save_every=2, precision="fp32", device=
 
 @pytest.fixture
 def made(packed, tmp_path):
-    """`made(name, **options)`: a run on the stories, `options` in one row as `retentive.train` takes them."""
+    """`made(name, **options)`: a run on the stories, with the options of `retentive.train`."""
 
     def make(name: str, **options) -> TrainRun:
         small = {"size": "1m", "set": SMALL, "batch": 2, "length": 32}
@@ -43,7 +43,7 @@ def made(packed, tmp_path):
 
 
 def cut_back(run: Path) -> None:
-    """As if it had been killed before its newest checkpoint."""
+    """Change the run as if it had been killed before its newest checkpoint."""
     shutil.rmtree(folders(run)[-1])
 
 
@@ -85,7 +85,7 @@ def test_an_option_of_another_type_is_refused_before_anything_is_written(options
 
 @pytest.fixture
 def letters(tmp_path) -> Path:
-    """Other data of the same tokenizer: letters that no story has, in an order."""
+    """Other data with the same tokenizer: a pattern of letters that no story has."""
     texts = ["".join("ZYXWVUTSRQ"[(n + i * i) % 10] for i in range(80)) for n in range(20)]
     pack(tmp_path / "letters", ByteTokenizer(), *(map(Document, "ab" * 10, part) for part in (texts[:16], texts[16:])))
     return tmp_path / "letters"
@@ -152,7 +152,7 @@ def test_numbers_of_other_kinds_are_numbers(made, tmp_path):
 
 @pytest.mark.parametrize("speed", [0.5, 2.0], ids=["fp32", "bf16"])
 def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, same_end):
-    """All fields count here, as for a comparison that is started twice."""
+    """All fields count as chosen here, as in a comparison that is started twice."""
     rate = {torch.float32: 1.0, torch.bfloat16: speed}
     monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: rate[dtype])
     whole = made("whole", precision="auto").run(quiet=True)
@@ -190,7 +190,7 @@ def test_what_alters_nothing_may_change(made):
 
 
 def test_its_own_options_hold(made, same_end):
-    """Whoever goes on need not repeat what was typed at first, nor does a default speak against it."""
+    """A resumed run keeps its options: the user need not repeat them, and defaults do not contradict them."""
     whole = made("whole").run(quiet=True)
     run = made("cut").run(quiet=True)
     cut_back(run)
@@ -245,7 +245,7 @@ def test_overwriting_begins_anew_and_leaves_what_is_not_the_runs(made, same_end)
 
 @pytest.mark.parametrize("more", [{}, {"resume": True}], ids=["again", "resume"])
 def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(more, made, same_end, refuses):
-    """A rate that was too high, and the same command with a lower one."""
+    """After a learning rate that was too high, the same command works with a lower one."""
     with refuses("no checkpoint had been saved yet; try a lower `lr`", FloatingPointError):
         made("a", lr=1e30, clip=0.0, warmup=0, save_every=100).run(quiet=True)
     same_end(
@@ -292,7 +292,7 @@ def test_one_process_at_a_run(existing, made, refuses):
 
 
 def first_loss(run: TrainRun, folder: Path) -> float:
-    """Of the run's first batch, by the model of a folder."""
+    """Loss of a folder's model on the run's first batch."""
     model = retentive.load(folder)[0].train()
     options = TrainConfig(precision="fp32", device="cpu")
     return accumulate_gradients(Training(model, run.batches(Packed(run.data)), language_modelling, options))[0]
@@ -307,7 +307,7 @@ def test_training_on_from_given_weights(made, same_end, tmp_path):
     shutil.rmtree(base)
     shutil.copytree(run, tmp_path / "copy")
     cut_back(run)
-    made("tuned", set={}, size="5m", init=str(base), lr=1e-3, resume=True).run(quiet=True)  # needs it no longer
+    made("tuned", set={}, size="5m", init=str(base), lr=1e-3, resume=True).run(quiet=True)  # no longer needs the base
     same_end(run, tmp_path / "copy")
 
 
@@ -352,7 +352,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(change, made, refuse
 
 @pytest.mark.parametrize("model", ["retnet", "transformer", "hybrid"])
 def test_what_a_step_takes_at_least_is_less_than_what_it_takes(model, made, packed):
-    """Weights, gradients and moments are counted to the byte; of the rest, the inputs of the blocks."""
+    """The estimate counts weights, gradients and moments to the byte, and the inputs of the blocks."""
     run = made("a", model=model, set={**SMALL, "layers": 4})
     config, trained = run.build(Packed(packed))
     training = Training(trained, run.batches(Packed(packed)), language_modelling, run.train)
@@ -374,7 +374,7 @@ def test_what_a_step_takes_at_least_is_less_than_what_it_takes(model, made, pack
 
 
 def test_memory_that_is_free_is_enough(made, monkeypatch, refuses):
-    """To the byte: what is needed at least is no more than what there is."""
+    """The check is exact to the byte: the minimum needed may equal the free memory."""
     run = made("a")
     need = cost.least_training_bytes(run.config(257), run.batch * run.length)
     monkeypatch.setattr("retentive.machine.free_memory", lambda device: need - 1)
@@ -392,7 +392,7 @@ def test_seconds_per_step_are_the_median_without_the_first(made, monkeypatch):
 
 
 def test_seconds_per_step_are_those_of_the_options(made, monkeypatch):
-    """Recomputing each block in the backward pass takes a third more time: the step that is timed must do it too."""
+    """The timed step must recompute each block in the backward pass too, which takes a third more time."""
     calls = []
     forward, seconds = Block.forward, itertools.count()  # as many steps in both
     monkeypatch.setattr("retentive.train.run.time.perf_counter", lambda: next(seconds))
@@ -425,7 +425,7 @@ def test_no_held_out_text_no_evaluation(made, tmp_path, metrics):
 
 
 def test_a_run_whose_changes_are_kept_as_typed_goes_on(made, same_end):
-    """As runs were kept before 26 November 2026."""
+    """Format of runs before 26 November 2026."""
     changes = {"dim": 32, "layers": 1, "heads": 2, "decay": [-0.5, -0.1], "score_norm": False, "activation": "gelu"}
     whole = made("whole", set=changes).run(quiet=True)
     run = made("old", set=changes).run(quiet=True)
@@ -440,6 +440,6 @@ def test_a_run_whose_changes_are_kept_as_typed_goes_on(made, same_end):
 
 @pytest.mark.parametrize("name", ["schedule", "precision"])
 def test_a_word_that_is_none_of_those_known_is_refused(name, refuses):
-    """The command line knows the words; from Python it would have been taken for one of them in silence."""
+    """The command line checks the words; from Python an unknown one must not be accepted silently."""
     with refuses(f"{name} is 'wat', expected one of "):
         TrainConfig(**{name: "wat"})

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: files that several ranks write, each its boxes, have the bytes of one that wrote all."""
+"""Sharded checkpoints: files written by several ranks, each its boxes, have the bytes of a single rank's file."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ WHOLE = {
 
 
 def boxes(rank: int, size: int) -> dict[str, Shard]:
-    """What one of several processes has: rows, columns, or all that another writes."""
+    """Shards of one of several processes: rows, columns, or a whole tensor that another writes."""
     found = {}
     for name, x in WHOLE.items():
         if name in ("rows", "columns"):
@@ -48,7 +48,7 @@ def test_many_write_the_file_of_one(size, tmp_path):
     assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
     assert load_tensors(tmp_path / "many")[1] == {"format": "pt", **about}
     with safe_open(tmp_path / "many", framework="pt") as file:
-        for rank in range(size + 1):  # another number of them reads it
+        for rank in range(size + 1):  # another number of ranks reads it
             for name, box in boxes(rank, size + 1).items():
                 found = sharded.read(file, name, box)
                 assert torch.equal(found, box.own) and found.dtype == box.own.dtype
@@ -93,7 +93,7 @@ def test_a_full_disk_is_an_error_and_no_file_of_zeros():
 
 
 def test_weights_of_a_run_carry_their_checksum(run):
-    """Of the first weights and of every checkpoint: `load` refuses a flipped bit, see tests/checkpoint."""
+    """Initial weights and every checkpoint have one: `load` refuses a flipped bit, see tests/checkpoint."""
     folder = run("a", steps=4, save_every=2, ema=0.9)
     for file in (folder / "model.safetensors", *folder.glob("checkpoints/*/model.safetensors")):
         tensors, about = load_tensors(file)

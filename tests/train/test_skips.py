@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out as if their batch had not been there, counted, not too many."""
+"""Steps whose loss or gradient is not finite: skipped as if without their batch, counted, and limited in number."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TINY = retnet(dim=32, layers=2, heads=2)
 
 
 class Once:
-    """An objective's batch spoilt at some steps: the head's weight gets a gradient that is NaN."""
+    """Objective that gives the head's weight a NaN gradient at some steps."""
 
     def __init__(self, model, steps):
         self.calls, self.steps = 0, steps
@@ -22,7 +22,7 @@ class Once:
 
 
 def spoilt(steps, *, first=0):
-    """A tiny model whose gradient is NaN at these steps, of a run that begins with `first`."""
+    """A tiny model whose gradient is NaN at these steps of a run that begins with `first`."""
     torch.manual_seed(0)
     model = build(TINY)
     Once(model, {step - first for step in steps})
@@ -43,7 +43,7 @@ def test_it_is_left_out_and_counted(run, metrics):
 
 
 def test_weights_and_moments_are_as_before(run, same):
-    """Where the last steps fail, the checkpoint after them holds what the one before them held."""
+    """If the last steps fail, the checkpoint after them equals the one before them."""
     folder = run("a", model=spoilt([6, 7]), skip_nonfinite=2, steps=8, save_every=2, keep=4)
     before, after = folders(folder)[-2:]
     assert (before.name, after.name) == ("step-00000006", "step-00000008")
@@ -65,7 +65,7 @@ def test_one_too_many_in_a_row_ends_it(run, refuses):
 
 
 class Crash(Exception):
-    """What no code of the package catches."""
+    """Error that no code of the package catches."""
 
 
 def test_a_resumed_run_counts_on(run, same_end, refuses):

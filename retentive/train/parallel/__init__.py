@@ -1,12 +1,12 @@
-"""Training by several processes (ranks): functions that take a model and return it parallel.
+"""Parallel training by several processes (ranks): functions that take a model and return it parallel.
 
-    mesh, cluster          the ranks, laid out along four axes; what they agree on, and how they fail
-    rendezvous, launch     how they meet; how they are started on one machine
+    mesh, cluster          the ranks along four axes; their agreement and their errors
+    rendezvous, launch     join the ranks; start them on one machine
     data, tensor, context  the three kinds of parallelism
     checkpoint             files that each rank writes its part of
 
-Models and layers know nothing of it: all is done to them from outside. The losses and gradients are those of one
-process, whatever the mesh.
+Models and layers know nothing of ranks: all changes are made from outside. Losses and gradients equal those of one
+process, on every mesh.
 """
 
 import zlib
@@ -40,12 +40,12 @@ __all__ = [
 
 
 def parallelize(model: LanguageModel, device: torch.device, cluster: Cluster) -> LanguageModel:
-    """The model as this rank trains it, changed in place: its heads (tp), its parameters (dp_shard), on its device.
+    """Divide the model in place for this rank: its heads (tp), its parameters (dp_shard), on its device.
 
-    Replicas are none of its business: `parallel_objective` averages their gradients.
+    Replicas (dp_replicate) are handled by `parallel_objective`, which averages their gradients.
 
     Raises:
-        ValueError: a model that cannot be divided so.
+        ValueError: the model cannot be divided on this mesh.
     """
     check_divisible(model, cluster)
     if cluster.tp.size > 1:
@@ -56,7 +56,7 @@ def parallelize(model: LanguageModel, device: torch.device, cluster: Cluster) ->
 
 
 def parallel_objective(model: LanguageModel, objective: Objective, cluster: Cluster) -> Objective:
-    """The objective on what this rank reads of a batch, with gradients averaged over the ranks; all must call this."""
+    """The objective on this rank's part of a batch, with gradients averaged over the ranks; all must call this."""
     if cluster.cp.size > 1:
         objective = on_part(model, objective)
     if cluster.dp_cp.size == 1 or cluster.shard.size > 1:  # FSDP2 averages them itself
@@ -66,9 +66,9 @@ def parallel_objective(model: LanguageModel, objective: Objective, cluster: Clus
 
 @contextmanager
 def reading(model: LanguageModel, cluster: Cluster) -> Iterator[None]:
-    """In this block all ranks that divide a model call it on the same tokens, whole sequences, without gradients.
+    """Let all ranks that divide a model call it in this block, without gradients, on the same whole sequences.
 
-    It is the very model that is trained, in parts: no whole copy of it is made.
+    They use the divided model itself; no whole copy of it is made.
     """
     try:
         with whole_sequences(model) if cluster.cp.size > 1 else nullcontext():
@@ -79,7 +79,7 @@ def reading(model: LanguageModel, cluster: Cluster) -> Iterator[None]:
 
 
 def check_divisible(model: LanguageModel, cluster: Cluster) -> None:
-    """Raises ValueError for a model that cannot be trained on this mesh."""
+    """Raise ValueError for a model that cannot be trained on this mesh."""
     if not cluster.sharded:
         return
     if model.config.library:
@@ -91,7 +91,7 @@ def check_divisible(model: LanguageModel, cluster: Cluster) -> None:
 
 
 def checksum(model: nn.Module) -> int:
-    """A number that tells models apart by their weights: those that ranks divide must be the same everywhere."""
+    """CRC-32 of a model's weights: before ranks divide a model, its weights must be the same on all of them."""
     found = 0
     for p in model.parameters():
         found = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)

@@ -1,9 +1,9 @@
-"""Sharded checkpoints: safetensors files to which each rank writes the parts of tensors that it has, and reads those.
+"""Sharded checkpoints: safetensors files in which each rank writes and reads its own parts of the tensors.
 
-    header's length in 8 bytes | header in JSON: every tensor's dtype, shape, place | numbers, tensor after tensor
+    header length in 8 bytes | header in JSON: every tensor's dtype, shape, offsets | numbers, tensor after tensor
 
-(https://github.com/huggingface/safetensors#format). All ranks can tell where a tensor lies, since that depends on
-names and shapes alone. So nothing is gathered, and the file is, byte for byte, that of a single process.
+(https://github.com/huggingface/safetensors#format). Offsets depend on names and shapes only, so every rank can compute
+them. Nothing is gathered, and the file equals a single process's byte for byte.
 """
 
 import json
@@ -27,37 +27,37 @@ from retentive.train.parallel.mesh import Axis
 from retentive.train.parallel.tensor import split_dim
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Their names in a header."""
+"""Names of dtypes in a header."""
 UNSEALED = {"crc32": "00000000"}
-"""Metadata of a file of weights until `seal` has written its checksum."""
+"""Metadata of a weights file until `seal` writes its checksum."""
 
 
 class Shard(NamedTuple):
-    """What this rank has of a tensor: a box of it."""
+    """This rank's box of a tensor."""
 
     own: Tensor
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: tuple[int, ...]
-    """Where `own` begins in it, axis by axis."""
+    """Index of the first element of `own` in the whole tensor, per axis."""
     writes: bool = True
-    """True if this rank writes it: of several that have the same box one does."""
+    """True if this rank writes the box; of several ranks with the same box, one does."""
 
     def copied(self) -> "Shard":
-        """The same in other memory, that of the CPU, for who writes it: training goes on in this one."""
+        """A copy in CPU memory for the rank that writes it, so that training can continue."""
         own = self.own.to("cpu", copy=True) if self.writes else torch.empty(0, dtype=self.own.dtype)
         return self._replace(own=own)
 
 
 def shard_of(name: str, x: Any, cluster: Cluster) -> Shard:
-    """What this rank has of a parameter, or of what belongs to one (a mean, a moment), in the same memory."""
+    """This rank's shard of a parameter, or of its average or moment, in the same memory."""
     x, dim = x.detach(), split_dim(name)
     if x.ndim == 0:  # a count of steps
         return Shard(x, (), (), cluster.main)
     shape, start = list(x.shape), [0] * x.ndim
     first_replica = cluster.dp_cp.rank < cluster.shard.size
     if cluster.shard.size > 1:
-        # FSDP2 divides along the first axis as `chunk` does; the last ranks may get nothing of a small tensor
+        # FSDP2 divides along the first axis as `chunk` does; the last ranks may get no part of a small tensor
         start[0] = min(cluster.shard.rank * -(-shape[0] // cluster.shard.size), shape[0])
     if dim is not None:
         start[dim] += cluster.tp.rank * shape[dim]
@@ -67,7 +67,7 @@ def shard_of(name: str, x: Any, cluster: Cluster) -> Shard:
 
 
 def sharded_as(p: Tensor, own: Tensor, cluster: Cluster) -> Tensor:
-    """What belongs to a parameter (a moment), made of this rank's part of it: divided as the parameter is."""
+    """A moment of a parameter from this rank's part `own`, sharded as the parameter is."""
     own = own.to(p.device)
     if cluster.shard.size == 1 or own.ndim == 0:
         return own
@@ -87,7 +87,7 @@ def whole_state(state: State | None, cluster: Cluster) -> State | None:
 
 
 def part_of_state(state: State | None, cluster: Cluster) -> State | None:
-    """The inverse of `whole_state`: the rows and heads that this rank carries."""
+    """Take the rows and heads that this rank carries: the inverse of `whole_state`."""
     if state is None or cluster.world_size == 1:
         return state
     dp, tp = cluster.dp, cluster.tp
@@ -103,7 +103,7 @@ def of_heads(memory: Any, f: Callable[[Tensor, int], Tensor]) -> Memory:
 
 
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """The equal parts that the ranks of an axis have, joined along a dimension."""
+    """Gather the equal parts of the ranks of an axis, joined along a dimension."""
     if axis.group is None:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
@@ -112,10 +112,10 @@ def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def begin(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> None:
-    """Makes the file: its header, and the length that it will have.
+    """Create the file with its header, at its final length.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
     head, places = _layout(shards, metadata)
     with path.open("wb") as file:
@@ -124,7 +124,7 @@ def begin(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) 
 
 
 def write(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> None:
-    """Writes this rank's part of a file that `begin` has made with the same arguments, and has it on the disk.
+    """Write this rank's part of a file that `begin` made with the same arguments, and flush it to disk.
 
     Raises:
         OSError: the disk is full.
@@ -141,7 +141,7 @@ def write(path: Path, shards: Mapping[str, Shard], metadata: Mapping[str, str]) 
 
 
 def seal(path: Path) -> None:
-    """Writes the checksum of a file of weights, whole by now, into the place that UNSEALED holds in its header."""
+    """Write the checksum of a complete weights file over UNSEALED in its header."""
     found, about = load_tensors(path)
     if about.get("crc32") != UNSEALED["crc32"]:
         return
@@ -155,10 +155,10 @@ def seal(path: Path) -> None:
 
 
 def read(file: Any, name: str, like: Shard) -> Tensor:
-    """The box `like` of a tensor in a file that `safe_open` has opened; of a number, all of it.
+    """Read the box `like` of a tensor from a file opened by `safe_open`; a scalar is read whole.
 
     Raises:
-        SafetensorError, ValueError: there is no such tensor, or one of another shape.
+        SafetensorError, ValueError: the tensor is missing or has another shape.
     """
     x = file.get_slice(name)
     if not (shape := tuple(x.get_shape())):
@@ -168,13 +168,13 @@ def read(file: Any, name: str, like: Shard) -> Tensor:
     if not like.own.numel():
         return torch.empty_like(like.own, device="cpu")
     box = tuple(slice(start, start + n) for start, n in zip(like.start, like.own.shape, strict=True))
-    return x[box].clone()  # else it keeps all of the mapped file in memory
+    return x[box].clone()  # a view would keep the whole mapped file in memory
 
 
 def _layout(shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """(all before the numbers, where each tensor begins in the file and how many bytes it has), as safetensors does it.
+    """Lay a file out as safetensors does: (bytes before the numbers, (offset, bytes) of each tensor in the file).
 
-    It puts those of wide numbers first, then goes by name, and fills the header to a multiple of 8 bytes.
+    Tensors with wider numbers come first, then by name. The header is padded to a multiple of 8 bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     end, spans = 0, {}
@@ -190,9 +190,9 @@ def _layout(shards: Mapping[str, Shard], metadata: Mapping[str, str]) -> tuple[b
 
 
 def _runs(shard: Shard) -> Iterator[tuple[int, Tensor]]:
-    """(how many numbers of the whole tensor stand before it, piece) for the pieces of a box that lie in one there.
+    """Yield (offset in the whole tensor, piece) for each contiguous piece of a box; offsets count numbers.
 
-    All of a box that has whole rows; else, as of a matrix that is divided by columns, a piece a row.
+    A box with whole rows is one piece. Otherwise, as in a matrix divided by columns, each row is a piece.
     """
     own, shape, start = shard.own, shard.shape, shard.start
     if own.shape[1:] == shape[1:]:

@@ -1,6 +1,6 @@
-"""The ranks of a run as one: what they agree on, and how they fail together.
+"""The ranks of a run as one: agreement on numbers, and errors that end all ranks together.
 
-Rank 0 writes and speaks. An error of any rank is said by rank 0 in one line, and ends all of them.
+Rank 0 writes and prints. It prints an error of any rank in one line, and the error ends all ranks.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from torch import Tensor
 from retentive.train.parallel.mesh import Mesh
 
 LONGEST = 1000
-"""Bytes of an error message that ranks tell each other."""
+"""Maximum bytes of an error message between ranks."""
 EXPECTED = (ValueError, OSError, ArithmeticError, ImportError, MemoryError)
-"""Errors that the user can mend: rank 0 says them in a line."""
+"""Errors that the user can fix: rank 0 prints them in one line."""
 
 
 class RankFailed(Exception):
-    """Another rank has the error, and rank 0 or the launcher says it: this rank ends silently."""
+    """Another rank failed, and rank 0 or the launcher reports it: this rank ends silently."""
 
 
 class Cluster(Mesh):
-    """This rank among those of a run; by default it is the only one.
+    """This rank among the ranks of a run; by default the only one.
 
     Args:
         sizes: (dp_replicate, dp_shard, cp, tp).
-        device: this rank's; None where the run picks it.
+        device: this rank's device; None lets the run pick it.
         timeout: how long a rank waits for the others.
     """
 
@@ -49,9 +49,9 @@ class Cluster(Mesh):
         self._group: dist.ProcessGroup | None = None  # torch.distributed's own group of all ranks
 
     def for_thread(self) -> "Cluster":
-        """The same ranks, for another thread of each: it agrees in a group of its own.
+        """A cluster of the same ranks for another thread of each, with a process group of its own.
 
-        In one group, all ranks must do the same in the same order.
+        Within one group, all ranks must make the same calls in the same order.
         """
         other = copy(self)
         if self.world_size > 1:
@@ -61,7 +61,7 @@ class Cluster(Mesh):
     # agreement
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sums over the ranks that read different tokens."""
+        """Sum numbers over the ranks that read different tokens."""
         if self.dp_cp.size == 1:
             return list(numbers)
         x = torch.tensor(numbers, dtype=torch.float64)
@@ -69,7 +69,7 @@ class Cluster(Mesh):
         return x.tolist()
 
     def max(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """Largest of the ranks' numbers."""
         if self.world_size == 1:
             return number
         x = torch.tensor(number)
@@ -77,11 +77,11 @@ class Cluster(Mesh):
         return int(x)
 
     def broadcast(self, number: int) -> int:
-        """The number of rank 0."""
+        """Number of rank 0."""
         return self.max(number if self.main else -(2**62))
 
     def check_same(self, what: Any, message: str) -> None:
-        """Raises ValueError, with `message` and the rank, if a rank has another value than rank 0 (by its `repr`)."""
+        """Raise ValueError, with `message` and the rank, if a rank's value differs from rank 0's (by its `repr`)."""
         if self.world_size == 1:
             return
         mine = hashlib.sha256(repr(what).encode()).digest()
@@ -98,12 +98,12 @@ class Cluster(Mesh):
     # failure
 
     def once(self, error: Exception) -> Exception:
-        """The exception to raise for an error that all ranks have: rank 0 says it, the others end silently."""
+        """Exception to raise for an error that all ranks have: rank 0 reports it, the others end silently."""
         return error if self.main else RankFailed()
 
     @contextlib.contextmanager
     def barrier(self) -> Iterator[None]:
-        """All ranks wait at the end of this block; what fails in it on one rank fails on all.
+        """Make all ranks wait at the end of this block; an error on one rank fails on all.
 
         The block must not wait for another rank.
         """
@@ -130,7 +130,7 @@ class Cluster(Mesh):
 
     @contextlib.contextmanager
     def on_main(self, make: Callable[[], AbstractContextManager]) -> Iterator[None]:
-        """A context that rank 0 alone enters; where it cannot, all ranks fail."""
+        """Enter a context on rank 0 only; if that fails, all ranks fail."""
         with ExitStack() as stack:
             with self.barrier():
                 if self.main:
@@ -139,4 +139,4 @@ class Cluster(Mesh):
 
 
 ALONE = Cluster()
-"""A single process, which asks nobody."""
+"""Cluster of a single process."""

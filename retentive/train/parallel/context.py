@@ -1,4 +1,4 @@
-"""Context parallelism: the tokens of a batch, divided over the ranks of the axis `cp`.
+"""Context parallelism: divides the tokens of a batch over the ranks of the axis `cp`.
 
 The rows of a batch are laid end to end and cut into equal parts, to within a token. What crosses a border are the
 position of the sequence that is cut and, in every layer, what its mixer needs of the parts before:
@@ -143,7 +143,7 @@ def on_part(model: LanguageModel, objective: Objective) -> Objective:
     def of_part(model: LanguageModel, batch: Batch, state: Any) -> tuple[Tensor, int, Any]:
         part, start = context.part_of(batch)
         before = model.init_state(1)
-        # blank states, which the layers fill; the position is known at once
+        # blank states, which the layers fill; the position is known already
         before = State(before.memories, before.position + start)
         total, count, _ = objective(model, part, before)
         return total, count, None
@@ -155,7 +155,7 @@ def borders_of(batch: Batch, size: int) -> list[int]:
     """Where the parts of a batch begin among its tokens, laid end to end, and where the last one ends.
 
     Raises:
-        ValueError: a batch with fewer tokens than parts, one that carries states on, or with pictures or sound.
+        ValueError: the batch has fewer tokens than parts, carries states on, or has pictures or sound.
     """
     if batch.carry is not None or batch.rows:
         raise ValueError(f"`cp={size}` divides texts that begin in their batch: no mode carry, no pictures or sound")

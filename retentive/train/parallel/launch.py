@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, as `torchrun --nproc-per-node N` does, and says which one was lost."""
+"""Start the ranks of a run on this machine, as `torchrun --nproc-per-node N` does, and report a lost rank."""
 
 import multiprocessing
 import os
@@ -17,25 +17,25 @@ from retentive.train.parallel.rendezvous import LAUNCHED, stop_without
 from retentive.train.signals import stop_signals
 
 SAVING = 600.0
-"""Seconds that ranks have to save once they were told to stop."""
+"""Seconds for ranks to save after they were told to stop."""
 ENDING = 30.0
-"""Seconds that ranks have to end once another one has failed, which breaks their connections to it."""
+"""Seconds for ranks to end after another rank failed, which breaks their connections to it."""
 
 
 def launch(work: Callable[[], object], nproc: int) -> None:
-    """Calls `work`, such as `TrainRun(…).run`, in `nproc` processes on this machine, and returns once all have ended.
+    """Call `work`, such as `TrainRun(…).run`, in `nproc` processes on this machine; returns when all have ended.
 
     The processes are spawned: `work` must be picklable, and a script needs `if __name__ == "__main__":`.
 
     Raises:
-        ChildProcessError: a rank was killed, as by the system when memory runs out, or did not end after another.
-        SystemExit: a rank has failed and said why, or all were told to stop (exit code 0 if all have saved).
+        ChildProcessError: a rank was killed, for example when memory ran out, or did not end after another had failed.
+        SystemExit: a rank failed and reported why, or all were told to stop (exit code 0 if all have saved).
         KeyboardInterrupt: Ctrl-C before the ranks could save.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_rank, args=(work, n, nproc, store.port, os.getpid())) for n in range(nproc)]
-    # not insistent: the ranks hear a second Ctrl-C themselves, and this process waits for them
+    # not insistent: the ranks receive a second Ctrl-C themselves, and this process waits for them
     with stop_signals(insistent=False) as stop:
         try:
             _start(ranks)
@@ -43,7 +43,7 @@ def launch(work: Callable[[], object], nproc: int) -> None:
                 wait([rank.sentinel for rank in alive], timeout=0.2)
             if stop.signal:
                 for rank in alive:
-                    rank.terminate()  # SIGTERM, whatever came: from a terminal they have had the Ctrl-C
+                    rank.terminate()  # SIGTERM for any signal: ranks in a terminal already received the Ctrl-C
             _join(ranks, SAVING if stop.signal else ENDING)
         finally:
             stuck = _alive(ranks)
@@ -59,20 +59,20 @@ def launch(work: Callable[[], object], nproc: int) -> None:
         if codes[number] < 0:
             how = "did not end after another rank had failed" if rank in stuck else ended_by(-codes[number])
             raise ChildProcessError(f"rank {number} {how}: go on with `resume=True`")
-    if any(codes):  # what was wrong is said
+    if any(codes):  # the failed rank has reported its error
         sys.exit(next(code for code in codes if code))
 
 
 def _start(ranks: Sequence[BaseProcess]) -> None:
-    """Starts the processes, which inherit the environment, and an ignored Ctrl-C until the loop listens to it.
+    """Start the processes with this environment, and with Ctrl-C ignored until the training loop handles it.
 
-    Until then Python would print a traceback of each of them.
+    Otherwise an early Ctrl-C would print a traceback of each process.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
-        # each would take all cores, and wait for its threads more than it computes
+        # by default each process would use all cores, and wait for its threads more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(ranks))))
         for rank in ranks:
             rank.start()
@@ -84,7 +84,7 @@ def _start(ranks: Sequence[BaseProcess]) -> None:
 
 
 def _rank(work: Callable[[], object], rank: int, nproc: int, port: int, launcher: int) -> None:
-    """What each process does."""
+    """Work of each process."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{nproc}", LAUNCHED: "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     stop_without(launcher)
@@ -107,11 +107,11 @@ def _failed(ranks: Sequence[BaseProcess]) -> bool:
 
 
 def ended_by(number: int) -> str:
-    """What happened to a process that a signal has ended."""
+    """Text about a process that a signal ended, such as "was ended by SIGKILL, as when memory runs out"."""
     hint = ", as when memory runs out" if number == signal.SIGKILL else ""
     return f"was ended by {signal.Signals(number).name}{hint}"
 
 
 def as_shells_have_it(code: int) -> int:
-    """The exit code of a process, that of one which a signal ended as a positive number."""
+    """Exit code as shells report it: 128 plus the signal's number for a process that a signal ended."""
     return code if code >= 0 else 128 - code

@@ -1,11 +1,11 @@
-"""The device mesh of a run: its ranks along the axes (dp_replicate, dp_shard, cp, tp), the last one fastest.
+"""The device mesh of a run: its ranks along the axes (dp_replicate, dp_shard, cp, tp), the last one varying fastest.
 
-    dp_replicate   data parallel: each rank has all weights and reads other rows (DistributedDataParallel, `data`)
-    dp_shard       fully sharded data parallel: a part of weights, gradients and moments, other rows (FSDP2, `data`)
+    dp_replicate   data parallel: each rank has all weights and its own rows (DistributedDataParallel, `data`)
+    dp_shard       fully sharded data parallel: a part of weights, gradients, moments, its own rows (FSDP2, `data`)
     cp             context parallel: a part of the tokens of every sequence (`context`)
     tp             tensor parallel: some heads and feed-forward columns, of the same tokens (`tensor`)
 
-Ranks that exchange most are neighbours.
+Ranks that exchange the most data are neighbours.
 """
 
 import datetime
@@ -27,15 +27,16 @@ class Parallel:
     """Number of ranks along each axis of the mesh; their product is the number of processes."""
 
     dp_replicate: int = -1
-    """Replicas that read different rows and have all weights each; -1: as many as the other axes leave."""
+    """Data parallelism: replicas that read different rows, each with all weights; -1: the remaining ranks."""
     dp_shard: int = 1
-    """Ranks that read different rows and share weights, gradients and moments between them (FSDP); -1: the rest."""
+    """Fully sharded data parallelism (FSDP): ranks that read different rows, each with a part of weights, gradients
+    and moments; -1: the remaining ranks."""
     cp: int = 1
-    """Ranks that each read a part of every sequence (context parallelism); -1: the rest."""
+    """Context parallelism: ranks that each read a part of every sequence; -1: the remaining ranks."""
     tp: int = 1
-    """Ranks that each have some of the heads and feed-forward columns (tensor parallelism); -1: the rest."""
+    """Tensor parallelism: ranks that each have some heads and feed-forward columns; -1: the remaining ranks."""
     patience: int = 1800
-    """Seconds that a rank waits for the others, also while the first one evaluates and writes."""
+    """Timeout: seconds that a rank waits for the others, including while rank 0 evaluates and writes."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -50,14 +51,14 @@ class Parallel:
         """(dp_replicate, dp_shard, cp, tp) for `world_size` processes.
 
         Raises:
-            ValueError: their product is another number.
+            ValueError: the sizes do not multiply to `world_size`.
         """
         asked = {name: getattr(self, name) for name in AXES}
         explicit = [name for name, n in asked.items() if n == -1 and name != "dp_replicate"]
         if len(explicit) > 1:
             both = " and ".join(f"`{name}`" for name in explicit)
             raise ValueError(f"{both} are both -1: only one axis can take the rest of the processes")
-        if explicit and asked["dp_replicate"] == -1:  # its default gives way to what was asked for
+        if explicit and asked["dp_replicate"] == -1:  # an explicit -1 of another axis overrides this default
             asked["dp_replicate"] = 1
         given = math.prod(n for n in asked.values() if n != -1)
         rest = world_size // given
@@ -73,40 +74,40 @@ class Parallel:
 
 
 class Axis(NamedTuple):
-    """An axis of the mesh, or several as one, as a rank sees it."""
+    """An axis of the mesh, or several combined into one, as a rank sees it."""
 
     size: int
     """Ranks along the axis."""
     rank: int
-    """This one among them."""
+    """This rank's number along the axis."""
     group: dist.ProcessGroup | None
-    """Their process group; None where this rank is the only one."""
+    """Process group of the axis; None if this rank is the only one."""
 
 
 class Mesh:
-    """The ranks of a run along the four axes, and combinations of axes that are communicated over as one.
+    """The ranks of a run along the four axes, and combinations of axes with one process group each.
 
     Args:
-        sizes: of the axes, in the order of AXES.
-        rank: this process.
+        sizes: sizes of the axes, in the order of AXES.
+        rank: rank of this process.
         timeout: how long a rank waits for the others.
     """
 
     def __init__(self, sizes: tuple[int, int, int, int], rank: int = 0, timeout: datetime.timedelta | None = None):
         self.rank, self.world_size, self.timeout = rank, math.prod(sizes), timeout
         self._ranks = torch.arange(self.world_size).view(sizes)
-        # Every rank makes every process group, in the same order, as torch.distributed demands.
+        # Every rank makes every process group, in the same order, as torch.distributed requires.
         self.tp = self._axis("tp")
         self.cp = self._axis("cp")
         self.dp = self._axis("dp_replicate", "dp_shard")
         """Ranks that read different rows."""
         self.dp_cp = self._axis("dp_replicate", "dp_shard", "cp")
-        """Ranks that read different tokens: the loss is a sum over them."""
+        """Ranks that read different tokens; the loss is summed over them."""
         self.shard = self._axis("dp_shard", "cp") if sizes[1] > 1 else Axis(1, 0, None)
-        """Ranks that share weights, gradients and moments between them: those of cp take part."""
+        """Ranks that weights, gradients and moments are divided over, those of cp included."""
         self.replicate = self._axis("dp_replicate") if sizes[1] > 1 else Axis(1, 0, None)
         self.sharded = sizes[1] * sizes[2] * sizes[3] > 1
-        """True if no rank has a whole model that runs by itself."""
+        """True if no rank has a complete model that runs alone."""
 
     def _axis(self, *names: str) -> Axis:
         own = [AXES.index(name) for name in names]
@@ -118,7 +119,7 @@ class Mesh:
         return Axis(size, place[1], group)
 
     def device_mesh(self, device_type: str) -> DeviceMesh | None:
-        """The mesh that `fully_shard` takes: (replicate, shard), or (shard,); None without `dp_shard`."""
+        """Mesh for `fully_shard`: (replicate, shard), or (shard,); None without `dp_shard`."""
         if self.shard.group is None:
             return None
         if self.replicate.group is None:
@@ -128,5 +129,5 @@ class Mesh:
         return DeviceMesh.from_group([self.replicate.group, self.shard.group], device_type, ranks, mesh_dim_names=names)
 
     def described(self) -> str:
-        """The axes that have more than one rank, such as "dp_shard 2, tp 2"."""
+        """Text of the axes with more than one rank, such as "dp_shard 2, tp 2"."""
         return ", ".join(f"{name} {n}" for name, n in zip(AXES, self._ranks.shape, strict=True) if n > 1)

@@ -1,6 +1,6 @@
-"""How the ranks of a run meet and part, whoever has started them: torchrun, `launch`, or Ray.
+"""Rendezvous: the ranks of a run join and leave a process group, started by torchrun, `launch` or Ray.
 
-Environment variables say which rank a process is (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun sets them.
+The environment variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK) give the rank of a process.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from retentive.train.parallel.mesh import Parallel
 from retentive.train.signals import Interrupted
 
 LAUNCHED = "RETENTIVE_LAUNCHED"
-"""Environment variable that `launch` sets: it says which rank was lost, and ranks need not."""
+"""Environment variable that `launch` sets: it reports a lost rank itself, so the ranks need not."""
 
 
 def several() -> bool:
@@ -32,16 +32,16 @@ def several() -> bool:
 
 @contextlib.contextmanager
 def joined(parallel: Parallel, device: str) -> Iterator[Cluster]:
-    """The cluster of the ranks that were started with this one; they leave it together where nothing failed.
+    """Join the cluster of the ranks that were started together; unless one fails, they leave it together.
 
-    Reuses a process group that exists already (Ray makes one), and does not destroy it.
+    Reuses an existing process group (Ray makes one), and does not destroy it.
 
     Args:
-        device: as of `pick_device`; each rank takes the GPU of its number on its machine.
+        device: as in `pick_device`; each rank takes the GPU with its local rank.
 
     Raises:
-        ValueError: a mesh of another number of ranks, or ranks that were given different meshes.
-        ConnectionError: another rank has ended, or is silent (RankFailed where `launch` says so).
+        ValueError: the mesh is for another number of ranks, or ranks have different meshes.
+        ConnectionError: another rank has ended or does not answer (RankFailed if `launch` reports it).
     """
     if not several():
         parallel.sizes(1)
@@ -50,16 +50,16 @@ def joined(parallel: Parallel, device: str) -> Iterator[Cluster]:
     timeout, ours = datetime.timedelta(seconds=parallel.patience), not dist.is_initialized()
     if ours:
         connect(device, timeout)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # not where somebody's shell, which may be closed, has started each
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # only under torchrun: a shell that started a rank may be closed
             stop_without(os.getppid())
     try:
         yield _cluster(parallel, device, timeout)
-    except Interrupted:  # which all have
+    except Interrupted:  # all ranks raise it together
         if ours:
             leave()
         raise
     except Exception as error:  # some may have left already
-        if ours and dist.get_backend() == "gloo":  # whose threads would abort a process that ends without this
+        if ours and dist.get_backend() == "gloo":  # gloo's threads would abort a process that ends without this
             dist.destroy_process_group()
         if not lost_a_rank(error):
             raise
@@ -72,7 +72,7 @@ def joined(parallel: Parallel, device: str) -> Iterator[Cluster]:
 
 
 def _cluster(parallel: Parallel, device: str, timeout: datetime.timedelta) -> Cluster:
-    """The cluster, once the ranks agree on its mesh."""
+    """Make the cluster after checking that all ranks have the same mesh."""
     world_size = int(os.environ["WORLD_SIZE"])
     beginning = Cluster((world_size, 1, 1, 1), timeout=timeout)
     with beginning.barrier():
@@ -87,18 +87,18 @@ def _cluster(parallel: Parallel, device: str, timeout: datetime.timedelta) -> Cl
 
 
 def lost_a_rank(error: Exception) -> bool:
-    """True if it is what torch.distributed raises where another process has ended, or is silent for too long."""
+    """True if torch.distributed raised the error because another process ended or timed out."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def connect(device: str, timeout: datetime.timedelta) -> None:
-    """Joins the process group of all ranks.
+    """Join the process group of all ranks.
 
     Raises:
-        ConnectionError: they did not meet in time.
+        ConnectionError: not all ranks joined in time.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # gloo beside NCCL: numbers that ranks agree on lie in the memory of the CPU
+    # gloo beside NCCL: numbers that ranks agree on are CPU tensors
     gpus = device != "cpu" and torch.cuda.is_available()
     how: dict[str, Any] = {"timeout": timeout}
     try:
@@ -107,21 +107,21 @@ def connect(device: str, timeout: datetime.timedelta) -> None:
             store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
             how |= {"store": fresh_part(store, rank, world_size, timeout), "rank": rank, "world_size": world_size}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
-    except RuntimeError as error:  # torch's own of stores and of gloo are such
+    except RuntimeError as error:  # errors of stores and of gloo are RuntimeErrors
         why = f"in {timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
         raise ConnectionError(f"the ranks of this run did not meet {why}") from error
 
 
 def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """A part of torchrun's store that this attempt's ranks have to themselves, to leave their addresses in.
+    """Agree on a fresh part of torchrun's store, in which this attempt's ranks leave their addresses.
 
-    torchrun has one store for a run and all of its restarts, and torch 2.13 reads there what dead ranks have left:
-    nobody joins anybody again (https://github.com/pytorch/pytorch/issues/135712). The count of restarts that it tells
-    them would tell attempts apart, but each machine counts its own. So each rank leaves a name that nobody had before,
-    rank 0 answers every name that it finds with that of the part, until all have taken it.
+    torchrun has one store for a run and all its restarts. torch 2.13 reads there the addresses of dead ranks, so that
+    restarted ranks never meet (https://github.com/pytorch/pytorch/issues/135712). torchrun's count of restarts cannot
+    tell attempts apart, since each machine counts its own. So each rank leaves a new random name, and rank 0 answers
+    every name with the name of the part, until all ranks have confirmed it.
 
     Raises:
-        ConnectionError: they did not in time.
+        ConnectionError: not all ranks confirmed in time.
     """
     if rank:
         name = uuid.uuid4().hex
@@ -132,7 +132,7 @@ def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.
     part, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     waiting = list(range(1, world_size))
     while waiting := [other for other in waiting if not store.check([f"retentive {part} {other}"])]:
-        for other in waiting:  # the name may be that of a dead one, and another one tomorrow
+        for other in waiting:  # the name may be a dead rank's, and replaced later
             if store.check([f"retentive {other}"]):
                 store.set(f"retentive part for {store.get(f'retentive {other}').decode()}", part)
         if time.monotonic() > end:
@@ -142,7 +142,7 @@ def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.
 
 
 def stop_without(parent: int) -> None:
-    """Starts a thread that has this process save and stop (SIGTERM) once the process that started it is gone."""
+    """Start a thread that makes this process save and stop (SIGTERM) when the process `parent` is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -153,6 +153,6 @@ def stop_without(parent: int) -> None:
 
 
 def leave() -> None:
-    """Ends the process group, once all ranks are here: one that left early would break the others' connections."""
+    """End the process group after a barrier: a rank that left early would break the others' connections."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Tensor parallelism: the heads and feed-forward columns of every block, divided over the ranks of the axis `tp`.
+"""Tensor parallelism: divides the heads and feed-forward columns of every block over the ranks of the axis `tp`.
 
     x -> [the same on all] -> q, k, v, g of my heads -> retention -> norm, gate -> my columns of Wo -> [sum] -> y
 
-Every head has its own decay, norm and gate, so between the two marked places nothing is exchanged. Source: Shoeybi et
+Every head has its own decay, norm and gate, so nothing is exchanged between the two marked places. Source: Shoeybi et
 al., Megatron-LM, arXiv 1909.08053; its functions f and g are `_Copied` and `_Summed`.
 """
 
@@ -20,23 +20,23 @@ from retentive.train.parallel.mesh import Axis
 
 AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj", "q_bias", "k_bias"), 0)
 AXES |= {"gate_proj": 0, "up_proj": 0, "out_proj": 1, "down_proj": 1}
-"""The axis that each parameter of a block is divided along: 0, its outputs, by heads or columns; 1, its inputs."""
+"""Axis that each parameter of a block is divided along: 0, its outputs, by heads or columns; 1, its inputs."""
 SHARED = ("q_norm", "k_norm", "head_norm")
-"""Norms whose gain all heads of a layer share."""
+"""Norms with one gain for all heads of a layer."""
 
 
 def split_dim(name: str) -> int | None:
-    """The axis along which the parameter of that name is divided by tensor parallelism; None for one that all have."""
+    """Axis along which tensor parallelism divides the parameter of that name; None for a parameter that all share."""
     if not name.startswith("blocks."):
         return None
     return next((AXES[part] for part in name.split(".") if part in AXES), None)
 
 
 def tensor_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """The model with this rank's share of the heads and columns of every block, changed in place.
+    """Reduce the model in place to this rank's share of the heads and columns of every block.
 
     Raises:
-        ValueError: heads or columns that do not divide by the ranks; the model is as before.
+        ValueError: heads or columns are not divisible by the ranks; the model is unchanged.
     """
     layers = [m for m in model.blocks.modules() if isinstance(m, MultiScaleRetention | Attention | FeedForward)]
     for layer in layers:
@@ -62,7 +62,7 @@ def tensor_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
 
 
 def heads_of(layer: Any) -> dict[str, int]:
-    """The numbers of a layer's heads, by the names of its config's fields."""
+    """Numbers of a layer's heads, by the names of its config's fields."""
     return {"heads": layer.H, "kv_heads": layer.kv_heads}
 
 
@@ -91,7 +91,7 @@ def _keep_heads(layer: Any, axis: Axis, configs: dict[int, Any]) -> None:
 
 
 class _SharedNorm(RMSNorm):
-    """The norm of some heads, whose gain is that of all: its gradient is the sum over the group."""
+    """Norm of this rank's heads with a gain shared by all heads; the gain's gradient is summed over the group."""
 
     def __init__(self, norm: RMSNorm, group: dist.ProcessGroup | None):
         super().__init__(norm.width, eps=norm.eps, affine=False)
@@ -102,7 +102,7 @@ class _SharedNorm(RMSNorm):
 
 
 class _Copied(torch.autograd.Function):
-    """x, which all ranks of the group have; the gradient is the sum of theirs."""
+    """Identity of x, which all ranks of the group have; the gradient is summed over the group."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -117,7 +117,7 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of x over the ranks of the group; each gets the whole gradient."""
+    """Sum of x over the ranks of the group; each rank gets the whole gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The correctness gate of the operator: who passes it, and by how much. (That wrong ones don't: test_retention.py.)"""
+"""The correctness gate of the operator: rivals pass it with a margin. (Wrong operators: test_retention.py.)"""
 
 import importlib.util
 import sys
