@@ -120,7 +120,7 @@ def test_the_line_is_named_or_skipped(tmp_path, refuses):
     found = list(chats(file, on_bad_text="skip", say=said.append))
     assert [each.name for each in found] == ["a.jsonl:1", "a.jsonl:3"]
     assert said == [
-        f"{file}: skipped 1 conversations, the first is {file}:2: message 1 is by the assistant, expected the user"
+        f"{file}: skipped 1 conversation, the first is {file}:2: message 1 is by the assistant, expected the user"
     ]
     with refuses(f"{file}:2 is not JSON"):
         list(chats(lines(tmp_path / "a.jsonl", {"messages": SAID}, '{"messages": \n')))
