@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import retentive
+from retentive.bench import BENCHES
 from retentive.cli import VERBS
 from retentive.cli.errors import OPTION
 
@@ -78,7 +79,8 @@ def fields_of(kind: type) -> Iterator[str]:
 
 def flags() -> set[str]:
     """Returns the names of all fields that a verb takes."""
-    commands = [vars(importlib.import_module(module)).values() for module, _ in VERBS.values()]
+    modules = [*(module for module, _ in VERBS.values()), *BENCHES.values()]
+    commands = [vars(importlib.import_module(module)).values() for module in modules]
     return {name for all_ in commands for kind in all_ if isinstance(kind, type) and is_dataclass(kind)
             for name in fields_of(kind)}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`retentive bench decode`: memory, throughput and latency of decoding against context and batch (the paper's Figure 6).
+"""`retentive bench decode`: memory, throughput and latency of decoding by context and batch (the paper's Figure 6).
 
 A step decodes one token of every sequence. States and caches are filled with random numbers: the cost of a step does
 not depend on them, and reading 32k tokens would take hours. Repetitions of the rivals are interleaved. The correctness

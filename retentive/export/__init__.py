@@ -1,12 +1,12 @@
-"""Models for other runtimes. Each export is held against the model that it came from.
+"""Models for other runtimes. Each export is checked against its source model.
 
-    folder      a model of one of these kinds with its tokenizer: what `retentive export` does
-    models      models that can be exported
-    onnx        a model as one ONNX graph (onnx_graph: its nodes and weights; onnx_mixers: retention and attention)
-    onnx_run    such a graph, run by onnxruntime and numpy alone
-    native      the C library's sources beside the model, for phones and whatever else has a C compiler
-    browser     a page with the engine in WebAssembly, for any server of files
-    writing     tokens from such a graph
+    folder      one export with its tokenizer in a folder, as `retentive export` writes it
+    models      check of models that can be exported
+    onnx        model as one ONNX graph (onnx_graph: nodes and weights; onnx_mixers: retention and attention)
+    onnx_run    runs such a graph by onnxruntime and numpy alone
+    native      sources of the C library beside the model, for phones and any machine with a C compiler
+    browser     web page with the engine in WebAssembly, for any file server
+    writing     generates tokens from such a graph
 
-Nothing is imported here, so that `onnx_run` and `writing` need no torch.
+This module imports nothing, so that `onnx_run` and `writing` need no torch.
 """

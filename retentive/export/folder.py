@@ -1,4 +1,4 @@
-"""A folder with a model for another runtime, its tokenizer and its chat template, held against the model it came from.
+"""Folder with a model for another runtime, its tokenizer and chat template, checked against the source model.
 
 export("runs/novels", "onnx", Path("novels"), weights="int4")
 """
@@ -20,43 +20,42 @@ from retentive.files import naming, only_writer, replace_folder, write_text
 from retentive.models import LanguageModel
 
 FILES = {"onnx": "model.onnx", "native": "model", "browser": "model"}
-"""What of the folder is the model; for native and browser a folder."""
+"""Model within the folder; a folder itself for native and browser."""
 CHECKED = 48
-"""Tokens that are read to see that the export gives what the model does."""
+"""Tokens read to compare the export with the model."""
 FAR, FAR_OF_INTEGERS = 1e-3, 0.1
-"""The largest difference of logits, of the logits' own size, that is no mistake. Where weights are integers, other
-runtimes round what they are multiplied with to 8 bits too."""
+"""Tolerance of logits, relative to their size. With integer weights it is larger, since other runtimes round the inputs
+to 8 bits too."""
 
 Read = Callable[[Sequence[int]], np.ndarray]
-"""Logits after more ids of one sequence."""
+"""Function that reads more ids of one sequence and returns the logits."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """Result of an export."""
 
     file: Path
     nbytes: int
     off: float | None
-    """The largest difference of logits from the model's, over the size of these; None where no compiler is for that
-    of C."""
+    """Largest difference from the model's logits, relative to their size; None without the C compiler that it needs."""
 
 
 def export(
     source: str, to: str, out: Path, *, weights: str = "stored", standard: bool = False, tokenizer: str | None = None
 ) -> Exported:
-    """The model of a run or folder for another runtime, in a new folder: whole, or nothing of it.
+    """Writes the model of a run or folder for another runtime, in a new folder, as a whole or not at all.
 
     Args:
         to: one of FILES.
         weights: "stored", "int8" or "int4".
-        standard: of ONNX its standard operators only (see `export_onnx`).
-        tokenizer: for models that come without one.
+        standard: use only standard operators of ONNX (see `export_onnx`).
+        tokenizer: tokenizer for a model without one.
 
     Raises:
-        FileExistsError: there is something at `out`.
-        OSError: no room on the disk.
-        ValueError: a model that cannot be exported, or whose export gives other logits; `standard` beside others.
-        ImportError: without the extra of that runtime.
+        FileExistsError: `out` exists.
+        OSError: the disk has too little room.
+        ValueError: the model cannot be exported, its export gives other logits, or `standard` is set without ONNX.
+        ImportError: the extra of that runtime is missing.
     """
     if standard and to != "onnx":
         raise ValueError("`standard=True` is for `to='onnx'`; leave it out")
@@ -90,7 +89,7 @@ def export(
 
 
 def check_room(out: Path, model: LanguageModel, weights: str) -> None:
-    """Raises OSError where the disk has less room than the weights will take at least, before anything is written."""
+    """Raises OSError if the disk has less room than the weights need, before anything is written."""
     how = quantization_of(model)
     bits = BITS.get(weights, how.bits if how else 16)
     least = sum(p.numel() for p in model.parameters()) * bits // 8
@@ -101,7 +100,7 @@ def check_room(out: Path, model: LanguageModel, weights: str) -> None:
 
 
 def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: bool) -> float:
-    """Writes the graph; how far its logits are from those of the model, with integers if there are some."""
+    """Writes the graph and returns the difference of its logits from the (quantised) model's."""
     from retentive.export.onnx_run import OnnxModel
 
     onnx.check_exportable(model)
@@ -114,10 +113,10 @@ def to_onnx(model: LanguageModel, path: Path, eos: int, weights: str, standard: 
 
 
 def to_c(model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str | None, weights: str) -> float | None:
-    """Writes the model as C reads it; how far the logits of that folder are from the model's, read by that C."""
+    """Writes the model for C and returns the difference of the logits from the model's, as read by C."""
     native.check_exportable(model)
     if weights != "stored":
-        model = quantize(model, BITS[weights], dtype=model.dtype)  # few CPUs of phones compute in bfloat16
+        model = quantize(model, BITS[weights], dtype=model.dtype)  # few phones compute in bfloat16
     save_model(folder, model, tokenizer, template=template)
     exact = model.dtype == torch.float32 and quantization_of(model) is None
     with native.opened(folder) as library:
@@ -128,7 +127,7 @@ def to_c(model: LanguageModel, folder: Path, tokenizer: Tokenizer, template: str
 
 
 def reading(model: LanguageModel) -> Read:
-    """A model's own logits."""
+    """Returns the `Read` of a model itself."""
     state: Any = None
 
     @torch.no_grad()
@@ -141,10 +140,10 @@ def reading(model: LanguageModel) -> Read:
 
 
 def difference(wanted: Read, got: Read, vocab_size: int, *, exact: bool) -> float:
-    """The largest difference of logits over the size of these, after a prompt and token by token.
+    """Returns the largest difference of logits relative to their size, after a prompt and token by token.
 
     Raises:
-        ValueError: it is too large: another version of the runtime, perhaps.
+        ValueError: the difference is too large, perhaps by another version of the runtime.
     """
     ids = [int(n) for n in np.random.default_rng(0).integers(0, vocab_size, CHECKED)]
     off, half = [], CHECKED // 2

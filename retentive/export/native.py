@@ -1,11 +1,11 @@
-"""A folder that any C compiler makes a program of: the sources of the library in C, and the model beside them.
+"""Folder for any C compiler: the sources of the C library, with the model beside them.
 
-    README.md  CMakeLists.txt  write.c    how to build, and a program that writes
+    README.md  CMakeLists.txt  write.c    how to build, and a program that generates text
     c/                                    the sources, with retentive.h
     model/                                config.json, model.safetensors, tokenizer.json, the chat template
 
-The same C is compiled here, where there is a compiler, and reads that very folder: its logits must be the model's, its
-tokens the tokenizer's.
+If there is a compiler, the same C is compiled here and reads the folder: its logits must be the model's, and its tokens
+the tokenizer's.
 """
 
 import ctypes
@@ -28,37 +28,37 @@ from retentive.ops.compiler import FLAGS, NotBuilt, Source, load
 
 SOURCE = Source("retentive", (FOLDER / "retentive.c",), (FOLDER, OPS), (*FLAGS, f"-I{OPS}"))
 LEFT_OUT = ("backward.c", "cpu.c", "rows.c")
-"""Of the operator's files those that learning needs, and PyTorch."""
+"""Files of the operator for training and PyTorch only."""
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\r\n\n\tnaïve «été» — 東京 🙂 don't end "
-"""What is split into tokens by both."""
+"""Text that both split into tokens."""
 ERROR_BYTES = 256
 README = """# A language model in C
 
-`model/` is the model, `c/` the library that runs it, `write.c` a program that writes text with it.
+`model/` is the model, `c/` the library that runs it, and `write.c` a program that generates text with it.
 
     cmake -B build . && cmake --build build
     build/write model -p "Once" -n 200
 
 or, without CMake: `cc -O3 -march=native {flags} -Ic c/retentive.c write.c -o write -lm -pthread`.
-For another machine, say a phone with 64 bits of Arm, name its compiler and leave `-march=native` out; CMake does so
-when a toolchain file tells it that it compiles for another.
-`-march=armv8.2-a+dotprod` makes integers faster on the CPUs that have it (most phones since 2018), and a program that
-ends on others. Keep {flags}; `-ffast-math` is wrong here.
+For another machine, such as a 64-bit Arm phone, use its compiler without `-march=native`. CMake does so if a toolchain
+file says that it compiles for another machine.
+`-march=armv8.2-a+dotprod` makes integer weights faster on most phones since 2018; the program ends on CPUs without it.
+Keep {flags}; `-ffast-math` gives wrong results.
 
-Your own programs include `c/retentive.h`, which says what there is: open a folder, read, decode, keep and copy states.
-Any folder that `retentive train`, `convert` or `quantize` writes can take the place of `model/`.
+Your own programs include `c/retentive.h`: open a folder, read, decode, keep and copy states. You can replace `model/`
+by any folder that `retentive train`, `retentive convert` or `retentive quantize` has written.
 """
 
 
 def check_exportable(model: LanguageModel) -> None:
-    """Raises ValueError for a model that C cannot run."""
+    """Raises ValueError if the C library cannot run the model."""
     check_model(model)
     if reason := unfit(model):
         raise ValueError(f"the C library cannot run this model: {reason}; convert or quantize it first")
 
 
 def write_sources(folder: Path) -> None:
-    """The sources, the program and how to build it, into a folder that there is."""
+    """Writes the sources, the program and its build files into an existing folder."""
     (folder / "c").mkdir()
     files = [*FOLDER.iterdir(), *(file for file in OPS.iterdir() if file.name not in LEFT_OUT)]
     for file in files:
@@ -71,12 +71,12 @@ def write_sources(folder: Path) -> None:
 
 
 class Library:
-    """A model that the functions of retentive.h have opened, and a sequence that it reads."""
+    """Model opened by the functions of retentive.h, with one sequence."""
 
     def __init__(self, built: ctypes.CDLL, folder: Path):
         """
         Raises:
-            ValueError: the folder is refused.
+            ValueError: the library refuses the folder.
         """
         for name in ("open", "states"):
             getattr(built, f"retentive_{name}").restype = ctypes.c_void_p
@@ -95,11 +95,11 @@ class Library:
         self._built.retentive_close(self._model)
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits float32 `[vocabulary]` after more ids.
+        """Reads more ids and returns the logits, float32 `[vocabulary]`.
 
         Raises:
-            ValueError: none, or some that are not in the vocabulary.
-            MemoryError: no memory.
+            ValueError: there are no ids, or some are outside the vocabulary.
+            MemoryError: there is not enough memory.
         """
         check_ids(ids, self._vocab)
         logits = np.empty(self._vocab, np.float32)
@@ -110,7 +110,7 @@ class Library:
         return logits
 
     def encode(self, text: str) -> list[int] | None:
-        """Its ids; None where the library does not know the tokenizer."""
+        """Returns the text's ids; None if the library does not know the tokenizer."""
         data = text.encode()
         ids = (ctypes.c_int64 * len(data))()
         count = self._built.retentive_encode(self._model, data, ctypes.c_int64(len(data)), ids)
@@ -119,10 +119,10 @@ class Library:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Library | None]:
-    """A model folder as programs in C have it; None where no C compiler is.
+    """Opens a model folder by the C library; yields None without a C compiler.
 
     Raises:
-        ValueError: the folder is refused.
+        ValueError: the library refuses the folder.
     """
     built = load(SOURCE)
     if isinstance(built, NotBuilt):
@@ -136,12 +136,12 @@ def opened(folder: Path) -> Iterator[Library | None]:
 
 
 def check_words(library: Library, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where C makes other tokens of a text than the tokenizer does."""
+    """Raises ValueError if C splits a text into other tokens than the tokenizer."""
     ids = library.encode(TEXT)
     if ids is None:
         raise ValueError(
-            "the C library knows bytes and byte-level BPE with GPT-2's words, this model's tokenizer is another: "
-            "programs that have ids from elsewhere can open the model's own folder, without an export"
+            "the C library knows bytes and byte-level BPE with GPT-2's words, not this model's tokenizer; a program "
+            "that has token ids can open the model's own folder"
         )
     if ids != tokenizer.encode(TEXT):
-        raise ValueError("the C library makes other tokens of a text than this model's tokenizer does")
+        raise ValueError("the C library splits text into other tokens than this model's tokenizer")

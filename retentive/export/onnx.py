@@ -1,4 +1,4 @@
-"""A model as one ONNX graph, for prompts and for single tokens alike; onnxruntime runs it (extra `onnx`).
+"""Model as one ONNX graph, for prompts and for single tokens. onnxruntime runs it (extra `onnx`).
 
     input_ids  int64 [B,T]              logits        float32 [B,vocabulary], after the last token
     position   int64 [B]
@@ -6,9 +6,9 @@
     keys.i     float32 [B,kv_heads,S,K] new_keys.i    of each block of attention; values.i, and gates.i [B,H,S] if it
                                                       has a forget gate, likewise
 
-`position` says how many tokens each sequence has read. A memory may be bound to its input and its output at once: each
-is read before it is written (`onnx_run` makes sure of it). The caller chooses the slots S of a cache, the same for all
-blocks of one window W: at least the tokens of the text, or W + T - 1. `onnx_mixers.py` has the details.
+`position` is the number of tokens that each sequence has read. A memory may be bound to its input and its output at
+once, if the runtime reads it before it writes (`onnx_run` checks that). The caller chooses the slots S of a cache, the
+same for all blocks of one window W: at least the tokens of the text, or W + T - 1. `onnx_mixers.py` has the details.
 """
 
 import json
@@ -26,19 +26,19 @@ from retentive.models import LanguageModel
 
 OPSET, STANDARD_OPSET = 24, 27
 LARGEST = 1_900_000_000
-"""Bytes of weights that one file takes; protocol buffers end at 2 GiB, and more goes beside it."""
+"""Maximum bytes of weights in one file. Protocol buffers end at 2 GiB; more goes into a file beside it."""
 
 
 def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = False) -> None:
-    """Writes the graph to `path`, and beside it `path`.data where the weights are too many for one file.
+    """Writes the graph to `path`, with `path`.data beside it if one file is too small for the weights.
 
     Args:
-        eos: the id of the end-of-text token.
-        standard: standard operators only, of opset 27: any runtime may have them; onnxruntime is slower with them.
+        eos: id of the end-of-text token.
+        standard: only standard operators of opset 27, for any runtime. onnxruntime is slower with them.
 
     Raises:
-        ValueError: a model of another library, or one that sees or hears, or groups of integers that are no power of 2.
-        ImportError: no onnx (extra `onnx`).
+        ValueError: the model is of another library, sees or hears, or has groups that are not a power of 2.
+        ImportError: onnx is missing (extra `onnx`).
     """
     try:
         import onnx
@@ -70,7 +70,7 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
 
 
 def check_exportable(model: LanguageModel) -> None:
-    """Raises ValueError for a model that has no such graph."""
+    """Raises ValueError for a model that has no ONNX graph."""
     check_model(model)
     for module in model.modules():
         if isinstance(module, Quantized) and module.group & (module.group - 1):
@@ -78,30 +78,30 @@ def check_exportable(model: LanguageModel) -> None:
 
 
 def _network(graph: Graph, model: Any) -> None:
-    """The whole model, from ids to logits and states."""
+    """Adds the whole model, from ids to logits and states."""
     c, at, tables = model.config, positions_of(graph), dict[Any, dict[str, str]]()
     x = _embedded(graph, model)
     for i, block in enumerate(model.blocks):
         layer = block.mixer
-        if layer.config not in tables:  # blocks of an equal mixer share them
+        if layer.config not in tables:  # shared by blocks of an equal mixer
             tables[layer.config] = shared(graph, layer.config, at, i)
         h = graph.norm(x, block.mixer_norm.weight, c.dim, c.norm_eps)
         x = graph.add("Add", x, MIXERS[block.kind](graph, layer, h, i, tables[layer.config]))
         h = graph.norm(x, block.ffn_norm.weight, c.dim, c.norm_eps)
         x = graph.add("Add", x, _feed_forward(graph, block.ffn, h))
-    x = graph.add("Gather", x, graph.number(-1), axis=1)  # of the last token alone
+    x = graph.add("Gather", x, graph.number(-1), axis=1)  # only the last token
     if c.final_norm:
         x = graph.norm(x, model.norm.weight, c.dim, c.norm_eps)
     if isinstance(model.head, Quantized):
         logits = graph.matmul(x, model.head)
         graph.add("Identity", logits, names=["logits"])
-    else:  # as the embedding has it, so that tied they are one
+    else:  # laid out as the embedding, so that tied weights are one
         weight = graph.constant(model.head.weight.float(), key=("rows", id(model.head.weight)))
         graph.add("Gemm", x, weight, names=["logits"], transB=1)
 
 
 def _embedded(graph: Graph, model: Any) -> str:
-    """x `[B,T,D]` of input_ids."""
+    """Adds the embedding and returns x `[B,T,D]` of input_ids."""
     c, embed = model.config, model.embed
     if not isinstance(embed, Quantized):
         weight = graph.constant(embed.weight.float(), key=("rows", id(embed.weight)))
@@ -111,7 +111,7 @@ def _embedded(graph: Graph, model: Any) -> str:
         if graph.standard:
             x = graph.add("Gather", graph.dequantized(embed, q, scale, (id(embed.weight),)), "input_ids", axis=0)
         else:
-            # rows as they are, and not in groups; the last group of a row may be short
+            # whole rows, not groups; the last group of a row may be short
             rows = q.reshape(len(q), -1)[:, : embed.columns * embed.bits // 8]
             key = id(embed.weight)
             named = graph.constant(rows, key=("rows", key)), graph.constant(scale, key=("scale", key))

@@ -1,7 +1,7 @@
-"""Graph: nodes and weights of an ONNX graph, and the layers that every block has: norms, matrices, activations.
+"""Nodes and weights of an ONNX graph, and the layers of every block: norms, matrices and activations.
 
-With `standard` all operators are ONNX's own, of opset 27; else some are onnxruntime's (com.microsoft). Integers go in
-as they are stored, in blocks of a group: nothing is rounded again.
+With `standard`, all operators are ONNX's own, of opset 27. Without, some are onnxruntime's (com.microsoft). Integers
+are written as stored, in blocks of a group, without further rounding.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from retentive.layers.quantized import Quantized
 
 MICROSOFT = "com.microsoft"
 WHOLE_NUMBERS = {8: 0x80, 4: 0x88}
-"""Mask by bits that makes signed integers the unsigned ones of onnxruntime, whose zero is in the middle."""
+"""Mask by bits that turns signed integers into the unsigned ones of onnxruntime, with zero in the middle."""
 
 
 class Graph:
-    """Nodes and weights of a graph, each under a name of its own."""
+    """Nodes and weights of a graph, each with its own name."""
 
     def __init__(self, standard: bool):
         self.standard = standard
@@ -30,7 +30,7 @@ class Graph:
     def add(
         self, op: str, *inputs: str, outputs: int = 1, names: Sequence[str] = (), domain: str = "", **how: Any
     ) -> Any:
-        """The name of a node's output, or the names of its outputs; those of `names`, if given."""
+        """Adds a node and returns the name of its output, or of all outputs; uses `names` if given."""
         import onnx
 
         names = list(names) or [f"{op}.{len(self.nodes)}.{n}" for n in range(outputs)]
@@ -38,7 +38,7 @@ class Graph:
         return names[0] if len(names) == 1 else names
 
     def constant(self, value: Any, *, key: Any = None) -> str:
-        """The name of a constant; the same for the same value, or for the same key."""
+        """Returns the name of a constant, shared by equal values or keys."""
         import onnx
 
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
@@ -49,15 +49,15 @@ class Graph:
         return self.known[key]
 
     def number(self, n: int) -> str:
-        """A whole number without axes."""
+        """Returns the name of an integer without axes."""
         return self.constant(np.int64(n))
 
     def numbers(self, *n: int) -> str:
-        """Whole numbers in a row."""
+        """Returns the name of a vector of integers."""
         return self.constant(np.array(n, np.int64))
 
     def norm(self, x: str, gain: Tensor | None, width: int, eps: float) -> str:
-        """RMSNorm over the last axis."""
+        """Adds an RMSNorm over the last axis."""
         weight = self.constant(torch.ones(width) if gain is None else gain.float())
         op = "RMSNormalization" if self.standard else "SimplifiedLayerNormalization"
         return self.add(op, x, weight, axis=-1, epsilon=eps, stash_type=1)
@@ -72,11 +72,11 @@ class Graph:
         return self.add("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 keeps an axis."""
+        """Adds a reshape; 0 keeps an axis."""
         return self.add("Reshape", x, self.numbers(*shape))
 
     def matmul(self, x: str, *layers: Any) -> str:
-        """What linear layers make of the same x, side by side; their biases are left to the caller."""
+        """Adds linear layers of the same x and returns their outputs side by side, without biases."""
         first = layers[0]
         if not isinstance(first, Quantized):
             return self.add("MatMul", x, self.constant(torch.cat([layer.weight.float() for layer in layers]).T))
@@ -86,17 +86,17 @@ class Graph:
             floats = self.dequantized(first, q, scale, key)
             return self.add("MatMul", x, self.add("Transpose", floats, perm=[1, 0]))
         rows = self.known.get(("rows", *key))
-        if rows and first.columns % first.group == 0:  # the embedding's, which this is tied to
+        if rows and first.columns % first.group == 0:  # of the tied embedding
             weight = self.reshape(rows, *q.shape)
         else:
             weight = self.constant(q, key=("q", *key))
         how: dict[str, Any] = {"K": first.columns, "N": len(q), "bits": first.bits, "block_size": first.group}
         scales = self.constant(scale, key=("scale", *key))
-        # accuracy_level 4: x is rounded to integers of 8 bits, without which this is twice as slow
+        # accuracy_level 4 rounds x to 8-bit integers; without it this is twice as slow
         return self.add("MatMulNBits", x, weight, scales, domain=MICROSOFT, accuracy_level=4, **how)
 
     def dequantized(self, layer: Quantized, q: np.ndarray, scale: np.ndarray, key: tuple[int, ...]) -> str:
-        """Integers as floats `[N,K]`, by standard operators: they are of 8 bits in the file, whatever they were."""
+        """Returns integers as floats `[N,K]`, by standard operators, which store all integers with 8 bits."""
         N, groups = scale.shape
         wide = q ^ 0x80 if layer.bits == 8 else np.stack((q & 15, q >> 4), -1).reshape(N, groups, -1) ^ 8
         signed = wide.astype(np.int8) if layer.bits == 8 else (wide.astype(np.int8) ^ 8) - 8
@@ -109,7 +109,7 @@ class Graph:
 
 
 def integers(layers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 `[N, groups, bytes of a group]`, scales float32 `[N, groups]`) of layers one below the other."""
+    """Returns (uint8 `[N, groups, bytes of a group]`, scales float32 `[N, groups]`) of stacked layers."""
     bits, group = layers[0].bits, layers[0].group
     q = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).cpu().numpy() ^ WHOLE_NUMBERS[bits]
     scale = torch.cat([layer.scale for layer in layers]).float().cpu().numpy()

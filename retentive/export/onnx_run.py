@@ -1,10 +1,10 @@
-"""A model in an ONNX graph, run by onnxruntime: numpy, tokenizers and onnxruntime are all it needs.
+"""Model in an ONNX graph, run by onnxruntime. Needs only numpy, tokenizers and onnxruntime.
 
     model = OnnxModel("novels/model.onnx")
     logits = model.read([5, 6, 7])        and on from there: the state is kept
 
 Each memory is bound to its input and its output at once, so that it is not copied for each token. Runtimes do not
-promise that this is sound: it is tried when a graph is opened, and where it is not, two copies take turns.
+promise that this works. Opening a graph tries it, and otherwise two copies take turns.
 
 Caches of attention grow with the text. With a window they are rings of constant size.
 """
@@ -20,23 +20,23 @@ from retentive.export.writing import check_ids
 
 FORMAT, READ = "retentive-onnx-2", ("retentive-onnx-1", "retentive-onnx-2")
 CHUNK = 512
-"""Tokens of a prompt that are read at once, at most."""
+"""Maximum tokens of a prompt read at once."""
 SLOTS = 256
-"""Slots that a cache without a window grows by."""
+"""Slots by which a cache without a window grows."""
 
 
 class OnnxModel:
-    """A graph that `retentive export` has written, and the state of one sequence."""
+    """Graph of `retentive export`, with the state of one sequence."""
 
     def __init__(self, path: str | Path, *, threads: int = 0):
         """
         Args:
-            threads: that a call uses; as many as onnxruntime thinks, if 0.
+            threads: threads of a call; 0 leaves the number to onnxruntime.
 
         Raises:
-            FileNotFoundError: no file there.
-            ValueError: no graph that onnxruntime can run, or of another program.
-            ImportError: no onnxruntime (extra `onnx`).
+            FileNotFoundError: the file does not exist.
+            ValueError: onnxruntime cannot run the graph, or another program wrote it.
+            ImportError: onnxruntime is missing (extra `onnx`).
         """
         try:
             import onnxruntime as ort
@@ -67,7 +67,7 @@ class OnnxModel:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all that was read."""
+        """Clears the memories and the position."""
         self.resume(self._zeros(SLOTS), 0)
 
     @property
@@ -77,15 +77,15 @@ class OnnxModel:
         return {name: value.numpy()[:, :, : used.get(name)].copy() for name, value in self._states.items()}
 
     def resume(self, states: dict[str, np.ndarray], position: int) -> None:
-        """Goes on from states that `states` gave, and the number of tokens that they had read."""
+        """Continues from `states` of an earlier moment and the number of tokens read by then."""
         self.position = position
-        self._bind({name: np.array(x, np.float32, order="C") for name, x in states.items()})  # written in place: copies
+        self._bind({name: np.array(x, np.float32, order="C") for name, x in states.items()})  # copies: written in place
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits float32 `[vocabulary]` after the ids, which the state has then read.
+        """Reads the ids and returns the logits, float32 `[vocabulary]`.
 
         Raises:
-            ValueError: no ids, or some that are not in the vocabulary.
+            ValueError: there are no ids, or some are outside the vocabulary.
         """
         check_ids(ids, self.vocab_size)
         for begin in range(0, len(ids), self._chunk):
@@ -95,7 +95,7 @@ class OnnxModel:
         return logits
 
     def _zeros(self, slots: int) -> dict[str, np.ndarray]:
-        """Memories before the first token; caches without a window have so many slots."""
+        """Returns memories before the first token, with `slots` slots in caches without a window."""
         found = {}
         for name, shape in self._memories.items():
             shape = [1, *shape[1:]]
@@ -106,7 +106,7 @@ class OnnxModel:
         return found
 
     def _reserve(self, tokens: int) -> None:
-        """Gives caches without a window room for so many tokens in all."""
+        """Gives caches without a window room for `tokens` tokens in total."""
         growing = [name for name, window in self._windows.items() if not window]
         if all(self._states[name].shape()[2] >= tokens for name in growing):
             return
@@ -119,14 +119,14 @@ class OnnxModel:
         self._bind(states)
 
     def _bind(self, states: dict[str, np.ndarray]) -> None:
-        """Takes these arrays as the memories, which calls then write in place."""
+        """Uses these arrays as memories, which calls write in place."""
         self._states = self._others = {name: self._value(x) for name, x in states.items()}
         if not self.in_place:
             self._others = {name: self._value(np.zeros_like(x)) for name, x in states.items()}
         self._bindings = [self._bound(self._states, self._others), self._bound(self._others, self._states)]
 
     def _bound(self, before: dict[str, Any], after: dict[str, Any]) -> Any:
-        """All but ids and position: bound at each token, these would cost 0.1 ms of it."""
+        """Binds all but ids and position, since binding each time would cost 0.1 ms a token."""
         binding = self.session.io_binding()
         binding.bind_ortvalue_output("logits", self._logits)
         for name in before:
@@ -145,7 +145,7 @@ class OnnxModel:
         return self._logits.numpy()[0].copy()  # the next call writes there
 
     def _same_in_place(self) -> bool:
-        """True if the same comes out when memories are written where they are read."""
+        """True if results are the same when memories are written where they are read."""
         found = []
         for self.in_place in (True, False):
             self.reset()

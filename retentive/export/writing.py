@@ -12,30 +12,30 @@ from retentive.sampling import SamplingParams, check_bias
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError for no ids, or some that are not in the vocabulary."""
+    """Raises ValueError if there are no ids, or some are outside the vocabulary."""
     if not len(ids) or not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise ValueError(f"ids must be of the vocabulary, 0 to {vocab_size - 1}, one at least")
+        raise ValueError(f"expected at least one id, each from 0 to {vocab_size - 1}")
 
 
 class Reader(Protocol):
-    """A model and the state of one sequence, which goes on with every call."""
+    """Model with the state of one sequence, which every call continues."""
 
     eos: int
-    """The id of the end-of-text token."""
+    """Id of the end-of-text token."""
     vocab_size: int
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits float32 `[vocabulary]` after the ids."""
+        """Reads the ids and returns the logits, float32 `[vocabulary]`."""
 
 
 def generate(
     model: Reader, ids: Sequence[int], params: SamplingParams | None = None, *, max_tokens: int
 ) -> Iterator[int]:
-    """The ids that the model writes after these, one by one; the end of the text ends them, and is left out.
+    """Yields generated ids one by one, until the end-of-text token, which is left out.
 
     Raises:
-        ValueError: as the model's `read`; a bias of tokens outside the vocabulary.
-        ArithmeticError: logits that are not finite.
+        ValueError: as the model's `read`, or a bias is for tokens outside the vocabulary.
+        ArithmeticError: the logits are not finite.
     """
     params = params or SamplingParams()
     check_bias(params, model.vocab_size)
@@ -50,10 +50,10 @@ def generate(
 
 
 def pick(logits: np.ndarray, params: SamplingParams, random: np.random.Generator, seen: set[int]) -> int:
-    """A token, as `infer.sample` picks it but for the random numbers.
+    """Picks a token as `infer.sample` does, except for the random numbers.
 
     Raises:
-        ArithmeticError: logits that are not finite.
+        ArithmeticError: the logits are not finite.
     """
     if not np.isfinite(logits.max()):
         raise ArithmeticError("the model's logits are not finite: are there NaN in its weights?")

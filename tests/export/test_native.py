@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
 
 
 def written(*command) -> str:
-    """What the program writes, the same prompt first."""
+    """Return the output of the program, the same prompt first."""
     done = subprocess.run([*map(str, command), "-p", "It's", "-n", "20", "-t", "0"], capture_output=True, check=True)
     return done.stdout.decode(errors="replace")
 
@@ -75,7 +75,9 @@ def test_the_folder_is_built_and_writes_what_the_model_writes(place, capsys):
 @pytest.mark.parametrize("kind", ["twin", "hybrid, window"])
 def test_every_kind_of_block_is_exported_and_written_with(kind, place, capsys):
     """Through a state in a file, which the program goes on from."""
-    save_model("other", peaked_model(ATTENDING[kind]), ByteTokenizer())
+    model = peaked_model(ATTENDING[kind])
+    model.head.weight.data[256] = 0  # the end of text is never the likeliest token
+    save_model("other", model, ByteTokenizer())
     main(["export", "other", "--to", "native", "--out", "made"])
     for command in (["-B", "build", "made", FASTER], ["--build", "build"]):
         subprocess.run(["cmake", *command], check=True, capture_output=True)
@@ -124,7 +126,7 @@ def test_what_is_refused(place, capsys, monkeypatch):
 
     assert "--standard is for --to onnx; leave it out" in fails("run", "--standard")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
-    assert "sees or hears is not exported" in fails("hearing")
+    assert "sees or hears cannot be exported" in fails("hearing")
     save_model("half", peaked().half(), ByteTokenizer())
     assert "it computes in float32 or bfloat16, the model is float16" in fails("half")
     if shutil.which("gcc"):
@@ -160,7 +162,7 @@ def test_the_library_by_python(place, refuses):
     with native.opened(place / "run") as library:
         assert library is not None
         for wrong in ([], [4000], [-1]):
-            with refuses("ids must be of the vocabulary"):
+            with refuses("expected at least one id, each from 0 to"):
                 library.read(wrong)
     with refuses("the C library cannot run this model: none/config.json cannot be read"), native.opened(Path("none")):
         pass

@@ -1,13 +1,13 @@
-"""A folder for browsers, which any server of files serves: the page to chat with, the engine in C, and a model.
+"""Folder for browsers, served by any file server: the chat page, the engine in C, and a model.
 
-The page is that of `retentive serve`, its `server.js` another, which has the model in the browser, in a worker:
+The page is that of `retentive serve` with another `server.js`, which runs the model in the browser, in a worker:
 
     server.js    answers the page's requests        worker.js    the conversation, its state, the saved ones
     engine.js    the functions of retentive.h       files.js     files in memory, which these open (WASI)
     text.js      bytes to text, stop strings        offline.js   keeps the folder, so that it opens without a network
     store.js     saved states (IndexedDB)           thread.js    a thread of the engine
 
-The engine is there twice, since only pages that are isolated from others may have threads: alone, and with them.
+There are two engines, without threads and with them, since only isolated pages may have threads.
 """
 
 import shutil
@@ -30,7 +30,7 @@ from retentive.page import FILES as PAGE
 SCRIPTS = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 FUNCTIONS = "open use_threads vocabulary end states position copy save_memory load read sample encode text"
-"""Of retentive.h, those that engine.js calls."""
+"""Functions of retentive.h that engine.js calls."""
 COMMON = [
     *("-target", "wasm32-wasi", "-mexec-model=reactor"),
     *("-Wno-unknown-pragmas", "-Wl,--strip-all", "-lm"),
@@ -43,17 +43,17 @@ WITH_THREADS = [
 ]
 ENGINES = {"engine.wasm": ALONE, "engine-threads.wasm": WITH_THREADS}
 NEEDED = (*ENGINES, "model/config.json", "model/model.safetensors", "model/tokenizer.json")
-"""What the worker is given, of the engines one."""
+"""Files for the worker, which uses one of the engines."""
 POLICY = "default-src 'self' 'wasm-unsafe-eval'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
-"""Of the page, which static servers have no headers for: it needs nothing but its own files."""
+"""Content security policy of the page, as static servers send none: it needs only its own files."""
 
 
 def build_engine(name: str = "engine.wasm") -> Path:
-    """One of the ENGINES, compiled once and kept in the user's cache.
+    """Returns one of the ENGINES, compiled once and kept in the user's cache.
 
     Raises:
-        ImportError: no ziglang (extra `compiler`).
-        ValueError: it could not compile.
+        ImportError: ziglang is missing (extra `compiler`).
+        ValueError: the engine could not be compiled.
     """
     if not find_spec("ziglang"):
         raise ImportError("the engine is compiled for browsers by ziglang: pip install 'retentive[compiler]'")
@@ -81,17 +81,17 @@ def build_engine(name: str = "engine.wasm") -> Path:
 
 
 def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
-    """Writes the page and the engine beside the model that lies in `folder`/model.
+    """Writes the page and the engine beside the model in `folder`/model.
 
     Args:
-        name: what the page calls the model.
+        name: name of the model on the page.
 
     Raises:
         ValueError: the engine could not be compiled.
-        ImportError: no ziglang.
+        ImportError: ziglang is missing.
     """
     engines = {name: build_engine(name) for name in ENGINES}
-    for file in (*PAGE, *sorted(SCRIPTS.glob("*.js"))):  # its server.js over the page's
+    for file in (*PAGE, *sorted(SCRIPTS.glob("*.js"))):  # its server.js replaces the page's
         shutil.copyfile(file, folder / file.name)
     page = folder / "index.html"
     write_text(page, page.read_text(encoding="utf-8").replace("<meta charset", f"{_meta()}\n  <meta charset", 1))
@@ -99,7 +99,7 @@ def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
         shutil.copyfile(built, folder / engine)
     needed = [folder / name for name in NEEDED]
     found = ModelFolder.open(folder / "model")
-    model = found.model()  # as a server of this folder has it, so that states fit both
+    model = found.model()  # loaded as by a server of this folder, so that states fit both
     template = found.template(tokenizer)
     chat = chat_pieces(template)
     write_json(
@@ -125,7 +125,7 @@ def _meta() -> str:
 
 
 def chat_pieces(template: ChatTemplate) -> dict[str, Any] | None:
-    """A template taken apart; None of one that only Python can follow."""
+    """Returns a template's pieces; None if only Python can render it."""
     try:
         return template.pieces()
     except ValueError:

@@ -95,9 +95,9 @@ def part_of_state(state: State | None, cluster: Cluster) -> State | None:
     return State(memories, state.position).map(lambda x: x.chunk(dp.size)[dp.rank])
 
 
-def of_heads(memory: Memory, f: Callable[[Tensor, int], Tensor]) -> Memory:
+def of_heads(memory: Any, f: Callable[[Tensor, int], Tensor]) -> Memory:
     """The memory with f applied to all tensors that have heads, and to the dimension that these are."""
-    if isinstance(memory, RetentionMemory):
+    if memory.kind == "retention":
         return RetentionMemory(f(memory.tensor(), 1))
     return memory.filled(tuple(f(x, 2) for x in memory.layer))
 
