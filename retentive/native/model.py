@@ -211,7 +211,7 @@ class NativeModel(LanguageModel):
 
 
 def _most_steps(memories: Sequence[Memory], dtype: torch.dtype) -> int:
-    """Tokens at most that can go through the rings one by one; 0 where there is a state without a ring of `dtype`."""
+    """Maximum tokens that can go through the rings one by one; 0 if any state has no ring of `dtype`."""
     rings: list[Any] = [m.value for m in memories if m.kind == "retention"]
     if not all(isinstance(x, Ring) and x.k.dtype == dtype for x in rings):
         return 0
@@ -231,7 +231,7 @@ def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
-    """Raises ValueError for a memory that the library would read or write past the end of."""
+    """Raise ValueError for a memory past whose end the library would read or write."""
     parts: dict[str, tuple[Any, torch.dtype, tuple[int, ...]]]
     if memory.kind == "retention":
         inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
@@ -251,7 +251,7 @@ def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
 
 
 def _plain(memory: Memory) -> Memory:
-    """A state as a copy without a ring; a cache as it is."""
+    """Copy of a state without a ring; a cache itself."""
     if memory.kind == "attention":
         return memory
     value = memory.value
@@ -259,7 +259,7 @@ def _plain(memory: Memory) -> Memory:
 
 
 def _with_room(memory: Memory, slots: int) -> Memory:
-    """A cache with room for so many tokens, contiguous; itself where it is so, as a state always is."""
+    """Contiguous cache with room for `slots` tokens, itself if it already is one; a state itself."""
     if memory.kind == "retention":
         return memory
     memory = memory.reserve(slots)
@@ -297,5 +297,5 @@ class Places:
 
 
 def _holder(memory: Memory) -> Any:
-    """The ring, or the tensor of keys: the same object as long as the addresses stay."""
+    """The ring, or the tensor of keys: the same object as long as the addresses stay the same."""
     return memory.value if memory.kind == "retention" else memory.keys

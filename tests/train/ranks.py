@@ -67,7 +67,7 @@ class Job:
     save_every: int = 1000
     checkpoint_activations: bool = False
     changes: dict = field(default_factory=dict, hash=False)
-    """Of the model's config."""
+    """Changes to the model's config."""
     precision: Any = "fp32"
     optimizer: Any = "adamw"
     ema: float = 0.0

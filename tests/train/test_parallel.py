@@ -179,7 +179,7 @@ OTHERS += ["carry-window-dp2", "carry-window-fsdp2", "carry-window-tp2"]
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
-    """The long row with blocks that are recomputed in the backward pass, where states are exchanged again."""
+    """The long row recomputes blocks in the backward pass, so states are exchanged again."""
     one = runs / re.sub(r"(-(dp|fsdp|cp|tp)\d)+$", "", name)
     same(one, runs / name, 1e-12)
     same_weights(one, runs / name)

@@ -78,7 +78,7 @@ def sharded_as(p: Tensor, own: Tensor, cluster: Cluster) -> Tensor:
 
 
 def whole_state(state: State | None, cluster: Cluster) -> State | None:
-    """The states of all rows of the global batch, of which this rank carries its own; all must call this."""
+    """Gather the carried states of all rows of the global batch; all must call this."""
     if state is None or cluster.world_size == 1:
         return state
     state = state.settled().reserve(max(state.windows))  # as many slots on every rank

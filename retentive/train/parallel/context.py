@@ -1,7 +1,7 @@
 """Context parallelism: divides the tokens of a batch over the ranks of the axis `cp`.
 
-The rows of a batch are laid end to end and cut into equal parts, to within a token. What crosses a border are the
-position of the sequence that is cut and, in every layer, what its mixer needs of the parts before:
+The rows of a batch are laid end to end and cut into equal parts, to within a token. The position of the sequence that
+is cut crosses a border. So does, in every layer, the past that its mixer needs:
 
     retention   its state, of the same size whatever the length (`ops.pieces`)
     attention   keys and values of the sequence's tokens before this part, of a window those that can be seen
@@ -29,7 +29,7 @@ from retentive.train.parallel.mesh import Axis
 
 
 class ContextParallel:
-    """What the layers of a model exchange with the ranks that have the other parts of a batch."""
+    """Exchange of a model's layers with the ranks that have the other parts of a batch."""
 
     def __init__(self, axis: Axis):
         assert axis.group is not None
@@ -37,17 +37,17 @@ class ContextParallel:
         self.lengths: list[int] = []
         """Tokens of each part of the batch."""
         self.longest = 0
-        """Most tokens that a sequence has before a border."""
+        """Maximum tokens that a sequence has before a border."""
 
     def part_of(self, batch: Batch) -> tuple[Batch, int]:
-        """This rank's part of a batch, as `part_of`; the next calls of the layers are of it."""
+        """Take this rank's part of a batch, as `part_of`; the layers' next calls must be on it."""
         borders = borders_of(batch, self.axis.size)
         self.lengths = [b - a for a, b in pairwise(borders)]
         self.longest = max(tokens_before(batch, border) for border in borders[:-1])
         return part_of(batch, self.axis.rank, self.axis.size)
 
     def retention(self, positions: Positions) -> Callable[..., tuple[Tensor, Any]]:
-        """`ops.retention` for this part: sequences that do not begin at position 0 go on from the part before."""
+        """`ops.retention` for this part: a sequence that begins in an earlier part continues from its state."""
 
         def of_part(*args: Any, **how: Any) -> tuple[Tensor, Any]:
             with across(self.gather, self.axis.rank, None if positions.start is None else positions.start > 0):
@@ -56,7 +56,7 @@ class ContextParallel:
         return of_part
 
     def before(self, new: Layer, start: int, window: int) -> tuple[Layer, Layer | None]:
-        """Keys and values of this part, and of the tokens before it that its first sequence sees; None without any.
+        """(keys and values of this part; those of earlier tokens that its first sequence sees, None without any).
 
         Args:
             new: `[1,T,…]` each.
@@ -110,7 +110,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """The model whose layers exchange what crosses the borders between ranks, changed in place."""
+    """Let the model's layers, in place, exchange their past across the borders between ranks."""
     context = ContextParallel(axis)
     for layer in mixers(model):
         layer.context = context
@@ -124,7 +124,7 @@ def mixers(model: LanguageModel) -> list[Any]:
 
 @contextmanager
 def whole_sequences(model: LanguageModel) -> Iterator[None]:
-    """In this block every rank reads whole sequences, the same ones, and exchanges nothing."""
+    """Let every rank read the same whole sequences in this block, and exchange nothing."""
     layers = mixers(model)
     context = layers[0].context
     for layer in layers:
@@ -152,7 +152,7 @@ def on_part(model: LanguageModel, objective: Objective) -> Objective:
 
 
 def borders_of(batch: Batch, size: int) -> list[int]:
-    """Where the parts of a batch begin among its tokens, laid end to end, and where the last one ends.
+    """Index of the first token of each part of a batch, with its rows laid end to end, and the end of the last part.
 
     Raises:
         ValueError: the batch has fewer tokens than parts, carries states on, or has pictures or sound.
@@ -166,22 +166,22 @@ def borders_of(batch: Batch, size: int) -> list[int]:
 
 
 def tokens_before(batch: Batch, border: int) -> int:
-    """How many tokens the sequence at a border has before it."""
+    """Number of tokens that the sequence at a border has before it."""
     starts = starts_of(batch)
     return border - int(starts[starts <= border][-1])
 
 
 def starts_of(batch: Batch) -> Tensor:
-    """Where the sequences of a batch begin among its tokens."""
+    """Index of the first token of each sequence of a batch."""
     if batch.cu_seqlens is not None:
         return batch.cu_seqlens[:-1]
     return torch.arange(0, batch.ids.numel(), batch.ids.shape[1], device=batch.ids.device)
 
 
 def part_of(batch: Batch, rank: int, size: int) -> tuple[Batch, int]:
-    """(part `rank` of `size` of a batch's tokens, as one row; how many tokens its first sequence has had before them).
+    """Returns (part `rank` of `size` of a batch's tokens, as one row; tokens of its first sequence before the part).
 
-    Targets were shifted before, so that the last token of a part has its own. Errors as `borders_of`.
+    Targets are already shifted, so the last token of a part has its target. Errors as `borders_of`.
     """
     begin, end = borders_of(batch, size)[rank : rank + 2]
     starts, device = starts_of(batch), batch.ids.device

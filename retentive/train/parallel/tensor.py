@@ -67,7 +67,7 @@ def heads_of(layer: Any) -> dict[str, int]:
 
 
 def _keep_heads(layer: Any, axis: Axis, configs: dict[int, Any]) -> None:
-    """Makes a layer one of fewer heads: those of this rank, with their own decays.
+    """Reduce a layer to this rank's heads, with their own decays.
 
     Args:
         configs: those made so far, by the id of the config before: layers that share one share the other.
@@ -78,12 +78,12 @@ def _keep_heads(layer: Any, axis: Axis, configs: dict[int, Any]) -> None:
         shape = {**heads_of(layer), "head_dim": layer.K}
         if isinstance(layer, MultiScaleRetention):
             decay = whole.decay
-            if decay != "gated":  # known beforehand: the decays of these heads out of those of all
+            if decay != "gated":  # fixed decays: take those of this rank's heads
                 decay = tuple(whole.log_decay()[axis.rank * layer.H : (axis.rank + 1) * layer.H])
             widths = {"key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
             shape = {**heads_of(layer), **widths, "decay": decay}
         configs[id(whole)] = replace(whole, **shape)
-    layer.config = configs[id(whole)]  # which a fresh state has the shape of
+    layer.config = configs[id(whole)]  # gives fresh states their shape
     for name in SHARED:
         norm = layer._modules.get(name)
         if isinstance(norm, RMSNorm) and norm.weight is not None:
