@@ -21,7 +21,8 @@ def test_every_name_is_there_and_says_what_it_does():
         call = getattr(retentive, name)
         assert callable(call) and inspect.getdoc(call), name
         assert f"{name}(" in text or name == "train", name  # `train` may be the room, if it was imported before
-    assert set(retentive.__all__) <= set(dir(retentive))
+    assert set(retentive.__all__) <= set(dir(retentive)) and "data" in dir(retentive)
+    assert not {"Any", "TYPE_CHECKING", "import_module", "annotations", "sys"} & set(dir(retentive))
 
 
 def test_what_is_not_there_is_an_attribute_error():

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API over the engine, and what a state of constant size adds to it; extra `serve`.
+"""HTTP server: OpenAI's API over the engine, with sessions and saved states of constant size; extra `serve`.
 
     open_service(run)           (service.py) what is served: a model, its engine, its template, the sessions
     serve(service, host, port)  (server.py) answers until a signal

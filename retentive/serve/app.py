@@ -39,7 +39,7 @@ from retentive.serve.requests import (
 from retentive.serve.service import Service
 
 GRACE = 5
-"""Seconds after a request's time-out in which a client may still read what was written for it."""
+"""Seconds after a request's time-out in which a client may still read its response."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; media-src blob:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -47,29 +47,28 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-"""Of the page's files: it needs nothing but its own scripts and what it shows of a message, and no other page may
-frame it."""
+"""Headers of the page's files. The page needs only its own scripts and the media of messages. No page may frame it."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application that serves `service`; the engine's thread runs from its startup to its shutdown."""
+    """Returns the application that serves `service`. The engine's thread runs from startup to shutdown."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
-        # it waits for requests in flight, whose readers need the event loop meanwhile
+        # waits for requests in flight, whose readers need the event loop meanwhile
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(title="retentive", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    # the last one added is the outermost: CORS preflights carry no key and must be answered before keys are checked
+    # the last one added is outermost: CORS preflights carry no key, and are answered before keys are checked
     app.add_middleware(AccessMiddleware, service=service)
     if service.options.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.options.cors),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["*"],  # clients send headers of their own, such as x-stainless-* of OpenAI's
+            allow_headers=["*"],  # clients send their own headers, such as x-stainless-* of OpenAI's
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     app.add_exception_handler(Refused, _refused)
@@ -83,7 +82,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _completions(app: FastAPI, service: Service) -> None:
-    """The routes of completions."""
+    """Adds the routes of completions."""
 
     async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         request = await receive(http, kind, service.options, media=service.open_media is not None)
@@ -93,11 +92,11 @@ def _completions(app: FastAPI, service: Service) -> None:
             if not request.stream:
                 return Response(await completion.whole(), media_type="application/json")
         except ClientLeft:
-            return Response(status_code=499)  # nobody reads it: it is for the metrics
+            return Response(status_code=499)  # for the metrics, since nobody reads it
         finally:
             if not request.stream:
                 completion.close()
-        return EventStream(completion, service.options.timeout + GRACE)  # outlives this call, and closes it itself
+        return EventStream(completion, service.options.timeout + GRACE)  # outlives this call, and closes the completion
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
@@ -109,16 +108,16 @@ def _completions(app: FastAPI, service: Service) -> None:
 
 
 async def _disconnect(receive: Receive) -> None:
-    """Returns when the client has closed the connection. The body must have been read: its messages come first."""
+    """Returns when the client has closed the connection. Read the body first, since its messages come first."""
     while (await receive())["type"] != "http.disconnect":
         continue
 
 
 class EventStream(Response):
-    """A completion as server-sent events. After `seconds` it is cut off: a client may have stopped reading."""
+    """Completion as server-sent events, cut off after `seconds` in case the client has stopped reading."""
 
     def __init__(self, completion: Completion, seconds: float):
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may hold events back
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # so that no proxy holds events back
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]  # Starlette's, of an empty body
         self.completion, self.seconds = completion, seconds
@@ -132,11 +131,11 @@ class EventStream(Response):
             cut_off = True
             task.cancel()
 
-        # `send` waits, without end, for a client that does not read
+        # `send` waits forever for a client that does not read
         timer = asyncio.get_running_loop().call_later(self.seconds, cut)
         events = self.completion.events()
         try:
-            if scope["http_version"] == "1.0":  # no chunked encoding there: all events at once, with a length
+            if scope["http_version"] == "1.0":  # has no chunked encoding: all events at once, with a length
                 body = b"".join([event async for event in events])
                 self.headers["content-length"] = str(len(body))
                 await self._start(send)
@@ -147,7 +146,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
-            if not cut_off:  # then the server itself is stopping
+            if not cut_off:  # the server itself is stopping
                 raise
         finally:
             timer.cancel()
@@ -159,7 +158,7 @@ class EventStream(Response):
 
 
 def _about(app: FastAPI, service: Service) -> None:
-    """The routes that describe the model and the server's health."""
+    """Adds the routes that describe the model and the server's health."""
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "retentive"}
 
     @app.get("/v1/models")
@@ -189,11 +188,11 @@ def _about(app: FastAPI, service: Service) -> None:
 
 
 def _states(app: FastAPI, service: Service) -> None:
-    """The routes of saved states and sessions. Files are read and written in threads: a state may be 100 MB."""
+    """Adds the routes of saved states and sessions. Threads read and write files, since a state may have 100 MB."""
     sessions, saved = service.sessions, service.saved
 
     def named(name: str) -> str:
-        """A name from the path, held to the same rules and errors as one in a body."""
+        """Returns a name from the path, checked as a name in a body."""
         return parse(Named, json.dumps({"name": name}).encode()).name
 
     @app.get("/v1/states")
@@ -203,7 +202,7 @@ def _states(app: FastAPI, service: Service) -> None:
     @app.post("/v1/states")
     async def save(http: Request) -> dict[str, Any]:
         request = await receive(http, SaveRequest, service.options)
-        # checked out while a thread writes it: no request may change the session meanwhile
+        # checked out while a thread writes it, so that no request changes the session
         with sessions.checkout(http.state.owner, request.session) as conversation:
             return await asyncio.to_thread(saved.save, http.state.owner, request.name, conversation.memory)
 
@@ -236,7 +235,7 @@ def _states(app: FastAPI, service: Service) -> None:
 
 
 def _page(app: FastAPI) -> None:
-    """The page's files. They are listed once and names are looked up in that list: no path can leave the folder."""
+    """Adds the page's files. Names are looked up in a fixed list, so that no path can leave the folder."""
     files = {file.name: file for file in FILES}
 
     @app.get("/{name}")

@@ -1,7 +1,7 @@
-"""The engine for coroutines: it steps in its own thread and hands tokens over to the event loop in batches.
+"""Engine for coroutines: steps in its own thread and hands tokens over to the event loop in batches.
 
-Each hand-over wakes the loop, and each event that the server then sends costs as much CPU time as a request's share of
-a small model's step. So what several steps make within TICK is handed over at once; nobody reads faster than that.
+Each hand-over wakes the loop, and each event that the server sends costs as much CPU time as a request's share of a
+small model's step. So the tokens of several steps within TICK are handed over at once; nobody reads faster than that.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from retentive.infer.generate import Token
 
 Item = Token | Exception | None
 TICK = 0.02
-"""Seconds between two hand-overs while the engine has work."""
+"""Minimum seconds between two hand-overs while the engine works."""
 
 
 class Mailbox:
-    """What the streams of one request deliver, in order, for one reader on the event loop.
+    """Items that the streams of one request deliver, in order, for one reader on the event loop.
 
-    It needs no bound: a request makes max_tokens at most, so a slow reader costs that much memory, and no slot.
+    Needs no bound: a request makes at most max_tokens, so a slow reader costs that much memory and no slot.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Mailbox:
         self.waiter: asyncio.Future[None] | None = None
 
     def put(self, stream: int, item: Item) -> None:
-        """Adds an item. Called in the event loop's thread, like `take`, so there is no lock."""
+        """Adds an item. Called in the event loop's thread as `take` is, so there is no lock."""
         self.items.append((stream, item))
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     async def take(self) -> list[tuple[int, Item]]:
-        """All items that have come since the last call, as (stream, item); waits until there is one."""
+        """Returns all new items as (stream, item); waits until there is one."""
         if not self.items:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
@@ -44,18 +44,18 @@ class Mailbox:
 
 
 class AsyncEngine(Engine):
-    """An engine whose streams are read by coroutines of one event loop."""
+    """Engine whose streams are read by coroutines of one event loop."""
 
     loop: asyncio.AbstractEventLoop | None = None
     handed_at = 0.0
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # of the thread that steps alone, so it needs no lock
+        # used only by the thread that steps, so it needs no lock
         self.made: list[tuple[Mailbox, int, Item]] = []
 
     def into(self, mailbox: Mailbox, first: int, n: int) -> list[Callable[[Item], None]]:
-        """Callbacks for `submit(deliver=…)` of n streams, which are numbered from `first` in the mailbox."""
+        """Returns callbacks for `submit(deliver=…)` of n streams, numbered from `first` in the mailbox."""
         self.loop = asyncio.get_running_loop()
         return [partial(self._post, mailbox, first + i) for i in range(n)]
 
@@ -63,15 +63,15 @@ class AsyncEngine(Engine):
         self.made.append((mailbox, stream, item))
 
     def step(self) -> bool:
-        """As `Engine.step`; then hands over what was made, if TICK has passed since the last time."""
+        """As `Engine.step`; then hands over new tokens if TICK has passed since the last time."""
         worked = super().step()
         now = time.monotonic()
-        # without work the engine goes to sleep: the rest must go out now
+        # without work the engine sleeps next, so the rest must go out now
         if self.made and self.loop is not None and (now - self.handed_at >= TICK or not worked):
             made, self.made, self.handed_at = self.made, [], now
             try:
                 self.loop.call_soon_threadsafe(_hand_out, made)
-            except RuntimeError:  # the loop has ended, and its readers with it
+            except RuntimeError:  # the loop and its readers have ended
                 return worked
         return worked
 

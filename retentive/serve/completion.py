@@ -1,13 +1,13 @@
-"""One request's way through the engine: submitted, its choices grown, its session remembered, and the response.
+"""Completion of a request: submits it to the engine, grows its choices, updates its session, and builds the response.
 
     completion = Completion(service, request, owner)
-    await completion.begin(client_leaves)           submits it, or is refused
-    await completion.whole() / completion.events()  the response
-    completion.close()                              in any case: cancels what still runs, gives the session back
+    await completion.begin(client_leaves)           submits the request, or raises Refused
+    await completion.whole() / completion.events()  returns the response
+    completion.close()                              always: cancels running streams and returns the session
 
-All choices of all prompts of a request share one mailbox, and what has come by the time it is emptied goes out
-together. A session is checked out from before its prompt is encoded until just before the closing bytes: a client that
-has got the end of an answer may use the session again at once.
+All choices of all prompts of a request share one mailbox. Everything in it goes out together. A session is checked out
+from before its prompt is encoded until just before the last bytes, so that a client with the end of an answer may use
+the session again at once.
 """
 
 import asyncio
@@ -31,24 +31,24 @@ from retentive.serve.responses import ChatResponses, CompletionResponses, Respon
 from retentive.serve.service import Service
 
 LONG = 20_000
-"""Characters of a prompt, or log probabilities of a response, above which the work is done in a thread."""
+"""Characters of a prompt, or log probabilities of a response, above which a thread does the work."""
 MOST_ECHOED = 1 << 18
-"""Log probabilities of echoed prompts in one response at most; it is held in memory as a whole."""
+"""Maximum log probabilities of echoed prompts in one response, which is held in memory as a whole."""
 
 log = logging.getLogger("retentive.serve")
 T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """The client has closed the connection: nobody reads the response."""
+    """The client has closed the connection, so nobody reads the response."""
 
 
 class Completion:
-    """One request being answered: see the module for the order of calls.
+    """Completion of one request. The module says the order of calls.
 
     Args:
-        owner: whose sessions it may use.
-        request_id: the id in the log.
+        owner: owner of the sessions that it may use.
+        request_id: id in the log.
     """
 
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, owner: str, request_id: str = ""):
@@ -60,7 +60,7 @@ class Completion:
         self.mailbox = Mailbox()
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
-        # undone in reverse by `close`: streams, timers, the session's checkout, the place among those in flight
+        # undone in reverse by `close`: streams, timers, the session's checkout, the count of requests in flight
         self.exits = ExitStack()
         usage = request.stream_options is not None and request.stream_options.include_usage
         kind: type[Responses] = ChatResponses if isinstance(request, ChatRequest) else CompletionResponses
@@ -73,8 +73,8 @@ class Completion:
             client_leaves: returns when the client has left.
 
         Raises:
-            Refused: something is wrong with the request, there is no room, or the time is over.
-            ClientLeft: the client has left while its pictures and sound were opened.
+            Refused: the request is invalid, there is no room, or the time is over.
+            ClientLeft: the client left while its pictures and sound were opened.
         """
         request, service = self.request, self.service
         service.check_model(request.model)
@@ -82,7 +82,7 @@ class Completion:
         request.check_size(service.options)
         try:
             self.exits.enter_context(service.admit())
-            if request.session is not None:  # before encoding: the prompt depends on what the session remembers
+            if request.session is not None:  # before encoding, since the prompt depends on the session
                 checkout = service.sessions.checkout(self.owner, request.session, new=True)
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
@@ -99,16 +99,16 @@ class Completion:
             self.exits.callback(self._cancel)  # before the first submit: the queue may be full at the second
             for prompt in self.prompts:
                 self._submit(prompt)
-        except BaseException:  # a cancelled task too must give back its slots and session
+        except BaseException:  # a cancelled task must return its slots and session too
             self.close()
             raise
 
     def close(self) -> None:
-        """Cancels what still runs and gives back slots and session; a second call does nothing."""
+        """Cancels running streams and returns slots and session. A second call does nothing."""
         self.exits.close()
 
     async def whole(self) -> bytes:
-        """The response as one JSON object, when all choices have ended.
+        """Returns the response as one JSON object, when all choices have ended.
 
         Raises:
             Refused: the time is over, or the model failed.
@@ -127,7 +127,7 @@ class Completion:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response as server-sent events. After the first one an error cannot change the status: it is an event."""
+        """Yields the response as server-sent events. Errors after the first one are events: the status is sent."""
         try:
             with self._failures():
                 if opening := self.responses.opening(len(self.choices)):
@@ -143,19 +143,19 @@ class Completion:
             return
         self._measure()
         closing = self.responses.closing(usage=self._usage(), **self._session())
-        self.close()  # before the last bytes: on reading them the client may use its session again
+        self.close()  # before the last bytes, after which the client may use its session again
         yield closing
 
     # checking and submitting
 
     def _check_fields(self) -> None:
-        """Raises Refused for values that the engine would not take, naming the field at fault."""
+        """Raises Refused for values that the engine would refuse; names the field."""
         engine, vocab = self.service.engine, self.service.model.config.vocab_size
         if self.n > engine.slots:
             raise Refused(400, f"n must be from 1 to this server's {engine.slots} slots, got {self.n}", param="n")
         if outside := [id for id in self.params.bias if not 0 <= id < vocab]:
             raise Refused(400, f"tokens must be in [0, {vocab}), got {outside[0]}", param="logit_bias")
-        most = self.service.options.queue  # each prompt takes a place in it
+        most = self.service.options.queue  # each prompt takes one place
         if not isinstance(self.request, CompletionRequest):
             return
         if len(self.request.prompt) > most:
@@ -163,10 +163,10 @@ class Completion:
             raise Refused(400, message, param="prompt")
         for prompt in self.request.prompt:
             if not isinstance(prompt, str):
-                self._check_ids(prompt)  # before an echo has them decoded
+                self._check_ids(prompt)  # before an echo decodes them
 
     def _check_prompts(self) -> None:
-        """Raises Refused for prompts that are empty, too long, or have ids outside the vocabulary."""
+        """Raises Refused for prompts that are empty, too long, or hold ids outside the vocabulary."""
         options, param = self.service.options, self.request.prompt_field
         for prompt in self.prompts:
             if not prompt.ids:
@@ -188,7 +188,7 @@ class Completion:
             raise Refused(400, str(error), param=self.request.prompt_field) from None
 
     async def _constraint(self) -> Callable[[], Constraint] | None:
-        """A maker of constraints for response_format; None if any text will do. Raises Refused for a bad schema."""
+        """Returns a function that makes constraints for response_format; None for any text. Refuses a bad schema."""
         form = self.request.response_format
         if form is None or form.type == "text":
             return None
@@ -198,7 +198,7 @@ class Completion:
                 raise Refused(400, "json_schema is missing", param="response_format.json_schema")
             schema = form.json_schema.json_schema
         try:
-            from retentive.infer.structured import json_schema  # an extra that most requests do without
+            from retentive.infer.structured import json_schema  # an extra that few requests need
 
             # a large schema takes seconds to compile
             return await asyncio.to_thread(json_schema, schema, self.service.tokenizer)
@@ -213,12 +213,12 @@ class Completion:
                 prompt.ids,
                 self.params,
                 rows=prompt.rows,
-                max_tokens=max(self.max_tokens, 1),  # the engine makes one at least; see Choice.max_tokens
+                max_tokens=max(self.max_tokens, 1),  # the engine makes at least one; see Choice.max_tokens
                 stop_ids=sorted(self.stop_ids),
                 n=self.n,
                 constraint=self.constraint,
                 returns=Returns(
-                    top=min(self.top or 0, self.service.model.config.vocab_size),  # a small model has fewer than asked
+                    top=min(self.top or 0, self.service.model.config.vocab_size),  # a small vocabulary may have fewer
                     prompt=echo and self.top is not None,
                     state=self.request.session is not None,
                 ),
@@ -235,7 +235,7 @@ class Completion:
             self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs, trims))
 
     def _watch(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
-        """From now on a client that leaves, and the end of its time, come as items of the mailbox like any other."""
+        """Puts into the mailbox, as items, that the client has left and that the time is over."""
         loop = asyncio.get_running_loop()
 
         async def wait() -> None:
@@ -268,12 +268,12 @@ class Completion:
     # while it runs
 
     async def _deltas(self) -> AsyncIterator[list[Delta]]:
-        """A delta for each choice that has grown since the last time, until all have ended.
+        """Yields a delta for each choice that has grown since the last time, until all have ended.
 
         Raises:
-            ClientLeft, TimeoutError: as `_watch` puts them.
+            ClientLeft, TimeoutError: from `_watch`.
             Refused: the server is stopping.
-            Exception: the engine's.
+            Exception: from the engine.
         """
         left = len(self.choices)
         while left:
@@ -287,7 +287,7 @@ class Completion:
                     continue  # tokens after a stop string, made before the stream was cancelled
                 if item is None and choice.stream.reason == "cancelled":
                     raise try_later("the server is stopping", status=503)
-                if choice.first_at is None:  # its first token: the prompt is read, and its log probabilities are there
+                if choice.first_at is None:  # the first token: the prompt has been read
                     await _in_thread(choice.prompt.sent > LONG, choice.echo)
                 choice.push(item, now)
                 grown[index] = choice
@@ -297,7 +297,7 @@ class Completion:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Turns what goes wrong into a Refused for the client; the log gets the traceback."""
+        """Turns errors into Refused for the client; the log gets the traceback."""
         try:
             yield
         except TimeoutError:

@@ -25,7 +25,7 @@ DATA_URL = re.compile(r"data:([a-z0-9/.+-]*)(?:;[a-z0-9-]+=[^;,]*)*(;base64)?,",
 
 
 def senses(model: LanguageModel) -> OpenMedia | None:
-    """What opens the pictures and sounds that the model sees and hears; None for one that only reads.
+    """Returns a function that opens pictures and sounds for the model; None for one that reads only text.
 
     Raises:
         ImportError: it has encoders, and what opens files for them is not installed (extra `multimodal`).
@@ -43,16 +43,16 @@ def senses(model: LanguageModel) -> OpenMedia | None:
 def content(
     parts: Sequence[Any], open_media: OpenMedia | None, before: Sequence[Media], options: Options, where: str
 ) -> str | list[str | Media]:
-    """A message's content: its text, or texts and media in order.
+    """Returns the content of a message: its text, or texts and media in order.
 
     Args:
-        parts: OpenAI's.
-        open_media: None for a model that reads text alone.
+        parts: parts as in OpenAI's API.
+        open_media: function that opens media; None for a model that reads only text.
         before: media of the messages before it.
-        where: the field, for errors.
+        where: name of the field, for errors.
 
     Raises:
-        Refused: a part that is no text, picture or sound, or more of these than a request may have.
+        Refused: a part is not text, picture or sound, or there are too many media.
     """
     found: list[str | Media] = []
     for n, part in enumerate(parts):
@@ -61,7 +61,7 @@ def content(
             found.append(part.text)
             continue
         if open_media is None:
-            raise Refused(400, f"this model reads text alone: it takes no {part.type}", param=field)
+            raise Refused(400, f"this model reads only text: it takes no {part.type}", param=field)
         media = [*before, *(each for each in found if isinstance(each, Media))]
         if len(media) >= options.media:
             most = f"a request may have at most {options.media} pictures and sounds here"

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: this server's own counts, and the engine's figures, read at the time of each scrape."""
+"""Metrics for Prometheus: this server's counts, and the engine's figures at the time of each scrape."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own: two servers in a process do not mix."""
+    """Metrics of one server, in their own registry, so that two servers in a process do not mix."""
 
     def __init__(self, engine: Engine, sessions: Sessions):
         self.registry = CollectorRegistry()
@@ -34,12 +34,12 @@ class Metrics:
         self.registry.register(_Figures(engine, sessions))
 
     def text(self) -> bytes:
-        """All of them in the text format that Prometheus scrapes."""
+        """Returns all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
 
 class _Figures(Collector):
-    """Reads the engine at each scrape. Its thread goes on meanwhile, so that numbers may be a step apart."""
+    """Reads the engine at each scrape. Its thread runs meanwhile, so that numbers may be a step apart."""
 
     def __init__(self, engine: Engine, sessions: Sessions):
         self.engine, self.sessions = engine, sessions
@@ -49,7 +49,7 @@ class _Figures(Collector):
         for name, value, text in (
             ("queue_length", len(engine.queue), "Requests that wait for a slot."),
             ("running", engine.taken, "Slots in use."),
-            ("slots", engine.slots, "Slots in all."),
+            ("slots", engine.slots, "Number of slots."),
             ("pool_bytes", 0 if pool is None else pool.nbytes, "Memory of the slots' states."),
             ("sessions", len(self.sessions.held), "Conversations in memory."),
             ("session_bytes", self.sessions.nbytes, "Memory of their states."),
@@ -61,8 +61,8 @@ class _Figures(Collector):
             ("cached_tokens", engine.counts["cached_tokens"], "Prompt tokens that a cached state had read."),
             ("generated_tokens", engine.counts["tokens"], "Tokens generated."),
             ("engine_steps", engine.counts["steps"], "Steps of the engine."),
-            ("cache_hits", 0 if cache is None else cache.hits, "Prompts that began as one before."),
-            ("cache_misses", 0 if cache is None else cache.misses, "Prompts that did not."),
-            ("sessions_evicted", self.sessions.evictions, "Conversations dropped for want of memory."),
+            ("cache_hits", 0 if cache is None else cache.hits, "Prompts that start as an earlier one."),
+            ("cache_misses", 0 if cache is None else cache.misses, "Prompts that do not start as an earlier one."),
+            ("sessions_evicted", self.sessions.evictions, "Conversations dropped for lack of memory."),
         ):
             yield CounterMetricFamily(f"retentive_{name}", text, value)

@@ -1,4 +1,4 @@
-"""Middleware before every endpoint: API keys, host names (DNS rebinding), request ids, and the count of requests."""
+"""Middleware of all endpoints: API keys, host names (DNS rebinding), request ids, and the count of requests."""
 
 import ipaddress
 import uuid
@@ -13,7 +13,7 @@ from retentive.serve.service import Service
 from retentive.serve.sessions import owner_of
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/states", "/v1/sessions", "/v1/info")
-"""Endpoints that need an API key, if there are keys; what follows them in a path is a name."""
+"""Endpoints that need an API key if there are keys. A name follows them in a path."""
 
 
 class AccessMiddleware:
@@ -51,27 +51,27 @@ class AccessMiddleware:
             self.service.metrics.requests.labels(_endpoint(scope["path"]), str(status)).inc()
 
     def _authorize(self, scope: Scope, headers: Headers) -> str | None:
-        """The owner of what the request may see; None for the page and /health, which are open to all.
+        """Returns the owner of the data that the request may see; None for the page and /health, which are public.
 
         Raises:
-            Refused: 400 no Host header; 401 no valid key; 403 a Host that may be another site's (DNS rebinding).
+            Refused: 400 no Host header; 401 no valid key; 403 a Host of another site (DNS rebinding).
         """
         if scope["http_version"] == "1.1" and len(headers.getlist("host")) != 1:
             raise Refused(400, "HTTP/1.1 needs one Host header")
-        if not self.owners:  # a key protects too: a foreign page does not have it
+        if not self.owners:  # keys protect too, since a foreign page has none
             _prevent_dns_rebinding(headers.get("host", ""))
-        # paths of one part are the page's files and /health
+        # paths of one part are files of the page and /health
         if scope["path"].count("/") == 1 and scope["path"] != "/metrics":
             return None
         return self._owner(headers.get("authorization"))
 
     def _owner(self, authorization: str | None) -> str:
-        """The owner that an Authorization header's key stands for; raises Refused (401) if the key is not valid."""
+        """Returns the owner of an Authorization header's key; raises Refused (401) for an invalid key."""
         if not self.owners:
             return owner_of("")
         scheme, _, key = (authorization or "").partition(" ")
         owner = owner_of(key.strip())
-        # each in constant time, and all of them: the time taken tells nothing of any key
+        # all of them, each in constant time, so that the time reveals nothing about keys
         if scheme.lower() != "bearer" or not sum(compare_digest(owner, each) for each in self.owners):
             said = "wrong API key" if authorization else "an API key is needed: Authorization: Bearer KEY"
             raise Refused(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -81,8 +81,8 @@ class AccessMiddleware:
 def _prevent_dns_rebinding(host: str) -> None:
     """Raises Refused (403) for a Host that is a public domain name.
 
-    DNS rebinding: a web page makes its own domain resolve to this machine's address; for the browser the server is then
-    of the same origin, and the page can read all answers. An IP address, or a name without a dot, cannot be rebound.
+    DNS rebinding: a web page makes its own domain resolve to this machine's address. For the browser the server then
+    has the same origin, and the page can read all answers. IP addresses and names without a dot cannot be rebound.
     """
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host  # without the port; [::1] has none
     try:
@@ -94,6 +94,6 @@ def _prevent_dns_rebinding(host: str) -> None:
 
 
 def _endpoint(path: str) -> str:
-    """The endpoint of a path, without names that clients make up: a metric keeps every label it was given, for ever."""
+    """Returns the endpoint of a path without client-chosen names, since a metric keeps every label forever."""
     found = next((route for route in ROUTES if path == route or path.startswith(route + "/")), None)
     return found or (path if path in ("/", "/health", "/metrics") else "other")

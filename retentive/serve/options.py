@@ -1,4 +1,4 @@
-"""The options of a server. The command line is made from them, so this imports nothing of the extra `serve`."""
+"""Options of a server. The command line uses them, so this imports nothing of the extra `serve`."""
 
 import os
 import re
@@ -9,40 +9,40 @@ from pathlib import Path
 from retentive.options import option
 
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
-"""What browsers send as Origin: scheme and host, no path; or * for any."""
+"""Origin as browsers send it, scheme and host without path; or * for any."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Bounds of a server, who may use it, and where it keeps things."""
+    """Limits of a server, its access control, and its folders."""
 
     slots: int = 16
-    """Requests answered at once; each takes the memory of one state."""
+    """Simultaneous requests; each takes the memory of one state."""
     queue: int = 64
-    """Requests that may wait for a slot; more are refused for now (429)."""
+    """Requests that may wait for a slot; the server answers 429 to more."""
     max_tokens: int = 4096
-    """Tokens of an answer at most."""
+    """Maximum tokens of an answer."""
     max_prompt: int = 131072
-    """Tokens of a prompt at most. The model itself has no such bound: reading takes time, not memory."""
+    """Maximum tokens of a prompt. A RetNet itself has no limit: reading takes time, not memory."""
     media: int = 16
-    """Pictures and sounds of a request at most, for models that see or hear."""
+    """Maximum pictures and sounds of a request, for models that see or hear."""
     most_media: int = 1 << 25
-    """Bytes of these in a request at most, as base64."""
+    """Maximum bytes of pictures and sounds in a request, as base64."""
     timeout: float = 600
-    """Seconds that a request may take."""
+    """Maximum seconds of a request."""
     cache: int = 1 << 28
-    """Bytes of the prefix cache, which has states of prompts read before; 0 for none."""
+    """Bytes of the prefix cache, which keeps states of earlier prompts; 0 disables it."""
     cache_folder: Path | None = None
-    """Folder for states that the prefix cache has no room for; they survive a restart."""
+    """Folder for states that exceed the prefix cache; they survive a restart."""
     sessions: int = 1 << 30
-    """Bytes of conversations' states in memory; the least recently used is evicted first."""
+    """Bytes of conversation states in memory; the least recently used is evicted first."""
     states: Path | None = None
     """Folder of saved states; by default `states` in the run's folder."""
     template: Path | None = None
-    """A chat template (jinja) in place of the model's own."""
+    """Chat template (jinja) to use instead of the model's own."""
     api_key: tuple[str, ...] = ()
-    """Keys that are accepted; without any, no key is needed. Other users of the machine see command lines: better put
-    keys, separated by commas, into the environment variable RETENTIVE_API_KEY."""
+    """Accepted API keys; without any, no key is needed. Other users of the machine can see command lines. Keys in the
+    environment variable RETENTIVE_API_KEY, separated by commas, are safer."""
     cors: tuple[str, ...] = ()
     """Origins whose web pages may use the server, such as https://example.org; * for any."""
 
@@ -65,10 +65,10 @@ class Options:
 
     @property
     def most_body(self) -> int:
-        """Bytes of a request's body: max_prompt ids of up to 16 characters in JSON, and room for the other fields."""
+        """Maximum bytes of a request's body: max_prompt ids of up to 16 characters in JSON, and the other fields."""
         return 65536 + 16 * self.max_prompt
 
     def with_environment_keys(self, environment: Mapping[str, str] | None = None) -> "Options":
-        """These options and the keys in RETENTIVE_API_KEY; `environment` is that of this process if not given."""
+        """Returns these options with the keys in RETENTIVE_API_KEY, by default of this process's environment."""
         found = (os.environ if environment is None else environment).get("RETENTIVE_API_KEY", "").split(",")
         return replace(self, api_key=(*self.api_key, *(key.strip() for key in found if key.strip())))

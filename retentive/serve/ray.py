@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-"""By name: Ray imports it in its own processes."""
+"""Import path: Ray imports it in its own processes."""
 
 
 def deployed(
     run: str, options: Options | None = None, *, replicas: int = 2, cpus: float = 1, device: str = "cpu"
 ) -> "Application":
-    """The application for `ray.serve.run`: `replicas` servers of `run`, which every node must find at that path.
+    """Returns the application for `ray.serve.run`: `replicas` servers of `run`, which every node must find there.
 
-    API keys in the environment variable RETENTIVE_API_KEY of a replica are let in too.
+    Replicas also accept the API keys in their environment variable RETENTIVE_API_KEY.
 
     Args:
-        cpus: cores, and threads, of a replica; one that is on "cuda" has a GPU as well.
+        cpus: cores and threads of a replica; on "cuda" it has a GPU as well.
 
     Raises:
-        ImportError: no Ray here.
+        ImportError: Ray is not installed.
     """
     try:
         from ray import serve
@@ -43,7 +43,7 @@ def deployed(
 
     def build() -> Any:
         """Runs in each replica: its own model and engine."""
-        # imported there: importing this module needs neither FastAPI nor a model
+        # imported here, so that importing this module needs neither FastAPI nor a model
         from retentive.native import with_engine
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
@@ -56,24 +56,24 @@ def deployed(
     server = serve.deployment(
         name="retentive",
         num_replicas=replicas,
-        # more than the server admits: it answers 429 itself, where Ray would let clients wait
+        # more than the server admits, so that it answers 429 itself; Ray would let clients wait
         max_ongoing_requests=8 * (options.slots + options.queue),
         graceful_shutdown_timeout_s=options.timeout,
         ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if device.startswith("cuda") else 0},
-        # no fallback to another replica: it would not have the session's state
+        # no fallback to another replica, which does not have the session's state
         request_router_config={"request_router_class": ROUTER, "request_router_kwargs": {"num_fallback_replicas": 0}},
     )
     return server(serve.ingress(build)()).bind()
 
 
 def application(args: Mapping[str, Any]) -> "Application":
-    """The application that `serve run retentive.serve.ray:application run=RUN …` runs.
+    """Returns the application of `serve run retentive.serve.ray:application run=RUN …`.
 
     Args:
-        args: those of `deployed`, and the fields of Options.
+        args: arguments of `deployed`, and fields of Options.
 
     Raises:
-        ValueError: no run, an argument that is not known, or not of its type.
+        ValueError: `run` is missing, or an argument is unknown or has the wrong type.
     """
     of_options = {field.name for field in fields(Options)}
     known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str}
@@ -81,7 +81,7 @@ def application(args: Mapping[str, Any]) -> "Application":
         raise ValueError(f"unknown arguments {', '.join(unknown)}: expected {', '.join([*known, *sorted(of_options)])}")
     if "run" not in args:
         raise ValueError("run is missing: run=FOLDER, a run directory or model folder")
-    try:  # from the command line all are strings, from a config file they have types: pydantic takes both
+    try:  # strings on the command line, typed in a config file: pydantic takes both
         options = TypeAdapter(Options).validate_python({k: v for k, v in args.items() if k in of_options})
         own: dict[str, Any] = {k: TypeAdapter(kind).validate_python(args[k]) for k, kind in known.items() if k in args}
     except ValidationError as error:

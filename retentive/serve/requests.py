@@ -21,30 +21,30 @@ from retentive.serve.media import OpenMedia, content
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
-"""Time for a body to come, if the server's time-out is not shorter."""
+"""Maximum seconds for a body to arrive, if the server's time-out is not shorter."""
 READ_ON = 16
-"""A body of up to so many times what is taken is read to its end: a client who still sends would not hear why not."""
+"""Multiple of the limit up to which a body is read to its end, so that a client still uploading receives the 413."""
 CLOSE = {"Connection": "close"}
-"""Header of responses to requests whose rest is not read: otherwise a client could send on without an end."""
+"""Header of responses that leave the rest of a request unread, so that a client cannot send forever."""
 COLDEST = 1e-4
-"""Below this temperature decoding is greedy: dividing logits by less would overflow."""
+"""Temperature below which decoding is greedy, since dividing logits by less would overflow."""
 SHORT_ANSWER = 16
-"""max_tokens of a completion (not a chat) whose request does not say: OpenAI's default."""
+"""Default max_tokens of a completion (not a chat), as OpenAI's."""
 
 Name = Annotated[str, Field(pattern=NAME)]
 T = TypeVar("T", bound=BaseModel)
 
 
-# Validators run before pydantic's own check of types, so they pass on what they do not know.
+# Validators run before pydantic's own check of types, so they pass on unknown values.
 
 
 def _as_list(value: Any) -> Any:
-    """`stop` may be one string or a list."""
+    """Returns `stop`, one string or a list, as a list."""
     return [value] if isinstance(value, str) else value
 
 
 def _as_prompts(value: Any) -> Any:
-    """`prompt` may be a text, ids, or a list of either: the same as a list."""
+    """Returns `prompt`, a text, ids or a list of either, as a list."""
     prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)) else value
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("expected a string, a list of token ids, or a list of either")
@@ -55,23 +55,23 @@ def _as_prompts(value: Any) -> Any:
 
 
 def _are_ids(value: list) -> bool:
-    return bool(value) and all(type(i) is int for i in value)  # type(): true is no id
+    return bool(value) and all(type(i) is int for i in value)  # type(), since true is not an id
 
 
 def _as_parts(value: Any) -> Any:
-    """A message's `content` may be a string, or a list of parts: a string is one part."""
+    """Returns a message's `content`, a string or a list of parts, as a list of parts."""
     if not isinstance(value, str | list):
         raise ValueError("expected a string, or a list of parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Body(BaseModel):
-    """The base of all bodies: strict, so that "1" is no number, and without NaN, which JSON does not have."""
+    """Base of all bodies: strict, so that "1" is not a number, and without NaN, which is not JSON."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-# Every token is checked against these, in a thread that all requests share: unbounded, one would slow down all.
+# Every token is checked against these, in a thread that all requests share, so they are bounded.
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
 ]
@@ -83,7 +83,7 @@ class StreamOptions(Body):
 
 
 class Schema(Body):
-    # pydantic's own `schema` method stands in the way of the field's name
+    # an alias, since pydantic has its own method `schema`
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
 
 
@@ -134,10 +134,10 @@ class Message(Body):
 
 
 class Generation(Body, ABC):
-    """The fields of both kinds of completion. null is the same as not given, which is why all may be None."""
+    """Fields of both kinds of completion. All may be None, since null means not given."""
 
     prompt_field: ClassVar[str]
-    """The field that holds the prompt, for errors."""
+    """Name of the field with the prompt, for errors."""
 
     model: str | None = None
     stream: bool | None = None
@@ -162,43 +162,43 @@ class Generation(Body, ABC):
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
-        """How many of the likeliest tokens come with each token; None for no log probabilities at all."""
+        """Number of likeliest tokens beside each token; None for no log probabilities."""
 
     @property
     @abstractmethod
     def characters(self) -> int:
-        """Characters of all prompts (or ids): how much work encoding them is."""
+        """Characters (or ids) of all prompts, a measure of the work to encode them."""
 
     @property
     def media(self) -> int:
-        """Characters of the pictures and sounds in it, which are always much work."""
+        """Characters of its pictures and sounds, which are always much work."""
         return 0
 
     @abstractmethod
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
-        """The prompts as ids, each going on from `conversation`, and the rows of pictures and sound among them.
+        """Returns the prompts as ids that continue `conversation`, with the rows of pictures and sound among them.
 
         Args:
-            open_media: opens those; None for a model that reads text alone.
+            open_media: function that opens media; None for a model that reads only text.
 
         Raises:
-            Refused: messages that the template refuses; pictures or sound that are none, or that nobody sees or hears.
+            Refused: the template refuses the messages, or pictures or sound are damaged or not for this model.
         """
 
     @abstractmethod
     def length(self, most: int) -> int:
-        """max_tokens of the engine, on a server that allows no more than `most`.
+        """Returns max_tokens for the engine, on a server that allows at most `most`.
 
         Raises:
-            Refused: it asks for more.
+            Refused: the request asks for more.
         """
 
     def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
-        """(ids, strings) that end a completion."""
+        """Returns (ids, strings) that end a completion."""
         return frozenset({conversation.tokenizer.eos_id}), list(self.stop or ())
 
     def check_size(self, options: Options) -> None:
-        """Raises Refused (413) for more text, or more of pictures and sound, than `options` allow."""
+        """Raises Refused (413) for more text or media than `options` allow."""
         for what, size, most in (
             ("the text", self.characters, options.most_body),
             ("all that is seen and heard", self.media, options.most_media),
@@ -209,7 +209,7 @@ class Generation(Body, ABC):
                 )
 
     def refuse_what_is_not_served(self) -> None:
-        """Raises Refused for OpenAI's fields that this server does not serve, if they would change the answer."""
+        """Raises Refused for fields of OpenAI's API that this server ignores but that would change the answer."""
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(self, name):
                 raise Refused(400, f"{name} is not served: use repetition_penalty", param=name)
@@ -217,7 +217,7 @@ class Generation(Body, ABC):
             raise Refused(400, "a session goes on in one way: n must be 1", param="n")
 
     def sampling(self) -> SamplingParams:
-        """The sampling parameters, with OpenAI's defaults for what is not given."""
+        """Returns the sampling parameters, by default OpenAI's."""
         temperature = 1.0 if self.temperature is None else self.temperature
         return SamplingParams(
             temperature=temperature if temperature >= COLDEST else 0,
@@ -230,7 +230,7 @@ class Generation(Body, ABC):
         )
 
     def _bias(self) -> dict[int, float]:
-        """logit_bias with ids for keys: JSON has only strings there."""
+        """Returns logit_bias with ids as keys, which are strings in JSON."""
         try:
             return {int(token): value for token, value in (self.logit_bias or {}).items()}
         except ValueError:
@@ -254,7 +254,7 @@ class CompletionRequest(Generation):
         return sum(map(len, self.prompt))
 
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
-        """A text is put after an end-of-text token, as documents are in training; ids are taken as they are."""
+        """Puts an end-of-text token before a text, as before documents in training; takes ids as they are."""
         tokenizer, prompts = conversation.tokenizer, []
         for prompt in self.prompt:
             if isinstance(prompt, str):
@@ -304,8 +304,8 @@ class ChatRequest(Generation):
         return sum(len(part.encoded) for part in parts if not isinstance(part, TextPart))
 
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
-        """The messages (in a session only the new ones are sent) as the chat template writes them."""
-        roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
+        """Returns the messages as the chat template renders them; in a session only new ones are sent."""
+        roles = {"developer": "system"}  # OpenAI's newer name, unknown to templates
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
             found = content(m.content, open_media, media, options, f"messages[{n}].content")
@@ -327,7 +327,7 @@ class ChatRequest(Generation):
         return most if self.max_tokens is None else _at_most(most, self.max_tokens, "max_tokens")
 
     def stops(self, conversation: Conversation) -> tuple[frozenset[int], list[str]]:
-        """(ids, strings) of the template's end of an answer, and of the request's `stop`."""
+        """Returns (ids, strings) of the template's end of an answer and of the request's `stop`."""
         template = conversation.template
         return template.stop_ids, [*(self.stop or ()), *template.stop]
 
@@ -360,7 +360,7 @@ class RestoreRequest(Body):
 
 
 async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: bool = False) -> T:
-    """The request in the body of an HTTP request, which is larger where it may hold pictures and sound (`media`).
+    """Returns the request in the body of an HTTP request, which may be larger with pictures and sound (`media`).
 
     Raises:
         Refused: 400 with the field at fault; 408 too slow; 413 too large; 415 not JSON by its headers, or compressed.
@@ -370,12 +370,12 @@ async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: 
 
 
 async def receive_file(http: HTTPRequest, options: Options, most: int) -> bytes:
-    """The file that is the body of an HTTP request, of at most so many bytes; raises Refused as `receive`."""
+    """Returns the file in the body of an HTTP request, of at most `most` bytes; raises Refused as `receive`."""
     return await _received(http, options, most, "application/octet-stream")
 
 
 async def _received(http: HTTPRequest, options: Options, most: int, kind: str) -> bytes:
-    # A page of another origin can post forms and plain text without asking; these need a CORS preflight (no CSRF).
+    # CSRF: a page of another origin can post forms and plain text without a preflight, but not these types.
     said = http.headers.get("content-type", "").split(";")[0].strip().lower()
     if said != kind:
         raise Refused(415, f"expected Content-Type: {kind}, got {said or 'none'}")
@@ -391,9 +391,9 @@ async def _received(http: HTTPRequest, options: Options, most: int, kind: str) -
 
 
 async def _body(http: HTTPRequest, most: int) -> bytes:
-    """The body, never more than `most` bytes of it in memory; raises Refused (413)."""
+    """Returns the body, with at most `most` bytes in memory; raises Refused (413)."""
     too_large = Refused(413, f"the body is larger than {most} bytes", code="body_too_large", headers=CLOSE)
-    said = http.headers.get("content-length", "")  # what the client says; a chunked body says nothing
+    said = http.headers.get("content-length", "")  # as announced; a chunked body announces nothing
     if said.isdecimal() and int(said) > READ_ON * most:
         raise too_large
     body, size = bytearray(), 0
@@ -409,21 +409,21 @@ async def _body(http: HTTPRequest, most: int) -> bytes:
 
 
 def parse(kind: type[T], body: bytes) -> T:
-    """The request in a JSON body.
+    """Returns the request in a JSON body.
 
     Raises:
-        Refused: 400, with the field at fault.
+        Refused: 400, naming the invalid field.
     """
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    # pydantic names a part's type where it has chosen the part's class by it: no field of the body
+    # pydantic's path holds a part's type where that has chosen the class; it is not a field of the body
     where = [
         at for n, at in enumerate(first["loc"]) if not (n and isinstance(first["loc"][n - 1], int) and at in PARTS)
     ]
     param, said = field(where), first["msg"].removeprefix("Value error, ")
-    if first["type"].startswith("union_tag"):  # pydantic's words for a part without a type, or of another
+    if first["type"].startswith("union_tag"):  # a part without a type, or of an unknown one
         said = f"expected a part of type {', '.join(PARTS)}"
     if first["type"] == "json_invalid":
         raise Refused(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code="invalid_json")

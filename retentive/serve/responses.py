@@ -1,4 +1,4 @@
-"""Responses: the JSON of OpenAI's completions and chat completions, whole or as chunks in server-sent events."""
+"""Responses: JSON of OpenAI's completions and chat completions, whole or as chunks in server-sent events."""
 
 import json
 import time
@@ -11,28 +11,28 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.serve.choices import Delta, TokenLogprob
 
 UNLIKELY = -9999.0
-"""OpenAI's value for minus infinity, which JSON does not have."""
+"""OpenAI's value for minus infinity, which is not JSON."""
 
 
 def to_json(value: dict[str, Any]) -> bytes:
-    """Compact JSON in UTF-8."""
+    """Returns compact JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Returns a server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class Responses(ABC):
-    """The response to one request: whole, or in chunks that share its id.
+    """Response to one request: whole, or in chunks that share its id.
 
     Args:
         logprobs: give the log probability of each token.
-        usage: end a stream with a chunk that has `usage` (OpenAI's include_usage); it is null in all others.
+        usage: end a stream with a chunk of `usage` (OpenAI's include_usage), which is null in all others.
     """
 
-    # OpenAI's `object` of whole responses and of chunks, and what its ids begin with
+    # OpenAI's `object` of whole responses and of chunks, and the prefix of its ids
     whole_name, chunk_name, prefix = "", "", ""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, usage: bool = False):
@@ -41,7 +41,7 @@ class Responses(ABC):
         self._texts: dict[int, str] = {}
 
     def whole(self, deltas: Sequence[Sequence[Delta]], **more: Any) -> bytes:
-        """The whole response, from the deltas of each choice; `more` are further fields."""
+        """Returns the whole response from the deltas of each choice; `more` are further fields."""
         choices = []
         for n, parts in enumerate(deltas):
             logprobs = [each for part in parts for each in part.logprobs]
@@ -49,15 +49,15 @@ class Responses(ABC):
         return to_json({**self._head(self.whole_name), "choices": choices, **more})
 
     def chunks(self, deltas: Sequence[Delta]) -> bytes:
-        """An event for each of the deltas."""
+        """Returns an event for each delta."""
         return b"".join(self._chunk([self._chunk_choice(delta)]) for delta in deltas)
 
     def opening(self, n: int) -> bytes:
-        """The event before any text, for n choices; nothing for plain completions."""
+        """Returns the event before any text for n choices; empty for plain completions."""
         return b""
 
     def closing(self, **more: Any) -> bytes:
-        """The events at the end: `usage` if it was asked for, and OpenAI's mark that there are no more."""
+        """Returns the last events: `usage` if requested, and OpenAI's end mark."""
         return (
             event({**self._head(self.chunk_name), "choices": [], **more}) if self.usage else b""
         ) + b"data: [DONE]\n\n"
@@ -70,14 +70,14 @@ class Responses(ABC):
 
     @abstractmethod
     def _choice(self, delta: Delta) -> dict[str, Any]:
-        """The JSON of a choice in a whole response."""
+        """Returns the JSON of a choice in a whole response."""
 
     @abstractmethod
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        """The JSON of a choice in a chunk."""
+        """Returns the JSON of a choice in a chunk."""
 
     def _text(self, id: int) -> str:
-        """The text of one token, kept: the same few come again and again."""
+        """Returns the text of one token, cached, since few tokens repeat often."""
         if id not in self._texts:
             self._texts[id] = self.tokenizer.decode([id])
         return self._texts[id]
@@ -102,7 +102,7 @@ class CompletionResponses(Responses):
         }
 
     def _likeliest(self, token: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens by their text, and the token itself; of two with the same text the likelier."""
+        """Returns the likeliest tokens and the token itself by text; of two with one text, the likelier."""
         found: dict[str, float] = {}
         for id, logprob in (*token.top, (token.id, token.logprob or 0.0)):
             found.setdefault(self._text(id), max(logprob, UNLIKELY))
@@ -134,6 +134,6 @@ class ChatResponses(Responses):
 
     def _one(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._text(id)
-        # a token that is part of a character decodes to U+FFFD: its bytes are not known here
+        # a token that is part of a character decodes to U+FFFD, and its bytes are unknown here
         whole = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, UNLIKELY), "bytes": whole}

@@ -1,4 +1,4 @@
-"""Running the server: uvicorn until a signal, then a graceful drain: no new requests, those in flight are finished."""
+"""Runs the server by uvicorn. A signal begins a graceful drain: no new requests, and those in flight finish."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ from retentive.serve.service import Service
 from retentive.tables import counted
 
 MOST_HEAD = 65536
-"""Bytes of a request's head (first line and headers), or of a chunked body's trailers, at most."""
+"""Maximum bytes of a request's head (first line and headers), or of a chunked body's trailers."""
 
 
 def serve(service: Service, host: str, port: int) -> None:
-    """Answer on host:port until SIGTERM or SIGINT, then drain and return; a second signal ends the process at once.
+    """Serves on host:port until SIGTERM or SIGINT, then drains and returns. A second signal ends the process at once.
 
-    Port 0 takes a free one; the line on stderr says which.
+    Port 0 picks a free one, named in the line on stderr.
 
     Raises:
-        OSError: the address is taken, or is none of this machine's.
+        OSError: the address is taken, or is not of this machine.
     """
-    # our own socket: uvicorn's would log an error and exit where the address is taken
+    # our own socket: uvicorn's would log an error and exit if the address is taken
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -38,36 +38,36 @@ def serve(service: Service, host: str, port: int) -> None:
 
 
 def config(service: Service) -> uvicorn.Config:
-    """uvicorn's configuration: no WebSockets, no log of each request.
+    """Returns uvicorn's configuration: no WebSockets, no log of requests.
 
     The parser is h11: httptools keeps a header until its end has come, however long it is. h11 bounds the head of a
     request, and it reads the body of one that offers another protocol (h2c), as Java's HTTP clients do.
     """
     return uvicorn.Config(
         create_app(service), http="h11", h11_max_incomplete_event_size=MOST_HEAD, ws="none",
-        log_level="error",  # warnings are about requests that are malformed: a line for each would fill the log
+        log_level="error",  # warnings are about malformed requests, and a line for each would fill the log
         access_log=False, server_header=False, timeout_keep_alive=30,
     )  # fmt: skip
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal only begins to drain; it stops when the last completion has ended."""
+    """uvicorn whose signals only begin a drain; it stops when the last completion has ended."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The signal handler: the first signal begins to drain, a second ends the process."""
+        """Handles signals: the first begins the drain, the second ends the process."""
         if self.service.draining:
             sys.stderr.flush()
-            # no clean-up, which could hang: files appear whole or not at all, so none is left half-written
+            # no clean-up, which could hang; files are written whole or not at all, so none is left half-written
             os._exit(128 + sig)
         self.service.draining = True
         requests = counted(self.service.in_flight, "request")
         print(f"retentive: {signal.Signals(sig).name}: finishing {requests}", file=sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether the server is to stop; uvicorn calls it ten times a second."""
+        """Returns True if the server shall stop; uvicorn calls it ten times a second."""
         done = self.service.draining and not self.service.in_flight
         return await super().on_tick(counter) or done

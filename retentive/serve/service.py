@@ -1,4 +1,4 @@
-"""What a server serves: one model with its engine, template, sessions and saved states, within given bounds."""
+"""Service of a server: one model with its engine, template, sessions and saved states, within limits."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,18 +26,18 @@ from retentive.serve.options import Options
 from retentive.serve.sessions import SavedStates, Sessions
 
 CHUNK, CPU_CHUNK = 512, 256
-"""Prompt tokens read between two decoding steps. On two cores, 512 doubles the pauses of running streams, and the first
-token comes no sooner."""
+"""Prompt tokens read between two decoding steps. On two cores, 512 doubles the pauses of running streams without a
+sooner first token."""
 STATE_HEAD = 1 << 20
-"""Bytes of a state's file beside its tensors, at most: what was read, by names."""
+"""Maximum bytes of a state's file beside its tensors: names of the documents read."""
 
 
 @dataclass
 class Service:
-    """One model with all that requests share; used by one event loop's thread only, so it has no locks."""
+    """Model with everything that requests share. Only one event loop's thread uses it, so it has no locks."""
 
     name: str
-    """The model's name in requests and responses."""
+    """Name of the model in requests and responses."""
     model: LanguageModel
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -48,20 +48,20 @@ class Service:
     saved: SavedStates = field(init=False)
     metrics: Metrics = field(init=False)
     open_media: OpenMedia | None = field(init=False)
-    """Opens pictures and sound; None for a model that reads text alone."""
+    """Function that opens pictures and sound; None for a model that reads only text."""
     opening: ThreadPoolExecutor = field(init=False)
-    """Thread that opens them one after the other: a picture may take 0.7 GB while it is opened."""
+    """Thread that opens them one by one, since opening a picture may take 0.7 GB."""
     in_flight: int = 0
-    """Completions that have begun and not ended."""
+    """Number of completions in flight."""
     draining: bool = False
 
     def __post_init__(self):
         options, model = self.options, self.model
-        name = fingerprint(model)  # hashes all weights: once, and handed on
+        name = fingerprint(model)  # hashes all weights, so it is computed once
         self._blank: Memory = blank(model, name)
-        # the pool is allocated with the first request: better to fail now than then
+        # fails now, since the pool is allocated with the first request
         state: Any = self._blank.state
-        needed = options.slots * state.reserve(max(state.windows)).nbytes  # a cache of all tokens grows as they come
+        needed = options.slots * state.reserve(max(state.windows)).nbytes  # caches without a window grow later
         if needed > (free := machine.free_memory(self._blank.state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
             raise ValueError(f"{option('slots', options.slots)}: they need {have}; ask for fewer")
@@ -77,16 +77,16 @@ class Service:
 
     @property
     def largest_state(self) -> int:
-        """Bytes of the largest file of a saved state that is taken: of a prompt of max_prompt tokens."""
+        """Maximum bytes of an uploaded state: the state after max_prompt tokens."""
         context = self.options.max_prompt
         return cost.memory_bytes(self.model.config, context) + STATE_HEAD
 
     def new_conversation(self) -> Conversation:
-        """A conversation in which nothing was said; all of them share one blank state, which is never written to."""
+        """Returns an empty conversation. All share one blank state, which is never written."""
         return Conversation(self.engine, self.tokenizer, self.template, self._blank)
 
     def check_model(self, name: str | None) -> None:
-        """Raises Refused (404) for any model but this one."""
+        """Raises Refused (404) for any other model."""
         if name is not None and name != self.name:
             message = f"the model {name!r} is not here; this server has {self.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
@@ -96,11 +96,11 @@ class Service:
         """Counts a completion while it is in flight.
 
         Raises:
-            Refused: 503 or 429 where no more are taken.
+            Refused: 503 or 429 if the server accepts no more.
         """
         if self.draining:
             raise try_later("the server is stopping", status=503, seconds=5)
-        # Far more than can have or await a slot: the others are finished, but their clients do not read the answers.
+        # Far more than have or await a slot: the others have finished, but their clients do not read the answers.
         if self.in_flight >= 4 * (self.options.slots + self.options.queue):
             raise try_later(f"too many requests are in flight already ({self.in_flight})")
         self.in_flight += 1
@@ -110,7 +110,7 @@ class Service:
             self.in_flight -= 1
 
     def info(self) -> dict[str, Any]:
-        """The JSON of /v1/info: what the page shows of the model and its bounds."""
+        """Returns the JSON of /v1/info: the model and its limits, for the page."""
         return {
             "model": self.name,
             "kind": self.model.config.name,
@@ -139,11 +139,11 @@ def open_service(
     adapter: str | Path | ModelFolder | None = None,
     load: Callable[[ModelFolder, ModelFolder | None], LanguageModel] = _load,
 ) -> Service:
-    """The service for a run directory, a model folder, or a name on the hub.
+    """Returns the service for a run directory, a model folder, or a name on the hub.
 
     Args:
-        adapter: the folder of an adapter of the model, to be merged into it; the template is its own then.
-        load: loads the model of a folder with an adapter; in C, where that can run it.
+        adapter: folder of an adapter to merge into the model; its template is used then.
+        load: function that loads the model of a folder with an adapter; by default in C, if that can run it.
 
     Raises:
         FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is

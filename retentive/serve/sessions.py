@@ -21,40 +21,40 @@ from retentive.models import LanguageModel
 from retentive.serve.errors import Refused
 
 MOST_FILES = 1000
-"""Saved states of one API key at most."""
+"""Maximum saved states of one API key."""
 EVICTED = 1000
-"""How many evicted sessions are remembered by name: a client must learn that its session is not the one it was."""
+"""Number of evicted sessions remembered by name, so that a client learns that its session is gone."""
 
 log = logging.getLogger("retentive.serve")
 
 
 class Sessions:
-    """Conversations by owner and name; used in the event loop's thread only.
+    """Conversations by owner and name, for the event loop's thread only.
 
     Args:
-        most_bytes: of all conversations; one that a request has checked out counts, but is not evicted.
-        new: makes a conversation in which nothing was said.
+        most_bytes: maximum bytes of all conversations. Checked out ones count, but are not evicted.
+        new: function that makes an empty conversation.
     """
 
     def __init__(self, most_bytes: int, new: Callable[[], Conversation]):
         self.most_bytes, self.new = most_bytes, new
         self.held: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
-        """The least recently used first."""
+        """Conversations, the least recently used first."""
         self.busy: set[tuple[str, str]] = set()  # checked out
         self.evicted: deque[tuple[str, str]] = deque(maxlen=EVICTED)
         self.evictions = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all conversations held."""
+        """Bytes of all conversations."""
         return sum(conversation.nbytes for conversation in self.held.values())
 
     @contextmanager
     def checkout(self, owner: str, name: str, *, new: bool = False) -> Iterator[Conversation]:
-        """The conversation, for one request alone until the block ends; a new one if there is none and `new` is set.
+        """Yields the conversation, for one request only until the block ends; a new one if it is missing and `new`.
 
         Raises:
-            Refused: 404 there is none; 409 another request has it; 410 it was evicted.
+            Refused: 404 it does not exist; 409 another request has it; 410 it was evicted.
         """
         key = (owner, name)
         if key in self.evicted:
@@ -73,33 +73,33 @@ class Sessions:
             yield conversation
         finally:
             self.busy.discard(key)
-            if not conversation.begun:  # a first request that failed, or `drop`: nothing to remember
+            if not conversation.begun:  # the first request failed, or `drop`: nothing to keep
                 self.held.pop(key, None)
             self._evict()
 
     def put(self, owner: str, name: str, memory: Memory) -> Conversation:
-        """The conversation of that name, new or not, going on from `memory` now; Refused 409 if it is checked out."""
+        """Sets the memory of a conversation, new or not, and returns it; Refused 409 if it is checked out."""
         self._forget_eviction(owner, name)
         with self.checkout(owner, name, new=True) as conversation:
             conversation.memory = memory
         return conversation
 
     def drop(self, owner: str, name: str) -> None:
-        """Forget a session, an evicted one too; raises Refused 404 and 409 as `checkout`."""
+        """Drops a session, also an evicted one; raises Refused 404 and 409 as `checkout`."""
         if self._forget_eviction(owner, name):
             return
         with self.checkout(owner, name) as conversation:
             conversation.memory = self.new().memory  # blank: `checkout` then drops it
 
     def _forget_eviction(self, owner: str, name: str) -> bool:
-        """Makes the name of an evicted session free again; whether it was one."""
+        """Frees the name of an evicted session; returns True if it was evicted."""
         with suppress(ValueError):
             self.evicted.remove((owner, name))
             return True
         return False
 
     def _evict(self) -> None:
-        """Drops sessions that are not checked out, the least recently used first, until all fit in `most_bytes`."""
+        """Evicts sessions that are not checked out, the least recently used first, until all fit in `most_bytes`."""
         excess = self.nbytes - self.most_bytes
         for key in [key for key in self.held if key not in self.busy]:
             if excess <= 0:
@@ -110,14 +110,14 @@ class Sessions:
 
 
 def owner_of(key: str) -> str:
-    """A one-way hash that stands for an API key in memory and in folder names, so that neither holds the key."""
+    """Returns a one-way hash of an API key, for memory and folder names, so that neither holds the key."""
     return hashlib.sha256(b"retentive " + key.encode()).hexdigest()[:32]
 
 
 class SavedStates:
     """Saved states, FOLDER/OWNER/NAME.safetensors. For any thread.
 
-    Requests' names were checked when they were parsed, and are checked here again: they become paths.
+    Checks names again, though requests are checked when parsed, since names become paths.
     """
 
     def __init__(self, folder: Path, model: LanguageModel, fingerprint: str, model_name: str):
@@ -130,10 +130,10 @@ class SavedStates:
         return self.folder / owner / f"{name}.safetensors"
 
     def save(self, owner: str, name: str, memory: Memory) -> dict[str, Any]:
-        """Write a state, over one of the same name, and return its description.
+        """Writes a state, replacing one of the same name, and returns its description.
 
         Raises:
-            Refused: 409 nothing read, or too many states; 507 the folder cannot be written to.
+            Refused: 409 nothing was read, or there are too many states; 507 the folder is not writable.
         """
         path = self._path(owner, name)
         if not path.exists() and len(self._files(owner)) >= MOST_FILES:
@@ -141,20 +141,20 @@ class SavedStates:
         if not memory.tokens:
             raise Refused(409, "the session has read nothing yet", param="session", code="session_empty")
         with self._changing():
-            # 0o700: the files themselves have the usual rights, but other users of the machine do not get at them
+            # 0o700, since the files have the usual rights, but other users must not read them
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             save(memory, path)
             return self._describe(path)
 
     def path(self, owner: str, name: str) -> Path:
-        """The file of a saved state; raises Refused (404) where there is none."""
+        """Returns the file of a saved state; raises Refused (404) if there is none."""
         path = self._path(owner, name)
         if not path.is_file():
             raise _not_found(name)
         return path
 
     def add(self, owner: str, name: str, content: bytes) -> dict[str, Any]:
-        """Keep a file that was written elsewhere by the same model, and return its description.
+        """Keeps a file that the same model has written elsewhere, and returns its description.
 
         Raises:
             Refused: 409 it is none of this model's, or damaged; else as `save`.
@@ -166,10 +166,10 @@ class SavedStates:
         return self.save(owner, name, memory)
 
     def load(self, owner: str, name: str) -> Memory:
-        """The memory saved under that name.
+        """Returns the memory saved under a name.
 
         Raises:
-            Refused: 404 not there; 409 another model's, cut short, changed or not readable.
+            Refused: 404 it does not exist; 409 it is of another model, incomplete, changed or not readable.
         """
         return self._read(self._path(owner, name), name)
 
@@ -183,11 +183,11 @@ class SavedStates:
             message = f"state {name!r} cannot be read: the server's log says more"
             raise Refused(409, message, param="name", code="state_refused") from None
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).replace(str(path), f"state {name!r}")  # clients need not learn our paths
+            reason = str(error).replace(str(path), f"state {name!r}")  # hides our paths from clients
             raise Refused(409, reason, param="name", code="state_refused") from None
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
-        """A description of each saved state, by name; a damaged file is listed too, so that it can be deleted."""
+        """Returns a description of each saved state by name, damaged files included, so that they can be deleted."""
         found = []
         for path in self._files(owner):
             with suppress(FileNotFoundError):  # deleted meanwhile
@@ -195,10 +195,10 @@ class SavedStates:
         return found
 
     def delete(self, owner: str, name: str) -> None:
-        """Remove the file.
+        """Deletes the file.
 
         Raises:
-            Refused: 404 not there; 507 the folder cannot be written to.
+            Refused: 404 it does not exist; 507 the folder is not writable.
         """
         path = self.path(owner, name)
         with self._changing():
@@ -206,7 +206,7 @@ class SavedStates:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """One change at a time. An OSError goes to the log, and to the client without its text, which names paths."""
+        """Allows one change at a time. Logs an OSError; the client does not get its text, which names paths."""
         try:
             with self.writing:
                 yield
@@ -215,7 +215,7 @@ class SavedStates:
             raise Refused(507, "the state cannot be written: the server's log says more", code="not_saved") from None
 
     def _describe(self, path: Path) -> dict[str, Any]:
-        """The JSON of a saved state, from the file's head; its tensors are checked when it is restored."""
+        """Returns the JSON of a saved state, from the file's header; restoring it checks the tensors."""
         tokens, model, about = 0, None, path.stat()
         with suppress(ValueError, OSError):
             found = head(path)

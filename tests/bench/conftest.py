@@ -45,7 +45,7 @@ def never_timed(monkeypatch):
 
 @pytest.fixture
 def lines(monkeypatch) -> dict[str, list[tuple[list, list]]]:
-    """What matplotlib draws during the test: the (x, y) of every line, by its label."""
+    """Collects the lines that matplotlib draws during the test: (x, y) by label."""
     axes = pytest.importorskip("matplotlib.axes")
     drawn, plot = {}, axes.Axes.plot
 

@@ -143,7 +143,7 @@ class Terminal:
         os.write(self.ours, keys.encode())
 
     def until(self, words: str, seconds: float = 60) -> str:
-        """What is shown up to `words`; the next look begins after them."""
+        """Returns the output up to `words`; the next call starts after them."""
         end = time.monotonic() + seconds
         while words not in self.shown:
             left = max(0, end - time.monotonic())

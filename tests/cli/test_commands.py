@@ -1,4 +1,4 @@
-"""What each verb prints and makes against the library underneath it, and its --help against its fields."""
+"""Output and files of each verb against the library underneath it, and its --help against its fields."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""What commands for a model share: prompts that are no text, and names in the usage."""
+"""Parts that commands for a model share: prompts that are not text, and names in the usage."""
 
 import io
 

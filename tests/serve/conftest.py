@@ -86,7 +86,7 @@ class Running:
         self.end()
 
     def text(self, ids, *, max_tokens: int, stop_ids=(256,), **params) -> str:
-        """What the model writes after `ids` when nobody else is there."""
+        """Returns the text that the model generates after `ids` without other requests."""
         tokens = generate(
             self.service.model, ids, SamplingParams(**params), max_tokens=max_tokens, stop_ids=list(stop_ids)
         )

@@ -1,4 +1,4 @@
-"""What the engine's thread makes comes to the event loop whole, in order, and together."""
+"""Tokens of the engine's thread reach the event loop completely, in order, and together."""
 
 import asyncio
 

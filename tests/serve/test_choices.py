@@ -1,4 +1,4 @@
-"""What a choice gives out: text up to its stop, log probabilities of just that text, and the echo of its prompt."""
+"""Output of a choice: text up to its stop, log probabilities of just that text, and the echo of its prompt."""
 
 from types import SimpleNamespace
 

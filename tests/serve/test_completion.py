@@ -320,7 +320,7 @@ def test_what_is_done_in_threads_is_the_same(retnet, monkeypatch):
 
 
 def test_a_session_whose_answer_was_stopped_goes_on_where_the_queue_was_full(serve, monkeypatch):
-    """What came before the stop could not be read at once: it is read with the next prompt."""
+    """The tokens before the stop could not be read at once: they are read with the next prompt."""
     server = serve()
     whole = server.text(CHAT_IDS, max_tokens=20, **GREEDY)
     body = {"messages": SAID, "max_tokens": 20, "session": "s", **GREEDY}

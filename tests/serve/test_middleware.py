@@ -1,4 +1,4 @@
-"""Who is let in, and under which name; and that no secret is told."""
+"""Access: which requests are accepted under which host name, without revealing secrets."""
 
 import socket
 

@@ -28,7 +28,7 @@ GREEDY = {"temperature": 0, "max_tokens": 30}
 
 @pytest.fixture(scope="module")
 def url(runs, tmp_path_factory):
-    """Where two replicas of the RetNet answer."""
+    """Starts two replicas of the RetNet and returns their address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
@@ -47,7 +47,7 @@ def client(url):
 
 
 def sticky(name: str) -> dict:
-    """What a client adds for a conversation: the session, and the header that Ray looks at."""
+    """Returns a client's additions for a conversation: the session, and the header that Ray reads."""
     return {"extra_body": {"session": name}, "extra_headers": {"X-Session-Id": name}}
 
 

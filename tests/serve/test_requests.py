@@ -28,7 +28,7 @@ FIELDS = {
     "content-that-nobody-sees": (
         CHAT, {"messages": [{"role": "user", "content": [
             {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]},
-        400, "messages[0].content[1]", "this model reads text alone: it takes no image_url",
+        400, "messages[0].content[1]", "this model reads only text: it takes no image_url",
     ),
     "no-prompt": (TEXT, {"max_tokens": 3}, 400, "prompt", "Field required"),
     "prompt-a-number": (TEXT, {"prompt": 5}, 400, "prompt", "expected a string, a list of token ids"),

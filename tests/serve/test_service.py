@@ -1,4 +1,4 @@
-"""What a service says of itself, and what it is refused for."""
+"""Description of a service, and the options that it refuses."""
 
 from contextlib import ExitStack
 

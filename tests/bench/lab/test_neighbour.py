@@ -19,7 +19,7 @@ TICK = os.sysconf("SC_CLK_TCK") if "SC_CLK_TCK" in os.sysconf_names else 100
 
 
 def cpu_seconds(pid: int) -> float:
-    """That a process has taken so far."""
+    """Returns the seconds of CPU time that a process has used."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
     return (int(user) + int(system)) / TICK
 
