@@ -156,7 +156,10 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{cost.parameters(model.config):,} parameters" in shown and "RetNet, new (retentive layout)" in shown
     assert "trained 4 steps" in shown and "decay=paper" in shown
-    assert f"smaller than the KV cache from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens" in shown
+    assert (
+        f"smaller than the KV cache from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens"
+        in shown
+    )
 
     main(["convert", "new", "theirs", "--to", "torchscale"])
     assert "decoder_retention_heads" in Path("theirs/config.json").read_text(encoding="utf-8")
