@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import retentive
 from retentive.cli import main
 from retentive.data.templates import TEMPLATE, TURNS
+from retentive.train import SftRun
 
 SAID = [{"prompt": f"Where is number {n}?", "completion": f"By the river, {n} chairs."} for n in range(40)]
 BRIEF = [
@@ -72,6 +74,26 @@ def test_a_model_that_attends_reads_whole_conversations(chats):
           "--set", "dim=32", "layers=2", "heads=2", *BRIEF])  # fmt: skip
     main(["sft", "twin", "--data", chats, "--out", "talks", "--steps", "2", *BRIEF])
     assert json.loads(Path("talks/train.json").read_text())["command"]["mode"] == "whole"
+
+
+def test_one_call_fine_tunes(chats, place):
+    """The run of the command line, bit for bit."""
+    main(["sft", "run", "--data", chats, "--out", "typed", "--epochs", "1", *BRIEF])
+    how = {"batch": 2, "length": 64, "precision": "fp32", "device": "cpu", "warmup": 2, "save_every": 2}
+    assert retentive.sft("run", chats, "called", epochs=1, **how) == Path("called")
+    assert Path("called/model.safetensors").read_bytes() == Path("typed/model.safetensors").read_bytes()
+    with pytest.raises(TypeError, match="no option 'lorra': did you mean lora"):
+        retentive.sft("run", chats, "other", lorra=2)
+    with pytest.raises(ValueError, match="name the one to begin with"):
+        SftRun(chats, "other")
+
+
+def test_a_resumed_run_needs_no_batch_and_length(chats):
+    """Those of its record count, also where it is too short for rows of the default length."""
+    main(["sft", "run", "--data", chats, "--out", "cut", "--steps", "3", *BRIEF])
+    shutil.rmtree("cut/checkpoints/step-00000003")
+    main(["sft", "run", "--data", chats, "--out", "cut", "--resume"])
+    assert [line["step"] for line in steps("cut")] == [1, 2, 3]
 
 
 def test_a_low_rank_change_is_saved_alone(chats, capsys):

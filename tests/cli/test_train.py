@@ -1,11 +1,15 @@
 """`retentive train`'s own: flags that become a run, recipes with errors, and how it ends."""
 
+import json
+import math
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from retentive.cli import main
+from retentive.data.packed import Packed
 from retentive.train import Interrupted, TrainRun
 
 
@@ -75,7 +79,7 @@ def test_after_ctrl_c_a_script_does_not_go_on(number, code, monkeypatch, capsys)
     """`retentive train … && next`: 130, as shells have it; SIGTERM asked for an end, and gets a good one."""
 
     def stopped(run, overrides=None):
-        raise Interrupted("stopped at step 3 of 4, saved; go on with --resume", number)
+        raise Interrupted("stopped at step 3 of 4, saved; go on with `resume=True`", number)
 
     monkeypatch.setattr(TrainRun, "run", stopped)
     ended = None
@@ -85,6 +89,45 @@ def test_after_ctrl_c_a_script_does_not_go_on(number, code, monkeypatch, capsys)
         ended = stop.code
     assert ended == code
     assert capsys.readouterr().err == "stopped at step 3 of 4, saved; go on with --resume\n"
+
+
+def test_ctrl_c_before_the_loop_listens_says_what_is_saved(train, place, monkeypatch, capsys):
+    """As a model is built; and a second one, which does not wait until the step is saved."""
+
+    def ctrl_c(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainRun, "build", ctrl_c)
+    for argv, words in (
+        (train("new"), "stopped: nothing was saved yet"),
+        (train("run", "--resume"), "stopped: step-00000004 is saved; go on with --resume"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 130 and capsys.readouterr().err.splitlines() == ["", words]
+
+
+def test_resuming_what_is_not_there_is_said(train, place, capsys):
+    """It may be a typing error."""
+    main(train("typo", "--resume"))
+    assert capsys.readouterr().err.splitlines()[0] == "the run at typo is not there: beginning it"
+    shutil.rmtree("typo/checkpoints")
+    Path("typo/.untrained").touch()
+    main(train("typo", "--resume"))
+    assert capsys.readouterr().err.splitlines()[0] == "the run at typo has no checkpoint yet: beginning it"
+    main(train("run", "--resume", "--steps", "5"))
+    assert "beginning" not in capsys.readouterr().err
+
+
+def test_epochs_are_a_number_of_steps(train, place, capsys):
+    """Of 2 rows of 32 tokens; typed steps count unless epochs are typed as well."""
+    steps = Packed(place / "data").batches(batch=2, length=32).steps_per_epoch
+    main(train("new", "--epochs", "0.25", "--save-every", "100"))
+    assert json.loads(Path("new/train.json").read_text())["train"]["steps"] == math.ceil(steps / 4)
+    for given, words in (("-1", "epochs must be at least 0 and finite, got -1"), ("inf", "finite, got inf")):
+        with pytest.raises(SystemExit):
+            main(train("bad", "--epochs", given))
+        assert words in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_slower_backend_is_told_of_when_training_begins(train, place, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`retentive train` in a process of its own, stopped by SIGTERM and SIGKILL, against an undisturbed run."""
 
+import contextlib
 import os
 import random
 import signal
@@ -162,3 +163,40 @@ def test_processes_save_and_end_with_the_one_that_started_them(number, packed, t
     until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     done = int(folders(out)[-1].name.removeprefix("step-"))
     assert done > 3 and steps_of(out) == done  # saved where they stopped: no other save was due
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_rank_that_was_killed_is_named(victim, packed, tmp_path, launched):
+    """In one line, without a traceback: the other one ends as its connections break."""
+    out = tmp_path / "run"
+    launcher = launched("-m", "retentive", *arguments_of_many(packed, out, 100_000), "--nproc", "2", "--dp-shard", "2")
+    until(lambda: steps_of(out) > 12)
+    ranks = workers_of(launcher.pid)
+    os.kill(ranks[victim], signal.SIGKILL)
+    assert launcher.wait(timeout=60) == 2
+    said = (tmp_path / "output.0").read_text().splitlines()
+    killed = f"retentive: rank {victim} was ended by SIGKILL, as when memory runs out: go on with --resume"
+    assert said[-1] == killed and sum(line.startswith("retentive:") for line in said) == 1
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [True, False], ids=["training", "starting"])
+def test_ctrl_c_in_a_terminal_reaches_all_and_is_answered_once(begun, packed, tmp_path):
+    """The launcher and its ranks are one process group, all of which the terminal interrupts."""
+    out, environment = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "retentive", *arguments_of_many(packed, out, 100_000), "--nproc", "2"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        until(lambda: steps_of(out) > 3 if begun else len(workers_of(launcher.pid)) == 2)
+        os.killpg(launcher.pid, signal.SIGINT)
+        errors = launcher.communicate(timeout=60)[1].splitlines()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 130 and "Traceback" not in errors
+    if begun:
+        assert errors[-1].startswith("stopped at step ") and errors[-1].endswith("saved; go on with --resume")
+    else:
+        assert errors[-2:] == ["", "stopped: nothing was saved yet"]

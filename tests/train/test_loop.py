@@ -17,7 +17,7 @@ import retentive
 from retentive.data.packed import Packed
 from retentive.evals.heldout import HeldOut
 from retentive.files import load_tensors
-from retentive.models import ARCHITECTURES, build, retnet, twin
+from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer, twin
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.checkpoints import folders
 from retentive.train.speed import pick_precision
@@ -27,6 +27,12 @@ from tests.configs import changed
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = retnet(dim=32, layers=2, heads=2)
 PAPER = changed(TINY, **ARCHITECTURES["retnet-paper"])
+CONSTANT = {
+    "retnet": TINY,
+    "hybrid-window": hybrid(dim=32, layers=2, heads=2, attention_every=2, attention_window=40),
+    "twin-window": transformer(dim=32, layers=2, heads=2, attention_window=9, forget_gate=True, qk_norm=True),
+}
+"""Models whose state has constant size."""
 CPU = torch.device("cpu")
 EOS = 256
 # float64 has 53 bits, 1e-16: two layers, losses of 128 tokens and their gradients summed in another order cost a lot
@@ -91,10 +97,12 @@ def test_gradients_of_a_step_are_the_mean_of_its_batches(config, mode, packed, s
     same(got, torch.autograd.grad(want, list(model.parameters())), EXACT)
 
 
-def test_carried_on_is_read_whole(packed, run, metrics):
+@pytest.mark.parametrize("config", CONSTANT.values(), ids=CONSTANT)
+def test_carried_on_is_read_whole(config, packed, run, metrics):
     """With constant weights, the losses of consecutive batches are those of whole documents read at once."""
     rows, length, steps = 4, 32, 12
-    folder = run("carry", model=double(TINY), mode="carry", accumulate=2, steps=steps // 2, lr=1e-300, weight_decay=0.0)
+    options = dict(accumulate=2, steps=steps // 2, lr=1e-300, weight_decay=0.0)
+    folder = run("carry", model=double(config), mode="carry", **options)
     got = losses(metrics(folder))
     batches = Packed(packed).batches(mode="carry", batch=rows, length=length)
     assert steps < batches.steps_per_epoch
@@ -102,7 +110,7 @@ def test_carried_on_is_read_whole(packed, run, metrics):
         torch.cat([getattr(batches[i], name).view(rows, length) for i in range(steps)], 1)
         for name in ("ids", "targets")
     ]
-    model, pieces, longest = double(TINY), torch.zeros(rows, steps * length, dtype=torch.float64), 0
+    model, pieces, longest = double(config), torch.zeros(rows, steps * length, dtype=torch.float64), 0
     for row, (ids, targets) in enumerate(zip(*whole, strict=True)):
         starts = sorted({0, *(ids == EOS).nonzero().flatten().tolist()})
         for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
@@ -113,7 +121,7 @@ def test_carried_on_is_read_whole(packed, run, metrics):
     assert longest > 3 * length, "some documents last several batches"
     want = pieces.view(rows, steps // 2, 2 * length).mean((0, 2)).tolist()
     assert got == pytest.approx(want, rel=EXACT)
-    reset = losses(metrics(run("reset", model=double(TINY), steps=2, lr=1e-300, weight_decay=0.0)))
+    reset = losses(metrics(run("reset", model=double(config), steps=2, lr=1e-300, weight_decay=0.0)))
     assert reset[0] != pytest.approx(got[0], rel=1e-3)
 
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 import retentive
 from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
-from retentive.models import build, retnet, twin
+from retentive.models import build, hybrid, retnet, twin
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import checkpoint as sharded
 from retentive.train.signals import Interrupted
 from tests.configs import changed
 
 TINY = retnet(dim=32, layers=2, heads=2, dropout=0.1)
+HYBRID = hybrid(dim=32, layers=2, heads=2, dropout=0.1, attention_every=2, attention_window=40)
 
 
 class Crash(Exception):
@@ -44,8 +45,15 @@ def steps(folder) -> list[str]:
 
 @pytest.mark.parametrize(
     ("model", "mode"),
-    [(TINY, "reset"), (TINY, "packed"), (TINY, "carry"), (twin(TINY), "reset"), (twin(TINY), "packed")],
-    ids=["reset", "packed", "carry", "twin-reset", "twin-packed"],
+    [
+        (TINY, "reset"),
+        (TINY, "packed"),
+        (TINY, "carry"),
+        (twin(TINY), "reset"),
+        (twin(TINY), "packed"),
+        (HYBRID, "carry"),
+    ],
+    ids=["reset", "packed", "carry", "twin-reset", "twin-packed", "hybrid-carry"],
 )
 def test_crashed_and_resumed_ends_in_the_bits_of_never_stopped(model, mode, run, same_end):
     """With dropout and two batches a step; the crash comes two steps and a half after a checkpoint."""

@@ -342,6 +342,17 @@ def test_weights_that_do_not_go_with_the_rest_are_refused(made, tmp_path, refuse
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("model", ["transformer", "hybrid"])
+def test_states_of_constant_size_are_carried_and_others_refused(model, made, packed, refuses):
+    window = {**SMALL, "layers": 2, "attention_window": 20}
+    run = made("a", model=model, mode="carry", set=window, eval_every=2, eval_tokens=200).run(quiet=True)
+    assert len(losses(run)) == 4 and (folders(run)[-1] / "state.safetensors").is_file()
+    growing = made("b", model=model, mode="carry", set={**SMALL, "layers": 2})
+    with refuses("mode carry hands on a state of constant size, and a "):
+        growing.run(quiet=True)
+    assert not growing.out.exists()
+
+
 @pytest.mark.parametrize("change", [{"batch": 10**9}, {"size": "torchscale-65b", "set": {}}], ids=["batch", "size"])
 def test_what_cannot_fit_is_refused_before_anything_is_made(change, made, refuses):
     run = made("a", **change)

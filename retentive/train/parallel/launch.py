@@ -18,6 +18,8 @@ from retentive.train.signals import stop_signals
 
 SAVING = 600.0
 """Seconds for ranks to save after they were told to stop."""
+HEARD = 3.0
+"""Seconds after a Ctrl-C before ranks are told: in a terminal they received it too, and may be ending already."""
 ENDING = 30.0
 """Seconds for ranks to end after another rank failed, which breaks their connections to it."""
 
@@ -41,9 +43,11 @@ def launch(work: Callable[[], object], nproc: int) -> None:
             _start(ranks)
             while (alive := _alive(ranks)) and not stop.signal and not _failed(ranks):
                 wait([rank.sentinel for rank in alive], timeout=0.2)
+            if stop.signal == signal.SIGINT:
+                _join(ranks, HEARD)
             if stop.signal:
-                for rank in alive:
-                    rank.terminate()  # SIGTERM for any signal: ranks in a terminal already received the Ctrl-C
+                for rank in _alive(ranks):
+                    rank.terminate()
             _join(ranks, SAVING if stop.signal else ENDING)
         finally:
             stuck = _alive(ranks)
@@ -89,7 +93,10 @@ def _rank(work: Callable[[], object], rank: int, nproc: int, port: int, launcher
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     stop_without(launcher)
     machine.keep_freed_memory()
-    work()
+    try:
+        work()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending, with the exit code that says how
 
 
 def _join(ranks: Sequence[BaseProcess], seconds: float) -> None:
