@@ -72,6 +72,8 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that has no ONNX graph."""
     check_model(model)
+    if any(model.config.sinks):
+        raise ValueError("a model with attention sinks has no ONNX graph: export it to native or browser")
     for module in model.modules():
         if isinstance(module, Quantized) and module.group & (module.group - 1):
             raise ValueError(f"a group of {module.group} integers: onnxruntime takes those of 16, 32, 64, 128 and 256")

@@ -1,8 +1,8 @@
 """Softmax attention: rotary positions, grouped heads, a cache of keys and values.
 
 A strong modern baseline, computed by PyTorch's scaled_dot_product_attention. Source: Vaswani et al., arXiv 1706.03762;
-rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv 2004.05150). With a
-forget gate its score of token j is
+rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv 2004.05150), and to the
+first tokens if there are sinks (StreamingLLM, arXiv 2309.17453). With a forget gate its score of token j is
 
     q_i k_j / sqrt(K) + log f_{j+1} + … + log f_i        log f_t = log sigmoid(x_t Wf + b) of each head
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from retentive.layers.config import AttentionConfig
 from retentive.layers.norm import RMSNorm
-from retentive.layers.past import Layer, Span, cache_after, spans_of, tokens_before
+from retentive.layers.past import Layer, Span, cache_after, seen_before, spans_of, tokens_before
 from retentive.layers.positions import Positions, positions_of
+from retentive.layers.slots import positions_in, slot_of
 from retentive.ops import decay as decays
 from retentive.ops import rotary
 from retentive.ops.rows import rotate
@@ -40,9 +41,9 @@ class Phases(NamedTuple):
 class Attention(nn.Module):
     """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is a `Layer` of S slots.
 
-    The token at position p is in slot p, with a window in slot p mod S, where S is at least the window or the text's
-    length. Without gradients a given cache is written in place and must have enough slots; with them another cache
-    comes back (`past.py`).
+    The token at position p is in slot p. With a window the slots after the sinks are a ring (`slot_of`), and S is at
+    least the sinks and the window, or the text's length. Without gradients a given cache is written in place and must
+    have enough slots; with them another cache comes back (`past.py`).
     """
 
     kind = AttentionConfig.kind
@@ -50,7 +51,8 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig):
         super().__init__()
         self.config = c = config
-        self.H, self.kv_heads, self.K, self.window = c.heads, c.kv_heads, c.head_dim, c.window or 0
+        self.H, self.kv_heads, self.K = c.heads, c.kv_heads, c.head_dim
+        self.window, self.sinks, self.slots = c.window or 0, c.sinks, c.slots
         self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=False)
         self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
         self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
@@ -139,22 +141,23 @@ class Attention(nn.Module):
 
     def _whole(self, q: Tensor, new: Layer) -> Tensor:
         """Attends within a whole text from its first token: causal, by SDPA's fast path, limited by the window."""
-        W, T = self.window, q.shape[1]
-        if not W or T <= W:
+        most, T = self.slots, q.shape[1]
+        if not most or most >= T:  # the first so many tokens see all before them
             k, v, *gates = new
             return self._attend(q, k, v, *map(_after, gates), causal=True)
-        first = self._whole(q[:, :W], tuple(x[:, :W] for x in new))
-        return torch.cat((first, self._banded(q[:, W:], new)), 1)
+        first = self._whole(q[:, :most], tuple(x[:, :most] for x in new))
+        return torch.cat((first, self._banded(q[:, most:], new)), 1)
 
-    def _banded(self, q: Tensor, laid: Layer, seen_BS: Tensor | None = None) -> Tensor:
-        """Attends with queries `[B,T,H,K]` to `laid` `[B,W+T,…]`: the W tokens before the first, then the queries' own.
+    def _banded(self, q: Tensor, laid: Layer, at_BL: Tensor | None = None) -> Tensor:
+        """Attends with queries `[B,T,H,K]` to `laid` `[B,sinks+W+T,…]`: the sinks, the W tokens before the first query,
+        the queries' own.
 
-        Computed in blocks of W queries, each over the 2 W tokens that they can see: linear in T.
+        Computed in blocks of W queries, each over the sinks and the 2 W tokens that they can see: linear in T.
 
         Args:
-            seen_BS: True for entries of `laid` that exist; None for all.
+            at_BL: positions of `laid`, below 0 where there is none yet; None if the W tokens are there and no sinks.
         """
-        W, (B, T) = self.window, q.shape[:2]
+        W, s, (B, T) = self.window, self.sinks, q.shape[:2]
         N = -(-T // W)
 
         def blocks(x: Tensor, size: int) -> Tensor:  # [B, L, …] -> [B N, size, …], each W further
@@ -163,9 +166,16 @@ class Attention(nn.Module):
 
         query, key = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
         mask = ((key > query) & (key <= query + W))[None]
-        if seen_BS is not None:  # a token always sees itself: padding rows would otherwise be an empty softmax
-            mask = mask & blocks(seen_BS[..., None], 2 * W).mT | (key == query + W)
-        k, v, *gates = (blocks(x, 2 * W) for x in laid)
+        first = mask.new_ones(1, W, s)
+        if at_BL is not None:  # a sink within the window is seen as a sink, once
+            mask = mask & (blocks(at_BL[:, s:, None], 2 * W).mT >= s)
+            first = torch.arange(s, device=q.device) <= blocks(at_BL[:, s + W :, None].clamp(min=0), W)
+            if not s:  # a token always sees itself: padding rows, which see no sink, would be an empty softmax
+                mask = mask | (key == query + W)
+        k, v, *gates = (blocks(x[:, s:], 2 * W) for x in laid)
+        if s:
+            k, v = (torch.cat((x[:, :s].repeat_interleave(N, 0), y), 1) for x, y in zip(laid, (k, v), strict=True))
+            mask = torch.cat((first, mask), -1)
         o = self._attend(blocks(q, W), k, v, *map(_after, gates), mask_BTS=mask)
         return o.unflatten(0, (B, N)).flatten(1, 2)[:, :T]
 
@@ -176,29 +186,28 @@ class Attention(nn.Module):
 
         Attends before writing if the new tokens would overwrite what the first of them sees.
         """
-        (B, T), W = q.shape[:2], self.window
+        (B, T), W, most = q.shape[:2], self.window, self.slots
         end = max(starts) + T
         if cache is None:
-            cache = tuple(x.new_zeros(B, min(T, W or T), *x.shape[2:]) for x in new)
+            cache = tuple(x.new_zeros(B, min(T, most or T), *x.shape[2:]) for x in new)
         S = cache[0].shape[1]
-        if W and end > S and T > S - W + 1:
-            o = self._banded(q, *_laid(new, cache, positions, W))
+        if W and end > S and S - most + 1 < T:
+            o = self._banded(q, *self._laid(new, cache, positions))
             self._write(new, cache, positions, starts)
             return o, cache
         self._write(new, cache, positions, starts)
         S = min(end, S)
-        slot, mask_BTS, at_BS = torch.arange(S, device=q.device), None, None
-        if W:  # position held by each slot; below 0: none yet
-            last_B1 = positions.end[:, None] - 1
-            at_BS = last_B1 - (last_B1 - slot) % S
+        slot, mask_BTS = torch.arange(S, device=q.device), None
+        at_BS = positions_in(S, self.sinks, positions.end[:, None]) if W else None
         # No mask if each row has one token that sees all slots: SDPA's fast path accepts none.
-        if T > 1 or min(starts) != max(starts) or (W and S > W):
+        if T > 1 or min(starts) != max(starts) or (W and most < S):
             p_BT1 = positions.of_token.expand(B, T)[..., None]
             if at_BS is None:
                 mask_BTS = slot <= p_BT1
             else:  # always its own slot, since padding may see nothing else and an empty softmax is NaN
                 at_B1S = at_BS[:, None]
-                mask_BTS = (at_B1S >= 0) & (at_B1S <= p_BT1) & (at_B1S > p_BT1 - W) | (slot == p_BT1 % S)
+                seen_BTS = (at_B1S > p_BT1 - W) | (at_B1S < self.sinks)
+                mask_BTS = (at_B1S >= 0) & (at_B1S <= p_BT1) & seen_BTS | (slot == slot_of(p_BT1, S, self.sinks))
         k, v, *gates = (x[:, :S] for x in cache)
         fades = [_after_in_slots(gate_BSH, positions.end[:, None], at_BS) for gate_BSH in gates]
         return self._attend(q, k, v, *fades, mask_BTS=mask_BTS), cache
@@ -207,8 +216,8 @@ class Attention(nn.Module):
         """Attends to the cache and to new tokens, and returns another cache: gradients pass through both."""
         flat = q.flatten(0, 1)[None]
         new = tuple(x.flatten(0, 1)[None] for x in new)
-        o = self._within(flat, new, spans, tokens_before(cache, spans, self.window))
-        return o.unflatten(1, q.shape[:2])[0], cache_after(cache, new, spans, self.window)
+        o = self._within(flat, new, spans, tokens_before(cache, spans, self.window, self.sinks))
+        return o.unflatten(1, q.shape[:2])[0], cache_after(cache, new, spans, self.slots, self.sinks)
 
     def _context_parallel(self, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
         """Attends within packed sequences, of which other ranks have the tokens before the first."""
@@ -220,23 +229,30 @@ class Attention(nn.Module):
         fresh = [span for n, span in enumerate(spans) if n not in past and span.end > span.begin]
         out, places = self._together(q, new, fresh)
         for n, tokens in past.items():
-            a, b, _ = spans[n]
+            a, b, start = spans[n]
             laid = tuple(torch.cat((x.to(y.dtype), y[:, a:b]), 1) for x, y in zip(tokens, new, strict=True))
-            out.append(self._masked(q[:, a:b], laid)[0])
+            sinks = int((seen_before(start, self.window, self.sinks) < self.sinks).sum())
+            sinks += min(max(self.sinks - start, 0), b - a)  # among its own
+            out.append(self._masked(q[:, a:b], laid, sinks)[0])
             places.append(torch.arange(a, b, device=q.device))
         found = torch.cat(out)
         return found.new_zeros(q.shape[1], *found.shape[1:]).index_copy(0, torch.cat(places), found)[None]
 
-    def _masked(self, q: Tensor, laid: Layer) -> Tensor:
-        """Attends with queries `[B,T,H,K]` to `laid` `[B,P+T,…]`, the P tokens before the first and their own."""
+    def _masked(self, q: Tensor, laid: Layer, sinks: int) -> Tensor:
+        """Attends with queries `[B,T,H,K]` to `laid` `[B,P+T,…]`, P tokens before the first and their own.
+
+        Args:
+            sinks: how many of `laid`, the first ones, all later tokens see.
+        """
         (T, P), W, out = (q.shape[1], laid[0].shape[1] - q.shape[1]), self.window, []
         for i in range(0, T, ROWS):
             j = min(i + ROWS, T)
-            first = max(0, P + i - W + 1) if W else 0
+            first = max(sinks, P + i - W + 1) if W else 0
             query = torch.arange(P + i, P + j, device=q.device)[:, None]
-            key = torch.arange(first, P + j, device=q.device)
-            mask_TS = (key <= query) & (key > query - W) if W else key <= query
-            k, v, *gates = (x[:, first : P + j] for x in laid)
+            key = torch.arange(first - sinks, P + j, device=q.device)
+            key = torch.where(key < first, key - (first - sinks), key)
+            mask_TS = (key <= query) & ((key > query - W) | (key < sinks)) if W else key <= query
+            k, v, *gates = (x[:, first : P + j] if not sinks else x.index_select(1, key) for x in laid)
             out.append(self._attend(q[:, i:j], k, v, *map(_after, gates), mask_BTS=mask_TS[None]))
         return torch.cat(out, 1)
 
@@ -252,7 +268,7 @@ class Attention(nn.Module):
             return self._within(q, new, [Span(*each) for each in spans], {}), None
         if cache is None:
             S = max(b - a + start for a, b, start in spans)
-            cache = tuple(x.new_zeros(len(spans), min(S, self.window or S), *x.shape[2:]) for x in new)
+            cache = tuple(x.new_zeros(len(spans), min(S, self.slots or S), *x.shape[2:]) for x in new)
         out = []
         for n, (a, b, start) in enumerate(spans):
             part = tuple(x[:, a:b] for x in new)
@@ -292,34 +308,55 @@ class Attention(nn.Module):
     # the slots of a cache
 
     def _last(self, new: Layer) -> Layer:
-        """Returns the cache after a whole text: all its tokens, or the window's last ones as a ring."""
-        W, T = self.window, new[0].shape[1]
-        if not W or T < W:
+        """Returns the cache after a whole text: all its tokens, or the sinks, and the window's last ones as a ring."""
+        W, s, T = self.window, self.sinks, new[0].shape[1]
+        if not W or self.slots > T:
             return new
-        # also copied at T = W: the next call writes to it, while a backward pass through this one reads these tokens
-        return tuple(x[:, -W:].roll(T % W, 1) for x in new)
+        # copied if just full, too: the next call writes to it, and a backward pass through this one reads these tokens
+        return tuple(torch.cat((x[:, :s], x[:, -W:].roll((T - s) % W, 1)), 1) for x in new)
 
     def _write(self, new: Layer, cache: Layer, positions: Positions, starts: list[int]) -> None:
-        """Writes the last tokens of each row, as many as there are slots, to their slots."""
+        """Writes the sinks and the last tokens of each row, as many as there are slots, to their slots."""
         (B, T), S, end = new[0].shape[:2], cache[0].shape[1], max(starts) + new[0].shape[1]
-        if min(end, self.window or end) > S:
-            raise ValueError(f"the cache has {S} slots, {min(end, self.window or end)} are needed: reserve them before")
+        if min(end, self.slots or end) > S:
+            raise ValueError(f"the cache has {S} slots, {min(end, self.slots or end)} are needed: reserve them before")
+        s = min(self.sinks, S)
+        R = S - s
         if min(starts) == max(starts) and positions.valid is None:
-            count, first = min(T, S), (end - min(T, S)) % S
-            straight = min(count, S - first)  # the rest goes to slot 0 onwards
+            sinks = min(max(s - starts[0], 0), T)
+            count = min(T - sinks, R)
+            first = (end - s - count) % max(R, 1)
+            straight = min(count, R - first)  # the rest goes to the ring's first slot onwards
             for slots, x in zip(cache, new, strict=True):
-                slots[:, first : first + straight] = x[:, T - count : T - count + straight]
+                if sinks:
+                    slots[:, starts[0] : starts[0] + sinks] = x[:, :sinks]
+                slots[:, s + first : s + first + straight] = x[:, T - count : T - count + straight]
                 if straight < count:
-                    slots[:, : count - straight] = x[:, T - count + straight :]
+                    slots[:, s : s + count - straight] = x[:, T - count + straight :]
             return
         position_BT = positions.of_token.expand(B, T)
         # Padding is not written: its positions may belong to real tokens, whose slots it would overwrite.
         written = torch.ones_like(position_BT, dtype=torch.bool) if positions.valid is None else positions.valid
         # Each slot is written once, since of two writes to one place either may win.
-        rows, columns = (written & (position_BT >= positions.end[:, None] - S)).nonzero(as_tuple=True)
-        at = position_BT[rows, columns] % S
+        kept = (position_BT >= positions.end[:, None] - R) | (position_BT < s)
+        rows, columns = (written & kept).nonzero(as_tuple=True)
+        at = slot_of(position_BT[rows, columns], S, s)
         for slots, x in zip(cache, new, strict=True):
             slots[rows, at] = x[rows, columns].to(slots.dtype)
+
+    def _laid(self, new: Layer, cache: Layer, positions: Positions) -> tuple[Layer, Tensor]:
+        """Returns (the sinks, the W tokens before each row's first, its own, `[B,sinks+W+T,…]`; their positions).
+
+        Left padding is replaced by the tokens before it, so that position and place advance together along the row.
+        """
+        W, s, (B, T), S, device = self.window, self.sinks, new[0].shape[:2], cache[0].shape[1], new[0].device
+        last_B1 = positions.of_token[..., -1:].expand(B, 1)  # locates the row, whatever its padding
+        place = torch.arange(-s, W + T, device=device)
+        at_BL = torch.where(place < 0, place + s, last_B1 - (W + T - 1) + place)
+        start_B1 = at_BL.new_zeros(B, 1) if positions.start is None else positions.start[:, None]
+        index = torch.where(at_BL < start_B1, slot_of(at_BL, S, s), S + at_BL - last_B1 + T - 1).clamp(0, S + T - 1)
+        rows = torch.arange(B, device=device)[:, None]
+        return tuple(torch.cat(pair, 1)[rows, index] for pair in zip(cache, new, strict=True)), at_BL
 
     def reset_parameters(self) -> None:
         """Initialises with Xavier and the gains of the retention layer, so that twins start alike.
@@ -372,18 +409,3 @@ def _with_columns(q: Tensor, k: Tensor, v: Tensor, fade_BSH: Tensor) -> tuple[Te
     columns = torch.stack(parts, -1)
     ones = q.new_ones(*q.shape[:-1], len(parts))
     return torch.cat((q, ones), -1), torch.cat((k.to(q.dtype), columns), -1), F.pad(v, (0, len(parts)))
-
-
-def _laid(new: Layer, cache: Layer, positions: Positions, W: int) -> tuple[Layer, Tensor]:
-    """Returns (the W tokens before each row's first, then its own, `[B,W+T,…]`; True for those that exist, `[B,W+T]`).
-
-    Left padding is replaced by the tokens before it, so that position and place advance together along the row.
-    """
-    (B, T), S, device = new[0].shape[:2], cache[0].shape[1], new[0].device
-    place = torch.arange(W + T, device=device)
-    # the last place's position locates the row, whatever its padding
-    position_BL = (positions.of_token[..., -1:] - (W + T - 1) + place).expand(B, -1)
-    start_B1 = position_BL.new_zeros(B, 1) if positions.start is None else positions.start[:, None]
-    index = torch.where(position_BL < start_B1, position_BL % S, S + place - W)
-    rows = torch.arange(B, device=device)[:, None]
-    return tuple(torch.cat(pair, 1)[rows, index] for pair in zip(cache, new, strict=True)), position_BL >= 0

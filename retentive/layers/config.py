@@ -157,6 +157,8 @@ class AttentionConfig:
     (arXiv 2503.02130). Needs one key head per query head."""
     window: int | None = None
     """Number of tokens that a token attends to, itself included, in a cache of constant size; None (null): all."""
+    sinks: int = 0
+    """Attention sinks: the first tokens of a text, seen by every token beside its window (arXiv 2309.17453)."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
@@ -177,15 +179,28 @@ class AttentionConfig:
         check_rotation(self)
         if self.window is not None and self.window < 1:
             raise ValueError(f"the window must be at least 1 token, or null for all before it, got {self.window}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be at least 0, got {self.sinks}")
+        if self.sinks and self.window is None:
+            raise ValueError(
+                f"sinks {self.sinks} without a window, where all tokens are seen: set window, or sinks to 0"
+            )
+        if self.sinks and self.forget_gate:
+            raise ValueError(f"sinks {self.sinks} with forget_gate, whose older gates a window loses: set one of them")
         if self.forget_gate and self.kv_heads != self.heads:
             raise ValueError(
                 f"forget_gate needs keys of its own for every head: set kv_heads to {self.heads}, got {self.kv_heads}"
             )
         check_norm_eps(self.norm_eps)
 
+    @property
+    def slots(self) -> int:
+        """Tokens that a cache keeps at most: the sinks and the window; 0 without a window, for all tokens."""
+        return self.sinks + self.window if self.window else 0
+
     def seen(self, context: int) -> int:
         """Returns the number of tokens that the last of `context` tokens attends to, itself included."""
-        return min(context, self.window or context)
+        return min(context, self.slots or context)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retentive.layers.positions import Positions
+from retentive.layers.slots import positions_in, slot_of
 
 Layer = tuple[Tensor, ...]
 """(keys, values), each `[N,S,kv_heads,K]`; with a forget gate also the log gates `[N,S,H]`, float32 or wider."""
@@ -35,36 +36,44 @@ def spans_of(positions: Positions, starts: Sequence[int], T: int) -> list[Span]:
     return [Span(n * T + at, n * T + at + counts[n], starts[n]) for n, at in enumerate(first)]
 
 
-def tokens_before(cache: Layer, spans: Sequence[Span], window: int) -> dict[int, Layer]:
-    """Returns the tokens `[1,P,…]` before each span that has some, in order, of a window those that can be seen.
+def seen_before(start: int, window: int, sinks: int) -> Tensor:
+    """Returns the positions before `start` that a token there can see, in order: all, or the sinks and the window's."""
+    first = max(start - window + 1, 0) if window else 0
+    return torch.cat((torch.arange(min(sinks, first)), torch.arange(first, start)))
+
+
+def tokens_before(cache: Layer, spans: Sequence[Span], window: int, sinks: int) -> dict[int, Layer]:
+    """Returns the tokens `[1,P,…]` before each span that has some that can be seen, in order.
 
     Args:
-        cache: the token at position p is in slot p, with a window in slot p mod S.
+        cache: the token at position p is in slot p, with a window in that of `slots.py`.
     """
     found = {}
     for n, span in enumerate(spans):
-        count = min(span.start, window - 1) if window else span.start
-        if count and span.end > span.begin:
-            at = torch.arange(span.start - count, span.start, device=cache[0].device) % cache[0].shape[1]
+        at = seen_before(span.start, window, sinks).to(cache[0].device)
+        if len(at) and span.end > span.begin:
+            at = slot_of(at, cache[0].shape[1], sinks) if window else at
             found[n] = tuple(x[n].index_select(0, at)[None] for x in cache)
     return found
 
 
-def cache_after(cache: Layer, new: Layer, spans: Sequence[Span], window: int) -> Layer:
+def cache_after(cache: Layer, new: Layer, spans: Sequence[Span], most: int, sinks: int) -> Layer:
     """Returns the cache after the call, with as many slots as its longest sequence needs; free slots hold zeros.
 
     Args:
         new: the tokens of the call `[1,T,…]`.
+        most: slots of the sinks and the window; 0 without a window.
     """
     (N, old), device = cache[0].shape[:2], cache[0].device
     begin, end, start = (torch.tensor(column, device=device)[:, None] for column in zip(*spans, strict=True))
     last = start + end - begin - 1
     longest = max(span.start + span.end - span.begin for span in spans)
-    slots = min(longest, window) if window else longest
-    slot = torch.arange(slots, device=device)
-    at = last - (last - slot) % max(slots, 1) if window else slot.expand(N, -1)  # position of each slot's token
+    slots = min(longest, most) if most else longest
+    # position of each slot's token
+    at = positions_in(slots, sinks, last + 1) if most else torch.arange(slots, device=device).expand(N, -1)
+    held = slot_of(at.clamp(min=0), old, sinks) if most else at % max(old, 1)
     row = torch.arange(N, device=device)[:, None]
-    source = torch.where(at >= start, N * old + begin + at - start, row * old + at % max(old, 1))
+    source = torch.where(at >= start, N * old + begin + at - start, row * old + held)
     zeros = N * old + new[0].shape[1]
     source = torch.where((at < 0) | (at > last), zeros, source).flatten()
     tokens = (

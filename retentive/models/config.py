@@ -102,7 +102,12 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int, ...]:
         """Maximum number of tokens in each block's cache; 0 for unlimited, and for retention, which has no cache."""
-        return tuple(m.window or 0 if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
+        return tuple(m.slots if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """Number of attention sinks among the tokens of each block's cache."""
+        return tuple(m.sinks if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
 
     @property
     def constant_state(self) -> bool:

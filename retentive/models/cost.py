@@ -76,7 +76,7 @@ def _multiply_adds(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...
         if isinstance(mixer, RetentionConfig):
             fixed += 2 * mixer.key_dim // mixer.heads * mixer.value_dim
         else:
-            by_window[mixer.window or 0] += 2 * mixer.heads * mixer.head_dim
+            by_window[mixer.slots] += 2 * mixer.heads * mixer.head_dim
     return fixed, tuple(by_window.items())
 
 
@@ -92,7 +92,7 @@ def training_flops_per_token(config: ModelConfig | PeerConfig, length: int) -> i
 
 def mean_flops_per_token(config: ModelConfig, length: int) -> int:
     """Returns the forward FLOPs of a token, averaged over a sequence of `length`. Attention sees half of it on average;
-    with a window, half of the window's first fill and then all of the window."""
+    with a window, half of the window's first fill and then all of the window. Sinks count as part of the window."""
     fixed, by_window = _multiply_adds(config)
     total = fixed * length
     for window, more in by_window:

@@ -3,7 +3,8 @@
 `State` (state.py) holds one memory per block, and the positions that they share. Both kinds have the same methods.
 `position` is int64 `[N]`, the number of tokens in each sequence:
 
-    kind, window           "retention" or "attention"; maximum slots of a cache, 0: unlimited, or no cache
+    kind, window, sinks    "retention" or "attention"; maximum slots of a cache, 0: unlimited, or no cache; how many of
+                           them keep the first tokens
     nbytes                 bytes of its tensors
     shapes                 shapes of its tensors, without the number of slots, and the window
     map(f)                 applies f to every tensor; the first dimension of all is the sequences
@@ -13,7 +14,7 @@
     check_rollback(tokens, position), rollback(tokens)
     settled()              plain tensors that include all tokens
     cat(memories, positions)
-    named(position)        tensors by their names in a file;  read(tensors, window, position)
+    named(position)        tensors by their names in a file;  read(tensors, window, position, sinks)
     writes_into(other)     True if it is `other` after tokens were written in place
 """
 
@@ -26,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from retentive.layers.attention import Layer
 from retentive.layers.config import AttentionConfig, RetentionConfig
+from retentive.layers.past import Layer
+from retentive.layers.slots import positions_in, slot_of
 from retentive.ops import Ring
 from retentive.ops.ring import slots as ring_slots
 
@@ -43,6 +45,7 @@ class RetentionMemory:
 
     kind: ClassVar[str] = RetentionConfig.kind
     window: ClassVar[int] = 0
+    sinks: ClassVar[int] = 0
     value: Tensor | Ring
     """`[N,H,K,V]`, float32 (float64 in a float64 model); a Ring while decoding token by token."""
 
@@ -108,7 +111,7 @@ class RetentionMemory:
         return {"state": self.tensor()}
 
     @staticmethod
-    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor) -> "RetentionMemory":
+    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor, sinks: int = 0) -> "RetentionMemory":
         return RetentionMemory(tensors["state"])
 
     def writes_into(self, other: "Memory") -> bool:
@@ -122,8 +125,8 @@ class RetentionMemory:
 class AttentionMemory:
     """Keys and values of an attention layer. The token at position p is in slot p; slots beyond are free.
 
-    With a window W the S slots are a ring with the token in slot p mod S. S grows with the text up to W. A larger S
-    holds more tokens than are attended to, so that these can be taken back.
+    With a window the slots after the sinks are a ring (`layers/slots.py`). S grows with the text up to both. A
+    larger S holds more tokens than are attended to, so that these can be taken back.
     """
 
     kind: ClassVar[str] = AttentionConfig.kind
@@ -134,9 +137,11 @@ class AttentionMemory:
     gates: Tensor | None = None
     """`[N,S,H]`, each token's log forget gate, float32 (float64 in a float64 model); None without forget gates."""
     window: int = 0
-    """Number of tokens that a token attends to, itself included; 0: all."""
+    """Number of tokens that a token attends to, itself and the sinks included; 0: all."""
     oldest: Tensor | None = None
-    """int64 `[N]`, with a window: tokens before this position are lost, even after a rollback."""
+    """int64 `[N]`, with a window: tokens before this position, the sinks excepted, are lost, even after a rollback."""
+    sinks: int = 0
+    """First tokens of a text, which stay in the first slots."""
 
     def __post_init__(self):
         if self.window and self.oldest is None:
@@ -149,7 +154,7 @@ class AttentionMemory:
             torch.zeros(batch, 0, config.kv_heads, config.head_dim, dtype=dtype, device=device) for _ in range(2)
         )
         gates = torch.zeros(batch, 0, config.heads, dtype=_wide(dtype), device=device) if config.forget_gate else None
-        return AttentionMemory(keys, values, gates, config.window or 0)
+        return AttentionMemory(keys, values, gates, config.slots, sinks=config.sinks)
 
     @property
     def layer(self) -> Layer:
@@ -159,7 +164,7 @@ class AttentionMemory:
     def filled(self, layer: Layer) -> "AttentionMemory":
         """Returns a memory with this window and another cache, in the layer's form."""
         keys, values, *gates = layer
-        return AttentionMemory(keys, values, gates[0] if gates else None, self.window, self.oldest)
+        return AttentionMemory(keys, values, gates[0] if gates else None, self.window, self.oldest, self.sinks)
 
     @property
     def slots(self) -> int:
@@ -168,7 +173,7 @@ class AttentionMemory:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [(self.window, x.shape[0], *x.shape[2:]) for x in self.layer]
+        return [(self.window, self.sinks, x.shape[0], *x.shape[2:]) for x in self.layer]
 
     def tensors(self) -> list[Tensor]:
         """Returns all its tensors."""
@@ -207,9 +212,10 @@ class AttentionMemory:
         return self._slots(grow)
 
     def _first_held(self, position: Tensor) -> Tensor:
-        """Returns int64 `[N]`, with a window: the first position whose token is still in its slot."""
+        """Returns int64 `[N]`, with a window: the first position after the sinks whose token is still in its slot."""
         assert self.oldest is not None
-        return torch.maximum(self.oldest, position - self.slots)
+        begin = torch.where(position > self.slots, position - (self.slots - self.sinks), 0)  # of the ring
+        return torch.maximum(self.oldest, begin)
 
     def _in_rings_of(self, slots: int, position: Tensor) -> "AttentionMemory":
         """Returns a memory with another number of slots, for a window: the last tokens that fit, each in its own slot.
@@ -219,15 +225,15 @@ class AttentionMemory:
         have = self.slots
         if have == slots:
             return self
-        last = position[:, None] - 1
-        at = last - (last - torch.arange(slots, device=last.device)) % max(slots, 1)  # position of each new slot
+        at = positions_in(slots, self.sinks, position[:, None])
         first = self._first_held(position)
-        lost, rows = at < first[:, None], torch.arange(len(last), device=last.device)[:, None]
+        lost = (at < 0) | ((at < first[:, None]) & (at >= self.sinks))
+        rows, old = torch.arange(len(at), device=at.device)[:, None], slot_of(at.clamp(min=0), have, self.sinks)
 
         def lay(x: Tensor) -> Tensor:
             if not have:
                 return x.new_zeros(x.shape[0], slots, *x.shape[2:])
-            return x[rows, at % have].masked_fill_(lost.view(*lost.shape, *(1,) * (x.ndim - 2)), 0)
+            return x[rows, old].masked_fill_(lost.view(*lost.shape, *(1,) * (x.ndim - 2)), 0)
 
         return replace(self._slots(lay), oldest=first)
 
@@ -260,9 +266,10 @@ class AttentionMemory:
         if self.oldest is None:
             return
         self.oldest.copy_(self._first_held(position))  # before the position moves, since it stays lost
-        if bool(((position - tokens - self.window).clamp(min=0) < self.oldest).any()):
+        window = self.window - self.sinks
+        if bool(((position - tokens - window).clamp(min=0) < self.oldest).any()):
             raise ValueError(
-                f"cannot take back {tokens} tokens: the window of {self.window} before them is no longer in the cache, "
+                f"cannot take back {tokens} tokens: the window of {window} before them is no longer in the cache, "
                 f"decode with for_decoding(dtype, rollback={tokens})"
             )
 
@@ -292,13 +299,13 @@ class AttentionMemory:
         return {name: x[:, :used].contiguous() for name, x in zip(names, memory.layer, strict=False)}
 
     @staticmethod
-    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor) -> "AttentionMemory":
+    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor, sinks: int = 0) -> "AttentionMemory":
         """Reads what `named` wrote.
 
         Raises:
             ValueError: the number of slots does not match the tokens or the window.
         """
-        found = AttentionMemory(tensors["keys"], tensors["values"], tensors.get("gates"), window)
+        found = AttentionMemory(tensors["keys"], tensors["values"], tensors.get("gates"), window, sinks=sinks)
         needed = min(int(position.max()) if len(position) else 0, window)
         if window and found.slots != needed:
             raise ValueError(f"{found.slots} slots, its tokens and window need {needed}: write it again")
@@ -324,13 +331,13 @@ def _parts(memory: AttentionMemory) -> dict[str, Tensor]:
 
 pytree.register_pytree_node(  # not as a dataclass, whose fields are all data: the window is a constant
     AttentionMemory,
-    lambda memory: (list(_parts(memory).values()), (memory.window, tuple(_parts(memory)))),
-    lambda parts, about: AttentionMemory(window=about[0], **dict(zip(about[1], parts, strict=True))),
+    lambda memory: (list(_parts(memory).values()), (memory.window, memory.sinks, tuple(_parts(memory)))),
+    lambda parts, about: AttentionMemory(window=about[0], sinks=about[1], **dict(zip(about[2], parts, strict=True))),
     serialized_type_name="retentive.AttentionMemory",
-    to_dumpable_context=lambda about: [about[0], list(about[1])],
-    from_dumpable_context=lambda about: (about[0], tuple(about[1])),
+    to_dumpable_context=lambda about: [*about[:2], list(about[2])],
+    from_dumpable_context=lambda about: (*about[:2], tuple(about[2])),
     flatten_with_keys_fn=lambda memory: (
         [(pytree.GetAttrKey(name), x) for name, x in _parts(memory).items()],
-        (memory.window, tuple(_parts(memory))),
+        (memory.window, memory.sinks, tuple(_parts(memory))),
     ),
 )

@@ -212,6 +212,11 @@ class LanguageModel(nn.Module):
                 f"block {i} of this model is of {self.config.kinds[i]}, the state has {state.kinds[i]} there: another "
                 "model's state?"
             )
+        if state.sinks != self.config.sinks:
+            raise ValueError(
+                f"the state has attention sinks {sorted(set(state.sinks))}, this model has "
+                f"{sorted(set(self.config.sinks))}: another model's state?"
+            )
         if state.windows != self.config.windows:
             raise ValueError(
                 f"the state has attention windows {sorted(set(state.windows))}, this model has "
@@ -243,7 +248,7 @@ def _kept(mixer: Any, kept: Any, before: Memory | None) -> Memory | None:
     if isinstance(before, AttentionMemory):
         return before if kept[0] is before.keys else before.filled(kept)
     keys, values, *gates = kept
-    return AttentionMemory(keys, values, gates[0] if gates else None, mixer.window)
+    return AttentionMemory(keys, values, gates[0] if gates else None, mixer.slots, sinks=mixer.sinks)
 
 
 def checked_ids(ids: Any, vocab_size: int) -> Tensor:

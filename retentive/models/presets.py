@@ -31,12 +31,14 @@ ATTENTION = {
     "qk_norm": ("qk_norm", bool),
     "forget_gate": ("forget_gate", bool),
     "attention_window": ("window", int | None),
+    "attention_sinks": ("sinks", int),
 }
 """Fields of the twin's attention: their names there, and their types."""
 HYBRID: dict[str, Any] = {
     "attention": tuple[int, ...],
     "attention_every": int,
     "attention_window": int | None,
+    "attention_sinks": int,
     "attention_rotary": str,
 }
 """Fields of `hybrid` in addition to those of a RetNet."""
@@ -247,6 +249,7 @@ def hybrid(
     attention: Sequence[int] = (),
     attention_every: int = 0,
     attention_window: int | None = None,
+    attention_sinks: int = 0,
     attention_rotary: str = "half",
     **changes: Any,
 ) -> ModelConfig:
@@ -261,6 +264,7 @@ def hybrid(
         attention_every: instead of indices, the last of every so many blocks; 0: 4, or the number of blocks if there
             are fewer. 4: three blocks of retention, then one of attention.
         attention_window: number of tokens that a token attends to in these blocks, itself included; None: all.
+        attention_sinks: first tokens of a text, to which they attend beside the window.
         attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
         changes: as for `retnet`; attention blocks have QK-norm if the others have it.
 
@@ -284,6 +288,6 @@ def hybrid(
     mixer = block.mixer
     assert isinstance(mixer, RetentionConfig)
     attends = _twin_block(block, base.norm_eps)
-    own = dict(window=attention_window, rotary=attention_rotary, qk_norm=mixer.qk_norm)
+    own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, qk_norm=mixer.qk_norm)
     attends = replace(attends, mixer=replace(attends.mixer, **own))  # type: ignore[arg-type]
     return replace(base, blocks=tuple(attends if i in places else block for i in range(layers)))

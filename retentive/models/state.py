@@ -47,6 +47,11 @@ class State:
         return tuple(m.window for m in self.memories)
 
     @property
+    def sinks(self) -> tuple[int, ...]:
+        """Number of slots in each memory that keep the first tokens."""
+        return tuple(m.sinks for m in self.memories)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors, free slots included."""
         return sum(m.nbytes for m in self.memories) + self.position.nbytes
@@ -171,6 +176,8 @@ class State:
         """Writes one safetensors file for `load_state`, with `metadata` in addition to the format's own."""
         self.check_unused()
         about = {**(metadata or {}), "format": FORMAT, "windows": json.dumps(self.windows)}
+        if any(self.sinks):
+            about["sinks"] = json.dumps(self.sinks)
         write_tensors(Path(path), self.named() | {"position": self.position}, about)
 
 
@@ -200,8 +207,12 @@ def load_state(path: str | Path) -> State:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") == "retentive-state-1":
         names, windows = _version_1(tensors, metadata, path)
+        sinks = [0] * len(windows)
     elif metadata.get("format") == FORMAT:
-        windows = _windows(metadata.get("windows", ""), path)
+        windows = _numbers("windows", metadata.get("windows", ""), path)
+        sinks = _numbers("sinks", metadata["sinks"], path) if "sinks" in metadata else [0] * len(windows)
+        if len(sinks) != len(windows) or any(s > w for s, w in zip(sinks, windows, strict=False)):
+            raise ValueError(f"{path} holds a state with sinks {sinks} in windows {windows}: write it again")
         names = [
             {name.removeprefix(f"memories.{i}."): x for name, x in tensors.items() if name.startswith(f"memories.{i}.")}
             for i in range(len(windows))
@@ -209,23 +220,23 @@ def load_state(path: str | Path) -> State:
     else:
         raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
     memories: list[Memory] = []
-    for own, window in zip(names, windows, strict=True):
+    for own, window, first in zip(names, windows, sinks, strict=True):
         kind = RetentionMemory.kind if "state" in own else AttentionMemory.kind
         try:
-            memories.append(MEMORIES[kind].read(own, window, tensors["position"]))
+            memories.append(MEMORIES[kind].read(own, window, tensors["position"], first))
         except ValueError as error:
             raise ValueError(f"{path} holds {error}") from None
     return State(memories, tensors["position"])
 
 
-def _windows(said: str, path: Path) -> list[int]:
-    """Parses the windows in a file's metadata, one per memory."""
+def _numbers(name: str, said: str, path: Path) -> list[int]:
+    """Parses the windows or sinks in a file's metadata, one per memory."""
     try:
         found = json.loads(said)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(type(w) is int and w >= 0 for w in found):
-        raise ValueError(f"{path} holds a state with windows {said!r}, expected a list of numbers of tokens")
+        raise ValueError(f"{path} holds a state with {name} {said!r}, expected a list of numbers of tokens")
     return found
 
 

@@ -161,7 +161,7 @@ class Packed:
 
     def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
         return dict(
-            V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0,
+            V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
             decay_bias=self._vector(mixer.forget_proj, "bias"),
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
         )  # fmt: skip

@@ -19,9 +19,10 @@ from retentive.export.onnx import export_onnx
 from retentive.export.onnx_run import OnnxModel
 from retentive.export.writing import generate, pick
 from retentive.infer import generate as torch_generate
+from retentive.models import transformer
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.sampling import SamplingParams
-from tests.export.variants import ATTENDING, VARIANTS, peaked, peaked_model
+from tests.export.variants import ATTENDING, TINY, VARIANTS, peaked, peaked_model
 
 
 def exported(model, tmp_path, **how) -> OnnxModel:
@@ -320,6 +321,8 @@ def test_what_is_refused(place, capsys, refuses):
     assert "taken exists" in fails("export", "run", "--to", "onnx", "--out", "taken")
     save_model("hearing", with_encoders(peaked(), {"audio": AudioConfig(token=257)}), ByteTokenizer())
     assert "sees or hears cannot be exported" in fails("export", "hearing", "--to", "onnx", "--out", "no")
+    save_model("sinks", peaked_model(transformer(**TINY, attention_window=4, attention_sinks=1)), ByteTokenizer())
+    assert "with attention sinks has no ONNX graph" in fails("export", "sinks", "--to", "onnx", "--out", "no")
     save_model("odd", quantize(peaked(), 8, 48), ByteTokenizer())
     assert "a group of 48 integers" in fails("export", "odd", "--to", "onnx", "--out", "no")
     assert not (place / "no").exists() and not list(place.glob(".no*"))

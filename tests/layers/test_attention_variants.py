@@ -30,6 +30,9 @@ VARIANTS = {
     "window-gate": dict(window=4, forget_gate=True),
     "window-1-gate": dict(window=1, forget_gate=True),
     "window-as-long-as-the-text": dict(window=11, forget_gate=True),
+    "sinks": dict(window=4, sinks=2),
+    "sinks-window-1": dict(window=1, sinks=1, qk_norm=True),
+    "more-sinks-than-window": dict(window=3, sinks=5, kv_heads=2),
     "all": dict(window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -44,7 +47,7 @@ def make(variant: str, dtype=torch.float64, **changes) -> Attention:
 
 
 def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
-    """softmax(q k / sqrt(K) + sum of log f after the key, no future, no further back than the window) V Wo."""
+    """softmax(q k / sqrt(K) + sum of log f after the key, no future, no further back than window and sinks) V Wo."""
     c, T = layer.config, x.shape[1]
     half = c.rotary == "half"
     K = c.dim // c.heads
@@ -60,7 +63,7 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn).flatten(-2)
 
     lag = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (lag < 0) | (lag >= (c.window or T))
+    hidden = (lag < 0) | ((lag >= (c.window or T)) & (torch.arange(T) >= c.sinks))
     out = []
     for h in range(H):
         q = feature(layer.q_proj, H, h, layer.q_norm)
@@ -112,8 +115,8 @@ def test_its_gradients_are_those_of_the_formula(variant, same):
     one, cache = run(layer, x[:, :5])
     if not layer.window:
         cache = tuple(torch.cat((c, c.new_zeros(2, 6, *c.shape[2:])), 1) for c in cache)
-    elif layer.window > 5:
-        cache = tuple(torch.cat((c, c.new_zeros(2, layer.window - 5, *c.shape[2:])), 1) for c in cache)
+    elif layer.slots > 5:
+        cache = tuple(torch.cat((c, c.new_zeros(2, layer.slots - 5, *c.shape[2:])), 1) for c in cache)
     two, _ = run(layer, x[:, 5:], cache, 5)
     got = torch.autograd.grad(torch.cat((one, two), 1), inputs, toward)
     same(as_one(got), as_one(want), EXACT, "through the cache")
@@ -129,7 +132,7 @@ PIECES = ([1] * 11, [11], [5, 1, 5], [2, 2, 3, 4], [1, 9, 1], [3, 8])
 def test_from_a_cache_in_pieces(variant, pieces, slack, same):
     """Any pieces, shorter and longer than the ring, which wraps; with slots to spare as for taking tokens back."""
     layer, x = make(variant), torch.randn(2, 11, D, dtype=torch.float64)
-    cache, at, out = slots(layer, 2, (layer.window or 11) + slack), 0, []
+    cache, at, out = slots(layer, 2, (layer.slots or 11) + slack), 0, []
     for n in pieces:
         y, cache = run(layer, x[:, at : at + n], cache, at)
         out.append(y)
@@ -137,9 +140,14 @@ def test_from_a_cache_in_pieces(variant, pieces, slack, same):
     same(torch.cat(out, 1), formula(layer, x), EXACT)
     S = cache[0].shape[1]
     _, kept = run(layer, x)
-    for held, want in zip(cache, kept, strict=True):  # the last tokens lie in their slots
-        for p in range(11 - min(11, layer.window or 11), 11):
-            same(held[:, p % S], want[:, p % want.shape[1]], EXACT, f"position {p}")
+    s = layer.sinks
+
+    def slot(p, S):
+        return p if p < s else s + (p - s) % (S - s)
+
+    for held, want in zip(cache, kept, strict=True):  # the sinks and the last tokens lie in their slots
+        for p in (*range(s), *range(11 - min(11 - s, layer.window or 11), 11)):
+            same(held[:, slot(p, S)], want[:, slot(p, want.shape[1])], EXACT, f"position {p}")
 
 
 @variants
@@ -149,7 +157,7 @@ def test_rows_at_different_positions_and_padded_on_any_side(variant, S, same):
     layer = make(variant)
     x, starts = torch.randn(4, 24, D, dtype=torch.float64), [0, 3, 9, 6]
     wants = formula(layer, x)
-    cache = slots(layer, 4, (layer.window or 24) + S)
+    cache = slots(layer, 4, (layer.slots or 24) + S)
     for n, start in enumerate(starts):
         if start:
             run(layer, x[n : n + 1, :start], tuple(c[n : n + 1] for c in cache), 0)
@@ -198,7 +206,7 @@ def test_no_query_is_left_without_a_key(variant, T, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     lengths = torch.tensor([(0, T), (0, 1), (T - 1, T), (0, 0)])
     run(layer, x, lengths=lengths)
-    for more in (slots(layer, 4, layer.window), slots(layer, 4, layer.window + 13)):
+    for more in (slots(layer, 4, layer.slots), slots(layer, 4, layer.slots + 13)):
         run(layer, x, more, torch.tensor([0, 5, 2, 0]), lengths)
     assert len(seen) >= 3 and all(seen)
 
@@ -236,8 +244,8 @@ def test_packed_sequences_are_the_sequences_and_go_on(variant, training, same):
         return
     got, cache = packed([x[:, :a] for x, (a, _) in zip(texts, cuts, strict=True)])
     same(got, [y[:, :a] for y, (a, _) in zip(want, cuts, strict=True)], EXACT)
-    if not layer.window or cache[0].shape[1] < layer.window:  # as a KVCache reserves them
-        room = (layer.window or 14) - cache[0].shape[1]
+    if not layer.window or cache[0].shape[1] < layer.slots:  # as a memory reserves them
+        room = (layer.slots or 14) - cache[0].shape[1]
         cache = tuple(torch.cat((c, c.new_zeros(3, room, *c.shape[2:])), 1) for c in cache)
     got, _ = packed(
         [x[:, a:b] for x, (a, b) in zip(texts, cuts, strict=True)], cache, torch.tensor([a for a, _ in cuts])

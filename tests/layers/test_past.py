@@ -46,7 +46,7 @@ def in_calls(layer, texts, arranged) -> list[torch.Tensor]:
         x, how, places = arranged(parts)
         y, after = run(layer, x, joined, [call[n][0] for n in there], **how)
         assert all(torch.equal(a, b) for a, b in zip(joined, before, strict=True)), "nothing is written in place"
-        assert not layer.window or after[0].shape[1] <= layer.window
+        assert not layer.window or after[0].shape[1] <= layer.slots
         for row, (n, place) in enumerate(zip(there, places, strict=True)):
             outs[n].append(y[place])
             caches[n] = tuple(x[row : row + 1] for x in after)

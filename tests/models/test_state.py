@@ -25,6 +25,8 @@ CONFIGS = {
     "hybrid-window": hybrid(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
     "hybrid-four-window": hybrid(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
     "transformer-window": transformer(**SMALL, attention_window=4),
+    "transformer-window-sinks": transformer(**SMALL, attention_window=4, attention_sinks=2),
+    "hybrid-window-sinks": hybrid(**SMALL, attention=(0,), attention_window=2, attention_sinks=3),
     "transformer-gate": transformer(**SMALL, forget_gate=True),
     "transformer-window-gate": transformer(**SMALL, forget_gate=True, attention_window=4, qk_norm=True),
 }
@@ -382,6 +384,29 @@ def test_a_state_of_another_window_is_refused(T, make, tmp_path, refuses):
         make(config)(ids_of(1, 5))[1].save(tmp_path / "state.safetensors")
         with refuses("the state has attention windows [") as _:
             model(ids_of(1, T), load_state(tmp_path / "state.safetensors"))
+
+
+@torch.no_grad()
+def test_files_say_their_sinks_and_those_of_others_are_refused(make, tmp_path, refuses):
+    path, (model, other) = (
+        tmp_path / "state.safetensors",
+        (make(CONFIGS[f"transformer-window{x}"]) for x in ("-sinks", "")),
+    )
+    model(ids_of(1, 9))[1].save(path)
+    state = load_state(path)
+    assert (state.windows, state.sinks) == ((6, 6), (2, 2)) == (model.config.windows, model.config.sinks)
+    with refuses("the state has attention sinks [2], this model has [0]: another model's state?"):
+        other(ids_of(1, 1), state)
+    tensors = state.named() | {"position": state.position}
+    about = {"format": "retentive-state-2", "windows": "[6, 6]"}
+    for sinks, words in (
+        ("[2]", "sinks [2] in windows"),
+        ("[2, 7]", "sinks [2, 7] in windows"),
+        ("2", "with sinks '2'"),
+    ):
+        save_file(tensors, path, metadata=about | {"sinks": sinks})
+        with refuses(words):
+            load_state(path)
 
 
 def test_files_say_their_window_and_old_ones_have_none(make, tmp_path, refuses):

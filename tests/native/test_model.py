@@ -41,10 +41,14 @@ TRANSFORMERS = {
     "window": dict(attention_window=7),
     "wide-window": dict(attention_window=150, kv_heads=1, rotary="none"),
     "window-gate": dict(dim=64, attention_window=20, forget_gate=True),
+    "sinks": dict(attention_window=7, attention_sinks=2),
+    "many-sinks": dict(attention_window=140, attention_sinks=135, heads=4, kv_heads=2),
 }
 HYBRIDS = {
     "hybrid": dict(layers=4, attention_every=2),
-    "hybrid-window": dict(layers=3, attention=(0,), attention_window=9, decay="lm", score_norm=True, value_dim=32),
+    "hybrid-window": dict(
+        layers=3, attention=(0,), attention_window=9, attention_sinks=1, decay="lm", score_norm=True, value_dim=32
+    ),
 }
 FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}

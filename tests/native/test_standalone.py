@@ -58,6 +58,7 @@ TRANSFORMERS = {
     "forget-gate": dict(forget_gate=True, rotary="none"),
     "window": dict(attention_window=9, rotary="interleaved", rotary_base=500_000.0),
     "window-gate": dict(attention_window=20, forget_gate=True),
+    "sinks": dict(attention_window=6, attention_sinks=3),
 }
 HYBRIDS = {
     "hybrid": dict(attention=(0,), decay="lm", score_norm=True),
@@ -316,7 +317,7 @@ int main(int argc, char **argv) {
 """
 
 
-@pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "hybrid"])
+@pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "sinks", "hybrid"])
 @pytest.mark.parametrize("length", [9, 30])
 def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, tmp_path):
     """The digest equals hashlib's: each accepts the other's memories, and both refuse changed ones."""
@@ -349,6 +350,7 @@ def test_a_state_of_another_model_is_refused(programs, tmp_path):
     others = {
         "other-window": transformer(**SMALL, attention_window=8),
         "no-window": transformer(**SMALL),
+        "sinks": transformer(**SMALL, attention_window=7, attention_sinks=2),
         "gates": transformer(**SMALL, attention_window=9, forget_gate=True),
         "retention": MODELS["int4"],
     }

@@ -330,6 +330,12 @@ class Alone(Cluster):
         ("retnet", {}, (1, 1, 1, 3), "heads 4 is not divisible by `tp=3`"),
         ("retnet", {"kv_heads": 1}, (1, 1, 1, 2), "kv_heads 1 is not divisible by `tp=2`"),
         ("retnet", {"ffn_dim": 33}, (1, 1, 1, 2), "ffn_dim 33 is not divisible by `tp=2`"),
+        (
+            "transformer",
+            {"attention_window": 4, "attention_sinks": 1},
+            (1, 1, 2, 1),
+            "`cp` exchanges the tokens of wind",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused(model, changes, sizes, message):

@@ -55,9 +55,12 @@ static Memory memory_from(const RetentiveStates *s, i64 layer, i64 n) {
                     m->slots};
 }
 
+/* tokens that a layer's cache keeps at most; 0: all, or it has no cache */
+static i64 most_cached(const Layer *l) { return l->window ? l->sinks + l->window : 0; }
+
 /* tokens of a sequence that a layer's cache holds */
 static i64 cached_tokens(const Layer *l, i64 position) {
-    return l->window ? smaller(position, l->sinks + l->window) : position;
+    return l->window ? smaller(position, most_cached(l)) : position;
 }
 
 /* the first `tokens` slots of a cache to another one, of the same layer */

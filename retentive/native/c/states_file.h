@@ -75,13 +75,16 @@ static void digest_of(const Entry *entries, i64 count, const char *const *data, 
 /* the head of the file, `about` NULL or that of a memory; its bytes, or 0 where there was no memory */
 static i64 head_of_state(RetentiveStates *s, i64 n, const Entry *entries, i64 count, const char *about, char **head) {
     const Model *m = model_of(s);
-    i64 most = count * 192 + m->layers * 24 + 512 + (about ? 6 * (i64)strlen(about) : 0), used = 0, at = 8;
+    i64 most = count * 192 + m->layers * 48 + 512 + (about ? 6 * (i64)strlen(about) : 0), used = 0, at = 8;
     char *text = *head = malloc(most), hex[2 * DIGEST_BYTES + 1], shape[96];
     const char **data = malloc((count + 1) * sizeof *data);
     if (!text || !data) return free(data), 0;
     used += snprintf(text, most, "{\"__metadata__\":{\"format\":\"retentive-state-2\",\"windows\":\"[");
     for (i64 i = 0; i < m->layers; i++)
-        used += snprintf(text + used, most - used, i ? ", %lld" : "%lld", (long long)m->layer[i].window);
+        used += snprintf(text + used, most - used, i ? ", %lld" : "%lld", (long long)most_cached(m->layer + i));
+    used += snprintf(text + used, most - used, "]\",\"sinks\":\"[");
+    for (i64 i = 0; i < m->layers; i++)
+        used += snprintf(text + used, most - used, i ? ", %lld" : "%lld", (long long)m->layer[i].sinks);
     used += snprintf(text + used, most - used, "]\"");
     if (about) {
         for (i64 i = 0; i < count; i++) data[i] = entries[i].data;
@@ -149,20 +152,25 @@ static i64 before_layer(const Model *m, i64 i) {
     return count;
 }
 
-/* whether the file is of as many layers, with the windows, that this model has */
+/* the next number of a list in the metadata, such as "[0, 256]"; -1 where there is none */
+static i64 next_number(char **at) { return **at && (*at)[1] ? strtoll(*at + 1, at, 10) : -1; }
+
+/* whether the file is of as many layers, with the windows and sinks, that this model has */
 static int same_layers(const Model *m, const Tensors *t, int old) {
-    const Json *said = item(t->head, "__metadata__"), *windows = item(said, "windows"), *window = item(said, "window");
-    i64 tensors = -2; /* but metadata and position */
+    const Json *said = item(t->head, "__metadata__"), *list = item(said, "windows"), *firsts = item(said, "sinks");
+    const Json *window = item(said, "window"); /* of version 0.1.0, the same for all */
+    i64 tensors = -2;                          /* but metadata and position */
     for (const Json *j = t->head->child; j; j = j->next) tensors++;
-    char *at = windows && windows->type == STRING ? windows->text : "";
+    char *windows = list && list->type == STRING ? list->text : "";
+    char *sinks = firsts && firsts->type == STRING ? firsts->text : NULL;
     for (i64 i = 0; i < m->layers; i++) {
         const Layer *l = m->layer + i;
         tensors -= l->kind == RETENTION ? 1 : l->gated ? 3 : 2;
-        if (old && l->kind == RETENTION) continue;
-        if (!old && (!*at || strtoll(at + 1, &at, 10) != l->window)) return 0;
-        if (old && strtoll(window && window->type == STRING ? window->text : "0", NULL, 10) != l->window) return 0;
+        i64 own = old ? strtoll(window && window->type == STRING ? window->text : "0", NULL, 10) : next_number(&windows);
+        if (!(old && l->kind == RETENTION) && own != most_cached(l)) return 0;
+        if ((sinks ? next_number(&sinks) : 0) != l->sinks) return 0;
     }
-    return !tensors && (old || !strcmp(at, "]"));
+    return !tensors && (old || !strcmp(windows, "]"));
 }
 
 /* the bytes of all tensors in the file, whose entries are `entries`; 0 where one is missing */

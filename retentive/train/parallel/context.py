@@ -110,7 +110,13 @@ class _Gathered(torch.autograd.Function):
 
 
 def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """The model whose layers exchange what crosses the borders between ranks, changed in place."""
+    """The model whose layers exchange what crosses the borders between ranks, changed in place.
+
+    Raises:
+        ValueError: the model has attention sinks.
+    """
+    if any(model.config.sinks):
+        raise ValueError("`cp` exchanges the tokens of windows, and no attention sinks: set cp to 1, or sinks to 0")
     context = ContextParallel(axis)
     for layer in mixers(model):
         layer.context = context
