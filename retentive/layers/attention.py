@@ -328,7 +328,8 @@ class Attention(nn.Module):
             first = (end - s - count) % max(R, 1)
             straight = min(count, R - first)  # the rest goes to the ring's first slot onwards
             for slots, x in zip(cache, new, strict=True):
-                slots[:, starts[0] : starts[0] + sinks] = x[:, :sinks]
+                if sinks:
+                    slots[:, starts[0] : starts[0] + sinks] = x[:, :sinks]
                 slots[:, s + first : s + first + straight] = x[:, T - count : T - count + straight]
                 if straight < count:
                     slots[:, s : s + count - straight] = x[:, T - count + straight :]

@@ -71,10 +71,8 @@ def cache_after(cache: Layer, new: Layer, spans: Sequence[Span], most: int, sink
     slots = min(longest, most) if most else longest
     # position of each slot's token
     at = positions_in(slots, sinks, last + 1) if most else torch.arange(slots, device=device).expand(N, -1)
-    row, held = (
-        torch.arange(N, device=device)[:, None],
-        slot_of(at.clamp(min=0), old, sinks) if most else at % max(old, 1),
-    )
+    held = slot_of(at.clamp(min=0), old, sinks) if most else at % max(old, 1)
+    row = torch.arange(N, device=device)[:, None]
     source = torch.where(at >= start, N * old + begin + at - start, row * old + held)
     zeros = N * old + new[0].shape[1]
     source = torch.where((at < 0) | (at > last), zeros, source).flatten()
