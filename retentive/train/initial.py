@@ -12,7 +12,6 @@ from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.adapter import targets_of
 from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
-from retentive.data.tokenizer import Tokenizer
 from retentive.layers.lora import Adapter
 from retentive.models import Config, LanguageModel, cost
 from retentive.models.encoders import CONFIGS as ENCODERS
@@ -21,16 +20,17 @@ from retentive.models.encoders import config_for, encoders_of
 from retentive.options import option
 
 
-def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) -> dict[str, Encoder]:
-    """Configs of the encoders that a model needs for these data: those of `init` if it has them, else new ones.
+def encoders_for(data: Packed | Mixture, base: ModelFolder | None, changes: Mapping[str, Any]) -> dict[str, Encoder]:
+    """Configs of the encoders that a model needs for these data: those of `base` if it has them, else new ones.
 
     Args:
         changes: the option `set`; names with a dot change an encoder.
 
     Raises:
-        ValueError: an unknown field, a field that the data decide, or data packed differently from those of `init`.
+        ValueError: an unknown field, a field that the data decide, or data packed differently from those of `base`.
     """
-    made: dict[str, Encoder] = dict(ModelFolder.open(init).encoders) if init else {}
+    init = base.name if base else ""
+    made: dict[str, Encoder] = dict(base.encoders) if base else {}
     wanted = {name: value for name, value in changes.items() if "." in name}
     for name, value in wanted.items():
         if name.partition(".")[0] not in data.media:
@@ -56,36 +56,35 @@ def encoders_for(data: Packed | Mixture, init: str, changes: Mapping[str, Any]) 
     return made
 
 
-def load_initial(model: LanguageModel, init: str, data: Packed | Mixture, *, lora: bool) -> None:
-    """Load the weights of the model folder `init`; encoders that it lacks keep their random initial weights.
+def load_initial(model: LanguageModel, base: ModelFolder, data: Packed | Mixture, *, lora: bool) -> None:
+    """Load the weights of the model folder `base`; encoders that it lacks keep their random initial weights.
 
     Raises:
         ValueError: the weights do not fit the data, or training an adapter alone (`lora`).
     """
-    folder = ModelFolder.open(init)
-    given = folder.model(dtype=torch.float32)  # weights that are trained are float32, as moments
-    check_vocabulary(init, given, folder.tokenizer, data)
+    given = base.model(dtype=torch.float32)  # weights that are trained are float32, as moments
+    check_vocabulary(base, data)
     new = set(encoders_of(model)) - set(encoders_of(given))
     if new and lora:
         raise ValueError(
-            f"{init} has no encoder of {', '.join(sorted(new))}, and `lora` would leave a new one as it was drawn: "
-            "train the whole model on such data first"
+            f"{base.name} has no encoder of {', '.join(sorted(new))}, and `lora` would leave a new one as it was "
+            "drawn: train the whole model on such data first"
         )
     model.load_state_dict(given.state_dict(), strict=not new)
 
 
-def load_base(model: LanguageModel, init: str, run: Path) -> None:
-    """Load the base weights of a run's adapter; raises ValueError if the weights at `init` are different ones."""
-    before, base = ModelFolder.open(run).adapter, ModelFolder.open(init)
+def load_base(model: LanguageModel, base: ModelFolder, run: Path) -> None:
+    """Load the base weights of a run's adapter; raises ValueError if the weights in `base` are different ones."""
+    before = ModelFolder.open(run).adapter
     if before is None or before.base_sha256 != base.sha256:
-        raise ValueError(f"{init} is not the model, or no longer, that the run at {run} changes")
+        raise ValueError(f"{base.name} is not the model, or no longer, that the run at {run} changes")
     model.load_state_dict(base.model(dtype=torch.float32).state_dict())
 
 
-def adapter_for(model: LanguageModel, init: str, rank: int, alpha: float, targets: str) -> Adapter:
-    """The adapter to train on the model at `init`; raises ValueError for targets that the model lacks."""
-    base = init if init.startswith("hf:") else str(Path(init).resolve())
-    return Adapter(base, ModelFolder.open(init).sha256, rank, alpha, targets_of(model, targets, rank))
+def adapter_for(model: LanguageModel, base: ModelFolder, rank: int, alpha: float, targets: str) -> Adapter:
+    """The adapter to train on the model in `base`; raises ValueError for targets that the model lacks."""
+    name = base.name if base.name.startswith("hf:") else str(Path(base.name).resolve())
+    return Adapter(name, base.sha256, rank, alpha, targets_of(model, targets, rank))
 
 
 def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
@@ -99,12 +98,13 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
         )
 
 
-def check_vocabulary(init: str, model: LanguageModel, tokenizer: Tokenizer | None, data: Packed | Mixture) -> None:
+def check_vocabulary(base: ModelFolder, data: Packed | Mixture) -> None:
     """Raise ValueError if the model's vocabulary or tokenizer is not that of the data."""
-    if tokenizer and tokenizer.sha256 != data.tokenizer.sha256:
+    init, size = base.name, base.config.vocab_size
+    if base.tokenizer and base.tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(f"{init} has another tokenizer than {data.path}: pack the text with the tokenizer of {init}")
-    if model.config.vocab_size < data.meta.vocab_size:
+    if size < data.meta.vocab_size:
         raise ValueError(
-            f"{init} knows {model.config.vocab_size:,} tokens, {data.path} has {data.meta.vocab_size:,}: "
-            f"pack the text with the model's own tokenizer"
+            f"{init} knows {size:,} tokens, {data.path} has {data.meta.vocab_size:,}: pack the text with the model's "
+            "own tokenizer"
         )

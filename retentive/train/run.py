@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -166,13 +167,17 @@ class TrainRun:
             raise ValueError(f"{option('out', self.out)} is the model that the run begins with: choose another folder")
         RunDirectory(self.out, existing=self.existing).check()
         if self.init and not self.resumes:
-            base = ModelFolder.open(self.init)
-            if self.lora and base.adapter:
+            if self.lora and self.base.adapter:
                 raise ValueError(
                     f"{self.init} is an adapter itself: merge it first (retentive convert {self.init} OUT)"
                 )
-            if base.quantization:
+            if self.base.quantization:
                 raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
+
+    @cached_property
+    def base(self) -> ModelFolder:
+        """The model folder to begin with, of a run that has one; errors as `ModelFolder.open`."""
+        return ModelFolder.open(self.init)
 
     @property
     def existing(self) -> Existing:
@@ -304,7 +309,7 @@ class TrainRun:
             raise ValueError(both_architectures(self.init))
         if set(own) - {"dropout"}:
             raise ValueError(f"{option('init', self.init)} brings its architecture: only dropout can be in `set`")
-        return replace(ModelFolder.open(self.init).config, **own)
+        return replace(self.base.config, **own)
 
     def build(self, data: Data, cluster: Cluster = ALONE) -> tuple[Config, LanguageModel]:
         """Build the initial (config, model).
@@ -324,18 +329,18 @@ class TrainRun:
         if not cluster.sharded:  # there is no estimate of the memory of a part of a model
             check_fits(config, self.batch // cluster.dp.size, self.length, self._device(cluster))
         torch.manual_seed(self.train.seed)  # for the initialisation; each step has its own seed
-        encoders = begun.encoders if begun else encoders_for(data, self.init, self.set)
+        encoders = begun.encoders if begun else encoders_for(data, self.base if self.init else None, self.set)
         if encoders and config.library:
             raise ValueError(f"a {config.name} reads ids alone, and {data.path} holds {', '.join(encoders)}")
         model = build(config)
         if encoders:
             with_encoders(model, encoders)
         if self.init and not begun:
-            load_initial(model, self.init, data, lora=bool(self.lora))
+            load_initial(model, self.base, data, lora=bool(self.lora))
         elif self.lora:  # the checkpoint holds the adapter only
-            load_base(model, self.init, self.out)
+            load_base(model, self.base, self.out)
         if self.lora:
-            model = with_adapter(model, adapter_for(model, self.init, self.lora, self.lora_alpha, self.lora_targets))
+            model = with_adapter(model, adapter_for(model, self.base, self.lora, self.lora_alpha, self.lora_targets))
         return config, model
 
     def hooks(self, data: Data, config: Config) -> Hooks:
@@ -364,7 +369,7 @@ class TrainRun:
         record = {"command": plain(options), "data_sha256": data.fingerprint}
         template = data.template.source if data.template else None
         if template is None and self.init and not self.resumes:  # a resumed run has its own
-            template = ModelFolder.open(self.init).template_source
+            template = self.base.template_source
         return RunDirectory(self.out, data.tokenizer, template, record, self.existing)
 
     def _device(self, cluster: Cluster) -> torch.device:
