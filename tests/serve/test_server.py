@@ -69,7 +69,7 @@ def test_a_signal_lets_the_running_ones_finish(process, eventually):
     thread.join()
     assert lines[-2] == "data: [DONE]" and '"finish_reason":"length"' in lines[-4]
     assert child.wait(timeout=30) == 0
-    assert "SIGTERM: finishing 1 requests" in child.stderr.read()
+    assert "SIGTERM: finishing 1 request" in child.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once(process, eventually):
