@@ -89,7 +89,7 @@ def test_one_call_fine_tunes(chats, place):
 
 
 def test_a_resumed_run_needs_no_batch_and_length(chats):
-    """Those of its record count, also where it is too short for rows of the default length."""
+    """Batch and length of its record count, also if it is too short for rows of the default length."""
     main(["sft", "run", "--data", chats, "--out", "cut", "--steps", "3", *BRIEF])
     shutil.rmtree("cut/checkpoints/step-00000003")
     main(["sft", "run", "--data", chats, "--out", "cut", "--resume"])

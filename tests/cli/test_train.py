@@ -120,7 +120,7 @@ def test_resuming_what_is_not_there_is_said(train, place, capsys):
 
 
 def test_epochs_are_a_number_of_steps(train, place, capsys):
-    """Of 2 rows of 32 tokens; typed steps count unless epochs are typed as well."""
+    """Steps of 2 rows of 32 tokens; typed steps count unless epochs are typed as well."""
     steps = Packed(place / "data").batches(batch=2, length=32).steps_per_epoch
     main(train("new", "--epochs", "0.25", "--save-every", "100"))
     assert json.loads(Path("new/train.json").read_text())["train"]["steps"] == math.ceil(steps / 4)
