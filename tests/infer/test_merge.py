@@ -133,6 +133,6 @@ def test_merges_that_have_no_meaning_are_refused(refuses):
         chain([gated, gated])
     assert merge([gated, gated]).tokens == 10
     with refuses(
-        "expected a memory of the same 2 documents (10 tokens) read in a row, got one of 1 documents (5 tokens)"
+        "expected a memory of the same 2 documents (10 tokens) read in a row, got one of 1 document (5 tokens)"
     ):
         chain_errors([memory, memory], memory)
