@@ -221,7 +221,7 @@ class Attention(nn.Module):
 
     def _context_parallel(self, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
         """Attends within packed sequences, of which other ranks have the tokens before the first."""
-        new, past = self.context.before(new, spans[0].start, self.window)
+        new, past = self.context.before(new, spans[0].start, self.window, self.sinks)
         return self._within(q, new, spans, {} if past is None else {0: past})
 
     def _within(self, q: Tensor, new: Layer, spans: list[Span], past: dict[int, Layer]) -> Tensor:

@@ -30,6 +30,7 @@ PAPER = changed(TINY, **ARCHITECTURES["retnet-paper"])
 CONSTANT = {
     "retnet": TINY,
     "hybrid-window": hybrid(dim=32, layers=2, heads=2, attention_every=2, attention_window=40),
+    "twin-sinks": transformer(dim=32, layers=2, heads=2, attention_window=9, attention_sinks=2),
     "twin-window": transformer(dim=32, layers=2, heads=2, attention_window=9, forget_gate=True, qk_norm=True),
 }
 """Models whose state has constant size."""

@@ -47,6 +47,7 @@ WIDE: dict = {"wide": True, "steps": 4, "evaluate": True}
 MODELS = ("retnet", "retnet-paper")
 WINDOW = {"attention_every": 2, "attention_window": 20}
 GATE = {"attention_window": 20, "forget_gate": True}
+SINKS = {"attention_window": 20, "attention_sinks": 3}
 
 
 def ranks(jobs: dict[int, list[Job]], folder: Path) -> None:
@@ -103,6 +104,7 @@ def train_all(data: str, out: Path) -> None:
         Job("hybrid", data, model="hybrid", changes={"attention_every": 2}, length=63, **WIDE): ("cp2",),
         window: ("cp2", "tp2"),
         Job("gate", data, model="transformer", changes=GATE, length=63, **WIDE): ("cp2",),
+        Job("sinks", data, model="transformer", changes=SINKS, mode="packed", batch=1, length=255, **WIDE): ("cp2",),
         replace(window, name="carry-window", mode="carry"): ("dp2", "fsdp2", "tp2"),
         Job("bf16", data, precision="bf16", steps=4): ("fsdp2", "cp2", "tp2"),
         replace(window, name="bf16-window", wide=False, precision="bf16"): ("cp2",),
@@ -173,7 +175,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 OTHERS = ["carry-dp2", "carry-fsdp2", "carry-tp2", "twin-dp2", "twin-fsdp2", "twin-tp2", "packed-cp2", "fla-tp2"]
-OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "window-cp4", "window-cp2-tp2", "gate-cp2"]
+OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "window-cp4", "window-cp2-tp2", "gate-cp2", "sinks-cp2"]
 OTHERS += ["carry-window-dp2", "carry-window-fsdp2", "carry-window-tp2"]
 
 
@@ -330,12 +332,6 @@ class Alone(Cluster):
         ("retnet", {}, (1, 1, 1, 3), "heads 4 is not divisible by `tp=3`"),
         ("retnet", {"kv_heads": 1}, (1, 1, 1, 2), "kv_heads 1 is not divisible by `tp=2`"),
         ("retnet", {"ffn_dim": 33}, (1, 1, 1, 2), "ffn_dim 33 is not divisible by `tp=2`"),
-        (
-            "transformer",
-            {"attention_window": 4, "attention_sinks": 1},
-            (1, 1, 2, 1),
-            "`cp` exchanges the tokens of wind",
-        ),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused(model, changes, sizes, message):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
 from retentive.layers import Attention, MultiScaleRetention, Positions
-from retentive.layers.past import Layer
+from retentive.layers.past import Layer, seen_before
 from retentive.models import LanguageModel, State
 from retentive.ops import across, retention
 from retentive.ops.pieces import gather_over
@@ -55,25 +55,26 @@ class ContextParallel:
 
         return of_part
 
-    def before(self, new: Layer, start: int, window: int) -> tuple[Layer, Layer | None]:
+    def before(self, new: Layer, start: int, window: int, sinks: int) -> tuple[Layer, Layer | None]:
         """(keys and values of this part; those of earlier tokens that its first sequence sees, None without any).
 
         Args:
             new: `[1,T,…]` each.
             start: tokens of the first sequence before this part.
         """
-        most = min(self.longest, window - 1) if window else self.longest
+        # sinks may be anywhere before, so they are gathered with all that follows them
+        most = min(self.longest, window - 1) if window and not sinks else self.longest
         if not most:  # on no rank
             return new, None
         own = len(new)
         given = _Gathered.apply(self.group, most, *new)
-        wanted = min(start, window - 1) if window else start
-        if not wanted:
+        if not (wanted := min(start, most)):
             return given[:own], None
         # a part that is shorter than `most` tokens was padded in front
         held = [most - min(length, most) for length in self.lengths[: self.axis.rank]]
         parts = (torch.cat([x[rank, pad:] for rank, pad in enumerate(held)])[-wanted:] for x in given[own:])
-        return given[:own], tuple(x[None] for x in parts)
+        seen = seen_before(start, window, sinks).to(new[0].device) - (start - wanted)
+        return given[:own], tuple(x.index_select(0, seen)[None] for x in parts)
 
 
 class _Gathered(torch.autograd.Function):
@@ -110,13 +111,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
-    """Let the model's layers, in place, exchange their past across the borders between ranks.
-
-    Raises:
-        ValueError: the model has attention sinks.
-    """
-    if any(model.config.sinks):
-        raise ValueError("`cp` exchanges the tokens of windows, and no attention sinks: set cp to 1, or sinks to 0")
+    """Let the model's layers, in place, exchange their past across the borders between ranks."""
     context = ContextParallel(axis)
     for layer in mixers(model):
         layer.context = context
