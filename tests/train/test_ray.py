@@ -43,14 +43,14 @@ def test_workers_train_as_one_process_does_and_are_started_again(packed, tmp_pat
     died = tmp_path / "died"
 
     class Dying(TrainRun):
-        def batches(self, data, here):
-            read = super().batches(data, here)
+        def batches(self, data, cluster):
+            read = super().batches(data, cluster)
 
             class Once:
                 length = read.length
 
                 def __getitem__(self, index):
-                    if index == 4 and here.rank == 1 and not died.exists():
+                    if index == 4 and cluster.rank == 1 and not died.exists():
                         died.touch()
                         os.kill(os.getpid(), signal.SIGKILL)
                     return read[index]
