@@ -78,13 +78,13 @@ class NativeHead(nn.Module):
         super().__init__()
         self._parameters = head._parameters  # the very dictionary: a parameter assigned to one is the other's too
         self._torch = (head, dtype)  # in a tuple, or its parameters would be registered once more
-        self._packed, self._threads = packed, threads
+        self._packed, self._matrix, self._threads = packed, packed.struct.head, threads
 
     def forward(self, x: Tensor) -> Tensor:
         if not native_here(x) or not x.numel():  # x is empty if a chunk of a text predicts no token
             head, dtype = self._torch
             return head(x.to(dtype))
-        rows, matrix = x.reshape(-1, x.shape[-1]).float().contiguous(), self._packed.struct.head
+        rows, matrix = x.reshape(-1, x.shape[-1]).float().contiguous(), self._matrix
         logits = torch.empty(len(rows), -(-matrix.N // ROWS) * ROWS)
         low = DTYPES.index(self._torch[1])
         call = Heading(len(rows), low, head=ctypes.addressof(matrix), x=rows.data_ptr(), logits=logits.data_ptr())
@@ -119,7 +119,7 @@ class NativeModel(LanguageModel):
         self._packed = Packed(model)
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
-        self._packed_dtype = self.dtype
+        self._packed_dtype, self._attends = self.dtype, self.config.attends
         head: Any = NativeHead(model.head, self._packed, self.dtype, self._threads)
         self.head = head
         self.train(model.training)
@@ -154,12 +154,13 @@ class NativeModel(LanguageModel):
         given, rows = self._given(ids, embeds)
         begin, tokens = _borders(given, cu_seqlens)
         state = self.init_state(len(begin) - 1) if state is None else state
-        memories, places = self._memories(state, tokens, equal=cu_seqlens is None)
+        memories, places = self._memories(state, len(begin) - 1, tokens)
         x, position = torch.empty(given.numel(), self.config.dim), state.position.long().contiguous()
+        low, struct = DTYPES.index(self._packed_dtype), ctypes.addressof(self._packed.struct)
         call = Reading(
-            len(tokens), int(places.most > 0), DTYPES.index(self.dtype), model=ctypes.addressof(self._packed.struct),
-            ids=given.data_ptr(), begin=begin.data_ptr(), position=position.data_ptr(), memory=places.address,
-            rows=None if rows is None else rows.data_ptr(), x=x.data_ptr(),
+            places.N, int(places.most > 0), low, model=struct, ids=given.data_ptr(), begin=begin.data_ptr(),
+            position=position.data_ptr(), rows=None if rows is None else rows.data_ptr(), memory=places.address,
+            x=x.data_ptr(),
         )  # fmt: skip
         self._threads.call(library().native_read, call, given.numel(), self._packed.body.refresh)
         return x.unflatten(0, given.shape), state.then(memories, position + tokens)
@@ -176,22 +177,22 @@ class NativeModel(LanguageModel):
         rows = embeds.reshape(-1, self.config.dim).float().contiguous()
         return ~torch.arange(len(rows)).view(embeds.shape[:2]), rows
 
-    def _memories(self, state: State, tokens: Tensor, *, equal: bool) -> "tuple[Sequence[Any], Places]":
-        """The memories to read tokens `[N]` into, in place.
+    def _memories(self, state: State, N: int, tokens: int | Tensor) -> "tuple[Sequence[Any], Places]":
+        """The memories to read tokens into, in place.
 
         A single token goes through rings, and so do a few tokens if the rings have room. More go through plain states
         in chunks. Caches take any number.
 
         Args:
-            equal: all sequences have as many tokens.
+            tokens: of each of the N sequences, or `[N]`.
 
         Raises:
             ValueError: the state does not fit the model or the N sequences.
         """
-        N, T = len(tokens), int(tokens[0]) if equal else STEPS + 1
+        T = tokens if isinstance(tokens, int) else STEPS + 1
         if tuple(state.position.shape) != (N,):
             raise ValueError(f"{N} sequences need a position each, got {list(state.position.shape)}")
-        longest = int((state.position + tokens).max()) if self.config.attends else 0
+        longest = int((state.position + tokens).max()) if self._attends else 0
         kept = self._kept  # read once: another thread may replace it
         if kept is not None and kept.N == N and kept.most >= T and longest <= kept.room and kept.are_of(state.memories):
             state.check_unused()
@@ -218,11 +219,10 @@ def _most_steps(memories: Sequence[Memory], dtype: torch.dtype) -> int:
     return min([STEPS, *(x.k.shape[2] for x in rings)])
 
 
-def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(first token of each sequence and the end `[N+1]`, tokens of each `[N]`)."""
+def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int | Tensor]:
+    """(first token of each sequence and the end `[N+1]`, tokens of each)."""
     if cu_seqlens is None:
-        begin = torch.arange(0, ids.numel() + 1, ids.shape[1])
-        return begin, begin.diff()
+        return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
     begin = cu_seqlens.to(torch.int64).contiguous()
     tokens = begin.diff()
     if begin[0] != 0 or begin[-1] != ids.numel() or bool((tokens < 0).any()):

@@ -64,7 +64,8 @@ class Watched:
     def __init__(self) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
         self._copies: list[tuple[range, Callable[[], None]]] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._addresses: list[int] = []
+        self._versions: list[int] = []
         self._copied: list[Tensor] = []  # kept alive, so that no other storage gets the same address
 
     def add(self, copy: Callable[[], None], *modules: nn.Module) -> None:
@@ -72,7 +73,8 @@ class Watched:
         first = len(self._places)
         self._places += [(m._parameters, name) for m in modules for name, x in m._parameters.items() if x is not None]
         self._copies.append((range(first, len(self._places)), copy))
-        self._stamps += [(0, -1)] * (len(self._places) - first)
+        self._addresses += [0] * (len(self._places) - first)  # of no tensor
+        self._versions += [0] * (len(self._places) - first)
 
     def refresh(self) -> None:
         """Copy parameters that are new or have changed.
@@ -80,14 +82,14 @@ class Watched:
         Raises:
             ValueError: a parameter has another shape or dtype than before.
         """
-        now: list[Any] = [parameters[name] for parameters, name in self._places]
-        stamps = list(zip(map(Tensor.data_ptr, now), _versions(now), strict=True))
-        if stamps == self._stamps:
+        now: list[Any] = [parameters[name] for parameters, name in self._places]  # called for every token
+        addresses, versions = list(map(Tensor.data_ptr, now)), _versions(now)
+        if addresses == self._addresses and versions == self._versions:
             return
         for places, copy in self._copies:
-            if any(stamps[i] != self._stamps[i] for i in places):
+            if any(addresses[i] != self._addresses[i] or versions[i] != self._versions[i] for i in places):
                 copy()
-        self._stamps, self._copied = stamps, [x.detach() for x in now]
+        self._addresses, self._versions, self._copied = addresses, versions, [x.detach() for x in now]
 
 
 def _versions(parameters: list[Any]) -> list[int]:
