@@ -15,7 +15,7 @@ from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.clock import median_ratio, turns
-from retentive.bench.lab.models import NAMES, NATIVE, check_decoding, chosen, make
+from retentive.bench.lab.models import NAMES, NATIVE, check_decoding, chosen, config_of, make
 from retentive.bench.lab.options import Say, Sized, silent
 from retentive.infer.batch import SHARED, generate_batch
 from retentive.models import cost
@@ -33,7 +33,7 @@ class Options(Sized):
     """Questions about one long text, each answered from a copy of the state that has read it: time and bytes."""
 
     models: tuple[str, ...] = ("retnet", "native-bf16", "transformer")
-    """retnet, transformer, grouped, native-bf16, native-int8, native-int4."""
+    """Models, as of `retentive bench decode`, but llama and llamacpp."""
     tokens: int = 10_000
     """Tokens of the text."""
     questions: tuple[int, ...] = (1, 10)
@@ -55,7 +55,9 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     if options.tokens < SHARED:
         raise ValueError(f"a text of {options.tokens} tokens is shorter than {SHARED}, from which on it is read once")
     cpu = torch.device("cpu")
-    models = {name: make(name, options.config, cpu) for name in chosen(options.models, MODELS, cpu, say)}
+    models = {
+        name: make(name, config_of(name, options.config), cpu) for name in chosen(options.models, MODELS, cpu, say)
+    }
     for model in models.values():
         check_decoding(model)
     generator = torch.Generator().manual_seed(0)

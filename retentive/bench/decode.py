@@ -30,7 +30,8 @@ from retentive.tables import duration, markdown
 
 LATENCY_AT = 8192
 """Context length at which the picture shows the latency."""
-RETNETS = ("retnet", *models.NATIVE)
+RETNETS = {"retnet", "native-bf16", "native-int8", "native-int4"}
+TRANSFORMERS = {name for name in models.NAMES if name not in RETNETS and "hybrid" not in name}
 PICTURE = "Decoding ({size})"
 
 
@@ -44,12 +45,13 @@ class Options(OnDevice, Sized):
     """Batch sizes: sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
     """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, if installed),
-    native-bf16, native-int8, native-int4 (the RetNet in C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped
-    twin by llama.cpp, if llama_cpp and gguf are installed)."""
+    native-bf16, native-int8, native-int4 (the RetNet in C), native-twin-bf16, ... (the grouped twin in C),
+    native-hybrid-bf16, ... (one block of four with attention of a window of 256), llamacpp-f16, llamacpp-q8_0,
+    llamacpp-q4_0 (the grouped twin by llama.cpp, if llama_cpp and gguf are installed)."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     full_heads: bool = False
-    """Give llama.cpp's twin a key head for every query head, as in `transformer`, instead of grouped heads."""
+    """Give the twin in C and in llama.cpp a key head for every query head, as in `transformer`."""
     steps: int = 16
     """Tokens decoded per repetition."""
     repeats: int = 3
@@ -107,7 +109,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
             beside_neighbour(rivals[name], batch, options)
             for batch in sorted(set(options.batches))
             for name in rivals
-            if name == "retnet" or name in models.NATIVE
+            if name in RETNETS
         ]
     return result
 
@@ -226,10 +228,7 @@ def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
     """Returns a line on the fastest RetNet and Transformer, at the longest context at which both were measured."""
     for row in sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["context"], reverse=True):
         seconds = {name: of["seconds"] for name, of in row["models"].items() if "seconds" in of}
-        ours, theirs = (
-            sorted((n for n in seconds if (n in RETNETS) == own), key=lambda name: seconds[name])
-            for own in (True, False)
-        )
+        ours, theirs = (sorted(seconds.keys() & kind, key=lambda n: seconds[n]) for kind in (RETNETS, TRANSFORMERS))
         if ours and theirs:
             best, other = ours[0], theirs[0]
             ratio = seconds[other] / seconds[best]

@@ -32,7 +32,9 @@ class Options(OnDevice, Sized):
     """Prompt lengths in tokens."""
     models: tuple[str, ...] = MODELS
     """Models: retnet, transformer, grouped (the twin with grouped heads), native-bf16, native-int8, native-int4 (the
-    RetNet in C), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, if installed)."""
+    RetNet in C), native-twin-bf16, ... (the grouped twin in C), native-hybrid-bf16, ... (one block of four with
+    attention of a window of 256), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, if
+    installed)."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     repeats: int = 3
@@ -55,10 +57,11 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     dtype = models.PRECISIONS[options.precision]
     rivals: dict[str, Any] = {}
     for name in models.chosen(options.models, MODELS, device, say):
+        config: Any = models.config_of(name, options.config)
         if name in models.LLAMACPP:
-            rivals[name] = llamacpp.Model(models.grouped(options.config), name.removeprefix("llamacpp-").upper())
+            rivals[name] = llamacpp.Model(config, name.removeprefix("llamacpp-").upper())
         else:
-            rivals[name] = models.make(name, options.config, device, dtype)
+            rivals[name] = models.make(name, config, device, dtype)
             models.check_decoding(rivals[name])
     rows = []
     # sorted and unique, as tables and curves need them

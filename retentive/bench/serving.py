@@ -61,7 +61,8 @@ class Options(Sized):
     precision: str = "fp32"
     """Precision of the weights of retnet, bf16 or fp32."""
     models: tuple[str, ...] = MODELS
-    """Models: retnet, native-bf16, native-int8, native-int4 (the RetNet in C), each with its own engine."""
+    """Models: retnet, native-bf16, native-int8, native-int4 (the RetNet in C), native-twin-bf16, ... (its Transformer
+    twin in C), native-hybrid-bf16, ..., each with its own engine."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     known([options.precision], models.PRECISIONS, "precision")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
     names = models.chosen(options.models, MODELS, cpu, say)
-    model, *others = (models.make(name, options.config, cpu, dtype) for name in names)
+    model, *others = (models.make(name, models.config_of(name, options.config), cpu, dtype) for name in names)
     of_others = dict(zip(names[1:], others, strict=True))
     return {"size": options.size, "precision": options.precision, **of_model(model, options, say, of_others)}
 

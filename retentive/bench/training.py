@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(self, name: str, step: Step):
         device = torch.device(step.device)
-        self.model: LanguageModel = models.make(name, step.config, device).train()
+        self.model: LanguageModel = models.make(name, models.config_of(name, step.config), device).train()
         self.optimizer = adamw(self.model, TrainConfig())
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)

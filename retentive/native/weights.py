@@ -4,7 +4,9 @@ Matrices of a sublayer that read the same input are packed as one, one below the
 """
 
 import ctypes
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -19,6 +21,11 @@ from retentive.ops.rotary import frequencies
 
 ROWS, LINE = 16, 64
 """Rows of a panel and bytes of its lines, as in c/weights.h."""
+BLOCK = 64 << 20
+"""Bytes of memory for packed matrices, allocated at once: pages that are not touched take no room."""
+PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+"""Linux's hint for pages of 2 MB. A model is read as a whole for every token, and faster so (docs/LOG.md)."""
 ACTIVATIONS = ("swish", "gelu", "sigmoid")
 """Activations, numbered as in c/model.h."""
 MIXERS = ("retention", "attention")
@@ -109,6 +116,7 @@ class Packed:
             MemoryError: no memory for the packed weights.
         """
         self._keep: list[Any] = []
+        self._room = range(0)
         self.body, self.head = Watched(), Watched()
         c: Any = model.config
         turns, of_layer = self._turns([block.mixer for block in model.blocks])
@@ -176,6 +184,26 @@ class Packed:
     def _doubles(self, numbers: Sequence[float]) -> int | None:
         return self._kept((ctypes.c_double * len(numbers))(*numbers)) if numbers else None
 
+    def _lines(self, size: int) -> int:
+        """Address of room for a matrix, in a block of many.
+
+        Raises:
+            MemoryError: no memory for another block.
+        """
+        size += -size % LINE
+        if size > len(self._room):
+            try:
+                block = mmap.mmap(-1, max(size, BLOCK), **PRIVATE)
+            except OSError:
+                raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
+            if LARGE_PAGES is not None:
+                with suppress(OSError):  # a kernel without them
+                    block.madvise(LARGE_PAGES)
+            at = self._kept((ctypes.c_char * len(block)).from_buffer(block))
+            self._room = range(at, at + len(block))
+        place, self._room = self._room[0], self._room[size:]
+        return place
+
     def _vector(self, module: Any, name: str = "weight") -> int | None:
         """Address of a module's parameter as float32; None if there is none."""
         if module is None or module._parameters.get(name) is None:
@@ -205,13 +233,9 @@ class Packed:
         # rows of whole panels, except for the last part, whose padding is left out
         rows = (panels - parts[-1].panels) * ROWS + len(parts[-1].stored)
         matrix = Matrix(rows, columns, KINDS.index(kind), group)
-        size = library().packed_bytes(ctypes.byref(matrix)) + LINE
-        try:
-            blob = torch.empty(size, dtype=torch.uint8)
-        except RuntimeError:  # torch's allocator
-            raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
-        library().place(ctypes.byref(matrix), ctypes.c_void_p(blob.data_ptr() + -blob.data_ptr() % LINE))
-        self._keep += [blob, matrix]
+        place = self._lines(library().packed_bytes(ctypes.byref(matrix)))
+        library().place(ctypes.byref(matrix), ctypes.c_void_p(place))
+        self._keep.append(matrix)
         first = 0
         for n, (module, part) in enumerate(zip(there, parts, strict=True)):
             where = (n, len(parts)) if in_turn else (first, 1)

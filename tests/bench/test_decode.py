@@ -45,7 +45,7 @@ def test_rows_of_all_rivals():
 @torch.inference_mode()
 def test_a_filled_state_is_one_of_that_many_tokens(name):
     """It goes through the code that a read one does, and is as large as the formula says."""
-    one = decoders.Rival(name, CONFIG, CPU, torch.float32)
+    one = decoders.make(name, CONFIG, CPU, torch.float32)
     state = one.fill(3, 10, room=4)
     assert state.position.tolist() == [10, 10, 10]
     after = one.step(torch.zeros(3, 1, dtype=torch.int64), state)
@@ -57,8 +57,8 @@ def test_a_filled_state_is_one_of_that_many_tokens(name):
 
 
 def test_moves_count_weights_and_memory():
-    one = decoders.Rival("transformer", CONFIG, CPU, torch.bfloat16)
     config = twin(CONFIG)
+    one = decoders.Rival("transformer", config, CPU, torch.bfloat16)
     assert one.moves(2, 100) == 2 * cost.matrix_parameters(config) + cost.cache_bytes(
         config, 100, sequences=2, bytes_per_value=2
     )
@@ -186,9 +186,16 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
     matrices = cost.matrix_parameters(CONFIG)
     rivals = {name: decoders.make(name, CONFIG, CPU, torch.bfloat16) for name in names}
     state = rivals["retnet"].moves(1, 8) - 2 * matrices
-    for name, bits in (("native-bf16", 16), ("native-int8", 8 + 16 / 128), ("native-int4", 4 + 16 / 32)):
-        assert rivals[name].moves(1, 8) == pytest.approx(state + matrices * bits / 8)
-        assert all(name in row["models"] for row in result["rows"])
+    for name, bits in (("bf16", 16), ("int8", 8 + 16 / 128), ("int4", 4 + 16 / 32)):
+        assert rivals[f"native-{name}"].moves(1, 8) == pytest.approx(state + matrices * bits / 8)
+        of_twin = rivals[f"native-twin-{name}"]
+        cache = of_twin.remembers(1, 8)
+        assert of_twin.moves(1, 8) == cache + cost.matrix_parameters(of_twin.config) * bits / 8
+        assert of_twin.remembers(1, 1000) == 125 * cache
+    hybrid = rivals["native-hybrid-int4"]
+    assert hybrid.config.windows == (0, 256)
+    assert hybrid.remembers(1, 256) == hybrid.remembers(1, 10_000), "a window has a cache of constant size"
+    assert all(name in row["models"] for row in result["rows"] for name in names)
     table = decode.table(result)
     assert "RetNet in C, int4: a step" in table
 
@@ -197,8 +204,9 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
 def test_llamacpp_decodes_what_it_is_given():
     config = retnet(vocab_size=64, dim=64, layers=2, heads=4)
     for name in models.LLAMACPP:
-        one = decoders.LlamaCpp(name, config, CPU)
-        assert decoders.LlamaCpp(name, config, CPU, full_heads=True).config.attention.kv_heads == 4
+        one = decoders.make(name, config, CPU, torch.bfloat16)
+        full = decoders.make(name, config, CPU, torch.bfloat16, full_heads=True)
+        assert one.config.attention.kv_heads == 1 and full.config.attention.kv_heads == 4
         session = one.fill(3, 20, room=2)
         at = session.position
         one.step(torch.zeros(3, 1, dtype=torch.int64), session)

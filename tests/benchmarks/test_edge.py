@@ -78,7 +78,7 @@ def test_what_is_refused(refuses):
         ({"forms": ("onnx",)}, "torch must be among the forms"),
         ({"forms": ("torch", "tflite")}, "unknown form 'tflite'"),
         ({"steps": 0}, "`: must be at least 1"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "`threads=0`: must be at least 1"),
         ({"size": "9m"}, "9m"),
     ):
         with refuses(why):

@@ -66,6 +66,6 @@ def test_workers_train_as_one_process_does_and_are_started_again(packed, tmp_pat
 
 
 def test_restarts_need_a_run_that_resumes(packed, tmp_path, refuses):
-    with refuses("make the run with resume"):
+    with refuses("make it with `resume=True`"):
         fit(TrainRun.of(packed, tmp_path / "run", size="1m"), 2, restarts=1)
     assert not (tmp_path / "run").exists()

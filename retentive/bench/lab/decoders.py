@@ -11,7 +11,8 @@ from retentive import machine
 from retentive.bench.lab import llamacpp, models
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
-from retentive.models import ModelConfig, cost, twin
+from retentive.layers import RetentionConfig
+from retentive.models import ModelConfig, cost
 from retentive.ops.ring import slots
 
 TRIED = 4
@@ -21,20 +22,19 @@ TRIED = 4
 class Rival:
     """Model that decodes, with its costs."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        self.name, self.device, self.dtype = name, device, dtype
-        self.model = self.made(config)
-        self.config: Any = models.config_of(name, config)
+    def __init__(self, name: str, config: Any, device: torch.device, dtype: torch.dtype):
+        """
+        Args:
+            config: config of the model itself.
+            dtype: dtype of weights and caches.
+        """
+        self.name, self.config, self.device, self.dtype = name, config, device, dtype
+        self.model = self.made()
         self.ring_bytes = self.ring()
 
-    @property
-    def mixer(self) -> Any:
-        """Config of the first mixer."""
-        return self.config.mixers[0]
-
-    def made(self, config: ModelConfig) -> Any:
+    def made(self) -> Any:
         """Returns the model."""
-        return models.make(self.name, config, self.device, self.dtype)
+        return models.make(self.name, self.config, self.device, self.dtype)
 
     @property
     def bytes_per_weight(self) -> float:
@@ -74,11 +74,10 @@ class Rival:
 
     def moves(self, batch: int, context: int) -> float:
         """Returns the bytes that a step must move at least: the weights once, and the state with ring or the cache."""
-        c, weights = self.config, cost.matrix_parameters(self.config) * self.bytes_per_weight
-        if not c.attends:
-            shapes: list[tuple[int, int, int]] = [m.head_shape for m in c.mixers]
-            return weights + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
-        return weights + self.remembers(batch, context)
+        weights = cost.matrix_parameters(self.config) * self.bytes_per_weight
+        shapes = [m.head_shape for m in self.config.mixers if m.kind == RetentionConfig.kind]
+        caches = cost.cache_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
+        return weights + caches + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
 
 
 def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
@@ -92,7 +91,7 @@ class Llama(Rival):
     """Llama of the transformers library with its static cache, and weights of the same shapes."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        super().__init__(name, config, device, dtype)
+        super().__init__(name, models.config_of(name, config), device, dtype)
         self.config = models.config_of("transformer", config)  # the same sizes; the cost formulas have no Llama
         names = inspect.signature(self.model.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed within version 5
@@ -122,9 +121,9 @@ class Llama(Rival):
 
 
 class Native(Rival):
-    """RetNet in C, with a ring of bfloat16."""
+    """Model in C, with a ring and caches of bfloat16."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, config: Any, device: torch.device, dtype: torch.dtype):
         super().__init__(name, config, device, torch.bfloat16)
 
     @property
@@ -136,16 +135,11 @@ class Native(Rival):
 class LlamaCpp(Rival):
     """llama.cpp, with the faster setting of its flash attention at each context."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, *, full_heads: bool = False):
-        self.full_heads = full_heads
+    def __init__(self, name: str, config: Any, device: torch.device):
         super().__init__(name, config, device, torch.float16)  # of its cache
-        self.config = self.theirs(config)
 
-    def theirs(self, config: ModelConfig) -> ModelConfig:
-        return twin(config) if self.full_heads else models.grouped(config)
-
-    def made(self, config: ModelConfig) -> Any:
-        return llamacpp.Model(self.theirs(config), self.name.removeprefix("llamacpp-").upper())
+    def made(self) -> Any:
+        return llamacpp.Model(self.config, self.name.removeprefix("llamacpp-").upper())
 
     @property
     def bytes_per_weight(self) -> float:
@@ -179,13 +173,16 @@ def make(
     """Returns the rival of that name.
 
     Args:
+        config: config of the RetNet, whose twins the others are.
         dtype: dtype of weights and caches, for models of this package and of transformers.
-        full_heads: give llama.cpp's twin a key head for every query head.
+        full_heads: give the twin in C and in llama.cpp a key head for every query head.
     """
+    if name == "llama":
+        return Llama(name, config, device, dtype)
+    own = models.config_of(name, config, full_heads=full_heads)
     if name in models.LLAMACPP:
-        return LlamaCpp(name, config, device, full_heads=full_heads)
-    kind = Llama if name == "llama" else Native if name in models.NATIVE else Rival
-    return kind(name, config, device, dtype)
+        return LlamaCpp(name, own, device)
+    return (Native if name in models.NATIVE else Rival)(name, own, device, dtype)
 
 
 class Decoding:

@@ -5,12 +5,14 @@ transformer   its twin: same width, depth and parameters, one key head per query
 grouped       the twin with one key head for every four query heads, or nearly (the number must divide)
 llama         Llama of the transformers library with its static cache, if installed
 native-*      the RetNet in C, with weights of bf16, int8 or int4
+native-twin-*, native-hybrid-*    the grouped twin in C, and the hybrid
 llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, if llama_cpp and gguf are installed
 
-The last two run on CPUs only.
+The hybrid has attention with a window of 256 tokens in one block of four. native-* and llamacpp-* run on CPUs only.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,12 +36,22 @@ NAMES = {
     "native-bf16": "RetNet in C, bf16",
     "native-int8": "RetNet in C, int8",
     "native-int4": "RetNet in C, int4",
+    "native-twin-bf16": "Transformer twin in C, bf16",
+    "native-twin-int8": "Transformer twin in C, int8",
+    "native-twin-int4": "Transformer twin in C, int4",
+    "native-hybrid-bf16": "hybrid in C, bf16",
+    "native-hybrid-int8": "hybrid in C, int8",
+    "native-hybrid-int4": "hybrid in C, int4",
     "llamacpp-f16": "Transformer twin, llama.cpp F16",
     "llamacpp-q8_0": "Transformer twin, llama.cpp Q8_0",
     "llamacpp-q4_0": "Transformer twin, llama.cpp Q4_0",
 }
-NATIVE = {"native-bf16": None, "native-int8": 8, "native-int4": 4}
-"""Models in C, with the bits of their weights if those are integers."""
+BITS = {"bf16": None, "int8": 8, "int4": 4}
+"""Formats of the weights in C, with their bits if those are integers."""
+NATIVE = tuple(name for name in NAMES if name.startswith("native-"))
+"""Models in C."""
+WINDOW, EVERY = 256, 4
+"""The hybrid: window of its attention, and one block of how many has it."""
 LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
 """Formats of llama.cpp, with their bits per weight: blocks of 32 with a 16-bit scale."""
 TOLERANCE = 1e-4
@@ -61,12 +73,26 @@ def grouped(config: ModelConfig) -> ModelConfig:
     return twin(config, kv_heads=next(n for n in range(-(-heads // 4), 0, -1) if heads % n == 0))
 
 
-def config_of(name: str, config: ModelConfig) -> Config:
-    """Returns the config of the model `name` that matches this RetNet: itself, a twin or a Llama of its size."""
+def windowed(config: ModelConfig) -> ModelConfig:
+    """Returns the hybrid of a RetNet."""
+    mixer, block = config.all_retention("a bench"), twin(config).blocks[0]
+    attends = replace(block, mixer=replace(block.mixer, window=WINDOW, qk_norm=mixer.qk_norm))  # type: ignore[arg-type]
+    every = min(EVERY, config.layers)
+    return replace(config, blocks=tuple(attends if n % every == every - 1 else b for n, b in enumerate(config.blocks)))
+
+
+def config_of(name: str, config: ModelConfig, *, full_heads: bool = False) -> Config:
+    """Returns the config of the model `name` that matches this RetNet: itself, a twin, a hybrid or a Llama of its size.
+
+    Args:
+        full_heads: give the twin in C and in llama.cpp a key head for every query head.
+    """
     if name == "llama":
         return peer(config, "llama")
-    if name == "grouped" or name in LLAMACPP:
-        return grouped(config)
+    if name == "grouped" or name in LLAMACPP or name.startswith("native-twin"):
+        return twin(config) if full_heads and name != "grouped" else grouped(config)
+    if name.startswith("native-hybrid"):
+        return windowed(config)
     return twin(config) if name == "transformer" else config
 
 
@@ -101,15 +127,19 @@ def chosen(names: Sequence[str], among: Collection[str], device: torch.device, s
     return [name for name, reason in reasons.items() if not reason]
 
 
-def make(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32):
-    """Returns the model with random weights, the same at every call, ready for inference."""
+def make(name: str, config: Any, device: torch.device, dtype: torch.dtype = torch.float32):
+    """Returns the model with random weights, the same at every call, ready for inference.
+
+    Args:
+        config: config of the model `name` itself, as by `config_of`.
+    """
     # so that repetitions, and the process that measures memory, have the same model
     torch.manual_seed(0)
+    model = build(config)
     if name not in NATIVE:
-        return build(config_of(name, config)).to(device, dtype).eval()
-    model, bits = build(config).bfloat16().eval(), NATIVE[name]
-    made = model if bits is None else quantize(model, bits)
-    return NativeModel(made)
+        return model.to(device, dtype).eval()
+    model, bits = model.bfloat16().eval(), BITS[name.rpartition("-")[2]]
+    return NativeModel(model if bits is None else quantize(model, bits))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 #pragma once
 #include "model.h"
+#include "pages.h"
 #include "tensors.h"
 
 enum { MOST_LAYERS = 10000, MOST_NUMBER = 1 << 28 };
@@ -13,19 +14,34 @@ typedef struct {
     Tensors tensors;
     i64 bits, group; /* of quantised matrices, or 0 */
     i64 dtype;       /* of vectors, rings and caches: 0 float32, 1 bfloat16 */
-    char **kept;     /* memory that the model points to */
-    i64 kept_count;
+    char **kept;     /* blocks of memory that the model points into */
+    i64 kept_count, left; /* bytes left of the last block, from `next` on */
+    char *next;
     int bad;         /* something failed, and `error` has the line */
     char *error;
 } Folder;
 
+/* room in a block of many matrices, whose pages can be large, where memory that is not touched takes no room; a block of
+   its own elsewhere */
 static void *keep(Folder *f, int64_t bytes) {
-    char **more = realloc(f->kept, (f->kept_count + 1) * sizeof *f->kept);
-    void *memory = aligned_alloc(64, round_up(bytes ? bytes : 1, 64));
-    if (more) f->kept = more;
-    if (!more || !memory)
-        return f->bad = 1, fail(f->error, "no memory for %.0f MB of weights", bytes / 1e6), free(memory), NULL;
-    return f->kept[f->kept_count++] = memory;
+#ifdef __linux__
+    const i64 block = 64 * LARGE_PAGE, alignment = LARGE_PAGE;
+#else
+    const i64 block = 0, alignment = 64;
+#endif
+    bytes = round_up(bytes ? bytes : 1, 64);
+    if (bytes > f->left) {
+        i64 size = round_up(bytes > block ? bytes : block, alignment);
+        char **more = realloc(f->kept, (f->kept_count + 1) * sizeof *f->kept);
+        char *memory = aligned_alloc(alignment, size);
+        if (more) f->kept = more;
+        if (!more || !memory)
+            return f->bad = 1, fail(f->error, "no memory for %.0f MB of weights", bytes / 1e6), free(memory), NULL;
+        f->kept[f->kept_count++] = f->next = memory, f->left = size;
+        in_large_pages(memory, size);
+    }
+    f->next += bytes, f->left -= bytes;
+    return f->next - bytes;
 }
 
 /* ---- fields ---- */

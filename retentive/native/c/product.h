@@ -19,6 +19,7 @@ and short ones, so that what is read with them makes no difference.
 
 enum { PARTS = ROWS / LANES, AT_ONCE = (int)LANES == 16 ? 8 : 4 }; /* vectors of a line; rows of x in registers */
 enum { PANELS = (int)LANES == 16 ? 2 : 1 }; /* at once, of those that many rows of x read again and again */
+enum { SUMS = 4, WIDE = SUMS / PARTS > PANELS ? SUMS / PARTS : PANELS }; /* sums in turn, while each waits for its last */
 enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in flight, and memory is 400 cycles away */
 
 /* Counts known to the compiler: sums stay in registers only where the loops over them are unrolled whole, which clang
@@ -246,7 +247,7 @@ INLINE const int32_t *add_blocks(int rows, int four, i64 ahead, i64 group, const
 
 INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 lines, const uint8_t *at, i64 bytes,
                              const int32_t *x, i64 width, float *y, i64 ld) {
-    vf sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+    vf sum[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
     const int pairs = kind == BFLOAT16 && HAVE_PAIRS, columns = kind == BFLOAT16 && !HAVE_PAIRS ? 2 : 1;
     for (i64 line = 0; line < lines; line++, at += LINE)
         UNROLLED for (int c = 0; c < columns; c++, x += width)
@@ -266,17 +267,17 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 line
 INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at,
                                i64 bytes, const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
                                const int32_t *sums, float *y, i64 ld) {
-    vf total[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+    vf total[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
     const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS, zero = four ? 8 : DIGITS == 2 ? 0 : 128;
     for (i64 g = 0; g < groups; g++, scales += ROWS) {
-        vi sum[PANELS][AT_ONCE][PARTS] = {{{{0}}}};
+        vi sum[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
         int digit = 0;
 #ifdef BLOCKS
         if (rows > 1) x = add_blocks(rows, four, ahead, group, at, x, width, sum[0]), digit = DIGITS;
 #endif
         for (; digit < DIGITS; digit++) {
             const uint8_t *line = at;
-            for (int i = 0; digit && i < PANELS * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
+            for (int i = 0; digit && i < WIDE * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
             for (i64 k = 0; k < group; k += unit, line += LINE, x += units * width)
                 UNROLLED for (int p = 0; p < PARTS; p++)
                     UNROLLED for (int n = 0; n < panels; n++) {
@@ -313,8 +314,9 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     i64 width = rows > 1 ? AT_ONCE : in->width;
     const float *scale = in->scale + r * groups;
     const int32_t *sum = in->sum + r * groups;
-    /* the first rows bring the panels from memory, the others find them in the cache */
-    i64 ahead = r ? 0 : panels == 1 ? AHEAD_BYTES : panels * bytes;
+    /* the first rows bring the panels from memory, the others find them in the cache; what a row of several panels reads
+       the hardware fetches best by itself */
+    i64 ahead = r || (rows == 1 && panels > 1) ? 0 : panels == 1 ? AHEAD_BYTES : panels * bytes;
     y += r * ld + panel * ROWS;
     if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, ahead, lines, at, bytes, x, width, y, ld);
     else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, ahead, lines, at, bytes, x, width, y, ld);
@@ -414,6 +416,8 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
     }
 #endif
     (void)space;
+    /* a row of floats waits for additions, and its next lines with it; integers take longer to unpack than to add */
+    for (; rows == 1 && m->kind < INT8 && first + WIDE <= last; first += WIDE) some(WIDE, 1, m, in, 0, first, y, ld);
     i64 few = m->kind < INT8 ? AT_ONCE : 2 * AT_ONCE; /* what integers take leaves no register for a second panel */
     for (; PANELS == 2 && rows > few && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);

@@ -8,20 +8,7 @@ no operand of a product is float32: S, dS, decays.
 #include "forward.c"
 #include "backward.c"
 #include "step.c"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-/* Large results are fresh memory, which the kernel provides page by page at the first write. With 4 KB pages that took
-   as long as the arithmetic (docs/LOG.md). madvise is a hint, harmless where the kernel ignores it. */
-static void in_large_pages(const void *p, i64 bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    uintptr_t page = 1 << 21, first = round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
-    if (p && end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
+#include "pages.h"
 
 /* returns 0, or 1 if memory ran out */
 static int for_each_head(const Call *c, int backward) {
