@@ -5,6 +5,7 @@ Matrices of a sublayer that read the same input are packed as one, one below the
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,9 +24,8 @@ ROWS, LINE = 16, 64
 """Rows of a panel and bytes of its lines, as in c/weights.h."""
 BLOCK = 64 << 20
 """Bytes of memory for packed matrices, allocated at once: pages that are not touched take no room."""
-PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
-"""Linux's hint for pages of 2 MB. A model is read as a whole for every token, and faster so (docs/LOG.md)."""
+POSIX: dict[str, int] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+"""Private memory; by default Python's mmap shares it, and then pages stay small."""
 ACTIVATIONS = ("swish", "gelu", "sigmoid")
 """Activations, numbered as in c/model.h."""
 MIXERS = ("retention", "attention")
@@ -193,12 +193,12 @@ class Packed:
         size += -size % LINE
         if size > len(self._room):
             try:
-                block = mmap.mmap(-1, max(size, BLOCK), **PRIVATE)
+                block = mmap.mmap(-1, max(size, BLOCK), **POSIX)
             except OSError:
                 raise MemoryError(f"no memory for {size / 1e6:,.0f} MB of packed weights") from None
-            if LARGE_PAGES is not None:
+            if sys.platform == "linux":
                 with suppress(OSError):  # a kernel without them
-                    block.madvise(LARGE_PAGES)
+                    block.madvise(mmap.MADV_HUGEPAGE)  # a token reads the whole model, and faster so (docs/LOG.md)
             at = self._kept((ctypes.c_char * len(block)).from_buffer(block))
             self._room = range(at, at + len(block))
         place, self._room = self._room[0], self._room[size:]
