@@ -134,7 +134,7 @@ def ablations() -> str:
         "small-heads": "small heads",
         "short-head": "a first head that forgets at once",
         "paper-decay": "the decays of the paper's equation 8",
-        "no-score-norm": "without the norm of the scores",
+        "no-score-norm": "without the row norm",
         "hybrid": "one block of attention",
         "gated": "a decay computed from the token",
         "no-head-norm": "without head norms",

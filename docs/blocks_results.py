@@ -48,6 +48,18 @@ def decode_native() -> str:
     return table("context, ms a token | " + " | ".join(ENGINES.values()), *lines)
 
 
+def decode_kinds() -> str:
+    """Time of a step of each kind of model in the engine, by weights and context, beside llama.cpp."""
+    lines = []
+    for bits, rival in (("bf16", "f16"), ("int8", "q8_0"), ("int4", "q4_0")):
+        names = (f"native-{bits}", f"native-hybrid-{bits}", f"native-twin-{bits}", f"llamacpp-{rival}")
+        for context in (512, 8192):
+            models = native("decode-kinds-130m", context)
+            cells = " | ".join(f"{1000 * models[name]['seconds']:.1f}" for name in names)
+            lines.append(f"{bits} ({rival.upper()}), {context:,} | {cells}")
+    return table("weights, context, ms a token | RetNet | hybrid | twin | twin in llama.cpp", *lines)
+
+
 def decode_native_bandwidth() -> str:
     """Fraction of the machine's memory bandwidth that a step reaches, without context."""
     models = native(NATIVE, 1)

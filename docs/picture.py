@@ -1,20 +1,20 @@
 """Draws docs/front.png, the picture of the front page, from results/: `python docs/picture.py` (extra `plot`)."""
 
 import matplotlib.pyplot as plt
-from blocks import FULL, LONG, NATIVE, ROOT, native
+from blocks import ROOT, TWINS, native
 
 CURVES = {
-    "RetNet, C engine": ("native-int4", (NATIVE, NATIVE, LONG), "C0", "o"),
-    "Transformer, llama.cpp, grouped heads": ("llamacpp-q4_0", (NATIVE, NATIVE, LONG), "C1", "s"),
-    "Transformer, llama.cpp, all heads (twin)": ("llamacpp-q4_0", (FULL, FULL, FULL), "C3", "^"),
+    "RetNet, C engine": ("native-int4", "C0", "o"),
+    "Transformer twin, C engine": ("native-twin-int4", "C3", "^"),
+    "Transformer twin, llama.cpp": ("llamacpp-q4_0", "C1", "s"),
 }
 CONTEXTS = (2048, 8192, 32768)
 
 
 def main() -> None:
     figure, (memory, speed) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for label, (name, files, colour, marker) in CURVES.items():
-        models = [native(what, context)[name] for what, context in zip(files, CONTEXTS, strict=True)]
+    for label, (name, colour, marker) in CURVES.items():
+        models = [native(TWINS, context)[name] for context in CONTEXTS]
         style = {"color": colour, "marker": marker, "label": label}
         memory.plot(CONTEXTS, [model["state_bytes"] / 1e6 for model in models], **style)
         speed.plot(CONTEXTS, [1000 * model["seconds"] for model in models], **style)

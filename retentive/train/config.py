@@ -83,24 +83,24 @@ class TrainConfig:
         kinds = {"schedule": Schedule, "precision": Precision, "optimizer": Optimizer}
         for name, names in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in names:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip", "skip_nonfinite"):
             if not getattr(self, name) >= 0:  # NaN neither
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+            raise ValueError(f"`lr` must be above 0, got {self.lr}")
         if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr must be in [0, 1], a fraction of lr, got {self.final_lr}")
+            raise ValueError(f"`final_lr` must be in [0, 1], a fraction of lr, got {self.final_lr}")
         if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be in (0, 1], a part of the steps, got {self.decay_fraction}")
+            raise ValueError(f"`decay_fraction` must be in (0, 1], a part of the steps, got {self.decay_fraction}")
         for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}")
         if abs(self.seed) > LARGEST_SEED:
-            raise ValueError(f"seed must be from -{LARGEST_SEED:,} to {LARGEST_SEED:,}, got {self.seed}")
+            raise ValueError(f"`seed` must be from -{LARGEST_SEED:,} to {LARGEST_SEED:,}, got {self.seed}")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")

@@ -119,13 +119,13 @@ class TrainRun:
                 check_type(f.name, getattr(self, f.name), type(f.default))
         check_type("set", self.set, Mapping)
         if self.lora < 0:
-            raise ValueError(f"lora must be at least 0, the rank of an adapter, got {self.lora}")
+            raise ValueError(f"`lora` must be at least 0, the rank of an adapter, got {self.lora}")
         if self.lora and not self.init:
             raise ValueError("`lora` changes a model that is trained already: name it (`init`)")
         if not self.lora and (self.lora_alpha, self.lora_targets) != (TrainRun.lora_alpha, TrainRun.lora_targets):
             raise ValueError("`lora_alpha` and `lora_targets` are of an adapter: give its rank too (`lora`)")
         if not 0 <= self.epochs < math.inf:
-            raise ValueError(f"epochs must be at least 0 and finite, got {self.epochs}")
+            raise ValueError(f"`epochs` must be at least 0 and finite, got {self.epochs}")
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
         """Train the model and return the run directory.

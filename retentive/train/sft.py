@@ -62,7 +62,7 @@ class SftRun(TrainRun):
         if self.init is tyro.MISSING or not self.init:
             raise ValueError("conversations are learnt by a model: name the one to begin with (`init`)")
         if not self.epochs > 0:
-            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+            raise ValueError(f"`epochs` must be above 0, got {self.epochs}")
         super().__post_init__()
 
     def run(

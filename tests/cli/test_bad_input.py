@@ -106,7 +106,7 @@ TRAINING = {
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: expected FIELD=VALUE, FIELD one of"),
     "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
     "unknown-decay": (["--model", "retnet", "--set", "decay=slow"], "unknown decay schedule 'slow'"),
-    "no-rate": (["--lr", "-1"], "lr must be above 0, got -1.0"),
+    "no-rate": (["--lr", "-1"], "--lr must be above 0, got -1.0"),
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
     "a-run-that-exists": (
@@ -122,9 +122,9 @@ TRAINING = {
         ["--set", "vocab_size=9"],
         "--set vocab_size=9: expected FIELD=VALUE, FIELD one of dim, norm_eps",
     ),
-    "large-seed": (["--seed", str(2**70)], "seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
-    "infinite-rate": (["--lr", "inf"], "lr must be finite, got inf"),
-    "decay-that-is-no-number": (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
+    "large-seed": (["--seed", str(2**70)], "--seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
+    "infinite-rate": (["--lr", "inf"], "--lr must be finite, got inf"),
+    "decay-that-is-no-number": (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
     "device-that-computes-nothing": (["--device", "meta"], "unknown device 'meta'"),
     "out-is-the-data": (["--out", "data"], "data holds packed data: choose another folder for the run (--out)"),
     "out-is-full-of-others": (["--out", "corpus", "--overwrite"], "corpus holds other things (0.txt): choose a new or"),
@@ -133,8 +133,8 @@ TRAINING = {
     "field-with-a-string": (["--set", 'layers="2"'], '--set layers="2"'),
     "field-with-a-list": (["--set", "dim=[32]"], "--set dim=[32]"),
     "number-with-a-flag": (["--set", "dropout=true"], "--set dropout=true: expected a number, got true"),
-    "no-steps": (["--steps", "0"], "steps must be at least 1, got 0"),
-    "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "eval_tokens must be at least 2, got 1"),
+    "no-steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
+    "too-few-held-out-tokens": (["--eval-tokens", "1", "--eval-every", "1"], "--eval-tokens must be at least 2, got 1"),
     "init-and-a-size": (["--init", "run", "--size", "5m"], "--init run brings its architecture: leave out --size"),
     "going-on-and-anew": (
         ["--resume", "--overwrite"],
@@ -149,7 +149,7 @@ TRAINING = {
     "weights-of-one": (["--data-weights", "1"], "1 weights for 1 folders of data: give one for each of several"),
     "no-data": (["--data"], "--data is empty; name one folder or several"),
     "carry-of-two": (["--data", "data", "more", "--mode", "carry"], "--mode carry reads one stream"),
-    "unknown-part": (["--decay-fraction", "2"], "decay_fraction must be in (0, 1], a part of the steps, got 2.0"),
+    "unknown-part": (["--decay-fraction", "2"], "--decay-fraction must be in (0, 1], a part of the steps, got 2.0"),
     "recipe-of-something-else": (["--recipe", "wrong.py"], "wrong.py is no recipe"),
 }
 

@@ -124,7 +124,7 @@ def test_epochs_are_a_number_of_steps(train, place, capsys):
     steps = Packed(place / "data").batches(batch=2, length=32).steps_per_epoch
     main(train("new", "--epochs", "0.25", "--save-every", "100"))
     assert json.loads(Path("new/train.json").read_text())["train"]["steps"] == math.ceil(steps / 4)
-    for given, words in (("-1", "epochs must be at least 0 and finite, got -1"), ("inf", "finite, got inf")):
+    for given, words in (("-1", "--epochs must be at least 0 and finite, got -1"), ("inf", "finite, got inf")):
         with pytest.raises(SystemExit):
             main(train("bad", "--epochs", given))
         assert words in capsys.readouterr().err.replace("\n", " ")

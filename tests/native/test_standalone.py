@@ -36,7 +36,7 @@ TARGETS = {
 CROSS = [target for target, (compiler, *_) in TARGETS.items() if compiler[0] == ZIG[0]]
 """Slow: ziglang compiles a C library too, for each kind of CPU and of optimisation that it links for."""
 INCLUDE = [f"-I{FOLDER}", f"-I{OPS}", "-Wno-unknown-pragmas"]
-SOURCES = [*INCLUDE, str(FOLDER / "retentive.c")]
+RETENTIVE = FOLDER / "retentive.c"
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\n\n\tnaïve «été» — 東京 don't end "
 OLD = HERE.parent / "checkpoint" / "fixtures" / "v0.1.0"
 SMALL = dict(vocab_size=257, dim=48, layers=2, heads=2)
@@ -73,9 +73,10 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def programs(once):
-    """`programs(target, sources)`: the command that runs these there (logits.c), built once for all workers."""
+    """`programs(target, sources)`: the command that runs these there (logits.c). Each file is compiled once for all
+    workers."""
 
-    def program(target, sources=(HERE / "logits.c", FOLDER / "retentive.c")):
+    def program(target, sources=(HERE / "logits.c", RETENTIVE)):
         compiler, flags, link, run = TARGETS[target]
         missing = [name for name in [compiler[0], *run[:1]] if not shutil.which(name)]
         if target in CROSS and not find_spec("ziglang"):
@@ -83,11 +84,12 @@ def programs(once):
         if missing:
             pytest.skip(f"needs {missing[0]}")
 
+        def compiled(source):
+            command = [*compiler, *FLAGS, *flags, *INCLUDE, "-c", source, "-o"]
+            return once(f"{source.stem}-{target}.o", lambda file: subprocess.run([*command, file], check=True))
+
         def make(file):
-            objects = [f"{file}.{source.stem}.o" for source in sources]
-            for source, made in zip(sources, objects, strict=True):
-                subprocess.run([*compiler, *FLAGS, *flags, *INCLUDE, "-c", source, "-o", made], check=True)
-            subprocess.run([*compiler, *FLAGS, *objects, "-o", str(file), *link], check=True)
+            subprocess.run([*compiler, *FLAGS, *map(compiled, sources), "-o", file, *link], check=True)
 
         return [*run, str(once(f"{sources[0].stem}-{target}", make))]
 
@@ -163,11 +165,9 @@ OLD_NAMES = [file.stem for file in sorted(OLD.glob("*.expected")) if file.stem !
 
 
 @pytest.mark.parametrize("name", OLD_NAMES)
-def test_folders_and_states_of_version_0_1_0_are_read(name, tmp_path, same):
+def test_folders_and_states_of_version_0_1_0_are_read(name, programs, same):
     expected, _ = load_tensors(OLD / f"{name}.expected")
-    (tmp_path / "old.c").write_text(AFTER)
-    program = str(tmp_path / "old")
-    subprocess.run(["gcc", *FLAGS, *SOURCES, str(tmp_path / "old.c"), "-o", program, *LINK], check=True)
+    (program,) = programs("native", (HERE / "after.c", RETENTIVE))
     ids, close = expected["ids"][0].tolist(), 1e-4 if "int4" not in name else 0.05
     for kept in (f"{name}.state", f"{name}.memory", "none"):
         has = (OLD / kept).is_file()
@@ -185,26 +185,6 @@ def test_text_is_split_as_the_tokenizer_splits_it(logits, tmp_path):
     found = logits(tmp_path, tmp_path / "state.safetensors", TEXT.replace("\n", " "), [1, 2])
     assert [int(x) for x in found["ids"]] == tokenizer.encode(TEXT.replace("\n", " "))
     assert found["text"] == TEXT.replace("\n", " ")
-
-
-AFTER = """
-#include <retentive.h>
-#include <stdio.h>
-#include <stdlib.h>
-int main(int argc, char **argv) { /* MODEL STATE IDS: logits after them */
-    char error[256];
-    Retentive *model = retentive_open(argv[1], 1, error);
-    if (!model) return puts(error), 2;
-    RetentiveStates *states = retentive_states(model, 1);
-    if (*argv[2] && !retentive_load(states, 0, argv[2], error)) return puts(error), 3;
-    float *logits = malloc(retentive_vocabulary(model) * sizeof *logits);
-    int64_t ids[64], count = 0;
-    for (int i = 3; i < argc; i++) ids[count++] = atoll(argv[i]);
-    if (!retentive_read(states, 0, ids, count, logits)) return 4;
-    for (int64_t i = 0; i < retentive_vocabulary(model); i++) printf("%.9g ", logits[i]);
-    return 0;
-}
-"""
 
 
 def cut(path):
@@ -303,32 +283,16 @@ def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
     assert memory.read_bytes() == before
 
 
-MEMORY = """
-#include <retentive.h>
-#include <stdio.h>
-int main(int argc, char **argv) {
-    char error[256];
-    Retentive *model = retentive_open(argv[1], 1, error);
-    RetentiveStates *states = retentive_states(model, 1);
-    if (!retentive_load(states, 0, argv[2], error)) return puts(error), 2;
-    if (argc > 3 && !retentive_save_memory(states, 0, argv[3], argv[4], error)) return puts(error), 3;
-    return 0;
-}
-"""
-
-
 @pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "sinks", "hybrid"])
 @pytest.mark.parametrize("length", [9, 30])
-def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, tmp_path):
+def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, programs, tmp_path):
     """The digest equals hashlib's: each accepts the other's memories, and both refuse changed ones."""
     model = folder_of(name, tmp_path / "model", ByteTokenizer())
     memory = blank(model)
     memory.state, memory.tokens = model(torch.randint(257, (1, length)))[1], length
     memory.sources = [{"name": 'a "b"\\\n\u00e9', "tokens": 9, "sha256": ""}]
     save(memory, tmp_path / "written")
-    (tmp_path / "memory.c").write_text(MEMORY)
-    program = str(tmp_path / "memory")
-    subprocess.run(["gcc", *FLAGS, *SOURCES, str(tmp_path / "memory.c"), "-o", program, *LINK], check=True)
+    (program,) = programs("native", (HERE / "memory.c", RETENTIVE))
     about = json.dumps({name: getattr(memory, name) for name in ABOUT})
     command = [program, str(tmp_path / "model"), str(tmp_path / "written")]
     subprocess.run([*command, str(tmp_path / "again"), about], check=True)
@@ -356,25 +320,10 @@ def test_a_state_of_another_model_is_refused(programs, tmp_path):
     }
     for name, config in others.items():
         build(config)(torch.tensor([[1, 2]]))[1].save(tmp_path / name)
-    program = tmp_path / "load.c"
-    program.write_text("""
-#include <retentive.h>
-#include <stdio.h>
-int main(int argc, char **argv) {
-    char error[256];
-    Retentive *model = retentive_open(argv[1], 1, error);
-    RetentiveStates *states = retentive_states(model, 1);
-    for (int i = 2; i < argc; i++)
-        puts(retentive_load(states, 0, argv[i], error) ? "taken" : error);
-    return argc < 3;
-}
-""")
-    subprocess.run(["gcc", *FLAGS, *SOURCES, str(program), "-o", str(tmp_path / "load"), *LINK], check=True)
+    (program,) = programs("native", (HERE / "load.c", RETENTIVE))
     (tmp_path / "junk").write_bytes(b"no state")
     paths = [str(state), str(tmp_path / "junk"), str(tmp_path / "one" / "model.safetensors"), str(tmp_path / "none")]
-    done = subprocess.run(
-        [str(tmp_path / "load"), str(tmp_path / "one"), *paths], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([program, str(tmp_path / "one"), *paths], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         f"{state} holds no state of one sequence of this model",
         f"{tmp_path / 'junk'} is not a complete safetensors file",
@@ -382,9 +331,7 @@ int main(int argc, char **argv) {
         f"{tmp_path / 'none'} cannot be read",
     ]
     paths = [str(tmp_path / name) for name in others]
-    done = subprocess.run(
-        [str(tmp_path / "load"), str(tmp_path / "two"), *paths], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([program, str(tmp_path / "two"), *paths], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{path} holds no state of one sequence of this model" for path in paths]
 
 

@@ -452,5 +452,5 @@ def test_a_run_whose_changes_are_kept_as_typed_goes_on(made, same_end):
 @pytest.mark.parametrize("name", ["schedule", "precision"])
 def test_a_word_that_is_none_of_those_known_is_refused(name, refuses):
     """The command line checks the words; from Python an unknown one must not be accepted silently."""
-    with refuses(f"{name} is 'wat', expected one of "):
+    with refuses(f"`{name}` is 'wat', expected one of "):
         TrainConfig(**{name: "wat"})
