@@ -7,6 +7,7 @@ from blocks import (
     FULL,
     LONG,
     NATIVE,
+    ZEN4,
     best,
     file,
     millions,
@@ -54,7 +55,7 @@ def decode_kinds() -> str:
     for bits, rival in (("bf16", "f16"), ("int8", "q8_0"), ("int4", "q4_0")):
         names = (f"native-{bits}", f"native-hybrid-{bits}", f"native-twin-{bits}", f"llamacpp-{rival}")
         for context in (512, 8192):
-            models = native("decode-kinds-130m", context)
+            models = native("decode-kinds-130m", context, machine=ZEN4)
             cells = " | ".join(f"{1000 * models[name]['seconds']:.1f}" for name in names)
             lines.append(f"{bits} ({rival.upper()}), {context:,} | {cells}")
     return table("weights, context, ms a token | RetNet | hybrid | twin | twin in llama.cpp", *lines)

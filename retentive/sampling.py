@@ -60,4 +60,4 @@ TEXT = SamplingParams(temperature=0.8, top_p=0.95)
 def check_bias(params: SamplingParams, vocab_size: int) -> None:
     """Raises ValueError if a bias names a token outside the vocabulary."""
     if bad := [t for t in params.bias if not 0 <= t < vocab_size]:
-        raise ValueError(f"bias is for tokens in [0, {vocab_size}), got {bad[:5]}")
+        raise ValueError(f"`bias`: expected token ids from 0 to {vocab_size - 1}, got {bad[:5]}")

@@ -44,10 +44,9 @@ class Options(OnDevice, Sized):
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes: sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
-    """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers, if installed),
-    native-bf16, native-int8, native-int4 (the RetNet in C), native-twin-bf16, ... (the grouped twin in C),
-    native-hybrid-bf16, ... (one block of four with attention of a window of 256), llamacpp-f16, llamacpp-q8_0,
-    llamacpp-q4_0 (the grouped twin by llama.cpp, if llama_cpp and gguf are installed)."""
+    """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers). In C, with -bf16,
+    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid (attention with a window of 256 in every
+    fourth block). Of llama.cpp, if installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     full_heads: bool = False

@@ -31,16 +31,15 @@ class Options(OnDevice, Sized):
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
     """Prompt lengths in tokens."""
     models: tuple[str, ...] = MODELS
-    """Models: retnet, transformer, grouped (the twin with grouped heads), native-bf16, native-int8, native-int4 (the
-    RetNet in C), native-twin-bf16, ... (the grouped twin in C), native-hybrid-bf16, ... (one block of four with
-    attention of a window of 256), llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0 (the grouped twin by llama.cpp, if
-    installed)."""
+    """Models: retnet, transformer, grouped (the twin with grouped heads). In C, with -bf16,
+    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid (attention with a window of 256 in every
+    fourth block). Of llama.cpp, if installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     repeats: int = 3
     """Timed repetitions of each model, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; a model that is slower than this reads the prompt only once."""
+    """Seconds: a model that takes longer reads the prompt only once."""
 
 
 @torch.inference_mode()

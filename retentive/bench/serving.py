@@ -44,7 +44,7 @@ PICTURE = None
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Sized):
-    """Serving: engine against bare batched step, many streams against one, prefix hit against miss, a long stream."""
+    """Serving: the engine's overhead, many streams against one, prefix-cache hits against misses, one long stream."""
 
     streams: int = 16
     """Simultaneous streams."""
@@ -61,8 +61,8 @@ class Options(Sized):
     precision: str = "fp32"
     """Precision of the weights of retnet, bf16 or fp32."""
     models: tuple[str, ...] = MODELS
-    """Models: retnet, native-bf16, native-int8, native-int4 (the RetNet in C), native-twin-bf16, ... (its Transformer
-    twin in C), native-hybrid-bf16, ..., each with its own engine."""
+    """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
+    twin), native-hybrid (attention with a window of 256 in every fourth block)."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Options(OnDevice, Sized):
     repeats: int = 5
     """Timed steps of each model, interleaved; the best counts."""
     patience: float = 60
-    """Seconds; a model whose step is slower than this makes only one."""
+    """Seconds: a model whose step takes longer is timed only once."""
     neighbour: bool = False
     """Also time the RetNet, at the first length, beside one other busy process."""
 

@@ -22,6 +22,8 @@ def find(path: str | Path) -> Path:
     if not isinstance(path, str | Path):
         raise TypeError(f"path must name a model folder, got {type(path).__name__}")
     name, folder = str(path), Path(path)
+    if not name:
+        raise ValueError("the model's name is empty: expected a run directory, a model folder, or hf:owner/name")
     if name.startswith("hf:"):
         return _download(name.removeprefix("hf:"))
     if folder.is_dir():
@@ -32,7 +34,7 @@ def find(path: str | Path) -> Path:
         return SHIPPED / name
     hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
     if not hint and "/" not in name:
-        hint = f"; by its name alone there is {', '.join(shipped())}, which comes with the package"
+        hint = f": expected a run directory, a model folder, hf:owner/name, or the shipped {', '.join(shipped())}"
     raise FileNotFoundError(f"no model folder at {path}{hint}")
 
 
@@ -50,4 +52,4 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = quoted((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise FileNotFoundError(f"the Hugging Face hub does not give {name!r}: {reason}") from None
+        raise FileNotFoundError(f"{name!r} cannot be had from the Hugging Face hub: {reason}") from None

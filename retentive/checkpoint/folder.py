@@ -192,7 +192,7 @@ class ModelFolder:
     def _accepted(self, change: "ModelFolder") -> Adapter:
         """Returns the adapter in another folder; raises ValueError if it has none, or one of another model."""
         if change.adapter is None:
-            raise ValueError(f"{change.name} is a model and no adapter: load it by itself")
+            raise ValueError(f"{change.name} is a model, not an adapter: load it by itself")
         if self.quantization:
             raise ValueError(
                 f"{self.name} is quantised, and takes no adapter: merge it first (`retentive convert`), then quantise"

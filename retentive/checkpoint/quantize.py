@@ -60,7 +60,7 @@ def check_quantizable(model: LanguageModel) -> None:
     if model.config.library:
         raise ValueError(f"only models of this package can be quantised, this is one of {model.config.library}")
     if quantization_of(model):
-        raise ValueError("the model is quantised already: take the one that it was made from")
+        raise ValueError("the model is quantised already: name the one that it was quantised from")
     for name, x in model.named_parameters():
         if not bool(x.isfinite().all()):
             raise ValueError(f"the weights are damaged: {name} holds a number that is not finite")

@@ -42,7 +42,7 @@ def save_model(
         raw = _described(model)
     else:
         if quantization_of(model):
-            raise ValueError(f"{layout} has no quantised models: write the one that this was made from")
+            raise ValueError(f"{layout} cannot hold quantised weights: convert the model that this was quantised from")
         if configs_of(model):
             raise ValueError(f"{layout} has no models with encoders of pictures or sound")
         if config.library:

@@ -85,7 +85,7 @@ def run(argv: list[str]) -> None:
         prepare()
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     else:
-        raise ValueError(f"unknown verb {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
+        raise ValueError(f"unknown command {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
 
 
 def prepare() -> None:
@@ -99,6 +99,6 @@ def prepare() -> None:
 
 def usage() -> str:
     """Return the list of verbs with their one-line descriptions."""
-    lines = ["usage: retentive VERB [OPTIONS]    (retentive VERB --help tells each verb's options)", ""]
+    lines = ["usage: retentive COMMAND [OPTIONS]    (retentive COMMAND --help lists its options)", ""]
     lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)

@@ -61,6 +61,8 @@ def run(command: ChatCommand) -> None:
     """Talk until the input ends."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
+    if command.states.exists() and not command.states.is_dir():
+        raise ValueError(f"--states {command.states} is a file: choose a folder")
     model, tokenizer = command.load()
     template = command.template_for(tokenizer, command.template)
     memory = load_memory(command.memory, model) if command.memory else blank(model)

@@ -41,7 +41,7 @@ class DataCommand:
     """Pack the conversations' pictures, by default with size=64 patch=8 channels=3. If neither this nor --audio is
     given, the encoders of the model of --tokenizer decide."""
     audio: Mapping[str, Any] = field(default_factory=dict)
-    """Pack their sound, by default with rate=16000 mels=40 window=25 hop=10 stack=4."""
+    """Pack the conversations' sound, by default with rate=16000 (Hz) mels=40 window=25 hop=10 (ms) stack=4."""
     config: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     given = typed_options(argv)
     media = {kind: numbers(kind, getattr(command, kind)) for kind in KINDS if kind in given}
     if media and not command.config.chats:
-        raise ValueError(f"--{next(iter(media))} is of conversations: add --chats")
+        raise ValueError(f"--{next(iter(media))} needs conversations: add --chats")
     folder = Path(command.config.tokenizer)
     if not media and command.config.chats and (folder / "config.json").is_file() and ModelFolder.open(folder).encoders:
         from retentive.multimodal import fields_of

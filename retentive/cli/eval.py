@@ -31,24 +31,24 @@ class EvalCommand(Loading):
     """Score a model on tasks. The context of a question is read once; each choice starts from a copy of its state."""
 
     tasks: str
-    """Names of tasks, separated by commas. An unknown name lists all."""
+    """Names of tasks, separated by commas, such as piqa,lambada_openai. An unknown name prints the list."""
     data: Path | None = None
-    """Folder of the tasks' files, each NAME.jsonl."""
+    """Folder with a file TASK.jsonl for each task."""
     shots: int = 0
     """Answered examples before each question, drawn from its file."""
     limit: int | None = None
-    """Number of questions of each task, from the start of its file."""
+    """Questions per task, from the start of its file. Default: all."""
     max_length: int | None = None
     """Maximum tokens of a question; unlimited by default. In tasks that generate answers, a longer question loses its
     start."""
     window: int | None = None
-    """Tokens per window for the windowed perplexity of texts, 2048 by default; --lm-eval reads whole texts then."""
+    """Tokens per window for the perplexity of texts, 2048 by default. Without it, --lm-eval reads whole texts."""
     contexts: tuple[int, ...] = ()
-    """Context lengths in tokens; predicts the last tokens of windows of each length. For texts and passkey."""
+    """Context lengths in tokens, for texts and passkey: only the last tokens of each window are scored."""
     last: int = LAST
-    """Predicted tokens of each of these windows."""
+    """Tokens scored at the end of each window of --contexts."""
     max_tokens: int = 256
-    """Maximum tokens of a generated answer (tasks TASK, or TASK:NAME for NAME.jsonl)."""
+    """Maximum tokens of a generated answer."""
     beams: int = 1
     """Beam search hypotheses for generated answers; 1 for greedy decoding or sampling."""
     temperature: float = 0.0

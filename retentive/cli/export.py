@@ -48,6 +48,6 @@ def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
-    close = f"off by {off:.1e} of their size" if off is not None else "not checked: no C could be compiled here"
+    close = f"{off:.1e} from torch's, relative" if off is not None else "not checked: no C could be compiled here"
     say(f"{file}: {decimal(nbytes)}; the next token's logits are {close}")
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")

@@ -20,19 +20,19 @@ class Loading:
     """Flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder (ours, torchscale's, fla's), the shipped model novels, or hf:owner/name."""
+    """Run directory, model folder (of this package, torchscale or fla), the shipped model novels, or hf:owner/name."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
     device: str = "cpu"
     """Device: cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Dtype of the weights; the state is always float32. A memory file needs the dtype that wrote it."""
+    """Dtype of the weights; the state is always float32. Read a memory file in the dtype it was written in."""
     weights: Weights = "stored"
     """Quantise while loading; `retentive quantize` does it once and writes a folder."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """LoRA adapter of this model (a run with --lora) to merge into it. As RUN, an adapter loads its own model too."""
+    """LoRA adapter (a run with --lora) to merge into RUN. An adapter given as RUN loads its base model too."""
     engine: Literal["auto", "native", "torch"] = "auto"
-    """Engine on a CPU: native is the model in C; auto uses it if it can run the model."""
+    """Engine on a CPU: native (C), torch, or auto: native if it can run the model, else torch."""
 
     @cached_property
     def folder(self) -> ModelFolder:

@@ -32,8 +32,8 @@ SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class WriteCommand(Loading):
-    """Read documents of any length into one memory file. After Ctrl-C the same command continues (with pictures and
-    sounds it starts again)."""
+    """Read documents of any length into one memory file. After Ctrl-C the same command continues, but with pictures
+    or sounds it starts again."""
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILES")]
     """Files or folders (.txt .md .py .rst .html .jsonl .parquet, also compressed), read in this order. For a model
@@ -43,8 +43,8 @@ class WriteCommand(Loading):
     memory: Path | None = None
     """Memory file to continue with text; --out may be the same file."""
     separate: bool = False
-    """Read each document separately and merge them, so that all are equally near (structured prompting). Ctrl-C then
-    keeps nothing."""
+    """Read each document separately and merge them, so that each counts as if it were the last (structured prompting).
+    Ctrl-C then keeps nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +64,14 @@ class AskCommand(Loading):
 
 @dataclass(frozen=True)
 class MergeCommand:
-    """Merge several memories of the same model, so that all are equally near (structured prompting)."""
+    """Merge memories of the same model, so that each counts as if it were the last (structured prompting)."""
 
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")]
     """Memory files, two or more."""
     out: Path
     """File to write."""
     chain: bool = False
-    """Chain them instead, as if read in a row: exact in the first layer."""
+    """Join the memories in order, as if read one after another; only the first layer is exact."""
     against: Path | None = None
     """Memory that has read the same documents in a row, to print each layer's difference from it."""
 
@@ -90,7 +90,7 @@ VERBS = {"write": WriteCommand, "ask": AskCommand, "merge": MergeCommand, "show"
 def main(argv: list[str]) -> None:
     """`retentive memory ARGV`: four verbs, each with its own --help."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: retentive memory VERB [OPTIONS]\n")
+        print("usage: retentive memory COMMAND [OPTIONS]    (retentive memory COMMAND --help lists its options)\n")
         for name, cls in VERBS.items():
             print(f"  {name:<6} {' '.join(str(cls.__doc__).split())}")
         return

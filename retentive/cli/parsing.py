@@ -2,7 +2,10 @@
 
 import ast
 import inspect
+import io
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from textwrap import dedent
@@ -16,6 +19,18 @@ from retentive.cli.errors import as_typed
 
 Command = TypeVar("Command")
 
+SENTENCES = {
+    r"Error parsing (\S+): no type matching (?:\{None\}.)?(.*?) could be .* from \['(.*?)'\].*": r"\1 \3: expected \2",
+    r"Error parsing (\S+): invalid literal for int\(\) .*?'(.*)'": r"\1 \2: expected INT",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2: expected FLOAT",
+    r"Error parsing (\S+): ": r"\1: ",
+    r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)\.": r"\2 \1: expected one of \3",
+    r"Unrecognized options: ": "unknown option ",
+    r"Missing from .*?: (.*)": r"missing: \1",
+}
+"""The parser's sentences, and ours."""
+KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+"""The parser's names of types in errors, and ours."""
 MAPPINGS = ConstructorRegistry()
 """Rule of the parser for options that map names to values."""
 
@@ -35,16 +50,46 @@ def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def parse(kind: type[Command], program: str, argv: Sequence[str], **how: Any) -> Command:
-    """Parse arguments into a command; ends the process after --help and for arguments that do not fit.
+    """Parse arguments into a command; ends the process after --help.
 
     Args:
         kind: the command's dataclass. The docstrings of its fields become the help.
         program: "retentive VERB", for the usage.
         how: further options of `tyro.cli`.
+
+    Raises:
+        ValueError: arguments are missing, unknown or of a wrong type.
     """
     if {"-h", "--help"} & set(argv):
         join_help(kind)
-    return tyro.cli(kind, prog=program, args=list(argv), registry=MAPPINGS, **how)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, prog=program, args=list(argv), registry=MAPPINGS, **how)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise ValueError(f"{one_line(said.getvalue())} ({program} --help)")
+
+
+def one_line(box: str) -> str:
+    """Returns the parser's error, which it prints in a box of several lines and sections, on one line."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        if re.search("──|-----", line):
+            sections.append([])
+        else:
+            sections[-1].append(line[2:].rstrip(" │"))
+    title = "│" not in box  # a terminal of ASCII gets it as a section of its own, others in the box's first line
+    first, *others = [lines for lines in sections if any(lines)][title:]
+    # options stand four columns to the right, each with its type, and their help eight
+    text = " ".join(line.split()[0] if line[:4] == "    " else line.strip() for line in first if line[:8].strip())
+    for pattern, ours in SENTENCES.items():
+        text = re.sub(f"^{pattern}", ours, text)
+    for word, meaning in KINDS.items():
+        text = re.sub(rf"\b{word}\b", meaning, text)
+    meant = [line.split()[0] for lines in others if "Perhaps" in lines[0] for line in lines if line[:6] == "    --"]
+    return text + (f", perhaps {' or '.join(meant)}" if meant else "")
 
 
 def join_help(kind: Any) -> None:

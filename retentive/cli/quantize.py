@@ -20,11 +20,11 @@ from retentive.tables import counted
 
 @dataclass(frozen=True)
 class QuantizeCommand:
-    """Write a model folder with 8-bit or 4-bit weights: a half or a quarter of the memory, and faster decoding. Use
-    the new folder as RUN of any verb."""
+    """Write a model folder with 8-bit or 4-bit weights: a half or a quarter of the memory, and faster decoding. The
+    new folder generates, chats, serves, is scored and exported; it cannot be trained."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
+    """Run directory, model folder, or hf:owner/name on the hub; not quantised yet."""
     to: Literal["int8", "int4"]
     """Weight precision."""
     out: Path

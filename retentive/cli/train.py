@@ -157,8 +157,10 @@ def read_changes(items: Sequence[str]) -> dict[str, Any]:
     changes = {}
     for item in items:
         name, equals, text = item.partition("=")
-        if name not in FIELDS or not equals:
-            raise ValueError(f"--set {item}: expected FIELD=VALUE, FIELD one of {', '.join(FIELDS)}")
+        if not equals:
+            raise ValueError(f"--set {item}: expected FIELD=VALUE, such as dropout=0.1")
+        if name not in FIELDS:
+            raise ValueError(f"--set {item}: unknown field {name!r}, expected one of {', '.join(FIELDS)}")
         changes[name] = read_value(item, text, FIELDS[name])
     return changes
 

@@ -45,8 +45,8 @@ class Comparison:
     variants: tuple[str, ...] = ("retnet", "transformer")
     """Names of the variants; the first is the baseline. An unknown name lists all."""
     set: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Your own variants, compared with the others: a name and its fields for each. The field `model` names the model to
-    change, by default retnet."""
+    """Your own variants, NAME:FIELD=VALUE,FIELD=VALUE for each, such as mine:heads=2,dropout=0.1. The field model names
+    the model to change, by default retnet."""
     sizes: tuple[str, ...] = ("1m",)
     """Model sizes, as for `retentive train --size`."""
     seeds: tuple[int, ...] = (0, 1)
@@ -155,7 +155,10 @@ class Comparison:
                 f"{self.data} holds {' and '.join(packed.media)}, and compare is for text: retentive train each of them"
             )
         if packed.meta.splits["valid"].tokens <= self.length:
-            raise ValueError(f"{self.data} has too little held-out text for windows of {self.length} tokens")
+            raise ValueError(
+                f"{self.data} has too little held-out text for windows of {self.length} tokens: "
+                "hold out more, or choose a smaller `length`"
+            )
         for run in runs:
             self.train_run(run).config(packed.meta.vocab_size)  # raises now what a worker would raise hours later
 

@@ -23,6 +23,7 @@ from retentive.data.pack import Meta, Split
 from retentive.data.packed import Packed
 from retentive.data.templates import ChatTemplate
 from retentive.options import option
+from retentive.tables import counted
 
 BLOCK = 10_000
 """Rows that hold each folder's share exactly, so shares are rounded to a ten-thousandth."""
@@ -55,7 +56,10 @@ class Mixture:
     def __init__(self, packed: Sequence[Packed], weights: Sequence[float] = ()):
         first, *others = packed
         if not others or (weights and len(weights) != len(packed)):
-            raise ValueError(f"{len(weights)} weights for {len(packed)} folders of data: give one for each of several")
+            raise ValueError(
+                f"{counted(len(weights), 'weight')} for {counted(len(packed), 'folder')} of data: "
+                "give one for each of several"
+            )
         resolved = [part.path.resolve() for part in packed]
         if len(set(resolved)) < len(packed):
             raise ValueError(f"{first.path} or another folder is given twice: give it more weight instead")

@@ -39,7 +39,7 @@ class DataConfig:
     valid: str | None = None
     """Separate source for the held-out text, instead of a part of the others."""
     valid_fraction: float = 0.05
-    """Fraction of the documents that is held out. They wait in memory while the rest is written."""
+    """Fraction of the documents to hold out. Held-out documents stay in memory until the rest is written."""
     on_bad_text: Literal["refuse", "skip"] = "refuse"
     """Refuse or skip documents that are not UTF-8, conversations that are malformed, and conversations that name
     pictures or sounds that cannot be opened."""
@@ -52,7 +52,7 @@ class DataConfig:
     """Read the sources as conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion) and
     train on the answers. Rendered by the chat template beside the tokenizer, or by a plain one."""
     template: Path | None = None
-    """Another chat template for them, a jinja file."""
+    """Chat template for the conversations, a jinja file."""
     seed: int = 0
     """Seed of the choice of held-out documents."""
     overwrite: bool = False

@@ -138,7 +138,7 @@ def _hidden_numbers(tokenizer: Tokenizer, contexts: Sequence[int]) -> list[tuple
     for context in contexts:
         count = int((context - fixed) / dull)
         if count < 1:
-            raise ValueError(f"a pass key needs a context of {fixed + math.ceil(dull)} tokens at least, got {context}")
+            raise ValueError(f"`contexts`: passkey needs at least {fixed + math.ceil(dull)} tokens, got {context}")
         for n in range(KEYS):
             keys = draw.sample(range(10**4, 10**5), OTHERS + 1)
             before = round(count * n / (KEYS - 1))  # from the very start to the very end

@@ -83,7 +83,7 @@ def evaluate(
     replied = [name for name in names if kind_of(name) in KINDS]
     if folder is None and not (lm_eval or contexts):
         asked = names if replied else known(names)
-        raise ValueError(f"`data` is needed: the folder of {', '.join(asked)} (NAME.jsonl each)")
+        raise ValueError(f"`data` is needed: the folder that holds {', '.join(f'{name}.jsonl' for name in asked)}")
     if replied and len(replied) < len(names):
         raise ValueError(f"generation tasks ({', '.join(replied)}) exclude other tasks: use a call for each kind")
     if replied and (lm_eval or contexts or shots or window is not None):

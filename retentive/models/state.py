@@ -203,7 +203,7 @@ def load_state(path: str | Path) -> State:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no state file at {path}")
+        raise FileNotFoundError(f"{path} is a folder: expected a file" if path.is_dir() else f"no file at {path}")
     tensors, metadata = load_tensors(path)
     if metadata.get("format") == "retentive-state-1":
         names, windows = _version_1(tensors, metadata, path)

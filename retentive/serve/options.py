@@ -27,15 +27,15 @@ class Options:
     media: int = 16
     """Maximum pictures and sounds of a request, for models that see or hear."""
     most_media: int = 1 << 25
-    """Maximum bytes of pictures and sounds in a request, as base64."""
+    """Maximum bytes of all pictures and sounds in a request, counted in base64 (default: 32 MiB)."""
     timeout: float = 600
     """Maximum seconds of a request."""
     cache: int = 1 << 28
-    """Bytes of the prefix cache, which keeps states of earlier prompts; 0 disables it."""
+    """Bytes of the prefix cache for states of earlier prompts (default: 256 MiB); 0 disables it."""
     cache_folder: Path | None = None
     """Folder for states that exceed the prefix cache; they survive a restart."""
     sessions: int = 1 << 30
-    """Bytes of conversation states in memory; the least recently used is evicted first."""
+    """Bytes of conversation states in memory (default: 1 GiB); the least recently used is evicted first."""
     states: Path | None = None
     """Folder of saved states; by default `states` in the run's folder."""
     template: Path | None = None

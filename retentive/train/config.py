@@ -41,8 +41,7 @@ class TrainConfig:
     clip: float = 1.0
     """Gradient clipping: largest norm of the gradient; 0 for no clipping."""
     skip_nonfinite: int = 0
-    """Steps in a row that may be skipped because their loss or gradient is not finite. One more stops the run; by
-    default the first does."""
+    """Consecutive steps to skip if their loss or gradient is not finite, before the run stops; 0 stops at the first."""
     ema: float = 0.0
     """Decay of a moving average of the weights, such as 0.999; 0 for none. The average is evaluated and saved as the
     run's model. Costs 4 bytes a parameter."""

@@ -52,8 +52,8 @@ class TrainRun:
     out: Path
     """Run directory to create."""
     data_weights: tuple[float, ...] = ()
-    """Mixing weight of each data folder, in the same order and any unit. Default: proportional to its tokens. Each is
-    evaluated by itself as well."""
+    """Mixing weight of each data folder, in the same order; only the ratios matter. Default: proportional to its
+    tokens. Each is evaluated by itself as well."""
     size: str = "5m"
     """Model size: 1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info
     --sizes)."""
@@ -83,7 +83,7 @@ class TrainRun:
     length: int = 512
     """Context length: tokens of a row."""
     epochs: float = 0.0
-    """Passes over the data, which set the number of steps; 0 takes `steps` as given."""
+    """Passes over the data, in the place of a number of steps; 0 for none."""
     resume: bool = False
     """Resume from the run's newest checkpoint, if it has one, with the run's own options. A larger number of steps
     lengthens the run."""
@@ -172,7 +172,9 @@ class TrainRun:
                     f"{self.init} is an adapter itself: merge it first (retentive convert {self.init} OUT)"
                 )
             if self.base.quantization:
-                raise ValueError(f"{self.init} is quantised, and such are not trained: take what it was made from")
+                raise ValueError(
+                    f"{self.init} is quantised and cannot be trained: name the model that it was quantised from"
+                )
 
     @cached_property
     def base(self) -> ModelFolder:
@@ -289,6 +291,8 @@ class TrainRun:
             )
         if cp.size > 1 and self.mode == "carry":
             raise ValueError(f"`cp={cp.size}` divides rows that begin in their batch: use another mode than carry")
+        if self.length < 1:
+            raise ValueError(f"{option('length', self.length)}: must be at least 1")
         if self.length < cp.size:
             raise ValueError(
                 f"{option('length', self.length)} is shorter than `cp={cp.size}`: each rank needs a token of it"

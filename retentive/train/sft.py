@@ -42,17 +42,17 @@ class SftRun(TrainRun):
     """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion). They
     are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data --chats`."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Initial model: run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
+    """Initial model, not quantised: run directory, model folder, or hf:owner/name on the hub."""
     mode: Mode | Literal["auto"] = "auto"
     """carry: each row continues the one before, with its state, so conversations may be of any length. whole: rows of
     whole conversations. auto: whole for models with attention and for data with pictures or sound, else carry."""
     epochs: float = 3.0
-    """Passes over all conversations, unless the number of steps is given."""
+    """Passes over all conversations. A number of steps (`steps`) takes their place."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(lr=3e-4, warmup=20, eval_every=100, save_every=100, sample_every=100)
     )
     valid: str | None = None
-    """File or folder of held-out conversations, instead of a fraction of `data`."""
+    """File or folder of held-out conversations, instead of a fraction of the conversations."""
     valid_fraction: float = 0.05
     """Fraction of the conversations to hold out."""
     template: Path | None = None

@@ -108,7 +108,7 @@ def test_what_does_not_belong_together(tmp_path, refuses):
     save_model(tmp_path / "other", build(CONFIGS["retnet"]))
     with refuses(f"as it was then, not on {tmp_path / 'other'}; pass that model"):
         load(tmp_path / "other", adapter=tmp_path / "change")
-    with refuses(f"{folder} is a model and no adapter"):
+    with refuses(f"{folder} is a model, not an adapter"):
         load(folder, adapter=folder)
     save_model(tmp_path / "small", quantize(build(CONFIGS["retnet"]), 8))
     with refuses("is quantised, and takes no adapter"):

@@ -494,7 +494,7 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line(case, monkeypatch, refus
         raise hub_errors()[case]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with refuses("the Hugging Face hub does not give 'someone/retnet-tiny'", FileNotFoundError):
+    with refuses("'someone/retnet-tiny' cannot be had from the Hugging Face hub", FileNotFoundError):
         retentive.load("hf:someone/retnet-tiny")
 
 

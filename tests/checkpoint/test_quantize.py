@@ -164,9 +164,9 @@ def test_what_cannot_be_quantised_is_refused(model, refuses, tmp_path):
         with refuses(f"`group={group}`: must be a multiple of 16 columns, up to 256"):
             quantize(model, 4, group)
     made = quantize(model, 8)
-    with refuses("the model is quantised already: take the one that it was made from"):
+    with refuses("the model is quantised already: name the one that it was quantised from"):
         quantize(made, 4)
-    with refuses("fla has no quantised models"):
+    with refuses("fla cannot hold quantised weights"):
         save_model(tmp_path / "new", made, layout="fla")
     with refuses("`tokens=0`: calibration needs at least 1"):
         batches_of([], ByteTokenizer(), tokens=0)

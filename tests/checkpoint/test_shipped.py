@@ -34,9 +34,7 @@ def test_it_is_found_by_its_name_and_has_learnt_english(name):
 
 
 def test_a_name_that_is_none_says_which_is_one(refuses):
-    with refuses(
-        "no model folder at novel; by its name alone there is novels, which comes with the", FileNotFoundError
-    ):
+    with refuses("no model folder at novel: expected a run directory, a model folder", FileNotFoundError):
         find("novel")
 
 

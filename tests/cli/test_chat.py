@@ -97,12 +97,12 @@ def test_help_names_every_command(chat):
 
 
 REFUSED = {
-    "no-such-state": ("/load other\n", [], "no state file at states/other.safetensors"),
+    "no-such-state": ("/load other\n", [], "no file at states/other.safetensors"),
     "path": ("/save ../x\n", [], "/save needs a name of up to 64 letters, digits"),
     "no-name": ("/load\n", [], "/load needs a name"),
     "no-tokens": ("", ["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
     "no-template": ("", ["--template", "none.jinja"], "no chat template at none.jinja"),
-    "no-memory": ("", ["--memory", "none.safetensors"], "no state file at none.safetensors"),
+    "no-memory": ("", ["--memory", "none.safetensors"], "no file at none.safetensors"),
     "another-models": ("/load twin\n", [], "is the memory of another model"),
 }
 

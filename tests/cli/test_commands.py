@@ -80,7 +80,7 @@ INNER |= {"comparison": Comparison, "config": DataConfig, "parallel": Parallel}
 def test_usage_names_every_verb(argv, capsys):
     main(argv)
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: retentive VERB")
+    assert shown.startswith("usage: retentive COMMAND")
     assert all(re.search(rf"^  {verb} +{re.escape(text)}$", shown, re.MULTILINE) for verb, (_, text) in VERBS.items())
 
 

@@ -86,7 +86,7 @@ WRONG = {
     "no-name": ("gate=false", "expected NAME:FIELD=VALUE"),
     "no-fields": ("mine:", "expected NAME:FIELD=VALUE"),
     "a-name-of-a-folder-elsewhere": ("../mine:gate=false", "expected NAME:FIELD=VALUE"),
-    "unknown-field": ("mine:gates=false", "FIELD one of"),
+    "unknown-field": ("mine:gates=false", "unknown field 'gates', expected one of"),
     "wrong-type": ("mine:gate=maybe", "expected true or false"),
     "contradiction": ("mine:score_norm=true", "score_norm needs decays that are known beforehand"),
     "unknown-model": ("mine:model=lstm", "unknown model 'lstm'"),

@@ -80,7 +80,7 @@ def test_an_error_ends_in_one_line_of_printable_text(capsys, monkeypatch):
         cli.run(["no\x1b[1m\nverb"])
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("retentive: unknown verb") and said.count("\n") == 1 and "\x1b" not in said
+    assert said.startswith("retentive: unknown command") and said.count("\n") == 1 and "\x1b" not in said
 
 
 def test_remarks_and_warnings_name_flags(capsys, monkeypatch):

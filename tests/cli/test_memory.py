@@ -244,7 +244,7 @@ BAD = {
     "taken": (lambda: None, ["write", "run", STORIES[0], "--out", "lib.mem"], "lib.mem exists: choose another file"),
     "missing-run": (lambda: shutil.rmtree("run"), [*WRITE, STORIES[0]], "no model folder at"),
     "no-tokenizer": (lambda: Path("run/tokenizer.json").unlink(), [*WRITE, STORIES[0]], "has no tokenizer.json"),
-    "on-from-nothing": (lambda: None, [*WRITE, STORIES[0], "--memory", "none"], "no state file at none"),
+    "on-from-nothing": (lambda: None, [*WRITE, STORIES[0], "--memory", "none"], "no file at none"),
     "on-from-another": (other_run, [*WRITE, STORIES[0], "--memory", "other.mem"], "the memory of another model"),
     "separate-and-on": (
         lambda: None,
@@ -258,7 +258,7 @@ BAD = {
     ),
     "ask-nothing": (lambda: None, [*ASK[:-1], ""], "ask needs a prompt"),
     "ask-for-nothing": (lambda: None, [*ASK, "--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
-    "ask-a-missing-one": (lambda: Path("lib.mem").unlink(), ASK, "no state file at lib.mem"),
+    "ask-a-missing-one": (lambda: Path("lib.mem").unlink(), ASK, "no file at lib.mem"),
     "ask-an-empty-one": (lambda: put("lib.mem", b""), ASK, "lib.mem is not a complete safetensors file"),
     "ask-a-text": (lambda: shutil.copy(STORIES[0], "lib.mem"), ASK, "is not a complete safetensors file"),
     "ask-the-weights": (lambda: shutil.copy("run/model.safetensors", "lib.mem"), ASK, "holds no saved state"),
@@ -267,7 +267,7 @@ BAD = {
     "show-a-tampered-one": (lambda: damage(0), ["show", "lib.mem"], "lib.mem was changed after it was written"),
     "ask-another-model": (other_run, ["ask", "other", *ASK[2:]], "lib.mem is the memory of another model"),
     "merge-different-models": (other_run, MERGE, "memories of different models cannot be merged"),
-    "merge-a-missing-one": (lambda: None, MERGE, "no state file at other.mem"),
+    "merge-a-missing-one": (lambda: None, MERGE, "no file at other.mem"),
     "merge-one": (
         lambda: None,
         ["merge", "lib.mem", "--out", "new.mem"],

@@ -149,7 +149,7 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path, refuses):
         Mixture([low, Packed(tmp_path / "bpe")])
     with refuses("3 weights for 2 folders of data"):
         Mixture([low, high], [1, 2, 3])
-    with refuses("1 weights for 1 folders of data"):
+    with refuses("1 weight for 1 folder of data"):
         open_packed([low.path], [1.0])
     with refuses("`data` is empty"):
         open_packed([])

@@ -338,7 +338,7 @@ def test_what_is_refused(place, capsys, refuses):
     for ids in ([], [257], [-1]):
         with refuses("expected at least one id, each from 0 to"):
             graph.read(ids)
-    with refuses("bias is for tokens in [0, 257), got [300]"):
+    with refuses("expected token ids from 0 to 256, got [300]"):
         list(generate(graph, [1], SamplingParams(bias={300: 1.0}), max_tokens=1))
     import onnx
 

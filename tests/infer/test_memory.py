@@ -196,7 +196,7 @@ def test_metadata_of_another_version_is_refused(tmp_path, refuses, about):
 
 
 def test_a_missing_file_and_one_without_tensors(tmp_path, refuses):
-    with refuses("no state file at", FileNotFoundError):
+    with refuses("no file at", FileNotFoundError):
         load_memory(tmp_path / "none")
     versions = {
         "layers.0": {"format": "retentive-state-1", "kind": "retention"},

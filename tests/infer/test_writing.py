@@ -88,7 +88,7 @@ REFUSED = {
     "two-ways": ({"beams": 2, "lookup": True}, "`beams`, `lookup` and `draft` exclude each other"),
     "negative-beams": ({"beams": -1}, "`beams=-1`: must be at least 1, or 0 to sample"),
     "sampled-beams": ({"beams": 2, "top_p": 0.5}, "`beams` looks for the likeliest text"),
-    "bias": ({"bias": {99999: 1.0}}, "bias is for tokens in [0, 257), got [99999]"),
+    "bias": ({"bias": {99999: 1.0}}, "expected token ids from 0 to 256, got [99999]"),
     "empty-stop": ({"stop": ["a", ""]}, "a stop string must not be empty"),
 }
 

@@ -438,7 +438,7 @@ def saved(make, tmp_path):
 
 
 def test_nothing_there_is_said_in_one_line(tmp_path, refuses):
-    with refuses("no state file at", FileNotFoundError):
+    with refuses("no file at", FileNotFoundError):
         load_state(tmp_path / "none.safetensors")
 
 

@@ -300,9 +300,9 @@ def test_the_mesh_of_a_number_of_processes(asked, world, sizes):
 @pytest.mark.parametrize(
     ("asked", "world", "message"),
     [
-        ({"tp": 3}, 4, "`tp=3` take a multiple of 3 processes, there are 4 processes: start others"),
-        ({"dp_shard": 2}, 1, "take a multiple of 2 processes, there is 1 process: start others .`nproc=2`"),
-        ({"dp_replicate": 2, "cp": 2}, 8, "take 4 processes, there are 8"),
+        ({"tp": 3}, 4, "`tp=3` needs a multiple of 3 processes, there are 4 processes: start as many"),
+        ({"dp_shard": 2}, 1, "needs a multiple of 2 processes, there is 1 process: start as many .`nproc=2`"),
+        ({"dp_replicate": 2, "cp": 2}, 8, "needs 4 processes, there are 8"),
         ({"dp_shard": -1, "cp": -1}, 8, "`dp_shard` and `cp` are both -1"),
     ],
 )

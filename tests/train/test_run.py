@@ -132,7 +132,7 @@ def test_a_mixture_goes_on_in_the_same_bits_with_the_same_data_only(made, packed
     for data, words in (
         ((moved, packed), f"`data=('{moved}', '{packed}')` holds other data than the run at {run.out} was trained on"),
         ((packed, packed.parent / "packed"), "is given twice: give it more weight instead"),
-        ((moved,), "2 weights for 1 folders of data"),
+        ((moved,), "2 weights for 1 folder of data"),
     ):
         with refuses(words):
             replace(run, data=data).run(quiet=True)

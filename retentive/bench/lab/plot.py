@@ -10,7 +10,10 @@ from typing import Any
 
 MOST = 8
 """Maximum curves of a panel; more cannot be told apart."""
-LOOKS = tuple({"color": f"C{n % 10}", "marker": marker, "markersize": 5} for n, marker in enumerate("osv^DPX*hd<>p8H|"))
+LOOKS = tuple(
+    {"color": f"C{n % 10}", "linestyle": "-" if n < 10 else "--", "marker": marker, "markersize": 5}
+    for n, marker in enumerate("osv^DPX*hd<>p8H|")
+)
 """Colour and marker of the first, second, … model."""
 GREY = {"color": "0.6", "linewidth": 1}
 """Look of a bound, which is no measurement of a model."""

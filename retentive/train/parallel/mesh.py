@@ -27,7 +27,7 @@ class Parallel:
     """Number of ranks along each axis of the mesh; their product is the number of processes."""
 
     dp_replicate: int = -1
-    """Data parallelism: replicas that read different rows, each with all weights; -1: the remaining ranks."""
+    """Data parallelism: replicas that read different rows, each with all weights; -1: all ranks that others leave."""
     dp_shard: int = 1
     """Fully sharded data parallelism (FSDP): ranks that read different rows, each with a part of weights, gradients
     and moments; -1: the remaining ranks."""
@@ -66,8 +66,8 @@ class Parallel:
             axes = " x ".join(option(name, n) for name, n in asked.items() if n != -1)
             few = "is 1 process" if world_size == 1 else f"are {world_size} processes"
             raise ValueError(
-                f"{axes} take {'a multiple of ' if -1 in asked.values() else ''}{given} processes, there {few}: "
-                f"start others (`nproc={given}`, or torchrun) or change the mesh"
+                f"{axes} needs {'a multiple of ' if -1 in asked.values() else ''}{given} processes, there {few}: "
+                f"start as many (`nproc={given}`, or torchrun), or change these axes"
             )
         replicate, shard, cp, tp = (rest if n == -1 else n for n in asked.values())
         return replicate, shard, cp, tp
